@@ -1,0 +1,329 @@
+"""torch.save archives: a zip of stored entries with a pickle that says how storages become tensors.
+
+A `.pth` file is one archive; a DCP data file is many, one a tensor. Both are read here without torch and without
+unpickling, and written from a fixed layout that torch 2.4 and later load.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder
+from tensorkeep.layout import Fixed, SinkTensor, Slot, Trailer
+from tensorkeep.pickles import Global, Object, Persistent, emit, parse
+from tensorkeep.record import DTYPES, FROM_TORCH, nbytes, row_major
+
+# typed storages name their dtype; an UntypedStorage gets it from _rebuild_tensor_v3
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
+}  # fmt: skip
+STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
+
+# what an honest checkpoint names; every one is inert here, and the tensor-building ones are interpreted below
+ALLOWED = frozenset(
+    [f"torch.{s}" for s in STORAGES]
+    + [f"torch.storage.{s}" for s in STORAGES]
+    + [f"torch.{d.torch}" for d in DTYPES.values() if d.torch]
+    + [
+        "torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.storage._LegacyStorage",
+        "torch.UntypedStorage", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2", "torch.Size",
+        "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter",
+        "torch.serialization._get_layout", "collections.OrderedDict", "collections.defaultdict",
+        "collections.Counter", "builtins.set", "builtins.frozenset", "builtins.dict", "builtins.list",
+        "builtins.int", "builtins.float", "builtins.bool", "builtins.str", "builtins.complex", "builtins.bytearray",
+        "__builtin__.set", "__builtin__.dict", "__builtin__.list", "argparse.Namespace", "_codecs.encode",
+        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "pathlib.PosixPath",
+        "pathlib.PurePosixPath", "datetime.datetime", "datetime.timedelta",
+    ]
+)  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """A tensor as the pickle describes it: dtype, shape, strides and offset (in elements) within a storage."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    storage: str
+    elements: int  # of the storage
+
+
+def stored_tensor(value: Object, where: object) -> Stored | None:
+    """What a `_rebuild_tensor*` call describes, or None for another object. Sizes are checked, nothing is built."""
+    name = value.call.name
+    if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and value.args and isinstance(value.args[0], Object):
+        return stored_tensor(value.args[0], where)
+    if name == "_rebuild_from_type_v2" and len(value.args) > 2 and isinstance(value.args[2], tuple):
+        return stored_tensor(Object(Global("torch._utils", str(getattr(value.args[0], "name", ""))), value.args[2]), where)
+    if name not in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+        return None
+
+    def wrong(what: str) -> TensorkeepError:
+        return TensorkeepError(f"damaged tensor entry: {what}", where=where, code="F07", hint="copy the file again")
+
+    if len(value.args) < 4 or not isinstance(value.args[0], Persistent) or not isinstance(value.args[0].value, tuple):
+        raise wrong("no storage")
+    identity, (offset, shape, strides) = value.args[0].value, value.args[1:4]
+    if len(identity) < 5 or identity[0] != "storage" or not isinstance(identity[1], Global) or type(identity[4]) is not int:
+        raise wrong("an unknown storage")
+    shape, strides = _sizes(shape), _sizes(strides)
+    if shape is None or strides is None or len(shape) != len(strides) or type(offset) is not int or offset < 0:
+        raise wrong("sizes, strides or offset are not whole numbers")
+    if name == "_rebuild_tensor_v3":
+        dtype = FROM_TORCH.get(value.args[6].name) if len(value.args) > 6 and isinstance(value.args[6], Global) else None
+    else:
+        dtype = STORAGES.get(identity[1].name)
+    if dtype is None:
+        raise wrong(f"a storage of type {identity[1].name}")
+    elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
+    span = offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
+    if span > elements:
+        raise wrong(f"it spans {span} elements of a storage of {elements}")
+    return Stored(dtype, shape, strides, offset, str(identity[2]), elements)
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
+        value = value.args[0]
+    if isinstance(value, (tuple, list)) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        return tuple(value)
+    return None
+
+
+# -- reading a zip ------------------------------------------------------------------------------------------------
+
+
+class _Range(io.RawIOBase):
+    """A slice of a file as a seekable stream, for zipfile."""
+
+    def __init__(self, folder: Folder, file: str, start: int, length: int) -> None:
+        self.folder, self.file, self.first, self.length, self.at = folder, file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = max({0: 0, 1: self.at, 2: self.length}[whence] + offset, 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self.length - self.at, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        data = self.folder.read(self.file, self.first + self.at, size)
+        self.at += size
+        return data
+
+
+class Entry(NamedTuple):
+    """A stored zip entry: absolute first byte in the file, size, CRC-32 as announced."""
+
+    start: int
+    size: int
+    crc: int
+
+
+def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
+    """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
+    where = f"{folder.url}/{file}"
+    try:
+        with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:  # type: ignore[arg-type]
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, UnicodeError, IndexError) as error:
+        raise TensorkeepError(
+            f"the archive at {start} is damaged or truncated: {error}", where=where, code="F02", hint="copy the file again"
+        ) from None
+    out: dict[str, Entry] = {}
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise TensorkeepError(f"{info.filename} is compressed, torch.save never does that", where=where, code="F07")
+        head = start + info.header_offset
+        if info.header_offset < 0 or info.header_offset + 30 > length:
+            raise TensorkeepError(f"{info.filename} begins outside its archive", where=where, code="F02", hint="copy the file again")
+        local = folder.read(file, head, 30)
+        if local[:4] != b"PK\x03\x04":
+            raise TensorkeepError(f"{info.filename} has no entry where the archive says", where=where, code="F07", hint="copy the file again")
+        name_length, extra_length = struct.unpack("<HH", local[26:30])
+        data = head + 30 + name_length + extra_length
+        if data + info.file_size > start + length:
+            raise TensorkeepError(f"{info.filename} ends behind its archive", where=where, code="F02", hint="copy the file again")
+        name = info.filename.partition("/")[2] or info.filename
+        if name in out:
+            raise TensorkeepError(f"{info.filename} occurs twice", where=where, code="F07", hint="copy the file again")
+        out[name] = Entry(data, info.file_size, info.CRC)
+    return out
+
+
+def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
+    """What `data.pkl` describes, as plain data."""
+    where = f"{folder.url}/{file}"
+    pickle = found.get("data.pkl")
+    if pickle is None:
+        raise TensorkeepError("is a zip, but holds no data.pkl of torch.save", where=where, hint="is this a checkpoint?")
+    order = found.get("byteorder")
+    if order is not None and folder.read(file, order.start, order.size) == b"big":
+        raise TensorkeepError("was written on a big-endian machine", where=where, hint="save it again on a little-endian one")
+    value, _ = parse(folder.read(file, pickle.start, pickle.size), ALLOWED, where)
+    return value
+
+
+# -- writing a zip ------------------------------------------------------------------------------------------------
+
+ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
+
+
+class Pack:
+    """Builds one archive's segments from `start` on. torch reads zip64, so sizes beyond 4 GiB use it."""
+
+    def __init__(self, start: int) -> None:
+        self.start, self.at = start, start
+        self.segments: list[Fixed | Slot | Trailer] = []
+        self.rows: list[tuple[str, int, int, str | int]] = []  # name, header offset, size, crc or the tensor it is of
+
+    def add(self, name: str, data: bytes) -> None:
+        header = self._header(name, len(data), zlib.crc32(data), 0)
+        self.rows.append((name, self.at - self.start, len(data), zlib.crc32(data)))
+        self._fixed(header + data)
+
+    def add_tensor(self, name: str, tensor: str, size: int) -> None:
+        """Room for a tensor's bytes, aligned; its checksum follows the data, as zip allows (flag bit 3)."""
+        header = self._header(name, size, None, ALIGNMENT)
+        self.rows.append((name, self.at - self.start, size, tensor))
+        self._fixed(header)
+        self.segments.append(Slot(self.at, size, tensor))
+        self.at += size
+        form = "<IIQQ" if size >= 0xFFFFFFFF else "<IIII"
+
+        def descriptor(crcs: dict[str, int]) -> bytes:
+            return struct.pack(form, 0x08074B50, crcs[tensor], size, size)
+
+        self._trailer(struct.calcsize(form), descriptor)
+
+    def close(self) -> None:
+        """The central directory."""
+        offset = self.at - self.start
+        rows = list(self.rows)
+
+        def directory(crcs: dict[str, int]) -> bytes:
+            body = b"".join(_central(n, o, s, crcs[c] if isinstance(c, str) else c) for n, o, s, c in rows)
+            return body + _end(len(rows), len(body), offset)
+
+        self._trailer(len(directory({c: 0 for *_, c in rows if isinstance(c, str)})), directory)
+
+    def _fixed(self, data: bytes) -> None:
+        self.segments.append(Fixed(self.at, data))
+        self.at += len(data)
+
+    def _trailer(self, size: int, make: Callable[[dict[str, int]], bytes]) -> None:
+        self.segments.append(Trailer(self.at, size, make))
+        self.at += size
+
+    def _header(self, name: str, size: int, crc: int | None, alignment: int) -> bytes:
+        extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
+        if alignment:
+            bare = self.at - self.start + 30 + len(name) + len(extra) + 4
+            gap = -bare % alignment
+            extra += struct.pack("<2sH", b"FB", gap) + b"Z" * gap  # the padding field that torch.save uses
+        short = min(size, 0xFFFFFFFF)
+        flags, sizes = (0x0808, (0, 0, 0)) if crc is None else (0x0800, (crc, short, short))
+        if crc is None and size >= 0xFFFFFFFF:
+            sizes = (0, 0xFFFFFFFF, 0xFFFFFFFF)
+        return struct.pack("<4s5H3I2H", b"PK\x03\x04", 45 if extra[:2] == b"\1\0" else 0, flags, 0, 0, 0, *sizes, len(name), len(extra)) + name.encode() + extra
+
+
+def _central(name: str, offset: int, size: int, crc: int) -> bytes:
+    extra = b""
+    if size >= 0xFFFFFFFF or offset >= 0xFFFFFFFF:
+        wide = ([size, size] if size >= 0xFFFFFFFF else []) + ([offset] if offset >= 0xFFFFFFFF else [])
+        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
+    short = min(size, 0xFFFFFFFF)
+    return (
+        struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45 if extra else 0, 45 if extra else 0, 0x0808, 0, 0, 0, crc, short, short,
+                    len(name), len(extra), 0, 0, 0, 0, min(offset, 0xFFFFFFFF))
+        + name.encode() + extra
+    )  # fmt: skip
+
+
+def _end(count: int, size: int, offset: int) -> bytes:
+    wide = b""
+    if offset >= 0xFFFFFFFF or count >= 0xFFFF:
+        wide = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
+        wide += struct.pack("<4sIQI", b"PK\x06\x07", 0, offset + size, 1)
+    short = min(count, 0xFFFF)
+    return wide + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, short, short, min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF), 0)
+
+
+def tensor_object(tensor: SinkTensor, key: str) -> Object:
+    """The `_rebuild_tensor` call that torch.load turns into this tensor over storage `key`."""
+    storage = STORAGE_OF.get(tensor.dtype)
+    elements = tensor.nbytes if storage is None else tensor.nbytes * 8 // DTYPES[tensor.dtype].bits
+    kind = Global("torch", storage) if storage else Global("torch.storage", "UntypedStorage")
+    identity = Persistent(("storage", kind, key, "cpu", elements))
+    args: tuple[Any, ...] = (identity, 0, tensor.shape, row_major(tensor.shape), False, Object(Global("collections", "OrderedDict")))
+    if storage:
+        return Object(Global("torch._utils", "_rebuild_tensor_v2"), args)
+    spelled = DTYPES[tensor.dtype].torch
+    if spelled is None:
+        raise TensorkeepError(f"torch cannot hold {tensor.dtype}", where=tensor.name, hint="keep it in safetensors (--to hf)")
+    return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", spelled)))
+
+
+def pack(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> Pack:
+    """A whole archive: the pickle of `value`, then the storages (key, tensor), in torch.save's order of entries."""
+    made = Pack(start)
+    made.add("archive/data.pkl", emit(value))
+    made.add("archive/byteorder", b"little")
+    for key, tensor in tensors:
+        made.add_tensor(f"archive/data/{key}", tensor.name, tensor.nbytes)
+    made.add("archive/version", b"3\n")
+    made.close()
+    return made
+
+
+def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
+    """Leaves of a nested state dict by dotted name: `Stored` for tensors, plain values for the rest."""
+    pending: list[tuple[str, Any, int]] = [(prefix, value, 0)]
+    while pending:
+        name, item, depth = pending.pop()
+        if depth > 32:
+            raise TensorkeepError("is nested more than 32 levels deep", where=where, code="F07")
+        if isinstance(item, Object):
+            tensor = stored_tensor(item, where)
+            if tensor is not None:
+                yield name, tensor
+                continue
+            if item.is_mapping:
+                item = item.entries
+        if isinstance(item, dict):
+            children = [(f"{name}.{k}" if name else str(k), v, depth + 1) for k, v in item.items()]
+            pending.extend(reversed(children))
+        elif isinstance(item, (list, tuple)) and any(isinstance(v, (Object, dict, list)) for v in item):
+            pending.extend(reversed([(f"{name}.{i}" if name else str(i), v, depth + 1) for i, v in enumerate(item)]))
+        else:
+            yield name, item
+
+
+def storage_bytes(tensor: Stored) -> tuple[int, int]:
+    """First byte within its storage and number of bytes that a tensor touches."""
+    width = DTYPES[tensor.dtype].bits // 8
+    if 0 in tensor.shape:
+        return 0, 0
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides)) + 1
+    return tensor.offset * width, max(span * width, nbytes(tensor.dtype, ()) if not tensor.shape else 0)

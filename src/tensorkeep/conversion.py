@@ -1,0 +1,240 @@
+"""Convert: carry out a plan by streaming, prove what was written, leave a certificate.
+
+Layouts are known beforehand, so several threads fill one file at once; each holds one chunk. The sink appears under
+its name only after it has been read back and every tensor's digest equals that of the bytes the plan made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensorkeep import manifest
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import CERTIFICATE, explained, refuse_existing, replacing
+from tensorkeep.layout import FileLayout, Fixed, Slot, Trailer, small_file
+from tensorkeep.naming import minimind
+from tensorkeep.plan import Plan, Step
+from tensorkeep.streams import Cast, Sums, write_tensor
+from tensorkeep.view import FORMATS, StateView, read
+
+THREADS = min(4, os.cpu_count() or 1)
+Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+
+
+def quiet(_what: str, _done: int, _total: int) -> None:
+    """The progress callback of those who do not watch."""
+
+
+@dataclass
+class Result:
+    """What a conversion did: the sink's path, bytes, digests by tensor, casts that lost values, seconds by phase."""
+
+    path: str
+    nbytes: int
+    digests: dict[str, str]
+    casts: dict[str, Cast] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def sink_format(to: str) -> Any:
+    """The module of a writable format."""
+    module = importlib.import_module(FORMATS[to]) if to in FORMATS else None
+    if module is None or not hasattr(module, "layout"):
+        raise TensorkeepError(f"cannot write {to!r}", hint="--to hf, dcp, pth or peft")
+    return module
+
+
+def convert(
+    plan: Plan, out: str, to: str, shard_size: int | None = None, overwrite: bool = False, progress: Progress = quiet
+) -> Result:
+    """Write the plan to `out` (a folder; a file for a name ending in .safetensors, .pth, .pt or .bin) and prove it.
+
+    Returns digests of every tensor of the sink. Raises TensorkeepError, and leaves no sink, where anything fails.
+    """
+    if "://" in out:
+        from tensorkeep.remote import convert_remote
+
+        return convert_remote(plan, out, to, shard_size, overwrite, progress)
+    final = Path(out)
+    refuse_existing(final, overwrite)
+    _refuse_inside(final, plan.sources)
+    layouts, single = sink_files(plan, final.name, to, shard_size)
+    with replacing(final, overwrite) as temporary:
+        started = time.perf_counter()
+        folder = temporary.parent if single else temporary
+        if single:
+            layouts = [FileLayout(temporary.name, layouts[0].segments)]
+        else:
+            with explained(temporary):
+                temporary.mkdir()
+        sums = write_files(layouts, folder, plan, progress)
+        written = time.perf_counter()
+        prove(temporary, plan, sums, progress)
+        proven = time.perf_counter()
+        certificate = certify(plan, sums, to)
+        if not single:
+            (folder / CERTIFICATE).write_bytes(certificate)
+    if single:
+        with replacing(beside(final), overwrite=True) as temporary:
+            temporary.write_bytes(certificate)
+    casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
+    seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
+    return Result(str(final), plan.nbytes, {n: s.digest for n, s in sums.items()}, casts, seconds)
+
+
+def beside(path: Path) -> Path:
+    """Where the certificate of a lone file lies."""
+    return path.with_name(f"{path.name}.{CERTIFICATE}")
+
+
+def _refuse_inside(final: Path, sources: Sequence[StateView]) -> None:
+    for view in sources:
+        source = Path(view.folder.url).resolve()
+        if "://" not in view.folder.url and source == final.resolve():
+            raise TensorkeepError("the sink is the source", where=final, hint="write to another path")
+
+
+def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[list[FileLayout], bool]:
+    """The layouts of all files of a sink, metadata last, and whether the sink is a lone file."""
+    form = sink_format(to)
+    single = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
+    if single and to not in ("hf", "pth"):
+        raise TensorkeepError(f"{to} is a folder, {name} names a file", hint="leave the ending out")
+    options: dict[str, Any] = {"shard_size": shard_size, "root": plan.root, "config": plan.config}
+    if single:
+        options |= {"name": name, "shard_size": 1 << 62}
+    elif to == "pth" and plan.naming == "minimind":
+        options["name"] = minimind.file_name(plan.config, [t.name for t in plan.tensors], minimind.stage_of(plan.sources[0].path))
+    layouts = form.layout(plan.tensors, **options)
+    if not single:
+        layouts = [*[small_file(c.name, c.data) for c in plan.companions if c.name not in {f.name for f in layouts}], *layouts]
+    return layouts, single
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progress: Progress = quiet) -> dict[str, Sums]:
+    """Write and fsync every file of a sink; the checksums of each tensor come back by name."""
+    steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
+    total = plan.nbytes
+    done = 0
+    sums: dict[str, Sums] = {}
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("write", done, total)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for layout in layouts:
+            path = folder / layout.name
+            with explained(path):
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            try:
+                with explained(path):
+                    jobs = [pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count) for slot in layout.slots]
+                    sums.update(_gather(jobs, layout.slots))
+                    _write_rest(handle, layout, {n: s.crc for n, s in sums.items()})
+                    os.fsync(handle)
+            finally:
+                os.close(handle)
+    return sums
+
+
+def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
+    finished, running = wait(jobs, return_when=FIRST_EXCEPTION)
+    for job in running:
+        job.cancel()
+    wait(running)
+    return {slot.tensor: job.result() for job, slot in zip(jobs, slots) if not job.cancelled()}
+
+
+def _fill(handle: int, slot: Slot, step: Step, sources: Sequence[StateView], count: Callable[[int], None]) -> Sums:
+    at = slot.start
+
+    def write(piece: memoryview) -> None:
+        nonlocal at
+        write_all(handle, piece, at)
+        at += len(piece)
+        count(len(piece))
+
+    sums = write_tensor(step, sources, write)
+    if at != slot.start + slot.nbytes:
+        raise TensorkeepError(f"{slot.tensor}: {at - slot.start} bytes instead of {slot.nbytes}", hint="the source changed while it was read")
+    return sums
+
+
+def write_all(handle: int, data: memoryview | bytes, at: int) -> None:
+    """pwrite until everything is written."""
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(handle, view, at)
+        view, at = view[done:], at + done
+
+
+def _write_rest(handle: int, layout: FileLayout, crcs: dict[str, int]) -> None:
+    for segment in layout.segments:
+        if isinstance(segment, Fixed):
+            write_all(handle, segment.data, segment.start)
+        elif isinstance(segment, Trailer):
+            write_all(handle, segment.make(crcs), segment.start)
+
+
+# -- proof ----------------------------------------------------------------------------------------------------------
+
+
+def prove(sink: Path, plan: Plan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
+    """Open the sink as a stranger would and compare names, dtypes, shapes and digests with the plan.
+
+    Raises TensorkeepError F03 at the first difference; the caller then leaves no sink behind.
+    """
+    view = read(sink)
+    wanted = {f"{plan.root}.{t.name}" if plan.root and view.format != "hf" else t.name: t for t in plan.tensors}
+    if set(view) != set(wanted):
+        odd = sorted(set(view) ^ set(wanted))
+        raise TensorkeepError(f"read back, the sink differs in names: {', '.join(odd[:5])}", where=sink, code="F03")
+    total, done = plan.nbytes, 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, digest in zip(wanted, pool.map(view.digest, wanted)):
+            tensor, record = wanted[name], view[name]
+            if (record.dtype, record.shape) != (tensor.dtype, tensor.shape) or digest != sums[tensor.name].digest:
+                raise TensorkeepError(f"read back, {name} is not what the plan made", where=sink, code="F03", hint="check the disk, then run again")
+            done += tensor.nbytes
+            progress("prove", done, total)
+
+
+def certify(plan: Plan, sums: dict[str, Sums], to: str) -> bytes:
+    """The certificate: digests of every tensor, the steps, what was dropped and why. No path, no time."""
+    tensors = {
+        t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": sums[t.name].digest}
+        for t in sorted(plan.tensors, key=lambda t: t.name)
+    }
+    return manifest.dump(
+        {
+            "schema": manifest.SCHEMA,
+            "format": to,
+            "naming": plan.naming,
+            "root": plan.root,
+            "digest": manifest.digest_of_all({n: e["xxh3_128"] for n, e in tensors.items()}),
+            "source": [{"format": v.format, "digest": _kept(plan, sums, i)} for i, v in enumerate(plan.sources)],
+            "notes": [{"code": n.code, "message": n.message} for n in plan.notes],
+            "tensors": tensors,
+            "steps": plan.to_json(),
+        }
+    )
+
+
+def _kept(plan: Plan, sums: dict[str, Sums], index: int) -> str:
+    """A digest of the source's tensors as they were read (before permutation and cast)."""
+    digests: dict[str, str] = {}
+    for item in sums.values():
+        digests.update({name: d for (source, name), d in item.sources.items() if source == index})
+    return manifest.digest_of_all(digests)

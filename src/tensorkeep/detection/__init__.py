@@ -1,0 +1,1 @@
+"""Temporal action detection: annotations, model, assignment and losses, decoding, suppression, evaluation."""

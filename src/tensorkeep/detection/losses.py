@@ -1,0 +1,56 @@
+"""Losses of the detection head, element by element: nothing is paired with everything, nothing is indexed away."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Sigmoid focal loss, unreduced, float32: `alpha_t (1 - p_t)^gamma * BCE` (Lin et al. 2017, eq. 5).
+
+    `logits` and `targets` have one shape; targets may be soft (label smoothing): `p_t = p y + (1 - p)(1 - y)`.
+
+    >>> focal_loss(torch.zeros(1), torch.ones(1))
+    tensor([0.0433])
+    """
+    logits, targets = logits.float(), targets.float()
+    p = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    p_t = p * targets + (1 - p) * (1 - targets)
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * cross_entropy * (1 - p_t) ** gamma
+
+
+def smooth_targets(targets: Tensor, smoothing: float) -> Tensor:
+    """`y (1 - e) + e / (K + 1)` for class targets `[..., K]`."""
+    return targets * (1 - smoothing) + smoothing / (targets.shape[-1] + 1)
+
+
+def diou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
+    """`1 - DIoU` of aligned segments `[..., 2]`, unreduced, in `[0, 2)`; units cancel.
+
+    `DIoU = inter / max(union, eps) - d^2 / max(enclosing^2, eps)`, d the distance of the centres (Zheng et al. 2020).
+
+    >>> diou_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 2.0]]))
+    tensor([0.])
+    """
+    inter, union, enclosing = _overlap(predicted, target)
+    distance = (target.sum(-1) - predicted.sum(-1)) / 2
+    return 1 - (inter / union.clamp(min=eps) - distance * distance / (enclosing * enclosing).clamp(min=eps))
+
+
+def giou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """`1 - GIoU` of aligned segments `[..., 2]`, unreduced, in `[0, 2)` (Rezatofighi et al. 2019)."""
+    inter, union, enclosing = _overlap(predicted, target)
+    enclosing = enclosing.clamp(min=1e-7)  # with OpenTAD's own guards, so that degenerate segments agree too
+    return 1 - (inter / union.clamp(min=eps) - (enclosing - union) / (enclosing + eps))
+
+
+def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths of intersection, union and enclosing segment, each `[...]`."""
+    inter = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
+    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inter
+    enclosing = torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])
+    return inter, union, enclosing

@@ -1,0 +1,119 @@
+"""Which detection meets which annotated segment: overlaps as a sparse list, and the greedy one-to-one matching.
+
+Both evaluation protocols match greedily inside each (video, class) group. What one of them calls the *picker* (the
+detection in the ActivityNet protocol, the annotated segment in the THUMOS'14 kit) takes, in turn, the best still free
+*candidate*. All groups take their next turn together, so the work is a few array operations a turn. Numpy only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 1 << 20  # candidate pairs held at once: bounds memory where one video has thousands of both
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Pairs(NamedTuple):
+    """Overlapping (left, right) segments as three columns of one length, ordered by left, then right."""
+
+    left: Ints
+    right: Ints
+    iou: Floats
+
+
+def overlaps(
+    left: Floats, left_keys: Ints, right: Floats, right_keys: Ints, at_least: float, floor: float = 1e-8
+) -> Pairs:
+    """All pairs of equal key whose temporal IoU is above 0 and at least `at_least`.
+
+    left [N, 2] and right [M, 2] are `[start, end]` rows, the keys say which may meet (one key a video, or a video and
+    class). IoU = intersection / max(length + length - intersection, floor), in float64 and in this order of
+    operations, which the published evaluators share; the order decides cases that lie on a threshold.
+
+    >>> overlaps(np.array([[0., 2.]]), np.array([0]), np.array([[1., 2.], [5., 6.]]), np.array([0, 0]), 0.1).iou
+    array([0.5])
+    """
+    order = np.argsort(right_keys, kind="stable")
+    keys = right_keys[order]
+    first = np.searchsorted(keys, left_keys, side="left")
+    count = np.searchsorted(keys, left_keys, side="right") - first
+    ends = np.cumsum(count)
+    found = []
+    start = 0
+    while start < len(left_keys):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _BLOCK, side="right")))
+        here = np.repeat(np.arange(start, stop), count[start:stop])
+        inside = np.arange(len(here)) - np.repeat(ends[start:stop] - count[start:stop] - before, count[start:stop])
+        there = order[first[here] + inside]
+        shared = np.minimum(left[here, 1], right[there, 1]) - np.maximum(left[here, 0], right[there, 0])
+        near = shared > 0
+        here, there, shared = here[near], there[near], shared[near]
+        union = (left[here, 1] - left[here, 0]) + (right[there, 1] - right[there, 0]) - shared
+        iou = shared / np.maximum(union, floor)
+        enough = iou >= at_least
+        found.append((here[enough], there[enough], iou[enough]))
+        start = stop
+    if not found:
+        empty = np.zeros(0, dtype=np.int64)
+        return Pairs(empty, empty, np.zeros(0))
+    return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def match_greedily(
+    picker: Ints,
+    candidate: Ints,
+    iou: Floats,
+    groups: Ints,
+    thresholds: Floats,
+    candidates: int,
+    *,
+    strict: bool,
+) -> NDArray[np.int64]:
+    """The candidate that each picker takes at each threshold: [len(groups), T], -1 for none.
+
+    `picker`, `candidate`, `iou`: the pairs. `groups` [P]: the group of every picker; inside a group pickers choose in
+    the order of their numbers. Each takes the free candidate of the highest IoU if that is >= the threshold (> with
+    `strict`); equal IoUs go to the candidate listed last among the picker's pairs.
+    """
+    taken = np.full((len(groups), len(thresholds)), -1, dtype=np.int64)
+    if not len(picker):
+        return taken
+    order = np.argsort(picker, kind="stable")
+    picker, candidate, iou = picker[order], candidate[order], iou[order]
+    choosers, lengths = np.unique(picker, return_counts=True)
+    turn_of = _turns(groups[choosers])
+    by_turn = np.argsort(np.repeat(turn_of, lengths), kind="stable")  # pairs of one turn lie together, by chooser
+    picker, candidate, iou = picker[by_turn], candidate[by_turn], iou[by_turn]
+    ends = np.cumsum(np.bincount(np.repeat(turn_of, lengths)))
+    free = np.ones((candidates, len(thresholds)), dtype=bool)
+    columns = np.arange(len(thresholds))[None, :]
+    for start, end in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+        who, whom = picker[start:end], candidate[start:end]
+        heads = np.flatnonzero(np.diff(who, prepend=-1))
+        value = np.where(free[whom], iou[start:end, None], -1.0)
+        best = np.maximum.reduceat(value, heads, axis=0)
+        sizes = np.diff(heads, append=len(who))
+        is_best = value == np.repeat(best, sizes, axis=0)
+        place = np.maximum.reduceat(np.where(is_best, np.arange(len(who))[:, None], -1), heads, axis=0)
+        enough = best > thresholds if strict else best >= thresholds
+        chosen = np.where(enough, whom[place], -1)
+        taken[who[heads]] = chosen
+        free[chosen[enough], np.broadcast_to(columns, chosen.shape)[enough]] = False
+    return taken
+
+
+def _turns(groups: Ints) -> Ints:
+    """0, 1, 2, ... inside each group, in the order given."""
+    order = np.argsort(groups, kind="stable")
+    ordered = groups[order]
+    heads = np.flatnonzero(np.diff(ordered, prepend=-1))
+    sizes = np.diff(heads, append=len(ordered))
+    turns = np.empty(len(groups), dtype=np.int64)
+    turns[order] = np.arange(len(ordered)) - np.repeat(heads, sizes)
+    return turns

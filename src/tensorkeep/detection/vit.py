@@ -1,0 +1,308 @@
+"""The VideoMAE vision transformer: frames in chunks of 16 to a feature map, with a hook for adapters.
+
+Attention stays inside a chunk; only what hangs on `Block.adapter` sees a whole video. Weight names are those of
+the original VideoMAE files (`patch_embed.proj`, `blocks.I.attn.{q_bias,v_bias,qkv,proj}`, `blocks.I.mlp.fc1`, ...).
+Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16, v2-g 1408/40/16 with patch 14 and `mlp_dim` 6144.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tensorkeep.errors import TensorkeepError
+
+Checkpointing = Literal["none", "blocks", "attention"]
+EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Shape of a VideoMAE ViT. `image_size` [pixels] only sizes the stored position table; any grid can be fed.
+
+    `mean` and `std` are per channel, RGB, on the 0..255 scale.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_dim: int = 1536
+    chunk_frames: int = 16
+    tubelet: int = 2
+    drop_path: float = 0.1
+    eps: float = 1e-6
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.heads:
+            raise TensorkeepError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}", where="vit")
+        if self.chunk_frames % self.tubelet:
+            what = f"chunk_frames {self.chunk_frames} is not a multiple of tubelet {self.tubelet}"
+            raise TensorkeepError(what, where="vit")
+
+
+class VideoShape(NamedTuple):
+    """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w."""
+
+    videos: int
+    t: int
+    h: int
+    w: int
+
+
+def sinusoid_table(length: int, channels: int) -> Tensor:
+    """Fixed position table `[1, length, channels]`, float32, computed in float64.
+
+    Angle `n / 10000^((j - j mod 2) / channels)`; even j sine, odd j cosine ("Attention is all you need", 3.5).
+
+    >>> sinusoid_table(2, 4)[0, 1]
+    tensor([0.8415, 0.5403, 0.0100, 0.9999])
+    """
+    j = torch.arange(channels, dtype=torch.float64, device="cpu")
+    n = torch.arange(length, dtype=torch.float64, device="cpu")
+    angle = n[:, None] / torch.pow(10000.0, (j - j % 2) / channels)
+    return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+    """Table `[1, t*g*g, C]` of grid `stored` resized to `grid`, each time slice bicubic (align_corners False).
+
+    Runs without gradients: the table is fixed, and bicubic has no deterministic backward on CUDA.
+    """
+    if stored == grid:
+        return table
+    if stored[0] != grid[0]:
+        raise TensorkeepError(
+            f"a chunk has {grid[0]} tubelets, the position table {stored[0]}",
+            where="vit",
+            hint="feed chunks of `chunk_frames` frames",
+        )
+    with torch.no_grad():
+        planes = table.view(*stored, -1).permute(0, 3, 1, 2)  # [t, C, g, g]
+        planes = F.interpolate(planes, size=grid[1:], mode="bicubic", align_corners=False)
+        return planes.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1])  # [1, t*h*w, C]
+
+
+def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """`(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
+    centre, spread = _channel_constants(mean, std, frames.device)
+    return (frames.float() - centre) / spread
+
+
+@lru_cache(maxsize=8)
+def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
+    return values[0], values[1]
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth on `x [N, ...]`: each sample is kept with probability `1 - rate` and scaled by its inverse."""
+    if rate == 0.0 or not training:
+        return x
+    kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate)
+    return x * kept.div_(1 - rate)
+
+
+class PatchEmbed(nn.Module):
+    """Tubelets to tokens: a Conv3d whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.kernel = (config.tubelet, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.embed_dim, self.kernel, stride=self.kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [N, 3, t, H, W]` normalised -> tokens `[N, t/2 * H/16 * W/16, C]`."""
+        n, channels = x.shape[:2]
+        a, p, q = self.kernel
+        t, h, w = (size // step for size, step in zip(x.shape[2:], self.kernel))
+        if (t * a, h * p, w * q) != tuple(x.shape[2:]):
+            what = f"frames {tuple(x.shape[2:])} (t, H, W) are not a multiple of the patch {self.kernel}"
+            raise TensorkeepError(what, where="vit.patch_embed", hint="resize or crop the frames")
+        x = x.to(self.proj.weight.dtype).view(n, channels, t, a, h, p, w, q)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n, t * h * w, -1)  # [N, L, 3*2*16*16]
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [N, L, C]
+
+
+class Attention(nn.Module):
+    """Self-attention within a chunk; the bias of q, k, v is stored as `q_bias` and `v_bias` (k has none)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.heads = config.heads
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj: nn.Module = nn.Linear(dim, dim)
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[N, L, C] -> [N, L, 3C]`. A quantised or low-rank `qkv` is called as it is and gets the bias afterwards."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        if type(self.qkv) is nn.Linear:
+            return F.linear(x, self.qkv.weight, bias)
+        out: Tensor = self.qkv(x)
+        return out + bias.to(out.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, L, C] -> [N, L, C]`."""
+        n, length, _ = x.shape
+        qkv = self.project(x).view(n, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, d]
+        out = F.scaled_dot_product_attention(q, k, v)
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(n, length, -1))
+        return mixed  # [N, L, C]
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.fc1: nn.Module = nn.Linear(config.embed_dim, config.mlp_dim)
+        self.fc2: nn.Module = nn.Linear(config.mlp_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, L, C] -> [N, L, C]`."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, with `adapter(x, shape)` at its end where one is set."""
+
+    def __init__(self, config: VitConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.mlp = Mlp(config)
+        self.drop_path = drop_path
+        self.adapter: nn.Module | None = None
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Attention and MLP with their residuals: `[N, L, C] -> [N, L, C]`."""
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+    def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """The adapter alone, or nothing: `[N, L, C] -> [N, L, C]`."""
+        if self.adapter is None:
+            return x
+        out: Tensor = self.adapter(x, shape)
+        return out
+
+    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """`[N, L, C] -> [N, L, C]`."""
+        return self.adapt(self.trunk(x), shape)
+
+
+class VisionTransformer(nn.Module):
+    """VideoMAE encoder, chunk by chunk.
+
+    `checkpointing`: `none` keeps every activation; `blocks` recomputes each block from its input; `attention` does
+    too, but keeps the attention outputs (more memory, no second attention kernel).
+
+    >>> vit = VisionTransformer(VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4))
+    >>> vit(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
+    torch.Size([2, 48, 2, 2, 2])
+    """
+
+    def __init__(self, config: VitConfig, checkpointing: Checkpointing = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing: Checkpointing = checkpointing
+        side = config.image_size // config.patch_size
+        self.stored_grid = (config.chunk_frames // config.tubelet, side, side)
+        self.patch_embed = PatchEmbed(config)
+        # persistent, as in OpenTAD's files: what we train loads there strictly
+        self.register_buffer("pos_embed", sinusoid_table(self.stored_grid[0] * side * side, config.embed_dim))
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.eps)  # in every checkpoint; unused by feature maps
+        self.apply(_initialise)
+
+    def embed(self, chunks: Tensor) -> Tensor:
+        """Raw frames `[N, 3, t, H, W]` (0..255, uint8 or float) to tokens `[N, L, C]`, without positions."""
+        mean, std = self.config.mean, self.config.std
+        parts = [self.patch_embed(normalise_frames(part, mean, std)) for part in torch.split(chunks, EMBED_CHUNKS)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def positions(self, shape: VideoShape) -> Tensor:
+        """Position table `[1, t*h*w, C]` for the grid of `shape`."""
+        table = self.get_buffer("pos_embed")
+        return resize_positions(table, self.stored_grid, (shape.t, shape.h, shape.w))
+
+    def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
+        """Tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
+        x = tokens + self.positions(shape).to(tokens.dtype)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = self._run(block, x, shape)
+        return x
+
+    def forward(self, chunks: Tensor, videos: int) -> Tensor:
+        """Raw frames `[videos * chunks, 3, t, H, W]`, chunks of one video side by side, to `[.., C, t/2, h, w]`.
+
+        Raises TensorkeepError where `videos` does not divide the chunks or a frame is no multiple of the patch.
+        """
+        if chunks.shape[0] % videos:
+            raise TensorkeepError(f"{chunks.shape[0]} chunks cannot belong to {videos} videos", where="vit")
+        t, h, w = (size // step for size, step in zip(chunks.shape[2:], self.patch_embed.kernel))
+        x = self.encode(self.embed(chunks), VideoShape(videos, t, h, w))  # [N, L, C]
+        return x.transpose(1, 2).reshape(len(x), -1, t, h, w)  # [N, C, t, h, w]
+
+    def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            out: Tensor = block(x, shape)
+            return out
+        if not x.requires_grad and not any(p.requires_grad for p in _trunk_parameters(block)):
+            # nothing before the adapter has a gradient (block 0 of a frozen ViT): recomputing it would be waste
+            x = block.trunk(x)
+            return x if block.adapter is None else self._checkpoint(block.adapter, x, shape)
+        return self._checkpoint(block, x, shape)
+
+    def _checkpoint(self, module: nn.Module, x: Tensor, shape: VideoShape) -> Tensor:
+        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        # random numbers are drawn in training only (drop path, LoRA dropout); saving their state costs a sync
+        out: Tensor = checkpoint(module, x, shape, use_reentrant=False, preserve_rng_state=self.training, **extra)
+        return out
+
+
+def _trunk_parameters(block: Block) -> Iterable[nn.Parameter]:
+    return (p for name, p in block.named_parameters() if not name.startswith("adapter."))
+
+
+_ATTENTION_OPS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _attention_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention() -> Any:
+    contexts: Any = create_selective_checkpoint_contexts
+    return contexts(_attention_policy)
+
+
+def _initialise(module: nn.Module) -> None:
+    # as VideoMAE trains from scratch; pretrained weights overwrite it
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

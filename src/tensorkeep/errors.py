@@ -1,0 +1,60 @@
+"""The one error that leaves this package, and how it reads.
+
+Whatever goes wrong with a file, a name or an argument reaches the user as a `TensorkeepError`: what
+happened and where in one line, then `hint:` with the next command. A finding code (F01, K04, ...) goes
+along where one applies, so that `tensorkeep explain CODE` can say more.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TensorkeepError(Exception):
+    """What went wrong, where, and what to do next.
+
+    >>> print(TensorkeepError("no tensor 'lm_hed.weight'", where="model.safetensors", hint="did you mean lm_head.weight?"))
+    model.safetensors: no tensor 'lm_hed.weight'
+    hint: did you mean lm_head.weight?
+    """
+
+    def __init__(
+        self, what: str, *, where: object = None, hint: str | None = None, code: str | None = None, exit_code: int = 2
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.hint = hint
+        self.code = code
+        self.exit_code = exit_code
+
+    @property
+    def line(self) -> str:
+        """The first line alone: code, place, what."""
+        code = f"{self.code} " if self.code else ""
+        where = f"{self.where}: " if self.where else ""
+        return f"{code}{where}{self.what}"
+
+    def __str__(self) -> str:
+        return f"{self.line}\nhint: {self.hint}" if self.hint else self.line
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # keyword-only arguments do not survive the default protocol, and errors cross process borders in tests
+        return (_rebuild, (self.what, self.where, self.hint, self.code, self.exit_code))
+
+
+def _rebuild(
+    what: str, where: str | None, hint: str | None, code: str | None, exit_code: int
+) -> TensorkeepError:
+    return TensorkeepError(what, where=where, hint=hint, code=code, exit_code=exit_code)
+
+
+def near_misses(word: str, known: Iterable[str], most: int = 3) -> str:
+    """`did you mean a, b?` for the known words nearest to `word`, or an empty string.
+
+    >>> near_misses("torchtian", ["hf", "torchtitan", "minimind"])
+    'did you mean torchtitan?'
+    """
+    close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
+    return f"did you mean {', '.join(close)}?" if close else ""

@@ -1,0 +1,267 @@
+"""`dcp`: torch.distributed.checkpoint folders, read and written without torch.
+
+`.metadata` is a pickle of a few dataclasses: it is read as opcodes into plain data and written from a fixed template.
+Data files hold one torch.save archive a chunk; where a chunk's bytes lie within its archive is looked up when the
+chunk is first read, so that opening a checkpoint of thousands of shards stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensorkeep.archive import ALLOWED as TENSOR_GLOBALS
+from tensorkeep.archive import Stored, entries, pack, saved_value, storage_bytes, stored_tensor, tensor_object
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder, inside
+from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
+from tensorkeep.pickles import Global, Object, emit, parse
+from tensorkeep.record import DTYPES, FROM_TORCH, Block, TensorRecord, same_layout
+from tensorkeep.view import Note, StateView
+
+METADATA = ".metadata"
+MODULE = "torch.distributed.checkpoint.metadata"
+ALLOWED = TENSOR_GLOBALS | {
+    *(f"{MODULE}.{c}" for c in (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    )),
+    "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.strided", "torch.contiguous_format",
+    "torch.preserve_format", "torch.channels_last",
+}  # fmt: skip
+SHARD_SIZE = 5_000_000_000
+
+
+def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    return METADATA in names or (single and names[0].endswith(".metadata"))
+
+
+def read(folder: Folder, names: list[str], path: str) -> StateView:
+    """The view of a DCP folder. Raises F02, F04, F05, F06, F07; nothing in the pickle is run."""
+    where = f"{folder.url}/{METADATA}"
+    root, _ = parse(folder.read(METADATA), ALLOWED, where)
+    fields = _state(root, "Metadata", where)
+    storage = _storage(fields.get("storage_data"), where)
+    names = folder.names()
+    sizes = {file: folder.size(file) for file in {f for f, _, _ in storage.values()} if file in names}
+    view = StateView(path, "dcp", folder, {}, locate=locate)
+    described = fields.get("state_dict_metadata")
+    if not isinstance(described, dict):
+        raise _damaged("no state_dict_metadata", where)
+    for name, entry in described.items():
+        if not isinstance(name, str) or not isinstance(entry, Object):
+            raise _damaged(f"an entry for {name!r}", where)
+        if entry.call.name == "BytesStorageMetadata":
+            view.entries[name] = _place(name, (), storage, sizes, where)
+        else:
+            view.records[name] = _record(name, entry, storage, sizes, where)
+    paths = fields.get("planner_data")
+    if isinstance(paths, dict):
+        view.metadata["paths"] = {n: p for n, p in paths.items() if isinstance(n, str) and isinstance(p, tuple)}
+    strays = [n for n in names if n.endswith(".distcp") and n not in sizes]
+    if strays:
+        view.notes.append(Note("F07", f"{', '.join(strays)}: data that .metadata does not name, left by an earlier save", tuple(strays)))
+    return view
+
+
+def _damaged(what: str, where: object) -> TensorkeepError:
+    return TensorkeepError(f"the metadata is damaged: {what}", where=where, code="F07", hint="copy the checkpoint again")
+
+
+def _state(value: Any, kind: str, where: object) -> dict[str, Any]:
+    """The attributes of an object of the named class."""
+    if not isinstance(value, Object) or value.call.name != kind or not isinstance(value.state, dict):
+        raise _damaged(f"expected a {kind}", where)
+    return value.state
+
+
+def _size(value: Any, where: object) -> tuple[int, ...]:
+    if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
+        value = value.args[0]
+    if not isinstance(value, (tuple, list)) or len(value) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        raise _damaged("sizes that are not whole numbers", where)
+    return tuple(value)
+
+
+Place = tuple[str, int, int]  # file, first byte, bytes of the archive
+
+
+def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], Place]:
+    if not isinstance(value, dict):
+        raise _damaged("no storage_data", where)
+    out: dict[tuple[str, tuple[int, ...]], Place] = {}
+    for index, info in value.items():
+        key, place = _state(index, "MetadataIndex", where), _state(info, "_StorageInfo", where)
+        if place.get("transform_descriptors"):
+            raise TensorkeepError(
+                f"{key.get('fqn')} is stored through {place['transform_descriptors']}", where=where,
+                hint="load it with the torch that wrote it and save without storage extensions",
+            )  # fmt: skip
+        file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
+        if not isinstance(file, str) or type(start) is not int or type(length) is not int or start < 0 or length < 0:
+            raise _damaged(f"the place of {key.get('fqn')!r}", where)
+        offset = key.get("offset")
+        name = key.get("fqn")
+        if not isinstance(name, str):
+            raise _damaged("an index without a name", where)
+        full = (name, () if offset is None else _size(offset, where))
+        if full in out:
+            raise _damaged(f"{name} is stored twice", where)
+        out[full] = (inside(file, where), start, length)
+    _check_overlap(out, where)
+    return out
+
+
+def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], Place], where: object) -> None:
+    ordered = sorted((place, key[0]) for key, place in storage.items())
+    for (before, first), (after, second) in zip(ordered, ordered[1:]):
+        if before[0] == after[0] and before[1] + before[2] > after[1]:
+            raise TensorkeepError(
+                f"{first} and {second} overlap in {before[0]}", where=where, code="F07", hint="copy the checkpoint again"
+            )
+
+
+def _place(name: str, offset: tuple[int, ...], storage: dict[Any, Place], sizes: dict[str, int], where: object) -> Place:
+    place = storage.get((name, offset)) or (storage.get((name, ())) if not any(offset) else None)
+    if place is None:
+        raise TensorkeepError(
+            f"{name} has metadata but no storage entry{f' at {offset}' if any(offset) else ''}", where=where, code="F07",
+            hint="a writer thread failed while this was saved (pytorch #191391); use the checkpoint before it",
+        )  # fmt: skip
+    file, start, length = place
+    if file not in sizes:
+        raise TensorkeepError(f"{name} lies in {file}, which is not there", where=where, code="F05", hint="copy the missing file")
+    if start + length > sizes[file]:
+        raise TensorkeepError(
+            f"{name} is truncated: it ends at byte {start + length} of {file}, the file at {sizes[file]}", where=where,
+            code="F02", hint="copy the file again",
+        )  # fmt: skip
+    return place
+
+
+def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str, int], where: object) -> TensorRecord:
+    fields = _state(entry, "TensorStorageMetadata", where)
+    properties = fields.get("properties")
+    if not isinstance(properties, Object):
+        raise _damaged(f"{name} has no properties", where)
+    state = properties.state
+    spelled = state[0] if isinstance(state, tuple) and state else (state or {}).get("dtype") if isinstance(state, dict) else None
+    dtype = FROM_TORCH.get(spelled.name) if isinstance(spelled, Global) else None
+    if dtype is None:
+        raise _damaged(f"{name} has an unknown dtype {spelled}", where)
+    shape, chunks, blocks, covered = _size(fields.get("size"), where), fields.get("chunks"), [], 0
+    if not isinstance(chunks, list):
+        raise _damaged(f"{name} has no chunks", where)
+    for chunk in chunks:
+        part = _state(chunk, "ChunkStorageMetadata", where)
+        offsets, sizes_ = _size(part.get("offsets"), where), _size(part.get("sizes"), where)
+        if len(offsets) != len(shape) or len(sizes_) != len(shape) or any(o + n > s for o, n, s in zip(offsets, sizes_, shape)):
+            raise _damaged(f"{name} has a chunk outside its shape {shape}", where)
+        file, start, length = _place(name, offsets, storage, sizes, where)
+        blocks.append(Block(file, start, length, offsets, sizes_, archive=True))
+        covered += _count(sizes_)
+    if covered != _count(shape) or _overlapping(blocks):
+        raise TensorkeepError(f"{name}: its chunks hold {covered} of {_count(shape)} elements", where=where, code="F07", hint="a rank's file is missing; copy the checkpoint again")
+    return TensorRecord(name, dtype, shape, tuple(blocks))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _overlapping(blocks: list[Block]) -> bool:
+    """Whether two chunks share an element. With the right total, no overlap means an exact cover."""
+    filled = sorted((b for b in blocks if _count(b.shape)), key=lambda b: b.offsets)
+    slabs = all(b.shape[1:] == filled[0].shape[1:] and b.offsets[1:] == filled[0].offsets[1:] for b in filled)
+    if slabs:
+        return any(a.offsets[:1] and a.offsets[0] + a.shape[0] > b.offsets[0] for a, b in zip(filled, filled[1:]))
+    return any(
+        all(o < p + m and p < o + n for o, n, p, m in zip(a.offsets, a.shape, b.offsets, b.shape))
+        for i, a in enumerate(filled)
+        for b in filled[i + 1 :]
+    )
+
+
+def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
+    """Where a chunk's raw bytes lie within its torch.save archive."""
+    where = f"{folder.url}/{block.file}: {record.name}"
+    found = entries(folder, block.file, block.start, block.nbytes)
+    value = saved_value(folder, block.file, found)
+    tensor: Stored | None = stored_tensor(value, where) if isinstance(value, Object) else None
+    if tensor is None:
+        raise TensorkeepError("its archive holds no tensor", where=where, code="F07", hint="copy the file again")
+    if tensor.shape != block.shape or tensor.dtype != record.dtype:
+        raise TensorkeepError(
+            f"the data is {tensor.dtype}{list(tensor.shape)}, .metadata says {record.dtype}{list(block.shape)}", where=where,
+            code="F07", hint="the data files and .metadata come from different saves",
+        )  # fmt: skip
+    start, size = storage_bytes(tensor)
+    entry = found.get(f"data/{tensor.storage}")
+    if size and (entry is None or start + size > entry.size):
+        raise TensorkeepError("its storage is truncated", where=where, code="F02", hint="copy the file again")
+    strides = None if same_layout(tensor.shape, tensor.strides) else tensor.strides
+    return Block(block.file, (entry.start if entry else 0) + start, size, block.offsets, block.shape, strides)
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def layout(tensors: Sequence[SinkTensor], *, shard_size: int | None = None, root: str | None = None, **_: Any) -> list[FileLayout]:
+    """Data files `__0_N.distcp` and `.metadata`, last. `root` nests the names as DCP does: `root.name`."""
+    files, places = [], {}
+    for number, part in enumerate(shards(tensors, shard_size or SHARD_SIZE)):
+        file, at = f"__0_{number}.distcp", 0
+        segments: list[Fixed | Slot | Trailer] = []
+        for tensor in part:
+            made = pack(at, tensor_object(tensor, "0"), [("0", tensor)])
+            segments += made.segments
+            places[tensor.name] = (file, at, made.at - at)
+            at = made.at
+        files.append(FileLayout(file, segments))
+    return [*files, small_file(METADATA, metadata(tensors, places, root))]
+
+
+def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str | None) -> bytes:
+    """The bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
+    described, storage, paths = {}, {}, {}
+    for tensor in tensors:
+        name = f"{root}.{tensor.name}" if root else tensor.name
+        zero = _torch_size((0,) * len(tensor.shape))
+        chunk = _object("ChunkStorageMetadata", {"offsets": zero, "sizes": _torch_size(tensor.shape)})
+        described[name] = _object(
+            "TensorStorageMetadata",
+            {"properties": _properties(tensor.dtype), "size": _torch_size(tensor.shape), "chunks": [chunk]},
+        )
+        file, start, length = places[tensor.name]
+        index = _object("MetadataIndex", {"fqn": name, "offset": zero, "index": 0})
+        storage[index] = Object(
+            Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            state={"relative_path": file, "offset": start, "length": length},
+        )
+        paths[name] = (root, tensor.name) if root else (tensor.name,)
+    return emit(
+        _object(
+            "Metadata",
+            {"state_dict_metadata": described, "planner_data": paths, "storage_data": storage, "storage_meta": None, "version": "1.0.0"},
+        )
+    )
+
+
+def _object(kind: str, state: Any) -> Object:
+    return Object(Global(MODULE, kind), state=state)
+
+
+def _torch_size(shape: tuple[int, ...]) -> Object:
+    return Object(Global("torch", "Size"), (tuple(shape),))
+
+
+def _properties(dtype: str) -> Object:
+    spelled = DTYPES[dtype].torch
+    if spelled is None:
+        raise TensorkeepError(f"torch cannot hold {dtype}", hint="keep it in safetensors (--to hf)")
+    strided = Object(Global("torch.serialization", "_get_layout"), ("torch.strided",))
+    memory_format = Object(Global(MODULE, "_MEM_FORMAT_ENCODING"), (0,))
+    return _object("TensorProperties", (Global("torch", spelled), strided, False, memory_format, False))

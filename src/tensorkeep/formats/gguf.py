@@ -1,0 +1,1 @@
+def sniff(folder,names,single): return False

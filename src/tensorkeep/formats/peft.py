@@ -1,0 +1,47 @@
+"""`peft`: an adapter folder, `adapter_model.safetensors` (or .bin) with `adapter_config.json`.
+
+An adapter is never a model: its view carries the adapter config, and every name keeps PEFT's `base_model.model.`
+prefix, which reading recognises as a wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder
+from tensorkeep.formats import pth, safetensors
+from tensorkeep.layout import FileLayout, SinkTensor
+from tensorkeep.manifest import parse_json
+from tensorkeep.view import Companion, StateView
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    return not single and CONFIG in names and any(w in names for w in WEIGHTS)
+
+
+def read(folder: Folder, names: list[str], path: str) -> StateView:
+    """The view of an adapter folder; `view.metadata["adapter"]` is its config."""
+    weights = next(w for w in WEIGHTS if w in names)
+    view = (safetensors if weights == WEIGHTS[0] else pth).read(folder, [weights], path)
+    config = parse_json(folder.read(CONFIG), f"{folder.url}/{CONFIG}")
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise TensorkeepError("names no peft_type", where=f"{folder.url}/{CONFIG}", hint="is this PEFT's adapter_config.json?")
+    view.format = "peft"
+    view.metadata["adapter"] = config
+    view.companions.append(Companion(CONFIG, folder.read(CONFIG), f"{folder.url}/{CONFIG}"))
+    return view
+
+
+def layout(tensors: Sequence[SinkTensor], **_: Any) -> list[FileLayout]:
+    """`adapter_model.safetensors`; the config travels as a companion."""
+    odd = [t.name for t in tensors if ".lora_" not in t.name and ".modules_to_save." not in t.name and "base_model." not in t.name]
+    if odd:
+        raise TensorkeepError(
+            f"{odd[0]} and {len(odd) - 1} more are no adapter tensors", hint="--to peft writes adapters; a full model goes --to hf"
+        )
+    return [safetensors.file_layout(WEIGHTS[0], tensors)]

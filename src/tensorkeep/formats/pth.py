@@ -1,0 +1,124 @@
+"""`pth`: torch.save files, zip and legacy, read without torch and without unpickling.
+
+A `.pth` is often a dict of dicts (`model`, `optimizer`, `epoch`); tensors get dotted names, so
+`{"state_dict": {"a.w": t}}` reads as `state_dict.a.w`, and plain values are entries of the view. Tensors that share
+a storage are found and kept tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tensorkeep.archive import ALLOWED, Entry, Stored, entries, iter_tensors, pack, saved_value, storage_bytes, tensor_object
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder
+from tensorkeep.layout import FileLayout, SinkTensor
+from tensorkeep.pickles import Global, Object, parse
+from tensorkeep.record import DTYPES, Block, TensorRecord, same_layout
+from tensorkeep.view import StateView
+
+ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this number, pickled
+
+
+def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    if single:
+        head = folder.read(names[0], 0, min(2, folder.size(names[0])))
+        return head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or names[0].endswith(ENDINGS)
+    return any(n.endswith(ENDINGS) for n in names)
+
+
+def read(folder: Folder, names: list[str], path: str) -> StateView:
+    """The view of one torch.save file. Raises F04 for a pickle that names what a checkpoint does not need."""
+    files = [n for n in names if n.endswith(ENDINGS)] if len(names) > 1 else names
+    weights = [n for n in files if n.startswith(("pytorch_model", "model."))]
+    if len(files) > 1 and len(weights) == 1:
+        files = weights
+    if len(files) != 1:
+        raise TensorkeepError(f"holds {len(files)} torch.save files: {', '.join(files[:5])}", where=path, hint="name one of them")
+    file = files[0]
+    head = folder.read(file, 0, min(4, folder.size(file)))
+    if head[:2] == b"PK":
+        found = entries(folder, file, 0, folder.size(file))
+        value = saved_value(folder, file, found)
+        places = {name.removeprefix("data/"): entry for name, entry in found.items() if name.startswith("data/")}
+    elif head[:1] == b"\x80":
+        value, places = _read_legacy(folder, file)
+    else:
+        raise TensorkeepError(
+            "is neither a torch.save file nor any other checkpoint known here", where=f"{folder.url}/{file}", code="F02",
+            hint="it may be truncated or a Git LFS pointer; copy it again",
+        )  # fmt: skip
+    return _view(folder, file, path, value, places)
+
+
+def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, Entry]) -> StateView:
+    where = f"{folder.url}/{file}"
+    records: dict[str, TensorRecord] = {}
+    view = StateView(path, "pth", folder, records)
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, item in iter_tensors(value, where):
+        if name in records or name in view.entries:
+            raise TensorkeepError(f"{name} occurs twice once nested names are joined", where=where, code="F07")
+        if not isinstance(item, Stored):
+            view.entries[name] = item
+            continue
+        place = places.get(item.storage)
+        start, size = storage_bytes(item)
+        if place is None:
+            raise TensorkeepError(f"{name}: its storage {item.storage} is not in the file", where=where, code="F07", hint="copy the file again")
+        if start + size > place.size:
+            raise TensorkeepError(f"{name}: truncated, its storage holds {place.size} of {start + size} bytes", where=where, code="F02", hint="copy the file again")
+        strides = None if same_layout(item.shape, item.strides) else item.strides
+        block = Block(file, place.start + start, size, (0,) * len(item.shape), item.shape, strides)
+        key = (block.start, item.dtype, item.shape, item.strides)
+        tied = seen.setdefault(key, name) if size else name
+        records[name] = TensorRecord(name, item.dtype, item.shape, (block,), tied if tied != name else None)
+    return view
+
+
+def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
+    """The format before torch 1.6: five pickles one after another, then the storages."""
+    where = f"{folder.url}/{file}"
+    data = folder.read(file, 0, min(folder.size(file), 64 << 20))  # the pickles alone; storages are read on demand
+    magic, at = parse(data, ALLOWED, where)
+    if magic != LEGACY_MAGIC:
+        raise TensorkeepError(
+            "is a plain pickle, not a torch.save file", where=where, code="F04", hint="ask its author for safetensors; nothing was run"
+        )
+    for _ in range(2):  # protocol version, system info
+        _, at = parse(data, ALLOWED, where, at)
+    value, at = parse(data, ALLOWED, where, at)
+    keys, at = parse(data, ALLOWED, where, at)
+    widths = {t.storage: DTYPES[t.dtype].bits // 8 for _, t in iter_tensors(value, where) if isinstance(t, Stored)}
+    places: dict[str, Entry] = {}
+    if not isinstance(keys, list):
+        raise TensorkeepError("the list of storages is damaged", where=where, code="F07", hint="copy the file again")
+    for key in keys:
+        if str(key) not in widths:
+            raise TensorkeepError(f"storage {key} is used by no tensor, so its width is unknown", where=where, code="F07")
+        count = int.from_bytes(folder.read(file, at, 8), "little", signed=True)
+        size = count * widths[str(key)]
+        if count < 0 or at + 8 + size > folder.size(file):
+            raise TensorkeepError(f"truncated: storage {key} ends behind the file", where=where, code="F02", hint="copy the file again")
+        places[str(key)] = Entry(at + 8, size, 0)
+        at += 8 + size
+    return value, places
+
+
+def layout(tensors: Sequence[SinkTensor], *, name: str = "model.pth", root: str | None = None, **_: Any) -> list[FileLayout]:
+    """One torch.save archive; tied tensors share a storage. `root` nests the dict: {root: {...}}."""
+    keys: dict[str, str] = {}
+    stored: list[tuple[str, SinkTensor]] = []
+    state = Object(Global("collections", "OrderedDict"))
+    for tensor in tensors:
+        if tensor.tied_to in keys:
+            key = keys[str(tensor.tied_to)]
+        else:
+            key = str(len(stored))
+            stored.append((key, tensor))
+        keys[tensor.name] = key
+        state.entries[tensor.name] = tensor_object(tensor, key)
+    value: Any = {root: state} if root else state
+    return [FileLayout(name, pack(0, value, stored).segments)]

@@ -1,0 +1,230 @@
+"""`hf`: safetensors, as one file or as shards with an index, config and tokenizer beside.
+
+The header is parsed here and not by the safetensors library because a reader of untrusted files must know the byte
+ranges (the library does not give them), name what is wrong, and see duplicates. Only files that the index names are
+read; strays, which torch's DCP reader would read, are noted (F07). Headers are written in one canonical spelling, so
+that the same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder, inside
+from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, shards, small_file
+from tensorkeep.manifest import parse_json
+from tensorkeep.record import DTYPES, Block, TensorRecord, nbytes
+from tensorkeep.view import Note, StateView
+
+LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+INDEX = "model.safetensors.index.json"
+SHARD_SIZE = 5_000_000_000  # bytes, transformers' default
+
+
+def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    if single:
+        name = names[0]
+        return name.endswith(".safetensors") or name.endswith(".safetensors.index.json") or _looks_like_header(folder, name)
+    return any(n.endswith(".safetensors") or n.endswith(".safetensors.index.json") for n in names)
+
+
+def _looks_like_header(folder: Folder, name: str) -> bool:
+    size = folder.size(name)
+    start = folder.read(name, 0, min(size, 9))
+    return len(start) == 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
+
+
+def read(folder: Folder, names: list[str], path: str) -> StateView:
+    """The view of a file or folder of safetensors. Raises F02, F05, F06, F07 as errors."""
+    indices = [n for n in names if n.endswith(".safetensors.index.json")]
+    if len(indices) > 1:
+        raise TensorkeepError(f"has {len(indices)} indices: {', '.join(indices)}", where=path, hint="name the index file itself")
+    if len(names) == 1 and not indices:
+        files, weight_map = names, None
+    elif indices:
+        weight_map = _read_index(folder, indices[0])
+        files = sorted(set(weight_map.values()))
+        names = folder.names()
+    else:
+        files, weight_map = _files_without_index(names, path), None
+    records: dict[str, TensorRecord] = {}
+    metadata: dict[str, Any] = {}
+    for file in files:
+        if file not in names:
+            raise TensorkeepError(
+                f"the index names {file}, which is not there", where=f"{folder.url}/{indices[0] if indices else ''}",
+                code="F05", hint="download the missing shard",
+            )  # fmt: skip
+        header, found = read_header(folder, file)
+        metadata.update(found)
+        for record in header:
+            if record.name in records:
+                raise TensorkeepError(
+                    f"{record.name} is in {records[record.name].file} and in {file}", where=path, code="F07",
+                    hint="keep one of the two files",
+                )  # fmt: skip
+            records[record.name] = record
+    view = StateView(path, "hf", folder, records, metadata=metadata)
+    if weight_map is not None:
+        _check_index(view, weight_map, indices[0])
+    strays = [n for n in names if n.endswith(".safetensors") and n not in files]
+    if strays:
+        view.notes.append(
+            Note("F07", f"{', '.join(strays)} beside the shards is in no index: torch's DCP reader would read it, we do not", tuple(strays))
+        )
+    return view
+
+
+def _files_without_index(names: list[str], path: str) -> list[str]:
+    files = [n for n in names if n.endswith(".safetensors")]
+    for preferred in ("model.safetensors", "adapter_model.safetensors"):
+        if preferred in files:
+            return [preferred]
+    if len(files) > 1 and any("-of-" in f for f in files):
+        raise TensorkeepError(
+            f"{len(files)} shards and no {INDEX}", where=path, code="F05",
+            hint="get the index file as well: without it nothing says which shards belong together",
+        )  # fmt: skip
+    if len(files) > 1:
+        raise TensorkeepError(f"holds {len(files)} safetensors files and no index: {', '.join(files[:5])}", where=path, hint="name one of them")
+    return files
+
+
+def _read_index(folder: Folder, name: str) -> dict[str, str]:
+    where = f"{folder.url}/{name}"
+    document = parse_json(folder.read(name), where)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise TensorkeepError("has no weight_map from names to files", where=where, code="F07", hint="download the index again")
+    return {tensor: inside(file, where) for tensor, file in weight_map.items()}
+
+
+def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> None:
+    absent = sorted(n for n in weight_map if n not in view.records)
+    if absent:
+        raise TensorkeepError(
+            f"the index names {len(absent)} tensors that no shard holds, first {absent[0]}",
+            where=f"{view.folder.url}/{index}", code="F07", hint="the shards and the index come from different saves",
+        )  # fmt: skip
+    moved = sorted(n for n, f in weight_map.items() if view.records[n].file != f)
+    if moved:
+        raise TensorkeepError(
+            f"the index puts {moved[0]} into {weight_map[moved[0]]}, it lies in {view.records[moved[0]].file}",
+            where=f"{view.folder.url}/{index}", code="F07", hint="the shards and the index come from different saves",
+        )  # fmt: skip
+    extra = sorted(n for n in view.records if n not in weight_map)
+    if extra:
+        view.notes.append(
+            Note("F07", f"{len(extra)} tensors in the shards are not in the index, first {extra[0]}: transformers would not load them", tuple(extra))
+        )
+
+
+# -- one file -----------------------------------------------------------------------------------------------------
+
+
+def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str, str]]:
+    """The records of one safetensors file and its `__metadata__`, every offset checked."""
+    where = f"{folder.url}/{file}"
+    size = folder.size(file)
+    if size < 8:
+        raise TensorkeepError(f"truncated: {size} bytes, a safetensors file has at least 8", where=where, code="F02", hint="download it again")
+    length = int.from_bytes(folder.read(file, 0, 8), "little")
+    if length > LARGEST_HEADER or length > size - 8:
+        raise TensorkeepError(
+            f"truncated or not safetensors: a header of {length} bytes is announced, the file has {size}", where=where,
+            code="F02", hint="download it again",
+        )  # fmt: skip
+    try:
+        header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise TensorkeepError(f"the header is not valid: {error}", where=where, code="F07", hint="download it again") from None
+    if not isinstance(header, dict):
+        raise TensorkeepError("the header is not a JSON object", where=where, code="F07")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        metadata = {}
+    start = 8 + length
+    records = [_record(name, entry, file, start, where) for name, entry in header.items()]
+    _check_tiling(records, start, size, where)
+    return records, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return made
+
+
+def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorRecord:
+    def wrong(what: str) -> TensorkeepError:
+        return TensorkeepError(f"{name}: {what}", where=where, code="F07", hint="the header is damaged; download the file again")
+
+    if not isinstance(entry, dict):
+        raise wrong("its entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in DTYPES:
+        raise wrong(f"unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise wrong(f"shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise wrong(f"data_offsets {offsets!r}")
+    low, high = offsets
+    if high - low != nbytes(dtype, tuple(shape)):
+        raise wrong(f"{high - low} bytes for shape {shape} of {dtype}, which needs {nbytes(dtype, tuple(shape))}")
+    block = Block(file, start + low, high - low, (0,) * len(shape), tuple(shape))
+    return TensorRecord(name, dtype, tuple(shape), (block,))
+
+
+def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str) -> None:
+    at = start
+    for block in sorted((r.blocks[0] for r in records), key=lambda b: (b.start, b.nbytes)):
+        if block.start < at:
+            raise TensorkeepError(f"tensors overlap at byte {block.start}", where=where, code="F07", hint="the header is damaged; download the file again")
+        if block.start > at:
+            raise TensorkeepError(f"{block.start - at} bytes at {at} belong to no tensor", where=where, code="F07", hint="the header is damaged; download the file again")
+        at = block.start + block.nbytes
+    if at > size:
+        raise TensorkeepError(
+            f"truncated: the tensors end at byte {at}, the file at {size}", where=where, code="F02", hint="download it again"
+        )
+    if at < size:
+        raise TensorkeepError(f"{size - at} bytes behind the last tensor", where=where, code="F07", hint="download it again")
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def layout(tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name: str = "model.safetensors", **_: Any) -> list[FileLayout]:
+    """Files for these tensors: one, or shards of at most `shard_size` bytes and an index."""
+    parts = shards(tensors, shard_size or SHARD_SIZE)
+    if len(parts) == 1:
+        return [file_layout(name, parts[0])]
+    stem = name.removesuffix(".safetensors")
+    names = [f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    weight_map = {t.name: file for file, part in zip(names, parts) for t in part}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
+    files = [file_layout(file, part) for file, part in zip(names, parts)]
+    return [*files, small_file(f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())]
+
+
+def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
+    """One safetensors file. Wider dtypes come first, so that every tensor is aligned to its element."""
+    ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].bits)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in ordered:
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # data starts on a cache line, for those who map the file
+    start = 8 + len(text)
+    segments: list[Fixed | Slot] = [Fixed(0, len(text).to_bytes(8, "little") + text)]
+    for tensor in ordered:
+        segments.append(Slot(start, tensor.nbytes, tensor.name))
+        start += tensor.nbytes
+    return FileLayout(name, segments)

@@ -1,0 +1,103 @@
+"""Parameter names: path segments, wrappers, natural order, patterns, grouping for people.
+
+Names are edited by segment and never by replacing text inside them: `model_ema.model.x` is not `_ema.x`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+# what DDP, torch.compile, FSDP1, activation checkpointing and PEFT put into the names of the modules they wrap
+WRAPPERS = (
+    ("module",),
+    ("_orig_mod",),
+    ("_fsdp_wrapped_module",),
+    ("_checkpoint_wrapped_module",),
+    ("base_model", "model"),
+)
+
+
+def natural(name: str) -> tuple[object, ...]:
+    """A sort key that puts layers.2 before layers.10.
+
+    >>> sorted(["layers.10.w", "layers.2.w"], key=natural)
+    ['layers.2.w', 'layers.10.w']
+    """
+    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)|\.", name) if p)
+
+
+def unwrap(name: str) -> tuple[str, tuple[str, ...]]:
+    """The name without wrapper segments, and the wrappers that were there.
+
+    `module` counts only in front (a model may have a child of that name), the others anywhere.
+
+    >>> unwrap("module._orig_mod.layers.0._checkpoint_wrapped_module.w")
+    ('layers.0.w', ('module.', '_orig_mod.', '_checkpoint_wrapped_module.'))
+    """
+    segments, found = name.split("."), []
+    at = 0
+    while at < len(segments):
+        for wrapper in WRAPPERS:
+            here = tuple(segments[at : at + len(wrapper)])
+            in_front = at == 0 or wrapper[0].startswith("_")
+            if here == wrapper and in_front and len(segments) > at + len(wrapper):
+                found.append(".".join(wrapper) + ".")
+                del segments[at : at + len(wrapper)]
+                break
+        else:
+            at += 1
+    return ".".join(segments), tuple(found)
+
+
+def strip_root(name: str, root: str) -> str | None:
+    """`name` without the leading segments of `root`, or None where it lies elsewhere.
+
+    >>> strip_root("model.layers.0.w", "model"), strip_root("modelx.w", "model")
+    ('layers.0.w', None)
+    """
+    return name[len(root) + 1 :] if root and name.startswith(root + ".") else (None if root else name)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a shell-style pattern fits the whole name (`*` crosses dots)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names with their numbers gathered, for people: `layers.{0..15}.self_attn.q_proj`.
+
+    >>> grouped(["l.0.a", "l.1.a", "l.2.a", "l.1.b"])
+    ['l.{0..2}.a', 'l.1.b']
+    """
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    for name in names:
+        parts = re.split(r"(?<=\.)(\d+)(?=\.|$)", name)
+        groups.setdefault(tuple(parts[::2]), []).append(tuple(int(p) for p in parts[1::2]))
+    return [_fill(texts, numbers) for texts, numbers in groups.items()]
+
+
+def _fill(texts: tuple[str, ...], numbers: Sequence[tuple[int, ...]]) -> str:
+    out = texts[0]
+    for column, text in enumerate(texts[1:]):
+        values = sorted({row[column] for row in numbers})
+        out += ranges(values) + text
+    return out
+
+
+def ranges(values: Sequence[int]) -> str:
+    """`{0..3,7}` for several sorted numbers, the number itself for one.
+
+    >>> ranges([0, 1, 2, 7])
+    '{0..2,7}'
+    """
+    if len(values) == 1:
+        return str(values[0])
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + "}"

@@ -1,0 +1,2 @@
+NAME="gguf"
+def recognise(n): return n.startswith("blk.")

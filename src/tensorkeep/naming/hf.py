@@ -1,0 +1,40 @@
+"""`hf`: transformers' names, the hub through which every other naming goes. Names stay as they are."""
+
+from __future__ import annotations
+
+import re
+
+NAME = "hf"
+
+# how transformers' models begin their names; a name that fits none may still be a Hugging Face model's
+KNOWN = re.compile(
+    r"model\.(embed_tokens|norm|rotary_emb|layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm|\w+norm\w*))\."
+    r"|model\.(language_model|visual|vision_tower|decoder|encoder|shared)\.|lm_head\.|score\."
+    r"|transformer\.(wte|wpe|h\.\d+|ln_f)\.|gpt_neox\.|backbone\.layers\."
+    r"|(bert|roberta|distilbert|vit|videomae|deit|dinov2|clip|t5|encoder|decoder|embeddings)\.(embeddings|encoder|layer|block|\w+)\."
+)
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# model types whose config class ties the head to the embedding when config.json does not say
+TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "cohere", "cohere2", "bert", "opt", "bloom"}
+
+
+def recognise(name: str) -> bool:
+    """Whether this looks like a transformers name.
+
+    >>> recognise("model.layers.0.self_attn.q_proj.weight"), recognise("layers.0.attention.wq.weight")
+    (True, False)
+    """
+    return KNOWN.match(name) is not None
+
+
+def tied(config: dict[str, object] | None) -> bool | None:
+    """Whether the config ties head and embedding; None where nothing says."""
+    if config is None:
+        return None
+    value = config.get("tie_word_embeddings")
+    if isinstance(value, bool):
+        return value
+    kind = config.get("model_type")
+    return None if kind is None else kind in TIED_BY_DEFAULT

@@ -1,0 +1,433 @@
+"""Pickle opcodes as plain data: nothing is imported, called or executed.
+
+`.pth` files and DCP's `.metadata` are pickles, and unpickling runs whatever they name. Here the opcodes are
+walked by hand: a global becomes a `Global` (two strings), a call becomes an inert `Object` (what would have been
+called, with what). A global outside the caller's allow-list is refused by name (F04) even though it could do no
+harm here, since the next program to open the file would run it.
+
+`emit` goes the other way: it writes the few opcodes that torch's own metadata needs, always the same bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+
+LARGEST_COUNT = 50_000_000  # objects in one pickle; a hostile file could otherwise fill memory from a few bytes
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function that the pickle names: `torch.Size` is Global("torch", "Size")."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Object:
+    """What the pickle wanted to build: `call` applied to `args`, then given `state` and `items`."""
+
+    call: Global
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    entries: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def is_mapping(self) -> bool:
+        return self.call.name in ("OrderedDict", "defaultdict", "dict")
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """A persistent id, as torch uses for storages."""
+
+    value: Any
+
+
+class _Mark:
+    pass
+
+
+MARK = _Mark()
+
+
+def _fail(what: str, where: object) -> TensorkeepError:
+    return TensorkeepError(
+        f"damaged pickle: {what}", where=where, code="F02", hint="the file is truncated or not a checkpoint; copy it again"
+    )
+
+
+class _Reader:
+    """The pickle machine: a stack, a memo, a position. Each opcode is one entry of OPCODES."""
+
+    def __init__(self, data: bytes, start: int, where: object) -> None:
+        self.data, self.at, self.where = data, start, where
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.globals: set[Global] = set()
+        self.known: dict[tuple[str, str], Global] = {}
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if count < 0 or end > len(self.data):
+            raise _fail(f"needs {count} bytes at {self.at}, has {len(self.data) - self.at}", self.where)
+        piece = self.data[self.at : end]
+        self.at = end
+        return piece
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at, self.at + 65536)
+        if end < 0:
+            raise _fail("a line without its end", self.where)
+        piece = self.data[self.at : end]
+        self.at = end + 1
+        return piece.decode("utf-8")
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def since_mark(self) -> list[Any]:
+        stack = self.stack
+        at = len(stack) - 1
+        while stack[at] is not MARK:
+            at -= 1
+            if at < 0:
+                raise IndexError
+        items = stack[at + 1 :]
+        del stack[at:]
+        return items
+
+    def found(self, module: str, name: str) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise _fail("a global that is not named by text", self.where)
+        known = self.known.get((module, name))
+        if known is None:
+            known = self.known[module, name] = Global(module, name)
+            self.globals.add(known)
+        return known
+
+    def call(self, function: Any, args: Any) -> None:
+        if not isinstance(function, Global) or not isinstance(args, tuple):
+            raise _fail("a call of something that is not a global", self.where)
+        self.stack.append(Object(function, args))
+
+
+def _key(value: Any) -> Any:
+    # hashing a deeply nested tuple overflows the C stack; state dicts are keyed by text, numbers and small indices
+    if value is None or isinstance(value, (str, int, float, bool, bytes, Object, Global)):
+        return value
+    if isinstance(value, tuple) and all(isinstance(part, (str, int, float)) for part in value):
+        return value
+    raise TypeError(f"a dict key of type {type(value).__name__}")
+
+
+def _set_items(target: Any, pairs: list[Any]) -> None:
+    entries = target.entries if isinstance(target, Object) else target
+    if not isinstance(entries, dict) or len(pairs) % 2:
+        raise TypeError("items for something that is not a dict")
+    for key, value in zip(pairs[::2], pairs[1::2]):
+        entries[_key(key)] = value
+
+
+def _extend(target: Any, values: list[Any]) -> None:
+    if isinstance(target, Object):
+        target.items.extend(values)
+    elif isinstance(target, list):
+        target.extend(values)
+    else:
+        raise TypeError("an append to something that is not a list")
+
+
+def _build(r: _Reader) -> None:
+    state = r.stack.pop()
+    target = r.stack[-1]
+    if not isinstance(target, Object):
+        raise TypeError("state for something that is not an object")
+    target.state = state
+
+
+def _long(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
+
+
+def _push(read: Callable[[_Reader], Any]) -> Callable[[_Reader], None]:
+    return lambda r: r.stack.append(read(r))
+
+
+def _tuple(size: int) -> Callable[[_Reader], None]:
+    def run(r: _Reader) -> None:
+        if len(r.stack) < size:
+            raise IndexError
+        items = tuple(r.stack[-size:])
+        del r.stack[-size:]
+        r.stack.append(items)
+
+    return run
+
+
+def _pop_call(r: _Reader) -> None:
+    args, function = r.stack.pop(), r.stack.pop()
+    r.call(function, args)
+
+
+def _pop_call_with_keywords(r: _Reader) -> None:
+    keywords, args, function = r.stack.pop(), r.stack.pop(), r.stack.pop()
+    r.call(function, args)
+    r.stack[-1].state = keywords
+
+
+def _memoize(r: _Reader) -> None:
+    r.memo[len(r.memo)] = r.stack[-1]
+
+
+def _put(read: Callable[[_Reader], int]) -> Callable[[_Reader], None]:
+    def run(r: _Reader) -> None:
+        r.memo[read(r)] = r.stack[-1]
+
+    return run
+
+
+def _stack_global(r: _Reader) -> None:
+    name, module = r.stack.pop(), r.stack.pop()
+    r.stack.append(r.found(module, name))
+
+
+def _append(r: _Reader) -> None:
+    value = r.stack.pop()
+    _extend(r.stack[-1], [value])
+
+
+def _appends(r: _Reader) -> None:
+    values = r.since_mark()
+    _extend(r.stack[-1], values)
+
+
+def _set_item(r: _Reader) -> None:
+    value, key = r.stack.pop(), r.stack.pop()
+    _set_items(r.stack[-1], [key, value])
+
+
+def _set_many(r: _Reader) -> None:
+    pairs = r.since_mark()
+    _set_items(r.stack[-1], pairs)
+
+
+def _dict(r: _Reader) -> None:
+    pairs, made = r.since_mark(), {}
+    _set_items(made, pairs)
+    r.stack.append(made)
+
+
+def _pop(r: _Reader) -> None:
+    r.stack.pop()
+
+
+OPCODES: dict[int, Callable[[_Reader], None]] = {
+    0x80: lambda r: _protocol(r),
+    0x95: lambda r: _skip_frame(r),
+    ord("("): lambda r: r.stack.append(MARK),
+    ord("0"): _pop,
+    ord("1"): lambda r: _discard(r),
+    ord("2"): lambda r: r.stack.append(r.stack[-1]),
+    ord("N"): lambda r: r.stack.append(None),
+    0x88: lambda r: r.stack.append(True),
+    0x89: lambda r: r.stack.append(False),
+    ord("K"): _push(lambda r: r.take(1)[0]),
+    ord("M"): _push(lambda r: r.number("<H")),
+    ord("J"): _push(lambda r: r.number("<i")),
+    ord("I"): _push(lambda r: _text_int(r.line())),
+    ord("L"): _push(lambda r: int(r.line().rstrip("L"))),
+    0x8A: _push(lambda r: _long(r.take(r.take(1)[0]))),
+    0x8B: _push(lambda r: _long(r.take(min(r.number("<I"), 4096)))),
+    ord("G"): _push(lambda r: struct.unpack(">d", r.take(8))[0]),
+    ord("F"): _push(lambda r: float(r.line())),
+    ord("X"): _push(lambda r: r.take(r.number("<I")).decode("utf-8", "surrogatepass")),
+    0x8C: _push(lambda r: r.take(r.take(1)[0]).decode("utf-8", "surrogatepass")),
+    0x8D: _push(lambda r: r.take(r.number("<Q")).decode("utf-8", "surrogatepass")),
+    ord("V"): _push(lambda r: r.line()),
+    ord("U"): _push(lambda r: r.take(r.take(1)[0]).decode("latin-1")),
+    ord("T"): _push(lambda r: r.take(r.number("<i")).decode("latin-1")),
+    ord("S"): _push(lambda r: r.line().strip("'\"")),
+    ord("B"): _push(lambda r: r.take(r.number("<I"))),
+    ord("C"): _push(lambda r: r.take(r.take(1)[0])),
+    0x8E: _push(lambda r: r.take(r.number("<Q"))),
+    0x96: _push(lambda r: r.take(r.number("<Q"))),
+    ord(")"): lambda r: r.stack.append(()),
+    ord("t"): lambda r: r.stack.append(tuple(r.since_mark())),
+    0x85: _tuple(1),
+    0x86: _tuple(2),
+    0x87: _tuple(3),
+    ord("]"): lambda r: r.stack.append([]),
+    ord("l"): lambda r: r.stack.append(r.since_mark()),
+    ord("a"): _append,
+    ord("e"): _appends,
+    ord("}"): lambda r: r.stack.append({}),
+    ord("d"): _dict,
+    ord("s"): _set_item,
+    ord("u"): _set_many,
+    0x8F: lambda r: r.stack.append(Object(r.found("builtins", "set"))),
+    0x90: _appends,
+    0x91: lambda r: r.stack.append(Object(r.found("builtins", "frozenset"), (), None, r.since_mark())),
+    ord("c"): _push(lambda r: r.found(r.line(), r.line())),
+    0x93: _stack_global,
+    ord("R"): _pop_call,
+    0x81: _pop_call,
+    0x92: _pop_call_with_keywords,
+    ord("b"): _build,
+    ord("q"): _put(lambda r: r.take(1)[0]),
+    ord("r"): _put(lambda r: r.number("<I")),
+    ord("p"): _put(lambda r: int(r.line())),
+    0x94: _memoize,
+    ord("h"): _push(lambda r: r.memo[r.take(1)[0]]),
+    ord("j"): _push(lambda r: r.memo[r.number("<I")]),
+    ord("g"): _push(lambda r: r.memo[int(r.line())]),
+    ord("Q"): lambda r: r.stack.append(Persistent(r.stack.pop())),
+    ord("P"): _push(lambda r: Persistent(r.line())),
+}
+
+
+def _protocol(r: _Reader) -> None:
+    if r.take(1)[0] > 5:
+        raise ValueError("a protocol newer than 5")
+
+
+def _skip_frame(r: _Reader) -> None:
+    r.take(8)
+
+
+def _discard(r: _Reader) -> None:
+    r.since_mark()
+
+
+def _text_int(text: str) -> int | bool:
+    return {"00": False, "01": True}.get(text, None) if text in ("00", "01") else int(text)  # type: ignore[return-value]
+
+
+def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) -> tuple[Any, int]:
+    """The value a pickle describes, as plain data, and the position behind its STOP.
+
+    `allowed` holds the globals that may occur, as `module.name`; an entry ending in `.*` allows a module.
+    Raises TensorkeepError F04 naming every refused global, F02 for a damaged stream.
+
+    >>> parse(b"\\x80\\x02]q\\x00(K\\x01K\\x02e.", (), "example")[0]
+    [1, 2]
+    """
+    reader = _Reader(data, start, where)
+    stack, steps = reader.stack, 0
+    try:
+        while True:
+            code = reader.take(1)[0]
+            if code == 0x2E:
+                value = stack.pop()
+                break
+            operation = OPCODES.get(code)
+            if operation is None:
+                raise _fail(f"opcode {code:#04x} at {reader.at - 1}", where)
+            operation(reader)
+            steps += 1
+            if steps > LARGEST_COUNT:
+                raise _fail(f"more than {LARGEST_COUNT} operations", where)
+    except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
+        _refuse(reader.globals, allowed, where)
+        raise _fail(f"{error or type(error).__name__} at {reader.at}", where) from None
+    _refuse(reader.globals, allowed, where)
+    return value, reader.at
+
+
+def _refuse(found: Collection[Global], allowed: Collection[str], where: object) -> None:
+    refused = sorted(str(g) for g in found if str(g) not in allowed and f"{g.module}.*" not in allowed)
+    if refused:
+        raise TensorkeepError(
+            f"the pickle inside names {', '.join(refused[:8])}, which loading it would import and may run; nothing was run",
+            where=where,
+            code="F04",
+            hint="do not load this file with torch.load(weights_only=False) or dcp.load; ask its author for safetensors",
+        )
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def emit(value: Any) -> bytes:
+    """A protocol-2 pickle of plain data, `Global` and `Object`, the same bytes every time.
+
+    Protocol 2 is what every torch that reads DCP understands. Objects with `state` become NEWOBJ + BUILD, others a
+    call. No memo: the files are small and the opcodes stay readable with `python -m pickletools`.
+    """
+    out = bytearray(b"\x80\x02")
+    _emit(value, out)
+    return bytes(out + b".")
+
+
+def _emit(value: Any, out: bytearray) -> None:
+    if value is None:
+        out += b"N"
+    elif isinstance(value, bool):
+        out += b"\x88" if value else b"\x89"
+    elif isinstance(value, int):
+        out += _int_opcode(value)
+    elif isinstance(value, float):
+        out += b"G" + struct.pack(">d", value)
+    elif isinstance(value, str):
+        text = value.encode("utf-8", "surrogatepass")
+        out += b"X" + struct.pack("<I", len(text)) + text
+    elif isinstance(value, Global):
+        out += f"c{value.module}\n{value.name}\n".encode()
+    elif isinstance(value, Persistent):
+        _emit(value.value, out)
+        out += b"Q"
+    elif isinstance(value, tuple):
+        out += b"("
+        for item in value:
+            _emit(item, out)
+        out += b"t"
+    elif isinstance(value, list):
+        out += b"]("
+        for item in value:
+            _emit(item, out)
+        out += b"e"
+    elif isinstance(value, dict):
+        out += b"}"
+        _emit_items(value, out)
+    elif isinstance(value, Object):
+        _emit_object(value, out)
+    else:
+        raise TypeError(f"cannot write a {type(value).__name__} into a pickle")
+
+
+def _emit_object(value: Object, out: bytearray) -> None:
+    _emit(value.call, out)
+    _emit(value.args, out)
+    out += b"R" if value.state is None else b"\x81"
+    if value.entries:
+        _emit_items(value.entries, out)
+    if value.state is not None:
+        _emit(value.state, out)
+        out += b"b"
+
+
+def _emit_items(entries: dict[Any, Any], out: bytearray) -> None:
+    out += b"("
+    for key, item in entries.items():
+        _emit(key, out)
+        _emit(item, out)
+    out += b"u"
+
+
+def _int_opcode(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K" + bytes([value])
+    if -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    size = (value.bit_length() + 8) // 8
+    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)

@@ -1,0 +1,311 @@
+"""The state view: a read-only mapping from tensor name to record, with lazy data.
+
+`read(path)` finds the format, reads headers only, and checks every byte range against its file. Data comes out as a
+stream of raw bytes in row-major order (`stream`), as a numpy array (`array`) or as a torch tensor (`tensor`);
+torch is imported by `tensor` alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder, LocalFolder, short_file
+from tensorkeep.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+CHUNK = 4 << 20  # bytes a stream holds at a time
+
+# format word -> module; each has the verbs sniff, read, layout (gguf has no layout: read-only)
+FORMATS = {
+    "peft": "tensorkeep.formats.peft",
+    "dcp": "tensorkeep.formats.dcp",
+    "hf": "tensorkeep.formats.safetensors",
+    "gguf": "tensorkeep.formats.gguf",
+    "pth": "tensorkeep.formats.pth",
+}
+# what travels beside the weights; nothing else in a folder is copied
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+class Companion(NamedTuple):
+    """A small file that goes with the weights: its name, its bytes, where it came from."""
+
+    name: str
+    data: bytes
+    where: str
+
+
+class Note(NamedTuple):
+    """A fact noticed while reading that is no error: a finding code, a sentence, the names concerned."""
+
+    code: str
+    message: str
+    names: tuple[str, ...] = ()
+
+
+Span = tuple[str, int, int]  # file, first byte, bytes
+
+
+@dataclass(eq=False)
+class StateView(Mapping[str, TensorRecord]):
+    """What `read` returns. `entries` holds what is stored beside tensors (step numbers, opaque bytes), by name."""
+
+    path: str
+    format: str
+    folder: Folder
+    records: dict[str, TensorRecord]
+    config: dict[str, Any] | None = None
+    companions: list[Companion] = field(default_factory=list)
+    entries: dict[str, Any] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    locate: Callable[[Folder, TensorRecord, Block], Block] | None = None
+    decode: Callable[[TensorRecord, memoryview], memoryview] | None = None
+
+    def __getitem__(self, name: str) -> TensorRecord:
+        return self.records[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _blocks(self, record: TensorRecord) -> list[Block]:
+        """The record's blocks with raw bytes located, in order of their place in the tensor."""
+        blocks = [
+            self.locate(self.folder, record, b) if b.archive and self.locate else b for b in record.blocks
+        ]
+        for block in blocks:
+            if block.start + block.nbytes > self.folder.size(block.file):
+                raise short_file(f"{self.folder.url}/{block.file}", block.start, block.nbytes, self.folder.size(block.file))
+        return sorted(blocks, key=lambda b: b.offsets)
+
+    def stream(
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+    ) -> Iterator[memoryview]:
+        """The tensor's bytes in row-major order, `chunk` at a time in one reused buffer.
+
+        `rows` takes a slice of the first dimension; every piece but the last is a multiple of `granule` bytes. A
+        tensor whose blocks are not whole rows (sharded on a later dimension, transposed) is assembled in memory.
+        """
+        record = self.records[name]
+        spans = None if record.encoding != "plain" else _row_spans(record, self._blocks(record))
+        row_bytes = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
+        first, last = rows or (0, record.shape[0] if record.shape else 1)
+        if spans is None:
+            whole = memoryview(self._assemble(record))[first * row_bytes : last * row_bytes]
+            step = max(chunk // granule, 1) * granule
+            yield from (whole[at : at + step] for at in range(0, len(whole), step))
+            return
+        spans = list(_cut(spans, first * row_bytes, last * row_bytes))
+        total = sum(length for _, _, length in spans)
+        step = min(max(chunk // granule, 1) * granule, total)
+        buffer = memoryview(bytearray(step))
+        filled = 0
+        for file, start, length in spans:
+            done = 0
+            while done < length:
+                take = min(length - done, step - filled)
+                self.folder.read_into(file, start + done, buffer[filled : filled + take])
+                done, filled = done + take, filled + take
+                if filled == step:
+                    yield buffer
+                    filled = 0
+        if filled:
+            yield buffer[:filled]
+
+    def _assemble(self, record: TensorRecord) -> bytearray:
+        import numpy as np
+
+        if record.encoding != "plain":
+            block = record.blocks[0]
+            raw = bytearray(block.nbytes)
+            self.folder.read_into(block.file, block.start, memoryview(raw))
+            assert self.decode is not None
+            return bytearray(self.decode(record, memoryview(raw)))
+        width = DTYPES[record.dtype].bits // 8
+        whole = bytearray(record.nbytes)
+        target = np.frombuffer(whole, dtype=f"V{width}").reshape(record.shape)
+        for block in self._blocks(record):
+            raw = bytearray(block.nbytes)
+            self.folder.read_into(block.file, block.start, memoryview(raw))
+            strides = block.strides or row_major(block.shape)
+            piece = np.ndarray(block.shape, f"V{width}", raw, strides=[s * width for s in strides])
+            target[tuple(slice(o, o + n) for o, n in zip(block.offsets, block.shape))] = piece
+        return whole
+
+    def bytes(self, name: str) -> bytearray:
+        """The whole tensor's bytes in row-major order."""
+        out = bytearray()
+        for piece in self.stream(name):
+            out += piece
+        return out
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """The tensor as a numpy array of its own dtype (bf16 and fp8 through ml_dtypes)."""
+        record = self.records[name]
+        return np_frombuffer(self.bytes(name), record.dtype).reshape(record.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as a torch tensor of its own dtype, on the CPU, owning its memory."""
+        import torch
+
+        record = self.records[name]
+        spelled = DTYPES[record.dtype].torch
+        if spelled is None or not hasattr(torch, spelled):
+            raise TensorkeepError(f"torch has no dtype for {record.dtype}", where=f"{self.path}: {name}")
+        dtype = getattr(torch, spelled)
+        if record.elements == 0:
+            return torch.empty(record.shape, dtype=dtype)
+        return torch.frombuffer(self.bytes(name), dtype=dtype).reshape(record.shape)
+
+    def digest(self, name: str) -> str:
+        """xxh3_128 of the tensor's raw little-endian bytes, in hex."""
+        import xxhash
+
+        state = xxhash.xxh3_128()
+        for piece in self.stream(name):
+            state.update(piece)
+        return state.hexdigest()
+
+
+def np_dtype(dtype: str) -> np.dtype[Any]:
+    """numpy's dtype for a record's, from ml_dtypes where numpy has none."""
+    import numpy as np
+
+    spelled = DTYPES[dtype].numpy
+    if spelled is None:
+        raise TensorkeepError(f"{dtype} cannot be computed with here, only copied")
+    if hasattr(np, spelled) or spelled == "bool":
+        return np.dtype(spelled)
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, spelled))
+
+
+def np_frombuffer(data: bytes | bytearray | memoryview, dtype: str) -> np.ndarray[Any, Any]:
+    """A flat array over raw bytes, without a copy."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=np_dtype(dtype))
+
+
+def _row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
+    """Byte ranges that make up the tensor in order, or None where blocks are not runs of whole rows."""
+    spans, row = [], 0
+    for block in blocks:
+        whole_rows = block.shape[1:] == record.shape[1:] and not any(block.offsets[1:])
+        if not whole_rows or (block.strides is not None and not same_layout(block.shape, block.strides)):
+            return None
+        if record.shape and block.offsets[0] != row:
+            return None
+        row += block.shape[0] if record.shape else 0
+        spans.append((block.file, block.start, nbytes(record.dtype, block.shape)))
+    return spans
+
+
+def _cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
+    """The part of consecutive spans between two byte positions of the tensor."""
+    at = 0
+    for file, start, length in spans:
+        low, high = max(first, at), min(last, at + length)
+        if low < high:
+            yield file, start + low - at, high - low
+        at += length
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def open_folder(path: str) -> tuple[Folder, str | None]:
+    """The folder a path stands for, and the file in it where the path names a file."""
+    if "://" in path:
+        from tensorkeep.remote import open_remote
+
+        return open_remote(path)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return LocalFolder(local), None
+    if local.exists():
+        return LocalFolder(local.parent), local.name
+    from tensorkeep.hub import cached_snapshot  # `org/name`, when nothing of that path exists here
+
+    return LocalFolder(cached_snapshot(path)), None
+
+
+def read(path: str | Path) -> StateView:
+    """Open a checkpoint of any format: headers only, every range checked.
+
+    Raises TensorkeepError where nothing is recognised, or the files contradict themselves.
+
+    >>> view = read("model.safetensors")                # doctest: +SKIP
+    >>> view["lm_head.weight"].shape                    # doctest: +SKIP
+    (49152, 576)
+    """
+    folder, name = open_folder(str(path))
+    names = [name] if name else folder.names()
+    for word, module in FORMATS.items():
+        form = importlib.import_module(module)
+        if form.sniff(folder, names, single=name is not None):
+            view: StateView = form.read(folder, names, str(path))
+            _find_companions(view)
+            return view
+    raise _unrecognised(folder, names, str(path))
+
+
+def _find_companions(view: StateView) -> None:
+    """Configs and tokenizer beside the weights; for a bare weight file, up to two folders above (step-N/, out/)."""
+    from tensorkeep.manifest import parse_json
+
+    places: list[Folder] = [view.folder]
+    if isinstance(view.folder, LocalFolder) and "config.json" not in view.folder.names():
+        places += [LocalFolder(parent) for parent in list(view.folder.path.resolve().parents)[:2]]
+    for place in places:
+        present = set(place.names())
+        if "config.json" not in present and place is not view.folder:
+            continue
+        have = {c.name for c in view.companions}
+        view.companions += [
+            Companion(name, place.read(name), f"{place.url}/{name}") for name in COMPANIONS if name in present - have
+        ]
+        if "config.json" in present:
+            break
+    if view.config is None:
+        for companion in view.companions:
+            if companion.name == "config.json":
+                config = parse_json(companion.data, companion.where)
+                view.config = config if isinstance(config, dict) else None
+
+
+def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError:
+    steps = sorted(Path(folder.url).glob("step-*")) or sorted(Path(folder.url).glob("*/step-*"))
+    if steps:
+        return TensorkeepError(
+            f"holds {len(steps)} checkpoints, not one: {', '.join(s.name for s in steps[:6])}",
+            where=path,
+            hint=f"name one, e.g. {steps[-1]}",
+        )
+    if any(n.endswith(".distcp") for n in names):
+        return TensorkeepError(
+            "DCP data without its .metadata: the save was interrupted", where=path, code="F01", hint="use the checkpoint before it"
+        )
+    seen = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
+    return TensorkeepError(
+        f"no checkpoint recognised{seen}",
+        where=path,
+        code="F05",
+        hint="expected *.safetensors, a DCP folder with .metadata, .pth/.pt/.bin, a PEFT adapter folder or .gguf",
+    )
