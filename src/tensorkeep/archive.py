@@ -7,17 +7,20 @@ unpickling, and written from a fixed layout that torch 2.4 and later load.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeGuard
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.files import Folder
 from tensorkeep.layout import Fixed, SinkTensor, Slot, Trailer
-from tensorkeep.pickles import Global, Object, Persistent, emit, parse
-from tensorkeep.record import DTYPES, FROM_TORCH, nbytes, row_major
+from tensorkeep.pickle_writing import emit
+from tensorkeep.pickles import LARGEST_PICKLE, Global, Object, Persistent, parse
+from tensorkeep.record import DTYPES, FROM_TORCH, MOST_DIMENSIONS, checked_shape, nbytes, row_major
 
 # typed storages name their dtype; an UntypedStorage gets it from _rebuild_tensor_v3
 STORAGES = {
@@ -60,46 +63,73 @@ class Stored(NamedTuple):
     elements: int  # of the storage
 
 
+LARGEST_EXPANSION = 1 << 26  # elements that strides of 0 may make out of fewer; a hostile file asks for 1 << 47
+
+
 def stored_tensor(value: Object, where: object) -> Stored | None:
     """What a `_rebuild_tensor*` call describes, or None for another object. Sizes are checked, nothing is built."""
-    name = value.call.name
-    if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and value.args and isinstance(value.args[0], Object):
-        return stored_tensor(value.args[0], where)
-    if name == "_rebuild_from_type_v2" and len(value.args) > 2 and isinstance(value.args[2], tuple):
-        return stored_tensor(Object(Global("torch._utils", str(getattr(value.args[0], "name", ""))), value.args[2]), where)
-    if name not in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+    call = _unwrapped(value)
+    if call is None:
         return None
+    name, args = call
 
     def wrong(what: str) -> TensorkeepError:
         return TensorkeepError(f"damaged tensor entry: {what}", where=where, code="F07", hint="copy the file again")
 
-    if len(value.args) < 4 or not isinstance(value.args[0], Persistent) or not isinstance(value.args[0].value, tuple):
+    if len(args) < 4 or not isinstance(args[0], Persistent) or not isinstance(args[0].value, tuple):
         raise wrong("no storage")
-    identity, (offset, shape, strides) = value.args[0].value, value.args[1:4]
-    if len(identity) < 5 or identity[0] != "storage" or not isinstance(identity[1], Global) or type(identity[4]) is not int:
+    identity, offset, shape, strides = args[0].value, args[1], _sizes(args[2]), _strides(args[3])
+    if len(identity) < 5 or identity[0] != "storage" or not isinstance(identity[1], Global) or not is_count(identity[4]):
         raise wrong("an unknown storage")
-    shape, strides = _sizes(shape), _sizes(strides)
-    if shape is None or strides is None or len(shape) != len(strides) or type(offset) is not int or offset < 0:
-        raise wrong("sizes, strides or offset are not whole numbers")
+    if type(identity[2]) not in (str, int) or (len(identity) > 5 and identity[5] is not None):
+        raise wrong("a storage without a plain key")
+    if shape is None or strides is None or len(shape) != len(strides) or not is_count(offset):
+        raise wrong("sizes, strides or offset are not whole numbers, or too large")
     if name == "_rebuild_tensor_v3":
-        dtype = FROM_TORCH.get(value.args[6].name) if len(value.args) > 6 and isinstance(value.args[6], Global) else None
+        dtype = FROM_TORCH.get(args[6].name) if len(args) > 6 and isinstance(args[6], Global) else None
     else:
         dtype = STORAGES.get(identity[1].name)
     if dtype is None:
-        raise wrong(f"a storage of type {identity[1].name}")
+        raise wrong(f"a storage of type {shown(identity[1].name)}")
     elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
-    span = offset + sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
-    if span > elements:
-        raise wrong(f"it spans {span} elements of a storage of {elements}")
+    span = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
+    if span and offset + span > elements:
+        raise wrong(f"it spans {offset + span} elements of a storage of {elements}")
+    if math.prod(shape) > max(span, LARGEST_EXPANSION):
+        raise wrong(f"it repeats {span} elements {math.prod(shape)} times")
     return Stored(dtype, shape, strides, offset, str(identity[2]), elements)
+
+
+def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
+    """The innermost `_rebuild_tensor*` call: parameters and subclasses wrap it, honestly at most twice."""
+    name, args = value.call.name, value.args
+    for _ in range(4):
+        if name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+            return name, args
+        if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args and isinstance(args[0], Object):
+            name, args = args[0].call.name, args[0].args
+        elif name == "_rebuild_from_type_v2" and len(args) > 2 and isinstance(args[0], Global) and isinstance(args[2], tuple):
+            name, args = args[0].name, args[2]
+        else:
+            return None
+    return None
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value out of an untrusted file is a whole number that can be a size or a place."""
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
     if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
         value = value.args[0]
-    if isinstance(value, (tuple, list)) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 48 for n in value):
-        return tuple(value)
-    return None
+    return checked_shape(value)
+
+
+def _strides(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, (tuple, list)) or len(value) > MOST_DIMENSIONS or not all(is_count(n) for n in value):
+        return None
+    return tuple(value)
 
 
 # -- reading a zip ------------------------------------------------------------------------------------------------
@@ -127,7 +157,7 @@ class _Range(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(self.length - self.at, 0)
         size = left if size is None or size < 0 else min(size, left)
-        data = self.folder.read(self.file, self.first + self.at, size)
+        data = self.folder.read(self.file, self.first + self.at, size) if size else b""
         self.at += size
         return data
 
@@ -144,7 +174,7 @@ def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Ent
     """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
     where = f"{folder.url}/{file}"
     try:
-        with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:  # type: ignore[arg-type]
+        with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, UnicodeError, IndexError) as error:
         raise TensorkeepError(
@@ -152,23 +182,36 @@ def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Ent
         ) from None
     out: dict[str, Entry] = {}
     for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise TensorkeepError(f"{info.filename} is compressed, torch.save never does that", where=where, code="F07")
-        head = start + info.header_offset
-        if info.header_offset < 0 or info.header_offset + 30 > length:
-            raise TensorkeepError(f"{info.filename} begins outside its archive", where=where, code="F02", hint="copy the file again")
-        local = folder.read(file, head, 30)
-        if local[:4] != b"PK\x03\x04":
-            raise TensorkeepError(f"{info.filename} has no entry where the archive says", where=where, code="F07", hint="copy the file again")
-        name_length, extra_length = struct.unpack("<HH", local[26:30])
-        data = head + 30 + name_length + extra_length
-        if data + info.file_size > start + length:
-            raise TensorkeepError(f"{info.filename} ends behind its archive", where=where, code="F02", hint="copy the file again")
         name = info.filename.partition("/")[2] or info.filename
         if name in out:
-            raise TensorkeepError(f"{info.filename} occurs twice", where=where, code="F07", hint="copy the file again")
-        out[name] = Entry(data, info.file_size, info.CRC)
+            raise _damaged_zip(f"{shown(info.filename)} occurs twice", where)
+        out[name] = _entry(info, folder, file, start, length)
+    spans = sorted((e.start, e.start + e.size, n) for n, e in out.items() if e.size)
+    for (_, end, first), (begin, _, second) in pairwise(spans):
+        if begin < end:
+            raise _damaged_zip(f"{shown(first)} and {shown(second)} overlap", where)
     return out
+
+
+def _damaged_zip(what: str, where: object, code: str = "F07") -> TensorkeepError:
+    return TensorkeepError(f"damaged archive: {what}", where=where, code=code, hint="copy the file again")
+
+
+def _entry(info: zipfile.ZipInfo, folder: Folder, file: str, start: int, length: int) -> Entry:
+    """Where an entry's bytes lie, the archive's directory checked against the entry's own header."""
+    where, name = f"{folder.url}/{file}", shown(info.filename)
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+        raise _damaged_zip(f"{name} is compressed or encrypted, torch.save never does that", where)
+    if info.header_offset < 0 or info.header_offset + 30 > length:
+        raise _damaged_zip(f"{name} begins outside its archive", where, "F02")
+    local = folder.read(file, start + info.header_offset, 30)
+    if local[:4] != b"PK\x03\x04":
+        raise _damaged_zip(f"{name} has no entry where the archive says", where)
+    name_length, extra_length = struct.unpack("<HH", local[26:30])
+    data = start + info.header_offset + 30 + name_length + extra_length
+    if data + info.file_size > start + length:
+        raise _damaged_zip(f"{name} ends behind its archive", where, "F02")
+    return Entry(data, info.file_size, info.CRC)
 
 
 def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
@@ -178,8 +221,10 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
     if pickle is None:
         raise TensorkeepError("is a zip, but holds no data.pkl of torch.save", where=where, hint="is this a checkpoint?")
     order = found.get("byteorder")
-    if order is not None and folder.read(file, order.start, order.size) == b"big":
+    if order is not None and folder.read(file, order.start, min(order.size, 3)) == b"big":
         raise TensorkeepError("was written on a big-endian machine", where=where, hint="save it again on a little-endian one")
+    if pickle.size > LARGEST_PICKLE:
+        raise _damaged_zip(f"data.pkl has {pickle.size} bytes, more than {LARGEST_PICKLE}", where)
     value, _ = parse(folder.read(file, pickle.start, pickle.size), ALLOWED, where)
     return value
 
@@ -272,6 +317,9 @@ def _end(count: int, size: int, offset: int) -> bytes:
 
 def tensor_object(tensor: SinkTensor, key: str) -> Object:
     """The `_rebuild_tensor` call that torch.load turns into this tensor over storage `key`."""
+    spelled = DTYPES[tensor.dtype].torch
+    if spelled not in FROM_TORCH:
+        raise TensorkeepError(f"{tensor.dtype} cannot be kept in a torch.save file", where=tensor.name, hint="keep it in safetensors (--to hf)")
     storage = STORAGE_OF.get(tensor.dtype)
     elements = tensor.nbytes if storage is None else tensor.nbytes * 8 // DTYPES[tensor.dtype].bits
     kind = Global("torch", storage) if storage else Global("torch.storage", "UntypedStorage")
@@ -279,10 +327,7 @@ def tensor_object(tensor: SinkTensor, key: str) -> Object:
     args: tuple[Any, ...] = (identity, 0, tensor.shape, row_major(tensor.shape), False, Object(Global("collections", "OrderedDict")))
     if storage:
         return Object(Global("torch._utils", "_rebuild_tensor_v2"), args)
-    spelled = DTYPES[tensor.dtype].torch
-    if spelled is None:
-        raise TensorkeepError(f"torch cannot hold {tensor.dtype}", where=tensor.name, hint="keep it in safetensors (--to hf)")
-    return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", spelled)))
+    return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", str(spelled))))
 
 
 def pack(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> Pack:
@@ -297,27 +342,40 @@ def pack(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> P
     return made
 
 
+MOST_LETTERS = 64 << 20  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
+
+
 def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
     """Leaves of a nested state dict by dotted name: `Stored` for tensors, plain values for the rest."""
     pending: list[tuple[str, Any, int]] = [(prefix, value, 0)]
+    left = MOST_LETTERS
     while pending:
         name, item, depth = pending.pop()
         if depth > 32:
-            raise TensorkeepError("is nested more than 32 levels deep", where=where, code="F07")
-        if isinstance(item, Object):
-            tensor = stored_tensor(item, where)
-            if tensor is not None:
-                yield name, tensor
-                continue
-            if item.is_mapping:
-                item = item.entries
-        if isinstance(item, dict):
-            children = [(f"{name}.{k}" if name else str(k), v, depth + 1) for k, v in item.items()]
-            pending.extend(reversed(children))
-        elif isinstance(item, (list, tuple)) and any(isinstance(v, (Object, dict, list)) for v in item):
-            pending.extend(reversed([(f"{name}.{i}" if name else str(i), v, depth + 1) for i, v in enumerate(item)]))
-        else:
-            yield name, item
+            raise TensorkeepError("is nested more than 32 levels deep", where=where, code="F07", hint="this is no state dict")
+        tensor = stored_tensor(item, where) if isinstance(item, Object) else None
+        children = None if tensor is not None else _children(item)
+        if children is None:
+            yield name, item if tensor is None else tensor
+            continue
+        left -= sum(len(name) + len(key) + 17 for key, _ in children)
+        if left < 0:
+            raise TensorkeepError("names more values than any state dict has", where=where, code="F07", hint="this is no state dict")
+        pending.extend((f"{name}.{key}" if name else key, child, depth + 1) for key, child in reversed(children))
+
+
+def _children(item: Any) -> list[tuple[str, Any]] | None:
+    if isinstance(item, Object) and item.is_mapping:
+        item = item.entries
+    if isinstance(item, dict):
+        return [(_spelled(key), child) for key, child in item.items()]
+    if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):
+        return [(str(i), child) for i, child in enumerate(item)]
+    return None
+
+
+def _spelled(key: Any) -> str:
+    return key if isinstance(key, str) else shown(key)
 
 
 def storage_bytes(tensor: Stored) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -17,7 +18,15 @@ from typing import Any
 
 from tensorkeep import manifest
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import CERTIFICATE, explained, refuse_existing, replacing
+from tensorkeep.files import (
+    CERTIFICATE,
+    LocalFolder,
+    explained,
+    refuse_changed,
+    refuse_existing,
+    replacing_all,
+    write_bytes,
+)
 from tensorkeep.layout import FileLayout, Fixed, Slot, Trailer, small_file
 from tensorkeep.naming import minimind
 from tensorkeep.plan import Plan, Step
@@ -62,12 +71,14 @@ def convert(
         from tensorkeep.remote import convert_remote
 
         return convert_remote(plan, out, to, shard_size, overwrite, progress)
-    final = Path(out)
+    final = Path(out).expanduser()
+    refuse_overlap(final, plan.sources)
     refuse_existing(final, overwrite)
-    _refuse_inside(final, plan.sources)
     layouts, single = sink_files(plan, final.name, to, shard_size)
-    with replacing(final, overwrite) as temporary:
+    finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
+    with replacing_all(finals, over) as temporaries:
         started = time.perf_counter()
+        temporary = temporaries[0]
         folder = temporary.parent if single else temporary
         if single:
             layouts = [FileLayout(temporary.name, layouts[0].segments)]
@@ -75,15 +86,12 @@ def convert(
             with explained(temporary):
                 temporary.mkdir()
         sums = write_files(layouts, folder, plan, progress)
+        for view in plan.sources:
+            refuse_changed(view.folder)
         written = time.perf_counter()
         prove(temporary, plan, sums, progress)
         proven = time.perf_counter()
-        certificate = certify(plan, sums, to)
-        if not single:
-            (folder / CERTIFICATE).write_bytes(certificate)
-    if single:
-        with replacing(beside(final), overwrite=True) as temporary:
-            temporary.write_bytes(certificate)
+        write_bytes(temporaries[1] if single else folder / CERTIFICATE, certify(plan, sums, to))
     casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
     return Result(str(final), plan.nbytes, {n: s.digest for n, s in sums.items()}, casts, seconds)
@@ -94,11 +102,20 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{CERTIFICATE}")
 
 
-def _refuse_inside(final: Path, sources: Sequence[StateView]) -> None:
+def refuse_overlap(final: Path, sources: Sequence[StateView]) -> None:
+    """Stop where the sink is a source, lies in a source's folder, or holds a source: writing it would change that."""
+    sink = final.resolve()
     for view in sources:
-        source = Path(view.folder.url).resolve()
-        if "://" not in view.folder.url and source == final.resolve():
+        if not isinstance(view.folder, LocalFolder):
+            continue
+        folder, named = view.folder.path.resolve(), Path(view.path).expanduser()
+        source = folder if named.is_dir() or not named.exists() else folder / named.name  # a Hub id names no path
+        if sink in (source, source.resolve()):
             raise TensorkeepError("the sink is the source", where=final, hint="write to another path")
+        if source == folder and folder in sink.parents:
+            raise TensorkeepError(f"the sink lies inside the source {folder}", where=final, hint="write to a path outside it")
+        if sink in source.parents:
+            raise TensorkeepError(f"the source {source} lies inside the sink", where=final, hint="write to another path")
 
 
 def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[list[FileLayout], bool]:
@@ -127,34 +144,41 @@ def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progres
     total = plan.nbytes
     done = 0
     sums: dict[str, Sums] = {}
+    stop = threading.Event()
 
     def count(size: int) -> None:
         nonlocal done
+        if stop.is_set():
+            raise TensorkeepError("interrupted")  # by a failure elsewhere, which is the one that is told
         done += size
         progress("write", done, total)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for layout in layouts:
             path = folder / layout.name
+            jobs: list[Future[Sums]] = []
             with explained(path):
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-            try:
-                with explained(path):
-                    jobs = [pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count) for slot in layout.slots]
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)  # less the umask
+                try:
+                    jobs += [pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count) for slot in layout.slots]
                     sums.update(_gather(jobs, layout.slots))
                     _write_rest(handle, layout, {n: s.crc for n, s in sums.items()})
                     os.fsync(handle)
-            finally:
-                os.close(handle)
+                finally:
+                    stop.set()
+                    for job in jobs:
+                        job.cancel()
+                    wait(jobs)  # nobody may write to this number once it is closed: it can be another file's by then
+                    os.close(handle)
+                    stop.clear()
     return sums
 
 
 def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
-    finished, running = wait(jobs, return_when=FIRST_EXCEPTION)
-    for job in running:
-        job.cancel()
-    wait(running)
-    return {slot.tensor: job.result() for job, slot in zip(jobs, slots) if not job.cancelled()}
+    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+    for job in done:
+        job.result()  # raises what failed first; the caller stops the others
+    return {slot.tensor: job.result() for job, slot in zip(jobs, slots)}
 
 
 def _fill(handle: int, slot: Slot, step: Step, sources: Sequence[StateView], count: Callable[[int], None]) -> Sums:
@@ -191,8 +215,8 @@ def _write_rest(handle: int, layout: FileLayout, crcs: dict[str, int]) -> None:
 # -- proof ----------------------------------------------------------------------------------------------------------
 
 
-def prove(sink: Path, plan: Plan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
-    """Open the sink as a stranger would and compare names, dtypes, shapes and digests with the plan.
+def prove(sink: str | Path, plan: Plan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
+    """Open the sink (a path or a URL) as a stranger would and compare names, dtypes, shapes and digests with the plan.
 
     Raises TensorkeepError F03 at the first difference; the caller then leaves no sink behind.
     """

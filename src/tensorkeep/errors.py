@@ -31,10 +31,10 @@ class TensorkeepError(Exception):
 
     @property
     def line(self) -> str:
-        """The first line alone: code, place, what."""
+        """The first line alone: code, place, what. Always one line, printable on any terminal."""
         code = f"{self.code} " if self.code else ""
         where = f"{self.where}: " if self.where else ""
-        return f"{code}{where}{self.what}"
+        return printable(f"{code}{where}{self.what}")
 
     def __str__(self) -> str:
         return f"{self.line}\nhint: {self.hint}" if self.hint else self.line
@@ -48,6 +48,34 @@ def _rebuild(
     what: str, where: str | None, hint: str | None, code: str | None, exit_code: int
 ) -> TensorkeepError:
     return TensorkeepError(what, where=where, hint=hint, code=code, exit_code=exit_code)
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """`text` without control characters and lone surrogates, cut at `most`: names come out of untrusted files.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return plain + (f"... ({len(text)} characters)" if len(text) > most else "")
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value out of an untrusted file for a message: short, whatever its size, depth and sharing.
+
+    >>> shown("a name"), shown([1, [2, 3]]), shown(1 << 20000)
+    ("'a name'", '[1, list]', 'a number of 20001 bits')
+    """
+    if isinstance(value, (str, bytes)):
+        return repr(value[:most]) + ("..." if len(value) > most else "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if value.bit_length() <= 256 else f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        parts = [type(v).__name__ if isinstance(v, (list, tuple, dict)) else shown(v, 20) for v in value[:8]]
+        return f"[{', '.join(parts)}{', ...' if len(value) > 8 else ''}]"
+    return type(value).__name__
 
 
 def near_misses(word: str, known: Iterable[str], most: int = 3) -> str:

@@ -5,11 +5,12 @@ walked by hand: a global becomes a `Global` (two strings), a call becomes an ine
 called, with what). A global outside the caller's allow-list is refused by name (F04) even though it could do no
 harm here, since the next program to open the file would run it.
 
-`emit` goes the other way: it writes the few opcodes that torch's own metadata needs, always the same bytes.
+`pickle_writing.emit` goes the other way.
 """
 
 from __future__ import annotations
 
+import codecs
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 
-LARGEST_COUNT = 50_000_000  # objects in one pickle; a hostile file could otherwise fill memory from a few bytes
+LARGEST_PICKLE = 1 << 30  # bytes; each makes at most one small object, so this bounds memory and time
+LONGEST_NUMBER = 4096  # bytes of one whole number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Global:
     """A class or function that the pickle names: `torch.Size` is Global("torch", "Size")."""
 
@@ -31,7 +33,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, repr=False)  # a repr of what a hostile file nests and shares may never end
 class Object:
     """What the pickle wanted to build: `call` applied to `args`, then given `state` and `items`."""
 
@@ -46,7 +48,7 @@ class Object:
         return self.call.name in ("OrderedDict", "defaultdict", "dict")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Persistent:
     """A persistent id, as torch uses for storages."""
 
@@ -84,12 +86,18 @@ class _Reader:
         self.at = end
         return piece
 
-    def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + 65536)
+    def raw_line(self) -> bytes:
+        end = self.data.find(b"\n", self.at)
         if end < 0:
             raise _fail("a line without its end", self.where)
         piece = self.data[self.at : end]
         self.at = end + 1
+        return piece
+
+    def line(self) -> str:
+        piece = self.raw_line()
+        if len(piece) > LONGEST_NUMBER:  # names and numbers; text has the V opcode
+            raise _fail(f"a name or number of {len(piece)} letters", self.where)
         return piece.decode("utf-8")
 
     def number(self, form: str) -> int:
@@ -157,7 +165,16 @@ def _build(r: _Reader) -> None:
 
 
 def _long(data: bytes) -> int:
+    if len(data) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(data)} bytes")
     return int.from_bytes(data, "little", signed=True)
+
+
+def _old_string(text: bytes) -> str:
+    """The S opcode: a Python 2 string literal."""
+    if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
+        raise ValueError("a string without its quotes")
+    return codecs.escape_decode(text[1:-1])[0].decode("latin-1")
 
 
 def _push(read: Callable[[_Reader], Any]) -> Callable[[_Reader], None]:
@@ -223,7 +240,8 @@ def _set_many(r: _Reader) -> None:
 
 
 def _dict(r: _Reader) -> None:
-    pairs, made = r.since_mark(), {}
+    pairs = r.since_mark()
+    made: dict[Any, Any] = {}
     _set_items(made, pairs)
     r.stack.append(made)
 
@@ -248,16 +266,16 @@ OPCODES: dict[int, Callable[[_Reader], None]] = {
     ord("I"): _push(lambda r: _text_int(r.line())),
     ord("L"): _push(lambda r: int(r.line().rstrip("L"))),
     0x8A: _push(lambda r: _long(r.take(r.take(1)[0]))),
-    0x8B: _push(lambda r: _long(r.take(min(r.number("<I"), 4096)))),
+    0x8B: _push(lambda r: _long(r.take(r.number("<I")))),
     ord("G"): _push(lambda r: struct.unpack(">d", r.take(8))[0]),
     ord("F"): _push(lambda r: float(r.line())),
     ord("X"): _push(lambda r: r.take(r.number("<I")).decode("utf-8", "surrogatepass")),
     0x8C: _push(lambda r: r.take(r.take(1)[0]).decode("utf-8", "surrogatepass")),
     0x8D: _push(lambda r: r.take(r.number("<Q")).decode("utf-8", "surrogatepass")),
-    ord("V"): _push(lambda r: r.line()),
+    ord("V"): _push(lambda r: r.raw_line().decode("raw-unicode-escape")),
     ord("U"): _push(lambda r: r.take(r.take(1)[0]).decode("latin-1")),
     ord("T"): _push(lambda r: r.take(r.number("<i")).decode("latin-1")),
-    ord("S"): _push(lambda r: r.line().strip("'\"")),
+    ord("S"): _push(lambda r: _old_string(r.raw_line())),
     ord("B"): _push(lambda r: r.take(r.number("<I"))),
     ord("C"): _push(lambda r: r.take(r.take(1)[0])),
     0x8E: _push(lambda r: r.take(r.number("<Q"))),
@@ -283,6 +301,8 @@ OPCODES: dict[int, Callable[[_Reader], None]] = {
     ord("R"): _pop_call,
     0x81: _pop_call,
     0x92: _pop_call_with_keywords,
+    ord("i"): lambda r: _instance(r),
+    ord("o"): lambda r: _instance_of(r),
     ord("b"): _build,
     ord("q"): _put(lambda r: r.take(1)[0]),
     ord("r"): _put(lambda r: r.number("<I")),
@@ -309,8 +329,18 @@ def _discard(r: _Reader) -> None:
     r.since_mark()
 
 
+def _instance(r: _Reader) -> None:
+    made = r.found(r.line(), r.line())
+    r.call(made, tuple(r.since_mark()))
+
+
+def _instance_of(r: _Reader) -> None:
+    made, *args = r.since_mark() or [None]
+    r.call(made, tuple(args))
+
+
 def _text_int(text: str) -> int | bool:
-    return {"00": False, "01": True}.get(text, None) if text in ("00", "01") else int(text)  # type: ignore[return-value]
+    return {"00": False, "01": True}[text] if text in ("00", "01") else int(text)
 
 
 def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) -> tuple[Any, int]:
@@ -322,21 +352,14 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
     >>> parse(b"\\x80\\x02]q\\x00(K\\x01K\\x02e.", (), "example")[0]
     [1, 2]
     """
+    if len(data) - start > LARGEST_PICKLE:
+        raise TensorkeepError(f"a pickle of {len(data) - start} bytes; the most read is {LARGEST_PICKLE}", where=where, code="F07")
     reader = _Reader(data, start, where)
-    stack, steps = reader.stack, 0
     try:
-        while True:
-            code = reader.take(1)[0]
-            if code == 0x2E:
-                value = stack.pop()
-                break
-            operation = OPCODES.get(code)
-            if operation is None:
-                raise _fail(f"opcode {code:#04x} at {reader.at - 1}", where)
-            operation(reader)
-            steps += 1
-            if steps > LARGEST_COUNT:
-                raise _fail(f"more than {LARGEST_COUNT} operations", where)
+        value = _run(reader)
+    except TensorkeepError:
+        _refuse(reader.globals, allowed, where)  # what it names is the graver fault
+        raise
     except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
         _refuse(reader.globals, allowed, where)
         raise _fail(f"{error or type(error).__name__} at {reader.at}", where) from None
@@ -344,90 +367,24 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
     return value, reader.at
 
 
+def _run(reader: _Reader) -> Any:
+    while True:
+        code = reader.take(1)[0]
+        if code == 0x2E:
+            return reader.stack.pop()
+        operation = OPCODES.get(code)
+        if operation is None:
+            raise _fail(f"opcode {code:#04x} at {reader.at - 1}", reader.where)
+        operation(reader)
+
+
 def _refuse(found: Collection[Global], allowed: Collection[str], where: object) -> None:
     refused = sorted(str(g) for g in found if str(g) not in allowed and f"{g.module}.*" not in allowed)
     if refused:
+        more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
         raise TensorkeepError(
-            f"the pickle inside names {', '.join(refused[:8])}, which loading it would import and may run; nothing was run",
+            f"the pickle inside names {', '.join(r[:120] for r in refused[:8])}{more}, which loading it would import and may run; nothing was run",
             where=where,
             code="F04",
             hint="do not load this file with torch.load(weights_only=False) or dcp.load; ask its author for safetensors",
         )
-
-
-# -- writing ------------------------------------------------------------------------------------------------------
-
-
-def emit(value: Any) -> bytes:
-    """A protocol-2 pickle of plain data, `Global` and `Object`, the same bytes every time.
-
-    Protocol 2 is what every torch that reads DCP understands. Objects with `state` become NEWOBJ + BUILD, others a
-    call. No memo: the files are small and the opcodes stay readable with `python -m pickletools`.
-    """
-    out = bytearray(b"\x80\x02")
-    _emit(value, out)
-    return bytes(out + b".")
-
-
-def _emit(value: Any, out: bytearray) -> None:
-    if value is None:
-        out += b"N"
-    elif isinstance(value, bool):
-        out += b"\x88" if value else b"\x89"
-    elif isinstance(value, int):
-        out += _int_opcode(value)
-    elif isinstance(value, float):
-        out += b"G" + struct.pack(">d", value)
-    elif isinstance(value, str):
-        text = value.encode("utf-8", "surrogatepass")
-        out += b"X" + struct.pack("<I", len(text)) + text
-    elif isinstance(value, Global):
-        out += f"c{value.module}\n{value.name}\n".encode()
-    elif isinstance(value, Persistent):
-        _emit(value.value, out)
-        out += b"Q"
-    elif isinstance(value, tuple):
-        out += b"("
-        for item in value:
-            _emit(item, out)
-        out += b"t"
-    elif isinstance(value, list):
-        out += b"]("
-        for item in value:
-            _emit(item, out)
-        out += b"e"
-    elif isinstance(value, dict):
-        out += b"}"
-        _emit_items(value, out)
-    elif isinstance(value, Object):
-        _emit_object(value, out)
-    else:
-        raise TypeError(f"cannot write a {type(value).__name__} into a pickle")
-
-
-def _emit_object(value: Object, out: bytearray) -> None:
-    _emit(value.call, out)
-    _emit(value.args, out)
-    out += b"R" if value.state is None else b"\x81"
-    if value.entries:
-        _emit_items(value.entries, out)
-    if value.state is not None:
-        _emit(value.state, out)
-        out += b"b"
-
-
-def _emit_items(entries: dict[Any, Any], out: bytearray) -> None:
-    out += b"("
-    for key, item in entries.items():
-        _emit(key, out)
-        _emit(item, out)
-    out += b"u"
-
-
-def _int_opcode(value: int) -> bytes:
-    if 0 <= value < 256:
-        return b"K" + bytes([value])
-    if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    size = (value.bit_length() + 8) // 8
-    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)

@@ -15,6 +15,8 @@ from tensorkeep.layout import SinkTensor
 from tensorkeep.names import natural
 from tensorkeep.view import Companion, Note, StateView
 
+BY_USER = "dropped by the user"
+
 
 class Rows(NamedTuple):
     """A permutation of rows within each block of `block` rows (a head): between RoPE layouts.
@@ -56,6 +58,18 @@ class Part(NamedTuple):
         if self.permutes and self.permutes[-1] == rows.inverse():
             return self._replace(permutes=self.permutes[:-1])
         return self._replace(permutes=(*self.permutes, rows))
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A tensor under its hf name: dtype, shape, the parts it is made of, and what was done on the way."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    actions: tuple[str, ...] = ()
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,32 +5,22 @@ This is where a conversion is decided; `plan.py` says what a plan is and `conver
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from tensorkeep import adapters, configs
 from tensorkeep import naming as namings
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.layout import SinkTensor
 from tensorkeep.names import grouped, matches
-from tensorkeep.naming import Identity, hf, minimind
+from tensorkeep.naming import Identity, minimind
 from tensorkeep.naming.table import Link, from_hf, from_own
-from tensorkeep.plan import Part, Plan, Rows, Step, ordered
+from tensorkeep.plan import BY_USER, Hub, Part, Plan, Step, ordered
 from tensorkeep.record import DTYPES, TensorRecord
-from tensorkeep.view import Companion, Note, StateView
-
-
-@dataclass(frozen=True)
-class Hub:
-    """A tensor under its hf name: dtype, shape, the parts it is made of, and what was done on the way."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    actions: tuple[str, ...] = ()
-    tied_to: str | None = None
+from tensorkeep.rope import rope_rows
+from tensorkeep.ties import tie
+from tensorkeep.view import Note, StateView
 
 
 def make_plan(
@@ -51,46 +41,43 @@ def make_plan(
     Raises TensorkeepError where a tensor would be lost, made twice or misread by the target.
     """
     notes = [note for view in sources for note in view.notes]
-    config, companions = _configs(sources, notes)
+    config, companions = configs.gather(sources)
     dropped: list[Step] = []
+    identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
+    if adapters.wanted(identities, to, naming):
+        made = adapters.adapter_plan(sources, identities, to, config, dtype, dropped)
+        _check_cover(made)
+        return made
     hub: dict[str, Hub] = {}
-    schemes: list[str | None] = []
-    for index, view in enumerate(sources):
-        identity = namings.identify(_without(view, drop, index, dropped), from_naming)
-        schemes.append(identity.naming)
-        config, companions = _minimind_config(view, identity, config, companions, notes)
-        found = to_hub(view, index, identity, config, dropped)
-        _combine(hub, found, prefer, sources, dropped)
+    for index, (view, whole) in enumerate(zip(sources, identities)):
+        identity = adapters.set_aside(view, whole, to, notes)
+        config, companions = configs.minimind_config(view, identity, config, companions, notes)
+        _combine(hub, to_hub(view, index, identity, config, dropped), prefer, dropped)
     if not hub:
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path if sources else None, code="K05")
-    target = naming or next((s for s in schemes if s), None) and "hf"
-    _tie(hub, to, target, config, sources, dropped, notes)
-    steps = _to_sink(list(hub.values()), to, target, config, dtype, notes)
+    target = naming or ("hf" if any(i.naming for i in identities) else None)
+    tie(hub, to, target, config, sources, dropped, notes)
+    steps = _to_sink(list(hub.values()), to, target, config, _dtypes(sources, dtype), notes)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
     _check_cover(plan)
-    _match_config_dtype(plan)
+    configs.match_dtype(plan)
     return plan
 
 
-def _without(view: StateView, drop: Sequence[str], index: int, dropped: list[Step]) -> StateView:
-    """The view less the tensors that the user drops; a pattern that fits nothing is a mistake worth stopping for."""
-    if not drop:
-        return view
-    gone = [n for n in view if matches(n, drop)]
-    unused = [p for p in drop if not any(matches(n, [p]) for n in view)]
-    if unused and index == 0 and not gone:
-        raise TensorkeepError(f"--drop {unused[0]!r} fits no tensor", where=view.path, hint="quote the pattern, or list names with: tensorkeep inspect")
-    dropped += [Step(("drop",), (Part(index, n),), None, "dropped by the user") for n in gone]
-    return replace(view, records={n: r for n, r in view.records.items() if n not in set(gone)})
-
-
-def _configs(sources: Sequence[StateView], notes: list[Note]) -> tuple[dict[str, Any] | None, list[Companion]]:
-    companions: dict[str, Companion] = {}
-    for view in sources:
-        for companion in view.companions:
-            companions.setdefault(companion.name, companion)
-    config = next((v.config for v in sources if v.config is not None), None)
-    return config, list(companions.values())
+def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[Step]) -> list[StateView]:
+    """The views less the tensors that the user drops; a pattern that fits nothing is a mistake worth stopping for."""
+    unused = [p for p in drop if not any(matches(n, [p]) for view in sources for n in view)]
+    if unused:
+        raise TensorkeepError(
+            f"--drop {unused[0]!r} fits no tensor", where=sources[0].path,
+            hint="quote the pattern, or list names with: tensorkeep inspect",
+        )  # fmt: skip
+    left = []
+    for index, view in enumerate(sources):
+        gone = {n for n in view if matches(n, drop)}
+        dropped += [Step(("drop",), (Part(index, n),), None, BY_USER) for n in view if n in gone]
+        left.append(replace(view, records={n: r for n, r in view.records.items() if n not in gone}))
+    return left
 
 
 # -- source naming -> hf --------------------------------------------------------------------------------------------
@@ -107,6 +94,11 @@ def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str,
             dropped.append(Step(("drop",), (Part(index, stored),), None, "a buffer that the model computes from its config"))
             continue
         links = from_own(clean, table, experts=record.shape[0] if record.shape else 0) if table is not None else None
+        if links is None and identity.naming == "gguf":
+            raise TensorkeepError(
+                f"{stored} has no place in {(config or {}).get('model_type')}, as transformers has it", where=view.path, code="K07",
+                hint=f"leave it out by name: --drop '{stored}'",
+            )  # fmt: skip
         if links is None:
             links = [Link(clean, clean)]
         for link in links:
@@ -118,11 +110,12 @@ def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str,
 
 
 def _from_link(link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None) -> Hub:
-    part, shape, actions = Part(index, record.name), record.shape, ()
+    part, shape = Part(index, record.name), record.shape
+    actions: tuple[str, ...] = ()
     if link.expert is not None:
         part, shape, actions = part._replace(rows=(link.expert, link.expert + 1)), record.shape[1:], ("split",)
     if link.rope:
-        part = part.permuted(rope_rows(config, "half", record, identity.naming))
+        part = part.permuted(rope_rows(config, "half", record.name, record.shape))
         actions = (*actions, "permute")
     return Hub(link.hf, record.dtype, shape, (part,), actions, record.tied_to)
 
@@ -145,29 +138,7 @@ def _computed(name: str, scheme: str | None) -> bool:
     return scheme not in (None, "hf") and name in getattr(namings.module(str(scheme)), "COMPUTED", ())
 
 
-def rope_rows(config: Mapping[str, Any] | None, to: str, record: TensorRecord, scheme: str | None) -> Rows:
-    """The row permutation of q/k for this config. head_dim is read where the config has it, derived otherwise.
-
-    Raises TensorkeepError (C03) without a config: shapes alone do not tell the size of a head.
-    """
-    own = {**(config or {}), **{new: (config or {})[old] for old, new in minimind.OLD_FIELDS.items() if old in (config or {})}}
-    heads = own.get("num_attention_heads")
-    head_dim = own.get("head_dim") or (own.get("hidden_size", 0) // heads if heads else 0)
-    if not isinstance(head_dim, int) or head_dim <= 0:
-        raise TensorkeepError(
-            f"{record.name}: its rows follow another RoPE layout, and without a config.json the size of a head is unknown",
-            code="C03", hint="add the model's folder or config: --config DIR_OR_FILE",
-        )  # fmt: skip
-    rotary = int(head_dim * (own.get("partial_rotary_factor") or 1.0))
-    if rotary % 2 or not record.shape or record.shape[0] % head_dim:
-        raise TensorkeepError(
-            f"{record.name}: {record.shape[0] if record.shape else 0} rows are not whole heads of {head_dim} (rotary {rotary})", code="C01",
-            hint="is this the config of another model?",
-        )  # fmt: skip
-    return Rows(head_dim, rotary, to)
-
-
-def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, sources: Sequence[StateView], dropped: list[Step]) -> None:
+def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, dropped: list[Step]) -> None:
     twice = sorted(set(hub) & set(found))
     if twice and prefer not in ("first", "last"):
         raise TensorkeepError(
@@ -183,89 +154,16 @@ def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, sou
         hub[name] = item
 
 
-def _minimind_config(
-    view: StateView, identity: Identity, config: dict[str, Any] | None, companions: list[Companion], notes: list[Note]
-) -> tuple[dict[str, Any] | None, list[Companion]]:
-    """MiniMind's config is not transformers': make one, and say which fields nothing gave."""
-    if identity.naming != "minimind":
-        return config, companions
-    made = minimind.generation(identity.names.values())
-    probe = {clean: view[stored] for stored, clean in identity.names.items()}
-    if made == "mm2a":
-        links = {clean: from_own(clean, minimind.META) for clean in probe}
-        probe = {link[0].hf: probe[clean] for clean, link in links.items() if link}
-    made_config, assumed = minimind.hf_config(probe, config, made)
-    if assumed:
-        notes.append(Note("C03", f"no file says {', '.join(assumed)}: MiniMind's defaults of {made}; check them, or give --config"))
-    if made_config["model_type"] == "minimind":
-        notes.append(Note("K07", f"{made} with shared experts: no transformers class computes this model, the sink holds its weights only"))
-    rest = [c for c in companions if c.name not in ("config.json", "generation_config.json")]
-    ids = {k: made_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    rest.append(_companion("config.json", {**made_config, "dtype": _torch_dtype(probe.values())}))
-    rest.append(_companion("generation_config.json", {"_from_model_config": True, **ids}))
-    return made_config, rest
-
-
-def _companion(name: str, document: Mapping[str, Any]) -> Companion:
-    return Companion(name, (json.dumps(document, indent=2) + "\n").encode(), "made from the weights")
-
-
-def _torch_dtype(records: Any) -> str:
-    widths = [DTYPES[r.dtype].torch for r in records if DTYPES[r.dtype].floating]
-    return max(set(widths), key=widths.count) if widths else "float32"  # type: ignore[arg-type]
-
-
-# -- ties -----------------------------------------------------------------------------------------------------------
-
-
-def _tie(
-    hub: dict[str, Hub], to: str, target: str | None, config: Mapping[str, Any] | None, sources: Sequence[StateView],
-    dropped: list[Step], notes: list[Note],
-) -> None:  # fmt: skip
-    """Head and embedding: decided from config and data, never from equality of values alone (facts §7)."""
-    head, embed = hub.get(hf.HEAD), hub.get(hf.EMBEDDING)
-    tied = hf.tied(dict(config)) if config is not None else None
-    if embed is None or target is None:
-        return
-    if head is None:
-        if tied is False:
-            raise TensorkeepError(
-                "lm_head.weight is missing and the config says that it is not tied to the embedding", code="K01",
-                where=sources[0].path, hint='get the full checkpoint, or set "tie_word_embeddings": true if the head is tied',
-            )  # fmt: skip
-        if tied and (to == "dcp" or target == "minimind"):
-            hub[hf.HEAD] = replace(embed, name=hf.HEAD, actions=("tie",), tied_to=hf.EMBEDDING)
-        return
-    if not tied:
-        return
-    if not _equal(head, embed, sources):
-        notes.append(Note(
-            "T01", "the config ties lm_head to the embedding, but the file holds a different lm_head: both are kept; "
-            "transformers 5 unties them with a warning, torchtitan overwrites the head", (hf.HEAD, hf.EMBEDDING),
-        ))  # fmt: skip
-    elif to == "hf":
-        del hub[hf.HEAD]
-        dropped += [Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once") for part in head.parts]
-    else:
-        hub[hf.HEAD] = replace(head, actions=(*head.actions, "tie"), tied_to=hf.EMBEDDING)
-
-
-def _equal(a: Hub, b: Hub, sources: Sequence[StateView]) -> bool:
-    if (a.shape, a.dtype, len(a.parts), len(b.parts)) != (b.shape, b.dtype, 1, 1):
-        return False
-    streams = [sources[h.parts[0].source].stream(h.parts[0].name) for h in (a, b)]
-    return all(x == y for x, y in zip(*streams, strict=True))
-
-
 # -- hf -> sink naming ----------------------------------------------------------------------------------------------
 
 
 def _to_sink(
-    items: list[Hub], to: str, target: str | None, config: Mapping[str, Any] | None, dtype: str | None, notes: list[Note]
+    items: list[Hub], to: str, target: str | None, config: Mapping[str, Any] | None, dtypes: Sequence[str | None], notes: list[Note]
 ) -> list[Step]:
     own = _named(items, target, config, notes)
     steps = []
     for hub in own:
+        dtype = dtypes[hub.parts[0].source]
         actions = [a for a in dict.fromkeys(hub.actions) if a != "permute" or any(p.permutes for p in hub.parts)]
         if hub.name not in [p.name for p in hub.parts] and "tie" not in actions:
             actions.insert(0, "rename")
@@ -276,12 +174,21 @@ def _to_sink(
         sink = SinkTensor(hub.name, made, hub.shape, hub.tied_to)
         steps.append(Step(tuple(actions) or ("keep",), hub.parts, sink))
     scales = [h.name for h in own if h.name.endswith(("weight_scale_inv", "weight_scale", ".scale"))]
-    if dtype is not None and scales and any(h.dtype.startswith("F8") for h in own):
+    if any(dtypes) and scales and any(h.dtype.startswith("F8") for h in own):
         raise TensorkeepError(
             f"these are fp8 weights with scales ({scales[0]}): a cast would strip the scale from the weight", code="Q01",
             hint="leave --dtype out, or dequantise first",
         )  # fmt: skip
     return steps
+
+
+def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]:
+    """The dtype each source's floating tensors are cast to: the user's; bfloat16 for quantised files; None keeps them.
+
+    A quantised file's F32 norms follow: they were widened when it was made, and a model loads in one dtype.
+    """
+    quantised = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
+    return [dtype or ("BF16" if found else None) for found in quantised]
 
 
 def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]) -> list[Hub]:
@@ -307,8 +214,7 @@ def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | Non
                 hint=f"leave it out by name (--drop '{item.name}'), or keep the hf names (--naming hf)",
             )  # fmt: skip
         if link.rope:
-            probe = TensorRecord(item.name, item.dtype, item.shape, ())
-            rows = rope_rows(config, "pairs", probe, target)
+            rows = rope_rows(config, "pairs", item.name, item.shape)
             item = replace(item, parts=tuple(p.permuted(rows) for p in item.parts), actions=(*item.actions, "permute"))
         if link.expert is not None:
             stacks.setdefault(link.own, {})[link.expert] = item
@@ -357,17 +263,3 @@ def _check_cover(plan: Plan) -> None:
     names = [t.name for t in plan.tensors]
     if len(names) != len(set(names)):
         raise TensorkeepError("the plan makes a tensor twice", hint="this is a defect of tensorkeep, please report it")
-
-
-def _match_config_dtype(plan: Plan) -> None:
-    """config.json says which dtype transformers loads in: keep it true, or a float32 sink is read as bfloat16."""
-    spelled = _torch_dtype(plan.tensors)
-    for at, companion in enumerate(plan.companions):
-        if companion.name != "config.json":
-            continue
-        document = json.loads(companion.data)
-        key = next((k for k in ("dtype", "torch_dtype") if isinstance(document.get(k), str)), None)
-        if key and document[key] != spelled:
-            plan.notes.append(Note("C01", f"config.json: {key} {document[key]} becomes {spelled}, as the weights are"))
-            document[key] = spelled
-            plan.companions[at] = _companion("config.json", document)._replace(where=companion.where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Dtype(NamedTuple):
@@ -46,7 +46,8 @@ DTYPES: dict[str, Dtype] = {
     "U8": Dtype(8, "uint8", "uint8", False),
     "BOOL": Dtype(8, "bool", "bool", False),
 }
-FROM_TORCH = {d.torch: name for name, d in DTYPES.items() if d.torch}
+# torch packs two F4 into one element and counts it once, in its shapes too: only safetensors' count is kept here
+FROM_TORCH = {d.torch: name for name, d in DTYPES.items() if d.torch and d.bits >= 8}
 SPELLINGS = {  # what people type after --dtype
     **{name.lower(): name for name in DTYPES},
     **{d.torch: name for name, d in DTYPES.items() if d.torch},
@@ -110,6 +111,24 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     12
     """
     return (math.prod(shape) * DTYPES[dtype].bits + 7) // 8
+
+
+MOST_DIMENSIONS = 32  # numpy 1.26 has no more; real checkpoints end at six
+LARGEST_SIZE = 1 << 62  # bytes, as if no dimension were empty: what numpy and torch can index
+
+
+def checked_shape(value: Any, dtype: str | None = None) -> tuple[int, ...] | None:
+    """Sizes out of an untrusted file as a shape, or None where they are no whole numbers or nothing could hold them.
+
+    >>> checked_shape([2, 3]), checked_shape([2, -1]), checked_shape([1 << 40, 1 << 40])
+    ((2, 3), None, None)
+    """
+    if not isinstance(value, (tuple, list)) or len(value) > MOST_DIMENSIONS:
+        return None
+    if not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        return None
+    shape = tuple(value)
+    return shape if nbytes(dtype or "C128", tuple(max(n, 1) for n in shape)) < LARGEST_SIZE else None
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

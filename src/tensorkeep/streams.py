@@ -6,11 +6,13 @@ Nothing here holds more than a chunk: a permutation moves rows within a head, so
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
 import xxhash
 
-from tensorkeep.plan import Rows, Step
+from tensorkeep.plan import Part, Rows, Step
 from tensorkeep.record import DTYPES, nbytes
 from tensorkeep.view import StateView, np_dtype
 
@@ -33,6 +35,22 @@ class Sums:
     cast: Cast
 
 
+def pieces(part: Part, view: StateView, source: Any = None) -> Iterator[memoryview]:
+    """The bytes of one part in chunks of whole elements (of whole heads where rows are permuted).
+
+    `source`, a running digest, is fed the bytes as they are stored.
+    """
+    record = view[part.name]
+    row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
+    element = max(DTYPES[record.dtype].bits // 8, 1)
+    for piece in view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element)):
+        if source is not None:
+            source.update(piece)
+        for permute in part.permutes:
+            piece = _permute(piece, permute, row)
+        yield piece
+
+
 def write_tensor(step: Step, sources: Sequence[StateView], write: Callable[[memoryview], None]) -> Sums:
     """Stream the raw bytes that `step` puts into its sink tensor through `write`, a chunk at a time; sum them up.
 
@@ -42,22 +60,14 @@ def write_tensor(step: Step, sources: Sequence[StateView], write: Callable[[memo
     crc, state, cast = 0, xxhash.xxh3_128(), Cast()
     digests: dict[tuple[int, str], str] = {}
     for part in step.parts:
-        view = sources[part.source]
-        record = view[part.name]
-        same = record.dtype == step.sink.dtype and not part.permutes and len(step.parts) == 1
-        row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
-        element = max(DTYPES[record.dtype].bits // 8, 1)
+        dtype = sources[part.source][part.name].dtype
+        same = dtype == step.sink.dtype and not part.permutes and len(step.parts) == 1
         source = xxhash.xxh3_128()
-        for piece in view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element)):
-            if not same:
-                source.update(piece)
-                for permute in part.permutes:
-                    piece = _permute(piece, permute, row)
-                if record.dtype != step.sink.dtype:
-                    piece = _cast(piece, record.dtype, step.sink.dtype, cast)
-            crc = zlib.crc32(piece, crc)
-            state.update(piece)
-            write(piece)
+        for piece in pieces(part, sources[part.source], None if same else source):
+            made = piece if dtype == step.sink.dtype else _cast(piece, dtype, step.sink.dtype, cast)
+            crc = zlib.crc32(made, crc)
+            state.update(made)
+            write(made)
         key = part.name if part.rows is None else f"{part.name}[{part.rows[0]}:{part.rows[1]}]"
         digests[part.source, key] = (state if same else source).hexdigest()
     return Sums(crc, state.hexdigest(), digests, cast)

@@ -8,6 +8,7 @@ torch is imported by `tensor` alone.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 4 << 20  # bytes a stream holds at a time
+LARGEST_COMPANION = 256 << 20  # bytes; the largest tokenizers have 40 MB
 
-# format word -> module; each has the verbs sniff, read, layout (gguf has no layout: read-only)
+# format word -> module; each has the verbs sniff, read and, unless read-only, layout. The first that recognises the
+# files reads them, and the commonest comes first: a module not asked is not imported.
 FORMATS = {
-    "peft": "tensorkeep.formats.peft",
-    "dcp": "tensorkeep.formats.dcp",
     "hf": "tensorkeep.formats.safetensors",
+    "dcp": "tensorkeep.formats.dcp",
+    "peft": "tensorkeep.formats.peft",
     "gguf": "tensorkeep.formats.gguf",
     "pth": "tensorkeep.formats.pth",
 }
@@ -102,7 +105,10 @@ class StateView(Mapping[str, TensorRecord]):
         tensor whose blocks are not whole rows (sharded on a later dimension, transposed) is assembled in memory.
         """
         record = self.records[name]
-        spans = None if record.encoding != "plain" else _row_spans(record, self._blocks(record))
+        if record.encoding != "plain":
+            yield from self._decoded(record, rows, granule, chunk)
+            return
+        spans = _row_spans(record, self._blocks(record))
         row_bytes = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
         first, last = rows or (0, record.shape[0] if record.shape else 1)
         if spans is None:
@@ -127,15 +133,26 @@ class StateView(Mapping[str, TensorRecord]):
         if filled:
             yield buffer[:filled]
 
+    def _decoded(self, record: TensorRecord, rows: tuple[int, int] | None, granule: int, chunk: int) -> Iterator[memoryview]:
+        """An encoded tensor, a few rows of its last dimension at a time: encodings never reach across such rows."""
+        if self.decode is None:
+            raise TensorkeepError(f"{record.name} is stored as {record.encoding}, which {self.format} cannot decode", where=self.path)
+        (block,) = self._blocks(record)
+        count = math.prod(record.shape[:-1])
+        made, stored = record.nbytes // max(count, 1), block.nbytes // max(count, 1)  # bytes of one row
+        inner = math.prod(record.shape[1:-1])  # rows in one step of the first dimension
+        first, last = (0, count) if rows is None else (rows[0] * inner, rows[1] * inner)
+        unit = math.lcm(granule, max(made, 1))
+        step = max(chunk // unit, 1) * unit // max(made, 1)
+        for at in range(first, last, step):
+            some = min(step, last - at)
+            raw = bytearray(some * stored)
+            self.folder.read_into(block.file, block.start + at * stored, memoryview(raw))
+            yield self.decode(record, memoryview(raw))
+
     def _assemble(self, record: TensorRecord) -> bytearray:
         import numpy as np
 
-        if record.encoding != "plain":
-            block = record.blocks[0]
-            raw = bytearray(block.nbytes)
-            self.folder.read_into(block.file, block.start, memoryview(raw))
-            assert self.decode is not None
-            return bytearray(self.decode(record, memoryview(raw)))
         width = DTYPES[record.dtype].bits // 8
         whole = bytearray(record.nbytes)
         target = np.frombuffer(whole, dtype=f"V{width}").reshape(record.shape)
@@ -170,7 +187,12 @@ class StateView(Mapping[str, TensorRecord]):
         dtype = getattr(torch, spelled)
         if record.elements == 0:
             return torch.empty(record.shape, dtype=dtype)
-        return torch.frombuffer(self.bytes(name), dtype=dtype).reshape(record.shape)
+        shape = record.shape
+        if record.dtype == "F4":  # torch packs two into one element
+            if not shape or shape[-1] % 2:
+                raise TensorkeepError(f"torch holds F4 in pairs, shape {list(shape)} has an odd end", where=f"{self.path}: {name}")
+            shape = (*shape[:-1], shape[-1] // 2)
+        return torch.frombuffer(self.bytes(name), dtype=dtype).reshape(shape)
 
     def digest(self, name: str) -> str:
         """xxh3_128 of the tensor's raw little-endian bytes, in hex."""
@@ -261,9 +283,16 @@ def read(path: str | Path) -> StateView:
         form = importlib.import_module(module)
         if form.sniff(folder, names, single=name is not None):
             view: StateView = form.read(folder, names, str(path))
+            _check_names(view)
             _find_companions(view)
             return view
     raise _unrecognised(folder, names, str(path))
+
+
+def _check_names(view: StateView) -> None:
+    for name in view.records:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise TensorkeepError(f"a tensor's name is no text: {name!r}", where=view.path, code="F07", hint="the file is damaged; copy it again")
 
 
 def _find_companions(view: StateView) -> None:
@@ -271,16 +300,20 @@ def _find_companions(view: StateView) -> None:
     from tensorkeep.manifest import parse_json
 
     places: list[Folder] = [view.folder]
-    if isinstance(view.folder, LocalFolder) and "config.json" not in view.folder.names():
+    # a folder above may describe this file, unless the file described itself (GGUF does)
+    if view.config is None and isinstance(view.folder, LocalFolder) and "config.json" not in view.folder.names():
         places += [LocalFolder(parent) for parent in list(view.folder.path.resolve().parents)[:2]]
     for place in places:
-        present = set(place.names())
+        try:
+            present = set(place.names())
+        except TensorkeepError:
+            if place is view.folder:
+                raise
+            continue  # a folder above that we may not list says nothing about this checkpoint
         if "config.json" not in present and place is not view.folder:
             continue
         have = {c.name for c in view.companions}
-        view.companions += [
-            Companion(name, place.read(name), f"{place.url}/{name}") for name in COMPANIONS if name in present - have
-        ]
+        view.companions += [_companion(place, name) for name in COMPANIONS if name in present - have]
         if "config.json" in present:
             break
     if view.config is None:
@@ -288,6 +321,13 @@ def _find_companions(view: StateView) -> None:
             if companion.name == "config.json":
                 config = parse_json(companion.data, companion.where)
                 view.config = config if isinstance(config, dict) else None
+
+
+def _companion(place: Folder, name: str) -> Companion:
+    where = f"{place.url}/{name}"
+    if place.size(name) > LARGEST_COMPANION:
+        raise TensorkeepError(f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere")
+    return Companion(name, place.read(name), where)
 
 
 def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError:

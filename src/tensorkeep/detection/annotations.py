@@ -12,7 +12,6 @@ Segments are seconds everywhere. Needs numpy only. `annotation_checks.check_anno
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TensorkeepError, near_misses
+from .reading import parse_number, parse_segment, read_json, read_text
 
 AMBIGUOUS = "Ambiguous"  # THUMOS'14 marks segments with it that are neither right nor wrong: never a class
 CLASS_LIST = "detclasslist.txt"
@@ -155,11 +155,11 @@ def unique_segments(
     array([0, 2])
     """
     kept: list[int] = []
-    by_label: dict[object, list[int]] = {}
-    for index, label in enumerate(labels):
+    by_label: dict[object, list[tuple[float, float]]] = {}
+    for index, ((start, end), label) in enumerate(zip(segments.tolist(), labels, strict=True)):
         earlier = by_label.setdefault(label, [])
-        if not any(np.all(np.abs(segments[index] - segments[other]) <= tolerance) for other in earlier):
-            earlier.append(index)
+        if not any(abs(start - first) <= tolerance and abs(end - last) <= tolerance for first, last in earlier):
+            earlier.append((start, end))
             kept.append(index)
     return np.array(kept, dtype=np.intp)
 
@@ -179,51 +179,6 @@ def number_segments(video: Video, classes: Sequence[str]) -> tuple[NDArray[np.fl
             raise TensorkeepError(f"label {video.labels[index]!r} is not in the class map", where=video.name, hint=hint)
     numbers = np.array([classes.index(video.labels[index]) for index in kept], dtype=np.int64)
     return video.segments[kept], numbers
-
-
-def read_json(path: Path) -> object:
-    """A JSON file's content; anything else is one `TensorkeepError` that says where it stops being JSON."""
-    try:
-        document: object = json.loads(read_text(path))
-    except json.JSONDecodeError as problem:
-        raise TensorkeepError(
-            f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
-            where=path,
-            hint="the file may be cut short",
-        ) from problem
-    except (ValueError, RecursionError) as problem:  # a number of thousands of digits, nesting without end
-        raise TensorkeepError(f"JSON that cannot be read: {problem}", where=path) from problem
-    return document
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file's content, or one `TensorkeepError`."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise TensorkeepError("not a text file (bytes that are no UTF-8)", where=path) from problem
-    except OSError as problem:
-        raise TensorkeepError(f"cannot be read: {problem.strerror or problem}", where=path) from problem
-
-
-def parse_number(value: object, what: str, where: str) -> float:
-    """A finite float from a JSON value or a word of text, or a `TensorkeepError` naming `what`."""
-    number = math.nan
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-    if not math.isfinite(number):
-        raise TensorkeepError(f"{what} is not a finite number: {str(value)[:40]!r}", where=where)
-    return number
-
-
-def parse_segment(value: object, what: str, where: str) -> tuple[float, float]:
-    """`(start, end)` from a JSON list of two numbers, or a `TensorkeepError` naming `what`."""
-    if not isinstance(value, list) or len(value) != 2:
-        raise TensorkeepError(f"{what} is not [start, end]: {str(value)[:60]}", where=where)
-    return parse_number(value[0], f"start of {what}", where), parse_number(value[1], f"end of {what}", where)
 
 
 def _is_entry(value: object) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TensorkeepError
-from .annotations import parse_number, read_json
+from .reading import parse_number, read_json
 from .results import THUMOS_CLASS_IDS
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import TensorkeepError
-from .annotations import AMBIGUOUS, Annotations, read_json, read_text, unique_segments
+from .annotations import AMBIGUOUS, Annotations, unique_segments
 from .matching import Floats, Ints
+from .reading import read_json, read_text
 from .results import DetectionTable
 
 
@@ -126,15 +127,26 @@ def guess_subset(annotations: Annotations, detections: DetectionTable) -> str:
     return best[0]
 
 
-def rename_videos(annotations: Annotations, detections: DetectionTable, notes: list[str]) -> Annotations:
-    """Drop ActivityNet's `v_` from all annotated names when that, and only that, makes them the detections' names."""
+def align_names(
+    annotations: Annotations, detections: DetectionTable, notes: list[str]
+) -> tuple[Annotations, DetectionTable]:
+    """Both with names that can meet: ActivityNet's `v_` goes where only one side has it, and `notes` says so.
+
+    Nothing changes when at least one name is common, or when dropping the prefix would make two names one.
+    """
     named = set(detections.video_names)
-    shorter = (replace(video, name=name.removeprefix("v_")) for name, video in annotations.videos.items())
+    if named & set(annotations.videos):
+        return annotations, detections
+    shorter = [replace(video, name=video.name.removeprefix("v_")) for video in annotations.videos.values()]
     bare = {video.name: video for video in shorter}
-    if named & set(annotations.videos) or not named & set(bare) or len(bare) != len(annotations.videos):
-        return annotations
-    notes.append("video names were compared without the 'v_' that the annotations put before them")
-    return replace(annotations, videos=bare)
+    if named & set(bare) and len(bare) == len(shorter):
+        notes.append("video names were compared without the 'v_' that the annotations put before them")
+        return replace(annotations, videos=bare), detections
+    plain = tuple(name.removeprefix("v_") for name in detections.video_names)
+    if set(plain) & set(annotations.videos) and len(set(plain)) == len(plain):
+        notes.append("video names were compared without the 'v_' that the detections put before them")
+        return annotations, replace(detections, video_names=plain)
+    return annotations, detections
 
 
 def _note_strangers(

@@ -5,11 +5,28 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from tensorkeep.errors import TensorkeepError, near_misses
 
 T = TypeVar("T")
+
+
+def read_section(path: str | Path, section: str, kind: type[T]) -> T:
+    """One section of a recipe (YAML) as the dataclass `kind`.
+
+    Raises TensorkeepError naming the file and key of anything missing, unknown or unfit.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=path) from error
+    if not isinstance(document, Mapping) or section not in document:
+        raise TensorkeepError(f"has no section {section!r}", where=path)
+    return from_mapping(kind, document[section], f"{path}: {section}")
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -30,6 +47,11 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         if key not in hints:
             hint = near_misses(str(key), hints) or f"known: {', '.join(hints)}"
             raise TensorkeepError(f"unknown key {key!r}", where=where, hint=hint)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name, field in fields.items():
+        unset = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if unset and name not in values:
+            raise TensorkeepError(f"lacks the key {name!r}", where=where)
     return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from tensorkeep.detection.adapters import (
@@ -23,7 +22,7 @@ from tensorkeep.detection.adapters import (
 )
 from tensorkeep.detection.adapters import VisionTransformerAdapter as VisionTransformerAdapter  # found from here too
 from tensorkeep.detection.adapters import VisionTransformerQLoRA as VisionTransformerQLoRA
-from tensorkeep.detection.config import from_mapping
+from tensorkeep.detection.config import from_mapping, read_section
 from tensorkeep.detection.head import Head, HeadConfig, Losses, Neck, Predictions
 from tensorkeep.detection.projection import Projection, ProjectionConfig
 from tensorkeep.detection.resize import linear_resize
@@ -59,22 +58,15 @@ class DetectorConfig:
             what = f"the head has {len(self.head.strides)} levels, the projection {levels}"
             raise TensorkeepError(what, where="detector", hint="strides need one entry for each level")
         if self.backbone is not None and self.backbone.vit.embed_dim != self.projection.in_channels:
-            what = f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
+            what = (
+                f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
+            )
             raise TensorkeepError(what, where="detector")
 
 
 def read_detector_config(path: str | Path) -> DetectorConfig:
-    """The `model` section of a recipe (YAML).
-
-    Raises TensorkeepError naming the file and key of anything unknown or unfit.
-    """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=path) from error
-    if not isinstance(document, Mapping) or "model" not in document:
-        raise TensorkeepError("has no section 'model'", where=path)
-    return from_mapping(DetectorConfig, document["model"], f"{path}: model")
+    """The `model` section of a recipe; raises TensorkeepError naming the file and key of anything that does not fit."""
+    return read_section(path, "model", DetectorConfig)
 
 
 def build_backbone(config: BackboneConfig) -> VisionTransformer:
@@ -191,4 +183,6 @@ def build_detector(config: DetectorConfig | Mapping[str, Any], device: str | tor
     if isinstance(config, Mapping):
         config = from_mapping(DetectorConfig, config, "model")
     with torch.device(device):
-        return Detector(config)
+        detector = Detector(config)
+    # position tables are computed on the CPU, in float64, wherever the weights are made
+    return detector if torch.device(device).type == "meta" else detector.to(device)

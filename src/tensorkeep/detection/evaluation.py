@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import TensorkeepError, near_misses
 from .annotations import CLASS_LIST, Annotations, read_annotations, read_class_ids
-from .columns import Columns, gather_columns, guess_subset, read_blocked, rename_videos
+from .columns import Columns, align_names, gather_columns, guess_subset, read_blocked
 from .matching import Floats, Ints, Pairs, match_greedily, overlaps
 from .results import DetectionTable, read_detections
 
@@ -102,9 +102,7 @@ def evaluate_files(
 
     >>> evaluate_files("thumos_14_anno.json", "result.json", thresholds=[0.3, 0.5, 0.7]).average  # doctest: +SKIP
     """
-    listed = Path(annotations) / CLASS_LIST
-    truth = read_annotations(annotations)
-    found = read_detections(detections, read_class_ids(listed) if listed.exists() else None)
+    truth, found = read_files(annotations, detections)
     return evaluate(
         truth,
         found,
@@ -114,6 +112,13 @@ def evaluate_files(
         blocked=read_blocked(blocked) if blocked else (),
         recall_at=recall_at,
     )
+
+
+def read_files(annotations: str | Path, detections: str | Path) -> tuple[Annotations, DetectionTable]:
+    """Annotations and detections; class ids in a THUMOS text file are those of the annotations' `detclasslist.txt`."""
+    listed = Path(annotations) / CLASS_LIST
+    ids = read_class_ids(listed) if listed.is_file() else None
+    return read_annotations(annotations), read_detections(detections, ids)
 
 
 def evaluate(
@@ -141,7 +146,7 @@ def evaluate(
     if limits.ndim != 1 or not limits.size or not np.all((limits > 0) & (limits <= 1)):
         raise TensorkeepError(f"temporal IoU thresholds must lie in (0, 1], got {limits.tolist()}")
     notes: list[str] = []
-    annotations = rename_videos(annotations, detections, notes)
+    annotations, detections = align_names(annotations, detections, notes)
     subset = subset if subset is not None else guess_subset(annotations, detections)
     columns = gather_columns(annotations, detections, subset, blocked, clean=protocol == "activitynet", notes=notes)
     groups, true_groups = columns.groups(), columns.true_groups()

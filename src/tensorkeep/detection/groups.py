@@ -71,7 +71,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def _group(label: str, names: list[str], parameters: dict[str, nn.Parameter], lr: float, decay: float) -> dict[str, Any]:
+def _group(
+    label: str, names: list[str], parameters: dict[str, nn.Parameter], lr: float, decay: float
+) -> dict[str, Any]:
     params = [parameters[name] for name in names]
     return {"params": params, "names": names, "label": label, "lr": lr, "base_lr": lr, "weight_decay": decay}
 
@@ -93,7 +95,9 @@ def _decayed(model: nn.Module) -> set[str]:
         elif not isinstance(module, (nn.LayerNorm, LevelScale, ScaledPath)) and not path.startswith("backbone"):
             own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
             if own:  # a new kind of layer must decide for itself whether it decays
-                raise TensorkeepError(f"no decay rule for {path}.{own[0]} of a {type(module).__name__}", where="optimizer")
+                raise TensorkeepError(
+                    f"no decay rule for {path}.{own[0]} of a {type(module).__name__}", where="optimizer"
+                )
     return names
 
 

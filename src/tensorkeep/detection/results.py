@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TensorkeepError
-from .annotations import parse_number, parse_segment, read_json, read_text
+from ..files import replacing, write_bytes
+from .reading import parse_number, parse_segment, read_json, read_text
 
 # the ids that the THUMOS'14 kit gives its 20 detection classes: their places in the list of UCF101
 THUMOS_CLASS_IDS = {
@@ -70,24 +71,22 @@ def parse_detections(document: object, source: str = "detections") -> DetectionT
             hint='{"results": {VIDEO: [{"segment": [start, end], "label": name, "score": number}]}}',
         )
     names: dict[str, int] = {}
-    segments: list[tuple[float, float]] = []
-    scores: list[float] = []
-    labels: list[int] = []
-    for video, rows in results.items():
-        for position, row in enumerate(rows):
-            what = f"detection {position} of video {video!r}"
-            if not isinstance(row, dict) or not isinstance(row.get("label"), str | int):
-                raise TensorkeepError(f"{what} has no 'label'", where=source)
-            segments.append(parse_segment(row.get("segment"), what, source))
-            scores.append(parse_number(row.get("score"), f"score of {what}", source))
-            labels.append(names.setdefault(str(row["label"]), len(names)))
+    rows = [row for found in results.values() for row in found]
+    try:  # the quick way; whatever it cannot take is looked at row by row, to say which it is
+        numbers = np.array([(*row["segment"], row["score"]) for row in rows], dtype=np.float64).reshape(-1, 3)
+        labels = [names.setdefault(str(row["label"]), len(names)) for row in rows]
+    except (TypeError, ValueError, KeyError, OverflowError):
+        numbers, labels = np.full((len(rows), 3), np.nan), []
+    plain = all(type(row["label"]) in (str, int) and type(row["segment"]) is list for row in rows[: len(labels)])
+    if not plain or len(numbers) != len(rows) or not np.isfinite(numbers).all():
+        numbers, labels, names = _parse_rows(results, source)
     return DetectionTable(
         video_names=tuple(map(str, results)),
         label_names=tuple(names),
-        videos=np.repeat(np.arange(len(results)), [len(rows) for rows in results.values()]),
+        videos=np.repeat(np.arange(len(results)), [len(found) for found in results.values()]),
         labels=np.array(labels, dtype=np.int64),
-        segments=np.array(segments, dtype=np.float64).reshape(-1, 2),
-        scores=np.array(scores, dtype=np.float64),
+        segments=numbers[:, :2].copy(),
+        scores=numbers[:, 2].copy(),
         source=source,
     )
 
@@ -98,8 +97,11 @@ def write_detections(
     *,
     time_decimals: int = 2,
     score_decimals: int = 4,
+    overwrite: bool = False,
 ) -> None:
     """Write `(start, end, label, score)` rows of each video as ActivityNet JSON; here, and only here, numbers are rounded.
+
+    The file appears whole or not at all. Raises `TensorkeepError` where it exists and `overwrite` is not set.
 
     >>> write_detections("out.json", {"v": [(0.5, 2.25, "Diving", 0.9)]})  # doctest: +SKIP
     """
@@ -114,7 +116,25 @@ def write_detections(
         ]
         for video, rows in results.items()
     }
-    Path(path).write_text(json.dumps({"results": rounded}), encoding="utf-8")
+    with replacing(Path(path), overwrite) as temporary:
+        write_bytes(temporary, json.dumps({"results": rounded}).encode())
+
+
+def _parse_rows(
+    results: Mapping[str, Sequence[object]], source: str
+) -> tuple[NDArray[np.float64], list[int], dict[str, int]]:
+    """Start, end and score [N, 3], label numbers and names, or an error that names the first bad detection."""
+    names: dict[str, int] = {}
+    numbers, labels = [], []
+    for video, rows in results.items():
+        for position, row in enumerate(rows):
+            what = f"detection {position} of video {video!r}"
+            if not isinstance(row, dict) or not isinstance(row.get("label"), str | int):
+                raise TensorkeepError(f"{what} has no 'label'", where=source)
+            segment = parse_segment(row.get("segment"), what, source)
+            numbers.append((*segment, parse_number(row.get("score"), f"score of {what}", source)))
+            labels.append(names.setdefault(str(row["label"]), len(names)))
+    return np.array(numbers, dtype=np.float64).reshape(-1, 3), labels, names
 
 
 def _parse_text(text: str, class_ids: Mapping[int, str], source: str) -> DetectionTable:
@@ -131,6 +151,9 @@ def _parse_text(text: str, class_ids: Mapping[int, str], source: str) -> Detecti
         numbers[position] = [parse_number(word, f"line {number}", source) for word in words[1:]]
         videos.setdefault(words[0], len(videos))
     ids = numbers[:, 2].astype(np.int64)
+    if (ids != numbers[:, 2]).any():
+        first = rows[int(np.flatnonzero(ids != numbers[:, 2])[0])][0]
+        raise TensorkeepError(f"line {first}: the class id is no whole number", where=source)
     found = sorted(set(ids.tolist()))
     table = class_ids if set(found) <= set(class_ids) else THUMOS_CLASS_IDS
     unknown = [number for number in found if number not in table]

@@ -43,7 +43,9 @@ def learning_rate(update: int, base: float, warmup: int, total: int, floor: floa
     return floor + (base - floor) * (1 + math.cos(math.pi * (update - warmup) / (total - warmup))) / 2
 
 
-def set_learning_rates(optimizer: Optimizer, config: ScheduleConfig, update: int, updates_per_epoch: int) -> list[float]:
+def set_learning_rates(
+    optimizer: Optimizer, config: ScheduleConfig, update: int, updates_per_epoch: int
+) -> list[float]:
     """Set every group's `lr` for this update from its `base_lr`; returns them in the order of the groups."""
     warmup, total = config.warmup_epochs * updates_per_epoch, config.epochs * updates_per_epoch
     rates = [learning_rate(update, g["base_lr"], warmup, total, config.floor) for g in optimizer.param_groups]

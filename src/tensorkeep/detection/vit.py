@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tensorkeep.detection.recompute import run_segment
 from tensorkeep.errors import TensorkeepError
 
-Checkpointing = Literal["none", "blocks", "attention"]
+Checkpointing = Literal["none", "blocks", "attention", "segments"]
+SEGMENT_CHUNKS = 16  # chunks whose attention and MLP are recomputed at a time: 12,800 tokens fill a large GPU
 EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
 
@@ -122,14 +124,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.embed_dim, self.kernel, stride=self.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [N, 3, t, H, W]` normalised -> tokens `[N, t/2 * H/16 * W/16, C]`."""
+        """`x [N, 3, t, H, W]` normalised -> tokens `[N, t/2 * H/16 * W/16, C]`; a rest right and below is cut off."""
         n, channels = x.shape[:2]
         a, p, q = self.kernel
         t, h, w = (size // step for size, step in zip(x.shape[2:], self.kernel))
-        if (t * a, h * p, w * q) != tuple(x.shape[2:]):
-            what = f"frames {tuple(x.shape[2:])} (t, H, W) are not a multiple of the patch {self.kernel}"
-            raise TensorkeepError(what, where="vit.patch_embed", hint="resize or crop the frames")
-        x = x.to(self.proj.weight.dtype).view(n, channels, t, a, h, p, w, q)
+        if not t * h * w:
+            what = f"frames {tuple(x.shape[2:])} (t, H, W) are smaller than a patch {self.kernel}"
+            raise TensorkeepError(what, where="vit.patch_embed", hint="resize the frames")
+        # as a convolution would: v2-g's patch of 14 leaves 6 of 160 pixels over
+        x = x[:, :, : t * a, : h * p, : w * q].to(self.proj.weight.dtype)
+        x = x.reshape(n, channels, t, a, h, p, w, q)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n, t * h * w, -1)  # [N, L, 3*2*16*16]
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [N, L, C]
 
@@ -246,21 +250,33 @@ class VisionTransformer(nn.Module):
     def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
         """Tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
         x = tokens + self.positions(shape).to(tokens.dtype)
-        for block in self.blocks:
-            assert isinstance(block, Block)
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        if self.checkpointing == "segments":
+            return self._run_segments(blocks, x, shape)
+        for block in blocks:
             x = self._run(block, x, shape)
         return x
 
     def forward(self, chunks: Tensor, videos: int) -> Tensor:
         """Raw frames `[videos * chunks, 3, t, H, W]`, chunks of one video side by side, to `[.., C, t/2, h, w]`.
 
-        Raises TensorkeepError where `videos` does not divide the chunks or a frame is no multiple of the patch.
+        Raises TensorkeepError where `videos` does not divide the chunks or a frame is smaller than a patch.
         """
         if chunks.shape[0] % videos:
             raise TensorkeepError(f"{chunks.shape[0]} chunks cannot belong to {videos} videos", where="vit")
         t, h, w = (size // step for size, step in zip(chunks.shape[2:], self.patch_embed.kernel))
         x = self.encode(self.embed(chunks), VideoShape(videos, t, h, w))  # [N, L, C]
         return x.transpose(1, 2).reshape(len(x), -1, t, h, w)  # [N, C, t, h, w]
+
+    def _run_segments(self, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
+        """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
+        for before, after in zip([None, *blocks], [*blocks, None]):
+            whole = partial(before.adapt, shape=shape) if before is not None else _unchanged
+            parts = after.trunk if after is not None else _unchanged
+            adapter = before.adapter.parameters() if before is not None and before.adapter is not None else ()
+            trunk = _trunk_parameters(after) if after is not None else ()
+            x = run_segment(whole, parts, x, [*adapter, *trunk], SEGMENT_CHUNKS, self.training)
+        return x
 
     def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -277,6 +293,10 @@ class VisionTransformer(nn.Module):
         # random numbers are drawn in training only (drop path, LoRA dropout); saving their state costs a sync
         out: Tensor = checkpoint(module, x, shape, use_reentrant=False, preserve_rng_state=self.training, **extra)
         return out
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _trunk_parameters(block: Block) -> Iterable[nn.Parameter]:

@@ -8,15 +8,17 @@ chunk is first read, so that opening a checkpoint of thousands of shards stays q
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from tensorkeep.archive import ALLOWED as TENSOR_GLOBALS
-from tensorkeep.archive import Stored, entries, pack, saved_value, storage_bytes, stored_tensor, tensor_object
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.archive import Stored, entries, is_count, pack, saved_value, storage_bytes, stored_tensor, tensor_object
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.files import Folder, inside
 from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
-from tensorkeep.pickles import Global, Object, emit, parse
-from tensorkeep.record import DTYPES, FROM_TORCH, Block, TensorRecord, same_layout
+from tensorkeep.pickle_writing import emit
+from tensorkeep.pickles import LARGEST_PICKLE, Global, Object, parse
+from tensorkeep.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
 from tensorkeep.view import Note, StateView
 
 METADATA = ".metadata"
@@ -39,6 +41,8 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 def read(folder: Folder, names: list[str], path: str) -> StateView:
     """The view of a DCP folder. Raises F02, F04, F05, F06, F07; nothing in the pickle is run."""
     where = f"{folder.url}/{METADATA}"
+    if folder.size(METADATA) > LARGEST_PICKLE:
+        raise _damaged(f"{folder.size(METADATA)} bytes, more than {LARGEST_PICKLE}", where)
     root, _ = parse(folder.read(METADATA), ALLOWED, where)
     fields = _state(root, "Metadata", where)
     storage = _storage(fields.get("storage_data"), where)
@@ -50,14 +54,14 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
         raise _damaged("no state_dict_metadata", where)
     for name, entry in described.items():
         if not isinstance(name, str) or not isinstance(entry, Object):
-            raise _damaged(f"an entry for {name!r}", where)
+            raise _damaged(f"an entry for {shown(name)}", where)
         if entry.call.name == "BytesStorageMetadata":
             view.entries[name] = _place(name, (), storage, sizes, where)
         else:
             view.records[name] = _record(name, entry, storage, sizes, where)
     paths = fields.get("planner_data")
     if isinstance(paths, dict):
-        view.metadata["paths"] = {n: p for n, p in paths.items() if isinstance(n, str) and isinstance(p, tuple)}
+        view.metadata["paths"] = {n: p for n, p in paths.items() if isinstance(n, str) and _is_path(p)}
     strays = [n for n in names if n.endswith(".distcp") and n not in sizes]
     if strays:
         view.notes.append(Note("F07", f"{', '.join(strays)}: data that .metadata does not name, left by an earlier save", tuple(strays)))
@@ -78,9 +82,14 @@ def _state(value: Any, kind: str, where: object) -> dict[str, Any]:
 def _size(value: Any, where: object) -> tuple[int, ...]:
     if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
         value = value.args[0]
-    if not isinstance(value, (tuple, list)) or len(value) > 64 or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
-        raise _damaged("sizes that are not whole numbers", where)
-    return tuple(value)
+    shape = checked_shape(value)
+    if shape is None:
+        raise _damaged("sizes that are not whole numbers, or too large", where)
+    return shape
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(part) in (str, int) for part in value)
 
 
 Place = tuple[str, int, int]  # file, first byte, bytes of the archive
@@ -94,12 +103,12 @@ def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], Pla
         key, place = _state(index, "MetadataIndex", where), _state(info, "_StorageInfo", where)
         if place.get("transform_descriptors"):
             raise TensorkeepError(
-                f"{key.get('fqn')} is stored through {place['transform_descriptors']}", where=where,
+                f"{shown(key.get('fqn'))} is stored through {shown(place['transform_descriptors'])}", where=where,
                 hint="load it with the torch that wrote it and save without storage extensions",
             )  # fmt: skip
         file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        if not isinstance(file, str) or type(start) is not int or type(length) is not int or start < 0 or length < 0:
-            raise _damaged(f"the place of {key.get('fqn')!r}", where)
+        if not isinstance(file, str) or not is_count(start) or not is_count(length):
+            raise _damaged(f"the place of {shown(key.get('fqn'))}", where)
         offset = key.get("offset")
         name = key.get("fqn")
         if not isinstance(name, str):
@@ -114,7 +123,7 @@ def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], Pla
 
 def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], Place], where: object) -> None:
     ordered = sorted((place, key[0]) for key, place in storage.items())
-    for (before, first), (after, second) in zip(ordered, ordered[1:]):
+    for (before, first), (after, second) in pairwise(ordered):
         if before[0] == after[0] and before[1] + before[2] > after[1]:
             raise TensorkeepError(
                 f"{first} and {second} overlap in {before[0]}", where=where, code="F07", hint="copy the checkpoint again"
@@ -145,10 +154,10 @@ def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str
     if not isinstance(properties, Object):
         raise _damaged(f"{name} has no properties", where)
     state = properties.state
-    spelled = state[0] if isinstance(state, tuple) and state else (state or {}).get("dtype") if isinstance(state, dict) else None
+    spelled = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
     dtype = FROM_TORCH.get(spelled.name) if isinstance(spelled, Global) else None
     if dtype is None:
-        raise _damaged(f"{name} has an unknown dtype {spelled}", where)
+        raise _damaged(f"{name} has an unknown dtype {shown(spelled)}", where)
     shape, chunks, blocks, covered = _size(fields.get("size"), where), fields.get("chunks"), [], 0
     if not isinstance(chunks, list):
         raise _damaged(f"{name} has no chunks", where)
@@ -173,15 +182,47 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _overlapping(blocks: list[Block]) -> bool:
-    """Whether two chunks share an element. With the right total, no overlap means an exact cover."""
-    filled = sorted((b for b in blocks if _count(b.shape)), key=lambda b: b.offsets)
-    slabs = all(b.shape[1:] == filled[0].shape[1:] and b.offsets[1:] == filled[0].offsets[1:] for b in filled)
-    if slabs:
-        return any(a.offsets[:1] and a.offsets[0] + a.shape[0] > b.offsets[0] for a, b in zip(filled, filled[1:]))
+    """Whether two chunks share an element. With the right total, no overlap means an exact cover.
+
+    Shards come from cutting the tensor through, again and again: that is followed, a dimension at a time. What
+    cannot be cut is compared pair by pair, and taken for an overlap where that would be too much work.
+    """
+    pending = [([b for b in blocks if _count(b.shape)], 0, 0)]  # blocks, dimension to cut, dimensions without a cut
+    work = 1_000_000 + 64 * len(blocks)
+    while pending:
+        group, dimension, uncut = pending.pop()
+        if len(group) < 2:
+            continue
+        dimensions = len(group[0].shape)
+        work -= len(group) ** 2 if uncut == dimensions else len(group)
+        if work < 0:
+            return True
+        if uncut == dimensions:
+            if _share(group):
+                return True
+            continue
+        parts = _cut_through(group, dimension)
+        pending += [(part, (dimension + 1) % dimensions, uncut + 1 if len(parts) == 1 else 1) for part in parts]
+    return False
+
+
+def _cut_through(group: list[Block], dimension: int) -> list[list[Block]]:
+    """The blocks in groups that no hyperplane across `dimension` meets twice."""
+    parts: list[list[Block]] = []
+    end = -1
+    for block in sorted(group, key=lambda b: b.offsets[dimension]):
+        if block.offsets[dimension] >= end:
+            parts.append([])
+        parts[-1].append(block)
+        end = max(end, block.offsets[dimension] + block.shape[dimension])
+    return parts
+
+
+def _share(group: list[Block]) -> bool:
     return any(
         all(o < p + m and p < o + n for o, n, p, m in zip(a.offsets, a.shape, b.offsets, b.shape))
-        for i, a in enumerate(filled)
-        for b in filled[i + 1 :]
+        for i, a in enumerate(group)
+        for b in group[i + 1 :]
     )
 
 

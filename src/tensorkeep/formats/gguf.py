@@ -1,1 +1,173 @@
-def sniff(folder,names,single): return False
+"""`gguf`: llama.cpp's single files (and their numbered splits), read-only.
+
+Block-quantised tensors appear as what they decode to, F32, with `encoding` naming the stored type; they are decoded
+row by row while they are streamed. Config and tokenizer stand in the file's metadata: they become the companions that
+the other formats have as files. Decoding is the gguf package's, which is imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import Folder, short_file
+from tensorkeep.formats.gguf_config import companions, hf_config
+from tensorkeep.formats.gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_header
+from tensorkeep.formats.gguf_tokenizer import tokenizer_files
+from tensorkeep.record import Block, TensorRecord
+from tensorkeep.view import Companion, Note, StateView
+
+# ggml types that are stored as they are computed with; the others decode to F32
+PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16", "I8": "I8", "I16": "I16", "I32": "I32", "I64": "I64"}
+SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
+
+
+def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    if single:
+        return names[0].endswith(".gguf") or (folder.size(names[0]) >= 4 and folder.read(names[0], 0, 4) == MAGIC)
+    return any(n.endswith(".gguf") for n in names)
+
+
+def read(folder: Folder, names: list[str], path: str) -> StateView:
+    """The view of a GGUF file, of a folder with one, or of a split file named by any of its parts.
+
+    Raises TensorkeepError F02 (truncated), F05 (a split is missing), F07 (the header contradicts itself), and one
+    with a hint where the gguf package is not installed. A config or tokenizer that cannot be made is a note (C03).
+    """
+    package()
+    files = _files(folder, names, path)
+    records: dict[str, TensorRecord] = {}
+    metadata: dict[str, Any] = {}
+    for file in files:
+        header = read_header(folder, file)
+        metadata = {**header.metadata, **metadata}
+        for record in _records(header, folder, file):
+            if record.name in records:
+                raise TensorkeepError(f"{record.name} is in {records[record.name].file} and in {file}", where=path, code="F07")
+            records[record.name] = record
+    if metadata.get("split.count", 1) != len(files):
+        raise TensorkeepError(
+            f"is part {metadata.get('split.no', 0)} of {metadata['split.count']}, and {len(files)} is here", where=path, code="F05",
+            hint="get all parts, and keep their names: NAME-00001-of-00003.gguf",
+        )  # fmt: skip
+    view = StateView(path, "gguf", folder, records, metadata={"gguf": metadata}, decode=decode)
+    _describe(view, metadata)
+    return view
+
+
+def package() -> Any:
+    """The gguf package, or the error that says how to get it."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise TensorkeepError(f"reading GGUF needs the gguf package: {error}", hint="pip install 'tensorkeep[language]'") from None
+    return gguf
+
+
+def _files(folder: Folder, names: list[str], path: str) -> list[str]:
+    found = [n for n in names if n.endswith(".gguf")] or names[:1]
+    splits = [m for n in found if (m := SPLIT.match(n))]
+    if splits and len({(m["stem"], m["count"]) for m in splits}) == 1 and len(splits) == len(found):
+        first, present = splits[0], set(folder.names())
+        wanted = [f"{first['stem']}-{i + 1:05}-of-{first['count']}.gguf" for i in range(int(first["count"]))]
+        absent = [n for n in wanted if n not in present]
+        if absent or not wanted:
+            raise TensorkeepError(f"{len(absent)} of its parts are not there, first {absent[:1]}", where=path, code="F05", hint="get all parts")
+        return wanted
+    if len(found) > 1:
+        raise TensorkeepError(f"holds {len(found)} models: {', '.join(found[:5])}", where=path, hint="name one of the files")
+    return found
+
+
+def _records(header: Header, folder: Folder, file: str) -> list[TensorRecord]:
+    """Records with the byte range of each; ranges must be aligned, apart, and inside the file."""
+    where, size = f"{folder.url}/{file}", folder.size(file)
+    records = [_record(info, header, file, where) for info in header.tensors]
+    at, before = 0, "the header"
+    for record in sorted(records, key=lambda r: (r.blocks[0].start, r.blocks[0].nbytes)):
+        block = record.blocks[0]
+        if block.start < at:
+            raise TensorkeepError(f"{record.name} and {before} overlap at byte {block.start}", where=where, code="F07", hint=DAMAGED)
+        at, before = block.start + block.nbytes, record.name
+        if at > size:
+            raise short_file(where, block.start, block.nbytes, size)
+    return records
+
+
+def _record(info: TensorInfo, header: Header, file: str, where: str) -> TensorRecord:
+    def wrong(what: str, hint: str = DAMAGED) -> TensorkeepError:
+        return TensorkeepError(f"{info.name}: {what}", where=where, code="F07", hint=hint)
+
+    gguf = package()
+    try:
+        kind = gguf.GGMLQuantizationType(info.kind)
+        per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError):
+        raise wrong(f"unknown ggml type {info.kind}", "a newer gguf package may know it: pip install -U gguf") from None
+    row = info.shape[-1] if info.shape else 1
+    if row % per_block:
+        raise wrong(f"rows of {row} are not whole blocks of {per_block} ({kind.name})")
+    if info.offset % header.alignment:
+        raise wrong(f"offset {info.offset} is not a multiple of {header.alignment}")
+    nbytes = math.prod(info.shape) // per_block * block_bytes
+    block = Block(file, header.start + info.offset, nbytes, (0,) * len(info.shape), info.shape)
+    if kind.name in PLAIN:
+        return TensorRecord(info.name, PLAIN[kind.name], info.shape, (block,))
+    return TensorRecord(info.name, "F32", info.shape, (block,), encoding=kind.name)
+
+
+def decode(record: TensorRecord, raw: memoryview) -> memoryview:
+    """Whole rows of a quantised tensor as F32 bytes.
+
+    raw: any number of whole blocks, in stored order. Formulas: gguf.quants, which follows ggml-quants.c.
+    Raises TensorkeepError for a type that gguf cannot decode.
+    """
+    import numpy as np
+
+    gguf = package()
+    kind = gguf.GGMLQuantizationType[record.encoding]
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    # gguf works through 16 rows at a time: few long rows are several times faster than many short ones
+    blocks = np.frombuffer(raw, np.uint8)
+    wide = next(n for n in (256, 64, 16, 4, 1) if blocks.size % (block_bytes * n) == 0)
+    try:
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite; what comes of it is data, not a fault here
+            values = gguf.dequantize(blocks.reshape(-1, block_bytes * wide), kind)
+    except NotImplementedError:
+        raise TensorkeepError(f"{record.name}: gguf cannot decode {record.encoding}", hint="pip install -U gguf, or take another quantisation") from None
+    return memoryview(np.ascontiguousarray(values, dtype="<f4").view(np.uint8).reshape(-1))
+
+
+def _describe(view: StateView, metadata: dict[str, Any]) -> None:
+    """Config, tokenizer and generation config as the files a Hugging Face folder has."""
+    try:
+        view.config = hf_config(metadata, view.records, _frequencies(view))
+        view.companions += companions(view.config)
+    except TensorkeepError as error:
+        view.notes.append(Note("C03", f"no config was made: {error.what}"))
+        architecture = metadata.get("general.architecture")
+        view.config = {"model_type": architecture} if isinstance(architecture, str) else None
+    try:
+        files, remark = tokenizer_files(metadata)
+        view.companions += [Companion(name, _json(document), view.path) for name, document in files.items()]
+        view.notes += [Note("C03", remark)] if remark else []
+    except TensorkeepError as error:
+        view.notes.append(Note("C03", f"the tokenizer was not carried: {error.what}"))
+
+
+def _json(document: Any) -> bytes:
+    # byte-level vocabularies are not ASCII; escaped they would be several times larger
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _frequencies(view: StateView) -> Sequence[float]:
+    """`rope_freqs.weight`: the factors by which llama.cpp divides RoPE's frequencies; tiny, and read at once."""
+    record = view.records.get("rope_freqs.weight")
+    if record is None or record.encoding != "plain" or record.dtype != "F32" or record.elements > 4096:
+        return ()
+    values: list[float] = view.array(record.name).reshape(-1).tolist()
+    return values

@@ -10,8 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tensorkeep.archive import ALLOWED, Entry, Stored, entries, iter_tensors, pack, saved_value, storage_bytes, tensor_object
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.archive import (
+    ALLOWED,
+    Entry,
+    Stored,
+    entries,
+    iter_tensors,
+    pack,
+    saved_value,
+    storage_bytes,
+    tensor_object,
+)
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.files import Folder
 from tensorkeep.layout import FileLayout, SinkTensor
 from tensorkeep.pickles import Global, Object, parse
@@ -60,7 +70,7 @@ def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, En
     seen: dict[tuple[Any, ...], str] = {}
     for name, item in iter_tensors(value, where):
         if name in records or name in view.entries:
-            raise TensorkeepError(f"{name} occurs twice once nested names are joined", where=where, code="F07")
+            raise TensorkeepError(f"{name} occurs twice once nested names are joined", where=where, code="F07", hint="copy the file again")
         if not isinstance(item, Stored):
             view.entries[name] = item
             continue
@@ -83,28 +93,39 @@ def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
     where = f"{folder.url}/{file}"
     data = folder.read(file, 0, min(folder.size(file), 64 << 20))  # the pickles alone; storages are read on demand
     magic, at = parse(data, ALLOWED, where)
-    if magic != LEGACY_MAGIC:
+    if type(magic) is not int or magic != LEGACY_MAGIC:
         raise TensorkeepError(
             "is a plain pickle, not a torch.save file", where=where, code="F04", hint="ask its author for safetensors; nothing was run"
         )
-    for _ in range(2):  # protocol version, system info
-        _, at = parse(data, ALLOWED, where, at)
+    _, at = parse(data, ALLOWED, where, at)  # the protocol's version
+    system, at = parse(data, ALLOWED, where, at)
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise TensorkeepError("was written on a big-endian machine", where=where, hint="save it again on a little-endian one")
     value, at = parse(data, ALLOWED, where, at)
     keys, at = parse(data, ALLOWED, where, at)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
+        raise TensorkeepError("the list of storages is damaged", where=where, code="F07", hint="copy the file again")
+    return value, _legacy_places(folder, file, at, keys, value)
+
+
+def _legacy_places(folder: Folder, file: str, at: int, keys: list[str], value: Any) -> dict[str, Entry]:
+    """Where each storage lies: one after another, each with its number of elements in front."""
+    where = f"{folder.url}/{file}"
     widths = {t.storage: DTYPES[t.dtype].bits // 8 for _, t in iter_tensors(value, where) if isinstance(t, Stored)}
     places: dict[str, Entry] = {}
-    if not isinstance(keys, list):
-        raise TensorkeepError("the list of storages is damaged", where=where, code="F07", hint="copy the file again")
     for key in keys:
-        if str(key) not in widths:
-            raise TensorkeepError(f"storage {key} is used by no tensor, so its width is unknown", where=where, code="F07")
+        if key not in widths:
+            raise TensorkeepError(
+                f"storage {shown(key)} is used by no tensor, so its width is unknown", where=where, code="F07",
+                hint="load it with the torch that wrote it and save it again",
+            )  # fmt: skip
         count = int.from_bytes(folder.read(file, at, 8), "little", signed=True)
-        size = count * widths[str(key)]
+        size = count * widths[key]
         if count < 0 or at + 8 + size > folder.size(file):
-            raise TensorkeepError(f"truncated: storage {key} ends behind the file", where=where, code="F02", hint="copy the file again")
-        places[str(key)] = Entry(at + 8, size, 0)
+            raise TensorkeepError(f"truncated: storage {shown(key)} ends behind the file", where=where, code="F02", hint="copy the file again")
+        places[key] = Entry(at + 8, size, 0)
         at += 8 + size
-    return value, places
+    return places
 
 
 def layout(tensors: Sequence[SinkTensor], *, name: str = "model.pth", root: str | None = None, **_: Any) -> list[FileLayout]:

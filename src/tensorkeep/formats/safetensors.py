@@ -9,14 +9,16 @@ that the same tensors give the same bytes.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.files import Folder, inside
 from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.manifest import parse_json
-from tensorkeep.record import DTYPES, Block, TensorRecord, nbytes
+from tensorkeep.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
 from tensorkeep.view import Note, StateView
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -28,6 +30,8 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
     if single:
         name = names[0]
         return name.endswith(".safetensors") or name.endswith(".safetensors.index.json") or _looks_like_header(folder, name)
+    if ".metadata" in names or "adapter_config.json" in names:
+        return False  # a DCP folder, an adapter: their own formats, whatever else lies there
     return any(n.endswith(".safetensors") or n.endswith(".safetensors.index.json") for n in names)
 
 
@@ -155,8 +159,8 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the name {shown(twice)} occurs twice")
     return made
 
 
@@ -167,17 +171,18 @@ def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorR
     if not isinstance(entry, dict):
         raise wrong("its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPES:
-        raise wrong(f"unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-        raise wrong(f"shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise wrong(f"data_offsets {offsets!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise wrong(f"unknown dtype {shown(dtype)}")
+    sizes = checked_shape(shape)
+    if sizes is None or not isinstance(shape, list):
+        raise wrong(f"shape {shown(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in offsets):
+        raise wrong(f"data_offsets {shown(offsets)}")
     low, high = offsets
-    if high - low != nbytes(dtype, tuple(shape)):
-        raise wrong(f"{high - low} bytes for shape {shape} of {dtype}, which needs {nbytes(dtype, tuple(shape))}")
-    block = Block(file, start + low, high - low, (0,) * len(shape), tuple(shape))
-    return TensorRecord(name, dtype, tuple(shape), (block,))
+    if high - low != nbytes(dtype, sizes) or math.prod(sizes) * DTYPES[dtype].bits % 8:
+        raise wrong(f"{high - low} bytes for shape {shape} of {dtype}, which needs {nbytes(dtype, sizes)}")
+    block = Block(file, start + low, high - low, (0,) * len(sizes), sizes)
+    return TensorRecord(name, dtype, sizes, (block,))
 
 
 def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str) -> None:

@@ -17,7 +17,12 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 # model types whose config class ties the head to the embedding when config.json does not say
-TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "cohere", "cohere2", "bert", "opt", "bloom"}
+TIED_BY_DEFAULT = {
+    "bart", "bert", "biogpt", "bloom", "cohere", "cohere2", "ctrl", "ernie4_5", "ernie4_5_moe", "falcon", "falcon_mamba",
+    "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gpt2", "gpt_bigcode", "gpt_neo", "jetmoe",
+    "lfm2", "lfm2_moe", "mamba", "marian", "mbart", "minicpm3", "modernbert-decoder", "mpt", "openai-gpt", "opt", "pegasus",
+    "recurrent_gemma", "roberta", "smollm3", "starcoder2", "vaultgemma", "whisper", "xglm", "xlm-roberta", "zamba", "zamba2",
+}  # fmt: skip
 
 
 def recognise(name: str) -> bool:

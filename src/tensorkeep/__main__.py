@@ -1,0 +1,5 @@
+import sys
+
+from tensorkeep.cli import main
+
+sys.exit(main())

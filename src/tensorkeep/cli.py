@@ -1,0 +1,79 @@
+"""The command line: the table of commands, what every command shares, exit codes.
+
+0 ok, 1 findings or differences, 2 usage or bad input, 3 inconclusive, 130 interrupted. Commands are loaded when they
+are called, so that `tensorkeep inspect` starts fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.output import Output
+
+# command -> where it lives; nothing is imported before it is called
+COMMANDS = {
+    "inspect": "tensorkeep.commands:inspect",
+    "diff": "tensorkeep.commands:diff",
+    "verify": "tensorkeep.commands:verify",
+    "convert": "tensorkeep.commands:convert",
+    "demo": "tensorkeep.commands:demo",
+}
+
+HELP = {
+    "inspect": "What is in a checkpoint: format, naming, tensors, sizes, ties, quantisation, step.",
+    "diff": "Compare two checkpoints tensor by tensor, whatever their formats and namings.",
+    "verify": "Is it complete, is it undamaged: structure, digests, certificate.",
+    "convert": "Convert one or more checkpoints into one, and prove the result.",
+    "demo": "A real model through every format, proven at every stop.",
+    "diagnose": "Name the cause of a broken checkpoint, and prove it.",
+    "explain": "What a finding code means, how it happens, what to do.",
+    "repair": "Apply the fixes of the causes found; verify; refuse what is ambiguous.",
+    "report": "One offline HTML page from a run or from findings.",
+    "eval": "Loss and perplexity, or mAP at each tIoU.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; the console script and `python -m tensorkeep` call this."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    output = Output(json="--json" in words, quiet="--quiet" in words)
+    try:
+        return run(words, output)
+    except TensorkeepError as error:
+        if os.environ.get("TENSORKEEP_DEBUG") == "1":
+            raise
+        output.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # the reader of our output has gone (`| head`); flushing at exit would complain again
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        return 0
+
+
+def run(words: list[str], output: Output) -> int:
+    from cyclopts import App, CycloptsError
+
+    import tensorkeep
+
+    app = App(
+        name="tensorkeep",
+        help="Fine-tune with quantised low-rank adapters, and keep every tensor right.",
+        version=tensorkeep.__version__,
+        version_flags=["--version"],
+        help_format="plaintext",
+        result_action="return_value",
+    )
+    for command, place in COMMANDS.items():
+        app.command(place, name=command, help=HELP[command])
+    try:
+        code = app(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        command = next((w for w in words if w in COMMANDS), None)
+        raise TensorkeepError(" ".join(str(error).split()), hint=f"tensorkeep {command + ' ' if command else ''}--help") from None
+    return int(code or 0)

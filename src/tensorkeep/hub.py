@@ -1,0 +1,117 @@
+"""Hub model ids as paths: the local Hugging Face cache first, a download only if it is allowed; never code.
+
+The cache is read as files (`models--org--name/refs/main` names a commit, `snapshots/<commit>/` holds the files), so
+that an id works without huggingface_hub. Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+
+# org/name@revision, with the characters that the Hub allows; a revision may be a branch with slashes
+MODEL_ID = re.compile(r"(?P<org>[A-Za-z0-9][\w.-]{0,95})/(?P<name>[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+FILE_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".distcp", ".metadata")
+# best first; a repository with the first is not asked for the others
+BESIDE = (".json", ".jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+WEIGHTS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".gguf",))
+
+
+def cached_snapshot(path: str) -> Path:
+    """The folder of a Hub model id `org/name[@revision]`: from the cache, or downloaded where that is allowed.
+
+    A download takes safetensors, JSON and tokenizer files of the top folder (.bin only where there are no
+    safetensors) and never code; it needs huggingface_hub, and HF_HUB_OFFLINE unset.
+    Raises TensorkeepError: F05 for what is clearly a local path, and where the model is nowhere to be had.
+
+    >>> cached_snapshot("HuggingFaceTB/SmolLM2-135M")        # doctest: +SKIP
+    PosixPath('/home/me/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f...')
+    """
+    match = MODEL_ID.fullmatch(path)
+    if match is None or path.startswith((".", "~")) or path.endswith(FILE_ENDINGS):
+        raise TensorkeepError("no such file or folder", where=path, hint="check the path", code="F05")
+    repository, revision = f"{match['org']}/{match['name']}", match["revision"]
+    found = _snapshot(cache_folder() / f"models--{match['org']}--{match['name']}", revision)
+    if found is not None and _has_weights(found):
+        return found
+    if _offline():
+        raise _missing(path, found, "HF_HUB_OFFLINE is set: unset it, or give the path of a folder")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise _missing(path, found, f"download it first: pip install huggingface_hub, then: hf download {repository}") from None
+    return _download(huggingface_hub, repository, revision, path)
+
+
+def cache_folder() -> Path:
+    """Where the Hub's cache is: HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub."""
+    for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
+        if os.environ.get(variable):
+            return (Path(os.environ[variable]) / below).expanduser()
+    return Path("~/.cache/huggingface/hub").expanduser()
+
+
+def _offline() -> bool:
+    return any(os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def _missing(path: str, found: Path | None, hint: str) -> TensorkeepError:
+    what = "is in the Hub cache without weights" if found else "no such file or folder, and no such model in the Hub cache"
+    return TensorkeepError(what, where=path, hint=hint, code="F05")
+
+
+def _snapshot(repository: Path, revision: str | None) -> Path | None:
+    """The snapshot of a branch, tag or commit; without a revision `main`, or the only one there."""
+    snapshots = repository / "snapshots"
+    if not snapshots.is_dir() or ".." in Path(revision or "").parts:
+        return None
+    reference = repository / "refs" / (revision or "main")
+    if reference.is_file():
+        commit = reference.read_text(errors="replace").strip()
+    elif revision is not None:
+        commit = revision
+    else:
+        present = sorted(p.name for p in snapshots.iterdir() if p.is_dir())
+        commit = present[0] if len(present) == 1 else ""
+    # a commit is one name: a reference that holds anything else must not lead out of the cache
+    folder = snapshots / commit
+    return folder if re.fullmatch(r"[\w-]+", commit) and folder.is_dir() else None
+
+
+def _has_weights(folder: Path) -> bool:
+    endings = tuple(e for kinds in WEIGHTS for e in kinds)
+    return any(p.name.endswith(endings) and p.exists() for p in folder.iterdir())  # a link may dangle
+
+
+def wanted_files(names: Iterable[str]) -> list[str]:
+    """What to fetch of a repository: its best weights and what belongs beside them, top folder only.
+
+    >>> wanted_files(["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.bin"])
+    ['config.json', 'model.safetensors']
+    """
+    top = sorted(n for n in names if "/" not in n)
+    weights = next((found for kinds in WEIGHTS if (found := [n for n in top if n.endswith(kinds)])), [])
+    # optimizer states and arguments of the Trainer end in .bin as well
+    weights = [n for n in weights if not n.startswith(("training_args", "optimizer", "scheduler"))]
+    beside = [n for n in top if n.endswith(BESIDE) and not n.endswith(".index.json")]
+    return sorted({*weights, *beside})
+
+
+def _download(huggingface_hub: Any, repository: str, revision: str | None, path: str) -> Path:
+    try:
+        files = wanted_files(huggingface_hub.HfApi().list_repo_files(repository, revision=revision))
+        if not any(n.endswith(e) for kinds in WEIGHTS for e in kinds for n in files):
+            raise TensorkeepError("the repository holds no weights that can be read", where=path, code="F05")
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
+    # with httpx below, a failed connection is no OSError; a name that the Hub refuses is a ValueError
+    except (OSError, ValueError, getattr(getattr(huggingface_hub, "errors", None), "HTTPError", OSError)) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TensorkeepError(
+            f"no such file or folder, not in the Hub cache, and the Hub gave: {first[:200]}", where=path, code="F05",
+            hint="check the name; for a private or gated model: hf auth login",
+        ) from None  # fmt: skip

@@ -1,0 +1,139 @@
+"""Inspect: what a checkpoint holds, as a document for programs and as lines for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tensorkeep.names import grouped, ranges
+from tensorkeep.naming import Identity
+from tensorkeep.output import size
+from tensorkeep.record import TensorRecord
+from tensorkeep.view import StateView
+
+
+def digests(view: StateView, names: Sequence[str], progress: Callable[[str, int, int], None]) -> dict[str, str]:
+    """xxh3_128 of each tensor's raw bytes."""
+    total, done, out = sum(view[n].nbytes for n in names), 0, {}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(view.digest, names)):
+            out[name] = digest
+            done += view[name].nbytes
+            progress("digest", done, total)
+    return out
+
+
+def document(view: StateView, identity: Identity, names: Sequence[str], found: dict[str, str]) -> dict[str, Any]:
+    """The document of `inspect --json`."""
+    tensors = []
+    for name in names:
+        record = view[name]
+        entry = {
+            "name": name, "dtype": record.dtype, "shape": list(record.shape), "bytes": record.nbytes, "file": record.file,
+            "tied_to": record.tied_to,
+        }  # fmt: skip
+        tensors.append(entry | ({"xxh3_128": found[name]} if name in found else {}))
+    return {
+        "path": view.path,
+        "format": view.format,
+        "naming": identity.naming,
+        "root": identity.root,
+        "wrappers": list(identity.wrappers),
+        "tensors": tensors,
+        "parameters": parameters(view, identity),
+        "bytes": sum(r.nbytes for r in _own(view)),
+        "quantized": quantized(view),
+        "adapter": view.metadata.get("adapter"),
+        "run": run_state(view),
+        "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in view.notes],
+    }
+
+
+def _own(view: StateView) -> list[TensorRecord]:
+    """Records that hold bytes of their own: a tied tensor is counted once."""
+    return [r for r in view.values() if r.tied_to is None]
+
+
+def parameters(view: StateView, identity: Identity) -> int:
+    """Elements of the model's tensors, tied ones once, training state not counted."""
+    return sum(view[n].elements for n in identity.names if view[n].tied_to is None)
+
+
+def quantized(view: StateView) -> list[dict[str, Any]]:
+    """Weights stored as codes with their scales: GGUF blocks, and bitsandbytes' 4- and 8-bit keys."""
+    out = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
+    for name in view:
+        stem, _, kind = name.rpartition(".quant_state.bitsandbytes__")
+        if stem and kind in ("nf4", "fp4"):
+            out.append({"name": stem, "kind": kind})
+        elif name.endswith(".SCB"):
+            out.append({"name": f"{name.removesuffix('.SCB')}.weight", "kind": "int8"})
+    return out
+
+
+RUN_NAMES = {"step": ("step", "train_state.step", "global_step", "iteration"), "epoch": ("epoch",), "samples": ("samples",), "world_size": ("world_size",)}
+
+
+def run_state(view: StateView) -> dict[str, int | None] | None:
+    """Step, epoch, samples and world size, where the file holds them as plain numbers."""
+    found: dict[str, int | None] = {}
+    for field, names in RUN_NAMES.items():
+        value = next((view.entries[n] for n in names if type(view.entries.get(n)) is int), None)
+        found[field] = value
+    return found if any(v is not None for v in found.values()) else None
+
+
+def summary(view: StateView, identity: Identity) -> list[str]:
+    """The head of the human output."""
+    naming = identity.naming or "not a known scheme"
+    root = f", nested under {identity.root}" if identity.root else ""
+    wrappers = f", wrapped in {' '.join(identity.wrappers)}" if identity.wrappers else ""
+    lines = [
+        f"{view.path}",
+        f"format {view.format}, naming {naming}{root}{wrappers}",
+        f"{len(view)} tensors, {parameters(view, identity):,} parameters, {size(sum(r.nbytes for r in _own(view)))}",
+    ]
+    other: dict[str, int] = {}
+    for reason in identity.other.values():
+        other[reason] = other.get(reason, 0) + 1
+    lines += [f"{count} tensors of {reason}" for reason, count in other.items()]
+    kinds = sorted({q["kind"] for q in quantized(view)})
+    if kinds:
+        lines.append(f"{len(quantized(view))} quantised weights: {', '.join(kinds)}")
+    adapter = view.metadata.get("adapter")
+    if adapter:
+        lines.append(f"adapter {adapter.get('peft_type')}: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, base {adapter.get('base_model_name_or_path')}")
+    state = run_state(view)
+    if state:
+        lines.append(", ".join(f"{k} {v}" for k, v in state.items() if v is not None))
+    return lines
+
+
+def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered: bool) -> list[tuple[object, ...]]:
+    """Rows of the table; `gathered` folds layers that look alike into one row."""
+    if not gathered:
+        return [
+            (n + _tie(view[n]), view[n].dtype, list(view[n].shape), size(view[n].nbytes), view[n].file, *([found[n]] if found else []))
+            for n in names
+        ]
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        record = view[name]
+        shape = "".join(c if not c.isdigit() else "#" for c in name)
+        groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
+    out: list[tuple[object, ...]] = []
+    for (_, dtype, dims, _), members in groups.items():
+        records = [view[n] for n in members]
+        label = ", ".join(grouped(members)) + _tie(records[0])
+        files = sorted({r.file for r in records})
+        out.append((label, dtype, list(dims), size(sum(r.nbytes for r in records)), files[0] if len(files) == 1 else f"{len(files)} files"))  # type: ignore[call-overload]
+    return out
+
+
+def _tie(record: TensorRecord) -> str:
+    return f" = {record.tied_to}" if record.tied_to else ""
+
+
+__all__ = ["digests", "document", "parameters", "quantized", "ranges", "rows", "run_state", "summary"]

@@ -1,0 +1,136 @@
+"""What a person or a program sees. The only file that prints: data on stdout, everything else on stderr.
+
+`--json` gives one document on stdout; `--quiet` leaves errors and data. Progress shows on a terminal only, with bytes
+and the time left. rich is imported when a table or a bar is drawn, not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """How to speak: `json` one document, `quiet` no remarks."""
+
+    json: bool = False
+    quiet: bool = False
+
+    def document(self, document: dict[str, Any]) -> None:
+        """The one document of `--json`."""
+        json.dump({"schema": SCHEMA, **document}, sys.stdout, ensure_ascii=True, allow_nan=False, default=str)
+        sys.stdout.write("\n")
+
+    def line(self, text: str = "") -> None:
+        """A line of data for people; silent under --json."""
+        if not self.json:
+            sys.stdout.write(text + "\n")
+
+    def remark(self, text: str) -> None:
+        """A line on the side (stderr): notes, warnings, what was done."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
+        """A table on stdout. Numbers go right. Plain text where stdout is not a terminal, so that it can be piped."""
+        if self.json:
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right)
+        for row in rows:
+            table.add_row(*(_escaped(cell) for cell in row))
+        wide = None if sys.stdout.isatty() else 160
+        Console(width=wide, highlight=False, soft_wrap=False).print(table)
+
+    def error(self, error: TensorkeepError) -> None:
+        sys.stderr.write(f"error: {error.line}\n")
+        if error.hint:
+            sys.stderr.write(f"hint: {error.hint}\n")
+        if self.json:
+            self.document({"error": {"code": error.code, "message": error.what, "where": error.where, "hint": error.hint}})
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A callback (what, bytes done, bytes in all) that draws a bar with rate and time left after one second."""
+        if self.quiet or self.json or not sys.stderr.isatty():
+            yield lambda _what, _done, _total: None
+            return
+        bar = _Bar()
+        try:
+            yield bar.update
+        finally:
+            bar.close()
+
+
+class _Bar:
+    """One line on stderr, redrawn a few times a second and wiped at the end. Cheap enough to call per chunk."""
+
+    def __init__(self) -> None:
+        self.what, self.started, self.drawn, self.lock = "", 0.0, False, threading.Lock()
+        self.last = 0.0
+
+    def update(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        with self.lock:
+            if what != self.what:
+                self.what, self.started, self.last = what, now, now
+            if now - self.started < 1.0 or (now - self.last < 0.1 and done < total):
+                return
+            self.last, self.drawn = now, True
+            rate = done / max(now - self.started, 1e-9)
+            left = (total - done) / rate if rate else 0.0
+            filled = int(24 * done / total) if total else 24
+            sys.stderr.write(
+                f"\r\x1b[2K{what:<8} {'━' * filled}{'╌' * (24 - filled)} {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
+            )
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.drawn:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+
+
+def _escaped(cell: object) -> str:
+    from rich.markup import escape
+
+    # names come out of untrusted files: neither markup nor control characters may reach the terminal
+    return escape("".join(c if c.isprintable() else "?" for c in str(cell)))
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units.
+
+    >>> size(269060552)
+    '269.1 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def number(value: float | None) -> str:
+    """A difference for people: three digits, or a dash.
+
+    >>> number(0.0123456), number(None), number(0.0)
+    ('0.0123', '-', '0')
+    """
+    return "-" if value is None else "0" if value == 0 else f"{value:.3g}"
