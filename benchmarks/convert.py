@@ -9,11 +9,16 @@ own Hugging Face storage reader and writer. Each row is a whole process, start-u
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__:  # run as a file: beside it lies inspect.py, which must not stand in for the standard library's
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+
 import argparse
 import json
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np

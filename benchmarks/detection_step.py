@@ -107,9 +107,6 @@ def measure(size: str, args: argparse.Namespace, half: bool) -> dict[str, float 
     batch = make_batch(config, batch_size, frames, side, device)
     step = make_step(detector, make_optimizer(detector, options), Ema(detector), batch, half)
     first = float(step())
-    if args.compile:
-        for block in detector.backbone.blocks:  # type: ignore[union-attr]
-            block.trunk = torch.compile(block.trunk)
     for _ in range(2):
         step()
     if device.type == "cuda":
@@ -143,7 +140,6 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="segments", choices=["none", "blocks", "attention", "segments"])
     parser.add_argument("--deterministic", action="store_true", help="refuse operations without a deterministic form")
     parser.add_argument("--reference", action="store_true", help="also the first loss of the same step in float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile attention and MLP of the blocks")
     parser.add_argument("--tiny", action="store_true", help="a small model and clip, to check this script")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()

@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+if not __package__:  # run as a file: beside it lies inspect.py, which must not stand in for the standard library's
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 from benchmarks.convert import build

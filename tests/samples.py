@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -50,7 +51,9 @@ def write_sharded(folder: Path) -> Path:
 
 
 def write_dcp(folder: Path) -> Path:
-    dcp.save(state(), checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is one process
+        dcp.save(state(), checkpoint_id=folder, no_dist=True)
     return folder
 
 

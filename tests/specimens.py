@@ -245,7 +245,7 @@ def specimen(name: str, seed: int = 0) -> Specimen:
     if name in REAL_MODELS:
         return REAL_MODELS[name]()
     rng = np.random.default_rng([seed, *name.encode()])
-    config, options, dtype = CONFIGS[name] if name in CONFIGS else (VIT, {}, FP32)
+    config, options, dtype = CONFIGS.get(name, (VIT, {}, FP32))
     made = vit(rng, config) if name == "vit" else decoder(rng, config, **options)
     words = {BF16: "bfloat16", FP32: "float32"}
     return Specimen(name, {**config, "dtype": words[dtype]}, {n: t.astype(dtype) for n, t in made})

@@ -145,3 +145,14 @@ def test_convert_imports_no_torch(tmp_path: Path) -> None:
     words = ["convert", str(TINY), str(tmp_path / "out"), "--to", "dcp", "--naming", "torchtitan", "--quiet"]
     found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("certificate", [True, False])
+def test_convert_refuses_a_source_that_rotted(certificate: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "convert", TINY, tmp_path / "dcp", "--to", "dcp", "--naming", "torchtitan")
+    data = tmp_path / "dcp" / "__0_0.distcp"
+    flip_a_byte(data, data.read_bytes().find(b"archive/data/0") + 200)
+    if not certificate:  # then torch's own CRC-32 tells
+        (tmp_path / "dcp" / "tensorkeep.json").unlink()
+    code, _, err = run(capsys, "convert", tmp_path / "dcp", tmp_path / "hf", "--to", "hf")
+    assert code == 2 and "F03" in err and "layers.0" in err and not (tmp_path / "hf").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ SINKS = [("hf", "out"), ("hf", "out.safetensors"), ("dcp", "out"), ("pth", "out"
 def bucket() -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -101,13 +103,13 @@ def test_an_existing_remote_sink_is_refused_and_replaced_only_on_request(base: s
 def test_the_certificate_comes_last_and_the_metadata_before_it(base: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, _ = fsspec.core.url_to_fs(base)
     placed: list[str] = []
-    copy = type(system).cp_file
+    copy = system.cp_file
 
-    def spy(self: Any, one: str, two: str, **options: Any) -> Any:
+    def spy(one: str, two: str, **options: Any) -> Any:
         placed.append(two.rpartition("/")[2])
-        return copy(self, one, two, **options)
+        return copy(one, two, **options)
 
-    monkeypatch.setattr(type(system), "cp_file", spy)
+    monkeypatch.setattr(system, "cp_file", spy)
     run(source, f"{base}/out", "dcp")
     assert placed[-2:] == [".metadata", "tensorkeep.json"]
     run(source, f"{base}/sharded", "hf", shard_size=100)
@@ -124,18 +126,18 @@ def test_nothing_stays_where_writing_fails(base: str, source: Path, monkeypatch:
     assert files(base) == {}
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(3))
 def test_a_copy_that_fails_leaves_no_sink(base: str, source: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     system, _ = fsspec.core.url_to_fs(base)
-    copy, calls = type(system).cp_file, [0]
+    copy, calls = system.cp_file, [0]
 
-    def broken(self: Any, one: str, two: str, **options: Any) -> Any:
+    def broken(one: str, two: str, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] > number:
             raise OSError("the store is gone")
-        return copy(self, one, two, **options)
+        return copy(one, two, **options)
 
-    monkeypatch.setattr(type(system), "cp_file", broken)
+    monkeypatch.setattr(system, "cp_file", broken)
     with pytest.raises(TensorkeepError, match="the store is gone"):
         run(source, f"{base}/out", "dcp")
     assert files(base) == {}
@@ -149,7 +151,7 @@ def test_an_overwrite_that_fails_keeps_the_proven_copy_and_names_it(base: str, s
         raise OSError("the store is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(system), "cp_file", broken)
+        patch.setattr(system, "cp_file", broken)
         with pytest.raises(TensorkeepError, match="the store is gone") as error:
             run(source, f"{base}/out", "dcp", overwrite=True)
     assert error.value.hint is not None
@@ -203,12 +205,12 @@ def test_a_large_file_is_sent_in_parts_of_bounded_size(bucket: str, source: Path
     assert all(folder.read(name, s.start, 1 << 20) == s.data for s in segments[::7])
 
 
-def test_a_wrong_protocol_bucket_or_endpoint_is_one_clear_error(bucket: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_protocol_bucket_or_endpoint_is_one_clear_error(bucket: str, source: Path) -> None:
     for url in ("nosuch://x/y", "s3://absent-bucket/x"):
         with pytest.raises(TensorkeepError) as error:
             read(url)
         assert error.value.hint and url in error.value.line
-    with pytest.raises(TensorkeepError):
+    with pytest.raises(TensorkeepError, match="no such bucket"):
         run(source, "s3://absent-bucket/x", "hf")
     with pytest.raises(TensorkeepError, match="not a place"):
         run(source, "s3://checkpoints", "hf")

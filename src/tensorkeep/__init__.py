@@ -22,7 +22,19 @@ _WHERE = {
     "verify": "tensorkeep.verification",
     "Finding": "tensorkeep.findings",
 }
-__all__ = ["__version__", *sorted(_WHERE)]
+__all__ = [
+    "Finding",
+    "Plan",
+    "StateView",
+    "TensorRecord",
+    "TensorkeepError",
+    "__version__",
+    "compare",
+    "convert",
+    "make_plan",
+    "read",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from tensorkeep.comparison import compare

@@ -62,8 +62,8 @@ def set_aside(view: StateView, identity: Identity, to: str, notes: list[Note]) -
             f"holds an adapter ({len(found)} tensors of it), not a model", where=view.path, code="K08",
             hint="--to peft writes an adapter folder; tensorkeep merge BASE ADAPTER OUT adds it into its base",
         )  # fmt: skip
-    if not found or len(found) == len(identity.names):
-        return identity
+    if not found or len(found) == len(identity.names) or view.format == "peft":
+        return identity  # all of one kind: PEFT's folder may hold trained modules beside the pairs
     notes.append(Note("K02", f"{len(found)} adapter tensors beside the model are left out: convert them with --to peft", tuple(found)))
     rest = {n: clean for n, clean in identity.names.items() if n not in found}
     return replace(identity, names=rest, other={**identity.other, **dict.fromkeys(found, "adapter, convert it with --to peft")})

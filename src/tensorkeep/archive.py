@@ -169,6 +169,10 @@ class Entry(NamedTuple):
     size: int
     crc: int
 
+    def known_crc(self, start: int, size: int) -> int | None:
+        """The CRC-32 of bytes within the entry, if they are all of it; torch writes 0 where told not to compute it."""
+        return self.crc if (start, size) == (0, self.size) and self.crc else None
+
 
 def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
     """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
@@ -342,7 +346,7 @@ def pack(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> P
     return made
 
 
-MOST_LETTERS = 64 << 20  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
+MOST_LETTERS = 16 << 20  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
 
 
 def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:

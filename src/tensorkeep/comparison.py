@@ -18,8 +18,8 @@ import xxhash
 
 from tensorkeep import naming as namings
 from tensorkeep.naming import hf
-from tensorkeep.plan import Step
-from tensorkeep.planning import Hub, to_hub
+from tensorkeep.plan import Hub, Step
+from tensorkeep.planning import to_hub
 from tensorkeep.record import DTYPES
 from tensorkeep.streams import pieces
 from tensorkeep.view import StateView, np_dtype

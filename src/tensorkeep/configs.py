@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tensorkeep.layout import SinkTensor
@@ -37,7 +37,9 @@ def minimind_config(
     if made == "mm2a":
         links = {clean: from_own(clean, minimind.META) for clean in probe}
         probe = {link[0].hf: probe[clean] for clean, link in links.items() if link}
-    made_config, assumed = hf_config(probe, config, made)
+    made_config, assumed, odd = hf_config(probe, config, made)
+    if odd:
+        notes.append(Note("C01", f"config.json is another model's, by the weights: {', '.join(odd)}; the weights were followed"))
     if assumed:
         notes.append(Note("C03", f"no file says {', '.join(assumed)}: MiniMind's defaults of {made}; check them, or give --config"))
     if made_config["model_type"] == "minimind":
@@ -47,6 +49,18 @@ def minimind_config(
     rest.append(companion("config.json", {**made_config, "dtype": torch_dtype(probe.values())}))
     rest.append(companion("generation_config.json", {"_from_model_config": True, **ids}))
     return made_config, rest
+
+
+def missing_biases(config: Mapping[str, Any] | None, names: Collection[str]) -> list[Note]:
+    """K01 where the config asks for biases that no source has: torchtitan's adapter drops them without a word."""
+    asked = (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.gate_proj"))
+    return [
+        Note("K01", f"config.json says {field}, the source has no such bias: its writer dropped them, and the model would start with others")
+        for field, module in asked
+        if (config or {}).get(field) is True
+        and any(n.endswith(f".{module}.weight") for n in names)
+        and not any(n.endswith(f".{module}.bias") for n in names)
+    ]
 
 
 def companion(name: str, document: Mapping[str, Any]) -> Companion:

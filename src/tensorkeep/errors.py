@@ -20,14 +20,16 @@ class TensorkeepError(Exception):
     """
 
     def __init__(
-        self, what: str, *, where: object = None, hint: str | None = None, code: str | None = None, exit_code: int = 2
-    ) -> None:
+        self, what: str, *, where: object = None, hint: str | None = None, code: str | None = None, exit_code: int = 2,
+        tensors: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         super().__init__(what)
         self.what = what
         self.where = None if where is None else str(where)
         self.hint = hint
         self.code = code
         self.exit_code = exit_code
+        self.tensors = tuple(tensors)  # stored names that the error is about, where it is about some
 
     @property
     def line(self) -> str:
@@ -41,17 +43,17 @@ class TensorkeepError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # keyword-only arguments do not survive the default protocol, and errors cross process borders in tests
-        return (_rebuild, (self.what, self.where, self.hint, self.code, self.exit_code))
+        return (_rebuild, (self.what, self.where, self.hint, self.code, self.exit_code, self.tensors))
 
 
 def _rebuild(
-    what: str, where: str | None, hint: str | None, code: str | None, exit_code: int
+    what: str, where: str | None, hint: str | None, code: str | None, exit_code: int, tensors: tuple[str, ...]
 ) -> TensorkeepError:
-    return TensorkeepError(what, where=where, hint=hint, code=code, exit_code=exit_code)
+    return TensorkeepError(what, where=where, hint=hint, code=code, exit_code=exit_code, tensors=tensors)
 
 
 def printable(text: str, most: int = 2000) -> str:
-    """`text` without control characters and lone surrogates, cut at `most`: names come out of untrusted files.
+    r"""`text` without control characters and lone surrogates, cut at `most`: names come out of untrusted files.
 
     >>> printable("a\x1b[2Jb")
     'a\\x1b[2Jb'

@@ -195,6 +195,8 @@ def explained(path: object) -> Iterator[None]:
 
 
 _SPOKEN = {
+    errno.EEXIST: ("exists already, and is no folder to write into", "choose another path"),
+    errno.ENOTEMPTY: ("exists already", "choose another path, or add --overwrite"),
     errno.ENOSPC: ("the disk is full", "free space or write to another disk; nothing was changed"),
     errno.EDQUOT: ("the disk quota is used up", "free space or write to another disk; nothing was changed"),
     errno.EFBIG: ("the file is larger than is allowed here", "see ulimit -f, or write smaller shards (--shard-size)"),
@@ -246,7 +248,7 @@ def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator
         refuse_existing(final, may)
         with explained(final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
-    temporaries = [final.with_name(f".{final.name}.{secrets.token_hex(4)}{TEMPORARY}") for final in finals]
+    temporaries = [temporary_name(final) for final in finals]
     undo: list[Callable[[], None]] = []
     try:
         yield temporaries
@@ -266,6 +268,11 @@ def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator
     finally:
         for temporary in temporaries:
             remove(temporary)  # after a success this is what stood in place before
+
+
+def temporary_name(final: Path) -> Path:
+    """A fresh name beside `final`, never longer than a file system takes."""
+    return final.with_name(f".{final.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _named(final: Path) -> Path:
@@ -318,7 +325,7 @@ def exchange(one: Path, other: Path) -> None:
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise OSError(number, os.strerror(number), str(other))
-    aside = other.with_name(f".{other.name}.{secrets.token_hex(4)}.old{TEMPORARY}")
+    aside = temporary_name(other)
     other.rename(aside)
     try:
         one.rename(other)
@@ -358,10 +365,10 @@ sync_folder = sync_file  # the same calls: a folder opens read-only and fsyncs l
 
 def remove(path: Path) -> None:
     """Delete a file or tree if it is there. What cannot be deleted stays: it bears a temporary name (F01)."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
 
 

@@ -15,9 +15,12 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 
 # org/name@revision, with the characters that the Hub allows; a revision may be a branch with slashes
-MODEL_ID = re.compile(r"(?P<org>[A-Za-z0-9][\w.-]{0,95})/(?P<name>[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+MODEL_ID = re.compile(
+    r"(?P<org>[A-Za-z0-9][\w.-]{0,95})/(?P<name>[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
+)
 FILE_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".distcp", ".metadata")
 # best first; a repository with the first is not asked for the others
+SECONDS = 10  # to wait for the Hub's first answer
 BESIDE = (".json", ".jinja", "tokenizer.model", "vocab.txt", "merges.txt")
 WEIGHTS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".gguf",))
 
@@ -33,7 +36,8 @@ def cached_snapshot(path: str) -> Path:
     PosixPath('/home/me/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f...')
     """
     match = MODEL_ID.fullmatch(path)
-    if match is None or path.startswith((".", "~")) or path.endswith(FILE_ENDINGS):
+    # an id whose first part is a folder here was meant as a path
+    if match is None or path.startswith((".", "~")) or path.endswith(FILE_ENDINGS) or Path(match["org"]).is_dir():
         raise TensorkeepError("no such file or folder", where=path, hint="check the path", code="F05")
     repository, revision = f"{match['org']}/{match['name']}", match["revision"]
     found = _snapshot(cache_folder() / f"models--{match['org']}--{match['name']}", revision)
@@ -44,24 +48,35 @@ def cached_snapshot(path: str) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise _missing(path, found, f"download it first: pip install huggingface_hub, then: hf download {repository}") from None
+        raise _missing(
+            path, found, f"download it first: pip install huggingface_hub, then: hf download {repository}"
+        ) from None
     return _download(huggingface_hub, repository, revision, path)
 
 
 def cache_folder() -> Path:
     """Where the Hub's cache is: HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub."""
-    for variable, below in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")):
+    for variable, below in (
+        ("HF_HUB_CACHE", ""),
+        ("HUGGINGFACE_HUB_CACHE", ""),
+        ("HF_HOME", "hub"),
+        ("XDG_CACHE_HOME", "huggingface/hub"),
+    ):
         if os.environ.get(variable):
             return (Path(os.environ[variable]) / below).expanduser()
     return Path("~/.cache/huggingface/hub").expanduser()
 
 
 def _offline() -> bool:
-    return any(os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(
+        os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
 
 
 def _missing(path: str, found: Path | None, hint: str) -> TensorkeepError:
-    what = "is in the Hub cache without weights" if found else "no such file or folder, and no such model in the Hub cache"
+    what = (
+        "is in the Hub cache without weights" if found else "no such file or folder, and no such model in the Hub cache"
+    )
     return TensorkeepError(what, where=path, hint=hint, code="F05")
 
 
@@ -104,7 +119,9 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 
 def _download(huggingface_hub: Any, repository: str, revision: str | None, path: str) -> Path:
     try:
-        files = wanted_files(huggingface_hub.HfApi().list_repo_files(repository, revision=revision))
+        # model_info asks once; listing calls retry for half a minute, too long for a mistyped path
+        found = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
+        files = wanted_files(file.rfilename for file in found.siblings or ())
         if not any(n.endswith(e) for kinds in WEIGHTS for e in kinds for n in files):
             raise TensorkeepError("the repository holds no weights that can be read", where=path, code="F05")
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))

@@ -10,6 +10,7 @@ from typing import Any
 from tensorkeep.names import grouped, ranges
 from tensorkeep.naming import Identity
 from tensorkeep.output import size
+from tensorkeep.quantized import find
 from tensorkeep.record import TensorRecord
 from tensorkeep.view import StateView
 
@@ -62,14 +63,11 @@ def parameters(view: StateView, identity: Identity) -> int:
 
 
 def quantized(view: StateView) -> list[dict[str, Any]]:
-    """Weights stored as codes with their scales: GGUF blocks, and bitsandbytes' 4- and 8-bit keys."""
-    out = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
-    for name in view:
-        stem, _, kind = name.rpartition(".quant_state.bitsandbytes__")
-        if stem and kind in ("nf4", "fp4"):
-            out.append({"name": stem, "kind": kind})
-        elif name.endswith(".SCB"):
-            out.append({"name": f"{name.removesuffix('.SCB')}.weight", "kind": "int8"})
+    """Weights stored as codes with their scales: GGUF blocks, bitsandbytes, fp8 and int8. Codes without scales too."""
+    out: list[dict[str, Any]] = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
+    for weight in find(view).values():
+        entry: dict[str, Any] = {"name": weight.name, "kind": weight.kind, "shape": list(weight.shape) if weight.shape is not None else None}
+        out.append(entry | ({"problems": [f"{p.code} {p.message}" for p in weight.problems]} if weight.problems else {}))
     return out
 
 

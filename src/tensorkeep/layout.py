@@ -14,7 +14,7 @@ from tensorkeep.record import nbytes
 
 
 class SinkTensor(NamedTuple):
-    """A tensor of the sink. `tied_to` names the tensor whose bytes it shares (formats that can, do)."""
+    """A tensor of the sink. `tied_to` names an untied one whose bytes it shares (formats that can, do)."""
 
     name: str
     dtype: str

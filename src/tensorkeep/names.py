@@ -25,7 +25,13 @@ def natural(name: str) -> tuple[object, ...]:
     >>> sorted(["layers.10.w", "layers.2.w"], key=natural)
     ['layers.2.w', 'layers.10.w']
     """
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)|\.", name) if p)
+    return tuple(_part(p) for p in re.split(r"(\d+)|\.", name) if p)
+
+
+def _part(text: str) -> tuple[int, int, str]:
+    # by length and then by digits is by value, for numbers of any length
+    digits = text.lstrip("0") if text.isdecimal() else None
+    return (1, 0, text) if digits is None else (0, len(digits), digits)
 
 
 def unwrap(name: str) -> tuple[str, tuple[str, ...]]:
@@ -73,7 +79,7 @@ def grouped(names: Iterable[str]) -> list[str]:
     """
     groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        parts = re.split(r"(?<=\.)(\d+)(?=\.|$)", name)
+        parts = re.split(r"(?<=\.)(\d{1,18})(?=\.|$)", name)
         groups.setdefault(tuple(parts[::2]), []).append(tuple(int(p) for p in parts[1::2]))
     return [_fill(texts, numbers) for texts, numbers in groups.items()]
 

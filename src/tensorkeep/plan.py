@@ -32,10 +32,10 @@ class Rows(NamedTuple):
     def inverse(self) -> Rows:
         return Rows(self.block, self.rotary, "half" if self.to == "pairs" else "pairs")
 
-    def index(self) -> list[int]:
+    def order(self) -> list[int]:
         """Source row of each row of the result.
 
-        >>> Rows(6, 4, "pairs").index()
+        >>> Rows(6, 4, "pairs").order()
         [0, 2, 1, 3, 4, 5]
         """
         half = self.rotary // 2
@@ -69,7 +69,7 @@ class Hub:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     actions: tuple[str, ...] = ()
-    tied_to: str | None = None
+    tied_to: str | None = None  # the name, in this source, of a tensor over the same bytes
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def make_plan(
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path if sources else None, code="K05")
     target = naming or ("hf" if any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
+    notes += configs.missing_biases(config, hub)
     steps = _to_sink(list(hub.values()), to, target, config, _dtypes(sources, dtype), notes)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
     _check_cover(plan)
@@ -106,7 +107,8 @@ def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str,
             if made.name in out:
                 raise TensorkeepError(f"{stored} and another tensor both become {made.name}", where=view.path, code="K02", hint="leave one out with --drop")
             out[made.name] = made
-    return out
+    names = {h.parts[0].name: h.name for h in out.values() if h.parts[0].rows is None}
+    return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
 
 
 def _from_link(link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None) -> Hub:
@@ -161,6 +163,7 @@ def _to_sink(
     items: list[Hub], to: str, target: str | None, config: Mapping[str, Any] | None, dtypes: Sequence[str | None], notes: list[Note]
 ) -> list[Step]:
     own = _named(items, target, config, notes)
+    by_name = {h.name: h for h in own}
     steps = []
     for hub in own:
         dtype = dtypes[hub.parts[0].source]
@@ -171,7 +174,7 @@ def _to_sink(
         if dtype is not None and DTYPES[hub.dtype].floating and hub.dtype != dtype:
             made = dtype
             actions.append("cast")
-        sink = SinkTensor(hub.name, made, hub.shape, hub.tied_to)
+        sink = SinkTensor(hub.name, made, hub.shape, hub.tied_to if _alike(hub, by_name.get(hub.tied_to or "")) else None)
         steps.append(Step(tuple(actions) or ("keep",), hub.parts, sink))
     scales = [h.name for h in own if h.name.endswith(("weight_scale_inv", "weight_scale", ".scale"))]
     if any(dtypes) and scales and any(h.dtype.startswith("F8") for h in own):
@@ -189,6 +192,13 @@ def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]
     """
     quantised = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
     return [dtype or ("BF16" if found else None) for found in quantised]
+
+
+def _alike(tied: Hub, other: Hub | None) -> bool:
+    """Whether two tensors that shared their bytes still do: the same permutation on both, and no third behind."""
+    if other is None or other.tied_to is not None or (tied.dtype, tied.shape) != (other.dtype, other.shape):
+        return False
+    return [(p.rows, p.permutes) for p in tied.parts] == [(p.rows, p.permutes) for p in other.parts]
 
 
 def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]) -> list[Hub]:

@@ -20,7 +20,7 @@ class Dtype(NamedTuple):
     floating: bool
 
 
-# every dtype of safetensors 0.8, by its name there
+# every dtype of safetensors 0.8, by its name there; and C128, which torch alone can keep
 DTYPES: dict[str, Dtype] = {
     "F64": Dtype(64, "float64", "float64", True),
     "F32": Dtype(32, "float32", "float32", True),
@@ -61,6 +61,7 @@ class Block(NamedTuple):
 
     `start`, `nbytes`: bytes in `file`. `offsets`, `shape`: where the rectangle lies in the whole tensor. `strides`
     (in elements) is None for row-major data. `archive`: the range holds a whole torch.save archive, not raw bytes.
+    `crc`: CRC-32 of exactly these bytes, where the file holds one.
     """
 
     file: str
@@ -70,6 +71,7 @@ class Block(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
     archive: bool = False
+    crc: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,20 +16,23 @@ import secrets
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from tensorkeep.conversion import THREADS, Progress, Result, certify, convert, prove, quiet, sink_files
+from tensorkeep.conversion import THREADS, Progress, Result, convert, quiet, sink_files, stored
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import CERTIFICATE, TEMPORARY, Folder, LocalFolder, inside, refuse_changed, short_file
+from tensorkeep.files import CERTIFICATE, TEMPORARY, Folder, LocalFolder, inside, short_file
 from tensorkeep.layout import FileLayout, Fixed, Slot
 from tensorkeep.plan import Plan, Step
-from tensorkeep.streams import Sums, write_tensor
+from tensorkeep.proof import certify, check_sources, prove
+from tensorkeep.streams import Sums, with_ties, write_tensor
 from tensorkeep.view import open_folder
 
 LARGEST_FILE_PARTS = 9000  # S3 takes 10 000 parts of one object
 PART = 16 << 20  # bytes held of each file while it is sent
+BLOCK, BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
 LAST = (".metadata", ".index.json")  # names that make a folder readable end so
 
 
@@ -52,12 +55,13 @@ def open_remote(url: str) -> tuple[Folder, str | None]:
 
 
 class RemoteFolder:
-    """Files under one prefix, listed once and read by ranges; nothing is kept but the listing."""
+    """Files under one prefix, listed once and read by ranges; the listing and a few blocks are kept."""
 
     def __init__(self, system: Any, path: str, url: str) -> None:
         self.system, self.path, self.url = system, path, url
         self._listing: dict[str, dict[str, Any]] | None = None
         self._read: set[str] = set()
+        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -92,8 +96,27 @@ class RemoteFolder:
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
             raise short_file(where, start, length, size)
-        if length == 0:
-            return b""
+        if length > BLOCK:
+            return self._fetch(name, start, length)
+        first = start // BLOCK * BLOCK
+        blocks = b"".join(self._block(name, at, size) for at in range(first, start + length, BLOCK))
+        return blocks[start - first : start - first + length]
+
+    def _block(self, name: str, at: int, size: int) -> bytes:
+        """A block of a file; the last few stay, for headers and pickles are read in many small pieces."""
+        with self._lock:
+            if (name, at) in self._blocks:
+                self._blocks.move_to_end((name, at))
+                return self._blocks[name, at]
+        data = self._fetch(name, at, min(BLOCK, size - at))
+        with self._lock:
+            self._blocks[name, at] = data
+            while len(self._blocks) > BLOCKS:
+                self._blocks.popitem(last=False)
+        return data
+
+    def _fetch(self, name: str, start: int, length: int) -> bytes:
+        where = f"{self.url}/{name}"
         with explained(where):
             data = bytes(self.system.cat_file(f"{self.path}/{name}", start=start, end=start + length))
         if len(data) != length:
@@ -175,8 +198,7 @@ def convert_remote(
     keep = False
     try:
         sums = write_files(system, staged, layouts, plan, progress)
-        for view in plan.sources:
-            refuse_changed(view.folder)
+        check_sources(plan, sums)
         written = time.perf_counter()
         prove(f"{parent}/{stage}" + (f"/{name}" if single else ""), plan, sums, progress)
         proven = time.perf_counter()
@@ -194,7 +216,7 @@ def convert_remote(
                 system.rm(staged, recursive=True)
     casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
-    return Result(out, plan.nbytes, {n: s.digest for n, s in sums.items()}, casts, seconds)
+    return Result(out, stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds)
 
 
 def _parent(url: str) -> str:
@@ -218,6 +240,8 @@ def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list
     """The paths of the files that stand there now."""
     with explained(out):
         system.invalidate_cache()
+        if not final.startswith("/") and not system.exists(final.partition("/")[0]):  # writing would create it
+            raise TensorkeepError("no such bucket", where=out, hint="check the URL, or create the bucket first", code="F05")
         try:
             found = [e["name"] for e in system.ls(final, detail=True) if e["type"] == "file"]
         except FileNotFoundError:
@@ -230,7 +254,7 @@ def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list
 def write_files(system: Any, folder: str, layouts: Sequence[FileLayout], plan: Plan, progress: Progress) -> dict[str, Sums]:
     """Send every file, front to back, several at once; what makes the folder readable comes last."""
     steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
-    total, sent, stop = plan.nbytes, [0], threading.Event()
+    total, sent, stop = sum(s.nbytes for f in layouts for s in f.slots), [0], threading.Event()
 
     def count(size: int) -> None:
         if stop.is_set():
@@ -254,7 +278,7 @@ def write_files(system: Any, folder: str, layouts: Sequence[FileLayout], plan: P
         for layout in layouts:
             if layout.name.endswith(LAST):
                 sums.update(_send(system, folder, layout, steps, plan, count))
-    return sums
+    return with_ties(sums, plan)
 
 
 def _send(system: Any, folder: str, layout: FileLayout, steps: dict[str, Step], plan: Plan, count: Any) -> dict[str, Sums]:

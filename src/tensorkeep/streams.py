@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from tensorkeep.plan import Part, Rows, Step
+from tensorkeep.plan import Part, Plan, Rows, Step
 from tensorkeep.record import DTYPES, nbytes
 from tensorkeep.view import StateView, np_dtype
 
@@ -73,11 +73,19 @@ def write_tensor(step: Step, sources: Sequence[StateView], write: Callable[[memo
     return Sums(crc, state.hexdigest(), digests, cast)
 
 
+def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
+    """The sums with those of tensors that were not written, since they share the bytes of another."""
+    for tensor in plan.tensors:
+        if tensor.name not in sums and tensor.tied_to in sums:
+            sums[tensor.name] = sums[tensor.tied_to]
+    return sums
+
+
 def _permute(data: memoryview, rows: Rows, row: int) -> memoryview:
     import numpy as np
 
     blocks = np.frombuffer(data, dtype=f"V{row}").reshape(-1, rows.block)
-    return memoryview(np.ascontiguousarray(blocks[:, rows.index()]).view(np.uint8).reshape(-1))
+    return np.ascontiguousarray(blocks[:, rows.order()]).view(np.uint8).reshape(-1).data
 
 
 def _cast(data: memoryview, source: str, target: str, lost: Cast) -> memoryview:
@@ -90,4 +98,4 @@ def _cast(data: memoryview, source: str, target: str, lost: Cast) -> memoryview:
         if np_dtype(target).itemsize < np_dtype(source).itemsize or target == "F16":
             lost.overflowed += int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(made)))
             lost.vanished += int(np.count_nonzero((values != 0) & (made == 0)))
-    return memoryview(made.view(np.uint8).reshape(-1))
+    return made.view(np.uint8).reshape(-1).data

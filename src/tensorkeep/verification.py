@@ -11,13 +11,13 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from tensorkeep import manifest
 from tensorkeep.archive import entries
-from tensorkeep.conversion import beside
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import CERTIFICATE, LocalFolder, left_over
+from tensorkeep.files import LocalFolder, left_over
 from tensorkeep.findings import Finding
+from tensorkeep.proof import read_certificate, stored_name
 from tensorkeep.view import CHUNK, StateView, read
 
 Progress = Callable[[str, int, int], None]
@@ -34,7 +34,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
     except TensorkeepError as error:
         if error.code is None or not error.code.startswith("F"):
             raise
-        return [*findings, Finding(error.code, "error", error.line, fix=error.hint)], None, False
+        return [*findings, Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint)], None, False
     findings += [Finding(n.code, "warning", n.message, n.names) for n in view.notes]
     certificate = read_certificate(view)
     try:
@@ -45,7 +45,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
     except TensorkeepError as error:
         if error.code is None or not error.code.startswith("F"):
             raise
-        findings.append(Finding(error.code, "error", error.line, fix=error.hint))
+        findings.append(Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint))
     return findings, view, certificate is not None
 
 
@@ -58,21 +58,9 @@ def interrupted(path: str | Path) -> list[Finding]:
     return [Finding("F01", "warning", f"an interrupted write left {', '.join(found)}", found, fix="delete them")]
 
 
-def read_certificate(view: StateView) -> dict[str, object] | None:
-    """The certificate beside the weights, or None."""
-    names = view.folder.names()
-    lone = Path(view.path).name
-    for name in (CERTIFICATE, beside(Path(lone)).name):
-        if name in names and (name != CERTIFICATE or lone not in names):
-            return manifest.load(view.folder.read(name), f"{view.folder.url}/{name}")
-    return None
-
-
-def against_certificate(view: StateView, certificate: dict[str, object], progress: Progress | None) -> list[Finding]:
+def against_certificate(view: StateView, certificate: dict[str, Any], progress: Progress | None) -> list[Finding]:
     """F03 for every tensor whose bytes, dtype or shape are not what the certificate says; K01/K02 for names."""
-    tensors: dict[str, dict[str, object]] = certificate["tensors"]  # type: ignore[assignment]
-    root = certificate.get("root")
-    wanted = {f"{root}.{n}" if root and view.format != "hf" else n: entry for n, entry in tensors.items()}
+    wanted = {stored_name(n, certificate.get("root"), view.format): entry for n, entry in certificate["tensors"].items()}
     findings = []
     missing, extra = sorted(set(wanted) - set(view)), sorted(set(view) - set(wanted))
     if missing:

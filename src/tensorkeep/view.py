@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,7 +59,7 @@ class Note(NamedTuple):
     names: tuple[str, ...] = ()
 
 
-Span = tuple[str, int, int]  # file, first byte, bytes
+Span = tuple[str, int, int, int | None]  # file, first byte, bytes, their CRC-32 where known
 
 
 @dataclass(eq=False)
@@ -76,6 +77,7 @@ class StateView(Mapping[str, TensorRecord]):
     metadata: dict[str, Any] = field(default_factory=dict)
     locate: Callable[[Folder, TensorRecord, Block], Block] | None = None
     decode: Callable[[TensorRecord, memoryview], memoryview] | None = None
+    checked: bool = False  # compare what is read with the file's own CRC-32 (torch writes it and never looks)
 
     def __getitem__(self, name: str) -> TensorRecord:
         return self.records[name]
@@ -117,16 +119,21 @@ class StateView(Mapping[str, TensorRecord]):
             yield from (whole[at : at + step] for at in range(0, len(whole), step))
             return
         spans = list(_cut(spans, first * row_bytes, last * row_bytes))
-        total = sum(length for _, _, length in spans)
+        total = sum(length for _, _, length, _ in spans)
         step = min(max(chunk // granule, 1) * granule, total)
         buffer = memoryview(bytearray(step))
         filled = 0
-        for file, start, length in spans:
-            done = 0
+        for file, start, length, crc in spans:
+            done = found = 0
             while done < length:
                 take = min(length - done, step - filled)
-                self.folder.read_into(file, start + done, buffer[filled : filled + take])
+                piece = buffer[filled : filled + take]
+                self.folder.read_into(file, start + done, piece)
                 done, filled = done + take, filled + take
+                if self.checked and crc is not None:
+                    found = zlib.crc32(piece, found)
+                    if done == length and found != crc:
+                        raise damaged(f"{self.folder.url}/{file}", [name])
                 if filled == step:
                     yield buffer
                     filled = 0
@@ -204,6 +211,14 @@ class StateView(Mapping[str, TensorRecord]):
         return state.hexdigest()
 
 
+def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
+    """The error for bytes that are not what was written (F03)."""
+    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TensorkeepError(
+        f"damaged since it was written: {first}", where=where, code="F03", hint="copy the checkpoint again from where it is whole"
+    )
+
+
 def np_dtype(dtype: str) -> np.dtype[Any]:
     """numpy's dtype for a record's, from ml_dtypes where numpy has none."""
     import numpy as np
@@ -235,17 +250,17 @@ def _row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
         if record.shape and block.offsets[0] != row:
             return None
         row += block.shape[0] if record.shape else 0
-        spans.append((block.file, block.start, nbytes(record.dtype, block.shape)))
+        spans.append((block.file, block.start, nbytes(record.dtype, block.shape), block.crc))
     return spans
 
 
 def _cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
     """The part of consecutive spans between two byte positions of the tensor."""
     at = 0
-    for file, start, length in spans:
+    for file, start, length, crc in spans:
         low, high = max(first, at), min(last, at + length)
         if low < high:
-            yield file, start + low - at, high - low
+            yield file, start + low - at, high - low, crc if high - low == length else None
         at += length
 
 
@@ -279,7 +294,7 @@ def read(path: str | Path) -> StateView:
     """
     folder, name = open_folder(str(path))
     names = [name] if name else folder.names()
-    for word, module in FORMATS.items():
+    for module in FORMATS.values():
         form = importlib.import_module(module)
         if form.sniff(folder, names, single=name is not None):
             view: StateView = form.read(folder, names, str(path))

@@ -16,6 +16,7 @@ from tensorkeep.detection.detector import (
 )
 from tensorkeep.detection.groups import OptimizerConfig, parameter_groups
 from tensorkeep.detection.schedule import ScheduleConfig
+from tensorkeep.ema import Ema
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 
@@ -107,6 +108,35 @@ def _backward_names(root: object) -> set[str]:
         names.add(type(node).__name__)
         todo += [following for following, _ in node.next_functions]  # type: ignore[attr-defined]
     return names
+
+
+def test_a_video_without_a_valid_step_does_not_spoil_its_batch() -> None:
+    model = tiny.detector().train()
+    frames, mask, segments, labels = tiny.batch()
+    mask[1] = False
+    loss = model.loss(model(frames, mask), segments, labels).cost
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "segments"])
+def test_data_parallel_gives_the_same_gradients_and_the_average_the_same_names(
+    checkpointing: str, tmp_path: Path
+) -> None:
+    frames, mask, segments, labels = tiny.batch()
+    alone, wrapped = tiny.detector(checkpointing=checkpointing), tiny.detector(checkpointing=checkpointing)
+    wrapped.load_state_dict(alone.state_dict())
+    alone.train().loss(alone(frames, mask), segments, labels).cost.backward()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(wrapped)
+        wrapped.loss(parallel.train()(frames, mask), segments, labels).cost.backward()
+        assert Ema(parallel).tensors.keys() == Ema(alone).tensors.keys()
+    finally:
+        torch.distributed.destroy_process_group()
+    for (name, one), two in zip(alone.named_parameters(), wrapped.parameters()):
+        assert (one.grad is None) == (two.grad is None), name
+        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-6), name
 
 
 def test_padding_goes_to_the_maximum_or_to_the_next_length_every_level_divides() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tensorkeep.detection.adapters import LoraConfig
 from tensorkeep.detection.detector import build_backbone, video_features
-from tensorkeep.detection.vit import PatchEmbed, VideoShape, VisionTransformer, VitConfig, drop_path
+from tensorkeep.detection.vit import PatchEmbed, VideoShape, VisionTransformer, VitConfig, add_kept, draw_kept
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 
@@ -42,7 +42,7 @@ def test_recomputation_changes_no_bit_even_with_drop_path(mode: str) -> None:
 
 @pytest.mark.parametrize("tuning", ["adapter", "all"])
 def test_segments_of_single_chunks_sum_to_the_same_gradients(monkeypatch: pytest.MonkeyPatch, tuning: str) -> None:
-    monkeypatch.setattr("tensorkeep.detection.vit.SEGMENT_CHUNKS", 1)
+    monkeypatch.setattr("tensorkeep.detection.vit.SEGMENT_ELEMENTS", 1)
     grads = []
     for checkpointing in ("none", "segments"):
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_segments_of_single_chunks_sum_to_the_same_gradients(monkeypatch: pytest
 
 
 def test_segments_replay_dropout_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensorkeep.detection.vit.SEGMENT_CHUNKS", 1)
+    monkeypatch.setattr("tensorkeep.detection.vit.SEGMENT_ELEMENTS", 1)
     lora = LoraConfig(lora_r=2, lora_dropout=0.5)
     backbone = tiny.detector(checkpointing="segments", lora=lora, vit=replace(tiny.VIT, drop_path=0.5)).backbone
     assert backbone is not None
@@ -122,10 +122,20 @@ def test_the_q_and_v_bias_survive_a_replaced_qkv() -> None:
 def test_drop_path_keeps_the_mean_and_is_off_in_evaluation() -> None:
     torch.manual_seed(0)
     x = torch.ones(20000, 2)
-    dropped = drop_path(x, 0.25, training=True)
+    dropped = add_kept(torch.zeros_like(x), x, draw_kept(x, 0.25, training=True))
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-    assert drop_path(x, 0.25, training=False) is x
+    assert draw_kept(x, 0.25, training=False) is None
+
+
+def test_positions_follow_a_table_that_was_loaded_or_moved() -> None:
+    vit = VisionTransformer(tiny.VIT)
+    shape = VideoShape(1, 2, 3, 4)
+    first = vit.positions(shape)
+    assert vit.positions(shape) is first
+    vit.load_state_dict({**vit.state_dict(), "pos_embed": vit.get_buffer("pos_embed") * 2})
+    assert torch.allclose(vit.positions(shape), first * 2)
+    assert vit.double().positions(shape).dtype == torch.float64
 
 
 def test_chunks_are_independent_without_adapters() -> None:

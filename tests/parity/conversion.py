@@ -22,7 +22,18 @@ from tensorkeep.conversion import convert
 from tensorkeep.planning import make_plan
 from tensorkeep.record import FROM_TORCH
 from tensorkeep.view import Note, StateView, read
-from tests.parity.outcome import Outcome, be_quiet, bitwise, guarded, largest, load_model, natural_key, report, same, tensors
+from tests.parity.outcome import (
+    Outcome,
+    be_quiet,
+    bitwise,
+    guarded,
+    largest,
+    load_model,
+    natural_key,
+    report,
+    same,
+    tensors,
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LOGITS = 1e-4  # what the fixtures state

@@ -171,7 +171,7 @@ def backbone_cases(fixture: Fixture) -> Iterator[Case]:
     ours["feat_map"] = last.transpose(1, 2).reshape(len(last), -1, *shape[1:])
     for key in sorted(theirs):
         yield key, difference(ours[key], theirs[key]) if key in ours else float("inf"), 1e-4
-    for mode in ("none", "blocks", "attention"):
+    for mode in ("none", "blocks", "attention", "segments"):
         vit.checkpointing = mode  # type: ignore[assignment]
         vit.train().zero_grad()
         features = video_features(vit, frames, config.output_length)

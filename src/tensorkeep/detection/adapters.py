@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +46,17 @@ class LoraConfig:
     targets: tuple[str, ...] = LORA_TARGETS
 
 
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+def _linear(x: Tensor, layer: nn.Linear, factor: Tensor | None = None) -> Tensor:
+    """`factor * layer(x)` in the dtype of `x`; the factor `[1]` goes into the weights, which are smaller."""
+    if factor is None:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return F.linear(x, (layer.weight * factor).to(x.dtype), (layer.bias * factor).to(x.dtype))
 
 
 class TemporalConv(nn.Module):
     """Depthwise convolution over time, then pointwise: `u -> W (w * u + b_w) + b`, on `[V, T, S, r]`.
 
-    Written as shifted products on the token layout: no transpose, and a backward of plain sums.
+    Written as one matrix product on the token layout: no transpose, and a backward of matrix products and sums.
     """
 
     dwconv: nn.Conv1d
@@ -71,16 +73,43 @@ class TemporalConv(nn.Module):
 
     def temporal(self, z: Tensor, shape: VideoShape) -> Tensor:
         """`z [videos * chunks, t*h*w, r]` -> same shape; the convolution runs over all chunks of a video."""
-        weight, pointwise = self.dwconv.weight.to(z.dtype), self.conv.weight.to(z.dtype)
+        depthwise, pointwise = self.dwconv.weight, self.conv.weight.squeeze(-1)  # [r, 1, k], [r, r]
         assert self.dwconv.bias is not None and self.conv.bias is not None
+        # both convolutions are linear: their product is one matrix of k r columns, and one matrix product
+        weight = torch.cat([pointwise * tap for tap in depthwise[:, 0].unbind(1)], 1)  # [r, k * r]
+        bias = pointwise @ self.dwconv.bias + self.conv.bias
         u = z.reshape(shape.videos, -1, shape.h * shape.w, z.shape[-1])  # [V, T, h*w, r]: chunks lie in time order
-        steps, half = u.shape[1], weight.shape[-1] // 2
-        padded = F.pad(u, (0, 0, 0, 0, half, half))
-        out = self.dwconv.bias.to(z.dtype) + padded[:, :steps] * weight[:, 0, 0]
-        for k in range(1, weight.shape[-1]):
-            out = out + padded[:, k : k + steps] * weight[:, 0, k]
-        out = F.linear(out, pointwise.squeeze(-1), self.conv.bias.to(z.dtype))
-        return out.view(z.shape)
+        windows: Tensor = _TimeWindows.apply(u, depthwise.shape[-1])  # type: ignore[no-untyped-call]
+        return F.linear(windows, weight.to(z.dtype), bias.to(z.dtype)).view(z.shape)
+
+
+class _TimeWindows(torch.autograd.Function):
+    """`[V, T, S, r]` to `[V, T, S, k * r]`: at each time the k steps around it, zeros outside."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, steps: int) -> Tensor:
+        ctx.steps = steps
+        windows = u.new_zeros((*u.shape[:-1], steps, u.shape[-1]))
+        for k in range(steps):
+            here, there = _shift(u.shape[1], k - steps // 2)
+            windows[:, here, :, k] = u[:, there]
+        return windows.flatten(3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        shape = grads[0].shape
+        windows = grads[0].view(*shape[:3], ctx.steps, -1)
+        total = windows[..., ctx.steps // 2, :].clone()
+        for k in range(ctx.steps):
+            if k != ctx.steps // 2:
+                here, there = _shift(shape[1], k - ctx.steps // 2)
+                total[:, there] += windows[:, here, :, k]
+        return total, None
+
+
+def _shift(length: int, by: int) -> tuple[slice, slice]:
+    """The times that have a neighbour `by` steps later, and those neighbours."""
+    return slice(max(0, -by), max(0, length - max(0, by))), slice(max(0, by), max(0, length + min(0, by)))
 
 
 class Adapter(TemporalConv):
@@ -101,8 +130,7 @@ class Adapter(TemporalConv):
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
         """`x [videos * chunks, t*h*w, C]` -> same shape."""
         z = F.gelu(_linear(x, self.down_proj))  # [N, L, r]
-        out = _linear(z + self.temporal(z, shape), self.up_proj)  # [N, L, C]
-        return x + out * self.gamma.to(out.dtype)
+        return x + _linear(z + self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
 
 
 class PlainAdapter(nn.Module):
@@ -117,8 +145,7 @@ class PlainAdapter(nn.Module):
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
         """`x [videos * chunks, t*h*w, C]` -> same shape."""
-        out = _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj)
-        return x + out * self.gamma.to(out.dtype)
+        return x + _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj, self.gamma)
 
 
 class LoRALinear(nn.Module):

@@ -39,7 +39,7 @@ class BackboneConfig:
     adapter: AdapterConfig | None = None
     lora: LoraConfig | None = None
     tuning: Tuning = "adapter"
-    checkpointing: Checkpointing = "blocks"
+    checkpointing: Checkpointing = "segments"
     output_length: int = 768
     frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

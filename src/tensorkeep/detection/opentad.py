@@ -123,7 +123,7 @@ def backbone_config(section: Section) -> BackboneConfig:
         vit=vit,
         adapter=AdapterConfig(blocks=blocks) if adapted else None,
         tuning=frozen,
-        checkpointing="blocks" if inner.get("with_cp", False) else "none",
+        checkpointing="segments" if inner.get("with_cp", False) else "none",
         output_length=_output_length(custom, inner, frames, where),
     )
 

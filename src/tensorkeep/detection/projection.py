@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.detection.resize import linear_resize
-from tensorkeep.detection.vit import drop_path, sinusoid_table
+from tensorkeep.detection.vit import draw_kept, sinusoid_table
 from tensorkeep.errors import TensorkeepError
 
 
@@ -84,7 +84,8 @@ def halve_max(x: Tensor) -> Tensor:
 
 def global_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention over valid keys. `q, k, v [B, heads, T, d]`, `mask [B, T]` True = valid -> `[B, heads, T, d]`."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+    seen = mask | ~mask.any(1, keepdim=True)  # an item without a valid key would be NaN, and with it the whole loss
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> Tensor:
@@ -180,7 +181,9 @@ class ScaledPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, T] -> [B, C, T]`."""
-        return drop_path(x if self.scale is None else self.scale * x, self.rate, self.training)
+        x = x if self.scale is None else self.scale * x
+        kept = draw_kept(x, self.rate, self.training)
+        return x if kept is None else x * kept
 
 
 class TransformerBlock(nn.Module):

@@ -21,7 +21,9 @@ from tensorkeep.detection.recompute import run_segment
 from tensorkeep.errors import TensorkeepError
 
 Checkpointing = Literal["none", "blocks", "attention", "segments"]
-SEGMENT_CHUNKS = 16  # chunks whose attention and MLP are recomputed at a time: 12,800 tokens fill a large GPU
+# elements of a stream `[n, L, C]` whose attention and MLP are recomputed at a time: enough to fill a large GPU, and
+# about 12 times as many are alive then
+SEGMENT_ELEMENTS = 16 * 2**20
 EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
 
@@ -107,12 +109,18 @@ def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: 
     return values[0], values[1]
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth on `x [N, ...]`: each sample is kept with probability `1 - rate` and scaled by its inverse."""
+def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
+    """Stochastic depth for `x [N, ...]`: a factor `[N, 1, ...]`, 0 or `1 / (1 - rate)` a sample; None: keep all."""
     if rate == 0.0 or not training:
-        return x
-    kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate)
-    return x * kept.div_(1 - rate)
+        return None
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate).div_(1 - rate)
+
+
+def add_kept(x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
+    """`x + branch * kept` in one pass over memory; shapes as in `draw_kept`."""
+    if kept is None:
+        return x + branch
+    return torch.addcmul(x, branch, kept.to(branch.dtype)) if x.dtype == branch.dtype else x + branch * kept
 
 
 class PatchEmbed(nn.Module):
@@ -196,8 +204,13 @@ class Block(nn.Module):
 
     def trunk(self, x: Tensor) -> Tensor:
         """Attention and MLP with their residuals: `[N, L, C] -> [N, L, C]`."""
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        kept = [draw_kept(x, self.drop_path, self.training) for _ in range(2)]
+        return self.core(x, kept[0], kept[1])
+
+    def core(self, x: Tensor, kept_attn: Tensor | None, kept_mlp: Tensor | None) -> Tensor:
+        """`trunk` with its random numbers given `[N, 1, 1]`: the part worth compiling."""
+        x = add_kept(x, self.attn(self.norm1(x)), kept_attn)
+        return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)
 
     def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
         """The adapter alone, or nothing: `[N, L, C] -> [N, L, C]`."""
@@ -215,7 +228,8 @@ class VisionTransformer(nn.Module):
     """VideoMAE encoder, chunk by chunk.
 
     `checkpointing`: `none` keeps every activation; `blocks` recomputes each block from its input; `attention` does
-    too, but keeps the attention outputs (more memory, no second attention kernel).
+    too, but keeps the attention outputs (more memory, no second attention kernel); `segments` keeps one tensor a
+    block and recomputes a part of the chunks at a time (least memory, and the fastest of them on an H200).
 
     >>> vit = VisionTransformer(VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4))
     >>> vit(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
@@ -231,6 +245,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         # persistent, as in OpenTAD's files: what we train loads there strictly
         self.register_buffer("pos_embed", sinusoid_table(self.stored_grid[0] * side * side, config.embed_dim))
+        self._resized: tuple[Any, Tensor] | None = None
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.eps)  # in every checkpoint; unused by feature maps
@@ -243,9 +258,14 @@ class VisionTransformer(nn.Module):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def positions(self, shape: VideoShape) -> Tensor:
-        """Position table `[1, t*h*w, C]` for the grid of `shape`."""
+        """Position table `[1, t*h*w, C]` for the grid of `shape`; resized once for each grid."""
         table = self.get_buffer("pos_embed")
-        return resize_positions(table, self.stored_grid, (shape.t, shape.h, shape.w))
+        grid = (shape.t, shape.h, shape.w)
+        # loading writes in place and moving makes another tensor: both must be seen
+        key = (grid, table.data_ptr(), table._version, table.device, table.dtype)
+        if self._resized is None or self._resized[0] != key:
+            self._resized = (key, resize_positions(table, self.stored_grid, grid))
+        return self._resized[1]
 
     def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
         """Tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
@@ -270,12 +290,14 @@ class VisionTransformer(nn.Module):
 
     def _run_segments(self, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
         """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
+        pieces = -(-x.numel() // SEGMENT_ELEMENTS)
+        size = -(-len(x) // pieces)
         for before, after in zip([None, *blocks], [*blocks, None]):
             whole = partial(before.adapt, shape=shape) if before is not None else _unchanged
             parts = after.trunk if after is not None else _unchanged
             adapter = before.adapter.parameters() if before is not None and before.adapter is not None else ()
             trunk = _trunk_parameters(after) if after is not None else ()
-            x = run_segment(whole, parts, x, [*adapter, *trunk], SEGMENT_CHUNKS, self.training)
+            x = run_segment(whole, parts, x, [*adapter, *trunk], size, self.training)
         return x
 
     def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:

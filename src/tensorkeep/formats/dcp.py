@@ -52,13 +52,21 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     described = fields.get("state_dict_metadata")
     if not isinstance(described, dict):
         raise _damaged("no state_dict_metadata", where)
+    lost: list[TensorkeepError] = []
     for name, entry in described.items():
         if not isinstance(name, str) or not isinstance(entry, Object):
             raise _damaged(f"an entry for {shown(name)}", where)
-        if entry.call.name == "BytesStorageMetadata":
-            view.entries[name] = _place(name, (), storage, sizes, where)
-        else:
-            view.records[name] = _record(name, entry, storage, sizes, where)
+        try:
+            if entry.call.name == "BytesStorageMetadata":
+                view.entries[name] = _place(name, (), storage, sizes, where)
+            else:
+                view.records[name] = _record(name, entry, storage, sizes, where)
+        except TensorkeepError as error:
+            if not error.tensors:
+                raise
+            lost.append(error)
+    if lost:
+        raise _together(lost)
     paths = fields.get("planner_data")
     if isinstance(paths, dict):
         view.metadata["paths"] = {n: p for n, p in paths.items() if isinstance(n, str) and _is_path(p)}
@@ -66,6 +74,15 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if strays:
         view.notes.append(Note("F07", f"{', '.join(strays)}: data that .metadata does not name, left by an earlier save", tuple(strays)))
     return view
+
+
+def _together(lost: list[TensorkeepError]) -> TensorkeepError:
+    """The first error, about every tensor that is lost in the same way."""
+    first = lost[0]
+    first.tensors = tuple(name for error in lost if error.code == first.code for name in error.tensors)
+    if len(lost) > 1:
+        first.what += f" (and {len(lost) - 1} more tensors are lost)"
+    return first
 
 
 def _damaged(what: str, where: object) -> TensorkeepError:
@@ -135,15 +152,15 @@ def _place(name: str, offset: tuple[int, ...], storage: dict[Any, Place], sizes:
     if place is None:
         raise TensorkeepError(
             f"{name} has metadata but no storage entry{f' at {offset}' if any(offset) else ''}", where=where, code="F07",
-            hint="a writer thread failed while this was saved (pytorch #191391); use the checkpoint before it",
+            hint="a writer thread failed while this was saved (pytorch #191391); use the checkpoint before it", tensors=[name],
         )  # fmt: skip
     file, start, length = place
     if file not in sizes:
-        raise TensorkeepError(f"{name} lies in {file}, which is not there", where=where, code="F05", hint="copy the missing file")
+        raise TensorkeepError(f"{name} lies in {file}, which is not there", where=where, code="F05", hint="copy the missing file", tensors=[name])
     if start + length > sizes[file]:
         raise TensorkeepError(
             f"{name} is truncated: it ends at byte {start + length} of {file}, the file at {sizes[file]}", where=where,
-            code="F02", hint="copy the file again",
+            code="F02", hint="copy the file again", tensors=[name],
         )  # fmt: skip
     return place
 
@@ -170,7 +187,7 @@ def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str
         blocks.append(Block(file, start, length, offsets, sizes_, archive=True))
         covered += _count(sizes_)
     if covered != _count(shape) or _overlapping(blocks):
-        raise TensorkeepError(f"{name}: its chunks hold {covered} of {_count(shape)} elements", where=where, code="F07", hint="a rank's file is missing; copy the checkpoint again")
+        raise TensorkeepError(f"{name}: its chunks hold {covered} of {_count(shape)} elements", where=where, code="F07", hint="a rank's file is missing; copy the checkpoint again", tensors=[name])
     return TensorRecord(name, dtype, shape, tuple(blocks))
 
 
@@ -244,7 +261,8 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
     if size and (entry is None or start + size > entry.size):
         raise TensorkeepError("its storage is truncated", where=where, code="F02", hint="copy the file again")
     strides = None if same_layout(tensor.shape, tensor.strides) else tensor.strides
-    return Block(block.file, (entry.start if entry else 0) + start, size, block.offsets, block.shape, strides)
+    crc = entry.known_crc(start, size) if entry else None
+    return Block(block.file, (entry.start if entry else 0) + start, size, block.offsets, block.shape, strides, crc=crc)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
         metadata = {**header.metadata, **metadata}
         for record in _records(header, folder, file):
             if record.name in records:
-                raise TensorkeepError(f"{record.name} is in {records[record.name].file} and in {file}", where=path, code="F07")
+                raise TensorkeepError(
+                    f"{record.name} is in {records[record.name].file} and in {file}", where=path, code="F07"
+                )
             records[record.name] = record
     if metadata.get("split.count", 1) != len(files):
         raise TensorkeepError(
@@ -64,7 +66,9 @@ def package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise TensorkeepError(f"reading GGUF needs the gguf package: {error}", hint="pip install 'tensorkeep[language]'") from None
+        raise TensorkeepError(
+            f"reading GGUF needs the gguf package: {error}", hint="pip install 'tensorkeep[language]'"
+        ) from None
     return gguf
 
 
@@ -76,10 +80,17 @@ def _files(folder: Folder, names: list[str], path: str) -> list[str]:
         wanted = [f"{first['stem']}-{i + 1:05}-of-{first['count']}.gguf" for i in range(int(first["count"]))]
         absent = [n for n in wanted if n not in present]
         if absent or not wanted:
-            raise TensorkeepError(f"{len(absent)} of its parts are not there, first {absent[:1]}", where=path, code="F05", hint="get all parts")
+            raise TensorkeepError(
+                f"{len(absent)} of its parts are not there, first {absent[:1]}",
+                where=path,
+                code="F05",
+                hint="get all parts",
+            )
         return wanted
     if len(found) > 1:
-        raise TensorkeepError(f"holds {len(found)} models: {', '.join(found[:5])}", where=path, hint="name one of the files")
+        raise TensorkeepError(
+            f"holds {len(found)} models: {', '.join(found[:5])}", where=path, hint="name one of the files"
+        )
     return found
 
 
@@ -91,7 +102,9 @@ def _records(header: Header, folder: Folder, file: str) -> list[TensorRecord]:
     for record in sorted(records, key=lambda r: (r.blocks[0].start, r.blocks[0].nbytes)):
         block = record.blocks[0]
         if block.start < at:
-            raise TensorkeepError(f"{record.name} and {before} overlap at byte {block.start}", where=where, code="F07", hint=DAMAGED)
+            raise TensorkeepError(
+                f"{record.name} and {before} overlap at byte {block.start}", where=where, code="F07", hint=DAMAGED
+            )
         at, before = block.start + block.nbytes, record.name
         if at > size:
             raise short_file(where, block.start, block.nbytes, size)
@@ -138,8 +151,12 @@ def decode(record: TensorRecord, raw: memoryview) -> memoryview:
         with np.errstate(all="ignore"):  # a damaged scale may be infinite; what comes of it is data, not a fault here
             values = gguf.dequantize(blocks.reshape(-1, block_bytes * wide), kind)
     except NotImplementedError:
-        raise TensorkeepError(f"{record.name}: gguf cannot decode {record.encoding}", hint="pip install -U gguf, or take another quantisation") from None
-    return memoryview(np.ascontiguousarray(values, dtype="<f4").view(np.uint8).reshape(-1))
+        raise TensorkeepError(
+            f"{record.name}: gguf cannot decode {record.encoding}",
+            hint="pip install -U gguf, or take another quantisation",
+        ) from None
+    made: memoryview = np.ascontiguousarray(values, dtype="<f4").view(np.uint8).reshape(-1).data
+    return made
 
 
 def _describe(view: StateView, metadata: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class Fields:
         self.metadata, self.architecture = metadata, architecture
 
     def get(self, key: str) -> Any:
-        return self.metadata.get(f"{self.architecture}.{key}", self.metadata.get(key))
+        return self.metadata.get(f"{self.architecture}.{key}")
 
     def number(self, key: str, default: float | None = None, least: float = 0) -> float:
         """A finite number not below `least`; an array of equal numbers counts as one."""
@@ -56,7 +56,9 @@ class Fields:
         return int(value)
 
 
-def hf_config(metadata: Mapping[str, Any], records: Mapping[str, TensorRecord], frequencies: Sequence[float] = ()) -> dict[str, Any]:
+def hf_config(
+    metadata: Mapping[str, Any], records: Mapping[str, TensorRecord], frequencies: Sequence[float] = ()
+) -> dict[str, Any]:
     """The config.json that transformers needs for this file.
 
     `frequencies`: the values of `rope_freqs.weight`, (head_dim / 2,), where the file has that tensor.
@@ -67,7 +69,9 @@ def hf_config(metadata: Mapping[str, Any], records: Mapping[str, TensorRecord], 
     """
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise TensorkeepError(f"the architecture is {_short(architecture)}; known are {', '.join(ARCHITECTURES)}", code="C03")
+        raise TensorkeepError(
+            f"the architecture is {_short(architecture)}; known are {', '.join(ARCHITECTURES)}", code="C03"
+        )
     fields = Fields(metadata, str(architecture))
     experts = fields.whole("expert_count", 0, 0)
     kind, name = MIXTRAL if architecture == "llama" and experts else ARCHITECTURES[str(architecture)]
@@ -107,15 +111,19 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int, hidden: int
     if embedding is None or len(embedding) != 2 or embedding[1] != hidden:
         raise TensorkeepError(f"token_embd.weight is {embedding} and embedding_length {hidden}", code="C03")
     if query is None or query != (heads * head_dim, hidden):
-        raise TensorkeepError(f"blk.0.attn_q.weight is {query}, and {heads} heads of {head_dim} over {hidden} are announced", code="C03")
+        raise TensorkeepError(
+            f"blk.0.attn_q.weight is {query}, and {heads} heads of {head_dim} over {hidden} are announced", code="C03"
+        )
     return embedding[0]
 
 
 def _rope(fields: Fields, head_dim: int, frequencies: Sequence[float]) -> dict[str, Any]:
-    theta = shortest(fields.number("rope.freq_base", 10000.0))
+    theta = shortest(fields.number("rope.freq_base", 10000.0, 1.0))
     rotary = fields.whole("rope.dimension_count", head_dim)
     if rotary != head_dim:
-        raise TensorkeepError(f"RoPE turns {rotary} of {head_dim} dimensions, which these model types cannot say", code="C03")
+        raise TensorkeepError(
+            f"RoPE turns {rotary} of {head_dim} dimensions, which these model types cannot say", code="C03"
+        )
     scaling: dict[str, Any] | None = None
     kind = fields.get("rope.scaling.type")
     if kind in ("linear", "yarn"):
@@ -126,10 +134,17 @@ def _rope(fields: Fields, head_dim: int, frequencies: Sequence[float]) -> dict[s
         raise TensorkeepError(f"the RoPE scaling {_short(kind)} has no counterpart here", code="C03")
     if any(f != 1.0 for f in frequencies):
         scaling = {"rope_type": "llama3", "factor": shortest(max(frequencies)), **LLAMA3}
-        if not _same(frequencies, llama3_factors(theta, head_dim, scaling)):
-            raise TensorkeepError("rope_freqs.weight holds factors that are not those of Llama 3's RoPE scaling", code="C03")
+        sound = len(frequencies) * 2 == head_dim and all(1.0 <= f < 1e6 for f in frequencies)
+        if not sound or not _same(frequencies, llama3_factors(theta, head_dim, scaling)):
+            raise TensorkeepError(
+                "rope_freqs.weight holds factors that are not those of Llama 3's RoPE scaling", code="C03"
+            )
     default = {"rope_type": "default"}
-    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": {**(scaling or default), "rope_theta": theta}}
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or default), "rope_theta": theta},
+    }
 
 
 def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> list[float]:
@@ -144,7 +159,7 @@ def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> l
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b))
+    return all(math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b))
 
 
 def _width(fields: Fields, kind: str, experts: int) -> dict[str, Any]:
@@ -152,7 +167,11 @@ def _width(fields: Fields, kind: str, experts: int) -> dict[str, Any]:
         return {"intermediate_size": fields.whole("feed_forward_length")}
     used = fields.whole("expert_used_count")
     if kind == "mixtral":
-        return {"intermediate_size": fields.whole("feed_forward_length"), "num_local_experts": experts, "num_experts_per_tok": used}
+        return {
+            "intermediate_size": fields.whole("feed_forward_length"),
+            "num_local_experts": experts,
+            "num_experts_per_tok": used,
+        }
     narrow = fields.whole("expert_feed_forward_length")
     return {
         "intermediate_size": fields.whole("feed_forward_length", narrow), "moe_intermediate_size": narrow, "num_experts": experts,
@@ -186,7 +205,9 @@ def shortest(value: float) -> float:
     """
     try:
         stored = struct.pack("<f", value)
-        return next((v for d in range(1, 10) if struct.pack("<f", v := float(f"{value:.{d}g}")) == stored), float(value))
+        return next(
+            (v for d in range(1, 10) if struct.pack("<f", v := float(f"{value:.{d}g}")) == stored), float(value)
+        )
     except OverflowError:  # beyond float32: it never was one
         return float(value)
 
@@ -195,7 +216,10 @@ def companions(config: Mapping[str, Any]) -> list[Companion]:
     """config.json and generation_config.json."""
     ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
     documents = {"config.json": dict(config), "generation_config.json": {"_from_model_config": True, **ids}}
-    return [Companion(n, (json.dumps(d, indent=2) + "\n").encode(), "made from the GGUF metadata") for n, d in documents.items()]
+    return [
+        Companion(n, (json.dumps(d, indent=2) + "\n").encode(), "made from the GGUF metadata")
+        for n, d in documents.items()
+    ]
 
 
 def _short(value: Any) -> str:

@@ -17,11 +17,13 @@ from tensorkeep.files import Folder, short_file
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LARGEST_HEADER = 256 << 20  # bytes; the largest vocabularies known take some 15 MB
+PIECE = 1 << 20  # bytes to begin with; doubled as the header goes on
 MOST_ENTRIES = 1 << 17  # metadata keys, and tensors
 MOST_ELEMENTS = 1 << 23  # of all arrays together
 MOST_DIMS = 4  # ggml's own limit
 DAMAGED = "the header is damaged; download the file again"
 STRING, ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -65,7 +67,7 @@ class Cursor:
         if end > LARGEST_HEADER:
             raise self.wrong(f"the header is larger than {LARGEST_HEADER >> 20} MiB")
         if end > len(self._data):
-            grown = min(max(end, 2 * len(self._data), 1 << 20), self.size)
+            grown = min(max(end, 2 * len(self._data), PIECE), self.size)
             self._data += self.folder.read(self.file, len(self._data), grown - len(self._data))
         self.at = end
         return start
@@ -73,11 +75,13 @@ class Cursor:
     def numbers(self, form: str, count: int = 1) -> tuple[Any, ...]:
         """`count` little-endian numbers of one struct letter."""
         text = f"<{count}{form}"
-        return struct.unpack_from(text, self._data, self.need(struct.calcsize(text)))
+        start = self.need(struct.calcsize(text))  # first: it may replace the buffer
+        return struct.unpack_from(text, self._data, start)
 
     def string(self, strict: bool = False) -> str:
         """A string. Vocabularies in the wild hold broken UTF-8: kept as surrogates, refused in names (`strict`)."""
-        (length,) = self.numbers("Q")
+        start = self.need(8)
+        (length,) = _LENGTH.unpack_from(self._data, start)  # precompiled: a vocabulary has 10^5 strings
         start = self.need(length)
         try:
             return self._data[start : start + length].decode("utf-8", "strict" if strict else "surrogateescape")

@@ -67,7 +67,9 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
     else:
         raise TensorkeepError(f"model {str(model)[:40]!r} with pre-tokenizer {str(pre)[:40]!r} is not known")
     special = _special(metadata, tokens)
-    document["added_tokens"] = [_added(i, tokens[i], kind) for i, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL, USER)]
+    document["added_tokens"] = [
+        _added(i, tokens[i], kind) for i, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL, USER)
+    ]
     document["post_processor"] = _post_processor(metadata, str(pre), special, vocabulary)
     return {
         "tokenizer.json": {key: document[key] for key in _ORDER},
@@ -76,7 +78,17 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
     }, remark
 
 
-_ORDER = ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+_ORDER = (
+    "version",
+    "truncation",
+    "padding",
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+)
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
@@ -109,10 +121,16 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], pre
     return _document(model, normalizer, PRE[pre], _byte_level(True))
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], vocabulary: dict[str, int], kinds: Sequence[int]) -> dict[str, Any]:
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], vocabulary: dict[str, int], kinds: Sequence[int]
+) -> dict[str, Any]:
     """BPE over pieces with ▁ for a space; unknown characters become byte tokens."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(isinstance(s, int | float) for s in scores):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(s, int | float) for s in scores)
+    ):
         raise TensorkeepError("the file has no tokenizer.ggml.scores for its tokens")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
     unknown = next((t for t, kind in zip(tokens, kinds) if kind == UNKNOWN), None)
@@ -162,7 +180,9 @@ def _added(i: int, token: str, kind: int) -> dict[str, Any]:
     return {"id": i, "content": token, **flags}
 
 
-def _post_processor(metadata: Mapping[str, Any], pre: str, special: Mapping[str, str], vocabulary: Mapping[str, int]) -> dict[str, Any] | None:
+def _post_processor(
+    metadata: Mapping[str, Any], pre: str, special: Mapping[str, str], vocabulary: Mapping[str, int]
+) -> dict[str, Any] | None:
     """What is put around the ids. Without a flag llama.cpp adds bos for SentencePiece and Llama 3."""
     by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in WHOLE_WORDS
     ahead = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", by_default) is True else None
@@ -176,10 +196,17 @@ def _post_processor(metadata: Mapping[str, Any], pre: str, special: Mapping[str,
         return [*items, {"SpecialToken": {"id": behind, "type_id": kind}}] if behind else items
 
     used = {t: {"id": t, "ids": [vocabulary[t]], "tokens": [t]} for t in (ahead, behind) if t}
-    return {"type": "TemplateProcessing", "single": around("A", 0), "pair": [*around("A", 0), *around("B", 1)], "special_tokens": used}
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": used,
+    }
 
 
-def _config(metadata: Mapping[str, Any], special: Mapping[str, str], added: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _config(
+    metadata: Mapping[str, Any], special: Mapping[str, str], added: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     template = metadata.get("tokenizer.chat_template")
     config: dict[str, Any] = {

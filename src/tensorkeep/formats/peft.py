@@ -27,7 +27,8 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 def read(folder: Folder, names: list[str], path: str) -> StateView:
     """The view of an adapter folder; `view.metadata["adapter"]` is its config."""
     weights = next(w for w in WEIGHTS if w in names)
-    view = (safetensors if weights == WEIGHTS[0] else pth).read(folder, [weights], path)
+    form = safetensors if weights == WEIGHTS[0] else pth
+    view: StateView = form.read(folder, [weights], path)
     config = parse_json(folder.read(CONFIG), f"{folder.url}/{CONFIG}")
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise TensorkeepError("names no peft_type", where=f"{folder.url}/{CONFIG}", hint="is this PEFT's adapter_config.json?")

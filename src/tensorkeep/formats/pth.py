@@ -81,7 +81,7 @@ def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, En
         if start + size > place.size:
             raise TensorkeepError(f"{name}: truncated, its storage holds {place.size} of {start + size} bytes", where=where, code="F02", hint="copy the file again")
         strides = None if same_layout(item.shape, item.strides) else item.strides
-        block = Block(file, place.start + start, size, (0,) * len(item.shape), item.shape, strides)
+        block = Block(file, place.start + start, size, (0,) * len(item.shape), item.shape, strides, crc=place.known_crc(start, size))
         key = (block.start, item.dtype, item.shape, item.strides)
         tied = seen.setdefault(key, name) if size else name
         records[name] = TensorRecord(name, item.dtype, item.shape, (block,), tied if tied != name else None)
@@ -134,12 +134,10 @@ def layout(tensors: Sequence[SinkTensor], *, name: str = "model.pth", root: str 
     stored: list[tuple[str, SinkTensor]] = []
     state = Object(Global("collections", "OrderedDict"))
     for tensor in tensors:
-        if tensor.tied_to in keys:
-            key = keys[str(tensor.tied_to)]
-        else:
-            key = str(len(stored))
-            stored.append((key, tensor))
-        keys[tensor.name] = key
-        state.entries[tensor.name] = tensor_object(tensor, key)
+        if tensor.tied_to is None:
+            keys[tensor.name] = str(len(stored))
+            stored.append((keys[tensor.name], tensor))
+    for tensor in tensors:
+        state.entries[tensor.name] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
     value: Any = {root: state} if root else state
     return [FileLayout(name, pack(0, value, stored).segments)]

@@ -23,6 +23,7 @@ from tensorkeep.view import Note, StateView
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
+UNKNOWN = ("C128",)  # ours, for torch's files; the safetensors library refuses the whole file
 SHARD_SIZE = 5_000_000_000  # bytes, transformers' default
 
 
@@ -171,7 +172,7 @@ def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorR
     if not isinstance(entry, dict):
         raise wrong("its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES or dtype in UNKNOWN:
         raise wrong(f"unknown dtype {shown(dtype)}")
     sizes = checked_shape(shape)
     if sizes is None or not isinstance(shape, list):
@@ -219,6 +220,9 @@ def layout(tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name
 
 def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
     """One safetensors file. Wider dtypes come first, so that every tensor is aligned to its element."""
+    wide = [t.name for t in tensors if t.dtype in UNKNOWN]
+    if wide:
+        raise TensorkeepError(f"safetensors has no complex128, which {wide[0]} is", hint="keep it with --to dcp or pth, or leave it out with --drop")
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].bits)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

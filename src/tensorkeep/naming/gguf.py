@@ -23,7 +23,10 @@ LAYER = "model.layers.{n}."
 
 
 def _experts(own: str, hf: Mapping[str, str]) -> list[Row]:
-    return [Row(f"blk.{{n}}.ffn_{w}_exps.weight", f"{LAYER}{own}.experts.{{e}}.{proj}", stacked=True) for w, proj in hf.items()]
+    return [
+        Row(f"blk.{{n}}.ffn_{w}_exps.weight", f"{LAYER}{own}.experts.{{e}}.{proj}", stacked=True)
+        for w, proj in hf.items()
+    ]
 
 
 def _rows(rope: bool, norms: Mapping[str, str], more: Sequence[Row] = ()) -> list[Row]:
@@ -76,7 +79,9 @@ def table(config: Mapping[str, Any] | None) -> list[Row]:
     """
     kind = (config or {}).get("model_type")
     if kind not in FAMILIES:
-        what = "no config says which model this is" if kind is None else f"no table for the model type {str(kind)[:40]!r}"
+        what = (
+            "no config says which model this is" if kind is None else f"no table for the model type {str(kind)[:40]!r}"
+        )
         raise TensorkeepError(
             f"GGUF names, and {what}: whether q/k rows are permuted is unknown", code="C03",
             hint=f"known are {', '.join(FAMILIES)}; others go through transformers: from_pretrained(DIR, gguf_file=FILE)",

@@ -24,10 +24,13 @@ FIRST = "model.layers.0.self_attn."
 Take = Callable[[str, Any], Any]
 
 
-def hf_config(found: Mapping[str, TensorRecord], config: Mapping[str, Any] | None, made: str) -> tuple[dict[str, Any], list[str]]:
-    """The config for weights of generation `made` (hf names in `found`), and the fields assumed, as `name=value`.
+def hf_config(
+    found: Mapping[str, TensorRecord], config: Mapping[str, Any] | None, made: str
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The config for weights of generation `made` (hf names in `found`).
 
-    Raises TensorkeepError where the shapes are no MiniMind model's, or contradict the config.
+    With it the fields assumed, as `name=value`, and what the given config says otherwise than the weights, which win.
+    Raises TensorkeepError where the shapes are no MiniMind model's, or the config cannot be meant for them.
     """
     given = dict(config or {})
     given = {**{new: given[old] for old, new in OLD_FIELDS.items() if old in given}, **given}
@@ -60,23 +63,31 @@ def hf_config(found: Mapping[str, TensorRecord], config: Mapping[str, Any] | Non
     if any(".mlp.experts." in n for n in shapes):
         kind = "qwen3_moe" if made == "mm3" else "minimind"  # shared experts beside Llama attention: no class computes this
         known |= _experts(shapes, take, given, made)
-    return {"architectures": [CLASSES[kind]], "model_type": kind, "minimind_generation": made, **known}, assumed
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    odd = [f"{k} {given[k]} is {known[k]}" for k in sizes if given.get(k) is not None and given[k] != known[k]]
+    return {"architectures": [CLASSES[kind]], "model_type": kind, "minimind_generation": made, **known}, assumed, odd
 
 
 def _geometry(shapes: Mapping[str, tuple[int, ...]], take: Take, given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, from the shapes; the number of heads where no q_norm tells head_dim."""
     vocab, hidden = _matrix(shapes, hf.EMBEDDING)
     queries, keys = _matrix(shapes, f"{FIRST}q_proj.weight")[0], _matrix(shapes, f"{FIRST}k_proj.weight")[0]
-    norm = shapes.get(f"{FIRST}q_norm.weight")
-    head_dim = norm[0] if norm else queries // max(take("num_attention_heads", 8), 1)
+    norm, told = shapes.get(f"{FIRST}q_norm.weight"), given.get("head_dim")
+    if norm:
+        head_dim = norm[0]
+    elif isinstance(told, int):
+        head_dim = told
+    else:
+        heads = max(take("num_attention_heads", 8), 1)
+        head_dim = 0 if queries % heads else queries // heads
     if head_dim <= 0 or queries % head_dim or keys % head_dim:
         raise TensorkeepError(
-            f"q_proj has {queries} rows and k_proj {keys}: no whole heads of {head_dim}", code="C01",
+            f"q_proj has {queries} rows and k_proj {keys}, which the config does not divide into whole heads", code="C01",
             hint="give MiniMind's config of this model: --config config.json",
         )  # fmt: skip
     dense = shapes.get("model.layers.0.mlp.gate_proj.weight")
     expert = shapes.get("model.layers.0.mlp.experts.0.gate_proj.weight")
-    width = (dense or given.get("intermediate_size") and (given["intermediate_size"],) or expert or (64 * math.ceil(hidden * math.pi / 64),))[0]
+    width = (dense or (given.get("intermediate_size") and (given["intermediate_size"],)) or expert or (64 * math.ceil(hidden * math.pi / 64),))[0]
     return {
         "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": _count(shapes, r"model\.layers\.(\d+)\."),
         "num_attention_heads": queries // head_dim, "num_key_value_heads": keys // head_dim, "head_dim": head_dim,

@@ -1,0 +1,153 @@
+"""Who is named: every kind of fault on every model and seed, and sound checkpoints, through `diagnose`.
+
+    python -m benchmarks.faults [--models llama_tied ...] [--kinds rope_q_only ...] [--seeds 2] [--json OUT.json] [--misses MISSES.txt]
+
+Prints a table kinds x named right / named wrong / missed, then the false alarms on sound checkpoints. `smol` (cut from
+a real model of 135 M parameters) is slower than the others and takes part only when it is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.fault_kinds.change import KINDS
+from tests.faults import judge, make
+from tests.sound import Sound, every, golden
+from tests.specimens import available
+
+from tensorkeep.diagnosis import diagnose
+from tensorkeep.errors import TensorkeepError
+
+GOLDEN = Path(__file__).parents[2] / "shared/fixtures/conversion/open"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint and what was said of it. `outcome`: named, wrong, missed; ok or alarm for a sound one."""
+
+    kind: str
+    model: str
+    seed: int
+    outcome: str
+    why: str
+    command: str
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[n for n in available() if n != "smol"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--no-sound", action="store_true")
+    parser.add_argument("--no-faults", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--misses", type=Path, help="a line for each fault that was not named, with the command to see it again")
+    words = parser.parse_args(argv)
+    seeds = range(words.first_seed, words.first_seed + words.seeds)
+    sick: list[Row] = []
+    sound: list[Row] = []
+    with tempfile.TemporaryDirectory() as work:
+        if not words.no_faults:
+            sick = list(shown(faults(words.kinds, words.models, seeds, Path(work))))
+        if not words.no_sound:
+            sound = list(shown(sounds(words.models, seeds, Path(work))))
+    print("\n".join(table(sick) + alarms(sound)))
+    if words.json:
+        words.json.write_text(json.dumps({"faults": [asdict(r) for r in sick], "sound": [asdict(r) for r in sound]}, indent=1) + "\n")
+    if words.misses:
+        words.misses.write_text("".join(f"{r.outcome}: {r.kind} {r.model} {r.seed}: {r.why}\n    {r.command}\n" for r in [*sick, *sound] if r.outcome not in ("named", "ok")))
+    return 1 if any(r.outcome not in ("named", "ok") for r in [*sick, *sound]) else 0
+
+
+def shown(rows: Iterable[Row]) -> Iterator[Row]:
+    """Pass rows on, and say on stderr where we are."""
+    for count, row in enumerate(rows, 1):
+        if count % 50 == 0:
+            print(f"{count} checkpoints, now {row.kind} {row.model}", file=sys.stderr, flush=True)
+        yield row
+
+
+def faults(kinds: Iterable[str], models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Row]:
+    for kind in kinds:
+        for model in models:
+            for seed in seeds:
+                fault = make(kind, model, seed, work)
+                if fault is None:
+                    break
+                started = time.perf_counter()
+                document = document_of(fault.path, fault.reference, fault.target)
+                outcome, why = judge(fault, document)
+                command = f"python -m tests.faults {kind} {model} {seed} /tmp/faults   # {fault.note}"
+                yield Row(kind, model, seed, outcome, why, command, time.perf_counter() - started)
+                shutil.rmtree(work / f"{kind}-{model}-{seed}", ignore_errors=True)
+
+
+def sounds(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Row]:
+    for model in models:
+        for seed in seeds:
+            yield from (judged(s, seed) for s in every(model, work, seed))
+    yield from (judged(s, 0) for s in golden(GOLDEN))
+
+
+def judged(sound: Sound, seed: int) -> Row:
+    started = time.perf_counter()
+    document = document_of(sound.path, sound.reference, sound.target)
+    errors = [f"{f['code']} {f['message']}" for f in document["findings"] if f["severity"] == "error"]
+    options = (f" --reference {sound.reference}" if sound.reference else "") + (f" --for {sound.target}" if sound.target else "")
+    command = f"python -m tests.sound {sound.variant} {sound.model} {seed} /tmp/sound   # diagnose {sound.path}{options}"
+    return Row(sound.variant, sound.model, seed, "alarm" if errors else "ok", "; ".join(errors), command, time.perf_counter() - started)
+
+
+def document_of(path: Path, reference: Path | None, target: Any) -> dict[str, Any]:
+    """What `diagnose --json` says; an error that ends the command reads as a finding of its code."""
+    try:
+        return diagnose(str(path), str(reference) if reference else None, target).to_json()
+    except TensorkeepError as error:
+        said = {"code": error.code or "error", "severity": "error", "tensors": [], "count": 0, "message": error.line, "evidence": {}, "explains": [], "fix": None}
+        return {"verdict": "findings", "causes": ["stopped"], "findings": [said]}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError, OSError, AssertionError, RuntimeError) as error:
+        said = {"code": "crash", "severity": "error", "tensors": [], "count": 0, "message": f"{type(error).__name__}: {error}", "evidence": {}, "explains": [], "fix": None}
+        return {"verdict": "findings", "causes": ["crash"], "findings": [said]}
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Kinds by outcome, the sum, and what went wrong."""
+    if not rows:
+        return []
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        counts[row.kind][row.outcome] += 1
+    width = max(len(k) for k in counts)
+    lines = [f"{'kind':<{width}}  {'codes':<12} named  wrong  missed"]
+    for kind, count in counts.items():
+        lines.append(f"{kind:<{width}}  {'/'.join(KINDS[kind].codes):<12} {count['named']:>5}  {count['wrong'] or '-':>5}  {count['missed'] or '-':>6}")
+    whole = Counter(r.outcome for r in rows)
+    lines.append(f"{len(counts)} kinds, {len(rows)} faults: {whole['named']} named right ({whole['named'] / len(rows):.1%}), {whole['wrong']} wrong, {whole['missed']} missed")
+    return lines + [f"  {r.outcome}: {r.kind} {r.model} seed {r.seed}: {r.why}" for r in rows if r.outcome != "named"]
+
+
+def alarms(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    false = [r for r in rows if r.outcome == "alarm"]
+    kinds = len({r.kind for r in rows})
+    return [f"sound: {len(rows)} checkpoints of {kinds} variants, {len(false)} false alarms", *(f"  alarm: {r.kind} {r.model} seed {r.seed}: {r.why}" for r in false)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Codes and values of quantised weights, as arrays: unpack, scale, and what codes a float weight would get.
+
+Everything is float32 with one rounding an operation, in the order in which bitsandbytes computes, so that results are
+equal bit for bit. NF4: QLoRA (arXiv 2305.14314), appendix E. FP4: bitsandbytes' e2m1 table, scaled to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+CHUNK = 1 << 20  # elements decoded at a time
+
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+_E2M1 = [0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25]
+FP4 = np.array([*_E2M1, *(-v for v in _E2M1)], np.float32)
+TABLES = {"nf4": NF4, "fp4": FP4}
+PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes multiplies by 1/127, which is not the same as dividing
+
+
+def nibbles(packed: Array, count: int) -> Array:
+    """The first `count` 4-bit codes of packed bytes (uint8), high half first.
+
+    >>> nibbles(np.array([0x1F, 0x20], np.uint8), 3).tolist()
+    [1, 15, 2]
+    """
+    out = np.empty(2 * packed.size, np.uint8)
+    out[0::2] = packed >> 4
+    out[1::2] = packed & 15
+    return out[:count]
+
+
+def packed(codes: Array) -> Array:
+    """4-bit codes to bytes, the inverse of `nibbles`; an odd last code is followed by 0."""
+    even = np.append(codes, np.uint8(0)) if codes.size % 2 else codes
+    return np.asarray(even[0::2] << 4 | even[1::2], np.uint8)
+
+
+def scaled(values: Array, scales: Array, block: int) -> Array:
+    """Flat values times one scale for every `block` of them, the last block being cut where they end."""
+    whole = values.size // block
+    out = np.empty(values.size, np.float32)
+    np.multiply(values[: whole * block].reshape(whole, block), scales[:whole, None], out=out[: whole * block].reshape(whole, block))
+    if whole * block < values.size:
+        out[whole * block :] = values[whole * block :] * scales[whole]
+    return out
+
+
+def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block: int) -> Iterator[tuple[int, Array]]:
+    """The float32 values of packed bytes, `(first element, values)` at a time; blocks lie in flat order."""
+    step = max(CHUNK // (2 * block), 1) * 2 * block
+    for at in range(0, count, step):
+        some = min(step, count - at)
+        bits = nibbles(codes[at // 2 : at // 2 + (some + 1) // 2], some)
+        yield at, scaled(table[bits], scales[at // block : at // block + -(-some // block)], block)
+
+
+def nested_scales(codes: Array, table: Array, absmax: Array, block: int, offset: float) -> Array:
+    """The scales of double quantisation: table[code] · absmax[block] + offset."""
+    return np.asarray(scaled(table[codes], absmax, block) + np.float32(offset), np.float32)
+
+
+def block_maxima(values: Array, block: int) -> Array:
+    """The largest magnitude of every block of flat values: what absmax should hold."""
+    flat = np.abs(values.reshape(-1))
+    return np.maximum.reduceat(flat, np.arange(0, flat.size, block)).astype(np.float32) if flat.size else flat
+
+
+def nearest_codes(values: Array, scales: Array, block: int, table: Array) -> tuple[Array, Array]:
+    """The code each flat value gets with these scales, and its distance (in code units) from the next code's border.
+
+    A value nearer to a border than rounding explains (another float dtype on the way) may have got either code.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit = scaled(values, np.where(scales > 0, 1 / scales, 0).astype(np.float32), block)
+    order = np.argsort(table, kind="stable")
+    levels = table[order]
+    borders = (levels[1:] + levels[:-1]) / 2
+    at = np.searchsorted(borders, unit)
+    low = unit - borders[np.maximum(at - 1, 0)]
+    high = borders[np.minimum(at, borders.size - 1)] - unit
+    margin = np.minimum(np.where(at > 0, low, np.inf), np.where(at < borders.size, high, np.inf))
+    return order[at].astype(np.uint8), np.abs(margin)
+
+
+def full_scale_missing(bits: Array, table: Array, block: int) -> int:
+    """How many blocks of flat codes hold no code of magnitude 1 although they hold something.
+
+    Absmax is the largest magnitude of a block, so that element's code is +-1: every block that is not all zeros has
+    one. Bytes that were averaged, moved or repacked lose it.
+    """
+    peak = block_maxima(table[bits], block)
+    return int(np.count_nonzero((peak > 0) & (peak < 1)))

@@ -1,0 +1,1 @@
+"""Sound variants, a module a group: stored otherwise, trained further, other things beside the weights."""

@@ -1,0 +1,366 @@
+"""check_loaded names what a load left wrong, says nothing of a sound one, and repair_buffers restores bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.loaded import check_loaded, repair_buffers
+from tests.checkpoints import TINY, hf_tensors, titan_state, write_flame, write_model, write_titan
+
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parent.parent
+IDS = torch.randint(3, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "Llama": {}, "Olmo2": {}, "Qwen3": {"head_dim": 16, "tie_word_embeddings": True}, "Gemma2": {"head_dim": 8}, "GPTNeoX": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, "Mixtral": {"num_local_experts": 4},
+    "Phi3": {}, "Qwen2": {},
+}  # fmt: skip
+
+
+def codes(findings: list[Any], severity: str = "error") -> list[str]:
+    return [f.code for f in findings if f.severity == severity]
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, initializer_range=0.3)
+    return tmp_path / "hf"
+
+
+# -- sound loads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sound_load_gives_no_finding(tmp_path: Path, kind: str) -> None:
+    write_model(tmp_path / "hf", kind, **KINDS[kind])
+    assert check_loaded(load(tmp_path / "hf"), tmp_path / "hf") == []
+
+
+def test_every_format_and_naming_of_the_same_weights_is_sound(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "Llama", tie_word_embeddings=True)
+    model = load(tmp_path / "hf")
+    flame = write_flame(tmp_path / "flame", model.state_dict())
+    titan = write_titan(tmp_path / "titan", titan_state(hf_tensors(tmp_path / "hf"), model.config))
+    torch.save({f"module.{n}": t for n, t in model.state_dict().items()}, tmp_path / "wrapped.pth")
+    for checkpoint in (flame, titan, tmp_path / "wrapped.pth"):
+        assert check_loaded(model, checkpoint) == []
+
+
+def test_wrappers_and_exact_casts_are_seen_through_and_lossy_ones_are_not_forgiven(folder: Path) -> None:
+    model = load(folder)
+    assert check_loaded(torch.compile(model, backend="eager"), folder) == []
+    assert check_loaded(nn.ModuleDict({"module": model}), folder) == []
+    assert check_loaded(nn.ModuleDict({"model": model}), folder) == []  # as Lightning modules hold it
+    assert check_loaded(model.to(torch.float64).to(torch.float32), folder) == []
+    found = check_loaded(model.half().float(), folder)
+    assert codes(found) == ["V02"] and codes(found, "warning") == ["B01"]
+
+
+def test_a_model_in_bfloat16_is_sound_and_its_narrowed_frequencies_are_a_warning(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert check_loaded(model, folder) == []
+    cast = load(folder).to(torch.bfloat16)
+    assert codes(check_loaded(cast, folder)) == [] and codes(check_loaded(cast, folder), "warning") == ["B01"]
+    assert "model.rotary_emb.inv_freq" in repair_buffers(cast)
+    assert cast.model.rotary_emb.inv_freq.dtype == torch.float32 and check_loaded(cast, folder) == []
+
+
+def test_a_headless_model_warns_and_an_adapter_informs(folder: Path) -> None:
+    body = transformers.AutoModel.from_pretrained(folder)
+    assert [(f.code, f.severity) for f in check_loaded(body, folder)] == [("K07", "warning")]
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load(folder), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert [(f.code, f.severity) for f in check_loaded(model, folder)] == [("K01", "info")]
+
+
+def test_checking_changes_neither_the_model_nor_the_random_state(folder: Path) -> None:
+    model = load(folder)
+    before = {n: t.clone() for n, t in [*model.state_dict().items(), *model.named_buffers()]}
+    state = torch.get_rng_state()
+    check_loaded(model, folder)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(t, before[n]) for n, t in [*model.state_dict().items(), *model.named_buffers()])
+
+
+# -- buffers ----------------------------------------------------------------------------------------------------------
+
+
+def meta_loaded(folder: Path, garbage: float) -> Any:
+    """As flame builds and loads, with the memory that transformers 4 leaves in the buffers."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.post_init()
+        for buffer in model.buffers():
+            buffer.fill_(garbage)
+    step = write_flame(folder.parent / "flame", load(folder).state_dict())
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=step, no_dist=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("garbage", [0.0, 3e-41, -1.468e34, float("nan")])
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}])
+def test_the_buffer_that_no_checkpoint_fills_is_named_and_repaired_bitwise(tmp_path: Path, garbage: float, rope: dict[str, Any]) -> None:
+    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, initializer_range=0.3, **rope)
+    reference, model = load(tmp_path / "hf"), meta_loaded(tmp_path / "hf", garbage)
+    assert all(torch.equal(t, reference.state_dict()[n]) for n, t in model.state_dict().items())  # what everybody compares
+    loss = reference(IDS, labels=IDS).loss
+    assert not torch.equal(model(IDS, labels=IDS).loss, loss)
+    found = check_loaded(model, tmp_path / "hf")
+    assert codes(found) == ["B01"] and "model.rotary_emb.inv_freq" in found[0].tensors
+    assert set(repair_buffers(model)) == {"model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"}
+    assert torch.equal(model(IDS, labels=IDS).loss, loss) and check_loaded(model, tmp_path / "hf") == []
+    assert repair_buffers(model) == []
+
+
+def test_repair_keeps_the_address_of_a_buffer(folder: Path) -> None:
+    model = meta_loaded(folder, 0.0)
+    address = model.model.rotary_emb.inv_freq.data_ptr()
+    repair_buffers(torch.compile(model, backend="eager"))
+    assert model.model.rotary_emb.inv_freq.data_ptr() == address and float(model.model.rotary_emb.inv_freq[0]) == 1.0
+
+
+def test_a_buffer_still_on_meta_is_named_and_made(folder: Path) -> None:
+    model = load(folder)
+    model.model.rotary_emb.inv_freq = torch.empty(4, device="meta")
+    assert codes(check_loaded(model, folder)) == ["B01"]
+    repair_buffers(model)
+    assert check_loaded(model, folder) == []
+
+
+class Plain(nn.Module):
+    """A module of nobody's library: `own` names the method that knows its buffer, if any."""
+
+    def __init__(self, own: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.rope = nn.Module()
+        inverse = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)
+        self.rope.register_buffer("inv_freq", inverse.clone(), persistent=False)
+
+        def put() -> None:
+            raise AssertionError("replaced below")
+
+        if own:
+            kind = type("Rope", (nn.Module,), {own: lambda self: self.inv_freq.copy_(inverse), "__doc__": put.__doc__})
+            self.rope.__class__ = kind
+
+
+@pytest.mark.parametrize("own", ["reset_parameters", "rope_init", "_init_self_buffers"])
+def test_a_module_of_another_framework_recomputes_its_buffer_in_its_own_way(tmp_path: Path, own: str) -> None:
+    model = Plain(own)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    assert check_loaded(model, tmp_path / "model.pth") == []
+    model.rope.inv_freq.fill_(7.0)
+    found = check_loaded(model, tmp_path / "model.pth")
+    assert codes(found) == ["B01"] and float(model.rope.inv_freq[0]) == 7.0
+    assert repair_buffers(model) == ["rope.inv_freq"] and check_loaded(model, tmp_path / "model.pth") == []
+
+
+def test_a_buffer_nobody_can_compute_is_a_warning_unless_its_values_are_impossible(tmp_path: Path) -> None:
+    model = Plain("")
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    assert [(f.code, f.severity) for f in check_loaded(model, tmp_path / "model.pth")] == [("B01", "warning")]
+    assert check_loaded(model, tmp_path / "model.pth", config={"hidden_size": 16, "num_attention_heads": 2}) == []
+    model.rope.inv_freq.fill_(-1e30)
+    assert codes(check_loaded(model, tmp_path / "model.pth")) == ["B01"] and repair_buffers(model) == []
+
+
+def test_without_transformers_the_check_still_works(tmp_path: Path) -> None:
+    script = """
+import sys
+sys.modules["transformers"] = None
+import torch
+from tensorkeep.loaded import check_loaded
+model = torch.nn.Linear(3, 3)
+torch.save(model.state_dict(), sys.argv[1])
+assert check_loaded(model, sys.argv[1]) == []
+torch.nn.init.normal_(model.weight)
+print([f.code for f in check_loaded(model, sys.argv[1])])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m.pth")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "['V06']", done.stderr
+
+
+# -- tensors ------------------------------------------------------------------------------------------------------------
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def turned(weight: torch.Tensor) -> torch.Tensor:
+    return weight.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, list[str]]] = {
+    "fresh": (lambda p: p[Q].normal_(0, 0.02), "V03", [Q]),
+    "zero": (lambda p: p[Q].zero_(), "V05", [Q]),
+    "ones": (lambda p: p["model.norm.weight"].fill_(1.0), "V04", ["model.norm.weight"]),
+    "nan": (lambda p: p[Q][0, 0].fill_(float("nan")), "V01", [Q]),
+    "flip": (lambda p: p[Q][3, 3].mul_(2.0**40), "V07", [Q]),
+    "scaled": (lambda p: p[Q].mul_(0.5), "V06", [Q]),
+    "bf16": (lambda p: p[Q].copy_(p[Q].bfloat16()), "V02", [Q]),
+    "fp8": (lambda p: p[Q].copy_(p[Q].to(torch.float8_e4m3fn).float()), "V02", [Q]),
+    "rope": (lambda p: p[Q].copy_(turned(p[Q])), "O01", [Q]),
+    "transposed": (lambda p: p[Q].copy_(p[Q].T.clone()), "S03", [Q]),
+    "layer": (lambda p: p[Q].copy_(p[Q.replace("1", "0", 1)]), "O02", [Q]),
+    "gate": (lambda p: p["model.layers.0.mlp.gate_proj.weight"].copy_(p["model.layers.0.mlp.up_proj.weight"]), "O03",
+             ["model.layers.0.mlp.gate_proj.weight"]),
+    "head": (lambda p: p["lm_head.weight"].copy_(p["model.embed_tokens.weight"]), "T02", ["lm_head.weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_tensor_that_is_not_the_files_is_named_with_its_fault(folder: Path, fault: str) -> None:
+    model = load(folder)
+    spoil, code, names = FAULTS[fault]
+    with torch.no_grad():
+        spoil(dict(model.named_parameters()))
+    found = check_loaded(model, folder)
+    assert codes(found) == [code] and list(found[0].tensors) == names
+
+
+def test_missing_dropped_and_resized_tensors_are_named(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.norm.weight"]
+    stored["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    model = load(folder)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    found = {f.code: list(f.tensors) for f in check_loaded(model, folder)}
+    assert found == {"K01": ["model.norm.weight"], "K07": ["model.layers.0.self_attn.q_proj.bias"]}
+    model.resize_token_embeddings(100)
+    assert "S02" in codes(check_loaded(model, folder))
+
+
+def test_a_load_that_found_no_name_says_why(folder: Path, tmp_path: Path) -> None:
+    state = load(folder).state_dict()
+    fresh = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    for prefix, code in (("_orig_mod.", "K03"), ("model.", "K04")):
+        torch.save({prefix + n: t for n, t in state.items()}, tmp_path / "p.pth")
+        fresh.load_state_dict(torch.load(tmp_path / "p.pth"), strict=False)
+        cause = next(f for f in check_loaded(fresh, tmp_path / "p.pth") if f.code == code)
+        assert "V03" in cause.explains
+    torch.save({"nothing": torch.ones(3)}, tmp_path / "n.pth")
+    assert codes(check_loaded(fresh, tmp_path / "n.pth")) == ["K05"]
+
+
+def test_a_broken_tie_and_another_config_are_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, tie_word_embeddings=True)
+    model = load(tmp_path / "hf")
+    model.lm_head.weight = nn.Parameter(torch.randn(96, 32))
+    assert codes(check_loaded(model, tmp_path / "hf")) == ["T01"]
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5e5
+    found = check_loaded(load(tmp_path / "hf"), tmp_path / "hf", config=config)
+    assert codes(found) == ["C01"] and "rope_theta" in found[0].evidence
+
+
+def test_an_unreadable_checkpoint_is_an_error_and_not_a_finding(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TensorkeepError):
+        check_loaded(load(folder), tmp_path / "empty")
+
+
+# -- sharded --------------------------------------------------------------------------------------------------------------
+
+SHARDED = """
+import json, sys
+import torch, torch.distributed as dist, transformers
+from torch.distributed.fsdp import fully_shard
+from tensorkeep import loaded, live
+dist.init_process_group("gloo")
+folder, rank = sys.argv[1], dist.get_rank()
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+for layer in model.model.layers:
+    fully_shard(layer)
+fully_shard(model)
+torch.Tensor.full_tensor = None
+torch.distributed.tensor.DTensor.full_tensor = lambda *a, **k: 1 / 0  # nothing may be gathered
+out = [[f.code for f in loaded.check_loaded(model, folder)]]
+with torch.no_grad():
+    for b in model.buffers():
+        b.zero_()
+    if rank == 1:  # only one process sees it
+        model.model.layers[1].mlp.up_proj.weight.to_local().normal_()
+found = loaded.check_loaded(model, folder)
+out.append(sorted((f.code, list(f.tensors)) for f in found))
+out.append(sorted(loaded.repair_buffers(model)))
+out.append([f.code for f in loaded.check_loaded(model, folder)])
+out.append([f.code for f in loaded.check_loaded(torch.compile(model, backend="eager"), folder)])
+open(f"{sys.argv[2]}/{rank}.json", "w").write(json.dumps(out))
+dist.destroy_process_group()
+"""
+
+
+def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, num_attention_heads=4, intermediate_size=45)  # uneven shards
+    script = tmp_path / "script.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path / "hf"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
+    assert first == second
+    up, buffers = "model.layers.1.mlp.up_proj.weight", ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"]
+    assert first == [[], [["B01", buffers], ["V03", [up]]], buffers, ["V03"], ["V03"]]
+
+
+# -- torchtitan ---------------------------------------------------------------------------------------------------------
+
+
+def test_torchtitans_fused_weight_and_table_are_checked_against_hf_and_dcp(tmp_path: Path) -> None:
+    from examples import check_loaded_torchtitan as titan
+
+    torch.manual_seed(0)
+    model = titan.Model()
+    write_titan(tmp_path / "dcp", model.state_dict())
+    assert check_loaded(model, tmp_path / "dcp", config=titan.CONFIG) == []
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.layers["0"]["attention"]["qkv_linear"].wqkv.weight[-1] += 1  # the last row of v
+    assert codes(check_loaded(other, tmp_path / "dcp", config=titan.CONFIG)) == ["V06"]
+    found = check_loaded(model, tmp_path / "dcp", config={**titan.CONFIG, "rope_theta": 5e5})
+    assert codes(found) == ["C01"] and list(found[0].tensors) == ["freqs_cis"]
+    model.freqs_cis.zero_()
+    assert "B01" in codes(check_loaded(model, tmp_path / "dcp", config=titan.CONFIG))
+    repair_buffers(model)
+    assert check_loaded(model, tmp_path / "dcp", config=titan.CONFIG) == []
+
+
+def test_a_titan_model_is_checked_against_an_hf_folder(tmp_path: Path) -> None:
+    from examples import check_loaded_torchtitan as titan
+
+    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, num_hidden_layers=1)
+    model = titan.Model()
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    model.load_state_dict(titan_state(hf_tensors(tmp_path / "hf"), config))
+    assert check_loaded(model, tmp_path / "hf") == []
+
+
+@pytest.mark.parametrize("name", ["transformers", "flame", "torchtitan"])
+def test_the_examples_run(name: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / f"check_loaded_{name}.py")], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
