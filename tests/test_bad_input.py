@@ -357,9 +357,9 @@ class Interruption:
         self.calls = 0
         for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "link"), (Path, "rename"), (Path, "mkdir")):
             patch.setattr(owner, name, self.wrap(getattr(owner, name), number, error))
-        import tensorkeep.files
+        import tensorkeep.placement
 
-        patch.setattr(tensorkeep.files, "exchange", self.wrap(tensorkeep.files.exchange, number, error))
+        patch.setattr(tensorkeep.placement, "exchange", self.wrap(tensorkeep.placement.exchange, number, error))
 
     def wrap(self, real: Callable[..., Any], number: int, error: BaseException) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -398,7 +398,7 @@ def test_whichever_step_fails_the_old_sink_stays_and_nothing_else(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import tensorkeep.files as files
+import tensorkeep.placement as placement
 from tensorkeep.conversion import convert
 from tensorkeep.planning import make_plan
 from tensorkeep.view import read
@@ -414,7 +414,7 @@ def deadly(real):
         return real(*args)
     return call
 
-os.pwrite, os.fsync, files.exchange = deadly(os.pwrite), deadly(os.fsync), deadly(files.exchange)
+os.pwrite, os.fsync, placement.exchange = deadly(os.pwrite), deadly(os.fsync), deadly(placement.exchange)
 convert(make_plan([read(sys.argv[2])], "dcp"), sys.argv[3], "dcp", overwrite=True)
 print("done", calls)
 """

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep import files
+from tensorkeep import placement
 from tensorkeep.errors import TensorkeepError, printable, shown
 from tensorkeep.files import (
     OPEN_FILES,
@@ -24,11 +24,10 @@ from tensorkeep.files import (
     explained,
     inside,
     left_over,
+    local_path,
     refuse_changed,
-    replacing,
-    replacing_all,
-    write_bytes,
 )
+from tensorkeep.placement import replacing, replacing_all, write_bytes
 
 
 def refused(do: Callable[[], object]) -> TensorkeepError:
@@ -136,6 +135,14 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(how: str, tmp_path: Pat
         folder.read("f")
 
 
+@pytest.mark.parametrize("given", ["x" * 5000, "a\0b", "\ud800", "~nosuchuser/x", "loop", "loop/x"], ids=range(6))
+def test_what_can_never_be_a_path_is_refused(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    error = refused(lambda: local_path(given))
+    assert error.hint and error.line.isprintable()
+
+
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +227,7 @@ def failing(number: int, patch: pytest.MonkeyPatch, names: list[tuple[Any, str]]
     return calls
 
 
-STEPS = [(os, "fsync"), (os, "link"), (os, "rename"), (Path, "rename"), (Path, "replace"), (files, "exchange")]
+STEPS = [(os, "fsync"), (os, "link"), (os, "rename"), (Path, "rename"), (Path, "replace"), (placement, "exchange")]
 
 
 @pytest.mark.parametrize("swap", ["in one step", "in three"])
@@ -299,7 +306,7 @@ def test_links_are_never_written_through(tmp_path: Path) -> None:
     assert "symbolic link to folder" in error.what and error.hint
 
 
-@pytest.mark.parametrize("spelled, meant", [(".", "."), ("../here/", "."), ("a/b/../c", "a/c"), ("absent/parent/x/", "absent/parent/x")])
+@pytest.mark.parametrize("spelled, meant", [("a/b/../c", "a/c"), ("absent/parent/x/", "absent/parent/x"), ("../x", "../x"), ("./y", "y")])
 def test_odd_spellings_of_a_place_work(spelled: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -308,8 +315,14 @@ def test_odd_spellings_of_a_place_work(spelled: str, meant: str, tmp_path: Path,
     assert content(tmp_path / "here" / meant)["a"] == "new"
 
 
-def test_impossible_places_are_refused(tmp_path: Path) -> None:
+def test_impossible_places_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "root folder" in refused(lambda: replacing(Path("/"), overwrite=True).__enter__()).what
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # an empty folder is free, but replacing this one would leave us nowhere
+    for spelled in (".", "../here", "x/..", str(tmp_path / "here")):
+        assert "you are in" in refused(lambda s=spelled: replacing(Path(s), overwrite=True).__enter__()).what
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").rmdir()
     make(tmp_path / "file", "file", "old")
     error = refused(lambda: replacing(tmp_path / "file" / "sink", overwrite=False).__enter__())
     assert str(tmp_path / "file") in error.line

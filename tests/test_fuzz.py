@@ -146,13 +146,13 @@ def test_damaged_files_of_every_format_are_read_or_refused(kind: str, samples: d
     originals = {p.name: p.read_bytes() for p in ([source] if source.is_file() else source.iterdir())}
     places = {name: structure(data) for name, data in originals.items()}
     refused = 0
-    for _ in range(250):
+    for _ in range(150):
         name = dice.choice(sorted(originals))
         (tmp_path / "x").mkdir(exist_ok=True)
         for other, data in originals.items():
             (tmp_path / "x" / other).write_bytes(mutate(data, dice, places[other]) if other == name else data)
         refused += survives(tmp_path / "x" if source.is_dir() else tmp_path / "x" / source.name) is not None
-    assert refused > 60, "hardly any damage was noticed"
+    assert refused > 35, "hardly any damage was noticed"
 
 
 @pytest.mark.parametrize("kind", KINDS)

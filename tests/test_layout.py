@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import load as dcp_load
 
-from tensorkeep.archive import entries, iter_tensors, pack, saved_value, tensor_object
+from tensorkeep.archive import entries, iter_tensors, saved_value
+from tensorkeep.archive_writing import pack, tensor_object
 from tensorkeep.formats import dcp, pth, safetensors
 from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
 from tensorkeep.pickles import Global, Object

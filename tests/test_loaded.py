@@ -269,6 +269,8 @@ def test_a_load_that_found_no_name_says_why(folder: Path, tmp_path: Path) -> Non
 def test_a_broken_tie_and_another_config_are_named(tmp_path: Path) -> None:
     write_model(tmp_path / "hf", "Llama", dtype=torch.float32, tie_word_embeddings=True)
     model = load(tmp_path / "hf")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert [(f.code, f.severity) for f in check_loaded(model, tmp_path / "hf")] == [("T01", "warning")]
     model.lm_head.weight = nn.Parameter(torch.randn(96, 32))
     assert codes(check_loaded(model, tmp_path / "hf")) == ["T01"]
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -314,8 +316,9 @@ dist.destroy_process_group()
 """
 
 
-def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_path: Path) -> None:
-    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, num_attention_heads=4, intermediate_size=45)  # uneven shards
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_path: Path, tied: bool) -> None:
+    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, intermediate_size=45, tie_word_embeddings=tied)  # uneven shards
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path / "hf"), str(tmp_path)]

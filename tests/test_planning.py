@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from tensorkeep.conversion import convert
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.planning import make_plan
 from tensorkeep.record import DTYPES, FROM_TORCH
 from tensorkeep.view import read
@@ -264,3 +267,17 @@ def test_layers_stand_in_natural_order(tmp_path: Path) -> None:
     plan = make_plan([read(write_hf(tmp_path / "hf", model_tensors(layers=12), LLAMA))], "hf")
     numbers = [int(t.name.split(".")[2]) for t in plan.tensors if ".layers." in t.name]
     assert numbers == sorted(numbers)
+
+
+def test_a_cast_never_parts_quantised_codes_from_their_scales(tmp_path: Path) -> None:
+    codes, scale = np.zeros((8, 1), np.uint8), np.ones(2, np.float32)
+    state = np.frombuffer(b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 4]}', np.uint8)
+    tensors = {
+        "model.a.weight": codes, "model.a.weight.absmax": scale, "model.a.weight.quant_map": np.zeros(16, np.float32),
+        "model.a.weight.quant_state.bitsandbytes__nf4": state,
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(TensorkeepError, match="codes and scales") as caught:
+        make_plan([read(tmp_path)], "dcp", dtype="BF16")
+    assert caught.value.code == "Q01"
+    assert all(s.actions == ("keep",) for s in make_plan([read(tmp_path)], "dcp").steps)

@@ -17,7 +17,8 @@ import torch
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.files import TEMPORARY
 from tensorkeep.layout import FileLayout, Fixed
-from tensorkeep.remote import RemoteFolder, open_remote, write_files
+from tensorkeep.remote import RemoteFolder, open_remote
+from tensorkeep.remote_sinks import write_files
 from tensorkeep.view import read
 from tests.samples import contents, everything, plan_of, read_all, run, state, write_hf
 
@@ -120,7 +121,7 @@ def test_nothing_stays_where_writing_fails(base: str, source: Path, monkeypatch:
     def fail(*_: object) -> None:
         raise TensorkeepError("read back, differs", code="F03")
 
-    monkeypatch.setattr("tensorkeep.remote.prove", fail)
+    monkeypatch.setattr("tensorkeep.remote_sinks.prove", fail)
     with pytest.raises(TensorkeepError, match="differs"):
         run(source, f"{base}/deep/out", "hf")
     assert files(base) == {}

@@ -56,7 +56,7 @@ class Adapter:
     def scale(self, module: str) -> float | None:
         """alpha / r, or alpha / sqrt(r) for rsLoRA; 1 where no config says (MiniMind). None where it says nonsense."""
         alpha: Any = pattern(self.document.get("alpha_pattern"), module) or self.document.get("lora_alpha", None if self.document else self.rank(module))
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             return None
         return float(alpha) / (math.sqrt(self.rank(module)) if self.rslora else self.rank(module))
 
@@ -64,12 +64,19 @@ class Adapter:
 def pattern(patterns: Any, module: str) -> Any:
     """The entry of PEFT's rank_pattern or alpha_pattern that fits a module: its keys end the module's name."""
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if not isinstance(key, str) or (module != key and not module.endswith(f".{key}") and not _tame(key)):
+            continue
         try:
-            if isinstance(key, str) and (module == key or re.fullmatch(rf"(.*\.)?({key})", module)):
+            if module == key or module.endswith(f".{key}") or re.fullmatch(rf"(.*\.)?({key})", module):
                 return value
         except re.error:
             continue
     return None
+
+
+def _tame(regex: str) -> bool:
+    """Whether an expression out of an untrusted config cannot keep the matcher busy: few repeats, none of a group."""
+    return len(regex) <= 200 and len(re.findall(r"[*+{]", regex)) <= 3 and not re.search(r"\)[*+?{]", regex)
 
 
 def read_adapter(view: StateView) -> Adapter | None:

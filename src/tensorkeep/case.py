@@ -64,6 +64,7 @@ class Case:
     broken: dict[str, TensorkeepError] = field(default_factory=dict)  # hf name -> why its data cannot be read
     claims: dict[str, str] = field(default_factory=dict)  # hf name -> code that explains it
     orders: dict[str, Any] = field(default_factory=dict)  # what checks found out, for later checks and for repair
+    forward: Any = None  # what a forward pass showed (forward.Forward), where one was asked for
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -98,12 +99,12 @@ class Case:
         """What reading already said with this code: the error that stopped it, tensors whose data is broken, notes."""
         error = self.read_error
         if error is not None and error.code == code:
-            yield Finding(code, "error", error.line, error.tensors, fix=error.hint)
+            yield Finding(code, "error", said(error), error.tensors, fix=error.hint)
         broken = {n: e for n, e in self.broken.items() if e.code == code}
         if broken:
             first = next(iter(broken.values()))
             self.claim(broken, code)
-            yield Finding(code, "error", first.line, sorted(broken), {"count": len(broken)}, fix=first.hint)
+            yield Finding(code, "error", said(first), sorted(broken), {"count": len(broken)}, fix=first.hint)
         for note in self.view.notes if self.view is not None else ():
             if note.code == code:
                 yield Finding(code, "warning", note.message, note.names)
@@ -190,9 +191,14 @@ class Case:
         return hf.tied(dict(config)) if config is not None else None
 
 
+def said(error: TensorkeepError) -> str:
+    """The message of an error without its code, which the finding carries."""
+    return error.line.removeprefix(f"{error.code} ")
+
+
 def np_dtype_known(dtype: str) -> bool:
     """Whether values of this dtype can be computed with (packed 4- and 6-bit types can only be copied)."""
     return DTYPES[dtype].numpy is not None
 
 
-__all__ = ["Array", "Case", "Inconclusive", "Target", "np_dtype", "np_dtype_known"]
+__all__ = ["Array", "Case", "Inconclusive", "Target", "np_dtype", "np_dtype_known", "said"]

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
 
-# command -> where it lives; nothing is imported before it is called
+# command -> where it lives; nothing is imported before it is called. Two words: a command of a group
 COMMANDS = {
     "inspect": "tensorkeep.commands:inspect",
     "diff": "tensorkeep.commands:diff",
     "verify": "tensorkeep.commands:verify",
     "convert": "tensorkeep.commands:convert",
     "demo": "tensorkeep.commands:demo",
+    "eval detection": "tensorkeep.commands_detection:eval_detection",
+    "diagnose": "tensorkeep.commands_diagnosis:diagnose",
+    "explain": "tensorkeep.commands_diagnosis:explain",
+    "repair": "tensorkeep.commands_diagnosis:repair",
 }
 
 HELP = {
@@ -33,6 +37,7 @@ HELP = {
     "repair": "Apply the fixes of the causes found; verify; refuse what is ambiguous.",
     "report": "One offline HTML page from a run or from findings.",
     "eval": "Loss and perplexity, or mAP at each tIoU.",
+    "eval detection": "Mean average precision of detections at each temporal IoU, and what is wrong with them.",
 }
 
 
@@ -69,11 +74,16 @@ def run(words: list[str], output: Output) -> int:
         help_format="plaintext",
         result_action="return_value",
     )
+    groups: dict[str, App] = {}
     for command, place in COMMANDS.items():
-        app.command(place, name=command, help=HELP[command])
+        group, _, name = command.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = App(name=group, help=HELP[group])
+            app.command(groups[group])
+        groups.get(group, app).command(place, name=name, help=HELP[command])
     try:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = next((w for w in words if w in COMMANDS), None)
+        command = next((c for c in COMMANDS if c.split() == words[: len(c.split())]), None)
         raise TensorkeepError(" ".join(str(error).split()), hint=f"tensorkeep {command + ' ' if command else ''}--help") from None
     return int(code or 0)

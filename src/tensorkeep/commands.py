@@ -193,7 +193,7 @@ def convert(
     to
         The sink's format.
     naming
-        The sink's names: hf, torchtitan, torchtitan-0.2, minimind. Default hf.
+        The sink's names: hf, torchtitan, torchtitan-0.2, minimind, opentad, videomae. Default hf.
     root
         Nest the sink's names under this word (older flame: model), or none.
     dtype

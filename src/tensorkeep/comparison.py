@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,9 @@ def pair(a: StateView, b: StateView) -> Pairing:
     """Bring both sides under hf names. A config on either side serves both: heads and ties are the model's."""
     config = a.config if a.config is not None else b.config
     identities = (namings.identify(a), namings.identify(b))
+    if config is None and identities[0].naming == identities[1].naming:
+        # both speak the same names: no translation, so no head sizes are needed either
+        identities = (replace(identities[0], naming=None), replace(identities[1], naming=None))
     dropped: list[Step] = []
     hubs = tuple(to_hub(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities)))
     pairing = Pairing((a, b), identities, (hubs[0], hubs[1]))

@@ -21,12 +21,11 @@ from tensorkeep.files import (
     CERTIFICATE,
     LocalFolder,
     explained,
-    refuse_existing,
-    replacing_all,
-    write_bytes,
+    local_path,
 )
 from tensorkeep.layout import FileLayout, Fixed, Slot, Trailer, small_file
 from tensorkeep.naming import minimind
+from tensorkeep.placement import refuse_existing, replacing_all, write_bytes
 from tensorkeep.plan import Plan, Step
 from tensorkeep.proof import certify, check_sources, prove
 from tensorkeep.streams import Cast, Sums, with_ties, write_tensor
@@ -68,11 +67,12 @@ def convert(
     """
     for view in plan.sources:
         view.checked = True  # every byte passes through here anyway: notice what rotted
+    out = out.removeprefix("file://")
     if "://" in out:
-        from tensorkeep.remote import convert_remote
+        from tensorkeep.remote_sinks import convert_remote
 
         return convert_remote(plan, out, to, shard_size, overwrite, progress)
-    final = Path(out).expanduser()
+    final = local_path(out)
     refuse_overlap(final, plan.sources)
     refuse_existing(final, overwrite)
     layouts, single = sink_files(plan, final.name, to, shard_size)
@@ -108,7 +108,7 @@ def refuse_overlap(final: Path, sources: Sequence[StateView]) -> None:
     for view in sources:
         if not isinstance(view.folder, LocalFolder):
             continue
-        folder, named = view.folder.path.resolve(), Path(view.path).expanduser()
+        folder, named = view.folder.path.resolve(), local_path(view.path)
         source = folder if named.is_dir() or not named.exists() else folder / named.name  # a Hub id names no path
         if sink in (source, source.resolve()):
             raise TensorkeepError("the sink is the source", where=final, hint="write to another path")
@@ -124,7 +124,7 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
     single = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
     if single and to not in ("hf", "pth"):
         raise TensorkeepError(f"{to} is a folder, {name} names a file", hint="leave the ending out")
-    options: dict[str, Any] = {"shard_size": shard_size, "root": plan.root, "config": plan.config}
+    options: dict[str, Any] = {"shard_size": shard_size, "root": plan.root, "config": plan.config, "roots": plan.roots, "beside": plan.beside}
     if single:
         options |= {"name": name, "shard_size": 1 << 62}
     elif to == "pth" and plan.naming == "minimind":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkeep import opening
-from tensorkeep.case import Case, Inconclusive, Progress, Target
+from tensorkeep.case import Case, Inconclusive, Progress, Target, said
 from tensorkeep.checks import CODES, LIVE, rank
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import EXIT, Finding, Verdict, verdict_of
@@ -73,7 +73,7 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
     findings: list[Finding] = []
     inconclusive = False
     for code, place in CODES.items():
-        if code in LIVE:
+        if code in LIVE:  # these need a model: `loaded.py` and `--forward`
             continue
         check = importlib.import_module(place)
         try:
@@ -85,10 +85,10 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
             # data that turns out to be damaged while a check reads it
             if error.code is None:
                 raise
-            findings.append(Finding(error.code, "error", error.line, error.tensors, fix=error.hint))
+            findings.append(Finding(error.code, "error", said(error), error.tensors, fix=error.hint))
     error = case.read_error
     if error is not None and not any(f.code == error.code and f.severity == "error" for f in findings):
-        findings.insert(0, Finding(error.code or "F07", "error", error.line, error.tensors, fix=error.hint))
+        findings.insert(0, Finding(error.code or "F07", "error", said(error), error.tensors, fix=error.hint))
     return findings, inconclusive
 
 

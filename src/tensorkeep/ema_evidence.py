@@ -58,6 +58,13 @@ def _under(view: StateView, root: str) -> dict[str, str]:
     return out
 
 
+def bare(name: str) -> str:
+    """A name without the root of a live copy and without wrappers, as the pairs of an average have it."""
+    inner = unwrap(name)[0]
+    rest = next((r for root in LIVE_ROOTS if (r := strip_root(inner, root)) is not None), inner)
+    return unwrap(rest)[0].removeprefix("module.")
+
+
 def integer(record: TensorRecord) -> bool:
     return not DTYPES[record.dtype].floating
 

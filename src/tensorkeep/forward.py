@@ -8,7 +8,7 @@ parameters). What cannot be run is `Inconclusive`, never a guess. Losses that so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,12 +141,11 @@ def at_offset(logits: Tensor, ids: Tensor, offset: int) -> Tensor:
 
 
 def _figures(model: Any, logits: Tensor, words: Tokens) -> dict[str, Any]:
-    losses = at_offset(logits, words.ids, 1)
-    logs = logits.log_softmax(-1)
+    losses = _by_piece(lambda i: at_offset(logits[i : i + 1], words.ids[i : i + 1], 1), len(logits))
     found: dict[str, Any] = {
         "loss": float(losses.mean()), "tokens": words.ids.numel(), "uniform": math.log(logits.shape[-1]),
-        "offsets": {str(k): float(at_offset(logits, words.ids, k).mean()) for k in OFFSETS},
-        "entropy": float(-(logs.exp() * logs).sum(-1).mean()),
+        "offsets": {str(k): float(_by_piece(lambda i, k=k: at_offset(logits[i : i + 1], words.ids[i : i + 1], k), len(logits)).mean()) for k in OFFSETS},
+        "entropy": float(_by_piece(lambda i: entropy(logits[i]), len(logits)).mean()),
         "top1": float((logits[:, :-1].argmax(-1) == words.ids[:, 1:]).float().mean()),
     }  # fmt: skip
     if losses.shape[1] > LATE:
@@ -165,13 +164,28 @@ def _figures(model: Any, logits: Tensor, words: Tokens) -> dict[str, Any]:
 def _against(logits: Tensor, theirs: Tensor, words: Tokens) -> dict[str, Any]:
     """Figures against the reference's logits, over the vocabulary that both have."""
     rows = min(logits.shape[-1], theirs.shape[-1])
-    mine, other = logits[..., :rows], theirs[..., :rows]
-    p = other.log_softmax(-1)
+
+    def divergence(i: int) -> Tensor:
+        p, q = theirs[i, :, :rows].log_softmax(-1), logits[i, :, :rows].log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)[None]
+
+    count = len(logits)
     return {
-        "reference_loss": float(at_offset(theirs, words.ids, 1).mean()),
-        "max_logit_difference": float((mine - other).abs().max()),
-        "kl": float((p.exp() * (p - mine.log_softmax(-1))).sum(-1).mean()),
+        "reference_loss": float(_by_piece(lambda i: at_offset(theirs[i : i + 1], words.ids[i : i + 1], 1), count).mean()),
+        "max_logit_difference": float(_by_piece(lambda i: (logits[i, :, :rows] - theirs[i, :, :rows]).abs().amax(-1)[None], count).max()),
+        "kl": float(_by_piece(divergence, count).mean()),
     }
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of each position, (1, positions), of logits (positions, vocabulary)."""
+    logs = logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1)[None]
+
+
+def _by_piece(figure: Callable[[int], Tensor], count: int) -> Tensor:
+    """(count, positions) of a figure, a piece at a time: the whole would take several times the logits."""
+    return torch.cat([figure(i) for i in range(count)])
 
 
 def symptoms(seen: Forward) -> list[str]:
@@ -200,9 +214,3 @@ def symptoms(seen: Forward) -> list[str]:
     if seen.reference_loss is not None and seen.loss < seen.reference_loss - 0.3:
         said.append("lower than the reference: a lost mask or padding in the loss makes losses look good")
     return said
-
-
-def read_batch(batch: Mapping[str, Any] | Tensor) -> dict[str, Tensor]:
-    """A batch as a dict of tensors (batch, length)."""
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    return {k: v for k, v in given.items() if isinstance(v, Tensor)}

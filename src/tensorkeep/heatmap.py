@@ -140,19 +140,19 @@ def _stack(stack: str, grid: Mapping[tuple[str, int], list[Cell]]) -> str:
     layers = sorted({n for _, n in grid})
     kinds = sorted({k for k, _ in grid}, key=_order)
     shown = layers[:MOST]
-    side, left, top = (30, 24, 16)[(len(shown) > 20) + (len(shown) > 40)], 8 + 7.2 * min(max(map(len, kinds)), 44), 24
-    width, height = left + side * len(shown) + 4, top + side * len(kinds) + 4
+    wide, every = next((w, e) for most, w, e in ((20, 30, 1), (30, 24, 1), (46, 16, 5), (math.inf, 9, 10)) if len(shown) <= most)
+    tall, left, top = max(wide, 16), 8 + 7.2 * min(max(map(len, kinds)), 44), 24
+    width, height = left + wide * len(shown) + 4, top + tall * len(kinds) + 4
     out = [f'<svg width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}" role="img" aria-label="differences by layer and tensor">']
-    every = 1 if side >= 24 else 2 if len(shown) <= 60 else 5
     for column, layer in enumerate(shown):
-        if layer % every == 0 or every == 1:
-            out.append(f'<text class="axis" x="{left + side * (column + 0.5):.1f}" y="{top - 8}" text-anchor="middle">{layer}</text>')
+        if layer % every == 0:
+            out.append(f'<text class="axis" x="{left + wide * (column + 0.5):.1f}" y="{top - 8}" text-anchor="middle">{layer}</text>')
     for row, kind in enumerate(kinds):
-        middle = top + side * (row + 0.5) + 4
+        middle = top + tall * (row + 0.5) + 4
         out.append(f'<text class="label" x="{left - 8:.1f}" y="{middle:.1f}" text-anchor="end">{escape(_short(kind))}</text>')
         for column, layer in enumerate(shown):
             at = grid.get((kind, layer))
-            out.append(_square(max(at, key=lambda c: c.weight) if at else None, left + side * column, top + side * row, side, side))
+            out.append(_square(max(at, key=lambda c: c.weight) if at else None, left + wide * column, top + tall * row, wide, tall))
     cut = f"<p class='note'>{len(layers) - MOST} more layers are not drawn.</p>" if len(layers) > MOST else ""
     return f"<h3>{escape(printable(stack, 120))}<small> · layer number across</small></h3><div class='scroll'>{''.join(out)}</svg></div>{cut}"
 

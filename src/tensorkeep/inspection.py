@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from tensorkeep.archive import entries, saved_value
 from tensorkeep.names import grouped, ranges
 from tensorkeep.naming import Identity
 from tensorkeep.output import size
 from tensorkeep.quantized import find
+from tensorkeep.quantized import members as parts_of
 from tensorkeep.record import TensorRecord
 from tensorkeep.view import StateView
 
@@ -58,8 +60,13 @@ def _own(view: StateView) -> list[TensorRecord]:
 
 
 def parameters(view: StateView, identity: Identity) -> int:
-    """Elements of the model's tensors, tied ones once, training state not counted."""
-    return sum(view[n].elements for n in identity.names if view[n].tied_to is None)
+    """Elements of the model's tensors, tied ones once, training state not counted; quantised weights unpacked, without scales."""
+    weights = find(view, identity.names)
+    beside = parts_of(weights)
+    return sum(
+        weights[n].elements if n in weights and weights[n].shape is not None else view[n].elements
+        for n in identity.names if view[n].tied_to is None and n not in beside
+    )  # fmt: skip
 
 
 def quantized(view: StateView) -> list[dict[str, Any]]:
@@ -71,16 +78,28 @@ def quantized(view: StateView) -> list[dict[str, Any]]:
     return out
 
 
-RUN_NAMES = {"step": ("step", "train_state.step", "global_step", "iteration"), "epoch": ("epoch",), "samples": ("samples",), "world_size": ("world_size",)}
+# where training programs keep these numbers: MiniMind and torch.save files, torchtitan's DCP
+RUN_NAMES = {
+    "step": ("step", "train_state.step", "global_step", "iteration"),
+    "epoch": ("epoch",),
+    "samples": ("samples",),
+    "world_size": ("world_size", "dataloader.world_size"),
+}
 
 
 def run_state(view: StateView) -> dict[str, int | None] | None:
     """Step, epoch, samples and world size, where the file holds them as plain numbers."""
-    found: dict[str, int | None] = {}
-    for field, names in RUN_NAMES.items():
-        value = next((view.entries[n] for n in names if type(view.entries.get(n)) is int), None)
-        found[field] = value
+    found = {field: next((v for n in names if (v := _whole(view, n)) is not None), None) for field, names in RUN_NAMES.items()}
     return found if any(v is not None for v in found.values()) else None
+
+
+def _whole(view: StateView, name: str) -> int | None:
+    """An entry that is a whole number. DCP keeps each entry as an archive of its own, read here without running it."""
+    value = view.entries.get(name)
+    if view.format == "dcp" and isinstance(value, tuple):
+        file, start, length = value
+        value = saved_value(view.folder, file, entries(view.folder, file, start, length))
+    return value if type(value) is int else None
 
 
 def summary(view: StateView, identity: Identity) -> list[str]:
@@ -122,9 +141,9 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
         shape = "".join(c if not c.isdigit() else "#" for c in name)
         groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
     out: list[tuple[object, ...]] = []
-    for (_, dtype, dims, _), members in groups.items():
-        records = [view[n] for n in members]
-        label = ", ".join(grouped(members)) + _tie(records[0])
+    for (_, dtype, dims, _), alike in groups.items():
+        records = [view[n] for n in alike]
+        label = ", ".join(grouped(alike)) + _tie(records[0])
         files = sorted({r.file for r in records})
         out.append((label, dtype, list(dims), size(sum(r.nbytes for r in records)), files[0] if len(files) == 1 else f"{len(files)} files"))  # type: ignore[call-overload]
     return out

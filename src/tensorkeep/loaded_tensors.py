@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorkeep.counterpart import Source
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.live import Held, Source, expected, local, part_bytes
+from tensorkeep.live import Held, expected, local, part_bytes
 from tensorkeep.plan import Part
 from tensorkeep.record import DTYPES, nbytes
 from tensorkeep.rope import rope_rows
@@ -22,6 +23,7 @@ from tensorkeep.rope import rope_rows
 FEW = 16  # elements, or a ten-thousandth of the tensor: corruption rather than another tensor
 NARROW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 UNCORRELATED = 0.05
+CHANCE = 4.0  # standard errors of the correlation of independent values, 1 / sqrt(elements)
 
 
 @dataclass
@@ -59,16 +61,16 @@ def mismatch(item: Held, parts: tuple[Part, ...], source: Source) -> Mismatch | 
         stored = stored[(slice(None), *(slice(o, o + n) for o, n in zip(at[1:], mine.shape[1:])))]
     mine = mine.cpu()
     cast = stored.to(mine.dtype)
-    if _same(mine, cast):
+    if same(mine, cast):
         return None
     complete = mine.shape == item.tensor.shape
     return _name(item.name, mine, cast, stored, complete, source.config)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Equal in every bit, or in every value (NaN equals NaN, zero its negative)."""
-    if a.numel() == 0:
-        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.numel() == 0:
+        return a.shape == b.shape and a.dtype == b.dtype
     if torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)):
         return True
     if not a.dtype.is_floating_point:
@@ -105,12 +107,12 @@ def _name(name: str, mine: Tensor, cast: Tensor, stored: Tensor, complete: bool,
     if evidence["not_finite"]:
         return Mismatch(name, "V01", "holds values that are not finite", evidence)
     correlation = evidence.get("correlation")
-    if a.numel() >= 64 and not few and correlation is not None and abs(correlation) < UNCORRELATED:
+    if a.numel() >= 64 and not few and correlation is not None and abs(correlation) < max(UNCORRELATED, CHANCE / a.numel() ** 0.5):
         return Mismatch(name, "V03", "has nothing in common with the file: what an initialiser gave, or old memory", evidence)
     if few and a.numel() > FEW:
         return Mismatch(name, "V07", f"differs in {evidence['different']} elements only", evidence)
     for spelled in NARROW:
-        if _same(stored.to(getattr(torch, spelled)).to(mine.dtype), mine):
+        if same(stored.to(getattr(torch, spelled)).to(mine.dtype), mine):
             return Mismatch(name, "V02", f"went through {spelled}", {**evidence, "through": spelled})
     ratio = float((a * b).sum() / (b * b).sum()) if bool((b != 0).any()) else 0.0
     scaled = float((a - ratio * b).norm()) <= 1e-3 * float(a.norm())
@@ -120,7 +122,7 @@ def _name(name: str, mine: Tensor, cast: Tensor, stored: Tensor, complete: bool,
 
 def _moved(name: str, mine: Tensor, cast: Tensor, complete: bool, config: Mapping[str, Any] | None) -> Mismatch | None:
     """Transposed, or rows in the other RoPE layout."""
-    if complete and mine.ndim == 2 and mine.shape[0] == mine.shape[1] and _same(mine, cast.T):
+    if complete and mine.ndim == 2 and mine.shape[0] == mine.shape[1] and same(mine, cast.T):
         return Mismatch(name, "S03", "is transposed")
     if any(s in name for s in ("q_proj", "k_proj", ".wq.", ".wk.", "q_norm", "k_norm")) and mine.ndim:
         for to, words in (("pairs", "interleaved"), ("half", "half-split")):
@@ -129,7 +131,7 @@ def _moved(name: str, mine: Tensor, cast: Tensor, complete: bool, config: Mappin
             except TensorkeepError:
                 return None
             turned = cast.reshape(-1, rows.block, *cast.shape[1:])[:, rows.order()].reshape(cast.shape)
-            if _same(mine, turned):
+            if same(mine, turned):
                 return Mismatch(name, "O01", f"has its rows in the {words} RoPE layout, the file in the other")
     return None
 
@@ -165,9 +167,9 @@ def twin(item: Held, source: Source) -> str | None:
         if record.shape != shape or not DTYPES[record.dtype].floating:
             continue
         first = expected((Part(0, stored),), source.view, shape, (0, 1))
-        if first is None or not _same(mine[:1], first.to(mine.dtype)):
+        if first is None or not same(mine[:1], first.to(mine.dtype)):
             continue
         whole = expected((Part(0, stored),), source.view, shape, (0, shape[0]))
-        if whole is not None and _same(mine, whole.to(mine.dtype)):
+        if whole is not None and same(mine, whole.to(mine.dtype)):
             return stored
     return None

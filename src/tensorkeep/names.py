@@ -77,19 +77,24 @@ def grouped(names: Iterable[str]) -> list[str]:
     >>> grouped(["l.0.a", "l.1.a", "l.2.a", "l.1.b"])
     ['l.{0..2}.a', 'l.1.b']
     """
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for name in names:
         parts = re.split(r"(?<=\.)(\d{1,18})(?=\.|$)", name)
-        groups.setdefault(tuple(parts[::2]), []).append(tuple(int(p) for p in parts[1::2]))
-    return [_fill(texts, numbers) for texts, numbers in groups.items()]
+        groups.setdefault(tuple(parts[::2]), set()).add(tuple(int(p) for p in parts[1::2]))
+    return [text for texts, numbers in groups.items() for text in _gathered(texts, numbers)]
 
 
-def _fill(texts: tuple[str, ...], numbers: Sequence[tuple[int, ...]]) -> str:
-    out = texts[0]
-    for column, text in enumerate(texts[1:]):
-        values = sorted({row[column] for row in numbers})
-        out += ranges(values) + text
-    return out
+def _gathered(texts: tuple[str, ...], numbers: Iterable[tuple[int, ...]]) -> list[str]:
+    """Texts whose ranges multiply out to exactly these numbers: first numbers with the same rest share a range."""
+    if len(texts) == 1:
+        return [texts[0]]
+    rests: dict[int, set[tuple[int, ...]]] = {}
+    for first, *rest in numbers:
+        rests.setdefault(first, set()).add(tuple(rest))
+    alike: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for first in sorted(rests):
+        alike.setdefault(frozenset(rests[first]), []).append(first)
+    return [texts[0] + ranges(firsts) + tail for rest, firsts in alike.items() for tail in _gathered(texts[1:], rest)]
 
 
 def ranges(values: Sequence[int]) -> str:

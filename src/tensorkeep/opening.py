@@ -88,7 +88,7 @@ def _set_adapter_aside(case: Case) -> None:
 
 def _stand_in(case: Case) -> None:
     """A tied head may be stored once or twice; where one side leaves it out, its embedding stands for it."""
-    if not case.compared or not hf.tied(dict(case.model_config)) if case.model_config is not None else True:
+    if not case.compared or not case.tie():
         return
     for mine, other in ((case.tensors, case.reference_tensors), (case.reference_tensors, case.tensors)):
         if hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:

@@ -101,6 +101,8 @@ class Plan:
     config: dict[str, Any] | None = None
     companions: list[Companion] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
+    roots: tuple[str, ...] = ()  # first segments of the sink's names that pth turns into dicts
+    beside: dict[str, Any] = field(default_factory=dict)  # plain values that pth keeps next to them
 
     @property
     def tensors(self) -> list[SinkTensor]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tensorkeep import adapters, configs
+from tensorkeep import adapters, configs, renaming
 from tensorkeep import naming as namings
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.layout import SinkTensor
@@ -17,6 +17,7 @@ from tensorkeep.names import grouped, matches
 from tensorkeep.naming import Identity, minimind
 from tensorkeep.naming.table import Link, from_hf, from_own
 from tensorkeep.plan import BY_USER, Hub, Part, Plan, Step, ordered
+from tensorkeep.quantized import find, members
 from tensorkeep.record import DTYPES, TensorRecord
 from tensorkeep.rope import rope_rows
 from tensorkeep.ties import tie
@@ -52,14 +53,24 @@ def make_plan(
     for index, (view, whole) in enumerate(zip(sources, identities)):
         identity = adapters.set_aside(view, whole, to, notes)
         config, companions = configs.minimind_config(view, identity, config, companions, notes)
+        notes += renaming.average_notes(view, identity)
         _combine(hub, to_hub(view, index, identity, config, dropped), prefer, dropped)
     if not hub:
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path if sources else None, code="K05")
     target = naming or ("hf" if any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
-    steps = _to_sink(list(hub.values()), to, target, config, _dtypes(sources, dtype), notes)
+    if target in renaming.DETECTOR_NAMINGS:
+        own = renaming.to_sink(list(hub.values()), str(target), dropped)
+    else:
+        own = _named(list(hub.values()), target, config, notes)
+    if any(i.naming in renaming.DETECTOR_NAMINGS for i in identities):
+        companions = renaming.with_recipe(hub, companions, notes)
+    steps = _to_sink(own, _dtypes(sources, dtype))
+    _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
+    if to == "pth" and target == "opentad" and root is None:
+        renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
     return plan
@@ -87,6 +98,8 @@ def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[St
 def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str, Any] | None, dropped: list[Step]) -> dict[str, Hub]:
     """The model tensors of one source under hf names. What is not the model's goes to `dropped` with its reason."""
     dropped += [Step(("drop",), (Part(index, n),), None, what) for n, what in identity.other.items()]
+    if identity.naming in renaming.DETECTOR_NAMINGS:
+        return renaming.to_hub(view, index, identity, dropped)
     table = _table(identity, config)
     out: dict[str, Hub] = {}
     for stored, clean in identity.names.items():
@@ -159,10 +172,7 @@ def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, dro
 # -- hf -> sink naming ----------------------------------------------------------------------------------------------
 
 
-def _to_sink(
-    items: list[Hub], to: str, target: str | None, config: Mapping[str, Any] | None, dtypes: Sequence[str | None], notes: list[Note]
-) -> list[Step]:
-    own = _named(items, target, config, notes)
+def _to_sink(own: list[Hub], dtypes: Sequence[str | None]) -> list[Step]:
     by_name = {h.name: h for h in own}
     steps = []
     for hub in own:
@@ -176,13 +186,23 @@ def _to_sink(
             actions.append("cast")
         sink = SinkTensor(hub.name, made, hub.shape, hub.tied_to if _alike(hub, by_name.get(hub.tied_to or "")) else None)
         steps.append(Step(tuple(actions) or ("keep",), hub.parts, sink))
-    scales = [h.name for h in own if h.name.endswith(("weight_scale_inv", "weight_scale", ".scale"))]
-    if any(dtypes) and scales and any(h.dtype.startswith("F8") for h in own):
-        raise TensorkeepError(
-            f"these are fp8 weights with scales ({scales[0]}): a cast would strip the scale from the weight", code="Q01",
-            hint="leave --dtype out, or dequantise first",
-        )  # fmt: skip
     return steps
+
+
+def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) -> None:
+    """A cast would round scales away from their codes, or fp8 codes away from their scale: stop (Q01)."""
+    cast = {(p.source, p.name): s for s in steps if "cast" in s.actions for p in s.parts}
+    for index, view in enumerate(sources if cast else ()):
+        weights = find(view)
+        packed = [n for n in (*weights, *members(weights)) if (index, n) in cast]
+        scales = [n for n in view if n.endswith(("weight_scale_inv", "weight_scale", ".scale"))]
+        if scales and any(r.dtype.startswith("F8") for r in view.values()):
+            packed += scales
+        if packed:
+            raise TensorkeepError(
+                f"{packed[0]} and {len(packed) - 1} more belong to quantised weights: a cast would part codes and scales",
+                where=view.path, code="Q01", hint="leave --dtype out",
+            )  # fmt: skip
 
 
 def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]:

@@ -50,9 +50,10 @@ def scaled(values: Array, scales: Array, block: int) -> Array:
     """Flat values times one scale for every `block` of them, the last block being cut where they end."""
     whole = values.size // block
     out = np.empty(values.size, np.float32)
-    np.multiply(values[: whole * block].reshape(whole, block), scales[:whole, None], out=out[: whole * block].reshape(whole, block))
-    if whole * block < values.size:
-        out[whole * block :] = values[whole * block :] * scales[whole]
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale gives NaN or infinity, as in any other reader
+        np.multiply(values[: whole * block].reshape(whole, block), scales[:whole, None], out=out[: whole * block].reshape(whole, block))
+        if whole * block < values.size:
+            out[whole * block :] = values[whole * block :] * scales[whole]
     return out
 
 
@@ -72,8 +73,13 @@ def nested_scales(codes: Array, table: Array, absmax: Array, block: int, offset:
 
 def block_maxima(values: Array, block: int) -> Array:
     """The largest magnitude of every block of flat values: what absmax should hold."""
-    flat = np.abs(values.reshape(-1))
-    return np.maximum.reduceat(flat, np.arange(0, flat.size, block)).astype(np.float32) if flat.size else flat
+    flat = values.reshape(-1)
+    out = np.empty(-(-flat.size // block), np.float32)
+    step = max(CHUNK // block, 1) * block
+    for at in range(0, flat.size, step):
+        piece = np.abs(flat[at : at + step])
+        out[at // block : -(-(at + piece.size) // block)] = np.maximum.reduceat(piece, np.arange(0, piece.size, block))
+    return out
 
 
 def nearest_codes(values: Array, scales: Array, block: int, table: Array) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ import numpy as np
 from tensorkeep import quant_codes, quantized
 from tensorkeep.case import Case
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.plan import Hub
 from tensorkeep.proof import read_certificate, stored_name
 from tensorkeep.quant_codes import Array
 from tensorkeep.quantized import QuantisedWeight
@@ -27,7 +28,7 @@ from tensorkeep.view import StateView
 Verdict = Literal["sound", "scales", "codes", "averaged", "another"]
 LOOKED_AT = 1 << 20  # elements of one weight whose codes are computed anew, in runs spread over it
 RUNS = 64
-ROUNDING = 0.006  # of a block's largest magnitude: bf16 in between moves a value and its scale by 2^-9 each
+ROUNDING = 0.009  # of a block's largest magnitude: bf16 in between moves a value and its scale by up to 2^-8 each
 RECORD = "tensorkeep.quantised"  # safetensors metadata: {codes' name: {"codes": xxh3_128, "state": xxh3_128}}
 
 
@@ -110,17 +111,31 @@ def _matches(case: Case) -> Iterator[tuple[str, Match]]:
     owners = {hub.name: hub.parts[0].name for hub in case.reference_tensors.values() if hub.parts}
     for name, weight in model_weights(case).items():
         target = hf_name(case, weight)
-        if weight.problems or (target not in case.reference_tensors and target not in theirs):
-            continue
+        hub = case.reference_tensors.get(target)
         other = theirs.get(owners.get(target, target))
-        if other is not None and (other.problems or other.kind != weight.kind):
+        if weight.problems or not usable(case.view, weight) or (other is None and (hub is None or not _float(case.reference, hub))):
+            continue
+        if other is not None and (other.problems or other.kind != weight.kind or not usable(case.reference, other)):
             continue  # two roundings of the same weight: neither says what the other's codes must be
         values = quantized.dequantise(case.reference, other.name, other) if other else case.reference_values(target)
-        if values.shape == weight.shape and values.dtype.kind in "fV":
-            flat = values.astype(np.float32).reshape(-1)
+        if values.shape == weight.shape:
+            flat = values.astype(np.float32, copy=False).reshape(-1)
             # the reference's own scales were rounded, where they are codes themselves
             slack = _nested_step(case.reference, other, quant_codes.block_maxima(flat, other.block)) if other and isinstance(other.block, int) else 0.0
             yield name, compare(case.view, weight, flat, target, slack)
+
+
+def _float(view: StateView, hub: Hub) -> bool:
+    """Whether a tensor holds the weights themselves: stored as floats, and neither in eight bits nor in GGUF's blocks."""
+    return hub.dtype in ("F64", "F32", "F16", "BF16") and all(view[p.name].encoding == "plain" for p in hub.parts)
+
+
+def usable(view: StateView, weight: QuantisedWeight) -> bool:
+    """Whether scales and map are numbers to compute with (Q06 says it otherwise)."""
+    if weight.kind in quant_codes.TABLES:
+        table, scales = quantized.four_bit_state(view, weight)
+        return bool(np.isfinite(scales).all()) and np.allclose(table, quant_codes.TABLES[weight.kind], atol=1e-6)
+    return bool(np.isfinite(quantized.row_scales(view, weight)).all())
 
 
 def compare(view: StateView, weight: QuantisedWeight, reference: Array, target: str = "", slack: Array | float = 0.0) -> Match:
@@ -128,16 +143,24 @@ def compare(view: StateView, weight: QuantisedWeight, reference: Array, target: 
 
     `slack`: by how much the reference may miss the true scale of each block.
     """
-    flat = reference.astype(np.float32).reshape(-1)
+    flat = reference.astype(np.float32, copy=False).reshape(-1)
     if weight.kind in quant_codes.TABLES:
         scales_off, codes_off, fell, fit, expected = _four_bit(view, weight, flat, slack)
     elif "SCB" in weight.parts:
         scales_off, codes_off, fell, fit, expected = _int8(view, weight, flat)
     else:
         scales_off, codes_off, fell, fit, expected = _scaled(view, weight, flat)
-    squares = sum(float(np.square(values - flat[at : at + values.size], dtype=np.float64).sum()) for at, values in quantized.stream_values(view, weight))
-    relative = float(np.sqrt(squares / max(float(np.square(flat, dtype=np.float64).sum()), 1e-300)))
+    apart = norm = 0.0
+    for at, values in quantized.stream_values(view, weight):
+        want = flat[at : at + values.size]
+        apart, norm = apart + squares(values - want), norm + squares(want)
+    relative = float(np.sqrt(apart / max(norm, 1e-300)))
     return Match(weight.name, target or weight.name, weight.kind, scales_off, codes_off, fell, fit, relative, expected)
+
+
+def squares(values: Array) -> float:
+    """The sum of squares of a piece; single precision within it is enough for figures that people read."""
+    return float(np.dot(values, values))
 
 
 Figures = tuple[float, float, float, float, float]
@@ -161,7 +184,7 @@ def _four_bit(view: StateView, weight: QuantisedWeight, flat: Array, slack: Arra
         dots += _dots(quant_codes.scaled(table[got], true[blocks], weight.block), some)
         dots[2] += float(np.square(quant_codes.scaled(table[best], true[blocks], weight.block) - some).sum())
     off_scales = np.abs(scales - true) > ROUNDING * true + _nested_step(view, weight, true) + slack
-    return (*_shares(off_scales, wrong, looked, fell, moved), *_fit(dots, flat))
+    return (*_shares(off_scales, wrong, looked, fell, moved), *_fit(dots, flat, 2 * weight.block))
 
 
 def _nested_step(view: StateView, weight: QuantisedWeight, true: Array) -> Array | float:
@@ -179,14 +202,21 @@ def _nested_step(view: StateView, weight: QuantisedWeight, true: Array) -> Array
 def _int8(view: StateView, weight: QuantisedWeight, flat: Array) -> Figures:
     assert weight.shape is not None
     rows, columns = weight.shape
-    true, scales = np.abs(flat.reshape(rows, columns)).max(axis=1, initial=0), quantized.row_scales(view, weight)[:, 0]
-    got = view.array(weight.name).astype(np.float32)
-    wanted = flat.reshape(rows, columns) * np.where(true > 0, 127 / np.where(true > 0, true, 1), 0)[:, None]
-    off = np.abs(wanted - got) > 0.55 + 0.004 * np.abs(wanted)
-    fell = int((np.abs(got) < np.abs(wanted))[off].sum())
-    dots = _dots((got * true[:, None]).reshape(-1), flat)
-    dots[2] = float(np.square((np.rint(wanted) - wanted) * true[:, None] / 127).sum())
-    return (*_shares(np.abs(scales - true) > 0.01 * true, int(off.sum()), off.size, fell, int(off.sum())), *_fit(dots, flat))
+    scales, true = quantized.row_scales(view, weight)[:, 0], np.zeros(rows, np.float32)
+    wrong = fell = 0
+    dots = np.zeros(3)
+    step = max(quant_codes.CHUNK // max(columns, 1), 1)
+    for at in range(0, rows, step):
+        some = flat.reshape(rows, columns)[at : at + step]
+        top = true[at : at + step] = np.abs(some).max(axis=1, initial=0)
+        raw = b"".join(bytes(p) for p in view.stream(weight.name, (at, at + len(some))))
+        got = np.frombuffer(raw, np.int8).reshape(some.shape).astype(np.float32)
+        wanted = some * np.where(top > 0, 127 / np.where(top > 0, top, 1), 0)[:, None]
+        off = np.abs(wanted - got) > 0.55 + ROUNDING * np.abs(wanted)
+        wrong, fell = wrong + int(off.sum()), fell + int((np.abs(got) < np.abs(wanted))[off].sum())
+        dots += _dots((got * top[:, None]).reshape(-1), some.reshape(-1))
+        dots[2] += squares(((np.rint(wanted) - wanted) * top[:, None] / 127).reshape(-1))
+    return (*_shares(np.abs(scales - true) > 0.01 * true, wrong, flat.size, fell, wrong), *_whole_fit(dots, flat))
 
 
 def _scaled(view: StateView, weight: QuantisedWeight, flat: Array) -> Figures:
@@ -203,7 +233,7 @@ def _scaled(view: StateView, weight: QuantisedWeight, flat: Array) -> Figures:
     strange = known & (fit < 0.98)
     off = known & ~strange & (np.abs(ratio - 1) > 0.05)
     dots = np.array([float((made * want).sum()), float((made * made).sum()), float(np.square(best).sum())])
-    return (*_shares(off | strange, int(strange.sum()), max(int(known.sum()), 1), 0, 0), *_fit(dots, flat))
+    return (*_shares(off | strange, int(strange.sum()), max(int(known.sum()), 1), 0, 0), *_whole_fit(dots, flat))
 
 
 def _runs(count: int, unit: int) -> Iterator[tuple[int, int]]:
@@ -225,9 +255,17 @@ def _shares(scales: Array, wrong: int, looked: int, fell: int, moved: int) -> tu
     return float(scales.mean()) if scales.size else 0.0, wrong / max(looked, 1), fell / max(moved, 1)
 
 
-def _fit(dots: Array, flat: Array) -> tuple[float, float]:
+def _fit(dots: Array, flat: Array, unit: int) -> tuple[float, float]:
     """Cosine of codes and reference, and the relative error of a sound quantisation, both over what was looked at."""
-    norm = sum(float(np.square(flat[a:b], dtype=np.float64).sum()) for a, b in _runs(flat.size, 2))
+    return _ratios(dots, sum(squares(flat[a:b]) for a, b in _runs(flat.size, unit)))
+
+
+def _whole_fit(dots: Array, flat: Array) -> tuple[float, float]:
+    """The same where everything was looked at."""
+    return _ratios(dots, sum(squares(flat[at : at + LOOKED_AT]) for at in range(0, flat.size, LOOKED_AT)))
+
+
+def _ratios(dots: Array, norm: float) -> tuple[float, float]:
     if norm == 0 or dots[1] == 0:
         return (1.0 if norm == dots[1] else 0.0), 0.0
     return float(dots[0] / np.sqrt(dots[1] * norm)), float(np.sqrt(dots[2] / norm))

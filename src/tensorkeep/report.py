@@ -15,9 +15,10 @@ from typing import Any
 
 from tensorkeep import heatmap
 from tensorkeep.errors import TensorkeepError, printable
-from tensorkeep.files import explained, replacing
+from tensorkeep.files import explained
 from tensorkeep.manifest import parse_json
 from tensorkeep.names import grouped
+from tensorkeep.placement import replacing
 from tensorkeep.report_style import STYLE
 
 VERDICTS = {"ok": "nothing wrong found", "findings": "something is wrong", "inconclusive": "could not be decided"}

@@ -87,6 +87,8 @@ def find(view: StateView) -> ResumeState | None:
         last = name.rpartition(".")[2]
         if last in POSITIONS and not optimizer_name(name) and "scheduler" not in name.partition(".")[0]:
             state.position[last] = value if type(value) is int else None
+        elif name.partition(".")[0] in ("train_state", "trainer_state"):
+            state.position.setdefault(last, None)  # opaque, but there
         if name == "world_size" and type(value) is int:
             state.world = value
     stored = [*view, *view.entries]
@@ -95,8 +97,22 @@ def find(view: StateView) -> ResumeState | None:
     ranks = {int(m["rank"]) for n in state.loader if (m := RANK_ENTRY.match(n))} | {int(m["rank"]) for n in names if (m := RANK_FILE.match(n)) and m["rank"]}
     state.world = state.world if state.world is not None or not ranks else max(ranks) + 1
     _read_documents(view, names, state)
+    if not state.position:
+        _count_by_optimizer(view, state)
     beside = any(n.partition(".")[0] in OTHER_STATE for n in view.entries)
     return state if state.optimizer or layout in ("run", "trainer") or (beside and state.position) else None
+
+
+def _count_by_optimizer(view: StateView, state: ResumeState) -> None:
+    """The optimizer's own step counter, where nothing else says how far the run was."""
+    counter = next((n for n, r in view.items() if optimizer_name(n) and n.endswith(".step") and r.elements == 1 and r.dtype in ("F32", "F64", "I64", "I32")), None)
+    if counter is not None:
+        state.position["optimizer_step"] = whole(float(view.array(counter).reshape(())))
+
+
+def whole(value: float) -> int | None:
+    """A number out of a file as a whole one, None for what is no count."""
+    return int(value) if 0 <= value < 1 << 62 else None
 
 
 def optimizer_name(name: str) -> bool:
@@ -126,7 +142,7 @@ def _read_documents(view: StateView, names: list[str], state: ResumeState) -> No
         state.document = document
         for key in POSITIONS:
             if type(document.get(key)) in (int, float):
-                state.position[key] = int(document[key])
+                state.position[key] = whole(document[key])
         if type(document.get("world_size")) is int:
             state.world = document["world_size"]
         state.rng += [key for key in document if RANDOM.search(key)]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import Folder, LocalFolder, short_file
+from tensorkeep.files import Folder, LocalFolder, explained, local_path, short_file
 from tensorkeep.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ FORMATS = {
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "recipe.yaml",
 )  # fmt: skip
 
 
@@ -269,15 +269,17 @@ def _cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
 
 def open_folder(path: str) -> tuple[Folder, str | None]:
     """The folder a path stands for, and the file in it where the path names a file."""
+    path = path.removeprefix("file://")
     if "://" in path:
         from tensorkeep.remote import open_remote
 
         return open_remote(path)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return LocalFolder(local), None
-    if local.exists():
-        return LocalFolder(local.parent), local.name
+    local = local_path(path)
+    with explained(local):
+        if local.is_dir():
+            return LocalFolder(local), None
+        if local.exists():
+            return LocalFolder(local.parent), local.name
     from tensorkeep.hub import cached_snapshot  # `org/name`, when nothing of that path exists here
 
     return LocalFolder(cached_snapshot(path)), None

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from tensorkeep import quant_evidence
 from tensorkeep.case import Case
 from tensorkeep.ema_evidence import Average, average, integer, measured
@@ -60,8 +62,8 @@ def _packed(case: Case, found: Average) -> list[str]:
 
 def changed(found: Average, name: str) -> float:
     """The share of bytes that differ between averaged and live codes."""
-    one, other = (bytes(found.view.bytes(n)) for n in found.pairs[name])
-    return sum(a != b for a, b in zip(one, other)) / max(len(other), 1)
+    one, other = (np.frombuffer(found.view.bytes(n), np.uint8) for n in found.pairs[name])
+    return float(np.count_nonzero(one != other)) / max(other.size, 1) if one.size == other.size else 1.0
 
 
 def _waste(case: Case, found: Average, packed: set[str]) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tensorkeep.case import Case
-from tensorkeep.ema_evidence import Average, array, average, entries, floating
+from tensorkeep.ema_evidence import Average, array, average, bare, entries, floating
 from tensorkeep.findings import Finding
 from tensorkeep.record import DTYPES
 
@@ -57,20 +57,21 @@ def check(case: Case) -> Iterator[Finding]:
 def _left(found: Average) -> float | None:
     """decay^updates, where the file holds both."""
     decay = next((float(v) for n, v in entries(found.view, "decay", "ema_decay") if 0 < v < 1), None)
-    updates = next((v for n, v in entries(found.view, "updates", "num_updates", "n_averaged", "ema_updates") if v > 0), None)
+    updates = next((v for n, v in entries(found.view, "updates", "num_updates", "n_averaged", "ema_updates") if 0 < v < 1e15), None)
     return None if decay is None or updates is None else decay**updates
 
 
 def _from_start(case: Case, found: Average, names: list[str]) -> float | None:
     """The coefficient of (start - live) in (average - live), over the tensors that the reference has."""
     top = bottom = 0.0
+    start_of = {bare(n): n for n in case.reference_tensors}
     for name in names:
-        hub = case.reference_tensors.get(name)
+        hub = case.reference_tensors.get(start_of.get(name, name))
         averaged, live = found.pairs[name]
         if hub is None or hub.shape != found.view[live].shape or not DTYPES[hub.dtype].floating:
             continue
         now = array(found.view, live)
-        start = case.reference_values(name).astype(np.float32) - now
+        start = case.reference_values(start_of.get(name, name)).astype(np.float32) - now
         top += float(np.sum((array(found.view, averaged) - now) * start, dtype=np.float64))
         bottom += float(np.sum(np.square(start), dtype=np.float64))
     return top / bottom if bottom > 0 else None

@@ -24,7 +24,7 @@ def check(case: Case) -> Iterator[Finding]:
     yield from case.told(CODE)
     if case.view is None or not model_stored(case):
         return
-    extra = [case.stored(n) for n in unexpected(case) if n not in case.claims]
+    extra = [n for n in unexpected(case) if n not in case.claims]
     buffers = _buffers(case)
     if not extra and not buffers:
         return
@@ -36,13 +36,20 @@ def check(case: Case) -> Iterator[Finding]:
     severity = "error" if extra or case.reference is not None else "info"
     to = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
     what = "buffers that the model computes from its config" if not extra else "tensors that nothing asks for"
-    yield Finding(CODE, severity, f"{len(names)} {what}", names, evidence, fix=f"tensorkeep convert {case.path} OUT --to {to} --drop '{names[0]}'")
+    yield Finding(CODE, severity, f"{len(names)} {what}", names, evidence, fix=f"tensorkeep convert {case.path} OUT --to {to} --drop '{_stored(case, names[0])}'")
 
 
 def _buffers(case: Case) -> list[str]:
     """Stored buffers that are no part of a model: surprising unless the reference has them, or the naming's era did."""
     if case.identity is None or case.identity.naming not in (None, "hf"):
         return []
-    mine = [s.parts[0].name for s in case.left_out if s.reason.startswith("a buffer")]
-    theirs = {s.parts[0].name for s in case.reference_left_out}
+    clean = case.identity.names
+    mine = [clean.get(s.parts[0].name, s.parts[0].name) for s in case.left_out if s.reason.startswith("a buffer")]
+    others = case.reference_identity.names if case.reference_identity is not None else {}
+    theirs = {others.get(s.parts[0].name, s.parts[0].name) for s in case.reference_left_out}
     return [n for n in mine if n not in theirs]
+
+
+def _stored(case: Case, name: str) -> str:
+    names = case.identity.names if case.identity is not None else {}
+    return next((stored for stored, clean in names.items() if clean == name), case.stored(name))

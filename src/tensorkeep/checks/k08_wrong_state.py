@@ -42,4 +42,4 @@ def check(case: Case) -> Iterator[Finding]:
 def _wrong(case: Case, names: list[str], message: str, fix: str, claim: bool = True) -> Finding:
     if claim:
         case.claim([*case.reference_tensors, *case.tensors], CODE)
-    return Finding(CODE, "error", message, names, {"count": len(names)}, explains=["K01", "K02", "K04", "K05", "S01"], fix=fix)
+    return Finding(CODE, "error", message, names, {"count": len(names)}, explains=["K01", "K02", "K03", "K04", "K05", "S01"], fix=fix)

@@ -21,7 +21,8 @@ What to do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,11 @@ def check(case: Case) -> Iterator[Finding]:
     )  # fmt: skip
 
 
+def _settings(case: Case) -> Mapping[str, Any]:
+    found = (case.config or {}).get("quantization_config")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _clean(case: Case, name: str) -> str:
     return case.identity.names.get(name, name) if case.identity is not None else name
 
@@ -66,7 +72,7 @@ def _float8(case: Case, found: dict[str, quantized.QuantisedWeight]) -> list[str
     bare = [n for n, r in case.view.items() if r.dtype in quantized.FLOAT8 and n.endswith(".weight") and n not in found and len(r.shape) > 1]
     if not bare:
         return []
-    method = ((case.config or {}).get("quantization_config") or {}).get("quant_method")
+    method = _settings(case).get("quant_method")
     if method in SCALED_METHODS or any(w.kind == "fp8" for w in found.values()):
         return bare
     return [n for n in bare if _fills_range(case, n)]
@@ -88,7 +94,7 @@ def _dtype(case: Case, name: str) -> np.dtype[np.generic]:
 def _typed_storage(case: Case, found: dict[str, quantized.QuantisedWeight]) -> list[str]:
     """Packed codes stored as bf16, fp16 or fp32 (quant_storage): a column of floats where the model has a matrix."""
     assert case.view is not None
-    settings = (case.config or {}).get("quantization_config") or {}
+    settings = _settings(case)
     announced = settings.get("load_in_4bit") is True and settings.get("bnb_4bit_quant_storage", "uint8") != "uint8"
     out = []
     for name, record in case.view.items():

@@ -64,7 +64,7 @@ def kind(case: Case, weight: QuantisedWeight) -> str | None:
     assert case.view is not None and weight.shape is not None
     inputs = int(np.prod(weight.shape[1:]))
     peaks, reach = _peaks(case, weight)
-    if not peaks.any():
+    if not peaks.any() or not _sample(case, weight).any():  # doubly quantised scales of nothing are only nearly zero
         return "zero"
     if uniform(peaks, reach, 1 / np.sqrt(max(inputs, 1))):
         return "uniform"

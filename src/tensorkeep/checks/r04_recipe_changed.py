@@ -31,6 +31,7 @@ from tensorkeep.view import StateView
 CODE = "R04"
 MOVING = ("lr", "initial_lr", "params", "step")  # of optimizer groups: these change in every run
 LARGEST_RECIPE = 1 << 20
+MOST_SETTINGS = 10_000
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -65,12 +66,14 @@ def _recipe_beside(view: StateView) -> Any:
         return None
 
 
-def _flat(document: Mapping[Any, Any], prefix: str = "", depth: int = 8) -> dict[str, Any]:
+def _flat(document: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings by dotted name; YAML's aliases can say much with little, so there is an end to it."""
     out: dict[str, Any] = {}
-    for key, value in document.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and depth:
-            out |= _flat(value, f"{name}.", depth - 1)
+    left: list[tuple[str, Any]] = [("", document)]
+    while left and len(out) < MOST_SETTINGS:
+        name, value = left.pop()
+        if isinstance(value, Mapping) and len(left) < MOST_SETTINGS:
+            left += [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
         else:
             out[name] = value
     return out

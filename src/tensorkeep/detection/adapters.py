@@ -127,10 +127,14 @@ class Adapter(TemporalConv):
         self.gamma = nn.Parameter(torch.ones(1))
         _start_as_identity(self.down_proj, self.up_proj)
 
+    def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        z = F.gelu(_linear(x, self.down_proj))  # [N, L, r]
+        return _linear(z + self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
+
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
         """`x [videos * chunks, t*h*w, C]` -> same shape."""
-        z = F.gelu(_linear(x, self.down_proj))  # [N, L, r]
-        return x + _linear(z + self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
+        return x + self.branch(x, shape)
 
 
 class PlainAdapter(nn.Module):
@@ -143,9 +147,13 @@ class PlainAdapter(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1))
         _start_as_identity(self.down_proj, self.up_proj)
 
+    def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        return _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj, self.gamma)
+
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
         """`x [videos * chunks, t*h*w, C]` -> same shape."""
-        return x + _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj, self.gamma)
+        return x + self.branch(x, shape)
 
 
 class LoRALinear(nn.Module):
@@ -203,11 +211,15 @@ class QLoRAAdapter(TemporalConv):
         self.up_proj = LoRALinear(up, lora_r, lora_alpha, lora_dropout)
         self.gamma = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """`x [videos * chunks, t*h*w, C]` -> same shape."""
+    def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """What is added to `x [videos * chunks, t*h*w, C]`."""
         z = F.gelu(self.down_proj(x))  # [N, L, r]
         out: Tensor = self.up_proj(z + self.temporal(z, shape))  # [N, L, C]
-        return x + out * self.gamma.to(out.dtype)
+        return out * self.gamma.to(out.dtype)
+
+    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """`x [videos * chunks, t*h*w, C]` -> same shape."""
+        return x + self.branch(x, shape)
 
 
 def _start_as_identity(down: nn.Linear, up: nn.Linear) -> None:

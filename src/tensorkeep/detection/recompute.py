@@ -8,7 +8,8 @@ the backward the adapter is recomputed once, the rest a few chunks at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class _Segment(torch.autograd.Function):
         ctx.stages, ctx.size = (whole, parts), size
         ctx.device = x.device.type
         ctx.autocast = (torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device))
-        ctx.random = _random_state(x) if random else None
+        ctx.random = random_state(x) if random else None
         ctx.save_for_backward(x, *parameters)
         return _in_parts(parts, whole(x), size)
 
@@ -56,9 +57,7 @@ class _Segment(torch.autograd.Function):
         x = x.detach().requires_grad_(ctx.needs_input_grad[4])
         enabled, dtype = ctx.autocast
         sums: list[Tensor | None] = [None] * len(parameters)
-        devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices, enabled=ctx.random is not None), torch.enable_grad():
-            _set_random_state(x, ctx.random)
+        with replay(x, ctx.random), torch.enable_grad():
             with torch.autocast(ctx.device, dtype=dtype, enabled=enabled):
                 middle = whole(x)
             below = middle.requires_grad
@@ -92,13 +91,20 @@ def _add(sums: list[Tensor | None], found: Iterable[Tensor | None]) -> None:
             sums[index] = grad if known is None else known + grad
 
 
-def _random_state(x: Tensor) -> tuple[Tensor, Tensor | None]:
+RandomState = tuple[Tensor, Tensor | None]
+
+
+def random_state(x: Tensor) -> RandomState:
+    """State of the generators that a computation on `x` draws from."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
 
 
-def _set_random_state(x: Tensor, state: tuple[Tensor, Tensor | None] | None) -> None:
-    if state is None:
-        return
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], x.device)
+@contextmanager
+def replay(x: Tensor, state: RandomState | None) -> Iterator[None]:
+    """Within it the generators are at `state` (None: untouched); afterwards where they were."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=state is not None):
+        if state is not None:
+            torch.set_rng_state(state[0])
+            if state[1] is not None:
+                torch.cuda.set_rng_state(state[1], x.device)
+        yield

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TensorkeepError
-from ..files import replacing, write_bytes
+from ..placement import replacing, write_bytes
 from .reading import parse_number, parse_segment, read_json, read_text
 
 # the ids that the THUMOS'14 kit gives its 20 detection classes: their places in the list of UCF101

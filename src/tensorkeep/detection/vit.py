@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tensorkeep.detection.frozen import FrozenTrunk, Segment, run_frozen
 from tensorkeep.detection.recompute import run_segment
 from tensorkeep.errors import TensorkeepError
 
@@ -24,6 +25,7 @@ Checkpointing = Literal["none", "blocks", "attention", "segments"]
 # elements of a stream `[n, L, C]` whose attention and MLP are recomputed at a time: enough to fill a large GPU, and
 # about 12 times as many are alive then
 SEGMENT_ELEMENTS = 16 * 2**20
+ATTENTION_KEPT = 0.5  # part of the blocks whose attention output is kept: the most time saved for its bytes
 EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
 
@@ -158,9 +160,13 @@ class Attention(nn.Module):
         self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
         self.proj: nn.Module = nn.Linear(dim, dim)
 
+    def qkv_bias(self) -> Tensor:
+        """`[3C]`."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
     def project(self, x: Tensor) -> Tensor:
         """`[N, L, C] -> [N, L, 3C]`. A quantised or low-rank `qkv` is called as it is and gets the bias afterwards."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        bias = self.qkv_bias()
         if type(self.qkv) is nn.Linear:
             return F.linear(x, self.qkv.weight, bias)
         out: Tensor = self.qkv(x)
@@ -211,6 +217,16 @@ class Block(nn.Module):
         """`trunk` with its random numbers given `[N, 1, 1]`: the part worth compiling."""
         x = add_kept(x, self.attn(self.norm1(x)), kept_attn)
         return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)
+
+    def frozen(self, x: Tensor) -> FrozenTrunk | None:
+        """Attention and MLP for `run_frozen`; None where one of their weights trains, or computes otherwise."""
+        linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+        plain = all(type(linear) is nn.Linear for linear in linears)
+        if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
+            return None
+        proj, fc1, fc2 = ((linear.weight, linear.bias) for linear in linears[1:])
+        qkv = (self.attn.qkv.weight, self.attn.qkv_bias())
+        return FrozenTrunk(self.norm1, self.norm2, qkv, proj, fc1, fc2, self.attn.heads)
 
     def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
         """The adapter alone, or nothing: `[N, L, C] -> [N, L, C]`."""
@@ -292,12 +308,16 @@ class VisionTransformer(nn.Module):
         """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
         pieces = -(-x.numel() // SEGMENT_ELEMENTS)
         size = -(-len(x) // pieces)
-        for before, after in zip([None, *blocks], [*blocks, None]):
+        for index, (before, after) in enumerate(zip([None, *blocks], [*blocks, None])):
+            keep = int((index + 1) * ATTENTION_KEPT) > int(index * ATTENTION_KEPT)
+            frozen = None if after is None else _frozen_segment(before, after, x, shape, size, keep)
+            if frozen is not None:
+                x = run_frozen(frozen, x, _adapter_parameters(before))
+                continue
             whole = partial(before.adapt, shape=shape) if before is not None else _unchanged
             parts = after.trunk if after is not None else _unchanged
-            adapter = before.adapter.parameters() if before is not None and before.adapter is not None else ()
             trunk = _trunk_parameters(after) if after is not None else ()
-            x = run_segment(whole, parts, x, [*adapter, *trunk], size, self.training)
+            x = run_segment(whole, parts, x, [*_adapter_parameters(before), *trunk], size, self.training)
         return x
 
     def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:
@@ -319,6 +339,25 @@ class VisionTransformer(nn.Module):
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _frozen_segment(
+    before: Block | None, after: Block, x: Tensor, shape: VideoShape, size: int, keep: bool
+) -> Segment | None:
+    """The adapter of `before` and the frozen attention and MLP of `after`; None where they are not of that form."""
+    adapter = None if before is None else before.adapter
+    branch = getattr(adapter, "branch", None)
+    trunk = after.frozen(x)
+    if trunk is None or (adapter is not None and branch is None) or torch.is_autocast_enabled(x.device.type):
+        return None
+    kept = [draw_kept(x, after.drop_path, after.training) for _ in range(2)]
+    random = adapter is not None and adapter.training and any(getattr(m, "dropout", 0.0) for m in adapter.modules())
+    bound = None if branch is None else partial(branch, shape=shape)
+    return Segment(bound, trunk, (kept[0], kept[1]), size, keep, random)
+
+
+def _adapter_parameters(block: Block | None) -> Iterable[nn.Parameter]:
+    return () if block is None or block.adapter is None else block.adapter.parameters()
 
 
 def _trunk_parameters(block: Block) -> Iterable[nn.Parameter]:

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from tensorkeep.archive import ALLOWED as TENSOR_GLOBALS
-from tensorkeep.archive import Stored, entries, is_count, pack, saved_value, storage_bytes, stored_tensor, tensor_object
+from tensorkeep.archive import Stored, entries, is_count, saved_value, storage_bytes, stored_tensor
+from tensorkeep.archive_writing import pack, tensor_object
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.files import Folder, inside
 from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file

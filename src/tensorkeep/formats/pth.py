@@ -7,7 +7,7 @@ a storage are found and kept tied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.archive import (
@@ -16,11 +16,10 @@ from tensorkeep.archive import (
     Stored,
     entries,
     iter_tensors,
-    pack,
     saved_value,
     storage_bytes,
-    tensor_object,
 )
+from tensorkeep.archive_writing import pack, tensor_object
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.files import Folder
 from tensorkeep.layout import FileLayout, SinkTensor
@@ -128,16 +127,24 @@ def _legacy_places(folder: Folder, file: str, at: int, keys: list[str], value: A
     return places
 
 
-def layout(tensors: Sequence[SinkTensor], *, name: str = "model.pth", root: str | None = None, **_: Any) -> list[FileLayout]:
-    """One torch.save archive; tied tensors share a storage. `root` nests the dict: {root: {...}}."""
+def layout(
+    tensors: Sequence[SinkTensor], *, name: str = "model.pth", root: str | None = None, roots: Sequence[str] = (),
+    beside: Mapping[str, Any] | None = None, **_: Any,
+) -> list[FileLayout]:  # fmt: skip
+    """One torch.save archive; tied tensors share a storage. `root` nests the dict: {root: {...}}.
+
+    With `roots` the names themselves begin with one of these, and each becomes a dict of its own, with the plain
+    values of `beside` next to them: {"state_dict": {...}, "state_dict_ema": {...}, "epoch": 3}.
+    """
     keys: dict[str, str] = {}
     stored: list[tuple[str, SinkTensor]] = []
-    state = Object(Global("collections", "OrderedDict"))
+    states = {r: Object(Global("collections", "OrderedDict")) for r in roots or (root or "",)}
     for tensor in tensors:
         if tensor.tied_to is None:
             keys[tensor.name] = str(len(stored))
             stored.append((keys[tensor.name], tensor))
     for tensor in tensors:
-        state.entries[tensor.name] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
-    value: Any = {root: state} if root else state
+        head, _dot, rest = tensor.name.partition(".") if roots else (root or "", "", tensor.name)
+        states[head].entries[rest] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
+    value: Any = {**(beside or {}), **states} if root or roots else states[""]
     return [FileLayout(name, pack(0, value, stored).segments)]

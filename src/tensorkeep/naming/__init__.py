@@ -1,7 +1,8 @@
 """Namings: which scheme names the tensors. Every scheme is data that leads to the `hf` names and back.
 
 Conversion goes source naming -> hf -> sink naming. A naming module has NAME, FAMILIES (tables of rows) and
-`recognise`; adding one is one file and one line in NAMINGS.
+`recognise`, or functions in place of tables (see `renaming`), and `holds` where names alone could be another's; adding
+one is one file and one line in NAMINGS.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ NAMINGS = {
     "torchtitan-0.2": "tensorkeep.naming.torchtitan02",
     "minimind": "tensorkeep.naming.minimind",
     "gguf": "tensorkeep.naming.gguf",
+    "opentad": "tensorkeep.naming.opentad",
+    "videomae": "tensorkeep.naming.videomae",
 }
 # names under which training programs keep a model's state, best first
 ROOTS = ("model", "state_dict", "module", "model_state_dict", "net", "state_dict_ema", "ema", "model_ema", "ema_state_dict")
@@ -67,7 +70,10 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
     best: tuple[tuple[int, int, int], Identity] | None = None
     for order, root in enumerate(_roots(view, paths)):
         clean, wrappers, other = _under(view, root)
+        shapes = {name: view[stored].shape for stored, name in clean.items()}
         for rank, scheme in enumerate(candidates):
+            if hasattr(scheme, "holds") and not scheme.holds(shapes):
+                continue
             known = sum(1 for name in clean.values() if scheme.recognise(name))
             score = (known, -order, -rank)
             if known and (best is None or score > best[0]):

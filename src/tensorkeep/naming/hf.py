@@ -1,4 +1,7 @@
-"""`hf`: transformers' names, the hub through which every other naming goes. Names stay as they are."""
+"""`hf`: transformers' names, the hub through which every other naming goes. Names stay as they are.
+
+A detector has no transformers class: its `hf` names are those of `tensorkeep.detection` (DETECTOR).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ KNOWN = re.compile(
     r"|transformer\.(wte|wpe|h\.\d+|ln_f)\.|gpt_neox\.|backbone\.layers\."
     r"|(bert|roberta|distilbert|vit|videomae|deit|dinov2|clip|t5|encoder|decoder|embeddings)\.(embeddings|encoder|layer|block|\w+)\."
 )
+PROJECTION = r"projection\.(embed|stem|branch)\.\d+\."
+DETECTOR = re.compile(
+    r"backbone\.(pos_embed\Z|patch_embed\.proj\.|fc_norm\.|blocks\.\d+\.(norm[12]|attn|mlp\.fc[12]|adapter)\.)"
+    rf"|{PROJECTION}|neck\.norms\.\d+\.|head\.(cls_convs|reg_convs|scale)\.\d+\.|head\.(cls_head|reg_head)\."
+    r"|head\.loss_normalizer\Z"
+)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -26,12 +35,12 @@ TIED_BY_DEFAULT = {
 
 
 def recognise(name: str) -> bool:
-    """Whether this looks like a transformers name.
+    """Whether this looks like a transformers name, or one of our detector's.
 
     >>> recognise("model.layers.0.self_attn.q_proj.weight"), recognise("layers.0.attention.wq.weight")
     (True, False)
     """
-    return KNOWN.match(name) is not None
+    return KNOWN.match(name) is not None or DETECTOR.match(name) is not None
 
 
 def tied(config: dict[str, object] | None) -> bool | None:

@@ -1,65 +1,115 @@
-"""Names in VideoMAE's and VideoMAEv2's own files, and in transformers' VideoMAE, to ours and back.
+"""`videomae`: names in VideoMAE's and VideoMAEv2's own files, and the way in from transformers' VideoMAE.
 
 Our backbone uses the original's names below `backbone.`. A fine-tuned file adds a classifier (`head.*`); a
 pre-training file puts `encoder.` in front and adds a decoder. Both store no position table: it is a fixed sinusoid,
 made at build. Files nest the tensors under `model` or `module`.
+
+transformers' files are `hf` files and stay so; read as `videomae` (`--from-naming videomae`) they become a backbone
+of ours: query, key and value are the three thirds of the rows of `attn.qkv.weight`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 NAME = "videomae"
+CLASSIFIER = "classifier of an action recognition model; a detector has its own head"
+DECODER = "decoder of the masked pre-training"
+LAST_NORM = "final norm of a model without mean pooling; no feature map passes through it"
 DROPPED = {
-    "head": "classifier of an action recognition model; a detector has its own head",
-    "decoder": "decoder of the masked pre-training",
-    "encoder_to_decoder": "decoder of the masked pre-training",
-    "mask_token": "decoder of the masked pre-training",
-    "norm": "final norm of a model without mean pooling; no feature map passes through it",
+    "head": CLASSIFIER,
+    "classifier": CLASSIFIER,
+    "decoder": DECODER,
+    "encoder_to_decoder": DECODER,
+    "mask_token": DECODER,
+    "norm": LAST_NORM,
+    "layernorm": LAST_NORM,
 }
-ABSENT = {
-    "backbone.pos_embed": "fixed sinusoid, made at build",
-    "backbone.fc_norm": "a pre-training file has none, and no feature map passes through it",
-}
+OMITTED = {"backbone.pos_embed": "fixed sinusoid, made at build: VideoMAE's files have none"}
+KNOWN = re.compile(
+    r"(encoder\.)?(pos_embed\Z|patch_embed\.proj\.|fc_norm\.|norm\.(weight|bias)\Z"
+    r"|blocks\.\d+\.(norm[12]\.|attn\.(qkv|q_bias|v_bias|proj)\b|mlp\.fc[12]\.))"
+    r"|head\.(weight|bias)\Z|decoder\.(blocks\.\d+|norm|head)\.|encoder_to_decoder\.|mask_token\Z"
+)
+# tubelets make the patch embedding five-dimensional: an image model with the same names is another's
+PATCH_EMBEDS = (
+    "patch_embed.proj.weight",
+    "encoder.patch_embed.proj.weight",
+    "videomae.embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.projection.weight",
+)
 # transformers' name inside `encoder.layer.I` -> the original's name inside `blocks.I`
 TRANSFORMERS_LAYER = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
     "attention.attention.q_bias": "attn.q_bias",
     "attention.attention.v_bias": "attn.v_bias",
+    # names of the live module since transformers 5; its files keep the two above
+    "attention.attention.query.bias": "attn.q_bias",
+    "attention.attention.value.bias": "attn.v_bias",
     "attention.output.dense": "attn.proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
+    "attention.attention.query.weight": "attn.qkv.weight",
+    "attention.attention.key.weight": "attn.qkv.weight",
+    "attention.attention.value.weight": "attn.qkv.weight",
 }
-# names of the live module since transformers 5; its files keep the ones above
-TRANSFORMERS_LIVE = {"attention.attention.query.bias": "attn.q_bias", "attention.attention.value.bias": "attn.v_bias"}
-QKV_ORDER = ("query", "key", "value")  # rows of `attn.qkv.weight`, one third each
-TRANSFORMERS_EMBED = "embeddings.patch_embeddings.projection"
+TRANSFORMERS_EMBED = "embeddings.patch_embeddings.projection."
+THIRDS = ("query", "key", "value")  # rows of `attn.qkv.weight`
 
 
 def recognise(name: str) -> bool:
-    """Whether a (clean) name is one of an original VideoMAE file."""
-    return to_hf(name) is not None or dropped(name) is not None
+    """Whether a (clean) name is one of an original VideoMAE file.
+
+    >>> recognise("blocks.0.attn.q_bias"), recognise("blocks.0.att.key.weight")
+    (True, False)
+    """
+    return KNOWN.match(name) is not None
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these are really a video model's: image transformers share most of the names."""
+    return any(len(shapes.get(name, ())) == 5 for name in PATCH_EMBEDS)
 
 
 def dropped(name: str) -> str | None:
-    """Why a tensor of an original file has no place in a detector, or None where it has one.
+    """Why a tensor of an original or transformers file has no place in a detector, or None where it has one.
 
     >>> dropped("head.weight")
     'classifier of an action recognition model; a detector has its own head'
     """
-    return DROPPED.get(name.removeprefix("encoder.").split(".")[0])
+    bare = name.removeprefix("videomae.")
+    return DROPPED.get(bare.removeprefix("encoder.").partition(".")[0])
 
 
 def to_hf(name: str) -> str | None:
-    """A name of an original file to ours; None where it is dropped or unknown.
+    """A name of an original or transformers file to ours; None where it is dropped or unknown.
 
-    >>> to_hf("encoder.blocks.0.attn.qkv.weight")
-    'backbone.blocks.0.attn.qkv.weight'
+    >>> to_hf("encoder.blocks.0.attn.qkv.weight"), to_hf("videomae.encoder.layer.0.output.dense.bias")
+    ('backbone.blocks.0.attn.qkv.weight', 'backbone.blocks.0.mlp.fc2.bias')
     """
-    bare = name.removeprefix("encoder.")
-    known = bare.split(".")[0] in ("patch_embed", "blocks", "fc_norm", "pos_embed")
-    return f"backbone.{bare}" if known else None
+    if recognise(name):
+        return None if dropped(name) else f"backbone.{name.removeprefix('encoder.')}"
+    bare = name.removeprefix("videomae.")
+    if bare.startswith(TRANSFORMERS_EMBED):
+        return f"backbone.patch_embed.proj.{bare[len(TRANSFORMERS_EMBED) :]}"
+    found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", bare)
+    for theirs, ours in TRANSFORMERS_LAYER.items() if found else ():
+        if found and (found[2] == theirs or found[2].startswith(theirs + ".")):
+            return f"backbone.blocks.{found[1]}.{ours}{found[2][len(theirs) :]}"
+    return None
+
+
+def third(name: str) -> int | None:
+    """Which third of the rows of our fused `qkv` a tensor of a transformers file is; None for a whole tensor.
+
+    >>> third("videomae.encoder.layer.0.attention.attention.key.weight")
+    1
+    """
+    found = re.search(r"\.attention\.attention\.(query|key|value)\.weight\Z", name)
+    return THIRDS.index(found[1]) if found else None
 
 
 def from_hf(name: str) -> str | None:
@@ -69,56 +119,9 @@ def from_hf(name: str) -> str | None:
     'patch_embed.proj.weight'
     """
     bare = name.removeprefix("backbone.")
-    known = bare.split(".")[0] in ("patch_embed", "blocks", "fc_norm")
-    return bare if name.startswith("backbone.") and known and ".adapter." not in bare else None
+    return bare if bare != name and recognise(bare) and not dropped(bare) and name not in OMITTED else None
 
 
-def from_transformers(name: str) -> tuple[str, int | None] | None:
-    """A name of transformers' VideoMAE to ours, and which third of our fused `qkv` it is (None: the whole tensor).
-
-    None where a detector has no such tensor (the classifier, the final layernorm).
-
-    >>> from_transformers("videomae.encoder.layer.0.attention.attention.key.weight")
-    ('backbone.blocks.0.attn.qkv.weight', 1)
-    """
-    bare = name.removeprefix("videomae.")
-    if bare.startswith("fc_norm."):
-        return f"backbone.{bare}", None
-    if bare.startswith(TRANSFORMERS_EMBED + "."):
-        return f"backbone.patch_embed.proj{bare[len(TRANSFORMERS_EMBED) :]}", None
-    found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", bare)
-    if found is None:
-        return None
-    block, rest = found.groups()
-    part = re.fullmatch(r"attention\.attention\.(query|key|value)\.weight", rest)
-    if part is not None:
-        return f"backbone.blocks.{block}.attn.qkv.weight", QKV_ORDER.index(part[1])
-    for theirs, ours in {**TRANSFORMERS_LAYER, **TRANSFORMERS_LIVE}.items():
-        if rest == theirs or rest.startswith(theirs + "."):
-            return f"backbone.blocks.{block}.{ours}{rest[len(theirs) :]}", None
-    return None
-
-
-def to_transformers(name: str) -> tuple[str, ...] | None:
-    """Our name to transformers': three names where our `qkv` is cut into thirds of its rows; None for anything else.
-
-    >>> to_transformers("backbone.blocks.0.mlp.fc2.bias")
-    ('videomae.encoder.layer.0.output.dense.bias',)
-    """
-    bare = name.removeprefix("backbone.")
-    if bare == name:
-        return None
-    if bare.startswith("fc_norm."):
-        return (bare,)
-    if bare.startswith("patch_embed.proj."):
-        return (f"videomae.{TRANSFORMERS_EMBED}{bare[len('patch_embed.proj') :]}",)
-    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", bare)
-    if found is None:
-        return None
-    layer = f"videomae.encoder.layer.{found[1]}"
-    if found[2] == "attn.qkv.weight":
-        return tuple(f"{layer}.attention.attention.{part}.weight" for part in QKV_ORDER)
-    for theirs, ours in TRANSFORMERS_LAYER.items():
-        if found[2] == ours or found[2].startswith(ours + "."):
-            return (f"{layer}.{theirs}{found[2][len(ours) :]}",)
-    return None
+def renamer(_names: Iterable[str]) -> Any:
+    """`from_hf`, whatever else the sink holds."""
+    return from_hf

@@ -1,0 +1,161 @@
+"""Segments of a ViT whose linears are frozen, with a backward written by hand.
+
+A frozen linear needs its weight for the backward, not its input. So nothing is kept of a block but the input of the
+adapter before it (and, where memory allows, the attention output), and the backward recomputes only what it reads:
+the norms, q, k, v, the sum after attention, and fc1's output; never fc2, and the attention output only if not kept.
+
+Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
+n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorkeep.detection.attention import Attended, attend, attend_backward, choose_kernel
+from tensorkeep.detection.fused import add_branch, add_norm, norm_backward
+from tensorkeep.detection.recompute import random_state, replay
+
+Branch = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenTrunk:
+    """Attention and MLP of one block, none of whose weights train; `qkv`, `proj`, `fc1`, `fc2`: weight and bias."""
+
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    qkv: tuple[Tensor, Tensor]
+    proj: tuple[Tensor, Tensor]
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+    heads: int
+
+    def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[n, L, C]` to q, k, v, each `[n, heads, L, d]`, views of one tensor."""
+        n, length, _ = normed.shape
+        q, k, v = F.linear(normed, *self.qkv).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(self, x: Tensor, branch: Tensor | None, kept: Sequence[Tensor | None], out: Tensor) -> Attended:
+        """Writes the block of `x + branch` to `out`; returns the attention's part. All `[n, L, C]`."""
+        x, normed = add_norm(x, branch, None, self.norm1)
+        q, k, v = self.heads_of(normed)
+        done = attend(q, k, v, choose_kernel(q))
+        x, normed = add_norm(x, F.linear(_joined(done.out), *self.proj), kept[0], self.norm2)
+        wide = F.gelu(F.linear(normed, *self.fc1))
+        add_branch(x, F.linear(wide, *self.fc2), kept[1], out)
+        return done
+
+    def backward(
+        self, x: Tensor, branch: Tensor | None, kept: Sequence[Tensor | None], done: Attended | None,
+        grad: Tensor, out: Tensor,
+    ) -> None:  # fmt: skip
+        """Writes the gradient with respect to `x + branch` to `out`, from `grad` at the block's output."""
+        x, normed = add_norm(x, branch, None, self.norm1)
+        q, k, v = self.heads_of(normed)
+        done = attend(q, k, v, choose_kernel(q)) if done is None else done
+        middle, normed = add_norm(x, F.linear(_joined(done.out), *self.proj), kept[0], self.norm2)
+        wide = F.linear(normed, *self.fc1)
+        back = grad @ self.fc2[0]  # [n, L, m]
+        torch.ops.aten.gelu_backward.grad_input(back, wide, grad_input=back)
+        del wide
+        norm_backward(back @ self.fc1[0], middle, self.norm2, grad, kept[1], out)
+        del back, middle, normed
+        inner = (out @ self.proj[0]).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        thirds = attend_backward(inner, q, k, v, done)
+        del q, k, v, inner
+        back = torch.cat([_joined(third) for third in thirds], -1)  # [n, L, 3C]
+        norm_backward(back @ self.qkv[0], x, self.norm1, out, kept[0], out)
+
+
+def _joined(x: Tensor) -> Tensor:
+    """`[n, heads, L, d] -> [n, L, C]`, without a copy for the layout that the kernels write."""
+    return x.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What hangs between two kept tensors: `x + branch(x)` over all chunks, then `trunk`, `size` chunks at a time.
+
+    `keep`: whether the attention output is kept; `random`: whether `branch` draws random numbers.
+    """
+
+    branch: Branch | None
+    trunk: FrozenTrunk
+    kept: tuple[Tensor | None, Tensor | None]
+    size: int
+    keep: bool
+    random: bool
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Attended]]:
+        """`[N, L, C] -> [N, L, C]`, and each piece's attention where it is to be kept."""
+        branch = self.branch(x) if self.branch is not None else None
+        out, held = torch.empty_like(x), []
+        for part in self._parts(len(x)):
+            done = self.trunk.forward(x[part], _cut(branch, part), self._kept(part), out[part])
+            if self.keep:
+                held.append(done)
+        return out, held
+
+    def backward(self, x: Tensor, branch: Tensor | None, held: list[Attended], grad: Tensor) -> Tensor:
+        """Gradient with respect to `x + branch`."""
+        out = torch.empty_like(x)
+        for index, part in enumerate(self._parts(len(x))):
+            done = held[index] if held else None
+            self.trunk.backward(x[part], _cut(branch, part), self._kept(part), done, grad[part], out[part])
+        return out
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(start, min(count, start + self.size)) for start in range(0, count, self.size)]
+
+    def _kept(self, part: slice) -> list[Tensor | None]:
+        return [_cut(factor, part) for factor in self.kept]
+
+
+def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]
+
+
+def run_frozen(segment: Segment, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """`x [N, L, C]` through `segment`; `parameters` are those of its branch that may train."""
+    trainable = [p for p in parameters if p.requires_grad]
+    if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
+        with torch.no_grad():
+            return segment.forward(x)[0]
+    out: Tensor = _Frozen.apply(segment, x, *trainable)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, segment: Segment, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.segment = segment
+        ctx.random = random_state(x) if segment.random else None
+        ctx.save_for_backward(x, *parameters)
+        out, ctx.held = segment.forward(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        segment: Segment = ctx.segment
+        grad = grads[0].contiguous()
+        with torch.autocast(x.device.type, enabled=False):
+            if segment.branch is None:
+                return (None, segment.backward(x, None, ctx.held, grad))
+            leaf = x.detach().requires_grad_(ctx.needs_input_grad[1])
+            with replay(x, ctx.random), torch.enable_grad():
+                branch = segment.branch(leaf)
+            back = segment.backward(x, branch.detach(), ctx.held, grad)
+            wanted = [leaf, *parameters] if leaf.requires_grad else parameters
+            found = list(torch.autograd.grad(branch, wanted, back, allow_unused=True))
+        if not leaf.requires_grad:
+            return (None, None, *found)
+        return (None, back.add_(found[0]), *found[1:])
