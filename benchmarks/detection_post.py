@@ -8,7 +8,7 @@ precision at five IoUs. Beside it, on the same numbers:
 - suppression as a plain Python loop, timed on a few videos and scaled,
 - suppression as a compiled C++ loop (where `g++` is there) and as the same loop under numba (where it is importable).
 
-    python benchmarks/detection_post.py [--videos 211] [--detections 2000] [--plain-videos 3]
+    python -m benchmarks.detection_post [--videos 211] [--detections 2000] [--plain-videos 3]
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ def time_cpp_nms(found: Detections, videos: Any) -> tuple[float, Any] | None:
         return time_loop(
             found,
             videos,
-            lambda *columns: call(*(ctypes.c_void_p(c.ctypes.data) for c in columns), len(columns[-1]), ctypes.c_float(SIGMA)),
+            lambda *columns: call(
+                *(ctypes.c_void_p(c.ctypes.data) for c in columns), len(columns[-1]), ctypes.c_float(SIGMA)
+            ),
         )
 
 

@@ -5,9 +5,10 @@
     python -m benchmarks.detection_step --tiny                 a check of the script, on any machine
 
 A step is forward, loss, backward, gradient clipping, AdamW and EMA on 768 frames of 160 x 160 a video, random data,
-frozen weights in bfloat16, trainable ones in float32. The figures of the original (fp16, activation checkpointing,
-same batch) are constants: it needs its own environment. Prints a row a size: seconds, peak GiB, both ratios, and the
-loss beside the same step in float32 with `--reference`.
+frozen weights in bfloat16, trainable ones in float32, recorded once as a CUDA graph and replayed (`--eager`: launched
+one by one); the peak includes the recording. The figures of the original (fp16, activation checkpointing, same batch)
+are constants: it needs its own environment. Prints a row a size: seconds, peak GiB, both ratios, and the first three
+losses, with `--reference` beside those of the same steps in float32.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tensorkeep.detection.config import read_section
 from tensorkeep.detection.detector import BackboneConfig, Detector, DetectorConfig, build_detector, read_detector_config
+from tensorkeep.detection.graphs import capture_step, make_capturable
 from tensorkeep.detection.groups import OptimizerConfig, make_optimizer
 from tensorkeep.ema import Ema
 
@@ -96,7 +99,7 @@ def configure(size: str, args: argparse.Namespace, half: bool) -> DetectorConfig
     return replace(config, backbone=BackboneConfig(**{**vars(config.backbone), **changes}))
 
 
-def measure(size: str, args: argparse.Namespace, half: bool) -> dict[str, float | str]:
+def measure(size: str, args: argparse.Namespace, half: bool) -> dict[str, Any]:
     device = torch.device(args.device)
     config = configure(size, args, half)
     torch.manual_seed(0)
@@ -105,12 +108,16 @@ def measure(size: str, args: argparse.Namespace, half: bool) -> dict[str, float 
     batch_size = 1 if args.tiny else ORIGINAL[size].batch
     frames, side = (64, 32) if args.tiny else (768, 160)
     batch = make_batch(config, batch_size, frames, side, device)
-    step = make_step(detector, make_optimizer(detector, options), Ema(detector), batch, half)
-    first = float(step())
-    for _ in range(2):
-        step()
+    optimizer = make_optimizer(detector, options)
+    recorded = device.type == "cuda" and half and not args.eager
+    if recorded:
+        make_capturable(optimizer)
+    step = make_step(detector, optimizer, Ema(detector), batch, half)
+    losses = [float(step()) for _ in range(3)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if recorded:
+        step = capture_step(step, warmup=1)
     seconds = []
     for _ in range(args.steps):
         begin = time.perf_counter()
@@ -119,12 +126,16 @@ def measure(size: str, args: argparse.Namespace, half: bool) -> dict[str, float 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return {"size": size, "seconds": statistics.median(seconds), "gib": peak, "first_loss": first}
+    return {"size": size, "seconds": statistics.median(seconds), "gib": peak, "losses": losses}
 
 
-def report(row: dict[str, float | str], args: argparse.Namespace) -> str:
+def numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def report(row: dict[str, Any], args: argparse.Namespace) -> str:
     size, seconds, gib = str(row["size"]), float(row["seconds"]), float(row["gib"])
-    line = f"{size:5} {seconds:7.3f} s {gib:6.2f} GiB  loss {float(row['first_loss']):.4f}"
+    line = f"{size:5} {seconds:7.3f} s {gib:6.2f} GiB  loss {numbers(row['losses'])}"
     if not args.tiny and args.device == "cuda":
         peer = ORIGINAL[size]
         line += f"   OpenTAD {peer.seconds:.3f} s {peer.gib:.2f} GiB:"
@@ -138,8 +149,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", default="segments", choices=["none", "blocks", "attention", "segments"])
+    parser.add_argument("--eager", action="store_true", help="launch every kernel instead of replaying a CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="refuse operations without a deterministic form")
-    parser.add_argument("--reference", action="store_true", help="also the first loss of the same step in float32")
+    parser.add_argument("--reference", action="store_true", help="also the first losses of the same steps in float32")
     parser.add_argument("--tiny", action="store_true", help="a small model and clip, to check this script")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
@@ -147,10 +159,10 @@ def main() -> None:
     for size in args.sizes[:1] if args.tiny else args.sizes:
         row = measure(size, args, half=True)
         if args.reference:
-            row["float32_loss"] = measure(size, args, half=False)["first_loss"]
+            row["float32_losses"] = measure(size, args, half=False)["losses"]
         print(json.dumps(row) if args.json else report(row, args), flush=True)
         if args.reference and not args.json:
-            print(f"      the same step in float32: loss {float(row['float32_loss']):.4f}", flush=True)
+            print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from tests.fault_kinds.change import KINDS
 from tests.faults import judge, make
+from tests.overlays import OVERLAYS
 from tests.sound import Sound, every, golden
 from tests.specimens import available
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--overlay", choices=OVERLAYS, help="the faults befall another copy of the model than the reference")
     parser.add_argument("--no-sound", action="store_true")
     parser.add_argument("--no-faults", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     sound: list[Row] = []
     with tempfile.TemporaryDirectory() as work:
         if not words.no_faults:
-            sick = list(shown(faults(words.kinds, words.models, seeds, Path(work))))
+            sick = list(shown(faults(words.kinds, words.models, seeds, Path(work), words.overlay)))
         if not words.no_sound:
             sound = list(shown(sounds(words.models, seeds, Path(work))))
     print("\n".join(table(sick) + alarms(sound)))
@@ -79,19 +81,21 @@ def shown(rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def faults(kinds: Iterable[str], models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Row]:
+def faults(kinds: Iterable[str], models: list[str], seeds: Iterable[int], work: Path, overlay: str | None) -> Iterator[Row]:
     for kind in kinds:
         for model in models:
             for seed in seeds:
-                fault = make(kind, model, seed, work)
+                fault = make(kind, model, seed, work, overlay)
                 if fault is None:
                     break
                 started = time.perf_counter()
                 document = document_of(fault.path, fault.reference, fault.target)
                 outcome, why = judge(fault, document)
-                command = f"python -m tests.faults {kind} {model} {seed} /tmp/faults   # {fault.note}"
+                more = f" --overlay {overlay}" if overlay else ""
+                command = f"python -m tests.faults {kind} {model} {seed} /tmp/faults{more}   # {fault.note}"
                 yield Row(kind, model, seed, outcome, why, command, time.perf_counter() - started)
                 shutil.rmtree(work / f"{kind}-{model}-{seed}", ignore_errors=True)
+                shutil.rmtree(work / f"{kind}-{model}-{seed}-titan", ignore_errors=True)
 
 
 def sounds(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Row]:

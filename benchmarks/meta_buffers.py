@@ -91,7 +91,9 @@ def smollm2(folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir()
     convert(make_plan([read(gguf)], "hf"), str(folder / "hf"), "hf")
     found: list[int] = Tokenizer.from_file(str(folder / "hf" / "tokenizer.json")).encode(TEXT.read_text()).ids
-    return [("SmolLM2-135M-Instruct", finish(folder, [found[i * PIECE : (i + 1) * PIECE] for i in range(TOKENS // PIECE)]))]
+    return [
+        ("SmolLM2-135M-Instruct", finish(folder, [found[i * PIECE : (i + 1) * PIECE] for i in range(TOKENS // PIECE)]))
+    ]
 
 
 def finish(folder: Path, ids: list[list[int]]) -> Path:
@@ -101,7 +103,9 @@ def finish(folder: Path, ids: list[list[int]]) -> Path:
 
     config = json.loads((folder / "hf" / "config.json").read_text())
     rope = config.pop("rope_parameters", None)
-    if rope:  # transformers 4 would read theta 10000 without a word (C04): that is another fault than the one shown here
+    if (
+        rope
+    ):  # transformers 4 would read theta 10000 without a word (C04): that is another fault than the one shown here
         config["rope_theta"] = rope["rope_theta"]
     (folder / "hf" / "config.json").write_text(json.dumps(config))
     state = load_file(folder / "hf" / "model.safetensors")
@@ -114,9 +118,17 @@ def finish(folder: Path, ids: list[list[int]]) -> Path:
 
 
 def run(python: Path, folder: Path) -> dict[str, Any]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
-        [str(python), "-m", "benchmarks.meta_buffers", "--inside", str(folder)], env=environment, cwd=ROOT, text=True, capture_output=True
+        [str(python), "-m", "benchmarks.meta_buffers", "--inside", str(folder)],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
     )
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -198,16 +210,25 @@ def remedies(model: Any, step: Path) -> dict[str, str]:
     out["1 get_model_state_dict for state_dict"] = "the same names and values: nothing changes" if same else "differs"
     both = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     lost, added = sorted(set(plain) - set(both)), sorted(set(both) - set(plain))
-    out["2 named_parameters + named_buffers"] = f"loses {lost or 'nothing'}, adds {added or 'nothing'}: saves the garbage, if anything"
-    sums = sum(float(p.double().sum()) for p in model.parameters()), sum(float(t.double().sum()) for t in plain.values())
+    out["2 named_parameters + named_buffers"] = (
+        f"loses {lost or 'nothing'}, adds {added or 'nothing'}: saves the garbage, if anything"
+    )
+    sums = (
+        sum(float(p.double().sum()) for p in model.parameters()),
+        sum(float(t.double().sum()) for t in plain.values()),
+    )
     out["3 compare sums of parameters and state_dict"] = (
-        "equal: passes" if sums[0] == sums[1] else f"{sums[0]:.6g} against {sums[1]:.6g}: a false alarm of the tied head"
+        "equal: passes"
+        if sums[0] == sums[1]
+        else f"{sums[0]:.6g} against {sums[1]:.6g}: a false alarm of the tied head"
     )
     empty: dict[str, Any] = {}
     with contextlib.redirect_stderr(io.StringIO()):
         dcp.load(empty, checkpoint_id=step, no_dist=True)
     passes = model.load_state_dict(empty, strict=False) is not None
-    out["check: DCP.load({})"] = f"returns {empty}; load_state_dict(strict=False) {'passes' if passes else 'fails'}: nothing was looked at"
+    out["check: DCP.load({})"] = (
+        f"returns {empty}; load_state_dict(strict=False) {'passes' if passes else 'fails'}: nothing was looked at"
+    )
     out["check: strict load_state_dict"] = str(model.load_state_dict(plain, strict=True))
     return out
 
@@ -216,10 +237,16 @@ def show(rows: list[tuple[str, dict[str, Any]]]) -> int:
     """The table; 1 where B01 was not named or the loss did not come back bit for bit."""
     failed = False
     for name, row in rows:
-        good = "B01" in [c for c, s, _ in row["findings"] if s == "error"] and row["after"] == row["reference"] and not row["clean"]
+        good = (
+            "B01" in [c for c, s, _ in row["findings"] if s == "error"]
+            and row["after"] == row["reference"]
+            and not row["clean"]
+        )
         failed |= not good
         print(f"{name}, transformers {row['transformers']}")
-        print(f"  loss: reference {row['reference']:.4f}, after meta + to_empty + post_init + dcp.load {row['before']:.4f}")
+        print(
+            f"  loss: reference {row['reference']:.4f}, after meta + to_empty + post_init + dcp.load {row['before']:.4f}"
+        )
         print(f"  tensors that differ after the load: {row['unequal']} of {row['tensors']}")
         for remedy, said in row["remedies"].items():
             print(f"  {remedy:<46} {said}")
@@ -227,7 +254,9 @@ def show(rows: list[tuple[str, dict[str, Any]]]) -> int:
             print(f"  check_loaded: {severity} {code} {message}")
         print(f"  check_loaded on the reference: {row['clean'] or 'nothing'}")
         print(f"  repair_buffers: {', '.join(row['repaired'])}; then {row['left'] or 'nothing left'}")
-        print(f"  loss after repair {row['after']:.4f}: {'bitwise the reference' if row['after'] == row['reference'] else 'NOT the reference'}")
+        print(
+            f"  loss after repair {row['after']:.4f}: {'bitwise the reference' if row['after'] == row['reference'] else 'NOT the reference'}"
+        )
     return int(failed)
 
 

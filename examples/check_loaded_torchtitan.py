@@ -17,7 +17,13 @@ from torch import nn
 from tensorkeep.loaded import check_loaded
 
 HEADS, GROUPS, SIZE, WIDTH = 4, 2, 8, 32
-CONFIG = {"model_type": "llama", "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "rope_theta": 10000.0}
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "rope_theta": 10000.0,
+}
 
 
 class Fused(nn.Module):
@@ -47,7 +53,9 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(96, WIDTH)
-        layer = nn.ModuleDict({"attention": nn.ModuleDict({"qkv_linear": Fused(), "wo": nn.Linear(WIDTH, WIDTH, bias=False)})})
+        layer = nn.ModuleDict(
+            {"attention": nn.ModuleDict({"qkv_linear": Fused(), "wo": nn.Linear(WIDTH, WIDTH, bias=False)})}
+        )
         layer["attention_norm"], layer["ffn_norm"] = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
         shapes = {"w1": (WIDTH, 48), "w2": (48, WIDTH), "w3": (WIDTH, 48)}
         layer["feed_forward"] = nn.ModuleDict({n: nn.Linear(*s, bias=False) for n, s in shapes.items()})

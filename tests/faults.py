@@ -20,7 +20,9 @@ import numpy as np
 
 from tests.fault_kinds import configs, files, names, orders, values  # noqa: F401  (they register their kinds)
 from tests.fault_kinds.change import KINDS, Change
+from tests.fault_kinds.names import EMBEDDING, HEAD
 from tests.fault_kinds.writing import write
+from tests.overlays import in_titan_names, overlaid
 from tests.specimens import Specimen, specimen
 
 Verdict = Literal["named", "wrong", "missed"]
@@ -34,7 +36,7 @@ class Fault:
     model: str
     seed: int
     path: Path
-    reference: Path
+    reference: Path | None
     target: str | None
     codes: tuple[str, ...]
     tensors: frozenset[str] | None
@@ -44,19 +46,24 @@ class Fault:
     note: str
 
 
-def make(kind: str, model: str, seed: int, folder: Path) -> Fault | None:
-    """Write one fault under `folder`; None where this model cannot have it."""
-    m = specimen(model)
+def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = None) -> Fault | None:
+    """Write one fault under `folder`; None where this model cannot have it.
+
+    `overlay`: the fault befalls another copy of the reference, see tests/overlays.py.
+    """
     rng = np.random.default_rng([seed, *kind.encode(), *model.encode()])
-    change = KINDS[kind].make(m, rng)
-    if change is None:
+    m = overlaid(specimen(model), overlay, kind, rng)
+    change = KINDS[kind].make(m, rng) if m is not None else None
+    if m is None or change is None:
         return None
     forms = [f for f in change.forms if f != "flame" or (m.language and change.target in (None, "flame"))]
-    form = str(rng.choice(forms))
+    form = "hf" if overlay in ("titan", "alone") and "hf" in forms else str(rng.choice(forms))
     path = write(form, change.state, folder / f"{kind}-{model}-{seed}", config_beside(m, change, form, rng), change.companions)
-    path = change.damage(path) if change.damage else path
+    if overlay == "titan" and m.tied and change.tensors is not None and EMBEDDING in change.tensors:
+        change.tensors = [*change.tensors, HEAD]  # torchtitan stores a tied head twice, so both are sick
+    path = change.damage(path) if change.damage else in_titan_names(path) if overlay == "titan" else path
     return Fault(
-        kind, model, seed, path, reference(model, folder), change.target or ("flame" if form == "flame" else None),
+        kind, model, seed, path, None if overlay == "alone" else reference(model, folder), change.target or ("flame" if form == "flame" else None),
         change.codes or KINDS[kind].codes, None if change.tensors is None else frozenset(change.tensors), change.layers,
         frozenset(change.also), change.lax, f"{form} {change.note}".strip(),
     )  # fmt: skip
@@ -129,14 +136,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--overlay")
     words = parser.parse_args(argv)
-    fault = make(words.kind, words.model, words.seed, words.folder)
+    fault = make(words.kind, words.model, words.seed, words.folder, words.overlay)
     if fault is None:
         print(f"{words.model} cannot have {words.kind}")
         return 1
-    told = f" --for {fault.target}" if fault.target else ""
+    told = (f" --reference {fault.reference}" if fault.reference else "") + (f" --for {fault.target}" if fault.target else "")
     print(f"right: {'/'.join(fault.codes)} {sorted(fault.tensors) if fault.tensors is not None else fault.layers or ''} ({fault.note})")
-    print(f"tensorkeep diagnose {fault.path} --reference {fault.reference}{told} --json")
+    print(f"tensorkeep diagnose {fault.path}{told} --json")
     return 0
 
 

@@ -131,7 +131,7 @@ def test_every_command_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) ->
     assert set(COMMANDS) <= set(HELP)
     run(capsys, "--help")
     for command in COMMANDS:
-        assert run(capsys, command, "--help")[0] == 0
+        assert run(capsys, *command.split(), "--help")[0] == 0
 
 
 def test_inspect_of_safetensors_imports_neither_torch_nor_numpy() -> None:

@@ -27,7 +27,11 @@ TEXT = " ".join(WORDS[(i * i + 3 * (i // 7)) % 80] for i in range(700))
 
 def write_tokenizer(folder: Path, bos: bool = False) -> None:
     """A tokenizer of whole words: id i + 3 is `w{i}`."""
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<u>": 0, "<s>": 1, "a": 2, **{w: i + 3 for i, w in enumerate(WORDS)}}, unk_token="<u>"))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {"<u>": 0, "<s>": 1, "a": 2, **{w: i + 3 for i, w in enumerate(WORDS)}}, unk_token="<u>"
+        )
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     if bos:
         made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -65,7 +69,9 @@ def test_the_loss_is_the_one_transformers_gives(made: Path) -> None:
 @pytest.mark.parametrize("form", ["flame/checkpoint/step-0", "titan"])
 def test_every_format_gives_the_reference_bit_for_bit(made: Path, form: str) -> None:
     seen = measure(read(made / form), TEXT, read(made / "hf"))
-    assert seen.max_logit_difference == 0.0 and seen.loss == seen.reference_loss and seen.kl == pytest.approx(0, abs=1e-6)
+    assert (
+        seen.max_logit_difference == 0.0 and seen.loss == seen.reference_loss and seen.kl == pytest.approx(0, abs=1e-6)
+    )
     document = json.loads(json.dumps(seen.to_json()))
     assert document["loss"] == seen.loss and document["loading"] == {}
 
@@ -88,7 +94,9 @@ def test_a_fault_moves_the_loss_and_missing_tensors_are_told(made: Path, tmp_pat
     del state["model.layers.1.mlp.up_proj.weight"]
     step = write_flame(tmp_path, state)
     seen = measure(read(step), TEXT, read(made / "hf"))
-    assert seen.loss == pytest.approx(math.log(96), abs=1e-4) and seen.loading == {"missing_keys": ["model.layers.1.mlp.up_proj.weight"]}
+    assert seen.loss == pytest.approx(math.log(96), abs=1e-4) and seen.loading == {
+        "missing_keys": ["model.layers.1.mlp.up_proj.weight"]
+    }
     assert "ln V" in symptoms(seen)[0]
     again = measure(read(step), TEXT, read(made / "hf"))
     assert again == seen  # what is missing is drawn from a fixed seed
@@ -132,7 +140,14 @@ def test_a_bos_that_the_tokenizer_adds_is_in_front_of_every_piece(made: Path, tm
 def test_known_patterns_are_put_into_words(figures: dict[str, Any], word: str) -> None:
     seen = Forward(**{"uniform": 10.8027, "entropy": 2.6, "top1": 0.4, **figures})
     assert any(word in s for s in symptoms(seen))
-    assert symptoms(Forward(2.887, early=3.87, late=2.42, offsets={"0": 11.3, "2": 9.66}, uniform=10.8027, entropy=2.58, top1=0.434)) == []
+    assert (
+        symptoms(
+            Forward(
+                2.887, early=3.87, late=2.42, offsets={"0": 11.3, "2": 9.66}, uniform=10.8027, entropy=2.58, top1=0.434
+            )
+        )
+        == []
+    )
 
 
 def test_a_model_trained_with_shifted_labels_or_without_a_mask_is_l01() -> None:

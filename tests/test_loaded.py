@@ -122,11 +122,18 @@ def meta_loaded(folder: Path, garbage: float) -> Any:
 
 
 @pytest.mark.parametrize("garbage", [0.0, 3e-41, -1.468e34, float("nan")])
-@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}])
-def test_the_buffer_that_no_checkpoint_fills_is_named_and_repaired_bitwise(tmp_path: Path, garbage: float, rope: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "rope",
+    [{}, {"rope_parameters": LLAMA3}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}],
+)
+def test_the_buffer_that_no_checkpoint_fills_is_named_and_repaired_bitwise(
+    tmp_path: Path, garbage: float, rope: dict[str, Any]
+) -> None:
     write_model(tmp_path / "hf", "Llama", dtype=torch.float32, initializer_range=0.3, **rope)
     reference, model = load(tmp_path / "hf"), meta_loaded(tmp_path / "hf", garbage)
-    assert all(torch.equal(t, reference.state_dict()[n]) for n, t in model.state_dict().items())  # what everybody compares
+    assert all(
+        torch.equal(t, reference.state_dict()[n]) for n, t in model.state_dict().items()
+    )  # what everybody compares
     loss = reference(IDS, labels=IDS).loss
     assert not torch.equal(model(IDS, labels=IDS).loss, loss)
     found = check_loaded(model, tmp_path / "hf")
@@ -318,15 +325,31 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_path: Path, tied: bool) -> None:
-    write_model(tmp_path / "hf", "Llama", dtype=torch.float32, intermediate_size=45, tie_word_embeddings=tied)  # uneven shards
+    write_model(
+        tmp_path / "hf", "Llama", dtype=torch.float32, intermediate_size=45, tie_word_embeddings=tied
+    )  # uneven shards
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path / "hf"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(tmp_path / "hf"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
     assert first == second
-    up, buffers = "model.layers.1.mlp.up_proj.weight", ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"]
+    up, buffers = (
+        "model.layers.1.mlp.up_proj.weight",
+        ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"],
+    )
     assert first == [[], [["B01", buffers], ["V03", [up]]], buffers, ["V03"], ["V03"]]
 
 

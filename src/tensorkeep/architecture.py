@@ -23,15 +23,16 @@ class Family(NamedTuple):
     o_bias: bool | None = None  # None: the config's attention_bias
     experts: str = ""  # name of the expert module's projections: "", "qwen", "mixtral"
     gain: bool = True  # norms have a weight (OLMo 1 has none)
+    mlp_bias: bool = False  # whether the class knows the config's mlp_bias at all
 
 
 POST = ("post_attention_layernorm", "post_feedforward_layernorm")
 FOUR = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
+    "llama": Family(mlp_bias=True),
     "mistral": Family(qkv_bias=False, o_bias=False),
-    "granite": Family(),
-    "smollm3": Family(),
+    "granite": Family(mlp_bias=True),
+    "smollm3": Family(mlp_bias=True),
     "qwen2": Family(qkv_bias=True, o_bias=False),
     "qwen3": Family(qk="head"),
     "qwen3_moe": Family(qk="head", experts="qwen"),
@@ -122,7 +123,7 @@ def _mlp(config: Mapping[str, Any], family: Family, layer: int) -> Iterator[tupl
             yield f"{module}.experts.{expert}.{up}.weight", (width, hidden)
             yield f"{module}.experts.{expert}.{down}.weight", (hidden, width)
         return
-    bias = bool(config.get("mlp_bias"))
+    bias = family.mlp_bias and bool(config.get("mlp_bias"))
     for name, shape in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
         yield f"mlp.{name}.weight", shape
         if bias:

@@ -25,7 +25,16 @@ from tensorkeep.live import clean
 from tensorkeep.rope import partial_rotary
 
 # what constructors of other people's classes raise when they are called out of their usual place
-REFUSALS = (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ImportError, AssertionError, NotImplementedError)
+REFUSALS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 class Buffer(NamedTuple):
@@ -86,7 +95,9 @@ def fresh(model: nn.Module, config: Mapping[str, Any] | None = None, seed: int =
         if buffer.name not in out:
             last = _frequencies(buffer, config)
             reason = why.get(buffer.name, "no way to compute it is known")
-            out[buffer.name] = Fresh(last, reason if last is None else "from the RoPE fields of the checkpoint's config")
+            out[buffer.name] = Fresh(
+                last, reason if last is None else "from the RoPE fields of the checkpoint's config"
+            )
     return out
 
 
@@ -156,7 +167,11 @@ IN_PLACE = ("_init_self_buffers", "reset_buffers", "init_buffers", "rope_init", 
 def _own_way(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
     """What the module's own methods give for its buffers, on a copy whose buffers are NaN and on the CPU."""
     names = [n for n in IN_PLACE if callable(getattr(module, n, None))]
-    names += ["reset_parameters"] if hasattr(module, "reset_parameters") and not any(True for _ in module.parameters()) else []
+    names += (
+        ["reset_parameters"]
+        if hasattr(module, "reset_parameters") and not any(True for _ in module.parameters())
+        else []
+    )
     for name in names:
         clone = _empty_copy(module)
         try:
@@ -164,7 +179,11 @@ def _own_way(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]
                 getattr(clone, name)()
         except REFUSALS:
             continue
-        made = {k: (v, f"by {type(module).__name__}.{name}") for k in keys if (v := _tensor(clone, k)) is not None and not _unset(v)}
+        made = {
+            k: (v, f"by {type(module).__name__}.{name}")
+            for k in keys
+            if (v := _tensor(clone, k)) is not None and not _unset(v)
+        }
         if made:
             return made
     return _computed(module, keys) or _from_config(module, keys)
@@ -189,7 +208,11 @@ def _computed(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str
 
 def _from_config(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
     kind, config = plain_class(type(module)), getattr(module, "config", None)
-    if config is None or any(True for _ in module.parameters()) or "config" not in inspect.signature(kind.__init__).parameters:
+    if (
+        config is None
+        or any(True for _ in module.parameters())
+        or "config" not in inspect.signature(kind.__init__).parameters
+    ):
         return {}
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -233,8 +256,14 @@ def rope_frequencies(config: Mapping[str, Any]) -> Tensor | None:
     """
     nested = config.get("rope_parameters") or config.get("rope_scaling")
     fields: dict[str, Any] = {**config, **(nested if isinstance(nested, Mapping) else {})}
-    theta, heads, hidden = fields.get("rope_theta", 10000.0), fields.get("num_attention_heads"), fields.get("hidden_size")
-    size = fields.get("head_dim") or (hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0)
+    theta, heads, hidden = (
+        fields.get("rope_theta", 10000.0),
+        fields.get("num_attention_heads"),
+        fields.get("hidden_size"),
+    )
+    size = fields.get("head_dim") or (
+        hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
+    )
     if not isinstance(theta, (int, float)) or not isinstance(size, int) or size < 2:
         return None
     rotary = int(size * partial_rotary(config))
@@ -248,6 +277,8 @@ def rope_frequencies(config: Mapping[str, Any]) -> Tensor | None:
     if kind != "llama3":
         return None
     low, high = float(fields.get("low_freq_factor", 1.0)), float(fields.get("high_freq_factor", 4.0))
-    turns = float(fields.get("original_max_position_embeddings", 8192)) * inverse / (2 * math.pi)  # within the trained context
+    turns = (
+        float(fields.get("original_max_position_embeddings", 8192)) * inverse / (2 * math.pi)
+    )  # within the trained context
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - blend) * inverse / factor + blend * inverse

@@ -22,13 +22,13 @@ from tensorkeep.findings import Finding
 from tensorkeep.naming import Identity, hf
 from tensorkeep.plan import Hub, Step
 from tensorkeep.record import DTYPES
-from tensorkeep.survey import SAME, Sight
-from tensorkeep.view import StateView, np_dtype, np_frombuffer
+from tensorkeep.survey import SAME, Sight, size_of
+from tensorkeep.view import StateView, np_dtype
 
 Array = np.ndarray[Any, Any]
 Target = Literal["hf", "flame", "torchtitan"]
 Progress = Callable[[str, int, int], None]
-CACHE = 256 << 20  # bytes of tensors kept between checks; one larger pair is held while it is looked at
+CACHE = 128 << 20  # bytes of tensors kept between checks; one larger pair is held while it is looked at
 
 
 class Inconclusive(Exception):
@@ -70,6 +70,7 @@ class Case:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._arrays: OrderedDict[tuple[int, str], Array] = OrderedDict()
+        self._held = 0  # bytes of them
         self._differences: dict[str, comparison.Difference] = {}
 
     # -- what there is -----------------------------------------------------------------------------------------------
@@ -125,14 +126,16 @@ class Case:
                 self._arrays.move_to_end((side, name))
                 return self._arrays[side, name]
         hub = (self.reference_tensors if side else self.tensors)[name]
-        data = bytearray()
+        data, at = np.empty(size_of(hub), np.uint8), 0
         for piece in comparison.hub_bytes(hub, self.views):
-            data += piece
-        made = np_frombuffer(data, hub.dtype).reshape(hub.shape)
+            data[at : at + len(piece)] = piece
+            at += len(piece)
+        made = data.view(np_dtype(hub.dtype)).reshape(hub.shape)
         with self._lock:
+            self._held += made.nbytes if (side, name) not in self._arrays else 0
             self._arrays[side, name] = made
-            while len(self._arrays) > 2 and sum(a.nbytes for a in self._arrays.values()) > CACHE:
-                self._arrays.popitem(last=False)
+            while len(self._arrays) > 2 and self._held > CACHE:
+                self._held -= self._arrays.popitem(last=False)[1].nbytes
         return made
 
     def pair(self, name: str, other: str | None = None) -> tuple[Array, Array]:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from tensorkeep.statistics import Array, relation, rows_of, sampled
+from tensorkeep.statistics import Array, largest, pieces_of, relation, sampled
 from tensorkeep.survey import bits_equal
 
-GRIDS: dict[str, np.dtype] = {  # type: ignore[type-arg]
+GRIDS: dict[str, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
     "fp8 e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -40,11 +40,22 @@ def passage(mine: Array, theirs: Array) -> Passage | None:
         with np.errstate(over="ignore", invalid="ignore"):
             if mine.ndim and not bits_equal(mine[few], theirs[few].astype(dtype).astype(mine.dtype)):
                 continue
-            made = theirs.astype(dtype).astype(mine.dtype)
-        if bits_equal(mine, made):
-            finite, nonzero = np.isfinite(theirs), theirs != 0
-            return Passage(name, int(np.count_nonzero(finite & ~np.isfinite(made))), int(np.count_nonzero(nonzero & (made == 0))), True)
+            lost = _through(mine, theirs, dtype)
+        if lost is not None:
+            return Passage(name, *lost, True)
     return _quantised(mine, theirs)
+
+
+def _through(mine: Array, theirs: Array, dtype: np.dtype) -> tuple[int, int] | None:
+    """How many values overflowed and vanished in a cast, if the cast explains every value."""
+    overflowed = vanished = 0
+    for a, b in zip(pieces_of(mine), pieces_of(theirs)):
+        made = b.astype(dtype).astype(a.dtype)
+        if not bits_equal(a, made):
+            return None
+        overflowed += int(np.count_nonzero(np.isfinite(b) & ~np.isfinite(made)))
+        vanished += int(np.count_nonzero((b != 0) & (made == 0)))
+    return overflowed, vanished
 
 
 def _quantised(mine: Array, theirs: Array) -> Passage | None:
@@ -53,11 +64,11 @@ def _quantised(mine: Array, theirs: Array) -> Passage | None:
         return None
     zeros = int(np.count_nonzero((sampled(theirs) != 0) & (sampled(mine) == 0)))
     a, b = (np.nan_to_num(sampled(v).astype(np.float32)) for v in (mine, theirs))
+    top = largest(theirs)
     for name, dtype in GRIDS.items():
-        largest = SCALED.get(name)
-        top = float(np.abs(rows_of(theirs).astype(np.float32)).max()) if largest else 0.0
-        if largest and top > 0:
-            scale = np.float32(top / largest)
+        limit = SCALED.get(name)
+        if limit and top > 0:
+            scale = np.float32(top / limit)
             made = (b / scale).astype(dtype).astype(np.float32) * scale
             if np.abs(made - a).max() <= 2.0**-7 * np.abs(a).max() and np.mean(np.abs(made - a) <= 2.0**-8 * np.abs(made)) > 0.99:
                 return Passage(f"{name}, scaled by tensor", 0, zeros, False)

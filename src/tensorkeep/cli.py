@@ -84,6 +84,6 @@ def run(words: list[str], output: Output) -> int:
     try:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = next((c for c in COMMANDS if c.split() == words[: len(c.split())]), None)
-        raise TensorkeepError(" ".join(str(error).split()), hint=f"tensorkeep {command + ' ' if command else ''}--help") from None
+        known = next((c for c in COMMANDS if c.split() == words[: len(c.split())]), None)
+        raise TensorkeepError(" ".join(str(error).split()), hint=f"tensorkeep {known + ' ' if known else ''}--help") from None
     return int(code or 0)

@@ -14,8 +14,8 @@ from tensorkeep.detection.annotations import Annotations
 from tensorkeep.detection.columns import read_blocked
 from tensorkeep.detection.error_analysis import ErrorAnalysis, analyse_errors
 from tensorkeep.detection.evaluation import Evaluation, evaluate, read_files
-from tensorkeep.placement import replacing, write_bytes
 from tensorkeep.output import Output
+from tensorkeep.placement import replacing, write_bytes
 
 Several = Parameter(negative="", consume_multiple=True, show_default=False)
 
@@ -81,7 +81,9 @@ def eval_detection(
 
 def _show(out: Output, result: Evaluation, analysis: ErrorAnalysis | None) -> None:
     segments = sum(result.segments)
-    out.line(f"protocol {result.protocol}, subset {result.subset}: {result.detections:,} detections, {segments:,} segments, {len(result.classes)} classes")
+    out.line(
+        f"protocol {result.protocol}, subset {result.subset}: {result.detections:,} detections, {segments:,} segments, {len(result.classes)} classes"
+    )
     header, *rows = result.table()
     out.table(header, rows, right=header[1:])
     if analysis is None:

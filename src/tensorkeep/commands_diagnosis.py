@@ -26,7 +26,7 @@ def diagnose(
     for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
     forward: Annotated[bool, Parameter(negative="")] = False,
     text: str | None = None,
-    say: Say = Say(),
+    say: Say = Say(),  # noqa: B008  (frozen)
 ) -> int:
     """Name what is wrong with a checkpoint, with proof, and say what to do.
 
@@ -115,7 +115,7 @@ def _show_finding(out: Output, finding: Finding, causes: Sequence[str]) -> None:
         out.line(f"  fix: {finding.fix}")
 
 
-def explain(code: str, /, *, say: Say = Say()) -> int:
+def explain(code: str, /, *, say: Say = Say()) -> int:  # noqa: B008  (frozen)
     """What a finding code means: how it happens, how it shows, what to do.
 
     Parameters
@@ -141,7 +141,7 @@ def repair(
     reference: str,
     for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
-    say: Say = Say(),
+    say: Say = Say(),  # noqa: B008  (frozen)
 ) -> int:
     """Undo the causes that a diagnosis proves, write a new checkpoint, and diagnose that.
 

@@ -163,7 +163,9 @@ class Asker:
             if match is None or tensor.tensor.ndim != 3:
                 continue
             for layout in layouts:
-                names = [text.format(e=e, **match.groupdict()) for e in range(tensor.tensor.shape[0]) for text in layout]
+                names = [
+                    text.format(e=e, **match.groupdict()) for e in range(tensor.tensor.shape[0]) for text in layout
+                ]
                 found = [self._one(n) for n in names]
                 if all(found):
                     return tuple(p for f in found if f for p in f)

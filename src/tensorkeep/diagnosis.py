@@ -86,9 +86,9 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
             if error.code is None:
                 raise
             findings.append(Finding(error.code, "error", said(error), error.tensors, fix=error.hint))
-    error = case.read_error
-    if error is not None and not any(f.code == error.code and f.severity == "error" for f in findings):
-        findings.insert(0, Finding(error.code or "F07", "error", said(error), error.tensors, fix=error.hint))
+    stopped = case.read_error
+    if stopped is not None and not any(f.code == stopped.code and f.severity == "error" for f in findings):
+        findings.insert(0, Finding(stopped.code or "F07", "error", said(stopped), stopped.tensors, fix=stopped.hint))
     return findings, inconclusive
 
 

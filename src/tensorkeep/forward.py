@@ -113,7 +113,9 @@ def tokens_of(text: str | Path, tokenizer: Any, most: int, config: Any) -> Token
     starts = [i * (len(ids) - length) // max(count - 1, 1) for i in range(count)]
     top = max(max(ids), 0)
     if top >= int(getattr(config, "vocab_size", top + 1)):
-        raise Inconclusive(f"the tokenizer gives id {top}, the model has {config.vocab_size} rows: it is another model's tokenizer")
+        raise Inconclusive(
+            f"the tokenizer gives id {top}, the model has {config.vocab_size} rows: it is another model's tokenizer"
+        )
     return Tokens(torch.tensor([ids[s : s + length] for s in starts]), bos, bos is not None and probe[:1] == [bos])
 
 
@@ -128,7 +130,9 @@ def _run(model: Any, ids: Tensor, bos: int | None = None) -> Tensor:
     try:
         made: Tensor = model(input_ids=given, use_cache=False).logits.float()
     except REFUSALS as error:
-        raise Inconclusive(f"the model does not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise Inconclusive(
+            f"the model does not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     return made if bos is None else made[:, 1:]
 
 
@@ -141,10 +145,13 @@ def at_offset(logits: Tensor, ids: Tensor, offset: int) -> Tensor:
 
 
 def _figures(model: Any, logits: Tensor, words: Tokens) -> dict[str, Any]:
-    losses = _by_piece(lambda i: at_offset(logits[i : i + 1], words.ids[i : i + 1], 1), len(logits))
+    def against(offset: int) -> Tensor:
+        return _by_piece(lambda i: at_offset(logits[i : i + 1], words.ids[i : i + 1], offset), len(logits))
+
+    losses = against(1)
     found: dict[str, Any] = {
         "loss": float(losses.mean()), "tokens": words.ids.numel(), "uniform": math.log(logits.shape[-1]),
-        "offsets": {str(k): float(_by_piece(lambda i, k=k: at_offset(logits[i : i + 1], words.ids[i : i + 1], k), len(logits)).mean()) for k in OFFSETS},
+        "offsets": {str(k): float(against(k).mean()) for k in OFFSETS},
         "entropy": float(_by_piece(lambda i: entropy(logits[i]), len(logits)).mean()),
         "top1": float((logits[:, :-1].argmax(-1) == words.ids[:, 1:]).float().mean()),
     }  # fmt: skip
@@ -171,8 +178,12 @@ def _against(logits: Tensor, theirs: Tensor, words: Tokens) -> dict[str, Any]:
 
     count = len(logits)
     return {
-        "reference_loss": float(_by_piece(lambda i: at_offset(theirs[i : i + 1], words.ids[i : i + 1], 1), count).mean()),
-        "max_logit_difference": float(_by_piece(lambda i: (logits[i, :, :rows] - theirs[i, :, :rows]).abs().amax(-1)[None], count).max()),
+        "reference_loss": float(
+            _by_piece(lambda i: at_offset(theirs[i : i + 1], words.ids[i : i + 1], 1), count).mean()
+        ),
+        "max_logit_difference": float(
+            _by_piece(lambda i: (logits[i, :, :rows] - theirs[i, :, :rows]).abs().amax(-1)[None], count).max()
+        ),
         "kl": float(_by_piece(divergence, count).mean()),
     }
 
@@ -197,16 +208,27 @@ def symptoms(seen: Forward) -> list[str]:
     if not math.isfinite(seen.loss):
         return ["the loss is not finite: look for V01, B01, or activations that overflow"]
     if abs(seen.loss - seen.uniform) < 1e-3 and abs(seen.entropy - seen.uniform) < 1e-3:
-        return [f"the loss is ln V = {seen.uniform:.2f} exactly: every logit is equal, as with a zero head or zero final norm"]
+        return [
+            f"the loss is ln V = {seen.uniform:.2f} exactly: every logit is equal, as with a zero head or zero final norm"
+        ]
     if abs(seen.loss - seen.uniform) < 0.3 and seen.top1 < 0.01:
         said.append(f"about ln V = {seen.uniform:.2f} and no token right: a fresh start, or a fresh head")
     elif seen.loss > seen.uniform + 1:
         said.append("worse than knowing nothing: tensors swapped or out of order, not something missing at random")
-    if seen.early is not None and seen.late is not None and seen.late > seen.early - 0.1 and seen.loss < seen.uniform - 2:
-        said.append("the loss does not fall with position: RoPE is off, or q and k are in the other layout (B01, O01, C01)")
+    if (
+        seen.early is not None
+        and seen.late is not None
+        and seen.late > seen.early - 0.1
+        and seen.loss < seen.uniform - 2
+    ):
+        said.append(
+            "the loss does not fall with position: RoPE is off, or q and k are in the other layout (B01, O01, C01)"
+        )
     offset, lowest = min(seen.offsets.items(), key=lambda item: item[1], default=("1", math.inf))
     if lowest < seen.loss - 1 and lowest < seen.uniform - 1:
-        said.append(f"it predicts the token at distance {offset} rather than the next: it was trained with shifted labels")
+        said.append(
+            f"it predicts the token at distance {offset} rather than the next: it was trained with shifted labels"
+        )
     if seen.leak > 1e-2:
         said.append("positions see what comes after them: the causal mask is lost, and losses come out too low")
     if seen.bos is not None and seen.bos < -0.5:

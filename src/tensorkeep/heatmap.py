@@ -97,24 +97,22 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def per_tensor(evidence: Any, names: set[str]) -> dict[str, float]:
-    """Figures in evidence that are keyed by tensor name, the relative difference first: {name: x}, {name: {...}} or
-    [{"name": ..., "relative_difference": x}]."""
+def per_tensor(evidence: Any, names: set[str], plain: bool = False) -> dict[str, float]:
+    """Relative differences in evidence, by tensor name: {name: {"relative_difference": x}}, [{"name": ..., ...}], also
+    below another key; plain numbers count (`plain`) below a key that begins with `relative`."""
     out: dict[str, float] = {}
     if isinstance(evidence, Mapping):
         for key, value in evidence.items():
             if key in names:
-                figure = number(value.get("relative_difference", value.get("relative"))) if isinstance(value, Mapping) else number(value)
+                figure = number(value.get("relative_difference")) if isinstance(value, Mapping) else number(value) if plain else None
                 if figure is not None:
                     out[str(key)] = abs(figure)
-            elif isinstance(value, (Mapping, list)) and (str(key).startswith("relative") or isinstance(value, list)):
-                out |= per_tensor(value, names)
-    elif isinstance(evidence, list):
-        for item in evidence:
-            name = item.get("name", item.get("tensor")) if isinstance(item, Mapping) else None
-            figure = number(item.get("relative_difference", item.get("relative"))) if isinstance(item, Mapping) else None
-            if name in names and figure is not None:
-                out[str(name)] = abs(figure)
+            elif isinstance(value, Mapping):
+                out |= per_tensor(value, names, str(key).startswith("relative"))
+            elif isinstance(value, list):
+                for item in value:
+                    if isinstance(item, Mapping) and "name" in item:
+                        out |= per_tensor({str(item["name"]): item}, names)
     return out
 
 

@@ -46,16 +46,27 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     try:
         with torch.random.fork_rng(devices=[]), _silent():
             torch.default_generator.manual_seed(0)
-            if view.format == "hf" and view.config is not None and isinstance(view.folder, LocalFolder) and "config.json" in view.folder.names():
-                model, info = transformers.AutoModelForCausalLM.from_pretrained(view.folder.path, local_files_only=True, **options)
+            if (
+                view.format == "hf"
+                and view.config is not None
+                and isinstance(view.folder, LocalFolder)
+                and "config.json" in view.folder.names()
+            ):
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    view.folder.path, local_files_only=True, **options
+                )
             else:
                 config = transformers.AutoConfig.for_model(**document)
                 state = dict(_tensors(view, document))
-                kept = getattr(transformers, transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+                kept = getattr(
+                    transformers, transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+                )
                 del options["trust_remote_code"]
                 model, info = kept.from_pretrained(None, config=config, state_dict=state, **options)
     except (*REFUSALS, OSError) as error:
-        raise Inconclusive(f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise Inconclusive(
+            f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
     report = {k: sorted(str(n) for n in info[k]) for k in LOADING if info.get(k)}
     return model.eval(), report
 

@@ -42,7 +42,13 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]
     for path, module in model.named_modules(remove_duplicate=False):
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                yield f"{path}.{key}" if path else key, module, key, tensor, key not in module._non_persistent_buffers_set
+                yield (
+                    f"{path}.{key}" if path else key,
+                    module,
+                    key,
+                    tensor,
+                    key not in module._non_persistent_buffers_set,
+                )
 
 
 def held(model: nn.Module) -> list[Held]:

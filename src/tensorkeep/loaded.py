@@ -80,7 +80,9 @@ def _config(config: Any) -> dict[str, Any] | None:
     if hasattr(config, "to_dict"):
         made: dict[str, Any] = config.to_dict()
         return made
-    raise TensorkeepError(f"a config of type {type(config).__name__}", hint="give a dict, a path, or a transformers config")
+    raise TensorkeepError(
+        f"a config of type {type(config).__name__}", hint="give a dict, a path, or a transformers config"
+    )
 
 
 # -- processes ----------------------------------------------------------------------------------------------------------
@@ -122,5 +124,3 @@ def _one_code_each(findings: list[Finding]) -> list[Finding]:
             out.append(finding)
         seen.update(left if finding.code in ORDER else ())
     return out
-
-

@@ -14,7 +14,9 @@ from tensorkeep.live import local
 from tensorkeep.names import grouped
 
 EXACT = 1e-5  # relative; powers computed on another device differ in the last bits
-TABLE = 2e-2  # of the largest entry, for tables computed on another device: position 1e5 times the last bit of a frequency
+TABLE = (
+    2e-2  # of the largest entry, for tables computed on another device: position 1e5 times the last bit of a frequency
+)
 FIX = "from tensorkeep import repair_buffers; repair_buffers(model)"
 FILLED = "no checkpoint fills it: meta construction and to_empty() leave whatever lay in memory"
 
@@ -47,7 +49,9 @@ def buffer_findings(model: nn.Module, config: Mapping[str, Any] | None = None) -
     if wrong:
         names = [f.tensors[0] for f in wrong]
         others = f" ({len(wrong)} buffers in all: {', '.join(grouped(names)[:4])})" if len(wrong) > 1 else ""
-        yield Finding("B01", "error", f"{wrong[0].message}{others}", names, {f.tensors[0]: f.evidence for f in wrong}, fix=FIX)
+        yield Finding(
+            "B01", "error", f"{wrong[0].message}{others}", names, {f.tensors[0]: f.evidence for f in wrong}, fix=FIX
+        )
     if narrowed:
         kinds = sorted({str(b.tensor.dtype).removeprefix("torch.") for b in narrowed})
         yield Finding("B01", "warning", f"{len(narrowed)} buffers of RoPE went through a cast to 16 bits (they are {', '.join(kinds)} now); "
@@ -64,7 +68,11 @@ def _skipping_dynamic(found: list[Buffer]) -> Iterator[Buffer]:
     for buffer in found:
         kinds = getattr(buffer.module, "rope_type", None)
         dynamic = kinds in ("dynamic", "longrope") and not buffer.key.startswith("original")
-        if dynamic and isinstance(original := getattr(buffer.module, "original_inv_freq", None), Tensor) and not original.is_meta:
+        if (
+            dynamic
+            and isinstance(original := getattr(buffer.module, "original_inv_freq", None), Tensor)
+            and not original.is_meta
+        ):
             continue
         yield buffer
 
@@ -74,7 +82,9 @@ def judge(live: Tensor, right: Tensor) -> str:
     if live.shape != right.shape or live.is_meta:
         return "wrong"
     mine, at = local(live.detach())
-    theirs = right[tuple(slice(o, o + n) for o, n in zip(at, mine.shape))] if any(at) or mine.shape != right.shape else right
+    theirs = (
+        right[tuple(slice(o, o + n) for o, n in zip(at, mine.shape))] if any(at) or mine.shape != right.shape else right
+    )
     elsewhere, mine = mine.device.type != "cpu", mine.cpu()
     if mine.dtype == theirs.dtype:
         if _close(mine, theirs, elsewhere):
@@ -82,7 +92,11 @@ def judge(live: Tensor, right: Tensor) -> str:
         through = [theirs.to(d).to(mine.dtype) for d in (torch.bfloat16, torch.float16) if mine.dtype == torch.float32]
         return "narrowed" if any(_close(mine, t, elsewhere) for t in through) else "wrong"
     if not (mine.is_floating_point() and theirs.is_floating_point()):
-        return "wrong" if mine.dtype.is_complex != theirs.dtype.is_complex or not torch.equal(mine, theirs.to(mine.dtype)) else "equal"
+        return (
+            "wrong"
+            if mine.dtype.is_complex != theirs.dtype.is_complex or not torch.equal(mine, theirs.to(mine.dtype))
+            else "equal"
+        )
     return "narrowed" if _close(mine.double(), theirs.to(mine.dtype).double(), elsewhere) else "wrong"
 
 
@@ -90,7 +104,9 @@ def _close(a: Tensor, b: Tensor, elsewhere: bool) -> bool:
     if not (a.is_floating_point() or a.is_complex()) or torch.equal(a, b):
         return torch.equal(a, b)
     finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()) or not torch.equal(torch.nan_to_num(a[~finite].real), torch.nan_to_num(b[~finite].real)):
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(
+        torch.nan_to_num(a[~finite].real), torch.nan_to_num(b[~finite].real)
+    ):
         return False
     x, y = a[finite], b[finite]
     room = EXACT * y.abs()
@@ -111,7 +127,11 @@ def impossible(buffer: Buffer) -> bool:
 
 def _wrong(buffer: Buffer, right: Tensor | None, way: str) -> Finding:
     live = buffer.tensor.detach()
-    evidence: dict[str, Any] = {"shape": list(live.shape), "dtype": str(live.dtype).removeprefix("torch."), "expected_from": way}
+    evidence: dict[str, Any] = {
+        "shape": list(live.shape),
+        "dtype": str(live.dtype).removeprefix("torch."),
+        "expected_from": way,
+    }
     if live.is_meta:
         evidence["holds"] = "nothing: it is still on the meta device"
     else:
@@ -120,7 +140,9 @@ def _wrong(buffer: Buffer, right: Tensor | None, way: str) -> Finding:
         evidence["expected"] = _first(right)
         if right.shape != live.shape:
             evidence["expected_shape"] = list(right.shape)
-    said = f"holds {evidence['holds']}" + (f", the config gives {evidence['expected']}" if right is not None else f": {way}")
+    said = f"holds {evidence['holds']}" + (
+        f", the config gives {evidence['expected']}" if right is not None else f": {way}"
+    )
     return Finding("B01", "error", f"{buffer.name} {said}; {FILLED}", [buffer.name], evidence, fix=FIX)
 
 
@@ -140,7 +162,9 @@ def _odd(values: Tensor) -> dict[str, int]:
 # -- tables of other frameworks against the checkpoint's config -------------------------------------------------------
 
 
-def table_findings(model: nn.Module, config: Mapping[str, Any] | None, known: Collection[str] = ()) -> Iterator[Finding]:
+def table_findings(
+    model: nn.Module, config: Mapping[str, Any] | None, known: Collection[str] = ()
+) -> Iterator[Finding]:
     """C01 where a table of angles (torchtitan's freqs_cis or cache) has other frequencies than the checkpoint's config.
 
     Architectures that come from a registry and not from config.json (torchtitan's flavours) go wrong in this way.

@@ -35,7 +35,10 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
         out["rope_theta"] = float(theta)
     kind = rope.pop("rope_type", None) or rope.pop("type", None)
     if kind not in (None, "default"):
-        out |= {"rope_type": kind, **{f"rope_{k}": v for k, v in rope.items() if isinstance(v, (int, float)) and k != "type"}}
+        out |= {
+            "rope_type": kind,
+            **{f"rope_{k}": v for k, v in rope.items() if isinstance(v, (int, float)) and k != "type"},
+        }
     heads, hidden = out.get("num_attention_heads"), out.get("hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int) and heads:
         out.setdefault("head_dim", hidden // heads)

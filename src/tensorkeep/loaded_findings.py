@@ -62,7 +62,12 @@ def tensor_findings(model: nn.Module, tensors: list[Held], source: Source) -> It
                       [], {"model": len(tensors), "file": len(source.view)})  # fmt: skip
         return
     if skipped:
-        yield Finding("Q02", "info", f"{len(skipped)} quantised tensors were not compared: the model holds codes, the file may not", skipped)
+        yield Finding(
+            "Q02",
+            "info",
+            f"{len(skipped)} quantised tensors were not compared: the model holds codes, the file may not",
+            skipped,
+        )
     yield from _missing(missing, tensors, source)
     yield from _dropped(model, tensors, source, bool(missing))
     yield from _gathered(found)
@@ -75,7 +80,9 @@ def _rearranged(model: nn.Module, item: Held, asker: Asker) -> Iterator[Mismatch
     Of a sharded one only the names are settled: pieces of a shard are none of the file's.
     """
     sharded = hasattr(item.tensor, "to_local")
-    for name, piece in as_saved(model, item.name, item.tensor.detach().to("meta") if sharded else item.tensor.detach()).items():
+    for name, piece in as_saved(
+        model, item.name, item.tensor.detach().to("meta") if sharded else item.tensor.detach()
+    ).items():
         parts = asker.parts(Held(name, item.module, piece), name)
         if parts is not None:
             unread = Mismatch(name, "V06", "is rearranged by transformers, and sharded", {"compared": False})
@@ -104,7 +111,11 @@ def _missing(missing: list[Held], tensors: list[Held], source: Source) -> Iterat
         # meta construction breaks ties: the head is then a tensor of its own that no file fills
         embedding = next((t.tensor for t in tensors if t.name == hf.EMBEDDING), None)
         equal = embedding is not None and same(*(local(t.detach())[0].cpu() for t in (item.tensor, embedding)))
-        said = "a copy of the embedding, equal now: training will part them" if equal else "another tensor that nothing filled"
+        said = (
+            "a copy of the embedding, equal now: training will part them"
+            if equal
+            else "another tensor that nothing filled"
+        )
         yield Finding("T01", "warning" if equal else "error", f"the config ties lm_head to the embedding, the file holds one tensor for both, and in "
                       f"the model the head is {said}", [item.name], fix="model.tie_weights()")  # fmt: skip
     rest = [m for m in rest if m not in head]
@@ -123,7 +134,9 @@ def _dropped(model: nn.Module, tensors: list[Held], source: Source, some_missing
     left = [s for s in left if s not in spare]
     if not left:
         return
-    heads = not some_missing and all(re.search(r"(^|\.)(lm_head|score|classifier|output)\.(weight|bias)$", s) for s in left)
+    heads = not some_missing and all(
+        re.search(r"(^|\.)(lm_head|score|classifier|output)\.(weight|bias)$", s) for s in left
+    )
     headless = heads and not any(re.search(r"(^|\.)(lm_head|score|classifier|output)\.", t.name) for t in tensors)
     yield Finding(
         "K07", "warning" if headless else "error",
@@ -135,7 +148,9 @@ def _stands_for_embedding(head: str, source: Source) -> bool:
     """A head that the model ties away is no loss when the file's head equals its embedding."""
     names = [s for c, s in source.stored.items() if c.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
     record = source.view[head]
-    return any(source.view[n].shape == record.shape and source.view.digest(n) == source.view.digest(head) for n in names)
+    return any(
+        source.view[n].shape == record.shape and source.view.digest(n) == source.view.digest(head) for n in names
+    )
 
 
 def _gathered(found: Iterable[Mismatch]) -> Iterator[Finding]:
@@ -151,7 +166,9 @@ def _gathered(found: Iterable[Mismatch]) -> Iterator[Finding]:
             said = first if len(loud) == 1 else f"{len(names)} tensors {TITLES[code]}: {_few(names)}; {first}"
             yield Finding(code, "error", said, names, {"tensors": detail})
         if quiet:
-            yield Finding(code, "info", f"{len(quiet)} tensors were not compared: {quiet[0].words}", [m.name for m in quiet])
+            yield Finding(
+                code, "info", f"{len(quiet)} tensors were not compared: {quiet[0].words}", [m.name for m in quiet]
+            )
 
 
 def _cause(model: nn.Module, found: list[Mismatch], compared: int, source: Source) -> Iterator[Finding]:

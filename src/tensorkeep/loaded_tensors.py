@@ -39,7 +39,11 @@ class Mismatch:
 def packed(tensor: Tensor) -> bool:
     """Whether a tensor's own values are codes (bitsandbytes, torchao) that cannot be compared with a weight."""
     base = type(tensor).__module__
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) or hasattr(tensor, "to_local") or base.startswith("torch.nn.parameter")
+    plain = (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        or hasattr(tensor, "to_local")
+        or base.startswith("torch.nn.parameter")
+    )
     return not plain or hasattr(tensor, "quant_state")
 
 
@@ -50,13 +54,17 @@ def mismatch(item: Held, parts: tuple[Part, ...], source: Source) -> Mismatch | 
         return Mismatch(item.name, "K01", "is still on the meta device: nothing was loaded into it")
     record = source.view[parts[0].name]
     whole = len(parts) == 1 and parts[0].rows is None
-    if sum(part_bytes(p, source.view) for p in parts) != nbytes(record.dtype, shape) or (whole and record.shape != shape):
+    if sum(part_bytes(p, source.view) for p in parts) != nbytes(record.dtype, shape) or (
+        whole and record.shape != shape
+    ):
         return _shapes(item.name, shape, parts, source)
     mine, at = local(item.tensor.detach())
     rows = (at[0], at[0] + mine.shape[0]) if shape else (0, 1)
     stored = expected(parts, source.view, shape, rows)
     if stored is None:
-        return Mismatch(item.name, "V06", f"is stored as {record.dtype}, which torch cannot hold: not compared", {"compared": False})
+        return Mismatch(
+            item.name, "V06", f"is stored as {record.dtype}, which torch cannot hold: not compared", {"compared": False}
+        )
     if shape:
         stored = stored[(slice(None), *(slice(o, o + n) for o, n in zip(at[1:], mine.shape[1:])))]
     mine = mine.cpu()
@@ -88,7 +96,9 @@ def _shapes(name: str, shape: tuple[int, ...], parts: tuple[Part, ...], source: 
     return Mismatch(name, "S02" if vocabulary else "S01", words, evidence)
 
 
-def _name(name: str, mine: Tensor, cast: Tensor, stored: Tensor, complete: bool, config: Mapping[str, Any] | None) -> Mismatch:
+def _name(
+    name: str, mine: Tensor, cast: Tensor, stored: Tensor, complete: bool, config: Mapping[str, Any] | None
+) -> Mismatch:
     """The code of a difference, in the order of precedence S, O, V04, V05, V03, V01, V07, V02, V06."""
     if not mine.dtype.is_floating_point:
         return Mismatch(name, "V06", "integers differ", {"different": int((mine != cast).sum())})
@@ -107,8 +117,15 @@ def _name(name: str, mine: Tensor, cast: Tensor, stored: Tensor, complete: bool,
     if evidence["not_finite"]:
         return Mismatch(name, "V01", "holds values that are not finite", evidence)
     correlation = evidence.get("correlation")
-    if a.numel() >= 64 and not few and correlation is not None and abs(correlation) < max(UNCORRELATED, CHANCE / a.numel() ** 0.5):
-        return Mismatch(name, "V03", "has nothing in common with the file: what an initialiser gave, or old memory", evidence)
+    if (
+        a.numel() >= 64
+        and not few
+        and correlation is not None
+        and abs(correlation) < max(UNCORRELATED, CHANCE / a.numel() ** 0.5)
+    ):
+        return Mismatch(
+            name, "V03", "has nothing in common with the file: what an initialiser gave, or old memory", evidence
+        )
     if few and a.numel() > FEW:
         return Mismatch(name, "V07", f"differs in {evidence['different']} elements only", evidence)
     for spelled in NARROW:
@@ -141,7 +158,11 @@ def _numbers(a: Tensor, b: Tensor) -> dict[str, Any]:
     bad = ~a.isfinite() & b.isfinite()
     both = a.isfinite() & b.isfinite()
     x, y = a[both], b[both]
-    out: dict[str, Any] = {"different": int((x != y).sum() + (~both).sum()), "elements": a.numel(), "not_finite": int(bad.sum())}
+    out: dict[str, Any] = {
+        "different": int((x != y).sum() + (~both).sum()),
+        "elements": a.numel(),
+        "not_finite": int(bad.sum()),
+    }
     if x.numel():
         norm = float(y.norm())
         out["max_difference"] = float((x - y).abs().max())

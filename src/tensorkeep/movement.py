@@ -12,7 +12,7 @@ import numpy as np
 from tensorkeep.case import Array, Case
 from tensorkeep.record import DTYPES
 from tensorkeep.sources import layer_of, relation_of
-from tensorkeep.statistics import Relation, relation, rounded, rows_of, sampled, spread
+from tensorkeep.statistics import Relation, pieces_of, rounded, rows_of, sampled, spread
 from tensorkeep.survey import SAME
 
 TRAINED_SHARE = 0.5  # part of the floating tensors that must have moved for the move to be training's
@@ -46,6 +46,10 @@ def touch(case: Case, name: str) -> Touch:
     if name not in kept:
         mine, theirs = case.pair(name)
         a, b = words(mine), words(theirs)
+        count = sum(int(np.count_nonzero(x != y)) for x, y in zip(pieces_of(a), pieces_of(b)))
+        if count > 0.5 * a.size:  # no check asks where the elements of such a tensor lie
+            kept[name] = Touch(count, a.size, 0, a.size - 1, (), 0)
+            return kept[name]
         at = np.flatnonzero(a != b)
         few = at[:64]
         bits = tuple(int(x).bit_count() for x in a[few] ^ b[few])
@@ -87,10 +91,10 @@ class Fit:
         return {"fit": self.kind, **({"by": rounded(self.number)} if self.number is not None else {}), **self.relation.to_json()}
 
 
-def fit(case: Case, name: str) -> Fit:
-    """Which operation fits a tensor that differs from its reference."""
+def fit(case: Case, name: str, closely: bool = True) -> Fit:
+    """Which operation fits a tensor that differs from its reference. Not `closely`: only single factors and offsets."""
     mine, theirs = case.pair(name)
-    found = relation(mine, theirs)
+    found = relation_of(case, name)
     if found.unrelated and mine.size >= 64:
         return Fit("unrelated", None, found)
     step = grid(case, name)
@@ -104,6 +108,8 @@ def fit(case: Case, name: str) -> Fit:
     by = float(delta.mean())
     if abs(by) > 4 * float(delta.std()) and (np.abs(delta - by) <= 1.5 * step * (np.abs(x) + np.abs(y) + abs(by))).all():
         return Fit("offset", by, found)
+    if not closely:
+        return Fit("drift", None, found)
     if mine.ndim > 1:
         for kind, axis in (("row scale", 1), ("column scale", 0)):
             left = _scaled_lines(x, y, axis)
@@ -129,7 +135,7 @@ def _scaled_lines(x: Array, y: Array, axis: int) -> float:
     return math.sqrt(float(np.square(x - factor * y).sum()) / whole) if whole > 0 else 0.0
 
 
-def _low_rank(mine: Array, theirs: Array, most: int = 512) -> bool:
+def _low_rank(mine: Array, theirs: Array, most: int = 256) -> bool:
     """Whether the difference has a rank far below its size: an adapter was merged.  Judged on a corner of the matrix."""
     a, b = (rows_of(v)[:most, :most].astype(np.float64) for v in (mine, theirs))
     if min(a.shape) < 32:

@@ -42,6 +42,8 @@ def unwrap(name: str) -> tuple[str, tuple[str, ...]]:
     >>> unwrap("module._orig_mod.layers.0._checkpoint_wrapped_module.w")
     ('layers.0.w', ('module.', '_orig_mod.', '_checkpoint_wrapped_module.'))
     """
+    if "module" not in name and "_orig_mod" not in name and "base_model" not in name:
+        return name, ()  # nearly all names: a checkpoint has thousands
     segments, found = name.split("."), []
     at = 0
     while at < len(segments):

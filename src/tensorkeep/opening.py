@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from tensorkeep import architecture
+from tensorkeep import architecture, quantized
 from tensorkeep import naming as namings
 from tensorkeep.adapters import halves
 from tensorkeep.case import Case, Target
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import local_path
 from tensorkeep.naming import Identity, hf
 from tensorkeep.plan import Hub
 from tensorkeep.planning import to_hub
@@ -43,7 +44,7 @@ def open_case(path: str, reference: str | None, target: Target | None = None) ->
     try:
         case.view = read(path)
     except TensorkeepError as error:
-        if error.code is None:
+        if error.code is None or ("://" not in path and not local_path(path).exists()):
             raise
         case.read_error = error
         return case
@@ -69,7 +70,7 @@ def look(case: Case) -> None:
         config = case.reference_config if case.reference_config is not None else case.config
         case.reference_tensors = to_hub(case.reference, 1, case.reference_identity, config, case.reference_left_out)
     match_prefix(case)
-    case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors))
+    case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors) | _members(case))
     _stand_in(case)
     if case.compared:
         names = [n for n in case.reference_tensors if n in case.tensors and n not in case.packed]
@@ -94,6 +95,17 @@ def _stand_in(case: Case) -> None:
         if hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:
             mine[hf.HEAD] = mine[hf.EMBEDDING]
             case.tied |= {hf.HEAD}
+
+
+def _members(case: Case) -> set[str]:
+    """The hf names of all that makes up quantised weights, on either side, as `quantized` groups them."""
+    out: set[str] = set()
+    for view, hubs in ((case.view, case.tensors), (case.reference, case.reference_tensors)):
+        if view is not None and hubs:
+            weights = quantized.find(view)
+            stored = {*weights, *quantized.members(weights)}
+            out |= {n for n, hub in hubs.items() if hub.parts[0].name in stored}
+    return out
 
 
 def packed(hubs: Mapping[str, Hub]) -> set[str]:

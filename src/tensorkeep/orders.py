@@ -13,6 +13,8 @@ import xxhash
 from tensorkeep.statistics import Array, rows_of
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
+SEARCHED = 4096  # rows of a matrix up to which each is looked for among all
+NEAR = 0.9  # cosine of a row with itself after rounding or training
 MATCHED = 0.9  # part of the rows that must be found in the reference; a shift by one loses a row
 
 
@@ -45,7 +47,7 @@ class Order:
 def row_digests(a: Array) -> list[int]:
     """xxh3_64 of each row's bytes."""
     matrix = np.ascontiguousarray(rows_of(a))
-    data, width = memoryview(matrix.view(np.uint8).reshape(-1)), matrix.shape[1] * matrix.itemsize
+    data, width = matrix.view(np.uint8).reshape(-1).data, matrix.shape[1] * matrix.itemsize
     return [xxhash.xxh3_64_intdigest(data[at : at + width]) for at in range(0, len(data), width)] if width else []
 
 
@@ -74,6 +76,41 @@ def find_order(mine: Array, theirs: Array, axis: int = 0) -> Order | None:
             index[at] = wanted.index(digest)
     order = Order(axis, index)
     return order if order.moved and order.unmatched <= (1 - MATCHED) * len(ours) else None
+
+
+def find_order_loosely(mine: Array, theirs: Array) -> Order | None:
+    """The same for rows that were also rounded or trained: by direction, each row to its nearest.
+
+    All rows of small matrices; of large ones a sample, which can only show that all moved by one and the same number.
+    """
+    a, b = rows_of(mine), rows_of(theirs)
+    rows = len(b)
+    if a.shape != b.shape or a.shape[1] < 32 or rows < 8:
+        return None
+    asked = np.arange(rows) if rows <= SEARCHED else np.linspace(0, rows - 1, 128).astype(np.int64)
+    wanted = _directions(a[asked])
+    best, nearest = np.full(len(asked), -1.0, np.float32), np.zeros(len(asked), np.int64)
+    for at in range(0, rows, 4096):
+        alike = wanted @ _directions(b[at : at + 4096]).T
+        found = alike.argmax(axis=1)
+        value = alike[np.arange(len(asked)), found]
+        nearest, best = np.where(value > best, found + at, nearest), np.maximum(value, best)
+    if np.mean(best > NEAR) < MATCHED:
+        return None
+    if rows <= SEARCHED:
+        order = Order(0, np.where(best > NEAR, nearest, -1))
+        return order if order.moved else None
+    offsets, times = np.unique((asked - nearest) % rows, return_counts=True)
+    by = int(offsets[times.argmax()])
+    if times.max() < MATCHED * len(asked) or by == 0:
+        return None
+    return Order(0, (np.arange(rows) - by) % rows)
+
+
+def _directions(rows: Array) -> Array:
+    some = np.nan_to_num(rows.astype(np.float32))
+    made: Array = some / np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-20)
+    return made
 
 
 def describe(order: Order, unit: int = 0) -> tuple[str, dict[str, Any]]:

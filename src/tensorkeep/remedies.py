@@ -102,7 +102,7 @@ def _tied_apart(case: Case, names: list[str], out: Remedies) -> None:
 def _turned(case: Case, names: list[str], out: Remedies) -> None:
     turns = case.orders["turns"]
     for name in names:
-        back = np.argsort(np.asarray(turns[name].index))
+        back = np.argsort(np.asarray(turns[name].source))
         out.recipes[name] = lambda name=name, back=back: case.values(name)[back]  # type: ignore[misc]
     out.done["O01"] = f"turned the rows of {len(names)} tensors back"
 
@@ -148,7 +148,8 @@ def _rows(case: Case, names: list[str], out: Remedies) -> None:
 def _reordered(values: Array, back: Any, axis: int) -> Array:
     if axis:
         return np.ascontiguousarray(values.reshape(len(values), -1)[:, back]).reshape(values.shape)
-    return values[back]
+    made: Array = values[back]
+    return made
 
 
 def _norms(case: Case, names: list[str], out: Remedies) -> None:

@@ -44,7 +44,12 @@ def to_hub(view: StateView, index: int, identity: Identity, dropped: list[Step])
         elif part is not None:
             thirds.setdefault(name, {})[part] = stored
         elif name in out:
-            raise TensorkeepError(f"{stored} and another tensor both become {name}", where=view.path, code="K02", hint="leave one out with --drop")
+            raise TensorkeepError(
+                f"{stored} and another tensor both become {name}",
+                where=view.path,
+                code="K02",
+                hint="leave one out with --drop",
+            )
         else:
             record = view[stored]
             out[name] = Hub(name, record.dtype, record.shape, (Part(index, stored),), (), record.tied_to)
@@ -62,7 +67,9 @@ def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> 
     """q, k and v, in this order, as rows of one tensor."""
     records = [view[parts[i]] for i in sorted(parts)]
     if len(parts) != 3:
-        raise TensorkeepError(f"{name} lacks its query, key or value", where=view.path, code="K01", hint="the source is incomplete")
+        raise TensorkeepError(
+            f"{name} lacks its query, key or value", where=view.path, code="K01", hint="the source is incomplete"
+        )
     if len({(r.dtype, r.shape) for r in records}) != 1 or not records[0].shape:
         raise TensorkeepError(f"{name}: its query, key and value differ in shape or dtype", where=view.path, code="S01")
     shape = (3 * records[0].shape[0], *records[0].shape[1:])
@@ -95,7 +102,11 @@ def average_notes(view: StateView, identity: Identity) -> list[Note]:
         )]  # fmt: skip
     if identity.root in EMA_ROOTS:
         integers = [n for n in identity.names if view[n].dtype == "I64"]
-        cut = f"; OpenTAD truncates integers in it at each step: {integers[0]} matters to training only" if integers else ""
+        cut = (
+            f"; OpenTAD truncates integers in it at each step: {integers[0]} matters to training only"
+            if integers
+            else ""
+        )
         return [Note("K08", f"the average under {identity.root} is taken, not the live weights{cut}")]
     return []
 
@@ -114,7 +125,9 @@ def to_sink(items: list[Hub], target: str, dropped: list[Step]) -> list[Hub]:
             dropped += [Step(("drop",), (part,), None, omitted[item.name]) for part in item.parts]
         elif name is None:
             raise TensorkeepError(
-                f"{item.name} has no place in naming {target}: its loader would drop it", code="K07", hint=_way_out(item.name, target)
+                f"{item.name} has no place in naming {target}: its loader would drop it",
+                code="K07",
+                hint=_way_out(item.name, target),
             )
         else:
             out.append(replace(item, name=name, tied_to=rename(item.tied_to) if item.tied_to else None))
@@ -165,5 +178,10 @@ def with_recipe(hub: Mapping[str, Hub], companions: list[Companion], notes: list
     if recipes.FILE in [c.name for c in companions] or not recipes.readable(shapes):
         return companions
     text, assumed = recipes.read_off(shapes)
-    notes.append(Note("C03", f"recipe.yaml is read off the shapes; no shape shows {', '.join(assumed)}: they are AdaTAD's, compare them with OpenTAD's config"))
+    notes.append(
+        Note(
+            "C03",
+            f"recipe.yaml is read off the shapes; no shape shows {', '.join(assumed)}: they are AdaTAD's, compare them with OpenTAD's config",
+        )
+    )
     return [*companions, Companion(recipes.FILE, text.encode(), "made from the weights")]

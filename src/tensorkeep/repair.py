@@ -57,7 +57,7 @@ class RepairedView(StateView):
         record = self.records[name]
         row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
         first, last = rows or (0, record.shape[0] if record.shape else 1)
-        whole = memoryview(values.reshape(-1).view(np.uint8))[first * row : last * row]
+        whole = values.reshape(-1).view(np.uint8).data[first * row : last * row]
         step = max(chunk // granule, 1) * granule
         yield from (whole[at : at + step] for at in range(0, len(whole), step))
 

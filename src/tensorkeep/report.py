@@ -98,7 +98,7 @@ def _totals(document: Mapping[str, Any]) -> str:
     mine, theirs = totals.get("checkpoint"), totals.get("reference")
     figures = [("parameters in the checkpoint", mine), ("parameters in the reference", theirs)]
     if isinstance(mine, int) and isinstance(theirs, int):
-        figures.append(("more in the checkpoint" if mine >= theirs else "fewer in the checkpoint", abs(mine - theirs)))
+        figures.append(("difference" if mine == theirs else "more in the checkpoint" if mine > theirs else "fewer in the checkpoint", abs(mine - theirs)))
     tiles = [f"<div><b>{v:,}</b><span>{name}</span></div>" for name, v in figures if isinstance(v, int)]
     return f"<div class='tiles'>{''.join(tiles)}</div>" if tiles else ""
 

@@ -45,7 +45,9 @@ def explain_loss(model: nn.Module, batch: Mapping[str, Any] | Tensor, reported_l
     >>> explain_loss(model, batch, 9.66)[0].evidence["fits"]       # doctest: +SKIP
     'labels shifted twice'
     """
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    given = (
+        {"input_ids": batch} if isinstance(batch, Tensor) else {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    )
     if "input_ids" not in given or given["input_ids"].ndim != 2:
         raise Inconclusive("the batch has no input_ids of shape (batch, length)")
     with _evaluating(model), torch.no_grad():
@@ -96,7 +98,12 @@ def _candidates(model: Any, given: dict[str, Tensor]) -> tuple[float, dict[str, 
     number = int(counted.sum())
     ways = {
         f"labels {words}": (float(at_offset(logits, target, k)[_at(counts, k)].mean()), "shift")
-        for k, words in ((0, "not shifted"), (2, "shifted twice"), (3, "shifted three times"), (-1, "shifted backwards"))
+        for k, words in (
+            (0, "not shifted"),
+            (2, "shifted twice"),
+            (3, "shifted three times"),
+            (-1, "shifted backwards"),
+        )
     }
     flat, wanted = logits[:, :-1][counted], target[:, 1:][counted]
     ways["label smoothing 0.1"] = float(functional.cross_entropy(flat, wanted, label_smoothing=0.1)), "smoothing"
@@ -124,7 +131,11 @@ def targets(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return ids, counts
     real = labels[:, :-1] != IGNORED
     agree = (labels[:, :-1] == ids[:, 1:])[real]
-    if bool(real.any()) and float(agree.float().mean()) > 0.99 and not torch.equal(labels[:, 1:][real], ids[:, 1:][real]):
+    if (
+        bool(real.any())
+        and float(agree.float().mean()) > 0.99
+        and not torch.equal(labels[:, 1:][real], ids[:, 1:][real])
+    ):
         shifted = torch.ones_like(counts)
         shifted[:, 1:] = real
         return ids, counts & shifted  # the data has shifted them already: bring the marks back to their tokens
@@ -158,7 +169,12 @@ def _other_inputs(
     if mask is not None and not bool(mask.all()):
         add("attention to padding", "attention", ids, {k: v for k, v in extra.items() if k != "attention_mask"})
     if "position_ids" in extra and bool((extra["position_ids"].diff(dim=1) != 1).any()):
-        add("packed documents that see each other", "packing", ids, {k: v for k, v in extra.items() if k != "position_ids"})
+        add(
+            "packed documents that see each other",
+            "packing",
+            ids,
+            {k: v for k, v in extra.items() if k != "position_ids"},
+        )
     bos = getattr(getattr(model, "config", None), "bos_token_id", None)
     if isinstance(bos, int) and mask is None:
         if bool((ids[:, 0] == bos).all()):
@@ -172,6 +188,8 @@ def _run(model: Any, ids: Tensor, **extra: Tensor) -> Tensor:
     try:
         made = model(input_ids=ids, **extra)
     except REFUSALS as error:
-        raise Inconclusive(f"the model does not run on this batch: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise Inconclusive(
+            f"the model does not run on this batch: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     logits: Tensor = made.logits if hasattr(made, "logits") else made[0] if isinstance(made, tuple) else made
     return logits.float()

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
     to: str
     head: int
     rotary: int
-    index: tuple[int, ...]  # reference row of each row
+    source: tuple[int, ...]  # reference row of each row
     exact: bool
     which: str = ""  # of a fused tensor: q, k or q and k
 
@@ -49,6 +49,7 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
     if part is None or rows < 4 or mine.shape != theirs.shape:
         return None
     loose: Turn | None = None
+    own = mine.ndim > 1 and relation(mine, theirs).correlation > ALIKE  # then only a turn that fits exactly can be meant
     for head, rotary in _sizes(rows, config):
         for to in ("pairs", "half"):
             for which, index in _indices(part, rows, Rows(head, rotary, to), config):
@@ -57,10 +58,8 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
                 turned = theirs[index]
                 if _same(mine, turned):
                     return Turn(to, head, rotary, tuple(index.tolist()), True, which)
-                if loose is None and mine.ndim > 1 and relation(mine, turned).correlation > ALIKE:
+                if loose is None and mine.ndim > 1 and not own and relation(mine, turned).correlation > ALIKE:
                     loose = Turn(to, head, rotary, tuple(index.tolist()), False, which)
-    if loose is None or relation(mine, theirs).correlation > ALIKE:
-        return None
     return loose
 
 
@@ -91,7 +90,7 @@ def _indices(part: str, rows: int, turn: Rows, config: Mapping[str, Any] | None)
     dim = architecture.head_dim(config or {})
     heads, kv = (config or {}).get("num_attention_heads"), architecture.kv_heads(config or {})
     q, k = (heads * dim, kv * dim) if isinstance(heads, int) and dim and heads * dim + 2 * kv * dim == rows else (rows // 3, rows // 3)
-    if rows % 3 and (q, k) == (rows // 3, rows // 3) or q % turn.block or k % turn.block:
+    if (rows % 3 and (q, k) == (rows // 3, rows // 3)) or q % turn.block or k % turn.block:
         return
     for which, low, high in (("q and k", 0, q + k), ("q", 0, q), ("k", q, q + k)):
         index = np.arange(rows)
@@ -113,10 +112,13 @@ def pairing(weight: Array, head: int, rotary: int) -> np.ndarray[Any, np.dtype[n
     return logs
 
 
-def apart(profile: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """How far apart the rows of a pair are if the layout is half-split, and if it is interleaved (root mean square)."""
+def apart(profile: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
+    """How far apart the rows of a pair are (root mean square): as stored, and with either turn undone.
+
+    The key of a turn is what was done to the rows: "pairs" (interleaved), "half" (the wrong direction).
+    """
     half = profile.size // 2
-    split = profile[:half] - profile[half:]
-    undone = profile[Rows(profile.size, profile.size, "half").order()]
-    turned = undone[:half] - undone[half:]
-    return float(np.sqrt(np.mean(split**2))), float(np.sqrt(np.mean(turned**2)))
+    undone = {"": profile} | {
+        to: profile[Rows(profile.size, profile.size, to).inverse().order()] for to in ("pairs", "half")
+    }
+    return {to: float(np.sqrt(np.mean((rows[:half] - rows[half:]) ** 2))) for to, rows in undone.items()}

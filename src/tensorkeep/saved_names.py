@@ -20,7 +20,9 @@ def as_saved(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
     `tensor` may be on the meta device: then only names and shapes are told.
     """
-    revert: Callable[..., Any] | None = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
+    revert: Callable[..., Any] | None = getattr(
+        sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None
+    )
     root = next(transformers_roots(model), None)
     if revert is None or root is None or root[0]:
         return {}

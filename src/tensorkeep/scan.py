@@ -11,7 +11,7 @@ from tensorkeep.case import Array, Case, np_dtype_known
 from tensorkeep.casts import on_grid
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.record import DTYPES
-from tensorkeep.statistics import Spread, sampled, spread
+from tensorkeep.statistics import Spread, pieces_of, sampled, spread
 from tensorkeep.survey import THREADS, size_of
 
 # sign and exponent all ones: infinity or NaN, by the bytes of a float and of its mantissa
@@ -72,9 +72,11 @@ def not_finite(values: Array) -> tuple[int, int]:
             wide = values.astype(np.float32)
         return int(np.count_nonzero(np.isnan(wide))), int(np.count_nonzero(np.isinf(wide)))
     exponent, mantissa = MASKS[values.dtype.name]
-    bits = np.ascontiguousarray(values).view(f"u{values.itemsize}")
-    high = (bits & bits.dtype.type(exponent)) == bits.dtype.type(exponent)
-    if not high.any():
-        return 0, 0
-    nan = int(np.count_nonzero(bits[high] & bits.dtype.type(mantissa)))
-    return nan, int(np.count_nonzero(high)) - nan
+    nan = infinite = 0
+    for piece in pieces_of(values):
+        bits = piece.view(f"u{values.itemsize}")
+        high = (bits & bits.dtype.type(exponent)) == bits.dtype.type(exponent)
+        if high.any():
+            odd = int(np.count_nonzero(bits[high] & bits.dtype.type(mantissa)))
+            nan, infinite = nan + odd, infinite + int(np.count_nonzero(high)) - odd
+    return nan, infinite

@@ -98,6 +98,11 @@ class StateView(Mapping[str, TensorRecord]):
                 raise short_file(f"{self.folder.url}/{block.file}", block.start, block.nbytes, self.folder.size(block.file))
         return sorted(blocks, key=lambda b: b.offsets)
 
+    def spans(self, name: str) -> list[Span] | None:
+        """The byte ranges that make up a plainly stored tensor in row-major order; None where there are none."""
+        record = self.records[name]
+        return _row_spans(record, self._blocks(record)) if record.encoding == "plain" and record.blocks else None
+
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
     ) -> Iterator[memoryview]:

@@ -64,9 +64,7 @@ def average_precision(truth, found, threshold):
     """ActivityNet: truth {video: [segment]}, found [(video, segment, score)]; detections choose; interpolated."""
     taken, hits = set(), []
     for video, segment, _ in sorted(found, key=lambda row: -row[2]):
-        options = [
-            (iou(segment, other), k) for k, other in enumerate(truth.get(video, [])) if (video, k) not in taken
-        ]
+        options = [(iou(segment, other), k) for k, other in enumerate(truth.get(video, [])) if (video, k) not in taken]
         best = max(options, default=(0.0, -1))
         hits.append(best[0] >= threshold)
         if hits[-1]:

@@ -53,7 +53,10 @@ def test_seconds_stay_within_the_video():
 def test_rounding_is_that_of_python():
     found = random_detections(0, 5000)
     rounded = round_detections(found)
-    for before, after, digits in ((found.segments.ravel(), rounded.segments.ravel(), 2), (found.scores, rounded.scores, 4)):
+    for before, after, digits in (
+        (found.segments.ravel(), rounded.segments.ravel(), 2),
+        (found.scores, rounded.scores, 4),
+    ):
         assert [np.float32(round(float(value), digits)) for value in before] == after.tolist()
 
 

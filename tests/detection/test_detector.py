@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorkeep.detection import detector as detection
+from tensorkeep import detection
 from tensorkeep.detection.config import read_section
 from tensorkeep.detection.detector import (
     Detector,

@@ -19,7 +19,13 @@ def kind_of(*rows):
 
 @pytest.mark.parametrize(
     "start,end,kind",
-    [(0, 9, "true positive"), (0, 3, "localisation"), (50, 59, "wrong label"), (50, 53, "confusion"), (30, 31, "background")],
+    [
+        (0, 9, "true positive"),
+        (0, 3, "localisation"),
+        (50, 59, "wrong label"),
+        (50, 53, "confusion"),
+        (30, 31, "background"),
+    ],
 )
 def test_each_kind_is_told_from_the_segment_overlapped_most(start, end, kind):
     assert kind_of(("v", start, end, "x", 0.9))[0] == kind

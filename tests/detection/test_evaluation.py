@@ -59,7 +59,9 @@ def test_activitynet_precision_equals_the_plain_loop(truth, found, threshold):
     assert got.ap[0, 0] == pytest.approx(want, abs=1e-12)
 
 
-@given(truths, founds, st.lists(st.tuples(st.sampled_from("ab"), segment), max_size=3), st.sampled_from([0.1, 0.5, 0.7]))
+@given(
+    truths, founds, st.lists(st.tuples(st.sampled_from("ab"), segment), max_size=3), st.sampled_from([0.1, 0.5, 0.7])
+)
 @settings(deadline=None, max_examples=80)
 def test_thumos_precision_equals_the_plain_loop(truth, found, ambiguous, threshold):
     rows = [(video, *own, "x") for video, own in truth] + [(video, *own, "Ambiguous") for video, own in ambiguous]
@@ -90,7 +92,9 @@ def test_blocked_videos_count_on_neither_side():
 
 
 def test_a_detection_in_a_video_without_annotation_is_a_false_positive_and_said():
-    got = evaluate(annotate([("v", 0, 2, "x")]), detect([("v", 0, 2, "x", 0.5), ("stray", 0, 2, "x", 0.9)]), thresholds=[0.5])
+    got = evaluate(
+        annotate([("v", 0, 2, "x")]), detect([("v", 0, 2, "x", 0.5), ("stray", 0, 2, "x", 0.9)]), thresholds=[0.5]
+    )
     assert got.average == 0.5
     assert any("stray" in note for note in got.notes)
 
@@ -119,7 +123,9 @@ def test_recall_counts_k_detections_for_each_annotated_segment():
 def test_many_small_blocks_of_pairs_give_the_same_result(monkeypatch):
     rng = np.random.default_rng(3)
     truth = annotate([(f"v{i % 3}", s, s + 2, "x") for i, s in enumerate(rng.uniform(0, 30, 30))])
-    found = detect([(f"v{i % 3}", s, s + 2, "x", p) for i, (s, p) in enumerate(zip(rng.uniform(0, 30, 90), rng.random(90)))])
+    found = detect(
+        [(f"v{i % 3}", s, s + 2, "x", p) for i, (s, p) in enumerate(zip(rng.uniform(0, 30, 90), rng.random(90)))]
+    )
     whole = evaluate(truth, found)
     monkeypatch.setattr("tensorkeep.detection.matching._BLOCK", 7)
     np.testing.assert_array_equal(evaluate(truth, found).ap, whole.ap)
@@ -165,9 +171,7 @@ def test_evaluation_runs_without_torch_and_pandas(tmp_path):
     (tmp_path / "gt.json").write_text(
         json.dumps({"database": {"v": {"subset": "val", "annotations": [{"segment": [0, 2], "label": "x"}]}}})
     )
-    (tmp_path / "pred.json").write_text(
-        json.dumps({"results": {"v": [{"segment": [0, 2], "label": "x", "score": 1}]}})
-    )
+    (tmp_path / "pred.json").write_text(json.dumps({"results": {"v": [{"segment": [0, 2], "label": "x", "score": 1}]}}))
     code = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['pandas'] = None\n"
@@ -181,7 +185,9 @@ def test_evaluation_runs_without_torch_and_pandas(tmp_path):
 
 def test_files_of_blocked_names_are_json_or_lines(tmp_path):
     (tmp_path / "gt.json").write_text(
-        json.dumps({"database": {n: {"subset": "val", "annotations": [{"segment": [0, 2], "label": "x"}]} for n in "vw"}})
+        json.dumps(
+            {"database": {n: {"subset": "val", "annotations": [{"segment": [0, 2], "label": "x"}]} for n in "vw"}}
+        )
     )
     (tmp_path / "pred.json").write_text(json.dumps({"results": {"v": [{"segment": [0, 2], "label": "x", "score": 1}]}}))
     (tmp_path / "blocked.json").write_text('["w"]')

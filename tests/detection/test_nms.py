@@ -97,15 +97,15 @@ def test_nothing_found_stays_nothing():
 
 
 def test_opentad_options_mean_what_they_do_there():
-    rule = from_opentad({"use_soft_nms": True, "sigma": 0.7, "max_seg_num": 2000, "multiclass": True, "voting_thresh": 0.7})
+    rule = from_opentad(
+        {"use_soft_nms": True, "sigma": 0.7, "max_seg_num": 2000, "multiclass": True, "voting_thresh": 0.7}
+    )
     assert rule == Suppression("gaussian", sigma=0.7, limit=2000, multiclass=True, voting=None)  # ignored there
     assert from_opentad({"multiclass": False, "voting_thresh": 0.9}).voting == 0.9
     assert from_opentad({"use_soft_nms": False, "iou_threshold": 0.4}).method == "greedy"
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"method": "gauss"}, {"sigma": 0.0}, {"limit": 0}, {"voting": 0.0}, {"voting": 1.5}]
-)
+@pytest.mark.parametrize("wrong", [{"method": "gauss"}, {"sigma": 0.0}, {"limit": 0}, {"voting": 0.0}, {"voting": 1.5}])
 def test_rules_that_cannot_work_are_refused(wrong):
     with pytest.raises(TensorkeepError):
         Suppression(**wrong)

@@ -243,7 +243,9 @@ def find_stride(config: dict[str, Any]) -> int:
     """Snippet stride: stated by test windows, elsewhere the distance of a window's first frame per snippet."""
     entries = [entry for key, rows in config.items() if "_sliding_overlap_" in key for entry in rows]
     stated = [int(entry["snippet_stride"]) for entry in entries if "snippet_stride" in entry]
-    moved = [entry["window_start_frame"] // entry["feature_start_idx"] for entry in entries if entry["feature_start_idx"]]
+    moved = [
+        entry["window_start_frame"] // entry["feature_start_idx"] for entry in entries if entry["feature_start_idx"]
+    ]
     return next(iter(stated + moved))
 
 

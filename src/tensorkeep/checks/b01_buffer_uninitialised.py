@@ -75,8 +75,16 @@ def frequencies(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
     if (fields.get("rope_type") or fields.get("type") or "default") != "default":
         return None
     theta, heads, hidden = fields.get("rope_theta"), fields.get("num_attention_heads"), fields.get("hidden_size")
-    size = fields.get("head_dim") or (hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0)
-    if not isinstance(theta, (int, float)) or not math.isfinite(theta) or theta <= 0 or not isinstance(size, int) or size < 2:
+    size = fields.get("head_dim") or (
+        hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
+    )
+    if (
+        not isinstance(theta, (int, float))
+        or not math.isfinite(theta)
+        or theta <= 0
+        or not isinstance(size, int)
+        or size < 2
+    ):
         return None
     rotary = int(size * partial_rotary(config))
     made: np.ndarray[Any, Any] = float(theta) ** -(np.arange(0, rotary, 2) / rotary)

@@ -30,8 +30,10 @@ def check(case: Case) -> Iterator[Finding]:
     """The ids of tokenizer.json beside the rows of the embedding and beside the reference's ids."""
     if case.view is None:
         return
-    ids = _ids(case.view)
     embed = case.tensors.get(hf.EMBEDDING)
+    if _same_as_reference(case):
+        return
+    ids = _ids(case.view)
     if not ids or embed is None or len(embed.shape) != 2:
         return
     beyond = {t: i for t, i in ids.items() if i >= embed.shape[0]}
@@ -52,13 +54,22 @@ def check(case: Case) -> Iterator[Finding]:
         yield from _dead_rows(case, ids)
 
 
+def _same_as_reference(case: Case) -> bool:
+    """The reference's own tokenizer over as many rows: parsing megabytes of JSON would show nothing new."""
+    if case.view is None or case.reference is None:
+        return False
+    mine, theirs = ({c.name: c.data for c in v.companions}.get(TOKENIZER) for v in (case.view, case.reference))
+    rows = [hubs[hf.EMBEDDING].shape if hf.EMBEDDING in hubs else None for hubs in (case.tensors, case.reference_tensors)]
+    return mine is not None and mine == theirs and rows[0] == rows[1]
+
+
 def _dead_rows(case: Case, ids: dict[str, int]) -> Iterator[Finding]:
     """Rows of real tokens that are exactly zero."""
     if hf.EMBEDDING in case.packed or hf.EMBEDDING in case.claims or hf.EMBEDDING in case.broken:
         return
     values = case.values(hf.EMBEDDING)
     used = np.asarray(sorted(set(ids.values())), np.int64)
-    dead = int(np.count_nonzero(~values[used].any(axis=1)))
+    dead = int(np.count_nonzero(~np.asarray(values.any(axis=1))[used]))
     if dead:
         yield Finding(CODE, "warning", f"{dead} tokens have a row of zeros in the embedding", [hf.EMBEDDING], {"dead_rows": dead, "tokens": len(ids)})
 

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from tensorkeep.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.names import strip_root
+from tensorkeep.proof import read_certificate
 from tensorkeep.survey import SAME, THREADS
-from tensorkeep.verification import against_crc, read_certificate
+from tensorkeep.verification import against_crc
 
 CODE = "F03"
 

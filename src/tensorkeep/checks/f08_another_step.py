@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tensorkeep.case import Case
-from tensorkeep.findings import Finding
+from tensorkeep.findings import Finding, Severity
 
 CODE = "F08"
 # torchtitan searches, it does not match: `old-step-9` counts too (facts §1.2)
@@ -38,7 +38,7 @@ def check(case: Case) -> Iterator[Finding]:
     if higher <= int(own[1]):
         return
     meant = case.target in ("flame", "torchtitan")
-    severity = "error" if meant else "warning" if own[1] == "0" else "info"
+    severity: Severity = "error" if meant else "warning" if own[1] == "0" else "info"
     yield Finding(
         CODE, severity, f"flame and torchtitan would load {others[higher]}, not {path.resolve().name}: they take the highest step",
         (), {"meant": int(own[1]), "loaded": higher, "steps": sorted(others)},

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.case import Case
-from tensorkeep.findings import Finding
+from tensorkeep.findings import Finding, Severity
 from tensorkeep.naming import EMA_ROOTS
 
 CODE = "K04"
@@ -41,7 +41,7 @@ def check(case: Case) -> Iterator[Finding]:
         yield _prefixed(case, *case.prefix)
 
 
-def _severity(case: Case, root: str) -> str | None:
+def _severity(case: Case, root: str) -> Severity | None:
     if case.target == "flame":
         return None
     if case.target in ("hf", "torchtitan"):

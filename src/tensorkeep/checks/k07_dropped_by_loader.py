@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from tensorkeep.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.naming import hf, torchtitan
-from tensorkeep.survey import same_bytes
+from tensorkeep.survey import bits_equal
 
 CODE = "K07"
 
@@ -47,4 +47,4 @@ def _conflict(case: Case) -> bool:
     head, embed = case.values(hf.HEAD), case.values(hf.EMBEDDING)
     if head.shape != embed.shape or head.dtype != embed.dtype:
         return True
-    return not same_bytes(memoryview(head.reshape(-1).view("u1")), memoryview(embed.reshape(-1).view("u1")))
+    return not bits_equal(head, embed)

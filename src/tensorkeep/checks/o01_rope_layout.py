@@ -79,10 +79,11 @@ def _by_statistics(case: Case) -> Iterator[Finding]:
         if heads < HEADS_NEEDED:
             continue
         profiles = [pairing(case.values(n), head, rotary) * (case.tensors[n].shape[0] // head) for n in names]
-        stored, other = apart(np.sum(profiles, axis=0) / heads)
-        if stored > WRONG and stored > RATIO * other:
+        figures = apart(np.sum(profiles, axis=0) / heads)
+        stored, to = figures[""], min(("pairs", "half"), key=figures.__getitem__)
+        if stored > WRONG and stored > RATIO * figures[to]:
             yield Finding(
-                CODE, "error", f"the rows of {part}_proj lie interleaved: paired rows differ by {stored:.2f} in log norm, by {other:.2f} if turned",
-                names, {"apart_half_split": rounded(stored), "apart_interleaved": rounded(other), "heads": heads, "which": part},
+                CODE, "error", f"the rows of {part}_proj are {WORDS[to]}: paired rows differ by {stored:.2f} in log norm, by {figures[to]:.2f} if turned back",
+                names, {"apart": rounded(stored), "apart_if_turned_back": rounded(figures[to]), "heads": heads, "which": part, "direction": to},
                 fix=f"tensorkeep repair {case.path} OUT --reference REF  # or convert again, with the permutation",
             )  # fmt: skip

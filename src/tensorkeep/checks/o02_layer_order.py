@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from tensorkeep.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.sources import layer_of, sources
+from tensorkeep.words import is_norm
 
 CODE = "O02"
-AGREED = 0.8  # part of a layer's differing tensors that must hold one and the same other layer
+AGREED = 0.8  # part of a layer's differing matrices that must hold one and the same other layer
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -39,7 +40,8 @@ def check(case: Case) -> Iterator[Finding]:
     names: list[str] = []
     for (stack, layer), counted in votes.items():
         other_layer, times = counted.most_common(1)[0]
-        if times >= 2 and times >= AGREED * len(moved[stack, layer]) and times >= 0.4 * _kinds(case, stack, layer):
+        # norms that were trained cannot be matched by content; they follow their layer
+        if times >= 2 and times >= AGREED * sum(counted.values()) and times >= AGREED * len([n for n in moved[stack, layer] if not is_norm(n)]) and times >= 0.4 * _kinds(case, stack, layer):
             holds[stack][layer] = other_layer
             names += moved[stack, layer]
     if not names:

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from tensorkeep import architecture
-from tensorkeep.case import Case
+from tensorkeep.case import Array, Case
 from tensorkeep.findings import Finding
-from tensorkeep.orders import Order, describe, find_order
+from tensorkeep.orders import Order, describe, find_order, find_order_loosely
 from tensorkeep.sources import constant, relation_of
 
 CODE = "O04"
 LIKELY = 0.98  # r above which no order of many rows can have changed; fewer rows are looked for where most are equal
+LOOSE = 0.5  # r below which rows are looked for by direction: they may have been rounded or trained as well
 LARGEST = 1 << 27  # elements beyond which columns are not searched: they need a transposed copy
 
 
@@ -63,16 +64,18 @@ def _order(case: Case, name: str) -> Order | None:
     order = find_order(mine, theirs)
     if order is None and mine.size <= LARGEST:
         order = find_order(mine, theirs, axis=1)
+    if order is None and relation_of(case, name).correlation < LOOSE:
+        order = find_order_loosely(mine, theirs)
     return order
 
 
-def _order_of_elements(mine: np.ndarray, theirs: np.ndarray) -> Order | None:  # type: ignore[type-arg]
+def _order_of_elements(mine: Array, theirs: Array) -> Order | None:
     """A vector in another order: only where it holds the very same values, since single values say little."""
     if len(mine) < 8 or not np.array_equal(np.sort(mine.view(f"u{mine.itemsize}")), np.sort(theirs.view(f"u{theirs.itemsize}"))):
         return None
     return find_order(mine, theirs)
 
 
-def _mostly_equal_rows(mine: np.ndarray, theirs: np.ndarray) -> bool:  # type: ignore[type-arg]
+def _mostly_equal_rows(mine: Array, theirs: Array) -> bool:
     rows = (mine != theirs).reshape(len(mine), -1).any(axis=1)
     return bool(rows.mean() < 0.5 and rows.sum() >= 2)

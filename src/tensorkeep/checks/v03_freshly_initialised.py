@@ -35,7 +35,7 @@ def check(case: Case) -> Iterator[Finding]:
     found: dict[str, Spread] = {}
     for name in case.differing():
         values = case.values(name)
-        if values.size < 64 or is_norm(name) and values.ndim == 1 or not relation_of(case, name).unrelated or constant(values):
+        if values.size < 64 or (is_norm(name) and values.ndim == 1) or not relation_of(case, name).unrelated or constant(values):
             continue
         drawn = spread(values)
         if drawn.fresh:

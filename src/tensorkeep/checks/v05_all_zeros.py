@@ -16,6 +16,7 @@ import numpy as np
 from tensorkeep.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.scan import scan
+from tensorkeep.statistics import pieces_of
 
 CODE = "V05"
 
@@ -23,7 +24,7 @@ CODE = "V05"
 def check(case: Case) -> Iterator[Finding]:
     """Zero tensors that differ from the reference; without one, zero matrices of a model."""
     if case.reference is not None:
-        zero = [n for n in case.differing(floating=False) if not case.values(n).astype(np.float32).any()]
+        zero = [n for n in case.differing(floating=False) if not any(piece.any() for piece in pieces_of(case.values(n)))]
     else:
         # biases start at zero and may well stay there
         zero = [n for n, s in scan(case).items() if s.constant == 0.0 and len(case.tensors[n].shape) > 1 and n not in case.claims]

@@ -20,6 +20,7 @@ from tensorkeep.statistics import rounded
 from tensorkeep.words import is_norm
 
 CODE = "V06"
+STRANGE = 0.2  # r below which a tensor among trained ones does not hold the reference's content any more
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -29,19 +30,19 @@ def check(case: Case) -> Iterator[Finding]:
     names = case.differing(floating=False)
     if not names:
         return
-    fits = {n: fit(case, n) for n in names}
-    simple = {n: f for n, f in fits.items() if f.simple}
     trained = trained_further(case)
+    fits = {n: fit(case, n, closely=not trained) for n in names}
+    simple = {n: f for n, f in fits.items() if f.simple}
     if trained and len(simple) < 0.5 * len(names):
-        simple = {n: f for n, f in simple.items() if not is_norm(n) and abs((f.number or 1) - 1) > 0.05 and f.kind == "scale"}
+        simple = _outliers(fits)
     case.orders["fits"] = simple
-    for kind, number in dict.fromkeys((f.kind, rounded(f.number) if f.number is not None else None) for f in simple.values()):
-        same = {n: f for n, f in simple.items() if (f.kind, rounded(f.number) if f.number is not None else None) == (kind, number)}
+    for kind, number in dict.fromkeys((f.kind, _short(f)) for f in simple.values()):
+        same = {n: f for n, f in simple.items() if (f.kind, _short(f)) == (kind, number)}
         case.claim(same, CODE)
         by = f" by {number:g}" if number is not None else ""
         yield _finding(case, same, "error", f"{len(same)} tensors are the reference's with a {kind}{by}", f"tensorkeep repair {case.path} OUT --reference {case.reference.path}")
     rest = {n: f for n, f in fits.items() if n not in simple}
-    lost = {n: f for n, f in rest.items() if f.kind == "unrelated" and not is_norm(n)}
+    lost = {n: f for n, f in rest.items() if not is_norm(n) and (f.kind == "unrelated" or (trained and f.relation.correlation < STRANGE))}
     if lost:
         case.claim(lost, CODE)
         yield _finding(case, lost, "error", f"{len(lost)} tensors have nothing to do with the reference's", None)
@@ -49,6 +50,21 @@ def check(case: Case) -> Iterator[Finding]:
     if rest:
         case.claim(rest, CODE)
         yield _moved(case, rest, trained)
+
+
+def _short(found: Fit) -> float | None:
+    """The factor to three digits: tensors of one fault were each rounded on their own."""
+    return None if found.number is None else float(f"{found.number:.3g}")
+
+
+def _outliers(fits: Mapping[str, Fit]) -> dict[str, Fit]:
+    """Tensors with a factor of their own among others that were only trained: training does not change the size of
+    one matrix by a fifth and leave its siblings."""
+    scales = {n: f.relation.scale for n, f in fits.items() if not is_norm(n) and f.relation.correlation > KEPT}
+    if not scales or abs(sorted(scales.values())[len(scales) // 2] - 1) > 0.05:
+        return {}
+    odd = {n: s for n, s in scales.items() if abs(s - 1) > 0.2 and fits[n].relation.correlation > 0.8}
+    return {n: Fit("scale", s, fits[n].relation) for n, s in odd.items()} if len(odd) < 0.5 * len(scales) else {}
 
 
 def _moved(case: Case, fits: Mapping[str, Fit], trained: bool) -> Finding:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.vit import Block, Checkpointing, VideoShape, VisionTransformer, VitConfig
+from tensorkeep.detection.time_mix import time_mix
+from tensorkeep.detection.vit import Checkpointing, VideoShape, VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError, near_misses
 
 Tuning = Literal["adapter", "all", "none"]
@@ -56,7 +57,7 @@ def _linear(x: Tensor, layer: nn.Linear, factor: Tensor | None = None) -> Tensor
 class TemporalConv(nn.Module):
     """Depthwise convolution over time, then pointwise: `u -> W (w * u + b_w) + b`, on `[V, T, S, r]`.
 
-    Written as one matrix product on the token layout: no transpose, and a backward of matrix products and sums.
+    Written as matrix products on the token layout: no transpose, and a backward of matrix products and sums.
     """
 
     dwconv: nn.Conv1d
@@ -72,44 +73,14 @@ class TemporalConv(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def temporal(self, z: Tensor, shape: VideoShape) -> Tensor:
-        """`z [videos * chunks, t*h*w, r]` -> same shape; the convolution runs over all chunks of a video."""
+        """`z + conv(dwconv(z))` for `z [videos * chunks, t*h*w, r]`, over all chunks of a video."""
         depthwise, pointwise = self.dwconv.weight, self.conv.weight.squeeze(-1)  # [r, 1, k], [r, r]
         assert self.dwconv.bias is not None and self.conv.bias is not None
-        # both convolutions are linear: their product is one matrix of k r columns, and one matrix product
-        weight = torch.cat([pointwise * tap for tap in depthwise[:, 0].unbind(1)], 1)  # [r, k * r]
+        # both convolutions are linear: each time step has one matrix
+        taps = pointwise * depthwise[:, 0].T[:, None]  # [k, r, r]
         bias = pointwise @ self.dwconv.bias + self.conv.bias
         u = z.reshape(shape.videos, -1, shape.h * shape.w, z.shape[-1])  # [V, T, h*w, r]: chunks lie in time order
-        windows: Tensor = _TimeWindows.apply(u, depthwise.shape[-1])  # type: ignore[no-untyped-call]
-        return F.linear(windows, weight.to(z.dtype), bias.to(z.dtype)).view(z.shape)
-
-
-class _TimeWindows(torch.autograd.Function):
-    """`[V, T, S, r]` to `[V, T, S, k * r]`: at each time the k steps around it, zeros outside."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, steps: int) -> Tensor:
-        ctx.steps = steps
-        windows = u.new_zeros((*u.shape[:-1], steps, u.shape[-1]))
-        for k in range(steps):
-            here, there = _shift(u.shape[1], k - steps // 2)
-            windows[:, here, :, k] = u[:, there]
-        return windows.flatten(3)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        shape = grads[0].shape
-        windows = grads[0].view(*shape[:3], ctx.steps, -1)
-        total = windows[..., ctx.steps // 2, :].clone()
-        for k in range(ctx.steps):
-            if k != ctx.steps // 2:
-                here, there = _shift(shape[1], k - ctx.steps // 2)
-                total[:, there] += windows[:, here, :, k]
-        return total, None
-
-
-def _shift(length: int, by: int) -> tuple[slice, slice]:
-    """The times that have a neighbour `by` steps later, and those neighbours."""
-    return slice(max(0, -by), max(0, length - max(0, by))), slice(max(0, by), max(0, length + min(0, by)))
+        return time_mix(u, taps.to(z.dtype), bias.to(z.dtype)).view(z.shape)
 
 
 class Adapter(TemporalConv):
@@ -130,7 +101,7 @@ class Adapter(TemporalConv):
     def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
         """What is added to `x [videos * chunks, t*h*w, C]`."""
         z = F.gelu(_linear(x, self.down_proj))  # [N, L, r]
-        return _linear(z + self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
+        return _linear(self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
         """`x [videos * chunks, t*h*w, C]` -> same shape."""
@@ -214,7 +185,7 @@ class QLoRAAdapter(TemporalConv):
     def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
         """What is added to `x [videos * chunks, t*h*w, C]`."""
         z = F.gelu(self.down_proj(x))  # [N, L, r]
-        out: Tensor = self.up_proj(z + self.temporal(z, shape))  # [N, L, C]
+        out: Tensor = self.up_proj(self.temporal(z, shape))  # [N, L, C]
         return out * self.gamma.to(out.dtype)
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
@@ -323,36 +294,3 @@ class VisionTransformerQLoRA(VisionTransformerAdapter):
         kind: Literal["plain", "qlora"] = "plain" if use_plain_adapter else "qlora"
         adapter = AdapterConfig(kind, 0.25, chosen, lora_r, lora_alpha, lora_dropout, quantize_bits)
         super().__init__(config, adapter, checkpointing)
-
-
-def quantize_adapters(vit: VisionTransformer) -> int:
-    """Store the frozen projections of every `QLoRAAdapter` in its `quantize_bits` (bitsandbytes), in place.
-
-    4 bits are nf4; 8 bits are int8 without a float copy. Returns how many linears were replaced. The weights are
-    packed when the module moves to its device. Raises TensorkeepError without bitsandbytes.
-    """
-    count = 0
-    for block in vit.blocks:
-        assert isinstance(block, Block)
-        if isinstance(block.adapter, QLoRAAdapter):
-            for layer in (block.adapter.down_proj, block.adapter.up_proj):
-                layer.base = _quantized(layer.base, block.adapter.quantize_bits)
-                count += 1
-    return count
-
-
-def _quantized(linear: nn.Linear, bits: int) -> nn.Linear:
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        hint = "pip install 'tensorkeep[quant]'"
-        raise TensorkeepError("quantising needs bitsandbytes", where="QLoRAAdapter", hint=hint) from error
-    sizes = (linear.in_features, linear.out_features)
-    packed: nn.Linear
-    if bits == 4:
-        packed = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4")
-        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    else:
-        packed = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-        packed.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    return packed

@@ -55,7 +55,9 @@ def _check_subsets(annotations: Annotations, subsets: Sequence[str]) -> Iterator
             hint = near_misses(subset, there) or f"subsets there: {', '.join(there) or 'none'}"
             yield Problem("error", "unknown subset", None, f"no video of subset {subset!r}: {hint}")
         elif not any(set(video.labels) - {AMBIGUOUS} for video in annotations.of_subset(subset)):
-            yield Problem("error", "no ground truth", None, f"no annotated segment in subset {subset!r}: mAP is undefined")
+            yield Problem(
+                "error", "no ground truth", None, f"no annotated segment in subset {subset!r}: mAP is undefined"
+            )
     if not any(video.labels for video in annotations.videos.values()):
         yield Problem("error", "no ground truth", None, "no annotated segment in the whole file")
     if "" in there:
@@ -79,7 +81,9 @@ def _check_classes(annotations: Annotations, known: Sequence[str]) -> Iterator[P
     for label in sorted(set(known) - set(used)):
         yield Problem("warning", "class without segments", None, f"no segment shows {label!r} of the class map")
     if AMBIGUOUS in used:
-        message = f"{used[AMBIGUOUS]} {AMBIGUOUS!r} segments: left out of training; only the thumos14 protocol uses them"
+        message = (
+            f"{used[AMBIGUOUS]} {AMBIGUOUS!r} segments: left out of training; only the thumos14 protocol uses them"
+        )
         yield Problem("info", "ambiguous segments", where[AMBIGUOUS], message)
     for subset, labels in sorted(by_subset.items()):
         lacking = sorted(set(used) - labels - {AMBIGUOUS})
@@ -119,7 +123,9 @@ def _check_segments(video: Video) -> Iterator[Problem]:
         if start < 0:
             yield Problem("warning", "before the start", video.name, f"{what} starts before the video")
         if video.duration is not None and start >= video.duration > 0:
-            message = f"{what} starts at or after the end of the video at {video.duration:g} s: no detection can meet it"
+            message = (
+                f"{what} starts at or after the end of the video at {video.duration:g} s: no detection can meet it"
+            )
             yield Problem("error", "past the end", video.name, message)
         elif video.duration is not None and end > video.duration + _END_TOLERANCE:
             message = f"{what} ends {end - video.duration:.2f} s past the end of the video at {video.duration:g} s"

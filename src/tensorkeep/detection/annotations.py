@@ -196,7 +196,9 @@ def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> 
     for position, row in enumerate(rows):
         what = f"annotation {position} of video {name!r}"
         if not isinstance(row, dict) or not isinstance(row.get("label"), str | int):
-            raise TensorkeepError(f"{what} has no 'label'", where=source, hint='{"segment": [start, end], "label": name}')
+            raise TensorkeepError(
+                f"{what} has no 'label'", where=source, hint='{"segment": [start, end], "label": name}'
+            )
         segments.append(parse_segment(row.get("segment"), what, source))
         labels.append(str(row["label"]))
         if isinstance(row.get("label_id"), int):

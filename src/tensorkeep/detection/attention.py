@@ -34,7 +34,7 @@ def choose_kernel(q: Tensor) -> str:
         return "cpu"
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         return "any"
-    hopper = torch.cuda.get_device_capability(q.device)[0] >= 9 and torch.backends.cudnn.is_available()
+    hopper = torch.version.cuda is not None and torch.cuda.get_device_capability(q.device)[0] >= 9
     return "cudnn" if hopper and not torch.are_deterministic_algorithms_enabled() else "flash"
 
 
@@ -70,7 +70,7 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, done: Attende
         )
     else:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            found = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            found = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)
     dq, dk, dv = found
     return dq, dk, dv

@@ -161,7 +161,9 @@ def _note_strangers(
     inside = {name for name, video in annotations.videos.items() if video.subset == subset}
     strange = [name for name in detections.video_names if name not in inside and name not in blocked]
     if strange:
-        notes.append(f"{len(strange)} videos with detections are not in subset {subset!r} (false positives): {strange[0]}")
+        notes.append(
+            f"{len(strange)} videos with detections are not in subset {subset!r} (false positives): {strange[0]}"
+        )
     unknown = sorted(set(detections.label_names) - set(classes) - {AMBIGUOUS})
     if unknown:
         notes.append(f"labels without an annotated segment, not scored: {', '.join(unknown[:5])}")

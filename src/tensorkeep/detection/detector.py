@@ -20,8 +20,6 @@ from tensorkeep.detection.adapters import (
     cast_frozen,
     set_trainable,
 )
-from tensorkeep.detection.adapters import VisionTransformerAdapter as VisionTransformerAdapter  # found from here too
-from tensorkeep.detection.adapters import VisionTransformerQLoRA as VisionTransformerQLoRA
 from tensorkeep.detection.config import from_mapping, read_section
 from tensorkeep.detection.head import Head, HeadConfig, Losses, Neck, Predictions
 from tensorkeep.detection.projection import Projection, ProjectionConfig

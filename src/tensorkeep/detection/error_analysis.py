@@ -159,7 +159,9 @@ def _missed(
     length = columns.true_segments[:, 1] - columns.true_segments[:, 0]
     videos = annotations.of_subset(subset)
     numbered = sorted({*detections.video_names, *(video.name for video in videos)})
-    durations = np.array([annotations.videos[n].duration or np.nan if n in annotations.videos else np.nan for n in numbered])
+    durations = np.array(
+        [annotations.videos[n].duration or np.nan if n in annotations.videos else np.nan for n in numbered]
+    )
     coverage = length / durations[columns.true_videos]
     groups = columns.true_groups()
     crowd = np.unique(groups, return_counts=True)[1][np.unique(groups, return_inverse=True)[1].ravel()]

@@ -84,7 +84,12 @@ class Evaluation:
             [name, str(count), *(f"{100 * value:.2f}" for value in row), f"{100 * row.mean():.2f}"]
             for name, count, row in zip(self.classes, self.segments, self.ap, strict=True)
         ]
-        mean = ["mAP", str(sum(self.segments)), *(f"{100 * value:.2f}" for value in self.map), f"{100 * self.average:.2f}"]
+        mean = [
+            "mAP",
+            str(sum(self.segments)),
+            *(f"{100 * value:.2f}" for value in self.map),
+            f"{100 * self.average:.2f}",
+        ]
         return [header, *rows, mean]
 
 
@@ -237,7 +242,9 @@ def _recall(columns: Columns, groups: Ints, pairs: Pairs, limits: Floats, ks: Se
     total = np.bincount(columns.true_labels, minlength=len(columns.classes))
     sizes = np.unique(columns.true_groups(), return_counts=True)
     rank = np.arange(len(groups)) - np.searchsorted(groups, groups)  # groups is sorted
-    allowed = sizes[1][np.searchsorted(sizes[0], groups[pairs.left])] if len(pairs.left) else np.zeros(0, dtype=np.int64)
+    allowed = (
+        sizes[1][np.searchsorted(sizes[0], groups[pairs.left])] if len(pairs.left) else np.zeros(0, dtype=np.int64)
+    )
     recall = {}
     for k in ks:
         if k < 1:

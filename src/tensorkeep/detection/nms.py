@@ -187,9 +187,7 @@ def _group(videos: Ints, labels: Ints | None) -> tuple[Ints, Ints, Ints]:
     return groups, members, sizes
 
 
-def _run_groups(
-    segments: Floats, scores: Floats, members: Ints, sizes: Ints, rule: Suppression
-) -> tuple[Ints, Floats]:
+def _run_groups(segments: Floats, scores: Floats, members: Ints, sizes: Ints, rule: Suppression) -> tuple[Ints, Floats]:
     """Indices and new scores of the kept detections; groups of similar size share a padded matrix."""
     starts = np.cumsum(sizes) - sizes
     by_size = np.argsort(-sizes, kind="stable")

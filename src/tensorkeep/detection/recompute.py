@@ -16,6 +16,18 @@ import torch
 from torch import Tensor
 
 Stage = Callable[[Tensor], Tensor]
+# elements of a stream `[n, L, C]` recomputed at a time in the last block, where memory peaks
+SEGMENT_ELEMENTS = 8 * 2**20
+SEGMENT_COPIES = 20  # as many times the recomputed part is alive then, generously
+
+
+def part_size(x: Tensor, left: int) -> int:
+    """Chunks of `x [N, L, C]` recomputed at a time in a block with `left` blocks from it to the end.
+
+    Large parts fill the GPU better. By the backward of an early block what the later ones kept is gone: one `x` each.
+    """
+    least = SEGMENT_ELEMENTS * len(x) // x.numel()
+    return min(len(x), max(1, least + (left - 1) * len(x) // SEGMENT_COPIES))
 
 
 def run_segment(

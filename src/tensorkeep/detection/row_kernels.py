@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor, nn
 
 TILE = 4096  # elements a program holds of each operand
 
@@ -63,7 +64,7 @@ def _norm_backward(grad, x, weight, residual, kept, out, rows, length, eps,
     tl.store(out + at, back.to(out.dtype.element_ty), mask=inside)
 
 
-def _grid(x):
+def _grid(x: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     width = x.shape[-1]
     columns = triton.next_power_of_2(width)
     rows = x.numel() // width
@@ -71,7 +72,10 @@ def _grid(x):
     return (triton.cdiv(rows, many),), rows, {"C": width, "COLUMNS": columns, "ROWS": many, "num_warps": 4}
 
 
-def add_norm(x, branch, kept, norm, total, normed):
+def add_norm(
+    x: Tensor, branch: Tensor | None, kept: Tensor | None, norm: nn.LayerNorm | None,
+    total: Tensor | None, normed: Tensor | None,
+) -> None:  # fmt: skip
     """`total = x + kept * branch`; `normed = norm(total)`; None leaves out the branch, its factor, or the norm."""
     grid, rows, sizes = _grid(x)
     weight, bias, eps = (x, x, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
@@ -83,7 +87,9 @@ def add_norm(x, branch, kept, norm, total, normed):
         )  # fmt: skip
 
 
-def norm_backward(grad, x, norm, residual, kept, out):
+def norm_backward(
+    grad: Tensor, x: Tensor, norm: nn.LayerNorm, residual: Tensor, kept: Tensor | None, out: Tensor
+) -> None:
     """`out = residual + kept * d norm(x) / dx (grad)`."""
     grid, rows, sizes = _grid(x)
     with torch.cuda.device(x.device):

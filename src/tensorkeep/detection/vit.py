@@ -17,15 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tensorkeep.detection.frozen import FrozenTrunk, Segment, run_frozen
-from tensorkeep.detection.recompute import run_segment
+from tensorkeep.detection.frozen import FrozenTrunk, Segment, attention_kept, run_frozen
+from tensorkeep.detection.recompute import part_size, run_segment
 from tensorkeep.errors import TensorkeepError
 
 Checkpointing = Literal["none", "blocks", "attention", "segments"]
-# elements of a stream `[n, L, C]` whose attention and MLP are recomputed at a time: enough to fill a large GPU, and
-# about 12 times as many are alive then
-SEGMENT_ELEMENTS = 16 * 2**20
-ATTENTION_KEPT = 0.5  # part of the blocks whose attention output is kept: the most time saved for its bytes
 EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
 
@@ -224,8 +220,8 @@ class Block(nn.Module):
         plain = all(type(linear) is nn.Linear for linear in linears)
         if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
             return None
-        proj, fc1, fc2 = ((linear.weight, linear.bias) for linear in linears[1:])
-        qkv = (self.attn.qkv.weight, self.attn.qkv_bias())
+        proj, fc1, fc2 = ((linear.get_parameter("weight"), linear.get_parameter("bias")) for linear in linears[1:])
+        qkv = (linears[0].get_parameter("weight"), self.attn.qkv_bias())
         return FrozenTrunk(self.norm1, self.norm2, qkv, proj, fc1, fc2, self.attn.heads)
 
     def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
@@ -306,10 +302,10 @@ class VisionTransformer(nn.Module):
 
     def _run_segments(self, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
         """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
-        pieces = -(-x.numel() // SEGMENT_ELEMENTS)
-        size = -(-len(x) // pieces)
         for index, (before, after) in enumerate(zip([None, *blocks], [*blocks, None])):
-            keep = int((index + 1) * ATTENTION_KEPT) > int(index * ATTENTION_KEPT)
+            size = part_size(x, len(blocks) - index)
+            part = attention_kept(self.config.embed_dim)
+            keep = int((index + 1) * part) > int(index * part)
             frozen = None if after is None else _frozen_segment(before, after, x, shape, size, keep)
             if frozen is not None:
                 x = run_frozen(frozen, x, _adapter_parameters(before))

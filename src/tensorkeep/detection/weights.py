@@ -61,7 +61,9 @@ def load_detector(path: str | Path, recipe: str | Path | None = None, average: b
 def _own_config(plan: Plan, where: str) -> DetectorConfig:
     found = next((c for c in plan.companions if c.name == FILE), None)
     if found is None:
-        raise TensorkeepError("no recipe.yaml lies beside the weights", where=where, hint="give the recipe they were trained with")
+        raise TensorkeepError(
+            "no recipe.yaml lies beside the weights", where=where, hint="give the recipe they were trained with"
+        )
     try:
         document = yaml.safe_load(found.data)
     except yaml.YAMLError as error:
@@ -106,7 +108,9 @@ def to_opentad(detector: nn.Module) -> dict[str, Tensor]:
     for name, tensor in detector.state_dict().items():
         theirs = opentad.from_hf(name)
         if theirs is None:
-            raise TensorkeepError(f"OpenTAD has no tensor for {name!r}", where="detector", hint="merge LoRA into the weights first")
+            raise TensorkeepError(
+                f"OpenTAD has no tensor for {name!r}", where="detector", hint="merge LoRA into the weights first"
+            )
         renamed[theirs] = tensor
     return renamed
 

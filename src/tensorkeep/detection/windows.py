@@ -48,7 +48,9 @@ def place_windows(snippets: int, size: int, overlap: float) -> list[tuple[int, i
     [(0, 40), (20, 60), (40, 80), (60, 100)]
     """
     if snippets < 1 or size < 1 or not 0 <= overlap < 1:
-        raise TensorkeepError(f"no windows of {size} snippets, overlap {overlap}, over {snippets}: overlap is in [0, 1)")
+        raise TensorkeepError(
+            f"no windows of {size} snippets, overlap {overlap}, over {snippets}: overlap is in [0, 1)"
+        )
     step = int(size * (1 - overlap))
     if step < 1:
         raise TensorkeepError(f"overlap {overlap} of windows of {size} snippets leaves no step between them")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -71,10 +73,12 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
     for order, root in enumerate(_roots(view, paths)):
         clean, wrappers, other = _under(view, root)
         shapes = {name: view[stored].shape for stored, name in clean.items()}
+        # names that differ in numbers alone are one kind to every scheme
+        kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in clean.values())
         for rank, scheme in enumerate(candidates):
             if hasattr(scheme, "holds") and not scheme.holds(shapes):
                 continue
-            known = sum(1 for name in clean.values() if scheme.recognise(name))
+            known = sum(count for kind, count in kinds.items() if scheme.recognise(kind))
             score = (known, -order, -rank)
             if known and (best is None or score > best[0]):
                 best = score, Identity(scheme.NAME, root, wrappers, clean, other)
@@ -136,7 +140,11 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
 
 def other_state(name: str, root: str | None) -> str | None:
     """What a tensor is that belongs to training and not to the model, by its first segment."""
-    first = _first(name)
+    return _other_state(_first(name), root)
+
+
+@cache
+def _other_state(first: str, root: str | None) -> str | None:
     if first == root:
         return None
     if first in ROOTS and root is not None:

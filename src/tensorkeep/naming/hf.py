@@ -16,11 +16,12 @@ KNOWN = re.compile(
     r"|transformer\.(wte|wpe|h\.\d+|ln_f)\.|gpt_neox\.|backbone\.layers\."
     r"|(bert|roberta|distilbert|vit|videomae|deit|dinov2|clip|t5|encoder|decoder|embeddings)\.(embeddings|encoder|layer|block|\w+)\."
 )
-PROJECTION = r"projection\.(embed|stem|branch)\.\d+\."
+# tensors and modules of `tensorkeep.detection`
+PROJECTION = r"projection\.(embed|stem|branch)\.\d+\b"
+HEAD_PARTS = r"((cls_convs|reg_convs|scale)\.\d+|cls_head|reg_head|loss_normalizer)\b"
 DETECTOR = re.compile(
-    r"backbone\.(pos_embed\Z|patch_embed\.proj\.|fc_norm\.|blocks\.\d+\.(norm[12]|attn|mlp\.fc[12]|adapter)\.)"
-    rf"|{PROJECTION}|neck\.norms\.\d+\.|head\.(cls_convs|reg_convs|scale)\.\d+\.|head\.(cls_head|reg_head)\."
-    r"|head\.loss_normalizer\Z"
+    r"backbone\.(pos_embed|patch_embed\.proj|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.fc[12]|adapter))\b"
+    rf"|{PROJECTION}|neck\.norms\.\d+\b|head\.{HEAD_PARTS}"
 )
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tensorkeep.naming.hf import DETECTOR, PROJECTION
+from tensorkeep.naming.hf import DETECTOR, HEAD_PARTS, PROJECTION
 
 NAME = "opentad"
 Segments = tuple[str, ...]
@@ -43,9 +43,8 @@ MLP: tuple[tuple[Segments, Segments], ...] = (
 # what only OpenTAD has, or only an mmaction backbone
 MARKS = ("backbone.model.backbone.", "neck.fpn_norms.", "rpn_head.")
 KNOWN = re.compile(
-    r"backbone\.(model\.backbone\.)?(pos_embed\Z|patch_embed\.projection\.|fc_norm\.|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter)\.)"
-    rf"|{PROJECTION}|neck\.fpn_norms\.\d+\.|rpn_head\.(cls_convs|reg_convs|scale)\.\d+\."
-    r"|rpn_head\.(cls_head|reg_head)\.|rpn_head\.loss_normalizer\Z|cls_head\.fc_cls\."
+    r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
+    rf"|{PROJECTION}|neck\.fpn_norms\.\d+\b|rpn_head\.{HEAD_PARTS}|cls_head\.fc_cls\."
 )
 DROPPED = {"cls_head": "classifier of an action recognition model; a detector has its own head"}
 CHANGED_DTYPES = {"head.loss_normalizer": "int64 in a fresh OpenTAD model, float32 after its first training step"}
@@ -74,7 +73,9 @@ def recognise(name: str) -> bool:
 
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether these are really OpenTAD's: many frameworks have a `backbone` and a `projection`."""
-    return any(n.startswith(MARKS) for n in shapes) or len(shapes.get("backbone.patch_embed.projection.weight", ())) == 5
+    return (
+        any(n.startswith(MARKS) for n in shapes) or len(shapes.get("backbone.patch_embed.projection.weight", ())) == 5
+    )
 
 
 def dropped(name: str) -> str | None:

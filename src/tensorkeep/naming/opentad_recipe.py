@@ -72,7 +72,10 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
     if "backbone.patch_embed.proj.weight" in shapes:
         model = {"backbone": {**_backbone(shapes), "output_length": preset["length"]}, **model}
     text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None, width=100)
-    return f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {ASSUMED}.\n{text}", ASSUMED.split(", ")
+    return (
+        f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {ASSUMED}.\n{text}",
+        ASSUMED.split(", "),
+    )
 
 
 def _backbone(shapes: Shapes) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tensorkeep.detection.adapters import LoraConfig, VisionTransformerAdapter, VisionTransformerQLoRA
+from tensorkeep.detection.quantization import quantize_adapters, quantize_backbone
+from tensorkeep.detection.vit import VisionTransformer, VitConfig
+from tensorkeep.errors import TensorkeepError
+from tests.detection import tiny
+
+WIDE = VitConfig(image_size=32, embed_dim=128, depth=2, heads=2, mlp_dim=256, chunk_frames=4, drop_path=0.0)
+FRAMES = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_quantising_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TensorkeepError, match=r"tensorkeep\[quant\]"):
+        quantize_adapters(VisionTransformerQLoRA(tiny.VIT))
+    with pytest.raises(TensorkeepError, match=r"tensorkeep\[quant\]"):
+        quantize_backbone(VisionTransformerAdapter(tiny.VIT))
+    assert quantize_adapters(VisionTransformerAdapter(tiny.VIT)) == 0
+
+
+def test_what_trains_is_not_quantised() -> None:
+    with pytest.raises(TensorkeepError, match=r"attn\.qkv trains"):
+        quantize_backbone(VisionTransformer(tiny.VIT))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(lora_r=4)], ids=["adapters", "adapters and LoRA"])
+def test_a_quantised_backbone_keeps_its_biases_and_trains(lora: LoraConfig | None) -> None:
+    pytest.importorskip("bitsandbytes")
+    vit = VisionTransformerAdapter(WIDE, lora=lora).eval()
+    tiny.wake(vit)
+    with torch.no_grad():
+        full = vit(FRAMES, 1)
+        trainable = {n for n, p in vit.named_parameters() if p.requires_grad}
+        assert quantize_backbone(vit) == 8
+        quantised = vit(FRAMES, 1)
+        assert 0 < (quantised - full).norm() < 0.3 * full.norm()
+        for block in vit.blocks:
+            held = block.mlp.fc1 if lora is None else block.mlp.fc1.base
+            assert held.weight.dtype == torch.uint8 and held.bias.dtype == torch.float32
+        moved = vit.blocks[0].attn.v_bias
+        moved += 1
+        assert (vit(FRAMES, 1) - quantised).norm() > 0.05 * quantised.norm()
+    vit.train()(FRAMES, 1).sum().backward()
+    assert {n for n, p in vit.named_parameters() if p.grad is not None} == trainable
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, torch.uint8), (8, torch.int8)])
+def test_frozen_projections_of_the_adapters_are_packed(bits: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    vit = VisionTransformerQLoRA(tiny.VIT, quantize_bits=bits)  # type: ignore[arg-type]
+    assert quantize_adapters(vit) == 4
+    base = vit.blocks[1].adapter.up_proj.base
+    assert isinstance(base, nn.Linear) and base.weight.dtype == dtype and base.bias is None
+    assert vit(FRAMES, 1).shape == (2, 32, 2, 2, 2)

@@ -1,0 +1,142 @@
+"""Laws of diagnosis: every fault of the kept fixtures by name, causes absorb, sound checkpoints raise nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tensorkeep.checks import CODES, explain, title
+from tensorkeep.cli import main
+from tensorkeep.diagnosis import diagnose
+from tensorkeep.errors import TensorkeepError
+from tests.fault_kinds.change import KINDS
+from tests.fault_kinds.writing import write
+from tests.faults import judge, make
+from tests.sound import VARIANTS, every
+from tests.specimens import specimen
+
+OPEN = Path(__file__).parents[2] / "shared/fixtures/conversion/open"
+REAL = Path(__file__).parents[2] / "shared/fixtures/real"
+SICK = OPEN / "sick_olmo2_bf16"
+# fault of answers.json -> code (README of the fixtures)
+NAMED = {
+    "none": None, "missing_key": "K01", "rope_layout_interleaved": "O01", "layer_order": "O02", "reinitialised_tensor": "V03",
+    "prefix": "K03", "norm_reset_to_ones": "V04", "precision_loss_fp8_e4m3": "V02", "transposed": "S03", "swapped_gate_up": "O03",
+    "nan": "V01", "unexpected_key": "K02", "vocab_padded_512_to_640": "S02", "truncated_data_file": "F02", "bit_flip": "V07",
+    "metadata_without_storage_entry": "F07", "lm_head_overwritten_by_embedding": "T02", "malicious_metadata_pickle": "F04",
+    "path_traversal_in_metadata": "F06", "missing_data_file": "F05", "small_value_drift": "V06",
+}  # fmt: skip
+FEW = ("rope_q_only", "layers_reversed", "gate_up_swapped", "reinitialised_tensor", "norm_ones", "vocabulary_shifted", "nested_root", "nan")
+
+
+@pytest.mark.skipif(not SICK.exists(), reason="the conversion fixtures are not beside the checkout")
+@pytest.mark.parametrize("number", range(23))
+def test_sick_case_is_named(number: int) -> None:
+    answers = json.loads((SICK / "answers.json").read_text())
+    case = f"c{number:02}"
+    answer = answers["cases"][case]
+    fault = answer["fault"].split()[0].split(":")[0]
+    code = "K04" if "nested" in answer["fault"] else NAMED[fault]
+    found = diagnose(str(SICK / case / "step-0"), str(SICK / answers["reference_hf"]))
+    errors = {f.code for f in found.findings if f.severity == "error"}
+    explained = {c for f in found.findings if f.code in found.causes for c in f.explains}
+    if code is None:
+        assert found.verdict == "ok" and not errors
+        return
+    assert code in found.causes
+    assert errors - {code} <= explained
+    wanted = answer["tensors"]
+    if wanted and not wanted[0].startswith("layers"):
+        assert {n for f in found.findings if f.code == code for n in f.tensors} == set(wanted)
+
+
+@pytest.mark.parametrize("model", ["llama_tied", "olmo2"])
+@pytest.mark.parametrize("kind", FEW)
+def test_a_made_fault_is_named(kind: str, model: str, tmp_path: Path) -> None:
+    assert kind in KINDS
+    fault = make(kind, model, 5, tmp_path)
+    if fault is None:
+        pytest.skip(f"{model} cannot have {kind}")
+    document = diagnose(str(fault.path), str(fault.reference), fault.target).to_json()  # type: ignore[arg-type]
+    verdict, why = judge(fault, document)
+    assert verdict == "named", why
+    json.dumps(document, allow_nan=False)
+
+
+def test_sound_checkpoints_raise_no_error(tmp_path: Path) -> None:
+    names = [n for n in VARIANTS if n in ("identical", "dcp_flat", "fine_tuned", "bf16_copy", "fp32_copy", "adapter_merged", "without_reference", "torchtitan_names")]
+    for sound in every("llama_tied", tmp_path, 3, names):
+        found = diagnose(str(sound.path), str(sound.reference) if sound.reference else None, sound.target)  # type: ignore[arg-type]
+        assert found.verdict == "ok", (sound, [(f.code, f.message) for f in found.findings])
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the small real models are not beside the checkout")
+def test_a_real_model_is_sound_without_a_reference() -> None:
+    found = diagnose(str(REAL / "stories260K/hf"))
+    assert found.verdict == "ok" and not found.causes
+
+
+def sick(tmp_path: Path, **tensors: Any) -> tuple[Path, Path]:
+    """A llama and a copy with some tensors replaced (by name, dots as underscores are not guessed: pass a dict)."""
+    m = specimen("llama_mha")
+    reference = write("hf", m.tensors, tmp_path / "reference", m.config)
+    return write("hf", {**m.tensors, **tensors}, tmp_path / "sick", m.config), reference
+
+
+def test_two_faults_are_two_causes_and_each_tensor_belongs_to_one(tmp_path: Path) -> None:
+    m = specimen("llama_mha")
+    norm, down = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"
+    broken = m.tensors[down].copy()
+    broken.reshape(-1)[5] = np.nan
+    path, reference = sick(tmp_path, **{norm: np.ones_like(m.tensors[norm]), down: broken})
+    found = diagnose(str(path), str(reference))
+    assert found.causes == ["V04", "V01"]
+    assert [list(f.tensors) for f in found.findings if f.severity == "error"] == [[norm], [down]]
+
+
+def test_evidence_is_in_numbers(tmp_path: Path) -> None:
+    m = specimen("llama_mha")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    path, reference = sick(tmp_path, **{name: (m.tensors[name].astype(np.float32) * 1.5).astype(m.tensors[name].dtype)})
+    (finding,) = [f for f in diagnose(str(path), str(reference)).findings if f.code == "V06"]
+    assert finding.evidence["tensors"][name]["fit"] == "scale"
+    assert finding.evidence["tensors"][name]["by"] == pytest.approx(1.5, abs=0.01)
+
+
+def test_a_dead_path_is_no_finding(tmp_path: Path) -> None:
+    with pytest.raises(TensorkeepError):
+        diagnose(str(tmp_path / "nothing"), None)
+
+
+def test_an_unknown_architecture_without_a_reference_is_inconclusive(tmp_path: Path) -> None:
+    m = specimen("llama_mha")
+    path = write("hf", m.tensors, tmp_path / "odd", {**m.config, "model_type": "nobody_knows"})
+    found = diagnose(str(path))
+    assert found.verdict == "inconclusive" and found.exit_code == 3
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_is_explained(code: str) -> None:
+    page = explain(code)
+    assert page.startswith(f"{code} ") and len(page.splitlines()) > 5
+    assert title(code)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    m = specimen("llama_mha")
+    norm = "model.layers.1.input_layernorm.weight"
+    path, reference = sick(tmp_path, **{norm: np.ones_like(m.tensors[norm])})
+    assert main(["diagnose", str(path), "--reference", str(reference), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1 and document["verdict"] == "findings" and document["causes"] == ["V04"]
+    assert set(document["findings"][0]) == {"code", "severity", "tensors", "count", "message", "evidence", "explains", "fix"}
+    assert main(["diagnose", str(path), "--reference", str(reference)]) == 1
+    words = capsys.readouterr().out
+    assert words.lstrip().startswith("parameters in the reference") and "cause: V04" in words and "fix: tensorkeep repair" in words
+    assert main(["diagnose", str(reference), "--reference", str(reference)]) == 0
+    assert main(["explain", "v04"]) == 0
+    assert main(["explain", "Z99"]) == 2
