@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/tensorkeep demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	@if $(BIN)/pip list 2>/dev/null | grep -i '^nvidia-'; then \

@@ -73,7 +73,11 @@ dcp.save(state, storage_writer=writer, no_dist=True)
 
 def shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
     """A Llama of about `nbytes` in bf16: embedding, head, and as many layers as fit."""
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    out: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "lm_head.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
     head = HIDDEN // HEADS
     layer = {
         "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV * head, HIDDEN), "self_attn.v_proj": (KV * head, HIDDEN),
@@ -93,7 +97,9 @@ def build(folder: Path, nbytes: int) -> None:
     folder.mkdir(parents=True)
     tensors = [SinkTensor(n, "BF16", s) for n, s in sorted(shapes(nbytes).items())]
     random = np.random.default_rng(0)
-    noise = ((random.standard_normal(1 << 22, dtype=np.float32) * 0.02).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    noise = (
+        ((random.standard_normal(1 << 22, dtype=np.float32) * 0.02).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    )
     for file in layout(tensors, shard_size=10**9):
         with (folder / file.name).open("wb") as stream:
             stream.truncate(file.size)
@@ -143,7 +149,9 @@ def table(size: float, place: Path, rounds: int, peers: bool) -> None:
         run([sys.executable, "-m", "tensorkeep", "convert", "--quiet", str(source), str(dcp), "--to", "dcp"])
     largest = max(2 * int(np.prod(s)) for s in shapes(int(size * 1e9)).values())
     print(f"\n### {size} GB (largest tensor {largest / 1e6:.0f} MB), {rounds} rounds, median\n")
-    print("| direction | cache | way | wall s | x cp | CPU s | anonymous MB | proof s |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| direction | cache | way | wall s | x cp | CPU s | anonymous MB | proof s |\n|---|---|---|---|---|---|---|---|"
+    )
     for direction, rows in jobs(source, dcp, sink, peers).items():
         origin = source if direction.startswith("HF") else dcp
         for cold in (True, False):
@@ -154,9 +162,16 @@ def table(size: float, place: Path, rounds: int, peers: bool) -> None:
             floor = statistics.median(r.wall for r in found["cp"])
             for name, runs in found.items():
                 wall, cpu = statistics.median(r.wall for r in runs), statistics.median(r.cpu for r in runs)
-                proof = statistics.median(json.loads(r.out)["seconds"]["prove"] for r in runs) if name == "tensorkeep" else None
+                proof = (
+                    statistics.median(json.loads(r.out)["seconds"]["prove"] for r in runs)
+                    if name == "tensorkeep"
+                    else None
+                )
                 shown = f"{proof:.2f}" if proof is not None else ""
-                print(f"| {direction} | {'cold' if cold else 'warm'} | {name} | {wall:.2f} | {wall / floor:.2f} | {cpu:.1f} | {max(r.anonymous for r in runs) / 1e6:.0f} | {shown} |", flush=True)
+                print(
+                    f"| {direction} | {'cold' if cold else 'warm'} | {name} | {wall:.2f} | {wall / floor:.2f} | {cpu:.1f} | {max(r.anonymous for r in runs) / 1e6:.0f} | {shown} |",
+                    flush=True,
+                )
     shutil.rmtree(sink, ignore_errors=True)
 
 

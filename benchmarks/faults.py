@@ -51,11 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--overlay", choices=OVERLAYS, help="the faults befall another copy of the model than the reference")
+    parser.add_argument(
+        "--overlay", choices=OVERLAYS, help="the faults befall another copy of the model than the reference"
+    )
     parser.add_argument("--no-sound", action="store_true")
     parser.add_argument("--no-faults", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--misses", type=Path, help="a line for each fault that was not named, with the command to see it again")
+    parser.add_argument(
+        "--misses", type=Path, help="a line for each fault that was not named, with the command to see it again"
+    )
     words = parser.parse_args(argv)
     seeds = range(words.first_seed, words.first_seed + words.seeds)
     sick: list[Row] = []
@@ -67,9 +71,17 @@ def main(argv: list[str] | None = None) -> int:
             sound = list(shown(sounds(words.models, seeds, Path(work))))
     print("\n".join(table(sick) + alarms(sound)))
     if words.json:
-        words.json.write_text(json.dumps({"faults": [asdict(r) for r in sick], "sound": [asdict(r) for r in sound]}, indent=1) + "\n")
+        words.json.write_text(
+            json.dumps({"faults": [asdict(r) for r in sick], "sound": [asdict(r) for r in sound]}, indent=1) + "\n"
+        )
     if words.misses:
-        words.misses.write_text("".join(f"{r.outcome}: {r.kind} {r.model} {r.seed}: {r.why}\n    {r.command}\n" for r in [*sick, *sound] if r.outcome not in ("named", "ok")))
+        words.misses.write_text(
+            "".join(
+                f"{r.outcome}: {r.kind} {r.model} {r.seed}: {r.why}\n    {r.command}\n"
+                for r in [*sick, *sound]
+                if r.outcome not in ("named", "ok")
+            )
+        )
     return 1 if any(r.outcome not in ("named", "ok") for r in [*sick, *sound]) else 0
 
 
@@ -81,7 +93,9 @@ def shown(rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def faults(kinds: Iterable[str], models: list[str], seeds: Iterable[int], work: Path, overlay: str | None) -> Iterator[Row]:
+def faults(
+    kinds: Iterable[str], models: list[str], seeds: Iterable[int], work: Path, overlay: str | None
+) -> Iterator[Row]:
     for kind in kinds:
         for model in models:
             for seed in seeds:
@@ -109,9 +123,21 @@ def judged(sound: Sound, seed: int) -> Row:
     started = time.perf_counter()
     document = document_of(sound.path, sound.reference, sound.target)
     errors = [f"{f['code']} {f['message']}" for f in document["findings"] if f["severity"] == "error"]
-    options = (f" --reference {sound.reference}" if sound.reference else "") + (f" --for {sound.target}" if sound.target else "")
-    command = f"python -m tests.sound {sound.variant} {sound.model} {seed} /tmp/sound   # diagnose {sound.path}{options}"
-    return Row(sound.variant, sound.model, seed, "alarm" if errors else "ok", "; ".join(errors), command, time.perf_counter() - started)
+    options = (f" --reference {sound.reference}" if sound.reference else "") + (
+        f" --for {sound.target}" if sound.target else ""
+    )
+    command = (
+        f"python -m tests.sound {sound.variant} {sound.model} {seed} /tmp/sound   # diagnose {sound.path}{options}"
+    )
+    return Row(
+        sound.variant,
+        sound.model,
+        seed,
+        "alarm" if errors else "ok",
+        "; ".join(errors),
+        command,
+        time.perf_counter() - started,
+    )
 
 
 def document_of(path: Path, reference: Path | None, target: Any) -> dict[str, Any]:
@@ -119,10 +145,38 @@ def document_of(path: Path, reference: Path | None, target: Any) -> dict[str, An
     try:
         return diagnose(str(path), str(reference) if reference else None, target).to_json()
     except TensorkeepError as error:
-        said = {"code": error.code or "error", "severity": "error", "tensors": [], "count": 0, "message": error.line, "evidence": {}, "explains": [], "fix": None}
+        said = {
+            "code": error.code or "error",
+            "severity": "error",
+            "tensors": [],
+            "count": 0,
+            "message": error.line,
+            "evidence": {},
+            "explains": [],
+            "fix": None,
+        }
         return {"verdict": "findings", "causes": ["stopped"], "findings": [said]}
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError, OSError, AssertionError, RuntimeError) as error:
-        said = {"code": "crash", "severity": "error", "tensors": [], "count": 0, "message": f"{type(error).__name__}: {error}", "evidence": {}, "explains": [], "fix": None}
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        MemoryError,
+        OSError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
+        said = {
+            "code": "crash",
+            "severity": "error",
+            "tensors": [],
+            "count": 0,
+            "message": f"{type(error).__name__}: {error}",
+            "evidence": {},
+            "explains": [],
+            "fix": None,
+        }
         return {"verdict": "findings", "causes": ["crash"], "findings": [said]}
 
 
@@ -139,9 +193,13 @@ def table(rows: list[Row]) -> list[str]:
     width = max(len(k) for k in counts)
     lines = [f"{'kind':<{width}}  {'codes':<12} named  wrong  missed"]
     for kind, count in counts.items():
-        lines.append(f"{kind:<{width}}  {'/'.join(KINDS[kind].codes):<12} {count['named']:>5}  {count['wrong'] or '-':>5}  {count['missed'] or '-':>6}")
+        lines.append(
+            f"{kind:<{width}}  {'/'.join(KINDS[kind].codes):<12} {count['named']:>5}  {count['wrong'] or '-':>5}  {count['missed'] or '-':>6}"
+        )
     whole = Counter(r.outcome for r in rows)
-    lines.append(f"{len(counts)} kinds, {len(rows)} faults: {whole['named']} named right ({whole['named'] / len(rows):.1%}), {whole['wrong']} wrong, {whole['missed']} missed")
+    lines.append(
+        f"{len(counts)} kinds, {len(rows)} faults: {whole['named']} named right ({whole['named'] / len(rows):.1%}), {whole['wrong']} wrong, {whole['missed']} missed"
+    )
     return lines + [f"  {r.outcome}: {r.kind} {r.model} seed {r.seed}: {r.why}" for r in rows if r.outcome != "named"]
 
 
@@ -150,7 +208,10 @@ def alarms(rows: list[Row]) -> list[str]:
         return []
     false = [r for r in rows if r.outcome == "alarm"]
     kinds = len({r.kind for r in rows})
-    return [f"sound: {len(rows)} checkpoints of {kinds} variants, {len(false)} false alarms", *(f"  alarm: {r.kind} {r.model} seed {r.seed}: {r.why}" for r in false)]
+    return [
+        f"sound: {len(rows)} checkpoints of {kinds} variants, {len(false)} false alarms",
+        *(f"  alarm: {r.kind} {r.model} seed {r.seed}: {r.why}" for r in false),
+    ]
 
 
 if __name__ == "__main__":

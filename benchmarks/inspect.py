@@ -1,6 +1,6 @@
 """`tensorkeep inspect` of a 2 GB checkpoint from the shell, beside listing its keys with safetensors and with torch.
 
-    python -m benchmarks.inspect [--dir DIR] [--rounds 5]
+python -m benchmarks.inspect [--dir DIR] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def main() -> None:
     print("\n| way | wall s | anonymous MB |\n|---|---|---|")
     for name, command in rows.items():
         runs = [run(command) for _ in range(arguments.rounds)]
-        print(f"| {name} | {statistics.median(r.wall for r in runs):.2f} | {max(r.anonymous for r in runs) / 1e6:.0f} |")
+        print(
+            f"| {name} | {statistics.median(r.wall for r in runs):.2f} | {max(r.anonymous for r in runs) / 1e6:.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def run(command: list[str], **environment: str) -> Run:
     """Run to the end; raise with its stderr if it fails. Memory is the process's own, children are not added."""
     before = os.times()
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
     peak = 0
     while child.poll() is None:
         peak = max(peak, anonymous(child.pid))

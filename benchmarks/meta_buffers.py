@@ -145,7 +145,7 @@ def replay(folder: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     import transformers
 
-    from tensorkeep.loaded import check_loaded, repair_buffers
+    from tensorkeep.live.loaded import check_loaded, repair_buffers
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

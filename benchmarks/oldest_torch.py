@@ -1,7 +1,7 @@
 """What tensorkeep writes, loaded by the oldest torch supported.
 
-    python -m venv build/env24 && build/env24/bin/pip install -r benchmarks/envs/torch24.txt
-    python -m benchmarks.oldest_torch build/env24/bin/python
+python -m venv build/env24 && build/env24/bin/pip install -r benchmarks/envs/torch24.txt
+python -m benchmarks.oldest_torch build/env24/bin/python
 """
 
 from __future__ import annotations
@@ -41,15 +41,23 @@ def main() -> None:
     view = read(TINY)
     wanted = {n: hashlib.sha256(view.bytes(n)).hexdigest() for n in view}
     wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
-    shapes = {n: list(r.shape) for n, r in view.items()} | {"lm_head.weight": list(view["model.embed_tokens.weight"].shape)}
+    shapes = {n: list(r.shape) for n, r in view.items()} | {
+        "lm_head.weight": list(view["model.embed_tokens.weight"].shape)
+    }
     with tempfile.TemporaryDirectory() as place:
         convert(make_plan([view], "dcp"), f"{place}/flat", "dcp")
         convert(make_plan([view], "dcp", root="model"), f"{place}/nested", "dcp")
         convert(make_plan([view], "pth"), f"{place}/model.pth", "pth")
         for python in sys.argv[1:] or [sys.executable]:
-            found = json.loads(subprocess.run([python, "-c", LOAD, place, json.dumps(shapes)], stdout=subprocess.PIPE, text=True, check=True).stdout)
+            found = json.loads(
+                subprocess.run(
+                    [python, "-c", LOAD, place, json.dumps(shapes)], stdout=subprocess.PIPE, text=True, check=True
+                ).stdout
+            )
             for kind in ("flat", "nested", "pth"):
-                print(f"torch {found['torch']}: {kind}: {'equal' if found[kind] == {n: wanted[n] for n in found[kind]} else 'DIFFERENT'}, {len(found[kind])} tensors")
+                print(
+                    f"torch {found['torch']}: {kind}: {'equal' if found[kind] == {n: wanted[n] for n in found[kind]} else 'DIFFERENT'}, {len(found[kind])} tensors"
+                )
 
 
 if __name__ == "__main__":

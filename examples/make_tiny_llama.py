@@ -1,6 +1,6 @@
 """Write examples/tiny-llama: a two-layer Llama with seeded random weights, for the README's commands and the tests.
 
-    python examples/make_tiny_llama.py [FOLDER]
+python examples/make_tiny_llama.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ TITAN = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16, shards: str | None = None, **fields: Any) -> Any:
+def write_model(
+    folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16, shards: str | None = None, **fields: Any
+) -> Any:
     """A random model of class `kind` (Llama, Qwen3, Olmo2, ...) written by transformers into `folder`; the model."""
     import transformers
 
@@ -53,7 +55,10 @@ def write_expected(folder: Path) -> None:
     ids = torch.randint(3, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         made = model(input_ids=ids, labels=ids)
-    save_file({"input_ids": ids, "logits_fp32": made.logits, "loss_fp32": made.loss.reshape(1)}, folder / "expected.safetensors")
+    save_file(
+        {"input_ids": ids, "logits_fp32": made.logits, "loss_fp32": made.loss.reshape(1)},
+        folder / "expected.safetensors",
+    )
 
 
 def write_flame(folder: Path, state: dict[str, torch.Tensor], threads: int = 8) -> Path:
@@ -125,7 +130,11 @@ def write_trainer(folder: Path, model_folder: Path, step: int = 3) -> None:
         elif ".wq." not in name and ".wk." not in name:
             state[f"optimizer.state.{name}.exp_avg"] = torch.randn_like(tensor)
             state[f"optimizer.state.{name}.step"] = torch.tensor(float(step))
-    state |= {"lr_scheduler.last_epoch": step, "train_state.step": torch.tensor(step), "dataloader.dp_rank_0": b"opaque"}
+    state |= {
+        "lr_scheduler.last_epoch": step,
+        "train_state.step": torch.tensor(step),
+        "dataloader.dp_rank_0": b"opaque",
+    }
     write_titan(folder / "checkpoint" / f"step-{step}", state)
     ids = torch.randint(3, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

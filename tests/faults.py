@@ -58,7 +58,9 @@ def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = N
         return None
     forms = [f for f in change.forms if f != "flame" or (m.language and change.target in (None, "flame"))]
     form = "hf" if overlay in ("titan", "alone") and "hf" in forms else str(rng.choice(forms))
-    path = write(form, change.state, folder / f"{kind}-{model}-{seed}", config_beside(m, change, form, rng), change.companions)
+    path = write(
+        form, change.state, folder / f"{kind}-{model}-{seed}", config_beside(m, change, form, rng), change.companions
+    )
     if overlay == "titan" and m.tied and change.tensors is not None and EMBEDDING in change.tensors:
         change.tensors = [*change.tensors, HEAD]  # torchtitan stores a tied head twice, so both are sick
     path = change.damage(path) if change.damage else in_titan_names(path) if overlay == "titan" else path
@@ -101,9 +103,15 @@ def judge(fault: Fault, document: Mapping[str, Any]) -> tuple[Verdict, str]:
         named = {n for f in right for n in f["tensors"]}
         odd = sorted(named ^ fault.tensors)
         if odd and not (fault.lax and not named):
-            return "wrong", f"{right[0]['code']}: {len(odd)} tensors differ, first {odd[0]} ({'extra' if odd[0] in named else 'lacking'})"
+            return (
+                "wrong",
+                f"{right[0]['code']}: {len(odd)} tensors differ, first {odd[0]} ({'extra' if odd[0] in named else 'lacking'})",
+            )
     if fault.layers is not None and not any(has_permutation(f["evidence"], fault.layers) for f in right):
-        return "wrong", f"{right[0]['code']} without the permutation {fault.layers}: {json.dumps(right[0]['evidence'])[:200]}"
+        return (
+            "wrong",
+            f"{right[0]['code']} without the permutation {fault.layers}: {json.dumps(right[0]['evidence'])[:200]}",
+        )
     extra = unexplained(document, {*fault.codes, *fault.also})
     if extra:
         return "wrong", f"{right[0]['code']} named, and also {', '.join(extra)}"
@@ -142,8 +150,12 @@ def main(argv: list[str] | None = None) -> int:
     if fault is None:
         print(f"{words.model} cannot have {words.kind}")
         return 1
-    told = (f" --reference {fault.reference}" if fault.reference else "") + (f" --for {fault.target}" if fault.target else "")
-    print(f"right: {'/'.join(fault.codes)} {sorted(fault.tensors) if fault.tensors is not None else fault.layers or ''} ({fault.note})")
+    told = (f" --reference {fault.reference}" if fault.reference else "") + (
+        f" --for {fault.target}" if fault.target else ""
+    )
+    print(
+        f"right: {'/'.join(fault.codes)} {sorted(fault.tensors) if fault.tensors is not None else fault.layers or ''} ({fault.note})"
+    )
     print(f"tensorkeep diagnose {fault.path}{told} --json")
     return 0
 

@@ -19,13 +19,21 @@ from tensorkeep.planning import make_plan
 from tensorkeep.view import StateView, read
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
 
 
 def write_hf(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> Path:
     """An hf folder written by the safetensors library."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     if config is not None:
         (folder / "config.json").write_text(json.dumps(dict(config)))
     return folder
@@ -59,7 +67,9 @@ def interleaved(tensor: torch.Tensor, dim: int, rotary: int | None = None) -> to
     rotary = dim if rotary is None else rotary
     heads = tensor.reshape(-1, dim, *tensor.shape[1:])
     turned = heads[:, :rotary].reshape(heads.shape[0], 2, rotary // 2, *tensor.shape[1:]).transpose(1, 2)
-    return torch.cat([turned.reshape(heads.shape[0], rotary, *tensor.shape[1:]), heads[:, rotary:]], 1).reshape(tensor.shape)
+    return torch.cat([turned.reshape(heads.shape[0], rotary, *tensor.shape[1:]), heads[:, rotary:]], 1).reshape(
+        tensor.shape
+    )
 
 
 def model_tensors(
@@ -72,7 +82,12 @@ def model_tensors(
         shapes[HEAD] = (vocab, hidden)
     for n in range(layers):
         at = f"model.layers.{n}"
-        rows = {"q": (heads * dim, hidden), "k": (kv * dim, hidden), "v": (kv * dim, hidden), "o": (hidden, heads * dim)}
+        rows = {
+            "q": (heads * dim, hidden),
+            "k": (kv * dim, hidden),
+            "v": (kv * dim, hidden),
+            "o": (hidden, heads * dim),
+        }
         shapes |= {f"{at}.self_attn.{p}_proj.weight": s for p, s in rows.items()}
         shapes |= {f"{at}.self_attn.{p}_proj.bias": s[:1] for p, s in rows.items() if bias}
         shapes |= {f"{at}.self_attn.{p}_norm.weight": (dim,) for p in "qk" if norms}

@@ -26,7 +26,11 @@ ALONE = {
     "norm_ones", "norm_zeros", "zero_tensor", "zero_head", "nan", "infinite", "nan_everywhere", "reinitialised_tensor",
     "reinitialised_layer", "rope_q_and_k", "rope_q_only", "rope_k_only", "through_e4m3", "through_e5m2", "digest_differs", "tokenizer_too_large",
 }  # fmt: skip
-LOST = {"drift_one_percent", "noise_three_percent", "norm_scaled"}  # near or below what bf16 rounds away, or training moves
+LOST = {
+    "drift_one_percent",
+    "noise_three_percent",
+    "norm_scaled",
+}  # near or below what bf16 rounds away, or training moves
 
 
 def overlaid(m: Specimen, overlay: str | None, kind: str, rng: np.random.Generator) -> Specimen | None:
@@ -39,7 +43,9 @@ def overlaid(m: Specimen, overlay: str | None, kind: str, rng: np.random.Generat
         words = {BF16: "bfloat16", FP32: "float32"}
         if not codes <= CASTABLE or kind in LOST or m.config["dtype"] != words[ours]:
             return None
-        return Specimen(m.name, {**m.config, "dtype": words[theirs]}, {n: t.astype(theirs) for n, t in m.tensors.items()})
+        return Specimen(
+            m.name, {**m.config, "dtype": words[theirs]}, {n: t.astype(theirs) for n, t in m.tensors.items()}
+        )
     if overlay == "trained":
         return trained(m, rng) if codes <= STRUCTURAL else None
     if m.config["model_type"] not in ("llama", "qwen3", "qwen3_moe") or any(n.endswith(".bias") for n in m.tensors):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep import opening
-from tensorkeep.case import Inconclusive
 from tensorkeep.checks import CODES
+from tensorkeep.evidence import opening
+from tensorkeep.evidence.case import Inconclusive
 from tensorkeep.findings import Finding
 
 SHARED = Path(__file__).parents[2] / "shared/fixtures"
@@ -50,7 +50,12 @@ def fp4_table() -> Array:
 
 
 def four_bit(
-    weight: Array, kind: str = "nf4", block: int = 64, nested: bool = False, storage: str = "uint8", nested_block: int = 256
+    weight: Array,
+    kind: str = "nf4",
+    block: int = 64,
+    nested: bool = False,
+    storage: str = "uint8",
+    nested_block: int = 256,
 ) -> dict[str, Array]:
     """The tensors of one 4-bit weight by suffix ("" are the codes)."""
     table = nf4_table() if kind == "nf4" else fp4_table()
@@ -71,7 +76,9 @@ def four_bit(
         levels = np.linspace(-1, 1, 256, dtype=np.float32)
         parts = [absmax[at : at + nested_block] - np.float32(offset) for at in range(0, absmax.size, nested_block)]
         outer = np.array([max(np.abs(p).max(), 1e-12) for p in parts], np.float32)
-        out["absmax"] = np.concatenate([[np.abs(levels - v / o).argmin() for v in p] for p, o in zip(parts, outer)]).astype(np.uint8)
+        out["absmax"] = np.concatenate(
+            [[np.abs(levels - v / o).argmin() for v in p] for p, o in zip(parts, outer)]
+        ).astype(np.uint8)
         out |= {"nested_absmax": outer, "nested_quant_map": levels}
         state |= {"nested_blocksize": nested_block, "nested_dtype": "float32", "nested_offset": offset}
     else:
@@ -99,7 +106,9 @@ def decoded(parts: Mapping[str, Array]) -> Array:
         code = bytes_[i // 2] >> 4 if i % 2 == 0 else bytes_[i // 2] & 15
         at = i // state["blocksize"]
         if "nested_absmax" in parts:
-            scale = parts["nested_quant_map"][parts["absmax"][at]] * parts["nested_absmax"][at // state["nested_blocksize"]]
+            scale = (
+                parts["nested_quant_map"][parts["absmax"][at]] * parts["nested_absmax"][at // state["nested_blocksize"]]
+            )
             scale = np.float32(scale + np.float32(state["nested_offset"]))
         else:
             scale = parts["absmax"][at]
@@ -122,18 +131,31 @@ def averaged_bytes(packed: Array, decay: float, updates: int, live: Array | None
     average = packed.astype(np.float32)
     model = (packed if live is None else live).astype(np.float32)
     for _ in range(updates):
-        average = np.trunc(np.float32(decay) * average + np.float32(1 - decay) * model).astype(packed.dtype).astype(np.float32)
+        average = (
+            np.trunc(np.float32(decay) * average + np.float32(1 - decay) * model)
+            .astype(packed.dtype)
+            .astype(np.float32)
+        )
     return average.astype(packed.dtype)
 
 
-def write(folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any] | None = None, metadata: Mapping[str, str] | None = None) -> str:
+def write(
+    folder: Path,
+    tensors: Mapping[str, Array],
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
     """An hf folder, the safetensors file spelled out here; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     at, blobs = 0, []
     for name, value in tensors.items():
         data = np.ascontiguousarray(value).tobytes()
-        header[name] = {"dtype": NAMES[value.dtype.name], "shape": list(value.shape), "data_offsets": [at, at + len(data)]}
+        header[name] = {
+            "dtype": NAMES[value.dtype.name],
+            "shape": list(value.shape),
+            "data_offsets": [at, at + len(data)],
+        }
         at += len(data)
         blobs.append(data)
     text = json.dumps(header).encode()
@@ -146,7 +168,9 @@ def write(folder: Path, tensors: Mapping[str, Array], config: Mapping[str, Any] 
 # -- models and what the checks say of them -------------------------------------------------------------------------------
 
 
-def findings(checkpoint: str | Path, reference: str | Path | None = None, codes: str = "QAER") -> tuple[list[Finding], set[str]]:
+def findings(
+    checkpoint: str | Path, reference: str | Path | None = None, codes: str = "QAER"
+) -> tuple[list[Finding], set[str]]:
     """The findings of these checks, and the codes that could not be decided."""
     case = opening.open_case(str(checkpoint), None if reference is None else str(reference))
     opening.look(case)

@@ -33,7 +33,10 @@ def plain(name: str, seed: int) -> Specimen:
     """The architecture of a specimen with plain random values."""
     m = specimen(name)
     rng = np.random.default_rng([seed, *name.encode()])
-    made = {n: (rng.normal(1, 0.18, t.shape) if NORM.search(n) else rng.normal(0, 0.08, t.shape)).astype(t.dtype) for n, t in m.tensors.items()}
+    made = {
+        n: (rng.normal(1, 0.18, t.shape) if NORM.search(n) else rng.normal(0, 0.08, t.shape)).astype(t.dtype)
+        for n, t in m.tensors.items()
+    }
     return Specimen(name, m.config, made)
 
 
@@ -69,7 +72,12 @@ def faults(m: Specimen, rng: Rng) -> list[Sick]:
         ("swapped_gate_up", swap.state, list(swap.tensors or []), None),
         ("nan", nan, [down], None),
         ("unexpected_key", {**m.tensors, **inv}, list(inv), None),
-        (f"vocab_padded_{size}_to_{size + 128}", moved(m, vocabulary, lambda t: np.concatenate([t, np.zeros((128, t.shape[1]), t.dtype)])), vocabulary, None),
+        (
+            f"vocab_padded_{size}_to_{size + 128}",
+            moved(m, vocabulary, lambda t: np.concatenate([t, np.zeros((128, t.shape[1]), t.dtype)])),
+            vocabulary,
+            None,
+        ),
         ("truncated_data_file", m.tensors, [], lambda p: truncate(p / "__0_0.distcp")),
         ("bit_flip", moved(m, [up], lambda t: values.flip(rng, t, [8 * t.itemsize - 2], 1)), [up], None),
         ("metadata_without_storage_entry", m.tensors, [up], lambda p: with_metadata(p, lambda meta: forget(meta, up))),
@@ -81,7 +89,9 @@ def faults(m: Specimen, rng: Rng) -> list[Sick]:
     if len(set(m.tensors[o].shape)) == 1:
         out.append(("transposed", moved(m, [o], np.transpose), [o], None))
     if head:
-        out.append(("lm_head_overwritten_by_embedding (wrongly tied)", {**m.tensors, HEAD: m.tensors[EMBEDDING]}, head, None))
+        out.append(
+            ("lm_head_overwritten_by_embedding (wrongly tied)", {**m.tensors, HEAD: m.tensors[EMBEDDING]}, head, None)
+        )
     return out
 
 

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     words = parser.parse_args(argv)
     for found in every(words.model, words.folder, words.seed, [words.variant]):
-        options = (f" --reference {found.reference}" if found.reference else "") + (f" --for {found.target}" if found.target else "")
+        options = (f" --reference {found.reference}" if found.reference else "") + (
+            f" --for {found.target}" if found.target else ""
+        )
         print(f"tensorkeep diagnose {found.path}{options} --json")
     return 0
 

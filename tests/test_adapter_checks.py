@@ -19,8 +19,6 @@ from tests.quant_files import QLORA, Tensors, findings, gaussian, matrices, mode
 FAST = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-
-
 def lora(tensors: Tensors, rank: int = 4, seed: int = 0, size: float = 0.1) -> Tensors:
     out: Tensors = {}
     for i, name in enumerate(matrices(tensors)):
@@ -34,7 +32,14 @@ def lora(tensors: Tensors, rank: int = 4, seed: int = 0, size: float = 0.1) -> T
 def write_adapter(folder: Path, tensors: Tensors, **config: Any) -> str:
     files.write(folder, tensors)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    document = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "base_model_name_or_path": "base", **config}
+    document = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "o_proj"],
+        "base_model_name_or_path": "base",
+        **config,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(document))
     return str(folder)
 
@@ -43,7 +48,9 @@ def merged(tensors: Tensors, adapter: Tensors, times: float = 1.0, scale: float 
     out = dict(tensors)
     for name in matrices(tensors):
         stem = f"base_model.model.{name.removesuffix('.weight')}"
-        out[name] = (tensors[name] + times * scale * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]).astype(np.float32)
+        out[name] = (
+            tensors[name] + times * scale * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+        ).astype(np.float32)
     return out
 
 
@@ -85,7 +92,9 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
     assert [(f.code, len(f.tensors)) for f in found if f.severity == "error"] == [("A01", 6)]
 
 
-@pytest.mark.parametrize("change", [{"r": 8}, {"rank_pattern": {"q_proj": 2}}, {"lora_alpha": None}, {"lora_alpha": 0}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "change", [{"r": 8}, {"rank_pattern": {"q_proj": 2}}, {"lora_alpha": None}, {"lora_alpha": 0}, {"use_dora": True}]
+)
 def test_configs_that_do_not_describe_the_weights(tmp_path: Path, change: dict[str, Any]) -> None:
     assert said(findings(write_adapter(tmp_path, lora(model(1)), **change), None, "A")[0]) == {"A02"}
 
@@ -93,7 +102,13 @@ def test_configs_that_do_not_describe_the_weights(tmp_path: Path, change: dict[s
 def test_halves_and_empty_promises(tmp_path: Path) -> None:
     tensors = lora(model(1))
     lost = next(n for n in tensors if "lora_B" in n)
-    found, _ = findings(write_adapter(tmp_path, {n: t for n, t in tensors.items() if n != lost}, target_modules=["q_proj", "o_proj", "k_proj"]), None, "A")
+    found, _ = findings(
+        write_adapter(
+            tmp_path, {n: t for n, t in tensors.items() if n != lost}, target_modules=["q_proj", "o_proj", "k_proj"]
+        ),
+        None,
+        "A",
+    )
     assert (said(found), said(found, "warning")) == ({"A02"}, {"A02"})
 
 
@@ -105,7 +120,9 @@ def test_the_base_is_told_by_its_digest_and_by_dora(tmp_path: Path) -> None:
     tensors = lora(model(1), size=0.001)
     for name in matrices(model(1)):
         lengths = np.linalg.norm(model(1)[name], axis=1)
-        tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector"] = (lengths * np.random.default_rng(3).uniform(0.95, 1.05, lengths.size)).astype(np.float32)
+        tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector"] = (
+            lengths * np.random.default_rng(3).uniform(0.95, 1.05, lengths.size)
+        ).astype(np.float32)
     dora = write_adapter(tmp_path / "dora", tensors, use_dora=True)
     assert said(findings(dora, base, "A")[0]) == set()
     assert said(findings(dora, other, "A")[0]) == {"A04"}
@@ -113,12 +130,30 @@ def test_the_base_is_told_by_its_digest_and_by_dora(tmp_path: Path) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q_proj", "(a+)+$", "[", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["q_proj", "(a+)+$", "[", "x"]), inner, max_size=3)
+    ),
 )
 
 
 @FAST
-@given(st.sampled_from(["r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "use_dora", "use_rslora", "base_digest"]), JSON)
+@given(
+    st.sampled_from(
+        [
+            "r",
+            "lora_alpha",
+            "rank_pattern",
+            "alpha_pattern",
+            "target_modules",
+            "modules_to_save",
+            "use_dora",
+            "use_rslora",
+            "base_digest",
+        ]
+    ),
+    JSON,
+)
 def test_no_adapter_config_can_break_the_checks(tmp_path: Path, key: str, value: Any) -> None:
     stored = write_adapter(tmp_path / "adapter", lora(model(1, 1)), **{key: value})
     base = files.write(tmp_path / "base", model(1, 1))

@@ -112,7 +112,10 @@ def test_an_index_that_contradicts_its_shards_is_named(tmp_path: Path) -> None:
         ("F07", "puts g.mask into", lambda d: d["weight_map"].update({"g.mask": shard})),
         ("F07", "no weight_map", lambda d: {"weight_map": [1]}),
         ("F07", "no weight_map", lambda d: {"weight_map": {"a": 3}}),
-        *[("F06", "outside", lambda d, n=n: d["weight_map"].update(x=n)) for n in ("../x", "/etc/passwd", "a\\..\\b", "a\0", "..", "")],
+        *[
+            ("F06", "outside", lambda d, n=n: d["weight_map"].update(x=n))
+            for n in ("../x", "/etc/passwd", "a\\..\\b", "a\0", "..", "")
+        ],
     ]
     for number, (code, what, change) in enumerate(cases):
         folder = edit_index(write_sharded(tmp_path / str(number)), change)
@@ -129,7 +132,10 @@ def test_an_index_that_contradicts_its_shards_is_named(tmp_path: Path) -> None:
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
-    for file, folder in (("config.json", write_hf(tmp_path / "a")), ("adapter_config.json", write_peft(tmp_path / "b"))):
+    for file, folder in (
+        ("config.json", write_hf(tmp_path / "a")),
+        ("adapter_config.json", write_peft(tmp_path / "b")),
+    ):
         for data in (b"{", b"\xff\xfe", b"[" * 100_000):
             (folder / file).write_bytes(data)
             assert "JSON" in refused(lambda f=folder: read(f), None, folder / file).what
@@ -151,7 +157,10 @@ DCP = {
     "file missing": ({"a": ("__1_0.distcp", 0, 100)}, "F05", "not there"),
     "truncated": ({"a": ("__0_0.distcp", 950, 100)}, "F02", "truncated"),
     "overlapping": ({"a": ("__0_0.distcp", 0, 100), "b": ("__0_0.distcp", 50, 100)}, "F07", "overlap"),
-    **{f"outside {n!r}": ({"a": (n, 0, 100)}, "F06", "outside") for n in ("../secret", "/etc/passwd", "x/../../y", "..\\x", "a\0b")},
+    **{
+        f"outside {n!r}": ({"a": (n, 0, 100)}, "F06", "outside")
+        for n in ("../secret", "/etc/passwd", "x/../../y", "..\\x", "a\0b")
+    },
 }
 
 
@@ -219,12 +228,30 @@ def test_a_hostile_part_of_an_honest_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_on_the_allow_list_can_run_code() -> None:
-    dangerous = {"eval", "exec", "getattr", "setattr", "__import__", "open", "compile", "apply", "system", "Popen", "input", "breakpoint"}
+    dangerous = {
+        "eval",
+        "exec",
+        "getattr",
+        "setattr",
+        "__import__",
+        "open",
+        "compile",
+        "apply",
+        "system",
+        "Popen",
+        "input",
+        "breakpoint",
+    }
     assert not {name.rpartition(".")[2] for name in ALLOWED} & dangerous
-    assert not any(name.split(".")[0] in ("os", "posix", "subprocess", "sys", "runpy", "importlib", "pty", "shutil") for name in ALLOWED)
+    assert not any(
+        name.split(".")[0] in ("os", "posix", "subprocess", "sys", "runpy", "importlib", "pty", "shutil")
+        for name in ALLOWED
+    )
 
 
-@pytest.mark.parametrize("data", [b"", b"PK", b"\x80", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<html>"], ids=str)
+@pytest.mark.parametrize(
+    "data", [b"", b"PK", b"\x80", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<html>"], ids=str
+)
 def test_what_is_no_torch_file_is_named(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     path.write_bytes(data)
@@ -288,7 +315,9 @@ def test_permission_denied_is_said() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
-def test_a_sink_folder_that_cannot_be_written_to_is_said(number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sink_folder_that_cannot_be_written_to_is_said(
+    number: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(source, "hf")
 
     def no(self: Path, *_: Any, **__: Any) -> None:
@@ -336,7 +365,10 @@ def test_a_file_size_limit_is_said(tmp_path: Path) -> None:
 def test_a_really_full_disk_is_said(source: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode
+    ):
         pytest.skip("no tmpfs can be mounted here")
     try:
         from safetensors.torch import save_file
@@ -371,7 +403,9 @@ class Interruption:
         return call
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"]
+)
 @pytest.mark.parametrize("old", [True, False], ids=["overwrite", "fresh"])
 @pytest.mark.parametrize("to, name", SINKS)
 def test_whichever_step_fails_the_old_sink_stays_and_nothing_else(
@@ -420,7 +454,9 @@ print("done", calls)
 """
 
 
-def test_killed_at_any_step_the_final_name_is_whole_and_the_same_command_works_again(source: Path, tmp_path: Path) -> None:
+def test_killed_at_any_step_the_final_name_is_whole_and_the_same_command_works_again(
+    source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "sinks" / "out"
     run(source, out, "hf")
     old, before = tree(out), tree(source)
@@ -450,7 +486,9 @@ def test_the_sink_is_never_the_source_nor_inside_it_nor_around_it(source: Path, 
         (source, source), (source, tmp_path / "link"), (source, source / "." / ""), (file, file), (source, source / "inner"),
         (source, source / "inner.pth"), (source, source / "a" / ".." / "b"), (source, tmp_path), (file, source), (file, tmp_path),
     ):  # fmt: skip
-        error = refused(lambda g=given, o=out: run(g, o, "hf" if "." not in str(o.name) else "pth", overwrite=True), None)
+        error = refused(
+            lambda g=given, o=out: run(g, o, "hf" if "." not in str(o.name) else "pth", overwrite=True), None
+        )
         assert "source" in error.what or "symbolic link" in error.what
     (tmp_path / "link").unlink()
     assert tree(tmp_path) == before
@@ -470,7 +508,9 @@ def test_a_source_that_changes_while_it_is_read_gives_no_sink(source: Path, tmp_
     refused(lambda: convert(plan, str(tmp_path / "out"), "dcp"), "F02", source)
 
 
-def test_a_disk_that_lies_is_found_out_by_reading_back(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_lies_is_found_out_by_reading_back(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, real = plan_of(source, "hf"), os.pwrite
 
     def flip(handle: int, data: Any, at: int) -> int:

@@ -40,7 +40,9 @@ def test_inspect_digests_are_those_of_the_raw_bytes(capsys: pytest.CaptureFixtur
             assert tensor["xxh3_128"] == xxhash.xxh3_128(raw).hexdigest()
 
 
-def test_a_conversion_there_and_back_is_equal_and_diff_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_there_and_back_is_equal_and_diff_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(capsys, "convert", TINY, tmp_path / "dcp", "--to", "dcp", "--naming", "torchtitan")[0] == 0
     assert run(capsys, "convert", tmp_path / "dcp", tmp_path / "hf", "--to", "hf")[0] == 0
     code, out, _ = run(capsys, "diff", TINY, tmp_path / "hf", "--json")
@@ -83,7 +85,9 @@ def test_verify_names_the_damaged_tensor(tmp_path: Path, capsys: pytest.CaptureF
     assert [(f["code"], f["count"]) for f in document["findings"]] == [("F03", 1)]
 
 
-def test_verify_finds_a_flipped_bit_in_a_dcp_without_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_finds_a_flipped_bit_in_a_dcp_without_certificate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(capsys, "convert", TINY, tmp_path / "dcp", "--to", "dcp")
     (tmp_path / "dcp" / "tensorkeep.json").unlink()
     assert run(capsys, "verify", tmp_path / "dcp")[0] == 0
@@ -114,7 +118,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
         (["convert", str(TINY), str(TINY), "--to", "hf", "--overwrite"], "sink is the source", "another path"),
     ],
 )  # fmt: skip
-def test_bad_usage_exits_with_2_and_one_hint(words: list[str], said: str, hint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_usage_exits_with_2_and_one_hint(
+    words: list[str],
+    said: str,
+    hint: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *words)
     assert code == 2 and out == ""
@@ -136,7 +147,9 @@ def test_every_command_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) ->
 
 def test_inspect_of_safetensors_imports_neither_torch_nor_numpy() -> None:
     code = "import sys; from tensorkeep.cli import main; main(sys.argv[1:]); print([m for m in ('torch', 'numpy', 'gguf', 'transformers') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code, "inspect", str(TINY), "--json"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(TINY), "--json"], capture_output=True, text=True, check=True
+    )
     assert found.stdout.splitlines()[-1] == "[]"
 
 
@@ -148,7 +161,9 @@ def test_convert_imports_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("certificate", [True, False])
-def test_convert_refuses_a_source_that_rotted(certificate: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_refuses_a_source_that_rotted(
+    certificate: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(capsys, "convert", TINY, tmp_path / "dcp", "--to", "dcp", "--naming", "torchtitan")
     data = tmp_path / "dcp" / "__0_0.distcp"
     flip_a_byte(data, data.read_bytes().find(b"archive/data/0") + 200)

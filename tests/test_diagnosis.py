@@ -30,7 +30,16 @@ NAMED = {
     "metadata_without_storage_entry": "F07", "lm_head_overwritten_by_embedding": "T02", "malicious_metadata_pickle": "F04",
     "path_traversal_in_metadata": "F06", "missing_data_file": "F05", "small_value_drift": "V06",
 }  # fmt: skip
-FEW = ("rope_q_only", "layers_reversed", "gate_up_swapped", "reinitialised_tensor", "norm_ones", "vocabulary_shifted", "nested_root", "nan")
+FEW = (
+    "rope_q_only",
+    "layers_reversed",
+    "gate_up_swapped",
+    "reinitialised_tensor",
+    "norm_ones",
+    "vocabulary_shifted",
+    "nested_root",
+    "nan",
+)
 
 
 @pytest.mark.skipif(not SICK.exists(), reason="the conversion fixtures are not beside the checkout")
@@ -68,7 +77,21 @@ def test_a_made_fault_is_named(kind: str, model: str, tmp_path: Path) -> None:
 
 
 def test_sound_checkpoints_raise_no_error(tmp_path: Path) -> None:
-    names = [n for n in VARIANTS if n in ("identical", "dcp_flat", "fine_tuned", "bf16_copy", "fp32_copy", "adapter_merged", "without_reference", "torchtitan_names")]
+    names = [
+        n
+        for n in VARIANTS
+        if n
+        in (
+            "identical",
+            "dcp_flat",
+            "fine_tuned",
+            "bf16_copy",
+            "fp32_copy",
+            "adapter_merged",
+            "without_reference",
+            "torchtitan_names",
+        )
+    ]
     for sound in every("llama_tied", tmp_path, 3, names):
         found = diagnose(str(sound.path), str(sound.reference) if sound.reference else None, sound.target)  # type: ignore[arg-type]
         assert found.verdict == "ok", (sound, [(f.code, f.message) for f in found.findings])
@@ -133,10 +156,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["diagnose", str(path), "--reference", str(reference), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 1 and document["verdict"] == "findings" and document["causes"] == ["V04"]
-    assert set(document["findings"][0]) == {"code", "severity", "tensors", "count", "message", "evidence", "explains", "fix"}
+    assert set(document["findings"][0]) == {
+        "code",
+        "severity",
+        "tensors",
+        "count",
+        "message",
+        "evidence",
+        "explains",
+        "fix",
+    }
     assert main(["diagnose", str(path), "--reference", str(reference)]) == 1
     words = capsys.readouterr().out
-    assert words.lstrip().startswith("parameters in the reference") and "cause: V04" in words and "fix: tensorkeep repair" in words
+    assert (
+        words.lstrip().startswith("parameters in the reference")
+        and "cause: V04" in words
+        and "fix: tensorkeep repair" in words
+    )
     assert main(["diagnose", str(reference), "--reference", str(reference)]) == 0
     assert main(["explain", "v04"]) == 0
     assert main(["explain", "Z99"]) == 2

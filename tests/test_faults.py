@@ -79,7 +79,15 @@ def test_specimens_have_no_value_of_a_fresh_model(model: str) -> None:
 
 
 def answer(code: str, tensors: list[str], causes: list[str], **own: Any) -> dict[str, Any]:
-    finding = {"code": code, "severity": "error", "tensors": tensors, "count": len(tensors), "message": "", "evidence": {}, "explains": []}
+    finding = {
+        "code": code,
+        "severity": "error",
+        "tensors": tensors,
+        "count": len(tensors),
+        "message": "",
+        "evidence": {},
+        "explains": [],
+    }
     return {"verdict": "findings", "causes": causes, "findings": [finding | own]}
 
 
@@ -106,5 +114,10 @@ def test_permutations_are_found_in_evidence_either_way_round() -> None:
 
 
 def test_faults_of_other_sick_folders_are_known_by_name() -> None:
-    words = {"prefix:_orig_mod.": "K03", 'prefix:model. (nested {"model": sd})': "K04", "vocab_padded_100_to_128": "S02", "none": None}
+    words = {
+        "prefix:_orig_mod.": "K03",
+        'prefix:model. (nested {"model": sd})': "K04",
+        "vocab_padded_100_to_128": "S02",
+        "none": None,
+    }
     assert {w: expected_code(w) for w in words} == words

@@ -167,7 +167,9 @@ for _ in range(100_000):
     deep = [deep, deep]
 
 
-@pytest.mark.parametrize("value", [deep, 10**10_000, "x" * 10**6, [1 << 5000] * 10**6, {1: deep}, ("a", 1.5, None, b"b")], ids=range(6))
+@pytest.mark.parametrize(
+    "value", [deep, 10**10_000, "x" * 10**6, [1 << 5000] * 10**6, {1: deep}, ("a", 1.5, None, b"b")], ids=range(6)
+)
 def test_any_value_is_shown_shortly(value: Any) -> None:
     assert len(shown(value)) < 400
 
@@ -193,7 +195,14 @@ def copy_of(folder: Path) -> Any:
     return content(folder)
 
 
-KINDS = [("file", None), ("folder", None), ("file", "file"), ("folder", "folder"), ("file", "folder"), ("folder", "file")]
+KINDS = [
+    ("file", None),
+    ("folder", None),
+    ("file", "file"),
+    ("folder", "folder"),
+    ("file", "folder"),
+    ("folder", "file"),
+]
 
 
 @pytest.mark.parametrize("kind, old", KINDS)
@@ -306,8 +315,12 @@ def test_links_are_never_written_through(tmp_path: Path) -> None:
     assert "symbolic link to folder" in error.what and error.hint
 
 
-@pytest.mark.parametrize("spelled, meant", [("a/b/../c", "a/c"), ("absent/parent/x/", "absent/parent/x"), ("../x", "../x"), ("./y", "y")])
-def test_odd_spellings_of_a_place_work(spelled: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "spelled, meant", [("a/b/../c", "a/c"), ("absent/parent/x/", "absent/parent/x"), ("../x", "../x"), ("./y", "y")]
+)
+def test_odd_spellings_of_a_place_work(
+    spelled: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with replacing(Path(spelled), overwrite=False) as temporary:

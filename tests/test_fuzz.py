@@ -81,13 +81,33 @@ def survives(path: Path) -> TensorkeepError | None:
 
 # -- bytes out of nowhere -------------------------------------------------------------------------------------------
 
-NAMES = ["m.safetensors", "m.pth", "m.bin", "m", "m.gguf", ".metadata", "model.safetensors.index.json", "adapter_config.json"]
-STARTS = [b"", b"PK\x03\x04", b"PK\x05\x06", b"\x80\x02", b"\x80\x04\x95", b"GGUF\x03\0\0\0", b"\x08\0\0\0\0\0\0\0{}      ", b'{"weight_map": ']
+NAMES = [
+    "m.safetensors",
+    "m.pth",
+    "m.bin",
+    "m",
+    "m.gguf",
+    ".metadata",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+]
+STARTS = [
+    b"",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x80\x02",
+    b"\x80\x04\x95",
+    b"GGUF\x03\0\0\0",
+    b"\x08\0\0\0\0\0\0\0{}      ",
+    b'{"weight_map": ',
+]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(NAMES), st.sampled_from(STARTS), st.binary(max_size=300), st.booleans())
-def test_no_bytes_make_a_reader_fail_otherwise(tmp_path: Path, name: str, start: bytes, rest: bytes, whole: bool) -> None:
+def test_no_bytes_make_a_reader_fail_otherwise(
+    tmp_path: Path, name: str, start: bytes, rest: bytes, whole: bool
+) -> None:
     folder = tmp_path / "x"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -128,7 +148,20 @@ def mutate(data: bytes, dice: random.Random, places: list[int]) -> bytes:
 def structure(data: bytes) -> list[int]:
     """Header length, JSON punctuation, zip signatures and their fields, the first pickle opcodes."""
     places = [0, 4, 8, max(len(data) - 22, 0)]
-    for mark in (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06", b"\x80\x02", b"offset", b"sizes", b"dtype", b"shape", b"[", b":", b"storage"):
+    for mark in (
+        b"PK\x01\x02",
+        b"PK\x03\x04",
+        b"PK\x05\x06",
+        b"PK\x06\x06",
+        b"\x80\x02",
+        b"offset",
+        b"sizes",
+        b"dtype",
+        b"shape",
+        b"[",
+        b":",
+        b"storage",
+    ):
         at = data.find(mark)
         while at >= 0 and len(places) < 2000:
             places += [at, at + len(mark), at + 20, at + 42]
@@ -158,12 +191,16 @@ def test_damaged_files_of_every_format_are_read_or_refused(kind: str, samples: d
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_truncation_is_noticed(kind: str, samples: dict[str, Path], tmp_path: Path) -> None:
     source = samples[kind]
-    originals = {p.name: p.read_bytes() for p in ([source] if source.is_file() else source.iterdir()) if p.name != "config.json"}
+    originals = {
+        p.name: p.read_bytes() for p in ([source] if source.is_file() else source.iterdir()) if p.name != "config.json"
+    }
     for name, data in originals.items():
         (tmp_path / "x").mkdir(exist_ok=True)
         for other, whole in originals.items():
             (tmp_path / "x" / other).write_bytes(whole)
-        for length in sorted({*range(0, min(len(data), 64), 7), *(len(data) * k // 25 for k in range(25)), len(data) - 1}):
+        for length in sorted(
+            {*range(0, min(len(data), 64), 7), *(len(data) * k // 25 for k in range(25)), len(data) - 1}
+        ):
             (tmp_path / "x" / name).write_bytes(data[:length])
             error = survives(tmp_path / "x" if source.is_dir() else tmp_path / "x" / name)
             padding = kind == "gguf" or name.endswith(".distcp")  # zeros behind the last tensor are no loss
@@ -191,17 +228,25 @@ HEADERS = {
     "empty but huge": safetensors_of({"a": entry(shape=[0, BIG, BIG], data_offsets=[0, 0])}),
     "a million dimensions": safetensors_of({"a": entry(shape=[BIG] * 1_000_000)}, bytes(8)),
     "forty dimensions": safetensors_of({"a": entry(shape=[1] * 40, data_offsets=[0, 4])}, bytes(4)),
-    "number of 4000 digits": safetensors_of(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, ' + b"9" * 4000 + b"]}}"),
-    "number of 10000 digits": safetensors_of(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 10_000 + b'], "data_offsets": [0, 8]}}'),
+    "number of 4000 digits": safetensors_of(
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, ' + b"9" * 4000 + b"]}}"
+    ),
+    "number of 10000 digits": safetensors_of(
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 10_000 + b'], "data_offsets": [0, 8]}}'
+    ),
     "nested lists": safetensors_of(b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "nested shape": safetensors_of(b'{"a": {"dtype": "F32", "shape": ' + b"[" * 900 + b"]" * 900 + b', "data_offsets": [0, 8]}}'),
+    "nested shape": safetensors_of(
+        b'{"a": {"dtype": "F32", "shape": ' + b"[" * 900 + b"]" * 900 + b', "data_offsets": [0, 8]}}'
+    ),
     "dtype a list": safetensors_of({"a": entry(dtype=["F32"])}, bytes(8)),
     "true as a size": safetensors_of({"a": entry(shape=[True, 2])}, bytes(8)),
     "float offsets": safetensors_of({"a": entry(data_offsets=[0.0, 8.0])}, bytes(8)),
     "reversed offsets": safetensors_of({"a": entry(data_offsets=[8, 0])}, bytes(8)),
     "negative offsets": safetensors_of({"a": entry(data_offsets=[-8, 0])}, bytes(8)),
     "half a byte": safetensors_of({"a": entry(dtype="F4", shape=[3], data_offsets=[0, 2])}, bytes(2)),
-    "100000 names, one twice": safetensors_of(b"{" + b",".join(b'"%d": 0' % n for n in [*range(100_000), 99_999]) + b"}"),
+    "100000 names, one twice": safetensors_of(
+        b"{" + b",".join(b'"%d": 0' % n for n in [*range(100_000), 99_999]) + b"}"
+    ),
     "lone surrogate": safetensors_of(b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
     "not an object": safetensors_of([1, 2]),
     "metadata a list": safetensors_of({"__metadata__": [1], "a": 3}),
@@ -223,7 +268,9 @@ def archive(path: Path, value: Any, storage: bytes = bytes(16), raw: bytes | Non
     return path
 
 
-def tensor(shape: Any, strides: Any, offset: Any = 0, elements: Any = 4, key: Any = "0", kind: str = "FloatStorage") -> Object:
+def tensor(
+    shape: Any, strides: Any, offset: Any = 0, elements: Any = 4, key: Any = "0", kind: str = "FloatStorage"
+) -> Object:
     identity = Persistent(("storage", Global("torch", kind), key, "cpu", elements))
     return Object(Global("torch._utils", "_rebuild_tensor_v2"), (identity, offset, shape, strides, False, None))
 
@@ -232,7 +279,12 @@ def doubled(levels: int, open_: bytes, close: bytes) -> bytes:
     """A pickle whose every level holds the level below ten times: small to store, 10**levels to walk."""
     out = b"\x80\x02" + open_ + b"K\x01" + close + b"q\x00"
     for _ in range(levels):
-        out += open_ + b"".join(b"X\x01\0\0\0%ch\x00" % (97 + i) if open_ == b"}(" else b"h\x00" for i in range(10)) + close + b"q\x00"
+        out += (
+            open_
+            + b"".join(b"X\x01\0\0\0%ch\x00" % (97 + i) if open_ == b"}(" else b"h\x00" for i in range(10))
+            + close
+            + b"q\x00"
+        )
     return out + b"."
 
 
@@ -261,7 +313,9 @@ def test_hostile_tensor_entries_are_refused(kind: str, tmp_path: Path) -> None:
 
 def wrapped(levels: int) -> bytes:
     inner = emit(tensor((2,), (1,)))[2:-1]
-    return b"\x80\x02}X\x01\0\0\0a" + b"ctorch._utils\n_rebuild_parameter\n" * levels + inner + b"\x85R" * levels + b"s."
+    return (
+        b"\x80\x02}X\x01\0\0\0a" + b"ctorch._utils\n_rebuild_parameter\n" * levels + inner + b"\x85R" * levels + b"s."
+    )
 
 
 PICKLES = {
@@ -274,7 +328,11 @@ PICKLES = {
     "a dict in itself": b"\x80\x02}q\0X\x01\0\0\0ah\0s.",
     "a list in itself": b"\x80\x02]q\0h\0a.",
     "100000 parameters deep": wrapped(100_000),
-    "a long key at every level": b"\x80\x02" + b"".join(b"}X" + struct.pack("<I", 1 << 16) + b"k" * (1 << 16) for _ in range(30)) + b"N" + b"s" * 30 + b".",
+    "a long key at every level": b"\x80\x02"
+    + b"".join(b"}X" + struct.pack("<I", 1 << 16) + b"k" * (1 << 16) for _ in range(30))
+    + b"N"
+    + b"s" * 30
+    + b".",
     "a million references": b"\x80\x02}q\0](" + b"h\0" * 1_000_000 + b"e.",
 }
 
@@ -285,7 +343,13 @@ def test_deep_and_shared_pickles_cost_neither_stack_nor_time(kind: str, tmp_path
 
 
 def test_a_value_that_shares_its_way_to_many_leaves_is_refused(tmp_path: Path) -> None:
-    for kind in ("dicts of dicts to 10**40", "lists of lists to 10**200", "a dict in itself", "a list in itself", "100000 dicts deep"):
+    for kind in (
+        "dicts of dicts to 10**40",
+        "lists of lists to 10**200",
+        "a dict in itself",
+        "a list in itself",
+        "100000 dicts deep",
+    ):
         error = survives(archive(tmp_path / "m.pth", None, raw=PICKLES[kind]))
         assert error is not None and error.code in ("F02", "F07"), kind
 
@@ -311,7 +375,13 @@ def test_zip64_fields_may_lie(field: int, tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     end = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, *numbers[:4])
     locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, numbers[4] or 30, 1)
-    path.write_bytes(b"PK\x03\x04" + bytes(26) + end + locator + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0))
+    path.write_bytes(
+        b"PK\x03\x04"
+        + bytes(26)
+        + end
+        + locator
+        + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
+    )
     assert survives(path) is not None
 
 
@@ -325,7 +395,15 @@ def dcp_folder(folder: Path, data: bytes, file: str = "__0_0.distcp", size: int 
     return folder
 
 
-@pytest.mark.parametrize("place", [("__0_0.distcp", 0, 1 << 62), ("__0_0.distcp", 1 << 61, 10), ("__0_0.distcp", 1 << 20_000, 10), ("__0_0.distcp", 990, 11)])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("__0_0.distcp", 0, 1 << 62),
+        ("__0_0.distcp", 1 << 61, 10),
+        ("__0_0.distcp", 1 << 20_000, 10),
+        ("__0_0.distcp", 990, 11),
+    ],
+)
 def test_dcp_places_beyond_the_file_are_refused(place: tuple[str, int, int], tmp_path: Path) -> None:
     if place[1] > 1 << 64:
         place = (place[0], 1 << 2000, 10)  # what LONG1 can hold
@@ -363,7 +441,16 @@ def test_overlap_of_dcp_chunks_is_what_counting_cells_says(chunks: list[tuple[in
     assert _overlapping(blocks) == (len(set(cells)) < len(cells))
 
 
-ODD_STATES = [None, 3, (), [], {}, {"state_dict_metadata": {}}, {"state_dict_metadata": {"a": 3}, "storage_data": {}}, {"state_dict_metadata": [], "storage_data": {3: 4}}]
+ODD_STATES = [
+    None,
+    3,
+    (),
+    [],
+    {},
+    {"state_dict_metadata": {}},
+    {"state_dict_metadata": {"a": 3}, "storage_data": {}},
+    {"state_dict_metadata": [], "storage_data": {3: 4}},
+]
 
 
 @pytest.mark.parametrize("state", ODD_STATES, ids=str)

@@ -79,7 +79,10 @@ def test_we_read_what_torch_saves_as_dcp(tmp_path: Path, threads: int) -> None:
 def test_we_read_what_two_ranks_save(tmp_path: Path) -> None:
     script = tmp_path / "write.py"
     script.write_text(textwrap.dedent(SHARDED))
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", script, str(r), tmp_path], stderr=subprocess.PIPE) for r in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "ignore", script, str(r), tmp_path], stderr=subprocess.PIPE)
+        for r in range(2)
+    ]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors.decode()[-2000:]

@@ -68,7 +68,9 @@ def test_every_format_lays_out_files_without_gaps_and_each_tensor_once(
 
 
 @given(tensor_lists, st.integers(1, 200))
-def test_shards_hold_every_tensor_in_order_and_only_a_lone_tensor_may_be_larger(tensors: list[SinkTensor], size: int) -> None:
+def test_shards_hold_every_tensor_in_order_and_only_a_lone_tensor_may_be_larger(
+    tensors: list[SinkTensor], size: int
+) -> None:
     made = shards(tensors, size)
     assert [t for part in made for t in part] == tensors
     assert all(sum(t.nbytes for t in part) <= size or len(part) == 1 for part in made)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.loaded import check_loaded, repair_buffers
+from tensorkeep.live.loaded import check_loaded, repair_buffers
 from tests.checkpoints import TINY, hf_tensors, titan_state, write_flame, write_model, write_titan
 
 transformers = pytest.importorskip("transformers")
@@ -201,7 +201,7 @@ def test_without_transformers_the_check_still_works(tmp_path: Path) -> None:
 import sys
 sys.modules["transformers"] = None
 import torch
-from tensorkeep.loaded import check_loaded
+from tensorkeep.live.loaded import check_loaded
 model = torch.nn.Linear(3, 3)
 torch.save(model.state_dict(), sys.argv[1])
 assert check_loaded(model, sys.argv[1]) == []
@@ -298,7 +298,8 @@ SHARDED = """
 import json, sys
 import torch, torch.distributed as dist, transformers
 from torch.distributed.fsdp import fully_shard
-from tensorkeep import loaded, live
+from tensorkeep.live import loaded
+from tensorkeep.live import model as live
 dist.init_process_group("gloo")
 folder, rank = sys.argv[1], dist.get_rank()
 model = transformers.AutoModelForCausalLM.from_pretrained(folder)

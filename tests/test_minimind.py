@@ -20,7 +20,13 @@ from tensorkeep.view import read
 from tests.helpers import EMBEDDING, HEAD, assert_same, held, interleaved, model_tensors, refused, to, with_config
 
 DATA = Path(__file__).parent / "data" / "minimind"
-MM3 = {"num_attention_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "max_position_embeddings": 64}
+MM3 = {
+    "num_attention_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+}
 MM2A = {"dim": 8, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-5, "rope_theta": 1e6, "max_seq_len": 64}
 
 
@@ -90,7 +96,10 @@ def test_generations_are_told_apart(tmp_path: Path, generation: str, experts: in
     moe = "_moe" if experts else ""
     file = save(tmp_path, f"pretrain_8{moe}.pth", state, MM2A if generation == "mm2a" else MM3)
     plan, _ = to(file, tmp_path / "hf", "hf")
-    assert plan.config is not None and (plan.config["model_type"], plan.config["minimind_generation"]) == (kind, generation)
+    assert plan.config is not None and (plan.config["model_type"], plan.config["minimind_generation"]) == (
+        kind,
+        generation,
+    )
     assert ("K07" in [n.code for n in plan.notes]) == (kind == "minimind")
     reference = model_tensors(norms=generation == "mm3", head=False, experts=experts)
     made = held(tmp_path / "hf")
@@ -107,16 +116,23 @@ def test_a_resume_file_gives_its_model(tmp_path: Path) -> None:
     }  # fmt: skip
     plan, _ = to(save(tmp_path, "ppo_actor_8_resume.pth", resume, MM3), tmp_path / "hf", "hf")
     assert_same(held(tmp_path / "hf"), {n: t for n, t in state.items() if n != HEAD})
-    assert {s.reason for s in plan.dropped if s.parts[0].name != f"model.{HEAD}"} == {"optimizer state", "critic of PPO"}
+    assert {s.reason for s in plan.dropped if s.parts[0].name != f"model.{HEAD}"} == {
+        "optimizer state",
+        "critic of PPO",
+    }
 
 
 def test_what_no_file_says_is_said(tmp_path: Path) -> None:
     plan = make_plan([read(save(tmp_path / "a", "pretrain_8.pth", weights("mm2", heads=8, dim=1, kv=2)))], "hf")
     said = next(n.message for n in plan.notes if n.code == "C03")
-    assert all(f"{word}=" in said for word in ("num_attention_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings"))
+    assert all(
+        f"{word}=" in said for word in ("num_attention_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    )
     plan = make_plan([read(save(tmp_path / "b", "pretrain_8.pth", weights("mm3"), MM3))], "hf")
     assert plan.notes == [] and (plan.config or {})["rope_parameters"]["rope_type"] == "default"
-    yarn = make_plan([read(save(tmp_path / "c", "pretrain_8.pth", weights("mm3"), MM3 | {"inference_rope_scaling": True}))], "hf")
+    yarn = make_plan(
+        [read(save(tmp_path / "c", "pretrain_8.pth", weights("mm3"), MM3 | {"inference_rope_scaling": True}))], "hf"
+    )
     assert (yarn.config or {})["rope_parameters"]["factor"] == 16
 
 
@@ -154,7 +170,10 @@ def test_a_lora_file_goes_to_peft_and_back(tmp_path: Path, prefix: str) -> None:
     state = {n: t for i in range(2) for p in "qo" for n, t in lora(f"model.layers.{i}.self_attn.{p}_proj").items()}
     file = save(tmp_path, "lora_x_8.pth", {prefix + n: t for n, t in state.items()})
     to(file, tmp_path / "peft", "peft")
-    wanted = {f"base_model.model.{n.replace('.lora.A.', '.lora_A.').replace('.lora.B.', '.lora_B.')}": t for n, t in state.items()}
+    wanted = {
+        f"base_model.model.{n.replace('.lora.A.', '.lora_A.').replace('.lora.B.', '.lora_B.')}": t
+        for n, t in state.items()
+    }
     assert_same(held(tmp_path / "peft"), wanted)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 2, ["o_proj", "q_proj"])
@@ -173,7 +192,9 @@ def test_an_adapter_of_early_2025_turns_the_rows_of_b(tmp_path: Path) -> None:
     to(with_config(file, MM2A), tmp_path / "peft", "peft")
     made = held(tmp_path / "peft")
     at = "base_model.model.model.layers.0"
-    assert torch.equal(interleaved(made[f"{at}.self_attn.q_proj.lora_B.weight"], 4), state["layers.0.attention.wq.lora.B.weight"])
+    assert torch.equal(
+        interleaved(made[f"{at}.self_attn.q_proj.lora_B.weight"], 4), state["layers.0.attention.wq.lora.B.weight"]
+    )
     assert torch.equal(made[f"{at}.self_attn.q_proj.lora_A.weight"], state["layers.0.attention.wq.lora.A.weight"])
     assert torch.equal(made[f"{at}.self_attn.o_proj.lora_B.weight"], state["layers.0.attention.wo.lora.B.weight"])
     assert f"{at}.mlp.gate_proj.lora_A.weight" in made
@@ -197,10 +218,17 @@ def test_minimind_goes_straight_to_torchtitan(tmp_path: Path) -> None:
     to(file, tmp_path / "dcp", "dcp", naming="torchtitan")
     made = held(tmp_path / "dcp")
     assert torch.equal(made["lm_head.weight"], made["tok_embeddings.weight"])
-    assert torch.equal(made["layers.0.attention.qkv_linear.wq.weight"], weights("mm3")["model.layers.0.self_attn.q_proj.weight"])
+    assert torch.equal(
+        made["layers.0.attention.qkv_linear.wq.weight"], weights("mm3")["model.layers.0.self_attn.q_proj.weight"]
+    )
     with refused("K07", ".experts."):
         config = MM3 | {"n_shared_experts": 1}
-        to(save(tmp_path, "pretrain_8_moe.pth", weights("mm2", experts=2), config), tmp_path / "out", "dcp", naming="torchtitan")
+        to(
+            save(tmp_path, "pretrain_8_moe.pth", weights("mm2", experts=2), config),
+            tmp_path / "out",
+            "dcp",
+            naming="torchtitan",
+        )
 
 
 def test_model_and_adapter_in_one_file_are_not_mixed(tmp_path: Path) -> None:
@@ -212,7 +240,9 @@ def test_model_and_adapter_in_one_file_are_not_mixed(tmp_path: Path) -> None:
     assert [n.code for n in plan.notes] == ["K02"]
     plan, _ = to(file, tmp_path / "peft", "peft")
     assert len(held(tmp_path / "peft")) == 4
-    assert {s.parts[0].name for s in plan.dropped} == set(model) and {s.reason for s in plan.dropped} == {"the model, not the adapter"}
+    assert {s.parts[0].name for s in plan.dropped} == set(model) and {s.reason for s in plan.dropped} == {
+        "the model, not the adapter"
+    }
 
 
 def test_an_adapter_is_no_model_and_a_model_no_adapter(tmp_path: Path) -> None:
@@ -234,7 +264,11 @@ def test_an_adapter_folder_keeps_its_trained_modules(tmp_path: Path) -> None:
 
 
 def test_modules_that_are_merely_called_lora_stay_in_the_model(tmp_path: Path) -> None:
-    names = ("model.layers.0.attn.w_lora.lora.0.weight", "model.layers.0.attn.w_lora.lora.2.weight", "model.layers.0.x.lora.A.weight")
+    names = (
+        "model.layers.0.attn.w_lora.lora.0.weight",
+        "model.layers.0.attn.w_lora.lora.2.weight",
+        "model.layers.0.x.lora.A.weight",
+    )
     state = weights("mm3") | {n: torch.randn(2, 2) for n in names}
     to(save(tmp_path, "model.pth", state), tmp_path / "hf", "hf")
     assert set(names) <= set(held(tmp_path / "hf"))
@@ -258,7 +292,10 @@ def test_ranks_layers_and_scales_that_differ_are_kept_or_refused(tmp_path: Path)
 def test_file_names() -> None:
     assert minimind.stage_of("out/full_sft_512_moe.pth") == "full_sft"
     assert minimind.stage_of("a/lora_x_768_resume.pth") == "lora_x" and minimind.stage_of("somewhere") == "pretrain"
-    assert minimind.file_name({"hidden_size": 640}, ["model.layers.0.mlp.experts.0.up_proj.weight"], "dpo") == "dpo_640_moe.pth"
+    assert (
+        minimind.file_name({"hidden_size": 640}, ["model.layers.0.mlp.experts.0.up_proj.weight"], "dpo")
+        == "dpo_640_moe.pth"
+    )
 
 
 def test_a_hostile_file_is_refused_by_name(tmp_path: Path) -> None:

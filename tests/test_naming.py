@@ -63,7 +63,9 @@ def test_llama_goes_to_torchtitan_and_back(sizes: dict[str, int], bias: bool, na
         for leaf in ("weight", "bias") if bias else ("weight",):
             wanted = interleaved(tensors[f"model.layers.{last}.self_attn.{proj}_proj.{leaf}"], sizes["dim"], rotary)
             assert torch.equal(made[f"layers.{last}.attention.{own}w{proj}.{leaf}"], wanted)
-    assert torch.equal(made[f"layers.{last}.attention.{own}wv.weight"], tensors[f"model.layers.{last}.self_attn.v_proj.weight"])
+    assert torch.equal(
+        made[f"layers.{last}.attention.{own}wv.weight"], tensors[f"model.layers.{last}.self_attn.v_proj.weight"]
+    )
 
 
 @quick
@@ -74,7 +76,9 @@ def test_qwen3_goes_to_torchtitan_and_back(sizes: dict[str, int], experts: int, 
     own = "qkv_linear." if naming == "torchtitan" else ""
     assert torch.equal(made[f"layers.0.attention.{own}wq.weight"], tensors["model.layers.0.self_attn.q_proj.weight"])
     if experts:
-        inner = "layers.0.moe.routed_experts.inner_experts.w1_EFD" if naming == "torchtitan" else "layers.0.moe.experts.w1"
+        inner = (
+            "layers.0.moe.routed_experts.inner_experts.w1_EFD" if naming == "torchtitan" else "layers.0.moe.experts.w1"
+        )
         stack = torch.stack([tensors[f"model.layers.0.mlp.experts.{e}.gate_proj.weight"] for e in range(experts)])
         assert torch.equal(made[inner], stack)
 
@@ -90,7 +94,10 @@ def test_early_minimind_goes_to_hf_and_back(sizes: dict[str, int], experts: int)
         file = Path(work) / "there" / f"pretrain_{sizes['hidden']}{'_moe' if experts else ''}.pth"
         view = with_config(file, config)
         assert identify(view).naming == "minimind" and "tok_embeddings.weight" in view
-        assert torch.equal(held(file)["layers.0.attention.wk.weight"], interleaved(tensors["model.layers.0.self_attn.k_proj.weight"], sizes["dim"]))
+        assert torch.equal(
+            held(file)["layers.0.attention.wk.weight"],
+            interleaved(tensors["model.layers.0.self_attn.k_proj.weight"], sizes["dim"]),
+        )
         to(view, Path(work) / "back", "hf")
         assert_same(held(Path(work) / "back"), tensors)
 

@@ -29,8 +29,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shapes and faults that the shared fixtures leave out."""
     be_quiet()
     place = tmp_path_factory.mktemp("cases")
-    write_case(place / "llama_bias_11_layers", "Llama", attention_bias=True, mlp_bias=True, num_hidden_layers=11, hidden_size=16, intermediate_size=24)
-    write_case(place / "llama_scaled", "Llama", rope_parameters=SCALED, head_dim=24, hidden_size=48, num_attention_heads=3, num_key_value_heads=1)
+    write_case(
+        place / "llama_bias_11_layers",
+        "Llama",
+        attention_bias=True,
+        mlp_bias=True,
+        num_hidden_layers=11,
+        hidden_size=16,
+        intermediate_size=24,
+    )
+    write_case(
+        place / "llama_scaled",
+        "Llama",
+        rope_parameters=SCALED,
+        head_dim=24,
+        hidden_size=48,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+    )
     write_case(place / "llama_tie_conflict", "Llama", tie_word_embeddings=True, head=True)
     write_case(place / "qwen3_tied_bias", "Qwen3", attention_bias=True, head_dim=16, tie_word_embeddings=True)
     write_case(place / "olmo2_sharded", "Olmo2", titan=False, shards="20KB", tie_word_embeddings=False)

@@ -24,10 +24,18 @@ from tensorkeep.pickle_writing import emit
 from tensorkeep.pickles import Global, Object, Persistent, parse
 from tests.samples import write_dcp
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=()))
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=()))
+)
 keys = st.text() | st.integers() | st.tuples(st.text(), st.integers())
 plain = st.recursive(
-    scalars, lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=4), max_leaves=12
+    scalars,
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=12,
 )
 
 
@@ -86,7 +94,10 @@ def evil_pickles(path: Path) -> dict[str, bytes]:
         "then truncated": pickle.dumps(Evil(path))[:-1],
         "then nonsense": pickle.dumps(Evil(path))[:-1] + b"\xff",
         "behind an allowed one": b"\x80\x02ccollections\nOrderedDict\n)R0" + pickle.dumps(Evil(path), 2)[2:],
-        "called through getattr": b"\x80\x02cbuiltins\ngetattr\ncos\npath\nX\x06\x00\x00\x00system\x86RX" + struct.pack("<I", len(call)) + call + b"\x85R.",
+        "called through getattr": b"\x80\x02cbuiltins\ngetattr\ncos\npath\nX\x06\x00\x00\x00system\x86RX"
+        + struct.pack("<I", len(call))
+        + call
+        + b"\x85R.",
     }
 
 
@@ -174,8 +185,10 @@ def test_no_bytes_make_the_reader_fail_otherwise(data: bytes) -> None:
 @pytest.mark.parametrize("nest", [b"\x85", b"]\x86", b"Q", b"2a"])
 def test_depth_and_cycles_cost_neither_stack_nor_time(nest: bytes) -> None:
     started = time.perf_counter()
-    value, _ = parse(b"\x80\x02](" + b"]" + nest * 200_000 + b"e.", (), "test") if nest != b"]\x86" else parse(
-        b"\x80\x02]" + b"]\x86" * 200_000 + b".", (), "test"
+    value, _ = (
+        parse(b"\x80\x02](" + b"]" + nest * 200_000 + b"e.", (), "test")
+        if nest != b"]\x86"
+        else parse(b"\x80\x02]" + b"]\x86" * 200_000 + b".", (), "test")
     )
     del value
     assert time.perf_counter() - started < 5

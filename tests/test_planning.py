@@ -101,7 +101,12 @@ def test_a_tie_that_a_permutation_breaks_is_stored_apart(tmp_path: Path) -> None
 
 
 def test_every_source_tensor_is_in_a_step(tmp_path: Path) -> None:
-    state = {"model": model_tensors(), "optimizer": {"exp_avg": torch.ones(3)}, "ema": {"a.w": torch.ones(2)}, "odd": torch.ones(1)}
+    state = {
+        "model": model_tensors(),
+        "optimizer": {"exp_avg": torch.ones(3)},
+        "ema": {"a.w": torch.ones(2)},
+        "odd": torch.ones(1),
+    }
     torch.save(state, tmp_path / "in.pth")
     view = read(tmp_path / "in.pth")
     plan = make_plan([view], "hf")
@@ -125,12 +130,20 @@ def test_a_tensor_in_two_sources_needs_a_word(tmp_path: Path) -> None:
 def test_sources_are_combined_across_formats_and_namings(tmp_path: Path) -> None:
     tensors = model_tensors()
     base = {n: t for n, t in tensors.items() if "layers.1" not in n}
-    to(write_hf(tmp_path / "hf", tensors, LLAMA), tmp_path / "titan", "dcp", naming="torchtitan", drop=["*layers.0*", "*embed*", "*norm.weight", HEAD])
+    to(
+        write_hf(tmp_path / "hf", tensors, LLAMA),
+        tmp_path / "titan",
+        "dcp",
+        naming="torchtitan",
+        drop=["*layers.0*", "*embed*", "*norm.weight", HEAD],
+    )
     write_hf(tmp_path / "base", base, LLAMA)
     plan = make_plan([read(tmp_path / "base"), read(tmp_path / "titan")], "hf", prefer="first")
     convert(plan, str(tmp_path / "out"), "hf")
     missing = set(tensors) - set(held(tmp_path / "out"))
-    assert missing == {f"model.layers.1.{p}_layernorm.weight" for p in ()} | (missing & {n for n in tensors if "norm" in n})
+    assert missing == {f"model.layers.1.{p}_layernorm.weight" for p in ()} | (
+        missing & {n for n in tensors if "norm" in n}
+    )
     assert_same(held(tmp_path / "out"), {n: t for n, t in tensors.items() if n not in missing})
 
 
@@ -175,9 +188,19 @@ def test_missing_or_unlike_experts_are_refused(tmp_path: Path) -> None:
     config = LLAMA | {"model_type": "qwen3_moe", "num_experts": 3}
     odd = "model.layers.1.mlp.experts.1.up_proj.weight"
     with refused("K01", "experts"):
-        to(write_hf(tmp_path / "a", {n: t for n, t in tensors.items() if n != odd}, config), tmp_path / "out", "dcp", naming="torchtitan")
+        to(
+            write_hf(tmp_path / "a", {n: t for n, t in tensors.items() if n != odd}, config),
+            tmp_path / "out",
+            "dcp",
+            naming="torchtitan",
+        )
     with refused("S01", "experts"):
-        to(write_hf(tmp_path / "b", tensors | {odd: torch.ones(2, 8)}, config), tmp_path / "out", "dcp", naming="torchtitan")
+        to(
+            write_hf(tmp_path / "b", tensors | {odd: torch.ones(2, 8)}, config),
+            tmp_path / "out",
+            "dcp",
+            naming="torchtitan",
+        )
 
 
 # -- dtypes and shapes ----------------------------------------------------------------------------------------------------
@@ -191,7 +214,11 @@ def odd_tensors() -> dict[str, torch.Tensor]:
         dtype = getattr(torch, spelled)
         raw = torch.randint(0, 256, (24 * dtype.itemsize,), dtype=torch.uint8, generator=generator)
         whole = (raw % 2).bool() if dtype == torch.bool else raw.view(dtype)
-        out |= {f"{spelled}.matrix": whole.reshape(4, 6), f"{spelled}.one": whole[0].clone(), f"{spelled}.none": whole[:0].reshape(0, 3)}
+        out |= {
+            f"{spelled}.matrix": whole.reshape(4, 6),
+            f"{spelled}.one": whole[0].clone(),
+            f"{spelled}.none": whole[:0].reshape(0, 3),
+        }
     return out
 
 
@@ -226,7 +253,11 @@ def test_casts_round_as_torch_does_and_count_what_is_lost(tmp_path: Path, target
     wanted = values.to(getattr(torch, str(DTYPES[target].torch)))
     if target != "F8_E4M3":  # torch saturates fp8 in some builds, ml_dtypes gives NaN: the count says it either way
         assert_same({"a.w": made["a.w"]}, {"a.w": wanted})
-        assert result.casts["a.w"].overflowed == int((values.isfinite() & ~wanted.isfinite()).sum()) if target == "F16" else True
+        assert (
+            result.casts["a.w"].overflowed == int((values.isfinite() & ~wanted.isfinite()).sum())
+            if target == "F16"
+            else True
+        )
     else:
         fine = values.abs() < 400
         assert torch.equal(made["a.w"].float()[fine], wanted.float()[fine]) and result.casts["a.w"].overflowed == 2
@@ -246,7 +277,10 @@ def test_config_says_the_dtype_that_is_there(tmp_path: Path) -> None:
     source = write_hf(tmp_path / "hf", model_tensors(dtype=torch.bfloat16), LLAMA | {"dtype": "bfloat16"})
     plan, _ = to(source, tmp_path / "out", "hf", dtype="F32")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32" and notes(plan) == ["C01"]
-    quantised = {"a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, dtype=torch.bfloat16)}
+    quantised = {
+        "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.ones(1, dtype=torch.bfloat16),
+    }
     plan, _ = to(write_hf(tmp_path / "fp8", quantised, {"dtype": "bfloat16"}), tmp_path / "fp8-out", "hf")
     assert notes(plan) == []
 
@@ -254,7 +288,9 @@ def test_config_says_the_dtype_that_is_there(tmp_path: Path) -> None:
 # -- bytes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "options"), [("hf", {}), ("dcp", {"root": "model"}), ("dcp", {"naming": "torchtitan"}), ("pth", {})])
+@pytest.mark.parametrize(
+    ("form", "options"), [("hf", {}), ("dcp", {"root": "model"}), ("dcp", {"naming": "torchtitan"}), ("pth", {})]
+)
 def test_two_conversions_give_the_same_bytes(tmp_path: Path, form: str, options: dict[str, str]) -> None:
     source = write_hf(tmp_path / "hf", model_tensors(layers=11, dtype=torch.bfloat16), LLAMA)
     for name in ("a", "b"):

@@ -8,9 +8,9 @@ import sys
 import tensorkeep
 
 PUBLIC = {
-    "Finding", "Plan", "StateView", "TensorRecord", "TensorkeepError", "__version__", "compare", "convert", "make_plan",
-    "read", "verify",
-}  # fmt: skip
+    *("Finding", "Plan", "StateView", "TensorRecord", "TensorkeepError", "__version__", "check_loaded", "compare"),
+    *("convert", "diagnose", "explain_loss", "make_plan", "read", "repair_buffers", "verify"),
+}
 
 
 def test_the_public_names_are_exactly_these_and_resolve() -> None:
@@ -19,5 +19,7 @@ def test_the_public_names_are_exactly_these_and_resolve() -> None:
 
 
 def test_importing_the_package_loads_no_heavy_module() -> None:
-    code = "import sys, tensorkeep; print([m for m in ('torch', 'numpy', 'rich', 'cyclopts', 'yaml') if m in sys.modules])"
+    code = (
+        "import sys, tensorkeep; print([m for m in ('torch', 'numpy', 'rich', 'cyclopts', 'yaml') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

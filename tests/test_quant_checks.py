@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import quant_evidence, quantized
+from tensorkeep import quantized
 from tensorkeep.checks import CODES, explain
 from tensorkeep.diagnosis import diagnose
+from tensorkeep.evidence import quantized as quant_evidence
 from tensorkeep.view import read
 from tests import quant_files as files
 from tests.quant_files import MINE, QLORA, Tensors, findings, gaussian, matrices, model, needs_qlora, quantise, said
@@ -27,8 +28,6 @@ def test_every_code_has_a_page(code: str) -> None:
     assert page.startswith(f"{code} ") and ":" in page.splitlines()[0]
     assert len(page.splitlines()) > 8
     assert code == importlib.import_module(CODES[code]).CODE
-
-
 
 
 @needs_qlora
@@ -63,12 +62,22 @@ def test_the_whole_diagnosis_agrees() -> None:
     assert diagnose(str(damaged)).verdict == "inconclusive"
     assert diagnose(str(QLORA / "quant_nf4_dq"), str(QLORA / "base")).verdict == "ok"
     assert diagnose(str(QLORA / "quant_nf4_dq")).verdict == "inconclusive"
-    assert diagnose(str(QLORA / "damaged/nf4_dq_quant_state_filtered_out.safetensors"), str(QLORA / "base")).causes == ["Q01"]
+    assert diagnose(str(QLORA / "damaged/nf4_dq_quant_state_filtered_out.safetensors"), str(QLORA / "base")).causes == [
+        "Q01"
+    ]
 
 
 @FAST
-@given(st.sampled_from(["nf4", "fp4", "int8"]), st.booleans(), st.sampled_from([64, 96, 100]), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 50))
-def test_sound_files_of_any_shape_and_reference_dtype_raise_no_error(tmp_path: Path, kind: str, nested: bool, columns: int, dtype: str, seed: int) -> None:
+@given(
+    st.sampled_from(["nf4", "fp4", "int8"]),
+    st.booleans(),
+    st.sampled_from([64, 96, 100]),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.integers(0, 50),
+)
+def test_sound_files_of_any_shape_and_reference_dtype_raise_no_error(
+    tmp_path: Path, kind: str, nested: bool, columns: int, dtype: str, seed: int
+) -> None:
     tensors = model(seed, 1, columns)
     base = files.write(tmp_path / "base", {n: t.astype(getattr(ml_dtypes, dtype, dtype)) for n, t in tensors.items()})
     options = {} if kind == "int8" else {"nested": nested}
@@ -83,7 +92,13 @@ def test_state_or_codes_of_another_weight(tmp_path: Path, kind: str, part: str) 
     tensors, other = model(1), model(2)
     mine, theirs = quantise(tensors, kind), quantise(other, kind)
     name = matrices(tensors)[2]
-    taken = [n for n in mine if n.startswith(name.removesuffix("weight")) and (n == name) == (part == "codes") and not n.endswith(("quant_map", f"__{kind}"))]
+    taken = [
+        n
+        for n in mine
+        if n.startswith(name.removesuffix("weight"))
+        and (n == name) == (part == "codes")
+        and not n.endswith(("quant_map", f"__{kind}"))
+    ]
     mixed = {**mine, **{n: theirs[n] for n in taken}}
     found, undecided = findings(files.write(tmp_path / "q", mixed), files.write(tmp_path / "base", tensors), "Q")
     assert [(f.code, list(f.tensors)) for f in found if f.severity == "error"] == [("Q02", [name])]
@@ -129,7 +144,9 @@ def test_digests_decide_without_a_reference(tmp_path: Path) -> None:
 
 
 def test_a_reference_that_was_never_the_source_judges_nothing(tmp_path: Path) -> None:
-    found, undecided = findings(files.write(tmp_path / "q", quantise(model(7))), files.write(tmp_path / "base", model(8)), "Q")
+    found, undecided = findings(
+        files.write(tmp_path / "q", quantise(model(7))), files.write(tmp_path / "base", model(8)), "Q"
+    )
     assert (said(found), undecided) == (set(), {"Q02"})
 
 
@@ -164,7 +181,9 @@ def test_float_storage_without_state_is_found_by_the_reference(tmp_path: Path) -
 def test_fp8_without_scales_is_missing_them_only_where_it_had_some(tmp_path: Path) -> None:
     weight = gaussian((16, 16), 1)
     cast = files.write(tmp_path / "cast", {"a.weight": weight.astype(ml_dtypes.float8_e4m3fn)})
-    scaled = files.write(tmp_path / "scaled", {"a.weight": (weight * 448 / np.abs(weight).max()).astype(ml_dtypes.float8_e4m3fn)})
+    scaled = files.write(
+        tmp_path / "scaled", {"a.weight": (weight * 448 / np.abs(weight).max()).astype(ml_dtypes.float8_e4m3fn)}
+    )
     assert said(findings(cast, None, "Q")[0]) == set()
     assert said(findings(scaled, None, "Q")[0]) == {"Q01"}
 
@@ -204,7 +223,9 @@ def test_rows_that_blocks_straddle(tmp_path: Path, columns: int, wanted: set[str
 def test_scales_that_cannot_be(tmp_path: Path, value: float) -> None:
     stored = quantise(model(14))
     name = matrices(model(14))[0]
-    stored[f"{name}.absmax"] = np.where(np.arange(stored[f"{name}.absmax"].size) == 3, np.float32(value), stored[f"{name}.absmax"])
+    stored[f"{name}.absmax"] = np.where(
+        np.arange(stored[f"{name}.absmax"].size) == 3, np.float32(value), stored[f"{name}.absmax"]
+    )
     assert "Q06" in said(findings(files.write(tmp_path, stored), None, "Q")[0])
 
 

@@ -29,7 +29,9 @@ def gaussian(shape: tuple[int, ...], seed: int = 0) -> Any:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype == np.float32 and np.array_equal(a.view(np.uint32), b.view(np.uint32))
+    return (
+        a.shape == b.shape and a.dtype == b.dtype == np.float32 and np.array_equal(a.view(np.uint32), b.view(np.uint32))
+    )
 
 
 @pytest.mark.parametrize(("kind", "table"), [("nf4", files.nf4_table()), ("fp4", files.fp4_table())])
@@ -39,7 +41,9 @@ def test_tables_are_what_their_papers_derive(kind: str, table: Any) -> None:
 
 @FAST
 @given(SHAPES, st.sampled_from(["nf4", "fp4"]), st.sampled_from([32, 64, 128, 4096]), st.booleans(), st.integers(0, 99))
-def test_four_bits_decode_as_one_element_after_another(tmp_path: Path, shape: tuple[int, int], kind: str, block: int, nested: bool, seed: int) -> None:
+def test_four_bits_decode_as_one_element_after_another(
+    tmp_path: Path, shape: tuple[int, int], kind: str, block: int, nested: bool, seed: int
+) -> None:
     parts = files.four_bit(gaussian(shape, seed), kind, block, nested, nested_block=4)
     view = read(files.write(tmp_path, files.named(W, parts)))
     weight = quantized.find(view)[W]
@@ -49,7 +53,9 @@ def test_four_bits_decode_as_one_element_after_another(tmp_path: Path, shape: tu
 
 @FAST
 @given(SHAPES, st.sampled_from(["nf4", "fp4"]), st.integers(0, 99))
-def test_dequantised_values_are_within_half_a_gap_of_the_original(tmp_path: Path, shape: tuple[int, int], kind: str, seed: int) -> None:
+def test_dequantised_values_are_within_half_a_gap_of_the_original(
+    tmp_path: Path, shape: tuple[int, int], kind: str, seed: int
+) -> None:
     weight = gaussian(shape, seed)
     view = read(files.write(tmp_path, files.named(W, files.four_bit(weight, kind))))
     peaks = np.repeat(quant_codes.block_maxima(weight, 64), 64)[: weight.size].reshape(shape)
@@ -80,7 +86,9 @@ def test_int8_multiplies_by_one_127th(tmp_path: Path) -> None:
     codes, scb = files.int8(gaussian((5, 33)))
     view = read(files.write(tmp_path, {"m.weight": codes, "m.SCB": scb, "m.weight_format": np.array(0, np.uint8)}))
     assert quantized.find(view)["m.weight"].kind == "int8"
-    assert same_bits(quantized.dequantise(view, "m.weight"), codes.astype(np.float32) * scb[:, None] * np.float32(1 / 127))
+    assert same_bits(
+        quantized.dequantise(view, "m.weight"), codes.astype(np.float32) * scb[:, None] * np.float32(1 / 127)
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +111,9 @@ def test_fp8_scales_by_tensor_row_group_and_block(tmp_path: Path, name: str, sha
 def test_torchao_names_and_zero_points(tmp_path: Path) -> None:
     codes, scale = np.arange(-6, 6, dtype=np.int8).reshape(3, 4), np.array([[0.5], [1.0], [2.0]], np.float32)
     zero = np.array([[1], [0], [-1]], np.int8)
-    view = read(files.write(tmp_path, {"m._weight_qdata": codes, "m._weight_scale": scale, "m._weight_zero_point": zero}))
+    view = read(
+        files.write(tmp_path, {"m._weight_qdata": codes, "m._weight_scale": scale, "m._weight_zero_point": zero})
+    )
     (weight,) = quantized.find(view).values()
     assert (weight.stands_for, weight.problems) == ("m.weight", ())
     assert same_bits(quantized.dequantise(view, "m._weight_qdata"), (codes.astype(np.float32) - zero) * scale)
@@ -118,7 +128,14 @@ def test_plain_tensors_are_not_taken_for_quantised_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drop", "code"), [("absmax", "Q01"), ("quant_map", "Q01"), ("quant_state.bitsandbytes__nf4", "Q01"), ("nested_absmax", "Q01"), ("", "Q06")]
+    ("drop", "code"),
+    [
+        ("absmax", "Q01"),
+        ("quant_map", "Q01"),
+        ("quant_state.bitsandbytes__nf4", "Q01"),
+        ("nested_absmax", "Q01"),
+        ("", "Q06"),
+    ],
 )
 def test_a_missing_part_is_said_and_refused(tmp_path: Path, drop: str, code: str) -> None:
     parts = {k: v for k, v in files.four_bit(gaussian((4, 64)), nested=True).items() if k != drop}
@@ -141,7 +158,8 @@ def test_a_part_that_contradicts_the_description_is_malformed(tmp_path: Path, ro
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
 )
 
 
@@ -171,7 +189,16 @@ def test_no_bytes_in_place_of_the_state_can_break_the_reader(tmp_path: Path, dat
 
 def test_inspect_counts_unpacked_weights_and_names_what_is_missing(tmp_path: Path) -> None:
     parts = files.four_bit(gaussian((6, 64)))
-    view = read(files.write(tmp_path, {**files.named(W, parts), "model.norm.weight": gaussian((64,)), "model.layers.1.mlp.up_proj.weight": parts[""]}))
+    view = read(
+        files.write(
+            tmp_path,
+            {
+                **files.named(W, parts),
+                "model.norm.weight": gaussian((64,)),
+                "model.layers.1.mlp.up_proj.weight": parts[""],
+            },
+        )
+    )
     assert inspection.parameters(view, naming.identify(view)) == 6 * 64 + 64 + parts[""].size
     first, second = inspection.quantized(view)
     assert first == {"name": W, "kind": "nf4", "shape": [6, 64]}

@@ -41,7 +41,9 @@ def test_a_dtype_has_the_width_of_torch_and_numpy(dtype: str) -> None:
 def test_bytes_and_strides_are_those_of_a_torch_tensor(shape: tuple[int, ...], dtype: str) -> None:
     made = torch.empty(shape, dtype=torch.uint8)
     record = TensorRecord("a", dtype, shape, (Block("f", 0, 0, (0,) * len(shape), shape),))
-    assert record.elements == made.numel() and record.nbytes == made.numel() * DTYPES[dtype].bits // 8 == nbytes(dtype, shape)
+    assert record.elements == made.numel() and record.nbytes == made.numel() * DTYPES[dtype].bits // 8 == nbytes(
+        dtype, shape
+    )
     assert row_major(shape) == made.stride() and same_layout(shape, made.stride())
     assert record.renamed("b").name == "b" and record.file == "f"
 
@@ -66,7 +68,9 @@ def test_a_checked_shape_can_be_held_by_numpy(sizes: list[int]) -> None:
         assert len(sizes) > 32 or max(sizes) >= 1 << 48 or math.prod(max(n, 1) for n in sizes) >= 1 << 62
 
 
-@pytest.mark.parametrize("value", [None, 3, "ab", [1.0], [True], [-1], [None], [[1]], {1: 2}, [1 << 48], [1 << 47, 1 << 47], [1] * 33])
+@pytest.mark.parametrize(
+    "value", [None, 3, "ab", [1.0], [True], [-1], [None], [[1]], {1: 2}, [1 << 48], [1 << 47, 1 << 47], [1] * 33]
+)
 def test_what_is_no_shape_is_none(value: Any) -> None:
     assert checked_shape(value) is None
 

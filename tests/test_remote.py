@@ -81,7 +81,9 @@ def test_every_format_is_read_from_a_store_as_from_the_disk(base: str, tmp_path:
 
 
 @pytest.mark.parametrize("to, name", SINKS)
-def test_a_remote_sink_holds_the_same_bytes_as_a_local_one(base: str, source: Path, tmp_path: Path, to: str, name: str) -> None:
+def test_a_remote_sink_holds_the_same_bytes_as_a_local_one(
+    base: str, source: Path, tmp_path: Path, to: str, name: str
+) -> None:
     run(source, f"{base}/{name}", to)
     run(source, tmp_path / "local" / name, to)
     there = files(f"{base}/{name}") if "." not in name else {name: files(f"{base}/{name}")[""]}
@@ -101,7 +103,9 @@ def test_an_existing_remote_sink_is_refused_and_replaced_only_on_request(base: s
     assert len(read_all(f"{base}/out")) == len(state())
 
 
-def test_the_certificate_comes_last_and_the_metadata_before_it(base: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_certificate_comes_last_and_the_metadata_before_it(
+    base: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     system, _ = fsspec.core.url_to_fs(base)
     placed: list[str] = []
     copy = system.cp_file
@@ -128,7 +132,9 @@ def test_nothing_stays_where_writing_fails(base: str, source: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_copy_that_fails_leaves_no_sink(base: str, source: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_copy_that_fails_leaves_no_sink(
+    base: str, source: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     system, _ = fsspec.core.url_to_fs(base)
     copy, calls = system.cp_file, [0]
 
@@ -144,7 +150,9 @@ def test_a_copy_that_fails_leaves_no_sink(base: str, source: Path, monkeypatch: 
     assert files(base) == {}
 
 
-def test_an_overwrite_that_fails_keeps_the_proven_copy_and_names_it(base: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overwrite_that_fails_keeps_the_proven_copy_and_names_it(
+    base: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(source, f"{base}/out", "dcp")
     system, _ = fsspec.core.url_to_fs(base)
 

@@ -55,7 +55,10 @@ def test_lost_values_of_a_trained_checkpoint_are_not_taken_from_its_base(tmp_pat
     m = specimen("llama_mha")
     rng = np.random.default_rng(0)
     lost = "model.layers.1.self_attn.q_proj.weight"
-    state = {n: (t.astype(np.float32) * (1 + 0.02 * rng.standard_normal(t.shape))).astype(t.dtype) for n, t in m.tensors.items()}
+    state = {
+        n: (t.astype(np.float32) * (1 + 0.02 * rng.standard_normal(t.shape))).astype(t.dtype)
+        for n, t in m.tensors.items()
+    }
     state[lost] = (0.02 * rng.standard_normal(state[lost].shape)).astype(state[lost].dtype)
     path, base = write("hf", state, tmp_path / "trained", m.config), write("hf", m.tensors, tmp_path / "base", m.config)
     with pytest.raises(TensorkeepError, match="lost") as refused:
@@ -66,7 +69,10 @@ def test_lost_values_of_a_trained_checkpoint_are_not_taken_from_its_base(tmp_pat
 def test_a_trained_checkpoint_keeps_its_training(tmp_path: Path) -> None:
     m = specimen("llama_mha")
     rng = np.random.default_rng(0)
-    state = {n: (t.astype(np.float32) * (1 + 0.02 * rng.standard_normal(t.shape))).astype(t.dtype) for n, t in m.tensors.items()}
+    state = {
+        n: (t.astype(np.float32) * (1 + 0.02 * rng.standard_normal(t.shape))).astype(t.dtype)
+        for n, t in m.tensors.items()
+    }
     gate, up = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
     good = write("hf", state, tmp_path / "trained", m.config)
     path = write("hf", {**state, gate: state[up], up: state[gate]}, tmp_path / "swapped", m.config)

@@ -12,19 +12,34 @@ import pytest
 
 from tensorkeep.commands_report import report
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.heatmap import Cell, cells
-from tensorkeep.report import page, write_page
+from tensorkeep.report.heatmap import Cell, cells
+from tensorkeep.report.page import page, write_page
 
 EVIL = "</title><script>alert(1)</script>.layers.0.\x1b[2J\"'><img src=x onerror=alert(2)>.weight"
 VOID = {"meta", "rect", "br"}
 
 
 def document(**own: Any) -> dict[str, Any]:
-    return {"schema": 1, "checkpoint": "out", "reference": "base", "verdict": "ok", "causes": [], "findings": [], "forward": None} | own
+    return {
+        "schema": 1,
+        "checkpoint": "out",
+        "reference": "base",
+        "verdict": "ok",
+        "causes": [],
+        "findings": [],
+        "forward": None,
+    } | own
 
 
 def finding(code: str, tensors: list[str], **own: Any) -> dict[str, Any]:
-    common = {"code": code, "severity": "error", "tensors": tensors, "count": len(tensors), "message": f"{code} said", "evidence": {}}
+    common = {
+        "code": code,
+        "severity": "error",
+        "tensors": tensors,
+        "count": len(tensors),
+        "message": f"{code} said",
+        "evidence": {},
+    }
     return {**common, "explains": [], "fix": None, **own}
 
 
@@ -71,11 +86,17 @@ def test_causes_come_first_and_every_tensor_has_its_square() -> None:
 
 def test_nothing_of_a_hostile_name_becomes_markup_and_nothing_is_loaded() -> None:
     rows = [{"name": EVIL, "status": "only_a", "relative_difference": None}]
-    findings = [finding(EVIL, [EVIL], message=EVIL, evidence={EVIL: {EVIL: EVIL}}, fix=EVIL, explains=[EVIL], severity=EVIL)]
-    text = page(document(checkpoint=EVIL, reference=EVIL, verdict=EVIL, causes=[EVIL], findings=findings), {"tensors": rows})
+    findings = [
+        finding(EVIL, [EVIL], message=EVIL, evidence={EVIL: {EVIL: EVIL}}, fix=EVIL, explains=[EVIL], severity=EVIL)
+    ]
+    text = page(
+        document(checkpoint=EVIL, reference=EVIL, verdict=EVIL, causes=[EVIL], findings=findings), {"tensors": rows}
+    )
     tags = Tags(text).found
     assert not {t for t, _ in tags} & {"script", "img", "link", "iframe", "object", "image", "use", "a"}
-    assert not [a for _, attrs in tags for a in attrs if a.startswith("on") or a in ("src", "href", "xlink:href", "style")]
+    assert not [
+        a for _, attrs in tags for a in attrs if a.startswith("on") or a in ("src", "href", "xlink:href", "style")
+    ]
     assert "\x1b" not in text
     assert not re.search(r"url\(|@import|https?://", text)
 
@@ -98,7 +119,11 @@ def test_evidence_by_tensor_name_gives_the_colour() -> None:
 
 def test_many_layers_and_experts_stay_one_square_a_kind() -> None:
     rows = [
-        {"name": f"model.layers.{n}.mlp.experts.{e}.up_proj.weight", "status": "values", "relative_difference": 0.3 if (n, e) == (7, 2) else 0.0}
+        {
+            "name": f"model.layers.{n}.mlp.experts.{e}.up_proj.weight",
+            "status": "values",
+            "relative_difference": 0.3 if (n, e) == (7, 2) else 0.0,
+        }
         for n in range(80)
         for e in range(4)
     ]
@@ -108,8 +133,20 @@ def test_many_layers_and_experts_stay_one_square_a_kind() -> None:
 
 
 def test_figures_that_are_no_numbers_do_not_break_the_page() -> None:
-    rows: list[Any] = [{"name": "a", "status": "values", "relative_difference": "nan"}, {"name": "b"}, {"name": 3}, "junk", None]
-    text = page(document(forward={"loss": "nan", "reference_loss": 2.0}, findings=["junk", finding("V01", ["a"], evidence={"x": [1, None]})]), {"tensors": rows})
+    rows: list[Any] = [
+        {"name": "a", "status": "values", "relative_difference": "nan"},
+        {"name": "b"},
+        {"name": 3},
+        "junk",
+        None,
+    ]
+    text = page(
+        document(
+            forward={"loss": "nan", "reference_loss": 2.0},
+            findings=["junk", finding("V01", ["a"], evidence={"x": [1, None]})],
+        ),
+        {"tensors": rows},
+    )
     Tags(text)
     assert "not finite" in text
 

@@ -15,7 +15,10 @@ from tests.quant_files import MINIMIND, SHARED, findings, gaussian, model, needs
 
 
 def torch_model(seed: int = 0, spread: float = 0.02) -> dict[str, torch.Tensor]:
-    return {f"module.backbone.blocks.{i}.fc.weight": torch.from_numpy(gaussian((16, 64), seed + i, spread)) for i in range(3)}
+    return {
+        f"module.backbone.blocks.{i}.fc.weight": torch.from_numpy(gaussian((16, 64), seed + i, spread))
+        for i in range(3)
+    }
 
 
 def save(path: Path, **parts: Any) -> str:
@@ -35,7 +38,9 @@ def test_a_sound_average_raises_nothing(tmp_path: Path) -> None:
 
 
 def test_an_average_that_equals_the_model(tmp_path: Path) -> None:
-    found, _ = findings(save(tmp_path / "e.pth", epoch=3, state_dict=torch_model(), state_dict_ema=torch_model()), None, "E")
+    found, _ = findings(
+        save(tmp_path / "e.pth", epoch=3, state_dict=torch_model(), state_dict_ema=torch_model()), None, "E"
+    )
     assert said(found, "warning") == {"E01"} and "training has begun" in found[0].message
 
 
@@ -57,7 +62,9 @@ def test_an_average_that_lags(tmp_path: Path) -> None:
     start, live = torch_model(1), torch_model(2)
     path = save(tmp_path / "e.pth", epoch=1, state_dict=live, state_dict_ema=blended(live, start, 0.9))
     assert said(findings(path, None, "E")[0], "warning") == {"E03"}
-    near = save(tmp_path / "n.pth", decay=0.9999, updates=1000, state_dict=live, state_dict_ema=blended(live, start, 0.05))
+    near = save(
+        tmp_path / "n.pth", decay=0.9999, updates=1000, state_dict=live, state_dict_ema=blended(live, start, 0.05)
+    )
     assert said(findings(near, None, "E")[0], "warning") == {"E03"}
     first = save(tmp_path / "start.pth", state_dict=start)
     path = save(tmp_path / "q.pth", epoch=1, state_dict=live, state_dict_ema=blended(live, start, 0.2))
@@ -77,7 +84,11 @@ def test_a_minimind_resume_file_is_imperfect_and_sound() -> None:
     assert (by_code["R06"]["weights"], by_code["R06"]["moments"]) == (["F16"], ["F32"])
     assert (by_code["R02"]["epoch"], by_code["R02"]["step"]) == (1, 20)
     assert findings(MINIMIND / "mm3_dense/out/pretrain_64.pth", None, "R")[0] == []
-    found, _ = findings(MINIMIND / "mm3_ws2/checkpoints/pretrain_64_resume.pth", MINIMIND / "mm3_dense/checkpoints/pretrain_64_resume.pth", "R")
+    found, _ = findings(
+        MINIMIND / "mm3_ws2/checkpoints/pretrain_64_resume.pth",
+        MINIMIND / "mm3_dense/checkpoints/pretrain_64_resume.pth",
+        "R",
+    )
     assert {f.evidence["world_size"] for f in found if f.code == "R03"} == {2}
 
 
@@ -94,7 +105,13 @@ def test_a_run_with_everything_raises_nothing(tmp_path: Path) -> None:
     files.write(tmp_path / "o", {f"{n}.exp_avg": t for n, t in tensors.items()})
     (tmp_path / "o/model.safetensors").rename(step / "optimizer.safetensors")
     (step / "manifest.json").write_text("{}")
-    state = {"step": 10, "samples": 640, "world_size": 1, "rng": {"torch": "..."}, "recipe": {"lr": 1e-3, "data": {"seed": 1}}}
+    state = {
+        "step": 10,
+        "samples": 640,
+        "world_size": 1,
+        "rng": {"torch": "..."},
+        "recipe": {"lr": 1e-3, "data": {"seed": 1}},
+    }
     (step / "state.json").write_text(json.dumps(state))
     (tmp_path / "run/recipe.yaml").write_text("lr: 0.001\ndata: {seed: 1}\n")
     assert findings(step, None, "R")[0] == []

@@ -21,6 +21,10 @@ _WHERE = {
     "compare": "tensorkeep.comparison",
     "verify": "tensorkeep.verification",
     "Finding": "tensorkeep.findings",
+    "diagnose": "tensorkeep.diagnosis",
+    "check_loaded": "tensorkeep.live.loaded",
+    "repair_buffers": "tensorkeep.live.loaded",
+    "explain_loss": "tensorkeep.live.reported",
 }
 __all__ = [
     "Finding",
@@ -29,18 +33,25 @@ __all__ = [
     "TensorRecord",
     "TensorkeepError",
     "__version__",
+    "check_loaded",
     "compare",
     "convert",
+    "diagnose",
+    "explain_loss",
     "make_plan",
     "read",
+    "repair_buffers",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from tensorkeep.comparison import compare
     from tensorkeep.conversion import convert
+    from tensorkeep.diagnosis import diagnose
     from tensorkeep.errors import TensorkeepError
     from tensorkeep.findings import Finding
+    from tensorkeep.live.loaded import check_loaded, repair_buffers
+    from tensorkeep.live.reported import explain_loss
     from tensorkeep.plan import Plan
     from tensorkeep.planning import make_plan
     from tensorkeep.record import TensorRecord

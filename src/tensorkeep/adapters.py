@@ -64,9 +64,17 @@ def set_aside(view: StateView, identity: Identity, to: str, notes: list[Note]) -
         )  # fmt: skip
     if not found or len(found) == len(identity.names) or view.format == "peft":
         return identity  # all of one kind: PEFT's folder may hold trained modules beside the pairs
-    notes.append(Note("K02", f"{len(found)} adapter tensors beside the model are left out: convert them with --to peft", tuple(found)))
+    notes.append(
+        Note(
+            "K02",
+            f"{len(found)} adapter tensors beside the model are left out: convert them with --to peft",
+            tuple(found),
+        )
+    )
     rest = {n: clean for n, clean in identity.names.items() if n not in found}
-    return replace(identity, names=rest, other={**identity.other, **dict.fromkeys(found, "adapter, convert it with --to peft")})
+    return replace(
+        identity, names=rest, other={**identity.other, **dict.fromkeys(found, "adapter, convert it with --to peft")}
+    )
 
 
 def adapter_plan(
@@ -75,17 +83,23 @@ def adapter_plan(
 ) -> Plan:  # fmt: skip
     """The plan from one adapter, of MiniMind or of PEFT, to PEFT's folder or MiniMind's file."""
     if len(sources) != 1:
-        raise TensorkeepError(f"an adapter is made from one source, not {len(sources)}", hint="convert each to a folder of its own")
+        raise TensorkeepError(
+            f"an adapter is made from one source, not {len(sources)}", hint="convert each to a folder of its own"
+        )
     view, identity = sources[0], identities[0]
     found = halves(identity)
     if not found and view.format != "peft":
-        raise TensorkeepError("holds no adapter tensors", where=view.path, code="K05", hint="a full model goes --to hf, dcp or pth")
+        raise TensorkeepError(
+            "holds no adapter tensors", where=view.path, code="K05", hint="a full model goes --to hf, dcp or pth"
+        )
     dropped += [Step(("drop",), (Part(0, n),), None, what) for n, what in identity.other.items()]
     notes, document = list(view.notes), view.metadata.get("adapter")
     if to == "peft" and view.format == "peft":
         items = [Hub(n, view[n].dtype, view[n].shape, (Part(0, n),)) for n in identity.names]
     else:
-        dropped += [Step(("drop",), (Part(0, n),), None, "the model, not the adapter") for n in identity.names if n not in found]
+        dropped += [
+            Step(("drop",), (Part(0, n),), None, "the model, not the adapter") for n in identity.names if n not in found
+        ]
         items = [_half(view, stored, half, config, to) for stored, half in found.items()]
         ranks = _ranks(view, found)
         if to == "pth":
@@ -94,11 +108,15 @@ def adapter_plan(
             document = adapter_config({_hf_module(m)[0]: r for m, r in ranks.items()})
     steps = [_step(item, dtype) for item in items]
     if any(".experts." in item.name for item in items):
-        notes.append(Note("K07", "adapters on single experts: transformers 5 fuses the experts, PEFT finds no such module there"))
+        notes.append(
+            Note("K07", "adapters on single experts: transformers 5 fuses the experts, PEFT finds no such module there")
+        )
     width = next((view[n].shape[-1] for n, h in found.items() if h.half == "A"), 0)
     companions = [_document(document or {})] if to == "peft" else []
     plan_config = None if to == "peft" else {"hidden_size": width}
-    return Plan([view], ordered([*steps, *dropped]), "minimind" if to == "pth" else "hf", None, plan_config, companions, notes)
+    return Plan(
+        [view], ordered([*steps, *dropped]), "minimind" if to == "pth" else "hf", None, plan_config, companions, notes
+    )
 
 
 def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> Hub:
@@ -126,7 +144,9 @@ def _ranks(view: StateView, found: Mapping[str, Half]) -> dict[str, int]:
         if half == "A":
             other = shapes[Half(module, "B")]
             if len(shape) != 2 or len(other) != 2 or shape[0] != other[1]:
-                raise TensorkeepError(f"{module}: A {shape} and B {other} have no rank in common", where=view.path, code="A02")
+                raise TensorkeepError(
+                    f"{module}: A {shape} and B {other} have no rank in common", where=view.path, code="A02"
+                )
             ranks[module] = shape[0]
     return ranks
 
@@ -135,7 +155,12 @@ def _refuse_scale(view: StateView, document: Mapping[str, Any] | None, ranks: Ma
     """MiniMind's file holds no alpha and its code scales by 1: another scale would be lost."""
     given = document or {}
     alphas = {given.get("lora_alpha", rank) for rank in ranks.values()}
-    if given.get("use_rslora") or given.get("alpha_pattern") or len(set(ranks.values())) > 1 or alphas != set(ranks.values()):
+    if (
+        given.get("use_rslora")
+        or given.get("alpha_pattern")
+        or len(set(ranks.values())) > 1
+        or alphas != set(ranks.values())
+    ):
         raise TensorkeepError(
             f"the adapter scales by another factor than 1 (rank {sorted(set(ranks.values()))}, alpha {given.get('lora_alpha')}), "
             "and MiniMind's file cannot say so", where=view.path, code="A02", hint="merge it: tensorkeep merge BASE ADAPTER OUT",

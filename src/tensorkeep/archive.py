@@ -76,7 +76,12 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
     if len(args) < 4 or not isinstance(args[0], Persistent) or not isinstance(args[0].value, tuple):
         raise wrong("no storage")
     identity, offset, shape, strides = args[0].value, args[1], _sizes(args[2]), _strides(args[3])
-    if len(identity) < 5 or identity[0] != "storage" or not isinstance(identity[1], Global) or not is_count(identity[4]):
+    if (
+        len(identity) < 5
+        or identity[0] != "storage"
+        or not isinstance(identity[1], Global)
+        or not is_count(identity[4])
+    ):
         raise wrong("an unknown storage")
     if type(identity[2]) not in (str, int) or (len(identity) > 5 and identity[5] is not None):
         raise wrong("a storage without a plain key")
@@ -105,7 +110,12 @@ def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
             return name, args
         if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args and isinstance(args[0], Object):
             name, args = args[0].call.name, args[0].args
-        elif name == "_rebuild_from_type_v2" and len(args) > 2 and isinstance(args[0], Global) and isinstance(args[2], tuple):
+        elif (
+            name == "_rebuild_from_type_v2"
+            and len(args) > 2
+            and isinstance(args[0], Global)
+            and isinstance(args[2], tuple)
+        ):
             name, args = args[0].name, args[2]
         else:
             return None
@@ -177,9 +187,21 @@ def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Ent
     try:
         with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
             infos = archive.infolist()
-    except (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, UnicodeError, IndexError) as error:
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        ValueError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        UnicodeError,
+        IndexError,
+    ) as error:
         raise TensorkeepError(
-            f"the archive at {start} is damaged or truncated: {error}", where=where, code="F02", hint="copy the file again"
+            f"the archive at {start} is damaged or truncated: {error}",
+            where=where,
+            code="F02",
+            hint="copy the file again",
         ) from None
     out: dict[str, Entry] = {}
     for info in infos:
@@ -220,10 +242,14 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
     where = f"{folder.url}/{file}"
     pickle = found.get("data.pkl")
     if pickle is None:
-        raise TensorkeepError("is a zip, but holds no data.pkl of torch.save", where=where, hint="is this a checkpoint?")
+        raise TensorkeepError(
+            "is a zip, but holds no data.pkl of torch.save", where=where, hint="is this a checkpoint?"
+        )
     order = found.get("byteorder")
     if order is not None and folder.read(file, order.start, min(order.size, 3)) == b"big":
-        raise TensorkeepError("was written on a big-endian machine", where=where, hint="save it again on a little-endian one")
+        raise TensorkeepError(
+            "was written on a big-endian machine", where=where, hint="save it again on a little-endian one"
+        )
     if pickle.size > LARGEST_PICKLE:
         raise _damaged_zip(f"data.pkl has {pickle.size} bytes, more than {LARGEST_PICKLE}", where)
     value, _ = parse(folder.read(file, pickle.start, pickle.size), ALLOWED, where)
@@ -232,7 +258,9 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
 
 # -- what is in it -----------------------------------------------------------------------------------------------------
 
-MOST_LETTERS = 16 << 20  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
+MOST_LETTERS = (
+    16 << 20
+)  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
 
 
 def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
@@ -242,7 +270,9 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
     while pending:
         name, item, depth = pending.pop()
         if depth > 32:
-            raise TensorkeepError("is nested more than 32 levels deep", where=where, code="F07", hint="this is no state dict")
+            raise TensorkeepError(
+                "is nested more than 32 levels deep", where=where, code="F07", hint="this is no state dict"
+            )
         tensor = stored_tensor(item, where) if isinstance(item, Object) else None
         children = None if tensor is not None else _children(item)
         if children is None:
@@ -250,7 +280,9 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
             continue
         left -= sum(len(name) + len(key) + 17 for key, _ in children)
         if left < 0:
-            raise TensorkeepError("names more values than any state dict has", where=where, code="F07", hint="this is no state dict")
+            raise TensorkeepError(
+                "names more values than any state dict has", where=where, code="F07", hint="this is no state dict"
+            )
         pending.extend((f"{name}.{key}" if name else key, child, depth + 1) for key, child in reversed(children))
 
 

@@ -73,7 +73,22 @@ class Pack:
         flags, sizes = (0x0808, (0, 0, 0)) if crc is None else (0x0800, (crc, short, short))
         if crc is None and size >= 0xFFFFFFFF:
             sizes = (0, 0xFFFFFFFF, 0xFFFFFFFF)
-        return struct.pack("<4s5H3I2H", b"PK\x03\x04", 45 if extra[:2] == b"\1\0" else 0, flags, 0, 0, 0, *sizes, len(name), len(extra)) + name.encode() + extra
+        return (
+            struct.pack(
+                "<4s5H3I2H",
+                b"PK\x03\x04",
+                45 if extra[:2] == b"\1\0" else 0,
+                flags,
+                0,
+                0,
+                0,
+                *sizes,
+                len(name),
+                len(extra),
+            )
+            + name.encode()
+            + extra
+        )
 
 
 def _central(name: str, offset: int, size: int, crc: int) -> bytes:
@@ -95,19 +110,32 @@ def _end(count: int, size: int, offset: int) -> bytes:
         wide = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
         wide += struct.pack("<4sIQI", b"PK\x06\x07", 0, offset + size, 1)
     short = min(count, 0xFFFF)
-    return wide + struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, short, short, min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF), 0)
+    return wide + struct.pack(
+        "<4s4H2IH", b"PK\x05\x06", 0, 0, short, short, min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF), 0
+    )
 
 
 def tensor_object(tensor: SinkTensor, key: str) -> Object:
     """The `_rebuild_tensor` call that torch.load turns into this tensor over storage `key`."""
     spelled = DTYPES[tensor.dtype].torch
     if spelled not in FROM_TORCH:
-        raise TensorkeepError(f"{tensor.dtype} cannot be kept in a torch.save file", where=tensor.name, hint="keep it in safetensors (--to hf)")
+        raise TensorkeepError(
+            f"{tensor.dtype} cannot be kept in a torch.save file",
+            where=tensor.name,
+            hint="keep it in safetensors (--to hf)",
+        )
     storage = STORAGE_OF.get(tensor.dtype)
     elements = tensor.nbytes if storage is None else tensor.nbytes * 8 // DTYPES[tensor.dtype].bits
     kind = Global("torch", storage) if storage else Global("torch.storage", "UntypedStorage")
     identity = Persistent(("storage", kind, key, "cpu", elements))
-    args: tuple[Any, ...] = (identity, 0, tensor.shape, row_major(tensor.shape), False, Object(Global("collections", "OrderedDict")))
+    args: tuple[Any, ...] = (
+        identity,
+        0,
+        tensor.shape,
+        row_major(tensor.shape),
+        False,
+        Object(Global("collections", "OrderedDict")),
+    )
     if storage:
         return Object(Global("torch._utils", "_rebuild_tensor_v2"), args)
     return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", str(spelled))))

@@ -24,6 +24,7 @@ COMMANDS = {
     "diagnose": "tensorkeep.commands_diagnosis:diagnose",
     "explain": "tensorkeep.commands_diagnosis:explain",
     "repair": "tensorkeep.commands_diagnosis:repair",
+    "report": "tensorkeep.commands_report:report",
 }
 
 HELP = {
@@ -85,5 +86,7 @@ def run(words: list[str], output: Output) -> int:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         known = next((c for c in COMMANDS if c.split() == words[: len(c.split())]), None)
-        raise TensorkeepError(" ".join(str(error).split()), hint=f"tensorkeep {known + ' ' if known else ''}--help") from None
+        raise TensorkeepError(
+            " ".join(str(error).split()), hint=f"tensorkeep {known + ' ' if known else ''}--help"
+        ) from None
     return int(code or 0)

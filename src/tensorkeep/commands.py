@@ -57,7 +57,12 @@ def inspect(checkpoint: str, /, *, tensors: str | None = None, digests: Flag = F
     view = read(checkpoint)
     chosen = [n for n in view if tensors is None or matches(n, [tensors])]
     if tensors and not chosen:
-        raise TensorkeepError(f"no tensor fits {tensors!r}", where=checkpoint, hint=near_misses(tensors.strip("*."), {s for n in view for s in n.split(".")}) or "list them all without --tensors")
+        raise TensorkeepError(
+            f"no tensor fits {tensors!r}",
+            where=checkpoint,
+            hint=near_misses(tensors.strip("*."), {s for n in view for s in n.split(".")})
+            or "list them all without --tensors",
+        )
     identity = namings.identify(view)
     found: dict[str, str] = {}
     if digests:
@@ -108,8 +113,15 @@ def diff(a: str, b: str, /, *, config: str | None = None, say: Say = Say()) -> i
     if not differing:
         out.line(f"equal: all {len(found)} tensors, bit for bit")
         return 0
-    rows = [(r.name, _status(r), _sides(r), r.different or "-", number(r.max_difference), number(r.relative)) for r in differing]
-    out.table(["tensor", "difference", "A / B", "elements", "largest", "relative"], rows, right=["elements", "largest", "relative"])
+    rows = [
+        (r.name, _status(r), _sides(r), r.different or "-", number(r.max_difference), number(r.relative))
+        for r in differing
+    ]
+    out.table(
+        ["tensor", "difference", "A / B", "elements", "largest", "relative"],
+        rows,
+        right=["elements", "largest", "relative"],
+    )
     out.line(f"{len(differing)} of {len(found)} tensors differ")
     moved = [r.name for r in differing if r.same_rows]
     if moved:
@@ -229,7 +241,17 @@ def convert(
     if dry_run:
         conversion.sink_files(plan, Path(paths[-1]).name, to, limit)
         if say.json:
-            out.document({"dry_run": True, "sink": paths[-1], "format": to, "naming": plan.naming, "root": plan.root, "bytes": plan.nbytes, "steps": plan.to_json()})
+            out.document(
+                {
+                    "dry_run": True,
+                    "sink": paths[-1],
+                    "format": to,
+                    "naming": plan.naming,
+                    "root": plan.root,
+                    "bytes": plan.nbytes,
+                    "steps": plan.to_json(),
+                }
+            )
         for step in plan.steps:
             out.line(step.line)
         out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(plan.dropped)} dropped; nothing written")
@@ -237,7 +259,9 @@ def convert(
     with out.progress() as progress:
         result = conversion.convert(plan, paths[-1], to, limit, overwrite, progress)
     for name, cast in result.casts.items():
-        out.remark(f"warning: V02 {name}: {cast.overflowed} values overflowed and {cast.vanished} became zero in the cast")
+        out.remark(
+            f"warning: V02 {name}: {cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
+        )
     if say.json:
         out.document({
             "sink": result.path, "format": to, "naming": plan.naming, "root": plan.root, "bytes": result.nbytes, "tensors": len(result.digests),
@@ -246,7 +270,9 @@ def convert(
             "casts": {n: {"overflowed": c.overflowed, "vanished": c.vanished} for n, c in result.casts.items()}, "seconds": result.seconds,
         })  # fmt: skip
     took = sum(result.seconds.values())
-    out.line(f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, proven equal to the plan ({took:.1f} s)")
+    out.line(
+        f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, proven equal to the plan ({took:.1f} s)"
+    )
     return 0
 
 
@@ -258,7 +284,9 @@ def _announce(out: Output, plan: Any) -> None:
     for step in plan.dropped:
         reasons.setdefault(step.reason, []).append(step.parts[0].name)
     for reason, names in reasons.items():
-        out.remark(f"left out: {', '.join(grouped(names)[:3])}{' ...' if len(grouped(names)) > 3 else ''} ({len(names)}): {reason}")
+        out.remark(
+            f"left out: {', '.join(grouped(names)[:3])}{' ...' if len(grouped(names)) > 3 else ''} ({len(names)}): {reason}"
+        )
 
 
 def _with_config(view: StateView, config: str | None) -> StateView:
@@ -292,7 +320,9 @@ def _known_dtype(dtype: str | None) -> str | None:
     if dtype is None:
         return None
     if dtype.lower() not in SPELLINGS:
-        raise TensorkeepError(f"no dtype {dtype!r}", hint=near_misses(dtype.lower(), SPELLINGS) or "e.g. --dtype bf16, fp16, fp32")
+        raise TensorkeepError(
+            f"no dtype {dtype!r}", hint=near_misses(dtype.lower(), SPELLINGS) or "e.g. --dtype bf16, fp16, fp32"
+        )
     return SPELLINGS[dtype.lower()]
 
 
@@ -302,7 +332,18 @@ def parse_size(text: str) -> int:
     >>> parse_size("5GB"), parse_size("2GiB")
     (5000000000, 2147483648)
     """
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    units = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "TIB": 2**40,
+    }
     digits = text.rstrip("KMGTIBkmgtib ")
     unit = text[len(digits) :].strip().upper()
     try:

@@ -26,7 +26,7 @@ def diagnose(
     for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
     forward: Annotated[bool, Parameter(negative="")] = False,
     text: str | None = None,
-    say: Say = Say(),  # noqa: B008  (frozen)
+    say: Say = Say(),
 ) -> int:
     """Name what is wrong with a checkpoint, with proof, and say what to do.
 
@@ -63,10 +63,10 @@ def diagnose(
 
 def _with_forward(found: Diagnosis, text: Path) -> Diagnosis:
     """The same diagnosis with what one forward over the text shows, and L01's findings about it."""
-    from tensorkeep.case import Inconclusive
     from tensorkeep.checks import l01_loss_too_high
     from tensorkeep.diagnosis import judge
-    from tensorkeep.forward import measure
+    from tensorkeep.evidence.case import Inconclusive
+    from tensorkeep.live.forward import measure
 
     case = found.case
     assert case is not None
@@ -86,13 +86,21 @@ def show(out: Output, found: Diagnosis) -> None:
     mine, theirs = found.totals.get("checkpoint"), found.totals.get("reference")
     difference = "-" if mine is None or theirs is None else f"{mine - theirs:+,}" if mine != theirs else "0"
     cells = [["-" if n is None else f"{n:,}" for n in (theirs, mine)]]
-    out.table(["parameters in the reference", "in the checkpoint", "difference"], [[*cells[0], difference]], right=["parameters in the reference", "in the checkpoint", "difference"])
+    out.table(
+        ["parameters in the reference", "in the checkpoint", "difference"],
+        [[*cells[0], difference]],
+        right=["parameters in the reference", "in the checkpoint", "difference"],
+    )
     for finding in found.findings:
         _show_finding(out, finding, found.causes)
     if found.forward:
         figures = ", ".join(f"{k} {v:.4g}" for k, v in found.forward.items() if isinstance(v, (int, float)))
         out.line(f"forward: {figures}")
-    words = {"ok": "ok: no error found", "findings": f"causes: {', '.join(found.causes)}", "inconclusive": "inconclusive: see what could not be decided above"}
+    words = {
+        "ok": "ok: no error found",
+        "findings": f"causes: {', '.join(found.causes)}",
+        "inconclusive": "inconclusive: see what could not be decided above",
+    }
     out.line(words[found.verdict])
     if found.causes:
         out.remark(f"more: tensorkeep explain {found.causes[0]}")
@@ -115,7 +123,7 @@ def _show_finding(out: Output, finding: Finding, causes: Sequence[str]) -> None:
         out.line(f"  fix: {finding.fix}")
 
 
-def explain(code: str, /, *, say: Say = Say()) -> int:  # noqa: B008  (frozen)
+def explain(code: str, /, *, say: Say = Say()) -> int:
     """What a finding code means: how it happens, how it shows, what to do.
 
     Parameters
@@ -141,7 +149,7 @@ def repair(
     reference: str,
     for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
-    say: Say = Say(),  # noqa: B008  (frozen)
+    say: Say = Say(),
 ) -> int:
     """Undo the causes that a diagnosis proves, write a new checkpoint, and diagnose that.
 
@@ -172,8 +180,10 @@ def repair(
         })  # fmt: skip
         return made.after.exit_code
     for code, what in made.done.items():
-        output.line(f"{code}: {what}")
+        output.line(f"undone: {code} ({what})")
     if made.taken:
         output.line(f"from the reference: {', '.join(grouped(made.taken)[:6])}")
-    output.line(f"{made.result.path}: {len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven; diagnosed again: {made.after.verdict}")
+    output.line(
+        f"{made.result.path}: {len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven; diagnosed again: {made.after.verdict}"
+    )
     return made.after.exit_code

@@ -17,7 +17,7 @@ def report(
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     diff: Path | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
-    say: Say = Say(),  # noqa: B008  (frozen)
+    say: Say = Say(),
 ) -> int:
     """One offline HTML page from a diagnosis: findings, the difference of every tensor, the losses.
 
@@ -32,7 +32,7 @@ def report(
     overwrite
         Replace an existing page.
     """
-    from tensorkeep.report import write_page
+    from tensorkeep.report.page import write_page
 
     write_page(source, out, diff, overwrite)
     printer = say.output()

@@ -47,7 +47,9 @@ class Difference:
     def to_json(self) -> dict[str, Any]:
         out: dict[str, Any] = {"name": self.name, "status": self.status}
         for side, hub in (("a", self.a), ("b", self.b)):
-            out[side] = None if hub is None else {"name": hub.parts[0].name, "dtype": hub.dtype, "shape": list(hub.shape)}
+            out[side] = (
+                None if hub is None else {"name": hub.parts[0].name, "dtype": hub.dtype, "shape": list(hub.shape)}
+            )
         numbers = {"max_difference": self.max_difference, "relative_difference": self.relative}
         finite = {k: v if v is None or math.isfinite(v) else str(v) for k, v in numbers.items()}
         return out | {"different_elements": self.different, **finite, "same_rows_in_another_order": self.same_rows}
@@ -76,7 +78,9 @@ def pair(a: StateView, b: StateView) -> Pairing:
         # both speak the same names: no translation, so no head sizes are needed either
         identities = (replace(identities[0], naming=None), replace(identities[1], naming=None))
     dropped: list[Step] = []
-    hubs = tuple(to_hub(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities)))
+    hubs = tuple(
+        to_hub(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities))
+    )
     pairing = Pairing((a, b), identities, (hubs[0], hubs[1]))
     for mine, other in ((hubs[0], hubs[1]), (hubs[1], hubs[0])):
         # a tied head may be stored once or twice; where one side leaves it out, its embedding stands for it
@@ -93,7 +97,11 @@ def compare(a: StateView, b: StateView, progress: Callable[[str, int, int], None
     ['equal', 'equal', 'values']
     """
     pairing = pair(a, b)
-    total = sum(h.parts[0].rows is None and v[h.parts[0].name].nbytes for v, side in zip(pairing.views, pairing.hubs) for h in side.values())
+    total = sum(
+        h.parts[0].rows is None and v[h.parts[0].name].nbytes
+        for v, side in zip(pairing.views, pairing.hubs)
+        for h in side.values()
+    )
     done, out = 0, []
     with ThreadPoolExecutor(THREADS) as pool:
         for found in pool.map(lambda name: difference(name, pairing), pairing.names):
@@ -182,7 +190,11 @@ class _Sums:
             for piece in again():
                 with np.errstate(invalid="ignore", over="ignore"):
                     norm += float(np.square(as_float(piece, dtype)).sum())
-        relative = math.sqrt(self.squares / norm) if norm > 0 and self.squares >= 0 else (0.0 if self.squares == 0 else math.inf)
+        relative = (
+            math.sqrt(self.squares / norm)
+            if norm > 0 and self.squares >= 0
+            else (0.0 if self.squares == 0 else math.inf)
+        )
         return self.different, self.largest, relative
 
 

@@ -39,11 +39,22 @@ def minimind_config(
         probe = {link[0].hf: probe[clean] for clean, link in links.items() if link}
     made_config, assumed, odd = hf_config(probe, config, made)
     if odd:
-        notes.append(Note("C01", f"config.json is another model's, by the weights: {', '.join(odd)}; the weights were followed"))
+        notes.append(
+            Note("C01", f"config.json is another model's, by the weights: {', '.join(odd)}; the weights were followed")
+        )
     if assumed:
-        notes.append(Note("C03", f"no file says {', '.join(assumed)}: MiniMind's defaults of {made}; check them, or give --config"))
+        notes.append(
+            Note(
+                "C03", f"no file says {', '.join(assumed)}: MiniMind's defaults of {made}; check them, or give --config"
+            )
+        )
     if made_config["model_type"] == "minimind":
-        notes.append(Note("K07", f"{made} with shared experts: no transformers class computes this model, the sink holds its weights only"))
+        notes.append(
+            Note(
+                "K07",
+                f"{made} with shared experts: no transformers class computes this model, the sink holds its weights only",
+            )
+        )
     rest = [c for c in companions if c.name not in ("config.json", "generation_config.json")]
     ids = {k: made_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     rest.append(companion("config.json", {**made_config, "dtype": torch_dtype(probe.values())}))
@@ -55,7 +66,10 @@ def missing_biases(config: Mapping[str, Any] | None, names: Collection[str]) -> 
     """K01 where the config asks for biases that no source has: torchtitan's adapter drops them without a word."""
     asked = (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.gate_proj"))
     return [
-        Note("K01", f"config.json says {field}, the source has no such bias: its writer dropped them, and the model would start with others")
+        Note(
+            "K01",
+            f"config.json says {field}, the source has no such bias: its writer dropped them, and the model would start with others",
+        )
         for field, module in asked
         if (config or {}).get(field) is True
         and any(n.endswith(f".{module}.weight") for n in names)

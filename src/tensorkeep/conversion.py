@@ -113,9 +113,13 @@ def refuse_overlap(final: Path, sources: Sequence[StateView]) -> None:
         if sink in (source, source.resolve()):
             raise TensorkeepError("the sink is the source", where=final, hint="write to another path")
         if source == folder and folder in sink.parents:
-            raise TensorkeepError(f"the sink lies inside the source {folder}", where=final, hint="write to a path outside it")
+            raise TensorkeepError(
+                f"the sink lies inside the source {folder}", where=final, hint="write to a path outside it"
+            )
         if sink in source.parents:
-            raise TensorkeepError(f"the source {source} lies inside the sink", where=final, hint="write to another path")
+            raise TensorkeepError(
+                f"the source {source} lies inside the sink", where=final, hint="write to another path"
+            )
 
 
 def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[list[FileLayout], bool]:
@@ -124,14 +128,25 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
     single = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
     if single and to not in ("hf", "pth"):
         raise TensorkeepError(f"{to} is a folder, {name} names a file", hint="leave the ending out")
-    options: dict[str, Any] = {"shard_size": shard_size, "root": plan.root, "config": plan.config, "roots": plan.roots, "beside": plan.beside}
+    options: dict[str, Any] = {
+        "shard_size": shard_size,
+        "root": plan.root,
+        "config": plan.config,
+        "roots": plan.roots,
+        "beside": plan.beside,
+    }
     if single:
         options |= {"name": name, "shard_size": 1 << 62}
     elif to == "pth" and plan.naming == "minimind":
-        options["name"] = minimind.file_name(plan.config, [t.name for t in plan.tensors], minimind.stage_of(plan.sources[0].path))
+        options["name"] = minimind.file_name(
+            plan.config, [t.name for t in plan.tensors], minimind.stage_of(plan.sources[0].path)
+        )
     layouts = form.layout(plan.tensors, **options)
     if not single:
-        layouts = [*[small_file(c.name, c.data) for c in plan.companions if c.name not in {f.name for f in layouts}], *layouts]
+        layouts = [
+            *[small_file(c.name, c.data) for c in plan.companions if c.name not in {f.name for f in layouts}],
+            *layouts,
+        ]
     return layouts, single
 
 
@@ -165,7 +180,10 @@ def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progres
             with explained(path):
                 handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)  # less the umask
                 try:
-                    jobs += [pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count) for slot in layout.slots]
+                    jobs += [
+                        pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count)
+                        for slot in layout.slots
+                    ]
                     sums.update(_gather(jobs, layout.slots))
                     _write_rest(handle, layout, {n: s.crc for n, s in sums.items()})
                     os.fsync(handle)
@@ -197,7 +215,10 @@ def _fill(handle: int, slot: Slot, step: Step, sources: Sequence[StateView], cou
 
     sums = write_tensor(step, sources, write)
     if at != slot.start + slot.nbytes:
-        raise TensorkeepError(f"{slot.tensor}: {at - slot.start} bytes instead of {slot.nbytes}", hint="the source changed while it was read")
+        raise TensorkeepError(
+            f"{slot.tensor}: {at - slot.start} bytes instead of {slot.nbytes}",
+            hint="the source changed while it was read",
+        )
     return sums
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkeep import opening
-from tensorkeep.case import Case, Inconclusive, Progress, Target, said
 from tensorkeep.checks import CODES, LIVE, rank
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.evidence import opening
+from tensorkeep.evidence.case import Case, Inconclusive, Progress, Target, said
 from tensorkeep.findings import EXIT, Finding, Verdict, verdict_of
 
 __all__ = ["Case", "Diagnosis", "Inconclusive", "diagnose", "judge"]
@@ -52,7 +52,9 @@ class Diagnosis:
         }
 
 
-def diagnose(path: str, reference: str | None = None, target: Target | None = None, progress: Progress | None = None) -> Diagnosis:
+def diagnose(
+    path: str, reference: str | None = None, target: Target | None = None, progress: Progress | None = None
+) -> Diagnosis:
     """Findings about the checkpoint at `path`, proven against `reference` where one is given.
 
     `target` names the loader it is meant for: hf, flame or torchtitan. Raises TensorkeepError where a path is no
@@ -80,7 +82,9 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
             findings += check.check(case)
         except Inconclusive as why:
             inconclusive = True
-            findings.append(Finding(code, "info", f"could not be decided: {why.reason}", evidence={"inconclusive": True}))
+            findings.append(
+                Finding(code, "info", f"could not be decided: {why.reason}", evidence={"inconclusive": True})
+            )
         except TensorkeepError as error:
             # data that turns out to be damaged while a check reads it
             if error.code is None:
@@ -92,13 +96,21 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
     return findings, inconclusive
 
 
-def judge(case: Case, findings: Sequence[Finding], inconclusive: bool, forward: dict[str, Any] | None = None) -> Diagnosis:
+def judge(
+    case: Case, findings: Sequence[Finding], inconclusive: bool, forward: dict[str, Any] | None = None
+) -> Diagnosis:
     """The verdict and the causes. A cause is an error that no other error explains; warnings, where there is no error."""
     errors = [f for f in findings if f.severity == "error"] or [f for f in findings if f.severity == "warning"]
     explained = {code for f in errors for code in f.explains if code != f.code}
     causes = sorted(dict.fromkeys(f.code for f in errors if f.code not in explained), key=rank)
     ordered = sorted(
-        findings, key=lambda f: (f.code not in causes or f.severity == "info", SEVERITIES[f.severity], rank(f.code), -len(f.tensors))
+        findings,
+        key=lambda f: (
+            f.code not in causes or f.severity == "info",
+            SEVERITIES[f.severity],
+            rank(f.code),
+            -len(f.tensors),
+        ),
     )
     totals = {"reference": opening.parameters(case, 1), "checkpoint": opening.parameters(case, 0)}
     reference = case.reference.path if case.reference is not None else None

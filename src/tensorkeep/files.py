@@ -89,7 +89,9 @@ class LocalFolder:
         if not stat.S_ISREG(state.st_mode) or first != _state(state):
             os.close(handle)
             if stat.S_ISREG(state.st_mode):
-                raise TensorkeepError("changed while it was read", where=path, hint="wait until its writer is done, then run again")
+                raise TensorkeepError(
+                    "changed while it was read", where=path, hint="wait until its writer is done, then run again"
+                )
             raise TensorkeepError("is not a regular file", where=path, hint="a checkpoint holds plain files only")
         return handle
 
@@ -181,7 +183,11 @@ def local_path(given: str | Path) -> Path:
         path.resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.lstat()
-    except (ValueError, RuntimeError, OSError) as error:  # NUL, lone surrogates, no such user, a loop of links, too long
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as error:  # NUL, lone surrogates, no such user, a loop of links, too long
         raise TensorkeepError(f"is no path that can be opened: {error}", where=given, hint="check the path") from None
     return path
 

@@ -73,8 +73,14 @@ def quantized(view: StateView) -> list[dict[str, Any]]:
     """Weights stored as codes with their scales: GGUF blocks, bitsandbytes, fp8 and int8. Codes without scales too."""
     out: list[dict[str, Any]] = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
     for weight in find(view).values():
-        entry: dict[str, Any] = {"name": weight.name, "kind": weight.kind, "shape": list(weight.shape) if weight.shape is not None else None}
-        out.append(entry | ({"problems": [f"{p.code} {p.message}" for p in weight.problems]} if weight.problems else {}))
+        entry: dict[str, Any] = {
+            "name": weight.name,
+            "kind": weight.kind,
+            "shape": list(weight.shape) if weight.shape is not None else None,
+        }
+        out.append(
+            entry | ({"problems": [f"{p.code} {p.message}" for p in weight.problems]} if weight.problems else {})
+        )
     return out
 
 
@@ -89,7 +95,10 @@ RUN_NAMES = {
 
 def run_state(view: StateView) -> dict[str, int | None] | None:
     """Step, epoch, samples and world size, where the file holds them as plain numbers."""
-    found = {field: next((v for n in names if (v := _whole(view, n)) is not None), None) for field, names in RUN_NAMES.items()}
+    found = {
+        field: next((v for n in names if (v := _whole(view, n)) is not None), None)
+        for field, names in RUN_NAMES.items()
+    }
     return found if any(v is not None for v in found.values()) else None
 
 
@@ -121,7 +130,9 @@ def summary(view: StateView, identity: Identity) -> list[str]:
         lines.append(f"{len(quantized(view))} quantised weights: {', '.join(kinds)}")
     adapter = view.metadata.get("adapter")
     if adapter:
-        lines.append(f"adapter {adapter.get('peft_type')}: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, base {adapter.get('base_model_name_or_path')}")
+        lines.append(
+            f"adapter {adapter.get('peft_type')}: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, base {adapter.get('base_model_name_or_path')}"
+        )
     state = run_state(view)
     if state:
         lines.append(", ".join(f"{k} {v}" for k, v in state.items() if v is not None))
@@ -132,7 +143,14 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
     """Rows of the table; `gathered` folds layers that look alike into one row."""
     if not gathered:
         return [
-            (n + _tie(view[n]), view[n].dtype, list(view[n].shape), size(view[n].nbytes), view[n].file, *([found[n]] if found else []))
+            (
+                n + _tie(view[n]),
+                view[n].dtype,
+                list(view[n].shape),
+                size(view[n].nbytes),
+                view[n].file,
+                *([found[n]] if found else []),
+            )
             for n in names
         ]
     groups: dict[tuple[object, ...], list[str]] = {}
@@ -141,11 +159,12 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
         shape = "".join(c if not c.isdigit() else "#" for c in name)
         groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
     out: list[tuple[object, ...]] = []
-    for (_, dtype, dims, _), alike in groups.items():
+    for alike in groups.values():
         records = [view[n] for n in alike]
         label = ", ".join(grouped(alike)) + _tie(records[0])
         files = sorted({r.file for r in records})
-        out.append((label, dtype, list(dims), size(sum(r.nbytes for r in records)), files[0] if len(files) == 1 else f"{len(files)} files"))  # type: ignore[call-overload]
+        where = files[0] if len(files) == 1 else f"{len(files)} files"
+        out.append((label, records[0].dtype, list(records[0].shape), size(sum(r.nbytes for r in records)), where))
     return out
 
 

@@ -35,7 +35,10 @@ def load(data: bytes, where: object) -> dict[str, Any]:
     tensors = document.get("tensors") if isinstance(document, dict) else None
     if not isinstance(tensors, dict) or document.get("schema") != SCHEMA:
         raise TensorkeepError(
-            f"is not a tensorkeep certificate of schema {SCHEMA}", where=where, code="F03", hint="convert the checkpoint again"
+            f"is not a tensorkeep certificate of schema {SCHEMA}",
+            where=where,
+            code="F03",
+            hint="convert the checkpoint again",
         )
     for name, entry in tensors.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("xxh3_128"), str):
@@ -48,4 +51,6 @@ def parse_json(data: bytes, where: object) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TensorkeepError(f"is not valid JSON: {error}", where=where, hint="the file is damaged; copy it again") from None
+        raise TensorkeepError(
+            f"is not valid JSON: {error}", where=where, hint="the file is damaged; copy it again"
+        ) from None

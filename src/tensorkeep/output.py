@@ -52,7 +52,9 @@ class Output:
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for column in columns:
-            table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right)
+            table.add_column(
+                column, justify="right" if column in right else "left", overflow="fold", no_wrap=column in right
+            )
         for row in rows:
             table.add_row(*(_escaped(cell) for cell in row))
         wide = None if sys.stdout.isatty() else 160
@@ -63,7 +65,9 @@ class Output:
         if error.hint:
             sys.stderr.write(f"hint: {error.hint}\n")
         if self.json:
-            self.document({"error": {"code": error.code, "message": error.what, "where": error.where, "hint": error.hint}})
+            self.document(
+                {"error": {"code": error.code, "message": error.what, "where": error.where, "hint": error.hint}}
+            )
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:

@@ -64,7 +64,10 @@ MARK = _Mark()
 
 def _fail(what: str, where: object) -> TensorkeepError:
     return TensorkeepError(
-        f"damaged pickle: {what}", where=where, code="F02", hint="the file is truncated or not a checkpoint; copy it again"
+        f"damaged pickle: {what}",
+        where=where,
+        code="F02",
+        hint="the file is truncated or not a checkpoint; copy it again",
     )
 
 
@@ -353,7 +356,9 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
     [1, 2]
     """
     if len(data) - start > LARGEST_PICKLE:
-        raise TensorkeepError(f"a pickle of {len(data) - start} bytes; the most read is {LARGEST_PICKLE}", where=where, code="F07")
+        raise TensorkeepError(
+            f"a pickle of {len(data) - start} bytes; the most read is {LARGEST_PICKLE}", where=where, code="F07"
+        )
     reader = _Reader(data, start, where)
     try:
         value = _run(reader)

@@ -23,7 +23,9 @@ def refuse_existing(final: Path, overwrite: bool) -> None:
     with explained(final):
         if final.is_symlink() and final.is_dir():
             raise TensorkeepError(
-                f"is a symbolic link to {final.readlink()}", where=final, hint="name that folder itself, or remove the link"
+                f"is a symbolic link to {final.readlink()}",
+                where=final,
+                hint="name that folder itself, or remove the link",
             )
         if not overwrite and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
             raise TensorkeepError(

@@ -56,7 +56,9 @@ def make_plan(
         notes += renaming.average_notes(view, identity)
         _combine(hub, to_hub(view, index, identity, config, dropped), prefer, dropped)
     if not hub:
-        raise TensorkeepError("no model tensor is left to convert", where=sources[0].path if sources else None, code="K05")
+        raise TensorkeepError(
+            "no model tensor is left to convert", where=sources[0].path if sources else None, code="K05"
+        )
     target = naming or ("hf" if any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
@@ -95,7 +97,9 @@ def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[St
 # -- source naming -> hf --------------------------------------------------------------------------------------------
 
 
-def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str, Any] | None, dropped: list[Step]) -> dict[str, Hub]:
+def to_hub(
+    view: StateView, index: int, identity: Identity, config: Mapping[str, Any] | None, dropped: list[Step]
+) -> dict[str, Hub]:
     """The model tensors of one source under hf names. What is not the model's goes to `dropped` with its reason."""
     dropped += [Step(("drop",), (Part(index, n),), None, what) for n, what in identity.other.items()]
     if identity.naming in renaming.DETECTOR_NAMINGS:
@@ -105,7 +109,9 @@ def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str,
     for stored, clean in identity.names.items():
         record = view[stored]
         if _computed(clean, identity.naming):
-            dropped.append(Step(("drop",), (Part(index, stored),), None, "a buffer that the model computes from its config"))
+            dropped.append(
+                Step(("drop",), (Part(index, stored),), None, "a buffer that the model computes from its config")
+            )
             continue
         links = from_own(clean, table, experts=record.shape[0] if record.shape else 0) if table is not None else None
         if links is None and identity.naming == "gguf":
@@ -118,13 +124,20 @@ def to_hub(view: StateView, index: int, identity: Identity, config: Mapping[str,
         for link in links:
             made = _from_link(link, record, index, identity, config)
             if made.name in out:
-                raise TensorkeepError(f"{stored} and another tensor both become {made.name}", where=view.path, code="K02", hint="leave one out with --drop")
+                raise TensorkeepError(
+                    f"{stored} and another tensor both become {made.name}",
+                    where=view.path,
+                    code="K02",
+                    hint="leave one out with --drop",
+                )
             out[made.name] = made
     names = {h.parts[0].name: h.name for h in out.values() if h.parts[0].rows is None}
     return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
 
 
-def _from_link(link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None) -> Hub:
+def _from_link(
+    link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None
+) -> Hub:
     part, shape = Part(index, record.name), record.shape
     actions: tuple[str, ...] = ()
     if link.expert is not None:
@@ -163,7 +176,9 @@ def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, dro
     for name, item in found.items():
         loser = item if prefer == "first" else hub.get(name)
         if name in hub and loser is not None:
-            dropped += [Step(("drop",), (part,), None, f"another source has {name} and is preferred") for part in loser.parts]
+            dropped += [
+                Step(("drop",), (part,), None, f"another source has {name} and is preferred") for part in loser.parts
+            ]
             if prefer == "first":
                 continue
         hub[name] = item
@@ -184,7 +199,9 @@ def _to_sink(own: list[Hub], dtypes: Sequence[str | None]) -> list[Step]:
         if dtype is not None and DTYPES[hub.dtype].floating and hub.dtype != dtype:
             made = dtype
             actions.append("cast")
-        sink = SinkTensor(hub.name, made, hub.shape, hub.tied_to if _alike(hub, by_name.get(hub.tied_to or "")) else None)
+        sink = SinkTensor(
+            hub.name, made, hub.shape, hub.tied_to if _alike(hub, by_name.get(hub.tied_to or "")) else None
+        )
         steps.append(Step(tuple(actions) or ("keep",), hub.parts, sink))
     return steps
 
@@ -266,7 +283,9 @@ def _stack(name: str, members: dict[int, Hub], config: Mapping[str, Any] | None)
     wanted = (config or {}).get("num_experts") or (config or {}).get("num_local_experts") or count
     first = members[min(members)]
     if sorted(members) != list(range(count)) or count != wanted:
-        raise TensorkeepError(f"{name}: experts {sorted(members)} of {wanted}", code="K01", hint="the source is incomplete")
+        raise TensorkeepError(
+            f"{name}: experts {sorted(members)} of {wanted}", code="K01", hint="the source is incomplete"
+        )
     if any(m.shape != first.shape or m.dtype != first.dtype for m in members.values()):
         raise TensorkeepError(f"{name}: its experts differ in shape or dtype", code="S01")
     parts = tuple(part for e in range(count) for part in members[e].parts)
@@ -289,7 +308,10 @@ def _check_cover(plan: Plan) -> None:
     used = {(p.source, p.name) for step in plan.steps for p in step.parts}
     lost = [n for i, v in enumerate(plan.sources) for n in v if (i, n) not in used]
     if lost:
-        raise TensorkeepError(f"the plan loses {len(lost)} tensors: {', '.join(lost[:5])}", hint="this is a defect of tensorkeep, please report it")
+        raise TensorkeepError(
+            f"the plan loses {len(lost)} tensors: {', '.join(lost[:5])}",
+            hint="this is a defect of tensorkeep, please report it",
+        )
     names = [t.name for t in plan.tensors]
     if len(names) != len(set(names)):
         raise TensorkeepError("the plan makes a tensor twice", hint="this is a defect of tensorkeep, please report it")

@@ -46,8 +46,12 @@ def refuse_damaged(view: StateView, index: int, sums: dict[str, Sums]) -> None:
     certificate = read_certificate(view)
     if certificate is None:
         return
-    wanted = {stored_name(n, certificate.get("root"), view.format): e["xxh3_128"] for n, e in certificate["tensors"].items()}
-    found = {name: digest for item in sums.values() for (source, name), digest in item.sources.items() if source == index}
+    wanted = {
+        stored_name(n, certificate.get("root"), view.format): e["xxh3_128"] for n, e in certificate["tensors"].items()
+    }
+    found = {
+        name: digest for item in sums.values() for (source, name), digest in item.sources.items() if source == index
+    }
     wrong = sorted(n for n, digest in found.items() if n in wanted and digest != wanted[n])
     if wrong:
         raise damaged(view.path, wrong)
@@ -68,14 +72,19 @@ def prove(sink: str | Path, plan: Plan, sums: dict[str, Sums], progress: Callabl
         for name, digest in zip(wanted, pool.map(view.digest, wanted)):
             tensor, record = wanted[name], view[name]
             if (record.dtype, record.shape) != (tensor.dtype, tensor.shape) or digest != sums[tensor.name].digest:
-                raise TensorkeepError(f"read back, {name} is not what the plan made", where=sink, code="F03", hint="check the disk, then run again")
+                raise TensorkeepError(
+                    f"read back, {name} is not what the plan made",
+                    where=sink,
+                    code="F03",
+                    hint="check the disk, then run again",
+                )
             done += tensor.nbytes
             progress("prove", done, total)
 
 
 def certify(plan: Plan, sums: dict[str, Sums], to: str) -> bytes:
     """The certificate: digests of every tensor, the steps, what was dropped and why. No path, no time."""
-    tensors = {
+    tensors: dict[str, dict[str, Any]] = {
         t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": sums[t.name].digest}
         for t in sorted(plan.tensors, key=lambda t: t.name)
     }

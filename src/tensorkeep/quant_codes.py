@@ -51,7 +51,11 @@ def scaled(values: Array, scales: Array, block: int) -> Array:
     whole = values.size // block
     out = np.empty(values.size, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale gives NaN or infinity, as in any other reader
-        np.multiply(values[: whole * block].reshape(whole, block), scales[:whole, None], out=out[: whole * block].reshape(whole, block))
+        np.multiply(
+            values[: whole * block].reshape(whole, block),
+            scales[:whole, None],
+            out=out[: whole * block].reshape(whole, block),
+        )
         if whole * block < values.size:
             out[whole * block :] = values[whole * block :] * scales[whole]
     return out

@@ -164,7 +164,9 @@ def _block(reading: _Reading, state: Mapping[str, Any], key: str) -> int | None:
     return None
 
 
-def _check_sizes(reading: _Reading, shape: tuple[int, ...], block: int, nested: Nested | None, parts: Mapping[str, str]) -> None:
+def _check_sizes(
+    reading: _Reading, shape: tuple[int, ...], block: int, nested: Nested | None, parts: Mapping[str, str]
+) -> None:
     """Dtypes and shapes against what the description demands of each tensor."""
     view, count = reading.view, math.prod(shape)
     codes, blocks = view[reading.name], -(-count // block)

@@ -115,7 +115,9 @@ def dequantise(view: StateView, name: str, weight: QuantisedWeight | None = None
 
     weight = weight or find(view).get(name)
     if weight is None:
-        raise TensorkeepError(f"{name} is no quantised weight", where=view.path, code="K01", hint=near_misses(name, find(view)) or None)
+        raise TensorkeepError(
+            f"{name} is no quantised weight", where=view.path, code="K01", hint=near_misses(name, find(view)) or None
+        )
     refuse(weight, view.path)
     assert weight.shape is not None
     out = np.empty(weight.elements, np.float32)
@@ -188,5 +190,9 @@ def refuse(weight: QuantisedWeight, where: object) -> None:
     """Raise the first problem of a weight, if it has one."""
     if weight.problems:
         code, message = weight.problems[0]
-        hint = "get the checkpoint again, with its quantisation state" if code == "Q01" else "save it again, from the float weights"
+        hint = (
+            "get the checkpoint again, with its quantisation state"
+            if code == "Q01"
+            else "save it again, from the float weights"
+        )
         raise TensorkeepError(f"{weight.name}: {message}", where=where, code=code, hint=hint)

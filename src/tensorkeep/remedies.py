@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.case import Array, Case
 from tensorkeep.diagnosis import Diagnosis
+from tensorkeep.evidence.case import Array, Case
+from tensorkeep.evidence.sources import layer_of
 from tensorkeep.naming import hf
-from tensorkeep.sources import layer_of
 from tensorkeep.view import np_dtype
 
 Recipe = Callable[[], Array]
@@ -66,7 +66,11 @@ def remedies(diagnosis: Diagnosis) -> Remedies:
         elif code in REMEDIES:
             REMEDIES[code](case, names, out)
         elif code in ("C01", "C02"):
-            out.companions |= {"config.json"} if code == "C01" else {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+            out.companions |= (
+                {"config.json"}
+                if code == "C01"
+                else {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+            )
             out.done[code] = "took the reference's"
         else:
             out.refused[code] = NEEDS.get(code, finding.fix or f"see: tensorkeep explain {code}")
@@ -198,7 +202,10 @@ def _unscaled(case: Case, name: str, kind: str, number: float) -> Array:
     wide = mine.astype(np.float64)
     made: Array = (wide / number if kind == "scale" else wide - number).astype(np_dtype(case.tensors[name].dtype))
     theirs = case.reference_values(name).astype(mine.dtype)
-    close = np.abs(made.astype(np.float64) - theirs.astype(np.float64)) <= 2.0**-7 * np.abs(theirs.astype(np.float64)) + 1e-30
+    close = (
+        np.abs(made.astype(np.float64) - theirs.astype(np.float64))
+        <= 2.0**-7 * np.abs(theirs.astype(np.float64)) + 1e-30
+    )
     return theirs if bool(close.all()) else made
 
 

@@ -67,7 +67,9 @@ class RemoteFolder:
     def size(self, name: str) -> int:
         entry = self._files().get(inside(name, self.url))
         if entry is None:
-            raise TensorkeepError("no such file or folder", where=f"{self.url}/{name}", hint="check the URL", code="F05")
+            raise TensorkeepError(
+                "no such file or folder", where=f"{self.url}/{name}", hint="check the URL", code="F05"
+            )
         self._read.add(name)
         return int(entry["size"])
 
@@ -126,7 +128,9 @@ def connect(url: str) -> tuple[Any, str]:
         with explained(url):
             system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:  # fsspec names the package that this protocol needs
-        raise TensorkeepError(f"{error}", where=url, hint="pip install 'tensorkeep[remote]', and what the message names") from None
+        raise TensorkeepError(
+            f"{error}", where=url, hint="pip install 'tensorkeep[remote]', and what the message names"
+        ) from None
     return system, str(path)
 
 
@@ -138,7 +142,9 @@ def explained(where: object) -> Iterator[None]:
     except FileNotFoundError:
         raise TensorkeepError("no such file or folder", where=where, hint="check the URL", code="F05") from None
     except PermissionError as error:
-        raise TensorkeepError(f"permission denied: {error}", where=where, hint="check the credentials and the bucket's policy") from None
+        raise TensorkeepError(
+            f"permission denied: {error}", where=where, hint="check the credentials and the bucket's policy"
+        ) from None
     except failures() as error:
         hint = "check the network, the endpoint and the credentials, then run again"
         raise TensorkeepError(f"{type(error).__name__}: {error}", where=where, hint=hint) from None

@@ -44,7 +44,9 @@ def convert_remote(
     system, final = connect(out)
     parent, name = parent_of(out), out.rpartition("/")[2]
     if "::" in out or not final.strip("/") or parent.endswith(":/"):
-        raise TensorkeepError("is not a place to write to", where=out, hint="give a folder or file below a bucket: s3://bucket/name")
+        raise TensorkeepError(
+            "is not a place to write to", where=out, hint="give a folder or file below a bucket: s3://bucket/name"
+        )
     _refuse_overlap(out, plan)
     present = _refuse_existing(system, final, out, overwrite)
     layouts, single = sink_files(plan, name, to, shard_size)
@@ -83,7 +85,9 @@ def _refuse_overlap(out: str, plan: Plan) -> None:
         if out == named:
             raise TensorkeepError("the sink is the source", where=out, hint="write to another path")
         if named == source and out.startswith(f"{source}/"):
-            raise TensorkeepError(f"the sink lies inside the source {source}", where=out, hint="write to a path outside it")
+            raise TensorkeepError(
+                f"the sink lies inside the source {source}", where=out, hint="write to a path outside it"
+            )
         if named.startswith(f"{out}/"):
             raise TensorkeepError(f"the source {named} lies inside the sink", where=out, hint="write to another path")
 
@@ -93,7 +97,9 @@ def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list
     with explained(out):
         system.invalidate_cache()
         if not final.startswith("/") and not system.exists(final.partition("/")[0]):  # writing would create it
-            raise TensorkeepError("no such bucket", where=out, hint="check the URL, or create the bucket first", code="F05")
+            raise TensorkeepError(
+                "no such bucket", where=out, hint="check the URL, or create the bucket first", code="F05"
+            )
         try:
             found = [e["name"] for e in system.ls(final, detail=True) if e["type"] == "file"]
         except FileNotFoundError:
@@ -103,7 +109,9 @@ def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list
     return found
 
 
-def write_files(system: Any, folder: str, layouts: Sequence[FileLayout], plan: Plan, progress: Progress) -> dict[str, Sums]:
+def write_files(
+    system: Any, folder: str, layouts: Sequence[FileLayout], plan: Plan, progress: Progress
+) -> dict[str, Sums]:
     """Send every file, front to back, several at once; what makes the folder readable comes last."""
     steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
     total, sent, stop = sum(s.nbytes for f in layouts for s in f.slots), [0], threading.Event()
@@ -133,7 +141,9 @@ def write_files(system: Any, folder: str, layouts: Sequence[FileLayout], plan: P
     return with_ties(sums, plan)
 
 
-def _send(system: Any, folder: str, layout: FileLayout, steps: dict[str, Step], plan: Plan, count: Any) -> dict[str, Sums]:
+def _send(
+    system: Any, folder: str, layout: FileLayout, steps: dict[str, Step], plan: Plan, count: Any
+) -> dict[str, Sums]:
     """One file from its first byte to its last: checksums are known when the bytes that hold them are due."""
     sums: dict[str, Sums] = {}
     file = system.open(f"{folder}/{layout.name}", "wb", block_size=max(PART, layout.size // MOST_PARTS))
@@ -163,7 +173,9 @@ def _send_tensor(file: Any, slot: Slot, step: Step, plan: Plan, count: Any) -> S
 
     sums = write_tensor(step, plan.sources, write)
     if sent != slot.nbytes:
-        raise TensorkeepError(f"{slot.tensor}: {sent} bytes instead of {slot.nbytes}", hint="the source changed while it was read")
+        raise TensorkeepError(
+            f"{slot.tensor}: {sent} bytes instead of {slot.nbytes}", hint="the source changed while it was read"
+        )
     return sums
 
 

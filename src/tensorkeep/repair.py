@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tensorkeep import opening
-from tensorkeep.case import Array, Case, Progress, Target
 from tensorkeep.conversion import Result, convert, quiet
 from tensorkeep.diagnosis import Diagnosis, diagnose, judge, run_checks
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.evidence import opening
+from tensorkeep.evidence.case import Array, Case, Progress, Target
+from tensorkeep.evidence.opening import elements
+from tensorkeep.evidence.survey import SAME
 from tensorkeep.names import grouped
-from tensorkeep.opening import elements
 from tensorkeep.planning import make_plan
 from tensorkeep.record import TensorRecord, nbytes
 from tensorkeep.remedies import Recipe, Remedies, remedies
-from tensorkeep.survey import SAME
 from tensorkeep.view import CHUNK, Companion, StateView
 
 MOST = 0.5  # part of the elements that may come from the reference: beyond it, the reference is what you want
@@ -46,11 +46,19 @@ class RepairedView(StateView):
     case: Case | None = None
     recipes: dict[str, Recipe] | None = None
 
-    def stream(self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK) -> Iterator[memoryview]:
+    def stream(
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+    ) -> Iterator[memoryview]:
         recipe = (self.recipes or {}).get(name)
         assert self.case is not None
         hub = self.case.tensors.get(name)
-        if recipe is None and hub is not None and len(hub.parts) == 1 and not hub.parts[0].permutes and hub.parts[0].rows is None:
+        if (
+            recipe is None
+            and hub is not None
+            and len(hub.parts) == 1
+            and not hub.parts[0].permutes
+            and hub.parts[0].rows is None
+        ):
             yield from self.case.views[0].stream(hub.parts[0].name, rows, granule, chunk)
             return
         values = np.ascontiguousarray(recipe() if recipe is not None else self.case.values(name))
@@ -63,7 +71,12 @@ class RepairedView(StateView):
 
 
 def repair(
-    path: str, out: str, reference: str, target: Target | None = None, overwrite: bool = False, progress: Progress | None = None
+    path: str,
+    out: str,
+    reference: str,
+    target: Target | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Repaired:
     """Write to `out` what the checkpoint at `path` should have been, in its own format and naming.
 
@@ -75,7 +88,11 @@ def repair(
     """
     before = diagnose(path, reference, target, progress)
     if before.verdict != "findings":
-        raise TensorkeepError("nothing to repair: no error was found", where=path, hint=f"tensorkeep diagnose {path} --reference {reference}")
+        raise TensorkeepError(
+            "nothing to repair: no error was found",
+            where=path,
+            hint=f"tensorkeep diagnose {path} --reference {reference}",
+        )
     case = before.case
     assert case is not None
     plan = remedies(before)
@@ -104,7 +121,11 @@ def _take(case: Case, plan: Remedies) -> list[str]:
         return []
     code = next(iter(plan.lost.values()))
     lost = ", ".join(grouped(plan.lost)[:3])
-    other = [n for n in case.shared() if n not in plan.lost and n not in plan.recipes and case.sights[n].status not in (*SAME, "shape")]
+    other = [
+        n
+        for n in case.shared()
+        if n not in plan.lost and n not in plan.recipes and case.sights[n].status not in (*SAME, "shape")
+    ]
     if other:
         raise TensorkeepError(
             f"the values of {lost} are lost, and the reference is not where this checkpoint came from: {other[0]} differs as well",
@@ -113,7 +134,9 @@ def _take(case: Case, plan: Remedies) -> list[str]:
     total = sum(elements(h) for h in case.reference_tensors.values())
     count = sum(elements(case.reference_tensors[n]) for n in plan.lost if n in case.reference_tensors)
     if count > MOST * total or any(n not in case.reference_tensors for n in plan.lost):
-        raise TensorkeepError(f"{count} of {total} values are lost ({lost})", where=case.path, code=code, hint="use the reference itself")
+        raise TensorkeepError(
+            f"{count} of {total} values are lost ({lost})", where=case.path, code=code, hint="use the reference itself"
+        )
     for name, why in plan.lost.items():
         plan.recipes[name] = lambda name=name: _borrowed(case, name)  # type: ignore[misc]
         plan.shapes[name] = case.reference_tensors[name].shape
@@ -150,7 +173,14 @@ def mended(case: Case, plan: Remedies) -> RepairedView:
     config = case.reference_config if "config.json" in plan.companions or case.config is None else case.config
     form = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
     return RepairedView(
-        case.view.path, form, case.view.folder, records, config, [Companion(*c) for c in companions], case=case, recipes=plan.recipes
+        case.view.path,
+        form,
+        case.view.folder,
+        records,
+        config,
+        [Companion(*c) for c in companions],
+        case=case,
+        recipes=plan.recipes,
     )
 
 

@@ -20,7 +20,9 @@ def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple
     own = {**given, **{new: given[old] for old, new in minimind.OLD_FIELDS.items() if old in given}}
     heads = own.get("num_attention_heads")
     hidden = own.get("hidden_size")
-    head_dim = own.get("head_dim") or (hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else 0)
+    head_dim = own.get("head_dim") or (
+        hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else 0
+    )
     if not isinstance(head_dim, int) or head_dim <= 0:
         raise TensorkeepError(
             f"{name}: its rows follow another RoPE layout, and without a config.json the size of a head is unknown",

@@ -50,7 +50,10 @@ def tie(
         ))  # fmt: skip
     elif to == "hf":
         del hub[hf.HEAD]
-        dropped += [Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once") for part in head.parts]
+        dropped += [
+            Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once")
+            for part in head.parts
+        ]
     else:
         hub[hf.EMBEDDING] = replace(embed, tied_to=None)
         hub[hf.HEAD] = replace(head, actions=(*head.actions, "tie"), tied_to=hf.EMBEDDING)

@@ -60,7 +60,9 @@ def interrupted(path: str | Path) -> list[Finding]:
 
 def against_certificate(view: StateView, certificate: dict[str, Any], progress: Progress | None) -> list[Finding]:
     """F03 for every tensor whose bytes, dtype or shape are not what the certificate says; K01/K02 for names."""
-    wanted = {stored_name(n, certificate.get("root"), view.format): entry for n, entry in certificate["tensors"].items()}
+    wanted = {
+        stored_name(n, certificate.get("root"), view.format): entry for n, entry in certificate["tensors"].items()
+    }
     findings = []
     missing, extra = sorted(set(wanted) - set(view)), sorted(set(view) - set(wanted))
     if missing:
@@ -72,14 +74,24 @@ def against_certificate(view: StateView, certificate: dict[str, Any], progress: 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for name, digest in zip(names, pool.map(view.digest, names)):
             entry, record = wanted[name], view[name]
-            if (digest, record.dtype, list(record.shape)) != (entry["xxh3_128"], entry.get("dtype"), entry.get("shape")):
+            if (digest, record.dtype, list(record.shape)) != (
+                entry["xxh3_128"],
+                entry.get("dtype"),
+                entry.get("shape"),
+            ):
                 damaged.append(name)
             done += record.nbytes
             if progress:
                 progress("verify", done, total)
     if damaged:
         findings.append(
-            Finding("F03", "error", f"{len(damaged)} tensors are not what the certificate says", damaged, fix="copy the checkpoint again")
+            Finding(
+                "F03",
+                "error",
+                f"{len(damaged)} tensors are not what the certificate says",
+                damaged,
+                fix="copy the checkpoint again",
+            )
         )
     return findings
 
@@ -109,4 +121,12 @@ def against_crc(view: StateView, progress: Progress | None) -> list[Finding]:
             progress("verify", done, total)
     if not damaged:
         return []
-    return [Finding("F03", "error", f"the bytes of {len(damaged)} tensors do not fit the file's own CRC-32", damaged, fix="copy the file again")]
+    return [
+        Finding(
+            "F03",
+            "error",
+            f"the bytes of {len(damaged)} tensors do not fit the file's own CRC-32",
+            damaged,
+            fix="copy the file again",
+        )
+    ]

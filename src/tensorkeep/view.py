@@ -90,12 +90,12 @@ class StateView(Mapping[str, TensorRecord]):
 
     def _blocks(self, record: TensorRecord) -> list[Block]:
         """The record's blocks with raw bytes located, in order of their place in the tensor."""
-        blocks = [
-            self.locate(self.folder, record, b) if b.archive and self.locate else b for b in record.blocks
-        ]
+        blocks = [self.locate(self.folder, record, b) if b.archive and self.locate else b for b in record.blocks]
         for block in blocks:
             if block.start + block.nbytes > self.folder.size(block.file):
-                raise short_file(f"{self.folder.url}/{block.file}", block.start, block.nbytes, self.folder.size(block.file))
+                raise short_file(
+                    f"{self.folder.url}/{block.file}", block.start, block.nbytes, self.folder.size(block.file)
+                )
         return sorted(blocks, key=lambda b: b.offsets)
 
     def spans(self, name: str) -> list[Span] | None:
@@ -145,10 +145,14 @@ class StateView(Mapping[str, TensorRecord]):
         if filled:
             yield buffer[:filled]
 
-    def _decoded(self, record: TensorRecord, rows: tuple[int, int] | None, granule: int, chunk: int) -> Iterator[memoryview]:
+    def _decoded(
+        self, record: TensorRecord, rows: tuple[int, int] | None, granule: int, chunk: int
+    ) -> Iterator[memoryview]:
         """An encoded tensor, a few rows of its last dimension at a time: encodings never reach across such rows."""
         if self.decode is None:
-            raise TensorkeepError(f"{record.name} is stored as {record.encoding}, which {self.format} cannot decode", where=self.path)
+            raise TensorkeepError(
+                f"{record.name} is stored as {record.encoding}, which {self.format} cannot decode", where=self.path
+            )
         (block,) = self._blocks(record)
         count = math.prod(record.shape[:-1])
         made, stored = record.nbytes // max(count, 1), block.nbytes // max(count, 1)  # bytes of one row
@@ -202,7 +206,9 @@ class StateView(Mapping[str, TensorRecord]):
         shape = record.shape
         if record.dtype == "F4":  # torch packs two into one element
             if not shape or shape[-1] % 2:
-                raise TensorkeepError(f"torch holds F4 in pairs, shape {list(shape)} has an odd end", where=f"{self.path}: {name}")
+                raise TensorkeepError(
+                    f"torch holds F4 in pairs, shape {list(shape)} has an odd end", where=f"{self.path}: {name}"
+                )
             shape = (*shape[:-1], shape[-1] // 2)
         return torch.frombuffer(self.bytes(name), dtype=dtype).reshape(shape)
 
@@ -220,7 +226,10 @@ def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
     """The error for bytes that are not what was written (F03)."""
     first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return TensorkeepError(
-        f"damaged since it was written: {first}", where=where, code="F03", hint="copy the checkpoint again from where it is whole"
+        f"damaged since it was written: {first}",
+        where=where,
+        code="F03",
+        hint="copy the checkpoint again from where it is whole",
     )
 
 
@@ -235,7 +244,8 @@ def np_dtype(dtype: str) -> np.dtype[Any]:
         return np.dtype(spelled)
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, spelled))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, spelled))
+    return found
 
 
 def np_frombuffer(data: bytes | bytearray | memoryview, dtype: str) -> np.ndarray[Any, Any]:
@@ -314,7 +324,12 @@ def read(path: str | Path) -> StateView:
 def _check_names(view: StateView) -> None:
     for name in view.records:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise TensorkeepError(f"a tensor's name is no text: {name!r}", where=view.path, code="F07", hint="the file is damaged; copy it again")
+            raise TensorkeepError(
+                f"a tensor's name is no text: {name!r}",
+                where=view.path,
+                code="F07",
+                hint="the file is damaged; copy it again",
+            )
 
 
 def _find_companions(view: StateView) -> None:
@@ -348,7 +363,9 @@ def _find_companions(view: StateView) -> None:
 def _companion(place: Folder, name: str) -> Companion:
     where = f"{place.url}/{name}"
     if place.size(name) > LARGEST_COMPANION:
-        raise TensorkeepError(f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere")
+        raise TensorkeepError(
+            f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
+        )
     return Companion(name, place.read(name), where)
 
 
@@ -362,7 +379,10 @@ def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepErro
         )
     if any(n.endswith(".distcp") for n in names):
         return TensorkeepError(
-            "DCP data without its .metadata: the save was interrupted", where=path, code="F01", hint="use the checkpoint before it"
+            "DCP data without its .metadata: the save was interrupted",
+            where=path,
+            code="F01",
+            hint="use the checkpoint before it",
         )
     seen = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
     return TensorkeepError(

@@ -99,7 +99,11 @@ def header_overlaps(m: Specimen, rng: Rng) -> Change | None:
         header = json.loads(data[8 : 8 + length])
         shapes: dict[Any, str] = {}
         for name, entry in header.items():
-            twin = shapes.setdefault((entry.get("dtype"), str(entry.get("shape"))), name) if name != "__metadata__" else name
+            twin = (
+                shapes.setdefault((entry.get("dtype"), str(entry.get("shape"))), name)
+                if name != "__metadata__"
+                else name
+            )
             if twin != name:
                 entry["data_offsets"] = header[twin]["data_offsets"]
                 break
@@ -179,7 +183,11 @@ def malicious_pth(m: Specimen, rng: Rng) -> Change | None:
 def stale_step(m: Specimen, rng: Rng) -> Change | None:
     """A first run left step-7 behind; the loader takes it instead of the step-0 converted afterwards."""
     old = {n: (t.astype(FP32) * 0 + rng.normal(0, 0.02, t.shape)).astype(t.dtype) for n, t in m.tensors.items()}
-    return damaged(m, lambda place: write_dcp({"model": old}, place.parent / "step-7"), "flame", target="flame") if m.language else None
+    return (
+        damaged(m, lambda place: write_dcp({"model": old}, place.parent / "step-7"), "flame", target="flame")
+        if m.language
+        else None
+    )
 
 
 @kind("F03")

@@ -76,7 +76,9 @@ def unexpected_tensor(m: Specimen, rng: np.random.Generator) -> Change | None:
 
 @kind("K03")
 def wrapper_in_front(m: Specimen, rng: np.random.Generator) -> Change | None:
-    prefix = str(rng.choice(["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "_fsdp_wrapped_module."]))
+    prefix = str(
+        rng.choice(["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.", "_fsdp_wrapped_module."])
+    )
     return Change(renamed(m, prefix), forms=FILES, note=prefix)
 
 
@@ -118,7 +120,14 @@ def tied_head_dropped_by_torchtitan(m: Specimen, rng: np.random.Generator) -> Ch
     if not m.tied or m.config["model_type"] not in ("llama", "qwen3"):
         return None
     head = (m.tensors[EMBEDDING].astype(FP32) * 1.5 + 0.01).astype(m.tensors[EMBEDDING].dtype)
-    return Change({**m.tensors, HEAD: head}, None, codes=("K07", "T01"), forms=("hf",), target="torchtitan", also=("T01", "K07", "K02", "V06"))
+    return Change(
+        {**m.tensors, HEAD: head},
+        None,
+        codes=("K07", "T01"),
+        forms=("hf",),
+        target="torchtitan",
+        also=("T01", "K07", "K02", "V06"),
+    )
 
 
 @kind("K08")
@@ -155,7 +164,11 @@ def tied_stored_apart(m: Specimen, rng: np.random.Generator) -> Change | None:
     if not m.tied or not m.language:
         return None
     old = m.tensors[EMBEDDING].astype(FP32)
-    moved = old * 1.01 + rng.normal(0, 0.05 * old.std(), old.shape) if rng.random() < 0.5 else rng.normal(0, 0.02, old.shape)
+    moved = (
+        old * 1.01 + rng.normal(0, 0.05 * old.std(), old.shape)
+        if rng.random() < 0.5
+        else rng.normal(0, 0.02, old.shape)
+    )
     return Change({**m.tensors, HEAD: moved.astype(m.tensors[EMBEDDING].dtype)})
 
 

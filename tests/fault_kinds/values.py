@@ -239,7 +239,9 @@ def through_e5m2(m: Specimen, rng: Rng) -> Change | None:
 @kind("V02")
 def through_e4m3_some_layers(m: Specimen, rng: Rng) -> Change | None:
     layers = some_layers(m, rng)
-    return cast_and_back(m, [n for layer in layers for n in m.of_layer(layer) if n in m.matrices], ml_dtypes.float8_e4m3fn)
+    return cast_and_back(
+        m, [n for layer in layers for n in m.of_layer(layer) if n in m.matrices], ml_dtypes.float8_e4m3fn
+    )
 
 
 @kind("V02")

@@ -20,13 +20,17 @@ SAFETENSORS = {"hf", "hf-sharded"}
 def to_torch(array: Array) -> torch.Tensor:
     """The same bits as a torch tensor."""
     array = np.ascontiguousarray(array)
-    name = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "bfloat16": torch.bfloat16}.get(array.dtype.name)
+    name = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "bfloat16": torch.bfloat16}.get(
+        array.dtype.name
+    )
     if name is None:
         return torch.from_numpy(array.copy())
     return torch.from_numpy(array.view(f"u{array.dtype.itemsize}").copy()).view(name)
 
 
-def write(form: str, state: State, folder: Path, config: dict[str, Any] | None, companions: dict[str, bytes] | None = None) -> Path:
+def write(
+    form: str, state: State, folder: Path, config: dict[str, Any] | None, companions: dict[str, bytes] | None = None
+) -> Path:
     """Write `state` under `folder` and give the path to diagnose. Forms: hf, hf-sharded, dcp, dcp-nested (`flame`
     is the same), pth, pth-nested."""
     place = folder / ("checkpoint/step-0" if form == "flame" else "step-0" if form.startswith("dcp") else "")
@@ -65,7 +69,11 @@ def write_dcp(state: dict[str, Any], place: Path, threads: int = 2) -> None:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(_torched(state), storage_writer=dcp.FileSystemWriter(place, thread_count=threads, sync_files=False), no_dist=True)
+        dcp.save(
+            _torched(state),
+            storage_writer=dcp.FileSystemWriter(place, thread_count=threads, sync_files=False),
+            no_dist=True,
+        )
 
 
 def _torched(state: dict[str, Any]) -> dict[str, Any]:

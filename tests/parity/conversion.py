@@ -47,7 +47,11 @@ class Model:
         self.view = read(folder / "hf")
         self.config: dict[str, Any] = json.loads((folder / "hf" / "config.json").read_text())
         index = folder / "hf" / "model.safetensors.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.exists()
+            else ["model.safetensors"]
+        )
         self.tensors = {n: t for file in files for n, t in load_file(folder / "hf" / file).items()}
         self.tied = bool(self.config.get("tie_word_embeddings"))
         self.conflict = self.tied and HEAD in self.tensors and not same(self.tensors[HEAD], self.tensors[EMBEDDING])
@@ -94,7 +98,10 @@ def cases(folder: Path, work: Path) -> Iterator[Outcome]:
 def model_cases(model: Model, work: Path) -> Iterator[Outcome]:
     for dcp in sorted(model.folder.glob("flame_dcp_*")):
         step = max((dcp / "checkpoint").glob("step-*"), key=natural_key)
-        yield from guarded(f"{model.name}/{dcp.name}", lambda s=step, d=dcp: flame_cases(model, s, f"{model.name}/{d.name}", work / d.name))
+        yield from guarded(
+            f"{model.name}/{dcp.name}",
+            lambda s=step, d=dcp: flame_cases(model, s, f"{model.name}/{d.name}", work / d.name),
+        )
     titan = model.folder / "titan030_dcp"
     if titan.is_dir():
         yield from guarded(f"{model.name}/titan030_dcp", lambda: titan_cases(model, titan, work / "titan"))
@@ -136,9 +143,13 @@ def titan_cases(model: Model, titan: Path, work: Path) -> Iterator[Outcome]:
     """torchtitan's DCP becomes hf; our DCP gives torchtitan's state dict the same bits; what its adapter loses stays."""
     name = f"{model.name}/titan030_dcp"
     original = torch_load(titan)
-    lost = {n for n in model.tensors if n.endswith(".bias")} if not any(n.endswith(".bias") for n in original) else set()
+    lost = (
+        {n for n in model.tensors if n.endswith(".bias")} if not any(n.endswith(".bias") for n in original) else set()
+    )
     overwrote = model.conflict and same(original["lm_head.weight"], original["tok_embeddings.weight"])
-    said = "; ".join([f"torchtitan dropped {len(lost)} biases"] * bool(lost) + ["torchtitan overwrote the head"] * overwrote)
+    said = "; ".join(
+        [f"torchtitan dropped {len(lost)} biases"] * bool(lost) + ["torchtitan overwrote the head"] * overwrote
+    )
     convert(make_plan([with_config(read(titan), model)], "hf", dtype=model.dtype), str(work / "hf"), "hf")
     floats = {n: t.float() for n, t in model.wanted.items()}
     wanted = {n: t for n, t in model.after(floats).items() if n not in lost and not (overwrote and n == HEAD)}
@@ -157,7 +168,9 @@ def titan_cases(model: Model, titan: Path, work: Path) -> Iterator[Outcome]:
         yield said_so(f"{name} from hf says T01", plan.notes, "T01")
     if lost:
         kept = torch_load(work / "dcp")
-        yield bitwise(f"{name} from hf keeps biases", {n: t for n, t in kept.items() if n.endswith(".bias")}, titan_biases(model))
+        yield bitwise(
+            f"{name} from hf keeps biases", {n: t for n, t in kept.items() if n.endswith(".bias")}, titan_biases(model)
+        )
         yield said_so(f"{name} from hf says K07", plan.notes, "K07")
 
     convert(make_plan([model.view], "dcp", naming="torchtitan"), str(work / "own"), "dcp")
@@ -201,7 +214,12 @@ def trainer_cases(place: Path, models: list[Model], work: Path) -> Iterator[Outc
         convert(make_plan([read(work / step.name)], "dcp", naming="torchtitan"), str(work / "dcp"), "dcp")
         state = {n: torch.empty_like(t) for n, t in original.items()}
         load_into(state, work / "dcp")
-        yield bitwise(f"{name} to hf and back, torchtitan's dcp.load", state, original, f"of {len(view) + len(view.entries)} entries in the checkpoint")
+        yield bitwise(
+            f"{name} to hf and back, torchtitan's dcp.load",
+            state,
+            original,
+            f"of {len(view) + len(view.entries)} entries in the checkpoint",
+        )
     for export in sorted((place / "hf_export").glob("step-*"), key=natural_key):
         model = sibling(place.name, read(export), models)
         view = with_config(read(export), model)
@@ -279,7 +297,9 @@ def metadata(folder: Path) -> dict[str, Any]:
 def torch_load(folder: Path, keys: set[str] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a DCP folder, loaded by torch."""
     state = {
-        n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in metadata(folder).items() if keys is None or n in keys
+        n: torch.empty(m.size, dtype=m.properties.dtype)
+        for n, m in metadata(folder).items()
+        if keys is None or n in keys
     }
     load_into(state, folder)
     return state

@@ -39,7 +39,15 @@ from tests.parity.outcome import (
 
 LOGITS = 1e-5  # the worst of an independent forward pass was 2.5e-6
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-OLD = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+OLD = {
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +70,9 @@ def cases(folder: Path, work: Path) -> Iterator[Outcome]:
             name = file.relative_to(folder).as_posix().removesuffix(".pth")
             yield from guarded(name, lambda f=file, n=name, e=expected: file_cases(f, n, e, work / n))
         for export in sorted(place.glob("hf_tf*/")):
-            yield from guarded(f"{place.name}/{export.name}", lambda p=place, x=export: export_cases(p, x, work / p.name / x.name))
+            yield from guarded(
+                f"{place.name}/{export.name}", lambda p=place, x=export: export_cases(p, x, work / p.name / x.name)
+            )
 
 
 def loaded(file: Path) -> dict[str, torch.Tensor]:
@@ -97,10 +107,14 @@ def model_cases(
     wanted = under_hf_names(held, config) if old else dict(held)
     if same(wanted.get(HEAD), wanted[EMBEDDING]):
         del wanted[HEAD]
-    yield bitwise(f"{name} to hf", tensors(read(work / "hf")), wanted, f"{mixed} adapter tensors left out" if mixed else "")
+    yield bitwise(
+        f"{name} to hf", tensors(read(work / "hf")), wanted, f"{mixed} adapter tensors left out" if mixed else ""
+    )
     if mixed:
         said = [s for s in plan.dropped if "--to peft" in s.reason]
-        yield Outcome(f"{name} to hf says what it leaves out", abs(len(said) - mixed), 0, f"of {mixed} adapter tensors unsaid")
+        yield Outcome(
+            f"{name} to hf says what it leaves out", abs(len(said) - mixed), 0, f"of {mixed} adapter tensors unsaid"
+        )
 
     # back into a folder, under the name that MiniMind will look for
     convert(make_plan([read(work / "hf")], "pth", naming="minimind"), str(work / "back"), "pth")
@@ -161,7 +175,11 @@ def logits_cases(
         config = json.loads((place / "config.json").read_text()) | {"inference_rope_scaling": True}
         (yarn.parent / "config.json").write_text(json.dumps(config))
         convert(make_plan([read(yarn)], "hf"), str(work / "yarn"), "hf")
-        yield Outcome(f"{name} to hf, logits_pretrain_yarn", compute(load_model(work / "yarn"), expected, "logits_pretrain_yarn"), LOGITS)
+        yield Outcome(
+            f"{name} to hf, logits_pretrain_yarn",
+            compute(load_model(work / "yarn"), expected, "logits_pretrain_yarn"),
+            LOGITS,
+        )
 
 
 def compute(model: Any, expected: dict[str, torch.Tensor], key: str) -> float:
@@ -183,14 +201,20 @@ def export_cases(place: Path, export: Path, work: Path) -> Iterator[Outcome]:
     theirs = load_file(export / "model.safetensors")
     convert(make_plan([read(final)], "hf"), str(work / "hf"), "hf")
     ours = tensors(read(work / "hf"))
-    yield bitwise(f"{place.name}/{export.name}, our hf against it", ours, {n: t for n, t in theirs.items() if n in ours or n != HEAD})
+    yield bitwise(
+        f"{place.name}/{export.name}, our hf against it",
+        ours,
+        {n: t for n, t in theirs.items() if n in ours or n != HEAD},
+    )
     model = load_model(work / "hf")
     golden = load_file(place / f"{export.name}_logits.safetensors")
     inputs = load_file(place / "io.safetensors")
     for key in sorted(golden):
         if key.startswith("logits"):
             masked = "mask" in key
-            figure = compute(model, {**inputs, "key_masked" if masked else "key": golden[key]}, "key_masked" if masked else "key")
+            figure = compute(
+                model, {**inputs, "key_masked" if masked else "key": golden[key]}, "key_masked" if masked else "key"
+            )
             yield Outcome(f"{place.name}/{export.name}, {key}", figure, LOGITS)
     convert(make_plan([read(export)], "pth", naming="minimind"), str(work / "back"), "pth")
     back = next((work / "back").glob("*.pth"))
@@ -201,7 +225,12 @@ def export_cases(place: Path, export: Path, work: Path) -> Iterator[Outcome]:
 
 
 def adapter_cases(
-    file: Path, name: str, held: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], work: Path, model: dict[str, Any]
+    file: Path,
+    name: str,
+    held: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    work: Path,
+    model: dict[str, Any],
 ) -> Iterator[Outcome]:
     """A LoRA file to PEFT: the fixture's own PEFT folder, bit by bit, and its logits on the converted base."""
     place = file_root(file)
@@ -220,7 +249,9 @@ def adapter_cases(
         theirs = json.loads((golden / "adapter_config.json").read_text())
         asked["target_modules"] = sorted(theirs["target_modules"])
         if not model:
-            yield bitwise(f"{name} to peft, against the fixture's folder", made, load_file(golden / "adapter_model.safetensors"))
+            yield bitwise(
+                f"{name} to peft, against the fixture's folder", made, load_file(golden / "adapter_model.safetensors")
+            )
     wrong = {k: written.get(k) for k, v in asked.items() if written.get(k) != v}
     yield Outcome(f"{name} to peft, its config", len(wrong), 0, f"{wrong}" if wrong else f"r {written['r']}")
     if not old and not model:
@@ -240,7 +271,10 @@ def adapter_cases(
 
 
 def peft_names(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n.replace(".lora.A.weight", ".lora_A.weight").replace(".lora.B.weight", ".lora_B.weight"): t for n, t in held.items()}
+    return {
+        n.replace(".lora.A.weight", ".lora_A.weight").replace(".lora.B.weight", ".lora_B.weight"): t
+        for n, t in held.items()
+    }
 
 
 def old_adapter(held: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:

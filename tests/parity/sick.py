@@ -60,7 +60,9 @@ def judge(fault: str, tensors: list[str], document: dict[str, Any]) -> tuple[int
     odd = {n for f in found for n in f["tensors"]} ^ set(listed) if listed else set()
     orders = [json.loads(n.removeprefix("layers ")) for n in tensors if n.startswith("layers [")]
     lost = [o for o in orders if not any(has_permutation(f["evidence"], o) for f in found)]
-    more = [f"{len(odd)} tensors otherwise: {', '.join(sorted(odd)[:3])}"] * bool(odd) + [f"permutation {o} not given" for o in lost]
+    more = [f"{len(odd)} tensors otherwise: {', '.join(sorted(odd)[:3])}"] * bool(odd) + [
+        f"permutation {o} not given" for o in lost
+    ]
     more += [f"{c} besides" for c in extra]
     return len(extra) + len(odd) + len(lost), "; ".join([said, f"{sum(f['count'] for f in found)} tensors", *more])
 

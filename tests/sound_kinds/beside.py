@@ -21,14 +21,21 @@ def tokenizer_beside(m: Specimen, place: Path, rng: Rng) -> Path | None:
         return None
     vocab = {f"<w{i}>": i for i in range(m.config["vocab_size"])}
     document = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
-    return write("hf", m.tensors, place, m.config, {"tokenizer.json": json.dumps(document).encode(), "README.md": b"# model\n"})
+    return write(
+        "hf", m.tensors, place, m.config, {"tokenizer.json": json.dumps(document).encode(), "README.md": b"# model\n"}
+    )
 
 
 @variant
 def config_of_other_words(m: Specimen, place: Path, rng: Rng) -> Path:
     """What programs change in a config without changing the model: dtype's old name, cache, version, id of padding."""
     config = {k: v for k, v in m.config.items() if k != "dtype"}
-    config |= {"torch_dtype": m.config["dtype"], "use_cache": False, "transformers_version": "5.1.0", "_name_or_path": "somewhere"}
+    config |= {
+        "torch_dtype": m.config["dtype"],
+        "use_cache": False,
+        "transformers_version": "5.1.0",
+        "_name_or_path": "somewhere",
+    }
     return write("hf", m.tensors, place, config)
 
 

@@ -154,7 +154,12 @@ def bf16_copy(m: Specimen, place: Path, rng: Rng) -> Path | None:
 
 @variant
 def fp16_copy(m: Specimen, place: Path, rng: Rng) -> Path:
-    return write("hf", {n: t.astype(FP32).astype(np.float16) for n, t in m.tensors.items()}, place, {**m.config, "dtype": "float16"})
+    return write(
+        "hf",
+        {n: t.astype(FP32).astype(np.float16) for n, t in m.tensors.items()},
+        place,
+        {**m.config, "dtype": "float16"},
+    )
 
 
 @variant

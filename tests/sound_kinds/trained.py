@@ -64,7 +64,9 @@ def fine_tuned_attention(m: Specimen, place: Path, rng: Rng) -> Path:
 def fine_tuned_bf16_of_fp32(m: Specimen, place: Path, rng: Rng) -> Path | None:
     if m.config["dtype"] != "float32":
         return None
-    return write("hf", {n: t.astype(BF16) for n, t in trained(m, rng, 0.02).items()}, place, {**m.config, "dtype": "bfloat16"})
+    return write(
+        "hf", {n: t.astype(BF16) for n, t in trained(m, rng, 0.02).items()}, place, {**m.config, "dtype": "bfloat16"}
+    )
 
 
 @variant

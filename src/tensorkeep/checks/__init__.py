@@ -49,7 +49,9 @@ def explain(code: str) -> str:
     """
     wanted = code.upper()
     if wanted not in CODES:
-        raise TensorkeepError(f"no code {code!r}", hint=near_misses(wanted, CODES) or f"known: {', '.join(sorted(CODES))}")
+        raise TensorkeepError(
+            f"no code {code!r}", hint=near_misses(wanted, CODES) or f"known: {', '.join(sorted(CODES))}"
+        )
     return inspect.cleandoc(importlib.import_module(CODES[wanted]).__doc__ or "")
 
 

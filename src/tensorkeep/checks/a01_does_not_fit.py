@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.adapter_evidence import Adapter, Base, checkpoint_adapter, sides
-from tensorkeep.case import Case
 from tensorkeep.errors import near_misses
+from tensorkeep.evidence.adapters import Adapter, Base, checkpoint_adapter, sides
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.names import grouped
 
@@ -34,7 +34,11 @@ def check(case: Case) -> Iterator[Finding]:
     found = sides(case)
     if found is None:
         if checkpoint_adapter(case) is not None:
-            yield Finding(CODE, "info", "an adapter alone: whether it fits a base was not looked at; give the base with --reference")
+            yield Finding(
+                CODE,
+                "info",
+                "an adapter alone: whether it fits a base was not looked at; give the base with --reference",
+            )
         return
     adapter, base, _ = found
     missing, shapes = _compare(adapter, base)
@@ -61,7 +65,12 @@ def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[t
         there = base.shape(name)
         if there is None:
             missing.append(name)
-        elif there and len(there) == len(wanted) and there != wanted and not (adapter.document.get("fan_in_fan_out") and there == wanted[::-1]):
+        elif (
+            there
+            and len(there) == len(wanted)
+            and there != wanted
+            and not (adapter.document.get("fan_in_fan_out") and there == wanted[::-1])
+        ):
             shapes[name] = wanted, there  # of another number of dimensions: experts in one tensor, which pairs may span
     return missing, shapes
 

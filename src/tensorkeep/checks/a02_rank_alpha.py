@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.adapter_evidence import Adapter, checkpoint_adapter, pattern
-from tensorkeep.case import Case
 from tensorkeep.errors import shown
+from tensorkeep.evidence.adapters import Adapter, checkpoint_adapter, pattern
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "A02"
@@ -35,11 +35,22 @@ def check(case: Case) -> Iterator[Finding]:
     if adapter is None:
         return
     if adapter.lone:
-        yield Finding(CODE, "error", f"{len(adapter.lone)} halves of low-rank pairs without the other half", adapter.lone)
-    uneven = {m: (adapter.view[a].shape, adapter.view[b].shape) for m, (a, b) in adapter.pairs.items() if not _even(adapter, a, b)}
+        yield Finding(
+            CODE, "error", f"{len(adapter.lone)} halves of low-rank pairs without the other half", adapter.lone
+        )
+    uneven = {
+        m: (adapter.view[a].shape, adapter.view[b].shape)
+        for m, (a, b) in adapter.pairs.items()
+        if not _even(adapter, a, b)
+    }
     if uneven:
         module, (first, second) = next(iter(uneven.items()))
-        yield Finding(CODE, "error", f"{len(uneven)} pairs have no rank in common: {module} A {list(first)}, B {list(second)}", list(uneven))
+        yield Finding(
+            CODE,
+            "error",
+            f"{len(uneven)} pairs have no rank in common: {module} A {list(first)}, B {list(second)}",
+            list(uneven),
+        )
     if str(adapter.document.get("peft_type", "")).upper() == "LORA":
         yield from _against_config(adapter, set(uneven))
 
@@ -66,21 +77,39 @@ def _against_config(adapter: Adapter, uneven: set[str]) -> Iterator[Finding]:
             {"config": shown(said), "weights": there},
         )  # fmt: skip
     if scales:
-        yield Finding(CODE, "error", f"lora_alpha {shown(document.get('lora_alpha'))} scales {len(scales)} modules by nothing or by no number", scales)
+        yield Finding(
+            CODE,
+            "error",
+            f"lora_alpha {shown(document.get('lora_alpha'))} scales {len(scales)} modules by nothing or by no number",
+            scales,
+        )
     dora = bool(document.get("use_dora"))
     if dora != bool(adapter.magnitudes) and (dora or adapter.magnitudes):
-        what = "no magnitude vectors" if dora else f"{len(adapter.magnitudes)} magnitude vectors, which would be dropped"
-        yield Finding(CODE, "error", f"use_dora is {str(dora).lower()} and there are {what}", list(adapter.magnitudes.values()))
+        what = (
+            "no magnitude vectors" if dora else f"{len(adapter.magnitudes)} magnitude vectors, which would be dropped"
+        )
+        yield Finding(
+            CODE, "error", f"use_dora is {str(dora).lower()} and there are {what}", list(adapter.magnitudes.values())
+        )
     yield from _promised(adapter)
 
 
 def _promised(adapter: Adapter) -> Iterator[Finding]:
     """Targets and saved modules that the config lists and no tensor belongs to."""
     present = [*adapter.pairs, *adapter.embeddings]
-    for key, modules in (("target_modules", present), ("modules_to_save", [n.rpartition(".")[0] for n in adapter.saved])):
+    for key, modules in (
+        ("target_modules", present),
+        ("modules_to_save", [n.rpartition(".")[0] for n in adapter.saved]),
+    ):
         listed = adapter.document.get(key)
         if not isinstance(listed, list):
             continue
         unused = [t for t in listed if isinstance(t, str) and not any(m == t or m.endswith(f".{t}") for m in modules)]
         if unused:
-            yield Finding(CODE, "warning", f"{key} lists {', '.join(shown(u) for u in unused[:6])}, and no tensor belongs to it", (), {key: unused[:32]})
+            yield Finding(
+                CODE,
+                "warning",
+                f"{key} lists {', '.join(shown(u) for u in unused[:6])}, and no tensor belongs to it",
+                (),
+                {key: unused[:32]},
+            )

@@ -28,8 +28,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.adapter_evidence import Adapter, Base, Share, share, sides, times_merged
-from tensorkeep.case import Array, Case
+from tensorkeep.evidence.adapters import Adapter, Base, Share, share, sides, times_merged
+from tensorkeep.evidence.case import Array, Case
 from tensorkeep.findings import Finding
 from tensorkeep.record import DTYPES
 
@@ -50,12 +50,30 @@ def check(case: Case) -> Iterator[Finding]:
     # a merged model beside its adapter is what a merge makes; an adapter that is to be loaded onto one is the fault
     alone = adapter.view is not case.view
     if times == 2:
-        yield Finding(CODE, "error", f"the weights hold this adapter's update twice (coefficient {figures['coefficient']})", names, figures)
+        yield Finding(
+            CODE,
+            "error",
+            f"the weights hold this adapter's update twice (coefficient {figures['coefficient']})",
+            names,
+            figures,
+        )
     elif times == 1 and not alone:
         where = "the reference" if model_is_reference else "the model in the same file"
-        yield Finding(CODE, "error", f"{where} holds this adapter's update already (coefficient {figures['coefficient']}): loading it would add it again", names, figures)
+        yield Finding(
+            CODE,
+            "error",
+            f"{where} holds this adapter's update already (coefficient {figures['coefficient']}): loading it would add it again",
+            names,
+            figures,
+        )
     elif times == 1:
-        yield Finding(CODE, "info", f"the adapter that stands as reference is merged into these weights, once (coefficient {figures['coefficient']})", names, figures)
+        yield Finding(
+            CODE,
+            "info",
+            f"the adapter that stands as reference is merged into these weights, once (coefficient {figures['coefficient']})",
+            names,
+            figures,
+        )
 
 
 def _shares(adapter: Adapter, base: Base) -> Iterator[Share]:
@@ -71,10 +89,18 @@ def _shares(adapter: Adapter, base: Base) -> Iterator[Share]:
 def _low_rank(case: Case) -> Iterator[Finding]:
     """Against a base: several matrices moved, all of them by updates of low rank."""
     moved = [n for n, seen in case.sights.items() if seen.status == "values" and case.claims.get(n) in (None, "V06")]
-    matrices = [n for n in moved if len(case.tensors[n].shape) == 2 and DTYPES[case.tensors[n].dtype].floating and DTYPES[case.reference_tensors[n].dtype].floating]
+    matrices = [
+        n
+        for n in moved
+        if len(case.tensors[n].shape) == 2
+        and DTYPES[case.tensors[n].dtype].floating
+        and DTYPES[case.reference_tensors[n].dtype].floating
+    ]
     if len(matrices) < 2:
         return
-    chosen = sorted(matrices, key=lambda n: int(np.prod(case.tensors[n].shape)))[:: max(len(matrices) // LOOKED_AT, 1)][:LOOKED_AT]
+    chosen = sorted(matrices, key=lambda n: int(np.prod(case.tensors[n].shape)))[:: max(len(matrices) // LOOKED_AT, 1)][
+        :LOOKED_AT
+    ]
     ranks = {n: update_rank(case.values(n), case.reference_values(n)) for n in chosen}
     if all(r is not None for r in ranks.values()):
         most = max(r for r in ranks.values() if r is not None)
@@ -97,7 +123,9 @@ def update_rank(now: Array, before: Array) -> int | None:
     deviation = 0.3 * step * float(np.sqrt(np.mean(np.square(before.astype(np.float32)))))
     floor = 2 * deviation * (np.sqrt(change.shape[0]) + np.sqrt(change.shape[1]))
     probes = min(*change.shape, PROBES)
-    basis = np.linalg.qr(change @ np.random.default_rng(0).standard_normal((change.shape[1], probes), dtype=np.float32))[0]
+    basis = np.linalg.qr(
+        change @ np.random.default_rng(0).standard_normal((change.shape[1], probes), dtype=np.float32)
+    )[0]
     values = np.linalg.svd(basis.T @ change, compute_uv=False)
     rest = float(np.sum(np.square(change, dtype=np.float64))) - float(np.sum(np.square(values, dtype=np.float64)))
     rank = int(np.count_nonzero(values > max(floor, 1e-5 * values[0])))
@@ -107,4 +135,6 @@ def update_rank(now: Array, before: Array) -> int | None:
 
 def _step(values: Array) -> float:
     """The spacing of a dtype's numbers just above 1."""
-    return {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(values.dtype.name, 2.0**-23 if values.dtype.itemsize >= 4 else 0.125)
+    return {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(
+        values.dtype.name, 2.0**-23 if values.dtype.itemsize >= 4 else 0.125
+    )

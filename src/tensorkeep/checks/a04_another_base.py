@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.adapter_evidence import Adapter, Base, checkpoint_adapter, sides
-from tensorkeep.case import Case
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.evidence.adapters import Adapter, Base, checkpoint_adapter, sides
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.manifest import digest_of_all
 from tensorkeep.proof import read_certificate
@@ -55,12 +55,22 @@ def check(case: Case) -> Iterator[Finding]:
     if isinstance(recorded, str):
         actual = base_digest(view)
         if recorded != actual and recorded != _certified(view):
-            yield Finding(CODE, "error", f"the adapter was trained on the base {recorded}, this one is {actual}", (), {"trained_on": recorded, "here": actual})
+            yield Finding(
+                CODE,
+                "error",
+                f"the adapter was trained on the base {recorded}, this one is {actual}",
+                (),
+                {"trained_on": recorded, "here": actual},
+            )
         return
     rows = _rows(adapter, base)
     if rows:
         correlation, ratio = float(np.median([r[0] for r in rows])), float(np.median([r[1] for r in rows]))
-        figures: dict[str, Any] = {"correlation": round(correlation, 4), "length_ratio": round(ratio, 4), "modules": len(rows)}
+        figures: dict[str, Any] = {
+            "correlation": round(correlation, 4),
+            "length_ratio": round(ratio, 4),
+            "modules": len(rows),
+        }
         if correlation < STRANGE or not 0.5 < ratio < 2:
             yield Finding(
                 CODE, "error", f"DoRA's magnitudes are not the lengths of this base's rows (correlation {correlation:.2f}, ratio {ratio:.2f}): "
@@ -104,5 +114,7 @@ def _rows(adapter: Adapter, base: Base) -> list[tuple[float, float]]:
             continue
         lengths = np.sqrt(np.sum(np.square(weight + scale * (b @ a)), axis=1))
         if lengths.std() > 0 and magnitude.std() > 0:
-            out.append((float(np.corrcoef(magnitude, lengths)[0, 1]), float(np.median(magnitude / np.maximum(lengths, 1e-12)))))
+            out.append(
+                (float(np.corrcoef(magnitude, lengths)[0, 1]), float(np.median(magnitude / np.maximum(lengths, 1e-12))))
+            )
     return out

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.rope import partial_rotary
 

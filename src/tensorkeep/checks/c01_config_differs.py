@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tensorkeep.case import Case
-from tensorkeep.config_fields import against_shapes, differences
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.config_fields import against_shapes, differences
 from tensorkeep.findings import Finding
 
 CODE = "C01"
@@ -31,7 +31,9 @@ def check(case: Case) -> Iterator[Finding]:
     shapes = {n: h.shape for n, h in case.tensors.items() if n not in case.packed}
     for field, sides in against_shapes(case.config, shapes).items():
         # a field that the reference's config has as well is right, and other checks say what is wrong with the weights
-        if not _explained(case, field) and (case.reference_config is None or case.reference_config.get(field) != case.config.get(field)):
+        if not _explained(case, field) and (
+            case.reference_config is None or case.reference_config.get(field) != case.config.get(field)
+        ):
             found[field] = sides
     if case.reference_config is not None:
         against = "the reference's" if not found else "the weights and the reference's"
@@ -39,7 +41,11 @@ def check(case: Case) -> Iterator[Finding]:
     if not found:
         return
     shown = ", ".join(f"{k} {mine!r} (is {theirs!r})" for k, (mine, theirs) in list(found.items())[:4])
-    copy = f"cp {case.reference.path}/config.json {case.path}/" if case.reference is not None and case.reference_config is not None else None
+    copy = (
+        f"cp {case.reference.path}/config.json {case.path}/"
+        if case.reference is not None and case.reference_config is not None
+        else None
+    )
     yield Finding(
         CODE, "error", f"config.json differs from {against} in {len(found)} fields: {shown}", (),
         {"fields": {k: {"config": mine, "expected": theirs} for k, (mine, theirs) in found.items()}}, explains=["C02"], fix=copy,

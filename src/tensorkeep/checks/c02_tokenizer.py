@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.case import Case
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.manifest import parse_json
 from tensorkeep.naming import hf
@@ -59,7 +59,9 @@ def _same_as_reference(case: Case) -> bool:
     if case.view is None or case.reference is None:
         return False
     mine, theirs = ({c.name: c.data for c in v.companions}.get(TOKENIZER) for v in (case.view, case.reference))
-    rows = [hubs[hf.EMBEDDING].shape if hf.EMBEDDING in hubs else None for hubs in (case.tensors, case.reference_tensors)]
+    rows = [
+        hubs[hf.EMBEDDING].shape if hf.EMBEDDING in hubs else None for hubs in (case.tensors, case.reference_tensors)
+    ]
     return mine is not None and mine == theirs and rows[0] == rows[1]
 
 
@@ -71,7 +73,13 @@ def _dead_rows(case: Case, ids: dict[str, int]) -> Iterator[Finding]:
     used = np.asarray(sorted(set(ids.values())), np.int64)
     dead = int(np.count_nonzero(~np.asarray(values.any(axis=1))[used]))
     if dead:
-        yield Finding(CODE, "warning", f"{dead} tokens have a row of zeros in the embedding", [hf.EMBEDDING], {"dead_rows": dead, "tokens": len(ids)})
+        yield Finding(
+            CODE,
+            "warning",
+            f"{dead} tokens have a row of zeros in the embedding",
+            [hf.EMBEDDING],
+            {"dead_rows": dead, "tokens": len(ids)},
+        )
 
 
 def _ids(view: StateView) -> dict[str, int]:

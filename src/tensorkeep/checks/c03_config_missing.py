@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "C03"
@@ -23,9 +23,19 @@ def check(case: Case) -> Iterator[Finding]:
     if case.view is None or case.config is not None or not case.tensors or case.read_error is not None:
         return
     if case.reference_config is not None:
-        yield Finding(CODE, "info", "no config.json beside the weights; the reference's is used", fix=f"cp {_folder(case)}/config.json {case.path}/")
+        yield Finding(
+            CODE,
+            "info",
+            "no config.json beside the weights; the reference's is used",
+            fix=f"cp {_folder(case)}/config.json {case.path}/",
+        )
         return
-    yield Finding(CODE, "warning", "no config.json beside the weights: RoPE, eps and head sizes are unknown", fix="copy config.json from the source")
+    yield Finding(
+        CODE,
+        "warning",
+        "no config.json beside the weights: RoPE, eps and head sizes are unknown",
+        fix="copy config.json from the source",
+    )
 
 
 def _folder(case: Case) -> str:

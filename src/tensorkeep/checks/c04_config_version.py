@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tensorkeep.case import Case
-from tensorkeep.config_fields import THETA
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.config_fields import THETA
 from tensorkeep.findings import Finding
 
 CODE = "C04"
@@ -37,7 +37,13 @@ def check(case: Case) -> Iterator[Finding]:
             (), evidence, fix=f'add "rope_theta": {theta} to config.json',
         )  # fmt: skip
     elif era == 4 and (version.startswith("5.") or theirs == 5):
-        yield Finding(CODE, "info", f"rope_theta {theta} in the words of transformers 4{written}; the other era reads it as well", (), evidence)
+        yield Finding(
+            CODE,
+            "info",
+            f"rope_theta {theta} in the words of transformers 4{written}; the other era reads it as well",
+            (),
+            evidence,
+        )
 
 
 def _era(config: dict[str, Any] | None) -> tuple[int | None, float | None]:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
-from tensorkeep.ema_evidence import average, entries, floating
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.ema import average, entries, floating
 from tensorkeep.findings import Finding
 
 CODE = "E01"

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep import quant_evidence
-from tensorkeep.case import Case
-from tensorkeep.ema_evidence import Average, average, integer, measured
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.ema import Average, average, integer, measured
 from tensorkeep.findings import Finding
 
 CODE = "E02"
@@ -37,7 +37,9 @@ def check(case: Case) -> Iterator[Finding]:
     if found is None:
         return
     packed = _packed(case, found)
-    shares = {n: changed(found, n) for n in packed if n in found.pairs and found.pairs[n][0] in quant_evidence.weights(case)}
+    shares = {
+        n: changed(found, n) for n in packed if n in found.pairs and found.pairs[n][0] in quant_evidence.weights(case)
+    }
     codes = [n for n, share in shares.items() if share > 0]
     if codes:
         yield Finding(

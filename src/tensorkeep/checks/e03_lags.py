@@ -23,8 +23,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.case import Case
-from tensorkeep.ema_evidence import Average, array, average, bare, entries, floating
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.ema import Average, array, average, bare, entries, floating
 from tensorkeep.findings import Finding
 from tensorkeep.record import DTYPES
 
@@ -39,25 +39,51 @@ def check(case: Case) -> Iterator[Finding]:
     if found is None:
         return
     moved = {n: m for n, m in floating(case).items() if m[0] > 0}
-    narrow = sorted({found.view[found.pairs[n][0]].dtype for n in moved if DTYPES[found.view[found.pairs[n][0]].dtype].bits < 32})
+    narrow = sorted(
+        {found.view[found.pairs[n][0]].dtype for n in moved if DTYPES[found.view[found.pairs[n][0]].dtype].bits < 32}
+    )
     figures: dict[str, object] = {"average_dtypes": narrow} if narrow else {}
-    apart = math.sqrt(sum(a * a for a, _ in moved.values()) / max(sum(b * b for _, b in moved.values()), 1e-300)) if moved else 0.0
+    apart = (
+        math.sqrt(sum(a * a for a, _ in moved.values()) / max(sum(b * b for _, b in moved.values()), 1e-300))
+        if moved
+        else 0.0
+    )
     figures["relative_distance"] = round(apart, 4)
     left, how = _left(found), "decay and updates"
     if left is None:
         left, how = _from_start(case, found, list(moved)), "the reference as its start"
     if left is not None and left > TOO_MUCH:
-        yield Finding(CODE, "warning", f"the average still holds {left:.0%} of its start ({how})", sorted(moved), {**figures, "share_of_start": round(left, 4)})
+        yield Finding(
+            CODE,
+            "warning",
+            f"the average still holds {left:.0%} of its start ({how})",
+            sorted(moved),
+            {**figures, "share_of_start": round(left, 4)},
+        )
     elif left is None and apart > FAR:
-        yield Finding(CODE, "warning", f"averaged and live weights are {apart:.0%} apart: the average lags, or is of another model", sorted(moved), figures)
+        yield Finding(
+            CODE,
+            "warning",
+            f"averaged and live weights are {apart:.0%} apart: the average lags, or is of another model",
+            sorted(moved),
+            figures,
+        )
     if narrow:
-        yield Finding(CODE, "info", f"the average is kept in {', '.join(narrow)}, which swallows small updates; keep it in F32", sorted(moved), figures)
+        yield Finding(
+            CODE,
+            "info",
+            f"the average is kept in {', '.join(narrow)}, which swallows small updates; keep it in F32",
+            sorted(moved),
+            figures,
+        )
 
 
 def _left(found: Average) -> float | None:
     """decay^updates, where the file holds both."""
     decay = next((float(v) for n, v in entries(found.view, "decay", "ema_decay") if 0 < v < 1), None)
-    updates = next((v for n, v in entries(found.view, "updates", "num_updates", "n_averaged", "ema_updates") if 0 < v < 1e15), None)
+    updates = next(
+        (v for n, v in entries(found.view, "updates", "num_updates", "n_averaged", "ema_updates") if 0 < v < 1e15), None
+    )
     return None if decay is None or updates is None else decay**updates
 
 

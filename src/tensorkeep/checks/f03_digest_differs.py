@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.survey import SAME, THREADS
 from tensorkeep.findings import Finding
 from tensorkeep.names import strip_root
 from tensorkeep.proof import read_certificate
-from tensorkeep.survey import SAME, THREADS
 from tensorkeep.verification import against_crc
 
 CODE = "F03"
@@ -45,7 +45,14 @@ def check(case: Case) -> Iterator[Finding]:
     changed = [n for n, digest in digests.items() if digest != wanted[n].get("xxh3_128")]
     if changed:
         message = f"{len(changed)} tensors are not what the certificate says: changed after they were written"
-        yield Finding(CODE, "error", message, changed, {"digested": len(wanted)}, fix="copy the checkpoint again from where it was certified")
+        yield Finding(
+            CODE,
+            "error",
+            message,
+            changed,
+            {"digested": len(wanted)},
+            fix="copy the checkpoint again from where it was certified",
+        )
 
 
 def _certified(stored: str, root: object, tensors: dict[str, object]) -> str | None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding, Severity
 
 CODE = "F08"

@@ -15,8 +15,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from tensorkeep.case import Case, Inconclusive
-from tensorkeep.expectation import expectation, missing, model_stored, unexpected
+from tensorkeep.evidence.case import Case, Inconclusive
+from tensorkeep.evidence.expectation import expectation, missing, model_stored, unexpected
 from tensorkeep.findings import Finding
 
 CODE = "K01"

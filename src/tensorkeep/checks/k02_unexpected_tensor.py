@@ -12,8 +12,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
-from tensorkeep.expectation import missing, model_stored, unexpected
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.expectation import missing, model_stored, unexpected
 from tensorkeep.findings import Finding, Severity
 
 CODE = "K02"
@@ -31,12 +31,23 @@ def check(case: Case) -> Iterator[Finding]:
     names = [*extra, *buffers]
     lost = missing(case)
     near = {n: close for n in extra[:20] if (close := difflib.get_close_matches(n, lost, 2, 0.75))}
-    evidence: dict[str, object] = {"unexpected": len(names), "computed_buffers": len(buffers), **({"near": near} if near else {})}
+    evidence: dict[str, object] = {
+        "unexpected": len(names),
+        "computed_buffers": len(buffers),
+        **({"near": near} if near else {}),
+    }
     # a buffer that the model computes anew is harmless where nothing was said of what should be there
     severity: Severity = "error" if extra or case.reference is not None else "info"
     to = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
     what = "buffers that the model computes from its config" if not extra else "tensors that nothing asks for"
-    yield Finding(CODE, severity, f"{len(names)} {what}", names, evidence, fix=f"tensorkeep convert {case.path} OUT --to {to} --drop '{_stored(case, names[0])}'")
+    yield Finding(
+        CODE,
+        severity,
+        f"{len(names)} {what}",
+        names,
+        evidence,
+        fix=f"tensorkeep convert {case.path} OUT --to {to} --drop '{_stored(case, names[0])}'",
+    )
 
 
 def _buffers(case: Case) -> list[str]:

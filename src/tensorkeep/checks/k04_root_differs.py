@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding, Severity
 from tensorkeep.naming import EMA_ROOTS
 
@@ -68,4 +68,6 @@ def _prefixed(case: Case, kind: str, prefix: str) -> Finding:
 
 
 def _repair(case: Case) -> str | None:
-    return f"tensorkeep repair {case.path} OUT --reference {case.reference.path}" if case.reference is not None else None
+    return (
+        f"tensorkeep repair {case.path} OUT --reference {case.reference.path}" if case.reference is not None else None
+    )

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
-from tensorkeep.expectation import expectation, model_stored
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.expectation import expectation, model_stored
 from tensorkeep.findings import Finding
 
 CODE = "K05"
@@ -24,7 +24,15 @@ def check(case: Case) -> Iterator[Finding]:
         return
     if not case.view.records:
         case.claim(case.reference_tensors, CODE)
-        yield Finding(CODE, "error", "there is no tensor in it", (), {"tensors": 0}, explains=["K01"], fix="give the model's own file")
+        yield Finding(
+            CODE,
+            "error",
+            "there is no tensor in it",
+            (),
+            {"tensors": 0},
+            explains=["K01"],
+            fix="give the model's own file",
+        )
         return
     wanted = expectation(case)
     if wanted is None or not wanted.shapes or any(n in wanted.shapes for n in case.tensors) or not case.tensors:

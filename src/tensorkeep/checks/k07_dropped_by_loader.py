@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.survey import bits_equal
 from tensorkeep.findings import Finding
 from tensorkeep.naming import hf, torchtitan
-from tensorkeep.survey import bits_equal
 
 CODE = "K07"
 
@@ -34,7 +34,13 @@ def check(case: Case) -> Iterator[Finding]:
     if family == "llama3":
         lost += [n for n in case.tensors if n.endswith(("q_norm.weight", "k_norm.weight"))]
     if lost:
-        yield Finding(CODE, "error", f"torchtitan's {family or 'model'} has no place for {len(lost)} tensors and would not ask for them", lost, {"family": family})
+        yield Finding(
+            CODE,
+            "error",
+            f"torchtitan's {family or 'model'} has no place for {len(lost)} tensors and would not ask for them",
+            lost,
+            {"family": family},
+        )
     if case.tie() and hf.HEAD in case.tensors and hf.HEAD not in case.tied and _conflict(case):
         case.claim([hf.HEAD], CODE)
         yield Finding(

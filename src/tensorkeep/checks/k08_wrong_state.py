@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.naming import EMA_ROOTS
 
@@ -28,18 +28,41 @@ def check(case: Case) -> Iterator[Finding]:
     flat = [n for n in case.view if n.rpartition(".")[2].startswith(FLAT)]
     moments = [n for n in case.view if n.rpartition(".")[2] in MOMENTS]
     if flat:
-        yield _wrong(case, flat, f"{len(flat)} flat parameters of FSDP1: every layer is one vector", "gather them with FSDP1's FULL_STATE_DICT in the program that wrote them")
-    elif moments and not any(n for n in case.identity.names if n.rpartition(".")[2] not in MOMENTS and n.rpartition(".")[2] != "step"):
+        yield _wrong(
+            case,
+            flat,
+            f"{len(flat)} flat parameters of FSDP1: every layer is one vector",
+            "gather them with FSDP1's FULL_STATE_DICT in the program that wrote them",
+        )
+    elif moments and not any(
+        n for n in case.identity.names if n.rpartition(".")[2] not in MOMENTS and n.rpartition(".")[2] != "step"
+    ):
         yield _wrong(case, moments, f"{len(moments)} optimizer moments and no model", "give the model's own file")
     elif not case.identity.names and case.identity.other:
         reasons = sorted(set(case.identity.other.values()))
-        yield _wrong(case, list(case.identity.other), f"no model in it, only {', '.join(reasons)}", "give the model's own file")
+        yield _wrong(
+            case, list(case.identity.other), f"no model in it, only {', '.join(reasons)}", "give the model's own file"
+        )
     elif case.identity.root in EMA_ROOTS and (case.reference is not None or case.target is not None):
         message = f"an EMA copy under {case.identity.root}, where a model is expected"
-        yield _wrong(case, sorted(case.identity.names), message, f"tensorkeep convert {case.path} OUT --to hf  # takes the EMA copy as the model", claim=False)
+        yield _wrong(
+            case,
+            sorted(case.identity.names),
+            message,
+            f"tensorkeep convert {case.path} OUT --to hf  # takes the EMA copy as the model",
+            claim=False,
+        )
 
 
 def _wrong(case: Case, names: list[str], message: str, fix: str, claim: bool = True) -> Finding:
     if claim:
         case.claim([*case.reference_tensors, *case.tensors], CODE)
-    return Finding(CODE, "error", message, names, {"count": len(names)}, explains=["K01", "K02", "K03", "K04", "K05", "S01"], fix=fix)
+    return Finding(
+        CODE,
+        "error",
+        message,
+        names,
+        {"count": len(names)},
+        explains=["K01", "K02", "K03", "K04", "K05", "S01"],
+        fix=fix,
+    )

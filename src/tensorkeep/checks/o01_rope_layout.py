@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep import architecture
-from tensorkeep.case import Case
+from tensorkeep.evidence import architecture
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.rotations import WORDS, Turn, apart, find_turn, pairing, part_of
+from tensorkeep.evidence.statistics import rounded
 from tensorkeep.findings import Finding
 from tensorkeep.rope import partial_rotary
-from tensorkeep.rotations import WORDS, Turn, apart, find_turn, pairing, part_of
-from tensorkeep.statistics import rounded
 
 CODE = "O01"
 # Measured on one model (facts §2.5): 0.02 to 0.03 in the right layout, 0.28 to 0.38 in the other. Averaging over all
@@ -73,7 +73,9 @@ def _by_statistics(case: Case) -> Iterator[Finding]:
     if rotary < 8 or rotary % 2 or config.get("model_type") not in architecture.FAMILIES:
         return
     for part in ("q", "k"):
-        names = [n for n, h in case.tensors.items() if part_of(n) == part and len(h.shape) == 2 and h.shape[0] % head == 0]
+        names = [
+            n for n, h in case.tensors.items() if part_of(n) == part and len(h.shape) == 2 and h.shape[0] % head == 0
+        ]
         names = [n for n in names if n not in case.packed and n not in case.claims]
         heads = sum(case.tensors[n].shape[0] // head for n in names)
         if heads < HEADS_NEEDED:

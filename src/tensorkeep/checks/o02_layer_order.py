@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.sources import layer_of, sources
+from tensorkeep.evidence.words import is_norm
 from tensorkeep.findings import Finding
-from tensorkeep.sources import layer_of, sources
-from tensorkeep.words import is_norm
 
 CODE = "O02"
 AGREED = 0.8  # part of a layer's differing matrices that must hold one and the same other layer
@@ -41,7 +41,12 @@ def check(case: Case) -> Iterator[Finding]:
     for (stack, layer), counted in votes.items():
         other_layer, times = counted.most_common(1)[0]
         # norms that were trained cannot be matched by content; they follow their layer
-        if times >= 2 and times >= AGREED * sum(counted.values()) and times >= AGREED * len([n for n in moved[stack, layer] if not is_norm(n)]) and times >= 0.4 * _kinds(case, stack, layer):
+        if (
+            times >= 2
+            and times >= AGREED * sum(counted.values())
+            and times >= AGREED * len([n for n in moved[stack, layer] if not is_norm(n)])
+            and times >= 0.4 * _kinds(case, stack, layer)
+        ):
             holds[stack][layer] = other_layer
             names += moved[stack, layer]
     if not names:
@@ -90,7 +95,11 @@ def _rule(layers: list[int], order: list[int]) -> str:
         by = shifts.pop()
         return f"shifted by {by if by <= count // 2 else by - count}"
     changed = [n for n, m in zip(layers, order) if n != m]
-    if len(changed) == 2 and order[layers.index(changed[0])] == changed[1] and order[layers.index(changed[1])] == changed[0]:
+    if (
+        len(changed) == 2
+        and order[layers.index(changed[0])] == changed[1]
+        and order[layers.index(changed[1])] == changed[0]
+    ):
         return f"swapped {changed[0]} and {changed[1]}"
     if len(changed) == 1:
         return f"layer {changed[0]} is a copy of layer {order[layers.index(changed[0])]}"

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.sources import sources
 from tensorkeep.findings import Finding
 from tensorkeep.names import grouped
-from tensorkeep.sources import sources
 
 CODE = "O03"
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep import architecture
-from tensorkeep.case import Array, Case
+from tensorkeep.evidence import architecture
+from tensorkeep.evidence.case import Array, Case
+from tensorkeep.evidence.orders import Order, describe, find_order, find_order_loosely
+from tensorkeep.evidence.sources import constant, relation_of
 from tensorkeep.findings import Finding
-from tensorkeep.orders import Order, describe, find_order, find_order_loosely
-from tensorkeep.sources import constant, relation_of
 
 CODE = "O04"
 LIKELY = 0.98  # r above which no order of many rows can have changed; fewer rows are looked for where most are equal
@@ -71,7 +71,9 @@ def _order(case: Case, name: str) -> Order | None:
 
 def _order_of_elements(mine: Array, theirs: Array) -> Order | None:
     """A vector in another order: only where it holds the very same values, since single values say little."""
-    if len(mine) < 8 or not np.array_equal(np.sort(mine.view(f"u{mine.itemsize}")), np.sort(theirs.view(f"u{theirs.itemsize}"))):
+    if len(mine) < 8 or not np.array_equal(
+        np.sort(mine.view(f"u{mine.itemsize}")), np.sort(theirs.view(f"u{theirs.itemsize}"))
+    ):
         return None
     return find_order(mine, theirs)
 

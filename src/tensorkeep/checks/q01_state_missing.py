@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep import quant_evidence, quantized
-from tensorkeep.case import Case
+from tensorkeep import quantized
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.record import DTYPES
 
@@ -44,7 +45,11 @@ def check(case: Case) -> Iterator[Finding]:
     broken = {n: [p.message for p in w.problems if p.code == CODE] for n, w in found.items()}
     broken = {n: messages for n, messages in broken.items() if messages}
     for name in (*_float8(case, found), *_typed_storage(case, found)):
-        broken[name] = ["packed codes without scales, map and state" if case.view[name].shape[1:] == (1,) else "fp8 codes without their scales"]
+        broken[name] = [
+            "packed codes without scales, map and state"
+            if case.view[name].shape[1:] == (1,)
+            else "fp8 codes without their scales"
+        ]
     if not broken:
         return
     names = [quant_evidence.hf_name(case, found[n]) if n in found else _clean(case, n) for n in broken]
@@ -69,7 +74,11 @@ def _clean(case: Case, name: str) -> str:
 def _float8(case: Case, found: dict[str, quantized.QuantisedWeight]) -> list[str]:
     """fp8 weights without scales that are no plain cast: their siblings or the config have some, or they fill the range."""
     assert case.view is not None
-    bare = [n for n, r in case.view.items() if r.dtype in quantized.FLOAT8 and n.endswith(".weight") and n not in found and len(r.shape) > 1]
+    bare = [
+        n
+        for n, r in case.view.items()
+        if r.dtype in quantized.FLOAT8 and n.endswith(".weight") and n not in found and len(r.shape) > 1
+    ]
     if not bare:
         return []
     method = _settings(case).get("quant_method")
@@ -80,7 +89,14 @@ def _float8(case: Case, found: dict[str, quantized.QuantisedWeight]) -> list[str
 
 def _fills_range(case: Case, name: str) -> bool:
     assert case.view is not None
-    largest = max((float(np.nanmax(np.abs(np.frombuffer(p, _dtype(case, name)).astype(np.float32)))) for p in case.view.stream(name) if len(p)), default=0.0)
+    largest = max(
+        (
+            float(np.nanmax(np.abs(np.frombuffer(p, _dtype(case, name)).astype(np.float32))))
+            for p in case.view.stream(name)
+            if len(p)
+        ),
+        default=0.0,
+    )
     return largest > LARGEST_PLAIN
 
 
@@ -98,7 +114,13 @@ def _typed_storage(case: Case, found: dict[str, quantized.QuantisedWeight]) -> l
     announced = settings.get("load_in_4bit") is True and settings.get("bnb_4bit_quant_storage", "uint8") != "uint8"
     out = []
     for name, record in case.view.items():
-        if not name.endswith(".weight") or name in found or len(record.shape) != 2 or record.shape[1] != 1 or not DTYPES[record.dtype].floating:
+        if (
+            not name.endswith(".weight")
+            or name in found
+            or len(record.shape) != 2
+            or record.shape[1] != 1
+            or not DTYPES[record.dtype].floating
+        ):
             continue
         wanted = case.reference_tensors.get(_clean(case, name))
         elements = int(np.prod(wanted.shape)) if wanted is not None else None

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep import quant_evidence
-from tensorkeep.case import Case, Inconclusive
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case, Inconclusive
 from tensorkeep.findings import Finding
 
 CODE = "Q02"
@@ -51,7 +51,11 @@ def check(case: Case) -> Iterator[Finding]:
         names = [m.reference for m in mixed.values()]
         case.claim(names, CODE)
         scales = sum(m.verdict == "scales" for m in mixed.values())
-        what = "the codes are the reference's, the scales another weight's" if scales == len(mixed) else "the scales are the reference's, the codes another weight's"
+        what = (
+            "the codes are the reference's, the scales another weight's"
+            if scales == len(mixed)
+            else "the scales are the reference's, the codes another weight's"
+        )
         if 0 < scales < len(mixed):
             what = f"{scales} have another weight's scales, {len(mixed) - scales} another weight's codes"
         worst = max(mixed.values(), key=lambda m: m.relative)
@@ -65,7 +69,13 @@ def check(case: Case) -> Iterator[Finding]:
     if moved:
         names = [quant_evidence.hf_name(case, sound[n]) for n in moved]
         case.claim(names, CODE)
-        yield Finding(CODE, "error", f"{len(moved)} quantised weights have another state than the digest beside them says", names, {"digest": "state differs"})
+        yield Finding(
+            CODE,
+            "error",
+            f"{len(moved)} quantised weights have another state than the digest beside them says",
+            names,
+            {"digest": "state differs"},
+        )
     strangers = [m for m in found.values() if m.verdict == "another"]
     if strangers:
         worst = max(strangers, key=lambda m: m.relative)

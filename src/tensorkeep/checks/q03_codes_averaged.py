@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep import quant_evidence
-from tensorkeep.case import Case, Inconclusive
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case, Inconclusive
 from tensorkeep.findings import Finding
 
 CODE = "Q03"
@@ -56,7 +56,13 @@ def check(case: Case) -> Iterator[Finding]:
     if changed:
         names = [quant_evidence.hf_name(case, sound[n]) for n in changed]
         case.claim(names, CODE)
-        yield Finding(CODE, "error", f"{len(changed)} quantised weights have other codes than the digest beside them says", names, {"digest": "codes differ"})
+        yield Finding(
+            CODE,
+            "error",
+            f"{len(changed)} quantised weights have other codes than the digest beside them says",
+            names,
+            {"digest": "codes differ"},
+        )
     left = [n for n in sound if n not in found and n not in recorded]
     if left:
         yield from _hint(case, left)

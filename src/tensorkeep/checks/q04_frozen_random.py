@@ -25,8 +25,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep import quant_codes, quant_evidence, quantized
-from tensorkeep.case import Case
+from tensorkeep import quant_codes, quantized
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.quant_codes import Array
 from tensorkeep.quantized import QuantisedWeight

@@ -23,8 +23,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tensorkeep import quant_codes, quant_evidence
-from tensorkeep.case import Case
+from tensorkeep import quant_codes
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "Q05"
@@ -34,7 +35,12 @@ def check(case: Case) -> Iterator[Finding]:
     """4-bit weights whose blocks straddle rows in the way that the AVX-512 kernel misreads."""
     misread = {}
     for name, weight in quant_evidence.weights(case).items():
-        if weight.kind not in quant_codes.TABLES or weight.problems or weight.shape is None or not isinstance(weight.block, int):
+        if (
+            weight.kind not in quant_codes.TABLES
+            or weight.problems
+            or weight.shape is None
+            or not isinstance(weight.block, int)
+        ):
             continue
         columns = weight.shape[-1]
         if len(weight.shape) > 1 and weight.shape[0] > 1 and columns % weight.block and columns % 16 == 0:

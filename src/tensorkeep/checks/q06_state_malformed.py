@@ -25,8 +25,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep import quant_codes, quant_evidence, quantized
-from tensorkeep.case import Case
+from tensorkeep import quant_codes, quantized
+from tensorkeep.evidence import quantized as quant_evidence
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.quantized import QuantisedWeight
 from tensorkeep.view import StateView
@@ -62,7 +63,11 @@ def _values(view: StateView, weight: QuantisedWeight) -> Iterator[str]:
         table, scales = quantized.four_bit_state(view, weight)
         if not np.allclose(table, quant_codes.TABLES[weight.kind], atol=1e-6):
             other = next((k for k, t in quant_codes.TABLES.items() if np.allclose(table, t, atol=1e-6)), None)
-            yield f"quant_map is {other}'s, the state says {weight.kind}" if other else f"quant_map is not that of {weight.kind}"
+            yield (
+                f"quant_map is {other}'s, the state says {weight.kind}"
+                if other
+                else f"quant_map is not that of {weight.kind}"
+            )
     else:
         scales = quantized.row_scales(view, weight)
     bad = int(np.count_nonzero(~np.isfinite(scales)))

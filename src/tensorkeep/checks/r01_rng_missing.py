@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.resume_state import resume_state
 from tensorkeep.findings import Finding
-from tensorkeep.resume_state import resume_state
 
 CODE = "R01"
 
@@ -31,4 +31,10 @@ def check(case: Case) -> Iterator[Finding]:
         return
     evidence = {"layout": state.layout, "world_size": state.world, **state.position}
     if not state.rng:
-        yield Finding(CODE, "warning", "no state of any random generator: dropout and random augmentation will differ after a resume", (), evidence)
+        yield Finding(
+            CODE,
+            "warning",
+            "no state of any random generator: dropout and random augmentation will differ after a resume",
+            (),
+            evidence,
+        )

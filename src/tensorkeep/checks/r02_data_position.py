@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.resume_state import resume_state
 from tensorkeep.findings import Finding
-from tensorkeep.resume_state import resume_state
 
 CODE = "R02"
 EXACT = ("samples", "consumed_samples")
@@ -35,10 +35,24 @@ def check(case: Case) -> Iterator[Finding]:
     if any(position.get(k) is not None for k in EXACT):
         return
     if state.loader:
-        yield Finding(CODE, "info", f"the data position is kept per rank ({len(state.loader)} entries): it resumes on the same number of data-parallel ranks only", (), evidence)
+        yield Finding(
+            CODE,
+            "info",
+            f"the data position is kept per rank ({len(state.loader)} entries): it resumes on the same number of data-parallel ranks only",
+            (),
+            evidence,
+        )
     elif not position:
-        yield Finding(CODE, "warning", "nothing says where the data stood: a resume begins the epoch again", (), evidence)
+        yield Finding(
+            CODE, "warning", "nothing says where the data stood: a resume begins the epoch again", (), evidence
+        )
     elif set(position) == {"epoch"}:
         yield Finding(CODE, "info", "the position is an epoch: right at an epoch's end, and nowhere else", (), evidence)
     else:
-        yield Finding(CODE, "warning", "the position counts batches or optimizer steps, not samples: it holds for the same batch size and number of processes only", (), evidence)
+        yield Finding(
+            CODE,
+            "warning",
+            "the position counts batches or optimizer steps, not samples: it holds for the same batch size and number of processes only",
+            (),
+            evidence,
+        )

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.resume_state import reference_state, resume_state
 from tensorkeep.findings import Finding
-from tensorkeep.resume_state import reference_state, resume_state
 
 CODE = "R03"
 
@@ -34,4 +34,10 @@ def check(case: Case) -> Iterator[Finding]:
             {"world_size": state.world, "reference": other.world},
         )  # fmt: skip
     elif state.world > 1 and other is None:
-        yield Finding(CODE, "info", f"written by {state.world} processes: per-rank state resumes exactly on as many", (), {"world_size": state.world})
+        yield Finding(
+            CODE,
+            "info",
+            f"written by {state.world} processes: per-rank state resumes exactly on as many",
+            (),
+            {"world_size": state.world},
+        )

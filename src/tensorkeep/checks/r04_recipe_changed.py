@@ -21,11 +21,11 @@ from typing import Any
 
 import yaml
 
-from tensorkeep.case import Case
 from tensorkeep.errors import shown
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.resume_state import reference_state, resume_state
 from tensorkeep.files import LocalFolder
 from tensorkeep.findings import Finding
-from tensorkeep.resume_state import reference_state, resume_state
 from tensorkeep.view import StateView
 
 CODE = "R04"
@@ -83,9 +83,18 @@ def _groups(view: StateView) -> dict[str, Any]:
     """Plain settings of optimizer groups; DCP's are opaque and left out."""
     out: dict[str, Any] = {}
     for name, value in view.entries.items():
-        if ".param_groups." in name and name.rpartition(".")[2] not in MOVING and isinstance(value, (int, float, bool, str)):
+        if (
+            ".param_groups." in name
+            and name.rpartition(".")[2] not in MOVING
+            and isinstance(value, (int, float, bool, str))
+        ):
             out[name] = value
-        elif ".param_groups." in name and name.endswith(".betas") and isinstance(value, (tuple, list)) and view.format != "dcp":
+        elif (
+            ".param_groups." in name
+            and name.endswith(".betas")
+            and isinstance(value, (tuple, list))
+            and view.format != "dcp"
+        ):
             out[name] = list(value)
     return out
 

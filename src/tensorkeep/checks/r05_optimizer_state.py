@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.resume_state import ResumeState, resume_state
 from tensorkeep.findings import Finding
 from tensorkeep.naming import hf
-from tensorkeep.resume_state import ResumeState, resume_state
 
 CODE = "R05"
 HEADS = (hf.HEAD, "output.weight")
@@ -33,14 +33,26 @@ def check(case: Case) -> Iterator[Finding]:
         return
     evidence: dict[str, object] = {"layout": state.layout, **state.position}
     if not state.optimizer:
-        yield Finding(CODE, "warning", "training state without an optimizer's: moments would start at zero", (), evidence)
+        yield Finding(
+            CODE, "warning", "training state without an optimizer's: moments would start at zero", (), evidence
+        )
         return
     numbered = state.by_position
     if numbered:
         fits, weights = _in_order(case, state)
         evidence |= {"states": len(numbered), "weights": weights, "shapes_fit_in_order": fits}
-        order = {True: "their shapes fit the file's own order", False: "their shapes do not fit the file's own order", None: "their number is not that of the weights"}
-        yield Finding(CODE, "warning", f"{len(numbered)} optimizer states go by position, not by name; {order[fits]}", (), evidence)
+        order = {
+            True: "their shapes fit the file's own order",
+            False: "their shapes do not fit the file's own order",
+            None: "their number is not that of the weights",
+        }
+        yield Finding(
+            CODE,
+            "warning",
+            f"{len(numbered)} optimizer states go by position, not by name; {order[fits]}",
+            (),
+            evidence,
+        )
 
 
 def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
@@ -49,7 +61,12 @@ def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
     shapes = [next((r.shape for r in s.values() if r.shape), ()) for _, s in sorted(state.by_position.items())]
     own = [n for n in case.identity.names if case.view[n].tied_to is None]
     untied = [n for n in own if not _repeats_embedding(case, n)]
-    candidates = [own, untied, [n for n in case.view if n in case.adapter], [n for n in case.view if n in own or n in case.adapter]]
+    candidates = [
+        own,
+        untied,
+        [n for n in case.view if n in case.adapter],
+        [n for n in case.view if n in own or n in case.adapter],
+    ]
     for names in candidates:
         if len(names) == len(shapes):
             return [case.view[n].shape for n in names] == shapes, len(names)

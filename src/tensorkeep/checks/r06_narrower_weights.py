@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.resume_state import ResumeState, moments, resume_state
 from tensorkeep.findings import Finding
 from tensorkeep.names import unwrap
 from tensorkeep.record import DTYPES, TensorRecord
-from tensorkeep.resume_state import ResumeState, moments, resume_state
 
 CODE = "R06"
 NARROW = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -58,7 +58,11 @@ def _trained(case: Case, state: ResumeState, wide: dict[str, TensorRecord]) -> l
         tails = {name: weight for name, weight in stored.items()}
         return [tails[t] for name in known if (t := _tail(name, tails)) is not None]
     shapes = {r.shape for r in wide.values()}
-    return [n for n in stored.values() if view[n].shape in shapes and view[n].tied_to is None and DTYPES[view[n].dtype].floating]
+    return [
+        n
+        for n in stored.values()
+        if view[n].shape in shapes and view[n].tied_to is None and DTYPES[view[n].dtype].floating
+    ]
 
 
 def _tail(name: str, weights: dict[str, str]) -> str | None:

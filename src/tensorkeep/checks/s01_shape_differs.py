@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
-from tensorkeep.expectation import expectation
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.expectation import expectation
 from tensorkeep.findings import Finding
 
 CODE = "S01"

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.case import Case
-from tensorkeep.expectation import expectation
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.expectation import expectation
+from tensorkeep.evidence.statistics import relation
 from tensorkeep.findings import Finding
 from tensorkeep.naming import hf
-from tensorkeep.statistics import relation
 
 CODE = "S02"
 SAME = 0.99  # r of the rows in common: rounding and training keep it, another vocabulary has none
@@ -29,7 +29,11 @@ def check(case: Case) -> Iterator[Finding]:
     wanted = expectation(case)
     if wanted is None:
         return
-    names = [n for n in (hf.EMBEDDING, hf.HEAD) if n in case.tensors and n in wanted.shapes and _rows_differ(case.tensors[n].shape, wanted.shapes[n])]
+    names = [
+        n
+        for n in (hf.EMBEDDING, hf.HEAD)
+        if n in case.tensors and n in wanted.shapes and _rows_differ(case.tensors[n].shape, wanted.shapes[n])
+    ]
     names = [n for n in names if n not in case.claims and (case.reference is None or _common(case, n))]
     if not names:
         return

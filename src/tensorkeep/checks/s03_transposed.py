@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
-from tensorkeep.expectation import expectation
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.expectation import expectation
+from tensorkeep.evidence.sources import ALIKE, relation_of
+from tensorkeep.evidence.statistics import relation
+from tensorkeep.evidence.survey import bits_equal
 from tensorkeep.findings import Finding
-from tensorkeep.sources import ALIKE, relation_of
-from tensorkeep.statistics import relation
-from tensorkeep.survey import bits_equal
 
 CODE = "S03"
 
@@ -38,7 +38,12 @@ def _by_content(case: Case) -> list[str]:
     found = []
     for name in case.shared():
         mine, theirs = case.tensors[name].shape, case.reference_tensors[name].shape
-        if name in case.claims or len(mine) != 2 or mine != theirs[::-1] or case.sights[name].status in ("equal", "cast"):
+        if (
+            name in case.claims
+            or len(mine) != 2
+            or mine != theirs[::-1]
+            or case.sights[name].status in ("equal", "cast")
+        ):
             continue
         a, b = case.pair(name)
         if mine == theirs and relation_of(case, name).correlation > ALIKE:
@@ -51,5 +56,9 @@ def _by_content(case: Case) -> list[str]:
 def _by_shape(case: Case) -> list[str]:
     wanted = expectation(case)
     shapes = wanted.shapes if wanted is not None else {}
-    turned = [n for n, h in case.tensors.items() if n in shapes and len(h.shape) == 2 and h.shape != shapes[n] and h.shape == shapes[n][::-1]]
+    turned = [
+        n
+        for n, h in case.tensors.items()
+        if n in shapes and len(h.shape) == 2 and h.shape != shapes[n] and h.shape == shapes[n][::-1]
+    ]
     return [n for n in turned if n not in case.claims and n not in case.packed]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.record import DTYPES
 
@@ -28,8 +28,15 @@ def check(case: Case) -> Iterator[Finding]:
     for (theirs, mine), names in groups.items():
         rounded = sum(case.sights[n].rounded for n in names)
         what = f"rounded once ({rounded:,} values changed by it)" if rounded else "every value exact"
-        evidence = {"reference_dtype": theirs, "dtype": mine, "rounded": rounded, "vanished": sum(case.sights[n].vanished for n in names)}
-        yield Finding(CODE, "info", f"{len(names)} tensors are {mine}, the reference's are {theirs}; {what}", names, evidence)
+        evidence = {
+            "reference_dtype": theirs,
+            "dtype": mine,
+            "rounded": rounded,
+            "vanished": sum(case.sights[n].vanished for n in names),
+        }
+        yield Finding(
+            CODE, "info", f"{len(names)} tensors are {mine}, the reference's are {theirs}; {what}", names, evidence
+        )
 
 
 def lossy(case: Case, name: str) -> bool:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.sources import relation_of
+from tensorkeep.evidence.statistics import relation, rounded
+from tensorkeep.evidence.survey import SAME, bits_equal
 from tensorkeep.findings import Finding
 from tensorkeep.naming import hf
-from tensorkeep.sources import relation_of
-from tensorkeep.statistics import relation, rounded
-from tensorkeep.survey import SAME, bits_equal
 
 CODE = "T01"
 
@@ -32,8 +32,18 @@ def check(case: Case) -> Iterator[Finding]:
     if head.shape == embed.shape and bits_equal(mine, theirs.astype(mine.dtype)):
         return
     statuses = {n: case.sights[n].status for n in (hf.HEAD, hf.EMBEDDING) if n in case.sights}
-    if case.reference is not None and hf.HEAD in case.reference_tensors and hf.HEAD not in case.tied and all(s in SAME for s in statuses.values()):
-        yield Finding(CODE, "info", "the config ties head and embedding and both files hold two that differ", [hf.HEAD, hf.EMBEDDING])
+    if (
+        case.reference is not None
+        and hf.HEAD in case.reference_tensors
+        and hf.HEAD not in case.tied
+        and all(s in SAME for s in statuses.values())
+    ):
+        yield Finding(
+            CODE,
+            "info",
+            "the config ties head and embedding and both files hold two that differ",
+            [hf.HEAD, hf.EMBEDDING],
+        )
         return
     odd = [n for n, s in statuses.items() if s not in SAME] or [hf.HEAD, hf.EMBEDDING]
     case.claim(odd, CODE)

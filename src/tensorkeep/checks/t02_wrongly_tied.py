@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.survey import SAME, bits_equal
 from tensorkeep.findings import Finding
 from tensorkeep.naming import hf
-from tensorkeep.survey import SAME, bits_equal
 
 CODE = "T02"
 
@@ -22,13 +22,29 @@ CODE = "T02"
 def check(case: Case) -> Iterator[Finding]:
     """Equal head and embedding: against a reference where they differ (error), or against the config alone (warning)."""
     head, embed = case.tensors.get(hf.HEAD), case.tensors.get(hf.EMBEDDING)
-    if head is None or embed is None or head.shape != embed.shape or head.dtype != embed.dtype or {hf.HEAD, hf.EMBEDDING} & case.broken.keys():
+    if (
+        head is None
+        or embed is None
+        or head.shape != embed.shape
+        or head.dtype != embed.dtype
+        or {hf.HEAD, hf.EMBEDDING} & case.broken.keys()
+    ):
         return
     if case.reference is None:
         if case.tie() is False and bits_equal(case.values(hf.HEAD), case.values(hf.EMBEDDING)):
-            yield Finding(CODE, "warning", "head and embedding hold the same values, the config does not tie them", [hf.HEAD, hf.EMBEDDING], {"tied": False})
+            yield Finding(
+                CODE,
+                "warning",
+                "head and embedding hold the same values, the config does not tie them",
+                [hf.HEAD, hf.EMBEDDING],
+                {"tied": False},
+            )
         return
-    changed = [n for n in (hf.HEAD, hf.EMBEDDING) if n in case.sights and case.sights[n].status not in (*SAME, "shape") and n not in case.claims]
+    changed = [
+        n
+        for n in (hf.HEAD, hf.EMBEDDING)
+        if n in case.sights and case.sights[n].status not in (*SAME, "shape") and n not in case.claims
+    ]
     if not changed or hf.EMBEDDING not in case.reference_tensors or _tied_there(case):
         return
     if head.parts != embed.parts and not bits_equal(case.values(hf.HEAD), case.values(hf.EMBEDDING)):
@@ -47,4 +63,8 @@ def _tied_there(case: Case) -> bool:
     first, second = case.reference_tensors.get(hf.HEAD), case.reference_tensors[hf.EMBEDDING]
     if first is None or first.parts == second.parts:
         return True
-    return first.shape == second.shape and first.dtype == second.dtype and bits_equal(case.reference_values(hf.HEAD), case.reference_values(hf.EMBEDDING))
+    return (
+        first.shape == second.shape
+        and first.dtype == second.dtype
+        and bits_equal(case.reference_values(hf.HEAD), case.reference_values(hf.EMBEDDING))
+    )

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.scan import not_finite, scan
 from tensorkeep.findings import Finding
-from tensorkeep.scan import not_finite, scan
 
 CODE = "V01"
 
@@ -30,7 +30,9 @@ def check(case: Case) -> Iterator[Finding]:
             if (nan or infinite) and (nan, infinite) != not_finite(case.pair(name)[1]):
                 counts[name] = nan, infinite
     else:
-        counts = {n: (s.nan, s.infinite) for n, s in scan(case).items() if (s.nan or s.infinite) and n not in case.claims}
+        counts = {
+            n: (s.nan, s.infinite) for n, s in scan(case).items() if (s.nan or s.infinite) and n not in case.claims
+        }
     if not counts:
         return
     case.claim(counts, CODE)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
-from tensorkeep.casts import Passage, on_grid, passage
 from tensorkeep.checks.s04_dtype_differs import lossy
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.casts import Passage, on_grid, passage
+from tensorkeep.evidence.scan import scan
 from tensorkeep.findings import Finding
 from tensorkeep.record import DTYPES
-from tensorkeep.scan import scan
 
 CODE = "V02"
 
@@ -35,7 +35,9 @@ def check(case: Case) -> Iterator[Finding]:
     for name in case.shared():
         sight = case.sights.get(name)
         if sight is not None and sight.status == "cast" and name not in case.claims and lossy(case, name):
-            found[name] = Passage(f"{DTYPES[case.tensors[name].dtype].torch}, and stored so", sight.overflowed, sight.vanished, True)
+            found[name] = Passage(
+                f"{DTYPES[case.tensors[name].dtype].torch}, and stored so", sight.overflowed, sight.vanished, True
+            )
     for grid in dict.fromkeys(p.grid for p in found.values()):
         names = [n for n, p in found.items() if p.grid == grid]
         case.claim(names, CODE)
@@ -63,7 +65,13 @@ def _alone(case: Case) -> Iterator[Finding]:
             grids.setdefault(seen.grid, []).append(name)
     for grid, names in grids.items():
         case.claim(names, CODE)
-        yield Finding(CODE, "error", f"all values of {len(names)} tensors lie on the grid of {grid}, without scales", names, {"grid": grid})
+        yield Finding(
+            CODE,
+            "error",
+            f"all values of {len(names)} tensors lie on the grid of {grid}, without scales",
+            names,
+            {"grid": grid},
+        )
 
 
 __all__ = ["CODE", "check", "on_grid"]

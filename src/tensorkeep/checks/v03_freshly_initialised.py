@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.scan import scan
+from tensorkeep.evidence.sources import constant, relation_of
+from tensorkeep.evidence.statistics import Spread, rounded, spread
+from tensorkeep.evidence.words import is_norm
 from tensorkeep.findings import Finding
-from tensorkeep.scan import scan
-from tensorkeep.sources import constant, relation_of
-from tensorkeep.statistics import Spread, rounded, spread
-from tensorkeep.words import is_norm
 
 CODE = "V03"
 # Without a reference, fresh means the facts' detector (§2.5: fresh 0.88 to 1.07, trained 1.23 and more), and trained
@@ -35,7 +35,12 @@ def check(case: Case) -> Iterator[Finding]:
     found: dict[str, Spread] = {}
     for name in case.differing():
         values = case.values(name)
-        if values.size < 64 or (is_norm(name) and values.ndim == 1) or not relation_of(case, name).unrelated or constant(values):
+        if (
+            values.size < 64
+            or (is_norm(name) and values.ndim == 1)
+            or not relation_of(case, name).unrelated
+            or constant(values)
+        ):
             continue
         drawn = spread(values)
         if drawn.fresh:
@@ -52,7 +57,11 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _alone(case: Case) -> Iterator[Finding]:
-    looked = {n: s.spread for n, s in scan(case).items() if s.spread is not None and n not in case.claims and len(case.tensors[n].shape) > 1}
+    looked = {
+        n: s.spread
+        for n, s in scan(case).items()
+        if s.spread is not None and n not in case.claims and len(case.tensors[n].shape) > 1
+    }
     fresh = {
         n: s for n, s in looked.items()
         if s.count >= 4096 and s.rows < FRESH_ROWS and s.columns < FRESH_ROWS and FRESH_KURTOSIS[0] < s.kurtosis < FRESH_KURTOSIS[1]

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep import architecture
-from tensorkeep.case import Array, Case
+from tensorkeep.evidence import architecture
+from tensorkeep.evidence.case import Array, Case
+from tensorkeep.evidence.scan import scan
+from tensorkeep.evidence.words import is_norm
 from tensorkeep.findings import Finding
-from tensorkeep.scan import scan
-from tensorkeep.words import is_norm
 
 CODE = "V04"
 
@@ -50,7 +50,9 @@ def _state(mine: Array, theirs: Array) -> str | None:
             return word
     step = 2.0**-7 if mine.itemsize <= 2 else 2.0**-20
     for by, word in ((1.0, "one too large"), (-1.0, "one too small")):
-        if np.isfinite(a).all() and np.abs(a - b - by).max(initial=0.0) <= step * max(1.0, float(np.abs(a).max(initial=0.0)), float(np.abs(b).max(initial=0.0))):
+        if np.isfinite(a).all() and np.abs(a - b - by).max(initial=0.0) <= step * max(
+            1.0, float(np.abs(a).max(initial=0.0)), float(np.abs(b).max(initial=0.0))
+        ):
             return word
     return None
 

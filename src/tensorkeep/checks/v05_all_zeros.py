@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.scan import scan
+from tensorkeep.evidence.statistics import pieces_of
 from tensorkeep.findings import Finding
-from tensorkeep.scan import scan
-from tensorkeep.statistics import pieces_of
 
 CODE = "V05"
 
@@ -24,10 +24,16 @@ CODE = "V05"
 def check(case: Case) -> Iterator[Finding]:
     """Zero tensors that differ from the reference; without one, zero matrices of a model."""
     if case.reference is not None:
-        zero = [n for n in case.differing(floating=False) if not any(piece.any() for piece in pieces_of(case.values(n)))]
+        zero = [
+            n for n in case.differing(floating=False) if not any(piece.any() for piece in pieces_of(case.values(n)))
+        ]
     else:
         # biases start at zero and may well stay there
-        zero = [n for n, s in scan(case).items() if s.constant == 0.0 and len(case.tensors[n].shape) > 1 and n not in case.claims]
+        zero = [
+            n
+            for n, s in scan(case).items()
+            if s.constant == 0.0 and len(case.tensors[n].shape) > 1 and n not in case.claims
+        ]
     if not zero:
         return
     case.claim(zero, CODE)

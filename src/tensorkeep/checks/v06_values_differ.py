@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tensorkeep.case import Case
+from tensorkeep.evidence.case import Case
+from tensorkeep.evidence.movement import KEPT, Fit, fit, structured, trained_further
+from tensorkeep.evidence.statistics import rounded
+from tensorkeep.evidence.words import is_norm
 from tensorkeep.findings import Finding
-from tensorkeep.movement import KEPT, Fit, fit, structured, trained_further
-from tensorkeep.statistics import rounded
-from tensorkeep.words import is_norm
 
 CODE = "V06"
 STRANGE = 0.2  # r below which a tensor among trained ones does not hold the reference's content any more
@@ -40,9 +40,19 @@ def check(case: Case) -> Iterator[Finding]:
         same = {n: f for n, f in simple.items() if (f.kind, _short(f)) == (kind, number)}
         case.claim(same, CODE)
         by = f" by {number:g}" if number is not None else ""
-        yield _finding(case, same, "error", f"{len(same)} tensors are the reference's with a {kind}{by}", f"tensorkeep repair {case.path} OUT --reference {case.reference.path}")
+        yield _finding(
+            case,
+            same,
+            "error",
+            f"{len(same)} tensors are the reference's with a {kind}{by}",
+            f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
+        )
     rest = {n: f for n, f in fits.items() if n not in simple}
-    lost = {n: f for n, f in rest.items() if not is_norm(n) and (f.kind == "unrelated" or (trained and f.relation.correlation < STRANGE))}
+    lost = {
+        n: f
+        for n, f in rest.items()
+        if not is_norm(n) and (f.kind == "unrelated" or (trained and f.relation.correlation < STRANGE))
+    }
     if lost:
         case.claim(lost, CODE)
         yield _finding(case, lost, "error", f"{len(lost)} tensors have nothing to do with the reference's", None)
@@ -74,7 +84,9 @@ def _moved(case: Case, fits: Mapping[str, Fit], trained: bool) -> Finding:
     as_training = alike and (trained or kinds.count("low rank") >= 0.8 * len(fits) or structured(case, list(fits)))
     if as_training:
         return _finding(case, fits, "info", f"{len(fits)} tensors moved as in training ({word})", None)
-    return _finding(case, fits, "error", f"{len(fits)} tensors differ from the reference ({word}), the others do not", None)
+    return _finding(
+        case, fits, "error", f"{len(fits)} tensors differ from the reference ({word}), the others do not", None
+    )
 
 
 def _finding(case: Case, fits: Mapping[str, Fit], severity: str, message: str, fix: str | None) -> Finding:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.case import Array, Case
-from tensorkeep.casts import passage
+from tensorkeep.evidence.case import Array, Case
+from tensorkeep.evidence.casts import passage
+from tensorkeep.evidence.movement import Touch, touch, trained_further
+from tensorkeep.evidence.statistics import largest, relation
 from tensorkeep.findings import Finding
-from tensorkeep.movement import Touch, touch, trained_further
-from tensorkeep.statistics import largest, relation
 
 CODE = "V07"
 FEW = 64  # elements: faults of bits are few, and every element is then looked at

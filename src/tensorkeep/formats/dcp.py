@@ -73,7 +73,11 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
         view.metadata["paths"] = {n: p for n, p in paths.items() if isinstance(n, str) and _is_path(p)}
     strays = [n for n in names if n.endswith(".distcp") and n not in sizes]
     if strays:
-        view.notes.append(Note("F07", f"{', '.join(strays)}: data that .metadata does not name, left by an earlier save", tuple(strays)))
+        view.notes.append(
+            Note(
+                "F07", f"{', '.join(strays)}: data that .metadata does not name, left by an earlier save", tuple(strays)
+            )
+        )
     return view
 
 
@@ -87,7 +91,9 @@ def _together(lost: list[TensorkeepError]) -> TensorkeepError:
 
 
 def _damaged(what: str, where: object) -> TensorkeepError:
-    return TensorkeepError(f"the metadata is damaged: {what}", where=where, code="F07", hint="copy the checkpoint again")
+    return TensorkeepError(
+        f"the metadata is damaged: {what}", where=where, code="F07", hint="copy the checkpoint again"
+    )
 
 
 def _state(value: Any, kind: str, where: object) -> dict[str, Any]:
@@ -144,11 +150,16 @@ def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], Place], where: obj
     for (before, first), (after, second) in pairwise(ordered):
         if before[0] == after[0] and before[1] + before[2] > after[1]:
             raise TensorkeepError(
-                f"{first} and {second} overlap in {before[0]}", where=where, code="F07", hint="copy the checkpoint again"
+                f"{first} and {second} overlap in {before[0]}",
+                where=where,
+                code="F07",
+                hint="copy the checkpoint again",
             )
 
 
-def _place(name: str, offset: tuple[int, ...], storage: dict[Any, Place], sizes: dict[str, int], where: object) -> Place:
+def _place(
+    name: str, offset: tuple[int, ...], storage: dict[Any, Place], sizes: dict[str, int], where: object
+) -> Place:
     place = storage.get((name, offset)) or (storage.get((name, ())) if not any(offset) else None)
     if place is None:
         raise TensorkeepError(
@@ -157,7 +168,13 @@ def _place(name: str, offset: tuple[int, ...], storage: dict[Any, Place], sizes:
         )  # fmt: skip
     file, start, length = place
     if file not in sizes:
-        raise TensorkeepError(f"{name} lies in {file}, which is not there", where=where, code="F05", hint="copy the missing file", tensors=[name])
+        raise TensorkeepError(
+            f"{name} lies in {file}, which is not there",
+            where=where,
+            code="F05",
+            hint="copy the missing file",
+            tensors=[name],
+        )
     if start + length > sizes[file]:
         raise TensorkeepError(
             f"{name} is truncated: it ends at byte {start + length} of {file}, the file at {sizes[file]}", where=where,
@@ -172,7 +189,9 @@ def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str
     if not isinstance(properties, Object):
         raise _damaged(f"{name} has no properties", where)
     state = properties.state
-    spelled = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+    spelled = (
+        state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+    )
     dtype = FROM_TORCH.get(spelled.name) if isinstance(spelled, Global) else None
     if dtype is None:
         raise _damaged(f"{name} has an unknown dtype {shown(spelled)}", where)
@@ -182,13 +201,23 @@ def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str
     for chunk in chunks:
         part = _state(chunk, "ChunkStorageMetadata", where)
         offsets, sizes_ = _size(part.get("offsets"), where), _size(part.get("sizes"), where)
-        if len(offsets) != len(shape) or len(sizes_) != len(shape) or any(o + n > s for o, n, s in zip(offsets, sizes_, shape)):
+        if (
+            len(offsets) != len(shape)
+            or len(sizes_) != len(shape)
+            or any(o + n > s for o, n, s in zip(offsets, sizes_, shape))
+        ):
             raise _damaged(f"{name} has a chunk outside its shape {shape}", where)
         file, start, length = _place(name, offsets, storage, sizes, where)
         blocks.append(Block(file, start, length, offsets, sizes_, archive=True))
         covered += _count(sizes_)
     if covered != _count(shape) or _overlapping(blocks):
-        raise TensorkeepError(f"{name}: its chunks hold {covered} of {_count(shape)} elements", where=where, code="F07", hint="a rank's file is missing; copy the checkpoint again", tensors=[name])
+        raise TensorkeepError(
+            f"{name}: its chunks hold {covered} of {_count(shape)} elements",
+            where=where,
+            code="F07",
+            hint="a rank's file is missing; copy the checkpoint again",
+            tensors=[name],
+        )
     return TensorRecord(name, dtype, shape, tuple(blocks))
 
 
@@ -269,7 +298,9 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
-def layout(tensors: Sequence[SinkTensor], *, shard_size: int | None = None, root: str | None = None, **_: Any) -> list[FileLayout]:
+def layout(
+    tensors: Sequence[SinkTensor], *, shard_size: int | None = None, root: str | None = None, **_: Any
+) -> list[FileLayout]:
     """Data files `__0_N.distcp` and `.metadata`, last. `root` nests the names as DCP does: `root.name`."""
     files, places = [], {}
     for number, part in enumerate(shards(tensors, shard_size or SHARD_SIZE)):
@@ -305,7 +336,13 @@ def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str 
     return emit(
         _object(
             "Metadata",
-            {"state_dict_metadata": described, "planner_data": paths, "storage_data": storage, "storage_meta": None, "version": "1.0.0"},
+            {
+                "state_dict_metadata": described,
+                "planner_data": paths,
+                "storage_data": storage,
+                "storage_meta": None,
+                "version": "1.0.0",
+            },
         )
     )
 

@@ -31,7 +31,9 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     view: StateView = form.read(folder, [weights], path)
     config = parse_json(folder.read(CONFIG), f"{folder.url}/{CONFIG}")
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise TensorkeepError("names no peft_type", where=f"{folder.url}/{CONFIG}", hint="is this PEFT's adapter_config.json?")
+        raise TensorkeepError(
+            "names no peft_type", where=f"{folder.url}/{CONFIG}", hint="is this PEFT's adapter_config.json?"
+        )
     view.format = "peft"
     view.metadata["adapter"] = config
     view.companions.append(Companion(CONFIG, folder.read(CONFIG), f"{folder.url}/{CONFIG}"))
@@ -40,9 +42,14 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
 
 def layout(tensors: Sequence[SinkTensor], **_: Any) -> list[FileLayout]:
     """`adapter_model.safetensors`; the config travels as a companion."""
-    odd = [t.name for t in tensors if ".lora_" not in t.name and ".modules_to_save." not in t.name and "base_model." not in t.name]
+    odd = [
+        t.name
+        for t in tensors
+        if ".lora_" not in t.name and ".modules_to_save." not in t.name and "base_model." not in t.name
+    ]
     if odd:
         raise TensorkeepError(
-            f"{odd[0]} and {len(odd) - 1} more are no adapter tensors", hint="--to peft writes adapters; a full model goes --to hf"
+            f"{odd[0]} and {len(odd) - 1} more are no adapter tensors",
+            hint="--to peft writes adapters; a full model goes --to hf",
         )
     return [safetensors.file_layout(WEIGHTS[0], tensors)]

@@ -45,7 +45,9 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if len(files) > 1 and len(weights) == 1:
         files = weights
     if len(files) != 1:
-        raise TensorkeepError(f"holds {len(files)} torch.save files: {', '.join(files[:5])}", where=path, hint="name one of them")
+        raise TensorkeepError(
+            f"holds {len(files)} torch.save files: {', '.join(files[:5])}", where=path, hint="name one of them"
+        )
     file = files[0]
     head = folder.read(file, 0, min(4, folder.size(file)))
     if head[:2] == b"PK":
@@ -69,18 +71,38 @@ def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, En
     seen: dict[tuple[Any, ...], str] = {}
     for name, item in iter_tensors(value, where):
         if name in records or name in view.entries:
-            raise TensorkeepError(f"{name} occurs twice once nested names are joined", where=where, code="F07", hint="copy the file again")
+            raise TensorkeepError(
+                f"{name} occurs twice once nested names are joined", where=where, code="F07", hint="copy the file again"
+            )
         if not isinstance(item, Stored):
             view.entries[name] = item
             continue
         place = places.get(item.storage)
         start, size = storage_bytes(item)
         if place is None:
-            raise TensorkeepError(f"{name}: its storage {item.storage} is not in the file", where=where, code="F07", hint="copy the file again")
+            raise TensorkeepError(
+                f"{name}: its storage {item.storage} is not in the file",
+                where=where,
+                code="F07",
+                hint="copy the file again",
+            )
         if start + size > place.size:
-            raise TensorkeepError(f"{name}: truncated, its storage holds {place.size} of {start + size} bytes", where=where, code="F02", hint="copy the file again")
+            raise TensorkeepError(
+                f"{name}: truncated, its storage holds {place.size} of {start + size} bytes",
+                where=where,
+                code="F02",
+                hint="copy the file again",
+            )
         strides = None if same_layout(item.shape, item.strides) else item.strides
-        block = Block(file, place.start + start, size, (0,) * len(item.shape), item.shape, strides, crc=place.known_crc(start, size))
+        block = Block(
+            file,
+            place.start + start,
+            size,
+            (0,) * len(item.shape),
+            item.shape,
+            strides,
+            crc=place.known_crc(start, size),
+        )
         key = (block.start, item.dtype, item.shape, item.strides)
         tied = seen.setdefault(key, name) if size else name
         records[name] = TensorRecord(name, item.dtype, item.shape, (block,), tied if tied != name else None)
@@ -94,12 +116,17 @@ def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
     magic, at = parse(data, ALLOWED, where)
     if type(magic) is not int or magic != LEGACY_MAGIC:
         raise TensorkeepError(
-            "is a plain pickle, not a torch.save file", where=where, code="F04", hint="ask its author for safetensors; nothing was run"
+            "is a plain pickle, not a torch.save file",
+            where=where,
+            code="F04",
+            hint="ask its author for safetensors; nothing was run",
         )
     _, at = parse(data, ALLOWED, where, at)  # the protocol's version
     system, at = parse(data, ALLOWED, where, at)
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise TensorkeepError("was written on a big-endian machine", where=where, hint="save it again on a little-endian one")
+        raise TensorkeepError(
+            "was written on a big-endian machine", where=where, hint="save it again on a little-endian one"
+        )
     value, at = parse(data, ALLOWED, where, at)
     keys, at = parse(data, ALLOWED, where, at)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
@@ -121,7 +148,12 @@ def _legacy_places(folder: Folder, file: str, at: int, keys: list[str], value: A
         count = int.from_bytes(folder.read(file, at, 8), "little", signed=True)
         size = count * widths[key]
         if count < 0 or at + 8 + size > folder.size(file):
-            raise TensorkeepError(f"truncated: storage {shown(key)} ends behind the file", where=where, code="F02", hint="copy the file again")
+            raise TensorkeepError(
+                f"truncated: storage {shown(key)} ends behind the file",
+                where=where,
+                code="F02",
+                hint="copy the file again",
+            )
         places[key] = Entry(at + 8, size, 0)
         at += 8 + size
     return places

@@ -30,7 +30,11 @@ SHARD_SIZE = 5_000_000_000  # bytes, transformers' default
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
     if single:
         name = names[0]
-        return name.endswith(".safetensors") or name.endswith(".safetensors.index.json") or _looks_like_header(folder, name)
+        return (
+            name.endswith(".safetensors")
+            or name.endswith(".safetensors.index.json")
+            or _looks_like_header(folder, name)
+        )
     if ".metadata" in names or "adapter_config.json" in names:
         return False  # a DCP folder, an adapter: their own formats, whatever else lies there
     return any(n.endswith(".safetensors") or n.endswith(".safetensors.index.json") for n in names)
@@ -46,7 +50,9 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     """The view of a file or folder of safetensors. Raises F02, F05, F06, F07 as errors."""
     indices = [n for n in names if n.endswith(".safetensors.index.json")]
     if len(indices) > 1:
-        raise TensorkeepError(f"has {len(indices)} indices: {', '.join(indices)}", where=path, hint="name the index file itself")
+        raise TensorkeepError(
+            f"has {len(indices)} indices: {', '.join(indices)}", where=path, hint="name the index file itself"
+        )
     if len(names) == 1 and not indices:
         files, weight_map = names, None
     elif indices:
@@ -78,7 +84,11 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     strays = [n for n in names if n.endswith(".safetensors") and n not in files]
     if strays:
         view.notes.append(
-            Note("F07", f"{', '.join(strays)} beside the shards is in no index: torch's DCP reader would read it, we do not", tuple(strays))
+            Note(
+                "F07",
+                f"{', '.join(strays)} beside the shards is in no index: torch's DCP reader would read it, we do not",
+                tuple(strays),
+            )
         )
     return view
 
@@ -94,7 +104,11 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
             hint="get the index file as well: without it nothing says which shards belong together",
         )  # fmt: skip
     if len(files) > 1:
-        raise TensorkeepError(f"holds {len(files)} safetensors files and no index: {', '.join(files[:5])}", where=path, hint="name one of them")
+        raise TensorkeepError(
+            f"holds {len(files)} safetensors files and no index: {', '.join(files[:5])}",
+            where=path,
+            hint="name one of them",
+        )
     return files
 
 
@@ -103,7 +117,9 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
     document = parse_json(folder.read(name), where)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise TensorkeepError("has no weight_map from names to files", where=where, code="F07", hint="download the index again")
+        raise TensorkeepError(
+            "has no weight_map from names to files", where=where, code="F07", hint="download the index again"
+        )
     return {tensor: inside(file, where) for tensor, file in weight_map.items()}
 
 
@@ -123,7 +139,11 @@ def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> Non
     extra = sorted(n for n in view.records if n not in weight_map)
     if extra:
         view.notes.append(
-            Note("F07", f"{len(extra)} tensors in the shards are not in the index, first {extra[0]}: transformers would not load them", tuple(extra))
+            Note(
+                "F07",
+                f"{len(extra)} tensors in the shards are not in the index, first {extra[0]}: transformers would not load them",
+                tuple(extra),
+            )
         )
 
 
@@ -135,7 +155,12 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
     where = f"{folder.url}/{file}"
     size = folder.size(file)
     if size < 8:
-        raise TensorkeepError(f"truncated: {size} bytes, a safetensors file has at least 8", where=where, code="F02", hint="download it again")
+        raise TensorkeepError(
+            f"truncated: {size} bytes, a safetensors file has at least 8",
+            where=where,
+            code="F02",
+            hint="download it again",
+        )
     length = int.from_bytes(folder.read(file, 0, 8), "little")
     if length > LARGEST_HEADER or length > size - 8:
         raise TensorkeepError(
@@ -145,7 +170,9 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
     try:
         header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise TensorkeepError(f"the header is not valid: {error}", where=where, code="F07", hint="download it again") from None
+        raise TensorkeepError(
+            f"the header is not valid: {error}", where=where, code="F07", hint="download it again"
+        ) from None
     if not isinstance(header, dict):
         raise TensorkeepError("the header is not a JSON object", where=where, code="F07")
     metadata = header.pop("__metadata__", {})
@@ -167,7 +194,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorRecord:
     def wrong(what: str) -> TensorkeepError:
-        return TensorkeepError(f"{name}: {what}", where=where, code="F07", hint="the header is damaged; download the file again")
+        return TensorkeepError(
+            f"{name}: {what}", where=where, code="F07", hint="the header is damaged; download the file again"
+        )
 
     if not isinstance(entry, dict):
         raise wrong("its entry is not an object")
@@ -177,7 +206,11 @@ def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorR
     sizes = checked_shape(shape)
     if sizes is None or not isinstance(shape, list):
         raise wrong(f"shape {shown(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in offsets):
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in offsets)
+    ):
         raise wrong(f"data_offsets {shown(offsets)}")
     low, high = offsets
     if high - low != nbytes(dtype, sizes) or math.prod(sizes) * DTYPES[dtype].bits % 8:
@@ -190,22 +223,39 @@ def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str
     at = start
     for block in sorted((r.blocks[0] for r in records), key=lambda b: (b.start, b.nbytes)):
         if block.start < at:
-            raise TensorkeepError(f"tensors overlap at byte {block.start}", where=where, code="F07", hint="the header is damaged; download the file again")
+            raise TensorkeepError(
+                f"tensors overlap at byte {block.start}",
+                where=where,
+                code="F07",
+                hint="the header is damaged; download the file again",
+            )
         if block.start > at:
-            raise TensorkeepError(f"{block.start - at} bytes at {at} belong to no tensor", where=where, code="F07", hint="the header is damaged; download the file again")
+            raise TensorkeepError(
+                f"{block.start - at} bytes at {at} belong to no tensor",
+                where=where,
+                code="F07",
+                hint="the header is damaged; download the file again",
+            )
         at = block.start + block.nbytes
     if at > size:
         raise TensorkeepError(
-            f"truncated: the tensors end at byte {at}, the file at {size}", where=where, code="F02", hint="download it again"
+            f"truncated: the tensors end at byte {at}, the file at {size}",
+            where=where,
+            code="F02",
+            hint="download it again",
         )
     if at < size:
-        raise TensorkeepError(f"{size - at} bytes behind the last tensor", where=where, code="F07", hint="download it again")
+        raise TensorkeepError(
+            f"{size - at} bytes behind the last tensor", where=where, code="F07", hint="download it again"
+        )
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
-def layout(tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name: str = "model.safetensors", **_: Any) -> list[FileLayout]:
+def layout(
+    tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name: str = "model.safetensors", **_: Any
+) -> list[FileLayout]:
     """Files for these tensors: one, or shards of at most `shard_size` bytes and an index."""
     parts = shards(tensors, shard_size or SHARD_SIZE)
     if len(parts) == 1:
@@ -222,12 +272,19 @@ def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
     """One safetensors file. Wider dtypes come first, so that every tensor is aligned to its element."""
     wide = [t.name for t in tensors if t.dtype in UNKNOWN]
     if wide:
-        raise TensorkeepError(f"safetensors has no complex128, which {wide[0]} is", hint="keep it with --to dcp or pth, or leave it out with --drop")
+        raise TensorkeepError(
+            f"safetensors has no complex128, which {wide[0]} is",
+            hint="keep it with --to dcp or pth, or leave it out with --drop",
+        )
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].bits)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in ordered:
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % 64)  # data starts on a cache line, for those who map the file

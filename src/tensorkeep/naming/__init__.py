@@ -30,7 +30,17 @@ NAMINGS = {
     "videomae": "tensorkeep.naming.videomae",
 }
 # names under which training programs keep a model's state, best first
-ROOTS = ("model", "state_dict", "module", "model_state_dict", "net", "state_dict_ema", "ema", "model_ema", "ema_state_dict")
+ROOTS = (
+    "model",
+    "state_dict",
+    "module",
+    "model_state_dict",
+    "net",
+    "state_dict_ema",
+    "ema",
+    "model_ema",
+    "ema_state_dict",
+)
 EMA_ROOTS = frozenset(r for r in ROOTS if "ema" in r)
 # what training programs keep beside it, by first segment
 OTHER_STATE = {
@@ -87,7 +97,12 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
         return _generation(view, found) if naming is None else found
     if naming and naming != "hf":
         first = next(iter(view), "no tensor at all")
-        raise TensorkeepError(f"the names do not fit naming {naming}, e.g. {first}", where=view.path, code="K06", hint="leave --from-naming out to let it be detected")
+        raise TensorkeepError(
+            f"the names do not fit naming {naming}, e.g. {first}",
+            where=view.path,
+            code="K06",
+            hint="leave --from-naming out to let it be detected",
+        )
     root = _container(view, paths)
     clean, wrappers, other = _under(view, root)
     return Identity(naming, root, wrappers, clean, other)
@@ -134,7 +149,9 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
     doubled = len(clean) - len(set(clean.values()))
     if doubled:
         first = next(n for n in clean.values() if list(clean.values()).count(n) > 1)
-        raise TensorkeepError(f"{doubled} names are equal once wrapper prefixes are removed, first {first}", where=view.path, code="K03")
+        raise TensorkeepError(
+            f"{doubled} names are equal once wrapper prefixes are removed, first {first}", where=view.path, code="K03"
+        )
     return clean, tuple(wrappers), other
 
 

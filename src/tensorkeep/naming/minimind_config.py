@@ -19,7 +19,13 @@ from tensorkeep.record import TensorRecord
 CLASSES = {
     "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM", "minimind": "MiniMindForCausalLM",
 }  # fmt: skip
-YARN = {"factor": 16.0, "original_max_position_embeddings": 2048, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0}
+YARN = {
+    "factor": 16.0,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.0,
+}
 FIRST = "model.layers.0.self_attn."
 Take = Callable[[str, Any], Any]
 
@@ -42,7 +48,9 @@ def hf_config(
             assumed.append(f"{name}={default}")
             return default
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise TensorkeepError(f"config.json: {name} is {value!r}", code="C01", hint="correct it, or give another with --config")
+            raise TensorkeepError(
+                f"config.json: {name} is {value!r}", code="C01", hint="correct it, or give another with --config"
+            )
         return value
 
     shapes = {n: r.shape for n, r in found.items()}
@@ -61,7 +69,9 @@ def hf_config(
     }  # fmt: skip
     kind = GENERATIONS[made]
     if any(".mlp.experts." in n for n in shapes):
-        kind = "qwen3_moe" if made == "mm3" else "minimind"  # shared experts beside Llama attention: no class computes this
+        kind = (
+            "qwen3_moe" if made == "mm3" else "minimind"
+        )  # shared experts beside Llama attention: no class computes this
         known |= _experts(shapes, take, given, made)
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     odd = [f"{k} {given[k]} is {known[k]}" for k in sizes if given.get(k) is not None and given[k] != known[k]]
@@ -87,7 +97,12 @@ def _geometry(shapes: Mapping[str, tuple[int, ...]], take: Take, given: Mapping[
         )  # fmt: skip
     dense = shapes.get("model.layers.0.mlp.gate_proj.weight")
     expert = shapes.get("model.layers.0.mlp.experts.0.gate_proj.weight")
-    width = (dense or (given.get("intermediate_size") and (given["intermediate_size"],)) or expert or (64 * math.ceil(hidden * math.pi / 64),))[0]
+    width = (
+        dense
+        or (given.get("intermediate_size") and (given["intermediate_size"],))
+        or expert
+        or (64 * math.ceil(hidden * math.pi / 64),)
+    )[0]
     return {
         "vocab_size": vocab, "hidden_size": hidden, "num_hidden_layers": _count(shapes, r"model\.layers\.(\d+)\."),
         "num_attention_heads": queries // head_dim, "num_key_value_heads": keys // head_dim, "head_dim": head_dim,

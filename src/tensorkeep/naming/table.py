@@ -50,7 +50,10 @@ def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | N
             found = match.groupdict()
             if not row.stacked:
                 return [Link(name, _fill(row.hf, found, True), row.rope)]
-            return [Link(name, _fill(row.hf, {**found, "e": str(e), "leaf": "weight"}, True), row.rope, e) for e in range(experts)]
+            return [
+                Link(name, _fill(row.hf, {**found, "e": str(e), "leaf": "weight"}, True), row.rope, e)
+                for e in range(experts)
+            ]
     return None
 
 

@@ -1,0 +1,1 @@
+"""Evidence: what the checks measure, each module one kind of it; numpy only, streaming."""

@@ -1,0 +1,1 @@
+"""Live: models in a running process, held against their checkpoints; the layer that imports torch."""
