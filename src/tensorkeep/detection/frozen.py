@@ -7,7 +7,7 @@ the norms, q, k, v, the sum after attention, and fc1's output; never fc2, and th
 Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
 n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m). The row operations and
 GELU move about 68 n C elements more, at 4.3 TB/s, adapter included. For a whole ViT-L (24 blocks, n = 76,800) that is
-197 + 60 ms; measured on an H200 (2026-11-21, torch 2.11): 340 ms. Of the 83 ms between, attention is 50 (cuDNN's kernel
+197 + 60 ms; measured on an H200 (2026-11-21, torch 2.11): about 340 ms. Of the 83 ms between, attention is 50 (cuDNN's kernel
 reaches 290 TFLOP/s at L = 800, d = 64), the matrix products 20 (690 TFLOP/s).
 """
 

@@ -1,6 +1,6 @@
 """A whole training step as one CUDA graph: the head and the losses are thousands of launches of microseconds each.
 
-Launched one by one they leave the GPU idle for 20 to 35 ms a step (H200). A graph replays them from the GPU's side;
+Launched one by one they leave the GPU idle for 10 to 30 ms a step (H200). A graph replays them from the GPU's side;
 the price is that nothing may change shape, and nothing may be read back by the host inside the step.
 """
 

@@ -241,7 +241,8 @@ class VisionTransformer(nn.Module):
 
     `checkpointing`: `none` keeps every activation; `blocks` recomputes each block from its input; `attention` does
     too, but keeps the attention outputs (more memory, no second attention kernel); `segments` keeps one tensor a
-    block and recomputes a part of the chunks at a time (least memory, and the fastest of them on an H200).
+    block, and in a wide ViT the attention output of some, and recomputes a part of the chunks at a time, with a
+    backward written by hand where attention and MLP are frozen (least memory, and the fastest of them on an H200).
 
     >>> vit = VisionTransformer(VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4))
     >>> vit(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
