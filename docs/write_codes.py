@@ -16,7 +16,9 @@ def pages() -> dict[str, str]:
     """Every page by file name, the index included."""
     out = {f"{code}.md": page(code) for code in CODES}
     rows = "\n".join(f"| [{code}]({code}.md) | {title(code)} |" for code in CODES)
-    out["README.md"] = f"# Finding codes\n\nIn order of precedence. `tensorkeep explain CODE` prints the same pages.\n\n| code | says |\n|---|---|\n{rows}\n"
+    out["README.md"] = (
+        f"# Finding codes\n\nIn order of precedence. `tensorkeep explain CODE` prints the same pages.\n\n| code | says |\n|---|---|\n{rows}\n"
+    )
     return out
 
 

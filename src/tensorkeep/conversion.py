@@ -161,7 +161,7 @@ def stored(layouts: Sequence[FileLayout]) -> int:
 def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progress: Progress = quiet) -> dict[str, Sums]:
     """Write and fsync every file of a sink; the checksums of each tensor come back by name."""
     steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
-    total = sum(slot.nbytes for layout in layouts for slot in layout.slots)
+    total = stored(layouts)
     done = 0
     sums: dict[str, Sums] = {}
     stop = threading.Event()
@@ -181,7 +181,7 @@ def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progres
                 handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)  # less the umask
                 try:
                     jobs += [
-                        pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count)
+                        pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count, layout.wants_crc)
                         for slot in layout.slots
                     ]
                     sums.update(_gather(jobs, layout.slots))
@@ -204,7 +204,9 @@ def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
     return {slot.tensor: job.result() for job, slot in zip(jobs, slots)}
 
 
-def _fill(handle: int, slot: Slot, step: Step, sources: Sequence[StateView], count: Callable[[int], None]) -> Sums:
+def _fill(
+    handle: int, slot: Slot, step: Step, sources: Sequence[StateView], count: Callable[[int], None], crc: bool
+) -> Sums:
     at = slot.start
 
     def write(piece: memoryview) -> None:
@@ -213,7 +215,7 @@ def _fill(handle: int, slot: Slot, step: Step, sources: Sequence[StateView], cou
         at += len(piece)
         count(len(piece))
 
-    sums = write_tensor(step, sources, write)
+    sums = write_tensor(step, sources, write, crc)
     if at != slot.start + slot.nbytes:
         raise TensorkeepError(
             f"{slot.tensor}: {at - slot.start} bytes instead of {slot.nbytes}",

@@ -65,6 +65,11 @@ class FileLayout:
         return last.start + length
 
     @property
+    def wants_crc(self) -> bool:
+        """Whether a segment holds checksums of tensors (zips do, safetensors do not)."""
+        return any(isinstance(s, Trailer) for s in self.segments)
+
+    @property
     def slots(self) -> list[Slot]:
         return [s for s in self.segments if isinstance(s, Slot)]
 
