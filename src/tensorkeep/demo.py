@@ -7,6 +7,7 @@ then breaks one conversion on purpose and finds the fault. It needs the extra `[
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import textwrap
 import time
@@ -50,7 +51,7 @@ def run(chapter: str, out: Path, show: Show) -> int:
             f"no chapter {chapter!r}", hint=near_misses(chapter, CHAPTERS) or f"chapters: {', '.join(CHAPTERS)}, all"
         )
     _claim(out)
-    return max(play(out, show) for name, play in CHAPTERS.items() if chapter in (name, "all"))
+    return max(_chapter(name)(out, show) for name in CHAPTERS if chapter in (name, "all"))
 
 
 def _claim(out: Path) -> None:
@@ -257,4 +258,13 @@ def _next_commands(first: Path, sharded: Path, broken: Path) -> str:
           tensorkeep verify {first}""")
 
 
-CHAPTERS: Mapping[str, Callable[[Path, Show], int]] = {"convert": chapter_convert}
+# chapter -> where it is told; each takes the folder and `show`, and gives an exit code
+CHAPTERS: Mapping[str, str] = {
+    "convert": "tensorkeep.demo:chapter_convert",
+    "diagnose": "tensorkeep.demo_diagnose:chapter_diagnose",
+}
+
+
+def _chapter(name: str) -> Callable[[Path, Show], int]:
+    module, _, function = CHAPTERS[name].partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]

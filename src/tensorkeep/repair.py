@@ -179,6 +179,7 @@ def mended(case: Case, plan: Remedies) -> RepairedView:
         records,
         config,
         [Companion(*c) for c in companions],
+        computed=True,
         case=case,
         recipes=plan.recipes,
     )

@@ -77,6 +77,7 @@ class StateView(Mapping[str, TensorRecord]):
     metadata: dict[str, Any] = field(default_factory=dict)
     locate: Callable[[Folder, TensorRecord, Block], Block] | None = None
     decode: Callable[[TensorRecord, memoryview], memoryview] | None = None
+    computed: bool = False  # its bytes are made and not stored, so no certificate is about them
     checked: bool = False  # compare what is read with the file's own CRC-32 (torch writes it and never looks)
 
     def __getitem__(self, name: str) -> TensorRecord:
