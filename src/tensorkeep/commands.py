@@ -239,30 +239,30 @@ def convert(
     limit = parse_size(shard_size) if shard_size else None
     _announce(out, plan)
     if dry_run:
-        conversion.sink_files(plan, Path(paths[-1]).name, to, limit)
-        if say.json:
-            out.document(
-                {
-                    "dry_run": True,
-                    "sink": paths[-1],
-                    "format": to,
-                    "naming": plan.naming,
-                    "root": plan.root,
-                    "bytes": plan.nbytes,
-                    "steps": plan.to_json(),
-                }
-            )
-        for step in plan.steps:
-            out.line(step.line)
-        out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(plan.dropped)} dropped; nothing written")
-        return 0
+        conversion.sink_files(plan, Path(paths[-1]).name, to, limit)  # refuses what could not be laid out
+        return _show_plan(out, plan, paths[-1], to)
     with out.progress() as progress:
         result = conversion.convert(plan, paths[-1], to, limit, overwrite, progress)
+    return _show_result(out, plan, result, to)
+
+
+def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:
+    """What a conversion would do, line by line."""
+    if out.json:
+        shown = {"format": to, "naming": plan.naming, "root": plan.root, "bytes": plan.nbytes, "steps": plan.to_json()}
+        out.document({"dry_run": True, "sink": sink, **shown})
+    for step in plan.steps:
+        out.line(step.line)
+    out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(plan.dropped)} dropped; nothing written")
+    return 0
+
+
+def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
+    """What a conversion did, and what its casts lost."""
     for name, cast in result.casts.items():
-        out.remark(
-            f"warning: V02 {name}: {cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
-        )
-    if say.json:
+        lost = f"{cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
+        out.remark(f"warning: V02 {name}: {lost}")
+    if out.json:
         out.document({
             "sink": result.path, "format": to, "naming": plan.naming, "root": plan.root, "bytes": result.nbytes, "tensors": len(result.digests),
             "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in plan.dropped], "proven": True,
