@@ -25,6 +25,7 @@ from tensorkeep.view import Companion, Note, StateView
 HALF = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
+OURS = ("kind", "base_digest", "quantization")  # what our config says beside PEFT's fields, which PEFT would not know
 
 
 class Half(NamedTuple):
@@ -96,6 +97,10 @@ def adapter_plan(
     notes, document = list(view.notes), view.metadata.get("adapter")
     if to == "peft" and view.format == "peft":
         items = [Hub(n, view[n].dtype, view[n].shape, (Part(0, n),)) for n in identity.names]
+        own = [k for k in OURS if k in (document or {})]
+        if own:
+            document = {k: v for k, v in (document or {}).items() if k not in own}
+            notes.append(Note("A04", f"PEFT's config has no place for {', '.join(own)}: the folder no longer says which base it fits"))
     else:
         dropped += [
             Step(("drop",), (Part(0, n),), None, "the model, not the adapter") for n in identity.names if n not in found
@@ -105,7 +110,7 @@ def adapter_plan(
         if to == "pth":
             _refuse_scale(view, document, ranks)
         else:
-            document = adapter_config({_hf_module(m)[0]: r for m, r in ranks.items()})
+            document = adapter_config({hf_module(m)[0]: r for m, r in ranks.items()})
     steps = [_step(item, dtype) for item in items]
     if any(".experts." in item.name for item in items):
         notes.append(
@@ -122,15 +127,19 @@ def adapter_plan(
 def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> Hub:
     """One half under its sink name; rows of B follow the RoPE layout as the weight's rows do, A's columns do not."""
     record, part = view[stored], Part(0, stored)
-    module, rope = _hf_module(half.module)
+    module, rope = hf_module(half.module)
     if rope and half.half == "B":
         part = part.permuted(rope_rows(config, "half", stored, record.shape))
     name = f"{PREFIX}{module}.lora_{half.half}.weight" if to == "peft" else f"{module}.lora.{half.half}.weight"
     return Hub(name, record.dtype, record.shape, (part,))
 
 
-def _hf_module(module: str) -> tuple[str, bool]:
-    """The hf name of an adapted module, and whether its rows follow the other RoPE layout (Meta's names)."""
+def hf_module(module: str) -> tuple[str, bool]:
+    """The hf name of an adapted module, and whether its rows follow the other RoPE layout (Meta's names).
+
+    >>> hf_module("layers.0.attention.wq"), hf_module("model.layers.0.mlp.up_proj")
+    (('model.layers.0.self_attn.q_proj', True), ('model.layers.0.mlp.up_proj', False))
+    """
     name = f"{module}.weight"
     links = None if hf.recognise(name) else from_own(name, minimind.META)
     return (links[0].hf.removesuffix(".weight"), links[0].rope) if links else (module, False)

@@ -8,6 +8,7 @@ and `bad/` with damaged and hostile files.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -24,6 +25,8 @@ from tensorkeep.conversion import convert
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.planning import make_plan
 from tensorkeep.view import read
+from tests.parity.minimind_merge import merge_cases
+from tests.parity.minimind_resume import resume_cases
 from tests.parity.outcome import (
     Outcome,
     be_quiet,
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     folder: Path = parser.parse_args(argv).folder
     be_quiet()
     with tempfile.TemporaryDirectory() as work:
-        return report(cases(folder, Path(work)))
+        return report(itertools.chain(cases(folder, Path(work)), resume_cases(folder)))
 
 
 def cases(folder: Path, work: Path) -> Iterator[Outcome]:
@@ -262,6 +265,8 @@ def adapter_cases(
     shared = any("shared_experts" in n for n in loaded(base[0])) if base else True
     if not model and not shared and "logits_lora" in expected:
         yield Outcome(f"{name} to peft, logits_lora", with_adapter(base[0], work, expected), LOGITS)
+    if base:
+        yield from merge_cases(file, name, base[0], place, expected if not model else {}, work, shared)
     if not model:
         try:
             make_plan([read(file)], "hf")

@@ -1,4 +1,4 @@
-"""`peft`: an adapter folder, `adapter_model.safetensors` (or .bin) with `adapter_config.json`.
+"""`peft`: an adapter folder, `adapter_model.safetensors` (or .bin) with `adapter_config.json`; ours is `adapter.safetensors`.
 
 An adapter is never a model: its view carries the adapter config, and every name keeps PEFT's `base_model.model.`
 prefix, which reading recognises as a wrapper.
@@ -17,7 +17,7 @@ from tensorkeep.manifest import parse_json
 from tensorkeep.view import Companion, StateView
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")  # the last is ours
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
@@ -27,7 +27,7 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 def read(folder: Folder, names: list[str], path: str) -> StateView:
     """The view of an adapter folder; `view.metadata["adapter"]` is its config."""
     weights = next(w for w in WEIGHTS if w in names)
-    form = safetensors if weights == WEIGHTS[0] else pth
+    form = safetensors if weights.endswith(".safetensors") else pth
     view: StateView = form.read(folder, [weights], path)
     config = parse_json(folder.read(CONFIG), f"{folder.url}/{CONFIG}")
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
