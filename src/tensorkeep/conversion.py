@@ -138,8 +138,12 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
     if single:
         options |= {"name": name, "shard_size": 1 << 62}
     elif to == "pth" and plan.naming == "minimind":
+        embeddings = ("model.embed_tokens.weight", "tok_embeddings.weight")
+        width = next((t.shape[-1] for t in plan.tensors if t.name in embeddings), 0)  # where no config says it
         options["name"] = minimind.file_name(
-            plan.config, [t.name for t in plan.tensors], minimind.stage_of(plan.sources[0].path)
+            {"hidden_size": width, **(plan.config or {})},
+            [t.name for t in plan.tensors],
+            minimind.stage_of(plan.sources[0].path),
         )
     layouts = form.layout(plan.tensors, **options)
     if not single:

@@ -1,0 +1,1 @@
+"""Training language models: texts into tokens, tokens into rows, rows into losses."""
