@@ -10,6 +10,8 @@ import ml_dtypes
 import pytest
 import torch
 
+from tensorkeep.checkpoint import State
+from tensorkeep.checkpoint import save as save_checkpoint
 from tests import quant_files as files
 from tests.quant_files import MINIMIND, SHARED, findings, gaussian, model, needs_minimind, said
 
@@ -99,12 +101,6 @@ def test_a_torchtitan_trainer_folder_is_imperfect_and_sound() -> None:
 
 
 def test_a_run_with_everything_raises_nothing(tmp_path: Path) -> None:
-    step = tmp_path / "run/checkpoints/step-000010"
-    tensors = model(1)
-    files.write(step, tensors)
-    files.write(tmp_path / "o", {f"{n}.exp_avg": t for n, t in tensors.items()})
-    (tmp_path / "o/model.safetensors").rename(step / "optimizer.safetensors")
-    (step / "manifest.json").write_text("{}")
     state = {
         "step": 10,
         "samples": 640,
@@ -112,7 +108,9 @@ def test_a_run_with_everything_raises_nothing(tmp_path: Path) -> None:
         "rng": {"torch": "..."},
         "recipe": {"lr": 1e-3, "data": {"seed": 1}},
     }
-    (step / "state.json").write_text(json.dumps(state))
+    tensors = {n: torch.from_numpy(t.copy()) for n, t in model(1).items()}
+    moments = {f"{n}/exp_avg": t.clone() for n, t in tensors.items()}
+    step = save_checkpoint(tmp_path / "run", State(tensors, moments, {}, state))
     (tmp_path / "run/recipe.yaml").write_text("lr: 0.001\ndata: {seed: 1}\n")
     assert findings(step, None, "R")[0] == []
     (tmp_path / "run/recipe.yaml").write_text("lr: 0.002\ndata: {seed: 1}\n")

@@ -94,7 +94,9 @@ RUN_NAMES = {
 
 
 def run_state(view: StateView) -> dict[str, int | None] | None:
-    """Step, epoch, samples and world size, where the file holds them as plain numbers."""
+    """Step, epoch, samples and world size, where the file holds them as plain numbers, or our run's state does."""
+    if "run" in view.metadata:
+        return {field: view.metadata["run"].get(field) for field in RUN_NAMES}
     found = {
         field: next((v for n in names if (v := _whole(view, n)) is not None), None)
         for field, names in RUN_NAMES.items()

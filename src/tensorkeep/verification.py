@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tensorkeep import run_folder, run_manifest
 from tensorkeep.archive import entries
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import LocalFolder, left_over
+from tensorkeep.files import LocalFolder, left_over, local_path
 from tensorkeep.findings import Finding
 from tensorkeep.proof import read_certificate, stored_name
 from tensorkeep.view import CHUNK, StateView, read
@@ -28,6 +29,8 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
 
     Example: `findings, view, certified = verify("out")`
     """
+    if (step := _step(path)) is not None:
+        return *verify_step(*step, progress), True
     findings = interrupted(path)
     try:
         view = read(path)
@@ -47,6 +50,29 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
             raise
         findings.append(Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint))
     return findings, view, certificate is not None
+
+
+def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
+    """The checkpoint of a run of ours that a path means, and newer ones that were passed over."""
+    if "://" in str(path) or not (folder := local_path(path)).is_dir():
+        return None
+    try:
+        return run_folder.find(folder.resolve())
+    except TensorkeepError as error:  # no step of the run is whole: say what ails each
+        if error.code is None:
+            raise
+        run = folder.parent if folder.name == run_folder.CHECKPOINTS else folder
+        newest, *older = (run_folder.folder_of(run, s) for s in run_folder.steps(run))
+        return newest, [f for step in older for f in run_manifest.findings(step)]
+
+
+def verify_step(
+    folder: Path, passed: list[Finding], progress: Progress | None
+) -> tuple[list[Finding], StateView | None]:
+    """Every byte of a run's checkpoint against its manifest: one finding a damaged file, naming the tensors (F03)."""
+    findings = [*passed, *interrupted(folder), *run_manifest.findings(folder, progress)]
+    whole = not any(f.severity == "error" for f in findings)
+    return findings, read(folder) if whole else None
 
 
 def interrupted(path: str | Path) -> list[Finding]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tensorkeep import run_folder
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.files import Folder, LocalFolder, explained, local_path, short_file
 from tensorkeep.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
@@ -311,13 +312,18 @@ def read(path: str | Path) -> StateView:
     (49152, 576)
     """
     folder, name = open_folder(str(path))
-    names = [name] if name else folder.names()
+    step = run_folder.opened(folder.path) if name is None and isinstance(folder, LocalFolder) else None
+    folder = LocalFolder(step.path) if step is not None else folder
+    names = step.files if step is not None else [name] if name else folder.names()
     for module in FORMATS.values():
         form = importlib.import_module(module)
         if form.sniff(folder, names, single=name is not None):
             view: StateView = form.read(folder, names, str(path))
             _check_names(view)
             _find_companions(view)
+            if step is not None:  # a checkpoint of a run of ours
+                view.metadata["run"] = step.run
+                view.notes += [Note(f.code, f"passed over: {f.message}", tuple(f.tensors)) for f in step.passed]
             return view
     raise _unrecognised(folder, names, str(path))
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from tensorkeep import run_manifest
 from tensorkeep.evidence.case import Case
 from tensorkeep.evidence.survey import SAME, THREADS
+from tensorkeep.files import LocalFolder
 from tensorkeep.findings import Finding
 from tensorkeep.names import strip_root
 from tensorkeep.proof import read_certificate
@@ -29,6 +31,9 @@ def check(case: Case) -> Iterator[Finding]:
     """
     yield from case.told(CODE)
     if case.view is None:
+        return
+    if "run" in case.view.metadata and isinstance(case.view.folder, LocalFolder):
+        yield from run_manifest.findings(case.view.folder.path, case.progress)
         return
     certificate = read_certificate(case.view)
     if certificate is None:

@@ -16,6 +16,7 @@ What to do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from tensorkeep.evidence.case import Case
@@ -54,7 +55,7 @@ def _trained(case: Case, state: ResumeState, wide: dict[str, TensorRecord]) -> l
     assert view is not None and identity is not None
     stored = {**{clean: n for n, clean in identity.names.items()}, **{unwrap(n)[0]: n for n in case.adapter}}
     if not state.by_position:
-        known = [n.rpartition(".")[0] for n in wide]
+        known = [re.split(r"[./][^./]*\Z", n)[0] for n in wide]  # `name.exp_avg`; `name/exp_avg` in our own files
         tails = {name: weight for name, weight in stored.items()}
         return [tails[t] for name in known if (t := _tail(name, tails)) is not None]
     shapes = {r.shape for r in wide.values()}

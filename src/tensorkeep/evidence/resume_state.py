@@ -180,5 +180,5 @@ def moments(state: ResumeState) -> dict[str, TensorRecord]:
     return {
         n: r
         for n, r in state.optimizer.items()
-        if n.rpartition(".")[2] in ("exp_avg", "momentum_buffer", "square_avg", "m")
+        if re.split("[./]", n)[-1] in ("exp_avg", "momentum_buffer", "square_avg", "m")
     }
