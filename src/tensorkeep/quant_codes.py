@@ -6,7 +6,7 @@ equal bit for bit. NF4: QLoRA (arXiv 2305.14314), appendix E. FP4: bitsandbytes'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -111,3 +111,17 @@ def full_scale_missing(bits: Array, table: Array, block: int) -> int:
     """
     peak = block_maxima(table[bits], block)
     return int(np.count_nonzero((peak > 0) & (peak < 1)))
+
+
+def tie(digests: Mapping[str, str]) -> bytes:
+    """16 bytes that tie the parts of one quantised weight together, from the xxh3_128 of each part's bytes by role.
+
+    The roles are `weight` (the codes), those of `quantized` (`absmax`, `quant_map`, `SCB`, ...) and `state` for the
+    text of a quant_state; `weight_format` is left out. Stored beside the weight as `weight_digest`, uint8 [16].
+
+    >>> tie({"weight": "0a", "SCB": "1b"}) == tie({"SCB": "1b", "weight": "0a"}) != tie({"weight": "0a", "SCB": "1c"})
+    True
+    """
+    import xxhash
+
+    return xxhash.xxh3_128_digest("".join(f"{role} {digests[role]}\n" for role in sorted(digests)).encode())

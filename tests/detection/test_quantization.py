@@ -10,19 +10,39 @@ from tensorkeep.detection.adapters import LoraConfig, VisionTransformerAdapter, 
 from tensorkeep.detection.quantization import quantize_adapters, quantize_backbone
 from tensorkeep.detection.vit import VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantize import sizes
+from tensorkeep.quantized_linear import QuantLinear
+from tensorkeep.quantized_loading import load_quantized
 from tests.detection import tiny
 
 WIDE = VitConfig(image_size=32, embed_dim=128, depth=2, heads=2, mlp_dim=256, chunk_frames=4, drop_path=0.0)
 FRAMES = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_quantising_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantising_needs_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(TensorkeepError, match=r"tensorkeep\[quant\]"):
-        quantize_adapters(VisionTransformerQLoRA(tiny.VIT))
-    with pytest.raises(TensorkeepError, match=r"tensorkeep\[quant\]"):
-        quantize_backbone(VisionTransformerAdapter(tiny.VIT))
+    assert quantize_adapters(VisionTransformerQLoRA(tiny.VIT)) == 4
+    assert quantize_backbone(VisionTransformerAdapter(tiny.VIT)) == 8
     assert quantize_adapters(VisionTransformerAdapter(tiny.VIT)) == 0
+
+
+def test_the_seeds_adapters_have_the_published_counts_when_packed() -> None:
+    vit = VisionTransformerQLoRA(VitConfig(image_size=32), lora_r=16, lora_alpha=32, lora_dropout=0.1, quantize_bits=4)
+    assert quantize_adapters(vit) == 24
+    found = sizes(nn.ModuleList(block.adapter for block in vit.blocks))
+    assert (found.parameters, found.trainable, found.quantised) == (1_185_420, 300_684, 884_736)
+    assert found.bytes < 4 * 300_684 + 884_736 * 0.55
+
+
+def test_a_quantised_backbone_round_trips_strictly_into_a_fresh_one() -> None:
+    vit = VisionTransformerAdapter(WIDE, lora=LoraConfig(lora_r=4)).eval()
+    tiny.wake(vit)
+    quantize_backbone(vit)
+    fresh = VisionTransformerAdapter(WIDE, lora=LoraConfig(lora_r=4)).eval()
+    assert len(load_quantized(fresh, vit.state_dict()).quantised) == 8
+    with torch.no_grad():
+        assert torch.equal(fresh(FRAMES, 1), vit(FRAMES, 1))
+    assert fresh.load_state_dict(vit.state_dict(), strict=True)
 
 
 def test_what_trains_is_not_quantised() -> None:
@@ -32,7 +52,6 @@ def test_what_trains_is_not_quantised() -> None:
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(lora_r=4)], ids=["adapters", "adapters and LoRA"])
 def test_a_quantised_backbone_keeps_its_biases_and_trains(lora: LoraConfig | None) -> None:
-    pytest.importorskip("bitsandbytes")
     vit = VisionTransformerAdapter(WIDE, lora=lora).eval()
     tiny.wake(vit)
     with torch.no_grad():
@@ -53,9 +72,8 @@ def test_a_quantised_backbone_keeps_its_biases_and_trains(lora: LoraConfig | Non
 
 @pytest.mark.parametrize(("bits", "dtype"), [(4, torch.uint8), (8, torch.int8)])
 def test_frozen_projections_of_the_adapters_are_packed(bits: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("bitsandbytes")
     vit = VisionTransformerQLoRA(tiny.VIT, quantize_bits=bits)  # type: ignore[arg-type]
     assert quantize_adapters(vit) == 4
     base = vit.blocks[1].adapter.up_proj.base
-    assert isinstance(base, nn.Linear) and base.weight.dtype == dtype and base.bias is None
+    assert isinstance(base, QuantLinear) and base.weight.dtype == dtype and base.bias is None
     assert vit(FRAMES, 1).shape == (2, 32, 2, 2, 2)

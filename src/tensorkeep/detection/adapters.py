@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from tensorkeep.detection.time_mix import time_mix
 from tensorkeep.detection.vit import Checkpointing, VideoShape, VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.lora import low_rank
+from tensorkeep.quantized_linear import QuantLinear
 
 Tuning = Literal["adapter", "all", "none"]
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -130,6 +132,7 @@ class PlainAdapter(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear (dense or quantised) plus a trainable low-rank update: `base(x) + (alpha / r) B A drop(x)`.
 
+    The base is a child of its own, as detection's files name it (`X.base.weight`); the arithmetic is `lora.low_rank`.
     `lora_B` starts at zero, so the first forward equals the base bitwise where the base has no dropout of its own.
 
     >>> layer = LoRALinear(nn.Linear(8, 4), r=2, alpha=4)
@@ -137,7 +140,9 @@ class LoRALinear(nn.Module):
     ['lora_A', 'lora_B']
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0) -> None:
+    base: nn.Linear | QuantLinear
+
+    def __init__(self, base: nn.Linear | QuantLinear, r: int, alpha: float, dropout: float = 0.0) -> None:
         super().__init__()
         if r < 1:
             raise TensorkeepError(f"lora_r must be at least 1, got {r}", where="LoRALinear")
@@ -153,10 +158,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in] -> [..., out]`."""
-        out: Tensor = self.base(x)
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        update = F.linear(low, self.lora_B.to(low.dtype))
-        return out + (update * self.scale).to(out.dtype)
+        return low_rank(x, self.base, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
 
 
 class QLoRAAdapter(TemporalConv):

@@ -1,7 +1,8 @@
-"""Frozen linears of a backbone in 4 or 8 bits (bitsandbytes), in place, once their weights are loaded.
+"""Frozen linears of a backbone in 4 or 8 bits, in place, once their weights are loaded.
 
-What QLoRA is for: the pretrained linears hold the knowledge, stay frozen and may be coarse, while LoRA and adapters
-train in full precision beside them. The q and v biases are parameters of their own and stay as they are.
+What QLoRA is for: the pretrained linears hold the knowledge (97 % of the ViT), stay frozen and may be coarse, while
+LoRA and adapters train in full precision beside them. The q and v biases are parameters of their own and stay as they
+are. The layers are `QuantLinear`, which needs no library and no GPU.
 """
 
 from __future__ import annotations
@@ -11,60 +12,55 @@ from torch import nn
 from tensorkeep.detection.adapters import LORA_TARGETS, LoRALinear, QLoRAAdapter
 from tensorkeep.detection.vit import Block, VisionTransformer
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantized_linear import QuantLinear
+from tensorkeep.quantized_tensor import Kind, kind_of
 
 
-def quantize_backbone(vit: VisionTransformer) -> int:
-    """Store the frozen linears of every block (qkv, proj, fc1, fc2) in nf4, doubly quantised; returns how many.
+def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: bool = True) -> int:
+    """Store the frozen linears of every block (qkv, proj, fc1, fc2) as `kind`; returns how many.
 
-    Load weights first: packed codes take none. Under LoRA the base is packed and the update stays. Raises
-    TensorkeepError where a linear still trains, and without bitsandbytes.
+    Load float weights first, or a quantised checkpoint with `load_quantized`. Under LoRA the base is packed and the
+    update stays. Raises TensorkeepError, before anything is changed, where a linear still trains.
     """
-    count = 0
-    for block in vit.blocks:
+    kind, places = kind_of(kind), []
+    for index, block in enumerate(vit.blocks):
         for target in LORA_TARGETS:
-            parent = block.get_submodule(target.rpartition(".")[0])
-            holder, name = parent, target.rpartition(".")[2]
-            if isinstance(getattr(parent, name), LoRALinear):
-                holder, name = getattr(parent, name), "base"
+            parent, _, name = target.rpartition(".")
+            holder = block.get_submodule(parent)
+            if isinstance(getattr(holder, name), LoRALinear):
+                holder, name = getattr(holder, name), "base"
             linear = getattr(holder, name)
             if any(parameter.requires_grad for parameter in linear.parameters()):
                 raise TensorkeepError(
                     f"{target} trains and cannot be quantised", where="vit", hint="freeze it first: tuning: adapter"
                 )
-            setattr(holder, name, _quantized(linear, 4))
-            count += 1
-    return count
+            if not isinstance(linear, QuantLinear):
+                places.append((holder, name, f"blocks.{index}.{target}"))
+    for holder, name, path in places:
+        setattr(holder, name, QuantLinear.of(_dense(holder, name), kind, double, name=path))
+    return len(places)
 
 
-def quantize_adapters(vit: VisionTransformer) -> int:
+def quantize_adapters(vit: VisionTransformer, double: bool = True) -> int:
     """Store the frozen projections of every `QLoRAAdapter` in its `quantize_bits`; returns how many.
 
-    4 bits are nf4; 8 bits are int8 without a float copy. Raises TensorkeepError without bitsandbytes.
+    4 bits are nf4; 8 bits are int8 without a float copy.
     """
     count = 0
-    for block in vit.blocks:
+    for index, block in enumerate(vit.blocks):
         assert isinstance(block, Block)
-        if isinstance(block.adapter, QLoRAAdapter):
-            for layer in (block.adapter.down_proj, block.adapter.up_proj):
-                layer.base = _quantized(layer.base, block.adapter.quantize_bits)
+        if not isinstance(block.adapter, QLoRAAdapter):
+            continue
+        kind = kind_of(block.adapter.quantize_bits)
+        for name in ("down_proj", "up_proj"):
+            layer = getattr(block.adapter, name)
+            if not isinstance(layer.base, QuantLinear):
+                layer.base = QuantLinear.of(layer.base, kind, double, name=f"blocks.{index}.adapter.{name}")
                 count += 1
     return count
 
 
-def _quantized(linear: nn.Linear, bits: int) -> nn.Linear:
-    """The same linear over packed codes, on the same device, its bias kept as it is."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        hint = "pip install 'tensorkeep[quant]'"
-        raise TensorkeepError("quantising needs bitsandbytes", where="quantization", hint=hint) from error
-    device, sizes = linear.weight.device, (linear.in_features, linear.out_features)
-    packed: nn.Linear
-    if bits == 4:
-        packed = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4")
-        packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-    else:
-        packed = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-        packed.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    packed.bias = linear.bias
-    return packed.to(device)
+def _dense(holder: nn.Module, name: str) -> nn.Linear:
+    linear = getattr(holder, name)
+    assert isinstance(linear, nn.Linear)
+    return linear
