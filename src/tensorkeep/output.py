@@ -81,6 +81,50 @@ class Output:
         finally:
             bar.close()
 
+    def status(self) -> Status | None:
+        """A line that a long run keeps up to date; None where nobody is to see one."""
+        return None if self.quiet or self.json else Status(sys.stderr.isatty())
+
+
+class Status:
+    """How far a run is: one line redrawn on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.terminal, self.last = terminal, 0.0
+        self.first: tuple[float, int] | None = None
+
+    def show(self, text: str, done: int, total: int) -> None:
+        """`text` about update `done` of `total`; the time left follows from the pace since the first call."""
+        now = time.monotonic()
+        self.first = self.first or (now, done)
+        if now - self.last < (0.1 if self.terminal else 30.0) and done < total:
+            return
+        self.last = now
+        pace = (now - self.first[0]) / (done - self.first[1]) if done > self.first[1] else 0.0
+        left = f"  {duration(pace * (total - done))} left" if pace and done < total else ""
+        line = f"step {done}/{total}  {text}{left}"
+        sys.stderr.write(f"\r\x1b[2K{line}" if self.terminal else line + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.terminal and self.last:
+            sys.stderr.write("\n")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(42), duration(4000), duration(200000)
+    ('42 s', '1 h 7 min', '2 d 8 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
 
 class _Bar:
     """One line on stderr, redrawn a few times a second and wiped at the end. Cheap enough to call per chunk."""

@@ -1,0 +1,102 @@
+"""One process or many, by torchrun and torch.distributed: the same code, world size 1 included.
+
+Nothing here launches or schedules. Small facts (counts, a request to stop, random states) travel between CPUs through
+gloo, so that no step waits for a GPU to tell them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tensorkeep.errors import TensorkeepError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: `rank` of `size`, and the device it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+
+def start(device: str | None = None) -> World:
+    """Join the group that torchrun describes (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
+
+    `device`: cpu or cuda; by default a GPU where there is one. Raises TensorkeepError where it is not there.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise TensorkeepError("no CUDA device is here", where="device", hint="--device cpu")
+    size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    place = torch.device(kind if ":" in kind or kind != "cuda" else f"cuda:{local}")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    return World(rank, size, place)
+
+
+def stop() -> None:
+    """Leave the group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(world: World, *values: float) -> list[float]:
+    """Sums over all ranks, in float64, on the CPU."""
+    if world.size == 1:
+        return [float(v) for v in values]
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return [float(v) for v in sums]
+
+
+def gathered(world: World, value: Any) -> list[Any]:
+    """`value` of every rank, in their order; everybody gets the list."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """`work()` of this rank. An error on one rank is raised on all of them, so that nobody waits for those who left."""
+    result: T | None = None
+    error: TensorkeepError | None = None
+    try:
+        result = work()
+    except TensorkeepError as caught:
+        error = caught
+    for told in gathered(world, error):
+        if told is not None:
+            raise error or told
+    return result  # type: ignore[return-value]
+
+
+def parallel(model: nn.Module, world: World) -> nn.Module:
+    """The model under DDP; alone, the model itself. Buffers are left alone in every forward: frozen codes need no trip,
+    and what a loss keeps in a buffer it must reduce itself. (Every rank starts from the same ones.)"""
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 has renamed it
+    alone: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **alone)

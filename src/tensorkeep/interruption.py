@@ -1,0 +1,79 @@
+"""SIGTERM, SIGINT and SIGUSR1 ask a run to save and leave; asked twice, it leaves at once.
+
+A handler only notes the wish: an update is never cut in half. Inside `may_stop()` (evaluation, which changes nothing)
+it raises instead, since the checkpoint before it has been saved already.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO = 1.0  # seconds; a terminal and a launcher both pass the same wish on, which is not asking twice
+
+
+class Interrupted(BaseException):
+    """A signal came where the run may stop at once. No Exception: an evaluation that guards itself against faults
+    in its data must not swallow it."""
+
+
+class Wish:
+    """Whether somebody asked the run to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._since = 0.0
+        self._may_stop = False
+
+    @contextmanager
+    def may_stop(self) -> Iterator[None]:
+        """Within it a signal raises Interrupted; one that came before does so at once."""
+        self._may_stop = True
+        try:
+            if self.signal is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._may_stop = False
+
+    def ask(self, number: int, _frame: FrameType | None = None) -> None:
+        """What the handler does."""
+        if self.signal is not None:
+            if time.monotonic() - self._since > ECHO:
+                os._exit(128 + number)  # half-written files bear a temporary name: nothing is lost by leaving now
+            return
+        self.signal, self._since = number, time.monotonic()
+        if self._may_stop:
+            raise Interrupted
+
+
+@contextmanager
+def listening() -> Iterator[Wish]:
+    """Listen for the signals that ask a run to stop; the former handlers come back afterwards.
+
+    Outside the main thread Python cannot listen, and the wish stays empty.
+    """
+    wish = Wish()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+    before = {number: signal.signal(number, wish.ask) for number in ASKING}
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            # None: it was set outside Python and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def leave_to_the_parent() -> None:
+    """For a process that fetches data: whoever stops a whole group of processes (a terminal, Slurm) asks the run, and
+    the run, still finishing its update, needs the samples; it ends its helpers itself."""
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,34 @@
+"""A run killed with SIGKILL at random instants, many inside a save, and started again until it ends: bitwise the run
+that nobody killed. The long form, with a language model and the peers, is `benchmarks/kill.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from benchmarks.kill import Marks, System, campaign, drop_ours, mark_saves, newest_ours, result_ours
+
+from tensorkeep.checkpoint import Keep
+from tensorkeep.job import Loop
+from tensorkeep.train import fit
+from tests.training import small_job
+
+
+def train(run: Path, marks: Marks, start: int) -> None:
+    torch.set_num_threads(1)  # the parent's pool of threads did not come along
+    mark_saves(marks)
+    loop = Loop(
+        updates=24, batch=5, micro=2, save_every=1, log_every=1, evaluate_every=3, best="-error", keep=Keep(last=2),
+        background=start % 2 == 0,
+    )  # fmt: skip
+    job = small_job(evaluate=True)
+    marks.set(0, 1)
+    fit(job, run, loop)
+
+
+def test_killed_at_random_instants_it_ends_bitwise_where_it_would_have(tmp_path: Path) -> None:
+    fit(small_job(), tmp_path, Loop(updates=1, batch=5))  # what is imported late is imported before the forks
+    system = System("small", train, result_ours, newest_ours, drop_ours)
+    count = campaign(system, kills=12, seed=0, longest=0.25)
+    assert count.kills >= 12
+    assert (count.stuck, count.lost, count.different, count.rows_wrong) == (0, 0, 0, 0), count

@@ -1,0 +1,89 @@
+"""FSDP: the same numbers as DDP to rounding, the same files, and any number of processes goes on from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tensorkeep import checkpoint, sharding
+from tensorkeep.distributed import World
+from tensorkeep.job import Job, Loop
+from tensorkeep.train import fit
+from tests.training import Died, assert_same_run, dying, ranks, relative_l2, small_job
+
+LOOP = Loop(updates=8, batch=5, micro=1, log_every=1, save_every=2, evaluate_every=4, parallel="fsdp")
+
+
+def train(
+    run: Path, size: int, loop: Loop = LOOP, until: int | None = None, death: int = 0, dropout: float = 0.0,
+    device: str = "cpu",
+) -> None:  # fmt: skip
+    def work(world: World) -> None:
+        torch.manual_seed(77 + world.rank)
+        used = loop if until is None else replace(loop, updates=until)
+        job = dying(small_job(dropout=dropout, evaluate=True, device=str(world.device)), death)
+        try:
+            fit(job, run, used, world=world, allow=("updates",))
+        except Died:
+            assert death
+        else:
+            assert not death
+
+    assert ranks(size, work, device) == [0] * size
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_on_two_gpus_too(parallel: Any, tmp_path: Path) -> None:
+    loop = replace(LOOP, parallel=parallel, batch=6)
+    train(tmp_path / "alone", 1, replace(loop, updates=8), device="cuda")
+    train(tmp_path / "whole", 2, loop, device="cuda")
+    train(tmp_path / "parts", 2, loop, death=14, device="cuda")
+    train(tmp_path / "parts", 2, loop, device="cuda")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert relative_l2(tmp_path / "alone", tmp_path / "whole") < 1e-5
+
+
+def test_a_sharded_run_is_the_replicated_run(tmp_path: Path) -> None:
+    train(tmp_path / "ddp", 2, replace(LOOP, parallel="ddp"))
+    train(tmp_path / "fsdp", 2)
+    assert relative_l2(tmp_path / "ddp", tmp_path / "fsdp") < 1e-5
+    one, other = (checkpoint.newest(tmp_path / name) for name in ("ddp", "fsdp"))
+    assert one is not None and other is not None
+    for part in ("model", "optimizer", "ema"):
+        a, b = getattr(one[0], part), getattr(other[0], part)
+        assert {n: (t.shape, t.dtype) for n, t in a.items()} == {n: (t.shape, t.dtype) for n, t in b.items()}
+
+
+def test_a_sharded_run_that_died_ends_bitwise_where_it_would_have(tmp_path: Path) -> None:
+    train(tmp_path / "whole", 2, dropout=0.2)
+    train(tmp_path / "parts", 2, death=14, dropout=0.2)
+    train(tmp_path / "parts", 2, dropout=0.2)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_shards_go_on_as_one_and_one_as_shards(tmp_path: Path) -> None:
+    train(tmp_path / "alone", 1)
+    for size, until in ((2, 2), (1, 4), (3, 6), (2, 8)):
+        train(tmp_path / "elastic", size, until=until)
+    assert relative_l2(tmp_path / "alone", tmp_path / "elastic") < 1e-5
+
+
+def test_blocks_are_the_outermost_repeated_ones() -> None:
+    inner = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3)])
+    model = nn.ModuleDict({"layers": inner, "head": nn.Linear(2, 2)})
+    assert sharding.blocks(model) == list(inner)
+    assert sharding.blocks(nn.Sequential(nn.Linear(2, 2), nn.Tanh())) == []
+
+
+def test_an_optimizer_with_state_cannot_be_sharded() -> None:
+    job: Job = small_job(ema=False)
+    job.loss(job.model, job.collate([job.data.sample(0, torch.Generator())]), 1.0)["loss"].backward()
+    job.optimizer.step()
+    with pytest.raises(Exception, match="holds state"):
+        sharding.shard(job.model, job.optimizer, {}, [], World())
