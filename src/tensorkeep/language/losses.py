@@ -1,0 +1,171 @@
+"""Next-token loss as a sum over targets, for models of transformers, without the logits of a whole batch.
+
+The head is applied to the targets alone, a chunk at a time (`head_loss`; a head that is no plain matrix is applied once
+more in the backward): what is held is one chunk of logits, not `batch x length x vocabulary`. That the head is a plain linear is proven on the model itself before
+it is relied on; where it is not (soft-capped or scaled logits), the model's own logits are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.language.head_loss import head_loss
+from tensorkeep.language.rows import IGNORED, block_mask, targets_of
+
+CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits
+
+
+def cross_entropy_sum(hidden: Tensor, head: nn.Module | None, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Sum over targets of -log p, a float32 scalar. `hidden [n, width]`, `targets [n]`; `head` gives logits from hidden
+    (None: `hidden` is logits). Only one chunk of float32 logits exists at a time, also in the backward.
+    """
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for at in range(0, len(targets), chunk):
+        part, wanted = hidden[at : at + chunk], targets[at : at + chunk]
+        if torch.is_grad_enabled() and len(targets) > chunk:
+            total = total + checkpoint(_chunk_loss, part, head, wanted, use_reentrant=False, preserve_rng_state=False)
+        else:
+            total = total + _chunk_loss(part, head, wanted)
+    return total
+
+
+def _chunk_loss(hidden: Tensor, head: nn.Module | None, targets: Tensor) -> Tensor:
+    logits = hidden if head is None else head(hidden)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def log_probabilities(hidden: Tensor, head: nn.Module | None, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """log p of each target, float32 `[n]`; chunked as `cross_entropy_sum`."""
+    parts = []
+    for at in range(0, len(targets), chunk):
+        part, wanted = hidden[at : at + chunk], targets[at : at + chunk]
+        if torch.is_grad_enabled() and len(targets) > chunk:
+            parts.append(checkpoint(_chunk_log, part, head, wanted, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_chunk_log(part, head, wanted))
+    return torch.cat(parts) if parts else hidden.sum(-1).float()
+
+
+def _chunk_log(hidden: Tensor, head: nn.Module | None, targets: Tensor) -> Tensor:
+    logits = hidden if head is None else head(hidden)
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+# -- models of transformers ---------------------------------------------------------------------------------------------
+
+
+def inner(model: nn.Module) -> Any:
+    """The transformers model under DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextmanager
+def headless(model: nn.Module, plain: bool) -> Iterator[nn.Module | None]:
+    """Within it the model gives what goes into its head as `logits`; yields the head. Does nothing unless `plain`."""
+    owner = inner(model)
+    head = owner.get_output_embeddings() if plain else None
+    if head is None:
+        yield None
+        return
+    path = next(name for name, module in owner.named_modules() if module is head)
+    place, _, name = path.rpartition(".")
+    holder = owner.get_submodule(place)
+    setattr(holder, name, _THROUGH)
+    try:
+        yield head
+    finally:
+        setattr(holder, name, head)
+
+
+class _Through(nn.Module):
+    """In the place of a head; a copy, since FSDP2 wants no view of what it hooks."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+
+_THROUGH = _Through()  # one object: a compiled model sees the same module each time
+
+
+@torch.no_grad()
+def plain_head(model: nn.Module) -> bool:
+    """Whether the model's logits are its head applied to its last hidden state and nothing more: tried on four tokens."""
+    owner, training = inner(model), model.training
+    model.eval()
+    try:
+        head = owner.get_output_embeddings()
+        capped = getattr(owner.config, "final_logit_softcapping", None)  # too weak to show in four small logits
+        if head is None or capped or not any(module is head for module in owner.modules()):
+            return False
+        ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(owner.config.vocab_size)
+        logits = owner(input_ids=ids, use_cache=False).logits
+        with headless(model, True):
+            hidden = owner(input_ids=ids, use_cache=False).logits
+        made = head(hidden)
+        return made.shape == logits.shape and bool(torch.allclose(made.float(), logits.float(), rtol=1e-5, atol=1e-6))
+    finally:
+        model.train(training)
+
+
+def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """The model on a batch: packed documents see themselves only."""
+    extra: dict[str, Any] = {}
+    if "segments" in batch:
+        eager = getattr(inner(model).config, "_attn_implementation", "eager") == "eager"
+        dtype = next(p.dtype for p in inner(model).parameters() if p.is_floating_point()) if eager else None
+        extra = {"position_ids": batch["position_ids"], "attention_mask": block_mask(batch["segments"], dtype)}
+    return model(input_ids=batch["input_ids"], use_cache=False, **extra)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of `pretrain` and `sft`: -log p summed over targets, divided by the targets of the whole update.
+
+    `plain`: see `plain_head`. `router`: weight of the load-balancing loss of a mixture of experts that computes one
+    (`output_router_logits` in its config); it is a mean, so a micro-batch adds it by its share of the targets.
+    """
+
+    plain: bool
+    chunk: int = CHUNK
+    router: float = 0.0
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], divisor: float) -> dict[str, Tensor]:
+        with headless(model, self.plain) as head:
+            out = run(model, batch)
+        labels = batch["labels"][:, 1:].flatten()
+        counted = (labels != IGNORED).nonzero().squeeze(-1)
+        hidden, wanted = out.logits[:, :-1].flatten(0, 1).index_select(0, counted), labels.index_select(0, counted)
+        if type(head) is nn.Linear and getattr(head, "bias", None) is None:
+            tokens = head_loss(hidden, head.weight, wanted, divisor)
+        else:
+            tokens = cross_entropy_sum(hidden, head, wanted, self.chunk) / divisor
+        if len(counted) == 0:
+            tokens = out.logits.sum() * 0.0  # every rank must have a backward
+        if not self.router or getattr(out, "aux_loss", None) is None:
+            return {"loss": tokens}
+        balance = self.router * out.aux_loss * (targets_of(dict(batch)) / divisor)
+        return {"loss": tokens + balance, "tokens": tokens, "balance": balance}
+
+
+def refuse_packing(config: Any, length: int) -> None:
+    """Stop where packed documents could see each other: layers without a mask, or with a window of their own."""
+    kinds = getattr(config, "layer_types", None)
+    odd = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    if isinstance(window, int) and window < length and slides:
+        odd.append(f"a window of {window} tokens")
+    if odd:
+        raise TensorkeepError(
+            f"documents cannot be packed for a model with {', '.join(odd)}", where="data.packing", hint="packing: none"
+        )

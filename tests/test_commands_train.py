@@ -1,0 +1,164 @@
+"""`tensorkeep train language` and `eval language`, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tensorkeep import checkpoint, metrics
+from tensorkeep.cli import main
+from tensorkeep.commands_train import pairs_of
+from tensorkeep.errors import TensorkeepError
+from tests.language_files import config, save_tokenizer, texts
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    document = {
+        "config": config(), "tokenizer": str(save_tokenizer(tmp_path / "tok")),
+        "data": {"files": str(texts(tmp_path / "a.jsonl")), "length": 32, "packing": "concatenate"},
+        "training": {"updates": 4, "batch": 4, "log_every": 1, "ema": 0.9, "save_every": 2},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(w) for w in words])
+    return code, *capsys.readouterr()
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_train_goes_on_by_the_same_command_and_by_the_run_alone(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    done = document(capsys, "train", "language", recipe, "--out", out, "--training.updates", 3, "--optimizer.lr=1e-3")
+    assert (done["step"], done["samples"], done["reason"], done["resumed"]) == (3, 12, "done", None)
+    written = (out / "recipe.yaml").read_text()
+    assert yaml.safe_load(written)["training"]["updates"] == 3 and yaml.safe_load(written)["optimizer"]["lr"] == 1e-3
+    checkpoint.run_folder.delete(out, [3])
+    again = document(capsys, "train", "language", out / "recipe.yaml", "--out", out)
+    assert (again["step"], again["resumed"]) == (3, "exact")
+    assert [row["step"] for row in metrics.rows(out / "metrics.jsonl")] == [1, 2, 3]
+    # another recipe is refused, and does not take the place of the run's own
+    code, _, error = run(capsys, "train", "language", recipe, "--out", out)
+    assert code == 2 and "R04" in error and "training.updates was 3, is 4" in error
+    assert (out / "recipe.yaml").read_text() == written
+    more = document(
+        capsys, "train", "language", recipe, "--out", out, "--optimizer.lr=1e-3", "--allow", "training.updates"
+    )
+    assert more["step"] == 4 and yaml.safe_load((out / "recipe.yaml").read_text())["training"]["updates"] == 4
+    code, _, error = run(capsys, "train", "language", recipe, "--out", out, "--resume", "never")
+    assert code == 2 and "holds checkpoints already" in error
+
+
+def test_unknown_fields_and_missing_words_are_told(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = run(capsys, "train", "language", recipe, "--out", tmp_path / "x", "--trainig.updates", 3)
+    assert code == 2 and "no field 'trainig.updates'" in error and "did you mean training.updates" in error
+    code, _, error = run(capsys, "train", "language", recipe)
+    assert code == 2 and "needs a folder" in error and not (tmp_path / "x").exists()
+    assert pairs_of(["--a.b", "-1", "--c=d=e"]) == [("a.b", "-1"), ("c", "d=e")]
+    for words in (["a"], ["--a"]):
+        with pytest.raises(TensorkeepError):
+            pairs_of(words)
+
+
+def test_print_recipe_shows_every_field_and_writes_nothing(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        capsys, "train", "language", recipe, "--out", tmp_path / "x", "--print-recipe", "--training.seed", 7
+    )
+    shown = yaml.safe_load(out)
+    assert (
+        code == 0 and shown["training"]["seed"] == 7 and shown["data"]["eos"] is True and not (tmp_path / "x").exists()
+    )
+    assert document(capsys, "train", "language", recipe, "--print-recipe", "--training.seed", 7)["recipe"] == shown
+
+
+def test_a_run_can_be_evaluated_and_converted(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    document(capsys, "train", "language", recipe, "--out", out)
+    data = ["--data", tmp_path / "a.jsonl"]
+    averaged = document(capsys, "eval", "language", out, *data)
+    raw = document(capsys, "eval", "language", out, *data, "--no-ema")
+    assert (
+        averaged["ema"] and not raw["ema"] and averaged["loss"] != raw["loss"] and averaged["tokens"] == raw["tokens"]
+    )
+    older = document(capsys, "eval", "language", out / "checkpoints" / "step-000002", *data, "--no-ema")
+    assert older["step"] == 2 and older["loss"] != raw["loss"]
+    code, text, _ = run(capsys, "eval", "language", out, *data)
+    assert code == 0 and "perplexity" in text
+    assert (out / "recipe.yaml").is_file()
+    assert run(capsys, "convert", out, tmp_path / "hf", "--to", "hf")[0] == 0
+    bare = document(capsys, "eval", "language", tmp_path / "hf", *data, "--length", 32)
+    assert bare["loss"] == pytest.approx(raw["loss"], rel=1e-5)
+    code, _, error = run(capsys, "eval", "language", out)
+    assert code == 2 and "--data FILE" in error
+
+
+def started(recipe: Path, out: Path, *words: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [
+        sys.executable,
+        "-m",
+        "tensorkeep",
+        "train",
+        "language",
+        str(recipe),
+        "--out",
+        str(out),
+        "--quiet",
+        *words,
+    ]
+    return subprocess.Popen(command, env=environment)
+
+
+def ended(process: subprocess.Popen[bytes], run: Path, number: int, rows: int) -> int:
+    """Send a signal once the run has made so many rows; returns the exit code."""
+    path, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= rows) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait()
+
+
+def test_a_run_ended_by_signals_goes_on_bitwise_by_the_same_command(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--training.updates", "48", "--training.save_every", "6", "--device", "cpu"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert ended(started(recipe, cut, *words), cut, signal.SIGKILL, 10) == -signal.SIGKILL
+    first = checkpoint.steps(cut)[0]
+    assert ended(started(recipe, cut, *words), cut, signal.SIGTERM, first + 10) == 130
+    assert first < checkpoint.steps(cut)[0] < 48
+    assert document(capsys, "train", "language", recipe, "--out", cut, *words)["resumed"] == "exact"
+    document(capsys, "train", "language", recipe, "--out", whole, *words)
+    one, other = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / "metrics.jsonl")]
+        for run in (cut, whole)
+    )
+    assert one == other and len(one) == 48
+    for name in ("model", "optimizer", "ema"):
+        a, b = (run / "checkpoints" / "step-000048" / f"{name}.safetensors" for run in (cut, whole))
+        assert a.read_bytes() == b.read_bytes()
