@@ -162,3 +162,33 @@ def test_a_run_ended_by_signals_goes_on_bitwise_by_the_same_command(
     for name in ("model", "optimizer", "ema"):
         a, b = (run / "checkpoints" / "step-000048" / f"{name}.safetensors" for run in (cut, whole))
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_run_goes_on_from_minimind_s_resume_file_and_again_by_the_same_command(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [
+        "--data.packing",
+        "none",
+        "--training.updates",
+        "null",
+        "--training.ema",
+        "null",
+        "--training.micro_batch",
+        "4",
+    ]
+    config = ["--config.model_type", "qwen3", "--config.tie_word_embeddings", "true"]
+    document(capsys, "train", "language", recipe, "--out", tmp_path / "one", *flags, *config, "--training.epochs", "1")
+    theirs = tmp_path / "pretrain_16_resume.pth"
+    code, text, _ = run(capsys, "convert", tmp_path / "one", theirs, "--to", "pth", "--naming", "minimind")
+    assert (
+        code == 0 and "proven" in text and set(torch.load(theirs, weights_only=True)) >= {"model", "optimizer", "step"}
+    )
+    again = ["train", "language", recipe, *flags, *config, "--training.epochs", "3", "--out", tmp_path / "two"]
+    code, _, error = run(capsys, *again, "--resume", theirs)
+    assert code == 0 and "resumed from" in error
+    begun = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = list(metrics.rows(tmp_path / "two" / "metrics.jsonl"))
+    assert rows[0]["step"] == begun["step"] + 1 and rows[-1]["samples"] > begun["samples"]
+    assert rows[-1]["lr"] < rows[0]["lr"]  # MiniMind's cosine over its epochs
+    assert run(capsys, *again, "--resume", theirs)[0] == 0  # nothing is left to do
