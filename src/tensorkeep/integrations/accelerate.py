@@ -1,0 +1,200 @@
+"""accelerate's save_state and load_state, whole or not at all.
+
+accelerate writes in place, fsyncs nothing, and a resume that finds half a folder stops. Around its own calls:
+
+    register(accelerator)                                    # trainable weights only, the frozen base by its digest
+    save_state(accelerator, "out/step_100", keep_last=3)
+    folder = load_state(accelerator, "out")                  # the newest valid one; None: start anew
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tensorkeep import distributed, live_state, randomness, run_manifest
+from tensorkeep.distributed import World
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.integrations import folders
+from tensorkeep.manifest import digest_of_all, parse_json
+from tensorkeep.placement import replacing
+from tensorkeep.run_folder import ADAPTER, MODEL
+from tensorkeep.run_manifest import MANIFEST
+from tensorkeep.tensor_view import digest_of
+
+log = logging.getLogger(__name__)
+NUMBERED = re.compile(r"(?!\.)(?:.*\D)?(\d+)")  # step_100, checkpoint-7, 12: as accelerate itself orders folders
+
+
+def register(accelerator: Any, trainable_only: bool = True) -> tuple[Any, Any]:
+    """Let our hooks save and load the models of `accelerator.save_state` and `load_state`; gives the two handles.
+
+    Parameters that train and persistent buffers go by name into one safetensors file. With `trainable_only` frozen and
+    quantised weights stay out; their digest is kept and compared on load. A load is strict: it raises TensorkeepError
+    that lists missing, unexpected and different tensors (K01), or that the base is another one (A04).
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise TensorkeepError(
+            f"{kind} gives its hooks no weights",
+            where="accelerate",
+            hint="sharded runs: `tensorkeep train`, or its own",
+        )
+    bases: dict[int, dict[str, Any]] = {}  # the frozen weights do not change, and reading them takes a while
+
+    def base_of(models: list[nn.Module]) -> dict[str, Any] | None:
+        if not trainable_only:
+            return None
+        key = hash(tuple(id(m) for m in models))
+        if key not in bases:
+            bases[key] = _frozen(models)
+        return bases[key]
+
+    def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            tensors = {}
+            for prefix, model in _unwrapped(accelerator, models):
+                own, _ = live_state.stored_tensors(model, base=trainable_only)
+                tensors.update({prefix + name: tensor for name, tensor in own.items()})
+            _write(Path(output_dir), ADAPTER if trainable_only else MODEL, tensors, base_of(models))
+        weights.clear()  # what is left in it accelerate saves too
+
+    def load(models: list[nn.Module], input_dir: str) -> None:
+        folder = Path(input_dir)
+        saved = folders.read_tensors(folder, ADAPTER if trainable_only else MODEL)
+        _compare_base(folder, base_of(models))
+        parts = _unwrapped(accelerator, models)
+        shares = [{n[len(p) :]: t for n, t in saved.items() if n.startswith(p)} for p, _ in parts]
+        if sum(map(len, shares)) != len(saved):
+            what = f"holds tensors of other models than the {len(models)} here"
+            raise TensorkeepError(
+                what, where=folder, code="K02", hint="prepare the models that were saved, in their order"
+            )
+        for (_, model), share in zip(parts, shares):
+            live_state.put_tensors(model, share, base=trainable_only)
+        models.clear()  # what is left in it accelerate loads too
+
+    return accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
+
+
+def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = None) -> Path:
+    """`accelerator.save_state` into a temporary folder, sealed and renamed: `folder` is whole and on the disk, or not there.
+
+    Call it on every process, with a name that ends in a number (`out/step_100`). `keep_last` then deletes older
+    ones of that name.
+    Raises TensorkeepError for NaN or Inf in weights (V01), a full or failing disk; what was there stays.
+    """
+    final, world = Path(folder), _world(accelerator)
+    step = _number(final)
+    siblings = re.compile(re.escape(final.name.rstrip("0123456789")) + r"(\d+)")
+    if accelerator.project_configuration.automatic_checkpoint_naming:
+        raise TensorkeepError(
+            "automatic_checkpoint_naming saves elsewhere than it is told, and deletes first", where="accelerate",
+            hint="leave it out of ProjectConfiguration; keep_last= deletes old ones",
+        )  # fmt: skip
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            folders.clear_remains(final.parent, siblings)
+            return stack.enter_context(replacing(final, overwrite=True))
+
+        made = distributed.together(world, lambda: begin() if world.first else None)
+        temporary = distributed.gathered(world, made)[0]
+        accelerator.save_state(str(temporary))
+        document = json.dumps(randomness.capture()).encode()
+        distributed.together(world, lambda: folders.write_document(temporary, _random(world.rank), document))
+        distributed.together(world, lambda: _seal(temporary, step) if world.first else None)
+        distributed.together(world, stack.close)  # renames, on the one that began
+    if keep_last is not None and world.first:
+        folders.prune(folders.numbered(final.parent, siblings), step, keep_last, set())
+    return final
+
+
+def load_state(accelerator: Any, root: str | Path) -> Path | None:
+    """`accelerator.load_state` from the newest valid folder in `root`: the folder, or None to start anew.
+
+    Those passed over stay and are named in a warning. Random states are put back last; accelerate itself goes on
+    without a word where it cannot, and so can a run on more processes than saved: that is a warning here.
+    Raises TensorkeepError where there are folders and none is valid, and as `register` says.
+    """
+    world = _world(accelerator)
+
+    def search() -> Path | None:
+        paths = [path for _, path in folders.numbered(Path(root), NUMBERED)]
+        return folders.newest_valid(paths, log) if world.first else None
+
+    folder: Path | None = distributed.gathered(world, distributed.together(world, search))[0]
+    if folder is None:
+        return None
+    accelerator.load_state(str(folder))
+    name = _random(world.rank)
+    if name in run_manifest.read_manifest(folder).files:
+        randomness.restore(parse_json((folder / name).read_bytes(), folder / name))
+    else:
+        log.warning("%s: no random states of process %s: it draws other numbers than it would have", folder, world.rank)
+    return folder
+
+
+def _seal(folder: Path, step: int) -> None:
+    known = (folder / MANIFEST).is_file()  # of the hook, which covers its own file
+    folders.seal(folder, step, run_manifest.read_manifest(folder).base if known else None)
+
+
+def _number(folder: Path) -> int:
+    match = NUMBERED.fullmatch(folder.name)
+    if match is None:
+        raise TensorkeepError("its name does not end in a number", where=folder, hint="name it like step_100")
+    return int(match[1])
+
+
+def _world(accelerator: Any) -> World:
+    return World(accelerator.process_index, accelerator.num_processes)
+
+
+def _random(rank: int) -> str:
+    return f"random_{rank}.json"
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(accelerator: Any, models: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Each model under DDP and torch.compile, and what its names begin with in the one file."""
+    return [(f"{i}." if len(models) > 1 else "", accelerator.unwrap_model(m)) for i, m in enumerate(models)]
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], base: dict[str, Any] | None) -> None:
+    """Our file and its manifest; alone in the folder so far. `save_state` seals again, over all of them."""
+    folders.write_tensors(folder, name, tensors)
+    match = NUMBERED.fullmatch(folder.name)
+    folders.seal(folder, int(match[1]) if match else 0, base)
+
+
+def _frozen(models: list[nn.Module]) -> dict[str, Any]:
+    """Digest and number of the tensors that `trainable_only` leaves out."""
+    digests: dict[str, str] = {}
+    for index, model in enumerate(models):
+        stored, ties = live_state.stored_tensors(model, base=True)
+        for name, value in model.state_dict().items():
+            if name not in stored and name not in ties and isinstance(value, Tensor):
+                digests[f"{index}.{name}"] = digest_of(value)
+    return {"digest": digest_of_all(digests), "tensors": len(digests)}
+
+
+def _compare_base(folder: Path, now: dict[str, Any] | None) -> None:
+    then = run_manifest.read_manifest(folder).base
+    if then != now:
+        raise TensorkeepError(
+            f"was trained on frozen weights {_told(then)}, here are {_told(now)}", where=folder, code="A04",
+            hint="load the base and quantise it as in that run",
+        )  # fmt: skip
+
+
+def _told(base: dict[str, Any] | None) -> str:
+    return "that were saved too" if base is None else f"{str(base.get('digest'))[:12]} ({base.get('tensors')} tensors)"

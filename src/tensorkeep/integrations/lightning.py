@@ -1,0 +1,164 @@
+"""pytorch_lightning checkpoints that can be trusted: a CheckpointIO without pickle, and a callback for random states.
+
+A `.ckpt` is then a folder like every checkpoint of ours: weights and other tensors as safetensors, the rest as one JSON
+document, a manifest with digests; durable when the save returns, verified when it is loaded.
+
+    Trainer(plugins=[TensorkeepCheckpointIO()], callbacks=[ModelCheckpoint(save_last=True), ExactResume()])
+    trainer.fit(model, ckpt_path=newest_valid("checkpoints"))
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor
+
+from tensorkeep import checkpoint as checkpoints
+from tensorkeep import distributed, randomness, run_folder, run_manifest
+from tensorkeep.checkpoint import State
+from tensorkeep.distributed import World
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.files import explained
+from tensorkeep.integrations import folders
+from tensorkeep.integrations.plain import Encoder, decode
+
+log = logging.getLogger(__name__)
+SAVES = re.compile(r".+\.ckpt|.{40}")  # temporary names are cut at 40 letters
+
+
+class TensorkeepCheckpointIO(CheckpointIO):
+    """Writes and reads Lightning's checkpoints as folders of ours; `Trainer(plugins=[TensorkeepCheckpointIO()])`.
+
+    `model.safetensors` holds `state_dict` under its own names, so that `tensorkeep inspect`, `diff` and `convert` read
+    the folder; other tensors are in `optimizer.safetensors`, everything else in `state.json`.
+    """
+
+    def __init__(self) -> None:
+        self._cleared: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Durable when it returns. Raises TensorkeepError: NaN or Inf in weights (V01), a value that cannot be kept
+        without pickle (names its keys), a full or failing disk; what was at `path` stays then."""
+        if storage_options is not None:
+            raise TypeError("storage_options are for remote file systems, TensorkeepCheckpointIO writes to a local one")
+        encoder = Encoder("state_dict")
+        document = {"step": int(checkpoint.get("global_step", 0)), "lightning": encoder.document(checkpoint)}
+        tensors, parent = encoder.tensors, Path(path).parent
+        with explained(path):
+            run_folder.make_folder(parent)
+        if parent not in self._cleared:  # what a run killed in here left
+            folders.clear_remains(parent, SAVES)
+            self._cleared.add(parent)
+        folders.write_state(Path(path), State(tensors["model"], tensors["rest"], {}, document))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Every byte is compared with its digest. Raises TensorkeepError that names damaged tensors (F03), a cut
+        file (F02), a missing one (F05). `weights_only` changes nothing: no code can be in it."""
+        folder = Path(path)
+        if not folder.exists():
+            raise FileNotFoundError(f"Checkpoint not found: {path}")  # as every CheckpointIO does
+        if not folder.is_dir():
+            raise TensorkeepError(
+                "is a file of Lightning's own, not a folder of TensorkeepCheckpointIO", where=folder,
+                hint="resume once without the plugin and save with it, or read its weights with `tensorkeep convert`",
+            )  # fmt: skip
+        state = checkpoints.load(folder)
+        place = _device(map_location)
+        tensors = {"model": _moved(state.model, place), "rest": _moved(state.optimizer, place)}
+        found = decode(state.document.get("lightning"), tensors, folder)
+        if not isinstance(found, dict):
+            raise TensorkeepError(
+                "is a checkpoint, but none of Lightning's", where=folder, hint="see `tensorkeep inspect`"
+            )
+        return found
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint, so that nobody finds a half of it; a link alone where it is one."""
+        if Path(path).is_symlink() or Path(path).exists():
+            folders.take_away(Path(path))
+
+
+def newest_valid(dirpath: str | Path) -> str | None:
+    """The `.ckpt` folder with the highest step that is whole, for `trainer.fit(ckpt_path=...)`; None to start anew.
+
+    Reads every file. Those passed over stay and are named in a warning; TensorkeepError where all are damaged.
+    """
+    known: dict[int, Path] = {}
+    unknown = []
+    for path in sorted(Path(dirpath).glob("*.ckpt"), key=lambda p: p.name):
+        if not path.is_dir() or path.is_symlink():
+            continue
+        try:
+            step = run_manifest.read_manifest(path).step
+        except TensorkeepError as error:
+            unknown.append(error)
+            log.warning("skipped: %s", error.line)
+            continue
+        if step not in known or run_manifest.findings(known[step]):  # last.ckpt and a numbered one may be the same step
+            known[step] = path
+    if unknown and not known:
+        raise unknown[-1]
+    found = folders.newest_valid([known[step] for step in sorted(known, reverse=True)], log)
+    return None if found is None else str(found)
+
+
+class ExactResume(Callback):
+    """Makes the random numbers of training (dropout) a part of the checkpoint: python, numpy and torch, every process.
+
+    Lightning saves none, and a resume neither repeats an evaluation that came after the save nor makes the same
+    iterators. So between two batches the states are kept and put back: evaluation and loaders draw what they like,
+    and whenever a checkpoint is made, the next batch sees what it would have seen. Order and augmentation of the data
+    are the loader's: functions of the seed and the sample (`tensorkeep.randomness.order`, `.generator`).
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None  # after the last batch; None before the first
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._state = None  # the callback may have served another fit
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"random": distributed.gathered(_world(), self._state or randomness.capture())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        world, saved = _world(), state_dict["random"]
+        if world.size != len(saved):
+            log.warning("random states of %s processes, %s are here: they draw other numbers", len(saved), world.size)
+        self._state = saved[world.rank] if world.rank < len(saved) else None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._state is not None:
+            randomness.restore(self._state)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._state = randomness.capture()
+
+
+def _world() -> World:
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+def _device(map_location: Any) -> torch.device:
+    """Where tensors go that are on the CPU: `map_location` as torch.load takes it."""
+    if map_location is None:
+        return torch.device("cpu")
+    if isinstance(map_location, Mapping):
+        return torch.device(map_location.get("cpu", "cpu"))
+    if callable(map_location):
+        empty = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+        return getattr(map_location(empty, "cpu"), "device", torch.device("cpu"))
+    return torch.device(map_location)
+
+
+def _moved(tensors: Mapping[str, Tensor], place: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(place) for name, tensor in tensors.items()}

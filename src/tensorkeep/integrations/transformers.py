@@ -1,0 +1,179 @@
+"""transformers' Trainer with checkpoints that can be trusted.
+
+Trainer writes `checkpoint-N` in place, fsyncs nothing and takes the highest N on resume, whole or not. The callback
+seals each folder after Trainer wrote it; `newest_valid` gives the path to resume from:
+
+    trainer = Trainer(..., callbacks=[TensorkeepCallback(keep_last=3)])
+    trainer.train(resume_from_checkpoint=newest_valid(args.output_dir))
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback
+
+from tensorkeep import distributed, run_manifest
+from tensorkeep.distributed import World
+from tensorkeep.ema import Ema
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.integrations import folders
+from tensorkeep.manifest import parse_json
+from tensorkeep.run_folder import EMA
+
+log = logging.getLogger(__name__)
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+EMA_STATE = "ema.json"
+
+
+def newest_valid(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a Trainer whose every byte is what it was when it was sealed; None to start anew.
+
+    Reads every file. Those passed over stay in place and are named in a warning. Raises TensorkeepError where there
+    are checkpoints and none is valid.
+
+    >>> trainer.train(resume_from_checkpoint=newest_valid("out"))                   # doctest: +SKIP
+    """
+    found = folders.newest_valid([path for _, path in folders.numbered(Path(output_dir), CHECKPOINT)], log)
+    return None if found is None else str(found)
+
+
+def seal(checkpoint: str | Path) -> None:
+    """Vouch for a checkpoint that a Trainer without the callback wrote: digests of what is there now."""
+    path = Path(checkpoint)
+    match = CHECKPOINT.fullmatch(path.name)
+    if match is None:
+        raise TensorkeepError("is no checkpoint-N of a Trainer", where=path)
+    folders.seal(path, int(match[1]))
+
+
+def load_ema(model: nn.Module, checkpoint: str | Path) -> None:
+    """Copy the averages saved in a checkpoint into the model's weights, for evaluation elsewhere or export.
+
+    Raises TensorkeepError where the file is damaged or holds other tensors than the model trains.
+    """
+    average = Ema(model)
+    average.load_state_dict(folders.read_tensors(Path(checkpoint), EMA), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in average.tensors:
+                parameter.copy_(average.tensors[name])
+
+
+class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Seals every checkpoint of a Trainer, keeps the `keep_last` newest and the best, averages weights if asked.
+
+    `ema_decay`: average the trainable weights after each update; every forward in evaluation mode runs on the average,
+    whoever asks for it, and `ema.safetensors` lies in every checkpoint. Outside of such a forward the model holds
+    the trained weights, so nothing else can save the average by mistake.
+
+    Raises TensorkeepError when `save_total_limit` is set, since Trainer deletes before the new checkpoint is durable;
+    and from a save: V01 for weights with NaN or Inf, a full or failing disk. Older checkpoints stay in all cases.
+    """
+
+    def __init__(self, keep_last: int | None = 3, ema_decay: float | None = None) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise TensorkeepError(f"keep_last must be at least 1, got {keep_last}", where="TensorkeepCallback")
+        self.keep_last, self.ema_decay = keep_last, ema_decay
+        self.ema: Ema | None = None
+        self._hooks: list[Any] = []
+        self._depth = 0
+        self._stack = ExitStack()
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_total_limit is not None:
+            raise TensorkeepError(
+                f"save_total_limit={args.save_total_limit} deletes checkpoints before the new one is durable",
+                where="TrainingArguments", hint="leave it out, and use TensorkeepCallback(keep_last=...)",
+            )  # fmt: skip
+        if self.ema_decay is not None and (args.torch_compile or args.n_gpu > 1):
+            what = "torch_compile" if args.torch_compile else "DataParallel over several GPUs of one process"
+            raise TensorkeepError(
+                f"averages cannot be put in for a forward under {what}", where="TrainingArguments",
+                hint="leave ema_decay out, or train without it (several GPUs: torchrun)",
+            )  # fmt: skip
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            folders.clear_remains(Path(args.output_dir), CHECKPOINT)
+        if self.ema_decay is None:
+            return
+        model = kwargs["model"]
+        self.ema = Ema(model, self.ema_decay)
+        if state.global_step:
+            self._resume_ema(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._attach(model)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ema is not None:
+            self.ema.update(kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._resume_ema(Path(state.best_model_checkpoint))  # Trainer has loaded the weights that belong to it
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer has written its files: write ours beside them, seal, and only then delete older ones."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+        distributed.gathered(world, None)  # each rank writes its random states, and Trainer waits for none
+        distributed.together(world, lambda: self._seal(folder, state) if world.first else None)
+
+    def _seal(self, folder: Path, state: Any) -> None:
+        if self.ema is not None:
+            folders.write_tensors(folder, EMA, self.ema.state_dict())
+            text = json.dumps({"decay": self.ema.decay, "updates": self.ema.updates})
+            folders.write_document(folder, EMA_STATE, text.encode())
+        folders.seal(folder, state.global_step)
+        if self.keep_last is not None:
+            best = CHECKPOINT.fullmatch(Path(state.best_model_checkpoint or "").name)
+            found = folders.numbered(folder.parent, CHECKPOINT)
+            folders.prune(found, state.global_step, self.keep_last, {int(best[1])} if best else set())
+
+    # -- the average ----------------------------------------------------------------------------------------------
+
+    def _resume_ema(self, folder: Path) -> None:
+        """Trainer does not say what it resumed from; a checkpoint of this step must be where it saves them."""
+        assert self.ema is not None
+        try:
+            tensors = folders.read_tensors(folder, EMA)
+            run_manifest.read_whole(folder, EMA_STATE, run_manifest.read_manifest(folder))
+        except TensorkeepError as error:
+            raise TensorkeepError(
+                f"the average cannot go on: {error.line}", where=folder, code=error.code,
+                hint="copy the checkpoint you resume from into output_dir; without ema_decay training goes on without it",
+            ) from None  # fmt: skip
+        document = parse_json((folder / EMA_STATE).read_bytes(), folder / EMA_STATE)
+        if document["decay"] != self.ema.decay:
+            log.warning("ema_decay was %s, from here it is %s", document["decay"], self.ema.decay)
+        self.ema.load_state_dict(tensors, int(document["updates"]))
+
+    def _attach(self, model: nn.Module) -> None:
+        """Trainer has no event before an evaluation, only after it; and what runs in between may also save. So the
+        average is put in for single forwards. An adapter's generate() calls the model inside: both have the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        for module in dict.fromkeys((model, inner)):
+            self._hooks += [
+                module.register_forward_pre_hook(lambda module, _: self._enter(model)),
+                module.register_forward_hook(lambda module, _, out: self._leave(), always_call=True),
+            ]
+
+    def _enter(self, model: nn.Module) -> None:
+        if self._depth == 0 and self.ema is not None and not model.training:
+            self._stack.enter_context(self.ema.applied(model))
+        self._depth += 1
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._stack.close()
