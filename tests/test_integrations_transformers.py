@@ -400,3 +400,16 @@ def test_killed_at_any_call_of_sealing_and_pruning_the_newest_valid_one_is_there
         sealed_and_pruned(out)  # and the next start can go on
         assert newest_valid(out) == str(out / "checkpoint-3")
     assert found == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_verify_compares_a_sealed_guest_folder_with_its_manifest(tmp_path: Path) -> None:
+    from tensorkeep import verify
+
+    folder = written(tmp_path, 5)
+    seal(folder)
+    assert not verify(folder)[0]
+    data = bytearray((folder / "optimizer.pt").read_bytes())
+    data[7] ^= 1
+    (folder / "optimizer.pt").write_bytes(data)
+    found, view, _ = verify(folder)
+    assert [f.code for f in found] == ["F03"] and "optimizer.pt" in found[0].message and view is None

@@ -170,9 +170,18 @@ def verify(checkpoint: str, /, *, say: Say = Say()) -> int:
         if finding.fix:
             out.line(f"  fix: {finding.fix}")
     if view is not None and verdict == "ok":
-        content = "every digest is the certificate's" if certified else _unproven(view)
+        content = _proven(checkpoint) if certified else _unproven(view)
         out.line(f"ok: {len(view)} tensors, {size(sum(r.nbytes for r in view.values()))}, complete; {content}")
     return EXIT[verdict]
+
+
+def _proven(checkpoint: str) -> str:
+    whose = (
+        "manifest"
+        if (Path(checkpoint) / "manifest.json").is_file() or (Path(checkpoint) / "checkpoints").is_dir()
+        else "certificate"
+    )
+    return f"every digest is the {whose}'s"
 
 
 def _unproven(view: StateView) -> str:
@@ -260,7 +269,6 @@ def _export_resume(out: Output, run: str, sink: str, overwrite: bool) -> int:
                       "world_size": made.world_size, "notes": [{"code": n.code, "message": n.message} for n in made.notes]})  # fmt: skip
     out.line(f"{made.path}: MiniMind's epoch {made.epoch}, step {made.step}, proven equal to the run but for fp16")
     return 0
-
 
 
 def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:

@@ -18,6 +18,7 @@ from tensorkeep.archive import entries
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.files import LocalFolder, left_over, local_path
 from tensorkeep.findings import Finding
+from tensorkeep.manifest import parse_json
 from tensorkeep.proof import read_certificate, stored_name
 from tensorkeep.view import CHUNK, StateView, read
 
@@ -57,13 +58,22 @@ def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
     if "://" in str(path) or not (folder := local_path(path)).is_dir():
         return None
     try:
-        return run_folder.find(folder.resolve())
+        return run_folder.find(folder.resolve()) or ((folder, []) if _sealed(folder) else None)
     except TensorkeepError as error:  # no step of the run is whole: say what ails each
         if error.code is None:
             raise
         run = folder.parent if folder.name == run_folder.CHECKPOINTS else folder
         newest, *older = (run_folder.folder_of(run, s) for s in run_folder.steps(run))
         return newest, [f for step in older for f in run_manifest.findings(step)]
+
+
+def _sealed(folder: Path) -> bool:
+    """Whether a folder of another program (Trainer, accelerate, Lightning) carries a manifest of ours."""
+    path = folder / run_manifest.MANIFEST
+    if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
+        return False
+    document = parse_json(path.read_bytes(), path)
+    return isinstance(document, dict) and {"schema", "chunk", "files", "xxh3_128"} <= document.keys()
 
 
 def verify_step(
