@@ -19,22 +19,27 @@ def report(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     say: Say = Say(),
 ) -> int:
-    """One offline HTML page from a diagnosis: findings, the difference of every tensor, the losses.
+    """One offline HTML page: of a run its curves and results, of a diagnosis its findings and figures.
 
     Parameters
     ----------
     source
-        The document of `tensorkeep diagnose CKPT --json`.
+        A run's folder, or the document of `tensorkeep diagnose CKPT --json`.
     out
         The page to write.
     diff
-        The document of `tensorkeep diff A B --json`, for the figures of every tensor.
+        The document of `tensorkeep diff A B --json`, for the figures of every tensor of a diagnosis.
     overwrite
         Replace an existing page.
     """
-    from tensorkeep.report.page import write_page
+    if (Path(source) / "metrics.jsonl").is_file():
+        from tensorkeep.report.run import write_run_page
 
-    write_page(source, out, diff, overwrite)
+        write_run_page(source, out, overwrite)
+    else:
+        from tensorkeep.report.page import write_page
+
+        write_page(source, out, diff, overwrite)
     printer = say.output()
     if say.json:
         printer.document({"page": str(out)})

@@ -1,0 +1,261 @@
+"""A detector on any video file: window by window, every picture decoded once, memory independent of the length.
+
+Windows, pictures and suppression are those of an evaluation (`inference.detect`), the reading is not: an evaluation
+looks up the windows of annotated videos in any order, here a file streams from its start, and the next window is
+decoded while the detector looks at this one.
+
+Seconds count from the first picture. Where frames are not evenly spread (a variable rate, or a header whose length is
+that of the sound), a grid position becomes the time at which that frame is shown, between two frames linearly; an
+evaluation counts frames at the mean rate there, as OpenTAD does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import TensorkeepError
+from ..files import explained
+from ..placement import replacing, write_bytes
+from .annotation_checks import Problem
+from .augment import centre_crop
+from .clips import VIDEO_SUFFIXES, VideoReader, WindowConfig
+from .containers import FrameTable, VideoInfo, frame_table, probe
+from .decode import fuse_classes, merge_windows
+from .inference import Selection, decode_predictions
+from .nms import Detections
+from .subtitles import Row
+from .timeline import jpeg
+from .video import stream_windows
+from .windows import count_snippets, make_window, place_windows, resized_frames
+
+UNNAMED = "action"  # what a class-agnostic detector finds in a video that its classifier does not know
+
+
+class Film(NamedTuple):
+    """A video that can be read: what its file holds, its windows, when its frames are shown (None: evenly)."""
+
+    name: str
+    info: VideoInfo
+    windows: list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]  # first frame, frames [T], mask [window_size]
+    times: NDArray[np.float64] | None
+
+    @property
+    def seconds(self) -> float:
+        """How long it is shown."""
+        return self.info.duration if self.times is None else float(self.times[-1])
+
+
+class Predicted(NamedTuple):
+    """`rows` by falling score, `pictures` (seconds, JPEG), what was odd about the file."""
+
+    rows: list[Row]
+    pictures: list[tuple[float, bytes]]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A detector in evaluation mode and all that belongs to it: `classes` names of its labels, `context` around each
+    forward (autocast). `batch`: windows of a video in a forward.
+
+    >>> predictor = Predictor(detector, classes, WindowConfig("sliding"), VideoReader(160), Selection())  # doctest: +SKIP
+    >>> predictor.run(predictor.open("holiday.mp4")).rows[0]                              # doctest: +SKIP
+    Row(start=12.4, end=15.9, label='Diving', score=0.83)
+    """
+
+    detector: nn.Module
+    classes: tuple[str, ...]
+    window: WindowConfig
+    reader: VideoReader
+    selection: Selection
+    device: torch.device | str = "cpu"
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    batch: int = 1
+
+    def open(self, path: str | Path) -> Film:
+        """What is to be done for a file. Raises TensorkeepError where it is broken: cut short counts unless the
+        reader's `broken` is "keep"."""
+        info = probe(path)
+        if info.problem and self.reader.broken != "keep":
+            raise TensorkeepError(info.problem, where=path, hint="--broken keep reads what is there")
+        return Film(Path(path).stem, info, self._windows(info), shown_times(frame_table(path), info))
+
+    def run(
+        self, film: Film, pictures_at: Sequence[float] = (), progress: Callable[[int], None] = lambda _frames: None
+    ) -> Predicted:
+        """What is found in a film, and small pictures of it at some seconds; `progress` gets the number of frames of
+        each window that was done. Raises TensorkeepError where a picture cannot be decoded."""
+        problems: list[Problem] = []
+        at = self._pictures_at(film, pictures_at)
+        pictures: dict[int, bytes] = {}
+        found: list[Detections] = []
+        waiting: list[tuple[Tensor, int]] = []
+        for number, frames in enumerate(_ahead(self._stream(film, problems))):  # [T, 3, H, W]
+            shown = film.windows[number][1]
+            for frame in np.intersect1d(shown, at).tolist():
+                if frame not in pictures:
+                    pictures[frame] = jpeg(frames[int(np.searchsorted(shown, frame))].numpy())
+            waiting.append((centre_crop(frames, self.reader.size).transpose(0, 1), number))
+            if len(waiting) == self.batch or number + 1 == len(film.windows):
+                found += self._forward(film, waiting)
+                waiting = []
+            progress(len(shown))
+        named = self._named(film, self._merged(found))
+        times = [
+            (self._shown(film, np.array([frame / film.info.fps]))[0], pictures[frame]) for frame in sorted(pictures)
+        ]
+        return Predicted(named, [(float(s), data) for s, data in times], sorted({p.message for p in problems}))
+
+    def _windows(self, info: VideoInfo) -> list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
+        config = self.window
+        if config.method == "resize":
+            frames = resized_frames(info.frames, config.window_size, config.scale_factor)
+            return [(0, frames, np.ones(config.window_size, dtype=bool))]
+        bounds = place_windows(
+            count_snippets(info.frames, config.snippet_stride), config.window_size, config.window_overlap_ratio
+        )
+        size, stride, scale = config.window_size, config.snippet_stride, config.scale_factor
+        made = [make_window(b, info.frames, size=size, snippet_stride=stride, scale=scale) for b in bounds]
+        return [(window.start_frame, window.frames, window.mask) for window in made]
+
+    def _stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
+        keep = self.reader.broken == "keep"
+        return stream_windows(
+            film.info.path, [frames for _, frames, _ in film.windows], size=self.reader.size,
+            threads=self.reader.threads, broken="keep" if keep else "error", problems=problems,
+        )  # fmt: skip
+
+    def _pictures_at(self, film: Film, seconds: Sequence[float]) -> NDArray[np.int64]:
+        """Of the frames that are decoded, the one nearest to each of `seconds`."""
+        decoded = np.unique(np.concatenate([frames for _, frames, _ in film.windows]))
+        wanted = np.asarray(seconds, dtype=np.float64)
+        if film.times is None:
+            wanted = wanted * film.info.fps
+        else:
+            wanted = np.interp(wanted, film.times, np.arange(len(film.times)))
+        right = np.clip(np.searchsorted(decoded, wanted), 1, max(len(decoded) - 1, 1))
+        if len(decoded) == 1:
+            return decoded
+        left = right - 1
+        nearer = np.where(wanted - decoded[left] <= decoded[right] - wanted, left, right)
+        chosen: NDArray[np.int64] = np.unique(decoded[nearer])
+        return chosen
+
+    def _forward(self, film: Film, waiting: Sequence[tuple[Tensor, int]]) -> list[Detections]:
+        """Detections of windows, in seconds at the mean rate."""
+        config = self.window
+        inputs = torch.stack([frames for frames, _ in waiting]).contiguous()  # [B, 3, T, H, W]
+        masks = torch.stack([torch.from_numpy(film.windows[number][2]) for _, number in waiting])
+        with torch.no_grad(), self.context():
+            predictions = self.detector(inputs.to(self.device), masks.to(self.device))
+        metas: list[Mapping[str, Any]] = [
+            {
+                "method": config.method, "duration": film.info.duration, "fps": film.info.frames / film.info.duration,
+                "snippet_stride": config.snippet_stride, "offset_frames": config.offset_frames,
+                "window_start_frame": film.windows[number][0], "window_size": config.window_size,
+            }
+            for _, number in waiting
+        ]  # fmt: skip
+        return decode_predictions(predictions, metas, replace(self.selection, rounded=False))
+
+    def _merged(self, found: list[Detections]) -> Detections:
+        return found[0] if self.window.method == "resize" else merge_windows(found, self.selection.nms)
+
+    def _named(self, film: Film, found: Detections) -> list[Row]:
+        classes, selection = self.classes, self.selection
+        if selection.classifier is not None:
+            try:
+                probabilities = selection.classifier.of(film.name).astype(np.float32)
+            except TensorkeepError:  # a video of one's own: what is found stays, without a name
+                classes = (UNNAMED,)
+            else:
+                found = fuse_classes(found, probabilities, selection.top, selection.rule)
+        order = np.argsort(-found.scores, kind="stable")
+        segments = self._shown(film, found.segments.astype(np.float64))
+        return [
+            Row(float(segments[i, 0]), float(segments[i, 1]), classes[found.labels[i]], float(found.scores[i]))
+            for i in order
+        ]
+
+    def _shown(self, film: Film, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds at the mean rate to seconds at which the frames there are shown."""
+        if film.times is None:
+            return seconds
+        position = seconds * (film.info.frames / film.info.duration)
+        return np.interp(position, np.arange(len(film.times)), film.times)
+
+
+def shown_times(table: FrameTable, info: VideoInfo) -> NDArray[np.float64] | None:
+    """Seconds [frames + 1] after the first picture at which each frame is shown, and the end of the last one; None
+    where frames / duration puts each of them within half a frame of it."""
+    if table.counted or len(table.pts) < 2 or len(table.pts) != info.frames:
+        return None
+    shown = (table.pts - table.pts[0]) * table.time_base
+    if np.abs(shown - np.arange(len(shown)) / info.fps).max() <= 0.5 / info.fps:
+        return None
+    return np.append(shown, shown[-1] + np.median(np.diff(shown)))
+
+
+def find_videos(places: Sequence[str | Path]) -> list[Path]:
+    """Files, and the video files (by their suffix, sorted) of folders. Raises TensorkeepError for a folder without one
+    and for two files that would get the same name in the results; a file that is not there is left to its reading."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            found.append(place)
+            continue
+        with explained(place):
+            inside = sorted(path for path in place.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+        if not inside:
+            raise TensorkeepError("holds no video", where=place, hint=f"looked for {', '.join(VIDEO_SUFFIXES)}")
+        found += inside
+    found = list(dict.fromkeys(found))
+    by_name: dict[str, Path] = {}
+    for path in found:
+        other = by_name.setdefault(path.stem, path)
+        if other != path:
+            hint = "rename one of them, or predict them into two folders"
+            raise TensorkeepError(f"{other} and {path} would both be called {path.stem!r}", hint=hint)
+    return found
+
+
+def write_predictions(
+    path: str | Path, found: Mapping[str, Sequence[Row]], details: str, *, pretrained: bool, overwrite: bool = False
+) -> None:
+    """Rows by video as ActivityNet's JSON; milliseconds and six decimals of the score are kept. `details`, `pretrained`:
+    what the layout asks for under `external_data`.
+
+    >>> write_predictions("detections.json", {"v": [Row(0.5, 2.25, "Diving", 0.9)]}, "runs/one", pretrained=True)  # doctest: +SKIP
+    """
+    results = {
+        video: [
+            {"label": row.label, "segment": [round(row.start, 3), round(row.end, 3)], "score": round(row.score, 6)}
+            for row in rows
+        ]
+        for video, rows in found.items()
+    }
+    document = {
+        "version": "VERSION 1.3", "results": results, "external_data": {"used": pretrained, "details": details},
+    }  # fmt: skip
+    with replacing(Path(path), overwrite) as temporary:
+        write_bytes(temporary, json.dumps(document).encode())
+
+
+def _ahead(windows: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, each made while its predecessor is in use: one more window in memory, no waiting for the decoder."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, windows, None)
+        while (window := coming.result()) is not None:
+            coming = pool.submit(next, windows, None)
+            yield window
