@@ -62,9 +62,35 @@ def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> No
     Raises TensorkeepError that lists what is missing, unexpected or of another kind.
     """
     mine, _ = stored_tensors(model, base)
-    refuse_difference("model", {n: _kind(t) for n, t in mine.items()}, {n: _kind(t) for n, t in saved.items()})
+    coded = _coded(model, mine)
+    inside = {name for names in coded.values() for name in names}
+    refuse_difference("model", _kinds(mine, inside), _kinds(saved, inside))
+    for path, names in coded.items():  # first: these refuse what does not belong together
+        prefix = f"{path}." if path else ""
+        # not strict, since the module's own parameters are copied below; the names were compared above
+        model.get_submodule(path).load_state_dict({n[len(prefix) :]: saved[n] for n in names}, strict=False)
     for name, tensor in mine.items():
-        tensor.copy_(sharding.like(saved[name], tensor))
+        if name not in inside:
+            tensor.copy_(sharding.like(saved[name], tensor))
+
+
+def _coded(model: nn.Module, mine: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Modules whose stored state is not the tensors they hold (codes with a description), and their stored names."""
+    own = nn.Module._save_to_state_dict
+    found = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if type(module)._save_to_state_dict is own:
+            continue
+        held = {prefix + n for n, _ in module.named_parameters(recurse=False)}
+        if names := [n for n in mine if n.startswith(prefix) and n not in held]:
+            found[path] = names
+    return found
+
+
+def _kinds(tensors: Mapping[str, Tensor], free: set[str]) -> dict[str, str]:
+    """What each tensor is; of codes and their description the names alone, since a description's length may differ."""
+    return {n: "" if n in free else _kind(t) for n, t in tensors.items()}
 
 
 def _kind(tensor: Tensor) -> str:

@@ -77,8 +77,10 @@ def find(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, Q
 
 
 def members(weights: Mapping[str, QuantisedWeight]) -> dict[str, str]:
-    """Stored name of every scale, map and state -> stored name of the codes it belongs to."""
-    return {part: weight.name for weight in weights.values() for part in weight.parts.values()}
+    """Stored name of every scale, map and state -> stored name of the codes it belongs to; and of the digest that our
+    own files keep beside them (`NAME_digest`), whether it is there or not."""
+    found = {part: weight.name for weight in weights.values() for part in weight.parts.values()}
+    return found | {f"{weight.name}_digest": weight.name for weight in weights.values()}
 
 
 def _four_bit_groups(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, str]]:

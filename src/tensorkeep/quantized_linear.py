@@ -44,6 +44,7 @@ class QuantLinear(nn.Module):
     (torch.Size([2, 32]), 'nf4', [])
     """
 
+    frozen_state = True  # codes belong to the base: checkpoints of what trains leave them out
     weight: Tensor
     bias: nn.Parameter | None
 

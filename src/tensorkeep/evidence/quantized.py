@@ -336,12 +336,24 @@ def _against_record(case: Case) -> Iterator[tuple[str, dict[str, bool]]]:
         entry = recorded.get(name) if isinstance(recorded, dict) else None
         if weight.problems:
             continue
-        if isinstance(entry, dict):
+        tied = _tied(view, weight)
+        if tied is not None:
+            yield name, {"codes": tied, "state": tied}
+        elif isinstance(entry, dict):
             now = digests(view, weight)
             yield name, {part: entry.get(part) == now[part] for part in ("codes", "state")}
         elif all(n in tensors for n in weight.stored):
             same = {n: tensors[n] == view.digest(n) for n in weight.stored}
             yield name, {"codes": same[name], "state": all(same[n] for n in weight.parts.values())}
+
+
+def _tied(view: StateView, weight: QuantisedWeight) -> bool | None:
+    """Whether codes and scales are those that the digest stored beside them ties together; None without one."""
+    beside = f"{weight.name}_digest"
+    if beside not in view or view[beside].dtype != "U8" or view[beside].shape != (16,):
+        return None
+    parts = {role: view.digest(n) for role, n in weight.parts.items() if role != "weight_format"}
+    return bytes(view.bytes(beside)) == quant_codes.tie({"weight": view.digest(weight.name), **parts})
 
 
 def _certified(view: StateView) -> dict[str, str]:

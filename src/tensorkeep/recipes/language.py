@@ -163,11 +163,8 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     from tensorkeep.quantize import quantised_layers, quantize_
 
     model.requires_grad_(False)
-    if recipe.training.quantize_backbone:
-        if not quantised_layers(model):  # else they were on the way in
-            quantize_(model, recipe.training.quantize_backbone)
-        for layer in quantised_layers(model).values():
-            layer.frozen_state = True  # type: ignore[assignment]  # codes belong to the base: checkpoints leave them out
+    if recipe.training.quantize_backbone and not quantised_layers(model):  # else they were on the way in
+        quantize_(model, recipe.training.quantize_backbone)
     adapter = recipe.adapter
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
