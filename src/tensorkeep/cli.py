@@ -19,12 +19,19 @@ COMMANDS = {
     "diff": "tensorkeep.commands:diff",
     "verify": "tensorkeep.commands:verify",
     "convert": "tensorkeep.commands:convert",
+    "merge": "tensorkeep.commands_merge:merge",
     "demo": "tensorkeep.commands:demo",
     "eval detection": "tensorkeep.commands_detection:eval_detection",
     "diagnose": "tensorkeep.commands_diagnosis:diagnose",
     "explain": "tensorkeep.commands_diagnosis:explain",
     "repair": "tensorkeep.commands_diagnosis:repair",
     "report": "tensorkeep.commands_report:report",
+    "recipe import": "tensorkeep.commands_recipe:import_recipe",
+    "train language": "tensorkeep.commands_train:train_language",
+    "train detection": "tensorkeep.commands_train_detection:train_detection",
+    "eval language": "tensorkeep.commands_train:eval_language",
+    "generate": "tensorkeep.commands_generate:generate",
+    "predict": "tensorkeep.commands_predict:predict",
 }
 
 HELP = {
@@ -32,13 +39,22 @@ HELP = {
     "diff": "Compare two checkpoints tensor by tensor, whatever their formats and namings.",
     "verify": "Is it complete, is it undamaged: structure, digests, certificate.",
     "convert": "Convert one or more checkpoints into one, and prove the result.",
+    "merge": "Add adapters into the base they were trained on, and prove the result.",
     "demo": "A real model through every format, proven at every stop.",
     "diagnose": "Name the cause of a broken checkpoint, and prove it.",
     "explain": "What a finding code means, how it happens, what to do.",
     "repair": "Apply the fixes of the causes found; verify; refuse what is ambiguous.",
     "report": "One offline HTML page from a run or from findings.",
+    "recipe": "Recipes from other frameworks' configs.",
+    "recipe import": "Turn an OpenTAD config (AdaTAD, ActionFormer) into a recipe, without executing it.",
+    "train": "Train from a recipe; the same command again goes on.",
+    "train language": "Train a language model: pretrain, sft or dpo, full or with an adapter.",
+    "train detection": "Train a temporal action detector on videos or features; the same command again goes on.",
+    "predict": "Which actions happen when in a video: JSON, subtitles, a timeline.",
+    "eval language": "Loss and perplexity of a checkpoint, under its average where it has one.",
+    "generate": "Continue a prompt token by token: a run, a checkpoint, with an adapter, quantised.",
     "eval": "Loss and perplexity, or mAP at each tIoU.",
-    "eval detection": "Mean average precision of detections at each temporal IoU, and what is wrong with them.",
+    "eval detection": "Mean average precision of a detector or of detections at each temporal IoU, and what is wrong.",
 }
 
 
@@ -74,6 +90,7 @@ def run(words: list[str], output: Output) -> int:
         version_flags=["--version"],
         help_format="plaintext",
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # `main` answers it, with code 130
     )
     groups: dict[str, App] = {}
     for command, place in COMMANDS.items():

@@ -1,13 +1,15 @@
 """Exponential moving average of a model's trainable weights, by name, in float32.
 
 Frozen, integer and quantised state is never averaged and never travels: evaluation under the average swaps exactly
-the trainable tensors, by pointer, and puts the very same tensors back.
+the trainable tensors, by pointer, and puts the very same tensors back. An update reads the weights, reads and writes
+the average, and does nothing else: 12 bytes a trainable parameter, whatever the size of the frozen base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tensorkeep.errors import TensorkeepError
 
 
+class _Pending(NamedTuple):
+    """An update of an average in main memory whose weights are still on their way from the GPU."""
+
+    arrived: torch.cuda.Event
+    averages: list[Tensor]
+    values: list[Tensor]
+    weight: float
+
+
 class Ema:
     """Average of the parameters that train when it is made.
 
     `decay` per update; `warmup=True` starts lower, `min(decay, (1 + n) / (10 + n))` at update n (0-based), so that
-    a short run is not dominated by its start. `device="cpu"` keeps the average off the GPU.
+    a short run is not dominated by its start. `device="cpu"` keeps the average off the GPU: weights are copied to
+    pinned memory without waiting, and averaged there at the next update or when the average is asked for.
+    Raises TensorkeepError where nothing trains, and where packed codes do.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> _ = model.weight.data.fill_(0.0)
@@ -40,12 +53,21 @@ class Ema:
         if not 0.0 <= decay < 1.0:
             raise TensorkeepError(f"decay must be in [0, 1), got {decay}", where="ema")
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self.tensors: dict[str, Tensor] = {
-            name: p.detach().to(device=device, dtype=torch.float32, copy=True)
-            for name, p in _unwrap(model).named_parameters()
-            if p.requires_grad and p.is_floating_point()
+        self._tensors: dict[str, Tensor] = {
+            name: _start(parameter, device) for name, parameter in trainable(model).items()
         }
+        if not self._tensors:
+            hint = "make the average after what trains has been chosen"
+            raise TensorkeepError("no parameter of the model trains", where="ema", hint=hint)
+        self._staged: dict[str, Tensor] = {}
+        self._pending: _Pending | None = None
         self._applied = False
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by name, float32: the tensors themselves, with every update in them."""
+        self._settle()
+        return self._tensors
 
     def decay_at(self, update: int) -> float:
         """Decay used by update `update` (0-based)."""
@@ -56,32 +78,60 @@ class Ema:
         """`e <- d e + (1 - d) m` for every tensor; call it after the optimizer's step."""
         if self._applied:
             raise TensorkeepError("cannot be updated while it is applied: the model holds the average", where="ema")
-        averages, values = list(self.tensors.values()), []
-        for name, parameter in self._parameters(model).items():
-            average = self.tensors[name]
-            values.append(parameter.detach().to(device=average.device, dtype=torch.float32))
-        if averages:
-            torch._foreach_lerp_(averages, values, 1.0 - self.decay_at(self.updates))
+        parameters = self._parameters(model)
+        self._settle()
+        averages, values, stream = [], [], None
+        for name, parameter in parameters.items():
+            average, value = _local(self._tensors[name]), _local(parameter.detach())
+            if value.is_cuda and not average.is_cuda:
+                value, stream = self._copied(name, value), torch.cuda.current_stream(value.device)
+            averages.append(average)
+            values.append(value.to(device=average.device))
+        weight = 1.0 - self.decay_at(self.updates)
+        if stream is None:
+            _lerp(averages, values, weight)
+        else:
+            self._pending = _Pending(stream.record_event(), averages, values, weight)
         self.updates += 1
 
+    def _copied(self, name: str, value: Tensor) -> Tensor:
+        """A copy in pinned memory, made in the order of the current stream: the next optimizer step comes after it."""
+        if name not in self._staged:
+            self._staged[name] = torch.empty_like(value, device="cpu", pin_memory=True)
+        return self._staged[name].copy_(value, non_blocking=True)
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Carry out the update whose weights were on their way."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.arrived.synchronize()
+            _lerp(pending.averages, pending.values, pending.weight)
+
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def applied(self, model: nn.Module, copy: bool = False) -> Iterator[None]:
         """Within it the model's trainable weights are the average; afterwards, also after an error, they are
-        bitwise what they were."""
+        bitwise what they were.
+
+        Parameters point to the average meanwhile. `copy=True` keeps their addresses and moves the values, which
+        recorded CUDA graphs need (`torch.compile(mode="reduce-overhead")`); shards of FSDP2 are always moved so.
+        """
         if self._applied:
             raise TensorkeepError("is applied already", where="ema")
-        parameters = self._parameters(model)
-        kept: dict[str, Tensor] = {}
+        parameters, averages = self._parameters(model), self.tensors
+        kept: list[tuple[nn.Parameter, Tensor]] = []
         self._applied = True
         try:
             with torch.no_grad():
                 for name, parameter in parameters.items():
-                    kept[name] = _put(parameter, self.tensors[name])
+                    # noted before it is changed: an interruption in between must not lose it
+                    kept.append((parameter, _original(parameter, copy)))
+                    _put(parameter, averages[name], copy)
             yield
         finally:
             with torch.no_grad():
-                for name, original in kept.items():
-                    _put_back(parameters[name], original)
+                for parameter, original in kept:
+                    _put_back(parameter, original, copy)
             self._applied = False
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -92,30 +142,50 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Take over saved averages; names and shapes must be exactly ours.
 
-        Raises TensorkeepError that lists missing and unexpected names and shapes that differ.
+        Raises TensorkeepError that lists missing and unexpected names, shapes that differ, and whole tensors where
+        ours are sharded; then nothing was changed.
         """
-        missing, extra = sorted(self.tensors.keys() - state.keys()), sorted(state.keys() - self.tensors.keys())
+        own = self.tensors
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        both = {name: (mine, state[name]) for name, mine in own.items() if name in state}
         shapes = [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(mine.shape)}"
-            for name, mine in self.tensors.items()
-            if name in state and state[name].shape != mine.shape
+            f"{n} {tuple(t.shape)} instead of {tuple(m.shape)}" for n, (m, t) in both.items() if t.shape != m.shape
         ]
-        problems = [("missing", missing), ("unexpected", extra), ("shape differs", shapes)]
+        whole = [n for n, (mine, theirs) in both.items() if hasattr(mine, "to_local") != hasattr(theirs, "to_local")]
+        problems = [
+            ("missing", missing),
+            ("unexpected", extra),
+            ("shape differs", shapes),
+            ("not sharded alike", whole),
+        ]
         if any(names for _, names in problems):
             what = "; ".join(f"{label}: {', '.join(names[:5])} ({len(names)})" for label, names in problems if names)
             hint = "the average must be of the same trainable tensors; was another part frozen?"
             raise TensorkeepError(what, where="ema", hint=hint)
-        for name, mine in self.tensors.items():
-            mine.copy_(state[name])
+        for mine, theirs in both.values():
+            mine.copy_(theirs)
         self.updates = updates
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = dict(_unwrap(model).named_parameters())
-        missing = [name for name in self.tensors if name not in found]
+        missing = [name for name in self._tensors if name not in found]
         if missing:
-            what = f"the model has no parameter {missing[0]} ({len(missing)} of {len(self.tensors)} are gone)"
+            what = f"the model has no parameter {missing[0]} ({len(missing)} of {len(self._tensors)} are gone)"
             raise TensorkeepError(what, where="ema", hint="make the average after the model has its final form")
-        return {name: found[name] for name in self.tensors}
+        return {name: found[name] for name in self._tensors}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is averaged: parameters that train, without the wrappers of DDP and torch.compile in their names.
+
+    Raises TensorkeepError where one of them is packed codes: bitsandbytes lets codes stored as floats require gradients.
+    """
+    found = {n: p for n, p in _unwrap(model).named_parameters() if p.requires_grad and p.is_floating_point()}
+    codes = [name for name, parameter in found.items() if getattr(parameter, "quant_state", None) is not None]
+    if codes:
+        what = f"holds packed codes and trains ({len(codes)} such): arithmetic on codes destroys them"
+        raise TensorkeepError(what, where=codes[0], code="Q03", hint="freeze it: parameter.requires_grad_(False)")
+    return found
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -127,20 +197,44 @@ def _unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _put(parameter: nn.Parameter, average: Tensor) -> Tensor:
-    """Make `parameter` hold `average`; returns what restores it."""
-    if hasattr(parameter, "to_local"):
-        # a sharded parameter's storage is known elsewhere (FSDP2 gathers from it): keep the pointer, move the values
-        original = parameter.detach().clone()
-        parameter.copy_(average)
-        return original
-    original = parameter.data
-    parameter.data = average.to(device=original.device, dtype=original.dtype)
-    return original
+def _start(parameter: nn.Parameter, device: torch.device | str | None) -> Tensor:
+    average = parameter.detach().to(device=device, dtype=torch.float32, copy=True)
+    pinned = parameter.is_cuda and not average.is_cuda and not hasattr(average, "to_local")
+    return average.pin_memory() if pinned else average
 
 
-def _put_back(parameter: nn.Parameter, original: Tensor) -> None:
-    if hasattr(parameter, "to_local"):
-        parameter.copy_(original)
+def _lerp(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
+    torch._foreach_lerp_(averages, [v.to(torch.float32) for v in values], weight)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (averaging works element by element), any other tensor as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    sharded: Any = tensor
+    part: Tensor = sharded.to_local()
+    return part
+
+
+def _stays(parameter: nn.Parameter, copy: bool) -> bool:
+    """Whether values are moved: a sharded parameter's storage is known elsewhere, FSDP2 gathers from it."""
+    return copy or hasattr(parameter, "to_local")
+
+
+def _original(parameter: nn.Parameter, copy: bool) -> Tensor:
+    """What restores a parameter: a copy of its values where they will be moved, else its own tensor."""
+    return _local(parameter.detach()).clone() if _stays(parameter, copy) else parameter.data
+
+
+def _put(parameter: nn.Parameter, average: Tensor, copy: bool) -> None:
+    if _stays(parameter, copy):
+        _local(parameter.detach()).copy_(_local(average), non_blocking=True)
+    else:
+        parameter.data = average.to(device=parameter.device, dtype=parameter.dtype, non_blocking=True)
+
+
+def _put_back(parameter: nn.Parameter, original: Tensor, copy: bool) -> None:
+    if _stays(parameter, copy):
+        _local(parameter.detach()).copy_(original)
     else:
         parameter.data = original

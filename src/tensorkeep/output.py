@@ -37,6 +37,12 @@ class Output:
         if not self.json:
             sys.stdout.write(text + "\n")
 
+    def piece(self, text: str) -> None:
+        """A piece of data for people, shown at once and without a line's end; silent under --json."""
+        if not self.json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
     def remark(self, text: str) -> None:
         """A line on the side (stderr): notes, warnings, what was done."""
         if not self.quiet:
