@@ -1,0 +1,230 @@
+"""A detector on data: windows to detections, windows of a video to detections of the video, videos to mAP.
+
+A video goes window by window, so memory does not grow with its length. Windows of different videos never share a
+batch: what a video gets does not depend on its neighbours, nor on how videos are spread over processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tensorkeep import distributed
+from tensorkeep.detection.annotations import Annotations
+from tensorkeep.detection.classifiers import VideoClasses
+from tensorkeep.detection.clips import Clips, collate
+from tensorkeep.detection.decode import (
+    fuse_classes,
+    merge_windows,
+    resized_seconds,
+    round_detections,
+    select_candidates,
+    sliding_seconds,
+)
+from tensorkeep.detection.evaluation import Evaluation, evaluate
+from tensorkeep.detection.head import Predictions, valid_proposals
+from tensorkeep.detection.nms import Detections, Suppression, suppress
+from tensorkeep.detection.results import DetectionTable
+from tensorkeep.distributed import World
+from tensorkeep.interruption import leave_to_the_parent
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+Seen = Callable[[Predictions, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """From raw predictions to detections: candidates above `threshold`, the best `limit` of them, `nms` a video.
+
+    classifier: names what a class-agnostic head finds, its `top` classes by `rule`. rounded: OpenTAD's roundings.
+    """
+
+    threshold: float = 1e-3
+    limit: int = 2000
+    nms: Suppression = field(default_factory=Suppression)
+    classifier: VideoClasses | None = None
+    top: int = 2
+    rule: str = "product"
+    rounded: bool = False
+
+
+def decode_predictions(
+    predictions: Predictions, metas: Sequence[Mapping[str, Any]], selection: Selection
+) -> list[Detections]:
+    """Detections in seconds of each sample of a batch; `metas` as `Clips.sample` gives them."""
+    found = []
+    for (segments, scores), meta in zip(valid_proposals(predictions), metas, strict=True):
+        one = select_candidates(segments.cpu().numpy(), scores.cpu().numpy(), selection.threshold, selection.limit)
+        if meta["method"] == "resize":
+            one = suppress(one, selection.nms)
+            times = resized_seconds(one.segments, duration=meta["duration"], length=meta["window_size"])
+        else:
+            times = sliding_seconds(
+                one.segments, fps=meta["fps"], duration=meta["duration"], snippet_stride=meta["snippet_stride"],
+                window_start=meta["window_start_frame"], offset=meta["offset_frames"],
+            )  # fmt: skip
+        one = one._replace(segments=times)
+        found.append(round_detections(one) if selection.rounded else one)
+    return found
+
+
+def detect(
+    detector: nn.Module, clips: Clips, selection: Selection, videos: Sequence[int] | None = None, batch: int = 1,
+    workers: int = 0, device: torch.device | str = "cpu", context: Context = contextlib.nullcontext,
+    seen: Seen | None = None,
+) -> Iterator[tuple[int, Detections]]:  # fmt: skip
+    """Number and detections (seconds, by falling score) of each video of `clips`, or of those in `videos`, in turn.
+
+    `batch`: windows of one video in a forward. `context` wraps each forward (autocast). `seen` gets every batch's
+    predictions. The detector is used as it is: put it into evaluation mode first.
+
+    >>> for number, found in detect(detector.eval(), clips, Selection()):       # doctest: +SKIP
+    ...     print(clips.items[number].name, len(found.scores))
+    """
+    groups = _batches_of(clips, videos, batch)
+    loader = DataLoader(
+        _Windows(clips), batch_sampler=[places for _, places, _ in groups], collate_fn=collate, num_workers=workers,
+        generator=torch.Generator().manual_seed(0), worker_init_fn=_alone,
+    )  # fmt: skip
+    windows: list[Detections] = []
+    for (number, _, last), made in zip(groups, loader, strict=True):
+        with torch.no_grad(), context():
+            predictions = detector(made["inputs"].to(device), made["masks"].to(device))
+        if seen is not None:
+            seen(predictions, made)
+        windows += decode_predictions(predictions, made["meta"], selection)
+        if last:
+            yield number, _of_video(windows, clips, number, selection)
+            windows = []
+
+
+def _of_video(windows: list[Detections], clips: Clips, number: int, selection: Selection) -> Detections:
+    """One video's detections from those of its windows."""
+    if clips.window.method == "resize":
+        found = windows[0]
+    else:
+        found = merge_windows(windows, selection.nms)
+        found = round_detections(found) if selection.rounded else found
+    if selection.classifier is None:
+        return found
+    probabilities = selection.classifier.of(clips.items[number].name).astype(np.float32)
+    return fuse_classes(found, probabilities, selection.top, selection.rule)
+
+
+def _batches_of(clips: Clips, videos: Sequence[int] | None, batch: int) -> list[tuple[int, list[int], bool]]:
+    """Video, places of one forward, and whether these are the video's last."""
+    of_video: dict[int, list[int]] = {}
+    for index, place in enumerate(clips.places):
+        of_video.setdefault(place.item, []).append(index)
+    chosen = range(len(clips.items)) if videos is None else videos
+    return [
+        (number, of_video[number][at : at + batch], at + batch >= len(of_video[number]))
+        for number in chosen
+        for at in range(0, len(of_video[number]), batch)
+    ]
+
+
+class _Windows(Dataset[Any]):
+    """Windows by number. Nothing of a test window is drawn, so the generator does not matter."""
+
+    def __init__(self, clips: Clips) -> None:
+        self.clips = clips
+
+    def __getitem__(self, index: int) -> Any:
+        return self.clips.sample(index, torch.Generator().manual_seed(0))
+
+
+def _alone(_worker: int) -> None:
+    leave_to_the_parent()
+
+
+def table_of(found: Mapping[str, Detections], classes: Sequence[str]) -> DetectionTable:
+    """Detections of videos by name as the evaluator's columns, nothing rounded; `classes`: names of the labels."""
+    parts = list(found.values()) or [Detections(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # fmt: skip
+    segments, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return DetectionTable(
+        video_names=tuple(found),
+        label_names=tuple(classes),
+        videos=np.repeat(np.arange(len(found)), [len(one.scores) for one in found.values()]).astype(np.int64),
+        labels=labels.astype(np.int64),
+        segments=segments.astype(np.float64),
+        scores=scores.astype(np.float64),
+        source="the detector",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class MeanAveragePrecision:
+    """An evaluation for the training loop: mAP of a detector on `clips`, the same numbers on every rank.
+
+    Each rank takes every W-th video; detections are gathered and scored once more on each. `protocol`, `thresholds`,
+    `subset`, `blocked` as in `evaluation.evaluate`. `loss`: the loss on the test windows too, by its own count.
+    """
+
+    clips: Clips
+    annotations: Annotations
+    classes: tuple[str, ...]
+    selection: Selection
+    protocol: str = "activitynet"
+    thresholds: tuple[float, ...] = ()
+    subset: str | None = None
+    blocked: tuple[str, ...] = ()
+    recall_at: tuple[int, ...] = ()
+    batch: int = 1
+    workers: int = 0
+    world: World = World()  # noqa: RUF009 (frozen)
+    context: Context = contextlib.nullcontext
+    loss: bool = False
+
+    def __call__(self, detector: nn.Module) -> dict[str, float]:
+        found, sums = self._gathered(detector)
+        result = self.score(found)
+        numbers = {"average_mAP": result.average}
+        numbers |= {f"mAP@{limit:g}": float(value) for limit, value in zip(result.thresholds, result.map)}
+        if self.loss:
+            numbers["loss"] = (sums[0] + sums[1]) / max(sums[2], 1.0)  # as eval mode: by the positives themselves
+        return numbers
+
+    def detections(self, detector: nn.Module) -> dict[str, Detections]:
+        """What is found in each video, by name, in the order of the data."""
+        return self._gathered(detector)[0]
+
+    def score(self, found: Mapping[str, Detections]) -> Evaluation:
+        """The whole evaluation of detections by video."""
+        return evaluate(
+            self.annotations, table_of(found, self.classes), protocol=self.protocol,
+            thresholds=self.thresholds or None, subset=self.subset, blocked=self.blocked, recall_at=self.recall_at,
+        )  # fmt: skip
+
+    def _gathered(self, detector: nn.Module) -> tuple[dict[str, Detections], list[float]]:
+        """Detections by video and, where they are asked for, sums of the losses and positives, of all ranks."""
+        own = range(self.world.rank, len(self.clips.items), self.world.size)
+        losses: list[list[float]] = []
+
+        def add(predictions: Predictions, made: Mapping[str, Any]) -> None:
+            device = predictions.logits[0].device
+            moved: list[list[Tensor]] = [[t.to(device) for t in made[key]] for key in ("segments", "labels")]
+            sums = detector.head.loss_sums(predictions, *moved)  # type: ignore[operator, union-attr]
+            losses.append([float(value) for value in sums])
+
+        mine = dict(
+            detect(
+                detector, self.clips, self.selection, own, self.batch, self.workers, self.world.device, self.context,
+                add if self.loss else None,
+            )
+        )  # fmt: skip
+        everyone: dict[int, Detections] = {}
+        rows: list[list[float]] = []
+        for part, theirs in distributed.gathered(self.world, (mine, losses)):
+            everyone |= part
+            rows += theirs
+        names = {self.clips.items[number].name: everyone[number] for number in sorted(everyone)}
+        return names, [math.fsum(row[at] for row in rows) for at in range(3)]  # exact, so in any order

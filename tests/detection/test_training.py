@@ -1,0 +1,276 @@
+"""Training a detector: its loss is the original's, its runs survive kills to the bit, and no split changes them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tensorkeep import checkpoint
+from tensorkeep.batches import Stream
+from tensorkeep.detection.clips import collate
+from tensorkeep.detection.schedule import ScheduleConfig, set_learning_rates
+from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
+from tensorkeep.distributed import World
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.live_state import stored_tensors
+from tensorkeep.randomness import generator
+from tensorkeep.recipes.detection import build
+from tensorkeep.recipes.detection_start import make_detector, open_detector
+from tensorkeep.train import fit
+from tests.detection import runs, tiny
+from tests.training import assert_same_run, ranks, relative_l2, rows
+
+QLORA = {
+    "training__quantize_backbone": "nf4", "model__backbone__lora": {"lora_r": 4, "lora_dropout": 0.1},
+    "model__backbone__vit__drop_path": 0.2, "model__projection__drop_path": 0.1,
+    "optimizer__backbone": [{"name": "adapter", "lr": 2e-3}, {"name": "lora", "lr": 1e-3}],
+}  # fmt: skip
+SEEDS = {
+    "model__backbone__adapter": {"kind": "qlora", "ratio": 0.5, "lora_r": 4, "lora_dropout": 0.1, "quantize_bits": 4}
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Children are forked; and the same threads everywhere make the same sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("av")
+    return runs.dataset(tmp_path_factory.mktemp("synthetic") / "data")
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------------
+
+
+def masked_batch() -> dict[str, Any]:
+    frames, mask, segments, labels = tiny.batch()
+    keys = ("inputs", "mask", "segments", "labels")
+    samples = [dict(zip(keys, row)) | {"meta": {}} for row in zip(frames, mask, segments, labels)]
+    return Collate(tiny.detector().config)(samples)
+
+
+def test_positives_counted_before_a_forward_are_those_of_the_loss() -> None:
+    batch, detector = masked_batch(), tiny.detector().eval()
+    predictions = detector(batch["inputs"], batch["masks"])
+    found = detector.loss(predictions, batch["segments"], batch["labels"]).positives
+    assert positives_of(batch) == float(found) > 0
+
+
+def test_positives_of_an_odd_length_follow_the_levels_of_the_model() -> None:
+    detector = tiny.detector(output_length=7)
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    segments, labels = [torch.tensor([[0.0, 7.0], [1.0, 2.5]])], [torch.tensor([0, 1])]
+    out = detector.eval()(torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8), mask)
+    assert count_positives(mask, segments, labels, detector.config) == int(
+        detector.loss(out, segments, labels).positives
+    )
+
+
+def test_one_process_without_accumulation_computes_the_originals_loss_and_normaliser() -> None:
+    batch, detector = masked_batch(), tiny.detector().train()
+    other = copy.deepcopy(detector)
+    for _ in range(3):
+        divisor = Normalizer(detector)(positives_of(batch))
+        shares = DetectionLoss(detector)(detector, batch, divisor)
+        whole = other.loss(other(batch["inputs"], batch["masks"]), batch["segments"], batch["labels"])
+        assert torch.equal(shares["loss"], whole.cost) and torch.equal(shares["reg_loss"], whole.reg_loss)
+        assert torch.equal(detector.head.get_buffer("loss_normalizer"), other.head.get_buffer("loss_normalizer"))
+
+
+def test_rates_are_those_of_the_schedule_in_updates() -> None:
+    config = ScheduleConfig(warmup_epochs=2, epochs=5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    optimizer.param_groups[0]["base_lr"] = 0.3
+    for update in range(50):
+        assert set_learning_rates(optimizer, config, update, 10) == [Schedule(config, 10.0)(update, 0.3)]
+
+
+def test_a_loss_that_is_no_sum_is_not_split(data: Path, tmp_path: Path) -> None:
+    made = runs.recipe(data, model__head__loss_weight=-1.0, training__micro_batch=1)
+    with pytest.raises(TensorkeepError, match="ratio"):
+        build(made, tmp_path)
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_path: Path) -> None:
+    outcome = runs.trained(
+        runs.recipe(
+            data, optimizer__lr=5e-3, schedule__epochs=15, training__save_every=15, training__evaluate_every=15
+        ),
+        tmp_path,
+    )
+    losses = [row["loss"] for row in rows(tmp_path) if "loss" in row]
+    assert outcome.step == 30 and np.mean(losses[-6:]) < 0.75 * np.mean(losses[:6])
+    evaluations = {row["step"]: row["evaluation"]["average_mAP"] for row in rows(tmp_path) if "evaluation" in row}
+    assert checkpoint.best(tmp_path) == max(evaluations, key=lambda step: (evaluations[step], -step))
+
+
+@pytest.mark.parametrize("changes", [{}, QLORA, SEEDS], ids=["adapters", "nf4 and LoRA", "the seeds' form"])
+def test_a_killed_run_ends_bitwise_where_it_would_have_ended(
+    data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    made = runs.recipe(data, **changes)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.trained(made, whole)
+    for at in (4, 4):
+        runs.killed(made, broken, at)
+    assert runs.trained(made, broken).level == "exact"
+    assert_same_run(whole, broken)
+
+
+def test_a_checkpoint_holds_what_trains_and_buffers_alone(data: Path, tmp_path: Path) -> None:
+    runs.trained(runs.recipe(data, **QLORA), tmp_path)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None and found[0].base is not None
+    detector, _ = make_detector(runs.recipe(data, **QLORA), tmp_path)
+    trainable = {name for name, p in detector.named_parameters() if p.requires_grad}
+    assert set(found[0].model) == trainable | {"head.loss_normalizer", "backbone.pos_embed"}
+    assert set(found[0].ema) == trainable
+    assert set(stored_tensors(detector, base=True)[0]) == set(found[0].model)
+
+
+def test_micro_batches_make_the_same_updates(data: Path, tmp_path: Path) -> None:
+    for micro in (1, 2):
+        runs.trained(runs.recipe(data, training__micro_batch=micro), tmp_path / str(micro))
+    one, two = ([r for r in rows(tmp_path / m) if "loss" in r] for m in "12")
+    assert [r["count"] for r in one] == [r["count"] for r in two]
+    assert np.allclose([r["loss"] for r in one], [r["loss"] for r in two], rtol=1e-5)
+    assert relative_l2(tmp_path / "1", tmp_path / "2") < 1e-5
+
+
+def names_of(batch: Any) -> list[str]:
+    return [meta["video"] for meta in batch["meta"]]
+
+
+def test_two_ranks_train_as_one_process_does(data: Path, tmp_path: Path) -> None:
+    made = runs.recipe(data, schedule__epochs=10, training__evaluate_every=100)
+
+    def work(world: World) -> None:
+        heard: list[list[str]] = []
+        place = tmp_path / f"{world.size}"
+        job, loop = build(made, place, world)
+        fit(runs.listening(job, lambda batch: heard.append(names_of(batch))), place, loop, world=world)
+        (tmp_path / f"ids-{world.size}-{world.rank}").write_text(json.dumps(heard))
+
+    assert ranks(2, work) == [0, 0]
+    work(World())
+    parts = [json.loads((tmp_path / f"ids-2-{rank}").read_text()) for rank in (0, 1)]
+    together = [sorted(a + b) for a, b in zip(*parts)]
+    alone = [sorted(batch) for batch in json.loads((tmp_path / "ids-1-0").read_text())]
+    assert len(alone) == 20 and together == alone
+    assert relative_l2(tmp_path / "2", tmp_path / "1") < 1e-5
+
+
+def test_every_sample_comes_once_an_epoch(data: Path, tmp_path: Path) -> None:
+    job, loop = build(runs.recipe(data), tmp_path)
+    keys = Stream(loop.seed, len(job.data)).keys(0, loop.updates * loop.batch)
+    assert len(keys) == 4 * len(job.data) and len(set(keys)) == len(keys)
+
+
+def test_a_detector_learns_from_features_without_a_backbone(tmp_path: Path) -> None:
+    made = features(tmp_path)
+    runs.trained(made, tmp_path / "run")
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None and found[0].base is None
+    assert [r for r in rows(tmp_path / "run") if "evaluation" in r]
+
+
+def features(folder: Path) -> Any:
+    """A recipe over features: rows of noise, in which an action is a shift of one channel."""
+    noise, database = np.random.default_rng(0), {}
+    for number in range(5):
+        rows_of = noise.normal(size=(24, 8)).astype(np.float32)
+        rows_of[6:12, number % 2] += 3
+        np.save(folder / f"v{number}.npy", rows_of)
+        database[f"v{number}"] = {
+            "subset": "training" if number < 3 else "validation", "duration": 24.0, "frame": 96,
+            "annotations": [{"segment": [6.0, 12.0], "label": "ab"[number % 2]}],
+        }  # fmt: skip
+    (folder / "annotations.json").write_text(json.dumps({"database": database}))
+    document = runs.document(folder)
+    document["model"]["backbone"] = None
+    document["model"]["projection"]["in_channels"] = 8
+    for part in ("train", "test"):
+        document["data"][part]["folder"] = str(folder)
+    document["data"] |= {"inputs": "features", "mode": "whole", "file_pattern": "{video}.npy", "feature_stride": 4,
+                         "augment": None, "class_map": None}  # fmt: skip
+    document["optimizer"]["backbone"] = []
+    from tensorkeep.detection.config import from_mapping
+    from tensorkeep.recipes.detection_schema import DetectionRecipe
+
+    return from_mapping(DetectionRecipe, document, "recipe")
+
+
+# -- the base -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_backbone_is_the_base_of_the_next_run(data: Path, tmp_path: Path) -> None:
+    whole = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "schedule__epochs": 2,
+             "schedule__warmup_epochs": 0, "optimizer__backbone": [{"name": "", "lr": 1e-3}]}  # fmt: skip
+    runs.trained(runs.recipe(data, **whole), tmp_path / "first")
+    made = runs.recipe(data, training__pretrained=str(tmp_path / "first"), **QLORA)
+    runs.trained(made, tmp_path / "second")
+    state = checkpoint.load(tmp_path / "second" / "checkpoints" / "step-000008")
+    assert state.base is not None and state.base["path"] == str(tmp_path / "first")
+    first = open_detector(tmp_path / "first").detector
+    plain, _ = make_detector(runs.recipe(data, training__pretrained=str(tmp_path / "first")), None)
+    assert first.backbone is not None and plain.backbone is not None
+    for name, tensor in first.backbone.state_dict().items():
+        assert torch.equal(plain.backbone.state_dict()[name], tensor), name
+    with pytest.raises(TensorkeepError, match="adapters alone"):
+        make_detector(runs.recipe(data, training__pretrained=str(tmp_path / "second")), None)
+
+
+def test_a_resume_on_another_base_is_refused(data: Path, tmp_path: Path) -> None:
+    whole = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "schedule__epochs": 1,
+             "schedule__warmup_epochs": 0, "optimizer__backbone": [{"name": "", "lr": 1e-3}]}  # fmt: skip
+    for seed in (1, 2):
+        runs.trained(runs.recipe(data, training__seed=seed, **whole), tmp_path / f"base{seed}")
+    (tmp_path / "base").symlink_to(tmp_path / "base1")
+    made = runs.recipe(data, training__pretrained=str(tmp_path / "base"))
+    runs.trained(made, tmp_path / "run")
+    (tmp_path / "base").unlink()
+    (tmp_path / "base").symlink_to(tmp_path / "base2")
+    with pytest.raises(TensorkeepError, match=r"base\.digest"):
+        runs.trained(made, tmp_path / "run")
+    with pytest.raises(TensorkeepError, match="A04"):
+        open_detector(tmp_path / "run")
+
+
+def test_frozen_weights_that_no_file_holds_are_kept_in_the_run(data: Path, tmp_path: Path) -> None:
+    made = runs.recipe(data)
+    runs.trained(made, tmp_path)
+    (tmp_path / "base" / "frozen.safetensors").unlink()
+    with pytest.raises(TensorkeepError, match="frozen weights of the run are gone"):
+        runs.trained(made, tmp_path)
+
+
+def test_building_takes_nothing_from_the_processs_random_state(data: Path, tmp_path: Path) -> None:
+    made, before = runs.recipe(data), torch.get_rng_state()
+    one, _ = make_detector(made, tmp_path / "a")
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(5)
+    other, _ = make_detector(made, tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_sample_depends_on_its_key_alone(data: Path, tmp_path: Path) -> None:
+    job, _ = build(runs.recipe(data), tmp_path)
+    one, other = (job.data.sample(1, generator(3, 2, 1)) for _ in range(2))
+    assert torch.equal(one["inputs"], other["inputs"])
+    assert collate([one])["meta"] == collate([other])["meta"]
