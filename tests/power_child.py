@@ -1,4 +1,4 @@
-"""Saves a few checkpoints under strace; a line in the file named second says which are acknowledged."""
+"""Saves a few checkpoints under strace; a line in the file named second says which are acknowledged, and which as the best."""
 
 import os
 import sys
@@ -20,7 +20,8 @@ if __name__ == "__main__":
         saver.save(state(step, size=SIZE))
         if saver.background:
             saver.wait()
-        os.write(told, f"{step}\n".encode())
+        os.write(told, f"step {step}\n".encode())
         if step == 2:
             mark_best(Path(sys.argv[1]), step)
+            os.write(told, f"best {step}\n".encode())
     saver.close()

@@ -86,7 +86,7 @@ class File:
         `half` of what was not fsynced."""
         if model == "kill" or bytes(self.data) == self.safe:
             return bytes(self.data)
-        if model in ("drop", "lost", "strict"):
+        if model in ("drop", "lost", "strict", "mixed"):
             return self.safe
         rest = len(self.data) - len(self.safe)
         if model == "zero":
@@ -102,15 +102,16 @@ class Folder:
     safe: dict[str, File | Folder] = field(default_factory=dict)
 
 
-MODELS = ("kill", "drop", "zero", "half", "lost", "strict")
+MODELS = ("kill", "drop", "zero", "half", "lost", "strict", "mixed")
 
 
 class Disk:
     """A file system as far as recorded calls have come.
 
     Names are journalled, as ext4, xfs and btrfs do: they survive in their order, at the latest with the next fsync of
-    anything; under the model `lost` those after the last fsync are gone. Under `strict`, which is all that POSIX says,
-    a name survives when its own folder was fsynced.
+    anything; under the model `lost` those after the last fsync are gone. Under `strict` a name survives when its own
+    folder was fsynced, which is all that POSIX says; it says nothing of the others, and under `mixed` what happened to
+    files inside a folder is on the disk before what happened to the folder's name.
     """
 
     def __init__(self) -> None:
@@ -190,7 +191,9 @@ class Disk:
         out: dict[str, File | None] = {}
 
         def walk(folder: Folder, at: str) -> None:
-            for name, found in getattr(folder, which).items():
+            innermost = not any(isinstance(found, Folder) for found in folder.names.values())
+            own = ("names" if innermost else "safe") if which == "mixed" else which
+            for name, found in getattr(folder, own).items():
                 out[f"{at}/{name}"] = found if isinstance(found, File) else None
                 if isinstance(found, Folder):
                     walk(found, f"{at}/{name}")
@@ -200,7 +203,8 @@ class Disk:
 
     def after(self, model: str) -> dict[str, bytes | None]:
         """Every path and its bytes after a crash under this model; None for folders."""
-        names = self.journalled if model == "lost" else self._flat("safe" if model == "strict" else "names")
+        which = {"strict": "safe", "mixed": "mixed"}.get(model, "names")
+        names = self.journalled if model == "lost" else self._flat(which)
         return {path: None if file is None else file.after(model) for path, file in names.items()}
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tensorkeep.checkpoint import newest
+from tensorkeep.checkpoint import best, newest, steps
+from tensorkeep.run_folder import folder_of
+from tensorkeep.run_manifest import findings
 from tests.power_child import SIZE, STEPS
 from tests.run_states import same, state
 from tests.system_calls import MODELS, Call, Disk, build, record
@@ -32,11 +34,12 @@ def test_a_crash_after_any_system_call_loses_and_tears_nothing(tmp_path: Path) -
 
 def crash_everywhere(calls: list[Call], run: str, told: str, place: Path) -> tuple[int, set[int | None]]:
     """Rebuild what every crash leaves, resume, and judge; the states seen and the steps taken."""
-    disk, acknowledged = Disk(), 0
-    seen: dict[frozenset[object], int | None] = {}
+    disk, acknowledged, marked = Disk(), 0, None
+    seen: dict[frozenset[object], tuple[int | None, int | None]] = {}
     for call in calls:
         if call.name == "write" and call.paths[0] == told:
-            acknowledged = int(call.data)
+            word, number = call.data.decode().split()
+            acknowledged, marked = (int(number), marked) if word == "step" else (acknowledged, int(number))
             continue
         disk.apply(call)
         for model in MODELS:
@@ -44,24 +47,27 @@ def crash_everywhere(calls: list[Call], run: str, told: str, place: Path) -> tup
             key = frozenset(left.items())
             if key not in seen:
                 seen[key] = resumed(left, run, place)
-            step = seen[key]
+            step, named = seen[key]
+            assert marked is None or named == marked, f"best is {named}, {marked} was acknowledged, {call}, {model}"
             assert step is not None or not acknowledged, (call, model)
             assert step is None or step >= acknowledged, (
                 f"{step} after {acknowledged} was acknowledged, {call}, {model}"
             )
-    return len(seen), set(seen.values())
+    return len(seen), {step for step, _ in seen.values()}
 
 
-def resumed(left: dict[str, bytes | None], run: str, place: Path) -> int | None:
-    """The step that a resume takes, proven whole and right; nothing on the way to it may be torn."""
+def resumed(left: dict[str, bytes | None], run: str, place: Path) -> tuple[int | None, int | None]:
+    """The step that a resume takes, proven whole and right, and the best one; nothing that has a step's name may be torn."""
     shutil.rmtree(place, ignore_errors=True)
     build(left, run, place)
     found = newest(place)
     if found is None:
-        return None
+        return None, best(place)
     step = int(found[0].document["step"])
     assert found[2] == [] and same(found[0], state(step, size=SIZE))
-    return step
+    for older in steps(place):
+        assert findings(folder_of(place, older)) == []
+    return step, best(place)
 
 
 @needs_strace
@@ -74,4 +80,5 @@ def test_the_model_finds_a_writer_that_does_not_fsync(tmp_path: Path) -> None:
     path = f"{tmp_path}/old"
     assert {m: disk.after(m).get(path) for m in MODELS} == {
         "kill": b"x" * 100, "drop": b"", "zero": bytes(100), "half": b"x" * 50, "lost": None, "strict": None,
+        "mixed": b"",
     }  # fmt: skip

@@ -136,7 +136,11 @@ def remains(run: Path) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step, durably."""
+    """Replace a small text file in one step, durably.
+
+    `best` needs the last fsync: who is told that a step is the best one counts on it. `latest` could do without, since
+    no reader relies on it; its fsync runs beside training.
+    """
     temporary = temporary_name(path)
     try:
         durable.write_small(temporary, text.encode())
@@ -177,7 +181,10 @@ def unwanted(found: Sequence[int], last: int, every: int | None, kept: set[int])
 
 
 def delete(run: Path, gone: Sequence[int]) -> list[Path]:
-    """Delete steps: renamed away first, durably, so that no reader ever finds a half of one."""
+    """Delete steps: renamed away first, durably, so that no reader ever finds a half of one.
+
+    Journals keep the order of a rename and what follows; POSIX does not promise it, hence the fsync between them.
+    """
     paths = [folder_of(run, step) for step in gone]
     aside = []
     for path in paths:
