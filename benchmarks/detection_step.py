@@ -1,32 +1,42 @@
 """One training step of AdaTAD, ours, beside what OpenTAD was measured at on an H200.
 
     python -m benchmarks.detection_step                        every size, on the GPU
+    python -m benchmarks.detection_step --quantize nf4 --checkpointing segments two_level offload
+    python -m benchmarks.detection_step --sizes v2_g --quantize nf4 --checkpointing offload --limit-gib 6
     python -m benchmarks.detection_step --sizes s --deterministic
     python -m benchmarks.detection_step --tiny                 a check of the script, on any machine
 
 A step is forward, loss, backward, gradient clipping, AdamW and EMA on 768 frames of 160 x 160 a video, random data,
-frozen weights in bfloat16, trainable ones in float32, recorded once as a CUDA graph and replayed (`--eager`: launched
-one by one); the peak includes the recording. The figures of the original (fp16, activation checkpointing, same batch)
-are constants: it needs its own environment. Prints a row a size: seconds, peak GiB, both ratios, and the first three
-losses, with `--reference` beside those of the same steps in float32.
+frozen weights in bfloat16 or (`--quantize`) codes, trainable ones in float32 (adapters, with `--lora` low-rank updates
+of every backbone linear too), recorded once as a CUDA graph and replayed (`--eager`: launched one by one). The
+peaks are torch's, recording included: what tensors took, and what the allocator held (on a small card set
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and the second comes within a tenth of the first). `--train` runs as many steps on
+the one batch and prints losses on the way. The figures of the original (fp16, activation checkpointing, same batch)
+are constants: it needs its own environment. Prints a row a size and way of checkpointing: seconds, peak GiB, both
+ratios, and the first three losses, with `--reference` beside those of the same steps in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from tensorkeep.detection.adapters import LoraConfig
 from tensorkeep.detection.config import read_section
 from tensorkeep.detection.detector import BackboneConfig, Detector, DetectorConfig, build_detector, read_detector_config
 from tensorkeep.detection.graphs import capture_step, make_capturable
-from tensorkeep.detection.groups import OptimizerConfig, make_optimizer
+from tensorkeep.detection.groups import GroupRule, OptimizerConfig, make_optimizer
+from tensorkeep.detection.quantization import quantize_backbone
+from tensorkeep.detection.vit import Checkpointing
 from tensorkeep.ema import Ema
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
@@ -41,7 +51,8 @@ class Original:
     gib: float
 
 
-ORIGINAL = {
+BATCH = {"s": 2, "b": 2, "l": 2, "h": 2, "v2_g": 1}
+ORIGINAL = {  # H was not measured
     "s": Original(2, 0.167, 3.57),
     "b": Original(2, 0.283, 6.80),
     "l": Original(2, 0.693, 13.9),
@@ -91,42 +102,80 @@ def make_step(detector: Detector, optimizer: torch.optim.Optimizer, ema: Ema, ba
     return step
 
 
-def configure(size: str, args: argparse.Namespace, half: bool) -> DetectorConfig:
+def configure(size: str, mode: str, args: argparse.Namespace, half: bool) -> DetectorConfig:
     config = read_detector_config(RECIPES / f"adatad_thumos_videomae_{size}.yaml")
     config = shrink(config) if args.tiny else config
     assert config.backbone is not None
-    changes = {"checkpointing": args.checkpointing, "frozen_dtype": "bfloat16" if half else "float32"}
+    changes: dict[str, Any] = {"checkpointing": mode, "frozen_dtype": "bfloat16" if half else "float32"}
+    if args.lora:
+        changes["lora"] = LoraConfig(lora_r=16, lora_alpha=32)
+    if not args.tiny:
+        changes["output_length"] = args.frames
+        config = replace(config, projection=replace(config.projection, max_length=args.frames))
     return replace(config, backbone=BackboneConfig(**{**vars(config.backbone), **changes}))
 
 
-def measure(size: str, args: argparse.Namespace, half: bool) -> dict[str, Any]:
-    device = torch.device(args.device)
-    config = configure(size, args, half)
-    torch.manual_seed(0)
-    detector = build_detector(config, device).train()
+def build(size: str, mode: str, args: argparse.Namespace, half: bool) -> tuple[Detector, torch.optim.Optimizer]:
+    detector = build_detector(configure(size, mode, args, half), args.device).train()
+    if args.quantize is not None:
+        assert detector.backbone is not None
+        quantize_backbone(detector.backbone, args.quantize)
     options = read_section(RECIPES / f"adatad_thumos_videomae_{size}.yaml", "optimizer", OptimizerConfig)
-    batch_size = 1 if args.tiny else ORIGINAL[size].batch
-    frames, side = (64, 32) if args.tiny else (768, 160)
-    batch = make_batch(config, batch_size, frames, side, device)
-    optimizer = make_optimizer(detector, options)
-    recorded = device.type == "cuda" and half and not args.eager
-    if recorded:
-        make_capturable(optimizer)
-    step = make_step(detector, optimizer, Ema(detector), batch, half)
-    losses = [float(step()) for _ in range(3)]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if recorded:
-        step = capture_step(step, warmup=1)
+    options = replace(options, backbone=(GroupRule("", 1e-4),)) if args.lora else options
+    return detector, make_optimizer(detector, options)
+
+
+def hold_at_most(gib: float | None) -> None:
+    if torch.cuda.is_available():
+        whole = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib * 2**30 / whole)
+
+
+def timed(step: Any, steps: int, cuda: bool) -> list[float]:
     seconds = []
-    for _ in range(args.steps):
+    for _ in range(steps):
         begin = time.perf_counter()
         step()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return {"size": size, "seconds": statistics.median(seconds), "gib": peak, "losses": losses}
+    return seconds
+
+
+def measure(size: str, mode: str, args: argparse.Namespace, half: bool) -> dict[str, Any]:
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    torch.manual_seed(0)
+    hold_at_most(None)  # dense weights are made before they are packed: the limit is the step's
+    detector, optimizer = build(size, mode, args, half)
+    count = 1 if args.tiny else args.batch or BATCH[size]
+    frames, side = (64, 32) if args.tiny else (args.frames, args.side)
+    batch = make_batch(detector.config, count, frames, side, device)
+    recorded = cuda and half and not args.eager
+    if recorded:
+        make_capturable(optimizer)
+    if cuda:  # building and packing may take more than a step
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        hold_at_most(args.limit_gib)
+    step = make_step(detector, optimizer, Ema(detector), batch, half)
+    row: dict[str, Any] = {"size": size, "checkpointing": mode, "batch": count, "frames": frames, "side": side}
+    row["losses"] = [float(step()) for _ in range(3)]
+    if recorded:
+        torch.cuda.empty_cache()  # the graph has a pool of its own
+        torch.cuda.reset_peak_memory_stats()
+        step = capture_step(step, warmup=1)
+    row["seconds"] = statistics.median(timed(step, args.steps, cuda))
+    if args.train:
+        losses = [float(step()) for _ in range(args.train)]
+        row |= {"finite": all(map(math.isfinite, losses)), "trained": losses[:: max(1, args.train // 20)]}
+        row["last"] = statistics.fmean(losses[-10:])
+    trainable = sum(p.numel() for p in detector.parameters() if p.requires_grad)
+    row |= {"quantize": args.quantize, "lora": args.lora, "trainable": trainable}
+    row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    row["held_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0
+    return row
 
 
 def numbers(values: list[float]) -> str:
@@ -135,34 +184,49 @@ def numbers(values: list[float]) -> str:
 
 def report(row: dict[str, Any], args: argparse.Namespace) -> str:
     size, seconds, gib = str(row["size"]), float(row["seconds"]), float(row["gib"])
-    line = f"{size:5} {seconds:7.3f} s {gib:6.2f} GiB  loss {numbers(row['losses'])}"
-    if not args.tiny and args.device == "cuda":
+    line = f"{size:5} {row['checkpointing']:9} {seconds:7.3f} s {gib:6.2f} GiB (held {row['held_gib']:.2f})"
+    line += f"  loss {numbers(row['losses'])}"
+    usual = (args.frames, args.side, args.batch or BATCH[size]) == (768, 160, BATCH[size])
+    if not args.tiny and args.device == "cuda" and size in ORIGINAL and usual:
         peer = ORIGINAL[size]
         line += f"   OpenTAD {peer.seconds:.3f} s {peer.gib:.2f} GiB:"
         line += f" {peer.seconds / seconds:.2f} x its speed, {gib / peer.gib:.0%} of its memory"
-    return line
+    more = f"\n      trained on: loss {numbers(row['trained'])}; finite: {row['finite']}" if args.train else ""
+    return line + more
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(ORIGINAL), choices=list(ORIGINAL))
+    parser.add_argument("--sizes", nargs="+", default=list(BATCH), choices=list(BATCH))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checkpointing", default="segments", choices=["none", "blocks", "attention", "segments"])
+    parser.add_argument("--checkpointing", nargs="+", default=["segments"], choices=get_args(Checkpointing))
+    parser.add_argument("--quantize", choices=["nf4", "fp4", "int8"], help="codes for the frozen linears")
+    parser.add_argument("--lora", action="store_true", help="low-rank updates of every backbone linear too")
+    parser.add_argument("--batch", type=int, help="videos; otherwise as many as the original was measured with")
+    parser.add_argument("--frames", type=int, default=768)
+    parser.add_argument("--side", type=int, default=160, help="pixels")
+    parser.add_argument("--limit-gib", type=float, help="let the allocator hold no more than this in a step")
+    parser.add_argument("--train", type=int, default=0, help="steps to run on the one batch after the timed ones")
     parser.add_argument("--eager", action="store_true", help="launch every kernel instead of replaying a CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="refuse operations without a deterministic form")
     parser.add_argument("--reference", action="store_true", help="also the first losses of the same steps in float32")
     parser.add_argument("--tiny", action="store_true", help="a small model and clip, to check this script")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.use_deterministic_algorithms(args.deterministic)
     for size in args.sizes[:1] if args.tiny else args.sizes:
-        row = measure(size, args, half=True)
-        if args.reference:
-            row["float32_losses"] = measure(size, args, half=False)["losses"]
-        print(json.dumps(row) if args.json else report(row, args), flush=True)
-        if args.reference and not args.json:
-            print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
+        for mode in args.checkpointing:
+            row = measure(size, mode, args, half=True)
+            if args.reference:
+                row["float32_losses"] = measure(size, mode, args, half=False)["losses"]
+            print(json.dumps(row) if args.json else report(row, args), flush=True)
+            if args.reference and not args.json:
+                print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
 
 
 if __name__ == "__main__":

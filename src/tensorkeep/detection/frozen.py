@@ -3,6 +3,8 @@
 A frozen linear needs its weight for the backward, not its input. So nothing is kept of a block but the input of the
 adapter before it (and, where memory allows, the attention output), and the backward recomputes only what it reads:
 the norms, q, k, v, the sum after attention, and fc1's output; never fc2, and the attention output only if not kept.
+Weights held as 4- or 8-bit codes are made numbers once a block and direction, before its pieces: 64 MB written and
+read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all that exist at a time.
 
 Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
 n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m). The row operations and
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.attention import Attended, attend, attend_backward, choose_kernel
 from tensorkeep.detection.fused import add_branch, add_norm, norm_backward
-from tensorkeep.detection.recompute import random_state, replay
+from tensorkeep.detection.recompute import random_state, replay, slices
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -66,7 +68,8 @@ class FrozenTrunk:
         self, x: Tensor, branch: Tensor | None, kept: Sequence[Tensor | None], done: Attended | None,
         grad: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
-        """Writes the gradient with respect to `x + branch` to `out`, from `grad` at the block's output."""
+        """Writes the gradient with respect to `x + branch` to `out`, from `grad` at the block's output; `out` may be
+        `grad`."""
         x, first = add_norm(x, branch, None, self.norm1)
         heads = None
         if done is None:
@@ -107,11 +110,12 @@ def _joined(x: Tensor) -> Tensor:
 class Segment:
     """What hangs between two kept tensors: `x + branch(x)` over all chunks, then `trunk`, `size` chunks at a time.
 
-    `keep`: whether the attention output is kept; `random`: whether `branch` draws random numbers.
+    `trunk`: makes the weights ready, for one pass; None: there is nothing after the branch. `keep`: whether the
+    attention output is kept; `random`: whether `branch` draws random numbers.
     """
 
     branch: Branch | None
-    trunk: FrozenTrunk
+    trunk: Callable[[], FrozenTrunk] | None
     kept: tuple[Tensor | None, Tensor | None]
     size: int
     keep: bool
@@ -120,23 +124,44 @@ class Segment:
     def forward(self, x: Tensor) -> tuple[Tensor, list[Attended]]:
         """`[N, L, C] -> [N, L, C]`, and each piece's attention where it is to be kept."""
         branch = self.branch(x) if self.branch is not None else None
-        out, held = torch.empty_like(x), []
-        for part in self._parts(len(x)):
-            done = self.trunk.forward(x[part], _cut(branch, part), self._kept(part), out[part], self.keep)
+        if self.trunk is None:
+            return x if branch is None else x + branch, []
+        trunk, out, held = self.trunk(), torch.empty_like(x), []
+        for part in slices(len(x), self.size):
+            done = trunk.forward(x[part], _cut(branch, part), self._kept(part), out[part], self.keep)
             if done is not None:
                 held.append(done)
         return out, held
 
-    def backward(self, x: Tensor, branch: Tensor | None, held: list[Attended], grad: Tensor) -> Tensor:
-        """Gradient with respect to `x + branch`."""
-        out = torch.empty_like(x)
-        for index, part in enumerate(self._parts(len(x))):
-            done = held[index] if held else None
-            self.trunk.backward(x[part], _cut(branch, part), self._kept(part), done, grad[part], out[part])
-        return out
+    def backward(
+        self, x: Tensor, parameters: Sequence[Tensor], held: Sequence[Attended], grad: Tensor, wants_x: bool, own: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """See `Link.backward`."""
+        with torch.autocast(x.device.type, enabled=False):
+            if self.branch is None:
+                return self._below(x, None, held, grad, own), []
+            leaf = x.detach().requires_grad_(wants_x)
+            with torch.enable_grad():
+                branch = self.branch(leaf)
+            back = self._below(x, branch.detach(), held, grad, own)
+            wanted = [leaf, *parameters] if wants_x else parameters
+            found: list[Tensor | None] = list(torch.autograd.grad(branch, wanted, back, allow_unused=True))
+        if not wants_x:
+            return None, found
+        lead = found.pop(0)
+        if lead is None:
+            return back, found
+        return (back.add_(lead) if own or back is not grad else lead.add_(back)), found
 
-    def _parts(self, count: int) -> list[slice]:
-        return [slice(start, min(count, start + self.size)) for start in range(0, count, self.size)]
+    def _below(self, x: Tensor, branch: Tensor | None, held: Sequence[Attended], grad: Tensor, own: bool) -> Tensor:
+        """Gradient with respect to `x + branch`; written over `grad` where that is allowed."""
+        if self.trunk is None:
+            return grad
+        trunk, out = self.trunk(), grad if own else torch.empty_like(x)
+        for index, part in enumerate(slices(len(x), self.size)):
+            done = held[index] if held else None
+            trunk.backward(x[part], _cut(branch, part), self._kept(part), done, grad[part], out[part])
+        return out
 
     def _kept(self, part: slice) -> list[Tensor | None]:
         return [_cut(factor, part) for factor in self.kept]
@@ -168,17 +193,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        segment: Segment = ctx.segment
-        grad = grads[0].contiguous()
-        with torch.autocast(x.device.type, enabled=False):
-            if segment.branch is None:
-                return (None, segment.backward(x, None, ctx.held, grad))
-            leaf = x.detach().requires_grad_(ctx.needs_input_grad[1])
-            with replay(x, ctx.random), torch.enable_grad():
-                branch = segment.branch(leaf)
-            back = segment.backward(x, branch.detach(), ctx.held, grad)
-            wanted = [leaf, *parameters] if leaf.requires_grad else parameters
-            found = list(torch.autograd.grad(branch, wanted, back, allow_unused=True))
-        if not leaf.requires_grad:
-            return (None, None, *found)
-        return (None, back.add_(found[0]), *found[1:])
+        with replay(x, ctx.random):
+            grad = grads[0].contiguous()
+            lead, found = ctx.segment.backward(x, parameters, ctx.held, grad, ctx.needs_input_grad[1], False)
+        return (None, lead, *found)

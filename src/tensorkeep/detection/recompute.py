@@ -4,21 +4,40 @@ The usual checkpoint of a block recomputes all of it at once, and those activati
 are then the memory peak. Attention and MLP of a chunk of frames do not depend on other chunks, only the adapter
 does. So a segment is an adapter with the attention and MLP that *follow* it: its input is all that is kept, and in
 the backward the adapter is recomputed once, the rest a few chunks at a time.
+
+`Link` is what such a segment offers, be it this general one or the hand-written one of `frozen`; `chain` runs many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Stage = Callable[[Tensor], Tensor]
+Cut = Callable[[Tensor, slice], Tensor]  # some chunks `[n, L, C]`, and which ones they are
 # elements of a stream `[n, L, C]` recomputed at a time in the last block, where memory peaks
 SEGMENT_ELEMENTS = 8 * 2**20
 SEGMENT_COPIES = 20  # as many times the recomputed part is alive then, generously
+
+
+class Link(Protocol):
+    """A part of a network that can be run again from its input; `random`: whether it draws random numbers."""
+
+    @property
+    def random(self) -> bool: ...
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Without gradients: the output, and what `backward` may be given to save it work."""
+
+    def backward(
+        self, x: Tensor, parameters: Sequence[Tensor], held: Any, grad: Tensor, wants_x: bool, own: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of `x` (None unless wanted) and of `parameters`; `own`: `grad` may be overwritten."""
 
 
 def part_size(x: Tensor, left: int) -> int:
@@ -30,70 +49,97 @@ def part_size(x: Tensor, left: int) -> int:
     return min(len(x), max(1, least + (left - 1) * len(x) // SEGMENT_COPIES))
 
 
-def run_segment(
-    whole: Stage, parts: Stage, x: Tensor, parameters: Iterable[Tensor], part_size: int, random: bool
-) -> Tensor:
-    """`parts(whole(x))`, keeping nothing but `x [N, L, C]` for the backward.
+def autocast_state(device: str) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on, and its dtype."""
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    `whole` sees all chunks; `parts` must treat the first axis item by item and is run on `part_size` items at a time.
-    `parameters` are those of both that may train; `random` says whether either draws random numbers.
-    """
+
+@dataclass(frozen=True)
+class Stages:
+    """`parts(whole(x))` by autograd. `whole` sees all chunks, `parts` treats the first axis item by item, `size` at a
+    time; autocast is that of the moment this is made."""
+
+    whole: Stage
+    parts: Cut
+    size: int
+    random: bool
+    device: str
+    autocast: tuple[bool, torch.dtype] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "autocast", autocast_state(self.device))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """`[N, L, C] -> [N, L, C]`."""
+        with self._casting():
+            middle = self.whole(x)
+            pieces = [self.parts(middle[part], part) for part in slices(len(middle), self.size)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces), None
+
+    def backward(
+        self, x: Tensor, parameters: Sequence[Tensor], held: None, grad: Tensor, wants_x: bool, own: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """See `Link.backward`."""
+        leaf = x.detach().requires_grad_(wants_x)
+        sums: list[Tensor | None] = [None] * len(parameters)
+        with torch.enable_grad():
+            with self._casting():
+                middle = self.whole(leaf)
+            below = middle.requires_grad
+            back = (grad if own and grad.dtype == middle.dtype else torch.empty_like(middle)) if below else None
+            for part in slices(len(middle), self.size):
+                piece = middle[part].detach().requires_grad_(below)
+                with self._casting():
+                    out = self.parts(piece, part)
+                if out.requires_grad:
+                    wanted = [*([piece] if below else []), *parameters]
+                    found = list(torch.autograd.grad(out, wanted, grad[part], allow_unused=True))
+                    if back is not None:
+                        back[part] = found.pop(0)
+                    _add(sums, found)
+        lead: Tensor | None = None
+        if back is not None:
+            wanted = [*([leaf] if wants_x else []), *parameters]
+            found = list(torch.autograd.grad(middle, wanted, back, allow_unused=True))
+            lead = found.pop(0) if wants_x else None
+            _add(sums, found)
+            if lead is not None and back is grad:
+                lead = grad.copy_(lead)  # whoever holds that memory holds it to the end: the other can go
+        return lead, sums
+
+    def _casting(self) -> torch.autocast:
+        enabled, dtype = self.autocast
+        return torch.autocast(self.device, dtype=dtype, enabled=enabled)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """`range(count)` cut into pieces of `size`; the last may be shorter."""
+    return [slice(start, min(count, start + size)) for start in range(0, count, size)]
+
+
+def run_segment(link: Link, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """`x [N, L, C]` through `link`, keeping nothing but `x` for the backward; `parameters`: those that may train."""
     trainable = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
-        return _in_parts(parts, whole(x), part_size)
-    out: Tensor = _Segment.apply(whole, parts, part_size, random, x, *trainable)  # type: ignore[no-untyped-call]
+        return link.forward(x)[0]
+    out: Tensor = _Segment.apply(link, x, *trainable)  # type: ignore[no-untyped-call]
     return out
-
-
-def _in_parts(stage: Stage, x: Tensor, size: int) -> Tensor:
-    pieces = [stage(piece) for piece in torch.split(x, size)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class _Segment(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, whole: Stage, parts: Stage, size: int, random: bool, x: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.stages, ctx.size = (whole, parts), size
-        ctx.device = x.device.type
-        ctx.autocast = (torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device))
-        ctx.random = random_state(x) if random else None
+    def forward(ctx: Any, link: Link, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.link = link
+        ctx.random = random_state(x) if link.random else None
         ctx.save_for_backward(x, *parameters)
-        return _in_parts(parts, whole(x), size)
+        return link.forward(x)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        whole, parts = ctx.stages
-        x = x.detach().requires_grad_(ctx.needs_input_grad[4])
-        enabled, dtype = ctx.autocast
-        sums: list[Tensor | None] = [None] * len(parameters)
-        with replay(x, ctx.random), torch.enable_grad():
-            with torch.autocast(ctx.device, dtype=dtype, enabled=enabled):
-                middle = whole(x)
-            below = middle.requires_grad
-            inner = middle.detach().requires_grad_(below)
-            back = torch.empty_like(inner) if below else None
-            for start in range(0, len(inner), ctx.size):
-                piece = inner[start : start + ctx.size].detach().requires_grad_(below)
-                with torch.autocast(ctx.device, dtype=dtype, enabled=enabled):
-                    out = parts(piece)
-                if out.requires_grad:
-                    wanted = ([piece] if below else []) + parameters
-                    found = torch.autograd.grad(out, wanted, grads[0][start : start + ctx.size], allow_unused=True)
-                    if back is not None:
-                        back[start : start + ctx.size] = found[0]
-                        found = found[1:]
-                    _add(sums, found)
-        lead: Tensor | None = None
-        if back is not None:
-            wanted = ([x] if x.requires_grad else []) + parameters
-            found = torch.autograd.grad(middle, wanted, back, allow_unused=True)
-            if x.requires_grad:
-                lead, found = found[0], found[1:]
-            _add(sums, found)
-        return (None, None, None, None, lead, *sums)
+        with replay(x, ctx.random):
+            lead, found = ctx.link.backward(x, parameters, None, grads[0], ctx.needs_input_grad[1], False)
+        return (None, lead, *found)
 
 
 def _add(sums: list[Tensor | None], found: Iterable[Tensor | None]) -> None:

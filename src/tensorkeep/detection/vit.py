@@ -7,21 +7,25 @@ Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16, v2-g 1408/40/16 with
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tensorkeep.detection.chain import HostStore, Kept, run_chain
 from tensorkeep.detection.frozen import FrozenTrunk, Segment, attention_kept, run_frozen
-from tensorkeep.detection.recompute import part_size, run_segment
+from tensorkeep.detection.positions import normalise_frames, resize_positions, sinusoid_table
+from tensorkeep.detection.recompute import Link, Stages, part_size, run_segment
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantized_linear import QuantLinear
 
-Checkpointing = Literal["none", "blocks", "attention", "segments"]
+Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
 EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
 
@@ -60,51 +64,6 @@ class VideoShape(NamedTuple):
     t: int
     h: int
     w: int
-
-
-def sinusoid_table(length: int, channels: int) -> Tensor:
-    """Fixed position table `[1, length, channels]`, float32, computed in float64.
-
-    Angle `n / 10000^((j - j mod 2) / channels)`; even j sine, odd j cosine ("Attention is all you need", 3.5).
-
-    >>> sinusoid_table(2, 4)[0, 1]
-    tensor([0.8415, 0.5403, 0.0100, 0.9999])
-    """
-    j = torch.arange(channels, dtype=torch.float64, device="cpu")
-    n = torch.arange(length, dtype=torch.float64, device="cpu")
-    angle = n[:, None] / torch.pow(10000.0, (j - j % 2) / channels)
-    return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()[None]
-
-
-def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
-    """Table `[1, t*g*g, C]` of grid `stored` resized to `grid`, each time slice bicubic (align_corners False).
-
-    Runs without gradients: the table is fixed, and bicubic has no deterministic backward on CUDA.
-    """
-    if stored == grid:
-        return table
-    if stored[0] != grid[0]:
-        raise TensorkeepError(
-            f"a chunk has {grid[0]} tubelets, the position table {stored[0]}",
-            where="vit",
-            hint="feed chunks of `chunk_frames` frames",
-        )
-    with torch.no_grad():
-        planes = table.view(*stored, -1).permute(0, 3, 1, 2)  # [t, C, g, g]
-        planes = F.interpolate(planes, size=grid[1:], mode="bicubic", align_corners=False)
-        return planes.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1])  # [1, t*h*w, C]
-
-
-def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """`(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
-    centre, spread = _channel_constants(mean, std, frames.device)
-    return (frames.float() - centre) / spread
-
-
-@lru_cache(maxsize=8)
-def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
-    return values[0], values[1]
 
 
 def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
@@ -214,15 +173,20 @@ class Block(nn.Module):
         x = add_kept(x, self.attn(self.norm1(x)), kept_attn)
         return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)
 
-    def frozen(self, x: Tensor) -> FrozenTrunk | None:
-        """Attention and MLP for `run_frozen`; None where one of their weights trains, or computes otherwise."""
+    def frozen(self, x: Tensor) -> Callable[[], FrozenTrunk] | None:
+        """What makes attention and MLP ready for `run_frozen`; None where one of their weights trains, or computes
+        otherwise. Quantised weights are made numbers at each call."""
         linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
-        plain = all(type(linear) is nn.Linear for linear in linears)
+        plain = all(type(linear) in (nn.Linear, QuantLinear) for linear in linears)
         if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
             return None
-        proj, fc1, fc2 = ((linear.get_parameter("weight"), linear.get_parameter("bias")) for linear in linears[1:])
-        qkv = (linears[0].get_parameter("weight"), self.attn.qkv_bias())
-        return FrozenTrunk(self.norm1, self.norm2, qkv, proj, fc1, fc2, self.attn.heads)
+        return partial(self._open, x.dtype)
+
+    def _open(self, dtype: torch.dtype) -> FrozenTrunk:
+        qkv, *linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        proj, fc1, fc2 = ((_numbers(linear, dtype), linear.get_parameter("bias")) for linear in linears)
+        opened = (_numbers(qkv, dtype), self.attn.qkv_bias())
+        return FrozenTrunk(self.norm1, self.norm2, opened, proj, fc1, fc2, self.attn.heads)
 
     def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
         """The adapter alone, or nothing: `[N, L, C] -> [N, L, C]`."""
@@ -242,7 +206,9 @@ class VisionTransformer(nn.Module):
     `checkpointing`: `none` keeps every activation; `blocks` recomputes each block from its input; `attention` does
     too, but keeps the attention outputs (more memory, no second attention kernel); `segments` keeps one tensor a
     block, and in a wide ViT the attention output of some, and recomputes a part of the chunks at a time, with a
-    backward written by hand where attention and MLP are frozen (least memory, and the fastest of them on an H200).
+    backward written by hand where attention and MLP are frozen (the fastest of them on an H200). `two_level` is
+    `segments` that keeps the input of only about sqrt(2 depth) blocks, and runs most of the forward twice; `offload`
+    keeps the inputs in pinned main memory (least memory, where the bus is fast enough no slower than `segments`).
 
     >>> vit = VisionTransformer(VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4))
     >>> vit(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
@@ -259,6 +225,7 @@ class VisionTransformer(nn.Module):
         # persistent, as in OpenTAD's files: what we train loads there strictly
         self.register_buffer("pos_embed", sinusoid_table(self.stored_grid[0] * side * side, config.embed_dim))
         self._resized: tuple[Any, Tensor] | None = None
+        self._host = HostStore()
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.eps)  # in every checkpoint; unused by feature maps
@@ -282,10 +249,15 @@ class VisionTransformer(nn.Module):
 
     def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
         """Tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
-        x = tokens + self.positions(shape).to(tokens.dtype)
         blocks = [block for block in self.blocks if isinstance(block, Block)]
+        x = tokens + self.positions(shape).to(tokens.dtype)
+        del tokens
         if self.checkpointing == "segments":
             return self._run_segments(blocks, x, shape)
+        if self.checkpointing in ("two_level", "offload"):
+            stream = [x]
+            del x  # the chain alone decides how long its input lives
+            return self._run_chain(blocks, stream, shape)
         for block in blocks:
             x = self._run(block, x, shape)
         return x
@@ -304,18 +276,26 @@ class VisionTransformer(nn.Module):
     def _run_segments(self, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
         """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
         for index, (before, after) in enumerate(zip([None, *blocks], [*blocks, None])):
-            size = part_size(x, len(blocks) - index)
             part = attention_kept(self.config.embed_dim)
             keep = int((index + 1) * part) > int(index * part)
-            frozen = None if after is None else _frozen_segment(before, after, x, shape, size, keep)
-            if frozen is not None:
-                x = run_frozen(frozen, x, _adapter_parameters(before))
-                continue
-            whole = partial(before.adapt, shape=shape) if before is not None else _unchanged
-            parts = after.trunk if after is not None else _unchanged
-            trunk = _trunk_parameters(after) if after is not None else ()
-            x = run_segment(whole, parts, x, [*_adapter_parameters(before), *trunk], size, self.training)
+            link, parameters = _link(before, after, x, shape, part_size(x, len(blocks) - index), keep)
+            if isinstance(link, Segment) and link.trunk is not None:
+                x = run_frozen(link, x, parameters)
+            else:
+                x = run_segment(link, x, parameters)
         return x
+
+    def _run_chain(self, blocks: list[Block], stream: list[Tensor], shape: VideoShape) -> Tensor:
+        """The same segments as one operation, but for the last adapter: see `chain`. `stream` is emptied."""
+        x = stream[0]
+        size = part_size(x, 1)
+        pairs = [_link(*pair, x, shape, size, False) for pair in zip([None, *blocks], blocks)]
+        last, parameters = _link(blocks[-1], None, x, shape, size, False)
+        del x
+        kept = Kept(self._host if self.checkpointing == "offload" else None)
+        adapted = blocks[-1].adapter is not None
+        out = run_chain(pairs, stream, kept, own=adapted)
+        return run_segment(last, out, parameters) if adapted else out
 
     def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -338,19 +318,45 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _frozen_segment(
-    before: Block | None, after: Block, x: Tensor, shape: VideoShape, size: int, keep: bool
-) -> Segment | None:
-    """The adapter of `before` and the frozen attention and MLP of `after`; None where they are not of that form."""
+def _numbers(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    return linear.dequantize(dtype) if isinstance(linear, QuantLinear) else linear.get_parameter("weight")
+
+
+def _link(
+    before: Block | None, after: Block | None, x: Tensor, shape: VideoShape, size: int, keep: bool
+) -> tuple[Link, list[nn.Parameter]]:
+    """The adapter of `before` with the attention and MLP of `after`, and the parameters of both that may train."""
     adapter = None if before is None else before.adapter
+    inner = () if after is None else _trunk_parameters(after)
+    parameters = [p for p in [*_adapter_parameters(before), *inner] if p.requires_grad]
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    if after is not None:  # drawn here, for all chunks at once: the parts run twice
+        kept = (draw_kept(x, after.drop_path, after.training), draw_kept(x, after.drop_path, after.training))
     branch = getattr(adapter, "branch", None)
-    trunk = after.frozen(x)
-    if trunk is None or (adapter is not None and branch is None) or torch.is_autocast_enabled(x.device.type):
-        return None
-    kept = [draw_kept(x, after.drop_path, after.training) for _ in range(2)]
-    random = adapter is not None and adapter.training and any(getattr(m, "dropout", 0.0) for m in adapter.modules())
-    bound = None if branch is None else partial(branch, shape=shape)
-    return Segment(bound, trunk, (kept[0], kept[1]), size, keep, random)
+    trunk = None if after is None else after.frozen(x)
+    by_hand = (after is None or trunk is not None) and (adapter is None or branch is not None)
+    if by_hand and not torch.is_autocast_enabled(x.device.type):
+        bound = None if branch is None else partial(branch, shape=shape)
+        return Segment(bound, trunk, kept, size, keep, _draws(adapter)), parameters
+    whole = _unchanged if before is None else partial(before.adapt, shape=shape)
+    parts = _same_part if after is None else partial(_core_part, after, kept)
+    modules = [adapter, *([] if after is None else [after.attn, after.mlp])]
+    return Stages(whole, parts, size, any(map(_draws, modules)), x.device.type), parameters
+
+
+def _draws(module: nn.Module | None) -> bool:
+    """Whether `module` draws random numbers: dropout, by the names of this package or torch's."""
+    if module is None or not module.training:
+        return False
+    return any(getattr(m, "dropout", 0.0) or isinstance(m, _DropoutNd) for m in module.modules())
+
+
+def _core_part(block: Block, kept: tuple[Tensor | None, Tensor | None], x: Tensor, part: slice) -> Tensor:
+    return block.core(x, *(None if factor is None else factor[part] for factor in kept))
+
+
+def _same_part(x: Tensor, _part: slice) -> Tensor:
+    return x
 
 
 def _adapter_parameters(block: Block | None) -> Iterable[nn.Parameter]:

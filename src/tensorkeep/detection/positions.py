@@ -1,0 +1,56 @@
+"""What a video transformer adds to pixels before its first block: normalised colours and the table of positions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError
+
+
+def sinusoid_table(length: int, channels: int) -> Tensor:
+    """Fixed position table `[1, length, channels]`, float32, computed in float64.
+
+    Angle `n / 10000^((j - j mod 2) / channels)`; even j sine, odd j cosine ("Attention is all you need", 3.5).
+
+    >>> sinusoid_table(2, 4)[0, 1]
+    tensor([0.8415, 0.5403, 0.0100, 0.9999])
+    """
+    j = torch.arange(channels, dtype=torch.float64, device="cpu")
+    n = torch.arange(length, dtype=torch.float64, device="cpu")
+    angle = n[:, None] / torch.pow(10000.0, (j - j % 2) / channels)
+    return torch.where(j % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+    """Table `[1, t*g*g, C]` of grid `stored` resized to `grid`, each time slice bicubic (align_corners False).
+
+    Runs without gradients: the table is fixed, and bicubic has no deterministic backward on CUDA.
+    """
+    if stored == grid:
+        return table
+    if stored[0] != grid[0]:
+        raise TensorkeepError(
+            f"a chunk has {grid[0]} tubelets, the position table {stored[0]}",
+            where="vit",
+            hint="feed chunks of `chunk_frames` frames",
+        )
+    with torch.no_grad():
+        planes = table.view(*stored, -1).permute(0, 3, 1, 2)  # [t, C, g, g]
+        planes = F.interpolate(planes, size=grid[1:], mode="bicubic", align_corners=False)
+        return planes.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1])  # [1, t*h*w, C]
+
+
+def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """`(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
+    centre, spread = _channel_constants(mean, std, frames.device)
+    return (frames.float() - centre) / spread
+
+
+@lru_cache(maxsize=8)
+def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
+    return values[0], values[1]
