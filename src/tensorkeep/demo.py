@@ -262,9 +262,15 @@ def _next_commands(first: Path, sharded: Path, broken: Path) -> str:
 CHAPTERS: Mapping[str, str] = {
     "convert": "tensorkeep.demo:chapter_convert",
     "diagnose": "tensorkeep.demo_diagnose:chapter_diagnose",
+    "resume": "tensorkeep.demo_resume:chapter_resume",
+    "qlora": "tensorkeep.demo_qlora:chapter_qlora",
 }
 
 
 def _chapter(name: str) -> Callable[[Path, Show], int]:
     module, _, function = CHAPTERS[name].partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    try:
+        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    except ImportError as error:
+        what = f"the chapter {name!r} needs torch and transformers: {error}"
+        raise TensorkeepError(what, hint="pip install 'tensorkeep[demo]'") from None
