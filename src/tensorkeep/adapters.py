@@ -100,7 +100,12 @@ def adapter_plan(
         own = [k for k in OURS if k in (document or {})]
         if own:
             document = {k: v for k, v in (document or {}).items() if k not in own}
-            notes.append(Note("A04", f"PEFT's config has no place for {', '.join(own)}: the folder no longer says which base it fits"))
+            notes.append(
+                Note(
+                    "A04",
+                    f"PEFT's config has no place for {', '.join(own)}: the folder no longer says which base it fits",
+                )
+            )
     else:
         dropped += [
             Step(("drop",), (Part(0, n),), None, "the model, not the adapter") for n in identity.names if n not in found

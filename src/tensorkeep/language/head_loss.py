@@ -32,7 +32,8 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, ch
     width, kind = hidden.shape[-1], hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     size = chunk or max(CHUNK_BYTES // (4 * weight.shape[0]), 1)
-    sums = _HeadLoss.apply(hidden.reshape(-1, width), weight, labels.reshape(-1), dtype, size)
+    run: Any = _HeadLoss.apply
+    sums = run(hidden.reshape(-1, width), weight, labels.reshape(-1), dtype, size)
     return cast(Tensor, sums) / divisor
 
 
