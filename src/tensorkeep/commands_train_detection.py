@@ -9,6 +9,7 @@ from tensorkeep.commands import Flag, Say
 from tensorkeep.commands_train import Changes, Several, pairs_of, trained
 
 if TYPE_CHECKING:
+    from tensorkeep.checkpoint import State
     from tensorkeep.distributed import World
     from tensorkeep.job import Job, Loop
 
@@ -37,7 +38,8 @@ def train_detection(
     out
         The run's folder: recipe.yaml, metrics.jsonl, checkpoints, and base where frozen weights are in no file.
     resume
-        auto: the newest valid checkpoint. never: refuse a folder that has some. Or a run or checkpoint to start from.
+        auto: the newest valid checkpoint. never: refuse a folder that has some. Or a run or checkpoint to start from,
+        or OpenTAD's epoch_N.pth to go on from.
     allow
         A field that may differ from the run's checkpoint on purpose (schedule.epochs); may be given several times.
     device
@@ -55,9 +57,11 @@ def train_detection(
         printer.line(to_yaml(made).rstrip("\n"))
         return 0
 
-    def start(run: Path, world: World) -> tuple[Job, Loop, str]:
-        from tensorkeep.recipes.detection import build
+    def start(run: Path, world: World) -> tuple[Job, Loop, str | State]:
+        from tensorkeep.recipes.detection import build, continued
 
-        return *build(made, run, world, printer.remark if world.first else lambda _: None), resume
+        remark = printer.remark if world.first else lambda _: None
+        job, loop = build(made, run, world, remark)
+        return job, loop, continued(made, resume, run, job, remark) if resume.endswith(".pth") else resume
 
     return trained(start, out, allow, device, printer)

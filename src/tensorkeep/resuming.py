@@ -147,7 +147,8 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
 
 def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
     """Whether a pattern names the field. The number of updates follows from that of epochs, so either word allows it."""
-    spellings = [f".{key}"] if key != "updates" else [f".training.{name}" for name in LENGTH]
+    lengths = [f".{part}.{name}" for part in ("training", "schedule") for name in (*LENGTH, "stop_epoch")]
+    spellings = lengths if key == "updates" else [f".{key}"]
     return any(fnmatchcase(s, pattern) for s in spellings for pattern in (*FREE, *(f"*.{name}" for name in allow)))
 
 

@@ -157,7 +157,10 @@ def test_the_seeds_form_and_a_quantised_backbone_differ_from_adatad_where_they_s
     assert dataclasses.replace(seeds, model=plain_recipe.model) == plain_recipe
     assert seeds.model.backbone is not None and seeds.model.backbone.adapter is not None
     assert (seeds.model.backbone.adapter.kind, seeds.model.backbone.adapter.quantize_bits) == ("qlora", 4)
-    assert nf4.training.quantize_backbone == "nf4" and nf4.model == plain_recipe.model
+    assert nf4.training.quantize_backbone == "nf4" and nf4.model.backbone is not None
+    backbone = dataclasses.replace(nf4.model.backbone, frozen_dtype="float32")
+    assert nf4.model.backbone.frozen_dtype == "bfloat16"  # the memory of docs/benchmarks.md
+    assert dataclasses.replace(nf4.model, backbone=backbone) == plain_recipe.model
 
 
 @pytest.mark.parametrize(

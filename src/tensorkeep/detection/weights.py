@@ -130,8 +130,12 @@ def load_videomae(
     renamed: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     left: list[str] = []
+    own = vit.state_dict()
     for stored, tensor in source.items():
         name = stored.removeprefix("module.").removeprefix("model.")
+        if name in own and ("adapter" in name.split(".") or name.endswith((".base.weight", ".base.bias"))):
+            renamed[name] = tensor  # of a backbone of ours that was saved with its adapters
+            continue
         ours, part = opentad.to_hf(name) or videomae.to_hf(name), videomae.third(name)
         if ours is None and opentad.dropped(name) is None and videomae.dropped(name) is None:
             raise TensorkeepError(f"unknown tensor {name!r}", where=where, hint="is this a VideoMAE encoder?")
@@ -145,7 +149,6 @@ def load_videomae(
         if len(parts) != 3:
             raise TensorkeepError(f"{name} lacks its query, key or value", where=where)
         renamed[name] = torch.cat([parts[i] for i in range(3)])
-    own = vit.state_dict()
     new = [n for n in own if "adapter" in n.split(".") or n.split(".")[-1] in ("lora_A", "lora_B")]
     bare = {_under_lora(name.removeprefix("backbone."), own): tensor for name, tensor in renamed.items()}
     load_exactly(vit, bare, where, absent=[*new, "pos_embed", "fc_norm.weight", "fc_norm.bias"])

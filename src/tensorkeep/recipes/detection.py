@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tensorkeep import run_folder
 from tensorkeep.batches import parts_of
-from tensorkeep.checkpoint import Keep
+from tensorkeep.checkpoint import Keep, State
 from tensorkeep.detection.groups import make_optimizer
 from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, positives_of, refuse_split
 from tensorkeep.distributed import World
@@ -81,3 +82,23 @@ def run_detection(
     say = say or Output(quiet=True)
     job, loop = build(recipe, run, world, say.remark)
     return fit(job, run, loop, resume, world, allow, say)
+
+
+def continued(
+    recipe: DetectionRecipe, path: str, run: str | Path, job: Job, remark: Callable[[str], None] = lambda _: None
+) -> State | str:
+    """What to resume from where an OpenTAD checkpoint is named: its weights, average, moments and epoch; the run's own
+    checkpoints where it has some, so that the same command may be given again."""
+    from tensorkeep.detection.detector import Detector
+    from tensorkeep.detection.opentad_resume import continue_from
+
+    assert isinstance(job.model, Detector)
+    if run_folder.steps(Path(run)):
+        return "auto"
+    averaged = job.ema is not None
+    on = continue_from(
+        path, job.model, recipe.optimizer, recipe.schedule, len(job.data), recipe.training.batch_size, job.base, averaged
+    )  # fmt: skip
+    for line in on.remarks:
+        remark(line)
+    return on.state

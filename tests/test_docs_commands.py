@@ -1,0 +1,128 @@
+"""Every command line that a page shows is one that the program takes: the command, its flags, its recipe's fields."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorkeep.cli import COMMANDS, main
+from tensorkeep.commands_train import pairs_of
+from tests.tools import ROOT
+
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md"]
+BLOCK = re.compile(r"^ *```(bash|console)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+FIGURE = re.compile(r"\d(?:[\d,]*\d)?(?:\.\d+)?")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of this program in a page's ```bash blocks, and behind `$` in its ```console ones."""
+    found = []
+    for language, block in BLOCK.findall(page.read_text()):
+        start = "tensorkeep " if language == "bash" else "$ tensorkeep "
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            if line.strip().startswith(start):
+                found.append(shlex.split(line.strip().removeprefix("$ "), comments=True)[1:])
+    return found
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], Any]:
+    """The command line's own parser, and nothing carried out: what the command would be called with."""
+    from cyclopts import App
+
+    bound: list[Any] = []
+
+    def only_parse(app: App, words: list[str], **options: Any) -> int:
+        bound.append(app.parse_args(words, **options)[1])
+        return 0
+
+    monkeypatch.setattr(App, "__call__", only_parse)
+    monkeypatch.chdir(ROOT)
+
+    def parsed(words: list[str]) -> Any:
+        code = main(words)
+        assert code == 0, f"tensorkeep {shlex.join(words)}: {capsys.readouterr().err}"
+        return bound[-1]
+
+    return parsed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_parses(page: Path, parse: Callable[[list[str]], Any]) -> None:
+    for words in commands(page):
+        call = parse(words)
+        assert " ".join(words[:2]) in COMMANDS or words[0] in COMMANDS, words
+        if words[0] == "train":
+            check_recipe(words[1], call)
+
+
+def check_recipe(kind: str, call: Any) -> None:
+    """The changes of a `train` command, on the recipe it names where that is one of ours."""
+    recipe, *changes = call.args
+    pairs = [(name.replace("-", "_"), text) for name, text in pairs_of(changes)]
+    if not recipe.exists():
+        assert recipe.parts[0] != "recipes", f"{recipe} is not there"
+    elif kind == "detection":
+        from tensorkeep.recipes.texts import read_recipe
+
+        read_recipe(recipe, pairs)
+    else:
+        pytest.importorskip("transformers")
+        from tensorkeep.recipes.reading import read_language
+
+        read_language(recipe, pairs)
+
+
+def test_a_flag_or_field_that_does_not_exist_is_found(parse: Callable[[list[str]], Any]) -> None:
+    with pytest.raises(AssertionError, match="--no-such-flag"):
+        parse(["verify", "runs/qlora", "--no-such-flag"])
+    with pytest.raises(AssertionError):
+        parse(["no-such-command"])
+    words = ["train", "detection", "recipes/detection/own_data.yaml", "--training.no_such_field", "1"]
+    with pytest.raises(Exception, match="no_such_field"):
+        check_recipe("detection", parse(words))
+
+
+def test_the_guide_has_a_command_behind_every_trouble_in_both_languages() -> None:
+    pages = [ROOT / "docs" / "qlora.md", ROOT / "docs" / "qlora.zh.md"]
+    english, chinese = (commands(page) for page in pages)
+    assert english == chinese and len(english) > 20
+    for page in pages:
+        troubles = re.split(r"^\*\*", page.read_text(), flags=re.MULTILINE)[1:]
+        assert len(troubles) == 7 and all("```bash\ntensorkeep " in trouble for trouble in troubles)
+        rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+        assert len(rows) > 25
+    lines = [[line for line in page.read_text().splitlines() if line.startswith("|")] for page in pages]
+    tables = [[sorted(FIGURE.findall(line)) for line in page] for page in lines]  # words come in another order
+    assert tables[0] == tables[1]
+
+
+def test_the_guides_parameter_table_is_what_the_recipes_build() -> None:
+    torch = pytest.importorskip("torch")
+    from dataclasses import replace
+
+    from tensorkeep.detection import Detector, count_parameters, read_detector_config
+    from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
+
+    text = (ROOT / "docs" / "qlora.md").read_text()
+    for size in ("S", "B", "L", "H", "v2-g"):
+        (line,) = re.findall(rf"^\| {size} \| (\d.*) \|$", text, re.MULTILINE)
+        shown = [int(figure.replace(",", "")) for figure in FIGURE.findall(line)]
+        word = size.lower().replace("-", "_")
+        config = read_detector_config(ROOT / f"recipes/detection/adatad_thumos_videomae_{word}.yaml")
+        counted = []
+        for kind in ("tia", "plain", "lora", "qlora"):
+            adapter = None if kind == "lora" else AdapterConfig(kind)  # type: ignore[arg-type]
+            lora = LoraConfig(lora_r=16) if kind == "lora" else None
+            assert config.backbone is not None
+            with torch.device("meta"):
+                detector = Detector(replace(config, backbone=replace(config.backbone, adapter=adapter, lora=lora)))
+            counts = count_parameters(detector)
+            counted += [counts["vit"].total] if kind == "tia" else []
+            counted += list(counts["adapter"]) if kind == "qlora" else [counts["adapter"].trainable]
+        assert shown == counted, size
