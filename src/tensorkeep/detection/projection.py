@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.resize import linear_resize
 from tensorkeep.detection.positions import sinusoid_table
+from tensorkeep.detection.resize import linear_resize
 from tensorkeep.detection.vit import draw_kept
 from tensorkeep.errors import TensorkeepError
 
