@@ -77,7 +77,7 @@ def filtered(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def in_new_process(call: str) -> dict[str, Any]:
     """What `call`, on this module's functions, prints as JSON in a process of its own."""
     code = f"import json; from tests.test_seeds_failure import *; print(json.dumps({call}))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr

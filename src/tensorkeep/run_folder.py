@@ -64,7 +64,9 @@ class Opened(NamedTuple):
 def find(path: Path) -> tuple[Path, list[Finding]] | None:
     """The checkpoint that a path means: a step folder itself, or the newest complete one of a run; None for neither."""
     run = path.parent if path.name == CHECKPOINTS else path
-    if (run / CHECKPOINTS).is_dir() and (newest := newest_complete(run)) is not None:
+    with explained(run):
+        has = (run / CHECKPOINTS).is_dir()
+    if has and (newest := newest_complete(run)) is not None:
         return newest
     with explained(path):
         names = [p.name for p in path.iterdir()] if path.is_dir() else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -261,9 +262,15 @@ def test_other_models_are_not_taken_for_detectors(tmp_path: Path, names: dict[st
 RECIPES = Path(__file__).parents[2] / "recipes" / "detection"
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted(RECIPES.glob("*.yaml")) if "_lora" not in p.stem])
+# LoRA is not read off, and the tiny one has another drop path than the published ones
+FULL = [p.stem for p in sorted(RECIPES.glob("*.yaml")) if "_lora" not in p.stem and p.stem != "synthetic_tiny"]
+
+
+@pytest.mark.parametrize("name", FULL)
 def test_the_recipe_read_off_a_full_size_model_is_the_one_it_was_built_from(name: str) -> None:
     config = read_detector_config(RECIPES / f"{name}.yaml")
+    assert config.backbone is not None  # in which dtype frozen weights are held is no matter of the file
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, frozen_dtype="float32"))
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in Detector(config).state_dict().items()}
     text, assumed = read_off(shapes)
