@@ -192,3 +192,27 @@ def test_a_run_goes_on_from_minimind_s_resume_file_and_again_by_the_same_command
     assert rows[0]["step"] == begun["step"] + 1 and rows[-1]["samples"] > begun["samples"]
     assert rows[-1]["lr"] < rows[0]["lr"]  # MiniMind's cosine over its epochs
     assert run(capsys, *again, "--resume", theirs)[0] == 0  # nothing is left to do
+
+
+def test_an_adapter_run_becomes_an_adapter_folder_that_merges_and_never_a_model(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document(capsys, "train", "language", recipe, "--out", tmp_path / "full", "--training.updates", "2")
+    assert run(capsys, "convert", tmp_path / "full", tmp_path / "base", "--to", "hf", "--ema")[0] == 0
+    out, adapter = tmp_path / "run", tmp_path / "adapter"
+    start = ["--config", "null", "--model", tmp_path / "base", "--adapter.targets", "all-linear", "--lora_r", "2"]
+    document(capsys, "train", "language", recipe, "--out", out, *start)
+    code, _, error = run(capsys, "convert", out, tmp_path / "no", "--to", "hf")
+    assert code == 2 and "K08" in error and "--to peft" in error and not (tmp_path / "no").exists()
+    assert run(capsys, "convert", out, adapter, "--to", "peft", "--ema")[0] == 0
+    code, text, _ = run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "merged")
+    assert code == 0 and "read back equal" in text
+    data = ["--data", tmp_path / "a.jsonl"]
+    whole = document(capsys, "eval", "language", tmp_path / "merged", *data, "--length", 32)
+    assert whole["loss"] == pytest.approx(document(capsys, "eval", "language", out, *data)["loss"], rel=1e-4)
+
+
+def test_what_is_cut_off_a_text_is_told(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.packing", "none", "--data.length", "8", "--training.updates", "1"]
+    _, _, error = run(capsys, "train", "language", recipe, "--out", tmp_path / "run", *flags)
+    assert "tokens lie beyond a row of 8 and are left out" in error

@@ -201,6 +201,7 @@ def convert(
     from_naming: str | None = None,
     shard_size: str | None = None,
     config: str | None = None,
+    ema: Flag = False,
     dry_run: Flag = False,
     overwrite: Flag = False,
     say: Say = Say(),
@@ -229,19 +230,23 @@ def convert(
         Largest data file, e.g. 5GB.
     config
         A config.json (or a folder with one) for sources that bring none.
+    ema
+        Of a run: its averaged weights instead of the last (--to hf, or peft where it trained an adapter).
     dry_run
         Print the plan and write nothing.
     overwrite
         Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep import conversion
+    from tensorkeep import commands_export, conversion
     from tensorkeep.planning import make_plan
 
     out = say.output()
     if len(paths) < 2:
         raise TensorkeepError("convert needs a source and a sink", hint="tensorkeep convert SRC... OUT --to dcp")
-    if to == "pth" and naming == "minimind" and len(paths) == 2 and paths[1].endswith("_resume.pth") and not dry_run:
-        return _export_resume(out, paths[0], paths[1], overwrite)
+    if len(paths) == 2 and not dry_run:
+        made = commands_export.of_run(out, paths[0], paths[1], to, naming, ema, overwrite)
+        if made is not None:
+            return made
     sources = [_with_config(read(p), config) for p in paths[:-1]]
     plan = make_plan(
         sources, to, naming=_known_naming(naming), root=None if root in (None, "none") else root, dtype=_known_dtype(dtype),
@@ -255,20 +260,6 @@ def convert(
     with out.progress() as progress:
         result = conversion.convert(plan, paths[-1], to, limit, overwrite, progress)
     return _show_result(out, plan, result, to)
-
-
-def _export_resume(out: Output, run: str, sink: str, overwrite: bool) -> int:
-    """A run as a resume file of MiniMind; only a run has what such a file holds."""
-    from tensorkeep.minimind_export import export_resume
-
-    made = export_resume(run, sink, overwrite=overwrite)
-    for note in made.notes:
-        out.remark(f"note: {note.code} {note.message}")
-    if out.json:
-        out.document({"sink": made.path, "format": "pth", "naming": "minimind", "epoch": made.epoch, "step": made.step,
-                      "world_size": made.world_size, "notes": [{"code": n.code, "message": n.message} for n in made.notes]})  # fmt: skip
-    out.line(f"{made.path}: MiniMind's epoch {made.epoch}, step {made.step}, proven equal to the run but for fp16")
-    return 0
 
 
 def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:

@@ -275,7 +275,7 @@ def encode(
     """Every document as tokens; what has no target is left out, and counted."""
     found = records(config.files, objective, config.format)
     if objective == "pretrain":
-        yield from encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut)
+        yield from encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut, remark)
         return
     chat, idle = Chat(tokenizer), 0
     for record in found:
@@ -290,13 +290,21 @@ def encode(
         remark(f"{idle} records hold no answer within {cut} tokens: left out")
 
 
-def encode_texts(texts: Iterable[str], tokenizer: Any, bos: bool, eos: bool, cut: int | None) -> Iterator[Encoded]:
-    """Texts as `[bos] tokens [eos]`, the tokens cut so that it fits into `cut` (MiniMind's rule)."""
+def encode_texts(
+    texts: Iterable[str], tokenizer: Any, bos: bool, eos: bool, cut: int | None, remark: Remark = lambda _: None
+) -> Iterator[Encoded]:
+    """Texts as `[bos] tokens [eos]`, the tokens cut so that it fits into `cut` (MiniMind's rule); what is cut is told."""
     begin, end = ([_special(tokenizer, name)] if on else [] for name, on in (("bos", bos), ("eos", eos)))
     most = None if cut is None else cut - len(begin) - len(end)
+    lost = whole = 0
     for batch in in_batches(texts):
         for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            whole, lost = whole + len(ids), lost + len(ids[most:] if most is not None else [])
             yield Encoded([*begin, *ids[:most], *end])
+    if lost:
+        remark(
+            f"{lost:,} of {whole:,} tokens lie beyond a row of {cut} and are left out; data.packing: concatenate keeps them"
+        )
 
 
 def _special(tokenizer: Any, name: str) -> int:
