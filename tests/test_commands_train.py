@@ -204,6 +204,7 @@ def test_an_adapter_run_becomes_an_adapter_folder_that_merges_and_never_a_model(
     document(capsys, "train", "language", recipe, "--out", out, *start)
     code, _, error = run(capsys, "convert", out, tmp_path / "no", "--to", "hf")
     assert code == 2 and "K08" in error and "--to peft" in error and not (tmp_path / "no").exists()
+    assert run(capsys, "diagnose", out)[0] == 0  # what trains over a frozen base is no broken model
     assert run(capsys, "convert", out, adapter, "--to", "peft", "--ema")[0] == 0
     code, text, _ = run(capsys, "merge", tmp_path / "base", adapter, tmp_path / "merged")
     assert code == 0 and "read back equal" in text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tensorkeep.evidence import architecture
 from tensorkeep.evidence.case import Case
 from tensorkeep.naming import hf
+from tensorkeep.run_folder import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ def expectation(case: Case) -> Expectation | None:
 
 
 def model_stored(case: Case) -> bool:
-    """Whether the checkpoint is meant to hold a model: an adapter alone is not."""
-    return case.view is not None and case.read_error is None and not (case.adapter and not case.tensors)
+    """Whether the checkpoint is meant to hold a model: an adapter alone is not, nor what trained over a frozen base."""
+    if case.view is None or case.read_error is not None or (case.adapter and not case.tensors):
+        return False
+    return "run" not in case.view.metadata or any(record.file != ADAPTER for record in case.view.values())
 
 
 def missing(case: Case) -> list[str]:
