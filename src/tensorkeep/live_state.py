@@ -67,8 +67,15 @@ def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> No
     refuse_difference("model", _kinds(mine, inside), _kinds(saved, inside))
     for path, names in coded.items():  # first: these refuse what does not belong together
         prefix = f"{path}." if path else ""
-        # not strict, since the module's own parameters are copied below; the names were compared above
-        model.get_submodule(path).load_state_dict({n[len(prefix) :]: saved[n] for n in names}, strict=False)
+        part = {n[len(prefix) :]: saved[n] for n in names}
+        module = model.get_submodule(path)
+        own = {n for n, _ in module.named_parameters()}  # copied below, so they alone may be missing here
+        report = module.load_state_dict(part, strict=False)
+        if report.unexpected_keys or set(report.missing_keys) - own:
+            left = sorted({*report.unexpected_keys, *report.missing_keys} - own)
+            raise TensorkeepError(
+                f"{path}: {', '.join(left)} would be dropped or left alone", where="resume", code="K01"
+            )
     for name, tensor in mine.items():
         if name not in inside:
             tensor.copy_(sharding.like(saved[name], tensor))
