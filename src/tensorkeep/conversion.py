@@ -6,15 +6,16 @@ its name only after it has been read back and every tensor's digest equals that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.files import (
@@ -76,25 +77,41 @@ def convert(
     refuse_overlap(final, plan.sources)
     refuse_existing(final, overwrite)
     layouts, single = sink_files(plan, final.name, to, shard_size)
-    finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
-    with replacing_all(finals, over) as temporaries:
+    with placing(final, layouts, single, overwrite) as place:
         started = time.perf_counter()
-        temporary = temporaries[0]
-        folder = temporary.parent if single else temporary
-        if single:
-            layouts = [FileLayout(temporary.name, layouts[0].segments)]
-        else:
-            with explained(temporary):
-                temporary.mkdir()
-        sums = write_files(layouts, folder, plan, progress)
+        sums = write_files(place.layouts, place.folder, plan, progress)
         check_sources(plan, sums)
         written = time.perf_counter()
-        prove(temporary, plan, sums, progress)
+        prove(place.temporary, plan, sums, progress)
         proven = time.perf_counter()
-        write_bytes(temporaries[1] if single else folder / CERTIFICATE, certify(plan, sums, to))
+        write_bytes(place.certificate, certify(plan, sums, to))
     casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
     return Result(str(final), stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds)
+
+
+class Place(NamedTuple):
+    """Where a sink is written before it gets its name: the file or folder, the folder its files go into, its files."""
+
+    temporary: Path
+    folder: Path
+    layouts: list[FileLayout]
+    certificate: Path
+
+
+@contextlib.contextmanager
+def placing(final: Path, layouts: list[FileLayout], single: bool, overwrite: bool) -> Iterator[Place]:
+    """`replacing` for a sink and its certificate: in a folder beside the data, of a lone file under a name beside it."""
+    finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
+    with replacing_all(finals, over) as temporaries:
+        temporary = temporaries[0]
+        if single:
+            lone = [FileLayout(temporary.name, layouts[0].segments)]
+            yield Place(temporary, temporary.parent, lone, temporaries[1])
+            return
+        with explained(temporary):
+            temporary.mkdir()
+        yield Place(temporary, temporary, layouts, temporary / CERTIFICATE)
 
 
 def beside(path: Path) -> Path:

@@ -16,17 +16,16 @@ from typing import Any
 
 from tensorkeep import manifest
 from tensorkeep.blas import one_thread
-from tensorkeep.conversion import Progress, beside, quiet, refuse_overlap, sink_files, stored, write_files
+from tensorkeep.conversion import Progress, placing, quiet, refuse_overlap, sink_files, stored, write_files
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import CERTIFICATE, explained, local_path, refuse_changed
-from tensorkeep.layout import FileLayout
+from tensorkeep.files import local_path, refuse_changed
 from tensorkeep.low_rank import DIGEST, Share, times_merged
 from tensorkeep.manifest import digest_of_all
 from tensorkeep.merge_matching import Source
 from tensorkeep.merge_planning import MergePlan
 from tensorkeep.merged_view import Moved
 from tensorkeep.naming import identify
-from tensorkeep.placement import refuse_existing, replacing_all, write_bytes
+from tensorkeep.placement import refuse_existing, write_bytes
 from tensorkeep.proof import certify, prove, read_certificate, refuse_damaged
 from tensorkeep.streams import Cast, Sums, write_tensor
 from tensorkeep.view import StateView
@@ -128,27 +127,19 @@ def merge(
     refuse_overlap(final, opened)
     refuse_existing(final, overwrite)
     layouts, single = sink_files(plan, final.name, to, shard_size)
-    finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
-    with one_thread(), replacing_all(finals, over) as temporaries:
+    with one_thread(), placing(final, layouts, single, overwrite) as place:
         started = time.perf_counter()
-        temporary = temporaries[0]
-        folder = temporary.parent if single else temporary
-        if single:
-            layouts = [FileLayout(temporary.name, layouts[0].segments)]
-        else:
-            with explained(temporary):
-                temporary.mkdir()
         job.view.moved = {}
-        sums = write_files(layouts, folder, plan, progress)
+        sums = write_files(place.layouts, place.folder, plan, progress)
         moved, job.view.moved = job.view.moved, None
         refuse_spoiled(job, moved)
         refuse_present(job, moved)
         digest = check_base(job, sums)
         written = time.perf_counter()
-        prove(temporary, plan, sums, progress)
+        prove(place.temporary, plan, sums, progress)
         replay(job, sums, progress)
         proven = time.perf_counter()
-        write_bytes(temporaries[1] if single else folder / CERTIFICATE, certificate(job, sums, to, digest))
+        write_bytes(place.certificate, certificate(job, sums, to, digest))
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
     return Merged(str(final), stored(layouts), {n: s.digest for n, s in sums.items()}, digest, moved, seconds)
 
