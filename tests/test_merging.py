@@ -136,6 +136,30 @@ def test_conv1d_and_biases_are_peft_s(tmp_path: Path) -> None:
         assert qlora.relative(again.eval()(input_ids=ids).logits, wanted) < 2e-6, label
 
 
+def test_a_convolution_s_update_is_peft_s(tmp_path: Path) -> None:
+    """A ViT's patch embedding: A is [r, in, *kernel], B [out, r, 1, 1]."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=["projection"]))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
+    tuned.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "base", (tmp_path / "adapter", 1.0), out=tmp_path / "merged")
+    ours, before = held(tmp_path / "merged"), held(tmp_path / "base")
+    (changed,) = (n for n in ours if not torch.equal(ours[n], before[n]))
+    wanted = tuned.merge_and_unload().state_dict()[changed]
+    assert changed.endswith("projection.weight") and qlora.relative(ours[changed], wanted) < 1e-6
+    assert ours.keys() == before.keys()
+
+
 # -- quantised bases --------------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ class Ema:
             if value.is_cuda and not average.is_cuda:
                 value, stream = self._copied(name, value), torch.cuda.current_stream(value.device)
             averages.append(average)
-            values.append(value.to(device=average.device))
+            values.append(value if value.device == average.device else value.to(device=average.device))
         weight = 1.0 - self.decay_at(self.updates)
         if stream is None:
             _lerp(averages, values, weight)
@@ -204,12 +204,12 @@ def _start(parameter: nn.Parameter, device: torch.device | str | None) -> Tensor
 
 
 def _lerp(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
-    torch._foreach_lerp_(averages, [v.to(torch.float32) for v in values], weight)
+    torch._foreach_lerp_(averages, [v if v.dtype == torch.float32 else v.to(torch.float32) for v in values], weight)
 
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (averaging works element by element), any other tensor as it is."""
-    if not hasattr(tensor, "to_local"):
+    if type(tensor) is Tensor or not hasattr(tensor, "to_local"):  # asking a plain tensor costs as much as averaging it
         return tensor
     sharded: Any = tensor
     part: Tensor = sharded.to_local()
