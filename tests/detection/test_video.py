@@ -1,3 +1,4 @@
+import functools
 import weakref
 from pathlib import Path
 
@@ -225,8 +226,9 @@ def test_a_long_video_streams_in_the_memory_of_a_window(tmp_path, monkeypatch):
     path = tmp_path / "long.mp4"
     write_video(path, pictures(600), RATE)
     made: list[weakref.ref] = []
-    original = video._picture
-    monkeypatch.setattr(video, "_picture", lambda *a: (made.append(weakref.ref(p := original(*a))), p)[1])
+    original = video._own
+    watched = functools.partial(video._pictures, room=lambda *a: (made.append(weakref.ref(p := original(*a))), p)[1])
+    monkeypatch.setattr(video, "_pictures", watched)
     size, most = 32, 0
     for frames in stream_windows(path, [np.arange(k, k + size) for k in range(0, 600 - size + 1, size // 2)]):
         assert len(frames) == size

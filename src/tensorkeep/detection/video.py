@@ -12,7 +12,7 @@ drifts away from the pictures. Needs PyAV (`pip install tensorkeep[detection]`);
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,15 +63,20 @@ def decode(
     unique, place = np.unique(wanted, return_inverse=True)
     order = np.argsort(place, kind="stable")
     bounds = np.searchsorted(place[order], np.arange(len(unique) + 1))
-    out: Picture | None = None
-    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems)):
-        if out is None:
-            out = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
-        for slot in order[bounds[k] : bounds[k + 1]].tolist():
-            out[slot] = picture
-    if out is None:
+    out: list[NDArray[np.uint8]] = []
+
+    def room(k: int, shape: tuple[int, int]) -> Picture:
+        if not out:
+            out.append(np.empty((len(wanted), 3, *shape), dtype=np.uint8))
+        place: Picture = out[0][order[bounds[k]]]
+        return place
+
+    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems, room)):
+        for slot in order[bounds[k] + 1 : bounds[k + 1]].tolist():
+            out[0][slot] = picture
+    if not out:
         raise TensorkeepError("no frame asked for", where=path)
-    return torch.from_numpy(out)
+    return torch.from_numpy(out[0])
 
 
 def stream_windows(
@@ -155,11 +160,18 @@ def _disagreements(info: VideoInfo, video: Video) -> Iterator[Problem]:
         yield Problem("error", "duration", video.name, f"{message}: segments will lie elsewhere")
 
 
+def _own(number: int, shape: tuple[int, int]) -> Picture:
+    return np.empty((3, *shape), dtype=np.uint8)
+
+
 def _pictures(
     path: str | Path, indices: NDArray[np.int64], size: Size, threads: int, broken: Broken,
-    problems: list[Problem] | None,
+    problems: list[Problem] | None, room: Callable[[int, tuple[int, int]], Picture] = _own,
 ) -> Iterator[tuple[int, Picture]]:  # fmt: skip
-    """`(index, [3, H, W])` for every one of `indices` (rising, no repetition), in this order; none is left out."""
+    """`(index, [3, H, W])` for every one of `indices` (rising, no repetition), in this order; none is left out.
+
+    `room(k, (H, W))`: memory for the k-th.
+    """
     table = frame_table(path)
     if len(indices) and not 0 <= indices[0] <= indices[-1] < len(table.pts):
         what = f"frames {indices[0]} to {indices[-1]} were asked for, it has {len(table.pts)}"
@@ -170,7 +182,7 @@ def _pictures(
     last: Picture | None = None
     waiting: list[int] = []  # frames that did not come, before the first that did
     shape: tuple[int, int] | None = None
-    for index, frame, damaged in _frames(path, table, indices, threads, broken):
+    for k, (index, frame, damaged) in enumerate(_frames(path, table, indices, threads, broken)):
         if damaged or frame is None:
             what = f"frame {index} {'cannot be decoded' if frame is None else 'is damaged'}"
             if broken == "error":
@@ -179,12 +191,17 @@ def _pictures(
         if frame is None and last is None:
             waiting.append(index)
             continue
+        shape = shape or _target(frame, size)
+        made = room(k, shape)
         if frame is not None:
-            shape = shape or _target(frame, size)
-            last = _picture(reformatter, frame, shape)
-        assert last is not None
-        for early in waiting:
-            yield early, last
+            _paint(reformatter, frame, made)
+        elif last is not None:
+            made[...] = last
+        last = made
+        for number, early in enumerate(waiting):
+            repeated = room(number, shape)
+            repeated[...] = last
+            yield early, repeated
         waiting = []
         yield index, last
     if waiting:
@@ -244,10 +261,11 @@ def _decoded(
     container: Any, stream: Any, wanted: dict[int, int], skips: bool, broken: Broken, path: str | Path
 ) -> Iterator[Any]:
     """Pictures from here on, in the order of presentation; those not wanted and not referred to may be left out."""
-    av, context = import_av(), stream.codec_context
+    av, context, skipping = import_av(), stream.codec_context, False
     for packet in container.demux(stream):
-        if skips:
-            context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+        skip = skips and packet.pts is not None and packet.pts not in wanted
+        if skip is not skipping:  # said only where it changes: saying it costs a tenth of decoding a small picture
+            context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
         try:
             yield from packet.decode()
         except av.error.InvalidDataError as error:
@@ -304,19 +322,18 @@ def fitted(height: int, width: int, size: Size) -> tuple[int, int]:
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _picture(reformatter: Any, frame: Any, shape: tuple[int, int]) -> Picture:
-    """The frame as `[3, H, W]` uint8 of `shape`, turned as it is meant to be seen."""
+def _paint(reformatter: Any, frame: Any, out: Picture) -> None:
+    """The frame into `out [3, H, W]`, scaled to its size, turned as it is meant to be seen."""
     turn = quarter_turn(frame.rotation)
-    height, width = shape if turn % 180 == 0 else shape[::-1]
+    height, width = out.shape[1:] if turn % 180 == 0 else out.shape[:0:-1]
     # libswscale's unscaled way to planes leaves the last columns of widths that are no multiple of 8 unwritten
     same = (height, width) == (frame.height, frame.width)
     form = "rgb24" if same else "gbrp"  # planes cost half of what interleaved RGB does
     made = reformatter.reformat(frame, width=width, height=height, format=form, interpolation="BILINEAR", threads=1)
     rows = [np.frombuffer(plane, np.uint8).reshape(height, plane.line_size) for plane in made.planes]
+    place = np.rot90(out, -turn // 90, axes=(1, 2)) if turn else out  # a view: turned back, it is the picture as stored
     if same:
-        pixels = np.ascontiguousarray(rows[0][:, : 3 * width].reshape(height, width, 3).transpose(2, 0, 1))
-    else:
-        pixels = np.stack([rows[k][:, :width] for k in (2, 0, 1)])
-    if turn:
-        pixels = np.ascontiguousarray(np.rot90(pixels, turn // 90, axes=(1, 2)))
-    return pixels
+        place[...] = rows[0][:, : 3 * width].reshape(height, width, 3).transpose(2, 0, 1)
+        return
+    for channel, k in enumerate((2, 0, 1)):
+        place[channel] = rows[k][:, :width]
