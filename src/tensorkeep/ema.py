@@ -59,6 +59,7 @@ class Ema:
         if not self._tensors:
             hint = "make the average after what trains has been chosen"
             raise TensorkeepError("no parameter of the model trains", where="ema", hint=hint)
+        self._paths = {name: name.split(".") for name in self._tensors}
         self._staged: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
         self._applied = False
@@ -82,7 +83,7 @@ class Ema:
         self._settle()
         averages, values, stream = [], [], None
         for name, parameter in parameters.items():
-            average, value = _local(self._tensors[name]), _local(parameter.detach())
+            average, value = _local(self._tensors[name]), _local(parameter)
             if value.is_cuda and not average.is_cuda:
                 value, stream = self._copied(name, value), torch.cuda.current_stream(value.device)
             averages.append(average)
@@ -167,12 +168,22 @@ class Ema:
         self.updates = updates
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        found = dict(_unwrap(model).named_parameters())
+        root, found = _unwrap(model), {}
+        for name, (
+            *path,
+            key,
+        ) in self._paths.items():  # walking the whole of a large frozen model takes longer than averaging
+            module: nn.Module | None = root
+            for part in path:
+                module = None if module is None else module._modules.get(part)
+            parameter = None if module is None else module._parameters.get(key)
+            if parameter is not None:
+                found[name] = parameter
         missing = [name for name in self._tensors if name not in found]
         if missing:
             what = f"the model has no parameter {missing[0]} ({len(missing)} of {len(self._tensors)} are gone)"
             raise TensorkeepError(what, where="ema", hint="make the average after the model has its final form")
-        return {name: found[name] for name in self._tensors}
+        return found
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -209,7 +220,9 @@ def _lerp(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (averaging works element by element), any other tensor as it is."""
-    if type(tensor) is Tensor or not hasattr(tensor, "to_local"):  # asking a plain tensor costs as much as averaging it
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(
+        tensor, "to_local"
+    ):  # asking a plain tensor costs as much as averaging it
         return tensor
     sharded: Any = tensor
     part: Tensor = sharded.to_local()
