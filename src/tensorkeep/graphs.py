@@ -40,7 +40,8 @@ def capture_step(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads may go on: a loader's, which pins memory meanwhile, would spoil a capture that minds them
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step()
 
     def replay() -> T:

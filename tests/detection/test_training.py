@@ -118,6 +118,11 @@ def test_a_sample_without_segments_is_filled_up_with_what_nothing_learns() -> No
     assert torch.equal(shares[0]["loss"], shares[1]["loss"]) and float(shares[1]["reg_loss"].detach()) == 0
 
 
+def test_ground_truth_is_never_cut_to_fit() -> None:
+    with pytest.raises(TensorkeepError, match="2 segments, there is room for 1"):
+        masked_batch(1)
+
+
 def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of one shape, the moving divisor as a tensor, drop path: all of `graph: true` but the graph itself."""
 

@@ -49,6 +49,9 @@ class Collate:
         batch = collate(samples)
         found = count_positives(batch["masks"], batch["segments"], batch["labels"], self.config)
         if self.segments is not None:
+            most = max(map(len, batch["labels"]))
+            if most > self.segments:
+                raise TensorkeepError(f"a sample holds {most} segments, there is room for {self.segments}", where="data")
             batch["segments"] = [F.pad(s, (0, 0, 0, self.segments - len(s))) for s in batch["segments"]]
             batch["labels"] = [F.pad(y, (0, self.segments - len(y))) for y in batch["labels"]]
         return {**batch, "positives": found}
