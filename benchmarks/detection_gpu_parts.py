@@ -278,7 +278,7 @@ def busy(visit: Visit) -> None:
     shm = shutil.disk_usage("/dev/shm").free / 2**30
     sample = 2 * 3 * 768 * 160 * 160 / 2**30
     cores = os.cpu_count() or 2
-    workers = 2 if visit.tiny else int(max(4, min(cores - 8, 0.7 * shm / (4 * sample))))
+    workers = 2 if visit.tiny else int(max(4, min(cores - 5, 0.7 * shm / (4 * sample))))
     visit.tell(shm_free_gib=round(shm, 1), workers=workers, cores=cores, torch=torch.__version__)
     if not visit.tiny:
         visit.tell(gpu=torch.cuda.get_device_name())
@@ -640,6 +640,8 @@ def main() -> None:
     work.__name__ = args.part
     visit.attempt(work)
     visit.tell(seconds=round(time.monotonic() - began, 1))
+    sys.stdout.flush()
+    os._exit(0)  # interpreters take seconds to tidy up, of which there are few
 
 
 if __name__ == "__main__":

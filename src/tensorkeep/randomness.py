@@ -79,7 +79,8 @@ def seed_process(seed: int, rank: int = 0) -> None:
 def deterministic(on: bool) -> Iterator[None]:
     """Within it, with `on`, the same work gives the same bits each time; what has no such kernel raises RuntimeError.
 
-    cuBLAS takes CUBLAS_WORKSPACE_CONFIG from the environment, where it stays set.
+    cuBLAS wants CUBLAS_WORKSPACE_CONFIG in the environment, where it stays set; torch looks there at its first product,
+    so a process that has multiplied on the GPU before must have set it (`:4096:8`) itself.
     """
     before = torch.are_deterministic_algorithms_enabled()
     if on:
