@@ -51,7 +51,9 @@ class Collate:
         if self.segments is not None:
             most = max(map(len, batch["labels"]))
             if most > self.segments:
-                raise TensorkeepError(f"a sample holds {most} segments, there is room for {self.segments}", where="data")
+                raise TensorkeepError(
+                    f"a sample holds {most} segments, there is room for {self.segments}", where="data"
+                )
             batch["segments"] = [F.pad(s, (0, 0, 0, self.segments - len(s))) for s in batch["segments"]]
             batch["labels"] = [F.pad(y, (0, self.segments - len(y))) for y in batch["labels"]]
         return {**batch, "positives": found}
