@@ -83,11 +83,12 @@ class Recorded:
         before = randomness.capture()
         try:
             replay = capture_step(lambda: self._work(batch, divisor), warmup=2)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise TensorkeepError(
-                f"the step cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}", where="training.graph",
-                hint="graph: false; dropout in what is recomputed, and checkpointing 'blocks' and 'attention', need it",
-            ) from error  # fmt: skip
+            what = f"the step cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}"
+            hint = "graph: false, where dropout is recomputed, or with checkpointing: blocks or attention"
+            raise TensorkeepError(what, where="training.graph", hint=hint) from error
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()

@@ -30,8 +30,7 @@ from tensorkeep.live_state import optimizer_state, put_optimizer, put_tensors, s
 # what may differ between two starts of one run without changing what is computed
 FREE = (
     "*.workers", "*.micro", "*.micro_batch", "*.log_every", "*.save_every", "*.keep", "*.keep.*", "*.keep_last", "*.keep_every",
-    "*.trackers", "*.trackers.*", "*.background", "*.parallel", "*.graph",
-    "*.deterministic",
+    "*.trackers", "*.trackers.*", "*.background", "*.parallel", "*.graph", "*.deterministic",
 )  # fmt: skip
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 
