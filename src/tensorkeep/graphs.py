@@ -83,7 +83,7 @@ class Recorded:
         before = randomness.capture()
         try:
             replay = capture_step(lambda: self._work(batch, divisor), warmup=2)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             what = f"the step cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}"
