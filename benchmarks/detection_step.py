@@ -33,11 +33,11 @@ import torch
 from tensorkeep.detection.adapters import LoraConfig
 from tensorkeep.detection.config import read_section
 from tensorkeep.detection.detector import BackboneConfig, Detector, DetectorConfig, build_detector, read_detector_config
-from tensorkeep.detection.graphs import capture_step, make_capturable
 from tensorkeep.detection.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.quantization import quantize_backbone
 from tensorkeep.detection.vit import Checkpointing
 from tensorkeep.ema import Ema
+from tensorkeep.graphs import capture_step, make_capturable
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
 

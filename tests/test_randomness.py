@@ -92,3 +92,12 @@ def test_states_of_devices_that_are_not_here_are_an_error() -> None:
     assert not randomness.fits(state)
     with refused("R01", "9 CUDA devices"):
         randomness.restore(state)
+
+
+def test_deterministic_kernels_are_asked_for_within_and_no_longer() -> None:
+    with pytest.raises(RuntimeError), randomness.deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise RuntimeError
+    assert not torch.are_deterministic_algorithms_enabled()
+    with randomness.deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled()

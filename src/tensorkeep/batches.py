@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tensorkeep.errors import TensorkeepError
@@ -147,6 +148,18 @@ def batches(
         if len(held) == parts:
             yield held
             held = []
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Every tensor of a batch (in dicts, lists and tuples) on the device; the rest as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
 
 
 def _alone(_worker: int) -> None:

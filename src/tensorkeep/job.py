@@ -61,7 +61,9 @@ class Loop:
     `best`: the evaluated number whose best checkpoint is kept, `-name` where smaller is better (`-loss`, `mAP`);
     `patience`: evaluations without a better one before the run stops. `evaluate_every` and `save_every` None: at the
     end only; no evaluation before update `evaluate_from`, but always one at the end. `parallel`: `fsdp` shards what
-    trains over the ranks, where there are several.
+    trains over the ranks, where there are several. `graph`: forward and backward of a micro-batch are recorded once as a
+    CUDA graph and replayed (see `graphs.Recorded`); one process on a GPU, elsewhere they are launched as ever.
+    `deterministic`: kernels that give the same bits each time, or an error where there is none.
     """
 
     updates: int
@@ -72,6 +74,8 @@ class Loop:
     clip: float | None = 1.0
     precision: Precision = "fp32"
     compile: bool = False
+    graph: bool = False
+    deterministic: bool = False
     log_every: int = 10
     save_every: int | None = None
     evaluate_every: int | None = None

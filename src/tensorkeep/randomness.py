@@ -8,8 +8,10 @@ process's own generators, whose states are captured as plain JSON and put back l
 from __future__ import annotations
 
 import base64
+import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,23 @@ def seed_process(seed: int, rank: int = 0) -> None:
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
     torch.manual_seed(number)
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Within it, with `on`, the same work gives the same bits each time; what has no such kernel raises RuntimeError.
+
+    cuBLAS wants CUBLAS_WORKSPACE_CONFIG in the environment, where it stays set; torch looks there at its first product,
+    so a process that has multiplied on the GPU before must have set it (`:4096:8`) itself.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def capture() -> dict[str, Any]:

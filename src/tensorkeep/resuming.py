@@ -30,7 +30,7 @@ from tensorkeep.live_state import optimizer_state, put_optimizer, put_tensors, s
 # what may differ between two starts of one run without changing what is computed
 FREE = (
     "*.workers", "*.micro", "*.micro_batch", "*.log_every", "*.save_every", "*.keep", "*.keep.*", "*.keep_last", "*.keep_every",
-    "*.trackers", "*.trackers.*", "*.background", "*.parallel",
+    "*.trackers", "*.trackers.*", "*.background", "*.parallel", "*.graph", "*.deterministic",
 )  # fmt: skip
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 
@@ -48,6 +48,8 @@ def facts(loop: Loop, world: World) -> dict[str, Any]:
         "micro": loop.micro,
         "precision": loop.precision,
         "compile": loop.compile,
+        "graph": loop.graph or None,  # None as in checkpoints from before there was a choice
+        "deterministic": loop.deterministic or None,
         "parallel": loop.parallel if world.size > 1 else None,
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tensorkeep import checkpoint, distributed, metrics, randomness, resuming, sharding
-from tensorkeep.batches import Stream, batches
+from tensorkeep.batches import Stream, batches, to_device
 from tensorkeep.checkpoint import Saver, State
 from tensorkeep.distributed import World
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.graphs import Recorded
 from tensorkeep.interruption import Interrupted, Wish, listening
 from tensorkeep.job import Job, Loop
 from tensorkeep.logbook import Log, Update, due
@@ -68,6 +69,7 @@ class _Run:
     scaler: Any
     saver: Saver | None
     data: dict[str, Any]  # what `resuming.data_facts` says
+    recorded: Recorded | None = None  # forward and backward, where they are a CUDA graph
     progress: Progress = field(default_factory=Progress)
     level: str | None = None
 
@@ -86,11 +88,15 @@ def fit(
     """
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
+    loop = _possible(loop, world, say)
     _set_out(job, loop, world)
-    with _saving(folder, loop, world) as saver:  # from here on nobody else writes into the run
+    # once the lock is held nobody else writes into the run
+    with randomness.deterministic(loop.deterministic), _saving(folder, loop, world) as saver:
         going = _Run(job, folder, loop, world, say, scaler, saver, resuming.data_facts(job))
         _start(going, resume, allow)
         model = job.model if loop.parallel == "fsdp" else distributed.parallel(job.model, world)
+        if loop.graph:
+            going.recorded = Recorded(lambda batch, divisor: share(going, model, batch, divisor, 1), _trained(job))
         with listening() as wish:
             reason = _go(going, model, wish)
             if saver:
@@ -161,23 +167,22 @@ def update(run: _Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update 
     divisor = job.divisor(count)
     for group in job.optimizer.param_groups:
         group["lr"] = job.schedule(run.progress.step, group["base_lr"])
-    job.optimizer.zero_grad(set_to_none=True)
+    job.optimizer.zero_grad(set_to_none=run.recorded is None)  # a graph adds to the memory it was recorded with
     losses: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         if part is None and loop.parallel == "ddp":  # this rank has a sample less than others
             continue
         sharding.exchange(model, last)
+        batch = to_device(parts[-1] if part is None else part, world.device)
         with _exchange(model, last):
-            with autocast(loop, world):
-                shares = job.loss(model, to_device(parts[-1] if part is None else part, world.device), divisor)
             # DDP and FSDP take the mean over ranks; sharded, a rank with nothing to do takes part for the others' sake
-            scaler.scale(shares["loss"] * (world.size if part is not None else 0)).backward()
-        for name, share in shares.items() if part is not None else ():
-            losses[name] = losses[name] + share.detach() if name in losses else share.detach()
+            weight = world.size if part is not None else 0
+            shares = run.recorded(batch, divisor) if run.recorded else share(run, model, batch, divisor, weight)
+        for name, value in shares.items() if part is not None else ():
+            losses[name] = losses[name] + value if name in losses else value
     scaler.unscale_(job.optimizer)
-    trained = [p for group in job.optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, loop.clip if loop.clip is not None else math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(_trained(job), loop.clip if loop.clip is not None else math.inf)
     if run.saver:
         run.saver.before_step()  # weights change now: the copy of the last save must be made
     scaler.step(job.optimizer)
@@ -187,23 +192,19 @@ def update(run: _Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update 
     return Update(losses, norm.full_tensor() if hasattr(norm, "full_tensor") else norm, count)
 
 
+def share(run: _Run, model: nn.Module, batch: Any, divisor: Any, weight: float) -> dict[str, Tensor]:
+    """Forward and backward of a micro-batch: its gradients times `weight` are added, its share of each loss comes back."""
+    with autocast(run.loop, run.world):
+        shares = run.job.loss(model, batch, divisor)
+    run.scaler.scale(shares["loss"] * weight).backward()
+    return {name: value.detach() for name, value in shares.items()}
+
+
 def autocast(loop: Loop, world: World) -> contextlib.AbstractContextManager[Any]:
     """The run's precision for a forward."""
     if loop.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(world.device.type, dtype=DTYPES[loop.precision])
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Every tensor of a batch (in dicts, lists and tuples) on the device; the rest as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
 
 
 def _exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -212,6 +213,22 @@ def _exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager
 
 
 # -- start ------------------------------------------------------------------------------------------------------------
+
+
+def _possible(loop: Loop, world: World, say: Output) -> Loop:
+    """The loop, without what cannot be had here and changes no number by more than rounding."""
+    if loop.graph and loop.precision == "fp16":
+        hint = "precision: bf16, or graph: false"
+        raise TensorkeepError("a CUDA graph would hold on to fp16's scale", where="training.graph", hint=hint)
+    if not loop.graph or (world.size == 1 and world.device.type == "cuda"):
+        return loop
+    if world.first:
+        say.remark("note: a CUDA graph needs one process and a GPU; here every kernel is launched by itself")
+    return replace(loop, graph=False)
+
+
+def _trained(job: Job) -> list[Tensor]:
+    return [p for group in job.optimizer.param_groups for p in group["params"]]
 
 
 def _set_out(job: Job, loop: Loop, world: World) -> None:

@@ -9,10 +9,10 @@ import torch
 from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
 from tensorkeep.detection.chain import HostStore, group_starts
 from tensorkeep.detection.detector import video_features
-from tensorkeep.detection.graphs import capture_step
 from tensorkeep.detection.quantization import quantize_backbone
 from tensorkeep.detection.vit import Block, VideoShape, VisionTransformer
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.graphs import capture_step
 from tests.detection import tiny
 
 DEEP = replace(tiny.VIT, depth=5, drop_path=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- the loss -----------------------------------------------------------------------------------------------------------
 
 
-def masked_batch() -> dict[str, Any]:
+def masked_batch(most: int | None = None) -> dict[str, Any]:
     frames, mask, segments, labels = tiny.batch()
     keys = ("inputs", "mask", "segments", "labels")
     samples = [dict(zip(keys, row)) | {"meta": {}} for row in zip(frames, mask, segments, labels)]
-    return Collate(tiny.detector().config)(samples)
+    return Collate(tiny.detector().config, most)(samples)
 
 
 def test_positives_counted_before_a_forward_are_those_of_the_loss() -> None:
@@ -88,6 +89,55 @@ def test_one_process_without_accumulation_computes_the_originals_loss_and_normal
         whole = other.loss(other(batch["inputs"], batch["masks"]), batch["segments"], batch["labels"])
         assert torch.equal(shares["loss"], whole.cost) and torch.equal(shares["reg_loss"], whole.reg_loss)
         assert torch.equal(detector.head.get_buffer("loss_normalizer"), other.head.get_buffer("loss_normalizer"))
+
+
+@pytest.mark.parametrize("near_ties", [False, True])
+@pytest.mark.parametrize("radius", [None, 1.5])
+def test_ground_truth_filled_up_to_one_shape_teaches_the_same_to_the_bit(radius: float | None, near_ties: bool) -> None:
+    start, found = tiny.detector().train(), []
+    start.head.config = replace(start.head.config, centre_radius=radius, near_ties=near_ties)
+    for most in (None, 7):
+        batch, detector = masked_batch(most), copy.deepcopy(start)
+        assert most is None or [tuple(s.shape) for s in batch["segments"]] == [(7, 2)] * 2
+        DetectionLoss(detector)(detector, batch, torch.tensor(5.0))["loss"].backward()
+        grads = [p.grad for p in detector.parameters() if p.grad is not None]
+        found.append((positives_of(batch), grads))
+    assert found[0][0] == found[1][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*(grads for _, grads in found)))
+
+
+def test_a_sample_without_segments_is_filled_up_with_what_nothing_learns() -> None:
+    detector = tiny.detector().train()
+    nothing = {"inputs": torch.zeros(3, 8, 32, 32, dtype=torch.uint8), "mask": torch.ones(8, dtype=torch.bool),
+               "segments": torch.zeros(0, 2), "labels": torch.zeros(0, dtype=torch.long), "meta": {}}  # fmt: skip
+    shares = []
+    for most in (None, 3):
+        batch = Collate(detector.config, most)([nothing])
+        assert positives_of(batch) == 0
+        shares.append(DetectionLoss(detector)(detector, batch, torch.tensor(1.0)))
+    assert torch.equal(shares[0]["loss"], shares[1]["loss"]) and float(shares[1]["reg_loss"].detach()) == 0
+
+
+def test_ground_truth_is_never_cut_to_fit() -> None:
+    with pytest.raises(TensorkeepError, match="2 segments, there is room for 1"):
+        masked_batch(1)
+
+
+def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one shape, the moving divisor as a tensor, drop path: all of `graph: true` but the graph itself."""
+
+    def capture(step: Any, warmup: int = 3) -> Any:
+        for _ in range(warmup):
+            step()
+        return step
+
+    monkeypatch.setattr("tensorkeep.graphs.capture_step", capture)
+    monkeypatch.setattr("tensorkeep.train._possible", lambda loop, *_: loop)
+    for graph in (False, True):
+        runs.trained(runs.recipe(data, training__graph=graph, **QLORA), tmp_path / str(graph))
+    assert relative_l2(tmp_path / "False", tmp_path / "True") < 1e-6
+    one, other = ([r["loss"] for r in rows(tmp_path / name) if "loss" in r] for name in ("False", "True"))
+    assert np.allclose(one, other, rtol=1e-6) and len(one) == 8
 
 
 def test_rates_are_those_of_the_schedule_in_updates() -> None:

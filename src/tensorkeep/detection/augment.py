@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -154,7 +155,8 @@ def _by_chunks(frames: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """`function` of float frames, rounded and clamped to uint8, a few frames at a time."""
     out = torch.empty_like(frames)
     for part, place in zip(torch.split(frames, CHUNK), torch.split(out, CHUNK)):
-        place.copy_(function(part.float()).round_().clamp_(0, 255))
+        # by way of int16: torch's own way from floats to bytes takes five times as long
+        place.copy_(function(part.float()).round_().clamp_(0, 255).to(torch.int16))
     return out
 
 
@@ -175,9 +177,10 @@ def _recoloured(frames: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 
 
 def _means(frames: Tensor) -> Tensor:
-    """Mean of each channel over the clip, float64 `[3]`; an integer sum, so that no split of the work can change it."""
-    rows = frames.sum(-1, dtype=torch.int32)  # fits, and is faster than int64
-    return rows.sum((0, 2), dtype=torch.int64).double() / (frames.numel() // 3)
+    """Mean of each channel over the clip, float64 `[3]`; sums of whole numbers, so that no split of the work can change it."""
+    # a row of up to 65,793 bytes adds up exactly in float32, in any order, and much faster than in int32
+    sums = [part.float().sum(-1).double().sum((0, 2)) for part in torch.split(frames, CHUNK)]
+    return torch.stack(sums).sum(0) / (frames.numel() // 3)
 
 
 def _saturation(factor: float) -> Tensor:
@@ -278,7 +281,7 @@ def _equalize(frames: Tensor, level: float, down: float, right: float) -> Tensor
         before = counts.cumsum(0) - counts
         table = ((before + step // 2) // step).clamp(max=255).to(torch.uint8)
         for part, place in zip(torch.split(frames[:, channel], CHUNK), torch.split(out[:, channel], CHUNK)):
-            place.copy_(table[part.int()])
+            place.copy_(torch.from_numpy(np.take(table.numpy(), part.numpy())))  # a fifth of the time of indexing
     return out
 
 

@@ -279,6 +279,11 @@ def make_clips(items: Sequence[Item], window: WindowConfig, reader: VideoReader 
     return Clips(tuple(items), window, reader, tuple(_places(items, window)))
 
 
+def most_segments(clips: Clips) -> int:
+    """The most segments that a sample of these can hold."""
+    return max(len(item.labels) for item in clips.items)
+
+
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples as a batch for `Detector`: `inputs` `[B, 3, T, H, W]` uint8 or `[B, C, T]`, `masks` `[B, T']` bool, `segments`
     and `labels` lists of tensors, `meta` a list."""

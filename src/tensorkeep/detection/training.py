@@ -39,13 +39,23 @@ def count_positives(masks: Tensor, segments: Sequence[Tensor], labels: Sequence[
 
 @dataclass(frozen=True)
 class Collate:
-    """`clips.collate`, and `positives`: what the batch adds to the count of its update."""
+    """`clips.collate`, and `positives`: what the batch adds to the count of its update. With `segments` every sample holds
+    so many, filled up with segments of no length, which no point learns: batches of one shape, and the same losses."""
 
     config: DetectorConfig
+    segments: int | None = None
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(samples)
         found = count_positives(batch["masks"], batch["segments"], batch["labels"], self.config)
+        if self.segments is not None:
+            most = max(map(len, batch["labels"]))
+            if most > self.segments:
+                raise TensorkeepError(
+                    f"a sample holds {most} segments, there is room for {self.segments}", where="data"
+                )
+            batch["segments"] = [F.pad(s, (0, 0, 0, self.segments - len(s))) for s in batch["segments"]]
+            batch["labels"] = [F.pad(y, (0, self.segments - len(y))) for y in batch["labels"]]
         return {**batch, "positives": found}
 
 

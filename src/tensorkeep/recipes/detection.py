@@ -10,6 +10,7 @@ from typing import Any
 from tensorkeep import run_folder
 from tensorkeep.batches import parts_of
 from tensorkeep.checkpoint import Keep, State
+from tensorkeep.detection.clips import most_segments
 from tensorkeep.detection.groups import make_optimizer
 from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, positives_of, refuse_split
 from tensorkeep.distributed import World
@@ -44,7 +45,7 @@ def build(
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
     job = Job(
-        model=detector, optimizer=make_optimizer(detector, recipe.optimizer), data=clips, collate=Collate(recipe.model),
+        model=detector, optimizer=make_optimizer(detector, recipe.optimizer), data=clips, collate=Collate(recipe.model, most_segments(clips) if loop.graph else None),
         loss=DetectionLoss(detector), count=positives_of, divisor=Normalizer(detector),
         schedule=Schedule(recipe.schedule, len(clips) / recipe.training.batch_size), evaluate=evaluate,
         ema=None if recipe.training.ema is None else Ema(detector, recipe.training.ema), base=base, recipe=plain(recipe),
@@ -63,7 +64,8 @@ def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
 
     return Loop(
         updates=max(1, math.ceil(recipe.schedule.epochs_run * per_epoch)), batch=t.batch_size, micro=t.micro_batch,
-        seed=t.seed, workers=t.workers, clip=recipe.optimizer.clip_norm or None, precision=t.precision,
+        seed=t.seed, workers=t.workers, clip=recipe.optimizer.clip_norm or None, precision=t.precision, graph=t.graph,
+        deterministic=t.deterministic,
         log_every=t.log_every, save_every=updates(t.save_every), evaluate_every=updates(t.evaluate_every),
         evaluate_from=updates(t.evaluate_from) if t.evaluate_from else 0, keep=Keep(t.keep_last),
         best="average_mAP" if t.best == "average_mAP" else "-loss",

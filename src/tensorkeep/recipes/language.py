@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tensorkeep import distributed, trackers
-from tensorkeep.batches import Data
+from tensorkeep.batches import Data, to_device
 from tensorkeep.checkpoint import Keep, State
 from tensorkeep.distributed import World
 from tensorkeep.ema import Ema
@@ -32,7 +32,7 @@ from tensorkeep.randomness import derive
 from tensorkeep.recipes.language_model import Remark, Start, start_of
 from tensorkeep.recipes.language_schema import DataConfig, GroupRule, LanguageRecipe, OptimizerConfig
 from tensorkeep.recipes.texts import plain
-from tensorkeep.train import autocast, to_device
+from tensorkeep.train import autocast
 
 CACHE = "cache"
 # of a recipe, what may differ between two starts of a run: where its tokens are kept

@@ -1,0 +1,648 @@
+"""The parts of `detection_gpu`, each in its own process: `python -m benchmarks.detection_gpu_parts PART OUT SCRATCH`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorkeep import checkpoint, distributed, metrics, train
+from tensorkeep.detection.clips import most_segments
+from tensorkeep.distributed import World
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.job import Job, Loop
+from tensorkeep.output import Output
+from tensorkeep.recipes.detection import build
+from tensorkeep.recipes.detection_schema import DetectionRecipe
+from tensorkeep.recipes.texts import read_recipe
+from tensorkeep.train import fit
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "videomae_s_thumos_qlora.yaml"
+LIGHT = [("data.augment.operations", "0"), ("data.augment.jitter", "[0, 0, 0, 0]"), ("data.feature_stride", "1")]
+TINY = [
+    ("model.backbone.vit", "{image_size: 32, patch_size: 16, embed_dim: 32, depth: 2, heads: 2, mlp_dim: 64, chunk_frames: 16, tubelet: 2, drop_path: 0.1}"),
+    ("model.projection.in_channels", "32"), ("model.projection.channels", "32"), ("model.head.channels", "32"),
+    ("window_size", "64"), ("crop_size", "32"), ("data.augment.short_side", "40"), ("data.feature_stride", "2"),
+]  # fmt: skip
+
+
+@dataclass
+class Visit:
+    """Where a part works: the folder of its figures, that of its videos and runs, whether everything is small."""
+
+    name: str
+    out: Path
+    scratch: Path
+    tiny: bool
+    found: dict[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+
+    def tell(self, **figures: Any) -> None:
+        """Say figures, and write all that there are so far."""
+        if self.quiet:
+            return
+        for key, value in figures.items():
+            self.found[key] = value
+            print(f"{key}: {json.dumps(value)[:400]}", flush=True)
+        path = self.out / f"{self.name}.json"
+        path.with_suffix(".new").write_text(json.dumps(self.found, indent=1) + "\n")
+        path.with_suffix(".new").replace(path)
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do it; what goes wrong is a figure too, and the rest goes on."""
+        try:
+            work()
+        except Exception:  # noqa: BLE001  one fault must not take the other figures along
+            traceback.print_exc()
+            self.tell(**{f"{getattr(work, '__name__', 'work')} failed": traceback.format_exc(limit=-6)})
+            if torch.distributed.is_initialized():
+                os._exit(3)  # the other process waits for this one: nothing can follow
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.tiny else "cuda:0")
+
+    def recipe(self, *changes: tuple[str, str]) -> DetectionRecipe:
+        """ViT-S + QLoRA with random weights, on the synthetic videos."""
+        data = self.scratch / "data"
+        moved = [(f"data.{part}.annotations", str(data / "annotations.json")) for part in ("train", "test")]
+        moved += [(f"data.{part}.folder", str(data / "videos")) for part in ("train", "test")]
+        moved += [
+            ("data.class_map", str(data / "category_idx.txt")), ("model.head.classes", "3"), ("training.pretrained", "null"),
+            ("training.workers", "2" if self.tiny else "4"),
+        ]  # fmt: skip
+        return read_recipe(RECIPE, [*moved, *(TINY if self.tiny else []), *changes])
+
+    def steps(self, many: int, few: int = 6) -> int:
+        return few if self.tiny else many
+
+
+class Held:
+    """Random frames in memory, in the shape of samples: what a step costs where nothing is decoded."""
+
+    def __init__(self, job: Job, made: DetectionRecipe, count: int = 8) -> None:
+        length, side = made.data.window_size, made.data.crop_size
+        most = most_segments(job.data)  # type: ignore[arg-type]
+        self.length = len(job.data)
+        generator = torch.Generator().manual_seed(0)
+        self.samples = []
+        for number in range(count):
+            pixels = torch.randint(0, 256, (3, length, side, side), dtype=torch.uint8, generator=generator)
+            starts = torch.rand(min(3 + number % 5, most), generator=generator) * length * 0.8
+            spans = 2 + torch.rand(len(starts), generator=generator) * length * 0.15
+            labels = torch.randint(0, made.model.head.classes, (len(starts),), generator=generator)
+            self.samples.append({
+                "inputs": pixels, "mask": torch.ones(length, dtype=torch.bool), "labels": labels,
+                "segments": torch.stack([starts, starts + spans], -1),
+            })  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.length
+
+    def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        return {**self.samples[index % len(self.samples)], "meta": {"video": f"{index}"}}
+
+    def fingerprint(self) -> str:
+        return "held"
+
+
+# -- watching ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watch:
+    """Looks on while `fit` trains: when each update began and ended (on the device), its loss, waits and saves."""
+
+    device: torch.device
+    stop_after: float | None = None  # seconds; then the run is asked to save and leave
+    each: Callable[[int], None] = lambda _: None
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    saves: list[float] = field(default_factory=list)
+    savers: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> Watch:
+        self.began = time.monotonic()
+        self.kept = train.update, train.batches, train._save, train.Saver
+        train.update, train.batches, train._save, train.Saver = self._update, self._batches, self._save, self._saver  # type: ignore[assignment,misc]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        train.update, train.batches, train._save, train.Saver = self.kept  # type: ignore[misc]
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _update(self, run: Any, model: Any, parts: Any, wish: Any) -> Any:
+        self.host.append(time.perf_counter())
+        begin = self._mark()
+        made = self.kept[0](run, model, parts, wish)
+        if made is not None:
+            self.marks.append((begin, self._mark()))
+            self.losses.append(made.losses["loss"].detach().clone())
+            self.each(len(self.marks))
+        if self.stop_after is not None and time.monotonic() - self.began > self.stop_after:
+            wish.signal = signal.SIGTERM
+        return made
+
+    def _batches(self, *args: Any, **kwargs: Any) -> Iterator[list[Any]]:
+        source = self.kept[1](*args, **kwargs)
+        while True:
+            begin = time.perf_counter()
+            try:
+                part = next(source)
+            except StopIteration:
+                return
+            self.waits.append(time.perf_counter() - begin)
+            yield part
+
+    def _save(self, run: Any) -> None:
+        begin = time.perf_counter()
+        self.kept[2](run)
+        self.saves.append(time.perf_counter() - begin)
+
+    def _saver(self, *args: Any, **kwargs: Any) -> Any:
+        self.savers.append(self.kept[3](*args, **kwargs))
+        return self.savers[-1]
+
+    def _between(self, one: Any, other: Any) -> float:
+        return float(other - one if isinstance(one, float) else one.elapsed_time(other) / 1e3)
+
+    def figures(self, skip: int) -> dict[str, Any]:
+        """Of the updates after the first `skip`. `working_share`: the device's time inside of updates over all of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        skip = min(skip, len(self.marks) // 2)
+        marks = self.marks[skip:]
+        inside = [self._between(*mark) for mark in marks]
+        whole = self._between(marks[0][0], marks[-1][1])
+        late = marks[
+            len(marks) // 2 :
+        ]  # what was fetched ahead while the first update was made ready is used up by then
+        late_whole = self._between(late[0][0], late[-1][1])
+        losses = [float(x) for x in self.losses]
+        return {
+            "updates": len(self.marks), "measured": len(marks), "seconds_an_update": whole / len(marks),
+            "median_of_an_update": statistics.median(inside), "working_share": sum(inside) / whole,
+            "late": {
+                "updates": len(late), "seconds_an_update": late_whole / len(late),
+                "working_share": sum(inside[len(marks) // 2 :]) / late_whole,
+            },
+            "waited_for_batches": sum(self.waits[skip : len(self.marks)]), "longest_wait": max(self.waits[skip:]),
+            "first_batch": self.waits[0], "finite": all(map(torch.isfinite, self.losses)),
+            "losses": [round(x, 4) for x in losses[:: max(1, len(losses) // 15)]],
+            "mean_first_20": statistics.fmean(losses[:20]), "mean_last_20": statistics.fmean(losses[-20:]),
+            "saves": [round(x, 4) for x in self.saves],
+            "stalls_of_saver": [round(x, 4) for saver in self.savers for x in saver.stalls],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
+        }  # fmt: skip
+
+
+class Utilisation:
+    """The driver's word for how busy the GPU is, asked every 100 ms: a cross-check, since it rounds up."""
+
+    def __init__(self) -> None:
+        self.percents: list[int] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def __enter__(self) -> Utilisation:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=2)
+
+    def _ask(self) -> None:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            place = pynvml.nvmlDeviceGetHandleByIndex(int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]))
+            while not self._over.wait(0.1):
+                self.percents.append(int(pynvml.nvmlDeviceGetUtilizationRates(place).gpu))
+        except Exception as error:  # noqa: BLE001  a cross-check that is not there
+            print(f"no utilisation: {error}", flush=True)
+
+    def mean(self, part: float) -> float | None:
+        """Mean per cent of the last `part` of the samples."""
+        late = self.percents[int(len(self.percents) * (1 - part)) :]
+        return statistics.fmean(late) if late else None
+
+
+def plain(job: Job) -> Job:
+    """The job, without its evaluation."""
+    return replace(job, evaluate=None)
+
+
+def short(loop: Loop, updates: int, **changes: Any) -> Loop:
+    return replace(
+        loop,
+        **{"updates": updates, "best": None, "evaluate_every": None, "save_every": None, "log_every": 10, **changes},
+    )
+
+
+def loud() -> Output:
+    return Output(quiet=False)
+
+
+# -- busy -------------------------------------------------------------------------------------------------------------
+
+
+def busy(visit: Visit) -> None:
+    """How busy one GPU is with decoded video."""
+    shm = shutil.disk_usage("/dev/shm").free / 2**30
+    sample = 2 * 3 * 768 * 160 * 160 / 2**30
+    cores = os.cpu_count() or 2
+    workers = 2 if visit.tiny else int(max(4, min(cores - 5, 0.7 * shm / (4 * sample))))
+    visit.tell(shm_free_gib=round(shm, 1), workers=workers, cores=cores, torch=torch.__version__)
+    if not visit.tiny:
+        visit.tell(gpu=torch.cuda.get_device_name())
+
+    def run(name: str, changes: list[tuple[str, str]], updates: int, seconds: float, graph: bool = True) -> None:
+        made = visit.recipe(*changes, ("training.workers", str(workers)), ("training.graph", json.dumps(graph)))
+        place = visit.scratch / "busy" / f"{name}-{graph}"
+        world = World(device=visit.device)
+        job, loop = build(made, place, world, print)
+        if visit.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with Utilisation() as driver, Watch(visit.device, seconds) as watch:
+            fit(plain(job), place, short(loop, updates, save_every=max(2, updates // 6)), world=world, say=loud())
+        skip = min(20, len(watch.marks) // 3)
+        found = watch.figures(skip)
+        found |= {"graph": graph, "driver_percent": driver.mean(0.7), "changes": [f"{k} {v}" for k, v in changes]}
+        frames = made.data.window_size * made.data.scale_factor * loop.batch
+        visit.tell(**{name: found | {"frames_a_second": frames / found["seconds_an_update"]}})
+
+    def full() -> None:  # the recipe as it is: every 4th frame, AdaTAD's whole augmentation
+        run_or_eager("full", [], visit.steps(320, 9), 45)
+
+    def light() -> None:  # every frame, crop and flip alone: what fewer cores can feed
+        run_or_eager("light", [] if visit.tiny else LIGHT, visit.steps(160, 9), 18)
+
+    def run_or_eager(name: str, changes: list[tuple[str, str]], updates: int, seconds: float) -> None:
+        try:
+            run(name, changes, updates, seconds)
+        except TensorkeepError as error:
+            visit.tell(**{f"{name}_graph_error": error.line, f"{name}_cause": repr(error.__cause__)})
+            run(name, changes, updates, seconds, graph=False)
+
+    visit.attempt(full)
+    visit.attempt(light)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+EXACT = [("training.deterministic", "true"), ("schedule.warmup_epochs", "0"), *LIGHT]
+
+
+def exact_run(visit: Visit, place: Path, die_at: int | None = None) -> train.Outcome:
+    """24 updates on decoded video with deterministic kernels, from the newest checkpoint; dies by SIGKILL."""
+    made = visit.recipe(*EXACT, ("training.workers", "2" if visit.tiny else "6"))
+    world = World(device=visit.device)
+    job, loop = build(made, place, world)
+    calls = 0
+
+    def count(batch: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job.count(batch)
+
+    return fit(
+        replace(plain(job), count=count), place, short(loop, 24, save_every=8, log_every=1), world=world, say=loud()
+    )
+
+
+def killed(visit: Visit) -> None:
+    """The process that dies."""
+    exact_run(visit, visit.scratch / "resume" / "broken", die_at=21)
+
+
+def resume(visit: Visit) -> None:
+    """Exact resume on one GPU, and what deterministic kernels and graphs cost and give."""
+    folder = visit.scratch / "resume"
+
+    def gone_on() -> None:
+        dies = [sys.executable, "-m", "benchmarks.detection_gpu_parts", "killed", str(visit.out), str(visit.scratch)]
+        child = subprocess.Popen([*dies, *(["--tiny"] if visit.tiny else [])])  # beside the run that nobody touches
+        exact_run(visit, folder / "whole")
+        visit.tell(killed_by=child.wait(60), checkpoints_left=checkpoint.steps(folder / "broken"))
+        outcome = exact_run(visit, folder / "broken")
+        visit.tell(level=outcome.level, step=outcome.step)
+        visit.tell(decoded_run_bitwise=same(folder / "broken", folder / "whole"))
+
+    visit.attempt(gone_on)
+    losses: dict[str, list[Tensor]] = {}
+
+    def timed(name: str, updates: int, place: Path, **loop_changes: Any) -> None:
+        graph = json.dumps(bool(loop_changes.get("graph")))
+        changes = [("training.workers", "2"), ("training.graph", graph), ("schedule.warmup_epochs", "0")]
+        made = visit.recipe(*changes)
+        world = World(device=visit.device)
+        job, loop = build(made, place, world)
+        job = replace(plain(job), data=held(job, made))
+        if visit.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with Watch(visit.device) as watch:
+            fit(job, place, short(loop, updates, **loop_changes), world=world, allow=("updates",))
+        losses.setdefault(name, []).extend(watch.losses)
+        if name not in visit.found:
+            found = watch.figures(min(10, updates // 2))
+            visit.tell(**{name: {k: found[k] for k in ("seconds_an_update", "median_of_an_update", "peak_gib")}})
+
+    cache: list[Held] = []
+
+    def held(job: Job, made: DetectionRecipe) -> Held:
+        if not cache:
+            cache.append(Held(job, made))
+        return cache[0]
+
+    many = visit.steps(26, 6)
+    ways = {
+        "eager": {}, "eager_again": {}, "eager_deterministic": {"deterministic": True}, "graph": {"graph": True},
+        "graph_deterministic": {"graph": True, "deterministic": True},
+    }  # fmt: skip
+
+    def ways_of_a_step() -> None:
+        for name, changes in ways.items():
+            visit.attempt(lambda name=name, changes=changes: timed(name, many, folder / name, **changes))
+        for one, other in (
+            ("eager", "graph"),
+            ("eager_deterministic", "graph_deterministic"),
+            ("eager", "eager_again"),
+        ):
+            if one in losses and other in losses:
+                a, b = (torch.stack(losses[n]).double().cpu() for n in (one, other))
+                away = float(((a - b).abs() / a.abs()).max()) if len(a) == len(b) else None
+                visit.tell(**{
+                    f"{one}_against_{other}": {
+                        "losses_bitwise": bool(torch.equal(a, b)), "largest_relative_difference": away,
+                        "state_bitwise": same(folder / one, folder / other), "weights": apart(folder / one, folder / other),
+                    }
+                })  # fmt: skip
+
+    def graph_gone_on() -> None:
+        way = ways["graph_deterministic"]
+        timed("graph_first_half", many // 2, folder / "graph_halves", **way)
+        timed("graph_second_half", many, folder / "graph_halves", **way)
+        visit.tell(graph_resumed_bitwise=same(folder / "graph_halves", folder / "graph_deterministic"))
+
+    def kernels() -> None:  # last: a profiler may fail, or change what comes after
+        if visit.device.type != "cuda":
+            return
+        for name, changes in (("eager", {}), ("graph", {"graph": True})):
+            visit.tell(**{f"{name}_kernels": kernel_share(visit, folder / f"profiled-{name}", held, changes)})
+
+    visit.attempt(ways_of_a_step)
+    visit.attempt(graph_gone_on)
+    visit.attempt(kernels)
+
+
+def kernel_share(visit: Visit, place: Path, held: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Of five updates on held data: the share of the time in which some kernel or copy ran on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    made = visit.recipe(("training.workers", "2"), ("training.graph", json.dumps(bool(changes))))
+    world = World(device=visit.device)
+    job, loop = build(made, place, world)
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    clock: list[float] = []
+
+    def each(update: int) -> None:
+        if update in (10, 15):
+            torch.cuda.synchronize()
+            clock.append(time.perf_counter())
+            profiler.start() if update == 10 else profiler.stop()
+
+    with Watch(visit.device, each=each):
+        fit(replace(plain(job), data=held(job, made)), place, short(loop, 16, **changes), world=world)
+    spans, copies = [], 0.0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if "CUDA" in str(event.device_type()):
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+            copies += event.duration_ns() / 1e9 if "HtoD" in event.name() else 0.0
+    spans.sort()
+    covered, end = 0, 0
+    for start, stop in spans:
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    whole = (spans[-1][1] - spans[0][0]) / 1e9
+    return {
+        "kernels": len(spans) / 5,
+        "share": covered / 1e9 / whole,
+        "seconds": whole / 5,
+        "copies_to_device": copies / 5,
+    }
+
+
+def same(one: Path, other: Path) -> bool | None:
+    """Whether weights, moments, average and random states of two runs' newest checkpoints are equal to the bit."""
+    a, b = checkpoint.newest(one), checkpoint.newest(other)
+    if a is None or b is None:
+        return None
+    parts = [(getattr(a[0], part), getattr(b[0], part)) for part in ("model", "optimizer", "ema")]
+    equal = all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in parts)
+    return equal and a[0].document["rng"] == b[0].document["rng"] and a[0].document["step"] == b[0].document["step"]
+
+
+def apart(one: Path, other: Path) -> float:
+    """Relative L2 distance of two runs' newest weights."""
+    a, b = (checkpoint.newest(run) for run in (one, other))
+    assert a is not None and b is not None and a[0].model.keys() == b[0].model.keys()
+    x, y = (torch.cat([t.double().flatten() for _, t in sorted(f[0].model.items())]) for f in (a, b))
+    return float((x - y).norm() / x.norm())
+
+
+# -- scaling ------------------------------------------------------------------------------------------------------------
+
+
+def scaling(visit: Visit) -> None:
+    """Two processes against one; every rank runs this, the first one alone trains in between."""
+    world = distributed.start("cpu" if visit.tiny else "cuda")
+    visit.quiet = not world.first
+    folder = visit.scratch / "scaling"
+    alone = World(device=world.device)
+
+    def speed(name: str, who: World, batch: int) -> float:
+        made = visit.recipe(("training.workers", "4" if not visit.tiny else "0"), ("training.batch_size", str(batch)))
+        job, loop = build(made, folder / name, who)
+        job = replace(plain(job), data=Held(job, made, 4))
+        with Watch(who.device) as watch:
+            fit(job, folder / name, short(loop, visit.steps(45)), world=who)
+        seconds = float(watch.figures(min(15, len(watch.marks) // 2))["seconds_an_update"])
+        return batch * made.data.window_size / seconds
+
+    def weak() -> None:
+        found = speed("one", alone, 2) if world.first else 0.0
+        distributed.gathered(world, None)
+        visit.tell(frames_a_second_one=found)
+        two = speed("two", world, 4)
+        visit.tell(frames_a_second_two=two)
+        if world.first:
+            visit.tell(scaling=two / found)
+
+    def equal() -> None:
+        torch.backends.cudnn.allow_tf32 = False  # rounding alone shall differ
+        changes = [
+            ("model.backbone.vit.drop_path", "0.0"), ("model.projection.drop_path", "0.0"), ("training.precision", "fp32"),
+            ("model.backbone.frozen_dtype", "float32"), ("training.batch_size", "4"), ("training.best", "loss"),
+            ("schedule.warmup_epochs", "0"), ("data.feature_stride", "2"),
+            ("window_size", "64" if visit.tiny else "192"), ("training.workers", "2" if visit.tiny else "6"),
+        ]  # fmt: skip
+        made = visit.recipe(*changes)
+
+        def trained(name: str, who: World) -> tuple[list[list[str]], dict[str, float]]:
+            heard: list[list[str]] = []
+            job, loop = build(made, folder / name, who)
+
+            def count(batch: Any) -> float:
+                heard.append([meta["video"] + f"@{meta['window_start_frame']}" for meta in batch["meta"]])
+                return job.count(batch)
+
+            listening = replace(job, count=count)
+            outcome = fit(listening, folder / name, short(loop, visit.steps(20), log_every=1), world=who)
+            return heard, outcome.evaluation
+
+        heard, numbers = trained("equal-two", world)
+        parts = distributed.gathered(world, heard)
+        if not world.first:
+            return
+        ids, reference = trained("equal-one", alone)
+        both = [sorted(a + b) for a, b in zip(*parts)]
+        rows = [
+            [r["loss"] for r in metrics.rows(folder / n / metrics.METRICS) if "loss" in r]
+            for n in ("equal-two", "equal-one")
+        ]
+        visit.tell(
+            same_ids=both == [sorted(batch) for batch in ids], updates=len(ids),
+            weights_relative_l2=apart(folder / "equal-two", folder / "equal-one"),
+            losses_largest_relative=max(abs(a - b) / abs(b) for a, b in zip(*rows)),
+            evaluated_by_two=numbers, evaluated_by_one=reference,
+        )  # fmt: skip
+
+    visit.attempt(weak)
+    visit.attempt(equal)
+    distributed.stop()
+
+
+# -- language -----------------------------------------------------------------------------------------------------------
+
+
+def language(visit: Visit) -> None:
+    """A tiny language model under DDP and FSDP2: saved, gone on with, and gone on with by one process."""
+    from tests.language_files import config, save_tokenizer, texts
+
+    from tensorkeep.recipes.language import build as build_language
+    from tensorkeep.recipes.language import loop_of
+    from tensorkeep.recipes.reading import language_recipe
+
+    world = distributed.start("cpu" if visit.tiny else "cuda")
+    visit.quiet = not world.first
+    alone = World(device=world.device)
+    folder = visit.scratch / "language"
+    if world.first:
+        save_tokenizer(folder / "tok")
+        texts(folder / "a.jsonl", 40)
+    distributed.gathered(world, None)
+
+    def trained(name: str, who: World, parallel: str, updates: int, begin: str | None = None) -> train.Outcome:
+        made = language_recipe({
+            "config": config(hidden_size=64, intermediate_size=128), "tokenizer": str(folder / "tok"),
+            "data": {"files": str(folder / "a.jsonl"), "length": 32, "packing": "first_fit"},
+            "training": {"updates": 12, "batch": 4, "log_every": 1, "ema": 0.9, "parallel": parallel, "save_every": 6},
+            "optimizer": {"lr": 1e-3},
+        })  # fmt: skip
+        job = build_language(made, folder / name, who)
+        loop = replace(loop_of(made, len(job.data)), updates=updates, keep=checkpoint.Keep(9))
+        start = "auto" if begin is None else str(folder / begin / "checkpoints" / "step-000006")
+        return fit(job, folder / name, loop, start, who, ("updates",))
+
+    def pair(parallel: str) -> None:
+        trained(f"{parallel}-whole", world, parallel, 12)
+        trained(f"{parallel}-halves", world, parallel, 6)
+        outcome = trained(f"{parallel}-halves", world, parallel, 12)
+        distributed.gathered(world, None)
+        if world.first:
+            whole, halves = folder / f"{parallel}-whole", folder / f"{parallel}-halves"
+            on = trained(f"{parallel}-elsewhere", alone, "ddp", 12, begin=f"{parallel}-halves")
+            visit.tell(**{
+                parallel: {
+                    "level": outcome.level, "bitwise": same(whole, halves), "weights": apart(whole, halves),
+                    "level_on_one": on.level, "weights_on_one": apart(whole, folder / f"{parallel}-elsewhere"),
+                    "weights_of_one_untouched": apart(whole, folder / "one"),
+                }
+            })  # fmt: skip
+        distributed.gathered(world, None)
+
+    def ddp() -> None:
+        pair("ddp")
+
+    def fsdp() -> None:
+        pair("fsdp")
+
+    if world.first:
+        trained("one", alone, "ddp", 12)
+    distributed.gathered(world, None)
+    visit.attempt(ddp)
+    visit.attempt(fsdp)
+    distributed.stop()
+
+
+PARTS = {"busy": busy, "resume": resume, "killed": killed, "scaling": scaling, "language": language}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard > soft >= 0:  # each prefetched tensor is a file descriptor
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
+    visit = Visit(args.part, args.out, args.scratch, args.tiny, quiet=args.part == "killed")
+    if args.part == "language":
+        importlib.import_module("tensorkeep.recipes.language")
+    while args.part != "killed" and not (args.scratch / f"go-{args.part}").exists():
+        time.sleep(0.05)
+    began = time.monotonic()
+
+    def work() -> None:
+        PARTS[args.part](visit)
+
+    work.__name__ = args.part
+    visit.attempt(work)
+    visit.tell(seconds=round(time.monotonic() - began, 1))
+    sys.stdout.flush()
+    os._exit(0)  # interpreters take seconds to tidy up, of which there are few
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Recorded steps. What makes them static is tried on any machine, with a capture that only runs; the graphs on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tensorkeep import graphs, train
+from tensorkeep.graphs import Recorded, capture_step, fill, make_capturable
+from tensorkeep.job import Loop
+from tensorkeep.output import Output
+from tensorkeep.train import fit
+from tests.detection import tiny
+from tests.helpers import refused
+from tests.training import assert_same_run, relative_l2, small_job
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+LOOP = Loop(updates=6, batch=4, log_every=1, save_every=2)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording as on a GPU: rehearsals, then every call runs on the tensors that were recorded."""
+
+    def capture(step: Callable[[], Any], warmup: int = 3) -> Callable[[], Any]:
+        for _ in range(warmup):
+            step()
+        return step
+
+    monkeypatch.setattr(graphs, "capture_step", capture)
+    monkeypatch.setattr(train, "_possible", lambda loop, *_: loop)
+
+
+def test_a_capturable_optimizer_holds_its_rates_in_tensors() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=0.25)
+    make_capturable(optimizer)
+    assert optimizer.param_groups[0]["capturable"] and float(optimizer.param_groups[0]["lr"]) == 0.25
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.usefixtures("played")
+def test_a_recorded_run_is_the_launched_one_with_every_draw_of_dropout(tmp_path: Path, micro: int | None) -> None:
+    """Rehearsals leave no trace: neither gradients nor random numbers, and no loss of another micro-batch."""
+    loop = replace(LOOP, micro=micro)
+    fit(small_job(), tmp_path / "launched", loop)
+    fit(small_job(), tmp_path / "recorded", replace(loop, graph=True))
+    assert relative_l2(tmp_path / "launched", tmp_path / "recorded") < 1e-7
+    one, other = ([r["loss"] for r in losses(tmp_path / name)] for name in ("launched", "recorded"))
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.usefixtures("played")
+def test_a_recorded_run_goes_on_exactly(tmp_path: Path) -> None:
+    loop = replace(LOOP, graph=True)
+    fit(small_job(), tmp_path / "whole", loop)
+    fit(small_job(), tmp_path / "broken", replace(loop, updates=4))
+    assert fit(small_job(), tmp_path / "broken", loop, allow=("updates",)).level == "exact"
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    from tensorkeep import metrics
+
+    return [row for row in metrics.rows(run / metrics.METRICS) if "loss" in row]
+
+
+def test_without_a_gpu_kernels_are_launched_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(small_job(), tmp_path / "asked", replace(LOOP, graph=True), say=Output())
+    assert "needs one process and a GPU" in capsys.readouterr().err
+    fit(small_job(), tmp_path / "plain", LOOP)
+    assert_same_run(tmp_path / "asked", tmp_path / "plain")
+
+
+def test_a_scaled_loss_is_not_recorded(tmp_path: Path) -> None:
+    with refused(None, "fp16's scale"):
+        fit(small_job(), tmp_path, replace(LOOP, graph=True, precision="fp16"))
+
+
+def test_a_batch_of_another_form_is_refused() -> None:
+    held = {"x": torch.zeros(2, 3), "y": [torch.zeros(2)]}
+    for batch in ({**held, "x": torch.zeros(3, 3)}, {**held, "x": torch.zeros(2, 3).long()}, {**held, "y": []}):
+        with refused(None, "where the recorded one held"):
+            fill(held, batch)
+
+
+@on_gpu
+def test_a_recorded_step_trains_as_a_launched_one() -> None:
+    losses = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        detector = tiny.detector(checkpointing="segments").cuda().train()
+        frames, mask, segments, labels = tiny.batch()
+        moved = frames.cuda(), mask.cuda(), [s.cuda() for s in segments], [y.cuda() for y in labels]
+        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=1e-3)
+        make_capturable(optimizer)
+
+        def step() -> torch.Tensor:
+            loss = detector.loss(detector(*moved[:2]), *moved[2:]).cost  # noqa: B023
+            loss.backward()
+            optimizer.step()  # noqa: B023
+            optimizer.zero_grad()  # noqa: B023
+            return loss.detach()
+
+        run = capture_step(step, warmup=2) if recorded else step
+        losses.append([run().item() for _ in range(3 if recorded else 5)])
+    assert losses[1] == pytest.approx(losses[0][2:], rel=1e-4)
+
+
+@on_gpu
+def test_a_recorded_backward_adds_to_the_gradients_and_draws_anew() -> None:
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.ones(64, device="cuda"))
+
+        def work(batch: torch.Tensor, divisor: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = torch.nn.functional.dropout(weight * batch).sum() / divisor  # noqa: B023
+            loss.backward()
+            return {"loss": loss.detach()}
+
+        run = Recorded(work, [weight]) if recorded else work
+        batches = [torch.full((64,), float(number), device="cuda") for number in (1, 2, 3)]
+        sums = [float(run(batch, torch.tensor(2.0, device="cuda"))["loss"]) for batch in batches]
+        found.append((sums, weight.grad))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
