@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep import checkpoint, metrics
+from tensorkeep import checkpoint, metrics, resuming
 from tensorkeep.checkpoint import Keep, State
 from tensorkeep.distributed import World
 from tensorkeep.job import Job, Loop
@@ -225,6 +225,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_rows_are_made_again(tmp_pat
     outcome = fit(make(), tmp_path / "parts", loop)
     assert outcome.level == "exact"
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_gpu_promises_the_same_bits_only_with_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    world = World(device=torch.device("cuda"))
+    for on, promised in ((False, "sample-exact"), (True, "exact")):
+        loop = replace(LOOP, deterministic=on)
+        level, why = resuming._level(loop, world, {"facts": resuming.facts(loop, world), "optimizer": {}}, [])
+        assert level == promised and bool(why) is not on
 
 
 # -- a run that is over, and one that is not the same ---------------------------------------------------------------------------

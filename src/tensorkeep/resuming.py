@@ -216,6 +216,8 @@ def _level(loop: Loop, world: World, then: Mapping[str, Any], lost: list[str]) -
     ]
     if not before:
         why = ["written elsewhere"]
+    if world.device.type == "cuda" and not (loop.deterministic or torch.are_deterministic_algorithms_enabled()):
+        why.append("a GPU's kernels need not give the same bits twice: training.deterministic asks for those that do")
     if "optimizer" not in then:
         return "weights only", ["no optimizer state (R05)", *lost]
     return "sample-exact" if why or lost else "exact", [*why, *lost]

@@ -127,7 +127,7 @@ def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
     return Loop(
         updates=updates_of(recipe, samples), batch=t.batch, micro=t.micro_batch, seed=t.seed, workers=t.workers,
         clip=t.clip, precision=t.precision, compile=t.compile and not t.gradient_checkpointing, log_every=t.log_every, save_every=t.save_every,
-        evaluate_every=t.evaluate_every, evaluate_from=t.evaluate_from, parallel=t.parallel, keep=Keep(t.keep_last, t.keep_every), best=t.best, patience=t.patience,
+        evaluate_every=t.evaluate_every, evaluate_from=t.evaluate_from, parallel=t.parallel, deterministic=t.deterministic, keep=Keep(t.keep_last, t.keep_every), best=t.best, patience=t.patience,
     )  # fmt: skip
 
 

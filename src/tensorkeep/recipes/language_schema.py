@@ -92,7 +92,8 @@ class TrainingConfig:
     updates, or epochs: exactly one. batch: samples of one update over all processes and accumulated steps.
     micro_batch: samples of one process in one forward (None: its share). ema: decay of the averaged weights (None: no
     average). kept: what of a layer gradient checkpointing keeps, besides its input the matrix products no wider than it or
-    all of them (both with compile). parallel: over several processes, copies (ddp) or shards (fsdp). quantize_backbone: how frozen linears are
+    all of them (both with compile). parallel: over several processes, copies (ddp) or shards (fsdp).
+    deterministic: the same bits at every start, on a GPU too; slower. quantize_backbone: how frozen linears are
     held. No evaluation before update `evaluate_from`, but always one at the end. best: the evaluated number whose best checkpoint stays,
     `-loss` for the smallest loss; trackers: who else gets the rows (wandb: under the project `tensorkeep`); patience: evaluations without a better one before the run stops.
     """
@@ -119,6 +120,7 @@ class TrainingConfig:
     patience: int | None = None
     workers: int = 0
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    deterministic: bool = False
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
