@@ -97,7 +97,7 @@ def to_hf(name: str) -> str | None:
     for theirs, ours in (*PARTS, MMACTION):
         if segments[: len(theirs)] == theirs:
             rest = segments[len(theirs) :]
-            return ".".join(ours + (_backbone(rest, forward=True) if ours == ("backbone",) else rest))
+            return ".".join(ours + (backbone_segments(rest, forward=True) if ours == ("backbone",) else rest))
     return None
 
 
@@ -115,7 +115,7 @@ def from_hf(name: str, backbone_only: bool = False) -> str | None:
     for theirs, ours in (MMACTION,) if backbone_only else PARTS:
         if segments[: len(ours)] == ours:
             rest = segments[len(ours) :]
-            return ".".join(theirs + (_backbone(rest, forward=False) if ours == ("backbone",) else rest))
+            return ".".join(theirs + (backbone_segments(rest, forward=False) if ours == ("backbone",) else rest))
     return None
 
 
@@ -125,8 +125,12 @@ def renamer(names: Iterable[str]) -> Any:
     return lambda name: from_hf(name, backbone_only)
 
 
-def _backbone(segments: Segments, forward: bool) -> Segments:
-    """Segments below the backbone: OpenTAD's and mmaction's to ours (`forward`), or back."""
+def backbone_segments(segments: Segments, forward: bool) -> Segments:
+    """Segments below the backbone: OpenTAD's and mmaction's to ours (`forward`), or back.
+
+    >>> backbone_segments(("blocks", "3", "mlp", "fc1", "weight", "absmax"), forward=False)
+    ('blocks', '3', 'mlp', 'layers', '0', '0', 'weight', 'absmax')
+    """
     if segments[0] == "blocks":
         return segments[:2] + _swap(segments[2:], MLP, forward)
     return _swap(segments, (PATCH_EMBED,), forward)

@@ -1,0 +1,1 @@
+"""OpenTAD's unmodified tools under `tensorkeep.integrations.opentad`: see `__main__`."""
