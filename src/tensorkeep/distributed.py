@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tensorkeep.errors import TensorkeepError
@@ -89,6 +89,23 @@ def together(world: World, work: Callable[[], T]) -> T:
         if told is not None:
             raise error or told
     return result  # type: ignore[return-value]
+
+
+def same_start(world: World, tensors: Sequence[Tensor]) -> None:
+    """Give every rank the first one's values, in place, as DDP does when it is made."""
+    if world.size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def add_up(world: World, tensors: Sequence[Tensor]) -> None:
+    """Sums over all ranks, in place, exchanged as one; all are of one dtype, in the same order on each rank."""
+    if world.size == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 def parallel(model: nn.Module, world: World) -> nn.Module:

@@ -62,7 +62,7 @@ class Loop:
     `patience`: evaluations without a better one before the run stops. `evaluate_every` and `save_every` None: at the
     end only; no evaluation before update `evaluate_from`, but always one at the end. `parallel`: `fsdp` shards what
     trains over the ranks, where there are several. `graph`: forward and backward of a micro-batch are recorded once as a
-    CUDA graph and replayed (see `graphs.Recorded`); one process on a GPU, elsewhere they are launched as ever.
+    CUDA graph and replayed (see `graphs.Recorded`); on GPUs, elsewhere they are launched as ever.
     `deterministic`: kernels that give the same bits each time, or an error where there is none.
     """
 

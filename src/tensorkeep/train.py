@@ -94,8 +94,9 @@ def fit(
     with randomness.deterministic(loop.deterministic), _saving(folder, loop, world) as saver:
         going = _Run(job, folder, loop, world, say, scaler, saver, resuming.data_facts(job))
         _start(going, resume, allow)
-        model = job.model if loop.parallel == "fsdp" else distributed.parallel(job.model, world)
-        if loop.graph:
+        model = job.model if loop.graph or loop.parallel == "fsdp" else distributed.parallel(job.model, world)
+        if loop.graph:  # it knows nothing of DDP's hooks: `update` adds up the ranks' gradients
+            distributed.same_start(world, _trained(job))
             going.recorded = Recorded(lambda batch, divisor: share(going, model, batch, divisor, 1), _trained(job))
         with listening() as wish:
             reason = _go(going, model, wish)
@@ -181,6 +182,8 @@ def update(run: _Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update 
             shares = run.recorded(batch, divisor) if run.recorded else share(run, model, batch, divisor, weight)
         for name, value in shares.items() if part is not None else ():
             losses[name] = losses[name] + value if name in losses else value
+    if run.recorded:
+        distributed.add_up(world, [p.grad for p in _trained(job) if p.grad is not None])
     scaler.unscale_(job.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(_trained(job), loop.clip if loop.clip is not None else math.inf)
     if run.saver:
@@ -220,10 +223,10 @@ def _possible(loop: Loop, world: World, say: Output) -> Loop:
     if loop.graph and loop.precision == "fp16":
         hint = "precision: bf16, or graph: false"
         raise TensorkeepError("a CUDA graph would hold on to fp16's scale", where="training.graph", hint=hint)
-    if not loop.graph or (world.size == 1 and world.device.type == "cuda"):
+    if not loop.graph or (world.device.type == "cuda" and (world.size == 1 or loop.parallel == "ddp")):
         return loop
     if world.first:
-        say.remark("note: a CUDA graph needs one process and a GPU; here every kernel is launched by itself")
+        say.remark("note: a CUDA graph needs a GPU, and no shards; here every kernel is launched by itself")
     return replace(loop, graph=False)
 
 

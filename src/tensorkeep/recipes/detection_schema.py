@@ -114,7 +114,7 @@ class TrainingConfig:
     batch_size: samples of one update, over all processes. micro_batch: samples of one process in one forward pass
     (None: its share of the batch). precision: of autocast. ema: decay of the averaged weights (None: no average).
     pretrained: weights the backbone starts from (None: random). quantize_backbone: how its frozen linears are held.
-    graph: forward and backward as a CUDA graph, where one process trains on a GPU: faster for small backbones.
+    graph: forward and backward as a CUDA graph, on GPUs: faster for small backbones.
     deterministic: the same bits at every start, on a GPU too; slower.
 
     save_every, evaluate_every: in `every` (epochs, or updates); evaluate_from: none in the first so many. keep_last:
