@@ -38,7 +38,7 @@ import numpy as np
 from tensorkeep.detection.synthetic import SyntheticConfig, make_video, write_video
 
 PARTS = ("busy", "resume", "scaling", "language")
-LIMITS = {"busy": 120.0, "resume": 150.0, "scaling": 110.0, "language": 60.0}  # seconds from its turn on
+LIMITS = {"busy": 120.0, "resume": 150.0, "scaling": 160.0, "language": 60.0}  # seconds from its turn on
 BEGAN = time.monotonic()
 CLASSES = ("blink", "slide", "spin")
 
@@ -46,7 +46,7 @@ CLASSES = ("blink", "slide", "spin")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=360, help="for everything; what is not done by then is cut")
+    parser.add_argument("--seconds", type=float, default=420, help="for everything; what is not done by then is cut")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU, two processes through gloo")
     args = parser.parse_args()

@@ -229,23 +229,28 @@ def scaling(visit: Visit) -> None:
     folder = visit.scratch / "scaling"
     alone = World(device=world.device)
 
-    def speed(name: str, who: World, batch: int) -> float:
-        made = visit.recipe(("training.workers", "4" if not visit.tiny else "0"), ("training.batch_size", str(batch)))
-        job, loop = build(made, folder / name, who)
+    def speed(name: str, who: World, batch: int, graph: bool) -> float:
+        workers, place = "0" if visit.tiny else "4", folder / f"{name}-{graph}"
+        changes = [
+            ("training.workers", workers),
+            ("training.batch_size", str(batch)),
+            ("training.graph", json.dumps(graph)),
+        ]
+        made = visit.recipe(*changes)
+        job, loop = build(made, place, who)
         job = replace(plain(job), data=Held(job, made, 4))
         with Watch(who.device) as watch:
-            fit(job, folder / name, short(loop, visit.steps(45)), world=who)
+            fit(job, place, short(loop, visit.steps(45)), world=who)
         seconds = float(watch.figures(min(15, len(watch.marks) // 2))["seconds_an_update"])
         return batch * made.data.window_size / seconds
 
-    def weak() -> None:
-        found = speed("one", alone, 2) if world.first else 0.0
+    def weak(graph: bool) -> None:
+        found = speed("one", alone, 2, graph) if world.first else 0.0
         distributed.gathered(world, None)
-        visit.tell(frames_a_second_one=found)
-        two = speed("two", world, 4)
-        visit.tell(frames_a_second_two=two)
+        two = speed("two", world, 4, graph)
+        name = "frames_a_second_recorded" if graph else "frames_a_second_launched"
         if world.first:
-            visit.tell(scaling=two / found)
+            visit.tell(**{name: {"one": found, "two": two, "scaling": two / found}})
 
     def equal() -> None:
         torch.backends.cudnn.allow_tf32 = False  # rounding alone shall differ
@@ -286,7 +291,8 @@ def scaling(visit: Visit) -> None:
             evaluated_by_two=numbers, evaluated_by_one=reference,
         )  # fmt: skip
 
-    visit.attempt(weak)
+    visit.attempt(lambda: weak(True))
+    visit.attempt(lambda: weak(False))
     visit.attempt(equal)
     distributed.stop()
 
