@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tensorkeep import checkpoint
 from tensorkeep.checkpoint import Keep
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.job import Job, Loop
+from tensorkeep.output import Output
 from tensorkeep.train import best_step, evaluated, fit, stops_early
 from tests.helpers import refused
 from tests.training import collate, dying, rows, small_job
@@ -108,6 +110,14 @@ def test_rows_say_step_samples_and_numbers(tmp_path: Path) -> None:
     assert lines == seen
     assert all(r["samples"] == 5 * r["step"] for r in lines)
     assert set(lines[0]) == {"step", "samples", "loss", "lr", "grad_norm", "count", "seconds"}
+
+
+def test_the_rate_that_a_person_sees_says_of_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(small_job(), tmp_path / "samples", LOOP, say=Output())
+    fit(replace(small_job(), pace=("frames", 1e12)), tmp_path / "frames", LOOP, say=Output())
+    first, second = (line for line in capsys.readouterr().err.splitlines() if f"step {LOOP.updates}/" in line)
+    assert re.search(r"\d samples/s", first)
+    assert int(re.search(r"([\d,]+) frames/s", second)[1].replace(",", "")) > 1e12  # type: ignore[index]
 
 
 def test_the_recipe_lies_in_the_run(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Job:
     rate of update 0, 1, ... for a group whose `base_lr` is `base`. `evaluate(model)` runs on every rank, under the
     average where there is one (with equally many forwards on each where the model is sharded); what it gives on the
     first rank counts. `state`: further objects with `state_dict` and
-    `load_state_dict` of plain JSON.
+    `load_state_dict` of plain JSON. `pace`: what is told a second, and how much of it is in a sample (None: what is counted).
     """
 
     model: nn.Module
@@ -49,6 +49,7 @@ class Job:
     recipe: dict[str, Any] = field(default_factory=dict)  # plain values; compared on resume, written to recipe.yaml
     orders: Orders = field(default_factory=dict)  # epochs whose order comes from elsewhere
     state: dict[str, Any] = field(default_factory=dict)
+    pace: tuple[str, float | None] = ("samples", 1.0)
     trackers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)  # each gets every new row once
     shard: Callable[[nn.Module], Iterable[nn.Module]] | None = None  # FSDP's units; None: the repeated blocks
 

@@ -65,7 +65,10 @@ class Log:
         }  # fmt: skip
         self.write(row)
         if self.status:
-            self.status.show(self._line(row, self.counted / max(now - self.since, 1e-9)), step, self.loop.updates)
+            unit, each = self.job.pace
+            amount = self.counted if each is None else self.steps * self.loop.batch * each
+            line = self._line(row, f"{amount / max(now - self.since, 1e-9):,.0f} {unit}/s")
+            self.status.show(line, step, self.loop.updates)
         self.since, self.steps, self.counted = now, 0, 0.0
 
     def write(self, row: dict[str, Any], durable: bool = False) -> None:
@@ -78,10 +81,10 @@ class Log:
         """In fp16 an overflow is no fault: the update is skipped and the scale halved; below 1 halving is over."""
         return bool(self.scaler.is_enabled()) and float(self.scaler.get_scale()) >= 1.0
 
-    def _line(self, row: Mapping[str, Any], rate: float) -> str:
+    def _line(self, row: Mapping[str, Any], rate: str) -> str:
         held = torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else 0
         memory = f"  {size(held)}" if held else ""
-        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3g}  {rate:,.0f}/s{memory}"
+        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3g}  {rate}{memory}"
 
     def close(self) -> None:
         if self.status:

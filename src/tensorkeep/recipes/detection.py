@@ -49,6 +49,7 @@ def build(
         loss=DetectionLoss(detector), count=positives_of, divisor=Normalizer(detector),
         schedule=Schedule(recipe.schedule, len(clips) / recipe.training.batch_size), evaluate=evaluate,
         ema=None if recipe.training.ema is None else Ema(detector, recipe.training.ema), base=base, recipe=plain(recipe),
+        pace=("frames", float(recipe.data.window_size * recipe.data.scale_factor)) if recipe.data.inputs == "video" else ("samples", 1.0),
     )  # fmt: skip
     return job, loop
 

@@ -70,6 +70,7 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         model=model, optimizer=make_optimizer(model, recipe.optimizer), data=data,
         collate=CollatePairs(_pad(start)) if recipe.objective == "dpo" else Collate(_pad(start)), loss=loss,
         count=pairs_of if recipe.objective == "dpo" else targets_of,
+        pace=("pairs" if recipe.objective == "dpo" else "tokens", None),
         schedule=Schedule(recipe.schedule, updates_of(recipe, len(data))),
         evaluate=_evaluation(recipe, start, run, world, loss, remark),
         ema=None if recipe.training.ema is None else Ema(model, recipe.training.ema), recipe=document,
