@@ -8,14 +8,20 @@ state while it is saved (16 bytes a parameter with AdamW and an average), and ra
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tensorkeep.distributed import World
+from tensorkeep.distributed import World, add_up
 from tensorkeep.errors import TensorkeepError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -56,12 +62,20 @@ def shard(
     if lost:
         raise TensorkeepError(f"{len(lost)} parameters of the optimizer are not the model's", where="training.parallel")
     mesh = init_device_mesh(world.device.type, (world.size,))
+    # FSDP refuses scalars (a detection head has some): each rank keeps them, and `clipped` takes their gradients' mean
+    scalars = {p for p in model.parameters() if p.dim() == 0}
+    if scalars and "ignored_params" not in inspect.signature(fully_shard).parameters:
+        what = "fsdp of a model with scalar parameters needs torch 2.7 or newer"
+        raise TensorkeepError(what, where="training.parallel", hint="use ddp")
+    how: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
     for unit in units:
-        fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(unit, mesh=mesh, **how)
+    fully_shard(model, mesh=mesh, **how)
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [now[names[id(p)]] for p in group["params"]]
+        if scalars:  # torch's many-at-once forms take no mixture
+            group["foreach"] = group["fused"] = False
     for name, average in averages.items():
         averages[name] = like(average.to(world.device), now[name])
 
@@ -71,6 +85,29 @@ def exchange(model: nn.Module, last: bool) -> None:
     reduce = getattr(model, "set_requires_gradient_sync", None)
     if reduce is not None:
         reduce(last)
+
+
+def clipped(parameters: Sequence[Tensor], limit: float | None, world: World) -> Tensor:
+    """Clip the norm of all gradients to `limit` (None: leave them); gives the norm as it was, whole on every rank.
+
+    The gradients of scalars beside shards are made the mean over ranks first, as FSDP makes the others.
+    """
+    scalars = [p for p in parameters if not sharded([p])]
+    if len(scalars) in (0, len(parameters)):
+        alike = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        return cast("DTensor", alike).full_tensor() if sharded([alike]) else alike
+    for parameter in scalars:  # every rank takes part, whether its samples reached them or not
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    grads = [p.grad for p in parameters if p.grad is not None]
+    own, spread = [g for g in grads if not sharded([g])], [cast("DTensor", g) for g in grads if sharded([g])]
+    add_up(world, own)
+    torch._foreach_div_(own, world.size)
+    parts = [cast("DTensor", torch.nn.utils.get_total_norm(spread)).full_tensor(), torch.nn.utils.get_total_norm(own)]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    if limit is not None:
+        local = [*own, *(g.to_local() for g in spread)]
+        torch._foreach_mul_(local, (limit / (norm + 1e-6)).clamp(max=1.0))  # as `clip_grad_norm_`
+    return norm
 
 
 def forget_whole(model: nn.Module) -> None:
@@ -101,7 +138,7 @@ def like(value: Tensor, pattern: Tensor) -> Tensor:
     """`value`, whole and the same on every rank, as `pattern` is spread: this rank's shard is cut from it."""
     if not hasattr(pattern, "full_tensor"):
         return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     spread: DTensor = pattern  # type: ignore[assignment]
     return distribute_tensor(value.to(spread.to_local().device), spread.device_mesh, spread.placements)

@@ -185,14 +185,14 @@ def update(run: _Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update 
     if run.recorded:
         distributed.add_up(world, [p.grad for p in _trained(job) if p.grad is not None])
     scaler.unscale_(job.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(_trained(job), loop.clip if loop.clip is not None else math.inf)
+    norm = sharding.clipped(_trained(job), loop.clip, world)
     if run.saver:
         run.saver.before_step()  # weights change now: the copy of the last save must be made
     scaler.step(job.optimizer)
     scaler.update()
     if job.ema is not None:
         job.ema.update(job.model)
-    return Update(losses, norm.full_tensor() if hasattr(norm, "full_tensor") else norm, count)
+    return Update(losses, norm, count)
 
 
 def share(run: _Run, model: nn.Module, batch: Any, divisor: Any, weight: float) -> dict[str, Tensor]:

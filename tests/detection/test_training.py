@@ -226,6 +226,41 @@ def test_two_ranks_train_as_one_process_does(data: Path, tmp_path: Path) -> None
     assert relative_l2(tmp_path / "2", tmp_path / "1") < 1e-5
 
 
+WHOLE = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "model__backbone__checkpointing": "blocks",
+         "optimizer__backbone": [{"name": "", "lr": 1e-3}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [WHOLE, {}], ids=["trained whole", "adapters"])
+def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(
+    data: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """FSDP on two ranks, of which one has one video more to evaluate; one process goes on from its checkpoint."""
+    made = runs.recipe(data, training__parallel="fsdp", **changes)
+
+    def work(world: World) -> None:
+        torch.set_num_threads(1)
+        job, loop = build(made, tmp_path / "shards", world)
+        fit(job, tmp_path / "shards", replace(loop, updates=4), world=world)
+        assert any(hasattr(p, "full_tensor") for p in job.model.parameters())
+
+    assert ranks(2, work) == [0, 0]
+    runs.trained(made, tmp_path / "alone", updates=4)
+    assert relative_l2(tmp_path / "shards", tmp_path / "alone") < 1e-5
+    both = [list(rows(tmp_path / name)) for name in ("shards", "alone")]
+    one, other = ([r["evaluation"] for r in found if "evaluation" in r] for found in both)
+    assert len(one) == len(other) == 1 and one[0] == pytest.approx(other[0], abs=1e-6)
+    norms = [[r["grad_norm"] for r in found if "grad_norm" in r] for found in both]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    job, loop = build(made, tmp_path / "shards")
+    on = fit(job, tmp_path / "shards", replace(loop, updates=6), allow=("updates",))
+    assert on.level == "sample-exact" and on.step == 6
+
+
+def test_shards_and_a_backbone_that_reaches_into_its_blocks_are_refused(data: Path) -> None:
+    with pytest.raises(TensorkeepError, match="checkpointing segments"):
+        runs.recipe(data, training__parallel="fsdp", model__backbone__checkpointing="segments")
+
+
 def test_every_sample_comes_once_an_epoch(data: Path, tmp_path: Path) -> None:
     job, loop = build(runs.recipe(data), tmp_path)
     keys = Stream(loop.seed, len(job.data)).keys(0, loop.updates * loop.batch)

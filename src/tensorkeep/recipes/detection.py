@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tensorkeep import run_folder
 from tensorkeep.batches import parts_of
 from tensorkeep.checkpoint import Keep, State
 from tensorkeep.detection.clips import most_segments
+from tensorkeep.detection.detector import Detector
 from tensorkeep.detection.groups import make_optimizer
 from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, positives_of, refuse_split
 from tensorkeep.distributed import World
@@ -49,9 +52,16 @@ def build(
         loss=DetectionLoss(detector), count=positives_of, divisor=Normalizer(detector),
         schedule=Schedule(recipe.schedule, len(clips) / recipe.training.batch_size), evaluate=evaluate,
         ema=None if recipe.training.ema is None else Ema(detector, recipe.training.ema), base=base, recipe=plain(recipe),
+        shard=blocks_of,
         pace=("frames", float(recipe.data.window_size * recipe.data.scale_factor)) if recipe.data.inputs == "video" else ("samples", 1.0),
     )  # fmt: skip
     return job, loop
+
+
+def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is sharded piece by piece: the blocks of the backbone, which has most of the weights."""
+    assert isinstance(detector, Detector)
+    return [] if detector.backbone is None else list(detector.backbone.blocks)
 
 
 def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
@@ -66,7 +76,7 @@ def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
     return Loop(
         updates=max(1, math.ceil(recipe.schedule.epochs_run * per_epoch)), batch=t.batch_size, micro=t.micro_batch,
         seed=t.seed, workers=t.workers, clip=recipe.optimizer.clip_norm or None, precision=t.precision, graph=t.graph,
-        deterministic=t.deterministic,
+        deterministic=t.deterministic, parallel=t.parallel,
         log_every=t.log_every, save_every=updates(t.save_every), evaluate_every=updates(t.evaluate_every),
         evaluate_from=updates(t.evaluate_from) if t.evaluate_from else 0, keep=Keep(t.keep_last),
         best="average_mAP" if t.best == "average_mAP" else "-loss",
@@ -92,7 +102,6 @@ def continued(
 ) -> State | str:
     """What to resume from where an OpenTAD checkpoint is named: its weights, average, moments and epoch; the run's own
     checkpoints where it has some, so that the same command may be given again."""
-    from tensorkeep.detection.detector import Detector
     from tensorkeep.detection.opentad_resume import continue_from
 
     assert isinstance(job.model, Detector)

@@ -115,7 +115,8 @@ class TrainingConfig:
     (None: its share of the batch). precision: of autocast. ema: decay of the averaged weights (None: no average).
     pretrained: weights the backbone starts from (None: random). quantize_backbone: how its frozen linears are held.
     graph: forward and backward as a CUDA graph, on GPUs: faster for small backbones.
-    deterministic: the same bits at every start, on a GPU too; slower.
+    deterministic: the same bits at every start, on a GPU too; slower. parallel: over several processes, copies (ddp) or
+    shards (fsdp) of the model, for a large backbone that trains whole.
 
     save_every, evaluate_every: in `every` (epochs, or updates); evaluate_from: none in the first so many. keep_last:
     checkpoints kept beside the best one. best: the figure that chooses it. workers: decoding processes of each
@@ -131,6 +132,7 @@ class TrainingConfig:
     quantize_backbone: Literal["nf4", "fp4", "int8"] | None = None
     graph: bool = False
     deterministic: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     every: Literal["epochs", "updates"] = "epochs"
     save_every: int = 2
     evaluate_every: int = 2
@@ -242,6 +244,11 @@ class DetectionRecipe:
         if frames % backbone.vit.chunk_frames:
             what = f"{frames} frames of a window are no multiple of chunk_frames {backbone.vit.chunk_frames}"
             raise TensorkeepError(what, where="data", hint="frames are window_size x scale_factor")
+        # the other ways compute with a block's weights from outside of it, where they are shards
+        whole = ("none", "blocks", "attention") if backbone.tuning == "all" else ("none",)
+        if self.training.parallel == "fsdp" and backbone.checkpointing not in whole:
+            what = f"checkpointing {backbone.checkpointing} does not go with shards of the model"
+            raise TensorkeepError(what, where="training.parallel", hint=f"one of {', '.join(whole)}; or parallel: ddp")
         if self.training.quantize_backbone and backbone.tuning == "all":
             hint = "freeze it (tuning: adapter), or leave quantize_backbone out"
             raise TensorkeepError("a backbone that trains cannot be quantised", where="training", hint=hint)
