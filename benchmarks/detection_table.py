@@ -1,89 +1,91 @@
 """What does each way to train a frozen backbone give? mAP with the average and without, as means over seeds.
 
-A tiny ViT is trained whole on one set of synthetic videos, then frozen, as a user would start from VideoMAE; adapters and
-head are trained on other videos, and scored on videos nobody has seen. `untrained` is the detector before its first
-update. The recipes are recipes/pretraining/synthetic_tiny.yaml and recipes/detection/synthetic_tiny.yaml.
+A tiny ViT learns to name the motions in clips, then it is frozen, as a user would start from VideoMAE; adapters and head are
+trained on synthetic videos drawn from another seed, and scored on videos nobody has seen. `untrained` is the detector before
+its first update. Two rows are controls: the head alone on frozen features, and adapters on a backbone that learnt nothing
+before. The recipe is recipes/detection/synthetic_tiny.yaml; `--prepare` makes what it reads.
 
     python -m benchmarks.detection_table [--out FOLDER] [--seeds 3] [--only NAME ...]
-    python -m benchmarks.detection_table --data-only data/synthetic
+    python -m benchmarks.detection_table --prepare data/synthetic
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from tensorkeep.detection.synthetic import SyntheticConfig, make_dataset
+from benchmarks.measure import versions
+from tensorkeep.detection.synthetic import TINY, make_dataset
 from tensorkeep.distributed import World
 from tensorkeep.recipes.detection import run_detection
 from tensorkeep.recipes.detection_data import evaluation_of, read_classes
 from tensorkeep.recipes.detection_evaluation import evaluate_checkpoint
 from tensorkeep.recipes.detection_schema import DetectionRecipe
 from tensorkeep.recipes.detection_start import make_detector
+from tensorkeep.recipes.motion_pretraining import PretrainingConfig, pretrain
 from tensorkeep.recipes.texts import read_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-TINY = RECIPES / "detection" / "synthetic_tiny.yaml"
-CLIPS = SyntheticConfig(
-    classes=("slide", "blink", "spin"), size=32, fps=10, seconds=(12.0, 14.0), actors=1, distractors=1, actions=(2, 3),
-    action_seconds=(2.0, 4.0),
-)  # fmt: skip
-SETS = {"pretrain": (200, 8, 100), "main": (24, 16, 0)}  # videos to train on, held out, seed
-LORA_ALONE = [
+RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "synthetic_tiny.yaml"
+VIDEOS, HELD_OUT, SEED = 24, 24, 0
+Changes = list[tuple[str, str]]
+FULL: Changes = [("training.quantize_backbone", "null")]
+TIA: Changes = [("model.backbone.adapter", "{kind: tia, ratio: 0.25}")]
+LORA: Changes = [
     ("model.backbone.adapter", "null"), ("model.backbone.lora", "{lora_r: 8, lora_alpha: 16}"),
     ("optimizer.backbone", "[{name: lora, lr: 0.002, weight_decay: 0.05}]"),
 ]  # fmt: skip
-SEEDS_FORM = [
-    (
-        "model.backbone.adapter",
-        "{kind: qlora, ratio: 0.25, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1, quantize_bits: 4}",
-    )
-]
-VARIANTS: dict[str, list[tuple[str, str]]] = {
-    "full adapter": [("training.quantize_backbone", "null")],
-    "full adapter, nf4 backbone": [],
-    "LoRA": [("training.quantize_backbone", "null"), *LORA_ALONE],
-    "LoRA, nf4 backbone (QLoRA)": LORA_ALONE,
-    "the seeds' QLoRA form": [("training.quantize_backbone", "null"), *SEEDS_FORM],
+NONE: Changes = [("model.backbone.adapter", "null"), ("model.backbone.tuning", "none"), ("optimizer.backbone", "[]")]
+VARIANTS: dict[str, Changes] = {
+    "full adapter": FULL + TIA,
+    "full adapter, nf4 backbone": TIA,
+    "LoRA": FULL + LORA,
+    "LoRA, nf4 backbone": LORA,
+    "the seeds' QLoRA form": FULL,
+    "the seeds' QLoRA form, nf4 backbone": [],
+    "no adapter": FULL + NONE,
+    "full adapter, backbone not pretrained": [*FULL, *TIA, ("training.pretrained", "null")],
 }
 
 
-def make_data(folder: Path) -> None:
-    """Both sets of videos, where they are not there."""
-    for name, (videos, held_out, seed) in SETS.items():
-        if not (folder / name).exists():
-            make_dataset(folder / name, videos=videos, held_out=held_out, seed=seed, config=CLIPS)
+def prepare(folder: Path) -> float:
+    """Videos and pretrained ViT in `folder`, where they are not there; the ViT's accuracy on clips it has not seen."""
+    if not (folder / "detection").exists():
+        make_dataset(folder / "detection", videos=VIDEOS, held_out=HELD_OUT, seed=SEED, config=TINY)
+    backbone = read_recipe(RECIPE).model.backbone
+    assert backbone is not None
+    return pretrain(PretrainingConfig(TINY, backbone.vit), folder / "pretrained").evaluation["accuracy"]
 
 
-def moved(data: Path, name: str) -> list[tuple[str, str]]:
-    """What points a recipe's paths to another folder."""
-    place = data / name
+def basis(folder: Path) -> Changes:
+    """What points the recipe to another folder than data/synthetic."""
+    place = folder / "detection"
     found = [(f"data.{part}.annotations", str(place / "annotations.json")) for part in ("train", "test")]
     found += [(f"data.{part}.folder", str(place / "videos")) for part in ("train", "test")]
-    return [*found, ("data.class_map", str(place / "category_idx.txt"))]
+    return [
+        *found,
+        ("data.class_map", str(place / "category_idx.txt")),
+        ("training.pretrained", str(folder / "pretrained")),
+    ]
 
 
 def untrained(recipe: DetectionRecipe) -> float:
     """Average mAP of the detector as it starts."""
-    import contextlib
-
     evaluation = evaluation_of(recipe, read_classes(recipe), World(), contextlib.nullcontext)
     return evaluation(make_detector(recipe, None)[0].eval())["average_mAP"]
 
 
-def timed_run(recipe: DetectionRecipe, run: Path) -> tuple[float, float]:
-    """Seconds on the clock and of the processor to train a recipe."""
+def timed(work: Callable[[], object]) -> tuple[object, float, float]:
+    """What it gives, seconds on the clock and of the processor."""
     clock, cpu = time.perf_counter(), time.process_time()
-    run_detection(recipe, run)
-    return time.perf_counter() - clock, time.process_time() - cpu
+    found = work()
+    return found, time.perf_counter() - clock, time.process_time() - cpu
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -94,12 +96,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--data-only", type=Path, metavar="FOLDER")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), metavar="NAME")
     chosen = parser.parse_args()
-    if chosen.data_only:
-        make_data(chosen.data_only)
+    if chosen.prepare:
+        print(f"{chosen.prepare}: {100 * prepare(chosen.prepare):.1f} % of the clips it has not seen named rightly")
         return
     with tempfile.TemporaryDirectory() as scratch:
         measure(chosen.out or Path(scratch), chosen.seeds, chosen.only)
@@ -107,35 +109,50 @@ def main() -> None:
 
 def measure(out: Path, seeds: int, variants: Sequence[str]) -> None:
     """Train and score everything, one line each, then the table."""
-    make_data(out / "data")
-    pretrain = out / "pretrain"
-    clock, cpu = timed_run(
-        read_recipe(RECIPES / "pretraining" / "synthetic_tiny.yaml", moved(out / "data", "pretrain")), pretrain
+    accuracy, clock, cpu = timed(lambda: prepare(out))
+    print(
+        f"pretraining: accuracy {accuracy:.3f}, {clock:.0f} s, {cpu:.0f} s of processor, load {os.getloadavg()[0]:.1f}",
+        flush=True,
     )
-    print(f"pretraining: {clock:.0f} s, {cpu:.0f} s of processor, load {os.getloadavg()[0]:.1f}", flush=True)
-    basis = [*moved(out / "data", "main"), ("training.pretrained", str(pretrain))]
-    rows = [["trained", "mAP 0.3-0.7, averaged weights", "live weights", "trainable in the backbone", "seconds"]]
-    start = read_recipe(TINY, basis)
-    rows.append(["untrained", f"{100 * untrained(start):.1f}", "", "", ""])
+    rows = [
+        [
+            "trained",
+            "mAP 0.3-0.7, averaged weights",
+            "live weights",
+            "trainable in the backbone",
+            "seconds of processor",
+        ]
+    ]
+    starts = [untrained(seeded(read_recipe(RECIPE, basis(out)), seed)) for seed in range(seeds)]
+    rows.append(["untrained", shown(starts), "", "", ""])
     for name in variants:
-        recipe = read_recipe(TINY, [*basis, *VARIANTS[name]])
+        recipe = read_recipe(RECIPE, [*basis(out), *VARIANTS[name]])
         figures: dict[bool, list[float]] = {True: [], False: []}
         seconds = []
         for seed in range(seeds):
             run = out / f"{'-'.join(name.replace(',', '').split())}-{seed}"
-            seconds.append(timed_run(replace(recipe, training=replace(recipe.training, seed=seed)), run)[0])
+            _, clock, cpu = timed(lambda: run_detection(seeded(recipe, seed), run))  # noqa: B023 (called at once)
+            seconds.append(cpu)
             for ema in figures:
                 figures[ema].append(evaluate_checkpoint(run, ema=ema, best=False).result.average)
-            print(
-                f"{name}, seed {seed}: {figures[True][-1]:.3f}, live {figures[False][-1]:.3f}, {seconds[-1]:.0f} s",
-                flush=True,
-            )
-        shown = [f"{100 * statistics.mean(v):.1f} ({100 * min(v):.1f} to {100 * max(v):.1f})" for v in figures.values()]
+            print(f"{name}, seed {seed}: {figures[True][-1]:.3f}, live {figures[False][-1]:.3f}, {clock:.0f} s, {cpu:.0f} s of processor",
+                  flush=True)  # fmt: skip
         backbone = make_detector(recipe, None)[0].backbone
         assert backbone is not None
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-        rows.append([name, *shown, f"{count:,}", f"{statistics.mean(seconds):.0f}"])
-    print(f"{seeds} seeds, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n{table(rows)}")
+        rows.append(
+            [name, shown(figures[True]), shown(figures[False]), f"{count:,}", f"{statistics.mean(seconds):.0f}"]
+        )
+    print(f"\n{seeds} seeds; {versions()}\n\n{table(rows)}")
+
+
+def seeded(recipe: DetectionRecipe, seed: int) -> DetectionRecipe:
+    return replace(recipe, training=replace(recipe.training, seed=seed))
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean (least to most), in percent."""
+    return f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
 if __name__ == "__main__":

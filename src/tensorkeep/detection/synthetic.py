@@ -3,7 +3,8 @@
 Shapes of random form, colour, size and place stand on a textured, slowly drifting background. Now and then one of them
 acts: it slides to and fro, pulses, blinks, spins or hops. The class lies in the motion alone: any single frame of an
 action could be one of rest, and a mirrored video shows the same classes. Two actors act independently, so actions
-overlap; distractors drift about all the time and mean nothing; the light changes slowly.
+overlap; distractors drift about all the time and mean nothing; the light changes slowly. With `calm` all of them shine
+on a dark, almost even ground: what a ViT of two blocks can learn to tell apart in a minute.
 
 The same arguments give the same pixels, and video `i` is the same however many there are. Needs PyAV.
 """
@@ -29,6 +30,7 @@ Floats = NDArray[np.float64]
 MOTIONS = {"slide": 1.0, "pulse": 1.1, "blink": 1.9, "spin": 0.8, "hop": 1.3}  # name -> cycles a second
 CLASSES = ("slide", "pulse", "blink", "spin")
 ANNOTATIONS, CLASS_MAP, VIDEOS = "annotations.json", "category_idx.txt", "videos"
+BUSY, CALM = (70.0, 180.0), (50.0, 90.0)  # greys of a background
 _EDGE = 0.7  # width, in pixels, over which a shape's edge fades
 _GAP = 1.0  # least seconds between two actions of one actor
 
@@ -36,7 +38,8 @@ _GAP = 1.0  # least seconds between two actions of one actor
 @dataclass(frozen=True)
 class SyntheticConfig:
     """What the videos are like. `size`: side in pixels, even. `seconds`, `actions`, `action_seconds`: ranges of a video's
-    length, of its number of actions and of theirs. `distractors`: shapes that move without meaning."""
+    length, of its number of actions and of theirs. `distractors`: shapes that move without meaning. `calm`: bright shapes
+    on a dark ground of little contrast."""
 
     classes: tuple[str, ...] = CLASSES
     size: int = 64
@@ -46,6 +49,7 @@ class SyntheticConfig:
     action_seconds: tuple[float, float] = (2.0, 5.0)
     actors: int = 2
     distractors: int = 1
+    calm: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.classes if name not in MOTIONS]
@@ -61,6 +65,12 @@ class SyntheticConfig:
         for low, high in (self.seconds, self.actions, self.action_seconds):
             if not 0 < low <= high:
                 raise TensorkeepError(f"({low}, {high}) is no range", where="synthetic")
+
+
+TINY = SyntheticConfig(  # what a ViT of two blocks learns on one core: four motions, two actors who may act together
+    classes=("slide", "pulse", "blink", "hop"), size=32, fps=10, seconds=(12.0, 14.0), actions=(2, 4),
+    action_seconds=(2.0, 4.0), calm=True,
+)  # fmt: skip
 
 
 class Action(NamedTuple):
@@ -122,10 +132,26 @@ def make_video(config: SyntheticConfig, rng: np.random.Generator) -> tuple[NDArr
     """One video: frames `[T, H, W, 3]` and what happens in it, by time."""
     length = round(float(rng.uniform(*config.seconds)) * config.fps)
     actions = _script(config, length / config.fps, rng)
-    shapes = [_draw_shape(rng, place, config.actors) for place in range(config.actors)]
-    others = [_draw_shape(rng, None, config.actors) for _ in range(config.distractors)]
+    return _film(config, length, actions, rng), actions
+
+
+def make_clip(config: SyntheticConfig, label: str | None, length: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """A clip of `length` frames `[T, H, W, 3]` in which one actor does `label` from before its start until after its end
+    and the others rest; None: all of them rest."""
+    seconds = length / config.fps
+    actor, before = int(rng.integers(config.actors)), float(rng.uniform(0, 3))
+    actions = [] if label is None else [Action(actor, label, -before, seconds + 1)]
+    return _film(config, length, actions, rng)
+
+
+def _film(
+    config: SyntheticConfig, length: int, actions: Sequence[Action], rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """The frames in which `actions` happen; who acts, and where, is drawn."""
+    shapes = [_draw_shape(config, rng, place) for place in range(config.actors)]
+    others = [_draw_shape(config, rng, None) for _ in range(config.distractors)]
     speeds = {action: MOTIONS[action.label] * float(rng.uniform(0.85, 1.15)) for action in actions}
-    texture = _texture(config.size * 2, rng)
+    texture = _texture(config.size * 2, CALM if config.calm else BUSY, rng)
     pan, light = rng.uniform(-1.5, 1.5, 2), rng.uniform(0, 2 * np.pi, 2)
     frames = np.empty((length, config.size, config.size, 3), dtype=np.uint8)
     for t in range(length):
@@ -139,7 +165,7 @@ def make_video(config: SyntheticConfig, rng: np.random.Generator) -> tuple[NDArr
             _paint(canvas, shape, *_pose(shape, acting, now, speeds))
         canvas *= 1 + 0.1 * np.sin(light[0] + now * 0.5)
         frames[t] = np.clip(np.round(canvas), 0, 255).astype(np.uint8)
-    return frames, actions
+    return frames
 
 
 def write_video(
@@ -191,17 +217,20 @@ def _script(config: SyntheticConfig, duration: float, rng: np.random.Generator) 
     return sorted(actions, key=lambda action: action.start)
 
 
-def _draw_shape(rng: np.random.Generator, place: int | None, places: int) -> Shape:
+def _draw_shape(config: SyntheticConfig, rng: np.random.Generator, place: int | None) -> Shape:
     """A shape; actors stand side by side, distractors (`place` None) are smaller and drift."""
-    colour = rng.uniform(0, 255, 3)
-    colour[int(rng.integers(3))] = rng.choice([15.0, 240.0])  # never the grey of the background
+    if config.calm:
+        colour = rng.uniform(190, 255, 3)
+    else:
+        colour = rng.uniform(0, 255, 3)
+        colour[int(rng.integers(3))] = rng.choice([15.0, 240.0])  # never the grey of the background
     arms = int(rng.integers(2, 5))
     if place is None:
         return Shape(
             arms, colour, float(rng.uniform(0.05, 0.09)), rng.uniform(0, 1, 2), rng.uniform(-0.06, 0.06, 2),
             float(rng.uniform(0, 6)),
         )  # fmt: skip
-    home = np.array([rng.uniform(0.35, 0.65), (place + rng.uniform(0.45, 0.55)) / places])
+    home = np.array([rng.uniform(0.35, 0.65), (place + rng.uniform(0.45, 0.55)) / config.actors])
     return Shape(
         arms, colour, float(rng.uniform(0.16, 0.2)), home, rng.uniform(-0.01, 0.01, 2), float(rng.uniform(0, 6))
     )
@@ -250,10 +279,10 @@ def _paint(canvas: Floats, shape: Shape, centre: Floats, scale: float, angle: fl
     part += (shape.colour - part) * cover
 
 
-def _texture(size: int, rng: np.random.Generator) -> Floats:
+def _texture(size: int, greys: tuple[float, float], rng: np.random.Generator) -> Floats:
     """A smooth grey pattern `[size, size, 3]` with a tint, repeating every half, for a background that pans."""
     half = size // 2
-    coarse = np.kron(rng.uniform(70, 180, (8, 8)), np.ones((half // 8 + 1, half // 8 + 1)))[:half, :half]
+    coarse = np.kron(rng.uniform(*greys, (8, 8)), np.ones((half // 8 + 1, half // 8 + 1)))[:half, :half]
     for _ in range(3):
         coarse = (coarse + sum(np.roll(coarse, shift, axis) for shift in (-2, 2) for axis in (0, 1))) / 5
     coarse = coarse + rng.normal(0, 4, (half, half))
