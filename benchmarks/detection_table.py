@@ -12,7 +12,6 @@ before. The recipe is recipes/detection/synthetic_tiny.yaml; `--prepare` makes w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
 import tempfile
@@ -23,10 +22,8 @@ from pathlib import Path
 
 from benchmarks.measure import versions
 from tensorkeep.detection.synthetic import TINY, make_dataset
-from tensorkeep.distributed import World
 from tensorkeep.recipes.detection import run_detection
-from tensorkeep.recipes.detection_data import evaluation_of, read_classes
-from tensorkeep.recipes.detection_evaluation import evaluate_checkpoint
+from tensorkeep.recipes.detection_evaluation import evaluate_checkpoint, evaluate_untrained
 from tensorkeep.recipes.detection_schema import DetectionRecipe
 from tensorkeep.recipes.detection_start import make_detector
 from tensorkeep.recipes.motion_pretraining import PretrainingConfig, pretrain
@@ -75,12 +72,6 @@ def basis(folder: Path) -> Changes:
     ]
 
 
-def untrained(recipe: DetectionRecipe) -> float:
-    """Average mAP of the detector as it starts."""
-    evaluation = evaluation_of(recipe, read_classes(recipe), World(), contextlib.nullcontext)
-    return evaluation(make_detector(recipe, None)[0].eval())["average_mAP"]
-
-
 def timed(work: Callable[[], object]) -> tuple[object, float, float]:
     """What it gives, seconds on the clock and of the processor."""
     clock, cpu = time.perf_counter(), time.process_time()
@@ -123,7 +114,7 @@ def measure(out: Path, seeds: int, variants: Sequence[str]) -> None:
             "seconds of processor",
         ]
     ]
-    starts = [untrained(seeded(read_recipe(RECIPE, basis(out)), seed)) for seed in range(seeds)]
+    starts = [evaluate_untrained(seeded(read_recipe(RECIPE, basis(out)), seed)).average for seed in range(seeds)]
     rows.append(["untrained", shown(starts), "", "", ""])
     for name in variants:
         recipe = read_recipe(RECIPE, [*basis(out), *VARIANTS[name]])

@@ -264,6 +264,7 @@ CHAPTERS: Mapping[str, str] = {
     "diagnose": "tensorkeep.demo_diagnose:chapter_diagnose",
     "resume": "tensorkeep.demo_resume:chapter_resume",
     "qlora": "tensorkeep.demo_qlora:chapter_qlora",
+    "detection": "tensorkeep.demo_detection:chapter_detection",
 }
 
 

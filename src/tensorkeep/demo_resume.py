@@ -128,14 +128,14 @@ def recipe_of(base: Path, text: Path) -> dict[str, Any]:
 # -- starts and kills -------------------------------------------------------------------------------------------------
 
 
-def shown_command(recipe: Path, run: Path) -> list[str]:
+def shown_command(recipe: Path, run: Path, kind: str = "language") -> list[str]:
     """The command as a person types it. On the CPU, where equal numbers are equal bits whatever the machine."""
-    return ["tensorkeep", "train", "language", str(recipe), "--out", str(run), "--device", "cpu"]
+    return ["tensorkeep", "train", kind, str(recipe), "--out", str(run), "--device", "cpu"]
 
 
-def command(recipe: Path, run: Path) -> list[str]:
+def command(recipe: Path, run: Path, kind: str = "language") -> list[str]:
     """The same for this Python, whatever is on the PATH."""
-    return [sys.executable, "-m", *shown_command(recipe, run)]
+    return [sys.executable, "-m", *shown_command(recipe, run, kind)]
 
 
 @dataclass
@@ -144,6 +144,7 @@ class Start:
 
     recipe: Path
     run: Path
+    kind: str = "language"
     killed: bool = False
     seconds: float = 0.0
     process: subprocess.Popen[bytes] = field(init=False)
@@ -154,7 +155,7 @@ class Start:
         self.begun = time.perf_counter()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command(self.recipe, self.run), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command(self.recipe, self.run, self.kind), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def until(self, reached: Callable[[], bool]) -> bool:

@@ -1,6 +1,7 @@
 """A run as one offline HTML page: its loss and its evaluations over the steps, the last figures, what it predicts.
 
-Works from RUN/metrics.jsonl alone, of any kind of run; where `predict` wrote into RUN/predictions, timelines follow.
+Works from RUN/metrics.jsonl alone, of any kind of run; where `predict` wrote into RUN/predictions, timelines follow, with
+true segments and pictures of the videos where the run's recipe leads to them.
 """
 
 from __future__ import annotations
@@ -12,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from tensorkeep import metrics
-from tensorkeep.detection.results import read_detections
-from tensorkeep.detection.subtitles import Row, best_rows
-from tensorkeep.detection.timeline import timeline
 from tensorkeep.errors import TensorkeepError, printable
 from tensorkeep.placement import replacing, write_bytes
 from tensorkeep.report.style import STYLE
+from tensorkeep.report.timelines import timelines
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, BOTTOM = 900, 200, 64, 24  # pixels of a curve's plane, margins of its numbers
 PREDICTIONS = "predictions/detections.json"
-VIDEOS, MIN_SCORE, TOP = 20, 0.3, 100  # timelines shown, and what of a video's detections
 _CURVE = """
 .curve line { stroke: var(--line); } .curve polyline { fill: none; stroke: var(--bar1); stroke-width: 1.5; }
 .curve circle { fill: var(--bar1); } .curve circle.best { fill: var(--good); } .curve svg { max-width: 100%; height: auto; }
@@ -49,12 +47,12 @@ def run_page(run: str | Path) -> str:
     if evaluations:
         parts.append(_section("Evaluations", [_table(evaluations, names)]))
     if (run / PREDICTIONS).is_file():
-        parts.append(_section("Predictions", _timelines(run / PREDICTIONS)))
+        parts.append(_section("Predictions", timelines(run, run / PREDICTIONS)))
     title = escape(printable(str(run), 200))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Run {title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<style>{STYLE}{_CURVE}</style></head><body><main>{''.join(parts)}<footer>Written by tensorkeep report. "
         "Nothing on this page is loaded from elsewhere.</footer></main></body></html>\n"
     )
@@ -155,19 +153,3 @@ def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> st
 
 def _figure(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
-
-
-def _timelines(path: Path) -> list[str]:
-    """The best detections of the first videos; a file of detections has no lengths, so a picture ends with the last one."""
-    table = read_detections(path)
-    parts = []
-    for number, name in enumerate(table.video_names[:VIDEOS]):
-        own = (table.videos == number).nonzero()[0]
-        names, scores = [table.label_names[i] for i in table.labels[own]], table.scores[own].tolist()
-        rows = [Row(*row) for row in zip(*table.segments[own].T.tolist(), names, scores, strict=True)]
-        shown = best_rows(rows, MIN_SCORE, TOP)
-        end = max((row.end for row in rows), default=0.0)
-        parts.append(f"<h3>{escape(printable(name, 200))}</h3>")
-        parts.append(timeline(end, shown) if shown else f"<p class='note'>nothing scores {MIN_SCORE:g} or more</p>")
-    more = len(table.video_names) - VIDEOS
-    return [*parts, f"<p class='note'>{more} more videos</p>"] if more > 0 else parts
