@@ -22,7 +22,6 @@ from tensorkeep import run_folder
 from tensorkeep.demo import Show
 from tensorkeep.demo_resume import Start, empty, rows_of, same_end, shown_command, tell
 from tensorkeep.detection.annotations import read_annotations
-from tensorkeep.detection.evaluation import Evaluation
 from tensorkeep.detection.matching import overlaps
 from tensorkeep.detection.results import read_detections
 from tensorkeep.detection.synthetic import ANNOTATIONS, CLASS_MAP, TINY, make_dataset
@@ -175,25 +174,17 @@ def evaluated(recipe: Path, run: Path, show: Show) -> bool:
     """mAP of the detector as it began, of its last weights and of their average; True if it learned."""
     before = evaluate_untrained(read_recipe(recipe))
     live, averaged = (evaluate_checkpoint(run, ema=ema, best=False).result for ema in (False, True))
-    show(
-        f"5/6  mAP on the {HELD_OUT} held-out videos, at temporal IoU {', '.join(f'{t:g}' for t in averaged.thresholds)}, and the average:"
-    )
+    show(f"5/6  mAP on the {HELD_OUT} held-out videos, in percent, by temporal IoU:")
+    show(f"     {'  '.join(f'{limit:5.1f}' for limit in averaged.thresholds)}     mean")
     for what, found in (
         ("untrained", before),
-        ("trained, the last weights", live),
-        ("trained, their average", averaged),
+        ("trained, last weights", live),
+        ("trained, averaged weights", averaged),
     ):
-        show(f"     {figures(found)}  {what}")
-    per_class = ", ".join(
-        f"{name} {100 * ap:.0f}" for name, ap in zip(averaged.classes, averaged.ap.mean(1), strict=True)
-    )
-    show(f"     by class: {per_class}")
+        show(f"     {'  '.join(f'{100 * value:5.1f}' for value in found.map)}    {100 * found.average:5.1f}  {what}")
+    means = zip(averaged.classes, averaged.ap.mean(1), strict=True)
+    show(f"     the last line by class: {', '.join(f'{name} {100 * value:.0f}' for name, value in means)}")
     return before.average < UNTRAINED and averaged.average >= LEARNED
-
-
-def figures(found: Evaluation) -> str:
-    """mAP at each threshold and their mean, in percent."""
-    return "  ".join(f"{100 * value:5.1f}" for value in found.map) + f"   {100 * found.average:5.1f}"
 
 
 def predicted(folder: Path, show: Show) -> bool:
@@ -208,15 +199,16 @@ def predicted(folder: Path, show: Show) -> bool:
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise TensorkeepError(f"predict failed: {done.stderr.strip()[-300:]}", where=run)
-    for line in against_truth(names[0], folder):
-        show(f"       {line}")
+    for name in names:
+        for line in against_truth(name, folder):
+            show(f"       {line}")
     page = folder / "page.html"
     write_run_page(run, page, overwrite=True)
     text = page.read_text("utf-8")
     drawn = text.count('class="timeline"') == SHOWN and all(
         part in text for part in ('class="p"', 'class="t"', "<image ")
     )
-    show(f"     {page}: curves, evaluations, and these {SHOWN} videos with pictures, predicted over true")
+    show(f"     {page}: curves, evaluations, and these {SHOWN} videos with pictures, true and predicted")
     return drawn
 
 
@@ -227,12 +219,12 @@ def against_truth(name: str, folder: Path) -> Sequence[str]:
     own = np.flatnonzero((table.videos == table.video_names.index(name)) & (table.scores >= ENOUGH))
     labels = np.array([table.label_names[i] for i in table.labels[own]])
     used: set[int] = set()
-    lines = [f"{name}, {video.duration:.1f} s:"]
+    lines = [f"{name}, {video.duration:.1f} s"]
     for (start, end), label in zip(video.segments, video.labels, strict=True):
         same = own[labels == label]
         keys = np.zeros(len(same), dtype=np.int64)
         pairs = overlaps(np.array([[start, end]]), np.zeros(1, dtype=np.int64), table.segments[same], keys, 0.1)
-        line = f"{label:6} {start:5.2f} to {end:5.2f} s   "
+        line = f"  {label:6} {start:5.2f} to {end:5.2f} s   "
         if not len(pairs.iou):
             lines.append(f"{line}not found")
             continue
@@ -243,4 +235,4 @@ def against_truth(name: str, folder: Path) -> Sequence[str]:
         lines.append(
             f"{line}found {first:5.2f} to {last:5.2f} s, IoU {pairs.iou[best]:.2f}, score {table.scores[chosen]:.2f}"
         )
-    return [*lines, f"and {len(own) - len(used)} more that score {ENOUGH:g} or better"]
+    return [*lines, f"  and {len(own) - len(used)} detections more that score {ENOUGH:g} or better"]

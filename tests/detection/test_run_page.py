@@ -8,9 +8,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tensorkeep import metrics
+from tensorkeep.detection.annotations import read_annotations
 from tensorkeep.detection.results import write_detections
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.recipes.texts import to_yaml
 from tensorkeep.report.run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
+from tests.detection import runs
 
 
 def make_run(folder: Path, steps: int = 10) -> Path:
@@ -57,6 +60,26 @@ def test_predictions_beside_a_run_are_shown_where_their_times_are(tmp_path: Path
     text = run_page(tmp_path)
     assert text.count('class="p"') == 2 and "dive · 0.90 · 0:01.00 to 0:02.00" in text and "weak" not in text
     assert "&lt;b&gt;" in text and "<b>v" not in text
+
+
+def test_what_is_true_and_how_it_looks_come_from_the_run_s_recipe_and_are_missed_aloud(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    data = runs.dataset(tmp_path / "data", videos=1, held_out=2)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(to_yaml(runs.recipe(data)))
+    rows = {name: [(1.0, 2.0, "blink", 0.9)] for name in ("validation_0000", "validation_0001", "elsewhere")}
+    write_detections(make_run(run) / "predictions" / "detections.json", rows)
+    text = run_page(run)
+    truth = read_annotations(data / "annotations.json")
+    true = sum(len(truth.videos[name].labels) for name in ("validation_0000", "validation_0001"))
+    assert text.count('class="p"') == 3 and text.count('class="t"') == true and text.count("<image ") == 20
+    assert "img-src data:" in text and "without" not in text
+    (data / "videos" / "validation_0001.mp4").unlink()
+    assert run_page(run).count("<image ") == 10 and run_page(run).count("without pictures: ") == 1
+    (data / "annotations.json").unlink()
+    text = run_page(run)
+    assert "without true segments and pictures: " in text and text.count('class="p"') == 3 and "<image " not in text
 
 
 def test_a_run_that_noted_nothing_finite_has_a_page_too(tmp_path: Path) -> None:

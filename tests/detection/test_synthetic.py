@@ -10,11 +10,13 @@ from tensorkeep.detection.annotations import read_annotations, read_class_map
 from tensorkeep.detection.synthetic import (
     CLASSES,
     MOTIONS,
+    TINY,
     Action,
     Shape,
     SyntheticConfig,
     _paint,
     _pose,
+    make_clip,
     make_dataset,
     make_video,
 )
@@ -98,6 +100,22 @@ def test_the_class_lies_in_the_motion_and_survives_a_mirror(label):
     cycle = 1 / MOTIONS[label]  # it repeats, so that no direction of it is special
     again = drawn(action, 0.7 + cycle)
     assert np.abs(again - drawn(action, 0.7)).mean() < 0.5
+
+
+def test_calm_videos_show_bright_shapes_on_a_dark_ground_and_busy_ones_do_not():
+    for seed in range(5):
+        calm, busy = (make_video(config, np.random.default_rng(seed))[0].mean(-1) for config in (TINY, SHORT))
+        assert calm.max() > 180 and np.median(calm) < 95 < np.median(busy)
+
+
+def test_a_clip_shows_its_motion_from_end_to_end():
+    config = SyntheticConfig(**{**TINY.__dict__, "actors": 1, "distractors": 0})
+    for label in TINY.classes:
+        moving, resting = (make_clip(config, name, 30, np.random.default_rng(3)) for name in (label, None))
+        assert moving.shape == (30, 32, 32, 3) and moving.dtype == np.uint8
+        change = [np.abs(np.diff(clip.astype(float), axis=0)).mean((1, 2, 3)) for clip in (moving, resting)]
+        thirds = [part.max() for part in np.split(change[0][:27], 3)]
+        assert min(thirds) > 1.5 * np.median(change[1]), label
 
 
 def test_a_data_set_is_there_whole_or_not_at_all(dataset, tmp_path, monkeypatch):
