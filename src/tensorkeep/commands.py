@@ -377,7 +377,7 @@ def demo(chapter: str = "convert", /, *, out: Path | None = None, say: Say = Say
     Parameters
     ----------
     chapter
-        A chapter's name, or all.
+        convert, diagnose, resume, qlora, detection, or all.
     out
         The folder to leave everything in. Default ./demo
     """

@@ -26,7 +26,7 @@ from tests.detection import runs
 
 VIT = VitConfig(image_size=32, patch_size=16, embed_dim=32, depth=2, heads=2, mlp_dim=64, chunk_frames=8, drop_path=0.0)
 SMALL = PretrainingConfig(
-    replace(TINY, classes=("blink", "hop")), VIT, clips=24, held_out=9, updates=40, batch=12, lr=5e-3, save_every=15
+    VIT, replace(TINY, classes=("blink", "hop")), clips=24, held_out=9, updates=40, batch=12, lr=5e-3, save_every=15
 )
 
 

@@ -8,7 +8,7 @@ like any other, saved, killable and resumable, and `training.pretrained` of a de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tensorkeep.checkpoint import Keep
 from tensorkeep.detection.schedule import learning_rate
-from tensorkeep.detection.synthetic import SyntheticConfig, make_clip
+from tensorkeep.detection.synthetic import TINY, SyntheticConfig, make_clip
 from tensorkeep.detection.vit import VisionTransformer, VitConfig
 from tensorkeep.durable import digest
 from tensorkeep.ema import Ema
@@ -29,22 +29,23 @@ from tensorkeep.randomness import derive
 from tensorkeep.train import Outcome, fit
 
 WARMUP = 40  # updates
+MOTIONS = replace(TINY, classes=("pulse", "blink", "spin"))  # of the four that TINY's videos show, two stay unseen
 
 
 @dataclass(frozen=True)
 class PretrainingConfig:
     """`clips` to learn from, `held_out` ones to score on, all drawn from `seed`; `updates` of `batch` clips."""
 
-    motions: SyntheticConfig
     vit: VitConfig
-    clips: int = 3000
+    motions: SyntheticConfig = MOTIONS
+    clips: int = 2400
     held_out: int = 300
-    updates: int = 1200
+    updates: int = 1000
     batch: int = 16
     lr: float = 2e-3
     weight_decay: float = 0.05
     ema: float = 0.98
-    save_every: int = 200
+    save_every: int = 250
     seed: int = 100
 
 
@@ -152,8 +153,8 @@ def pretrain(
 ) -> Outcome:
     """Train in the folder `run`, or go on there; `tell` gets each row of metrics.
 
-    >>> pretrain(PretrainingConfig(TINY, VitConfig(32, 16, 64, 2, 4, 192)), "runs/pretrain").evaluation  # doctest: +SKIP
-    {'accuracy': 0.91}
+    >>> pretrain(PretrainingConfig(VitConfig(32, 16, 64, 2, 4, 192)), "runs/pretrained").evaluation  # doctest: +SKIP
+    {'accuracy': 0.97}
     """
     job, loop = build(config)
     job.trackers = [tell]
