@@ -273,5 +273,5 @@ def _chapter(name: str) -> Callable[[Path, Show], int]:
     try:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
     except ImportError as error:
-        what = f"the chapter {name!r} needs torch and transformers: {error}"
+        what = f"the chapter {name!r} needs a package that is not installed: {error}"
         raise TensorkeepError(what, hint="pip install 'tensorkeep[demo]'") from None

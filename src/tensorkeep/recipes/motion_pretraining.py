@@ -8,7 +8,7 @@ like any other, saved, killable and resumable, and `training.pretrained` of a de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tensorkeep.ema import Ema
 from tensorkeep.job import Job, Loop
 from tensorkeep.output import Output
 from tensorkeep.randomness import derive
+from tensorkeep.recipes.texts import plain
 from tensorkeep.train import Outcome, fit
 
 WARMUP = 40  # updates
@@ -81,7 +82,9 @@ class MotionClips:
 
     def fingerprint(self) -> str:
         """Of all that the clips follow from."""
-        return digest(repr((asdict(self.config.motions), self.config.seed, self.number, self.part)).encode())
+        return digest(
+            repr((self.config.motions, self.config.vit.chunk_frames, self.config.seed, self.part, self.number)).encode()
+        )
 
 
 class MotionClassifier(nn.Module):
@@ -134,18 +137,6 @@ def accuracy(model: nn.Module, clips: MotionClips, batch: int = 50) -> float:
         shown = collate([clips.clip(index) for index in range(first, min(first + batch, len(clips)))])
         right += int((model(shown["clips"]).argmax(-1) == shown["labels"]).sum())
     return right / len(clips)
-
-
-def plain(config: PretrainingConfig) -> dict[str, Any]:
-    """The config as values that YAML and JSON know."""
-
-    def listed(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: listed(item) for key, item in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    made: dict[str, Any] = listed(asdict(config))
-    return made
 
 
 def pretrain(
