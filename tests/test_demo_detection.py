@@ -34,10 +34,12 @@ def test_a_run_that_is_over_before_the_signal_is_not_called_killed(
     monkeypatch.setattr(run_folder, "steps", lambda _run: [1])
     sleep = ["python3", "-m", "timeit", "-n1", "-r1", "import time; time.sleep(60)"]
     monkeypatch.setattr(demo_resume, "command", lambda *_: sleep)
-    assert demo_detection.kill_at_random(Path("r"), tmp_path / "run", 0.05, said.append)
+    assert demo_detection.kill_at_random(Path("r"), tmp_path / "run", 0.05, 99, said.append)
+    monkeypatch.setattr(run_folder, "steps", lambda _run: [75])  # nearly done: now or never
+    assert demo_detection.kill_at_random(Path("r"), tmp_path / "run", 60, 99, said.append)
     monkeypatch.setattr(demo_resume, "command", lambda *_: ["true"])
-    assert not demo_detection.kill_at_random(Path("r"), tmp_path / "run", 5.0, said.append)
-    assert "0.05 s after the first checkpoint, 0 updates" in said[0]
+    assert not demo_detection.kill_at_random(Path("r"), tmp_path / "run", 60, 999, said.append)
+    assert [line.rpartition(", ")[2] for line in said] == ["0 updates told of"] * 3
 
 
 def test_a_detector_that_learned_too_little_fails_the_chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Ra
     show(
         "4/6  The same into another folder, killed (SIGKILL) at a random instant, and started again by the same command:"
     )
-    killed = kill_at_random(recipe, run, chance.uniform(0, 0.4 * start.seconds), show)
+    killed = kill_at_random(recipe, run, chance.uniform(0, 0.4 * start.seconds), rows_of(whole)[-1]["step"], show)
     last = Start(recipe, run, "detection")
     last.finish()
     show(f"     {last.seconds:4.0f} s  to the end")
@@ -155,17 +155,18 @@ def trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Ra
     return same_end(whole, run, show) and killed and confirmed and losses[-1] < losses[0]
 
 
-def kill_at_random(recipe: Path, run: Path, seconds: float, show: Show) -> bool:
-    """Kill so long after the first checkpoint; False where the run was over before."""
+def kill_at_random(recipe: Path, run: Path, seconds: float, updates: int, show: Show) -> bool:
+    """Kill so long after the first checkpoint, or when three quarters of the updates are saved; False where the run was
+    over before."""
     start = Start(recipe, run, "detection")
     start.until(lambda: bool(run_folder.steps(run)))
-    end = time.perf_counter() + seconds
-    start.until(lambda: time.perf_counter() >= end)
+    first = time.perf_counter()
+    start.until(lambda: time.perf_counter() - first >= seconds or run_folder.steps(run)[0] >= 3 * updates // 4)
+    lived = time.perf_counter() - first
     start.kill()
     rows = rows_of(run)
-    show(
-        f"     {start.seconds:4.0f} s  killed {seconds:.2f} s after the first checkpoint, {rows[-1]['step'] if rows else 0} updates told of"
-    )
+    told = rows[-1]["step"] if rows else 0
+    show(f"     {start.seconds:4.0f} s  killed {lived:.2f} s after its first checkpoint, {told} updates told of")
     return start.killed
 
 
