@@ -134,7 +134,7 @@ def measure(out: Path, seeds: int, variants: Sequence[str]) -> None:
         rows.append(
             [name, shown(figures[True]), shown(figures[False]), f"{count:,}", f"{statistics.mean(seconds):.0f}"]
         )
-    print(f"\n{seeds} seeds; {versions()}\n\n{table(rows)}")
+    print(f"\n{seeds} seeds; {versions('torch', 'av')}\n\n{table(rows)}")
 
 
 def seeded(recipe: DetectionRecipe, seed: int) -> DetectionRecipe:
