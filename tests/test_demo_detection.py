@@ -11,7 +11,7 @@ import yaml
 
 pytest.importorskip("av")
 
-from tensorkeep import demo_detection, demo_resume, run_folder
+from tensorkeep import demo_detection, demo_resume, metrics, run_folder
 from tensorkeep.detection.annotations import read_annotations
 from tensorkeep.detection.results import write_detections
 from tensorkeep.recipes.texts import plain, read_recipe, to_yaml
@@ -31,14 +31,20 @@ def test_a_run_that_is_over_before_the_signal_is_not_called_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(run_folder, "steps", lambda _run: [1])
+    run, proof = tmp_path / "run", tmp_path / "run" / "checkpoints" / "proof.jsonl"
     sleep = ["python3", "-m", "timeit", "-n1", "-r1", "import time; time.sleep(60)"]
     monkeypatch.setattr(demo_resume, "command", lambda *_: sleep)
-    assert demo_detection.kill_at_random(Path("r"), tmp_path / "run", 0.05, 99, said.append)
-    monkeypatch.setattr(run_folder, "steps", lambda _run: [75])  # nearly done: now or never
-    assert demo_detection.kill_at_random(Path("r"), tmp_path / "run", 60, 99, said.append)
+    monkeypatch.setattr(run_folder, "steps", lambda _run: [30])
+    proof.parent.mkdir(parents=True)
+    metrics.append(proof, {"checkpoint": 30, "step": 31})
+    assert demo_detection.kill_at_random(Path("r"), run, 0.05, 99, said.append)
+    monkeypatch.setattr(run_folder, "steps", lambda _run: [75])  # nearly done, but nothing to compare a resume with
+    sleep[-1] = f"""
+import time; time.sleep(0.3); open({str(proof)!r}, "a").write('{{"checkpoint": 75, "step": 76}}\\n'); time.sleep(60)"""
+    assert demo_detection.kill_at_random(Path("r"), run, 60, 99, said.append)
+    assert "75" in proof.read_text()
     monkeypatch.setattr(demo_resume, "command", lambda *_: ["true"])
-    assert not demo_detection.kill_at_random(Path("r"), tmp_path / "run", 60, 999, said.append)
+    assert not demo_detection.kill_at_random(Path("r"), run, 60, 999, said.append)
     assert [line.rpartition(", ")[2] for line in said] == ["0 updates told of"] * 3
 
 
@@ -75,5 +81,5 @@ def test_a_detection_stands_beside_the_true_segment_that_it_fits_best(tmp_path: 
     lines = demo_detection.against_truth(video.name, tmp_path)
     assert len(lines) == 2 + len(video.labels)
     assert lines[1].split()[0] == label and lines[1].endswith("IoU 1.00, score 0.40")
-    assert all("not found" in line for line, other in zip(lines[2:-1], video.labels[1:]) if other != label)
+    assert all("nothing that fits" in line for line, other in zip(lines[2:-1], video.labels[1:]) if other != label)
     assert lines[-1].strip() == "and 2 detections more that score 0.3 or better"

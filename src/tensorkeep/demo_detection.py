@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
-from tensorkeep import run_folder
+from tensorkeep import metrics, run_folder
 from tensorkeep.demo import Show
 from tensorkeep.demo_resume import Start, empty, rows_of, same_end, shown_command, tell
 from tensorkeep.detection.annotations import read_annotations
@@ -34,7 +35,7 @@ from tensorkeep.report.run import PREDICTIONS, write_run_page
 
 VIDEOS, HELD_OUT, SHOWN = 24, 16, 3
 UNTRAINED, LEARNED = 0.05, 0.5  # average mAP: at most before, at least afterwards
-ENOUGH = 0.3  # score of a detection that is told
+ENOUGH, FITS = 0.3, 0.3  # score of a detection that is told, IoU with the true segment that it stands beside
 
 
 def chapter_detection(out: Path, show: Show) -> int:
@@ -126,7 +127,12 @@ def pretrained(recipe: Path, run: Path, show: Show) -> None:
         if "loss" in row and row["step"] % 250 == 0:
             show(f"       update {row['step']:5}: loss {row['loss']:.4f}")
 
-    accuracy = pretrain(config, run, told).evaluation["accuracy"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from a second one, and loses much where cores are shared
+    try:
+        accuracy = pretrain(config, run, told).evaluation["accuracy"]
+    finally:
+        torch.set_num_threads(threads)
     show(f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of {config.held_out} clips it has not seen "
          f"(by chance: {100 / (len(config.motions.classes) + 1):.0f} %)")  # fmt: skip
 
@@ -156,12 +162,20 @@ def trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Ra
 
 
 def kill_at_random(recipe: Path, run: Path, seconds: float, updates: int, show: Show) -> bool:
-    """Kill so long after the first checkpoint, or when three quarters of the updates are saved; False where the run was
-    over before."""
+    """Kill so long after the first checkpoint, or when three quarters of the updates are saved, and a loss after the newest
+    checkpoint is noted for the next start to compare with; False where the run was over before."""
     start = Start(recipe, run, "detection")
     start.until(lambda: bool(run_folder.steps(run)))
     first = time.perf_counter()
-    start.until(lambda: time.perf_counter() - first >= seconds or run_folder.steps(run)[0] >= 3 * updates // 4)
+
+    def due() -> bool:
+        newest = run_folder.steps(run)[0]
+        late = time.perf_counter() - first >= seconds or newest >= 3 * updates // 4
+        return late and any(
+            row["checkpoint"] == newest for row in metrics.rows(run / run_folder.CHECKPOINTS / metrics.PROOF)
+        )
+
+    start.until(due)
     lived = time.perf_counter() - first
     start.kill()
     rows = rows_of(run)
@@ -216,7 +230,7 @@ def predicted(folder: Path, show: Show) -> bool:
 
 
 def against_truth(name: str, folder: Path) -> Sequence[str]:
-    """A video's true segments, each with the detection of its class that fits it best, and what is found besides."""
+    """A video's true segments, each with the detection of its class that fits it best, and how many are found besides."""
     video = read_annotations(folder / "videos" / ANNOTATIONS).videos[name]
     table = read_detections(folder / "run" / PREDICTIONS)
     own = np.flatnonzero((table.videos == table.video_names.index(name)) & (table.scores >= ENOUGH))
@@ -226,10 +240,10 @@ def against_truth(name: str, folder: Path) -> Sequence[str]:
     for (start, end), label in zip(video.segments, video.labels, strict=True):
         same = own[labels == label]
         keys = np.zeros(len(same), dtype=np.int64)
-        pairs = overlaps(np.array([[start, end]]), np.zeros(1, dtype=np.int64), table.segments[same], keys, 0.1)
+        pairs = overlaps(np.array([[start, end]]), np.zeros(1, dtype=np.int64), table.segments[same], keys, FITS)
         line = f"  {label:6} {start:5.2f} to {end:5.2f} s   "
         if not len(pairs.iou):
-            lines.append(f"{line}not found")
+            lines.append(f"{line}nothing that fits scores {ENOUGH:g}")
             continue
         best = int(np.argmax(pairs.iou))
         chosen = int(same[pairs.right[best]])
