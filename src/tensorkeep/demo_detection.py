@@ -1,8 +1,9 @@
 """Chapter `detection`: which motion happens when in a video, learnt by QLoRA adapters on a frozen ViT in nf4.
 
 All of it is made on the spot: mp4 files with scripted motions, a tiny ViT that learns to name motions in other clips (as
-VideoMAE was fine-tuned on Kinetics), and adapters and head trained on two dozen videos that also show new motions. The training is killed at a random
-instant and goes on by the same command; it must end bitwise where a run ends that nobody touched.
+VideoMAE was fine-tuned on Kinetics), and adapters and head trained on two dozen videos that also show new motions. The
+training is killed at a random instant and goes on by the same command; it must end bitwise where a run ends that nobody
+touched.
 """
 
 from __future__ import annotations
