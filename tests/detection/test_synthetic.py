@@ -19,6 +19,7 @@ from tensorkeep.detection.synthetic import (
     make_clip,
     make_dataset,
     make_video,
+    write_video,
 )
 from tensorkeep.detection.video import check_video, decode, probe
 from tensorkeep.errors import TensorkeepError
@@ -45,6 +46,18 @@ def test_the_same_seed_gives_the_same_bytes_and_a_video_does_not_depend_on_how_m
     assert after.items() <= before.items()
     assert len({(dataset / f"videos/{name}.mp4").read_bytes() for name in before}) == 3
     assert other.videos["training_0000"].segments.tolist() != before["training_0000"]["annotations"]
+
+
+def test_bytes_do_not_depend_on_what_lay_in_memory_before(tmp_path):
+    frames, _ = make_video(TINY, np.random.default_rng([0, 1, False]))
+    found = set()
+    for number in range(10):
+        rng = np.random.default_rng(number)
+        left = [rng.integers(0, 255, size).astype(np.uint8) for size in rng.integers(1000, 300_000, 40)]
+        del left
+        write_video(tmp_path / "video.mp4", frames, TINY.fps)
+        found.add((tmp_path / "video.mp4").read_bytes())
+    assert len(found) == 1
 
 
 def test_files_and_annotations_agree(dataset):

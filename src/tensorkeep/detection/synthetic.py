@@ -183,7 +183,8 @@ def write_video(
         context = stream.codec_context
         context.thread_count = 1
         if codec == "libx264":
-            context.options = {"crf": "18", "preset": "veryfast", "x264-params": "log-level=none"}
+            # with x264's mbtree the bytes of very small pictures vary with what lay in memory before
+            context.options = {"crf": "18", "preset": "veryfast", "x264-params": "log-level=none:mbtree=0"}
         if times is not None:
             context.time_base = Fraction(1, 1000)
         for key, value in options.items():
