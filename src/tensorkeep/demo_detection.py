@@ -8,11 +8,13 @@ touched.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +54,31 @@ def chapter_detection(out: Path, show: Show) -> int:
          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(folder / "videos", folder / "pretrained"), sort_keys=False))
-    pretrained(recipe, folder / "pretrained", show)
-    held = trained_and_killed(recipe, folder, show, random.Random())
-    held &= evaluated(recipe, folder / "run", show)
-    held &= predicted(folder, show)
+    with one_thread():
+        pretrained(recipe, folder / "pretrained", show)
+        held = trained_and_killed(recipe, folder, show, random.Random())
+        held &= evaluated(recipe, folder / "run", show)
+        held &= predicted(folder, show)
     show(f"{'All of it held' if held else 'NOT ALL OF IT HELD'}; {time.perf_counter() - started:.0f} s.")
     show(f"Try next:\n  tensorkeep eval detection {folder / 'run'} --no-ema\n  tensorkeep inspect {folder / 'run'}\n"
          f"  tensorkeep predict {folder / 'run'} {folder / 'videos' / FILES} --out {folder / 'all'}")  # fmt: skip
     return 0 if held else 1
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For this process and those it starts: so small a model gains nothing from a second thread, and waits for it most of
+    the time where cores are shared."""
+    before, named = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        del os.environ["OMP_NUM_THREADS"]
+        if named is not None:
+            os.environ["OMP_NUM_THREADS"] = named
 
 
 def recipe_of(data: Path, backbone: Path) -> dict[str, Any]:
@@ -128,12 +147,7 @@ def pretrained(recipe: Path, run: Path, show: Show) -> None:
         if "loss" in row and row["step"] % 250 == 0:
             show(f"       update {row['step']:5}: loss {row['loss']:.4f}")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from a second one, and loses much where cores are shared
-    try:
-        accuracy = pretrain(config, run, told).evaluation["accuracy"]
-    finally:
-        torch.set_num_threads(threads)
+    accuracy = pretrain(config, run, told).evaluation["accuracy"]
     show(f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of {config.held_out} clips it has not seen "
          f"(by chance: {100 / (len(config.motions.classes) + 1):.0f} %)")  # fmt: skip
 
