@@ -1,4 +1,4 @@
-"""What detection training does on a machine with two GPUs, in one visit of five minutes.
+"""What detection training does on a machine with two GPUs, in one run of five minutes.
 
     python -m benchmarks.detection_gpu --out figures                two GPUs, 32 cores; about 300 s
     python -m benchmarks.detection_gpu --out figures --tiny         a check of the script, on any machine
@@ -52,22 +52,22 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, (args.out / "log.txt").open("a") as log:
-        visit = Visit(args, Path(scratch), log)
+        bench = Bench(args, Path(scratch), log)
         try:
-            visit.start()
-            visit.make_videos()
-            visit.together([n for n in ("busy", "resume") if n in args.parts])
+            bench.start()
+            bench.make_videos()
+            bench.together([n for n in ("busy", "resume") if n in args.parts])
             for name in ("scaling", "language"):
-                visit.together([name] if name in args.parts else [])
+                bench.together([name] if name in args.parts else [])
         finally:
-            visit.stop()
+            bench.stop()
             summary = summarised(args.out)
             (args.out / "summary.md").write_text(summary)
             print(summary, flush=True)
-            visit.say("main", "done")
+            bench.say("main", "done")
 
 
-class Visit:
+class Bench:
     """The parts, run as processes until the time is up; what they say goes to the screen and the log.
 
     All of them start at once, since importing takes seconds, and wait for their turn: the file SCRATCH/go-PART.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.detection_gpu_watch import LIGHT, Held, Utilisation, Visit, Watch, apart, loud, plain, same, short
+from benchmarks.detection_gpu_watch import LIGHT, Bench, Held, Utilisation, Watch, apart, loud, plain, same, short
 from tensorkeep import checkpoint, distributed, metrics, train
 from tensorkeep.distributed import World
 from tensorkeep.errors import TensorkeepError
@@ -31,46 +31,46 @@ from tensorkeep.train import fit
 # -- busy -------------------------------------------------------------------------------------------------------------
 
 
-def busy(visit: Visit) -> None:
+def busy(bench: Bench) -> None:
     """How busy one GPU is with decoded video."""
     shm = shutil.disk_usage("/dev/shm").free / 2**30
     sample = 2 * 3 * 768 * 160 * 160 / 2**30
     cores = os.cpu_count() or 2
-    workers = 2 if visit.tiny else int(max(4, min(cores - 5, 0.7 * shm / (4 * sample))))
-    visit.tell(shm_free_gib=round(shm, 1), workers=workers, cores=cores, torch=torch.__version__)
-    if not visit.tiny:
-        visit.tell(gpu=torch.cuda.get_device_name())
+    workers = 2 if bench.tiny else int(max(4, min(cores - 5, 0.7 * shm / (4 * sample))))
+    bench.tell(shm_free_gib=round(shm, 1), workers=workers, cores=cores, torch=torch.__version__)
+    if not bench.tiny:
+        bench.tell(gpu=torch.cuda.get_device_name())
 
     def run(name: str, changes: list[tuple[str, str]], updates: int, seconds: float, graph: bool = True) -> None:
-        made = visit.recipe(*changes, ("training.workers", str(workers)), ("training.graph", json.dumps(graph)))
-        place = visit.scratch / "busy" / f"{name}-{graph}"
-        world = World(device=visit.device)
+        made = bench.recipe(*changes, ("training.workers", str(workers)), ("training.graph", json.dumps(graph)))
+        place = bench.scratch / "busy" / f"{name}-{graph}"
+        world = World(device=bench.device)
         job, loop = build(made, place, world, print)
-        if visit.device.type == "cuda":
+        if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with Utilisation() as driver, Watch(visit.device, seconds) as watch:
+        with Utilisation() as driver, Watch(bench.device, seconds) as watch:
             fit(plain(job), place, short(loop, updates, save_every=max(2, updates // 6)), world=world, say=loud())
         skip = min(20, len(watch.marks) // 3)
         found = watch.figures(skip)
         found |= {"graph": graph, "driver_percent": driver.mean(0.7), "changes": [f"{k} {v}" for k, v in changes]}
         frames = made.data.window_size * made.data.scale_factor * loop.batch
-        visit.tell(**{name: found | {"frames_a_second": frames / found["seconds_an_update"]}})
+        bench.tell(**{name: found | {"frames_a_second": frames / found["seconds_an_update"]}})
 
     def full() -> None:  # the recipe as it is: every 4th frame, AdaTAD's whole augmentation
-        run_or_eager("full", [], visit.steps(320, 9), 45)
+        run_or_eager("full", [], bench.steps(320, 9), 45)
 
     def light() -> None:  # every frame, crop and flip alone: what fewer cores can feed
-        run_or_eager("light", [] if visit.tiny else LIGHT, visit.steps(160, 9), 18)
+        run_or_eager("light", [] if bench.tiny else LIGHT, bench.steps(160, 9), 18)
 
     def run_or_eager(name: str, changes: list[tuple[str, str]], updates: int, seconds: float) -> None:
         try:
             run(name, changes, updates, seconds)
         except TensorkeepError as error:
-            visit.tell(**{f"{name}_graph_error": error.line, f"{name}_cause": repr(error.__cause__)})
+            bench.tell(**{f"{name}_graph_error": error.line, f"{name}_cause": repr(error.__cause__)})
             run(name, changes, updates, seconds, graph=False)
 
-    visit.attempt(full)
-    visit.attempt(light)
+    bench.attempt(full)
+    bench.attempt(light)
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------
@@ -78,10 +78,10 @@ def busy(visit: Visit) -> None:
 EXACT = [("training.deterministic", "true"), ("schedule.warmup_epochs", "0"), *LIGHT]
 
 
-def exact_run(visit: Visit, place: Path, die_at: int | None = None) -> train.Outcome:
+def exact_run(bench: Bench, place: Path, die_at: int | None = None) -> train.Outcome:
     """24 updates on decoded video with deterministic kernels, from the newest checkpoint; dies by SIGKILL."""
-    made = visit.recipe(*EXACT, ("training.workers", "2" if visit.tiny else "6"))
-    world = World(device=visit.device)
+    made = bench.recipe(*EXACT, ("training.workers", "2" if bench.tiny else "6"))
+    world = World(device=bench.device)
     job, loop = build(made, place, world)
     calls = 0
 
@@ -97,42 +97,42 @@ def exact_run(visit: Visit, place: Path, die_at: int | None = None) -> train.Out
     )
 
 
-def killed(visit: Visit) -> None:
+def killed(bench: Bench) -> None:
     """The process that dies."""
-    exact_run(visit, visit.scratch / "resume" / "broken", die_at=21)
+    exact_run(bench, bench.scratch / "resume" / "broken", die_at=21)
 
 
-def resume(visit: Visit) -> None:
+def resume(bench: Bench) -> None:
     """Exact resume on one GPU, and what deterministic kernels and graphs cost and give."""
-    folder = visit.scratch / "resume"
+    folder = bench.scratch / "resume"
 
     def gone_on() -> None:
-        dies = [sys.executable, "-m", "benchmarks.detection_gpu_parts", "killed", str(visit.out), str(visit.scratch)]
-        child = subprocess.Popen([*dies, *(["--tiny"] if visit.tiny else [])])  # beside the run that nobody touches
-        exact_run(visit, folder / "whole")
-        visit.tell(killed_by=child.wait(60), checkpoints_left=checkpoint.steps(folder / "broken"))
-        outcome = exact_run(visit, folder / "broken")
-        visit.tell(level=outcome.level, step=outcome.step)
-        visit.tell(decoded_run_bitwise=same(folder / "broken", folder / "whole"))
+        dies = [sys.executable, "-m", "benchmarks.detection_gpu_parts", "killed", str(bench.out), str(bench.scratch)]
+        child = subprocess.Popen([*dies, *(["--tiny"] if bench.tiny else [])])  # beside the run that nobody touches
+        exact_run(bench, folder / "whole")
+        bench.tell(killed_by=child.wait(60), checkpoints_left=checkpoint.steps(folder / "broken"))
+        outcome = exact_run(bench, folder / "broken")
+        bench.tell(level=outcome.level, step=outcome.step)
+        bench.tell(decoded_run_bitwise=same(folder / "broken", folder / "whole"))
 
-    visit.attempt(gone_on)
+    bench.attempt(gone_on)
     losses: dict[str, list[Tensor]] = {}
 
     def timed(name: str, updates: int, place: Path, **loop_changes: Any) -> None:
         graph = json.dumps(bool(loop_changes.get("graph")))
         changes = [("training.workers", "2"), ("training.graph", graph), ("schedule.warmup_epochs", "0")]
-        made = visit.recipe(*changes)
-        world = World(device=visit.device)
+        made = bench.recipe(*changes)
+        world = World(device=bench.device)
         job, loop = build(made, place, world)
         job = replace(plain(job), data=held(job, made))
-        if visit.device.type == "cuda":
+        if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with Watch(visit.device) as watch:
+        with Watch(bench.device) as watch:
             fit(job, place, short(loop, updates, **loop_changes), world=world, allow=("updates",))
         losses.setdefault(name, []).extend(watch.losses)
-        if name not in visit.found:
+        if name not in bench.found:
             found = watch.figures(min(10, updates // 2))
-            visit.tell(**{name: {k: found[k] for k in ("seconds_an_update", "median_of_an_update", "peak_gib")}})
+            bench.tell(**{name: {k: found[k] for k in ("seconds_an_update", "median_of_an_update", "peak_gib")}})
 
     cache: list[Held] = []
 
@@ -141,7 +141,7 @@ def resume(visit: Visit) -> None:
             cache.append(Held(job, made))
         return cache[0]
 
-    many = visit.steps(26, 6)
+    many = bench.steps(26, 6)
     ways = {
         "eager": {}, "eager_again": {}, "eager_deterministic": {"deterministic": True}, "graph": {"graph": True},
         "graph_deterministic": {"graph": True, "deterministic": True},
@@ -149,7 +149,7 @@ def resume(visit: Visit) -> None:
 
     def ways_of_a_step() -> None:
         for name, changes in ways.items():
-            visit.attempt(lambda name=name, changes=changes: timed(name, many, folder / name, **changes))
+            bench.attempt(lambda name=name, changes=changes: timed(name, many, folder / name, **changes))
         for one, other in (
             ("eager", "graph"),
             ("eager_deterministic", "graph_deterministic"),
@@ -158,7 +158,7 @@ def resume(visit: Visit) -> None:
             if one in losses and other in losses:
                 a, b = (torch.stack(losses[n]).double().cpu() for n in (one, other))
                 away = float(((a - b).abs() / a.abs()).max()) if len(a) == len(b) else None
-                visit.tell(**{
+                bench.tell(**{
                     f"{one}_against_{other}": {
                         "losses_bitwise": bool(torch.equal(a, b)), "largest_relative_difference": away,
                         "state_bitwise": same(folder / one, folder / other), "weights": apart(folder / one, folder / other),
@@ -169,25 +169,25 @@ def resume(visit: Visit) -> None:
         way = ways["graph_deterministic"]
         timed("graph_first_half", many // 2, folder / "graph_halves", **way)
         timed("graph_second_half", many, folder / "graph_halves", **way)
-        visit.tell(graph_resumed_bitwise=same(folder / "graph_halves", folder / "graph_deterministic"))
+        bench.tell(graph_resumed_bitwise=same(folder / "graph_halves", folder / "graph_deterministic"))
 
     def kernels() -> None:  # last: a profiler may fail, or change what comes after
-        if visit.device.type != "cuda":
+        if bench.device.type != "cuda":
             return
         for name, changes in (("eager", {}), ("graph", {"graph": True})):
-            visit.tell(**{f"{name}_kernels": kernel_share(visit, folder / f"profiled-{name}", held, changes)})
+            bench.tell(**{f"{name}_kernels": kernel_share(bench, folder / f"profiled-{name}", held, changes)})
 
-    visit.attempt(ways_of_a_step)
-    visit.attempt(graph_gone_on)
-    visit.attempt(kernels)
+    bench.attempt(ways_of_a_step)
+    bench.attempt(graph_gone_on)
+    bench.attempt(kernels)
 
 
-def kernel_share(visit: Visit, place: Path, held: Any, changes: dict[str, Any]) -> dict[str, Any]:
+def kernel_share(bench: Bench, place: Path, held: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """Of five updates on held data: the share of the time in which some kernel or copy ran on the device."""
     from torch.profiler import ProfilerActivity, profile
 
-    made = visit.recipe(("training.workers", "2"), ("training.graph", json.dumps(bool(changes))))
-    world = World(device=visit.device)
+    made = bench.recipe(("training.workers", "2"), ("training.graph", json.dumps(bool(changes))))
+    world = World(device=bench.device)
     job, loop = build(made, place, world)
     profiler = profile(activities=[ProfilerActivity.CUDA])
     clock: list[float] = []
@@ -198,7 +198,7 @@ def kernel_share(visit: Visit, place: Path, held: Any, changes: dict[str, Any]) 
             clock.append(time.perf_counter())
             profiler.start() if update == 10 else profiler.stop()
 
-    with Watch(visit.device, each=each):
+    with Watch(bench.device, each=each):
         fit(replace(plain(job), data=held(job, made)), place, short(loop, 16, **changes), world=world)
     spans, copies = [], 0.0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
@@ -222,25 +222,25 @@ def kernel_share(visit: Visit, place: Path, held: Any, changes: dict[str, Any]) 
 # -- scaling ------------------------------------------------------------------------------------------------------------
 
 
-def scaling(visit: Visit) -> None:
+def scaling(bench: Bench) -> None:
     """Two processes against one; every rank runs this, the first one alone trains in between."""
-    world = distributed.start("cpu" if visit.tiny else "cuda")
-    visit.quiet = not world.first
-    folder = visit.scratch / "scaling"
+    world = distributed.start("cpu" if bench.tiny else "cuda")
+    bench.quiet = not world.first
+    folder = bench.scratch / "scaling"
     alone = World(device=world.device)
 
     def speed(name: str, who: World, batch: int, graph: bool) -> float:
-        workers, place = "0" if visit.tiny else "4", folder / f"{name}-{graph}"
+        workers, place = "0" if bench.tiny else "4", folder / f"{name}-{graph}"
         changes = [
             ("training.workers", workers),
             ("training.batch_size", str(batch)),
             ("training.graph", json.dumps(graph)),
         ]
-        made = visit.recipe(*changes)
+        made = bench.recipe(*changes)
         job, loop = build(made, place, who)
         job = replace(plain(job), data=Held(job, made, 4))
         with Watch(who.device) as watch:
-            fit(job, place, short(loop, visit.steps(45)), world=who)
+            fit(job, place, short(loop, bench.steps(45)), world=who)
         seconds = float(watch.figures(min(15, len(watch.marks) // 2))["seconds_an_update"])
         return batch * made.data.window_size / seconds
 
@@ -250,7 +250,7 @@ def scaling(visit: Visit) -> None:
         two = speed("two", world, 4, graph)
         name = "frames_a_second_recorded" if graph else "frames_a_second_launched"
         if world.first:
-            visit.tell(**{name: {"one": found, "two": two, "scaling": two / found}})
+            bench.tell(**{name: {"one": found, "two": two, "scaling": two / found}})
 
     def equal() -> None:
         torch.backends.cudnn.allow_tf32 = False  # rounding alone shall differ
@@ -258,9 +258,9 @@ def scaling(visit: Visit) -> None:
             ("model.backbone.vit.drop_path", "0.0"), ("model.projection.drop_path", "0.0"), ("training.precision", "fp32"),
             ("model.backbone.frozen_dtype", "float32"), ("training.batch_size", "4"), ("training.best", "loss"),
             ("schedule.warmup_epochs", "0"), ("data.feature_stride", "2"),
-            ("window_size", "64" if visit.tiny else "192"), ("training.workers", "2" if visit.tiny else "6"),
+            ("window_size", "64" if bench.tiny else "192"), ("training.workers", "2" if bench.tiny else "6"),
         ]  # fmt: skip
-        made = visit.recipe(*changes)
+        made = bench.recipe(*changes)
 
         def trained(name: str, who: World) -> tuple[list[list[str]], dict[str, float]]:
             heard: list[list[str]] = []
@@ -271,7 +271,7 @@ def scaling(visit: Visit) -> None:
                 return job.count(batch)
 
             listening = replace(job, count=count)
-            outcome = fit(listening, folder / name, short(loop, visit.steps(20), log_every=1), world=who)
+            outcome = fit(listening, folder / name, short(loop, bench.steps(20), log_every=1), world=who)
             return heard, outcome.evaluation
 
         heard, numbers = trained("equal-two", world)
@@ -284,23 +284,23 @@ def scaling(visit: Visit) -> None:
             [r["loss"] for r in metrics.rows(folder / n / metrics.METRICS) if "loss" in r]
             for n in ("equal-two", "equal-one")
         ]
-        visit.tell(
+        bench.tell(
             same_ids=both == [sorted(batch) for batch in ids], updates=len(ids),
             weights_relative_l2=apart(folder / "equal-two", folder / "equal-one"),
             losses_largest_relative=max(abs(a - b) / abs(b) for a, b in zip(*rows)),
             evaluated_by_two=numbers, evaluated_by_one=reference,
         )  # fmt: skip
 
-    visit.attempt(lambda: weak(True))
-    visit.attempt(lambda: weak(False))
-    visit.attempt(equal)
+    bench.attempt(lambda: weak(True))
+    bench.attempt(lambda: weak(False))
+    bench.attempt(equal)
     distributed.stop()
 
 
 # -- language -----------------------------------------------------------------------------------------------------------
 
 
-def language(visit: Visit) -> None:
+def language(bench: Bench) -> None:
     """A tiny language model under DDP and FSDP2: saved, gone on with, and gone on with by one process."""
     from tests.language_files import config, save_tokenizer, texts
 
@@ -308,10 +308,10 @@ def language(visit: Visit) -> None:
     from tensorkeep.recipes.language import loop_of
     from tensorkeep.recipes.reading import language_recipe
 
-    world = distributed.start("cpu" if visit.tiny else "cuda")
-    visit.quiet = not world.first
+    world = distributed.start("cpu" if bench.tiny else "cuda")
+    bench.quiet = not world.first
     alone = World(device=world.device)
-    folder = visit.scratch / "language"
+    folder = bench.scratch / "language"
     if world.first:
         save_tokenizer(folder / "tok")
         texts(folder / "a.jsonl", 40)
@@ -337,7 +337,7 @@ def language(visit: Visit) -> None:
         if world.first:
             whole, halves = folder / f"{parallel}-whole", folder / f"{parallel}-halves"
             on = trained(f"{parallel}-elsewhere", alone, "ddp", 12, begin=f"{parallel}-halves")
-            visit.tell(**{
+            bench.tell(**{
                 parallel: {
                     "level": outcome.level, "bitwise": same(whole, halves), "weights": apart(whole, halves),
                     "level_on_one": on.level, "weights_on_one": apart(whole, folder / f"{parallel}-elsewhere"),
@@ -355,8 +355,8 @@ def language(visit: Visit) -> None:
     if world.first:
         trained("one", alone, "ddp", 12)
     distributed.gathered(world, None)
-    visit.attempt(ddp)
-    visit.attempt(fsdp)
+    bench.attempt(ddp)
+    bench.attempt(fsdp)
     distributed.stop()
 
 
@@ -373,7 +373,7 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard > soft >= 0:  # each prefetched tensor is a file descriptor
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
-    visit = Visit(args.part, args.out, args.scratch, args.tiny, quiet=args.part == "killed")
+    bench = Bench(args.part, args.out, args.scratch, args.tiny, quiet=args.part == "killed")
     if args.part == "language":
         importlib.import_module("tensorkeep.recipes.language")
     while args.part != "killed" and not (args.scratch / f"go-{args.part}").exists():
@@ -381,11 +381,11 @@ def main() -> None:
     began = time.monotonic()
 
     def work() -> None:
-        PARTS[args.part](visit)
+        PARTS[args.part](bench)
 
     work.__name__ = args.part
-    visit.attempt(work)
-    visit.tell(seconds=round(time.monotonic() - began, 1))
+    bench.attempt(work)
+    bench.tell(seconds=round(time.monotonic() - began, 1))
     sys.stdout.flush()
     os._exit(0)  # interpreters take seconds to tidy up, of which there are few
 

@@ -34,7 +34,7 @@ TINY = [
 
 
 @dataclass
-class Visit:
+class Bench:
     """Where a part works: the folder of its figures, that of its videos and runs, whether everything is small."""
 
     name: str
