@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tensorkeep import quantized_loading
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantize import quantize_
 from tensorkeep.quantized_linear import QuantLinear
@@ -197,7 +196,8 @@ def test_the_digest_of_the_base_is_the_one_that_checks_compute(tmp_path: Path) -
     assert load_quantizing(on_meta(), path).base_digest == base_digest(read(path))
 
 
-def test_every_tensor_is_read_once_into_memory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_tensor_at_a_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stored tensor is asked for before the one before it was put into codes and let go."""
     path = saved(tmp_path, Model())
     held: list[str] = []
     plain = StateView.stream
@@ -213,43 +213,6 @@ def test_every_tensor_is_read_once_into_memory_of_its_own(tmp_path: Path, monkey
     tracemalloc.stop()
     assert sorted(held) == sorted(read(path)) and len(set(held)) == len(held)
     assert peak < 8 << 20  # the reader's own buffer, not the file
-
-
-@pytest.mark.parametrize("limit", [0, 10_000, 1 << 20])
-def test_no_more_than_the_limit_is_read_ahead(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the tensor at hand; and what is read ahead changes nothing."""
-    path = saved(tmp_path, Model())
-    sizes = {name: record.nbytes for name, record in read(path).items()}
-    begun: list[str] = []
-    done: list[str] = []
-    ahead: list[int] = []
-    plain, carry = quantized_loading.tensor_of, quantized_loading._Load._carry_out
-
-    def reading(view: StateView, name: str) -> Tensor:
-        begun.append(name)
-        return plain(view, name)
-
-    def carrying(self: Any, step: Any, found: Any) -> Any:
-        ahead.append(sum(sizes[n] for n in begun) - sum(sizes[n] for n in done) - sizes[step.stored])
-        done.append(step.stored)
-        return carry(self, step, found)
-
-    monkeypatch.setattr(quantized_loading, "AHEAD", limit)
-    monkeypatch.setattr(quantized_loading, "tensor_of", reading)
-    monkeypatch.setattr(quantized_loading._Load, "_carry_out", carrying)
-    made, dense = on_meta(), Model().requires_grad_(False)
-    load_quantizing(made, path)
-    quantize_(dense)
-    assert sorted(done) == sorted(begun) == sorted(sizes) and max(ahead) <= limit
-    assert torch.equal(made(IDS), dense(IDS))
-
-
-def test_a_tensor_that_cannot_be_read_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path, Model())
-    view = read(path)
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(TensorkeepError, match=r"model\.safetensors"):
-        load_quantizing(on_meta(), view)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

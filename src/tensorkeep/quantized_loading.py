@@ -7,9 +7,7 @@ otherwise or not at all; float weights are quantised on the way where that is as
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,7 +29,6 @@ from tensorkeep.view import StateView, read
 
 Source = Mapping[str, Tensor] | StateView | str | Path
 Repair = Callable[[nn.Module], Sequence[str]]
-AHEAD, READERS = 192 << 20, 3  # bytes that other threads may hold ready, beyond the tensor at hand; their number
 EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}  # casts that lose nothing
 
 
@@ -137,8 +134,8 @@ class _Load:
         self._repair(empty, repair, device)
         digests: dict[str, str] = {}
         # biases first: a linear that is replaced takes along the one it has
-        for step, found in self._read_ahead(sorted(self.steps, key=lambda s: s.how in ("take", "pack"))):
-            digests |= self._carry_out(step, found)
+        for step in sorted(self.steps, key=lambda s: s.how in ("take", "pack")):
+            digests |= self._carry_out(step)
         self.result.base_digest = digest_of_all(digests) if len(digests) == len(self.view) else None
         return self.result
 
@@ -305,44 +302,14 @@ class _Load:
 
     # -- copying --------------------------------------------------------------------------------------------------------
 
-    def _read_ahead(self, steps: Iterable[_Step]) -> Iterator[tuple[_Step, tuple[Tensor, str] | None]]:
-        """Steps in order, each with its stored tensor and digest, the next ones read while it is carried out.
-
-        A tensor of more than `AHEAD` bytes is read only when it is its turn.
-        """
-        if isinstance(self.view, TensorView):  # in memory already
-            yield from ((step, self._read(step)) for step in steps)
-            return
-        waiting, held = deque(steps), 0
-        reading: deque[tuple[_Step, Future[tuple[Tensor, str] | None]]] = deque()
-        with ThreadPoolExecutor(READERS) as pool:
-            while waiting or reading:
-                while waiting and (not reading or held + self._size(waiting[0]) <= AHEAD):
-                    held += self._size(waiting[0])
-                    reading.append((waiting[0], pool.submit(self._read, waiting.popleft())))
-                step, future = reading.popleft()
-                held -= self._size(step)
-                yield step, future.result()
-                del future  # and with it the tensor
-
-    def _size(self, step: _Step) -> int:
-        return self.view[step.stored].nbytes if step.how in ("copy", "pack") else 0
-
-    def _read(self, step: _Step) -> tuple[Tensor, str] | None:
-        if step.how not in ("copy", "pack"):
-            return None
-        tensor = tensor_of(self.view, step.stored)
-        return tensor, digest_of(tensor)
-
     @torch.no_grad()
-    def _carry_out(self, step: _Step, found: tuple[Tensor, str] | None) -> dict[str, str]:
+    def _carry_out(self, step: _Step) -> dict[str, str]:
         """Do one step; returns the digests of the stored tensors that it read."""
         if step.how == "same":
             return {step.stored: self.view.digest(step.stored)}
         if step.how == "copy":
-            assert found is not None
-            tensor, digest = found
-            digests = {step.stored: digest}
+            tensor = tensor_of(self.view, step.stored)
+            digests = {step.stored: digest_of(tensor)}
             self._put(tensor, step.places)
             self.result.copied.append(step.name)
             return digests
@@ -359,9 +326,9 @@ class _Load:
                 {r: t.to(device, copy=isinstance(self.view, TensorView)) for r, t in packed.tensors.items()},
             )
         else:
-            assert self.settings is not None and found is not None
-            tensor, digest = found
-            digests = {step.stored: digest}
+            assert self.settings is not None
+            tensor = tensor_of(self.view, step.stored)
+            digests = {step.stored: digest_of(tensor)}
             packed = pack(tensor.to(device), self.settings.kind, self.settings.double, self.settings.block, step.name)
         if isinstance(linear, QuantLinear):
             linear.fill(packed)
