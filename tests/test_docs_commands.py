@@ -94,7 +94,7 @@ def test_the_guide_has_a_command_behind_every_trouble_in_both_languages() -> Non
     assert english == chinese and len(english) > 20
     for page in pages:
         troubles = re.split(r"^\*\*", page.read_text(), flags=re.MULTILINE)[1:]
-        assert len(troubles) == 7 and all("```bash\ntensorkeep " in trouble for trouble in troubles)
+        assert len(troubles) == 8 and all("```bash\ntensorkeep " in trouble for trouble in troubles)
         rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
         assert len(rows) > 25
     lines = [[line for line in page.read_text().splitlines() if line.startswith("|")] for page in pages]
