@@ -16,6 +16,7 @@ import torch
 from tensorkeep import checkpoint
 from tensorkeep.batches import Stream
 from tensorkeep.detection.clips import collate
+from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
 from tensorkeep.detection.schedule import ScheduleConfig, set_learning_rates
 from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
 from tensorkeep.distributed import World
@@ -231,11 +232,13 @@ WHOLE = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "mo
 
 
 @pytest.mark.parametrize("changes", [WHOLE, {}], ids=["trained whole", "adapters"])
-def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(
-    data: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    """FSDP on two ranks, of which one has one video more to evaluate; one process goes on from its checkpoint."""
+def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """FSDP on two ranks, of which one has a forward more to evaluate; one process goes on from its checkpoint."""
+    data = runs.dataset(tmp_path / "data", held_out=4)
     made = runs.recipe(data, training__parallel="fsdp", **changes)
+    evaluate = build(made, tmp_path / "counted")[0].evaluate
+    assert isinstance(evaluate, MeanAveragePrecision)
+    assert len({len(_batches_of(evaluate.clips, range(rank, 4, 2), evaluate.batch)) for rank in (0, 1)}) == 2
 
     def work(world: World) -> None:
         torch.set_num_threads(1)
@@ -243,7 +246,7 @@ def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(
         fit(job, tmp_path / "shards", replace(loop, updates=4), world=world)
         assert any(hasattr(p, "full_tensor") for p in job.model.parameters())
 
-    assert ranks(2, work) == [0, 0]
+    assert ranks(2, work, seconds=60) == [0, 0]
     runs.trained(made, tmp_path / "alone", updates=4)
     assert relative_l2(tmp_path / "shards", tmp_path / "alone") < 1e-5
     both = [list(rows(tmp_path / name)) for name in ("shards", "alone")]

@@ -222,7 +222,7 @@ class MeanAveragePrecision:
             )
         )  # fmt: skip
         if hasattr(detector, "set_requires_gradient_sync"):  # in shards: every rank takes part in every forward
-            self._idle(detector, len(_batches_of(self.clips, own, self.batch)))
+            self._idle(detector)
         everyone: dict[int, Detections] = {}
         rows: list[list[float]] = []
         for part, theirs in distributed.gathered(self.world, (mine, losses)):
@@ -231,12 +231,14 @@ class MeanAveragePrecision:
         names = {self.clips.items[number].name: everyone[number] for number in sorted(everyone)}
         return names, [math.fsum(row[at] for row in rows) for at in range(3)]  # exact, so in any order
 
-    def _idle(self, detector: nn.Module, done: int) -> None:
-        """Forwards of nothing, for the sake of ranks that have more to do than the `done` of this one."""
-        most = max(distributed.gathered(self.world, done))
-        if done == most:
-            return
-        made = collate([self.clips.sample(0, torch.Generator().manual_seed(0))])
-        for _ in range(most - done):
+    def _idle(self, detector: nn.Module) -> None:
+        """Forwards of nothing, for the sake of ranks that have more to do. How much follows from the data: were it asked for,
+        this rank would wait for an answer from those that wait for its forwards."""
+        shares = (range(rank, len(self.clips.items), self.world.size) for rank in range(self.world.size))
+        counts = [len(_batches_of(self.clips, share, self.batch)) for share in shares]
+        lacking = max(counts) - counts[self.world.rank]
+        if lacking:
+            made = collate([self.clips.sample(0, torch.Generator().manual_seed(0))])
+        for _ in range(lacking):
             with torch.no_grad(), self.context():
                 detector(made["inputs"].to(self.world.device), made["masks"].to(self.world.device))
