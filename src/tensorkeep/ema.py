@@ -169,10 +169,8 @@ class Ema:
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         root, found = _unwrap(model), {}
-        for name, (
-            *path,
-            key,
-        ) in self._paths.items():  # walking the whole of a large frozen model takes longer than averaging
+        # by their paths: walking the whole of a large frozen model takes longer than averaging
+        for name, (*path, key) in self._paths.items():
             module: nn.Module | None = root
             for part in path:
                 module = None if module is None else module._modules.get(part)
@@ -220,9 +218,8 @@ def _lerp(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (averaging works element by element), any other tensor as it is."""
-    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(
-        tensor, "to_local"
-    ):  # asking a plain tensor costs as much as averaging it
+    # the kind first: a plain tensor asked for what it lacks takes as long as averaging it
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "to_local"):
         return tensor
     sharded: Any = tensor
     part: Tensor = sharded.to_local()

@@ -47,13 +47,13 @@ def build(
         remark("note: floor_frames: false is not carried out: annotated seconds become whole frames")
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
+    frames = float(recipe.data.window_size * recipe.data.scale_factor)
     job = Job(
-        model=detector, optimizer=make_optimizer(detector, recipe.optimizer), data=clips, collate=Collate(recipe.model, most_segments(clips) if loop.graph else None),
-        loss=DetectionLoss(detector), count=positives_of, divisor=Normalizer(detector),
+        model=detector, optimizer=make_optimizer(detector, recipe.optimizer), data=clips,
+        collate=Collate(recipe.model, most_segments(clips) if loop.graph else None), loss=DetectionLoss(detector), count=positives_of, divisor=Normalizer(detector),
         schedule=Schedule(recipe.schedule, len(clips) / recipe.training.batch_size), evaluate=evaluate,
         ema=None if recipe.training.ema is None else Ema(detector, recipe.training.ema), base=base, recipe=plain(recipe),
-        shard=blocks_of,
-        pace=("frames", float(recipe.data.window_size * recipe.data.scale_factor)) if recipe.data.inputs == "video" else ("samples", 1.0),
+        shard=blocks_of, pace=("frames", frames) if recipe.data.inputs == "video" else ("samples", 1.0),
     )  # fmt: skip
     return job, loop
 
