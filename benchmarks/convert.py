@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Run, forget, remember, run, versions
-from tensorkeep.conversion import write_all
+from tensorkeep.convert.convert import write_all
 from tensorkeep.formats.safetensors import layout
-from tensorkeep.layout import Fixed, SinkTensor
+from tensorkeep.storage.layout import Fixed, SinkTensor
 
 HIDDEN, INTER, VOCAB, HEADS, KV = 2048, 8192, 32000, 32, 8
 

@@ -43,8 +43,11 @@ from tests.run_states import Faults, injected
 from benchmarks import crash_peers, ext4
 from benchmarks.crash_writers import Writer, same, state, value, whole
 from benchmarks.measure import versions
-from tensorkeep import checkpoint, durable, run_folder, run_manifest
-from tensorkeep.checkpoint import Keep
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.storage import durable
+from tensorkeep.storage import run_folder
+from tensorkeep.storage import run_manifest
+from tensorkeep.training.saver import Keep
 from tensorkeep.errors import TensorkeepError
 
 Row = dict[str, Any]

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.detection.synthetic import SyntheticConfig, make_video, write_video
+from tensorkeep.detection.data.synthetic import SyntheticConfig, make_video, write_video
 
 PARTS = ("busy", "resume", "scaling", "language")
 LIMITS = {"busy": 120.0, "resume": 150.0, "scaling": 160.0, "language": 60.0}  # seconds from its turn on

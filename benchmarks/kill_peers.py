@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.kill import BATCH, UPDATES, Marks, System, Text, cosine, model, tokens_loss
-from tensorkeep.randomness import seed_process
+from tensorkeep.training.randomness import seed_process
 
 
 class Windows(Dataset[dict[str, Tensor]]):

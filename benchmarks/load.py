@@ -39,7 +39,7 @@ def write_all(folder: Path, gigabytes: float) -> None:
 
 def raw(folder: Path, kept: bool) -> None:
     """Read every byte of our files with direct I/O in four threads."""
-    from tensorkeep import durable
+    from tensorkeep.storage import durable
 
     for path in sorted((folder / "ours/checkpoints/step-000001").glob("*.safetensors")):
         size = path.stat().st_size
@@ -68,7 +68,7 @@ def raw(folder: Path, kept: bool) -> None:
 
 
 def ours(folder: Path) -> Any:
-    from tensorkeep.checkpoint import newest
+    from tensorkeep.training.saver import newest
 
     found = newest(folder / "ours")
     assert found is not None
@@ -124,14 +124,14 @@ def measure(way: str, folder: Path, gigabytes: float) -> dict[str, Any]:
     if way.startswith("raw"):
         work = lambda: raw(folder, kept="kept" in way)  # noqa: E731
     elif way == "ours":
-        import tensorkeep.checkpoint
+        import tensorkeep.training.saver
 
         work = lambda: touch(vars(ours(folder)))  # noqa: E731
-        assert tensorkeep.checkpoint
+        assert tensorkeep.training.saver
     elif way == "ours, first step":
-        import tensorkeep.checkpoint
+        import tensorkeep.training.saver
 
-        assert tensorkeep.checkpoint
+        assert tensorkeep.training.saver
         work = lambda: first_step(folder)  # noqa: E731
     else:
         work = peers(way, folder, gigabytes)

@@ -83,9 +83,9 @@ def smollm2(folder: Path) -> list[tuple[str, Path]]:
         return []
     from tokenizers import Tokenizer
 
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     (gguf,) = Path(place.origin).parent.glob("*.gguf")
     folder.mkdir()
@@ -145,7 +145,7 @@ def replay(folder: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     import transformers
 
-    from tensorkeep.live.loaded import check_loaded, repair_buffers
+    from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

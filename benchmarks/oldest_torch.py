@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tensorkeep.conversion import convert
-from tensorkeep.planning import make_plan
-from tensorkeep.view import read
+from tensorkeep.convert.convert import convert
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import read
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama"
 LOAD = """

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import run, versions
-from tensorkeep.conversion import convert
-from tensorkeep.demo import smollm2
-from tensorkeep.demo_resume import write_topics
+from tensorkeep.convert.convert import convert
+from tensorkeep.commands.demo.story import smollm2
+from tensorkeep.commands.demo.resume import write_topics
 from tensorkeep.language.losses import TokenLoss, plain_head
-from tensorkeep.lora import add_lora
-from tensorkeep.planning import make_plan
-from tensorkeep.quantized_loading import load_quantizing
-from tensorkeep.view import read
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.quantization.loading import load_quantizing
+from tensorkeep.formats.view import read
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,7 +52,7 @@ def ours(folder: Path) -> nn.Module:
 def ours_nf4(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tensorkeep.live.loaded import repair_buffers
+    from tensorkeep.diagnose.live.loaded import repair_buffers
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)

@@ -118,8 +118,8 @@ def peft_model(shape: dict[str, Any], device: torch.device) -> nn.Module:
 
 def our_model(shape: dict[str, Any], device: torch.device, kept: list[Any], compiled: bool) -> nn.Module:
     from tensorkeep.language.recompute import lean
-    from tensorkeep.lora import add_lora
-    from tensorkeep.quantized_linear import QuantLinear
+    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.quantization.linear import QuantLinear
 
     model = skeleton(shape, lambda linear, name: QuantLinear.of(linear, "nf4", name=name), device)
     add_lora(model, ["*_proj"], r=16, alpha=32)

@@ -24,9 +24,9 @@ from torch import nn
 
 from benchmarks.measure import Run, run
 from tensorkeep.formats import safetensors
-from tensorkeep.layout import Fixed, SinkTensor, Slot
-from tensorkeep.quantize import sizes
-from tensorkeep.quantized_loading import load_quantizing
+from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
+from tensorkeep.quantization.modules import sizes
+from tensorkeep.quantization.loading import load_quantizing
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key and value heads
     "tiny": (2048, 256, 512, 2, 8, 4),

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import forget, remember, versions
-from tensorkeep import checkpoint
-from tensorkeep.job import Job, Loop
-from tensorkeep.train import fit
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.loop import fit
 
 
 class Begun(Exception):

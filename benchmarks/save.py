@@ -118,7 +118,7 @@ class Way:
         getattr(self, "_" + self.mode.split()[-1].replace(".", "_"))(state, self.folder / f"{step}", step)
 
     def _ours(self, state: State, path: Path, step: int) -> None:
-        from tensorkeep.checkpoint import Keep, Saver, State
+        from tensorkeep.training.saver import Keep, Saver, State
 
         self._saver = self._saver or Saver(self.folder, Keep(1), background=True)
         self._saver.save(State(state["model"], state["optimizer"], {}, {"step": step}))
@@ -218,7 +218,7 @@ def measure(mode: str, which: str, folder: Path, gigabytes: float, saves: int, d
 
 def read_back(folder: Path, step: int) -> bool:
     """Whether the newest checkpoint is whole and holds every tensor as it was at this step."""
-    from tensorkeep.checkpoint import newest
+    from tensorkeep.training.saver import newest
 
     found = newest(folder)
     assert found is not None

@@ -47,7 +47,7 @@ def make_state(gigabytes: float) -> dict[str, dict[str, Any]]:
 
 def raw_write(path: Path, size: int) -> float:
     """Seconds to write and fsync `size` bytes with direct I/O, one thread, 16 MiB at a time."""
-    from tensorkeep import durable
+    from tensorkeep.storage import durable
 
     block = durable.allocate(durable.CHUNK)
     block[:] = os.urandom(1 << 16) * (len(block) >> 16)
@@ -72,7 +72,7 @@ def saver(mode: str, folder: Path, state: dict[str, dict[str, Any]]) -> Callable
         os.close(handle)
 
     if mode == "ours":
-        from tensorkeep.checkpoint import Keep, Saver, State
+        from tensorkeep.training.saver import Keep, Saver, State
 
         ours = Saver(folder, Keep(2), background=False)
         return lambda n: ours.save(State(state["model"], state["optimizer"], {}, {"step": n}))

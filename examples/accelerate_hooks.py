@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tensorkeep.integrations.accelerate import load_state, register, save_state
-from tensorkeep.randomness import order
+from tensorkeep.training.randomness import order
 
 BATCH, ROWS, STEPS = 8, 64, 24
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tensorkeep.live.loaded import check_loaded, repair_buffers
+from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
 
 TINY = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -23,7 +23,7 @@ from torch import nn
 
 from tensorkeep import read
 from tensorkeep.integrations.lightning import ExactResume, TensorkeepCheckpointIO, newest_valid
-from tensorkeep.randomness import order
+from tensorkeep.training.randomness import order
 
 BATCH, ROWS, STEPS = 8, 40, 12
 

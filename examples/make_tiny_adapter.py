@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tensorkeep.lora import add_lora, layers
-from tensorkeep.lora_files import save_adapter
-from tensorkeep.merging import base_digests
-from tensorkeep.view import read
+from tensorkeep.adapters.lora import add_lora, layers
+from tensorkeep.adapters.files import save_adapter
+from tensorkeep.adapters.merge import base_digests
+from tensorkeep.formats.view import read
 
 HERE = Path(__file__).parent
 

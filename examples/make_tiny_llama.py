@@ -12,9 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from tensorkeep.conversion import convert
-from tensorkeep.planning import make_plan
-from tensorkeep.view import read
+from tensorkeep.convert.convert import convert
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import read
 
 HIDDEN, INTER, VOCAB, HEADS, KV, LAYERS = 32, 64, 128, 4, 2, 2
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep import conversion, view
-from tensorkeep.planning import make_plan
+from tensorkeep.convert import convert as conversion
+from tensorkeep.formats import view
+from tensorkeep.convert.planning import make_plan
 
 gguf = pytest.importorskip("gguf")
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tensorkeep.conversion import Result, convert
+from tensorkeep.convert.convert import Result, convert
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.plan import Plan
-from tensorkeep.planning import make_plan
-from tensorkeep.view import StateView, read
+from tensorkeep.convert.plan import Plan
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import StateView, read
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA = {

@@ -96,7 +96,7 @@ def config(kind: str = "qwen3", **fields: Any) -> dict[str, Any]:
 
 def model(kind: str = "qwen3", **fields: Any) -> Any:
     """A tiny model whose logits are not all alike: weights ten times as large as they are drawn."""
-    from tensorkeep.recipes.language_model import from_config
+    from tensorkeep.language.start import from_config
 
     made: Any = from_config(config(kind, **fields), seed=1)
     with torch.no_grad():

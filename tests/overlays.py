@@ -63,9 +63,9 @@ def trained(m: Specimen, rng: np.random.Generator) -> Specimen:
 
 def in_titan_names(place: Path) -> Path:
     """An hf folder as torchtitan's DCP, config beside."""
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     out = place.parent / f"{place.name}-titan"
     convert(make_plan([read(place)], "dcp", naming="torchtitan"), str(out), "dcp", overwrite=True)

@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-from tensorkeep import durable
-from tensorkeep.checkpoint import Keep, Saver, mark_best
+from tensorkeep.storage import durable
+from tensorkeep.training.saver import Keep, Saver, mark_best
 from tests.run_states import state
 
 STEPS = (1, 2, 2, 3)  # one step is saved again, as after a resume that passed over a damaged one

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.checks import CODES
-from tensorkeep.evidence import opening
-from tensorkeep.evidence.case import Inconclusive
+from tensorkeep.diagnose.checks import CODES
+from tensorkeep.diagnose.evidence import opening
+from tensorkeep.diagnose.evidence.case import Inconclusive
 from tensorkeep.findings import Finding
 
 SHARED = Path(__file__).parents[2] / "shared/fixtures"

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.lora import add_lora
-from tensorkeep.quantize import check_ranks, quantize_
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.quantized_loading import load_quantized
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.quantization.modules import check_ranks, quantize_
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.quantization.loading import load_quantized
 
 
 def model(seed: int, kind: str = "nf4") -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tensorkeep.checkpoint import State
+from tensorkeep.training.saver import State
 
 
 def state(step: int, *, size: int = 32, ema: bool = True) -> State:

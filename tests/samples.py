@@ -10,10 +10,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from tensorkeep.conversion import Result, convert
-from tensorkeep.plan import Plan
-from tensorkeep.planning import make_plan
-from tensorkeep.view import StateView, read
+from tensorkeep.convert.convert import Result, convert
+from tensorkeep.convert.plan import Plan
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import StateView, read
 
 CONFIG = {"model_type": "toy", "hidden_size": 4}
 

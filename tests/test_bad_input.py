@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.archive import ALLOWED
+from tensorkeep.storage.archive import ALLOWED
 from tensorkeep.cli import main
-from tensorkeep.conversion import convert
+from tensorkeep.convert.convert import convert
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import TEMPORARY
+from tensorkeep.storage.files import TEMPORARY
 from tensorkeep.formats.dcp import METADATA, metadata
-from tensorkeep.layout import SinkTensor
-from tensorkeep.view import read
+from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.formats.view import read
 from tests.samples import (
     contents,
     plan_of,
@@ -389,9 +389,9 @@ class Interruption:
         self.calls = 0
         for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "link"), (Path, "rename"), (Path, "mkdir")):
             patch.setattr(owner, name, self.wrap(getattr(owner, name), number, error))
-        import tensorkeep.placement
+        import tensorkeep.storage.placement
 
-        patch.setattr(tensorkeep.placement, "exchange", self.wrap(tensorkeep.placement.exchange, number, error))
+        patch.setattr(tensorkeep.storage.placement, "exchange", self.wrap(tensorkeep.storage.placement.exchange, number, error))
 
     def wrap(self, real: Callable[..., Any], number: int, error: BaseException) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:

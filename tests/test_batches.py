@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.batches import Stream, batches, micro_batches, parts_of
+from tensorkeep.training.batches import Stream, batches, micro_batches, parts_of
 from tests.helpers import refused
 from tests.training import Noisy, collate
 

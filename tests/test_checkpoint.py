@@ -17,11 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import durable, run_manifest
-from tensorkeep.checkpoint import Keep, Saver, State, best, load, mark_best, newest, prune, save, steps
+from tensorkeep.storage import durable
+from tensorkeep.storage import run_manifest
+from tensorkeep.training.saver import Keep, Saver, State, best, load, mark_best, newest, prune, save, steps
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.verification import verify
-from tensorkeep.view import read
+from tensorkeep.diagnose.verify import verify
+from tensorkeep.formats.view import read
 from tests.helpers import refused
 from tests.run_states import identical, same, state
 
@@ -349,7 +350,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     saver = Saver(tmp_path)
     with refused(None, "this process saves into it already"):
         save(tmp_path, state(1))
-    source = "import sys; from tensorkeep.checkpoint import Saver; Saver(sys.argv[1])"
+    source = "import sys; from tensorkeep.training.saver import Saver; Saver(sys.argv[1])"
     other = subprocess.run([sys.executable, "-c", source, str(tmp_path)], capture_output=True, text=True)
     assert f"process {os.getpid()} saves into it" in other.stderr
     saver.close()

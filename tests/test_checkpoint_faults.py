@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tensorkeep import durable
-from tensorkeep.checkpoint import Keep, Saver, newest, save, steps
+from tensorkeep.storage import durable
+from tensorkeep.training.saver import Keep, Saver, newest, save, steps
 from tensorkeep.errors import TensorkeepError
 from tests.run_states import Faults, in_child, injected, same, state
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tensorkeep.checkpoint import best, newest, steps
-from tensorkeep.run_folder import folder_of
-from tensorkeep.run_manifest import findings
+from tensorkeep.training.saver import best, newest, steps
+from tensorkeep.storage.run_folder import folder_of
+from tensorkeep.storage.run_manifest import findings
 from tests.power_child import SIZE, STEPS
 from tests.run_states import same, state
 from tests.system_calls import MODELS, Call, Disk, build, record

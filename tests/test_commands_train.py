@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 
-from tensorkeep import checkpoint, metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import metrics
 from tensorkeep.cli import main
-from tensorkeep.commands_train import pairs_of
+from tensorkeep.commands.train import pairs_of
 from tensorkeep.errors import TensorkeepError
 from tests.language_files import config, save_tokenizer, texts
 

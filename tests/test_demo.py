@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorkeep import demo, demo_diagnose
-from tensorkeep.comparison import compare
-from tensorkeep.conversion import convert
-from tensorkeep.diagnosis import diagnose
+from tensorkeep.commands.demo import story as demo
+from tensorkeep.commands.demo import diagnose as demo_diagnose
+from tensorkeep.diagnose.compare import compare
+from tensorkeep.convert.convert import convert
+from tensorkeep.diagnose.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.planning import make_plan
-from tensorkeep.repair import repair
-from tensorkeep.view import read
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.diagnose.repair import repair
+from tensorkeep.formats.view import read
 from tests.tools import TINY
 
 torch = pytest.importorskip("torch")

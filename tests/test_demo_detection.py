@@ -11,10 +11,13 @@ import yaml
 
 pytest.importorskip("av")
 
-from tensorkeep import demo_detection, demo_resume, metrics, run_folder
-from tensorkeep.detection.annotations import read_annotations
-from tensorkeep.detection.results import write_detections
-from tensorkeep.recipes.texts import plain, read_recipe, to_yaml
+from tensorkeep.commands.demo import detection as demo_detection
+from tensorkeep.commands.demo import resume as demo_resume
+from tensorkeep.training import metrics
+from tensorkeep.storage import run_folder
+from tensorkeep.detection.data.annotations import read_annotations
+from tensorkeep.detection.results.results import write_detections
+from tensorkeep.detection.recipe.text import plain, read_recipe, to_yaml
 from tests.detection import runs
 from tests.tools import ROOT
 

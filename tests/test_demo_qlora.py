@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tensorkeep import demo_qlora, merging
-from tensorkeep.demo import load_hf
-from tensorkeep.merge_planning import open_adapters, plan_merge
-from tensorkeep.view import read
+from tensorkeep.commands.demo import qlora as demo_qlora
+from tensorkeep.adapters import merge as merging
+from tensorkeep.commands.demo.story import load_hf
+from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.formats.view import read
 from tests.language_files import LINES, save_model
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 
-from tensorkeep import checkpoint, demo_resume, metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.commands.demo import resume as demo_resume
+from tensorkeep.training import metrics
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.run_state import State
+from tensorkeep.training.state_files import State
 from tests.language_files import LINES, save_model
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.checks import CODES, explain, title
+from tensorkeep.diagnose.checks import CODES, explain, title
 from tensorkeep.cli import main
-from tensorkeep.diagnosis import diagnose
+from tensorkeep.diagnose.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
 from tests.fault_kinds.change import KINDS
 from tests.fault_kinds.writing import write

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorkeep import checkpoint, distributed, metrics
-from tensorkeep.distributed import World, gathered, start, together, total
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import distributed
+from tensorkeep.training import metrics
+from tensorkeep.training.distributed import World, gathered, start, together, total
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.job import Loop
-from tensorkeep.train import fit
+from tensorkeep.training.job import Loop
+from tensorkeep.training.loop import fit
 from tests.helpers import refused
 from tests.training import assert_same_run, dying, ranks, small_job
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tensorkeep.cli import COMMANDS, main
-from tensorkeep.commands_train import pairs_of
+from tensorkeep.commands.train import pairs_of
 from tests.tools import ROOT
 
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md"]
@@ -68,12 +68,12 @@ def check_recipe(kind: str, call: Any) -> None:
     if not recipe.exists():
         assert recipe.parts[0] != "recipes", f"{recipe} is not there"
     elif kind == "detection":
-        from tensorkeep.recipes.texts import read_recipe
+        from tensorkeep.detection.recipe.text import read_recipe
 
         read_recipe(recipe, pairs)
     else:
         pytest.importorskip("transformers")
-        from tensorkeep.recipes.reading import read_language
+        from tensorkeep.language.recipe_text import read_language
 
         read_language(recipe, pairs)
 
@@ -107,7 +107,7 @@ def test_the_guides_parameter_table_is_what_the_recipes_build() -> None:
     from dataclasses import replace
 
     from tensorkeep.detection import Detector, count_parameters, read_detector_config
-    from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
+    from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
 
     text = (ROOT / "docs" / "qlora.md").read_text()
     for size in ("S", "B", "L", "H", "v2-g"):

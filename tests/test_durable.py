@@ -12,8 +12,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import durable
-from tensorkeep.layout import FileLayout, Fixed, Slot
+from tensorkeep.storage import durable
+from tensorkeep.storage.layout import FileLayout, Fixed, Slot
 
 SIZES = st.lists(st.integers(0, 40_000), max_size=8)
 

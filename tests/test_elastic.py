@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.batches import Stream
-from tensorkeep.distributed import World
-from tensorkeep.job import Job, Loop
-from tensorkeep.train import fit
+from tensorkeep.training.batches import Stream
+from tensorkeep.training.distributed import World
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.loop import fit
 from tests.training import ranks, relative_l2, small_job
 
 BATCH, LENGTH = 6, 23

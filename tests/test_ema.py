@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.ema import Ema
+from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
 from tests.helpers import refused
 

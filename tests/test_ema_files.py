@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tensorkeep.ema import Ema
-from tensorkeep.ema_files import read_ema
+from tensorkeep.training.ema import Ema
+from tensorkeep.detection.opentad.averages import read_ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.lora import add_lora
-from tensorkeep.quantize import quantize_
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.quantization.modules import quantize_
 from tests.helpers import refused
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tensorkeep.checks import b01_buffer_uninitialised as b01
-from tensorkeep.checks import l01_loss_too_high as l01
-from tensorkeep.evidence.case import Inconclusive
-from tensorkeep.live.forward import Forward, measure, symptoms
-from tensorkeep.live.reported import explain_loss
-from tensorkeep.view import read
+from tensorkeep.diagnose.checks import b01_buffer_uninitialised as b01
+from tensorkeep.diagnose.checks import l01_loss_too_high as l01
+from tensorkeep.diagnose.evidence.case import Inconclusive
+from tensorkeep.diagnose.live.forward import Forward, measure, symptoms
+from tensorkeep.diagnose.live.reported import explain_loss
+from tensorkeep.formats.view import read
 from tests.checkpoints import hf_tensors, titan_state, write_flame, write_model, write_titan
 
 transformers = pytest.importorskip("transformers")
@@ -236,7 +236,7 @@ def test_what_no_mistake_explains_is_inconclusive_and_the_model_is_left_as_it_wa
 
 
 def test_stored_frequencies_are_checked_against_the_config(made: Path, tmp_path: Path) -> None:
-    from tensorkeep.evidence.case import Case
+    from tensorkeep.diagnose.evidence.case import Case
 
     state = hf_tensors(made / "hf")
     right = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.dcp import METADATA, metadata
-from tensorkeep.layout import SinkTensor
-from tensorkeep.pickle_writing import emit
-from tensorkeep.pickles import Global, Object, Persistent
+from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.storage.pickle_writing import emit
+from tensorkeep.storage.pickles import Global, Object, Persistent
 from tests.samples import everything, read_all
 
 SECONDS = 10.0  # for one file; honest ones take milliseconds
@@ -413,7 +413,7 @@ def test_dcp_places_beyond_the_file_are_refused(place: tuple[str, int, int], tmp
 
 def test_thousands_of_dcp_chunks_are_checked_in_time(tmp_path: Path) -> None:
     from tensorkeep.formats.dcp import _overlapping
-    from tensorkeep.record import Block
+    from tensorkeep.storage.record import Block
 
     def grid(rows: int, columns: int) -> list[Block]:
         return [Block("f", 0, 0, (r, c), (1, 1)) for r in range(rows) for c in range(columns)]
@@ -434,7 +434,7 @@ def test_thousands_of_dcp_chunks_are_checked_in_time(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=6))
 def test_overlap_of_dcp_chunks_is_what_counting_cells_says(chunks: list[tuple[int, int, int, int]]) -> None:
     from tensorkeep.formats.dcp import _overlapping
-    from tensorkeep.record import Block
+    from tensorkeep.storage.record import Block
 
     blocks = [Block("f", 0, 0, (r, c), (h, w)) for r, c, h, w in chunks]
     cells = [(r + i, c + j) for r, c, h, w in chunks for i in range(h) for j in range(w)]

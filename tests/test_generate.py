@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from tensorkeep import cli
-from tensorkeep.commands_generate import _decode_once, _plain
-from tensorkeep.distributed import World
-from tensorkeep.ema import Ema
+from tensorkeep.commands.generate import _decode_once, _plain
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.generation import Stream, generate, prompt_ids
-from tensorkeep.lora import add_lora
-from tensorkeep.lora_files import save_adapter
-from tensorkeep.merging import base_digests
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.adapters.files import save_adapter
+from tensorkeep.adapters.merge import base_digests
 from tensorkeep.output import Output
-from tensorkeep.quantize import quantised_layers, quantize_
-from tensorkeep.recipes.language import build, loop_of
-from tensorkeep.recipes.language_export import exported
-from tensorkeep.recipes.reading import language_recipe
-from tensorkeep.train import fit
-from tensorkeep.view import read
+from tensorkeep.quantization.modules import quantised_layers, quantize_
+from tensorkeep.language.build import build, loop_of
+from tensorkeep.language.export import exported
+from tensorkeep.language.recipe_text import language_recipe
+from tensorkeep.training.loop import fit
+from tensorkeep.formats.view import read
 from tests.helpers import refused, to
 from tests.language_files import conversations, model, save_model, tokenizer
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep import view
-from tensorkeep.comparison import compare
+from tensorkeep.formats import view
+from tensorkeep.diagnose.compare import compare
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import LocalFolder
+from tensorkeep.storage.files import LocalFolder
 from tensorkeep.formats.gguf_config import LLAMA3, llama3_factors, shortest
 from tensorkeep.formats.gguf_header import read_header
-from tensorkeep.naming import identify
-from tensorkeep.planning import make_plan
+from tensorkeep.convert.naming import identify
+from tensorkeep.convert.planning import make_plan
 from tests.gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, WIDE, gguf, shapes, to_hf, write_model
 from tests.test_gguf_tokenizer import TEXTS
 
@@ -266,7 +266,7 @@ def test_a_tensor_without_a_place_stops_the_plan(tmp_path: Path) -> None:
 def test_smollm2_equals_transformers_and_its_loss_is_known(tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="transformers reads GGUF with it")
-    from tensorkeep import demo
+    from tensorkeep.commands.demo import story as demo
 
     try:
         source = demo.smollm2()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import view
+from tensorkeep.formats import view
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.planning import make_plan
+from tensorkeep.convert.planning import make_plan
 from tests.gguf_files import write_model
 
 

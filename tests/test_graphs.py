@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep import graphs, train
-from tensorkeep.distributed import World
-from tensorkeep.graphs import Recorded, capture_step, fill, make_capturable
-from tensorkeep.job import Loop
+from tensorkeep.training import graphs
+from tensorkeep.training import loop as train
+from tensorkeep.training.distributed import World
+from tensorkeep.training.graphs import Recorded, capture_step, fill, make_capturable
+from tensorkeep.training.job import Loop
 from tensorkeep.output import Output
-from tensorkeep.train import fit
+from tensorkeep.training.loop import fit
 from tests.detection import tiny
 from tests.helpers import refused
 from tests.training import assert_same_run, ranks, relative_l2, small_job
@@ -85,7 +86,7 @@ def test_ranks_that_record_add_up_to_the_run_of_one_process(tmp_path: Path) -> N
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
-    from tensorkeep import metrics
+    from tensorkeep.training import metrics
 
     return [row for row in metrics.rows(run / metrics.METRICS) if "loss" in row]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.hub import cache_folder, cached_snapshot, wanted_files
+from tensorkeep.storage.hub import cache_folder, cached_snapshot, wanted_files
 
 COMMIT, OTHER = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", "0" * 40
 

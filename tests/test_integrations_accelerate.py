@@ -15,8 +15,8 @@ from torch import nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations.accelerate import load_state, register, save_state
 from tensorkeep.integrations.folders import seal
-from tensorkeep.randomness import order
-from tensorkeep.run_manifest import read_manifest
+from tensorkeep.training.randomness import order
+from tensorkeep.storage.run_manifest import read_manifest
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -111,7 +111,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", cut)
-        patch.setattr("tensorkeep.placement.remove", lambda path: None)  # a killed process removes nothing
+        patch.setattr("tensorkeep.storage.placement.remove", lambda path: None)  # a killed process removes nothing
         with pytest.raises(Killed):
             loop.run(6, tmp_path)
     assert torch.save is real

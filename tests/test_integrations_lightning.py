@@ -18,9 +18,9 @@ from torch import nn
 import tensorkeep
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations.plain import Encoder, decode
-from tensorkeep.manifest import parse_json
-from tensorkeep.randomness import order
-from tensorkeep.run_state import encoded
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.training.randomness import order
+from tensorkeep.training.state_files import encoded
 
 pl = pytest.importorskip("pytorch_lightning")
 lightning = pytest.importorskip("tensorkeep.integrations.lightning")

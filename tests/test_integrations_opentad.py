@@ -23,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tensorkeep.detection.adapters import VisionTransformerQLoRA as OwnQLoRA
-from tensorkeep.detection.positions import normalise_frames
-from tensorkeep.detection.quantization import quantize_adapters
-from tensorkeep.detection.vit import VitConfig
+from tensorkeep.detection.model.adapters import VisionTransformerQLoRA as OwnQLoRA
+from tensorkeep.detection.model.positions import normalise_frames
+from tensorkeep.detection.model.quantization import quantize_adapters
+from tensorkeep.detection.model.vit import VitConfig
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations.opentad_backbone import VisionTransformerQLoRA
 from tensorkeep.integrations.opentad_files import put_back, read_resumed
-from tensorkeep.naming import opentad as naming
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.verification import verify
-from tensorkeep.view import read
+from tensorkeep.convert.naming import opentad as naming
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.diagnose.verify import verify
+from tensorkeep.formats.view import read
 from tests.opentad_fake import Net, engine, installed
 
 LOG = logging.getLogger("Train")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tensorkeep.view import read
+from tensorkeep.formats.view import read
 from tests.helpers import assert_same, held, refused, to, write_hf
 from tests.test_planning import odd_tensors
 
@@ -56,8 +56,8 @@ def test_torch_loads_our_dcp_of_every_dtype(tmp_path: Path, root: str | None) ->
 
 
 def test_torch_resumes_from_several_files_of_ours(tmp_path: Path) -> None:
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
 
     tensors = {f"layers.{n}.w": torch.randn(8, 8) for n in range(12)}
     convert(make_plan([read(write_hf(tmp_path / "hf", tensors))], "dcp"), str(tmp_path / "dcp"), "dcp", shard_size=600)

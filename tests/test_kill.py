@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from benchmarks.kill import Marks, System, campaign, drop_ours, mark_saves, newest_ours, result_ours
 
-from tensorkeep.checkpoint import Keep
-from tensorkeep.job import Loop
-from tensorkeep.train import fit
+from tensorkeep.training.saver import Keep
+from tensorkeep.training.job import Loop
+from tensorkeep.training.loop import fit
 from tests.training import small_job
 
 

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language import tokens as token_files
-from tensorkeep.language.chat import Augmentation, Chat, marks, minimind_marks
-from tensorkeep.language.packing import plan
-from tensorkeep.language.rows import Collate, LiveConversations, PackedData, as_line
-from tensorkeep.language.texts import Conversation, Preference, conversation, records
-from tensorkeep.language.tokens import Encoded, cached, fingerprint
+from tensorkeep.language.data import tokens as token_files
+from tensorkeep.language.data.chat import Augmentation, Chat, marks, minimind_marks
+from tensorkeep.language.data.packing import plan
+from tensorkeep.language.data.rows import Collate, LiveConversations, PackedData, as_line
+from tensorkeep.language.data.texts import Conversation, Preference, conversation, records
+from tensorkeep.language.data.tokens import Encoded, cached, fingerprint
 from tests.language_files import CHATML, CONVERSATIONS, TAGGED, THINKING, preferences, texts, tokenizer, write_jsonl
 
 

@@ -11,19 +11,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tensorkeep import checkpoint, metrics
-from tensorkeep.conversion import convert
-from tensorkeep.distributed import World
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import metrics
+from tensorkeep.convert.convert import convert
+from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.lora_files import load_adapter
-from tensorkeep.planning import make_plan
-from tensorkeep.recipes.language import build, fits, loop_of, parameter_groups
-from tensorkeep.recipes.language_evaluation import evaluate_checkpoint
-from tensorkeep.recipes.language_export import exported
-from tensorkeep.recipes.language_schema import GroupRule, OptimizerConfig
-from tensorkeep.recipes.reading import language_recipe, read_language, to_yaml
-from tensorkeep.train import fit
-from tensorkeep.view import read
+from tensorkeep.adapters.files import load_adapter
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.language.build import build, fits, loop_of, parameter_groups
+from tensorkeep.language.evaluation import evaluate_checkpoint
+from tensorkeep.language.export import exported
+from tensorkeep.language.recipe import GroupRule, OptimizerConfig
+from tensorkeep.language.recipe_text import language_recipe, read_language, to_yaml
+from tensorkeep.training.loop import fit
+from tensorkeep.formats.view import read
 from tests.language_files import (
     THINKING,
     config,
@@ -218,7 +219,7 @@ def test_a_start_of_another_format_is_converted_into_the_run_and_proven(
 
 def test_trackers_are_chosen_by_name_and_change_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr("tensorkeep.trackers.wandb", lambda run, project: told.append)
+    monkeypatch.setattr("tensorkeep.training.trackers.wandb", lambda run, project: told.append)
     trained(recipe_of(tmp_path, training={"save_every": 3}), tmp_path / "run")
     checkpoint.run_folder.delete(tmp_path / "run", [6])
     assert (

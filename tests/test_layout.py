@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import load as dcp_load
 
-from tensorkeep.archive import entries, iter_tensors, saved_value
-from tensorkeep.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive import entries, iter_tensors, saved_value
+from tensorkeep.storage.archive_writing import pack, tensor_object
 from tensorkeep.formats import dcp, pth, safetensors
-from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
-from tensorkeep.pickles import Global, Object
-from tensorkeep.record import FROM_TORCH
+from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
+from tensorkeep.storage.pickles import Global, Object
+from tensorkeep.storage.record import FROM_TORCH
 from tests.samples import run, state, write_hf
 
 dtypes = st.sampled_from(sorted(FROM_TORCH.values()))
@@ -199,7 +199,7 @@ def test_an_archive_of_more_than_65535_entries_counts_them_in_zip64() -> None:
 
 @given(tensor_lists)
 def test_a_tensor_entry_reads_back_as_what_it_was_written_for(tensors: list[SinkTensor]) -> None:
-    from tensorkeep.archive import stored_tensor
+    from tensorkeep.storage.archive import stored_tensor
 
     for tensor in tensors:
         stored = stored_tensor(tensor_object(tensor, "0"), "test")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
+from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
 from tests.helpers import refused
 from tests.run_states import equal
 

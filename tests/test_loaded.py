@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.live.loaded import check_loaded, repair_buffers
+from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
 from tests.checkpoints import TINY, hf_tensors, titan_state, write_flame, write_model, write_titan
 
 transformers = pytest.importorskip("transformers")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.lora import add_lora, layers, merge_, merged, unmerge_
-from tensorkeep.lora_files import adapter_state, load_adapter, quantization, save_adapter
-from tensorkeep.quantize import quantize_, sizes
-from tensorkeep.quantized_loading import load_quantized
+from tensorkeep.adapters.lora import add_lora, layers, merge_, merged, unmerge_
+from tensorkeep.adapters.files import adapter_state, load_adapter, quantization, save_adapter
+from tensorkeep.quantization.modules import quantize_, sizes
+from tensorkeep.quantization.loading import load_quantized
 
 KINDS = ["dense", "nf4", "fp4", "int8"]
 

@@ -12,15 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import merging, quant_encoding
-from tensorkeep.conversion import convert
-from tensorkeep.merge_planning import open_adapters, plan_merge
-from tensorkeep.merged_view import rounded
-from tensorkeep.merging import base_digests, figures, merge, overall, refuse_merged_before, refuse_other_base
-from tensorkeep.planning import make_plan
-from tensorkeep.proof import read_certificate
-from tensorkeep.quant_encoding import Kind
-from tensorkeep.view import read
+from tensorkeep.adapters import merge as merging
+from tensorkeep.quantization import encoding as quant_encoding
+from tensorkeep.convert.convert import convert
+from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.adapters.view import rounded
+from tensorkeep.adapters.merge import base_digests, figures, merge, overall, refuse_merged_before, refuse_other_base
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.convert.proof import read_certificate
+from tensorkeep.quantization.encoding import Kind
+from tensorkeep.formats.view import read
 from tests.helpers import EMBEDDING, HEAD, LLAMA, assert_same, held, model_tensors, refused, write_hf
 from tests.parity import qlora
 from tests.parity.outcome import be_quiet

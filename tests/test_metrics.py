@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep import metrics
+from tensorkeep.training import metrics
 from tests.helpers import refused
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tensorkeep.naming import identify, minimind
-from tensorkeep.planning import make_plan
-from tensorkeep.view import read
+from tensorkeep.convert.naming import identify
+from tensorkeep.convert.naming import minimind
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import read
 from tests.helpers import EMBEDDING, HEAD, assert_same, held, interleaved, model_tensors, refused, to, with_config
 
 DATA = Path(__file__).parent / "data" / "minimind"

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tensorkeep.batches import Stream
+from tensorkeep.training.batches import Stream
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.minimind import continue_from, model_config, order
-from tensorkeep.lora import add_lora
-from tensorkeep.minimind_resume import read_resume, registered
+from tensorkeep.language.minimind.continue_from import continue_from, model_config, order
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.language.minimind.resume_file import read_resume, registered
 from tests.minimind_runs import HEAD, SIZES, held_of, rows, save, small, stopped, trained
 from tests.parity.minimind_model import MiniMind, config_of
 from tests.parity.minimind_resume import go_on, load, replay, resume_cases

@@ -7,7 +7,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.names import WRAPPERS, grouped, matches, natural, ranges, strip_root, unwrap
+from tensorkeep.formats.names import WRAPPERS, grouped, matches, natural, ranges, strip_root, unwrap
 
 segments = st.sampled_from(["model", "layers", "ema", "module_x", "w", "0", "1", "10", "2", "weight", "_ema"])
 names = st.lists(segments, min_size=1, max_size=6).map(".".join)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.layout import SinkTensor
-from tensorkeep.naming import NAMINGS, identify, module
-from tensorkeep.naming.table import from_hf, from_own
-from tensorkeep.plan import Part, Rows, Step
-from tensorkeep.rope import rope_rows
-from tensorkeep.streams import write_tensor
-from tensorkeep.view import read
+from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.convert.naming import NAMINGS, identify, module
+from tensorkeep.convert.naming.table import from_hf, from_own
+from tensorkeep.convert.plan import Part, Rows, Step
+from tensorkeep.convert.naming.rope import rope_rows
+from tensorkeep.convert.streams import write_tensor
+from tensorkeep.formats.view import read
 from tests.helpers import LLAMA, assert_same, held, interleaved, model_tensors, refused, to, with_config, write_hf
 
 shapes = st.fixed_dictionaries(

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tensorkeep.checkpoint import State, load, save
-from tensorkeep.diagnosis import diagnose
-from tensorkeep.live_state import put_tensors, stored_tensors
-from tensorkeep.lora import add_lora
-from tensorkeep.quantized_linear import QuantLinear
+from tensorkeep.training.saver import State, load, save
+from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.training.live_state import put_tensors, stored_tensors
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.quantization.linear import QuantLinear
 
 
 def packed(seed: int) -> nn.Sequential:

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.dcp import ALLOWED
-from tensorkeep.pickle_writing import emit
-from tensorkeep.pickles import Global, Object, Persistent, parse
+from tensorkeep.storage.pickle_writing import emit
+from tensorkeep.storage.pickles import Global, Object, Persistent, parse
 from tests.samples import write_dcp
 
 scalars = (

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tensorkeep.conversion import convert
+from tensorkeep.convert.convert import convert
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.planning import make_plan
-from tensorkeep.record import DTYPES, FROM_TORCH
-from tensorkeep.view import read
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.storage.record import DTYPES, FROM_TORCH
+from tensorkeep.formats.view import read
 from tests.helpers import EMBEDDING, HEAD, LLAMA, assert_same, held, model_tensors, refused, to, with_config, write_hf
 
 TIED = LLAMA | {"tie_word_embeddings": True}

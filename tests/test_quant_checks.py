@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import quantized
-from tensorkeep.checks import CODES, explain
-from tensorkeep.diagnosis import diagnose
-from tensorkeep.evidence import quantized as quant_evidence
-from tensorkeep.view import read
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.diagnose.checks import CODES, explain
+from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.diagnose.evidence import quantized as quant_evidence
+from tensorkeep.formats.view import read
 from tests import quant_files as files
 from tests.quant_files import MINE, QLORA, Tensors, findings, gaussian, matrices, model, needs_qlora, quantise, said
 

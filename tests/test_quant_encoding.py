@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import quant_codes
-from tensorkeep import quant_encoding as encoding
-from tensorkeep.quant_encoding import Kind
+from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization import encoding
+from tensorkeep.quantization.encoding import Kind
 
 SHAPES = [(5, 7), (96, 96), (33, 176), (10, 30), (1, 1), (7, 65)]
 KINDS = [Kind("nf4"), Kind("nf4", 32, True), Kind("fp4", 128), Kind("fp4", 64, True), Kind("int8")]

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensorkeep import quant_encoding
-from tensorkeep.ema import Ema
+from tensorkeep.quantization import encoding as quant_encoding
+from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantize import adopt, check_ranks, is_bitsandbytes, kind_of, quantize_, sizes
-from tensorkeep.quantized import dequantise, find
-from tensorkeep.quantized_linear import QuantLinear, frozen_linear, read_packed
-from tensorkeep.quantized_tensor import KINDS, dequantise_4bit, offset_of, pack, state_text, unpack
-from tensorkeep.tensor_view import view_of
-from tensorkeep.view import read
+from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, kind_of, quantize_, sizes
+from tensorkeep.quantization.stored import dequantise, find
+from tensorkeep.quantization.linear import QuantLinear, frozen_linear, read_packed
+from tensorkeep.quantization.packed import KINDS, dequantise_4bit, offset_of, pack, state_text, unpack
+from tensorkeep.formats.memory import view_of
+from tensorkeep.formats.view import read
 
 DATA = Path(__file__).parent / "data/bitsandbytes_codes.safetensors"
 VIEW = read(DATA)
@@ -247,7 +247,7 @@ def test_the_operation_has_the_shape_it_promises_under_tracing() -> None:
         t["nested_quant_map"],
         t["nested_offset"],
     )
-    from tensorkeep.quantized_tensor import _dequantise_4bit_op
+    from tensorkeep.quantization.packed import _dequantise_4bit_op
 
     torch.library.opcheck(
         _dequantise_4bit_op, (*arguments, 64, 256, 5, 33, torch.float32), test_utils=("test_schema", "test_faketensor")

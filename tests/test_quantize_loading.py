@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantize import quantize_
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.quantized_loading import load_quantized, load_quantizing
-from tensorkeep.view import StateView, read
+from tensorkeep.quantization.modules import quantize_
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.quantization.loading import load_quantized, load_quantizing
+from tensorkeep.formats.view import StateView, read
 
 
 class Model(nn.Module):
@@ -190,7 +190,7 @@ def test_a_pattern_that_fits_nothing_and_a_trained_linear_are_errors(tmp_path: P
 
 
 def test_the_digest_of_the_base_is_the_one_that_checks_compute(tmp_path: Path) -> None:
-    from tensorkeep.checks.a04_another_base import base_digest
+    from tensorkeep.diagnose.checks.a04_another_base import base_digest
 
     path = saved(tmp_path, Model())
     assert load_quantizing(on_meta(), path).base_digest == base_digest(read(path))
@@ -218,7 +218,7 @@ def test_one_tensor_at_a_time_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_transformers_model_loads_from_meta_with_nothing_left_there(kind: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from tensorkeep.live.loaded import check_loaded, repair_buffers
+    from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
 
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep import inspection, naming, quant_codes, quantized
+from tensorkeep.diagnose import inspect as inspection
+from tensorkeep.convert import naming
+from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization import stored as quantized
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.view import read
+from tensorkeep.formats.view import read
 from tests import quant_files as files
 
 QLORA = Path(__file__).parents[2] / "shared/fixtures/qlora/open"

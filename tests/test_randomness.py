@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep import randomness
+from tensorkeep.training import randomness
 from tests.helpers import refused
 
 ORDER_0 = [3, 6, 0, 7, 4, 1, 2, 5]

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from tensorkeep import cli
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.literals import Section, Unknown
-from tensorkeep.opentad_configs import read_config
-from tensorkeep.recipes.opentad_import import Imported, import_config
-from tensorkeep.recipes.texts import read_recipe
+from tensorkeep.detection.opentad.literals import Section, Unknown
+from tensorkeep.detection.opentad.config_file import read_config
+from tensorkeep.detection.opentad.recipe import Imported, import_config
+from tensorkeep.detection.recipe.text import read_recipe
 
 CONFIGS = Path(__file__).parent / "data" / "opentad_configs"
 RECIPES = Path(__file__).parents[1] / "recipes" / "detection"

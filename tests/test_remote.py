@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import TEMPORARY
-from tensorkeep.layout import FileLayout, Fixed
-from tensorkeep.remote import RemoteFolder, open_remote
-from tensorkeep.remote_sinks import write_files
-from tensorkeep.view import read
+from tensorkeep.storage.files import TEMPORARY
+from tensorkeep.storage.layout import FileLayout, Fixed
+from tensorkeep.storage.remote import RemoteFolder, open_remote
+from tensorkeep.convert.remote import write_files
+from tensorkeep.formats.view import read
 from tests.samples import contents, everything, plan_of, read_all, run, state, write_hf
 
 SINKS = [("hf", "out"), ("hf", "out.safetensors"), ("dcp", "out"), ("pth", "out"), ("pth", "out.pth")]
@@ -125,7 +125,7 @@ def test_nothing_stays_where_writing_fails(base: str, source: Path, monkeypatch:
     def fail(*_: object) -> None:
         raise TensorkeepError("read back, differs", code="F03")
 
-    monkeypatch.setattr("tensorkeep.remote_sinks.prove", fail)
+    monkeypatch.setattr("tensorkeep.convert.remote.prove", fail)
     with pytest.raises(TensorkeepError, match="differs"):
         run(source, f"{base}/deep/out", "hf")
     assert files(base) == {}
@@ -185,7 +185,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(base: str, source: P
     system, path = fsspec.core.url_to_fs(f"{base}/a/model.safetensors")
     system.pipe_file(path, system.cat_file(path) + b"more")
     with pytest.raises(TensorkeepError, match="changed while it was read"):
-        from tensorkeep.conversion import convert
+        from tensorkeep.convert.convert import convert
 
         convert(plan, f"{base}/b", "dcp")
     assert not any(name.startswith("b") for name in files(base))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tensorkeep.cli import main
-from tensorkeep.comparison import compare
+from tensorkeep.diagnose.compare import compare
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.repair import repair
-from tensorkeep.view import read
+from tensorkeep.diagnose.repair import repair
+from tensorkeep.formats.view import read
 from tests.fault_kinds.writing import write
 from tests.faults import make
 from tests.specimens import specimen

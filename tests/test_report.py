@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tensorkeep.commands_report import report
+from tensorkeep.commands.report_page import report
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.report.heatmap import Cell, cells
-from tensorkeep.report.page import page, write_page
+from tensorkeep.commands.report.heatmap import Cell, cells
+from tensorkeep.commands.report.page import page, write_page
 
 EVIL = "</title><script>alert(1)</script>.layers.0.\x1b[2J\"'><img src=x onerror=alert(2)>.weight"
 VOID = {"meta", "rect", "br"}

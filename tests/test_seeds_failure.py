@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tensorkeep import checkpoint
-from tensorkeep.ema import Ema
-from tensorkeep.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
-from tensorkeep.lora import add_lora
-from tensorkeep.quantize import quantised_layers
-from tensorkeep.quantized_loading import load_quantized
-from tensorkeep.run_state import State
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.quantization.modules import quantised_layers
+from tensorkeep.quantization.loading import load_quantized
+from tensorkeep.training.state_files import State
 
 WIDTH = 512  # every row is whole blocks: what is wrong below is not a kernel's fault
 LAYERS = ("0", "2")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep import checkpoint, sharding
-from tensorkeep.distributed import World
-from tensorkeep.job import Job, Loop
-from tensorkeep.train import fit
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import sharding
+from tensorkeep.training.distributed import World
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.loop import fit
 from tests.training import Died, assert_same_run, dying, ranks, relative_l2, small_job
 
 LOOP = Loop(updates=8, batch=5, micro=1, log_every=1, save_every=2, evaluate_every=4, parallel="fsdp")

@@ -10,8 +10,8 @@ import ml_dtypes
 import pytest
 import torch
 
-from tensorkeep.checkpoint import State
-from tensorkeep.checkpoint import save as save_checkpoint
+from tensorkeep.training.saver import State
+from tensorkeep.training.saver import save as save_checkpoint
 from tests import quant_files as files
 from tests.quant_files import MINIMIND, SHARED, findings, gaussian, model, needs_minimind, said
 

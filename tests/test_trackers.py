@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tensorkeep import trackers
-from tensorkeep.job import Loop
-from tensorkeep.train import fit
+from tensorkeep.training import trackers
+from tensorkeep.training.job import Loop
+from tensorkeep.training.loop import fit
 from tests.helpers import refused
 from tests.training import Died, dying, small_job
 

@@ -15,12 +15,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tensorkeep import checkpoint
-from tensorkeep.checkpoint import Keep
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.saver import Keep
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.job import Job, Loop
+from tensorkeep.training.job import Job, Loop
 from tensorkeep.output import Output
-from tensorkeep.train import best_step, evaluated, fit, stops_early
+from tensorkeep.training.loop import best_step, evaluated, fit, stops_early
 from tests.helpers import refused
 from tests.training import collate, dying, rows, small_job
 
@@ -62,7 +62,7 @@ def test_accumulation_is_the_gradient_of_the_whole_batch(micro: int, tmp_path: P
 def test_the_loop_is_the_loop_one_would_write_by_hand(tmp_path: Path) -> None:
     job, hand = small_job(dropout=0.0, ema=False), small_job(dropout=0.0, ema=False)
     fit(job, tmp_path, replace(LOOP, clip=0.5))
-    from tensorkeep.randomness import generator, order
+    from tensorkeep.training.randomness import generator, order
 
     for update in range(6):
         keys = [divmod(p, 23) for p in range(update * 5, update * 5 + 5)]
@@ -141,8 +141,8 @@ def test_the_best_checkpoint_stays_and_is_named(tmp_path: Path) -> None:
 
 
 def test_evaluation_sees_the_average_and_changes_nothing(tmp_path: Path) -> None:
-    from tensorkeep.distributed import World
-    from tensorkeep.interruption import Wish
+    from tensorkeep.training.distributed import World
+    from tensorkeep.training.interruption import Wish
 
     job = small_job()
     assert job.ema is not None

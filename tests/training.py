@@ -18,11 +18,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tensorkeep import checkpoint, distributed, metrics
-from tensorkeep.distributed import World
-from tensorkeep.ema import Ema
-from tensorkeep.job import Job, Loop
-from tensorkeep.train import Outcome, fit
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import distributed
+from tensorkeep.training import metrics
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.loop import Outcome, fit
 from tests.run_states import equal
 
 

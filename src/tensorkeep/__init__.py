@@ -12,19 +12,19 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "TensorkeepError": "tensorkeep.errors",
-    "TensorRecord": "tensorkeep.record",
-    "StateView": "tensorkeep.view",
-    "read": "tensorkeep.view",
-    "Plan": "tensorkeep.plan",
-    "make_plan": "tensorkeep.planning",
-    "convert": "tensorkeep.conversion",
-    "compare": "tensorkeep.comparison",
-    "verify": "tensorkeep.verification",
+    "TensorRecord": "tensorkeep.storage.record",
+    "StateView": "tensorkeep.formats.view",
+    "read": "tensorkeep.formats.view",
+    "Plan": "tensorkeep.convert.plan",
+    "make_plan": "tensorkeep.convert.planning",
+    "convert": "tensorkeep.convert.convert",
+    "compare": "tensorkeep.diagnose.compare",
+    "verify": "tensorkeep.diagnose.verify",
     "Finding": "tensorkeep.findings",
-    "diagnose": "tensorkeep.diagnosis",
-    "check_loaded": "tensorkeep.live.loaded",
-    "repair_buffers": "tensorkeep.live.loaded",
-    "explain_loss": "tensorkeep.live.reported",
+    "diagnose": "tensorkeep.diagnose.diagnosis",
+    "check_loaded": "tensorkeep.diagnose.live.loaded",
+    "repair_buffers": "tensorkeep.diagnose.live.loaded",
+    "explain_loss": "tensorkeep.diagnose.live.reported",
 }
 __all__ = [
     "Finding",
@@ -45,18 +45,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tensorkeep.comparison import compare
-    from tensorkeep.conversion import convert
-    from tensorkeep.diagnosis import diagnose
+    from tensorkeep.diagnose.compare import compare
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.diagnose.diagnosis import diagnose
     from tensorkeep.errors import TensorkeepError
     from tensorkeep.findings import Finding
-    from tensorkeep.live.loaded import check_loaded, repair_buffers
-    from tensorkeep.live.reported import explain_loss
-    from tensorkeep.plan import Plan
-    from tensorkeep.planning import make_plan
-    from tensorkeep.record import TensorRecord
-    from tensorkeep.verification import verify
-    from tensorkeep.view import StateView, read
+    from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
+    from tensorkeep.diagnose.live.reported import explain_loss
+    from tensorkeep.convert.plan import Plan
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.storage.record import TensorRecord
+    from tensorkeep.diagnose.verify import verify
+    from tensorkeep.formats.view import StateView, read
 
 
 def __getattr__(name: str) -> Any:

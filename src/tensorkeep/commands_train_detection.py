@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tensorkeep.commands import Flag, Say
-from tensorkeep.commands_train import Changes, Several, pairs_of, trained
+from tensorkeep.commands.checkpoint import Flag, Say
+from tensorkeep.commands.train import Changes, Several, pairs_of, trained
 
 if TYPE_CHECKING:
-    from tensorkeep.checkpoint import State
-    from tensorkeep.distributed import World
-    from tensorkeep.job import Job, Loop
+    from tensorkeep.training.saver import State
+    from tensorkeep.training.distributed import World
+    from tensorkeep.training.job import Job, Loop
 
 
 def train_detection(
@@ -47,7 +47,7 @@ def train_detection(
     print_recipe
         Print the recipe with every default, and train nothing.
     """
-    from tensorkeep.recipes.texts import plain, read_recipe, to_yaml
+    from tensorkeep.detection.recipe.text import plain, read_recipe, to_yaml
 
     printer = say.output()
     made = read_recipe(recipe, [(name.replace("-", "_"), text) for name, text in pairs_of(changes)])
@@ -58,7 +58,7 @@ def train_detection(
         return 0
 
     def start(run: Path, world: World) -> tuple[Job, Loop, str | State]:
-        from tensorkeep.recipes.detection import build, continued
+        from tensorkeep.detection.build import build, continued
 
         remark = printer.remark if world.first else lambda _: None
         job, loop = build(made, run, world, remark)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from tensorkeep.detection.config import from_mapping
-from tensorkeep.detection.synthetic import SyntheticConfig, make_dataset
-from tensorkeep.job import Job
-from tensorkeep.recipes.detection import build
-from tensorkeep.recipes.detection_schema import DetectionRecipe
-from tensorkeep.recipes.texts import changed
-from tensorkeep.train import fit
+from tensorkeep.training.schema import from_mapping
+from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
+from tensorkeep.training.job import Job
+from tensorkeep.detection.build import build
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe.text import changed
+from tensorkeep.training.loop import fit
 
 CLIPS = SyntheticConfig(
     classes=("slide", "blink"), size=32, fps=8, seconds=(5.0, 7.0), actions=(2, 3), action_seconds=(1.0, 2.0),

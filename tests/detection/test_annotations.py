@@ -3,16 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from tensorkeep.detection.annotation_checks import check_annotations
-from tensorkeep.detection.annotations import (
-    Video,
-    number_segments,
-    parse_annotations,
-    read_annotations,
-    read_class_ids,
-    read_class_map,
-    unique_segments,
-)
+from tensorkeep.detection.data.annotation_checks import check_annotations
+from tensorkeep.detection.data.annotations import Video, number_segments, parse_annotations, read_annotations, read_class_ids, read_class_map, unique_segments
 from tensorkeep.errors import TensorkeepError
 
 SOUND = {"subset": "train", "duration": 20.0, "frame": 600, "annotations": [{"segment": [1.0, 2.5], "label": "dive"}]}

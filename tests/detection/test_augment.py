@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.detection import augment as A
-from tensorkeep.detection.augment import OPERATIONS, AugmentConfig, Draw, augment, centre_crop, draw_augmentation
+from tensorkeep.detection.data import augment as A
+from tensorkeep.detection.data.augment import OPERATIONS, AugmentConfig, Draw, augment, centre_crop, draw_augmentation
 from tensorkeep.errors import TensorkeepError
 
 SMALL = AugmentConfig(size=24, short_side=30)

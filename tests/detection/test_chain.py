@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
-from tensorkeep.detection.chain import HostStore, group_starts
-from tensorkeep.detection.detector import video_features
-from tensorkeep.detection.quantization import quantize_backbone
-from tensorkeep.detection.vit import Block, VideoShape, VisionTransformer
+from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.chain import HostStore, group_starts
+from tensorkeep.detection.model.detector import video_features
+from tensorkeep.detection.model.quantization import quantize_backbone
+from tensorkeep.detection.model.vit import Block, VideoShape, VisionTransformer
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.graphs import capture_step
+from tensorkeep.training.graphs import capture_step
 from tests.detection import tiny
 
 DEEP = replace(tiny.VIT, depth=5, drop_path=0.5)
@@ -78,8 +78,8 @@ def test_where_the_adapters_are_does_not_matter(mode: str, changes: dict[str, ob
 def test_pieces_of_single_chunks_sum_to_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch, mode: str, quantised: bool
 ) -> None:
-    monkeypatch.setattr("tensorkeep.detection.recompute.SEGMENT_ELEMENTS", 1)
-    monkeypatch.setattr("tensorkeep.detection.recompute.SEGMENT_COPIES", 10**9)
+    monkeypatch.setattr("tensorkeep.detection.model.recompute.SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr("tensorkeep.detection.model.recompute.SEGMENT_COPIES", 10**9)
     wanted = _gradients(_backbone("none", quantised))
     found = _gradients(_backbone(mode, quantised))
     for name, grad in wanted.items():
@@ -116,7 +116,7 @@ def test_two_level_keeps_the_inputs_of_few_blocks_alive(monkeypatch: pytest.Monk
     most = {}
     for mode in ("two_level", "offload"):  # without a GPU `offload` keeps all
         backbone, calls = _backbone(mode, vit=vit), []
-        monkeypatch.setattr("tensorkeep.detection.chain.Kept.get", _watch(calls))
+        monkeypatch.setattr("tensorkeep.detection.model.chain.Kept.get", _watch(calls))
         _gradients(backbone)
         monkeypatch.undo()
         most[mode] = max(calls)
@@ -124,7 +124,7 @@ def test_two_level_keeps_the_inputs_of_few_blocks_alive(monkeypatch: pytest.Monk
 
 
 def _watch(calls: list[int]):  # type: ignore[no-untyped-def]
-    from tensorkeep.detection.chain import Kept
+    from tensorkeep.detection.model.chain import Kept
 
     get = Kept.get
 

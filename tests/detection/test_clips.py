@@ -11,20 +11,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("av")
 
-from tensorkeep.detection.annotations import parse_annotations, read_annotations
-from tensorkeep.detection.augment import AugmentConfig
-from tensorkeep.detection.clips import (
-    FeatureReader,
-    VideoReader,
-    WindowConfig,
-    collate,
-    draw_truncation,
-    find_items,
-    make_clips,
-)
-from tensorkeep.detection.features import count_features, read_features
-from tensorkeep.detection.synthetic import SyntheticConfig, make_dataset
-from tensorkeep.detection.video import decode
+from tensorkeep.detection.data.annotations import parse_annotations, read_annotations
+from tensorkeep.detection.data.augment import AugmentConfig
+from tensorkeep.detection.data.clips import FeatureReader, VideoReader, WindowConfig, collate, draw_truncation, find_items, make_clips
+from tensorkeep.detection.data.features import count_features, read_features
+from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
+from tensorkeep.detection.data.video import decode
 from tensorkeep.errors import TensorkeepError
 
 from .tiny import detector

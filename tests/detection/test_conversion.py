@@ -12,14 +12,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from tensorkeep.detection.config import from_mapping
-from tensorkeep.detection.detector import Detector, DetectorConfig, read_detector_config
-from tensorkeep.detection.vit import VisionTransformer
-from tensorkeep.detection.weights import load_detector, load_videomae, to_opentad
-from tensorkeep.naming import identify, opentad, videomae
-from tensorkeep.naming.opentad_recipe import read_off
-from tensorkeep.planning import make_plan
-from tensorkeep.view import read
+from tensorkeep.training.schema import from_mapping
+from tensorkeep.detection.model.detector import Detector, DetectorConfig, read_detector_config
+from tensorkeep.detection.model.vit import VisionTransformer
+from tensorkeep.detection.model.weights import load_detector, load_videomae, to_opentad
+from tensorkeep.convert.naming import identify
+from tensorkeep.convert.naming import opentad
+from tensorkeep.convert.naming import videomae
+from tensorkeep.convert.naming.opentad_recipe import read_off
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import read
 from tests.detection import tiny
 from tests.helpers import assert_same, held, refused, to
 
@@ -138,7 +140,7 @@ def test_a_tensor_of_another_detector_is_named(tmp_path: Path) -> None:
 
 
 def test_lora_has_no_place_in_opentad(tmp_path: Path) -> None:
-    from tensorkeep.detection.adapters import LoraConfig
+    from tensorkeep.detection.model.adapters import LoraConfig
     from tests.helpers import write_hf
 
     write_hf(tmp_path, tiny.detector(lora=LoraConfig(lora_r=2)).state_dict())

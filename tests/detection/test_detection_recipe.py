@@ -11,27 +11,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
-from tensorkeep.detection.augment import AugmentConfig
-from tensorkeep.detection.config import from_mapping
-from tensorkeep.detection.detector import BackboneConfig, DetectorConfig
-from tensorkeep.detection.groups import GroupRule, OptimizerConfig
-from tensorkeep.detection.head import HeadConfig
-from tensorkeep.detection.nms import METHODS, Suppression
-from tensorkeep.detection.projection import ProjectionConfig
-from tensorkeep.detection.schedule import ScheduleConfig
-from tensorkeep.detection.vit import VitConfig
+from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.data.augment import AugmentConfig
+from tensorkeep.training.schema import from_mapping
+from tensorkeep.detection.model.detector import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
+from tensorkeep.detection.model.head import HeadConfig
+from tensorkeep.detection.results.nms import METHODS, Suppression
+from tensorkeep.detection.model.projection import ProjectionConfig
+from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.vit import VitConfig
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.recipes.detection_schema import (
-    ClassifierConfig,
-    DataConfig,
-    DetectionRecipe,
-    EvaluationConfig,
-    PostProcessingConfig,
-    SplitConfig,
-    TrainingConfig,
-)
-from tensorkeep.recipes.texts import changed, plain, read_recipe, to_yaml
+from tensorkeep.detection.recipe.schema import ClassifierConfig, DataConfig, DetectionRecipe, EvaluationConfig, PostProcessingConfig, SplitConfig, TrainingConfig
+from tensorkeep.detection.recipe.text import changed, plain, read_recipe, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "detection").glob("*.yaml"))
 BY_NAME = {path.stem: path for path in RECIPES}

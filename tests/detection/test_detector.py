@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from tensorkeep import detection
-from tensorkeep.detection.config import read_section
-from tensorkeep.detection.detector import (
-    Detector,
-    build_detector,
-    count_parameters,
-    padded_length,
-    read_detector_config,
-)
-from tensorkeep.detection.groups import OptimizerConfig, parameter_groups
-from tensorkeep.detection.schedule import ScheduleConfig
-from tensorkeep.ema import Ema
+from tensorkeep.training.schema import read_section
+from tensorkeep.detection.model.detector import Detector, build_detector, count_parameters, padded_length, read_detector_config
+from tensorkeep.detection.model.groups import OptimizerConfig, parameter_groups
+from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from tensorkeep.detection.error_analysis import KINDS, analyse_errors
+from tensorkeep.detection.results.error_analysis import KINDS, analyse_errors
 from tensorkeep.errors import TensorkeepError
 from tests.detection.test_evaluation import annotate, detect
 

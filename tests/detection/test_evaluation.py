@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.detection.annotations import Annotations, Video
-from tensorkeep.detection.evaluation import evaluate, evaluate_files
-from tensorkeep.detection.results import parse_detections
+from tensorkeep.detection.data.annotations import Annotations, Video
+from tensorkeep.detection.results.evaluation import evaluate, evaluate_files
+from tensorkeep.detection.results.results import parse_detections
 from tensorkeep.errors import TensorkeepError
 from tests.detection import plain
 
@@ -127,7 +127,7 @@ def test_many_small_blocks_of_pairs_give_the_same_result(monkeypatch):
         [(f"v{i % 3}", s, s + 2, "x", p) for i, (s, p) in enumerate(zip(rng.uniform(0, 30, 90), rng.random(90)))]
     )
     whole = evaluate(truth, found)
-    monkeypatch.setattr("tensorkeep.detection.matching._BLOCK", 7)
+    monkeypatch.setattr("tensorkeep.detection.results.matching._BLOCK", 7)
     np.testing.assert_array_equal(evaluate(truth, found).ap, whole.ap)
 
 
@@ -175,7 +175,7 @@ def test_evaluation_runs_without_torch_and_pandas(tmp_path):
     code = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['pandas'] = None\n"
-        "from tensorkeep.detection.evaluation import evaluate_files\n"
+        "from tensorkeep.detection.results.evaluation import evaluate_files\n"
         "from tensorkeep.detection import annotation_checks, error_analysis\n"
         "print(evaluate_files('gt.json', 'pred.json').average)"
     )

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tensorkeep.detection.attention import attend, attend_backward, choose_kernel
-from tensorkeep.detection.detector import video_features
-from tensorkeep.detection.frozen import _Frozen
-from tensorkeep.detection.fused import add_branch, add_norm, norm_backward
-from tensorkeep.detection.time_mix import time_mix
+from tensorkeep.detection.model.attention import attend, attend_backward, choose_kernel
+from tensorkeep.detection.model.detector import video_features
+from tensorkeep.detection.model.frozen import _Frozen
+from tensorkeep.detection.model.fused import add_branch, add_norm, norm_backward
+from tensorkeep.detection.model.time_mix import time_mix
 from tests.detection import tiny
 
 # the kernels are checked where there is a GPU, the plain form everywhere
@@ -91,7 +91,7 @@ def test_time_mix_equals_shifted_sums_with_their_gradients(taps: int) -> None:
 
 @pytest.mark.parametrize("part", [0.0, 1.0])
 def test_kept_attention_changes_no_bit(monkeypatch: pytest.MonkeyPatch, part: float) -> None:
-    monkeypatch.setattr("tensorkeep.detection.vit.attention_kept", lambda width: part)
+    monkeypatch.setattr("tensorkeep.detection.model.vit.attention_kept", lambda width: part)
     grads = []
     for checkpointing in ("none", "segments"):
         torch.manual_seed(0)

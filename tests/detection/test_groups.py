@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
-from tensorkeep.detection.groups import GroupRule, OptimizerConfig, make_optimizer, parameter_groups
+from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer, parameter_groups
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 

@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkeep import checkpoint, cli
-from tensorkeep.detection.clips import Clips
-from tensorkeep.detection.evaluation import evaluate
+from tensorkeep import cli
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.detection.data.clips import Clips
+from tensorkeep.detection.results.evaluation import evaluate
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection, decode_predictions, detect, table_of
-from tensorkeep.detection.nms import Suppression
-from tensorkeep.detection.results import read_detections, write_detections
-from tensorkeep.detection.weights import to_opentad
-from tensorkeep.distributed import World
+from tensorkeep.detection.results.nms import Suppression
+from tensorkeep.detection.results.results import read_detections, write_detections
+from tensorkeep.detection.model.weights import to_opentad
+from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.recipes.detection_data import evaluation_of, read_classes, read_clips
-from tensorkeep.recipes.detection_evaluation import evaluate_checkpoint
-from tensorkeep.recipes.detection_schema import DetectionRecipe
-from tensorkeep.recipes.detection_start import make_detector, open_detector
-from tensorkeep.recipes.texts import to_yaml
+from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
+from tensorkeep.detection.evaluate_run import evaluate_checkpoint
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.start import make_detector, open_detector
+from tensorkeep.detection.recipe.text import to_yaml
 from tests.detection import runs
 from tests.training import ranks
 
@@ -226,7 +227,7 @@ def test_print_recipe_prints_what_would_run(made: DetectionRecipe, tmp_path: Pat
     flags = ["--quantize-backbone", "nf4", "--window-size", "32", "--print-recipe"]
     assert cli.main(["train", "detection", str(tmp_path / "tiny.yaml"), *flags]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    from tensorkeep.recipes.texts import read_recipe
+    from tensorkeep.detection.recipe.text import read_recipe
 
     read = read_recipe(tmp_path / "printed.yaml")
     assert read.data.window_size == 32 and read.training.quantize_backbone == "nf4"

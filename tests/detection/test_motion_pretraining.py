@@ -11,17 +11,18 @@ import torch
 
 pytest.importorskip("av")
 
-from tensorkeep import checkpoint, metrics
-from tensorkeep.conversion import convert
-from tensorkeep.detection.synthetic import TINY
-from tensorkeep.detection.vit import VitConfig
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import metrics
+from tensorkeep.convert.convert import convert
+from tensorkeep.detection.data.synthetic import TINY
+from tensorkeep.detection.model.vit import VitConfig
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.planning import make_plan
-from tensorkeep.recipes import motion_pretraining
-from tensorkeep.recipes.detection_start import make_detector
-from tensorkeep.recipes.motion_pretraining import MotionClips, PretrainingConfig, build, pretrain
-from tensorkeep.train import fit
-from tensorkeep.view import read
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.detection import pretraining as motion_pretraining
+from tensorkeep.detection.start import make_detector
+from tensorkeep.detection.pretraining import MotionClips, PretrainingConfig, build, pretrain
+from tensorkeep.training.loop import fit
+from tensorkeep.formats.view import read
 from tests.detection import runs
 
 VIT = VitConfig(image_size=32, patch_size=16, embed_dim=32, depth=2, heads=2, mlp_dim=64, chunk_frames=8, drop_path=0.0)

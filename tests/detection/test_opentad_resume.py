@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep import checkpoint
-from tensorkeep.conversion import convert
-from tensorkeep.detection.adapters import AdapterConfig, LoraConfig
-from tensorkeep.detection.detector import Detector
-from tensorkeep.detection.groups import GroupRule, OptimizerConfig, make_optimizer
-from tensorkeep.detection.opentad_resume import continue_from, optimizer_orders
-from tensorkeep.detection.quantization import quantize_backbone
-from tensorkeep.detection.schedule import ScheduleConfig
-from tensorkeep.detection.weights import to_opentad
-from tensorkeep.ema import Ema
-from tensorkeep.live_state import put_optimizer, put_tensors, stored_tensors
-from tensorkeep.planning import make_plan
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.recipes.detection import build
-from tensorkeep.train import fit
-from tensorkeep.view import read
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.convert.convert import convert
+from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.detector import Detector
+from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
+from tensorkeep.detection.opentad.resume import continue_from, optimizer_orders
+from tensorkeep.detection.model.quantization import quantize_backbone
+from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.weights import to_opentad
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.live_state import put_optimizer, put_tensors, stored_tensors
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.detection.build import build
+from tensorkeep.training.loop import fit
+from tensorkeep.formats.view import read
 from tests.detection import runs, tiny
 from tests.helpers import refused
 from tests.tools import ROOT
@@ -234,7 +234,7 @@ def freeze_codes(detector: Detector) -> None:
 
 def codes_of(detector: Detector) -> dict[str, torch.Tensor]:
     """State with bitsandbytes keys, as an OpenTAD run over quantised linears writes it."""
-    from tensorkeep.naming import opentad
+    from tensorkeep.convert.naming import opentad
 
     out: dict[str, torch.Tensor] = {}
     for name, tensor in detector.state_dict().items():

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 av = pytest.importorskip("av")
 
 from tensorkeep.cli import main  # noqa: E402
-from tensorkeep.detection.classifiers import VideoClasses  # noqa: E402
-from tensorkeep.detection.clips import Item, VideoReader, WindowConfig, make_clips  # noqa: E402
-from tensorkeep.detection.head import Predictions  # noqa: E402
+from tensorkeep.detection.results.classifiers import VideoClasses
+from tensorkeep.detection.data.clips import Item, VideoReader, WindowConfig, make_clips
+from tensorkeep.detection.model.head import Predictions
 from tensorkeep.detection.inference import Selection, detect  # noqa: E402
-from tensorkeep.detection.nms import Suppression  # noqa: E402
+from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.predict import (  # noqa: E402
     UNNAMED,
     Predictor,
@@ -25,15 +25,15 @@ from tensorkeep.detection.predict import (  # noqa: E402
     shown_times,
     write_predictions,
 )
-from tensorkeep.detection.results import read_detections  # noqa: E402
-from tensorkeep.detection.subtitles import Row  # noqa: E402
-from tensorkeep.detection.synthetic import write_video  # noqa: E402
-from tensorkeep.detection.timeline import STRIP  # noqa: E402
-from tensorkeep.detection.video import frame_table, probe  # noqa: E402
-from tensorkeep.detection.weights import to_opentad  # noqa: E402
+from tensorkeep.detection.results.results import read_detections
+from tensorkeep.detection.results.subtitles import Row
+from tensorkeep.detection.data.synthetic import write_video
+from tensorkeep.detection.results.timeline import STRIP
+from tensorkeep.detection.data.video import frame_table, probe
+from tensorkeep.detection.model.weights import to_opentad
 from tensorkeep.errors import TensorkeepError  # noqa: E402
-from tensorkeep.recipes.detection_start import open_detector  # noqa: E402
-from tensorkeep.recipes.texts import to_yaml  # noqa: E402
+from tensorkeep.detection.start import open_detector
+from tensorkeep.detection.recipe.text import to_yaml
 
 from . import runs  # noqa: E402
 from .tiny import detector  # noqa: E402

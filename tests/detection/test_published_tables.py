@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tensorkeep.detection.evaluation import evaluate_files
+from tensorkeep.detection.results.evaluation import evaluate_files
 
 FOLDER = Path(os.environ.get("TENSORKEEP_DETECTIONS", Path(__file__).parents[3] / "shared" / "fixtures" / "detections"))
 pytestmark = pytest.mark.skipif(

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.detection.adapters import LoraConfig, VisionTransformerAdapter, VisionTransformerQLoRA
-from tensorkeep.detection.quantization import quantize_adapters, quantize_backbone
-from tensorkeep.detection.vit import VisionTransformer, VitConfig
+from tensorkeep.detection.model.adapters import LoraConfig, VisionTransformerAdapter, VisionTransformerQLoRA
+from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
+from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantize import sizes
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.quantized_loading import load_quantized
+from tensorkeep.quantization.modules import sizes
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.quantization.loading import load_quantized
 from tests.detection import tiny
 
 WIDE = VitConfig(image_size=32, embed_dim=128, depth=2, heads=2, mlp_dim=256, chunk_frames=4, drop_path=0.0)

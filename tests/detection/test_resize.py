@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tensorkeep.detection.resize import linear_resize
+from tensorkeep.detection.model.resize import linear_resize
 
 
 @pytest.mark.parametrize(("source", "target"), [(384, 768), (384, 192), (7, 20), (20, 7), (1, 5), (5, 1), (6, 6)])

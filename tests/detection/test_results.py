@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from tensorkeep.detection.results import parse_detections, read_detections, write_detections
+from tensorkeep.detection.results.results import parse_detections, read_detections, write_detections
 from tensorkeep.errors import TensorkeepError
 
 

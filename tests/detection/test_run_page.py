@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tensorkeep import metrics
-from tensorkeep.detection.annotations import read_annotations
-from tensorkeep.detection.results import write_detections
+from tensorkeep.training import metrics
+from tensorkeep.detection.data.annotations import read_annotations
+from tensorkeep.detection.results.results import write_detections
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.recipes.texts import to_yaml
-from tensorkeep.report.run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
+from tensorkeep.detection.recipe.text import to_yaml
+from tensorkeep.commands.report.run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
 from tests.detection import runs
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensorkeep.detection.schedule import ScheduleConfig, learning_rate, set_learning_rates
+from tensorkeep.detection.model.schedule import ScheduleConfig, learning_rate, set_learning_rates
 from tensorkeep.errors import TensorkeepError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.detection.subtitles import Cue, Row, best_rows, make_cues, to_srt, to_webvtt
+from tensorkeep.detection.results.subtitles import Cue, Row, best_rows, make_cues, to_srt, to_webvtt
 
 SECONDS = st.integers(0, 400_000).map(lambda ms: ms / 1000)
 LABELS = st.text(max_size=12) | st.sampled_from(["a --> b", "<i>x</i>", "\n\n7\n00:00:01,000", "{\\an8}", "&amp;"])

@@ -5,23 +5,10 @@ import pytest
 
 pytest.importorskip("av")
 
-from tensorkeep.detection.annotation_checks import check_annotations
-from tensorkeep.detection.annotations import read_annotations, read_class_map
-from tensorkeep.detection.synthetic import (
-    CLASSES,
-    MOTIONS,
-    TINY,
-    Action,
-    Shape,
-    SyntheticConfig,
-    _paint,
-    _pose,
-    make_clip,
-    make_dataset,
-    make_video,
-    write_video,
-)
-from tensorkeep.detection.video import check_video, decode, probe
+from tensorkeep.detection.data.annotation_checks import check_annotations
+from tensorkeep.detection.data.annotations import read_annotations, read_class_map
+from tensorkeep.detection.data.synthetic import CLASSES, MOTIONS, TINY, Action, Shape, SyntheticConfig, _paint, _pose, make_clip, make_dataset, make_video, write_video
+from tensorkeep.detection.data.video import check_video, decode, probe
 from tensorkeep.errors import TensorkeepError
 
 SHORT = SyntheticConfig(seconds=(6.0, 9.0), actions=(2, 4), action_seconds=(1.0, 2.0), size=48, fps=8)
@@ -134,7 +121,7 @@ def test_a_clip_shows_its_motion_from_end_to_end():
 def test_a_data_set_is_there_whole_or_not_at_all(dataset, tmp_path, monkeypatch):
     with pytest.raises(TensorkeepError, match="exists already"):
         make_dataset(dataset, videos=1, config=SHORT)
-    from tensorkeep.detection import synthetic
+    from tensorkeep.detection.data import synthetic
 
     def fail(*arguments, **options):
         raise OSError("no space")

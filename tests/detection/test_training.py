@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkeep import checkpoint
-from tensorkeep.batches import Stream
-from tensorkeep.detection.clips import collate
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.batches import Stream
+from tensorkeep.detection.data.clips import collate
 from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
-from tensorkeep.detection.schedule import ScheduleConfig, set_learning_rates
+from tensorkeep.detection.model.schedule import ScheduleConfig, set_learning_rates
 from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
-from tensorkeep.distributed import World
+from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.live_state import stored_tensors
-from tensorkeep.randomness import generator
-from tensorkeep.recipes.detection import build
-from tensorkeep.recipes.detection_start import make_detector, open_detector
-from tensorkeep.train import fit
+from tensorkeep.training.live_state import stored_tensors
+from tensorkeep.training.randomness import generator
+from tensorkeep.detection.build import build
+from tensorkeep.detection.start import make_detector, open_detector
+from tensorkeep.training.loop import fit
 from tests.detection import runs, tiny
 from tests.training import assert_same_run, ranks, relative_l2, rows
 
@@ -132,8 +132,8 @@ def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypa
             step()
         return step
 
-    monkeypatch.setattr("tensorkeep.graphs.capture_step", capture)
-    monkeypatch.setattr("tensorkeep.train._possible", lambda loop, *_: loop)
+    monkeypatch.setattr("tensorkeep.training.graphs.capture_step", capture)
+    monkeypatch.setattr("tensorkeep.training.loop._possible", lambda loop, *_: loop)
     for graph in (False, True):
         runs.trained(runs.recipe(data, training__graph=graph, **QLORA), tmp_path / str(graph))
     assert relative_l2(tmp_path / "False", tmp_path / "True") < 1e-6
@@ -298,8 +298,8 @@ def features(folder: Path) -> Any:
     document["data"] |= {"inputs": "features", "mode": "whole", "file_pattern": "{video}.npy", "feature_stride": 4,
                          "augment": None, "class_map": None}  # fmt: skip
     document["optimizer"]["backbone"] = []
-    from tensorkeep.detection.config import from_mapping
-    from tensorkeep.recipes.detection_schema import DetectionRecipe
+    from tensorkeep.training.schema import from_mapping
+    from tensorkeep.detection.recipe.schema import DetectionRecipe
 
     return from_mapping(DetectionRecipe, document, "recipe")
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensorkeep.detection.adapters import LoraConfig
-from tensorkeep.detection.detector import video_features
-from tensorkeep.detection.vit import VideoShape, VisionTransformer
-from tensorkeep.detection.weights import load_opentad, load_videomae, to_opentad
+from tensorkeep.detection.model.adapters import LoraConfig
+from tensorkeep.detection.model.detector import video_features
+from tensorkeep.detection.model.vit import VideoShape, VisionTransformer
+from tensorkeep.detection.model.weights import load_opentad, load_videomae, to_opentad
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.naming import opentad, videomae
+from tensorkeep.convert.naming import opentad
+from tensorkeep.convert.naming import videomae
 from tests.detection import tiny
 
 

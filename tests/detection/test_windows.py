@@ -3,15 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.detection.windows import (
-    clip_to_window,
-    count_snippets,
-    make_window,
-    place_windows,
-    resized_frames,
-    resized_segments,
-    segment_frames,
-)
+from tensorkeep.detection.data.windows import clip_to_window, count_snippets, make_window, place_windows, resized_frames, resized_segments, segment_frames
 from tensorkeep.errors import TensorkeepError
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tensorkeep.detection.adapters import AdapterConfig
-from tensorkeep.detection.detector import BackboneConfig, Detector, DetectorConfig
-from tensorkeep.detection.head import HeadConfig
-from tensorkeep.detection.projection import ProjectionConfig
-from tensorkeep.detection.vit import VitConfig
+from tensorkeep.detection.model.adapters import AdapterConfig
+from tensorkeep.detection.model.detector import BackboneConfig, Detector, DetectorConfig
+from tensorkeep.detection.model.head import HeadConfig
+from tensorkeep.detection.model.projection import ProjectionConfig
+from tensorkeep.detection.model.vit import VitConfig
 
 VIT = VitConfig(image_size=32, embed_dim=32, depth=2, heads=2, mlp_dim=64, chunk_frames=4, drop_path=0.0)
 HEAD = HeadConfig(classes=3, channels=16, strides=(1, 2, 4), ranges=((0, 4), (4, 8), (8, 99)))

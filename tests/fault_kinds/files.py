@@ -193,9 +193,9 @@ def stale_step(m: Specimen, rng: Rng) -> Change | None:
 @kind("F03")
 def digest_differs(m: Specimen, rng: Rng) -> Change | None:
     """Converted by us with its certificate, then one byte of a tensor changes on disk."""
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     def change(place: Path) -> Path:
         out = place.parent / f"{place.name}-certified"
@@ -213,9 +213,9 @@ def digest_differs(m: Specimen, rng: Rng) -> Change | None:
 @kind("K06")
 def other_naming(m: Specimen, rng: Rng) -> Change | None:
     """torchtitan's names where Hugging Face's are asked for."""
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     if m.config["model_type"] not in ("llama", "qwen3"):
         return None

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tensorkeep.conversion import convert
+from tensorkeep.convert.convert import convert
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.planning import make_plan
-from tensorkeep.view import read
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats.view import read
 from tests.parity.minimind_merge import merge_cases
 from tests.parity.minimind_resume import resume_cases
 from tests.parity.outcome import (

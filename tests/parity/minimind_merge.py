@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from tensorkeep.merge_planning import open_adapters, plan_merge
-from tensorkeep.merging import merge
-from tensorkeep.view import read
+from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.adapters.merge import merge
+from tensorkeep.formats.view import read
 from tests.parity.outcome import Outcome, bitwise, largest, load_model, tensors
 
 LOGITS = 1e-5

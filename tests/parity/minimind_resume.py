@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tensorkeep.batches import Stream
-from tensorkeep.job import Job, Loop
-from tensorkeep.language.minimind import Continuation, continue_from, order
-from tensorkeep.live_state import put_tensors
-from tensorkeep.minimind_position import Batching, batchings, learning_rate
-from tensorkeep.minimind_resume import Resume, read_resume
-from tensorkeep.train import fit
+from tensorkeep.training.batches import Stream
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.language.minimind.continue_from import Continuation, continue_from, order
+from tensorkeep.training.live_state import put_tensors
+from tensorkeep.language.minimind.position import Batching, batchings, learning_rate
+from tensorkeep.language.minimind.resume_file import Resume, read_resume
+from tensorkeep.training.loop import fit
 from tests.parity.minimind_model import MiniMind, config_of, cross_entropy
 from tests.parity.outcome import Outcome, guarded, load_model, natural_key
 
@@ -219,9 +219,9 @@ def counted(resume: Resume, length: int, batch: int) -> list[Batching]:
 
 def converted(file: Path) -> nn.Module:
     """The model of transformers for a resume file."""
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     with tempfile.TemporaryDirectory() as work:
         convert(make_plan([read(file)], "hf"), f"{work}/hf", "hf")

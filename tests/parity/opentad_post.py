@@ -16,28 +16,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tensorkeep.detection.annotations import AMBIGUOUS, number_segments, parse_annotations
-from tensorkeep.detection.annotations import unique_segments as unique
-from tensorkeep.detection.decode import (
-    fuse_classes,
-    merge_windows,
-    resized_seconds,
-    round_detections,
-    select_candidates,
-    sliding_seconds,
-)
-from tensorkeep.detection.evaluation import evaluate
-from tensorkeep.detection.nms import Detections, from_opentad, suppress, vote
-from tensorkeep.detection.results import parse_detections
-from tensorkeep.detection.windows import (
-    clip_to_window,
-    count_snippets,
-    make_window,
-    place_windows,
-    resized_frames,
-    resized_segments,
-    segment_frames,
-)
+from tensorkeep.detection.data.annotations import AMBIGUOUS, number_segments, parse_annotations
+from tensorkeep.detection.data.annotations import unique_segments as unique
+from tensorkeep.detection.results.decode import fuse_classes, merge_windows, resized_seconds, round_detections, select_candidates, sliding_seconds
+from tensorkeep.detection.results.evaluation import evaluate
+from tensorkeep.detection.results.nms import Detections, from_opentad, suppress, vote
+from tensorkeep.detection.results.results import parse_detections
+from tensorkeep.detection.data.windows import clip_to_window, count_snippets, make_window, place_windows, resized_frames, resized_segments, segment_frames
 
 Case = tuple[str, float, float]
 

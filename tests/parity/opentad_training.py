@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorkeep.detection.detector import Detector
-from tensorkeep.detection.groups import GroupRule, OptimizerConfig, make_optimizer
-from tensorkeep.detection.head import valid_proposals
-from tensorkeep.detection.opentad import detector_config
-from tensorkeep.detection.schedule import learning_rate
-from tensorkeep.detection.weights import load_opentad
-from tensorkeep.ema import Ema
-from tensorkeep.naming import opentad
+from tensorkeep.detection.model.detector import Detector
+from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
+from tensorkeep.detection.model.head import valid_proposals
+from tensorkeep.detection.opentad.model_section import detector_config
+from tensorkeep.detection.model.schedule import learning_rate
+from tensorkeep.detection.model.weights import load_opentad
+from tensorkeep.training.ema import Ema
+from tensorkeep.convert.naming import opentad
 from tests.parity.opentad_fixtures import Case, Fixture, difference, relative
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.view import StateView
+from tensorkeep.formats.view import StateView
 
 LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.diagnosis import diagnose
+from tensorkeep.diagnose.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
 from tests.faults import has_permutation, unexplained
 from tests.parity.outcome import Outcome, natural_key, report

@@ -88,9 +88,9 @@ def bare_file(m: Specimen, place: Path, rng: Rng) -> Path:
 
 def converted(m: Specimen, place: Path, to: str, **options: Any) -> Path:
     """Through our own converter, certificate beside."""
-    from tensorkeep.conversion import convert
-    from tensorkeep.planning import make_plan
-    from tensorkeep.view import read
+    from tensorkeep.convert.convert import convert
+    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.formats.view import read
 
     source = write("hf", m.tensors, place / "source", m.config)
     convert(make_plan([read(source)], to, **options), str(place / "out"), to)

@@ -32,25 +32,25 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
-    from tensorkeep.detection.adapters import VisionTransformerAdapter as VisionTransformerAdapter
-    from tensorkeep.detection.adapters import VisionTransformerQLoRA as VisionTransformerQLoRA
-    from tensorkeep.detection.annotation_checks import check_annotations as check_annotations
-    from tensorkeep.detection.annotations import Annotations as Annotations
-    from tensorkeep.detection.annotations import read_annotations as read_annotations
-    from tensorkeep.detection.detector import Detector as Detector
-    from tensorkeep.detection.detector import DetectorConfig as DetectorConfig
-    from tensorkeep.detection.detector import build_detector as build_detector
-    from tensorkeep.detection.detector import count_parameters as count_parameters
-    from tensorkeep.detection.detector import read_detector_config as read_detector_config
-    from tensorkeep.detection.error_analysis import analyse_errors as analyse_errors
-    from tensorkeep.detection.evaluation import evaluate as evaluate
-    from tensorkeep.detection.evaluation import evaluate_files as evaluate_files
-    from tensorkeep.detection.quantization import quantize_backbone as quantize_backbone
-    from tensorkeep.detection.results import read_detections as read_detections
-    from tensorkeep.detection.results import write_detections as write_detections
-    from tensorkeep.detection.vit import VisionTransformer as VisionTransformer
-    from tensorkeep.detection.weights import load_detector as load_detector
-    from tensorkeep.detection.weights import load_videomae as load_videomae
+    from tensorkeep.detection.model.adapters import VisionTransformerAdapter as VisionTransformerAdapter
+    from tensorkeep.detection.model.adapters import VisionTransformerQLoRA as VisionTransformerQLoRA
+    from tensorkeep.detection.data.annotation_checks import check_annotations as check_annotations
+    from tensorkeep.detection.data.annotations import Annotations as Annotations
+    from tensorkeep.detection.data.annotations import read_annotations as read_annotations
+    from tensorkeep.detection.model.detector import Detector as Detector
+    from tensorkeep.detection.model.detector import DetectorConfig as DetectorConfig
+    from tensorkeep.detection.model.detector import build_detector as build_detector
+    from tensorkeep.detection.model.detector import count_parameters as count_parameters
+    from tensorkeep.detection.model.detector import read_detector_config as read_detector_config
+    from tensorkeep.detection.results.error_analysis import analyse_errors as analyse_errors
+    from tensorkeep.detection.results.evaluation import evaluate as evaluate
+    from tensorkeep.detection.results.evaluation import evaluate_files as evaluate_files
+    from tensorkeep.detection.model.quantization import quantize_backbone as quantize_backbone
+    from tensorkeep.detection.results.results import read_detections as read_detections
+    from tensorkeep.detection.results.results import write_detections as write_detections
+    from tensorkeep.detection.model.vit import VisionTransformer as VisionTransformer
+    from tensorkeep.detection.model.weights import load_detector as load_detector
+    from tensorkeep.detection.model.weights import load_videomae as load_videomae
 
 
 def __getattr__(name: str) -> Any:

@@ -17,24 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tensorkeep import distributed
-from tensorkeep.detection.annotations import Annotations
-from tensorkeep.detection.classifiers import VideoClasses
-from tensorkeep.detection.clips import Clips, collate
-from tensorkeep.detection.decode import (
-    fuse_classes,
-    merge_windows,
-    resized_seconds,
-    round_detections,
-    select_candidates,
-    sliding_seconds,
-)
-from tensorkeep.detection.evaluation import Evaluation, evaluate
-from tensorkeep.detection.head import Predictions, valid_proposals
-from tensorkeep.detection.nms import Detections, Suppression, suppress
-from tensorkeep.detection.results import DetectionTable
-from tensorkeep.distributed import World
-from tensorkeep.interruption import leave_to_the_parent
+from tensorkeep.training import distributed
+from tensorkeep.detection.data.annotations import Annotations
+from tensorkeep.detection.results.classifiers import VideoClasses
+from tensorkeep.detection.data.clips import Clips, collate
+from tensorkeep.detection.results.decode import fuse_classes, merge_windows, resized_seconds, round_detections, select_candidates, sliding_seconds
+from tensorkeep.detection.results.evaluation import Evaluation, evaluate
+from tensorkeep.detection.model.head import Predictions, valid_proposals
+from tensorkeep.detection.results.nms import Detections, Suppression, suppress
+from tensorkeep.detection.results.results import DetectionTable
+from tensorkeep.training.distributed import World
+from tensorkeep.training.interruption import leave_to_the_parent
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 Seen = Callable[[Predictions, Mapping[str, Any]], None]

@@ -24,20 +24,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import TensorkeepError
-from ..files import explained
-from ..placement import replacing, write_bytes
-from .annotation_checks import Problem
-from .augment import centre_crop
-from .clips import VIDEO_SUFFIXES, VideoReader, WindowConfig
-from .containers import FrameTable, VideoInfo, frame_table, probe
-from .decode import fuse_classes, merge_windows
-from .inference import Selection, decode_predictions
-from .nms import Detections
-from .subtitles import Row
-from .timeline import jpeg
-from .video import stream_windows
-from .windows import count_snippets, make_window, place_windows, resized_frames
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.detection.data.annotation_checks import Problem
+from tensorkeep.detection.data.augment import centre_crop
+from tensorkeep.detection.data.clips import VIDEO_SUFFIXES, VideoReader, WindowConfig
+from tensorkeep.detection.data.containers import FrameTable, VideoInfo, frame_table, probe
+from tensorkeep.detection.results.decode import fuse_classes, merge_windows
+from tensorkeep.detection.inference import Selection, decode_predictions
+from tensorkeep.detection.results.nms import Detections
+from tensorkeep.detection.results.subtitles import Row
+from tensorkeep.detection.results.timeline import jpeg
+from tensorkeep.detection.data.video import stream_windows
+from tensorkeep.detection.data.windows import count_snippets, make_window, place_windows, resized_frames
 
 UNNAMED = "action"  # what a class-agnostic detector finds in a video that its classifier does not know
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.assignment import assign_batch, make_points
-from tensorkeep.detection.clips import collate
-from tensorkeep.detection.detector import Detector, DetectorConfig, padded_length
-from tensorkeep.detection.projection import halve_mask
-from tensorkeep.detection.schedule import ScheduleConfig, learning_rate
+from tensorkeep.detection.model.assignment import assign_batch, make_points
+from tensorkeep.detection.data.clips import collate
+from tensorkeep.detection.model.detector import Detector, DetectorConfig, padded_length
+from tensorkeep.detection.model.projection import halve_mask
+from tensorkeep.detection.model.schedule import ScheduleConfig, learning_rate
 from tensorkeep.errors import TensorkeepError
 
 

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from tensorkeep.archive import ALLOWED as TENSOR_GLOBALS
-from tensorkeep.archive import Stored, entries, is_count, saved_value, storage_bytes, stored_tensor
-from tensorkeep.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive import ALLOWED as TENSOR_GLOBALS
+from tensorkeep.storage.archive import Stored, entries, is_count, saved_value, storage_bytes, stored_tensor
+from tensorkeep.storage.archive_writing import pack, tensor_object
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.files import Folder, inside
-from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
-from tensorkeep.pickle_writing import emit
-from tensorkeep.pickles import LARGEST_PICKLE, Global, Object, parse
-from tensorkeep.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
-from tensorkeep.view import Note, StateView
+from tensorkeep.storage.files import Folder, inside
+from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
+from tensorkeep.storage.pickle_writing import emit
+from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, parse
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
+from tensorkeep.formats.view import Note, StateView
 
 METADATA = ".metadata"
 MODULE = "torch.distributed.checkpoint.metadata"

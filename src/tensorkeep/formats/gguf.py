@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import Folder, short_file
+from tensorkeep.storage.files import Folder, short_file
 from tensorkeep.formats.gguf_config import companions, hf_config
 from tensorkeep.formats.gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_header
 from tensorkeep.formats.gguf_tokenizer import tokenizer_files
-from tensorkeep.record import Block, TensorRecord
-from tensorkeep.view import Companion, Note, StateView
+from tensorkeep.storage.record import Block, TensorRecord
+from tensorkeep.formats.view import Companion, Note, StateView
 
 # ggml types that are stored as they are computed with; the others decode to F32
 PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16", "I8": "I8", "I16": "I16", "I32": "I32", "I64": "I64"}

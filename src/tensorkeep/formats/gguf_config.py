@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.record import DTYPES, TensorRecord
-from tensorkeep.view import Companion
+from tensorkeep.storage.record import DTYPES, TensorRecord
+from tensorkeep.formats.view import Companion
 
 # llama.cpp's architecture -> transformers' model type and class
 ARCHITECTURES = {

@@ -12,7 +12,7 @@ import struct
 from typing import Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import Folder, short_file
+from tensorkeep.storage.files import Folder, short_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -10,22 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorkeep.archive import (
-    ALLOWED,
-    Entry,
-    Stored,
-    entries,
-    iter_tensors,
-    saved_value,
-    storage_bytes,
-)
-from tensorkeep.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive import ALLOWED, Entry, Stored, entries, iter_tensors, saved_value, storage_bytes
+from tensorkeep.storage.archive_writing import pack, tensor_object
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.files import Folder
-from tensorkeep.layout import FileLayout, SinkTensor
-from tensorkeep.pickles import Global, Object, parse
-from tensorkeep.record import DTYPES, Block, TensorRecord, same_layout
-from tensorkeep.view import StateView
+from tensorkeep.storage.files import Folder
+from tensorkeep.storage.layout import FileLayout, SinkTensor
+from tensorkeep.storage.pickles import Global, Object, parse
+from tensorkeep.storage.record import DTYPES, Block, TensorRecord, same_layout
+from tensorkeep.formats.view import StateView
 
 ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this number, pickled

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.files import Folder, inside
-from tensorkeep.layout import FileLayout, Fixed, SinkTensor, Slot, shards, small_file
-from tensorkeep.manifest import parse_json
-from tensorkeep.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
-from tensorkeep.view import Note, StateView
+from tensorkeep.storage.files import Folder, inside
+from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, shards, small_file
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
+from tensorkeep.formats.view import Note, StateView
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 INDEX = "model.safetensors.index.json"

@@ -18,15 +18,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorkeep import distributed, live_state, randomness, run_manifest
-from tensorkeep.distributed import World
+from tensorkeep.training import distributed
+from tensorkeep.training import live_state
+from tensorkeep.training import randomness
+from tensorkeep.storage import run_manifest
+from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations import folders
-from tensorkeep.manifest import digest_of_all, parse_json
-from tensorkeep.placement import replacing
-from tensorkeep.run_folder import ADAPTER, MODEL
-from tensorkeep.run_manifest import MANIFEST
-from tensorkeep.tensor_view import digest_of
+from tensorkeep.storage.certificate import digest_of_all, parse_json
+from tensorkeep.storage.placement import replacing
+from tensorkeep.storage.run_folder import ADAPTER, MODEL
+from tensorkeep.storage.run_manifest import MANIFEST
+from tensorkeep.formats.memory import digest_of
 
 log = logging.getLogger(__name__)
 NUMBERED = re.compile(r"(?!\.)(?:.*\D)?(\d+)")  # step_100, checkpoint-7, 12: as accelerate itself orders folders

@@ -17,15 +17,18 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from tensorkeep import checkpoint, durable, run_folder, run_manifest
-from tensorkeep.checkpoint import State
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.storage import durable
+from tensorkeep.storage import run_folder
+from tensorkeep.storage import run_manifest
+from tensorkeep.training.saver import State
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import TEMPORARY, LocalFolder, explained, left_over
+from tensorkeep.storage.files import TEMPORARY, LocalFolder, explained, left_over
 from tensorkeep.formats import safetensors
-from tensorkeep.placement import remove, replacing, sync_file, sync_folder, temporary_name, write_bytes
-from tensorkeep.record import FROM_TORCH
-from tensorkeep.run_manifest import MANIFEST
-from tensorkeep.run_state import files_of, floating, source_of, tensors_in
+from tensorkeep.storage.placement import remove, replacing, sync_file, sync_folder, temporary_name, write_bytes
+from tensorkeep.storage.record import FROM_TORCH
+from tensorkeep.storage.run_manifest import MANIFEST
+from tensorkeep.training.state_files import files_of, floating, source_of, tensors_in
 
 Numbered = tuple[int, Path]
 Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, first byte

@@ -21,12 +21,15 @@ from pytorch_lightning import Callback
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
-from tensorkeep import checkpoint as checkpoints
-from tensorkeep import distributed, randomness, run_folder, run_manifest
-from tensorkeep.checkpoint import State
-from tensorkeep.distributed import World
+from tensorkeep.training import saver as checkpoints
+from tensorkeep.training import distributed
+from tensorkeep.training import randomness
+from tensorkeep.storage import run_folder
+from tensorkeep.storage import run_manifest
+from tensorkeep.training.saver import State
+from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import explained
+from tensorkeep.storage.files import explained
 from tensorkeep.integrations import folders
 from tensorkeep.integrations.plain import Encoder, decode
 
@@ -118,7 +121,7 @@ class ExactResume(Callback):
     Lightning saves none, and a resume neither repeats an evaluation that came after the save nor makes the same
     iterators. So between two batches the states are kept and put back: evaluation and loaders draw what they like,
     and whenever a checkpoint is made, the next batch sees what it would have seen. Order and augmentation of the data
-    are the loader's: functions of the seed and the sample (`tensorkeep.randomness.order`, `.generator`).
+    are the loader's: functions of the seed and the sample (`tensorkeep.training.randomness.order`, `.generator`).
     """
 
     def __init__(self) -> None:

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tensorkeep.detection import quantization
-from tensorkeep.detection.adapters import AdapterConfig, VisionTransformerAdapter
-from tensorkeep.detection.vit import VideoShape, VitConfig
+from tensorkeep.detection.model import quantization
+from tensorkeep.detection.model.adapters import AdapterConfig, VisionTransformerAdapter
+from tensorkeep.detection.model.vit import VideoShape, VitConfig
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.names import grouped
-from tensorkeep.naming.opentad import backbone_segments
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.quantized_tensor import pack
+from tensorkeep.formats.names import grouped
+from tensorkeep.convert.naming.opentad import backbone_segments
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.quantization.packed import pack
 
 log = logging.getLogger(__name__)
 NEW = ("adapter", "pos_embed", "fc_norm")  # segments of what a pretrained file need not have

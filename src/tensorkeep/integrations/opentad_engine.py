@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tensorkeep import randomness
-from tensorkeep.ema import Ema
-from tensorkeep.ema_files import ROUNDING
+from tensorkeep.training import randomness
+from tensorkeep.training.ema import Ema
+from tensorkeep.detection.opentad.averages import ROUNDING
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations import opentad_files as files
 from tensorkeep.integrations.opentad_files import Run
-from tensorkeep.live_state import refuse_difference
-from tensorkeep.names import unwrap
+from tensorkeep.training.live_state import refuse_difference
+from tensorkeep.formats.names import unwrap
 
 EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {  # what is replaced: module -> name -> parameters
     "utils.ema": {"ModelEma": ("model", "decay", "device")},

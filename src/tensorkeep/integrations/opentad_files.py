@@ -19,16 +19,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tensorkeep import manifest, randomness
-from tensorkeep.conversion import beside
+from tensorkeep.storage import certificate as manifest
+from tensorkeep.training import randomness
+from tensorkeep.convert.convert import beside
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.files import explained
+from tensorkeep.storage.files import explained
 from tensorkeep.integrations.folders import clear_remains, not_finite
-from tensorkeep.live_state import refuse_difference
-from tensorkeep.placement import replacing_all, write_bytes
-from tensorkeep.tensor_view import digest_of
-from tensorkeep.verification import against_crc, verify
-from tensorkeep.view import read
+from tensorkeep.training.live_state import refuse_difference
+from tensorkeep.storage.placement import replacing_all, write_bytes
+from tensorkeep.formats.memory import digest_of
+from tensorkeep.diagnose.verify import against_crc, verify
+from tensorkeep.formats.view import read
 
 ENTRY = "tensorkeep"
 FILES = re.compile(r"(epoch_\d+|best)\.pth.*")

@@ -21,13 +21,14 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from tensorkeep import distributed, run_manifest
-from tensorkeep.distributed import World
-from tensorkeep.ema import Ema
+from tensorkeep.training import distributed
+from tensorkeep.storage import run_manifest
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations import folders
-from tensorkeep.manifest import parse_json
-from tensorkeep.run_folder import EMA
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.run_folder import EMA
 
 log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

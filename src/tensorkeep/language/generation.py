@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.chat import Chat
-from tensorkeep.language.texts import Conversation
+from tensorkeep.language.data.chat import Chat
+from tensorkeep.language.data.texts import Conversation
 
 Write = Callable[[str], None]
 

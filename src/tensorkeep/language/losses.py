@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.head_loss import head_loss
-from tensorkeep.language.rows import IGNORED, block_mask, targets_of
+from tensorkeep.language.data.rows import IGNORED, block_mask, targets_of
 
 CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits
 

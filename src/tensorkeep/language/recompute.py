@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import tensorkeep.quantized_linear  # noqa: F401  registers the operation that stands for its products
+import tensorkeep.quantization.linear
 from tensorkeep.errors import TensorkeepError
 
 Kept = Literal["input", "narrow", "products", "all"]

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from tensorkeep.detection.evaluation import evaluate_files
-from tensorkeep.detection.synthetic import SyntheticConfig, make_dataset
-from tensorkeep.detection.vit import VisionTransformer, VitConfig
-from tensorkeep.files import left_over
-from tensorkeep.naming.opentad import from_hf
-from tensorkeep.quantized_linear import QuantLinear
-from tensorkeep.verification import verify
-from tensorkeep.view import read
+from tensorkeep.detection.results.evaluation import evaluate_files
+from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
+from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
+from tensorkeep.storage.files import left_over
+from tensorkeep.convert.naming.opentad import from_hf
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.diagnose.verify import verify
+from tensorkeep.formats.view import read
 from tests.parity.opentad_guest.runs import HERE, OURS, Guest, checkpoint, configured, different, run
 
 TRAIN, TEST = "tools/train.py", "tools/test.py"

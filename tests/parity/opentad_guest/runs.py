@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tensorkeep.view import read
+from tensorkeep.formats.view import read
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[2] / "src"

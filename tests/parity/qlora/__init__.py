@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tensorkeep import quant_encoding, quantized
-from tensorkeep.conversion import convert
-from tensorkeep.diagnosis import diagnose
+from tensorkeep.quantization import encoding as quant_encoding
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.convert.convert import convert
+from tensorkeep.diagnose.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.merge_planning import open_adapters, plan_merge
-from tensorkeep.merging import merge
-from tensorkeep.planning import make_plan
-from tensorkeep.proof import read_certificate
-from tensorkeep.view import StateView, read
+from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.adapters.merge import merge
+from tensorkeep.convert.planning import make_plan
+from tensorkeep.convert.proof import read_certificate
+from tensorkeep.formats.view import StateView, read
 from tests.parity.outcome import Outcome, bitwise, guarded, load_model, natural_key, tensors
 
 BASE, ADAPTED = 1e-6, 2e-6  # relative, by the Frobenius norm

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from tensorkeep import quant_codes
-from tensorkeep import quant_encoding as encoding
-from tensorkeep.quant_encoding import Kind
+from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization import encoding
+from tensorkeep.quantization.encoding import Kind
 
 KINDS = {
     "nf4_dq": Kind("nf4", 64, True), "nf4": Kind("nf4"), "fp4_dq": Kind("fp4", 64, True), "fp4": Kind("fp4"), "int8": Kind("int8"),

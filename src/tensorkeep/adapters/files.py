@@ -1,0 +1,224 @@
+"""Adapters of a live model as files: `adapter.safetensors` and `adapter_config.json`, with the base they belong to.
+
+Tensor names and config fields are PEFT's, so its readers and ours understand both; beside them stand the digest of the
+base's checkpoint and how the base was quantised, and a load onto anything else is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorkeep.storage import certificate as manifest
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats import safetensors
+from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
+from tensorkeep.adapters.lora import LoraQuantLinear, layers
+from tensorkeep.formats.names import unwrap
+from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.storage.record import FROM_TORCH
+from tensorkeep.formats.memory import raw_bytes, tensor_of
+from tensorkeep.formats.view import StateView, read
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter.safetensors", "adapter_config.json"
+HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight\Z")
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that trains, under PEFT's names: `base_model.model.<module>.lora_A.weight [r, in]`, `lora_B` [out, r].
+
+    Other trainable parameters (a head, norms) come along as PEFT keeps its `modules_to_save`. Shards are gathered: call
+    it on every process.
+    """
+    found = layers(model)
+    if not found:
+        raise TensorkeepError("the model has no LoRA layers", where="lora", hint="add_lora(model, targets) adds them")
+    out = {}
+    for name, parameter in _trainable(model).items():
+        module, _, last = name.rpartition(".")
+        own = last in ("lora_A", "lora_B") and module in found
+        if module in found and not own:
+            what = f"{last} of an adapted linear trains, which PEFT's files cannot say"
+            raise TensorkeepError(what, where=module, hint="freeze it")
+        whole: Any = parameter.detach()
+        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+        out[f"{PREFIX}{name}.weight" if own else PREFIX + name] = whole
+    return out
+
+
+def adapter_config(
+    model: nn.Module, base_digest: str | None = None, base: str | None = None, task: str | None = "CAUSAL_LM"
+) -> dict[str, Any]:
+    """PEFT's config of the model's adapter; `base_digest` and `quantization` (kind, block, double) are ours."""
+    found = layers(model)
+    first = next(iter(found.values()))
+    ranks, alphas = {n: m.r for n, m in found.items()}, {n: m.alpha for n, m in found.items()}
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    if len({m.rslora for m in found.values()}) > 1:
+        raise TensorkeepError("some layers are rsLoRA and some are not: one file cannot say so", where="lora")
+    pairs = {f"{n}.lora_{half}" for n in found for half in "AB"}
+    saved = sorted({n.rpartition(".")[0] for n in _trainable(model) if n not in pairs})
+    return {
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "r": rank,
+        "lora_alpha": _plain(alpha), "lora_dropout": first.dropout, "use_rslora": first.rslora, "use_dora": False,
+        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "target_modules": sorted(found),
+        "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {n: _plain(a) for n, a in alphas.items() if a != alpha}, "modules_to_save": saved or None,
+        "kind": "rslora" if first.rslora else "lora", "base_digest": base_digest, "quantization": quantization(model),
+    }  # fmt: skip
+
+
+def quantization(model: nn.Module) -> dict[str, Any] | None:
+    """How the linears under the adapter are quantised, or None where they are dense.
+
+    Where layers differ, the commonest form stands at the top and the others under `layers`, by name; None is dense.
+    """
+    each = {n: _form(m) if isinstance(m, LoraQuantLinear) else None for n, m in layers(model).items()}
+    usual = _commonest(each.values())
+    odd = {n: None if form is None else dict(form) for n, form in each.items() if form != usual}
+    if usual is None:
+        return {"kind": None, "layers": odd} if odd else None
+    return {**dict(usual), **({"layers": odd} if odd else {})}
+
+
+def _form(layer: LoraQuantLinear) -> tuple[tuple[str, Any], ...]:
+    layout = layer.layout
+    if layout.kind == "int8":
+        return (("kind", "int8"),)
+    return (("kind", layout.kind), ("block", layout.block), ("double", bool(layout.nested)))
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, base_digest: str | None = None, base: str | None = None,
+    task: str | None = "CAUSAL_LM", overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Write `adapter.safetensors` and `adapter_config.json` into a new folder, whole or not at all.
+
+    `base_digest`: of the base's checkpoint (`Loaded.base_digest`), by which a later load knows it; `base`: its name.
+    """
+    state, config = adapter_state(model), adapter_config(model, base_digest, base, task)
+    sinks = [SinkTensor(n, FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in state.items()]
+    final = Path(folder)
+    with replacing(final, overwrite) as temporary:
+        temporary.mkdir()
+        with (temporary / WEIGHTS).open("xb") as file:
+            for segment in safetensors.file_layout(WEIGHTS, sinks).segments:
+                assert isinstance(segment, (Fixed, Slot))
+                file.write(segment.data if isinstance(segment, Fixed) else raw_bytes(state[segment.tensor]))
+        write_bytes(temporary / CONFIG, manifest.dump(config))
+    return final
+
+
+def load_adapter(
+    model: nn.Module, source: StateView | str | Path, base_digest: str | None = None, allow_other_base: bool = False
+) -> dict[str, Any]:
+    """Copy an adapter, ours or PEFT's, into a model that `add_lora` gave the same layers; returns its config.
+
+    Every tensor of both sides must meet in name and shape, rank and scale must agree, and the base must be the one it
+    was trained on: the digest in its config against `base_digest`, its quantisation against the model's. Raises
+    TensorkeepError A01, A02 or A04, before anything is changed; `allow_other_base` lifts A04.
+    """
+    view, config = _open(source)
+    found, targets = layers(model), _trainable(model)
+    if not found:
+        raise TensorkeepError(
+            "the model has no LoRA layers", where=view.path, hint="add_lora(model, targets) adds them"
+        )
+    stored = {_own_name(name): name for name in view}
+    problems = [f"missing {n}" for n in targets if n not in stored]
+    problems += [f"unexpected {view_name}" for n, view_name in stored.items() if n not in targets]
+    problems += [
+        f"{n} is {list(view[s].shape)}, the model's {list(targets[n].shape)}"
+        for n, s in stored.items() if n in targets and view[s].shape != tuple(targets[n].shape)
+    ]  # fmt: skip
+    if problems:
+        more = f" ({len(problems)} in all)" if len(problems) > 3 else ""
+        hint = "add_lora with the targets and ranks of its adapter_config.json; DoRA and other kinds load through PEFT"
+        raise TensorkeepError("; ".join(problems[:3]) + more, where=view.path, code="A01", hint=hint, tensors=problems)
+    _check_scales(config, {n: (m.r, m.scale) for n, m in found.items()}, view.path)
+    if not allow_other_base:
+        _check_base(config, base_digest, quantization(model), view.path)
+    with torch.no_grad():
+        for name, own in targets.items():
+            own.copy_(tensor_of(view, stored[name]))
+    return config
+
+
+def _open(source: StateView | str | Path) -> tuple[StateView, dict[str, Any]]:
+    if isinstance(source, StateView):
+        view, config = source, source.metadata.get("adapter")
+    else:
+        path = Path(source)
+        view = read(path / WEIGHTS if (path / WEIGHTS).is_file() else path)
+        config = view.metadata.get("adapter")
+        beside = (path if path.is_dir() else path.parent) / CONFIG
+        if config is None and beside.is_file():
+            config = manifest.parse_json(beside.read_bytes(), beside)
+    if not isinstance(config, dict):
+        hint = f"{CONFIG} says rank and alpha, without which the update's size is unknown"
+        raise TensorkeepError(f"has no {CONFIG}", where=view.path, code="A02", hint=hint)
+    return view, config
+
+
+def _own_name(stored: str) -> str:
+    """The model's parameter for a stored tensor: `X.lora_A.weight` is `X.lora_A`, anything else keeps its name."""
+    name = unwrap(stored)[0]
+    half = HALF.match(name)
+    return f"{half['module']}.lora_{half['half']}" if half else name
+
+
+def _check_scales(config: Mapping[str, Any], mine: Mapping[str, tuple[int, float]], where: str) -> None:
+    for name, (rank, scale) in mine.items():
+        alpha = _of(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        said = _of(config.get("rank_pattern"), name, config.get("r"))
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or said != rank:
+            what = f"its config says r={shown(said)}, alpha={shown(alpha)} for {name}, the tensors have rank {rank}"
+            raise TensorkeepError(what, where=where, code="A02")
+        theirs = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not math.isclose(theirs, scale, rel_tol=1e-9):
+            hint = f"add_lora(..., alpha={alpha:g}, rslora={bool(config.get('use_rslora'))})"
+            raise TensorkeepError(
+                f"scales {name} by {theirs:g}, the model by {scale:g}", where=where, code="A02", hint=hint
+            )
+
+
+def _of(patterns: Any, module: str, default: Any) -> Any:
+    """The entry of a rank or alpha pattern for a module: its key is the name or its end."""
+    for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if module == key or module.endswith(f".{key}"):
+            return value
+    return default
+
+
+def _check_base(
+    config: Mapping[str, Any], base_digest: str | None, quantised: dict[str, Any] | None, where: str
+) -> None:
+    recorded = config.get("base_digest")
+    if isinstance(recorded, str) and recorded != base_digest:
+        here = f"this one is {base_digest}" if base_digest else "nothing says which base this is"
+        hint = "load_quantizing and load_quantized return base_digest; allow_other_base=True loads it all the same"
+        raise TensorkeepError(f"was trained on the base {shown(recorded)}, {here}", where=where, code="A04", hint=hint)
+    if "quantization" in config and config["quantization"] != quantised:
+        was, now = config["quantization"] or "float weights", quantised or "float weights"
+        hint = "quantise the base as it was; allow_other_base=True loads it all the same"
+        raise TensorkeepError(f"was trained on {was}, this base is {now}", where=where, code="A04", hint=hint)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {unwrap(n)[0]: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _commonest(values: Any) -> Any:
+    seen = list(values)
+    return max(dict.fromkeys(seen), key=seen.count)
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -1,0 +1,243 @@
+"""LoRA and rsLoRA over any linear, dense or quantised: the layer becomes a subclass of itself.
+
+Nothing is wrapped and no `forward` is patched, so `q_proj.weight` stays `q_proj.weight`, and deepcopy, pickle,
+torch.compile, DDP and FSDP2 see an ordinary module with two more parameters, `lora_A [r, in]` and `lora_B [out, r]`.
+LoRA: arXiv 2106.09685; rsLoRA scales by alpha / sqrt(r): arXiv 2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import unwrap
+from tensorkeep.quantization.modules import HEADS, adopted, check_patterns, fits, is_bitsandbytes, replace_modules
+from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_linear
+
+ALL = "all-linear"
+ELSEWHERE = ("dora", "adalora", "loha", "lokr", "ia3", "vera", "oft", "boft", "pissa", "olora", "loftq")
+
+
+class LowRank(nn.Module):
+    """What `LoraLinear` and `LoraQuantLinear` add to their base: `scale · (drop(x) A^T) B^T`, with A and B trainable.
+
+    A and B are float32 and are cast to the dtype of computation at use. Under `merge_`, `merged` holds the dense sum.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    merged: Tensor | None
+    r: int
+    alpha: float
+    dropout: float
+    rslora: bool
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        if self.merged is not None:
+            if self.training and torch.is_grad_enabled():
+                raise TensorkeepError(
+                    "is merged: A and B would get no gradient", where="lora", hint="unmerge_(model) first"
+                )
+            dtype, bias = compute_dtype(x), getattr(self, "bias", None)
+            return F.linear(x.to(dtype), self.merged.to(dtype), None if bias is None else bias.to(dtype))
+        return low_rank(x, self, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha:g}{', rslora' if self.rslora else ''}"
+
+
+class LoraLinear(LowRank, nn.Linear):
+    """A dense linear with a low-rank update; made by `add_lora` out of an `nn.Linear`, whose parameters it keeps."""
+
+    def over(self, base: QuantLinear) -> LoraQuantLinear:
+        """The same update over a quantised form of this layer."""
+        made = adapted(base, self.r, self.alpha, self.dropout, self.rslora)
+        made.lora_A, made.lora_B = self.lora_A, self.lora_B
+        assert isinstance(made, LoraQuantLinear)
+        return made
+
+
+class LoraQuantLinear(LowRank, QuantLinear):
+    """A quantised linear with a low-rank update; made by `add_lora` out of a `QuantLinear`, whose codes it keeps."""
+
+
+def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """`base(x) + scale · (drop(x) A^T) B^T`; `base` is a dense or quantised linear, `a [r, in]`, `b [out, r]`.
+
+    Without dropout and with a frozen base it is one operation that keeps x and x A^T for the backward, nothing else.
+    """
+    weight = getattr(base, "weight")  # noqa: B009
+    if not weight.requires_grad and not dropout:
+        return frozen_linear(x, base, a, b, scale)
+    if weight.requires_grad:
+        bias: Any = base.bias
+        out = F.linear(x, weight, bias)
+    else:
+        out = frozen_linear(x, base)
+    low = F.linear(F.dropout(x, dropout).to(out.dtype), a.to(out.dtype))  # [..., r]
+    update = b.to(out.dtype).T  # [r, out]
+    return torch.addmm(out.reshape(-1, out.shape[-1]), low.reshape(-1, len(update)), update, alpha=scale).view(
+        out.shape
+    )
+
+
+# -- putting it on ------------------------------------------------------------------------------------------------------
+
+
+def add_lora(
+    model: nn.Module, targets: Sequence[str] | str, r: int = 16, alpha: float = 32, dropout: float = 0.0,
+    rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, exclude: Sequence[str] = (), kind: str = "lora",
+) -> list[str]:  # fmt: skip
+    """Give the named linears a low-rank update, freeze all else, in place; returns the adapted names.
+
+    `targets` and the keys of the patterns are shell-style and fit a whole name or its end (`q_proj`, `layers.1.*`);
+    `all-linear` takes every linear but the heads. bitsandbytes' linears are adopted on the way (`quantize.adopt`).
+    Raises TensorkeepError for a pattern that fits no linear, and for kinds other than `lora` and `rslora`.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> add_lora(model, ["0"], r=4), sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    (['0'], ['0.lora_A', '0.lora_B'])
+    """
+    if kind.lower() not in ("lora", "rslora"):
+        how = "train it through PEFT's get_peft_model; tensorkeep reads, merges and writes it"
+        raise TensorkeepError(
+            f"{kind!r} is not trained here",
+            where="lora",
+            hint=how if kind.lower() in ELSEWHERE else "kinds: lora, rslora",
+        )
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    linears = {_clean(n): m for n, m in model.named_modules() if _adaptable(m)}
+    chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not any(fits(n, p) for p in exclude)]
+    ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
+    check_patterns(linears, exclude, "lora.exclude")
+    check_patterns(dict.fromkeys(chosen), [*ranks, *alphas], "lora.rank_pattern, alpha_pattern")
+    if not chosen:
+        raise TensorkeepError(f"no linear is left to adapt after exclude {list(exclude)}", where="lora.targets")
+    model.requires_grad_(False)
+    made = {}
+    for name in chosen:
+        base = adopted(linears[name]) if is_bitsandbytes(linears[name]) else linears[name]
+        rank = _first(name, ranks, r)
+        made[linears[name]] = adapted(
+            base, rank, _first(name, alphas, alpha), dropout, rslora or kind == "rslora", name
+        )
+    replace_modules(model, made)
+    return chosen
+
+
+def adapted(
+    base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, name: str = "linear"
+) -> LoraLinear | LoraQuantLinear:
+    """The layer with a low-rank update: the same parameters, buffers and hooks, under the subclass.
+
+    A is drawn as `nn.Linear` draws its weight (Kaiming, uniform), B is zero: the first forward is that of the base.
+    """
+    if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1:
+        raise TensorkeepError(f"r={r}, dropout={dropout}: r is at least 1, dropout in [0, 1)", where=name)
+    kind: type[LoraLinear | LoraQuantLinear] = LoraQuantLinear if isinstance(base, QuantLinear) else LoraLinear
+    made: LoraLinear | LoraQuantLinear = kind.__new__(kind)
+    own = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(base).items()}
+    made.__dict__.update(own)
+    made.r, made.alpha, made.dropout, made.rslora = r, float(alpha), dropout, rslora
+    weight: Any = base.weight
+    rows, columns = (made.out_features, made.in_features)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    made.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
+    made.lora_B = nn.Parameter(torch.zeros(rows, r, device=weight.device, dtype=torch.float32))
+    nn.init.kaiming_uniform_(made.lora_A, a=math.sqrt(5))
+    made.register_buffer("merged", None, persistent=False)
+    return made
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, QuantLinear) or is_bitsandbytes(module)
+
+
+def _clean(name: str) -> str:
+    return unwrap(name)[0]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return not any(fits(name, head) for head in HEADS) if pattern == ALL else fits(name, pattern)
+
+
+def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if fits(name, pattern)), default)
+
+
+# -- merging ------------------------------------------------------------------------------------------------------------
+
+
+def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
+    """The adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+    return {_clean(n): m for n, m in model.named_modules() if isinstance(m, (LoraLinear, LoraQuantLinear))}
+
+
+@torch.no_grad()
+def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Run on `W + scale · B A` from now on, computed in float32 and rounded once to `dtype` (None: the weight's own).
+
+    The base is not touched (a quantised one gets a dense copy beside it), so `unmerge_` is exact, and the state dict
+    stays that of base and adapter. Returns the merged names; raises TensorkeepError where one is merged already.
+    """
+    found = layers(model)
+    _refuse(found, [n for n, layer in found.items() if layer.merged is not None], "is merged already")
+    _refuse(
+        found,
+        [n for n, layer in found.items() if hasattr(layer.lora_A, "to_local")],
+        "is sharded: merge the saved files",
+    )
+    for layer in found.values():
+        quantised = isinstance(layer, LoraQuantLinear)
+        base = layer.dequantize() if isinstance(layer, LoraQuantLinear) else layer.weight.float()
+        own = getattr(torch, layer.layout.dtype) if isinstance(layer, LoraQuantLinear) else layer.weight.dtype
+        total = torch.addmm(base, layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale)
+        layer.merged = total.to(dtype or own, copy=not quantised)
+    return list(found)
+
+
+def unmerge_(model: nn.Module) -> list[str]:
+    """Run on base and adapter again, bitwise as before; returns the names that were merged."""
+    merged_layers = {n: layer for n, layer in layers(model).items() if layer.merged is not None}
+    for layer in merged_layers.values():
+        layer.merged = None
+    return list(merged_layers)
+
+
+@contextmanager
+def merged(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within it the model runs merged; afterwards, also after an error, as before.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = add_lora(model, "0", r=2)
+    >>> with merged(model.eval()), torch.no_grad():
+    ...     _ = model(torch.zeros(1, 4))
+    """
+    merge_(model, dtype)
+    try:
+        yield
+    finally:
+        unmerge_(model)
+
+
+def _refuse(found: Mapping[str, nn.Module], bad: Sequence[str], what: str) -> None:
+    if not found:
+        raise TensorkeepError("the model has no LoRA layers", where="lora", hint="add_lora(model, targets) adds them")
+    if bad:
+        raise TensorkeepError(f"{bad[0]} {what} ({len(bad)} of {len(found)})", where="lora", tensors=bad)

@@ -1,0 +1,287 @@
+"""From a base and adapters to a merge plan: every pair finds its one weight, or the merge is refused.
+
+An adapter trained on a quantised base fits those weights, dequantised, and not the float original: measured on a small
+Llama, logits are then off by 6e-7 against 0.29. So `onto="trained"` means what the adapter was trained against: a
+quantised BASE dequantised, a float BASE through the quantisation that the adapter's config names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tensorkeep.convert import configs
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.convert import naming as namings
+from tensorkeep.convert.adapters import halves
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.adapters.reading import TIED, read_adapter, refuse_unmergeable
+from tensorkeep.adapters.matching import Base, Source, make, terms_of
+from tensorkeep.adapters.view import MergedView, Term
+from tensorkeep.formats.names import matches
+from tensorkeep.convert.naming import hf
+from tensorkeep.convert.plan import Hub, Part, Plan, Step, ordered
+from tensorkeep.convert.planning import make_plan, to_hub
+from tensorkeep.quantization.encoding import Forms, Kind, forms_of
+from tensorkeep.quantization.stored import QuantisedWeight
+from tensorkeep.storage.record import DTYPES
+from tensorkeep.formats.view import StateView
+
+# what quantisation while loading leaves alone (`quantize.EXCLUDED`), unless the adapter's config lists the modules
+HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")
+KEPT_FLOAT = (*HEADS, *(f"*.{h}" for h in HEADS), "*embed*")
+
+
+@dataclass
+class MergePlan:
+    """A plan whose sources are computed, and what a report or a certificate says of it."""
+
+    plan: Plan
+    view: MergedView
+    sources: list[Source]
+    onto: str
+    kind: str | None  # the quantisation of the weights merged onto, None where they are plain floats
+    terms: dict[str, list[Term]] = field(default_factory=dict)  # sink name -> what is added
+
+
+def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[Source]:
+    """The adapters of these views, checked on their own. Raises TensorkeepError for what is none, or cannot be merged."""
+    out = []
+    for view, weight in views:
+        adapter = read_adapter(view)
+        if adapter is None or not adapter.stored:
+            raise TensorkeepError(
+                "holds no adapter", where=view.path, code="K05", hint="tensorkeep merge BASE ADAPTER OUT; see what is in it with: tensorkeep inspect"
+            )  # fmt: skip
+        refuse_unmergeable(adapter)
+        out.append(Source(adapter, weight, adapter.digest()))
+    for at, source in enumerate(out):
+        if source.digest in [s.digest for s in out[:at]]:
+            raise TensorkeepError(
+                "is given twice", where=source.path, code="A03", hint=f"give it once, with a weight: {source.path}=2"
+            )
+    return out
+
+
+def plan_merge(
+    base: StateView, sources: list[Source], to: str = "hf", *, onto: str = "trained", naming: str | None = None,
+    root: str | None = None, dtype: str | None = None, untie: bool = False,
+) -> MergePlan:  # fmt: skip
+    """Decide what every tensor of the merged model is made of; nothing but headers and the adapters' configs is read.
+
+    Raises TensorkeepError A01 where a pair fits no weight of the base, T01 where a tie would be broken unasked.
+    """
+    view, kind = merged_view(base, sources, onto, dtype, untie)
+    plan = make_plan([view], to, naming=naming, root=root, dtype=dtype)
+    terms: dict[str, list[Term]] = {}
+    steps = []
+    for step in plan.steps:
+        made = [view.made[p.name] for p in step.parts if p.name in view.made]
+        if step.sink is None or not made:
+            steps.append(step)
+            continue
+        actions = tuple(a for a in step.actions if a != "keep")
+        found = [t for m in made for t in m.terms]
+        if found:
+            terms[step.sink.name] = found
+        first = "merge" if found else "cast"
+        said = [_spoken(t) for t in found] or [f"dequantised {m.weight.kind if m.weight else kind}" for m in made[:1]]
+        steps.append(replace(step, actions=(first, *(a for a in actions if a != first)), reason=", ".join(said)))
+    gone = [n for n in base if n not in view.records and n not in {m.source for m in view.made.values()}]
+    steps += [Step(("drop",), (Part(0, n),), None, _gone(base, n)) for n in gone]
+    plan.steps = ordered(steps)
+    return MergePlan(plan, view, sources, onto, kind, terms)
+
+
+def _spoken(term: Term) -> str:
+    what = {"saved": "replaced", "bias": "lora_bias"}.get(
+        term.kind
+    ) or f"r {term.adapter.rank(term.name)}, scale {term.scale:.6g}"
+    return what + (", DoRA" if term.magnitude else "") + (f", weight {term.weight:g}" if term.weight != 1 else "")
+
+
+def _gone(base: StateView, name: str) -> str:
+    return "adapter, merged or left out" if ".lora" in name else "belongs to codes that were dequantised"
+
+
+# -- the view ---------------------------------------------------------------------------------------------------------
+
+
+def merged_view(
+    base: StateView, sources: list[Source], onto: str, dtype: str | None, untie: bool
+) -> tuple[MergedView, str | None]:
+    """The view of the merged model over the base's own names, and the quantisation it is merged onto."""
+    identity = namings.identify(base)
+    config = configs.minimind_config(base, identity, base.config, [], [])[0]
+    own = set(halves(identity)) if base.format != "peft" else set()
+    identity = replace(identity, names={n: c for n, c in identity.names.items() if n not in own})
+    weights = quantized.find(base, identity.names)
+    for weight in weights.values():
+        quantized.refuse(weight, base.path)
+    forms = wanted_quantisation(base, sources, onto, weights)
+    gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
+    records = {n: r for n, r in base.records.items() if n not in gone}
+    state = Base(base, config, to_hub(base, 0, identity, config, []), weights, records, dtype)
+    state.tied = _tied(state)
+    state.through = _through(state.hub, forms) if forms is not None else {}
+    wanted: dict[str, list[Term]] = {}
+    for number, source in enumerate(sources):
+        for name, term in terms_of(state, number, source).items():
+            wanted.setdefault(name, []).append(term)
+    _settle_ties(state, sources, wanted, untie)
+    for stored in [*weights, *(state.hub[n].parts[0].name for n in state.through)]:
+        make(state, stored)
+    for name, terms in wanted.items():
+        part = state.hub[name].parts[0]
+        make(state, part.name).terms.extend(terms)
+    view = MergedView(
+        base.path, base.format, base.folder, state.records, base.config, list(base.companions), base.entries, list(base.notes),
+        base.metadata, computed=True, base=base, made=state.made,
+    )  # fmt: skip
+    if weights or untie:
+        _say_float(view, untie)
+    spoken = sorted({m.requantised.spoken for m in state.made.values() if (m.weight or m.through) and m.requantised})
+    return view, ", ".join(spoken) or None
+
+
+def wanted_quantisation(
+    base: StateView, sources: Sequence[Source], onto: str, weights: Mapping[str, QuantisedWeight]
+) -> Forms | None:
+    """The quantisation that a float base is to be sent through, None where its values stay. Raises TensorkeepError A04
+    where the adapters were trained on other forms of the base than this one."""
+    asked = {
+        forms_of(s.adapter.document["quantization"], s.path): s.path
+        for s in sources
+        if s.adapter.document.get("quantization")
+    }
+    if weights:
+        found = sorted({w.kind for w in weights.values()})
+        if onto == "original":
+            raise TensorkeepError(
+                f"is quantised ({', '.join(found)}): the original weights are not in it", where=base.path,
+                hint="give the float checkpoint that it was made from as BASE",
+            )  # fmt: skip
+        odd = [(k, f) for f in asked for k in f.kinds if k.kind not in found]
+        if odd:
+            raise TensorkeepError(
+                f"was trained on {odd[0][0].spoken}, the base {base.path} is {', '.join(found)}", where=asked[odd[0][1]], code="A04",
+                hint=f"give the {odd[0][0].kind} base, or the float one it was made from",
+            )  # fmt: skip
+        return None
+    if onto == "original" or not asked:
+        return None
+    if len(asked) > 1 or len({bool(s.adapter.document.get("quantization")) for s in sources}) > 1:
+        raise TensorkeepError(
+            f"the adapters were trained on different forms of the base ({', '.join(k.spoken for f in asked for k in f.kinds)}, others on floats)",
+            code="A04", hint="merge them one by one, or all onto the float weights: --onto original",
+        )  # fmt: skip
+    return next(iter(asked))
+
+
+def _through(hub: Mapping[str, Hub], forms: Forms) -> dict[str, Kind]:
+    """The weights that loading quantised, and how: those the config lists, or every linear but heads and embeddings."""
+    layers = dict(forms.layers)
+    out = {}
+    for name, item in hub.items():
+        module, _, last = name.rpartition(".")
+        whole = len(item.parts) == 1 and item.parts[0].rows is None
+        if last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
+            continue
+        chosen = matches(module, forms.modules) if forms.modules else not matches(module, KEPT_FLOAT)
+        kind = layers.get(module, forms.usual if chosen else None)
+        if kind is not None:
+            out[name] = kind
+    return out
+
+
+# -- ties ---------------------------------------------------------------------------------------------------------------
+
+
+def _tied(state: Base) -> bool:
+    """Whether head and embedding are one tensor in the base. Where hf keeps it once, the head is put into the hub."""
+    embed, head = state.hub.get(hf.EMBEDDING), state.hub.get(hf.HEAD)
+    said = hf.tied(dict(state.config)) if state.config is not None else None
+    if embed is None or not (said or (head is not None and head.tied_to == hf.EMBEDDING) or embed.tied_to == hf.HEAD):
+        return False
+    if head is None:
+        state.hub[hf.HEAD] = replace(embed, name=hf.HEAD, tied_to=hf.EMBEDDING)
+    return True
+
+
+def _settle_ties(state: Base, sources: Sequence[Source], wanted: dict[str, list[Term]], untie: bool) -> None:
+    """Head and embedding of a tied base change together, or are untied because the user said so. Never in silence."""
+    if untie and not state.tied:
+        raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
+    embed, head = wanted.get(hf.EMBEDDING, []), wanted.get(hf.HEAD, [])
+    names = [state.hub[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)] if state.tied else []
+    if not (embed or head or untie) or not names or len({state.view.digest(n) for n in names}) > 1:
+        return  # nothing of them changes; or the file holds two that differ, as `planning` will say (T01)
+    together = all(sources[t.number].adapter.document.get(TIED) is True for t in (*embed, *head))
+    if not untie and (embed or head) and not (together and not (embed and head)) and not _alike(embed, head):
+        changed, other = (
+            ("lm_head", "the embedding")
+            if not embed
+            else ("the embedding", "lm_head")
+            if not head
+            else ("both", "each")
+        )
+        raise TensorkeepError(
+            f"the base ties lm_head to the embedding, and the adapter changes {changed}: {other} would no longer be the same tensor"
+            if changed == "both" else
+            f"the base ties lm_head to the embedding, and the adapter changes {changed} alone, not {other}",
+            where=sources[(embed or head)[0].number].path, code="T01", tensors=(hf.EMBEDDING, hf.HEAD),
+            hint="--untie writes both as they are to be, and says so in config.json",
+        )  # fmt: skip
+    parts = {state.hub[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)}
+    if not untie:
+        both = embed or head
+        for name in (hf.EMBEDDING, hf.HEAD) if both and len(parts) == 2 else (hf.EMBEDDING,) if both else ():
+            wanted[name] = both
+        if len(parts) == 1:
+            wanted.pop(hf.HEAD, None)
+            del state.hub[hf.HEAD]
+        return
+    for name in (hf.EMBEDDING, hf.HEAD):
+        stored = state.hub[name].parts[0].name
+        state.records[stored] = replace(state.records[stored], tied_to=None)
+    if len(parts) == 1:
+        _part_head(state, wanted.get(hf.HEAD, []))
+        wanted.pop(hf.HEAD, None)
+
+
+def _part_head(state: Base, terms: list[Term]) -> None:
+    """A head of its own, made of the embedding's values, beside it."""
+    stored = state.hub[hf.EMBEDDING].parts[0].name
+    if not stored.endswith(hf.EMBEDDING):
+        raise TensorkeepError(
+            "--untie: the base has no hf names",
+            where=state.view.path,
+            hint="convert it first: tensorkeep convert BASE OUT --to hf",
+        )
+    make(state, stored, stored.removesuffix(hf.EMBEDDING) + hf.HEAD).terms.extend(terms)
+
+
+def _alike(embed: list[Term], head: list[Term]) -> bool:
+    """Whether both are replaced by equal bytes, by the same adapters."""
+    if (
+        not embed
+        or [(t.number, t.kind) for t in embed] != [(t.number, t.kind) for t in head]
+        or embed[0].kind != "saved"
+    ):
+        return False
+    return all(
+        e.adapter.view.digest(e.adapter.saved[e.name]) == h.adapter.view.digest(h.adapter.saved[h.name])
+        for e, h in zip(embed, head)
+    )
+
+
+def _say_float(view: MergedView, untie: bool) -> None:
+    """Keep the config true: no quantisation is left in the sink; head and embedding are two tensors."""
+    made = dict(view.config or {})
+    made.pop("quantization_config", None)
+    if untie:
+        made["tie_word_embeddings"] = False
+    for at, found in enumerate(view.companions):
+        if found.name == "config.json" and view.config is not None:
+            view.companions[at] = configs.companion("config.json", made)._replace(where=found.where)
+    view.config = made if view.config is not None else None

@@ -1,0 +1,271 @@
+"""Chapter `detection`: which motion happens when in a video, learnt by QLoRA adapters on a frozen ViT in nf4.
+
+All of it is made on the spot: mp4 files with scripted motions, a tiny ViT that learns to name motions in other clips (as
+VideoMAE was fine-tuned on Kinetics), and adapters and head trained on two dozen videos that also show new motions. The
+training is killed at a random instant and goes on by the same command; it must end bitwise where a run ends that nobody
+touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from tensorkeep.training import metrics
+from tensorkeep.storage import run_folder
+from tensorkeep.commands.demo.story import Show
+from tensorkeep.commands.demo.resume import Start, empty, rows_of, same_end, shown_command, tell
+from tensorkeep.detection.data.annotations import read_annotations
+from tensorkeep.detection.results.matching import overlaps
+from tensorkeep.detection.results.results import read_detections
+from tensorkeep.detection.data.synthetic import ANNOTATIONS, CLASS_MAP, TINY, make_dataset
+from tensorkeep.detection.data.synthetic import VIDEOS as FILES
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.evaluate_run import evaluate_checkpoint, evaluate_untrained
+from tensorkeep.detection.pretraining import PretrainingConfig, pretrain
+from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.commands.report.run import PREDICTIONS, write_run_page
+
+VIDEOS, HELD_OUT, SHOWN = 24, 16, 3
+UNTRAINED, LEARNED = 0.05, 0.5  # average mAP: at most before, at least afterwards
+ENOUGH, FITS = 0.3, 0.3  # score of a detection that is told, IoU with the true segment that it stands beside
+
+
+def chapter_detection(out: Path, show: Show) -> int:
+    """Make, pretrain, train, kill, resume, evaluate, predict; returns 0 if it learned and every promise held."""
+    started = time.perf_counter()
+    folder = empty(out / "detection")
+    show(
+        f"1/6  {VIDEOS} videos to learn from, {HELD_OUT} held out: drawn and encoded as mp4, scripted motions annotated:"
+    )
+    annotations = make_dataset(folder / "videos", videos=VIDEOS, held_out=HELD_OUT, config=TINY)
+    actions = sum(len(video.labels) for video in annotations.videos.values())
+    show(f"     {folder / 'videos'}: {actions} actions of {len(TINY.classes)} kinds ({', '.join(TINY.classes)}), two may overlap; "
+         f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(folder / "videos", folder / "pretrained"), sort_keys=False))
+    with one_thread():
+        pretrained(recipe, folder / "pretrained", show)
+        held = trained_and_killed(recipe, folder, show, random.Random())
+        held &= evaluated(recipe, folder / "run", show)
+        held &= predicted(folder, show)
+    show(f"{'All of it held' if held else 'NOT ALL OF IT HELD'}; {time.perf_counter() - started:.0f} s.")
+    show(f"Try next:\n  tensorkeep eval detection {folder / 'run'} --no-ema\n  tensorkeep inspect {folder / 'run'}\n"
+         f"  tensorkeep predict {folder / 'run'} {folder / 'videos' / FILES} --out {folder / 'all'}")  # fmt: skip
+    return 0 if held else 1
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For this process and those it starts: so small a model gains nothing from a second thread, and waits for it most of
+    the time where cores are shared."""
+    before, named = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        del os.environ["OMP_NUM_THREADS"]
+        if named is not None:
+            os.environ["OMP_NUM_THREADS"] = named
+
+
+def recipe_of(data: Path, backbone: Path) -> dict[str, Any]:
+    """recipes/detection/synthetic_tiny.yaml for a data set and a pretrained backbone."""
+    split = {"annotations": str(data / ANNOTATIONS), "folder": str(data / FILES)}
+    return {
+        "model": {
+            "backbone": {
+                "vit": {
+                    "image_size": TINY.size, "patch_size": 16, "embed_dim": 64, "depth": 2, "heads": 4, "mlp_dim": 192,
+                    "chunk_frames": 32, "tubelet": 2, "drop_path": 0.0, "mean": [100, 100, 100], "std": [50, 50, 50],
+                },
+                "adapter": {
+                    "kind": "qlora", "ratio": 0.25, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "quantize_bits": 4,
+                },
+                "tuning": "adapter", "checkpointing": "none", "output_length": 64,
+            },
+            "projection": {
+                "in_channels": 64, "channels": 64, "embed_layers": 1, "stem_layers": 1, "branch_layers": 3, "heads": 4,
+                "windows": [-1], "drop_path": 0.0, "max_length": 64,
+            },
+            "head": {
+                "classes": len(TINY.classes), "channels": 64, "convs": 2, "strides": [1, 2, 4, 8],
+                "ranges": [[0, 4], [4, 8], [8, 16], [16, 10000]], "loss_normalizer": 15,
+            },
+        },
+        "optimizer": {
+            "lr": 0.002, "weight_decay": 0.05, "backbone": [{"name": "adapter", "lr": 0.01, "weight_decay": 0.05}],
+        },
+        "schedule": {"warmup_epochs": 2, "epochs": 24},
+        "data": {
+            "train": {**split, "subset": "training"}, "test": {**split, "subset": "validation"},
+            "class_map": str(data / CLASS_MAP), "mode": "sliding", "window_size": 64, "feature_stride": 2, "scale_factor": 2,
+            "window_overlap_ratio": 0.5, "trunc_thresh": 0.75, "crop_ratio": [0.9, 1.0], "crop_size": TINY.size,
+            "augment": {
+                "size": TINY.size, "short_side": TINY.size, "crop": "centre", "flip": 0.5, "operations": 0,
+                "jitter": [0, 0, 0, 0],
+            },
+        },
+        "training": {
+            "batch_size": 2, "seed": 0, "precision": "fp32", "ema": 0.98, "pretrained": str(backbone),
+            "quantize_backbone": "nf4", "save_every": 6, "evaluate_every": 6, "workers": 0, "log_every": 10,
+        },
+        "post_processing": {
+            "nms": {"method": "gaussian", "sigma": 0.5, "min_score": 0.001, "limit": 200, "multiclass": True},
+        },
+        "evaluation": {"thresholds": [0.3, 0.4, 0.5, 0.6, 0.7]},
+    }  # fmt: skip
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def pretrained(recipe: Path, run: Path, show: Show) -> None:
+    """The backbone that the recipe freezes: a run of its own."""
+    started, backbone = time.perf_counter(), read_recipe(recipe).model.backbone
+    assert backbone is not None
+    config = PretrainingConfig(backbone.vit)
+    show(
+        f"2/6  A ViT of {backbone.vit.depth} blocks learns to name the motion in {config.clips:,} other clips: {', '.join(config.motions.classes)} or rest;"
+    )
+    new = [name for name in TINY.classes if name not in config.motions.classes]
+    show(f"     {' and '.join(new)} stay unknown to it, as a user's actions are to VideoMAE:")
+
+    def told(row: dict[str, Any]) -> None:
+        if "loss" in row and row["step"] % 250 == 0:
+            show(f"       update {row['step']:5}: loss {row['loss']:.4f}")
+
+    accuracy = pretrain(config, run, told).evaluation["accuracy"]
+    show(f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of {config.held_out} clips it has not seen "
+         f"(by chance: {100 / (len(config.motions.classes) + 1):.0f} %)")  # fmt: skip
+
+
+def trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Random) -> bool:
+    """The run that nobody touches, the one that is killed, and what tells them apart."""
+    whole, run = folder / "whole", folder / "run"
+    show("3/6  That ViT frozen and held in nf4; the seeds' QLoRA adapters and the detection head train, by the command")
+    show(f"     {' '.join(shown_command(recipe, whole, 'detection'))}")
+    start = Start(recipe, whole, "detection")
+    start.finish()
+    losses = [row["loss"] for row in rows_of(whole) if "loss" in row]
+    show(f"     {start.seconds:4.0f} s  nobody touches it: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at the end")
+
+    show(
+        "4/6  The same into another folder, killed (SIGKILL) at a random instant, and started again by the same command:"
+    )
+    killed = kill_at_random(recipe, run, chance.uniform(0, 0.4 * start.seconds), rows_of(whole)[-1]["step"], show)
+    last = Start(recipe, run, "detection")
+    last.finish()
+    show(f"     {last.seconds:4.0f} s  to the end")
+    tell(last.said(), show)
+    confirmed = any("exact resume confirmed" in s for s in last.said()) and not any(
+        "not bitwise" in s for s in last.said()
+    )
+    return same_end(whole, run, show) and killed and confirmed and losses[-1] < losses[0]
+
+
+def kill_at_random(recipe: Path, run: Path, seconds: float, updates: int, show: Show) -> bool:
+    """Kill so long after the first checkpoint, or when three quarters of the updates are saved, and a loss after the newest
+    checkpoint is noted for the next start to compare with; False where the run was over before."""
+    start = Start(recipe, run, "detection")
+    start.until(lambda: bool(run_folder.steps(run)))
+    first = time.perf_counter()
+
+    def due() -> bool:
+        newest = run_folder.steps(run)[0]
+        late = time.perf_counter() - first >= seconds or newest >= 3 * updates // 4
+        return late and any(
+            row["checkpoint"] == newest for row in metrics.rows(run / run_folder.CHECKPOINTS / metrics.PROOF)
+        )
+
+    start.until(due)
+    lived = time.perf_counter() - first
+    start.kill()
+    rows = rows_of(run)
+    told = rows[-1]["step"] if rows else 0
+    show(f"     {start.seconds:4.0f} s  killed {lived:.2f} s after its first checkpoint, {told} updates told of")
+    return start.killed
+
+
+# -- evaluation and prediction ----------------------------------------------------------------------------------------
+
+
+def evaluated(recipe: Path, run: Path, show: Show) -> bool:
+    """mAP of the detector as it began, of its last weights and of their average; True if it learned."""
+    before = evaluate_untrained(read_recipe(recipe))
+    live, averaged = (evaluate_checkpoint(run, ema=ema, best=False).result for ema in (False, True))
+    show(f"5/6  mAP on the {HELD_OUT} held-out videos, in percent, by temporal IoU:")
+    show(f"     {'  '.join(f'{limit:5.1f}' for limit in averaged.thresholds)}     mean")
+    for what, found in (
+        ("untrained", before),
+        ("trained, last weights", live),
+        ("trained, averaged weights", averaged),
+    ):
+        show(f"     {'  '.join(f'{100 * value:5.1f}' for value in found.map)}    {100 * found.average:5.1f}  {what}")
+    means = zip(averaged.classes, averaged.ap.mean(1), strict=True)
+    show(f"     the last line by class: {', '.join(f'{name} {100 * value:.0f}' for name, value in means)}")
+    return before.average < UNTRAINED and averaged.average >= LEARNED
+
+
+def predicted(folder: Path, show: Show) -> bool:
+    """`tensorkeep predict` on held-out videos, and the run's page; True if the page shows them over what is true."""
+    run, data = folder / "run", folder / "videos"
+    annotations = read_annotations(data / ANNOTATIONS)
+    names = [video.name for video in annotations.of_subset("validation")][:SHOWN]
+    out = run / Path(PREDICTIONS).parent
+    words = ["tensorkeep", "predict", str(run), *(str(data / FILES / f"{name}.mp4") for name in names), "--annotations",
+             str(data / ANNOTATIONS), "--out", str(out), "--device", "cpu"]  # fmt: skip
+    show(f"6/6  What happens when in {SHOWN} of them:\n     {' '.join(words)}")
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise TensorkeepError(f"predict failed: {done.stderr.strip()[-300:]}", where=run)
+    for name in names:
+        for line in against_truth(name, folder):
+            show(f"       {line}")
+    page = folder / "page.html"
+    write_run_page(run, page, overwrite=True)
+    text = page.read_text("utf-8")
+    drawn = text.count('class="timeline"') == SHOWN and all(
+        part in text for part in ('class="p"', 'class="t"', "<image ")
+    )
+    show(f"     {page}: curves, evaluations, and these {SHOWN} videos with pictures, true and predicted")
+    return drawn
+
+
+def against_truth(name: str, folder: Path) -> Sequence[str]:
+    """A video's true segments, each with the detection of its class that fits it best, and how many are found besides."""
+    video = read_annotations(folder / "videos" / ANNOTATIONS).videos[name]
+    table = read_detections(folder / "run" / PREDICTIONS)
+    own = np.flatnonzero((table.videos == table.video_names.index(name)) & (table.scores >= ENOUGH))
+    labels = np.array([table.label_names[i] for i in table.labels[own]])
+    used: set[int] = set()
+    lines = [f"{name}, {video.duration:.1f} s"]
+    for (start, end), label in zip(video.segments, video.labels, strict=True):
+        same = own[labels == label]
+        keys = np.zeros(len(same), dtype=np.int64)
+        pairs = overlaps(np.array([[start, end]]), np.zeros(1, dtype=np.int64), table.segments[same], keys, FITS)
+        line = f"  {label:6} {start:5.2f} to {end:5.2f} s   "
+        if not len(pairs.iou):
+            lines.append(f"{line}nothing that fits scores {ENOUGH:g}")
+            continue
+        best = int(np.argmax(pairs.iou))
+        chosen = int(same[pairs.right[best]])
+        used.add(chosen)
+        first, last = table.segments[chosen]
+        lines.append(
+            f"{line}found {first:5.2f} to {last:5.2f} s, IoU {pairs.iou[best]:.2f}, score {table.scores[chosen]:.2f}"
+        )
+    return [*lines, f"  and {len(own) - len(used)} detections more that score {ENOUGH:g} or better"]

@@ -1,0 +1,243 @@
+"""`tensorkeep generate`: hear a model, before and after training, with an adapter and quantised as said."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tensorkeep.commands.checkpoint import Flag, Say
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.output import Output
+
+if TYPE_CHECKING:
+    from tensorkeep.training.distributed import World
+    from tensorkeep.formats.view import StateView
+
+
+def generate(
+    checkpoint: str,
+    /,
+    *,
+    prompt: str,
+    adapter: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    quantize_backbone: Literal["nf4", "fp4", "int8"] | None = None,
+    ema: bool = True,
+    best: Flag = False,
+    raw: Flag = False,
+    tokenizer: str | None = None,
+    allow_other_base: Flag = False,
+    device: str | None = None,
+    say: Say = Say(),
+) -> int:
+    """Continue a prompt, token by token. A run is heard as it is evaluated: under its adapter and its average.
+
+    Parameters
+    ----------
+    checkpoint
+        A run, a step folder of one, or any checkpoint with config and tokenizer: hf, DCP, .pth, GGUF, a Hub id.
+    prompt
+        What to go on from; a question, where the tokenizer has a chat template.
+    adapter
+        A LoRA adapter (ours or a PEFT folder) to put on the checkpoint.
+    max_tokens
+        Stop after so many.
+    temperature
+        0 takes the likeliest token each time; above, tokens are drawn.
+    seed
+        Of the drawing.
+    quantize_backbone
+        Hold the checkpoint's linears in 4 or 8 bits: nf4, fp4, int8. A run says this itself.
+    ema
+        Use a run's averaged weights where there are some.
+    best
+        Of a run, the best checkpoint instead of the newest.
+    raw
+        The prompt as it is, without the chat template.
+    tokenizer
+        Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
+    allow_other_base
+        Put the adapter on though it names another base by digest, or another quantisation.
+    device
+        cpu or cuda. Default: a GPU where there is one.
+    """
+    from tensorkeep.training import distributed
+    from tensorkeep.language import generation
+
+    out = say.output()
+    world = distributed.start(device)
+    try:
+        if adapter is None and (heard := _run(checkpoint, ema, best, quantize_backbone, world, out)) is not None:
+            opened = heard
+        else:
+            opened = _bare(checkpoint, tokenizer, adapter, quantize_backbone, allow_other_base)
+        if world.device.type == "cpu":
+            _decode_once(opened.model)
+        opened.model.to(world.device).eval()
+        with opened.averaged:
+            made = generation.generate(
+                opened.model,
+                opened.tokenizer,
+                prompt,
+                max_tokens,
+                temperature,
+                seed,
+                raw,
+                lambda piece: out.piece(_plain(piece)),
+            )
+        out.line()
+    finally:
+        distributed.stop()
+    if out.json:
+        numbers = {
+            "tokens": len(made.ids),
+            "ids": made.ids,
+            "seconds": made.seconds,
+            "tokens_per_second": made.tokens_per_second,
+        }
+        out.document({"checkpoint": checkpoint, "adapter": adapter, **opened.said, "prompt": prompt, "text": made.text,
+                      **numbers, "stopped_by": made.stopped_by})  # fmt: skip
+    out.remark(f"{len(made.ids)} tokens, {made.tokens_per_second:.1f} a second, stopped by {made.stopped_by}")
+    return 0
+
+
+@dataclass
+class _Opened:
+    """A model that can speak; `averaged` puts its average on; `said`: step, ema, quantisation for the document."""
+
+    model: Any
+    tokenizer: Any
+    averaged: contextlib.AbstractContextManager[Any]
+    said: dict[str, Any]
+
+
+def _plain(text: str) -> str:
+    """What comes from a model is no control sequence for a terminal."""
+    return "".join(c if c.isprintable() or c in "\t\n" else "?" for c in text)
+
+
+def _decode_once(model: Any) -> None:
+    """Codes as float32, which the model was loaded in anyway: the same numbers, without decoding them at every token."""
+    from torch import nn
+
+    from tensorkeep.adapters.lora import LoraQuantLinear, adapted
+    from tensorkeep.quantization.modules import quantised_layers, replace_modules
+
+    for layer in quantised_layers(model).values():
+        made: Any
+        dense: Any
+        made = dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight, dense.bias = nn.Parameter(layer.dequantize(), requires_grad=False), layer.bias
+        if isinstance(layer, LoraQuantLinear):
+            made = adapted(dense, layer.r, layer.alpha, layer.dropout, layer.rslora)
+            made.lora_A, made.lora_B = layer.lora_A, layer.lora_B
+        replace_modules(model, {layer: made})
+
+
+# -- opening ------------------------------------------------------------------------------------------------------------
+
+
+def _run(path: str, ema: bool, best: bool, quantised: str | None, world: World, out: Output) -> _Opened | None:
+    """A run of ours as its recipe builds it, with the state of the checkpoint meant; None where it is no run."""
+    from tensorkeep.language.evaluation import checkpoint_of, leans, put_state, run_of
+    from tensorkeep.language.start import start_of
+    from tensorkeep.language.recipe_text import read_language
+
+    run = run_of(Path(path))
+    if run is None:
+        return None
+    if quantised is not None:
+        raise TensorkeepError("a run says itself how it is quantised", where=path, hint="leave --quantize-backbone out")
+    state, recipe = checkpoint_of(run, Path(path), best, out.remark), read_language(run / "recipe.yaml")
+    start = start_of(recipe, run, world, out.remark, weights=leans(recipe))
+    averaged = put_state(start, recipe, state, ema)
+    kind = recipe.training.quantize_backbone if recipe.adapter is not None else None
+    said = {"step": state.document["step"], "ema": ema and bool(state.ema), "quantize_backbone": kind}
+    return _Opened(start.model, start.tokenizer, averaged, said)
+
+
+def _bare(path: str, tokenizer: str | None, adapter: str | None, quantised: Any, allow: bool) -> _Opened:
+    """Any other checkpoint: weights in float32, quantised as said, under an adapter."""
+    from tensorkeep.quantization.modules import quantize_
+    from tensorkeep.language.start import loaded
+    from tensorkeep.formats.view import read
+
+    view = read(path)
+    if view.format == "peft":
+        hint = f"tensorkeep generate BASE --adapter {path} --prompt TEXT"
+        raise TensorkeepError("is an adapter and needs its base", where=path, code="K08", hint=hint)
+    words = _tokenizer(view, tokenizer)
+    model = loaded(view).requires_grad_(False)
+    if quantised is not None:
+        quantize_(model, quantised)
+    if adapter is not None:
+        _put_adapter(model, view, adapter, allow)
+    said = {"step": None, "ema": False, "quantize_backbone": quantised}
+    return _Opened(model, words, contextlib.nullcontext(), said)
+
+
+def _tokenizer(view: StateView, named: str | None) -> Any:
+    """The tokenizer named, or the one that travels with the weights (a GGUF file holds one, too)."""
+    from tensorkeep.language.start import load_tokenizer
+
+    if named is not None:
+        return load_tokenizer(named)
+    if not any("tokenizer" in companion.name for companion in view.companions):
+        hint = "--tokenizer FOLDER or tokenizer.json"
+        raise TensorkeepError("no tokenizer lies beside the weights", where=view.path, code="C03", hint=hint)
+    with tempfile.TemporaryDirectory() as folder:
+        for companion in view.companions:
+            (Path(folder) / companion.name).write_bytes(companion.data)
+        return load_tokenizer(folder)
+
+
+def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
+    """LoRA layers where the adapter has them, and its weights in them; its base is compared by digest."""
+    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.adapters.files import HALF, load_adapter
+    from tensorkeep.adapters.merge import base_digests
+    from tensorkeep.formats.names import unwrap
+    from tensorkeep.formats.view import read
+
+    view = read(path)
+    if view.format != "peft":
+        hint = f"MiniMind's LoRA files: tensorkeep convert {path} OUT --to peft"
+        raise TensorkeepError("is no adapter folder", where=path, code="K08", hint=hint)
+    config = view.metadata.get("adapter")
+    config = config if isinstance(config, Mapping) else {}
+    names = {name: unwrap(name)[0] for name in view}
+    halves = {name: found for name, clean in names.items() if (found := HALF.match(clean))}
+    ranks = {
+        found["module"]: view[name].shape[0]
+        for name, found in halves.items()
+        if found["half"] == "A" and view[name].shape
+    }
+    if not ranks or config.get("use_dora"):
+        what = "is a DoRA adapter" if ranks else "holds no LoRA pairs under PEFT's names"
+        hint = f"tensorkeep merge {base.path} {path} OUT, then: tensorkeep generate OUT --prompt TEXT"
+        raise TensorkeepError(what, where=path, code="A01", hint=hint)
+    alphas = {module: _of(config.get("alpha_pattern"), module, config.get("lora_alpha", 0)) for module in ranks}
+    rslora = bool(config.get("use_rslora"))
+    add_lora(model, list(ranks), rslora=rslora, rank_pattern=ranks, alpha_pattern=alphas)
+    saved = {clean for name, clean in names.items() if name not in halves}
+    for name, parameter in model.named_parameters():
+        if name in saved:  # PEFT's modules_to_save: whole tensors that were trained
+            parameter.requires_grad_(True)
+    recorded, digest = config.get("base_digest"), None
+    if recorded is not None and not allow:
+        here = base_digests(base)
+        digest = recorded if recorded in here else here[0]
+    load_adapter(model, view, digest, allow)
+    model.requires_grad_(False)
+
+
+def _of(patterns: Any, module: str, default: Any) -> Any:
+    """The entry of a pattern of PEFT's config for a module: its key is the name or its end."""
+    items = patterns.items() if isinstance(patterns, Mapping) else ()
+    return next((value for key, value in items if module == key or module.endswith(f".{key}")), default)

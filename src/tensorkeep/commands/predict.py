@@ -1,0 +1,304 @@
+"""`tensorkeep predict`: what happens when in a video, as JSON, subtitles and a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from cyclopts import Parameter
+
+from tensorkeep.commands.checkpoint import Flag, Say
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.output import Output, duration
+from tensorkeep.storage.placement import refuse_existing, replacing, write_bytes
+
+if TYPE_CHECKING:
+    from tensorkeep.detection.data.annotations import Annotations
+    from tensorkeep.detection.inference import Selection
+    from tensorkeep.detection.predict import Film, Predicted, Predictor
+    from tensorkeep.detection.results.subtitles import Row
+    from tensorkeep.detection.recipe.schema import DetectionRecipe
+    from tensorkeep.detection.start import Opened
+
+DETECTIONS = "detections.json"
+_BESIDE = (".html", ".srt", ".vtt")
+
+
+def predict(
+    checkpoint: Path,
+    /,
+    *videos: Path,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("predictions"),
+    min_score: float = 0.3,
+    top: int = 100,
+    annotations: Path | None = None,
+    classes: Path | None = None,
+    recipe: Path | None = None,
+    ema: bool = True,
+    newest: Flag = False,
+    broken: Literal["skip", "keep"] = "skip",
+    device: str | None = None,
+    overwrite: Flag = False,
+    say: Say = Say(),
+) -> int:
+    """Which actions happen when: detections of videos as JSON, subtitles and a timeline.
+
+    Writes detections.json, which `eval detection --detections` reads, and for each video NAME.html (a timeline with
+    pictures), NAME.srt and NAME.vtt. Long videos stream: memory does not grow with their length. Exit code 1 where a
+    video could not be read, 2 where none could.
+
+    Parameters
+    ----------
+    checkpoint
+        A run of `train detection` (its best checkpoint), a step folder of one, or an OpenTAD .pth with --recipe.
+    videos
+        Video files, or folders of them.
+    out
+        The folder to write into.
+    min_score
+        Detections below this score are neither in the subtitles nor in the picture. The JSON has all of them.
+    top
+        At most so many detections of a video in the subtitles and the picture, the best ones.
+    annotations
+        Ground truth of any layout that `eval detection` reads: the picture shows true segments too.
+    classes
+        Names of the classes, one a line in label order, where those of the recipe are not on this machine.
+    recipe
+        Another recipe than the run's. Needed where the checkpoint is of no run.
+    ema
+        Use the averaged weights where there are some.
+    newest
+        Of a run, the newest checkpoint instead of the best.
+    broken
+        A video that is cut short or damaged: leave it out, or keep what can be read.
+    device
+        cpu or cuda. Default: a GPU where there is one.
+    overwrite
+        Replace what earlier predictions left in the folder.
+    """
+    from tensorkeep.detection.data.annotations import read_annotations
+    from tensorkeep.detection.predict import find_videos
+
+    printer = say.output()
+    if not videos:
+        raise TensorkeepError("no video is named", hint=f"tensorkeep predict {checkpoint} VIDEO...")
+    if top < 1:
+        raise TensorkeepError(f"--top {top} must be at least 1")
+    paths = find_videos(videos)
+    for name in (DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
+        refuse_existing(out / name, overwrite)
+    truth = read_annotations(annotations) if annotations else None
+    opened, predictor = _open(checkpoint, recipe, classes, ema, not newest, broken, device, printer)
+    films, broken_ones = _films(predictor, paths, printer)
+    rules = _Rules(out, min_score, top, truth, overwrite)
+    found, told = _all(predictor, films, broken_ones, rules, f"{checkpoint}, {_weights(opened)}", opened, printer)
+    if not found:
+        what = "the video" if len(paths) == 1 else f"none of the {len(paths)} videos"
+        raise TensorkeepError(f"{what} could be read" if len(paths) > 1 else f"{what} could not be read",
+                              hint="the reasons are above; --broken keep reads what is there")  # fmt: skip
+    document = {
+        "checkpoint": str(checkpoint), "step": opened.step, "ema": opened.averaged, "detections": str(out / DETECTIONS),
+        "videos": told, "broken": [{"path": str(path), "message": why} for path, why in broken_ones.items()],
+    }  # fmt: skip
+    _show(printer, document, annotations)
+    return 1 if broken_ones else 0
+
+
+class _Rules(NamedTuple):
+    out: Path
+    min_score: float
+    top: int
+    truth: Annotations | None
+    overwrite: bool
+
+
+def _open(
+    checkpoint: Path, recipe: Path | None, classes: Path | None, ema: bool, best: bool, broken: Literal["skip", "keep"],
+    device: str | None, say: Output,
+) -> tuple[Opened, Predictor]:  # fmt: skip
+    """The detector and how it is to be used."""
+    import torch
+
+    from tensorkeep.training import distributed
+    from tensorkeep.detection.data.clips import VideoReader
+    from tensorkeep.detection.predict import Predictor
+    from tensorkeep.detection.recipe_data import window_of
+    from tensorkeep.detection.start import open_detector
+    from tensorkeep.training.loop import DTYPES
+
+    world = distributed.start(device)
+    if world.size > 1:
+        distributed.stop()
+        raise TensorkeepError("runs in one process", where="predict", hint="start it without torchrun")
+    changes = (("data.class_map", json.dumps(str(classes))),) if classes else ()
+    opened = open_detector(checkpoint, recipe, ema, best, world, changes, say.remark)
+    made = opened.recipe
+    if made.data.inputs != "video":
+        hint = "make features of the video first; tensorkeep eval detection RUN runs on features"
+        raise TensorkeepError("the detector reads features, not video", where=checkpoint, hint=hint)
+    selection, names = _naming(made, classes, say)
+    precision = made.training.precision
+    # half precision saves nothing on a CPU, and fp16 is slow there
+    half = None if precision == "fp32" or world.device.type == "cpu" else DTYPES[precision]
+    predictor = Predictor(
+        opened.detector, tuple(names), window_of(made.data, "test"),
+        VideoReader(made.data.crop_size, None, "keep" if broken == "keep" else "error", threads=0), selection, world.device,
+        contextlib.nullcontext if half is None else lambda: torch.autocast(world.device.type, dtype=half),
+    )  # fmt: skip
+    return opened, predictor
+
+
+def _naming(made: DetectionRecipe, classes: Path | None, say: Output) -> tuple[Selection, Sequence[str]]:
+    """How predictions become detections, and the names of their labels."""
+    from tensorkeep.detection.inference import Selection
+    from tensorkeep.detection.predict import UNNAMED
+    from tensorkeep.detection.recipe_data import read_classes, selection_of
+
+    post = made.post_processing
+    if post.classifier is not None and not Path(post.classifier.path).exists():
+        say.remark(f"note: without {post.classifier.path} every detection is called {UNNAMED!r}")
+        return Selection(post.pre_nms_thresh, post.pre_nms_topk, post.nms), (UNNAMED,)
+    selection = selection_of(made)
+    if selection.classifier is not None:
+        return selection, selection.classifier.classes
+    try:
+        return selection, read_classes(made)
+    except TensorkeepError as error:
+        error.hint = error.hint if classes else "--classes FILE: names of the classes, one a line in label order"
+        raise
+
+
+def _weights(opened: Opened) -> str:
+    step = "" if opened.step is None else f"step {opened.step}, "
+    return f"{step}{'averaged' if opened.averaged else 'live'} weights"
+
+
+def _films(predictor: Predictor, paths: Sequence[Path], say: Output) -> tuple[list[Film], dict[Path, str]]:
+    """What can be read, and why the others cannot."""
+    films, broken = [], {}
+    for path in paths:
+        try:
+            films.append(predictor.open(path))
+        except TensorkeepError as error:
+            broken[path] = error.line
+            say.remark(f"left out: {error.line}")
+    return films, broken
+
+
+def _all(
+    predictor: Predictor, films: Sequence[Film], broken: dict[Path, str], rules: _Rules, details: str, opened: Opened,
+    say: Output,
+) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:  # fmt: skip
+    """Rows by video, and what is told of each; a video whose pictures are damaged joins `broken`. The JSON is written
+    at the end, interrupted or not."""
+    from tensorkeep.detection.predict import write_predictions
+    from tensorkeep.detection.results.timeline import picture_times
+
+    found: dict[str, list[Row]] = {}
+    told: list[dict[str, Any]] = []
+    status = say.status()
+    total, done, started = sum(len(film.windows) for film in films), 0, time.monotonic()
+    frames = 0
+    try:
+        for film in films:
+
+            def progress(count: int, name: str = film.name) -> None:
+                nonlocal done, frames
+                done, frames = done + 1, frames + count
+                if status is not None:
+                    rate = frames / max(time.monotonic() - started, 1e-9)
+                    status.show(f"{name}  {rate:.0f} frames/s", done, total)
+
+            try:
+                predicted = predictor.run(film, picture_times(film.seconds), progress)
+            except TensorkeepError as error:
+                broken[Path(film.info.path)] = error.line
+                say.remark(f"left out: {error.line}")
+                continue
+            found[film.name] = predicted.rows
+            told.append(_write(film, predicted, rules, details, say))
+    finally:
+        if status is not None:
+            status.close()
+        if found:
+            lacking = sum(film.name not in found and Path(film.info.path) not in broken for film in films)
+            if lacking:
+                say.remark(f"stopped: {rules.out / DETECTIONS} lacks {lacking} of {len(films)} videos")
+            write_predictions(
+                rules.out / DETECTIONS, found, details, pretrained=opened.recipe.training.pretrained is not None,
+                overwrite=rules.overwrite,
+            )  # fmt: skip
+    return found, told
+
+
+def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: Output) -> dict[str, Any]:
+    """Subtitles and page of one video; what the document tells of it."""
+    from tensorkeep.detection.results.subtitles import best_rows, make_cues, to_srt, to_webvtt
+    from tensorkeep.detection.results.timeline import page, timeline
+
+    shown = best_rows(predicted.rows, rules.min_score, rules.top)
+    true = _true(film.name, rules.truth, say)
+    facts = (
+        f"{duration(film.seconds)}, {film.info.frames} frames, {film.info.width} × {film.info.height}; {details}; "
+        f"the best {rules.top} detections that score at least {rules.min_score:g}"
+    )
+    picture = timeline(film.seconds, shown, true, predicted.pictures)
+    cues = make_cues(shown)
+    texts = (page(film.name, facts, picture, shown, bool(true)), to_srt(cues), to_webvtt(cues))
+    files = {}
+    for end, text in zip(_BESIDE, texts, strict=True):
+        files[end[1:]] = str(rules.out / (film.name + end))
+        with replacing(rules.out / (film.name + end), rules.overwrite) as temporary:
+            write_bytes(temporary, text.encode())
+    for problem in predicted.problems[:3]:
+        say.remark(f"{film.name}: {problem}")
+    if film.info.problem:
+        say.remark(f"{film.name}: {film.info.problem}")
+    best = max((row.score for row in predicted.rows), default=0.0)
+    if not shown:
+        say.remark(f"{film.name}: nothing scores at least {rules.min_score:g}, the best is {best:.3g}: see --min-score")
+    return {
+        "video": film.name, "path": film.info.path, "seconds": round(film.seconds, 3), "frames": film.info.frames,
+        "fps": film.info.fps, "even": film.times is None, "windows": len(film.windows),
+        "detections": len(predicted.rows), "shown": len(shown), "best_score": best, "files": files,
+        "problems": [*predicted.problems, *([film.info.problem] if film.info.problem else [])],
+    }  # fmt: skip
+
+
+def _true(name: str, truth: Annotations | None, say: Output) -> list[Row]:
+    """The annotated segments of a video; ActivityNet's `v_` before a name makes no difference."""
+    from tensorkeep.detection.results.subtitles import Row
+
+    if truth is None:
+        return []
+    bare = name.removeprefix("v_")
+    video = truth.videos.get(name) or truth.videos.get(bare) or truth.videos.get(f"v_{bare}")
+    if video is None:
+        say.remark(f"{name}: the annotations do not have it")
+        return []
+    pairs = zip(video.segments.tolist(), video.labels, strict=True)
+    return [Row(start, end, label, 1.0) for (start, end), label in pairs]
+
+
+def _show(out: Output, document: Mapping[str, Any], annotations: Path | None) -> None:
+    if out.json:
+        out.document(dict(document))
+        return
+    columns = ["video", "length", "frames/s", "windows", "detections", "shown", "best score"]
+    rows = [
+        [
+            video["video"], duration(video["seconds"]), f"{video['fps']:.2f}" + ("" if video["even"] else " (varies)"),
+            video["windows"], video["detections"], video["shown"], f"{video['best_score']:.3f}",
+        ]
+        for video in document["videos"]
+    ]  # fmt: skip
+    out.table(columns, rows, right=columns[1:])
+    out.line(document["detections"])
+    for video in document["videos"]:
+        out.line(video["files"]["html"])
+    if annotations is not None:
+        out.remark(f"mAP: tensorkeep eval detection --annotations {annotations} --detections {document['detections']}")

@@ -1,0 +1,260 @@
+"""Ground truth of temporal action detection: which segments of which videos show which class.
+
+Three layouts are read into one structure, chosen by content:
+
+- OpenTAD and ActivityNet: `{"database": {VIDEO: {"subset", "duration", "annotations": [{"segment", "label"}]}}}`;
+  mmaction's variant without the outer `database` too,
+- ActionFormer: the same with `fps` and `label_id`, whose ids give the class map,
+- THUMOS: a folder of `CLASS_test.txt` or `CLASS_val.txt` with lines `video start end`, beside `detclasslist.txt`.
+
+Segments are seconds everywhere. Needs numpy only. `annotation_checks.check_annotations` explains what a file gets wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.detection.data.reading import parse_number, parse_segment, read_json, read_text
+
+AMBIGUOUS = "Ambiguous"  # THUMOS'14 marks segments with it that are neither right nor wrong: never a class
+CLASS_LIST = "detclasslist.txt"
+_THUMOS_SUBSETS = {"test": "test", "val": "validation"}
+
+
+@dataclass(frozen=True)
+class Video:
+    """One annotated video: `segments` [N, 2] in seconds, one label each, and what is known of its length."""
+
+    name: str
+    subset: str
+    segments: NDArray[np.float64]
+    labels: tuple[str, ...]
+    duration: float | None = None
+    frames: int | None = None
+    fps: float | None = None
+
+    def frame_rate(self) -> float | None:
+        """Frames per second: frames over duration where both are known, else the stated rate."""
+        if self.frames and self.duration:
+            return self.frames / self.duration
+        return self.fps
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """All videos of one annotation file by name, and the class map it carries (label order, `Ambiguous` left out)."""
+
+    videos: Mapping[str, Video]
+    classes: tuple[str, ...]
+    layout: str
+    source: str
+
+    def subsets(self) -> tuple[str, ...]:
+        """The subset names, sorted."""
+        return tuple(sorted({video.subset for video in self.videos.values()}))
+
+    def of_subset(self, subset: str) -> list[Video]:
+        """The videos of one subset, in file order.
+
+        Raises `TensorkeepError` for a subset that the file does not have: names are compared whole, never as parts.
+        """
+        found = [video for video in self.videos.values() if video.subset == subset]
+        if not found:
+            known = ", ".join(self.subsets()) or "none"
+            hint = near_misses(subset, self.subsets()) or f"subsets there: {known}"
+            raise TensorkeepError(f"no video of subset {subset!r}", where=self.source, hint=hint)
+        return found
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """Read ground truth in any of the three layouts (see the module).
+
+    Raises `TensorkeepError` for a file that is missing, is no JSON, or whose structure is of no known layout; odd
+    *content* (a segment past the end, a zero length) is read as it is and left to `check_annotations`.
+
+    >>> read_annotations("thumos_14_anno.json").of_subset("validation")[0].segments  # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_thumos_folder(path)
+    return parse_annotations(read_json(path), source=str(path))
+
+
+def parse_annotations(document: object, source: str = "annotations") -> Annotations:
+    """Annotations from an already parsed JSON document; `source` names it in errors."""
+    database = document.get("database") if isinstance(document, dict) else None
+    layout = "opentad"
+    if database is None and isinstance(document, dict) and document and all(map(_is_entry, document.values())):
+        database, layout = document, "mmaction"
+    if not isinstance(database, dict):
+        raise TensorkeepError(
+            "neither a 'database' nor videos with 'annotations' in it",
+            where=source,
+            hint="expected OpenTAD/ActivityNet, ActionFormer or mmaction JSON, or a folder of THUMOS text files",
+        )
+    ids: dict[str, int] = {}
+    videos = {str(name): _parse_video(str(name), entry, ids, source) for name, entry in database.items()}
+    if ids:
+        layout = "actionformer"
+    names = {label for video in videos.values() for label in video.labels} - {AMBIGUOUS}
+    classes = tuple(sorted(names, key=lambda label: (ids.get(label, math.inf), label)))
+    return Annotations(videos, classes, layout, source)
+
+
+def read_class_map(path: str | Path) -> tuple[str, ...]:
+    """Class names in label order from a text file: one name a line, or `id name` as THUMOS writes it.
+
+    Raises `TensorkeepError` for an empty file and for a name given twice.
+
+    >>> read_class_map("category_idx.txt")  # doctest: +SKIP
+    ('BaseballPitch', 'BasketballDunk')
+    """
+    path = Path(path)
+    rows = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    pairs = [row.split(None, 1) for row in rows]
+    if rows and all(len(pair) == 2 and pair[0].isdecimal() for pair in pairs):
+        rows = [pair[1] for pair in sorted(pairs, key=lambda pair: int(pair[0]))]
+    twice = sorted({row for row in rows if rows.count(row) > 1})
+    if not rows or twice:
+        what = f"classes listed twice: {', '.join(twice)}" if twice else "no class in it"
+        raise TensorkeepError(what, where=path, hint="one class name a line, in label order")
+    return tuple(rows)
+
+
+def read_class_ids(path: str | Path) -> dict[int, str]:
+    """Class names by number from a THUMOS `detclasslist.txt` (`id name` a line).
+
+    Raises `TensorkeepError` for a line of another form.
+    """
+    ids: dict[int, str] = {}
+    for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
+        if not line.strip():
+            continue
+        head, _, name = line.strip().partition(" ")
+        if not head.isdecimal() or not name.strip():
+            raise TensorkeepError(f"line {number} is not 'id name': {line[:60]!r}", where=path)
+        ids[int(head)] = name.strip()
+    return ids
+
+
+def unique_segments(
+    segments: NDArray[np.float64], labels: Iterable[object], tolerance: float = 1e-3
+) -> NDArray[np.intp]:
+    """Indices of the segments that are no repetition of an earlier one, in order.
+
+    A repetition has the same label and both ends within `tolerance` seconds (OpenTAD's evaluator uses 1e-3).
+
+    >>> unique_segments(np.array([[1.0, 2.0], [1.0004, 2.0], [1.0, 3.0]]), ["a", "a", "a"])
+    array([0, 2])
+    """
+    kept: list[int] = []
+    by_label: dict[object, list[tuple[float, float]]] = {}
+    for index, ((start, end), label) in enumerate(zip(segments.tolist(), labels, strict=True)):
+        earlier = by_label.setdefault(label, [])
+        if not any(abs(start - first) <= tolerance and abs(end - last) <= tolerance for first, last in earlier):
+            earlier.append((start, end))
+            kept.append(index)
+    return np.array(kept, dtype=np.intp)
+
+
+def number_segments(video: Video, classes: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """A video's segments [N, 2] in seconds and their class numbers [N]: exact repetitions once, `Ambiguous` left out.
+
+    Raises `TensorkeepError` for a label that `classes` does not have.
+
+    >>> number_segments(Video("v", "train", np.array([[1.0, 2.0]] * 2), ("dive", "dive")), ["dive"])[1]
+    array([0])
+    """
+    kept = [index for index in unique_segments(video.segments, video.labels, 0.0) if video.labels[index] != AMBIGUOUS]
+    for index in kept:
+        if video.labels[index] not in classes:
+            hint = near_misses(video.labels[index], classes) or "the class map belongs to another data set"
+            raise TensorkeepError(f"label {video.labels[index]!r} is not in the class map", where=video.name, hint=hint)
+    numbers = np.array([classes.index(video.labels[index]) for index in kept], dtype=np.int64)
+    return video.segments[kept], numbers
+
+
+def _is_entry(value: object) -> bool:
+    return isinstance(value, dict) and "annotations" in value
+
+
+def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> Video:
+    """One entry of the database; `ids` gathers the label ids that ActionFormer's files carry."""
+    if not isinstance(entry, dict):
+        raise TensorkeepError(f"video {name!r} is not an object", where=source)
+    rows = entry.get("annotations", [])
+    if not isinstance(rows, list):
+        raise TensorkeepError(f"'annotations' of video {name!r} is not a list", where=source)
+    segments, labels = [], []
+    for position, row in enumerate(rows):
+        what = f"annotation {position} of video {name!r}"
+        if not isinstance(row, dict) or not isinstance(row.get("label"), str | int):
+            raise TensorkeepError(
+                f"{what} has no 'label'", where=source, hint='{"segment": [start, end], "label": name}'
+            )
+        segments.append(parse_segment(row.get("segment"), what, source))
+        labels.append(str(row["label"]))
+        if isinstance(row.get("label_id"), int):
+            _note_id(ids, labels[-1], row["label_id"], what, source)
+
+    def optional(*keys: str) -> float | None:
+        found = [entry[key] for key in keys if entry.get(key) is not None]
+        return parse_number(found[0], f"{keys[0]} of video {name!r}", source) if found else None
+
+    frames = optional("frame", "duration_frame")
+    return Video(
+        name=name,
+        subset=str(entry.get("subset", "")),
+        segments=np.array(segments, dtype=np.float64).reshape(-1, 2),
+        labels=tuple(labels),
+        duration=optional("duration", "duration_second"),
+        frames=None if frames is None else int(frames),
+        fps=optional("fps"),
+    )
+
+
+def _note_id(ids: dict[str, int], label: str, number: int, what: str, source: str) -> None:
+    if ids.setdefault(label, number) != number:
+        raise TensorkeepError(f"{what}: label {label!r} has id {number}, elsewhere {ids[label]}", where=source)
+
+
+def _read_thumos_folder(folder: Path) -> Annotations:
+    """All `CLASS_test.txt` / `CLASS_val.txt` of a folder; file order inside a class is kept, the kit depends on it."""
+    files = [(path, *path.stem.rpartition("_")[::2]) for path in sorted(folder.glob("*.txt"))]
+    files = [entry for entry in files if entry[2] in _THUMOS_SUBSETS and entry[1]]
+    if not files:
+        raise TensorkeepError(
+            "no CLASS_test.txt or CLASS_val.txt in this folder", where=folder, hint="name the annotation file itself"
+        )
+    rows: dict[str, list[tuple[float, float, str]]] = {}
+    subset_of: dict[str, str] = {}
+    for path, label, suffix in files:
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            words = line.split()
+            if not words:
+                continue
+            what = f"line {number}"
+            if len(words) != 3:
+                raise TensorkeepError(f"{what} is not 'video start end': {line[:60]!r}", where=path)
+            start, end = parse_number(words[1], what, str(path)), parse_number(words[2], what, str(path))
+            rows.setdefault(words[0], []).append((start, end, label))
+            if subset_of.setdefault(words[0], _THUMOS_SUBSETS[suffix]) != _THUMOS_SUBSETS[suffix]:
+                raise TensorkeepError(f"video {words[0]!r} is both in val and in test", where=path)
+    listed = folder / CLASS_LIST
+    names = sorted({label for _, label, _ in files} - {AMBIGUOUS})
+    ids = read_class_ids(listed) if listed.exists() else {}
+    classes = tuple(ids[number] for number in sorted(ids)) or tuple(names)
+    videos = {
+        name: Video(
+            name, subset_of[name], np.array([row[:2] for row in found], dtype=np.float64), tuple(r[2] for r in found)
+        )
+        for name, found in sorted(rows.items())
+    }
+    return Annotations(videos, classes, "thumos", str(folder))

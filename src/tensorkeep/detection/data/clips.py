@@ -1,0 +1,375 @@
+"""What training and testing read: annotated videos (or features of them) cut into windows, one sample at a time.
+
+A data set is a list of places and a pure function `sample(index, generator)`: same index and same generator state, same
+tensors, in any process. Windows are placed in three ways, named as OpenTAD names them:
+
+- `random_trunc` (training): a window of `window_size` grid steps somewhere in the video, one item a video. A video
+  shorter than that is cut to a random part of it; in a longer one places are tried until a segment lies in the window
+  by `trunc_thresh`. Segments that do are the ground truth, cut to the window.
+- `sliding` (testing): every window of every video (`windows.place_windows`).
+- `resize` (ActivityNet): the whole video as `window_size` steps.
+
+One grid step is `feature_stride * sample_stride` frames; of a video, `scale_factor` frames are decoded for each. Inputs
+are uint8 frames `[3, T, H, W]` or float features `[C, T]`; a mask marks the grid steps that are real.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.data.annotation_checks import Problem
+from tensorkeep.detection.data.annotations import Annotations, Video, number_segments
+from tensorkeep.detection.data.augment import AugmentConfig, augment, centre_crop, draw_augmentation
+from tensorkeep.detection.data.features import SUFFIXES, count_features, read_features
+from tensorkeep.detection.model.resize import linear_resize
+from tensorkeep.detection.data.video import check_video, decode, probe
+from tensorkeep.detection.data.windows import Window, clip_to_window, count_snippets, make_window, place_windows, resized_frames, resized_segments, segment_frames
+
+Broken = Literal["error", "skip", "keep"]
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts")
+_TRIES = 200  # as the original
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """How windows are placed and segments kept; names and values of OpenTAD's AdaTAD configs.
+
+    `crop_ratio`: part of a video shorter than a window that is kept in training, None for all. `ioa_thresh`: part of a
+    segment that must lie in a sliding window to count (for a validation loss). `offset_frames`: frame that grid step 0
+    stands for (half a clip, for features of clips).
+    """
+
+    method: Literal["random_trunc", "sliding", "resize"] = "random_trunc"
+    window_size: int = 768
+    feature_stride: int = 4
+    sample_stride: int = 1
+    scale_factor: int = 1
+    offset_frames: float = 0.0
+    window_overlap_ratio: float = 0.5
+    trunc_thresh: float = 0.75
+    crop_ratio: tuple[float, float] | None = (0.9, 1.0)
+    ioa_thresh: float = 0.75
+
+    @property
+    def snippet_stride(self) -> int:
+        """Frames from one grid step to the next."""
+        return self.feature_stride * self.sample_stride
+
+
+@dataclass(frozen=True)
+class VideoReader:
+    """Frames from video files: augmented for training, else short side `size` and the middle square of it.
+
+    broken: a file or picture that cannot be decoded stops everything (`error`), leaves an empty, masked sample that
+    counts for nothing (`skip`), or is replaced by the picture before it (`keep`).
+    """
+
+    size: int = 160
+    augment: AugmentConfig | None = None
+    broken: Broken = "error"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class FeatureReader:
+    """Features `[T, C]` (or `[C, T]`) from files instead of frames."""
+
+    channels: int
+    channels_first: bool = False
+    broken: Broken = "error"
+
+
+class Item(NamedTuple):
+    """One video: what it holds, where it lies, and its ground truth: `segments` [N, 2] in seconds, `labels` [N].
+
+    `steps`: grid steps of a feature file, 0 for a video.
+    """
+
+    name: str
+    path: str
+    frames: int
+    duration: float
+    size: int
+    steps: int
+    segments: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+class Place(NamedTuple):
+    """Which item a sample comes from, and its window: grid steps `first` to `stop` (0, 0 where it is drawn or whole)."""
+
+    item: int
+    first: int
+    stop: int
+
+
+def find_items(
+    annotations: Annotations, subset: str, folder: str | Path, reader: VideoReader | FeatureReader,
+    classes: Sequence[str] | None = None,
+) -> tuple[list[Item], list[Problem]]:  # fmt: skip
+    """The videos (or feature files) of a subset in `folder`, found by name, and what is odd about them.
+
+    With the reader's `broken="error"` a missing, unreadable or truncated file raises TensorkeepError that names them
+    all; otherwise such files are left out (truncated ones stay under "keep") and each is a problem.
+    """
+    classes = annotations.classes if classes is None else classes
+    items, problems = [], []
+    for video in annotations.of_subset(subset):
+        found, odd = _find_item(video, Path(folder), reader, classes)
+        problems += odd
+        if found is not None:
+            items.append(found)
+    errors = [problem for problem in problems if problem.severity == "error" and problem.kind != "duration"]
+    if errors and reader.broken == "error":
+        more = f", and {len(errors) - 3} more" if len(errors) > 3 else ""
+        what = "; ".join(f"{problem.video}: {problem.message}" for problem in errors[:3])
+        hint = "mend or remove them, or leave them out: broken: skip"
+        raise TensorkeepError(f"{what}{more}", where=folder, hint=hint)
+    if not items:
+        raise TensorkeepError(f"none of the videos of subset {subset!r} can be read", where=folder)
+    return items, problems
+
+
+def _find_item(
+    video: Video, folder: Path, reader: VideoReader | FeatureReader, classes: Sequence[str]
+) -> tuple[Item | None, list[Problem]]:
+    suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
+    path = next(
+        (folder / (video.name + suffix) for suffix in suffixes if (folder / (video.name + suffix)).exists()), None
+    )
+    if path is None:
+        return None, [Problem("error", "no file", video.name, f"no {video.name} with one of {', '.join(suffixes)}")]
+    segments, labels = number_segments(video, classes)
+    steps, problems = 0, []
+    if isinstance(reader, FeatureReader):
+        try:
+            steps = count_features(path, reader.channels, channels_first=reader.channels_first)
+        except TensorkeepError as error:
+            return None, [Problem("error", "unreadable features", video.name, error.line)]
+        frames, duration = video.frames or 0, video.duration or 0.0
+        if not frames and duration and video.fps:
+            frames = round(duration * video.fps)
+        if not frames or not duration:
+            message = "features need the annotation's 'duration' and 'frame' (or 'fps')"
+            return None, [Problem("error", "no duration", video.name, message)]
+    else:
+        problems = check_video(path, video)
+        lost = [p for p in problems if p.kind in ("unreadable video", "truncated video")]
+        if any(p.kind == "unreadable video" for p in lost) or (lost and reader.broken != "keep"):
+            return None, problems
+        info = probe(path)
+        frames, duration = info.frames, info.duration
+    return Item(video.name, str(path), frames, duration, path.stat().st_size, steps, segments, labels), problems
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """A data set: `len`, `sample(index, generator)`, `fingerprint()`. Made by `make_clips`."""
+
+    items: tuple[Item, ...]
+    window: WindowConfig
+    reader: VideoReader | FeatureReader
+    places: tuple[Place, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """`inputs`, `mask [window_size]`, `segments [N, 2]` (grid steps), `labels [N]`, `meta`: a pure function of
+        `index` and the state of `generator`."""
+        place = self.places[index]
+        item, config = self.items[place.item], self.window
+        problems: list[Problem] = []
+        if config.method == "resize":
+            mask = torch.ones(config.window_size, dtype=torch.bool)
+            scaled = resized_segments(item.segments, duration=item.duration, length=config.window_size)
+            kept, start = np.flatnonzero(scaled[:, 1] > scaled[:, 0]), 0
+            segments = scaled[kept].astype(np.float64)
+            cut = None
+        else:
+            cut, segments, kept = self._cut(item, place, generator)
+            mask, start = torch.from_numpy(cut.mask), cut.start_frame
+        try:
+            inputs = _read(item, self.reader, config, cut, generator, problems)
+        except TensorkeepError as error:
+            if self.reader.broken == "error":
+                raise
+            problems.append(Problem("error", "unreadable video", item.name, error.line))
+            inputs, mask = _nothing(self.reader, config), torch.zeros_like(mask)
+            segments, kept = segments[:0], kept[:0]
+        meta = {
+            "video": item.name, "duration": item.duration, "frames": item.frames, "fps": item.frames / item.duration,
+            "method": config.method, "snippet_stride": config.snippet_stride, "offset_frames": config.offset_frames,
+            "window_start_frame": start, "window_size": config.window_size,
+            "problems": [problem.message for problem in problems],
+        }  # fmt: skip
+        return {
+            "inputs": inputs,
+            "mask": mask,
+            "segments": torch.from_numpy(segments.astype(np.float32)),
+            "labels": torch.from_numpy(item.labels[kept]),
+            "meta": meta,
+        }
+
+    def fingerprint(self) -> str:
+        """What the samples depend on, as 32 hexadecimal digits: names, sizes and ground truth of the items, settings.
+
+        Paths and thread numbers do not count: the data may move.
+        """
+        settings = {**asdict(self.reader), "threads": None, "kind": type(self.reader).__name__}
+        rows = [
+            [i.name, i.frames, i.duration, i.size, i.steps, i.segments.tolist(), i.labels.tolist()] for i in self.items
+        ]
+        text = json.dumps([asdict(self.window), settings, rows, self.places], sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+    def _cut(
+        self, item: Item, place: Place, generator: torch.Generator
+    ) -> tuple[Window, NDArray[np.float64], NDArray[np.int64]]:
+        """The window, the segments in it (grid steps) and which of the item's these are."""
+        config, stride = self.window, self.window.snippet_stride
+        grid = segment_frames(item.segments, duration=item.duration, frames=item.frames)
+        frames = item.steps * stride if item.steps else item.frames
+        if config.method == "sliding":
+            window = _window(config, (place.first, place.stop), frames)
+            inside, kept = clip_to_window(
+                grid, window, snippet_stride=stride, completeness=config.ioa_thresh, offset=config.offset_frames
+            )
+            return window, inside, kept
+        segments = (grid - config.offset_frames) / stride
+        first, stop = draw_truncation(_steps(item, config), segments, config, generator)
+        kept = np.flatnonzero(_inside(segments, first, stop) >= config.trunc_thresh)
+        return _window(config, (first, stop), frames), np.clip(segments[kept], first, stop) - first, kept
+
+
+def make_clips(items: Sequence[Item], window: WindowConfig, reader: VideoReader | FeatureReader) -> Clips:
+    """The data set of `items`. For training (`random_trunc`) videos without a segment are left out, as in OpenTAD.
+
+    >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
+    >>> data = make_clips(items, WindowConfig(), VideoReader(augment=AugmentConfig()))  # doctest: +SKIP
+    """
+    if window.snippet_stride % window.scale_factor:
+        what = f"a stride of {window.snippet_stride} frames is no multiple of scale_factor {window.scale_factor}"
+        raise TensorkeepError(what, where="windows")
+    if window.method == "random_trunc":
+        items = [item for item in items if len(item.labels)]
+        if not items:
+            raise TensorkeepError("no video has a segment to train on", where="windows")
+    return Clips(tuple(items), window, reader, tuple(_places(items, window)))
+
+
+def most_segments(clips: Clips) -> int:
+    """The most segments that a sample of these can hold."""
+    return max(len(item.labels) for item in clips.items)
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as a batch for `Detector`: `inputs` `[B, 3, T, H, W]` uint8 or `[B, C, T]`, `masks` `[B, T']` bool, `segments`
+    and `labels` lists of tensors, `meta` a list."""
+    return {
+        "inputs": torch.stack([sample["inputs"] for sample in samples]),
+        "masks": torch.stack([sample["mask"] for sample in samples]),
+        "segments": [sample["segments"] for sample in samples],
+        "labels": [sample["labels"] for sample in samples],
+        "meta": [sample["meta"] for sample in samples],
+    }
+
+
+def draw_truncation(
+    steps: int, segments: NDArray[np.float64], config: WindowConfig, generator: torch.Generator
+) -> tuple[int, int]:
+    """First and one-past-last grid step of a random window over `steps` steps, `segments` [N, 2] in grid steps.
+
+    The last place tried is taken where none of 200 holds a segment by `trunc_thresh`, as in OpenTAD.
+    """
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    length = config.window_size
+    if steps <= length:
+        if config.crop_ratio is None:
+            return 0, steps
+        low, high = (round(ratio * steps) for ratio in config.crop_ratio)
+        length = draw(max(low, 1), max(min(high, steps), 1))
+        if length == steps:
+            return 0, steps
+    first = 0
+    for _ in range(_TRIES):
+        first = draw(0, steps - length)
+        if (_inside(segments, first, first + length) >= config.trunc_thresh).any():
+            break
+    return first, first + length
+
+
+def _inside(segments: NDArray[np.float64], first: int, stop: int) -> NDArray[np.float64]:
+    """Part of each segment that lies between two grid steps; 0 for one without length."""
+    cut = np.clip(segments, first, stop)
+    length = segments[:, 1] - segments[:, 0]
+    inside: NDArray[np.float64] = (cut[:, 1] - cut[:, 0]) / np.where(length > 0, length, 1)
+    return inside
+
+
+def _steps(item: Item, config: WindowConfig) -> int:
+    return item.steps or count_snippets(item.frames, config.snippet_stride)
+
+
+def _places(items: Sequence[Item], config: WindowConfig) -> Iterator[Place]:
+    for number, item in enumerate(items):
+        if config.method != "sliding":
+            yield Place(number, 0, 0)
+            continue
+        for first, stop in place_windows(_steps(item, config), config.window_size, config.window_overlap_ratio):
+            yield Place(number, first, stop)
+
+
+def _window(config: WindowConfig, bounds: tuple[int, int], frames: int) -> Window:
+    return make_window(
+        bounds, frames, size=config.window_size, snippet_stride=config.snippet_stride, scale=config.scale_factor
+    )
+
+
+def _read(
+    item: Item, reader: VideoReader | FeatureReader, config: WindowConfig, cut: Window | None,
+    generator: torch.Generator, problems: list[Problem],
+) -> Tensor:  # fmt: skip
+    """The inputs of one sample; `cut` None: the whole video, resized."""
+    length = config.window_size
+    if isinstance(reader, FeatureReader):
+        rows = None if cut is None else (cut.first, cut.last + 1)
+        features = read_features(item.path, reader.channels, rows, channels_first=reader.channels_first)
+        if cut is None:
+            return linear_resize(features, length)
+        return F.pad(features, (0, length - features.shape[1]))
+    indices = resized_frames(item.frames, length, config.scale_factor) if cut is None else cut.frames
+    side = reader.size if reader.augment is None else reader.augment.short_side
+    frames = decode(
+        item.path, indices, size=side, threads=reader.threads, problems=problems,
+        broken="keep" if reader.broken == "keep" else "error",
+    )  # fmt: skip
+    if reader.augment is None:
+        frames = centre_crop(frames, reader.size)
+    else:
+        drawn = draw_augmentation(reader.augment, frames.shape[2], frames.shape[3], generator)
+        frames = augment(frames, drawn, reader.augment.size)
+    return frames.transpose(0, 1).contiguous()  # [3, T, H, W]
+
+
+def _nothing(reader: VideoReader | FeatureReader, config: WindowConfig) -> Tensor:
+    """Zeros in the shape of a sample."""
+    if isinstance(reader, FeatureReader):
+        return torch.zeros(reader.channels, config.window_size)
+    size = reader.size if reader.augment is None else reader.augment.size
+    return torch.zeros(3, config.window_size * config.scale_factor, size, size, dtype=torch.uint8)

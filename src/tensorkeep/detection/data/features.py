@@ -1,0 +1,75 @@
+"""Features that somebody computed before: one file a video, `.npy` or `.pt`, rows of `[T, C]`.
+
+No file can run code: `.npy` is read without pickle, `.pt` as any other checkpoint of one tensor (`view.read`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+from tensorkeep.formats.view import read
+
+SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
+
+
+def read_features(
+    path: str | Path, channels: int, rows: tuple[int, int] | None = None, *, channels_first: bool = False
+) -> Tensor:
+    """Features `[C, T]` float32 of one file that holds `[T, C]` (or `[C, T]`); `rows` (first, stop) of T only.
+
+    Raises TensorkeepError for a file that is no array of numbers, or not of `channels` channels.
+
+    >>> read_features("v_001.npy", 2048, (0, 100)).shape  # doctest: +SKIP
+    torch.Size([2048, 100])
+    """
+    path = Path(path)
+    array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
+    if array.ndim != 2:
+        raise TensorkeepError(f"its shape is {tuple(array.shape)}, features are [T, C]", where=path)
+    if channels_first:
+        array = array.T
+    if array.shape[1] != channels:
+        turned = " (are they [C, T]? see channels_first)" if array.shape[0] == channels else ""
+        raise TensorkeepError(f"has {array.shape[1]} channels, {channels} are asked for{turned}", where=path)
+    part = array if rows is None else array[rows[0] : rows[1]]
+    if isinstance(part, np.ndarray):
+        part = torch.from_numpy(part.astype(np.float32))
+    return part.float().T.contiguous()
+
+
+def count_features(path: str | Path, channels: int, *, channels_first: bool = False) -> int:
+    """Number of rows T of a feature file; its data is not read from an `.npy`."""
+    path = Path(path)
+    array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
+    shape = tuple(array.shape)
+    if len(shape) != 2 or shape[0 if channels_first else 1] != channels or 0 in shape:
+        what = f"its shape is {shape}, not {'[C, T]' if channels_first else '[T, C]'} with {channels} channels"
+        raise TensorkeepError(what, where=path, hint="see channels and channels_first of the recipe")
+    return int(shape[1 if channels_first else 0])
+
+
+def _numpy_rows(path: Path) -> NDArray[Any]:
+    with explained(path):
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+            text = str(error).splitlines()[0]
+            raise TensorkeepError(f"is no array that can be read: {text}", where=path) from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise TensorkeepError("is no array of numbers", where=path)
+    return array
+
+
+def _tensor_rows(path: Path) -> Tensor:
+    view = read(path)
+    if len(view) != 1:
+        raise TensorkeepError(f"holds {len(view)} tensors, a feature file holds one", where=path)
+    return view.tensor(next(iter(view)))

@@ -1,0 +1,54 @@
+"""JSON and text from files nobody vouches for: a value of the right kind, or one error that says where it is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+
+
+def read_json(path: Path) -> object:
+    """A JSON file's content; anything else is one `TensorkeepError` that says where it stops being JSON."""
+    try:
+        document: object = json.loads(read_text(path))
+    except json.JSONDecodeError as problem:
+        raise TensorkeepError(
+            f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
+            where=path,
+            hint="the file may be cut short",
+        ) from problem
+    except (ValueError, RecursionError) as problem:  # a number of thousands of digits, nesting without end
+        raise TensorkeepError(f"JSON that cannot be read: {problem}", where=path) from problem
+    return document
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file's content, or one `TensorkeepError`."""
+    try:
+        with explained(path):
+            return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise TensorkeepError("not a text file (bytes that are no UTF-8)", where=path) from problem
+
+
+def parse_number(value: object, what: str, where: str) -> float:
+    """A finite float from a JSON value or a word of text, or a `TensorkeepError` naming `what`."""
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise TensorkeepError(f"{what} is not a finite number: {str(value)[:40]!r}", where=where)
+    return number
+
+
+def parse_segment(value: object, what: str, where: str) -> tuple[float, float]:
+    """`(start, end)` from a JSON list of two numbers, or a `TensorkeepError` naming `what`."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise TensorkeepError(f"{what} is not [start, end]: {str(value)[:60]}", where=where)
+    return parse_number(value[0], f"start of {what}", where), parse_number(value[1], f"end of {what}", where)

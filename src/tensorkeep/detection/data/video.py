@@ -1,0 +1,339 @@
+"""Frames out of video files: exactly those asked for, decoding no more than they need.
+
+Frame i is the i-th picture shown, whatever the frame rate does (see `containers`). Reading starts at the last keyframe
+before a frame; pictures that nobody asked for and no other picture refers to are not decoded at all (H.264, MPEG-4);
+scaling and conversion to RGB are one step. A picture that does not come out as the table says is looked for again from
+the first frame on, with every picture decoded.
+
+Nothing is decoded at a lower resolution inside the codec: H.264, HEVC, VP9 and AV1 cannot, and MPEG-4's way of it
+drifts away from the pictures. Needs PyAV (`pip install tensorkeep[detection]`); torchcodec is used on request.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.data.annotation_checks import Problem
+from tensorkeep.detection.data.annotations import Video
+from tensorkeep.detection.data.containers import MEND, FrameTable, VideoInfo, frame_table, import_av, opened, probe, quarter_turn
+
+__all__ = ["Broken", "Size", "VideoInfo", "check_video", "decode", "frame_table", "probe", "stream_windows"]
+
+Broken = Literal["error", "keep"]
+Picture = NDArray[np.uint8]  # [3, H, W]
+Size = int | tuple[int, int] | None  # short side, or (height, width), or as stored
+_DRIFT = 0.5  # seconds
+_DISPOSABLE = {"h264", "mpeg4"}  # HEVC's "non-reference" pictures may serve a higher temporal layer
+
+
+def decode(
+    path: str | Path,
+    indices: Sequence[int] | NDArray[np.int64],
+    *,
+    size: Size = None,
+    threads: int = 1,
+    broken: Broken = "error",
+    problems: list[Problem] | None = None,
+    decoder: Literal["pyav", "torchcodec"] = "pyav",
+) -> Tensor:
+    """Frames `indices` (any order, repetitions allowed) of a video: uint8 `[T, 3, H, W]`, RGB, as shown (rotated).
+
+    size: short side or (height, width), bilinear over the whole footprint; as stored without it. threads: 1, or 0 for
+    as many as the codec can use; a loader with several processes wants 1. A picture that is damaged or does not come
+    raises TensorkeepError naming file and frame; with `broken="keep"` damaged pictures stay, lacking ones repeat the
+    one before (the one after at the start), and each is said in `problems`. decoder: torchcodec gives the same frames
+    at the same size, equal but for the rounding of colours; it knows nothing of damaged pictures.
+
+    >>> decode("v_001.mp4", range(0, 3072, 4), size=160).shape  # doctest: +SKIP
+    torch.Size([768, 3, 160, 284])
+    """
+    wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+    if decoder == "torchcodec":
+        return _torchcodec_frames(path, wanted, size, threads)
+    unique, place = np.unique(wanted, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    bounds = np.searchsorted(place[order], np.arange(len(unique) + 1))
+    out: list[NDArray[np.uint8]] = []
+
+    def room(k: int, shape: tuple[int, int]) -> Picture:
+        if not out:
+            out.append(np.empty((len(wanted), 3, *shape), dtype=np.uint8))
+        place: Picture = out[0][order[bounds[k]]]
+        return place
+
+    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems, room)):
+        for slot in order[bounds[k] + 1 : bounds[k + 1]].tolist():
+            out[0][slot] = picture
+    if not out:
+        raise TensorkeepError("no frame asked for", where=path)
+    return torch.from_numpy(out[0])
+
+
+def stream_windows(
+    path: str | Path,
+    windows: Iterable[Sequence[int] | NDArray[np.int64]],
+    *,
+    size: Size = None,
+    threads: int = 1,
+    broken: Broken = "error",
+    problems: list[Problem] | None = None,
+) -> Iterator[Tensor]:
+    """The frames of each window of a video in turn, uint8 `[T, 3, H, W]`; arguments as in `decode`.
+
+    `windows`: frame indices of each, in rising order of their last frames. Every picture is decoded once; memory holds
+    one window and what the next ones share with it, however long the video is.
+
+    >>> for frames in stream_windows("long.mp4", [w.frames for w in windows], size=160): ...  # doctest: +SKIP
+    """
+    lists = [np.asarray(window, dtype=np.int64).reshape(-1).tolist() for window in windows]
+    last_use = {index: k for k, window in enumerate(lists) for index in window}
+    held: dict[int, Picture] = {}
+    k, lacking = 0, set(lists[0]) if lists else set()
+    for index, picture in _pictures(path, np.array(sorted(last_use), dtype=np.int64), size, threads, broken, problems):
+        held[index] = picture
+        lacking.discard(index)
+        while not lacking:
+            yield torch.from_numpy(np.stack([held[i] for i in lists[k]]))
+            held = {i: kept for i, kept in held.items() if last_use[i] > k}
+            k += 1
+            if k == len(lists):
+                return
+            lacking = set(lists[k]) - held.keys()
+
+
+def check_video(path: str | Path, video: Video | None = None, *, thorough: bool = False) -> list[Problem]:
+    """What is odd about a file, and about the annotation that goes with it; `thorough` decodes all of it and looks at every frame's time.
+
+    A file that cannot be read is one error in the list.
+
+    >>> check_video("v_001.mp4", annotations.videos["v_001"])  # doctest: +SKIP
+    [Problem(severity='warning', kind='frame count', video='v_001', message='...')]
+    """
+    name = video.name if video is not None else Path(path).stem
+    problems: list[Problem] = []
+    try:
+        info = probe(path)
+        if thorough:
+            for _ in _pictures(path, np.arange(info.frames), None, 1, "keep", problems):
+                pass
+            problems += _unsteady(path, info)
+    except TensorkeepError as error:
+        return [Problem("error", "unreadable video", name, error.line)]
+    if info.problem:
+        problems.append(Problem("error", "truncated video", name, info.problem))
+    if video is not None:
+        problems += _disagreements(info, video)
+    return [problem._replace(video=name) for problem in problems]
+
+
+def _unsteady(path: str | Path, info: VideoInfo) -> Iterator[Problem]:
+    """A variable frame rate: seconds of the annotation are turned into frames as if it were constant."""
+    table = frame_table(path)
+    if table.counted:
+        return
+    shown = (table.pts - table.pts[0]) * table.time_base
+    drift = float(np.abs(shown - np.arange(len(shown)) / info.fps).max())
+    if drift > _DRIFT:
+        message = (
+            f"its frame rate varies: frames are shown up to {drift:.2f} s away from where {info.fps:.3f} a second puts"
+        )
+        yield Problem("warning", "variable frame rate", None, f"{message} them (ffmpeg -i FILE -vf fps=30 NEW.mp4)")
+
+
+def _disagreements(info: VideoInfo, video: Video) -> Iterator[Problem]:
+    if video.frames and video.frames != info.frames:
+        message = f"the annotation counts {video.frames} frames, the file has {info.frames}"
+        away = abs(video.frames - info.frames) / info.fps
+        yield Problem("warning" if away > 1 else "info", "frame count", video.name, message)
+    if video.duration and abs(video.duration - info.duration) > max(1.0, 0.01 * info.duration):
+        message = f"the annotation says {video.duration:.2f} s, the file lasts {info.duration:.2f} s"
+        yield Problem("error", "duration", video.name, f"{message}: segments will lie elsewhere")
+
+
+def _own(number: int, shape: tuple[int, int]) -> Picture:
+    return np.empty((3, *shape), dtype=np.uint8)
+
+
+def _pictures(
+    path: str | Path, indices: NDArray[np.int64], size: Size, threads: int, broken: Broken,
+    problems: list[Problem] | None, room: Callable[[int, tuple[int, int]], Picture] = _own,
+) -> Iterator[tuple[int, Picture]]:  # fmt: skip
+    """`(index, [3, H, W])` for every one of `indices` (rising, no repetition), in this order; none is left out.
+
+    `room(k, (H, W))`: memory for the k-th.
+    """
+    table = frame_table(path)
+    if len(indices) and not 0 <= indices[0] <= indices[-1] < len(table.pts):
+        what = f"frames {indices[0]} to {indices[-1]} were asked for, it has {len(table.pts)}"
+        raise TensorkeepError(what, where=path, hint="frame counts of the annotation and the file differ")
+    said = problems if problems is not None else []
+    # one for all frames: setting one up costs more than using it
+    reformatter = import_av().video.reformatter.VideoReformatter()
+    last: Picture | None = None
+    waiting: list[int] = []  # frames that did not come, before the first that did
+    shape: tuple[int, int] | None = None
+    for k, (index, frame, damaged) in enumerate(_frames(path, table, indices, threads, broken)):
+        if damaged or frame is None:
+            what = f"frame {index} {'cannot be decoded' if frame is None else 'is damaged'}"
+            if broken == "error":
+                raise TensorkeepError(what, where=path, hint=MEND)
+            said.append(Problem("warning", "damaged video", Path(path).stem, what))
+        if frame is None and last is None:
+            waiting.append(index)
+            continue
+        shape = shape or _target(frame, size)
+        made = room(k, shape)
+        if frame is not None:
+            _paint(reformatter, frame, made)
+        elif last is not None:
+            made[...] = last
+        last = made
+        for number, early in enumerate(waiting):
+            repeated = room(number, shape)
+            repeated[...] = last
+            yield early, repeated
+        waiting = []
+        yield index, last
+    if waiting:
+        raise TensorkeepError(f"none of its frames {waiting[0]} to {waiting[-1]} can be decoded", where=path, hint=MEND)
+
+
+def _frames(
+    path: str | Path, table: FrameTable, indices: NDArray[np.int64], threads: int, broken: Broken
+) -> Iterator[tuple[int, Any, bool]]:
+    """`(index, PyAV frame or None, damaged)` in rising order. What does not come is looked for once more from the start."""
+    tries = 3  # a file in which this many searches were in vain is damaged; it is not searched again and again
+    with opened(path, threads) as (container, stream):
+        for index, frame, damaged in _reach(container, stream, table, indices, broken, path):
+            if frame is None and tries and not table.counted:
+                with opened(path, threads) as (whole, its_stream):
+                    found = list(_reach(whole, its_stream, table, np.array([index]), broken, path, from_start=True))
+                frame, damaged = found[0][1:]
+                tries -= frame is None
+            yield index, frame, damaged
+
+
+def _reach(
+    container: Any, stream: Any, table: FrameTable, indices: NDArray[np.int64], broken: Broken, path: str | Path,
+    *, from_start: bool = False,
+) -> Iterator[tuple[int, Any, bool]]:  # fmt: skip
+    """As `_frames`, once: keyframe by keyframe, or `from_start` with every picture decoded."""
+    simple = from_start or table.counted
+    runs = [(-1, indices.tolist())] if simple else _runs(table, indices)
+    skips = not simple and stream.codec_context.name in _DISPOSABLE
+    for key, run in runs:
+        if key >= 0:
+            container.seek(int(table.key_pts[key]), stream=stream, backward=True)
+        since = int(table.key_pts[key]) if key > 0 else None
+        wanted = {int(table.pts[index]): index for index in run}
+        place, damaged = 0, False
+        for count, frame in enumerate(_decoded(container, stream, wanted, skips, broken, path)):
+            stamp = count if table.counted else frame.pts
+            if since is None or (
+                stamp is not None and stamp >= since
+            ):  # pictures before the keyframe lack what they need
+                damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
+            index = wanted.get(stamp)
+            if index is None or index < run[place]:
+                continue
+            while run[place] < index:
+                yield run[place], None, True
+                place += 1
+            yield index, frame, damaged
+            place += 1
+            if place == len(run):
+                break
+        for index in run[place:]:
+            yield index, None, True
+
+
+def _decoded(
+    container: Any, stream: Any, wanted: dict[int, int], skips: bool, broken: Broken, path: str | Path
+) -> Iterator[Any]:
+    """Pictures from here on, in the order of presentation; those not wanted and not referred to may be left out."""
+    av, context, skipping = import_av(), stream.codec_context, False
+    for packet in container.demux(stream):
+        skip = skips and packet.pts is not None and packet.pts not in wanted
+        if skip is not skipping:  # said only where it changes: saying it costs a tenth of decoding a small picture
+            context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError as error:
+            if broken == "error":
+                raise TensorkeepError(f"cannot be decoded: {error}", where=path, hint=MEND) from None
+
+
+def _runs(table: FrameTable, indices: NDArray[np.int64]) -> list[tuple[int, list[int]]]:
+    """`(keyframe, frames)`: frames that are decoded in one go from a keyframe on; a gap of whole keyframe intervals
+    starts the next run."""
+    keys = np.maximum(np.searchsorted(table.key_pts, table.pts[indices], side="right") - 1, 0)
+    runs: list[tuple[int, list[int]]] = []
+    previous = -2
+    for key, index in zip(keys.tolist(), indices.tolist()):
+        if key > previous + 1:
+            runs.append((key, []))
+        runs[-1][1].append(index)
+        previous = key
+    return runs
+
+
+def _torchcodec_frames(path: str | Path, wanted: NDArray[np.int64], size: Size, threads: int) -> Tensor:
+    try:
+        decoders = importlib.import_module("torchcodec.decoders")
+    except (ImportError, RuntimeError, OSError) as error:  # it fails in each of these ways where FFmpeg does not fit
+        hint = "pip install torchcodec, and FFmpeg's shared libraries; or leave the decoder at pyav"
+        raise TensorkeepError(f"torchcodec cannot be used: {str(error).splitlines()[0]}", hint=hint) from error
+    try:
+        reader = decoders.VideoDecoder(str(path), dimension_order="NCHW", num_ffmpeg_threads=threads)
+        frames: Tensor = reader.get_frames_at(indices=wanted.tolist()).data  # [T, 3, H, W]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise TensorkeepError(f"torchcodec cannot decode it: {error}", where=path, hint=MEND) from error
+    shape = fitted(frames.shape[2], frames.shape[3], size)
+    return frames if shape == frames.shape[2:] else F.interpolate(frames, shape, mode="bilinear", antialias=True)
+
+
+def _target(frame: Any, size: Size) -> tuple[int, int]:
+    """Height and width as shown, after rotation."""
+    height, width = frame.height, frame.width
+    return fitted(width, height, size) if quarter_turn(frame.rotation) % 180 else fitted(height, width, size)
+
+
+def fitted(height: int, width: int, size: Size) -> tuple[int, int]:
+    """Height and width of a picture whose short side becomes `size`, its shape kept; or `size` itself, or as it was.
+
+    >>> fitted(180, 320, 90)
+    (90, 160)
+    """
+    if size is None:
+        return height, width
+    if isinstance(size, tuple):
+        return size
+    factor = size / min(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _paint(reformatter: Any, frame: Any, out: Picture) -> None:
+    """The frame into `out [3, H, W]`, scaled to its size, turned as it is meant to be seen."""
+    turn = quarter_turn(frame.rotation)
+    height, width = out.shape[1:] if turn % 180 == 0 else out.shape[:0:-1]
+    # libswscale's unscaled way to planes leaves the last columns of widths that are no multiple of 8 unwritten
+    same = (height, width) == (frame.height, frame.width)
+    form = "rgb24" if same else "gbrp"  # planes cost half of what interleaved RGB does
+    made = reformatter.reformat(frame, width=width, height=height, format=form, interpolation="BILINEAR", threads=1)
+    rows = [np.frombuffer(plane, np.uint8).reshape(height, plane.line_size) for plane in made.planes]
+    place = np.rot90(out, -turn // 90, axes=(1, 2)) if turn else out  # a view: turned back, it is the picture as stored
+    if same:
+        place[...] = rows[0][:, : 3 * width].reshape(height, width, 3).transpose(2, 0, 1)
+        return
+    for channel, k in enumerate((2, 0, 1)):
+        place[channel] = rows[k][:, :width]

@@ -1,0 +1,298 @@
+"""Adapters for the video transformer, and the two backbones users look for by name.
+
+`VisionTransformerAdapter` is OpenTAD's: temporal-informative adapters (TIA) in chosen blocks, the rest frozen.
+`VisionTransformerQLoRA` puts `QLoRAAdapter` there. LoRA on the pretrained linears themselves is `add_lora`.
+Trainable weights are float32 and are cast to the activations' dtype at use, so a bf16 backbone needs no autocast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorkeep.detection.model.time_mix import time_mix
+from tensorkeep.detection.model.vit import Checkpointing, VideoShape, VisionTransformer, VitConfig
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.adapters.lora import low_rank
+from tensorkeep.quantization.linear import QuantLinear
+
+Tuning = Literal["adapter", "all", "none"]
+LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which adapter, in which blocks (None: all). The `lora_*` and `quantize_bits` fields act on `qlora` only."""
+
+    kind: Literal["tia", "plain", "qlora"] = "tia"
+    ratio: float = 0.25
+    blocks: tuple[int, ...] | None = None
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    quantize_bits: Literal[4, 8] = 4
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates on linears of every block; `targets` are names inside a block."""
+
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+
+def _linear(x: Tensor, layer: nn.Linear, factor: Tensor | None = None) -> Tensor:
+    """`factor * layer(x)` in the dtype of `x`; the factor `[1]` goes into the weights, which are smaller."""
+    if factor is None:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return F.linear(x, (layer.weight * factor).to(x.dtype), (layer.bias * factor).to(x.dtype))
+
+
+class TemporalConv(nn.Module):
+    """Depthwise convolution over time, then pointwise: `u -> W (w * u + b_w) + b`, on `[V, T, S, r]`.
+
+    Written as matrix products on the token layout: no transpose, and a backward of matrix products and sums.
+    """
+
+    dwconv: nn.Conv1d
+    conv: nn.Conv1d
+
+    def _make_temporal(self, width: int, kernel_size: int) -> None:
+        self.dwconv = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        self.conv = nn.Conv1d(width, width, 1)
+        nn.init.normal_(self.dwconv.weight, std=math.sqrt(2.0 / kernel_size))
+        nn.init.normal_(self.conv.weight, std=math.sqrt(2.0 / width))
+        for layer in (self.dwconv, self.conv):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def temporal(self, z: Tensor, shape: VideoShape) -> Tensor:
+        """`z + conv(dwconv(z))` for `z [videos * chunks, t*h*w, r]`, over all chunks of a video."""
+        depthwise, pointwise = self.dwconv.weight, self.conv.weight.squeeze(-1)  # [r, 1, k], [r, r]
+        assert self.dwconv.bias is not None and self.conv.bias is not None
+        # both convolutions are linear: each time step has one matrix
+        taps = pointwise * depthwise[:, 0].T[:, None]  # [k, r, r]
+        bias = pointwise @ self.dwconv.bias + self.conv.bias
+        u = z.reshape(shape.videos, -1, shape.h * shape.w, z.shape[-1])  # [V, T, h*w, r]: chunks lie in time order
+        return time_mix(u, taps.to(z.dtype), bias.to(z.dtype)).view(z.shape)
+
+
+class Adapter(TemporalConv):
+    """Temporal-informative adapter (AdaTAD): identity at the start, since `up_proj` is zero.
+
+    `z = GELU(down x)`; `y = x + gamma * up(z + conv(dwconv_k3(z)))`, both convolutions over the time of the whole
+    video. Parameters per block: `2 C r + r^2 + 6 r + C + 1`.
+    """
+
+    def __init__(self, dim: int, width: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self._make_temporal(width, kernel_size)
+        self.down_proj = nn.Linear(dim, width)
+        self.up_proj = nn.Linear(width, dim)
+        self.gamma = nn.Parameter(torch.ones(1))
+        _start_as_identity(self.down_proj, self.up_proj)
+
+    def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        z = F.gelu(_linear(x, self.down_proj))  # [N, L, r]
+        return _linear(self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
+
+    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """`x [videos * chunks, t*h*w, C]` -> same shape."""
+        return x + self.branch(x, shape)
+
+
+class PlainAdapter(nn.Module):
+    """Bottleneck without the temporal convolution: `y = x + gamma * up(GELU(down x))`."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.down_proj = nn.Linear(dim, width)
+        self.up_proj = nn.Linear(width, dim)
+        self.gamma = nn.Parameter(torch.ones(1))
+        _start_as_identity(self.down_proj, self.up_proj)
+
+    def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        return _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj, self.gamma)
+
+    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """`x [videos * chunks, t*h*w, C]` -> same shape."""
+        return x + self.branch(x, shape)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear (dense or quantised) plus a trainable low-rank update: `base(x) + (alpha / r) B A drop(x)`.
+
+    The base is a child of its own, as detection's files name it (`X.base.weight`); the arithmetic is `lora.low_rank`.
+    `lora_B` starts at zero, so the first forward equals the base bitwise where the base has no dropout of its own.
+
+    >>> layer = LoRALinear(nn.Linear(8, 4), r=2, alpha=4)
+    >>> sorted(n for n, p in layer.named_parameters() if p.requires_grad)
+    ['lora_A', 'lora_B']
+    """
+
+    base: nn.Linear | QuantLinear
+
+    def __init__(self, base: nn.Linear | QuantLinear, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        if r < 1:
+            raise TensorkeepError(f"lora_r must be at least 1, got {r}", where="LoRALinear")
+        self.base = base
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale = alpha / r
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]`."""
+        return low_rank(x, self.base, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
+
+
+class QLoRAAdapter(TemporalConv):
+    """The seeds' adapter: frozen (quantisable) down and up projections with LoRA, and a trainable temporal convolution.
+
+    The frozen projections hold no pretrained knowledge: `down_proj.base` is a random projection and `up_proj.base`
+    is zero, so that training starts from the identity. At C=384, ratio 0.25, r=16: 98,785 parameters, 25,057 of
+    them trainable. `quantize_adapters` stores the frozen ones in `quantize_bits`.
+    """
+
+    def __init__(
+        self, dim: int, width: int, lora_r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.1,
+        quantize_bits: int = 4, kernel_size: int = 3,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if quantize_bits not in (4, 8):
+            raise TensorkeepError(f"quantize_bits must be 4 or 8, got {quantize_bits}", where="QLoRAAdapter")
+        self.quantize_bits = quantize_bits
+        self._make_temporal(width, kernel_size)
+        down, up = nn.Linear(dim, width, bias=False), nn.Linear(width, dim, bias=False)
+        _start_as_identity(down, up)
+        self.down_proj = LoRALinear(down, lora_r, lora_alpha, lora_dropout)
+        self.up_proj = LoRALinear(up, lora_r, lora_alpha, lora_dropout)
+        self.gamma = nn.Parameter(torch.ones(1))
+
+    def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        z = F.gelu(self.down_proj(x))  # [N, L, r]
+        out: Tensor = self.up_proj(self.temporal(z, shape))  # [N, L, C]
+        return out * self.gamma.to(out.dtype)
+
+    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """`x [videos * chunks, t*h*w, C]` -> same shape."""
+        return x + self.branch(x, shape)
+
+
+def _start_as_identity(down: nn.Linear, up: nn.Linear) -> None:
+    nn.init.trunc_normal_(down.weight, std=0.02)
+    nn.init.zeros_(up.weight)
+    for layer in (down, up):
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def add_adapters(vit: VisionTransformer, config: AdapterConfig) -> None:
+    """Hang an adapter on the chosen blocks of `vit`, in place.
+
+    Raises TensorkeepError where a block index does not exist.
+    """
+    dim, depth = vit.config.embed_dim, vit.config.depth
+    width = int(dim * config.ratio)
+    for index in range(depth) if config.blocks is None else config.blocks:
+        if not 0 <= index < depth:
+            raise TensorkeepError(f"there is no block {index}: the ViT has {depth}", where="adapter.blocks")
+        vit.blocks[index].adapter = _make_adapter(config, dim, width)
+
+
+def _make_adapter(config: AdapterConfig, dim: int, width: int) -> nn.Module:
+    if config.kind == "tia":
+        return Adapter(dim, width)
+    if config.kind == "plain":
+        return PlainAdapter(dim, width)
+    return QLoRAAdapter(dim, width, config.lora_r, config.lora_alpha, config.lora_dropout, config.quantize_bits)
+
+
+def add_lora(vit: VisionTransformer, config: LoraConfig) -> None:
+    """Wrap the named linears of every block with `LoRALinear`, in place; the q and v biases stay outside and survive.
+
+    Raises TensorkeepError for a name that is no linear of a block.
+    """
+    unknown = sorted(set(config.targets) - set(LORA_TARGETS))
+    if unknown:
+        raise TensorkeepError(
+            f"no linear named {', '.join(unknown)} in a block", where="lora.targets",
+            hint=near_misses(unknown[0], LORA_TARGETS) or f"choose among {', '.join(LORA_TARGETS)}",
+        )  # fmt: skip
+    for block in vit.blocks:
+        for target in config.targets:
+            parent_name, name = target.split(".")
+            parent = block.get_submodule(parent_name)
+            linear = LoRALinear(getattr(parent, name), config.lora_r, config.lora_alpha, config.lora_dropout)
+            setattr(parent, name, linear)
+
+
+def set_trainable(vit: VisionTransformer, tuning: Tuning) -> None:
+    """Decide once which backbone weights train: `adapter` (adapters and LoRA), `all`, or `none`.
+
+    `fc_norm` never trains: no feature map passes through it. The frozen bases under LoRA stay frozen in each case.
+    """
+    for name, parameter in vit.named_parameters():
+        parts = name.split(".")
+        if tuning == "none" or "base" in parts or parts[0] == "fc_norm":
+            parameter.requires_grad_(False)
+        elif tuning == "adapter":
+            parameter.requires_grad_("adapter" in parts or parts[-1] in ("lora_A", "lora_B"))
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the frozen floating parameters in `dtype`, in place: their compute dtype. Trainable ones and buffers stay."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+class VisionTransformerAdapter(VisionTransformer):
+    """VideoMAE ViT with temporal-informative adapters, everything else frozen (AdaTAD's backbone)."""
+
+    def __init__(
+        self, config: VitConfig, adapter: AdapterConfig | None = None, checkpointing: Checkpointing = "none",
+        lora: LoraConfig | None = None, tuning: Tuning = "adapter",
+    ) -> None:  # fmt: skip
+        super().__init__(config, checkpointing)
+        add_adapters(self, adapter or AdapterConfig())
+        if lora is not None:
+            add_lora(self, lora)
+        set_trainable(self, tuning)
+
+
+class VisionTransformerQLoRA(VisionTransformerAdapter):
+    """VideoMAE ViT with the seeds' `QLoRAAdapter` in the chosen blocks (None: all), everything else frozen.
+
+    `use_plain_adapter=True` takes `PlainAdapter` instead: no temporal convolution, nothing quantised.
+
+    >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
+    >>> type(VisionTransformerQLoRA(config, lora_r=4).blocks[0].adapter).__name__
+    'QLoRAAdapter'
+    """
+
+    def __init__(
+        self, config: VitConfig, lora_r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.1,
+        quantize_bits: Literal[4, 8] = 4, use_plain_adapter: bool = False, blocks: Sequence[int] | None = None,
+        checkpointing: Checkpointing = "none",
+    ) -> None:  # fmt: skip
+        chosen = None if blocks is None else tuple(blocks)
+        kind: Literal["plain", "qlora"] = "plain" if use_plain_adapter else "qlora"
+        adapter = AdapterConfig(kind, 0.25, chosen, lora_r, lora_alpha, lora_dropout, quantize_bits)
+        super().__init__(config, adapter, checkpointing)

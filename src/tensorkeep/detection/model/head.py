@@ -1,0 +1,201 @@
+"""Neck and head: pyramid levels to class logits and boundary offsets, and the loss on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorkeep.detection.model.assignment import assign_batch, make_points
+from tensorkeep.detection.model.losses import diou_loss, focal_loss, giou_loss, smooth_targets
+from tensorkeep.detection.model.projection import ConvModule, channel_norm
+from tensorkeep.errors import TensorkeepError
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """`ranges`: shortest and longest distance (grid units) that each level regresses. `centre_radius` in strides;
+    None: no centre sampling. `loss_weight <= 0` weighs the regression by the ratio of the two losses."""
+
+    classes: int = 20
+    channels: int = 512
+    convs: int = 2
+    prior: float = 0.01
+    strides: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ranges: tuple[tuple[float, float], ...] = ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 10000))
+    point_offset: bool = False
+    centre_radius: float | None = 1.5
+    near_ties: bool = True
+    loss_normalizer: float = 100.0
+    loss_normalizer_momentum: float = 0.9
+    label_smoothing: float = 0.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    regression: Literal["diou", "giou"] = "diou"
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.strides) != len(self.ranges):
+            what = f"{len(self.strides)} strides but {len(self.ranges)} ranges"
+            raise TensorkeepError(what, where="head", hint="give one range for each level")
+
+
+class Predictions(NamedTuple):
+    """Raw outputs per level, fine to coarse."""
+
+    logits: list[Tensor]  # [B, K, T_l]
+    offsets: list[Tensor]  # [B, 2, T_l], strides, not negative
+    masks: list[Tensor]  # [B, T_l], True = valid
+    points: tuple[Tensor, ...]  # [T_l, 4]: time, range low, range high, stride
+
+
+class Losses(NamedTuple):
+    """Scalars: `cost = cls_loss + reg_loss` is what is minimised; `positives` is the count behind it."""
+
+    cls_loss: Tensor
+    reg_loss: Tensor
+    cost: Tensor
+    positives: Tensor
+
+
+class LevelScale(nn.Module):
+    """One learned factor for a level's offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 2, T] -> [B, 2, T]`."""
+        return x * self.scale
+
+
+class Neck(nn.Module):
+    """A layer norm (eps 1e-6) per level; no mixing of levels."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=1e-6) for _ in range(levels))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Per level `[B, C, T_l] -> [B, C, T_l]`."""
+        levels = []
+        for x, norm in zip(features, self.norms):
+            assert isinstance(norm, nn.LayerNorm)
+            levels.append(channel_norm(x, norm))
+        return levels
+
+
+def refine_segments(points: Tensor, offsets: Tensor) -> Tensor:
+    """Segments `[..., P, 2]` on the feature grid from points `[P, 4]` and offsets `[..., P, 2]` in strides.
+
+    `(t - o_left * stride, t + o_right * stride)`.
+
+    >>> refine_segments(torch.tensor([[8.0, 0.0, 4.0, 2.0]]), torch.tensor([[1.0, 2.0]]))
+    tensor([[ 6., 12.]])
+    """
+    time, stride = points[:, 0], points[:, 3]
+    return torch.stack([time - offsets[..., 0] * stride, time + offsets[..., 1] * stride], -1)
+
+
+def valid_proposals(predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
+    """Per video segments `[M, 2]` (grid units) and sigmoid scores `[M, K]` of the valid points, fine to coarse."""
+    offsets = torch.cat(predictions.offsets, 2).transpose(1, 2)  # [B, P, 2]
+    segments = refine_segments(torch.cat(predictions.points), offsets.float())
+    scores = torch.cat(predictions.logits, 2).transpose(1, 2).float().sigmoid()  # [B, P, K]
+    masks = torch.cat(predictions.masks, 1)  # [B, P]
+    return [(s[m], p[m]) for s, p, m in zip(segments, scores, masks)]
+
+
+class Head(nn.Module):
+    """Two towers shared by all levels, then class logits and offsets.
+
+    >>> head = Head(HeadConfig(classes=3, channels=8, strides=(1,), ranges=((0, 10),)), in_channels=8)
+    >>> out = head([torch.zeros(1, 8, 4)], [torch.ones(1, 4, dtype=torch.bool)])
+    >>> out.logits[0].shape, out.offsets[0].shape
+    (torch.Size([1, 3, 4]), torch.Size([1, 2, 4]))
+    """
+
+    def __init__(self, config: HeadConfig, in_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.channels
+        widths = [in_channels, *[channels] * config.convs][: config.convs]
+        self.cls_convs = nn.ModuleList(ConvModule(width, channels, 3) for width in widths)
+        self.reg_convs = nn.ModuleList(ConvModule(width, channels, 3) for width in widths)
+        self.cls_head = nn.Conv1d(channels, config.classes, 3, padding=1)
+        self.reg_head = nn.Conv1d(channels, 2, 3, padding=1)
+        self.scale = nn.ModuleList(LevelScale() for _ in config.strides)
+        # a float from the start: OpenTAD's is int64 until the first step, and its EMA truncates it by 1 each update
+        self.register_buffer("loss_normalizer", torch.tensor(float(config.loss_normalizer)))
+        if config.prior > 0 and self.cls_head.bias is not None:
+            nn.init.constant_(self.cls_head.bias, -math.log((1 - config.prior) / config.prior))
+
+    def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Predictions:
+        """Per level `[B, C, T_l]` and `[B, T_l]` to raw predictions; only the towers are masked."""
+        logits, offsets = [], []
+        for x, mask, scale in zip(features, masks, self.scale):
+            classify, regress = x, x
+            for cls_conv, reg_conv in zip(self.cls_convs, self.reg_convs):
+                classify, regress = cls_conv(classify, mask), reg_conv(regress, mask)
+            logits.append(self.cls_head(classify))  # [B, K, T_l]
+            offsets.append(F.relu(scale(self.reg_head(regress))))  # [B, 2, T_l]
+        lengths = tuple(x.shape[-1] for x in features)
+        config = self.config
+        points = make_points(lengths, config.strides, config.ranges, config.point_offset, features[0].device)
+        return Predictions(logits, offsets, list(masks), points)
+
+    def loss(self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]) -> Losses:
+        """Losses of one batch, in float32; in training mode the normaliser moves first and is then used.
+
+        `segments[b] [N, 2]` on the feature grid, `labels[b] [N]`; N may be 0.
+        """
+        sums = self.loss_sums(predictions, segments, labels)
+        return self.weigh(*sums, self.update_normalizer(sums[2]))
+
+    def loss_sums(
+        self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the focal loss over valid points, of the regression loss over positives, and their count."""
+        config = self.config
+        with torch.autocast(predictions.logits[0].device.type, enabled=False):
+            logits = torch.cat(predictions.logits, 2).transpose(1, 2).float()  # [B, P, K]
+            offsets = torch.cat(predictions.offsets, 2).transpose(1, 2).float()  # [B, P, 2]
+            valid = torch.cat(predictions.masks, 1)  # [B, P]
+            classes, distances = assign_batch(
+                predictions.points, segments, labels, config.classes, config.centre_radius, config.near_ties
+            )
+            positive = (classes.sum(-1) > 0) & valid  # [B, P]
+            targets = smooth_targets(classes, config.label_smoothing)
+            focal = focal_loss(logits, targets, config.focal_alpha, config.focal_gamma)  # [B, P, K]
+            # weights instead of boolean indexing: no sync with the host, and a deterministic backward
+            cls_sum = (focal * valid[..., None]).sum()
+            points = torch.cat(predictions.points)
+            distances = torch.where(positive[..., None], distances, 0.0)
+            regression = diou_loss if config.regression == "diou" else giou_loss
+            each = regression(refine_segments(points, offsets), refine_segments(points, distances))  # [B, P]
+            return cls_sum, (each * positive).sum(), positive.sum()
+
+    @torch.no_grad()
+    def update_normalizer(self, positives: Tensor) -> Tensor:
+        """Divisor of the losses: in training `n <- m n + (1 - m) max(positives, 1)`, kept as state; else the count."""
+        count = positives.clamp(min=1).float()
+        if not self.training:
+            return count
+        state, momentum = self.get_buffer("loss_normalizer"), self.config.loss_normalizer_momentum
+        state.copy_(momentum * state + (1 - momentum) * count)
+        return state.clone()  # the state may move again before this step's backward
+
+    def weigh(self, cls_sum: Tensor, reg_sum: Tensor, positives: Tensor, normalizer: Tensor) -> Losses:
+        """Sums to losses; call it with global counts where a batch is spread over ranks or accumulation steps."""
+        cls_loss, reg_loss = cls_sum / normalizer, reg_sum / normalizer
+        if self.config.loss_weight > 0:
+            reg_loss = reg_loss * self.config.loss_weight
+        else:
+            reg_loss = reg_loss * (cls_loss.detach() / reg_loss.detach().clamp(min=0.01))
+        return Losses(cls_loss, reg_loss, cls_loss + reg_loss, positives)

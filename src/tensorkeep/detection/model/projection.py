@@ -1,0 +1,261 @@
+"""ActionFormer's projection: features `[B, C, T]` to a pyramid of levels, by masked convolutions and attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorkeep.detection.model.positions import sinusoid_table
+from tensorkeep.detection.model.resize import linear_resize
+from tensorkeep.detection.model.vit import draw_kept
+from tensorkeep.errors import TensorkeepError
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """`windows`: attention window per level, stem first (odd; 1 or less: global); a single number serves every level.
+
+    `layer_scale` gives each residual branch a per-channel scale that starts at 1e-4. `max_length` is the padded
+    length in grid steps, and of the position table.
+    """
+
+    in_channels: int = 384
+    channels: int = 512
+    embed_layers: int = 2
+    stem_layers: int = 2
+    branch_layers: int = 5
+    kernel_size: int = 3
+    heads: int = 4
+    windows: tuple[int, ...] = (-1,)
+    drop_path: float = 0.1
+    layer_scale: bool = True
+    input_dropout: float = 0.0
+    proj_dropout: float = 0.0
+    positions: bool = False
+    max_length: int = 768
+
+    def __post_init__(self) -> None:
+        if self.channels % self.heads:
+            what = f"channels {self.channels} is not a multiple of heads {self.heads}"
+            raise TensorkeepError(what, where="projection")
+        if len(self.windows) not in (1, 1 + self.branch_layers):
+            what = f"windows has {len(self.windows)} entries, the pyramid {1 + self.branch_layers} levels"
+            raise TensorkeepError(what, where="projection", hint="give one window, or one for each level")
+
+    @property
+    def level_windows(self) -> tuple[int, ...]:
+        """The window of each level, stem first."""
+        return self.windows if len(self.windows) > 1 else self.windows * (1 + self.branch_layers)
+
+
+def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Layer norm over the channels of `[B, C, T]`."""
+    out: Tensor = norm(x.transpose(1, 2)).transpose(1, 2)
+    return out
+
+
+def halve_mask(mask: Tensor) -> Tensor:
+    """Validity `[B, T]` at stride 2: `[B, ceil(T / 2)]`, nearest with floor (`mask[:, ::2]` for even T).
+
+    >>> halve_mask(torch.tensor([[True, False, True]]))
+    tensor([[ True, False]])
+    """
+    length = mask.shape[1]
+    half = (length + 1) // 2
+    if length % 2 == 0:
+        return mask[:, ::2]
+    return mask[:, torch.arange(half, device=mask.device) * length // half]
+
+
+def halve_max(x: Tensor) -> Tensor:
+    """Max pooling of window 3, stride 2, padding 1 over time: `[B, C, T] -> [B, C, ceil(T / 2)]`.
+
+    As selections, with the first of equals: CUDA's pooling backward adds with atomics.
+    """
+    padded = F.pad(x, (1, 1), value=-torch.inf)
+    half = (x.shape[-1] + 1) // 2
+    left, centre, right = (padded[..., k::2][..., :half] for k in range(3))
+    best = torch.where(left >= centre, left, centre)
+    return torch.where(best >= right, best, right)
+
+
+def global_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention over valid keys. `q, k, v [B, heads, T, d]`, `mask [B, T]` True = valid -> `[B, heads, T, d]`."""
+    seen = mask | ~mask.any(1, keepdim=True)  # an item without a valid key would be NaN, and with it the whole loss
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> Tensor:
+    """Attention of each position to valid keys at most `window // 2` away, for any length.
+
+    Shapes as in `global_attention`. Queries are cut into blocks that see their own and the two neighbouring key
+    blocks, so memory grows with T, not its square. Rows of invalid queries are finite but without meaning.
+    """
+    reach, length = window // 2, q.shape[2]
+    size = max(reach, 32)
+    blocks = -(-length // size)
+    tail = blocks * size - length
+    batch, heads, _, width = q.shape
+    q, k, v = (F.pad(x, (0, 0, 0, tail)).view(batch, heads, blocks, size, width) for x in (q, k, v))
+    valid = F.pad(mask, (0, tail)).view(batch, 1, blocks, size, 1)
+    k, v, valid = (_with_neighbours(x, reach) for x in (k, v, valid))  # n blocks of size + 2 * reach
+    row = torch.arange(size, device=q.device)[:, None]
+    column = torch.arange(size + 2 * reach, device=q.device) - reach
+    near = (row - column).abs() <= reach
+    # a query always sees itself, or the softmax of a row without valid keys would be NaN
+    allowed = (near & valid.transpose(-1, -2)) | (row == column)  # [B, 1, n, size, size + 2 * reach]
+    q, k, v, allowed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, allowed))  # blocks as batch items
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B * n, heads, size, d]
+    out = out.view(batch, blocks, heads, size, width).transpose(1, 2)
+    return out.flatten(2, 3)[:, :, :length]
+
+
+def _with_neighbours(x: Tensor, reach: int) -> Tensor:
+    """Blocks `[B, h, n, size, d]` with `reach` rows of the block before and after: `[B, h, n, size + 2 reach, d]`."""
+    before = F.pad(x[:, :, :-1, x.shape[3] - reach :], (0, 0, 0, 0, 1, 0))
+    after = F.pad(x[:, :, 1:, :reach], (0, 0, 0, 0, 0, 1))
+    return torch.cat([before, x, after], 3)
+
+
+class ConvModule(nn.Module):
+    """Convolution, mask, layer norm (eps 1e-6), ReLU, mask."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x [B, C, T]`, `mask [B, T]` -> `[B, C', T]`."""
+        keep = mask[:, None].to(x.dtype)
+        x = channel_norm(self.conv(x) * keep, self.norm)
+        return F.relu(x) * keep
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution of width 3 over time, without bias, then the mask."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x [B, C, T]`, `mask [B, T']` (already at the output's stride) -> `[B, C, T']`."""
+        out: Tensor = self.conv(x)
+        return out * mask[:, None].to(out.dtype)
+
+
+class ConvAttention(nn.Module):
+    """Multi-head attention whose q, k, v come from depthwise convolutions; `window > 1` makes it local."""
+
+    def __init__(self, channels: int, heads: int, stride: int, window: int, proj_dropout: float) -> None:
+        super().__init__()
+        self.heads, self.window, self.proj_dropout = heads, window, proj_dropout
+        self.query_conv, self.key_conv, self.value_conv = (DepthwiseConv(channels, stride) for _ in range(3))
+        self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(channels) for _ in range(3))
+        self.key, self.query, self.value, self.proj = (nn.Conv1d(channels, channels, 1) for _ in range(4))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], self.heads, -1, x.shape[2]).transpose(2, 3)  # [B, heads, T, d]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x [B, C, T]`, `mask [B, T']` at the output's stride -> `[B, C, T']`, zero where invalid."""
+        q = self._heads(self.query(channel_norm(self.query_conv(x, mask), self.query_norm)))
+        k = self._heads(self.key(channel_norm(self.key_conv(x, mask), self.key_norm)))
+        v = self._heads(self.value(channel_norm(self.value_conv(x, mask), self.value_norm)))
+        out = global_attention(q, k, v, mask) if self.window <= 1 else banded_attention(q, k, v, mask, self.window)
+        out = self.proj(out.transpose(2, 3).flatten(1, 2))  # [B, C, T']
+        return F.dropout(out, self.proj_dropout, self.training) * mask[:, None].to(out.dtype)
+
+
+class ScaledPath(nn.Module):
+    """Per-channel layer scale (from 1e-4) and stochastic depth on a residual branch; without scale a plain drop path."""
+
+    def __init__(self, channels: int, rate: float, scaled: bool) -> None:
+        super().__init__()
+        self.rate = rate
+        self.scale = nn.Parameter(torch.full((1, channels, 1), 1e-4)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, T] -> [B, C, T]`."""
+        x = x if self.scale is None else self.scale * x
+        kept = draw_kept(x, self.rate, self.training)
+        return x if kept is None else x * kept
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block; stride 2 halves the time axis, with max pooling on the skip path."""
+
+    def __init__(self, config: ProjectionConfig, stride: int, window: int) -> None:
+        super().__init__()
+        channels = config.channels
+        self.stride, self.proj_dropout = stride, config.proj_dropout
+        self.ln1, self.ln2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.attn = ConvAttention(channels, config.heads, stride, window, config.proj_dropout)
+        # the indices of the two convolutions are those of OpenTAD's files
+        drops = [nn.Dropout(config.proj_dropout) for _ in range(2)]
+        widen, narrow = nn.Conv1d(channels, 4 * channels, 1), nn.Conv1d(4 * channels, channels, 1)
+        self.mlp = nn.Sequential(widen, nn.GELU(), drops[0], narrow, drops[1])
+        self.drop_path_attn = ScaledPath(channels, config.drop_path, config.layer_scale)
+        self.drop_path_mlp = ScaledPath(channels, config.drop_path, config.layer_scale)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [B, C, T]`, `mask [B, T]` -> the same at this block's stride."""
+        out_mask = mask if self.stride == 1 else halve_mask(mask)
+        attended = self.attn(channel_norm(x, self.ln1), out_mask)
+        skip = x if self.stride == 1 else halve_max(x)
+        keep = out_mask[:, None].to(skip.dtype)
+        x = skip * keep + self.drop_path_attn(attended)  # [B, C, T']
+        mixed = self.mlp(channel_norm(x, self.ln2))
+        return x + self.drop_path_mlp(mixed * keep.to(mixed.dtype)), out_mask
+
+
+@lru_cache(maxsize=16)
+def _positions(max_length: int, channels: int, length: int, device: torch.device) -> Tensor:
+    table = sinusoid_table(max_length, channels).transpose(1, 2) / channels**0.5  # [1, C, max_length]
+    resized = linear_resize(table, length) if length > max_length else table[..., :length]
+    return resized.to(device)
+
+
+class Projection(nn.Module):
+    """Embedding convolutions, stem blocks at full length, branch blocks halving it: one output per level.
+
+    >>> config = ProjectionConfig(in_channels=8, channels=16, branch_layers=2, max_length=16)
+    >>> features, masks = Projection(config)(torch.zeros(1, 8, 16), torch.ones(1, 16, dtype=torch.bool))
+    >>> [f.shape[-1] for f in features]
+    [16, 8, 4]
+    """
+
+    def __init__(self, config: ProjectionConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, windows = config.channels, config.level_windows
+        widths = [config.in_channels, *[channels] * config.embed_layers][: config.embed_layers]
+        self.embed = nn.ModuleList(ConvModule(width, channels, config.kernel_size) for width in widths)
+        self.stem = nn.ModuleList(TransformerBlock(config, 1, windows[0]) for _ in range(config.stem_layers))
+        self.branch = nn.ModuleList(TransformerBlock(config, 2, window) for window in windows[1:])
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """`x [B, C_in, T]`, `mask [B, T]` True = valid -> per level `[B, C, T_l]` and `[B, T_l]`, fine to coarse."""
+        config = self.config
+        x = F.dropout1d(x, config.input_dropout, self.training)
+        for layer in self.embed:
+            x = layer(x, mask)
+        if config.positions:
+            table = _positions(config.max_length, config.channels, x.shape[-1], x.device)
+            x = x + table.to(x.dtype) * mask[:, None].to(x.dtype)
+        for block in self.stem:
+            x, mask = block(x, mask)
+        features, masks = [x], [mask]
+        for block in self.branch:
+            x, mask = block(x, mask)
+            features.append(x)
+            masks.append(mask)
+        return features, masks

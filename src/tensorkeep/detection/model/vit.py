@@ -1,0 +1,392 @@
+"""The VideoMAE vision transformer: frames in chunks of 16 to a feature map, with a hook for adapters.
+
+Attention stays inside a chunk; only what hangs on `Block.adapter` sees a whole video. Weight names are those of
+the original VideoMAE files (`patch_embed.proj`, `blocks.I.attn.{q_bias,v_bias,qkv,proj}`, `blocks.I.mlp.fc1`, ...).
+Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16, v2-g 1408/40/16 with patch 14 and `mlp_dim` 6144.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tensorkeep.detection.model.chain import HostStore, Kept, run_chain
+from tensorkeep.detection.model.frozen import FrozenTrunk, Segment, attention_kept, run_frozen
+from tensorkeep.detection.model.positions import normalise_frames, resize_positions, sinusoid_table
+from tensorkeep.detection.model.recompute import Link, Stages, part_size, run_segment
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization.linear import QuantLinear
+
+Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
+EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Shape of a VideoMAE ViT. `image_size` [pixels] only sizes the stored position table; any grid can be fed.
+
+    `mean` and `std` are per channel, RGB, on the 0..255 scale.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_dim: int = 1536
+    chunk_frames: int = 16
+    tubelet: int = 2
+    drop_path: float = 0.1
+    eps: float = 1e-6
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.heads:
+            raise TensorkeepError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}", where="vit")
+        if self.chunk_frames % self.tubelet:
+            what = f"chunk_frames {self.chunk_frames} is not a multiple of tubelet {self.tubelet}"
+            raise TensorkeepError(what, where="vit")
+
+
+class VideoShape(NamedTuple):
+    """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w."""
+
+    videos: int
+    t: int
+    h: int
+    w: int
+
+
+def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
+    """Stochastic depth for `x [N, ...]`: a factor `[N, 1, ...]`, 0 or `1 / (1 - rate)` a sample; None: keep all."""
+    if rate == 0.0 or not training:
+        return None
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate).div_(1 - rate)
+
+
+def add_kept(x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
+    """`x + branch * kept` in one pass over memory; shapes as in `draw_kept`."""
+    if kept is None:
+        return x + branch
+    return torch.addcmul(x, branch, kept.to(branch.dtype)) if x.dtype == branch.dtype else x + branch * kept
+
+
+class PatchEmbed(nn.Module):
+    """Tubelets to tokens: a Conv3d whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.kernel = (config.tubelet, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.embed_dim, self.kernel, stride=self.kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [N, 3, t, H, W]` normalised -> tokens `[N, t/2 * H/16 * W/16, C]`; a rest right and below is cut off."""
+        n, channels = x.shape[:2]
+        a, p, q = self.kernel
+        t, h, w = (size // step for size, step in zip(x.shape[2:], self.kernel))
+        if not t * h * w:
+            what = f"frames {tuple(x.shape[2:])} (t, H, W) are smaller than a patch {self.kernel}"
+            raise TensorkeepError(what, where="vit.patch_embed", hint="resize the frames")
+        # as a convolution would: v2-g's patch of 14 leaves 6 of 160 pixels over
+        x = x[:, :, : t * a, : h * p, : w * q].to(self.proj.weight.dtype)
+        x = x.reshape(n, channels, t, a, h, p, w, q)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n, t * h * w, -1)  # [N, L, 3*2*16*16]
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [N, L, C]
+
+
+class Attention(nn.Module):
+    """Self-attention within a chunk; the bias of q, k, v is stored as `q_bias` and `v_bias` (k has none)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.heads = config.heads
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj: nn.Module = nn.Linear(dim, dim)
+
+    def qkv_bias(self) -> Tensor:
+        """`[3C]`."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[N, L, C] -> [N, L, 3C]`. A quantised or low-rank `qkv` is called as it is and gets the bias afterwards."""
+        bias = self.qkv_bias()
+        if type(self.qkv) is nn.Linear:
+            return F.linear(x, self.qkv.weight, bias)
+        out: Tensor = self.qkv(x)
+        return out + bias.to(out.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, L, C] -> [N, L, C]`."""
+        n, length, _ = x.shape
+        qkv = self.project(x).view(n, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, d]
+        out = F.scaled_dot_product_attention(q, k, v)
+        mixed: Tensor = self.proj(out.transpose(1, 2).reshape(n, length, -1))
+        return mixed  # [N, L, C]
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.fc1: nn.Module = nn.Linear(config.embed_dim, config.mlp_dim)
+        self.fc2: nn.Module = nn.Linear(config.mlp_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, L, C] -> [N, L, C]`."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, with `adapter(x, shape)` at its end where one is set."""
+
+    def __init__(self, config: VitConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.mlp = Mlp(config)
+        self.drop_path = drop_path
+        self.adapter: nn.Module | None = None
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Attention and MLP with their residuals: `[N, L, C] -> [N, L, C]`."""
+        kept = [draw_kept(x, self.drop_path, self.training) for _ in range(2)]
+        return self.core(x, kept[0], kept[1])
+
+    def core(self, x: Tensor, kept_attn: Tensor | None, kept_mlp: Tensor | None) -> Tensor:
+        """`trunk` with its random numbers given `[N, 1, 1]`: the part worth compiling."""
+        x = add_kept(x, self.attn(self.norm1(x)), kept_attn)
+        return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)
+
+    def frozen(self, x: Tensor) -> Callable[[], FrozenTrunk] | None:
+        """What makes attention and MLP ready for `run_frozen`; None where one of their weights trains, or computes
+        otherwise. Quantised weights are made numbers at each call."""
+        linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
+        plain = all(type(linear) in (nn.Linear, QuantLinear) for linear in linears)
+        if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
+            return None
+        return partial(self._open, x.dtype)
+
+    def _open(self, dtype: torch.dtype) -> FrozenTrunk:
+        qkv, *linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        proj, fc1, fc2 = ((_numbers(linear, dtype), linear.get_parameter("bias")) for linear in linears)
+        opened = (_numbers(qkv, dtype), self.attn.qkv_bias())
+        return FrozenTrunk(self.norm1, self.norm2, opened, proj, fc1, fc2, self.attn.heads)
+
+    def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """The adapter alone, or nothing: `[N, L, C] -> [N, L, C]`."""
+        if self.adapter is None:
+            return x
+        out: Tensor = self.adapter(x, shape)
+        return out
+
+    def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
+        """`[N, L, C] -> [N, L, C]`."""
+        return self.adapt(self.trunk(x), shape)
+
+
+class VisionTransformer(nn.Module):
+    """VideoMAE encoder, chunk by chunk.
+
+    `checkpointing`: `none` keeps every activation; `blocks` recomputes each block from its input; `attention` does
+    too, but keeps the attention outputs (more memory, no second attention kernel); `segments` keeps one tensor a
+    block, and in a wide ViT the attention output of some, and recomputes a part of the chunks at a time, with a
+    backward written by hand where attention and MLP are frozen (the fastest of them on an H200). `two_level` is
+    `segments` that keeps the input of only about sqrt(2 depth) blocks, and runs most of the forward twice; `offload`
+    keeps the inputs in pinned main memory (least memory, where the bus is fast enough no slower than `segments`).
+
+    >>> vit = VisionTransformer(VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4))
+    >>> vit(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
+    torch.Size([2, 48, 2, 2, 2])
+    """
+
+    def __init__(self, config: VitConfig, checkpointing: Checkpointing = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing: Checkpointing = checkpointing
+        side = config.image_size // config.patch_size
+        self.stored_grid = (config.chunk_frames // config.tubelet, side, side)
+        self.patch_embed = PatchEmbed(config)
+        # persistent, as in OpenTAD's files: what we train loads there strictly
+        self.register_buffer("pos_embed", sinusoid_table(self.stored_grid[0] * side * side, config.embed_dim))
+        self._resized: tuple[Any, Tensor] | None = None
+        self._host = HostStore()
+        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.eps)  # in every checkpoint; unused by feature maps
+        self.apply(_initialise)
+
+    def embed(self, chunks: Tensor) -> Tensor:
+        """Raw frames `[N, 3, t, H, W]` (0..255, uint8 or float) to tokens `[N, L, C]`, without positions."""
+        mean, std = self.config.mean, self.config.std
+        parts = [self.patch_embed(normalise_frames(part, mean, std)) for part in torch.split(chunks, EMBED_CHUNKS)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def positions(self, shape: VideoShape) -> Tensor:
+        """Position table `[1, t*h*w, C]` for the grid of `shape`; resized once for each grid."""
+        table = self.get_buffer("pos_embed")
+        grid = (shape.t, shape.h, shape.w)
+        # loading writes in place and moving makes another tensor: both must be seen
+        key = (grid, table.data_ptr(), table._version, table.device, table.dtype)
+        if self._resized is None or self._resized[0] != key:
+            self._resized = (key, resize_positions(table, self.stored_grid, grid))
+        return self._resized[1]
+
+    def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
+        """Tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        x = tokens + self.positions(shape).to(tokens.dtype)
+        del tokens
+        if self.checkpointing == "segments":
+            return self._run_segments(blocks, x, shape)
+        if self.checkpointing in ("two_level", "offload"):
+            stream = [x]
+            del x  # the chain alone decides how long its input lives
+            return self._run_chain(blocks, stream, shape)
+        for block in blocks:
+            x = self._run(block, x, shape)
+        return x
+
+    def forward(self, chunks: Tensor, videos: int) -> Tensor:
+        """Raw frames `[videos * chunks, 3, t, H, W]`, chunks of one video side by side, to `[.., C, t/2, h, w]`.
+
+        Raises TensorkeepError where `videos` does not divide the chunks or a frame is smaller than a patch.
+        """
+        if chunks.shape[0] % videos:
+            raise TensorkeepError(f"{chunks.shape[0]} chunks cannot belong to {videos} videos", where="vit")
+        t, h, w = (size // step for size, step in zip(chunks.shape[2:], self.patch_embed.kernel))
+        x = self.encode(self.embed(chunks), VideoShape(videos, t, h, w))  # [N, L, C]
+        return x.transpose(1, 2).reshape(len(x), -1, t, h, w)  # [N, C, t, h, w]
+
+    def _run_segments(self, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
+        """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
+        for index, (before, after) in enumerate(zip([None, *blocks], [*blocks, None])):
+            part = attention_kept(self.config.embed_dim)
+            keep = int((index + 1) * part) > int(index * part)
+            link, parameters = _link(before, after, x, shape, part_size(x, len(blocks) - index), keep)
+            if isinstance(link, Segment) and link.trunk is not None:
+                x = run_frozen(link, x, parameters)
+            else:
+                x = run_segment(link, x, parameters)
+        return x
+
+    def _run_chain(self, blocks: list[Block], stream: list[Tensor], shape: VideoShape) -> Tensor:
+        """The same segments as one operation, but for the last adapter: see `chain`. `stream` is emptied."""
+        x = stream[0]
+        size = part_size(x, 1)
+        pairs = [_link(*pair, x, shape, size, False) for pair in zip([None, *blocks], blocks)]
+        last, parameters = _link(blocks[-1], None, x, shape, size, False)
+        del x
+        kept = Kept(self._host if self.checkpointing == "offload" else None)
+        adapted = blocks[-1].adapter is not None
+        out = run_chain(pairs, stream, kept, own=adapted)
+        return run_segment(last, out, parameters) if adapted else out
+
+    def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            out: Tensor = block(x, shape)
+            return out
+        if not x.requires_grad and not any(p.requires_grad for p in _trunk_parameters(block)):
+            # nothing before the adapter has a gradient (block 0 of a frozen ViT): recomputing it would be waste
+            x = block.trunk(x)
+            return x if block.adapter is None else self._checkpoint(block.adapter, x, shape)
+        return self._checkpoint(block, x, shape)
+
+    def _checkpoint(self, module: nn.Module, x: Tensor, shape: VideoShape) -> Tensor:
+        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        # random numbers are drawn in training only (drop path, LoRA dropout); saving their state costs a sync
+        out: Tensor = checkpoint(module, x, shape, use_reentrant=False, preserve_rng_state=self.training, **extra)
+        return out
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _numbers(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    return linear.dequantize(dtype) if isinstance(linear, QuantLinear) else linear.get_parameter("weight")
+
+
+def _link(
+    before: Block | None, after: Block | None, x: Tensor, shape: VideoShape, size: int, keep: bool
+) -> tuple[Link, list[nn.Parameter]]:
+    """The adapter of `before` with the attention and MLP of `after`, and the parameters of both that may train."""
+    adapter = None if before is None else before.adapter
+    inner = () if after is None else _trunk_parameters(after)
+    parameters = [p for p in [*_adapter_parameters(before), *inner] if p.requires_grad]
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    if after is not None:  # drawn here, for all chunks at once: the parts run twice
+        kept = (draw_kept(x, after.drop_path, after.training), draw_kept(x, after.drop_path, after.training))
+    branch = getattr(adapter, "branch", None)
+    trunk = None if after is None else after.frozen(x)
+    by_hand = (after is None or trunk is not None) and (adapter is None or branch is not None)
+    if by_hand and not torch.is_autocast_enabled(x.device.type):
+        bound = None if branch is None else partial(branch, shape=shape)
+        return Segment(bound, trunk, kept, size, keep, _draws(adapter)), parameters
+    whole = _unchanged if before is None else partial(before.adapt, shape=shape)
+    parts = _same_part if after is None else partial(_core_part, after, kept)
+    modules = [adapter, *([] if after is None else [after.attn, after.mlp])]
+    return Stages(whole, parts, size, any(map(_draws, modules)), x.device.type), parameters
+
+
+def _draws(module: nn.Module | None) -> bool:
+    """Whether `module` draws random numbers: dropout, by the names of this package or torch's."""
+    if module is None or not module.training:
+        return False
+    return any(getattr(m, "dropout", 0.0) or isinstance(m, _DropoutNd) for m in module.modules())
+
+
+def _core_part(block: Block, kept: tuple[Tensor | None, Tensor | None], x: Tensor, part: slice) -> Tensor:
+    return block.core(x, *(None if factor is None else factor[part] for factor in kept))
+
+
+def _same_part(x: Tensor, _part: slice) -> Tensor:
+    return x
+
+
+def _adapter_parameters(block: Block | None) -> Iterable[nn.Parameter]:
+    return () if block is None or block.adapter is None else block.adapter.parameters()
+
+
+def _trunk_parameters(block: Block) -> Iterable[nn.Parameter]:
+    return (p for name, p in block.named_parameters() if not name.startswith("adapter."))
+
+
+_ATTENTION_OPS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _attention_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention() -> Any:
+    contexts: Any = create_selective_checkpoint_contexts
+    return contexts(_attention_policy)
+
+
+def _initialise(module: nn.Module) -> None:
+    # as VideoMAE trains from scratch; pretrained weights overwrite it
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

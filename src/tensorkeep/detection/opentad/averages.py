@@ -1,0 +1,316 @@
+"""Averages out of other tools' files: OpenTAD and timm (`state_dict_ema`, `model_ema`), torch's AveragedModel.
+
+Those tools average a copy of the whole state dict, frozen floats, counters and packed codes included. Only what trains
+in the model at hand is taken, by name; everything else is compared with the live copy in the same file, named in the
+notes and left out. Where the right weights are not in the file, an error says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.storage import run_folder
+from tensorkeep.training.ema import trainable
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.diagnose.evidence import ema as copies
+from tensorkeep.diagnose.evidence.quantized import averaged_blocks
+from tensorkeep.findings import Finding, Severity
+from tensorkeep.formats.names import strip_root, unwrap
+from tensorkeep.convert.naming import EMA_ROOTS
+from tensorkeep.convert.naming import opentad
+from tensorkeep.quantization.description import QuantisedWeight
+from tensorkeep.storage.record import DTYPES
+from tensorkeep.formats.memory import raw_bytes, tensor_of
+from tensorkeep.formats.view import StateView, read
+
+ROOTS = (*sorted(EMA_ROOTS), "ema_model")
+LIVE = (*copies.LIVE_ROOTS, "online_model")
+UPDATES, DECAY = ("n_averaged", "num_updates", "ema_updates", "updates"), ("decay", "ema_decay", "model_ema_decay")
+COUNTERS = (*UPDATES, *DECAY, "initted", "step")
+ROUNDING = 1e-5  # relative: what averaging a constant leaves of it
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Averaged weights by the model's names, float32. `root`: the copy of the file they were taken from.
+
+    `decay` and `updates` where the file says them. `notes`: what else the average held, and what was wrong with it.
+    """
+
+    tensors: dict[str, Tensor]
+    root: str
+    decay: float | None = None
+    updates: int | None = None
+    notes: list[Finding] = field(default_factory=list)
+
+
+class _Copies(NamedTuple):
+    """The averaged copy and the live one, stored names by the model's spelling; counters of the average by name."""
+
+    root: str
+    averaged: dict[str, str]
+    live: dict[str, str]
+    counters: dict[str, str]
+
+
+def read_ema(source: str | Path | StateView, model: nn.Module | Iterable[str], root: str | None = None) -> Averages:
+    """The average of what trains in `model` (or of the names given), out of a checkpoint of OpenTAD, timm or torch.
+
+    `root` chooses the copy where a file holds several or does not say: `""` is the file as a whole. Names are strict:
+    every trainable tensor must be averaged in its own shape, and nothing may be there that the model does not have.
+    Raises TensorkeepError K08 (no average in the file), K01, K02, S01, V01, and Q03 where what trains in the model is
+    packed codes in the file.
+
+    >>> averages = read_ema("epoch_59.pth", detector)                               # doctest: +SKIP
+    >>> ema.load_state_dict(averages.tensors, averages.updates or 0)                # doctest: +SKIP
+    """
+    view = _opened(source)
+    wanted = _wanted(model)
+    own = dict(model.state_dict()) if isinstance(model, nn.Module) else None
+    found = _spelled(_copies(view, root), wanted)
+    weights = quantized.find(view, {stored: stored for stored in found.averaged.values()})
+    _refuse(view, found, wanted, own, weights)
+    tensors = {raw: tensor_of(view, found.averaged[name]).to(torch.float32) for raw, (name, _) in wanted.items()}
+    spoiled = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if spoiled:
+        what = f"{spoiled[0]} is not finite in the average ({len(spoiled)} tensors): every later update keeps that"
+        raise TensorkeepError(what, where=view.path, code="V01", tensors=spoiled, hint="take an earlier checkpoint")
+    names = [name for name, _ in wanted.values()]
+    notes = [*_packed(view, found, weights, own), *_rest(view, found, weights, names), *_taken(view, found, names)]
+    return Averages(tensors, found.root, _decay(view), _updates(view, found), notes)
+
+
+# -- finding the copies -------------------------------------------------------------------------------------------------
+
+
+def _opened(source: str | Path | StateView) -> StateView:
+    if isinstance(source, StateView):
+        return source
+    beside = Path(source) / run_folder.EMA
+    return read(beside if beside.is_file() else source)
+
+
+def _wanted(model: nn.Module | Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Name in the model -> (name without wrappers, shape)."""
+    if isinstance(model, nn.Module):
+        wanted = {n: (unwrap(n)[0], tuple(p.shape)) for n, p in trainable(model).items()}
+        return dict(wanted)
+    return {name: (unwrap(name)[0], None) for name in model}
+
+
+def _under(view: StateView, root: str) -> dict[str, str]:
+    """Clean name -> stored name below a root. Wrappers stand before it, after it, or both."""
+    out: dict[str, str] = {}
+    for stored in view:
+        rest = strip_root(stored, root) if root else stored
+        rest = strip_root(unwrap(stored)[0], root) if rest is None else rest
+        if rest is None:
+            continue
+        name = unwrap(rest)[0]
+        if name in out:
+            what = f"{out[name]} and {stored} are both {name} without wrappers"
+            raise TensorkeepError(what, where=view.path, code="K03", hint="keep one of them")
+        out[name] = stored
+    return out
+
+
+def _copies(view: StateView, root: str | None) -> _Copies:
+    chosen = _root(view) if root is None else root
+    names = _under(view, chosen)
+    if not names:
+        raise TensorkeepError(f"holds nothing under {chosen!r}", where=view.path, code="K08")
+    counters = {n: s for n, s in names.items() if n in COUNTERS and view[s].elements == 1}
+    averaged = {n: s for n, s in names.items() if n not in counters}
+    others = [_under(view, other) for other in LIVE if other != chosen] if chosen else []
+    live = max(others, key=lambda found: len(found.keys() & averaged.keys()), default={})
+    return _Copies(chosen, averaged, live, counters)
+
+
+def _root(view: StateView) -> str:
+    """The root of the only average in the file; the empty one where the whole file is an average."""
+    found = [root for root in ROOTS if any(strip_root(unwrap(n)[0], root) is not None for n in view)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        what = f"holds {len(found)} averages: {', '.join(found)}"
+        raise TensorkeepError(what, where=view.path, code="K08", hint=f"say which: root={found[0]!r}")
+    if "n_averaged" in view or Path(view.path).name == run_folder.EMA:
+        return ""
+    if any(n.split(".")[0] == "shadow_params" for n in view):
+        what = "holds an average by position (shadow_params): no name says which weight is which"
+        raise TensorkeepError(
+            what, where=view.path, code="K08", hint="load it with the tool that wrote it, save by name"
+        )
+    raise TensorkeepError(
+        "nothing in it says that it is an average", where=view.path, code="K08",
+        hint="root='' takes the whole file as one (timm's ModelEma saved by itself has only a module. prefix)",
+    )  # fmt: skip
+
+
+def _spelled(found: _Copies, wanted: Mapping[str, tuple[str, object]]) -> _Copies:
+    """The copies in the model's spelling: as they are, or OpenTAD's names in ours where those meet the model better."""
+    names = {name for name, _ in wanted.values()}
+    ours = {n: opentad.to_hf(n) or n for n in {*found.averaged, *found.live}}
+    if len(names & {ours[n] for n in found.averaged}) <= len(names & found.averaged.keys()):
+        return found
+    averaged, live = ({ours[n]: s for n, s in c.items()} for c in (found.averaged, found.live))
+    return found._replace(averaged=averaged, live=live)
+
+
+# -- strictness ---------------------------------------------------------------------------------------------------------
+
+
+def _refuse(
+    view: StateView, found: _Copies, wanted: Mapping[str, tuple[str, tuple[int, ...] | None]],
+    own: Mapping[str, Tensor] | None, weights: Mapping[str, QuantisedWeight],
+) -> None:  # fmt: skip
+    """Everything that does not fit, in one error, the gravest first."""
+    problems: list[tuple[str, str, str]] = []
+    for name, shape in wanted.values():
+        stored = found.averaged.get(name)
+        if stored is None:
+            problems.append(("K01", name, "trains in the model and is not in the average"))
+        elif stored in weights or not DTYPES[view[stored].dtype].floating:
+            kind = weights[stored].kind + " codes" if stored in weights else view[stored].dtype
+            problems.append(
+                ("Q03", name, f"trains in the model and is {kind} in the file, which no averaging survives")
+            )
+        elif shape is not None and view[stored].shape != shape:
+            problems.append(("S01", name, f"is {list(view[stored].shape)} in the average, {list(shape)} in the model"))
+    parts = {part for weight in weights.values() for part in weight.parts.values()}
+    known = {unwrap(n)[0] for n in own} if own is not None else {*found.live, *(n for n, _ in wanted.values())}
+    if own is not None or found.live:
+        problems += [
+            ("K02", name, f"is in the average and not in the {'model' if own is not None else 'live copy'}")
+            for name, stored in found.averaged.items() if name not in known and stored not in parts
+        ]  # fmt: skip
+    if not problems:
+        return
+    problems.sort(key=lambda p: ("Q03", "S01", "K01", "K02").index(p[0]))
+    code, first, what = problems[0]
+    more = "".join(f"; {name} {line}" for _, name, line in problems[1:4])
+    raise TensorkeepError(
+        f"{first} {what}{more}" + (f" ({len(problems)} in all)" if len(problems) > 4 else ""), where=view.path, code=code,
+        hint=near_misses(first, found.averaged) or "freeze and unfreeze the model as it was when it was trained",
+        tensors=[name for _, name, _ in problems],
+    )  # fmt: skip
+
+
+# -- what else the average holds ----------------------------------------------------------------------------------------
+
+
+def _packed(
+    view: StateView, found: _Copies, weights: Mapping[str, QuantisedWeight], own: Mapping[str, Tensor] | None
+) -> list[Finding]:
+    """Quantised weights in the average: whether arithmetic changed their codes, integer scales or state, told from the
+    live copy, from the model's own, or from what no sound quantisation leaves."""
+    clean = {stored: name for name, stored in found.averaged.items()}
+    shares = {
+        clean.get(stored, stored): _changed(view, found, clean, weight, own) for stored, weight in weights.items()
+    }
+    wrong = {name: round(share, 4) for name, share in shares.items() if share}
+    sound = sorted(n for n, share in shares.items() if share == 0)
+    unknown = sorted(n for n, share in shares.items() if share is None)
+    worst = f"up to {max(wrong.values(), default=0.0):.1%}"
+    told: tuple[tuple[str, Severity, list[str], str], ...] = (
+        ("Q03", "warning", sorted(wrong), f"quantised weights were averaged as if codes were numbers, {worst} of them changed: left out, take the base's own"),
+        ("E02", "info", sound, "quantised weights in the average are the base's, unchanged: left out"),
+        ("E02", "info", unknown, "quantised weights in the average have nothing to be compared with: left out"),
+    )  # fmt: skip
+    return [
+        Finding(code, kind, f"{len(n)} {text}", n, {"changed": wrong} if code == "Q03" else {})
+        for code, kind, n, text in told
+        if n
+    ]
+
+
+def _changed(
+    view: StateView, found: _Copies, clean: Mapping[str, str], weight: QuantisedWeight, own: Mapping[str, Tensor] | None
+) -> float | None:
+    """Share of a quantised weight's integer bytes (else of its blocks) that are not what they were; None where nothing
+    tells. A state that can no longer be read counts as all of it."""
+    changed = total = 0
+    for stored in (s for s in weight.stored if s in clean):
+        integer = not DTYPES[view[stored].dtype].floating or stored == weight.name  # codes may be stored as floats
+        before = _before(view, found, clean[stored], own) if integer else None
+        if before is not None:
+            now = np.frombuffer(view.bytes(stored), np.uint8)
+            changed += int(np.count_nonzero(now != before)) if now.size == before.size else now.size
+            total += now.size
+    if total:
+        return changed / total
+    if weight.problems:
+        return 1.0
+    lost, looked = averaged_blocks(view, weight)
+    return lost / looked if lost else None
+
+
+def _before(
+    view: StateView, found: _Copies, name: str, own: Mapping[str, Tensor] | None
+) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None:
+    """The bytes that a tensor had before it was averaged: those of the live copy, or else the model's own."""
+    if name in found.live:
+        return np.frombuffer(view.bytes(found.live[name]), np.uint8)
+    mine = (own or {}).get(name)
+    return None if mine is None or mine.is_floating_point() else np.frombuffer(raw_bytes(mine), np.uint8)
+
+
+def _rest(
+    view: StateView, found: _Copies, weights: Mapping[str, QuantisedWeight], names: Iterable[str]
+) -> list[Finding]:
+    """Frozen floats, buffers and counters beside what trains: unchanged, or moved as only trained tensors move."""
+    quantised = {stored for weight in weights.values() for stored in weight.stored}
+    taken = set(names)
+    left = {n: s for n, s in found.averaged.items() if s not in quantised and n not in taken}
+    pairs = {
+        n: (s, found.live[n]) for n, s in left.items() if n in found.live and view[s].shape == view[found.live[n]].shape
+    }
+    apart = copies.differences(copies.Average(view, found.root, pairs))
+    moved = sorted(n for n, (a, norm) in apart.items() if a > ROUNDING * norm and DTYPES[view[left[n]].dtype].floating)
+    numbers = sorted(n for n, (a, _) in apart.items() if a > 0 and not DTYPES[view[left[n]].dtype].floating)
+    still = sorted(apart.keys() - {*moved, *numbers})
+    alone = sorted(left.keys() - pairs.keys())
+    told: tuple[tuple[Severity, list[str], str], ...] = (
+        ("warning", moved, "tensors that do not train in the model were averaged and moved (another part trained, or running statistics): left out"),
+        ("info", numbers, "integers were averaged and truncated: left out"),
+        ("info", still, "frozen tensors in the average repeat the live copy: left out"),
+        ("info", alone, "further tensors in the average have no live copy to be compared with: left out"),
+    )  # fmt: skip
+    return [Finding("E02", kind, f"{len(n)} {text}", n) for kind, n, text in told if n]
+
+
+def _taken(view: StateView, found: _Copies, names: list[str]) -> list[Finding]:
+    """What is odd about the averages that were taken: equal to the live weights, or kept in a narrow dtype."""
+    pairs = {n: (found.averaged[n], found.live[n]) for n in names if n in found.live}
+    apart = copies.differences(copies.Average(view, found.root, pairs))
+    notes = []
+    if len(apart) > 1 and not any(a for a, _ in apart.values()):
+        notes.append(
+            Finding("E01", "warning", f"the average equals the live weights in all {len(apart)} tensors", names)
+        )
+    narrow = sorted({view[found.averaged[n]].dtype for n in names if DTYPES[view[found.averaged[n]].dtype].bits < 32})
+    if narrow:
+        message = f"the average was kept in {', '.join(narrow)}, which swallows small updates"
+        notes.append(Finding("E03", "warning", message, names))
+    if _updates(view, found) == 0:
+        notes.append(Finding("E01", "warning", "the average was never updated: it is where training began", names))
+    return notes
+
+
+def _updates(view: StateView, found: _Copies) -> int | None:
+    stored = next((found.counters[n] for n in UPDATES if n in found.counters), None)
+    if stored is not None:
+        return int(tensor_of(view, stored).item())
+    return next((int(v) for _, v in copies.entries(view, *UPDATES) if 0 <= v < 1 << 53), None)
+
+
+def _decay(view: StateView) -> float | None:
+    return next((float(v) for _, v in copies.entries(view, *DECAY) if 0 <= v < 1), None)

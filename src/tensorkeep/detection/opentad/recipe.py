@@ -1,0 +1,307 @@
+"""An OpenTAD config (AdaTAD or ActionFormer) as a recipe, and an account of what was not carried over.
+
+Every key that is read is marked as read, so nothing is left out in silence: what nobody asked for is looked up in
+`HARMLESS`, and is *lost* (it may change the numbers) where it is not there. Keys that a config does not set are listed
+with the default taken. Models are mapped by `detection.opentad`, data pipelines by `opentad_pipelines`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorkeep.training.schema import from_mapping
+from tensorkeep.detection.model.detector import DetectorConfig
+from tensorkeep.detection.results.nms import from_opentad
+from tensorkeep.detection.opentad.model_section import detector_config, optimizer_config, schedule_config
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.opentad.literals import Section, Unknown
+from tensorkeep.detection.opentad.config_file import Left, read_config, unread
+from tensorkeep.detection.recipe.schema import ClassifierConfig, DetectionRecipe, EvaluationConfig, PostProcessingConfig, SplitConfig, TrainingConfig
+from tensorkeep.detection.opentad.pipelines import data_config, expected
+from tensorkeep.detection.recipe.text import plain, to_yaml
+
+# what OpenTAD's engine reads; other top-level names are a config's own variables
+SECTIONS = ("model", "dataset", "solver", "optimizer", "scheduler", "post_processing", "evaluation", "workflow")
+READ_BY_NONE = ("work_dir", "inference", "custom_imports")
+IMPLIED = "follows from the other parts here"
+EVALUATION_LOSS = "no loss is computed for evaluation, where detections are scored instead"
+# path without list numbers (or the start of one, up to a dot) -> why it changes no number
+HARMLESS = {
+    "work_dir": "--out names the run",
+    "inference": "raw predictions are not kept",
+    "custom_imports": "code is not executed; what it registers is refused by name where it is used",
+    "dataset.val": EVALUATION_LOSS,
+    "solver.val": EVALUATION_LOSS,
+    "workflow.val_loss_interval": EVALUATION_LOSS,
+    "solver.test": "the size of a batch does not change its detections",
+    "solver.static_graph": "of its DDP alone",
+    "solver.fp16_compress": "gradients are exchanged as they are",
+    "post_processing.save_dict": "detections are always written",
+    "post_processing.nms.voting_thresh": "OpenTAD ignores it with multiclass=True",
+    "model.neck": IMPLIED,
+    "model.rpn_head.in_channels": IMPLIED,
+    "model.backbone.type": "the recogniser around the backbone",
+    "model.backbone.backbone.norm_cfg.type": "a ViT has layer norms",
+    "model.backbone.backbone.init_cfg": "OpenTAD never calls it",
+    "model.backbone.data_preprocessor.type": "mean and std are taken",
+    "model.backbone.data_preprocessor.format_shape": "frames come as [C, T, H, W]",
+    "model.backbone.custom.norm_eval": "layer norms have no running statistics",
+    "model.backbone.custom.post_processing_pipeline.keys": IMPLIED,
+    "model.backbone.custom.post_processing_pipeline.ops": IMPLIED,
+    "model.backbone.custom.temporal_checkpointing": "memory is saved by model.backbone.checkpointing",
+    "evaluation.thread": "evaluation needs none",
+}
+CLASSIFIERS = {
+    "CUHKANETClassifier": "product",
+    "UntrimmedNetTHUMOSClassifier": "product",
+    "StandardClassifier": "geometric",
+}
+# what OpenTAD fixes in its code or on its command line
+FIXED = {
+    "training.seed": "its --seed",
+    "training.ema": "in its code",
+    "evaluation.protocol": "in its code",
+    "training.keep_last": "it keeps every checkpoint",
+    "training.best": "it chooses by validation loss, if at all",
+}
+LORA_BACKBONE = "VisionTransformerQLoRA"
+LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "quantize_bits")
+
+
+class Imported(NamedTuple):
+    """A recipe and the account of it: `lost` may change the numbers, `left` does not, `defaults` the config leaves open.
+
+    Entries are `Left`; the value of a default is the one taken.
+    """
+
+    recipe: DetectionRecipe
+    source: Path
+    lost: list[Left]
+    left: list[Left]
+    defaults: list[Left]
+
+    def text(self) -> str:
+        """The recipe as YAML, headed by its source and ended by what was not carried over."""
+        notes = [f"From the OpenTAD config {self.source.name}, by `tensorkeep recipe import`."]
+        behind: list[str] = []
+        for title, rows in (("Lost, and it may change the numbers", self.lost), ("Not carried over", self.left)):
+            behind += [f"{title}:"] if rows else []
+            behind += [f"  {row.path or Path(row.where).name} = {shown(row.value)}: {row.why}" for row in rows]
+        # a line of a comment must stay one
+        head, tail = (
+            ["# " + "".join(c if c.isprintable() else " " for c in row) + "\n" for row in part]
+            for part in (notes, behind)
+        )
+        return "".join([*head, to_yaml(self.recipe), *tail])
+
+
+def import_config(path: str | Path) -> Imported:
+    """Read an OpenTAD config without executing it.
+
+    Raises TensorkeepError (naming file and line where it can) for a file that cannot be read, a method other than
+    ActionFormer on features or on a VideoMAE ViT, and a value that must be known and is not.
+
+    >>> import_config("configs/adatad/thumos/e2e_thumos_videomae_s_768x1_160_adapter.py").lost  # doctest: +SKIP
+    []
+    """
+    config = read_config(path)
+    lost: list[Left] = []
+    left: list[Left] = []
+    if absent := [name for name in SECTIONS if name not in config.values]:
+        hint = "is it a _base_ of another config? Give that one"
+        raise TensorkeepError(f"has no {', '.join(absent)}", where=path, hint=hint)
+    try:
+        recipe = _recipe(config.values, lost)
+    except TensorkeepError as error:
+        if error.where is not None and error.where.startswith(tuple(map(str, config.files))):
+            raise
+        place = f"{path}: {error.where}" if error.where else path
+        raise TensorkeepError(error.what, where=place, hint=error.hint) from error
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
+        raise TensorkeepError(f"a value has not the form that OpenTAD gives it: {error!r}", where=path) from error
+    recipe = from_mapping(DetectionRecipe, plain(recipe), str(path))  # types and contradictions
+    for row in unread(config.values):
+        if row.path.partition(".")[0] not in (*SECTIONS, *READ_BY_NONE):
+            continue
+        why = harmless(row.path)
+        (lost if why is None else left).append(row if why is None else row._replace(why=why))
+    told = {row.where for row in (*lost, *left)}
+    left += [Left("", row.where, row.text, row.why) for row in config.unknown if row.where not in told]
+    return Imported(recipe, Path(path), lost, left, [*_defaults(config.values), *_fixed(recipe)])
+
+
+def harmless(path: str) -> str | None:
+    """Why a setting of OpenTAD changes no number here, or None where it may.
+
+    >>> harmless("dataset.val.pipeline[2].scale")
+    'no loss is computed for evaluation, where detections are scored instead'
+    """
+    bare = re.sub(r"\[\d+\]", "", path)
+    return next((why for start, why in HARMLESS.items() if bare == start or bare.startswith(start + ".")), None)
+
+
+def shown(value: Any) -> str:
+    """A value on one line, shortened."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _defaults(section: Section, path: str = "") -> Iterator[Left]:
+    """What was asked for and is not in the config, with the default taken."""
+    for key, value in section.missed.items():
+        if value not in (None, {}, (), "") and harmless(f"{path}{key}") is None:
+            yield Left(f"{path}{key}", "", value, "not in the config: OpenTAD's default")
+    for key, value in section.items():
+        items = value if isinstance(value, list | tuple) and not isinstance(value, Unknown) else [value]
+        for number, item in enumerate(items):
+            if isinstance(item, Section):
+                yield from _defaults(item, f"{path}{key}." if item is value else f"{path}{key}[{number}].")
+
+
+def _fixed(recipe: DetectionRecipe) -> Iterator[Left]:
+    for path, why in FIXED.items():
+        section, _, name = path.partition(".")
+        value = getattr(getattr(recipe, section), name)
+        if value is not None:
+            yield Left(path, "", value, why)
+
+
+def _recipe(config: Section, lost: list[Left]) -> DetectionRecipe:
+    """All sections of a config."""
+    model = _model(config["model"], lost)
+    solver, workflow = config["solver"], config["workflow"]
+    data = data_config(config["dataset"], model.projection.max_length, lost)
+    clip = solver.get("clip_grad_norm", 0.0)
+    optimizer = config["optimizer"]
+    frozen = model.backbone is None or model.backbone.tuning == "none"
+    expected(optimizer, "paramwise", True)
+    if not optimizer.get("paramwise", False):
+        lost.append(Left("optimizer.paramwise", "", False, "biases, norms and scales do not decay here"))
+    if model.backbone is not None and not frozen:
+        _backbone_groups(optimizer["backbone"], lost)
+    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer, max(clip, 0.0))
+    if not found.backbone and model.backbone is not None and not frozen:  # a rate of 0 everywhere
+        model = replace(model, backbone=replace(model.backbone, tuning="none"))
+    custom = config["model"].get("backbone", Section()).get("custom", Section())
+    training = TrainingConfig(
+        batch_size=solver["train"]["batch_size"],
+        workers=solver["train"].get("num_workers", 4),
+        precision="fp16" if solver.get("amp", False) else "fp32",
+        ema=0.999 if solver.get("ema", False) else None,
+        pretrained=custom.get("pretrain"),
+        save_every=workflow["checkpoint_interval"],
+        evaluate_every=max(workflow["val_eval_interval"], 1),
+        evaluate_from=workflow.get("val_start_epoch", 0),
+        log_every=workflow.get("logging_interval", 50),
+    )
+    if workflow["val_eval_interval"] < 1:
+        lost.append(Left("workflow.val_eval_interval", "", workflow["val_eval_interval"], "evaluation is never off"))
+    return DetectionRecipe(
+        model=model,
+        data=data,
+        optimizer=found,
+        schedule=schedule_config(config["scheduler"], workflow.get("end_epoch")),
+        training=training,
+        post_processing=_post_processing(config["post_processing"]),
+        evaluation=_evaluation(config["evaluation"], data.test),
+    )
+
+
+def _model(model: Section, lost: list[Left]) -> DetectorConfig:
+    """`detector_config`, with what the seeds' and AdaTAD's adapters say, and a check of the chunks."""
+    backbone = model.get("backbone")
+    if backbone is None:
+        return detector_config(model)
+    inner = backbone["backbone"]
+    seeds = str(inner["type"]).removeprefix("mmaction.") == LORA_BACKBONE
+    if seeds:
+        inner = _same(inner, type="VisionTransformerAdapter")
+        model = _same(model, backbone=_same(backbone, backbone=inner))
+    expected(inner, "return_feat_map", True)
+    inner.seen.add("use_mean_pooling")  # acts on what return_feat_map leaves out
+    config = detector_config(model)
+    assert config.backbone is not None
+    depth, frames = config.backbone.vit.depth, config.backbone.vit.chunk_frames
+    _check_chunks(backbone.get("custom", Section()), frames, lost)
+    adapter = config.backbone.adapter
+    if adapter is None:
+        return config
+    adapter = replace(adapter, ratio=inner.get("adapter_mlp_ratio", 0.25))
+    if adapter.blocks is not None and sorted(set(adapter.blocks)) == list(range(depth)):
+        adapter = replace(adapter, blocks=None)
+    if seeds:
+        lora = {name: inner.get(name, getattr(adapter, name)) for name in LORA_FIELDS}
+        adapter = replace(adapter, kind="plain" if inner.get("use_plain_adapter", False) else "qlora", **lora)
+    return replace(config, backbone=replace(config.backbone, adapter=adapter))
+
+
+def _check_chunks(custom: Section, frames: int, lost: list[Left]) -> None:
+    """Frames go in as chunks of 16 and features are joined in time: what both pipelines of the backbone must say."""
+    chunks = next(
+        (s.get("t1") for s in custom.get("post_processing_pipeline", ()) if dict.get(s, "type") == "Rearrange"), 1
+    )
+    before = custom.get("pre_processing_pipeline", ())
+    for step in before:
+        expected(step, "type", "Rearrange")
+        expected(step, "keys", ["frames"])
+        expected(step, "ops", "b n c (t1 t) h w -> (b t1) n c t h w")
+        expected(step, "t1", chunks)
+    if len(before) != 1:
+        why = f"frames go through the backbone in chunks of {frames}"
+        lost.append(Left("model.backbone.custom.pre_processing_pipeline", "", len(before), why))
+    for step in custom.get("post_processing_pipeline", ()):
+        expected(step, "ops", "b n c t h w -> b c t", "(b t1) c t -> b c (t1 t)")
+        expected(step, "keys", ["feats"])
+
+
+def _backbone_groups(section: Section, lost: list[Left]) -> None:
+    """OpenTAD leaves parameters whose name contains a word of `exclude` out of the rest: here all of them, or none."""
+    words = section.get("exclude", [])
+    if not section.get("lr") or "backbone" in words:
+        section.seen.add("weight_decay")  # of a group that does not move, or is empty
+    if words not in ([], ["backbone"]):
+        why = "names that are left out of training are given by model.backbone.tuning"
+        lost.append(Left("optimizer.backbone.exclude", section.lines.get("exclude", ""), words, why))
+
+
+def _post_processing(section: Section) -> PostProcessingConfig:
+    nms, external = section["nms"], section.get("external_cls")
+    known = {key: nms.get(key) for key, value in nms.items() if not isinstance(value, Unknown)}
+    if nms.get("multiclass", True) and nms.get("voting_thresh"):
+        nms.seen.discard("voting_thresh")
+    classifier = None
+    if external is not None:
+        rule = CLASSIFIERS.get(str(external["type"]))
+        if rule is None:
+            external.seen.discard("type")  # listed as lost; a recipe without labels would be refused
+        expected(external, "apply_softmax", False)
+        classifier = ClassifierConfig(external["path"], external.get("topk", 1), rule or "product")  # type: ignore[arg-type]
+    return PostProcessingConfig(
+        pre_nms_thresh=section.get("pre_nms_thresh", 0.001),
+        pre_nms_topk=section.get("pre_nms_topk", 2000),
+        nms=from_opentad(known),
+        classifier=classifier,
+    )
+
+
+def _evaluation(section: Section, test: SplitConfig) -> EvaluationConfig:
+    expected(section, "type", "mAP")
+    truth, subset = section["ground_truth_filename"], section["subset"]
+    return EvaluationConfig(
+        thresholds=tuple(section["tiou_thresholds"]),
+        subset=None if subset == test.subset else subset,
+        annotations=None if truth == test.annotations else truth,
+        blocked=section.get("blocked_videos"),
+        recall_at=tuple(section.get("top_k") or ()),
+    )
+
+
+def _same(section: Section, **changes: Any) -> Section:
+    """The section with other values; what is read of it counts for the original."""
+    copy = Section({**section, **changes}, section.lines)
+    copy.seen, copy.missed = section.seen, section.missed
+    return copy

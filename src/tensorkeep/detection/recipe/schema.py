@@ -1,0 +1,254 @@
+"""The recipe of a detection run, section by section: everything that decides its numbers.
+
+`model`, `optimizer` and `schedule` are the dataclasses of the detector itself. Names are OpenTAD's and the seeds' where
+they mean the same thing (`window_size`, `feature_stride`, `trunc_thresh`, `lora_r`, `quantize_bits`). Paths are relative
+to the working directory. Defaults are AdaTAD's for THUMOS-14, except that nothing is quantised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tensorkeep.detection.data.augment import AugmentConfig
+from tensorkeep.detection.model.detector import DetectorConfig
+from tensorkeep.detection.results.evaluation import PROTOCOLS
+from tensorkeep.detection.model.groups import OptimizerConfig
+from tensorkeep.detection.results.nms import Suppression
+from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.errors import TensorkeepError, near_misses
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """One part of the data: the videos of `subset` in the file `annotations`, found in `folder`.
+
+    `blocked`: videos to leave out, a JSON list or one name a line (None: none).
+    """
+
+    annotations: str
+    subset: str
+    folder: str
+    blocked: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which videos or features, how they become windows, and how frames become pictures.
+
+    train, test: the two parts. class_map: one class name a line, in label order (None: the annotations' own order).
+    inputs: video files, or features of a whole video in one file. file_pattern: the file of a video in its folder.
+    mode: `sliding` trains on random windows and tests on overlapping ones; `resized` shows a whole video as
+    `window_size` grid steps; `whole` (features) trains on random windows and tests on the whole video.
+
+    window_size: grid steps. feature_stride: frames between two features (or snippets), of which every `sample_stride`th
+    is a grid step. scale_factor: frames decoded for each grid step. offset_frames: where the first feature is centred.
+    fps: frames a second that annotations and features count in (None: frames / duration of each video).
+    window_overlap_ratio: of test windows. floor_frames: whether annotated seconds become whole frames.
+    trunc_thresh: share of an action that a training window must show for it to stay (None: no random window).
+    crop_ratio: a video shorter than a window is cut to a share in this range (None: never).
+    min_length: annotated actions not longer than this are left out of training: a share of the video in mode
+    `resized`, else frames (None: all stay). class_agnostic: one class stands for all, an external classifier names them.
+
+    crop_size: pixels of a test frame's shorter side, and of the square in its middle that is shown. augment: of
+    training frames (None: as test frames); its `size` must be crop_size. broken: what a file that cannot be decoded
+    does (see `tensorkeep.detection.data.clips`).
+    feature_layout: axes of the stored array, time and channels. feature_channels: first and one-past-last used (None:
+    all).
+    """
+
+    train: SplitConfig
+    test: SplitConfig
+    class_map: str | None = None
+    inputs: Literal["video", "features"] = "video"
+    file_pattern: str = "{video}.mp4"
+    mode: Literal["sliding", "resized", "whole"] = "sliding"
+    window_size: int = 768
+    feature_stride: int = 4
+    sample_stride: int = 1
+    scale_factor: int = 1
+    offset_frames: int = 0
+    fps: float | None = None
+    window_overlap_ratio: float = 0.5
+    floor_frames: bool = True
+    trunc_thresh: float | None = 0.75
+    crop_ratio: Range | None = (0.9, 1.0)
+    min_length: float | None = None
+    class_agnostic: bool = False
+    crop_size: int = 160
+    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    broken: Literal["error", "skip", "keep"] = "error"
+    feature_layout: Literal["tc", "ct"] = "tc"
+    feature_channels: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window_size", "feature_stride", "sample_stride", "scale_factor", "crop_size"):
+            if getattr(self, name) < 1:
+                raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="data")
+        if self.inputs == "video" and self.augment is not None and self.augment.size != self.crop_size:
+            what = f"augment.size {self.augment.size} is not crop_size {self.crop_size}"
+            raise TensorkeepError(what, where="data", hint="--crop_size sets both")
+        if not 0 <= self.window_overlap_ratio < 1:
+            raise TensorkeepError(f"window_overlap_ratio {self.window_overlap_ratio} must be in [0, 1)", where="data")
+        if self.inputs == "video" and self.mode == "whole":
+            hint = "sliding, or resized for ActivityNet's way"
+            raise TensorkeepError("mode 'whole' is for features alone", where="data.mode", hint=hint)
+        if "{video}" not in self.file_pattern:
+            hint = "e.g. '{video}.mp4', or 'v_{video}.mp4'"
+            raise TensorkeepError(f"{self.file_pattern!r} does not say {{video}}", where="data.file_pattern", hint=hint)
+        if (
+            self.inputs == "video"
+            and self.mode == "sliding"
+            and self.feature_stride * self.sample_stride % self.scale_factor
+        ):
+            what = f"{self.feature_stride * self.sample_stride} frames a grid step are no multiple of scale_factor"
+            raise TensorkeepError(f"{what} {self.scale_factor}", where="data")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How it is trained, saved and chosen.
+
+    batch_size: samples of one update, over all processes. micro_batch: samples of one process in one forward pass
+    (None: its share of the batch). precision: of autocast. ema: decay of the averaged weights (None: no average).
+    pretrained: weights the backbone starts from (None: random). quantize_backbone: how its frozen linears are held.
+    graph: forward and backward as a CUDA graph, on GPUs: faster for small backbones.
+    deterministic: the same bits at every start, on a GPU too; slower. parallel: over several processes, copies (ddp) or
+    shards (fsdp) of the model, for a large backbone that trains whole.
+
+    save_every, evaluate_every: in `every` (epochs, or updates); evaluate_from: none in the first so many. keep_last:
+    checkpoints kept beside the best one. best: the figure that chooses it. workers: decoding processes of each
+    process. log_every: updates between two rows of metrics.
+    """
+
+    batch_size: int = 2
+    micro_batch: int | None = None
+    seed: int = 42
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16"
+    ema: float | None = 0.999
+    pretrained: str | None = None
+    quantize_backbone: Literal["nf4", "fp4", "int8"] | None = None
+    graph: bool = False
+    deterministic: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    every: Literal["epochs", "updates"] = "epochs"
+    save_every: int = 2
+    evaluate_every: int = 2
+    evaluate_from: int = 0
+    keep_last: int = 2
+    best: Literal["average_mAP", "loss"] = "average_mAP"
+    workers: int = 2
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "save_every", "evaluate_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="training")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+            what = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
+            raise TensorkeepError(what, where="training", hint="batch_size counts all processes and accumulated steps")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise TensorkeepError(f"ema {self.ema} must be in [0, 1)", where="training", hint="null switches it off")
+        if self.workers < 0 or self.evaluate_from < 0:
+            raise TensorkeepError("workers and evaluate_from cannot be negative", where="training")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """A video classifier that names what a class-agnostic detector finds: its `top` classes, fused by `rule`.
+
+    `product`: score * p; `geometric`: sqrt(score * p). `path`: see `tensorkeep.detection.results.classifiers`.
+    """
+
+    path: str
+    top: int = 2
+    rule: Literal["product", "geometric"] = "product"
+
+
+@dataclass(frozen=True)
+class PostProcessingConfig:
+    """From raw predictions to detections.
+
+    pre_nms_thresh, pre_nms_topk: candidates need a score above the one, and the best so many stay. nms: of a video;
+    sliding windows are merged under it. round_like_opentad: round before windows are merged, for its published digits.
+    """
+
+    pre_nms_thresh: float = 0.001
+    pre_nms_topk: int = 2000
+    nms: Suppression = field(default_factory=lambda: Suppression(sigma=0.7, limit=2000))
+    classifier: ClassifierConfig | None = None
+    round_like_opentad: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How detections are scored. thresholds: temporal IoUs (empty: the protocol's). subset, annotations: None takes
+    those of `data.test`. blocked: videos left out on both sides. recall_at: k of "recall at k x"."""
+
+    protocol: str = "activitynet"
+    thresholds: tuple[float, ...] = ()
+    subset: str | None = None
+    annotations: str | None = None
+    blocked: str | None = None
+    recall_at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            hint = near_misses(self.protocol, PROTOCOLS) or f"one of {', '.join(PROTOCOLS)}"
+            raise TensorkeepError(f"unknown protocol {self.protocol!r}", where="evaluation.protocol", hint=hint)
+        if not all(0 < limit <= 1 for limit in self.thresholds):
+            raise TensorkeepError(f"thresholds {self.thresholds} must lie in (0, 1]", where="evaluation")
+
+
+@dataclass(frozen=True)
+class DetectionRecipe:
+    """A whole run. Raises TensorkeepError where two sections contradict each other.
+
+    >>> from tensorkeep.detection.recipe.text import read_recipe
+    >>> read_recipe("recipes/detection/adatad_thumos_videomae_s.yaml").data.window_size  # doctest: +SKIP
+    768
+    """
+
+    model: DetectorConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    post_processing: PostProcessingConfig = field(default_factory=PostProcessingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        self._check_inputs()
+        if self.data.class_agnostic and self.model.head.classes != 1:
+            what = f"class_agnostic data, but head.classes is {self.model.head.classes}"
+            raise TensorkeepError(what, where="model.head", hint="a class-agnostic head has 1 class")
+        if self.data.class_agnostic and self.post_processing.classifier is None:
+            hint = "set post_processing.classifier, or class_agnostic: false"
+            raise TensorkeepError("nothing names the classes that are found", where="post_processing", hint=hint)
+
+    def _check_inputs(self) -> None:
+        backbone, data = self.model.backbone, self.data
+        if (data.inputs == "video") is not (backbone is not None):
+            what = f"data.inputs is {data.inputs}, but the model has {'no' if backbone is None else 'a'} backbone"
+            raise TensorkeepError(what, where="model", hint="video needs model.backbone, features need none")
+        if backbone is None:
+            if self.training.quantize_backbone or self.training.pretrained:
+                raise TensorkeepError("there is no backbone to load or to quantise", where="training")
+            return
+        if backbone.output_length != data.window_size:
+            what = f"model.backbone.output_length {backbone.output_length} is not data.window_size {data.window_size}"
+            raise TensorkeepError(what, where="model", hint="--window_size sets both")
+        frames = data.window_size * data.scale_factor
+        if frames % backbone.vit.chunk_frames:
+            what = f"{frames} frames of a window are no multiple of chunk_frames {backbone.vit.chunk_frames}"
+            raise TensorkeepError(what, where="data", hint="frames are window_size x scale_factor")
+        # the other ways compute with a block's weights from outside of it, where they are shards
+        whole = ("none", "blocks", "attention") if backbone.tuning == "all" else ("none",)
+        if self.training.parallel == "fsdp" and backbone.checkpointing not in whole:
+            what = f"checkpointing {backbone.checkpointing} does not go with shards of the model"
+            raise TensorkeepError(what, where="training.parallel", hint=f"one of {', '.join(whole)}; or parallel: ddp")
+        if self.training.quantize_backbone and backbone.tuning == "all":
+            hint = "freeze it (tuning: adapter), or leave quantize_backbone out"
+            raise TensorkeepError("a backbone that trains cannot be quantised", where="training", hint=hint)

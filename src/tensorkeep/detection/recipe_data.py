@@ -1,0 +1,141 @@
+"""The data of a detection recipe: its two parts as clips, its classes, and how it is scored.
+
+What a recipe says and this cannot carry out is refused by the key that says it, or told, never passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from tensorkeep.detection.data.annotations import Annotations, read_annotations, read_class_map
+from tensorkeep.detection.results.classifiers import read_classifier
+from tensorkeep.detection.data.clips import Clips, FeatureReader, Item, VideoReader, WindowConfig, find_items, make_clips
+from tensorkeep.detection.results.columns import read_blocked
+from tensorkeep.detection.inference import MeanAveragePrecision, Selection
+from tensorkeep.training.distributed import World
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.recipe.schema import DataConfig, DetectionRecipe, SplitConfig
+
+Remark = Callable[[str], None]
+Part = Literal["train", "test"]
+WINDOWS = 4  # of one video in a forward of an evaluation: nothing that a start may change, so that figures stay
+
+
+def read_classes(recipe: DetectionRecipe) -> tuple[str, ...]:
+    """Class names in label order: of the class map, or of the training annotations.
+
+    Raises TensorkeepError where the head does not have as many classes.
+    """
+    data = recipe.data
+    classes = read_class_map(data.class_map) if data.class_map else read_annotations(data.train.annotations).classes
+    if not data.class_agnostic and len(classes) != recipe.model.head.classes:
+        raise TensorkeepError(
+            f"there are {len(classes)} classes ({', '.join(classes[:4])}, ...), the head has {recipe.model.head.classes}",
+            where=data.class_map or data.train.annotations, hint=f"--model.head.classes {len(classes)}",
+        )  # fmt: skip
+    return classes
+
+
+def read_clips(recipe: DetectionRecipe, part: Part, classes: Sequence[str], remark: Remark = lambda _: None) -> Clips:
+    """The training or the test data of a recipe; what is odd about its files goes to `remark`."""
+    data = recipe.data
+    split: SplitConfig = getattr(data, part)
+    reader = reader_of(recipe, part)
+    stem = str(PurePosixPath(data.file_pattern).with_suffix("")) if "." in data.file_pattern else data.file_pattern
+    annotations = _named_by_file(_without(read_annotations(split.annotations), split.blocked), stem)
+    items, problems = find_items(annotations, split.subset, split.folder, reader, classes)
+    for problem in problems[:5]:
+        remark(f"{part}: {problem.video}: {problem.message}")
+    if len(problems) > 5:
+        remark(f"{part}: {len(problems) - 5} more findings of this kind: see check_annotations")
+    head, _, tail = stem.partition("{video}")
+    items = [_adjusted(item, item.name[len(head) : len(item.name) - len(tail)], data, part) for item in items]
+    steps = max(item.steps for item in items)
+    return make_clips(items, window_of(data, part, steps), reader)
+
+
+def _without(annotations: Annotations, blocked: str | None) -> Annotations:
+    gone = set(read_blocked(blocked)) if blocked else set()
+    return replace(annotations, videos={name: v for name, v in annotations.videos.items() if name not in gone})
+
+
+def _named_by_file(annotations: Annotations, stem: str) -> Annotations:
+    """Videos under the names of their files, which `find_items` looks for."""
+    named = [replace(v, name=stem.replace("{video}", v.name)) for v in annotations.videos.values()]
+    return replace(annotations, videos={v.name: v for v in named})
+
+
+def _adjusted(item: Item, name: str, data: DataConfig, part: Part) -> Item:
+    """An item under its own name, with the recipe's rate, classes and shortest action."""
+    item = item._replace(name=name)
+    if data.fps is not None:
+        item = item._replace(frames=max(round(item.duration * data.fps), 1))
+    if data.min_length is not None and part == "train":
+        lengths = item.segments[:, 1] - item.segments[:, 0]
+        scale = 1 / item.duration if data.mode == "resized" else item.frames / item.duration
+        kept = np.flatnonzero(lengths * scale > data.min_length)
+        item = item._replace(segments=item.segments[kept], labels=item.labels[kept])
+    return item._replace(labels=np.zeros_like(item.labels)) if data.class_agnostic else item
+
+
+def reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureReader:
+    """How a sample's frames or features are read. Raises TensorkeepError for a key that cannot be carried out."""
+    data = recipe.data
+    if data.inputs == "video":
+        if data.fps is not None:
+            what = "fps is for features: a video file says its own rate"
+            raise TensorkeepError(what, where="data.fps", hint="fps: null")
+        return VideoReader(data.crop_size, data.augment if part == "train" else None, data.broken)
+    if data.feature_channels is not None:
+        what = "a part of the stored channels cannot be read"
+        raise TensorkeepError(what, where="data.feature_channels", hint="store that part as files of its own")
+    return FeatureReader(recipe.model.projection.in_channels, data.feature_layout == "ct", data.broken)
+
+
+def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:
+    """How windows are placed; `steps`: the longest feature file's, which mode `whole` tests in one window."""
+    method: Literal["random_trunc", "sliding", "resize"] = "random_trunc" if part == "train" else "sliding"
+    if data.mode == "resized":
+        method = "resize"
+    elif data.trunc_thresh is None and part == "train":
+        what = f"mode {data.mode!r} trains on random windows, which need a threshold"
+        raise TensorkeepError(what, where="data.trunc_thresh", hint="0.75 is usual; mode: resized needs none")
+    whole = data.mode == "whole" and part == "test"
+    return WindowConfig(
+        method, max(steps, 1) if whole else data.window_size, data.feature_stride, data.sample_stride, data.scale_factor,
+        float(data.offset_frames), 0.0 if whole else data.window_overlap_ratio, data.trunc_thresh or 0.75, data.crop_ratio,
+    )  # fmt: skip
+
+
+def selection_of(recipe: DetectionRecipe) -> Selection:
+    """How predictions become detections."""
+    post = recipe.post_processing
+    chosen: dict[str, Any] = {}
+    if post.classifier is not None:
+        chosen = {
+            "classifier": read_classifier(post.classifier.path), "top": post.classifier.top, "rule": post.classifier.rule,
+        }  # fmt: skip
+    return Selection(post.pre_nms_thresh, post.pre_nms_topk, post.nms, rounded=post.round_like_opentad, **chosen)
+
+
+def evaluation_of(
+    recipe: DetectionRecipe, classes: Sequence[str], world: World, context: Any, remark: Remark = lambda _: None
+) -> MeanAveragePrecision:
+    """The recipe's evaluation on its test data; `context` wraps each forward (autocast)."""
+    data, rules, training = recipe.data, recipe.evaluation, recipe.training
+    selection = selection_of(recipe)
+    names = tuple(classes) if selection.classifier is None else selection.classifier.classes
+    blocked = rules.blocked or data.test.blocked
+    return MeanAveragePrecision(
+        clips=read_clips(recipe, "test", classes, remark),
+        annotations=read_annotations(rules.annotations or data.test.annotations), classes=names, selection=selection,
+        protocol=rules.protocol, thresholds=rules.thresholds, subset=rules.subset or data.test.subset,
+        blocked=read_blocked(blocked) if blocked else (), recall_at=rules.recall_at,
+        batch=min(training.batch_size, WINDOWS), workers=training.workers, world=world,
+        context=context, loss=training.best == "loss",
+    )  # fmt: skip

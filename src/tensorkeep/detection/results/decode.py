@@ -1,0 +1,130 @@
+"""From a detector's outputs to detections in seconds: decoding, thresholds, clocks, window merge, classifier fusion.
+
+The way of a video: `decode_offsets` -> `select_candidates` -> (one clip a video: `nms.suppress` on the grid) ->
+`sliding_seconds` or `resized_seconds` -> (sliding windows: `merge_windows`) -> (class-agnostic head: `fuse_classes`).
+
+OpenTAD rounds times to 2 and scores to 4 decimals *before* windows are merged, which makes scores equal that were not
+and turns those below 5e-5 into 0. Here numbers are rounded only where they are written (`results.write_detections`);
+`round_detections` is the switch for those who need OpenTAD's published numbers to the last digit. Numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.results.nms import Detections, Floats, Ints, Suppression, suppress
+
+
+def decode_offsets(points: Floats, offsets: Floats) -> Floats:
+    """Segments [P, 2] on the grid from points [P, 4] (time, range low, range high, stride) and offsets [P, 2].
+
+    start = time - stride * left, end = time + stride * right.
+
+    >>> decode_offsets(np.array([[8, 0, 4, 2]], np.float32), np.array([[1, 3]], np.float32))
+    array([[ 6., 14.]], dtype=float32)
+    """
+    time, stride = points[:, :1], points[:, 3:4]
+    return np.concatenate([time - stride * offsets[:, :1], time + stride * offsets[:, 1:]], axis=1)
+
+
+def select_candidates(proposals: Floats, scores: Floats, threshold: float = 1e-3, limit: int = 2000) -> Detections:
+    """Detections from proposals [N, 2] and scores [N, K]: every (proposal, class) above `threshold`, best `limit`.
+
+    A head of one class (K = 1) names actions without telling them apart: all its N proposals are kept, in order and
+    with label 0, as OpenTAD does. Otherwise the result falls in score; equal scores keep their order.
+
+    >>> select_candidates(np.array([[0, 4]], np.float32), np.array([[0.2, 0.0]], np.float32)).labels
+    array([0])
+    """
+    if proposals.shape != (len(scores), 2) or scores.ndim != 2:
+        raise TensorkeepError(f"proposals {proposals.shape} and scores {scores.shape} are not [N, 2] and [N, K]")
+    number = scores.shape[1]
+    if number == 1:
+        return Detections(proposals, scores[:, 0], np.zeros(len(scores), dtype=np.int64))
+    flat = scores.ravel()
+    above = np.flatnonzero(flat > np.float32(threshold))
+    best = above[np.argsort(-flat[above], kind="stable")[:limit]]
+    return Detections(proposals[best // number], flat[best], best % number)
+
+
+def sliding_seconds(
+    segments: Floats,
+    *,
+    fps: float,
+    duration: float,
+    snippet_stride: float,
+    window_start: float = 0.0,
+    offset: float = 0.0,
+) -> Floats:
+    """Seconds [N, 2] from grid steps of a window: (step * snippet_stride + window_start + offset) / fps, within the video.
+
+    snippet_stride, window_start and offset are frames; fps is frames / duration of the annotation, duration seconds.
+
+    >>> sliding_seconds(np.array([[0, 5]], np.float32), fps=10, duration=100, snippet_stride=4, window_start=20)
+    array([[2., 4.]], dtype=float32)
+    """
+    if fps <= 0 or duration <= 0:
+        raise TensorkeepError(f"fps {fps} and duration {duration} must be above 0")
+    frames = segments.astype(np.float32) * np.float32(snippet_stride) + np.float32(window_start + offset)
+    times: Floats = np.clip(frames / np.float32(fps), np.float32(0), np.float32(duration))
+    return times
+
+
+def resized_seconds(segments: Floats, *, duration: float, length: int) -> Floats:
+    """Seconds [N, 2] from grid steps of a video resized to `length` steps: step / length * duration, within the video.
+
+    >>> resized_seconds(np.array([[48, 200]], np.float32), duration=10, length=96)
+    array([[ 5., 10.]], dtype=float32)
+    """
+    if length < 1 or duration <= 0:
+        raise TensorkeepError(f"length {length} must be at least 1 and duration {duration} above 0")
+    times = segments.astype(np.float32) / np.float32(length) * np.float32(duration)
+    inside: Floats = np.clip(times, np.float32(0), np.float32(duration))
+    return inside
+
+
+def round_detections(detections: Detections, time_decimals: int = 2, score_decimals: int = 4) -> Detections:
+    """Detections with rounded times and scores, for OpenTAD's published numbers only (see the module).
+
+    Half goes to the even digit of the exact float32 value, as Python's `round` does.
+    """
+    return Detections(
+        np.round(detections.segments.astype(np.float64), time_decimals).astype(np.float32),
+        np.round(detections.scores.astype(np.float64), score_decimals).astype(np.float32),
+        detections.labels,
+    )
+
+
+def merge_windows(windows: Sequence[Detections], rule: Suppression) -> Detections:
+    """One video's detections from those of its windows (in seconds): concatenated, then suppressed together."""
+    if not windows:
+        return Detections(
+            np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
+        )  # fmt: skip
+    segments, scores, labels = (np.concatenate(column) for column in zip(*windows, strict=True))
+    return suppress(Detections(segments, scores, labels), rule)
+
+
+def fuse_classes(detections: Detections, probabilities: Floats, top: int, rule: str = "product") -> Detections:
+    """Detections of a class-agnostic head, one copy for each of the `top` classes of the video, class after class.
+
+    probabilities [K]: a video classifier's, its order gives the labels. rule `product` (CUHK for ActivityNet,
+    UntrimmedNet for THUMOS): score * p; `geometric` (OpenTAD's Standard classifier): sqrt(score * p).
+
+    >>> one = Detections(np.zeros((1, 2), np.float32), np.array([0.5], np.float32), np.array([0]))
+    >>> fuse_classes(one, np.array([0.1, 0.9]), top=1).labels
+    array([1])
+    """
+    if rule not in ("product", "geometric"):
+        raise TensorkeepError(f"unknown fusion rule {rule!r}", hint="product or geometric")
+    if probabilities.ndim != 1 or not 1 <= top <= len(probabilities):
+        raise TensorkeepError(f"top {top} of class probabilities {probabilities.shape}: not between 1 and their number")
+    chosen: Ints = np.argsort(-probabilities, kind="stable")[:top]
+    scores = np.outer(probabilities[chosen].astype(np.float32), detections.scores)
+    if rule == "geometric":
+        scores = np.sqrt(scores)
+    number = len(detections.scores)
+    return Detections(np.tile(detections.segments, (top, 1)), scores.ravel(), np.repeat(chosen, number))

@@ -1,0 +1,184 @@
+"""Why a detector's mAP is what it is: kinds of false positives, and what is missed by length, coverage and crowding.
+
+After DETAD (Alwassel et al., "Diagnosing Error in Temporal Action Detectors", ECCV 2018). Looked at are, for each
+class, its G best detections times `best` (G annotated segments), matched as in the ActivityNet protocol at one IoU a.
+A detection that is no true positive is, by the annotated segment it overlaps most,
+
+- `double detection`: right class, IoU >= a, but that segment is taken,
+- `wrong label`: IoU >= a with a segment of another class,
+- `localisation`: right class, 0.1 <= IoU < a,
+- `confusion`: another class, 0.1 <= IoU < a,
+- `background`: IoU < 0.1 with everything.
+
+Numpy only; the picture is SVG text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.data.annotations import Annotations
+from tensorkeep.detection.results.columns import Columns, align_names, gather_columns, guess_subset
+from tensorkeep.detection.results.matching import Ints, Pairs, match_greedily, overlaps
+from tensorkeep.detection.results.results import DetectionTable
+
+KINDS = ("true positive", "double detection", "wrong label", "localisation", "confusion", "background")
+_COLOURS = ("#4c9f70", "#7aa6c2", "#d98c5f", "#e3c567", "#b07aa1", "#9a9a9a")
+_NAMES = ("XS", "S", "M", "L", "XL")
+_LOOSE = 0.1  # below this overlap a detection is background
+
+
+@dataclass(frozen=True)
+class ErrorAnalysis:
+    """kinds [up to best, 6]: share of each of `KINDS` among the i-th G detections. missed: rows (what, bin, segments, share missed)."""
+
+    tiou: float
+    kinds: NDArray[np.float64]
+    missed: tuple[tuple[str, str, int, float], ...]
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> list[list[str]]:
+        """Rows of text: the kinds for each block of G detections, then what is missed; figures in percent."""
+        rows = [["detections", *KINDS]]
+        rows += [[f"{i + 1}G", *(f"{100 * share:.1f}" for share in row)] for i, row in enumerate(self.kinds)]
+        rows.append(["missed", "bin", "segments", "share"])
+        rows += [[what, name, str(count), f"{100 * share:.1f}"] for what, name, count, share in self.missed]
+        return rows
+
+    def document(self) -> dict[str, object]:
+        """The same as plain lists and dicts, for JSON."""
+        return {
+            "tiou": self.tiou,
+            "kinds": [dict(zip(KINDS, row.tolist(), strict=True)) for row in self.kinds],
+            "missed": [dict(zip(("what", "bin", "segments", "share"), row, strict=True)) for row in self.missed],
+            "notes": list(self.notes),
+        }
+
+    def picture(self) -> str:
+        """SVG text: one stacked bar for each block of G detections."""
+        width, height, gap = 34, 200, 12
+        left, total = 40, 40 + len(self.kinds) * (width + gap)
+        parts = [f'<text x="{left}" y="14">false positives at tIoU {self.tiou:g}, by rank</text>']
+        for i, row in enumerate(self.kinds):
+            x, y = left + i * (width + gap), 24.0
+            for share, colour, kind in zip(row, _COLOURS, KINDS, strict=True):
+                parts.append(
+                    f'<rect x="{x}" y="{y:.1f}" width="{width}" height="{share * height:.1f}" fill="{colour}">'
+                    f"<title>{escape(kind)}: {100 * share:.1f} %</title></rect>"
+                )
+                y += share * height
+            parts.append(f'<text x="{x + 6}" y="{height + 40}">{i + 1}G</text>')
+        for i, (kind, colour) in enumerate(zip(KINDS, _COLOURS, strict=True)):
+            parts.append(f'<rect x="{total + 16}" y="{28 + 20 * i}" width="12" height="12" fill="{colour}"/>')
+            parts.append(f'<text x="{total + 34}" y="{38 + 20 * i}">{escape(kind)}</text>')
+        size = f'width="{total + 170}" height="{height + 56}"'
+        body = "".join(parts)
+        return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">{body}</svg>'
+
+
+def analyse_errors(
+    annotations: Annotations,
+    detections: DetectionTable,
+    *,
+    subset: str | None = None,
+    blocked: Sequence[str] = (),
+    tiou: float = 0.5,
+    best: int = 10,
+) -> ErrorAnalysis:
+    """Kinds of errors of `detections` at one temporal IoU, and the share of annotated segments that they miss.
+
+    Lengths are binned by fifths of this subset's segments, so the bins suit any data set; coverage (length over the
+    video's duration) likewise, where durations are known; crowding is the number of segments of the same class in the
+    video (1, 2 to 4, 5 to 8, more). A segment is missed when no detection, of any rank, was matched to it.
+    Raises what `evaluation.evaluate` raises.
+
+    >>> analyse_errors(read_annotations("gt.json"), read_detections("pred.json")).table()  # doctest: +SKIP
+    """
+    if not _LOOSE <= tiou <= 1:
+        raise TensorkeepError(f"tiou {tiou} of an error analysis must lie between {_LOOSE} and 1")
+    notes: list[str] = []
+    annotations, detections = align_names(annotations, detections, notes)
+    subset = subset if subset is not None else guess_subset(annotations, detections)
+    columns = gather_columns(annotations, detections, subset, blocked, notes=notes)
+    groups = columns.groups()
+    order = np.lexsort((-columns.scores, groups))
+    same = overlaps(columns.segments[order], groups[order], columns.true_segments, columns.true_groups(), _LOOSE)
+    taken = match_greedily(
+        same.left, same.right, same.iou, groups[order], np.array([tiou]), len(columns.true_segments), strict=False
+    )[:, 0]
+    match = np.empty_like(taken)
+    match[order] = taken
+    chosen, block = _best_detections(columns, best)
+    kind = _kinds(columns, chosen, match[chosen] >= 0, tiou)
+    counts = np.zeros((best, len(KINDS)))
+    np.add.at(counts, (block, kind), 1)
+    met = np.zeros(len(columns.true_segments), dtype=bool)
+    met[match[match >= 0]] = True
+    counts = counts[: int(np.flatnonzero(counts.sum(axis=1)).max(initial=0)) + 1]  # blocks that nothing reaches
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return ErrorAnalysis(tiou, shares, tuple(_missed(annotations, subset, detections, columns, met)), tuple(notes))
+
+
+def _best_detections(columns: Columns, best: int) -> tuple[Ints, Ints]:
+    """The `best` x G best detections of every class, and the block 0..best-1 in which each falls."""
+    total = np.bincount(columns.true_labels, minlength=len(columns.classes))
+    order = np.lexsort((-columns.scores, columns.labels))
+    order = order[columns.labels[order] >= 0]
+    labels = columns.labels[order]
+    block = (np.arange(len(order)) - np.searchsorted(labels, labels)) // total[labels]
+    inside = block < best
+    return order[inside], block[inside]
+
+
+def _kinds(columns: Columns, chosen: Ints, true: NDArray[np.bool_], tiou: float) -> Ints:
+    """Number in `KINDS` of each chosen detection: the segment of highest IoU decides, the right class between equals."""
+    pairs: Pairs = overlaps(
+        columns.segments[chosen], columns.videos[chosen], columns.true_segments, columns.true_videos, _LOOSE
+    )
+    right = columns.true_labels[pairs.right] == columns.labels[chosen][pairs.left]
+    top = np.lexsort((right, pairs.iou, pairs.left))  # the last of each detection is its best
+    last = top[np.flatnonzero(np.diff(pairs.left[top], append=-1))]
+    kind = np.full(len(chosen), KINDS.index("background"))
+    near, own = pairs.iou[last] >= tiou, right[last]
+    names = np.where(near, np.where(own, 1, 2), np.where(own, 3, 4))
+    kind[pairs.left[last]] = names
+    kind[true] = 0
+    return kind
+
+
+def _missed(
+    annotations: Annotations, subset: str, detections: DetectionTable, columns: Columns, met: NDArray[np.bool_]
+) -> list[tuple[str, str, int, float]]:
+    """Rows (what, bin, segments, share missed) for length, coverage and crowding."""
+    length = columns.true_segments[:, 1] - columns.true_segments[:, 0]
+    videos = annotations.of_subset(subset)
+    numbered = sorted({*detections.video_names, *(video.name for video in videos)})
+    durations = np.array(
+        [annotations.videos[n].duration or np.nan if n in annotations.videos else np.nan for n in numbered]
+    )
+    coverage = length / durations[columns.true_videos]
+    groups = columns.true_groups()
+    crowd = np.unique(groups, return_counts=True)[1][np.unique(groups, return_inverse=True)[1].ravel()]
+    rows = []
+    for what, values in (("length s", length), ("coverage", coverage)):
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        edges = np.quantile(values[known], np.linspace(0, 1, 6))
+        bins = np.clip(np.searchsorted(edges[1:-1], values, side="left"), 0, 4)
+        for number, name in enumerate(_NAMES):
+            inside = known & (bins == number)
+            if inside.any():
+                span = f"{name} ({edges[number]:.3g} to {edges[number + 1]:.3g}]"
+                rows.append((what, span, int(inside.sum()), float(1 - met[inside].mean())))
+    for low, high, name in ((1, 1, "1"), (2, 4, "2 to 4"), (5, 8, "5 to 8"), (9, np.inf, "9 and more")):
+        inside = (crowd >= low) & (crowd <= high)
+        if inside.any():
+            rows.append(("same class in video", name, int(inside.sum()), float(1 - met[inside].mean())))
+    return rows

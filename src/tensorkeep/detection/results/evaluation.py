@@ -1,0 +1,258 @@
+"""Mean average precision of temporal action detection, under a protocol that the result names.
+
+- `activitynet`: the ActivityNet evaluator's rule, which OpenTAD, mmaction and ActionFormer use. Detections choose, by
+  falling score, the free annotated segment of the highest IoU if IoU >= threshold; AP is the area under the
+  precision-recall curve after the running maximum from the right (VOC 2010). Annotated segments of no length and
+  repetitions (same class, both ends within 1 ms) are dropped first.
+- `thumos14`: the THUMOS'14 kit (TH14evalDet of 2015-09-30). Annotated segments, in file order, choose the free
+  detection of the highest IoU if IoU > threshold; detections that touch an `Ambiguous` segment are no false
+  positives; AP is the sum of the precision at each true positive over the number of segments, not interpolated.
+
+The two give numbers several points apart for the same file. Sorting is stable (file order decides between equal
+scores), so a result is the same on every machine. Numpy only: no torch, no pandas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.detection.data.annotations import CLASS_LIST, Annotations, read_annotations, read_class_ids
+from tensorkeep.detection.results.columns import Columns, align_names, gather_columns, guess_subset, read_blocked
+from tensorkeep.detection.results.matching import Floats, Ints, Pairs, match_greedily, overlaps
+from tensorkeep.detection.results.results import DetectionTable, read_detections
+
+PROTOCOLS = {
+    "activitynet": tuple(round(0.5 + 0.05 * step, 2) for step in range(10)),
+    "thumos14": tuple(round(0.1 * step, 1) for step in range(1, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """mAP and what it is made of; every figure is a fraction of 1.
+
+    ap [C, T] by class and threshold, map [T] its mean over classes, average the mean of that; recall[k] [T] is the
+    recall when each video may give k detections for each annotated segment of a class.
+    """
+
+    protocol: str
+    subset: str
+    thresholds: tuple[float, ...]
+    classes: tuple[str, ...]
+    ap: Floats
+    segments: tuple[int, ...]
+    detections: int
+    recall: dict[int, Floats] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def map(self) -> Floats:
+        """[T]: mean over classes."""
+        mean: Floats = self.ap.mean(axis=0)
+        return mean
+
+    @property
+    def average(self) -> float:
+        """Mean over thresholds and classes."""
+        return float(self.map.mean())
+
+    def document(self) -> dict[str, object]:
+        """The same as plain lists and dicts, for JSON."""
+        return {
+            "protocol": self.protocol,
+            "subset": self.subset,
+            "tiou": list(self.thresholds),
+            "mAP": self.map.tolist(),
+            "average_mAP": self.average,
+            "AP": {name: row.tolist() for name, row in zip(self.classes, self.ap, strict=True)},
+            "segments": dict(zip(self.classes, self.segments, strict=True)),
+            "detections": self.detections,
+            "recall": {str(k): values.tolist() for k, values in self.recall.items()},
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> list[list[str]]:
+        """Rows of text: a header, one row a class, the mean; figures in percent."""
+        header = ["class", "segments", *(f"AP@{threshold:g}" for threshold in self.thresholds), "mean"]
+        rows = [
+            [name, str(count), *(f"{100 * value:.2f}" for value in row), f"{100 * row.mean():.2f}"]
+            for name, count, row in zip(self.classes, self.segments, self.ap, strict=True)
+        ]
+        mean = [
+            "mAP",
+            str(sum(self.segments)),
+            *(f"{100 * value:.2f}" for value in self.map),
+            f"{100 * self.average:.2f}",
+        ]
+        return [header, *rows, mean]
+
+
+def evaluate_files(
+    annotations: str | Path,
+    detections: str | Path,
+    *,
+    protocol: str = "activitynet",
+    thresholds: Sequence[float] | None = None,
+    subset: str | None = None,
+    blocked: str | Path | None = None,
+    recall_at: Sequence[int] = (),
+) -> Evaluation:
+    """`evaluate` for files: annotations of any layout, detections as JSON or THUMOS text, a blocked list as JSON or lines.
+
+    >>> evaluate_files("thumos_14_anno.json", "result.json", thresholds=[0.3, 0.5, 0.7]).average  # doctest: +SKIP
+    """
+    truth, found = read_files(annotations, detections)
+    return evaluate(
+        truth,
+        found,
+        protocol=protocol,
+        thresholds=thresholds,
+        subset=subset,
+        blocked=read_blocked(blocked) if blocked else (),
+        recall_at=recall_at,
+    )
+
+
+def read_files(annotations: str | Path, detections: str | Path) -> tuple[Annotations, DetectionTable]:
+    """Annotations and detections; class ids in a THUMOS text file are those of the annotations' `detclasslist.txt`."""
+    listed = Path(annotations) / CLASS_LIST
+    ids = read_class_ids(listed) if listed.is_file() else None
+    return read_annotations(annotations), read_detections(detections, ids)
+
+
+def evaluate(
+    annotations: Annotations,
+    detections: DetectionTable,
+    *,
+    protocol: str = "activitynet",
+    thresholds: Sequence[float] | None = None,
+    subset: str | None = None,
+    blocked: Sequence[str] = (),
+    recall_at: Sequence[int] = (),
+) -> Evaluation:
+    """Mean average precision of `detections` against one subset of `annotations`.
+
+    thresholds: temporal IoUs in (0, 1]; by default those of the protocol. subset: by default the one that most of the
+    detections' videos belong to. blocked: videos to leave out on both sides. Classes are those with an annotated
+    segment; detections of other classes are ignored, detections in videos without annotation count as false
+    positives (`notes` says how many). recall_at: k of "recall at k x", IoU strictly above the threshold, as ActionFormer.
+    Raises `TensorkeepError` for an unknown protocol or subset, a threshold out of range, and nothing to score against.
+    """
+    if protocol not in PROTOCOLS:
+        hint = near_misses(protocol, PROTOCOLS) or f"one of {', '.join(PROTOCOLS)}"
+        raise TensorkeepError(f"unknown protocol {protocol!r}", hint=hint)
+    limits = np.array(PROTOCOLS[protocol] if thresholds is None else thresholds, dtype=np.float64)
+    if limits.ndim != 1 or not limits.size or not np.all((limits > 0) & (limits <= 1)):
+        raise TensorkeepError(f"temporal IoU thresholds must lie in (0, 1], got {limits.tolist()}")
+    notes: list[str] = []
+    annotations, detections = align_names(annotations, detections, notes)
+    subset = subset if subset is not None else guess_subset(annotations, detections)
+    columns = gather_columns(annotations, detections, subset, blocked, clean=protocol == "activitynet", notes=notes)
+    groups, true_groups = columns.groups(), columns.true_groups()
+    order = np.lexsort((-columns.scores, groups))  # stable: by group, falling score, file order
+    pairs = overlaps(columns.segments[order], groups[order], columns.true_segments, true_groups, float(limits.min()))
+    score = _score_activitynet if protocol == "activitynet" else _score_thumos14
+    hit, counted = score(columns, order, groups[order], pairs, limits)
+    ap = _average_precision(columns, hit, counted, interpolate=protocol == "activitynet")
+    return Evaluation(
+        protocol=protocol,
+        subset=subset,
+        thresholds=tuple(limits.tolist()),
+        classes=columns.classes,
+        ap=ap,
+        segments=tuple(np.bincount(columns.true_labels, minlength=len(columns.classes)).tolist()),
+        detections=len(columns.scores),
+        recall=_recall(columns, groups[order], pairs, limits, recall_at),
+        notes=tuple(notes),
+    )
+
+
+def _score_activitynet(
+    columns: Columns, order: Ints, groups: Ints, pairs: Pairs, limits: Floats
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """True positives [N, T] and detections that count [N], in file order: detections choose."""
+    chosen = match_greedily(
+        pairs.left, pairs.right, pairs.iou, groups, limits, len(columns.true_segments), strict=False
+    )
+    hit = np.zeros(chosen.shape, dtype=bool)
+    hit[order] = chosen >= 0
+    return hit, np.ones(hit.shape, dtype=bool)
+
+
+def _score_thumos14(
+    columns: Columns, order: Ints, groups: Ints, pairs: Pairs, limits: Floats
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """True positives [N, T] and detections that count [N, T]: annotated segments choose, `Ambiguous` forgives."""
+    late_first = np.lexsort((-pairs.left, pairs.right))  # of equal IoUs the earlier detection wins: it is listed last
+    chosen = match_greedily(
+        pairs.right[late_first],
+        pairs.left[late_first],
+        pairs.iou[late_first],
+        columns.true_groups(),
+        limits,
+        len(groups),
+        strict=True,
+    )
+    sorted_hit = np.zeros((len(groups), len(limits)), dtype=bool)
+    rows, thresholds = np.nonzero(chosen >= 0)
+    sorted_hit[chosen[rows, thresholds], thresholds] = True
+    hit = np.zeros_like(sorted_hit)
+    hit[order] = sorted_hit
+    touching = overlaps(columns.segments, columns.videos, columns.ambiguous_segments, columns.ambiguous_videos, 0.0)
+    forgiven = np.zeros(len(groups), dtype=bool)
+    forgiven[touching.left] = True
+    return hit, hit | ~forgiven[:, None]
+
+
+def _average_precision(
+    columns: Columns, hit: NDArray[np.bool_], counted: NDArray[np.bool_], *, interpolate: bool
+) -> Floats:
+    """[C, T]: precision at each true positive, summed over the number of annotated segments.
+
+    With `interpolate` the precision is the highest at this recall or beyond. Between equal scores file order decides;
+    without `interpolate` the video's name first, since the kit goes through the videos by name.
+    """
+    total = np.bincount(columns.true_labels, minlength=len(columns.classes))
+    ap = np.zeros((len(columns.classes), hit.shape[1]))
+    by_class = np.argsort(columns.labels, kind="stable")
+    bounds = np.searchsorted(columns.labels[by_class], np.arange(len(columns.classes) + 1))
+    for number in range(len(columns.classes)):
+        own = by_class[bounds[number] : bounds[number + 1]]
+        if not len(own):
+            continue
+        ties = np.zeros(len(own)) if interpolate else columns.videos[own]
+        own = own[np.lexsort((ties, -columns.scores[own]))]  # stable
+        for threshold in range(hit.shape[1]):
+            found, counts = hit[own, threshold], counted[own, threshold]
+            precision = np.cumsum(found) / np.maximum(np.cumsum(counts), 1)
+            if interpolate:
+                precision = np.maximum.accumulate(precision[::-1])[::-1]
+            ap[number, threshold] = precision[found].sum() / total[number]
+    return ap
+
+
+def _recall(columns: Columns, groups: Ints, pairs: Pairs, limits: Floats, ks: Sequence[int]) -> dict[int, Floats]:
+    """For each k, [T]: share of annotated segments met by the k x (their number) best detections of their video and class."""
+    total = np.bincount(columns.true_labels, minlength=len(columns.classes))
+    sizes = np.unique(columns.true_groups(), return_counts=True)
+    rank = np.arange(len(groups)) - np.searchsorted(groups, groups)  # groups is sorted
+    allowed = (
+        sizes[1][np.searchsorted(sizes[0], groups[pairs.left])] if len(pairs.left) else np.zeros(0, dtype=np.int64)
+    )
+    recall = {}
+    for k in ks:
+        if k < 1:
+            raise TensorkeepError(f"recall at {k}: k must be at least 1")
+        inside = rank[pairs.left] < k * allowed
+        values = []
+        for limit in limits:
+            met = np.unique(pairs.right[inside & (pairs.iou > limit)])
+            values.append((np.bincount(columns.true_labels[met], minlength=len(total)) / total).mean())
+        recall[k] = np.array(values)
+    return recall

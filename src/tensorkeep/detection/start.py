@@ -1,0 +1,224 @@
+"""The detector of a recipe: built from a seed, pretrained weights put in, then quantised; and what of it is the base.
+
+Where the backbone is frozen, checkpoints hold what trains and name the rest by digest. The rest comes from the
+pretrained file again at every start. What no file holds (a random backbone, the seeds' frozen projections) is written
+once into RUN/base, since a seed alone promises nothing across versions of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import distributed
+from tensorkeep.storage import run_folder
+from tensorkeep.training.saver import State
+from tensorkeep.detection.model.detector import Detector
+from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
+from tensorkeep.detection.model.weights import load_detector, load_videomae
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.live_state import put_tensors
+from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.training.randomness import derive
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.formats.memory import digest_of
+from tensorkeep.formats.view import read
+
+Remark = Callable[[str], None]
+BASE, FROZEN, RECIPE = "base", "frozen.safetensors", "recipe.yaml"
+
+
+def make_detector(
+    recipe: DetectionRecipe, run: Path | None, world: World | None = None, remark: Remark = lambda _: None
+) -> tuple[Detector, dict[str, Any] | None]:
+    """The detector a run starts from, on `world.device`, and its base: `{"digest", "path"}`, None where all is stored.
+
+    The process's random state is left alone. Raises TensorkeepError where the pretrained weights do not fit.
+    """
+    world = world or World()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(recipe.training.seed, 0))
+        detector = Detector(recipe.model)
+    source = recipe.training.pretrained
+    if source is not None and detector.backbone is not None:
+        left = load_pretrained(detector, source)
+        remark(f"{source}: the backbone's weights, {len(left)} tensors left out" + _few(left))
+    base = _base(detector, recipe, run, world)
+    if detector.backbone is not None:
+        if recipe.training.quantize_backbone is not None:
+            quantize_backbone(detector.backbone, recipe.training.quantize_backbone)
+        quantize_adapters(detector.backbone)
+    return detector.to(world.device), base
+
+
+def _few(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def load_pretrained(detector: Detector, path: str) -> list[str]:
+    """Weights into the backbone: a VideoMAE file in any of its dialects, a detector's file, or a run of ours, whose
+    average is taken where it has one. Returns the names that a backbone has no place for."""
+    assert detector.backbone is not None
+    state = _state_of(Path(path), best=True)
+    if state is None:
+        view = read(path)
+        if not any(name.startswith("backbone.blocks.") for name in view):
+            return load_videomae(detector.backbone, path)
+        tensors: Mapping[str, Tensor] = {name: view.tensor(name) for name in view}
+    else:
+        if state.base is not None:
+            what = "its checkpoints hold adapters alone, not a backbone"
+            raise TensorkeepError(what, where=path, hint="name the weights that it was trained on")
+        tensors = state.model | {name: t for name, t in state.ema.items() if name in state.model}
+    own = {n.removeprefix("backbone."): tensor for n, tensor in tensors.items() if n.startswith("backbone.")}
+    load_videomae(detector.backbone, own, str(path))
+    return sorted(n for n in tensors if not n.startswith("backbone."))
+
+
+# -- the base -----------------------------------------------------------------------------------------------------------
+
+
+def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: World) -> dict[str, Any] | None:
+    """What is frozen, by digest, after the part of it that no file holds was put back or written into RUN/base."""
+    backbone = recipe.model.backbone
+    if backbone is None or backbone.tuning == "all":
+        return None
+    frozen = {name: p for name, p in detector.named_parameters() if not p.requires_grad}
+    new = {name: p for name, p in frozen.items() if recipe.training.pretrained is None or _is_new(name)}
+    if run is not None and new:
+        place, going = run / BASE / FROZEN, bool(run_folder.steps(run))
+        distributed.gathered(world, None)  # nobody writes before everybody has looked
+        if going:
+            distributed.together(world, lambda: _read_frozen(new, place))
+        elif world.first:
+            _write_frozen(new, place)
+        distributed.gathered(world, None)
+    digest = digest_of_all({name: digest_of(p.detach()) for name, p in frozen.items()})
+    return {"digest": digest, "path": recipe.training.pretrained or f"{BASE}/{FROZEN}"}
+
+
+def _is_new(name: str) -> bool:
+    """Whether a frozen weight of the backbone is in no pretrained file."""
+    parts = name.split(".")
+    return "adapter" in parts or "fc_norm" in parts
+
+
+def _read_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:
+    if not place.is_file():
+        hint = "copy it from where the run was started, with the rest of the run"
+        raise TensorkeepError("the frozen weights of the run are gone", where=place, code="F05", hint=hint)
+    view = read(place)
+    differing = sorted(set(view) ^ set(new))
+    if differing:
+        what = f"holds other weights than the recipe freezes: {', '.join(differing[:4])} ({len(differing)})"
+        raise TensorkeepError(what, where=place, code="K01", hint="resume with the run's own recipe.yaml")
+    with torch.no_grad():
+        for name, parameter in new.items():
+            parameter.copy_(view.tensor(name))
+
+
+def _write_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    data = save({name: p.detach().cpu().contiguous() for name, p in new.items()})
+    with replacing(place, overwrite=True) as temporary:
+        write_bytes(temporary, data)
+
+
+# -- from a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+class Opened(NamedTuple):
+    """A trained detector in evaluation mode, the recipe it belongs to, and what was taken: `step` of a run (None: no
+    run of ours), whether the average."""
+
+    detector: Detector
+    recipe: DetectionRecipe
+    step: int | None
+    averaged: bool
+
+
+def open_detector(
+    path: str | Path, recipe: str | Path | None = None, ema: bool = True, best: bool = True,
+    world: World | None = None, changes: tuple[tuple[str, str], ...] = (), remark: Remark = lambda _: None,
+) -> Opened:  # fmt: skip
+    """The detector of a run (its best checkpoint, or with `best=False` the newest), of one step folder, or of a
+    checkpoint from elsewhere (OpenTAD's too), for which `recipe` must be named.
+
+    `ema`: the averaged weights, where there are some. `changes` to the recipe, as on the command line.
+
+    >>> open_detector("runs/one").detector.training                       # doctest: +SKIP
+    False
+    """
+    path, world = Path(path), world or World()
+    run = run_of(path)
+    state = _state_of(path, best, remark)
+    if state is None or run is None:
+        return _from_elsewhere(path, recipe, ema, world, changes)
+    made = read_recipe(recipe or run / RECIPE, changes)
+    detector, base = make_detector(made, run, world)
+    then, now = (state.base or {}).get("digest"), (base or {}).get("digest")
+    if then != now:
+        raise TensorkeepError(
+            f"was trained on the base {then}, the recipe gives {now}", where=path, code="A04",
+            hint=f"training.pretrained must name the weights it was trained on, now {made.training.pretrained}",
+        )  # fmt: skip
+    put_tensors(detector, state.model, base=base is not None)
+    averaged = ema and bool(state.ema)
+    if averaged:
+        average = Ema(detector)
+        average.load_state_dict(state.ema, state.document["ema"]["updates"])
+        with torch.no_grad():
+            for name, parameter in detector.named_parameters():
+                if name in average.tensors:
+                    parameter.copy_(average.tensors[name])
+    return Opened(detector.eval(), made, int(state.document["step"]), averaged)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a path means: itself, or the one that a step folder lies in; None where it is no run of ours."""
+    for place in (path, path.parent.parent):
+        if (place / run_folder.CHECKPOINTS).is_dir() and (place / RECIPE).is_file():
+            return place
+    return None
+
+
+def _state_of(path: Path, best: bool, remark: Remark = lambda _: None) -> State | None:
+    """The checkpoint that a path means; None where it is none of ours."""
+    run = run_of(path)
+    if run is None:
+        return None
+    if path.resolve() != run.resolve():
+        return checkpoint.load(path)
+    step = checkpoint.best(run) if best else None
+    if step is not None:
+        return checkpoint.load(run_folder.folder_of(run, step))
+    found = checkpoint.newest(run)
+    if found is None:
+        raise TensorkeepError("the run holds no checkpoint", where=run, hint="train it first")
+    for finding in found[2]:
+        remark(f"skipped: {finding.code} {finding.message}")
+    return found[0]
+
+
+def _from_elsewhere(
+    path: Path, recipe: str | Path | None, ema: bool, world: World, changes: tuple[tuple[str, str], ...]
+) -> Opened:
+    if recipe is None:
+        hint = "--recipe RECIPE.yaml, e.g. of `tensorkeep recipe import`"
+        raise TensorkeepError("is no run of ours: the recipe it belongs to must be named", where=path, hint=hint)
+    made = read_recipe(recipe, changes)
+    averaged = ema and any(name.split(".")[0] == "state_dict_ema" for name in read(path))
+    detector = load_detector(path, recipe, average=averaged)
+    if detector.backbone is not None and made.training.quantize_backbone is not None:
+        quantize_backbone(detector.backbone, made.training.quantize_backbone)
+    return Opened(detector.to(world.device).eval(), made, None, averaged)

@@ -1,0 +1,88 @@
+"""Tensors in memory as a state view, so that one set of checks serves files and state dicts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import Folder
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord
+from tensorkeep.formats.view import CHUNK, StateView
+
+
+@dataclass(eq=False)
+class TensorView(StateView):
+    """A view whose tensors lie in memory; nothing is copied before it is asked for."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def stream(
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+    ) -> Iterator[memoryview]:
+        """The tensor's bytes in row-major order, a few at a time."""
+        tensor = self.tensors[name].detach()
+        tensor = tensor if rows is None else tensor[rows[0] : rows[1]]
+        whole = raw_bytes(tensor)
+        step = max(chunk // granule, 1) * granule
+        yield from (whole[at : at + step] for at in range(0, len(whole), step))
+
+    def tensor(self, name: str) -> Tensor:
+        """The very tensor, detached; not a copy, and on its own device."""
+        return self.tensors[name].detach()
+
+
+def view_of(tensors: Mapping[str, Tensor], path: str = "state dict") -> TensorView:
+    """A view of tensors by name.
+
+    >>> view_of({"weight": torch.zeros(2, 3)})["weight"].shape
+    (2, 3)
+    """
+    records = {name: _record(name, tensor, path) for name, tensor in tensors.items()}
+    return TensorView(path, "memory", cast(Folder, None), records, tensors=dict(tensors))
+
+
+def _record(name: str, tensor: Tensor, path: str) -> TensorRecord:
+    spelled = str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
+    if not isinstance(tensor, Tensor) or spelled not in FROM_TORCH:
+        raise TensorkeepError(f"{name} is {spelled}, no tensor that is known here", where=path)
+    shape = tuple(tensor.shape)
+    dtype = FROM_TORCH[spelled]
+    return TensorRecord(
+        name, dtype, shape, (Block("", 0, tensor.numel() * tensor.element_size(), (0,) * len(shape), shape),)
+    )
+
+
+def tensor_of(view: StateView, name: str) -> Tensor:
+    """One stored tensor on the CPU (of a `TensorView`: the very tensor), with no memory beside its own.
+
+    Raises TensorkeepError for dtypes that torch lacks.
+    """
+    record = view[name]
+    spelled = DTYPES[record.dtype].torch
+    if isinstance(view, TensorView) or spelled is None or record.dtype == "F4" or not record.elements:
+        return view.tensor(name)
+    out = torch.empty(record.shape, dtype=getattr(torch, spelled))
+    raw, at = raw_bytes(out), 0
+    for piece in view.stream(name):
+        raw[at : at + len(piece)] = piece
+        at += len(piece)
+    return out
+
+
+def digest_of(tensor: Tensor) -> str:
+    """xxh3_128 of a tensor's raw little-endian bytes in row-major order, in hex."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory; a copy where it is not on the CPU or not contiguous."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

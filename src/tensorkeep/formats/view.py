@@ -1,0 +1,400 @@
+"""The state view: a read-only mapping from tensor name to record, with lazy data.
+
+`read(path)` finds the format, reads headers only, and checks every byte range against its file. Data comes out as a
+stream of raw bytes in row-major order (`stream`), as a numpy array (`array`) or as a torch tensor (`tensor`);
+torch is imported by `tensor` alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tensorkeep.storage import run_folder
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
+from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+CHUNK = 4 << 20  # bytes a stream holds at a time
+LARGEST_COMPANION = 256 << 20  # bytes; the largest tokenizers have 40 MB
+
+# format word -> module; each has the verbs sniff, read and, unless read-only, layout. The first that recognises the
+# files reads them, and the commonest comes first: a module not asked is not imported.
+FORMATS = {
+    "hf": "tensorkeep.formats.safetensors",
+    "dcp": "tensorkeep.formats.dcp",
+    "peft": "tensorkeep.formats.peft",
+    "gguf": "tensorkeep.formats.gguf",
+    "pth": "tensorkeep.formats.pth",
+}
+# what travels beside the weights; nothing else in a folder is copied
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "recipe.yaml",
+)  # fmt: skip
+
+
+class Companion(NamedTuple):
+    """A small file that goes with the weights: its name, its bytes, where it came from."""
+
+    name: str
+    data: bytes
+    where: str
+
+
+class Note(NamedTuple):
+    """A fact noticed while reading that is no error: a finding code, a sentence, the names concerned."""
+
+    code: str
+    message: str
+    names: tuple[str, ...] = ()
+
+
+Span = tuple[str, int, int, int | None]  # file, first byte, bytes, their CRC-32 where known
+
+
+@dataclass(eq=False)
+class StateView(Mapping[str, TensorRecord]):
+    """What `read` returns. `entries` holds what is stored beside tensors (step numbers, opaque bytes), by name."""
+
+    path: str
+    format: str
+    folder: Folder
+    records: dict[str, TensorRecord]
+    config: dict[str, Any] | None = None
+    companions: list[Companion] = field(default_factory=list)
+    entries: dict[str, Any] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    locate: Callable[[Folder, TensorRecord, Block], Block] | None = None
+    decode: Callable[[TensorRecord, memoryview], memoryview] | None = None
+    computed: bool = False  # its bytes are made and not stored, so no certificate is about them
+    checked: bool = False  # compare what is read with the file's own CRC-32 (torch writes it and never looks)
+
+    def __getitem__(self, name: str) -> TensorRecord:
+        return self.records[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _blocks(self, record: TensorRecord) -> list[Block]:
+        """The record's blocks with raw bytes located, in order of their place in the tensor."""
+        blocks = [self.locate(self.folder, record, b) if b.archive and self.locate else b for b in record.blocks]
+        for block in blocks:
+            if block.start + block.nbytes > self.folder.size(block.file):
+                raise short_file(
+                    f"{self.folder.url}/{block.file}", block.start, block.nbytes, self.folder.size(block.file)
+                )
+        return sorted(blocks, key=lambda b: b.offsets)
+
+    def spans(self, name: str) -> list[Span] | None:
+        """The byte ranges that make up a plainly stored tensor in row-major order; None where there are none."""
+        record = self.records[name]
+        return _row_spans(record, self._blocks(record)) if record.encoding == "plain" and record.blocks else None
+
+    def stream(
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+    ) -> Iterator[memoryview]:
+        """The tensor's bytes in row-major order, `chunk` at a time in one reused buffer.
+
+        `rows` takes a slice of the first dimension; every piece but the last is a multiple of `granule` bytes. A
+        tensor whose blocks are not whole rows (sharded on a later dimension, transposed) is assembled in memory.
+        """
+        record = self.records[name]
+        if record.encoding != "plain":
+            yield from self._decoded(record, rows, granule, chunk)
+            return
+        spans = _row_spans(record, self._blocks(record))
+        row_bytes = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
+        first, last = rows or (0, record.shape[0] if record.shape else 1)
+        if spans is None:
+            whole = memoryview(self._assemble(record))[first * row_bytes : last * row_bytes]
+            step = max(chunk // granule, 1) * granule
+            yield from (whole[at : at + step] for at in range(0, len(whole), step))
+            return
+        spans = list(_cut(spans, first * row_bytes, last * row_bytes))
+        total = sum(length for _, _, length, _ in spans)
+        step = min(max(chunk // granule, 1) * granule, total)
+        buffer = memoryview(bytearray(step))
+        filled = 0
+        for file, start, length, crc in spans:
+            done = found = 0
+            while done < length:
+                take = min(length - done, step - filled)
+                piece = buffer[filled : filled + take]
+                self.folder.read_into(file, start + done, piece)
+                done, filled = done + take, filled + take
+                if self.checked and crc is not None:
+                    found = zlib.crc32(piece, found)
+                    if done == length and found != crc:
+                        raise damaged(f"{self.folder.url}/{file}", [name])
+                if filled == step:
+                    yield buffer
+                    filled = 0
+        if filled:
+            yield buffer[:filled]
+
+    def _decoded(
+        self, record: TensorRecord, rows: tuple[int, int] | None, granule: int, chunk: int
+    ) -> Iterator[memoryview]:
+        """An encoded tensor, a few rows of its last dimension at a time: encodings never reach across such rows."""
+        if self.decode is None:
+            raise TensorkeepError(
+                f"{record.name} is stored as {record.encoding}, which {self.format} cannot decode", where=self.path
+            )
+        (block,) = self._blocks(record)
+        count = math.prod(record.shape[:-1])
+        made, stored = record.nbytes // max(count, 1), block.nbytes // max(count, 1)  # bytes of one row
+        inner = math.prod(record.shape[1:-1])  # rows in one step of the first dimension
+        first, last = (0, count) if rows is None else (rows[0] * inner, rows[1] * inner)
+        unit = math.lcm(granule, max(made, 1))
+        step = max(chunk // unit, 1) * unit // max(made, 1)
+        for at in range(first, last, step):
+            some = min(step, last - at)
+            raw = bytearray(some * stored)
+            self.folder.read_into(block.file, block.start + at * stored, memoryview(raw))
+            yield self.decode(record, memoryview(raw))
+
+    def _assemble(self, record: TensorRecord) -> bytearray:
+        import numpy as np
+
+        width = DTYPES[record.dtype].bits // 8
+        whole = bytearray(record.nbytes)
+        target = np.frombuffer(whole, dtype=f"V{width}").reshape(record.shape)
+        for block in self._blocks(record):
+            raw = bytearray(block.nbytes)
+            self.folder.read_into(block.file, block.start, memoryview(raw))
+            strides = block.strides or row_major(block.shape)
+            piece = np.ndarray(block.shape, f"V{width}", raw, strides=[s * width for s in strides])
+            target[tuple(slice(o, o + n) for o, n in zip(block.offsets, block.shape))] = piece
+        return whole
+
+    def bytes(self, name: str) -> bytearray:
+        """The whole tensor's bytes in row-major order."""
+        out = bytearray()
+        for piece in self.stream(name):
+            out += piece
+        return out
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """The tensor as a numpy array of its own dtype (bf16 and fp8 through ml_dtypes)."""
+        record = self.records[name]
+        return np_frombuffer(self.bytes(name), record.dtype).reshape(record.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as a torch tensor of its own dtype, on the CPU, owning its memory."""
+        import torch
+
+        record = self.records[name]
+        spelled = DTYPES[record.dtype].torch
+        if spelled is None or not hasattr(torch, spelled):
+            raise TensorkeepError(f"torch has no dtype for {record.dtype}", where=f"{self.path}: {name}")
+        dtype = getattr(torch, spelled)
+        if record.elements == 0:
+            return torch.empty(record.shape, dtype=dtype)
+        shape = record.shape
+        if record.dtype == "F4":  # torch packs two into one element
+            if not shape or shape[-1] % 2:
+                raise TensorkeepError(
+                    f"torch holds F4 in pairs, shape {list(shape)} has an odd end", where=f"{self.path}: {name}"
+                )
+            shape = (*shape[:-1], shape[-1] // 2)
+        return torch.frombuffer(self.bytes(name), dtype=dtype).reshape(shape)
+
+    def digest(self, name: str) -> str:
+        """xxh3_128 of the tensor's raw little-endian bytes, in hex."""
+        import xxhash
+
+        state = xxhash.xxh3_128()
+        for piece in self.stream(name):
+            state.update(piece)
+        return state.hexdigest()
+
+
+def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
+    """The error for bytes that are not what was written (F03)."""
+    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TensorkeepError(
+        f"damaged since it was written: {first}",
+        where=where,
+        code="F03",
+        hint="copy the checkpoint again from where it is whole",
+    )
+
+
+def np_dtype(dtype: str) -> np.dtype[Any]:
+    """numpy's dtype for a record's, from ml_dtypes where numpy has none."""
+    import numpy as np
+
+    spelled = DTYPES[dtype].numpy
+    if spelled is None:
+        raise TensorkeepError(f"{dtype} cannot be computed with here, only copied")
+    if hasattr(np, spelled) or spelled == "bool":
+        return np.dtype(spelled)
+    import ml_dtypes
+
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, spelled))
+    return found
+
+
+def np_frombuffer(data: bytes | bytearray | memoryview, dtype: str) -> np.ndarray[Any, Any]:
+    """A flat array over raw bytes, without a copy."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=np_dtype(dtype))
+
+
+def _row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
+    """Byte ranges that make up the tensor in order, or None where blocks are not runs of whole rows."""
+    spans, row = [], 0
+    for block in blocks:
+        whole_rows = block.shape[1:] == record.shape[1:] and not any(block.offsets[1:])
+        if not whole_rows or (block.strides is not None and not same_layout(block.shape, block.strides)):
+            return None
+        if record.shape and block.offsets[0] != row:
+            return None
+        row += block.shape[0] if record.shape else 0
+        spans.append((block.file, block.start, nbytes(record.dtype, block.shape), block.crc))
+    return spans
+
+
+def _cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
+    """The part of consecutive spans between two byte positions of the tensor."""
+    at = 0
+    for file, start, length, crc in spans:
+        low, high = max(first, at), min(last, at + length)
+        if low < high:
+            yield file, start + low - at, high - low, crc if high - low == length else None
+        at += length
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def open_folder(path: str) -> tuple[Folder, str | None]:
+    """The folder a path stands for, and the file in it where the path names a file."""
+    path = path.removeprefix("file://")
+    if "://" in path:
+        from tensorkeep.storage.remote import open_remote
+
+        return open_remote(path)
+    local = local_path(path)
+    with explained(local):
+        if local.is_dir():
+            return LocalFolder(local), None
+        if local.exists():
+            return LocalFolder(local.parent), local.name
+    from tensorkeep.storage.hub import cached_snapshot
+
+    return LocalFolder(cached_snapshot(path)), None
+
+
+def read(path: str | Path) -> StateView:
+    """Open a checkpoint of any format: headers only, every range checked.
+
+    Raises TensorkeepError where nothing is recognised, or the files contradict themselves.
+
+    >>> view = read("model.safetensors")                # doctest: +SKIP
+    >>> view["lm_head.weight"].shape                    # doctest: +SKIP
+    (49152, 576)
+    """
+    folder, name = open_folder(str(path))
+    step = run_folder.opened(folder.path) if name is None and isinstance(folder, LocalFolder) else None
+    folder = LocalFolder(step.path) if step is not None else folder
+    names = step.files if step is not None else [name] if name else folder.names()
+    for module in FORMATS.values():
+        form = importlib.import_module(module)
+        if form.sniff(folder, names, single=name is not None):
+            view: StateView = form.read(folder, names, str(path))
+            _check_names(view)
+            _find_companions(view)
+            if step is not None:  # a checkpoint of a run of ours
+                view.metadata["run"] = step.run
+                view.notes += [Note(f.code, f"passed over: {f.message}", tuple(f.tensors)) for f in step.passed]
+            return view
+    raise _unrecognised(folder, names, str(path))
+
+
+def _check_names(view: StateView) -> None:
+    for name in view.records:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise TensorkeepError(
+                f"a tensor's name is no text: {name!r}",
+                where=view.path,
+                code="F07",
+                hint="the file is damaged; copy it again",
+            )
+
+
+def _find_companions(view: StateView) -> None:
+    """Configs and tokenizer beside the weights; for a bare weight file, up to two folders above (step-N/, out/)."""
+    from tensorkeep.storage.certificate import parse_json
+
+    places: list[Folder] = [view.folder]
+    # a folder above may describe this file, unless the file described itself (GGUF does)
+    if view.config is None and isinstance(view.folder, LocalFolder) and "config.json" not in view.folder.names():
+        places += [LocalFolder(parent) for parent in list(view.folder.path.resolve().parents)[:2]]
+    for place in places:
+        try:
+            present = set(place.names())
+        except TensorkeepError:
+            if place is view.folder:
+                raise
+            continue  # a folder above that we may not list says nothing about this checkpoint
+        if "config.json" not in present and place is not view.folder:
+            continue
+        have = {c.name for c in view.companions}
+        view.companions += [_companion(place, name) for name in COMPANIONS if name in present - have]
+        if "config.json" in present:
+            break
+    if view.config is None:
+        for companion in view.companions:
+            if companion.name == "config.json":
+                config = parse_json(companion.data, companion.where)
+                view.config = config if isinstance(config, dict) else None
+
+
+def _companion(place: Folder, name: str) -> Companion:
+    where = f"{place.url}/{name}"
+    if place.size(name) > LARGEST_COMPANION:
+        raise TensorkeepError(
+            f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
+        )
+    return Companion(name, place.read(name), where)
+
+
+def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError:
+    steps = sorted(Path(folder.url).glob("step-*")) or sorted(Path(folder.url).glob("*/step-*"))
+    if steps:
+        return TensorkeepError(
+            f"holds {len(steps)} checkpoints, not one: {', '.join(s.name for s in steps[:6])}",
+            where=path,
+            hint=f"name one, e.g. {steps[-1]}",
+        )
+    if any(n.endswith(".distcp") for n in names):
+        return TensorkeepError(
+            "DCP data without its .metadata: the save was interrupted",
+            where=path,
+            code="F01",
+            hint="use the checkpoint before it",
+        )
+    seen = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
+    return TensorkeepError(
+        f"no checkpoint recognised{seen}",
+        where=path,
+        code="F05",
+        hint="expected *.safetensors, a DCP folder with .metadata, .pth/.pt/.bin, a PEFT adapter folder or .gguf",
+    )

@@ -1,0 +1,242 @@
+"""Conversations as tokens, with a mark on every token of an answer: the loss is taken there and nowhere else.
+
+The tokenizer's own template renders. Where an answer begins is found by rendering what comes before it with the
+opening of an answer; where it ends, by rendering up to it, or by the mark the template puts after every answer. Both
+must be prefixes of the whole rendering and fall between tokens, or the conversation is refused. On MiniMind's template
+this marks exactly what its own rule marks (`minimind_marks`): from after `<|im_start|>assistant\\n` to `<|im_end|>\\n`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.language.data.texts import Conversation
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+EMPTY_THINK = "<think>\n\n</think>\n\n"
+# system prompts for MiniMind's augmentation: one in five conversations without a system message gets one
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a knowledgeable AI. Answer the user's questions as accurately as you can.",
+    "You are a small but useful language model.",
+    "你是一个乐于助人的助手。",
+    "你是一个专业的人工智能助手，请尽量准确地回答用户的问题。",
+)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """MiniMind's two random changes of a conversation, drawn from the sample's own generator.
+
+    `system`: probability that one without a system message gets a random one; `empty_think`: probability that empty
+    thinking tags stay where the template wrote some (None: they always stay).
+    """
+
+    system: float = 0.0
+    empty_think: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("system", self.system), ("empty_think", self.empty_think)):
+            if value is not None and not 0 <= value <= 1:
+                raise TensorkeepError(f"{name} {value} is no probability", where="data.augmentation")
+
+    @property
+    def on(self) -> bool:
+        return self.system > 0 or self.empty_think is not None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer with a chat template. `ending` is what the template puts after every answer."""
+
+    tokenizer: Any
+    ending: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise TensorkeepError(
+                "the tokenizer has no chat template", where="tokenizer",
+                hint="name a folder whose tokenizer_config.json or chat_template.jinja has one (tokenizer: FOLDER)",
+            )  # fmt: skip
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise TensorkeepError("the tokenizer gives no offsets", where="tokenizer", hint="use its tokenizer.json")
+        probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\u2042"}]
+        object.__setattr__(self, "ending", self.render(Conversation(probe)).rpartition("\u2042")[2])
+
+    def render(self, conversation: Conversation, opening: bool = False) -> str:
+        """The conversation as text; `opening` adds what comes before an answer."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                conversation.messages, tools=conversation.tools, tokenize=False, add_generation_prompt=opening
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TensorkeepError(
+                f"the chat template refuses it: {' '.join(str(error).split())[:200]}", where="data"
+            ) from None
+        return text
+
+    def encode(
+        self, conversation: Conversation, augmentation: Augmentation | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[list[int], list[bool]]:  # fmt: skip
+        """Token ids and, for each, whether it belongs to an answer.
+
+        Raises TensorkeepError where the template does not render answers in a place that can be found.
+        """
+        if augmentation is not None and augmentation.system > 0:
+            conversation = with_system(conversation, augmentation.system, generator)
+        if GENERATION.search(str(self.tokenizer.chat_template)):
+            return self._tagged(conversation, augmentation)
+        whole = self.render(conversation)
+        spans = self._spans(conversation, whole)
+        keep = augmentation.empty_think if augmentation is not None and EMPTY_THINK in whole else None
+        if keep is not None and float(torch.rand((), generator=generator)) >= keep:
+            whole, spans = without(whole, spans, EMPTY_THINK)
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), marks(encoded["offset_mapping"], spans, whole)
+
+    def _tagged(self, conversation: Conversation, augmentation: Augmentation | None) -> tuple[list[int], list[bool]]:
+        """What stands between the template's own generation tags is marked, by transformers."""
+        if augmentation is not None and augmentation.empty_think is not None:
+            raise TensorkeepError(
+                "cannot take thinking out of a template with generation tags", where="data.augmentation"
+            )
+        encoded = self.tokenizer.apply_chat_template(
+            conversation.messages, tools=conversation.tools, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+
+    def _spans(self, conversation: Conversation, whole: str) -> list[tuple[int, int]]:
+        """Character spans `[start, end)` of the answers in the rendered text."""
+        messages, tools = conversation
+        spans: list[tuple[int, int]] = []
+        for at, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._start(Conversation(messages[:at], tools), whole, spans[-1][1] if spans else 0, at)
+            spans.append((start, self._end(Conversation(messages[: at + 1], tools), whole, start, at)))
+        return spans
+
+    def _start(self, before: Conversation, whole: str, after: int, at: int) -> int:
+        opening = self._opening(before)
+        opened = (self.render(before) if at else "") + opening
+        if whole.startswith(opened):
+            return len(opened)
+        # templates that drop the thinking of earlier turns render what comes before in another way, too
+        found = whole.find(opening, after) if self._is_mark(opening) else -1
+        if found < 0:
+            raise _unplaced(at, "begins")
+        return found + len(opening)
+
+    def _is_mark(self, text: str) -> bool:
+        """Whether it holds a special token, which no content can forge by chance."""
+        return any(token and token in text for token in self.tokenizer.all_special_tokens)
+
+    def _opening(self, before: Conversation) -> str:
+        """What stands between the conversation so far and an answer; thinking tags count as the answer's."""
+        if not before.messages:
+            before = Conversation([{"role": "user", "content": ""}], before.tools)
+        plain, opened = self.render(before), self.render(before, opening=True)
+        if not opened.startswith(plain):
+            raise _unplaced(len(before.messages), "begins")
+        return opened[len(plain) :].partition("<think>")[0]
+
+    def _end(self, upto: Conversation, whole: str, start: int, at: int) -> int:
+        rendered = self.render(upto)
+        if whole.startswith(rendered) and len(rendered) > start:
+            return len(rendered)
+        found = whole.find(self.ending, start) if self._is_mark(self.ending) else -1
+        if found < 0:
+            raise _unplaced(at, "ends")
+        return found + len(self.ending)
+
+
+def _unplaced(at: int, verb: str) -> TensorkeepError:
+    return TensorkeepError(
+        f"where the answer in message {at} {verb} cannot be found in what the chat template renders", where="data",
+        hint="put {% generation %} ... {% endgeneration %} around answers in the template",
+    )  # fmt: skip
+
+
+def marks(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], text: str) -> list[bool]:
+    """For each token whether it lies in a span. Raises TensorkeepError where a token crosses the border of one.
+
+    >>> marks([(0, 2), (2, 4), (4, 5)], [(2, 5)], "abcde")
+    [False, True, True]
+    """
+    out, at = [], 0
+    for start, end in offsets:
+        while at < len(spans) and spans[at][1] <= start:
+            at += 1
+        inside = at < len(spans) and spans[at][0] <= start and end <= spans[at][1] and end > start
+        touches = at < len(spans) and start < spans[at][1] and end > spans[at][0]
+        if touches and not inside:
+            raise TensorkeepError(
+                f"a token crosses the border of an answer: {shown(text[start:end])}", where="data",
+                hint="the template must put a special token or a line end between question and answer",
+            )  # fmt: skip
+        out.append(inside)
+    return out
+
+
+def without(text: str, spans: Sequence[tuple[int, int]], part: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text with every `part` taken out, and the spans moved along.
+
+    >>> without("ab--cd", [(0, 6)], "--")
+    ('abcd', [(0, 4)])
+    """
+    places = [m.start() for m in re.finditer(re.escape(part), text)]
+
+    def moved(at: int) -> int:
+        return at - sum(min(len(part), max(0, at - place)) for place in places)
+
+    return text.replace(part, ""), [(moved(a), moved(b)) for a, b in spans]
+
+
+def with_system(conversation: Conversation, probability: float, generator: torch.Generator | None) -> Conversation:
+    """With a random system message in front, by chance, where there is none and no tools are given."""
+    messages, tools = conversation
+    if messages[0]["role"] == "system" or tools:
+        return conversation
+    if float(torch.rand((), generator=generator)) >= probability:
+        return conversation
+    prompt = SYSTEM_PROMPTS[int(torch.randint(len(SYSTEM_PROMPTS), (), generator=generator))]
+    return Conversation([{"role": "system", "content": prompt}, *messages], tools)
+
+
+def minimind_marks(ids: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> list[bool]:
+    """MiniMind's rule: tokens after each `begin` (bos + "assistant\\n") up to and with the next `end` (eos + "\\n").
+
+    >>> minimind_marks([9, 1, 5, 6, 2, 7], begin=[1], end=[2])
+    [False, False, True, True, True, False]
+    """
+    out, at = [False] * len(ids), 0
+    while at < len(ids):
+        if list(ids[at : at + len(begin)]) != list(begin):
+            at += 1
+            continue
+        start = stop = at + len(begin)
+        while stop < len(ids) and list(ids[stop : stop + len(end)]) != list(end):
+            stop += 1
+        stop = min(stop + len(end), len(ids))
+        out[start:stop] = [True] * (stop - start)
+        at = stop
+    return out
+
+
+def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
+    """What decides the tokens of a text, as plain values for a fingerprint."""
+    backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
+    return {
+        "tokenizer": backend, "chat_template": str(getattr(tokenizer, "chat_template", None)),
+        "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())},
+    }  # fmt: skip

@@ -1,0 +1,139 @@
+"""Text files as they lie about: JSON lines of MiniMind's three kinds, OpenAI-style messages, plain text.
+
+A record is recognised by its own keys, so files of one kind need no setting. Lines that are no record are an error with
+their number: a file that is half read trains on half the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage.files import explained
+
+Format = Literal["auto", "jsonl", "text"]
+Objective = Literal["pretrain", "sft", "dpo"]
+JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
+
+
+class Conversation(NamedTuple):
+    """Messages (`role`, `content`, and what else the template knows), and the tools they were given."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+
+class Preference(NamedTuple):
+    """Two conversations with the same question, the first one preferred."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+Record = str | Conversation | Preference
+# keys that make a record, and the objective it serves
+KINDS = {"text": "pretrain", "conversations": "sft", "messages": "sft", "chosen": "dpo"}
+
+
+def records(paths: Sequence[str | Path], objective: Objective, form: Format = "auto") -> Iterator[Record]:
+    """Every record of the files in their order: texts for `pretrain`, conversations for `sft`, preferences for `dpo`.
+
+    A plain text file is one text. Raises TensorkeepError with file and line for what is no such record.
+
+    >>> next(records(["stories.txt"], "pretrain"))[:16]                  # doctest: +SKIP
+    'Once upon a time'
+    """
+    for path in map(Path, paths):
+        as_json = path.suffix.lower() in JSON_ENDINGS if form == "auto" else form == "jsonl"
+        if not as_json:
+            yield _plain(path, objective)
+            continue
+        for number, document in _lines(path):
+            yield _record(document, objective, f"{path}: line {number}")
+
+
+def objective_of(path: str | Path) -> Objective:
+    """What a file's first record is for; plain text is for `pretrain`."""
+    if Path(path).suffix.lower() not in JSON_ENDINGS:
+        return "pretrain"
+    document: Any = next((d for _, d in _lines(Path(path))), {})
+    found = next((kind for key, kind in KINDS.items() if isinstance(document, dict) and key in document), "pretrain")
+    return cast(Objective, found)
+
+
+def _plain(path: Path, objective: Objective) -> str:
+    if objective != "pretrain":
+        raise TensorkeepError(
+            f"is plain text, which {objective} cannot use", where=path,
+            hint='objective: pretrain, or JSON lines: {"messages": [{"role": "user", "content": "..."}, ...]}',
+        )  # fmt: skip
+    with explained(path):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TensorkeepError(f"is no UTF-8 text (byte {error.start})", where=path, hint="convert it: iconv") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with explained(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                what = f"is no JSON: {str(error)[:100]}"
+                hint = "one object a line; a plain text file takes data.format: text"
+                raise TensorkeepError(what, where=f"{path}: line {number}", hint=hint) from None
+
+
+def _record(document: Any, objective: Objective, where: str) -> Record:
+    if not isinstance(document, Mapping):
+        raise TensorkeepError(f"is no object but {shown(document)}", where=where)
+    kind = next((KINDS[key] for key in KINDS if key in document), None)
+    if kind is None:
+        keys = ", ".join(map(repr, list(document)[:6]))
+        raise TensorkeepError(f"has none of {', '.join(KINDS)}, but {keys}", where=where, hint="rename its keys")
+    if kind != objective:
+        raise TensorkeepError(f"is a record for {kind}, not for {objective}", where=where, hint=f"objective: {kind}")
+    if objective == "pretrain":
+        return str(document["text"])
+    if objective == "sft":
+        key = "conversations" if "conversations" in document else "messages"
+        return conversation(document[key], document.get("tools"), f"{where}: {key}")
+    if "rejected" not in document:
+        raise TensorkeepError("has chosen but no rejected", where=where)
+    chosen, rejected = (conversation(document[k], None, f"{where}: {k}") for k in ("chosen", "rejected"))
+    return Preference(chosen, rejected)
+
+
+def conversation(messages: Any, tools: Any, where: str) -> Conversation:
+    """A list of messages, checked. Tools may stand beside it, or in the system message as MiniMind has them; JSON text
+    in `tools` and `tool_calls` is read."""
+    if not isinstance(messages, list) or not messages:
+        raise TensorkeepError(f"is no list of messages but {shown(messages)}", where=where)
+    out = []
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise TensorkeepError(f"message {at} has no role: {shown(message)}", where=where)
+        made = {k: v for k, v in message.items() if k != "tools"}
+        made["content"] = "" if made.get("content") is None else made["content"]
+        if isinstance(made.get("tool_calls"), str):
+            made["tool_calls"] = _parsed(made["tool_calls"], f"{where}: message {at}: tool_calls")
+        if not made.get("tool_calls", True):  # MiniMind's files say "" where there are none
+            del made["tool_calls"]
+        if message["role"] == "system" and message.get("tools"):
+            tools = message["tools"]
+        out.append(made)
+    return Conversation(out, _parsed(tools, f"{where}: tools") if isinstance(tools, str) and tools else tools or None)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise TensorkeepError(f"is no JSON: {str(error)[:100]}", where=where) from None

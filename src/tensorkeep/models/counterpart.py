@@ -1,0 +1,189 @@
+"""Which stored tensors a model's tensor should equal, whatever naming, root and fusion stand between them.
+
+A tensor of the model pairs with one stored tensor, or with rows of several where the model fuses what files keep
+apart: torchtitan's wqkv, the stacked experts of transformers 5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tensorkeep.convert import naming as namings
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.models.tensors import Held
+from tensorkeep.convert.naming.table import from_own
+from tensorkeep.convert.plan import Hub, Part, Step
+from tensorkeep.convert.planning import to_hub
+from tensorkeep.convert.naming.rope import rope_rows
+from tensorkeep.formats.view import StateView
+
+
+@dataclass
+class Source:
+    """A checkpoint as a model would ask it: stored names by clean name, hf tensors, and which of either were asked for."""
+
+    view: StateView
+    identity: namings.Identity
+    hubs: dict[str, Hub]
+    config: Mapping[str, Any] | None
+    stored: dict[str, str] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+    problem: TensorkeepError | None = None
+
+    @classmethod
+    def of(cls, view: StateView, config: Mapping[str, Any] | None) -> Source:
+        """Names of a view; a naming that no table knows for this config keeps its own names."""
+        identity = namings.identify(view)
+        dropped: list[Step] = []
+        hubs: dict[str, Hub] = {}
+        problem = None
+        try:
+            hubs = to_hub(view, 0, identity, config, dropped)
+        except TensorkeepError as error:
+            problem = error  # matters only where the model does not use the file's own names
+        made = cls(view, identity, hubs, config, problem=problem)
+        made.stored = {short: name for name, short in identity.names.items()}
+        made.computed = {p.name for s in dropped for p in s.parts if p.name not in identity.other}
+        return made
+
+    def direct(self, name: str) -> tuple[Part, ...] | None:
+        """The stored tensor of this very name."""
+        return (Part(0, self.stored[name]),) if name in self.stored else None
+
+    def through_hf(self, name: str, table: Any, rope: bool) -> tuple[Part, ...] | None:
+        """The parts of a tensor named by another naming than the file's, in that naming's layout."""
+        links = from_own(name, table, experts=self._experts(name)) if table is not None else None
+        wanted = [(link.hf, link.rope) for link in links] if links else [(name, False)]
+        if not all(hf in self.hubs for hf, _ in wanted):
+            return None
+        parts: list[Part] = []
+        for hf, turned in wanted:
+            hub = self.hubs[hf]
+            rows = rope_rows(self.config, "pairs", hf, hub.shape) if turned and rope else None
+            parts += [p.permuted(rows) if rows else p for p in hub.parts]
+        return tuple(parts)
+
+    def _experts(self, name: str) -> int:
+        numbers = [int(m.group(1)) for n in self.hubs if (m := re.search(r"\.experts\.(\d+)\.", n))]
+        return max(numbers, default=-1) + 1
+
+
+# what a model fuses: its name -> the names that files use, `{e}` standing for an expert, in the order of their rows
+EXPERTS = (
+    (re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.gate_up_proj"), (
+        ("{at}.{moe}.experts.{e}.gate_proj.weight", "{at}.{moe}.experts.{e}.up_proj.weight"),
+        ("{at}.block_sparse_moe.experts.{e}.w1.weight", "{at}.block_sparse_moe.experts.{e}.w3.weight"),
+    )),
+    (re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.down_proj"), (
+        ("{at}.{moe}.experts.{e}.down_proj.weight",),
+        ("{at}.block_sparse_moe.experts.{e}.w2.weight",),
+    )),
+)  # fmt: skip
+RENAMED = ((re.compile(r"(?P<at>.+)\.mlp\.gate\.weight"), "{at}.block_sparse_moe.gate.weight"),)
+
+
+Renamed = Callable[[nn.Module, str, Tensor], "str | None"]  # a framework's own name for a tensor in files
+
+
+class Asker:
+    """How one model asks one file: which root its names lose or gain, and through which naming they lead."""
+
+    def __init__(self, model: nn.Module, tensors: list[Held], source: Source, renamed: Renamed | None = None) -> None:
+        self.source, self.renamed, self.model = source, renamed, model
+        names = [n for t in tensors for n in (t.name, *t.aliases)]
+        known = [*source.stored, *source.hubs]
+        prefixes = ["", "model.", *(f"{p}." for p in [getattr(model, "base_model_prefix", "")] if p)]
+        shapes = [(cut, add) for cut in prefixes for add in prefixes if not (cut and add)]
+        best = max(shapes, key=lambda s: (len(set(known) & {_moved(n, *s) for n in names}), not any(s)))
+        self.cut, self.add = best
+        moved = [_moved(n, *best) for n in names]
+        self.table, self.rope = _table(moved, source)
+        plain = sum(n in source.stored for n in moved)
+        self.straight = plain >= sum(source.through_hf(n, self.table, self.rope) is not None for n in moved)
+
+    def parts(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
+        """What `tensor`, under one of its names, should be made of; None where the file has nothing of the kind."""
+        moved = _moved(name, self.cut, self.add)
+        found = self._one(moved) or self._fused(tensor, moved) or self._experts(tensor, moved)
+        for pattern, other in RENAMED:
+            match = pattern.fullmatch(moved)
+            found = found or (self._one(other.format(**match.groupdict())) if match else None)
+        if found is None and self.renamed is not None:
+            other_name = self.renamed(self.model, name, tensor.tensor)
+            found = self._one(_moved(other_name, self.cut, self.add)) or self._one(other_name) if other_name else None
+        self.source.used.update(p.name for p in found or ())
+        return found
+
+    def _one(self, name: str) -> tuple[Part, ...] | None:
+        if self.straight:
+            return self.source.direct(name)
+        return self.source.through_hf(name, self.table, self.rope)
+
+    def _fused(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
+        """torchtitan's fused wqkv: for each group of heads its q rows, then k, then v; files keep wq, wk, wv."""
+        head, _, leaf = name.rpartition(".")
+        if not head.endswith(".wqkv"):
+            return None
+        found = [self._one(f"{head[:-4]}{w}.{leaf}") for w in ("wq", "wk", "wv")]
+        q, k, v = (f[0] if f and len(f) == 1 and f[0].rows is None else None for f in found)
+        if q is None or k is None or v is None:
+            return None
+        rows = [self.source.view[p.name].shape[0] for p in (q, k)]
+        size = self._head(tensor, rows[1])
+        if not size or rows[0] % rows[1] or rows[1] % size:
+            return None
+        per = rows[0] // rows[1] * size
+        parts: list[Part] = []
+        for group in range(rows[1] // size):
+            at = (group * size, (group + 1) * size)
+            parts += [q._replace(rows=(group * per, (group + 1) * per)), k._replace(rows=at), v._replace(rows=at)]
+        return tuple(parts)
+
+    def _head(self, tensor: Held, rows: int) -> int:
+        """Rows of a head: as the module around the weight says, or else the config; 0 where neither does."""
+        around = next((m for m in self.model.modules() if any(c is tensor.module for c in m.children())), None)
+        own = getattr(around, "head_dim", None)
+        if isinstance(own, int) and own > 0:
+            return own
+        try:
+            return rope_rows(self.source.config, "pairs", "wqkv", (rows,)).block
+        except TensorkeepError:
+            return 0
+
+    def _experts(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
+        """transformers 5 stacks the experts that files keep apart."""
+        for pattern, layouts in EXPERTS:
+            match = pattern.fullmatch(name)
+            if match is None or tensor.tensor.ndim != 3:
+                continue
+            for layout in layouts:
+                names = [
+                    text.format(e=e, **match.groupdict()) for e in range(tensor.tensor.shape[0]) for text in layout
+                ]
+                found = [self._one(n) for n in names]
+                if all(found):
+                    return tuple(p for f in found if f for p in f)
+        return None
+
+
+def _moved(name: str, cut: str, add: str) -> str:
+    return add + (name[len(cut) :] if cut and name.startswith(cut) else name)
+
+
+def _table(names: list[str], source: Source) -> tuple[Any, bool]:
+    """The table of the naming that the model's own names follow, and whether its q/k rows are interleaved."""
+    for word in ("torchtitan", "torchtitan-0.2"):
+        scheme = namings.module(word)
+        if sum(scheme.recognise(n) for n in names) * 2 > len(names):
+            try:
+                family = scheme.family(names, dict(source.config) if source.config else None)
+            except TensorkeepError:
+                return None, False
+            return scheme.FAMILIES[family], family == "llama3"
+    return None, False

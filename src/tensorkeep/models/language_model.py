@@ -1,0 +1,138 @@
+"""The language model that a checkpoint holds, and its tokenizer, for `--forward`: transformers on the CPU in float32."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tensorkeep.convert import naming as namings
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.diagnose.evidence.case import Inconclusive
+from tensorkeep.storage.files import LocalFolder
+from tensorkeep.models.buffers import REFUSALS
+from tensorkeep.convert.plan import Hub, Step
+from tensorkeep.convert.planning import to_hub
+from tensorkeep.storage.record import DTYPES
+from tensorkeep.convert.streams import pieces
+from tensorkeep.formats.view import StateView
+
+LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def sibling(views: Sequence[StateView]) -> dict[str, Any] | None:
+    """The first config that any of the views has."""
+    return next((v.config for v in views if v.config is not None), None)
+
+
+def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any, dict[str, list[str]]]:
+    """The model of a checkpoint, in float32 and eval mode, and what its loader reported by name.
+
+    `spare` is the config for a checkpoint without one. Tensors that the checkpoint lacks are drawn from a fixed seed.
+    Raises Inconclusive where transformers has no such model or cannot load it.
+    """
+    transformers = _transformers()
+    document = view.config or spare
+    if document is None:
+        raise Inconclusive("no config says which model this is")
+    kind = document.get("model_type")
+    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
+    spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
+    options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    try:
+        with torch.random.fork_rng(devices=[]), _silent():
+            torch.default_generator.manual_seed(0)
+            if (
+                view.format == "hf"
+                and view.config is not None
+                and isinstance(view.folder, LocalFolder)
+                and "config.json" in view.folder.names()
+            ):
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    view.folder.path, local_files_only=True, **options
+                )
+            else:
+                config = transformers.AutoConfig.for_model(**document)
+                state = dict(_tensors(view, document))
+                kept = getattr(
+                    transformers, transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+                )
+                del options["trust_remote_code"]
+                model, info = kept.from_pretrained(None, config=config, state_dict=state, **options)
+    except (*REFUSALS, OSError) as error:
+        raise Inconclusive(
+            f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    report = {k: sorted(str(n) for n in info[k]) for k in LOADING if info.get(k)}
+    return model.eval(), report
+
+
+def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors under hf names and in hf layout, one at a time."""
+    dropped: list[Step] = []
+    try:
+        hubs = to_hub(view, 0, namings.identify(view), config, dropped)
+    except TensorkeepError as error:
+        raise Inconclusive(f"its tensors have no place in the model: {error.what}") from None
+    for name, hub in hubs.items():
+        yield name, _tensor(hub, view)
+
+
+def _tensor(hub: Hub, view: StateView) -> torch.Tensor:
+    spelled = DTYPES[hub.dtype].torch
+    if spelled is None or not hasattr(torch, spelled):
+        raise Inconclusive(f"{hub.name} is stored as {hub.dtype}, which torch cannot hold")
+    data = bytearray()
+    for part in hub.parts:
+        for piece in pieces(part, view):
+            data += piece
+    dtype = getattr(torch, spelled)
+    return torch.frombuffer(data, dtype=dtype).reshape(hub.shape) if data else torch.empty(hub.shape, dtype=dtype)
+
+
+def tokenizer_of(views: Sequence[StateView]) -> Any:
+    """The first tokenizer.json that any of the views carries, as a `tokenizers.Tokenizer`."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise Inconclusive("a forward needs the tokenizers package: pip install 'tensorkeep[language]'") from None
+    for view in views:
+        for companion in view.companions:
+            if companion.name == "tokenizer.json":
+                try:
+                    return Tokenizer.from_buffer(companion.data)
+                except ValueError as error:
+                    raise Inconclusive(f"{companion.where} is no tokenizer: {error}") from None
+    raise Inconclusive("no tokenizer.json lies beside the checkpoint or the reference")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise Inconclusive("a forward needs transformers: pip install 'tensorkeep[language]'") from None
+    return transformers
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    return tuple(int(p) for p in str(package.__version__).split(".")[:2])
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' reports and bars: what they say is in the loading info."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()

@@ -1,0 +1,245 @@
+"""The description of one quantised weight, read and checked: what its state says and what the tensors beside it are.
+
+What a state lacks (Q01) or contradicts (Q06) is kept as a problem of the weight and never raised: a reader who only
+lists tensors must not stumble over it. The layouts are in `quantized`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tensorkeep.errors import shown
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, TensorRecord, checked_shape
+from tensorkeep.formats.view import StateView
+
+FOUR_BITS = ("nf4", "fp4")
+STATE = ".quant_state.bitsandbytes__"
+NEEDED, NESTED = ("absmax", "quant_map"), ("nested_absmax", "nested_quant_map")
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+SCALES = ("weight_scale_inv", "weight_scale", "weight.scale", "_weight_scale")  # beside the weight, by module
+ZEROS = ("weight_zero_point", "_weight_zero_point")
+TORCHAO = "._weight_qdata"  # torchao flattens its tensors into `_weight_qdata` and `_weight_scale`
+LARGEST_STATE = 1 << 16  # bytes of a quant_state; real ones have some 170
+
+
+class Problem(NamedTuple):
+    """What is wrong with a quantised weight's own description: Q01 (something is missing) or Q06 (it contradicts)."""
+
+    code: str
+    message: str
+
+
+class Nested(NamedTuple):
+    """Double quantisation: the scales are 8-bit codes themselves, in blocks, around an offset."""
+
+    blocksize: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """One quantised weight: the stored name of its codes, its kind, and the tensors that belong to it by role.
+
+    `shape` is that of the weight they stand for, None where nothing says. `block` is the reach of one scale: a number
+    of flat elements (nf4, fp4), or (rows, columns). A weight with problems cannot be dequantised.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    parts: Mapping[str, str]
+    block: int | tuple[int, int] | None = None
+    nested: Nested | None = None
+    dtype: str | None = None
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def stands_for(self) -> str:
+        """The stored name that the weight would have if it were not quantised."""
+        return self.name.removesuffix(TORCHAO) + ".weight" if self.name.endswith(TORCHAO) else self.name
+
+    @property
+    def stored(self) -> list[str]:
+        """Every stored tensor of it, codes first."""
+        return [self.name, *self.parts.values()]
+
+
+# -- bitsandbytes, 4 bits -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reading:
+    """A description being read, with the problems met on the way."""
+
+    view: StateView
+    name: str
+    problems: list[Problem] = field(default_factory=list)
+
+    def missing(self, what: str) -> None:
+        self.problems.append(Problem("Q01", what))
+
+    def wrong(self, what: str) -> None:
+        self.problems.append(Problem("Q06", what))
+
+
+def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantisedWeight:
+    reading = _Reading(view, name)
+    states = [role for role in parts if role.startswith("state:")]
+    if name not in view:
+        reading.wrong("scales and state without the packed codes they belong to")
+    if not parts:
+        reading.missing("packed codes without scales, map and state")
+        return QuantisedWeight(name, "4bit", None, parts, problems=tuple(reading.problems))
+    absent = [role for role in NEEDED if role not in parts] + ([] if states else ["quant_state"])
+    if absent:
+        reading.missing(f"no {', '.join(absent)}")
+    if len(states) > 1:
+        reading.wrong(f"{len(states)} states: {', '.join(s.removeprefix('state:') for s in states)}")
+    kind = states[0].removeprefix("state:") if states else "4bit"
+    state = _state(reading, parts[states[0]]) if states else {}
+    parts = {("state" if role in states[:1] else role): n for role, n in parts.items()}
+    shape, block, nested = _described(reading, state, kind, parts) if state else (None, None, None)
+    if name in view and shape is not None and block is not None:
+        _check_sizes(reading, shape, block, nested, parts)
+    dtype = state.get("dtype") if isinstance(state.get("dtype"), str) else None
+    if state and dtype not in FROM_TORCH:
+        reading.wrong(f"dtype {shown(state.get('dtype'))}")
+    return QuantisedWeight(name, kind, shape, parts, block, nested, dtype, tuple(reading.problems))
+
+
+def _state(reading: _Reading, name: str) -> dict[str, Any]:
+    """The JSON of a quant_state tensor, or {} and a problem."""
+    record = reading.view[name]
+    if record.dtype != "U8" or record.nbytes > LARGEST_STATE:
+        reading.wrong(f"its quant_state is {record.dtype}{list(record.shape)}, not a short text in bytes")
+        return {}
+    try:
+        found = json.loads(bytes(reading.view.bytes(name)).decode("utf-8"))
+    except (ValueError, RecursionError):
+        reading.wrong("its quant_state is not JSON")
+        return {}
+    if not isinstance(found, dict):
+        reading.wrong(f"its quant_state is {shown(found)}, not an object")
+        return {}
+    return found
+
+
+def _described(
+    reading: _Reading, state: Mapping[str, Any], kind: str, parts: Mapping[str, str]
+) -> tuple[tuple[int, ...] | None, int | None, Nested | None]:
+    """Shape, block size and nesting as the state gives them."""
+    if kind not in FOUR_BITS or state.get("quant_type") != kind:
+        reading.wrong(f"quant_type {shown(state.get('quant_type'))} under a state called {shown(kind)}")
+    shape = checked_shape(state.get("shape"))
+    if shape is None or not math.prod(shape):
+        reading.wrong(f"shape {shown(state.get('shape'))}")
+        shape = None
+    block = _block(reading, state, "blocksize")
+    nested = None
+    if any(role in parts for role in NESTED) or "nested_blocksize" in state or "nested_offset" in state:
+        absent = [role for role in NESTED if role not in parts]
+        if absent:
+            reading.missing(f"no {', '.join(absent)}")
+        size, offset = _block(reading, state, "nested_blocksize"), state.get("nested_offset")
+        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) < 1e30:
+            reading.wrong(f"nested_offset {shown(offset)}")
+        elif size is not None:
+            nested = Nested(size, float(offset))
+    return shape, block, nested
+
+
+def _block(reading: _Reading, state: Mapping[str, Any], key: str) -> int | None:
+    value = state.get(key)
+    if type(value) is int and 0 < value <= 1 << 20 and value & (value - 1) == 0:
+        return value
+    reading.wrong(f"{key} {shown(value)} is no power of two")
+    return None
+
+
+def _check_sizes(
+    reading: _Reading, shape: tuple[int, ...], block: int, nested: Nested | None, parts: Mapping[str, str]
+) -> None:
+    """Dtypes and shapes against what the description demands of each tensor."""
+    view, count = reading.view, math.prod(shape)
+    codes, blocks = view[reading.name], -(-count // block)
+    width = max(DTYPES[codes.dtype].bits // 8, 1)
+    if codes.dtype not in ("U8", "I8", "BF16", "F16", "F32"):
+        reading.wrong(f"packed codes of dtype {codes.dtype}")
+    elif codes.nbytes != -(-((count + 1) // 2) // width) * width:
+        reading.wrong(f"{codes.nbytes} bytes of codes, {(count + 1) // 2} are needed for {list(shape)}")
+    elif len(codes.shape) != 2 or codes.shape[1] != 1:
+        # the same bytes under the weight's own rows are the other nibble order of a repacked layer
+        reading.wrong(f"codes of shape {list(codes.shape)} instead of a column: repacked for one machine's kernel")
+    wanted = {"absmax": ("U8" if nested or "nested_absmax" in parts else "F32", blocks), "quant_map": ("F32", 16)}
+    if nested is not None:
+        wanted |= {"nested_absmax": ("F32", -(-blocks // nested.blocksize)), "nested_quant_map": ("F32", 256)}
+    for role, (dtype, size) in wanted.items():
+        if role not in parts:
+            continue
+        record = view[parts[role]]
+        if (record.dtype, record.shape) != (dtype, (size,)):
+            reading.wrong(f"{role} is {record.dtype}{list(record.shape)}, its description demands {dtype}[{size}]")
+
+
+# -- one scale a row, block or tensor ---------------------------------------------------------------------------------
+
+
+def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, str]) -> QuantisedWeight | None:
+    """int8 and fp8 weights. None where nothing says that this tensor is quantised (a plain fp8 cast has no scale)."""
+    reading, shape = _Reading(view, name), record.shape
+    if "SCB" in parts and record.dtype in ("I8", "U8"):
+        return _int8(reading, record, {r: n for r, n in parts.items() if r in ("SCB", "weight_format")})
+    scale = next((role for role in SCALES if role in parts), None)
+    if record.dtype not in (*FLOAT8, "I8") or (scale is None and record.dtype != "I8") or len(shape) < 2:
+        return None
+    kind = "int8" if record.dtype == "I8" else "fp8"
+    if scale is None:
+        reading.missing("integer codes without scales")
+        return QuantisedWeight(name, kind, shape, {}, problems=tuple(reading.problems))
+    zero = next((parts[role] for role in ZEROS if role in parts), None)
+    given = {"scale": parts[scale]} | ({"zero_point": zero} if zero else {})
+    block = _scale_block(reading, shape, view[parts[scale]], scale)
+    return QuantisedWeight(name, kind, shape, given, block, problems=tuple(reading.problems))
+
+
+def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> QuantisedWeight:
+    scb = reading.view[parts["SCB"]]
+    if record.dtype != "I8" or len(record.shape) != 2:
+        reading.wrong(f"codes are {record.dtype}{list(record.shape)}, int8 [rows, columns] is needed")
+    elif (scb.dtype, scb.shape) != ("F32", record.shape[:1]):
+        reading.wrong(f"SCB is {scb.dtype}{list(scb.shape)}, F32[{record.shape[0]}] is needed")
+    if "weight_format" in parts and reading.view[parts["weight_format"]].nbytes:
+        order = reading.view.bytes(parts["weight_format"])[0]
+        if order != 0:
+            reading.wrong(f"weight_format {order}: codes in the order of one GPU's kernel, not by rows")
+    columns = record.shape[1] if len(record.shape) == 2 else 1
+    return QuantisedWeight(reading.name, "int8", record.shape, parts, (1, columns), problems=tuple(reading.problems))
+
+
+def _scale_block(reading: _Reading, shape: tuple[int, ...], scale: TensorRecord, role: str) -> tuple[int, int] | None:
+    """The (rows, columns) that one scale reaches, from the shapes alone: DeepSeek's blocks are 128 x 128."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    dims = tuple(n for n in scale.shape)
+    if not DTYPES[scale.dtype].floating or DTYPES[scale.dtype].numpy is None:
+        reading.wrong(f"{role} is {scale.dtype}, not a floating number")
+    elif scale.elements == 1:
+        return rows, columns
+    elif dims in ((rows,), (rows, 1)):
+        return 1, columns
+    elif len(dims) == 2 and len(shape) == 2 and dims[1] and dims[0]:
+        down, across = -(-rows // dims[0]), -(-columns // dims[1])
+        for block in ((128, 128), (down, across), (1, across)):
+            if (-(-rows // block[0]), -(-columns // block[1])) == dims:
+                return block
+        reading.wrong(f"{role} {list(dims)} does not divide a weight of {list(shape)}")
+    else:
+        reading.wrong(f"{role} {list(dims)} does not fit a weight of {list(shape)}")
+    return None

@@ -1,0 +1,377 @@
+"""A linear layer over 4- or 8-bit codes, and the frozen linear with a low-rank update that LoRA runs on.
+
+Codes and scales are buffers: DDP sends them, deepcopy and pickle keep them, no optimizer, EMA or weight decay sees
+them, and `.half()` moves past them. `state_dict` spells them as bitsandbytes does (`weight.absmax`, ...) and adds
+`weight_digest`, which ties codes to scales. The weight is dequantised at use, in the forward and again in the
+backward, and is never kept or repacked: training and evaluation compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization.description import STATE, QuantisedWeight
+from tensorkeep.quantization.packed import Kind, Layout, Mover, Packed, moved, pack, state_text, tie, unpack
+from tensorkeep.formats.memory import tensor_of, view_of
+from tensorkeep.formats.view import StateView
+
+DIGEST = (
+    "weight_digest"  # beside the weight, not under `weight.`: bitsandbytes' readers take every `weight.*` as theirs
+)
+FOUR = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+EIGHT = ("weight", "SCB")
+HELD = (*FOUR, "SCB", "weight_format", DIGEST)  # every buffer a QuantLinear may have
+
+
+class QuantLinear(nn.Module):
+    """`y = x W^T + bias` over a quantised, frozen W: nf4, fp4 or int8.
+
+    `weight` is the tensor of codes; `dequantize()` gives the numbers. The bias is a parameter in its own dtype, frozen
+    by default. Build it from a dense linear with `QuantLinear.of`, or over codes that exist.
+
+    >>> layer = QuantLinear.of(nn.Linear(64, 32), "nf4")
+    >>> layer(torch.ones(2, 64)).shape, layer.kind, [n for n, p in layer.named_parameters() if p.requires_grad]
+    (torch.Size([2, 32]), 'nf4', [])
+    """
+
+    frozen_state = True  # codes belong to the base: checkpoints of what trains leave them out
+    weight: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.fill(packed)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+            self.bias.requires_grad_(False)
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "linear"
+    ) -> QuantLinear:
+        """The quantised form of a dense linear, on its device; the bias is taken over as it is."""
+        made = cls(pack(linear.weight, kind, double, block, name), linear.bias)
+        return made.train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.layout.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.layout.shape[0]
+
+    @property
+    def kind(self) -> Kind:
+        return self.layout.kind
+
+    @property
+    def packed(self) -> Packed:
+        """Layout and tensors as they are now; the tensors are shared."""
+        roles = EIGHT if self.kind == "int8" else FOUR
+        return Packed(self.layout, {role: self._buffers[role] for role in roles if role in self._buffers})  # type: ignore[misc]
+
+    def fill(self, packed: Packed) -> None:
+        """Take over another weight's codes and layout; what was held before is gone. The digest is made anew."""
+        self.layout = packed.layout
+        tensors = dict(packed.tensors)
+        device = tensors["weight"].device
+        if packed.layout.kind == "int8":
+            tensors["weight_format"] = torch.zeros((), dtype=torch.uint8, device=device)  # 0: codes by rows
+        raw = bytearray(16) if device.type == "meta" else bytearray(tie(packed))
+        tensors[DIGEST] = torch.frombuffer(raw, dtype=torch.uint8).to(device)
+        for role in HELD:
+            self._buffers.pop(role, None)
+        for role, tensor in tensors.items():
+            self.register_buffer(role, tensor)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] as numbers, rounded once to `dtype`."""
+        return unpack(*self._plain(), dtype)
+
+    def _plain(self) -> tuple[Layout, Mapping[str, Tensor]]:
+        held: Any = self._buffers  # no cast: old dynamo cannot trace one
+        return self.layout, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in] -> [..., out]` in the dtype of `x`, or autocast's."""
+        return frozen_linear(x, self)
+
+    def extra_repr(self) -> str:
+        double = ", double" if self.layout.nested else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.kind}{double}"
+
+    # -- moving -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _state_apart(self) -> Iterator[dict[str, Tensor | None]]:
+        """Within it the module seems to have no quantised state; what stands in the dict given is put back."""
+        held = {role: self._buffers.pop(role) for role in HELD if role in self._buffers}
+        try:
+            yield held
+        finally:
+            self._buffers = {**held, **self._buffers}
+
+    def _apply(self, fn: Mover, recurse: bool = True) -> QuantLinear:
+        with self._state_apart() as held:
+            held.update({role: moved(tensor, fn) for role, tensor in held.items() if tensor is not None})
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self._state_apart() as held:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in self._stored(held).items():
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+
+    def _stored(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The tensors under the names of bitsandbytes' files."""
+        nested = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        out = {f"weight.{r}" if r in nested else r: t for r, t in held.items() if t is not None and r in HELD}
+        offset = out.pop("nested_offset", None)
+        if self.kind != "int8":
+            meta = offset is not None and offset.is_meta
+            text = b"" if meta else state_text(self.layout, float(offset.item()) if offset is not None else 0.0)
+            out[f"weight{STATE}{self.kind}"] = (
+                torch.empty(0, dtype=torch.uint8, device="meta")
+                if meta
+                else torch.tensor(list(text), dtype=torch.uint8)
+            )
+        return out
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        mine = {k: v for k, v in state_dict.items() if k.startswith(prefix) and _ours(k[len(prefix) :])}
+        loaded = None
+        if mine:
+            try:
+                loaded = read_packed({f"layer.{k[len(prefix) :]}": v for k, v in mine.items()}, self.layout.shape)
+            except (
+                TensorkeepError
+            ) as error:  # torch gathers the messages and raises them; nothing of this layer is copied
+                error_msgs.append(f"{prefix}weight: {error.code or ''} {error.what.removeprefix('layer.weight: ')}")
+                return
+        else:
+            missing_keys += [prefix + key for key in self._stored(self._buffers) if key != DIGEST]
+        with self._state_apart():
+            rest = {k: v for k, v in state_dict.items() if k not in mine}
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        if loaded is not None:
+            device = None if self.weight.is_meta else self.weight.device
+            self.fill(Packed(loaded.layout, {r: t.to(device, copy=True) for r, t in loaded.tensors.items()}))
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """torch.distributed.checkpoint follows each key through attributes: `weight.absmax` must lead somewhere."""
+        return {"weight": "_by_key"}
+
+    @property
+    def _by_key(self) -> SimpleNamespace:
+        known = {role: self._buffers.get(role) for role in FOUR}
+        state = SimpleNamespace(**{f"bitsandbytes__{self.kind}": self.layout})
+        return SimpleNamespace(weight=SimpleNamespace(**known, quant_state=state))
+
+
+def _ours(key: str) -> bool:
+    return key in ("weight", "SCB", "weight_format", DIGEST) or key.startswith("weight.")
+
+
+def read_packed(
+    tensors: Mapping[str, Tensor] | StateView, shape: tuple[int, int] | None, name: str = "layer"
+) -> Packed:
+    """One quantised weight out of stored tensors (`name.weight`, `name.weight.absmax`, ...), checked throughout.
+
+    `shape`: [out, in] that it must have. Raises TensorkeepError Q01, Q06, S01, and Q02 where a digest says that codes
+    and scales do not belong together. Where no digest is stored nothing can be said of that.
+    """
+    view = tensors if isinstance(tensors, StateView) else view_of(tensors)
+    stored = f"{name}.weight"
+    weight = quantized.find(view, {n: n for n in view if n == stored or n.startswith((f"{stored}.", f"{name}."))}).get(
+        stored
+    )
+    if weight is None:
+        found = f"{view[stored].dtype} {list(view[stored].shape)}" if stored in view else "nothing"
+        raise TensorkeepError(
+            f"holds {found}, no quantised weight", where=stored, code="Q01",
+            hint="quantise float weights while loading: load_quantizing",
+        )  # fmt: skip
+    packed = take(view, weight)
+    if shape is not None and packed.layout.shape != shape:
+        raise TensorkeepError(
+            f"stands for {list(packed.layout.shape)}, the layer is {list(shape)}", where=stored, code="S01"
+        )
+    digest = f"{name}.{DIGEST}"
+    if digest in view and bytes(view.bytes(digest)) != tie(packed):
+        raise TensorkeepError(
+            "codes and scales do not belong together: the digest beside them says otherwise", where=stored, code="Q02",
+            hint="take both from the same save",
+        )  # fmt: skip
+    return packed
+
+
+def take(view: StateView, weight: QuantisedWeight) -> Packed:
+    """The tensors of a described weight, codes as bytes whatever dtype they are stored under."""
+    quantized.refuse(weight, view.path)
+    if (
+        weight.kind not in ("nf4", "fp4", "int8")
+        or weight.shape is None
+        or (weight.kind == "int8" and "SCB" not in weight.parts)
+    ):
+        raise TensorkeepError(
+            f"{weight.kind} weights cannot be trained on here", where=weight.name, hint="convert it first"
+        )
+    kind, shape = cast(Kind, weight.kind), (weight.shape[0], weight.shape[-1])
+    if kind == "int8":
+        tensors = {"weight": tensor_of(view, weight.name), "SCB": tensor_of(view, weight.parts["SCB"])}
+        return Packed(Layout(kind, shape, 0, 0, "float32"), tensors)
+    assert isinstance(weight.block, int)
+    if len(weight.shape) != 2:
+        raise TensorkeepError(f"stands for {list(weight.shape)}, no matrix", where=weight.name, code="S01")
+    count = (shape[0] * shape[1] + 1) // 2
+    codes = tensor_of(view, weight.name).view(-1).view(torch.uint8)[:count].view(-1, 1)
+    tensors = {"weight": codes} | {r: tensor_of(view, n) for r, n in weight.parts.items() if r != "state"}
+    nested = 0
+    if weight.nested is not None:
+        nested = weight.nested.blocksize
+        tensors["nested_offset"] = torch.tensor([weight.nested.offset], dtype=torch.float32)
+    return Packed(Layout(kind, shape, weight.block, nested, weight.dtype or "float32"), tensors)
+
+
+# -- computing --------------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on (it leaves float64 alone), else that of `x`."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def frozen_linear(
+    x: Tensor, base: nn.Module, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """`x W^T + bias + scale · (x A^T) B^T` over a frozen dense or quantised W, `[..., in] -> [..., out]`.
+
+    `lora_A [r, in]`, `lora_B [out, r]`. Kept for the backward: x and x A^T; never the dequantised weight. With B = 0
+    the result is bitwise that of the base.
+    """
+    dtype = compute_dtype(x)
+    if isinstance(base, QuantLinear):
+        layout, held = base._plain()
+        roles = EIGHT if layout.kind == "int8" else FOUR
+        state: list[Tensor | None] = [held.get(role) for role in roles]
+        how: tuple[str, int, int, int, int]
+        how = (layout.kind, *layout.shape, layout.block, layout.nested)
+    else:
+        assert isinstance(base, nn.Linear)
+        rows, columns = base.weight.shape
+        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            what = f"input {x.dtype} on a weight of {base.weight.dtype}"
+            raise TensorkeepError(what, where="linear", hint="cast one, or use autocast")
+        how, state = ("dense", rows, columns, 0, 0), [base.weight.detach()]
+    run: Any = _FrozenLinear.apply
+    out: Tensor = run(x, base.bias, lora_A, lora_B, scale, dtype, *how, *state)
+    return out
+
+
+def _dense(kind: str, rows: int, columns: int, block: int, nested: int, state: Any, dtype: torch.dtype) -> Tensor:
+    if kind == "dense":
+        return cast(Tensor, state[0].to(dtype))
+    roles = EIGHT if kind == "int8" else FOUR
+    spelled: Any = kind
+    layout = Layout(spelled, (rows, columns), block, nested)
+    return unpack(layout, {role: tensor for role, tensor in zip(roles, state) if tensor is not None}, dtype)
+
+
+def products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """`left right + scale · low up (+ bias)`, the second product added in the place of the first.
+
+    `left [n, k]`, `right [k, m]`, `low [n, r]`, `up [r, m]`. Written out, a compiler would copy the first product
+    before adding to it: a tenth of a training step's time on a large layer, so it sees one operation.
+    """
+    how = _products_op if torch.compiler.is_compiling() else _products
+    out: Tensor = how(left, right, low, up, scale, bias)
+    return out
+
+
+def _products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    out = left @ right if bias is None else torch.addmm(bias, left, right)
+    return out.addmm_(low, up, alpha=scale)
+
+
+_products_op = torch.library.custom_op(
+    "tensorkeep::products", _products, mutates_args=(),
+    schema="(Tensor left, Tensor right, Tensor low, Tensor up, float scale, Tensor? bias=None) -> Tensor",
+)  # fmt: skip
+
+
+@_products_op.register_fake
+def _(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The linear of `frozen_linear`: W gets no gradient and is made again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype,
+        kind: str, rows: int, columns: int, block: int, nested: int, *state: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.x_dtype, x = x.dtype, x.to(dtype)
+        weight = _dense(kind, rows, columns, block, nested, state, dtype)
+        own = None if bias is None else bias.to(dtype)
+        low = a_cast = b_cast = None
+        if a is None or b is None:
+            out = F.linear(x, weight, own)  # [..., out]
+        else:
+            a_cast, b_cast = a.to(dtype), b.to(dtype)
+            flat = x.reshape(-1, columns)
+            low = flat @ a_cast.T  # [n, r]
+            out = products(flat, weight.T, low, b_cast.T, scale, own).view(*x.shape[:-1], rows)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[2] else None, low if needs[3] else None, a_cast, b_cast, *state)
+        ctx.scale, ctx.how = scale, (kind, rows, columns, block, nested)
+        ctx.dtypes = [None if t is None else t.dtype for t in (bias, a, b)]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, low, a, b, *state = ctx.saved_tensors
+        kind, rows, columns, block, nested = ctx.how
+        bias_dtype, a_dtype, b_dtype = ctx.dtypes
+        need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
+        flat = grad.reshape(-1, rows)  # [n, out]
+        grad_x = grad_bias = grad_a = grad_b = down = None
+        if b is not None and (need_x or need_a):
+            down = (flat @ b).mul_(ctx.scale)  # [n, r]
+        if need_x:
+            weight = _dense(kind, rows, columns, block, nested, state, flat.dtype)
+            grad_x = flat @ weight if down is None else products(flat, weight, down, a, 1.0)  # [n, in]
+            grad_x = grad_x.view(*grad.shape[:-1], columns).to(ctx.x_dtype)
+        if need_bias:
+            grad_bias = flat.sum(0).to(bias_dtype)
+        if need_a:
+            grad_a = (down.T @ x.reshape(-1, columns)).to(a_dtype)  # type: ignore[union-attr]
+        if need_b:
+            grad_b = (flat.T @ low).mul_(ctx.scale).to(b_dtype)
+        return (grad_x, grad_bias, grad_a, grad_b, *([None] * (7 + len(state))))

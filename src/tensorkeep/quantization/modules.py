@@ -1,0 +1,254 @@
+"""A model's linears in 4 or 8 bits: in place, adopted from bitsandbytes, and held equal across processes.
+
+4 bits are 4 bits and 8 bits are 8: nothing of a quantised weight stays in floats. Heads, embeddings and whatever
+trains or is tied keep their floats, and every pattern must fit something. Loading is in `quantized_loading`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats.names import unwrap
+from tensorkeep.quantization.linear import DIGEST, HELD, QuantLinear, read_packed
+from tensorkeep.quantization.packed import Kind, kind_of, tie
+
+HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")  # by the end of their names
+EXCLUDED = (*HEADS, "*embed*")
+BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
+
+
+def quantize_(
+    model: nn.Module, kind: Kind | int = "nf4", double: bool = True, block: int = 64, include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = EXCLUDED,
+) -> list[str]:  # fmt: skip
+    """Put the frozen linears of a loaded model into codes, in place; returns their names.
+
+    Patterns are shell-style and fit a whole name or its end. A linear that trains, or whose weight is tied to another
+    module's, stays as it is. Raises TensorkeepError where nothing is left to quantise or a pattern of `include` fits
+    no linear.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).requires_grad_(False)
+    >>> quantize_(model, "nf4", exclude=["1"])
+    ['0']
+    """
+    kind = kind_of(kind)
+    linears = {_clean(n): m for n, m in model.named_modules() if quantisable(m)}
+    check_patterns(linears, include, "include")
+    chosen = {n: m for n, m in linears.items() if selected(n, include, exclude)}
+    tied = tied_parameters(model)
+    free = {n: m for n, m in chosen.items() if not m.weight.requires_grad and id(m.weight) not in tied}
+    if not free:
+        trains = sum(m.weight.requires_grad for m in chosen.values())
+        raise TensorkeepError(
+            f"no linear to quantise: of {len(linears)}, {len(linears) - len(chosen)} are excluded and {trains} train", where="quantize",
+            hint="freeze the model first: model.requires_grad_(False)" if trains else f"linears here: {', '.join(list(linears)[:6])}",
+        )  # fmt: skip
+    names = list(free)
+    del linears, chosen  # one at a time, so that the floats of each are freed before the next
+    for name in names:
+        linear = free.pop(name)
+        replace_modules(model, {linear: over(linear, QuantLinear.of(linear, kind, double, block, name))})
+    return names
+
+
+def quantisable(module: nn.Module) -> bool:
+    """Whether this is a plain dense linear, or one with our LoRA on it."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
+
+
+def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
+    """The quantised form in the place of `linear`: its LoRA, where it has one, goes on top."""
+    put: Any = getattr(linear, "over", None)
+    return made if put is None else put(made)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a shell-style pattern fits a module's whole name or its end (`q_proj` fits `layers.0.q_proj`)."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    return any(fits(name, p) for p in include) and not any(fits(name, p) for p in exclude)
+
+
+def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:
+    """Raise where a pattern fits no linear: a misspelt one would do less than was asked for."""
+    for pattern in patterns:
+        if not any(fits(name, pattern) for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            hint = near_misses(pattern, {*names, *ends}) or f"linears here: {', '.join(ends[:12])}"
+            raise TensorkeepError(f"{pattern!r} fits no linear", where=field, hint=hint)
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that more than one module, or one module twice, holds."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
+
+
+def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, wherever they hang; the root itself cannot be replaced."""
+    if model in made:
+        raise TensorkeepError("the model is itself the linear", where="model", hint="wrap it: nn.Sequential(linear)")
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in made:
+                parent._modules[key] = made[child].train(child.training)
+
+
+def _clean(name: str) -> str:
+    return unwrap(name)[0]
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantised linears by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+    return {_clean(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+# -- bitsandbytes -------------------------------------------------------------------------------------------------------
+
+
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Whether this is one of bitsandbytes' linears; the library is not imported to find out."""
+    return any(k.__module__.startswith("bitsandbytes.") and k.__name__ in BITSANDBYTES for k in type(module).__mro__)
+
+
+def adopt(model: nn.Module) -> list[str]:
+    """Turn bitsandbytes' linears into ours, in place, without quantising again; returns their names.
+
+    Codes and scales are shared, not copied. Raises TensorkeepError, before anything is changed, for layers that hold
+    no quantised weight yet (Q01), keep floats (int8 with `has_fp16_weights`), or were repacked for one machine's
+    kernel by a forward in evaluation mode (Q06).
+    """
+    found = {_clean(n): m for n, m in model.named_modules() if is_bitsandbytes(m)}
+    replace_modules(model, {module: adopted(module, name) for name, module in found.items()})
+    return list(found)
+
+
+def adopted(module: Any, name: str = "linear") -> QuantLinear:
+    """One of bitsandbytes' linears as ours; see `adopt`."""
+    weight, shape = module.weight, (module.out_features, module.in_features)
+    if hasattr(weight, "quant_type"):
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            hint = "it quantises when it is moved: model.to(device), then adopt"
+            raise TensorkeepError("holds floats still", where=name, code="Q01", hint=hint)
+        tensors = {
+            "layer.weight": weight.data,
+            **{f"layer.weight.{k}": v for k, v in state.as_dict(packed=True).items()},
+        }
+    else:
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB
+        if weight.has_fp16_weights or weight.dtype != torch.int8 or scales is None:
+            hint = "build it with has_fp16_weights=False and move it to a device: only then are 8 bits 8 bits"
+            raise TensorkeepError("keeps float weights", where=name, code="Q01", hint=hint)
+        tensors = {"layer.weight": weight.data, "layer.SCB": scales}
+    try:
+        packed = read_packed(tensors, shape)
+    except TensorkeepError as error:
+        hint = "an evaluation forward repacks it on some CPUs: load it again and adopt before the first forward"
+        raise TensorkeepError(error.what, where=name, code=error.code, hint=hint) from None
+    made = QuantLinear(packed, module.bias)
+    return made.train(module.training)
+
+
+# -- processes ----------------------------------------------------------------------------------------------------------
+
+
+def check_ranks(model: nn.Module) -> None:
+    """Prove that codes and scales are each other's and the same on every process; call it before the first step.
+
+    DDP sends buffers when it wraps a model, unless it is told not to (`broadcast_buffers=False`, which spares sending
+    all codes at every forward: build each rank from the same file, check, and use that). Raises TensorkeepError Q02
+    with the first layer that differs and the ranks that hold something else.
+    """
+    found = {name: tie(layer.packed).hex() for name, layer in quantised_layers(model).items()}
+    for name, layer in quantised_layers(model).items():
+        if found[name] != bytes(layer.get_buffer(DIGEST).cpu().tolist()).hex():
+            what = "codes and scales changed since they were quantised or loaded"
+            raise TensorkeepError(what, where=name, code="Q02", hint="load the checkpoint again")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, found)
+    for name in dict.fromkeys(n for theirs in gathered for n in theirs):
+        ranks = [rank for rank, theirs in enumerate(gathered) if theirs.get(name) != gathered[0].get(name)]
+        if ranks:
+            raise TensorkeepError(
+                f"is not the same on ranks 0 and {', '.join(map(str, ranks))}", where=name, code="Q02",
+                hint="load the same checkpoint on every rank, or quantise from one seed",
+            )  # fmt: skip
+
+
+# -- sizes --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model holds: parameters by their logical shapes (a packed weight counts all it stands for), and bytes."""
+
+    trainable: int
+    frozen: int
+    quantised: int  # of the frozen ones
+    bytes: int  # of all parameters and persistent buffers as they are stored
+    trainable_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return self.trainable + self.frozen
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.parameters, 1)
+        return (
+            f"{self.parameters:,} parameters, {self.trainable:,} train ({share:.2f} %), {self.quantised:,} quantised; "
+            f"{self.bytes / 1e6:,.1f} MB, {self.trainable_bytes / 1e6:,.1f} MB of them train"
+        )
+
+
+def sizes(model: nn.Module) -> Sizes:
+    """Trainable, frozen and stored sizes of a model; tied tensors count once, buffers count as bytes only.
+
+    >>> sizes(nn.Sequential(QuantLinear.of(nn.Linear(64, 32)))).parameters
+    2080
+    """
+    trainable = frozen = quantised = stored = training = 0
+    for tensor, count, packed in _held(model):
+        size = tensor.numel() * tensor.element_size()
+        stored += size
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+            trainable, training = trainable + count, training + size
+        else:
+            frozen, quantised = frozen + count, quantised + (count if packed else 0)
+    return Sizes(trainable, frozen, quantised, stored, training)
+
+
+def _held(model: nn.Module) -> Iterator[tuple[Tensor, int, bool]]:
+    """Every stored tensor once: it, the parameters it stands for, whether it is packed."""
+    seen: set[int] = set()
+    for module in model.modules():
+        own = isinstance(module, QuantLinear)
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or id(tensor) in seen or key in module._non_persistent_buffers_set:
+                continue
+            seen.add(id(tensor))
+            if own and key in HELD:
+                assert isinstance(module, QuantLinear)
+                yield tensor, module.in_features * module.out_features if key == "weight" else 0, key == "weight"
+            elif key in module._buffers:
+                yield tensor, 0, False
+            elif is_bitsandbytes(module) and key == "weight" and not tensor.is_floating_point():
+                yield tensor, int(getattr(module, "in_features")) * int(getattr(module, "out_features")), True  # noqa: B009
+            else:
+                yield tensor, tensor.numel(), False

@@ -1,0 +1,309 @@
+"""torch.save archives: a zip of stored entries with a pickle that says how storages become tensors.
+
+A `.pth` file is one archive; a DCP data file is many, one a tensor. Both are read here without torch and without
+unpickling; `archive_writing` writes them in a fixed layout that torch 2.4 and later load.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zipfile
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeGuard
+
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage.files import Folder
+from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, Persistent, parse
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, MOST_DIMENSIONS, checked_shape, nbytes
+
+# typed storages name their dtype; an UntypedStorage gets it from _rebuild_tensor_v3
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
+}  # fmt: skip
+STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
+
+# what an honest checkpoint names; every one is inert here, and the tensor-building ones are interpreted below
+ALLOWED = frozenset(
+    [f"torch.{s}" for s in STORAGES]
+    + [f"torch.storage.{s}" for s in STORAGES]
+    + [f"torch.{d.torch}" for d in DTYPES.values() if d.torch]
+    + [
+        "torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.storage._LegacyStorage",
+        "torch.UntypedStorage", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2", "torch.Size",
+        "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter",
+        "torch.serialization._get_layout", "collections.OrderedDict", "collections.defaultdict",
+        "collections.Counter", "builtins.set", "builtins.frozenset", "builtins.dict", "builtins.list",
+        "builtins.int", "builtins.float", "builtins.bool", "builtins.str", "builtins.complex", "builtins.bytearray",
+        "__builtin__.set", "__builtin__.dict", "__builtin__.list", "argparse.Namespace", "_codecs.encode",
+        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "pathlib.PosixPath",
+        "pathlib.PurePosixPath", "datetime.datetime", "datetime.timedelta",
+    ]
+)  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """A tensor as the pickle describes it: dtype, shape, strides and offset (in elements) within a storage."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    storage: str
+    elements: int  # of the storage
+
+
+LARGEST_EXPANSION = 1 << 26  # elements that strides of 0 may make out of fewer; a hostile file asks for 1 << 47
+
+
+def stored_tensor(value: Object, where: object) -> Stored | None:
+    """What a `_rebuild_tensor*` call describes, or None for another object. Sizes are checked, nothing is built."""
+    call = _unwrapped(value)
+    if call is None:
+        return None
+    name, args = call
+
+    def wrong(what: str) -> TensorkeepError:
+        return TensorkeepError(f"damaged tensor entry: {what}", where=where, code="F07", hint="copy the file again")
+
+    if len(args) < 4 or not isinstance(args[0], Persistent) or not isinstance(args[0].value, tuple):
+        raise wrong("no storage")
+    identity, offset, shape, strides = args[0].value, args[1], _sizes(args[2]), _strides(args[3])
+    if (
+        len(identity) < 5
+        or identity[0] != "storage"
+        or not isinstance(identity[1], Global)
+        or not is_count(identity[4])
+    ):
+        raise wrong("an unknown storage")
+    if type(identity[2]) not in (str, int) or (len(identity) > 5 and identity[5] is not None):
+        raise wrong("a storage without a plain key")
+    if shape is None or strides is None or len(shape) != len(strides) or not is_count(offset):
+        raise wrong("sizes, strides or offset are not whole numbers, or too large")
+    if name == "_rebuild_tensor_v3":
+        dtype = FROM_TORCH.get(args[6].name) if len(args) > 6 and isinstance(args[6], Global) else None
+    else:
+        dtype = STORAGES.get(identity[1].name)
+    if dtype is None:
+        raise wrong(f"a storage of type {shown(identity[1].name)}")
+    elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
+    span = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
+    if span and offset + span > elements:
+        raise wrong(f"it spans {offset + span} elements of a storage of {elements}")
+    if math.prod(shape) > max(span, LARGEST_EXPANSION):
+        raise wrong(f"it repeats {span} elements {math.prod(shape)} times")
+    return Stored(dtype, shape, strides, offset, str(identity[2]), elements)
+
+
+def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
+    """The innermost `_rebuild_tensor*` call: parameters and subclasses wrap it, honestly at most twice."""
+    name, args = value.call.name, value.args
+    for _ in range(4):
+        if name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+            return name, args
+        if name in ("_rebuild_parameter", "_rebuild_parameter_with_state") and args and isinstance(args[0], Object):
+            name, args = args[0].call.name, args[0].args
+        elif (
+            name == "_rebuild_from_type_v2"
+            and len(args) > 2
+            and isinstance(args[0], Global)
+            and isinstance(args[2], tuple)
+        ):
+            name, args = args[0].name, args[2]
+        else:
+            return None
+    return None
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value out of an untrusted file is a whole number that can be a size or a place."""
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
+        value = value.args[0]
+    return checked_shape(value)
+
+
+def _strides(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, (tuple, list)) or len(value) > MOST_DIMENSIONS or not all(is_count(n) for n in value):
+        return None
+    return tuple(value)
+
+
+# -- reading a zip ------------------------------------------------------------------------------------------------
+
+
+class _Range(io.RawIOBase):
+    """A slice of a file as a seekable stream, for zipfile."""
+
+    def __init__(self, folder: Folder, file: str, start: int, length: int) -> None:
+        self.folder, self.file, self.first, self.length, self.at = folder, file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = max({0: 0, 1: self.at, 2: self.length}[whence] + offset, 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self.length - self.at, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        data = self.folder.read(self.file, self.first + self.at, size) if size else b""
+        self.at += size
+        return data
+
+
+class Entry(NamedTuple):
+    """A stored zip entry: absolute first byte in the file, size, CRC-32 as announced."""
+
+    start: int
+    size: int
+    crc: int
+
+    def known_crc(self, start: int, size: int) -> int | None:
+        """The CRC-32 of bytes within the entry, if they are all of it; torch writes 0 where told not to compute it."""
+        return self.crc if (start, size) == (0, self.size) and self.crc else None
+
+
+def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
+    """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
+    where = f"{folder.url}/{file}"
+    try:
+        with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
+            infos = archive.infolist()
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        ValueError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        UnicodeError,
+        IndexError,
+    ) as error:
+        raise TensorkeepError(
+            f"the archive at {start} is damaged or truncated: {error}",
+            where=where,
+            code="F02",
+            hint="copy the file again",
+        ) from None
+    out: dict[str, Entry] = {}
+    for info in infos:
+        name = info.filename.partition("/")[2] or info.filename
+        if name in out:
+            raise _damaged_zip(f"{shown(info.filename)} occurs twice", where)
+        out[name] = _entry(info, folder, file, start, length)
+    spans = sorted((e.start, e.start + e.size, n) for n, e in out.items() if e.size)
+    for (_, end, first), (begin, _, second) in pairwise(spans):
+        if begin < end:
+            raise _damaged_zip(f"{shown(first)} and {shown(second)} overlap", where)
+    return out
+
+
+def _damaged_zip(what: str, where: object, code: str = "F07") -> TensorkeepError:
+    return TensorkeepError(f"damaged archive: {what}", where=where, code=code, hint="copy the file again")
+
+
+def _entry(info: zipfile.ZipInfo, folder: Folder, file: str, start: int, length: int) -> Entry:
+    """Where an entry's bytes lie, the archive's directory checked against the entry's own header."""
+    where, name = f"{folder.url}/{file}", shown(info.filename)
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+        raise _damaged_zip(f"{name} is compressed or encrypted, torch.save never does that", where)
+    if info.header_offset < 0 or info.header_offset + 30 > length:
+        raise _damaged_zip(f"{name} begins outside its archive", where, "F02")
+    local = folder.read(file, start + info.header_offset, 30)
+    if local[:4] != b"PK\x03\x04":
+        raise _damaged_zip(f"{name} has no entry where the archive says", where)
+    name_length, extra_length = struct.unpack("<HH", local[26:30])
+    data = start + info.header_offset + 30 + name_length + extra_length
+    if data + info.file_size > start + length:
+        raise _damaged_zip(f"{name} ends behind its archive", where, "F02")
+    return Entry(data, info.file_size, info.CRC)
+
+
+def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
+    """What `data.pkl` describes, as plain data."""
+    where = f"{folder.url}/{file}"
+    pickle = found.get("data.pkl")
+    if pickle is None:
+        raise TensorkeepError(
+            "is a zip, but holds no data.pkl of torch.save", where=where, hint="is this a checkpoint?"
+        )
+    order = found.get("byteorder")
+    if order is not None and folder.read(file, order.start, min(order.size, 3)) == b"big":
+        raise TensorkeepError(
+            "was written on a big-endian machine", where=where, hint="save it again on a little-endian one"
+        )
+    if pickle.size > LARGEST_PICKLE:
+        raise _damaged_zip(f"data.pkl has {pickle.size} bytes, more than {LARGEST_PICKLE}", where)
+    value, _ = parse(folder.read(file, pickle.start, pickle.size), ALLOWED, where)
+    return value
+
+
+# -- what is in it -----------------------------------------------------------------------------------------------------
+
+MOST_LETTERS = (
+    16 << 20
+)  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
+
+
+def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
+    """Leaves of a nested state dict by dotted name: `Stored` for tensors, plain values for the rest."""
+    pending: list[tuple[str, Any, int]] = [(prefix, value, 0)]
+    left = MOST_LETTERS
+    while pending:
+        name, item, depth = pending.pop()
+        if depth > 32:
+            raise TensorkeepError(
+                "is nested more than 32 levels deep", where=where, code="F07", hint="this is no state dict"
+            )
+        tensor = stored_tensor(item, where) if isinstance(item, Object) else None
+        children = None if tensor is not None else _children(item)
+        if children is None:
+            yield name, item if tensor is None else tensor
+            continue
+        left -= sum(len(name) + len(key) + 17 for key, _ in children)
+        if left < 0:
+            raise TensorkeepError(
+                "names more values than any state dict has", where=where, code="F07", hint="this is no state dict"
+            )
+        pending.extend((f"{name}.{key}" if name else key, child, depth + 1) for key, child in reversed(children))
+
+
+def _children(item: Any) -> list[tuple[str, Any]] | None:
+    if isinstance(item, Object) and item.is_mapping:
+        item = item.entries
+    if isinstance(item, dict):
+        return [(_spelled(key), child) for key, child in item.items()]
+    if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):
+        return [(str(i), child) for i, child in enumerate(item)]
+    return None
+
+
+def _spelled(key: Any) -> str:
+    return key if isinstance(key, str) else shown(key)
+
+
+def storage_bytes(tensor: Stored) -> tuple[int, int]:
+    """First byte within its storage and number of bytes that a tensor touches."""
+    width = DTYPES[tensor.dtype].bits // 8
+    if 0 in tensor.shape:
+        return 0, 0
+    span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides)) + 1
+    return tensor.offset * width, max(span * width, nbytes(tensor.dtype, ()) if not tensor.shape else 0)

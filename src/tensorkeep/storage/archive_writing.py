@@ -1,0 +1,153 @@
+"""torch.save archives written: zips whose every byte has its place before the first is written."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensorkeep.storage.archive import STORAGE_OF
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.layout import Fixed, SinkTensor, Slot, Trailer
+from tensorkeep.storage.pickle_writing import emit
+from tensorkeep.storage.pickles import Global, Object, Persistent
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, row_major
+
+ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
+
+
+class Pack:
+    """Builds one archive's segments from `start` on. torch reads zip64, so sizes beyond 4 GiB use it."""
+
+    def __init__(self, start: int) -> None:
+        self.start, self.at = start, start
+        self.segments: list[Fixed | Slot | Trailer] = []
+        self.rows: list[tuple[str, int, int, str | int]] = []  # name, header offset, size, crc or the tensor it is of
+
+    def add(self, name: str, data: bytes) -> None:
+        header = self._header(name, len(data), zlib.crc32(data), 0)
+        self.rows.append((name, self.at - self.start, len(data), zlib.crc32(data)))
+        self._fixed(header + data)
+
+    def add_tensor(self, name: str, tensor: str, size: int) -> None:
+        """Room for a tensor's bytes, aligned; its checksum follows the data, as zip allows (flag bit 3)."""
+        header = self._header(name, size, None, ALIGNMENT)
+        self.rows.append((name, self.at - self.start, size, tensor))
+        self._fixed(header)
+        self.segments.append(Slot(self.at, size, tensor))
+        self.at += size
+        form = "<IIQQ" if size >= 0xFFFFFFFF else "<IIII"
+
+        def descriptor(crcs: dict[str, int]) -> bytes:
+            return struct.pack(form, 0x08074B50, crcs[tensor], size, size)
+
+        self._trailer(struct.calcsize(form), descriptor)
+
+    def close(self) -> None:
+        """The central directory."""
+        offset = self.at - self.start
+        rows = list(self.rows)
+
+        def directory(crcs: dict[str, int]) -> bytes:
+            body = b"".join(_central(n, o, s, crcs[c] if isinstance(c, str) else c) for n, o, s, c in rows)
+            return body + _end(len(rows), len(body), offset)
+
+        self._trailer(len(directory({c: 0 for *_, c in rows if isinstance(c, str)})), directory)
+
+    def _fixed(self, data: bytes) -> None:
+        self.segments.append(Fixed(self.at, data))
+        self.at += len(data)
+
+    def _trailer(self, size: int, make: Callable[[dict[str, int]], bytes]) -> None:
+        self.segments.append(Trailer(self.at, size, make))
+        self.at += size
+
+    def _header(self, name: str, size: int, crc: int | None, alignment: int) -> bytes:
+        extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
+        if alignment:
+            bare = self.at - self.start + 30 + len(name) + len(extra) + 4
+            gap = -bare % alignment
+            extra += struct.pack("<2sH", b"FB", gap) + b"Z" * gap  # the padding field that torch.save uses
+        short = min(size, 0xFFFFFFFF)
+        flags, sizes = (0x0808, (0, 0, 0)) if crc is None else (0x0800, (crc, short, short))
+        if crc is None and size >= 0xFFFFFFFF:
+            sizes = (0, 0xFFFFFFFF, 0xFFFFFFFF)
+        return (
+            struct.pack(
+                "<4s5H3I2H",
+                b"PK\x03\x04",
+                45 if extra[:2] == b"\1\0" else 0,
+                flags,
+                0,
+                0,
+                0,
+                *sizes,
+                len(name),
+                len(extra),
+            )
+            + name.encode()
+            + extra
+        )
+
+
+def _central(name: str, offset: int, size: int, crc: int) -> bytes:
+    extra = b""
+    if size >= 0xFFFFFFFF or offset >= 0xFFFFFFFF:
+        wide = ([size, size] if size >= 0xFFFFFFFF else []) + ([offset] if offset >= 0xFFFFFFFF else [])
+        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
+    short = min(size, 0xFFFFFFFF)
+    return (
+        struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45 if extra else 0, 45 if extra else 0, 0x0808, 0, 0, 0, crc, short, short,
+                    len(name), len(extra), 0, 0, 0, 0, min(offset, 0xFFFFFFFF))
+        + name.encode() + extra
+    )  # fmt: skip
+
+
+def _end(count: int, size: int, offset: int) -> bytes:
+    wide = b""
+    if offset >= 0xFFFFFFFF or count >= 0xFFFF:
+        wide = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
+        wide += struct.pack("<4sIQI", b"PK\x06\x07", 0, offset + size, 1)
+    short = min(count, 0xFFFF)
+    return wide + struct.pack(
+        "<4s4H2IH", b"PK\x05\x06", 0, 0, short, short, min(size, 0xFFFFFFFF), min(offset, 0xFFFFFFFF), 0
+    )
+
+
+def tensor_object(tensor: SinkTensor, key: str) -> Object:
+    """The `_rebuild_tensor` call that torch.load turns into this tensor over storage `key`."""
+    spelled = DTYPES[tensor.dtype].torch
+    if spelled not in FROM_TORCH:
+        raise TensorkeepError(
+            f"{tensor.dtype} cannot be kept in a torch.save file",
+            where=tensor.name,
+            hint="keep it in safetensors (--to hf)",
+        )
+    storage = STORAGE_OF.get(tensor.dtype)
+    elements = tensor.nbytes if storage is None else tensor.nbytes * 8 // DTYPES[tensor.dtype].bits
+    kind = Global("torch", storage) if storage else Global("torch.storage", "UntypedStorage")
+    identity = Persistent(("storage", kind, key, "cpu", elements))
+    args: tuple[Any, ...] = (
+        identity,
+        0,
+        tensor.shape,
+        row_major(tensor.shape),
+        False,
+        Object(Global("collections", "OrderedDict")),
+    )
+    if storage:
+        return Object(Global("torch._utils", "_rebuild_tensor_v2"), args)
+    return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", str(spelled))))
+
+
+def pack(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> Pack:
+    """A whole archive: the pickle of `value`, then the storages (key, tensor), in torch.save's order of entries."""
+    made = Pack(start)
+    made.add("archive/data.pkl", emit(value))
+    made.add("archive/byteorder", b"little")
+    for key, tensor in tensors:
+        made.add_tensor(f"archive/data/{key}", tensor.name, tensor.nbytes)
+    made.add("archive/version", b"3\n")
+    made.close()
+    return made

@@ -1,0 +1,259 @@
+"""A run's checkpoints on disk: `RUN/checkpoints/step-000123/`, `latest`, `best`, and a lock for the one who writes.
+
+A step folder comes into being by a rename and goes by one, so it is never seen half-written or half-deleted. `latest`
+names a step for people; readers take the highest one that is valid, whatever `latest` says.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorkeep.storage import durable
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage.files import explained, left_over
+from tensorkeep.findings import Finding
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.placement import remove, sync_folder, temporary_name
+from tensorkeep.storage.run_manifest import MANIFEST, as_finding, check_head, check_sizes, read_manifest, read_whole, step_name, step_of
+
+CHECKPOINTS, STATE = "checkpoints", "state.json"
+MODEL, ADAPTER, OPTIMIZER, EMA = "model.safetensors", "adapter.safetensors", "optimizer.safetensors", "ema.safetensors"
+LATEST, BEST, LOCK = "latest", "best", ".lock"
+
+
+# -- names --------------------------------------------------------------------------------------------------------
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / step_name(step)
+
+
+def steps(run: Path) -> list[int]:
+    """Steps that have a folder, newest first; whether they are whole is another question."""
+    place = run / CHECKPOINTS
+    with explained(place):
+        if not place.is_dir():
+            return []
+        return sorted((s for p in place.iterdir() if (s := step_of(p.name)) is not None and p.is_dir()), reverse=True)
+
+
+class Opened(NamedTuple):
+    """A checkpoint of a run as `view.read` opens it: its folder, the files to read as one view, what was passed over."""
+
+    path: Path
+    files: list[str]
+    passed: list[Finding]
+    run: dict[str, Any]  # step, samples, epoch, world_size as state.json has them
+
+
+def find(path: Path) -> tuple[Path, list[Finding]] | None:
+    """The checkpoint that a path means: a step folder itself, or the newest complete one of a run; None for neither."""
+    run = path.parent if path.name == CHECKPOINTS else path
+    with explained(run):
+        has = (run / CHECKPOINTS).is_dir()
+    if has and (newest := newest_complete(run)) is not None:
+        return newest
+    with explained(path):
+        names = [p.name for p in path.iterdir()] if path.is_dir() else []
+    return (path, []) if is_step(path, names) else None
+
+
+def opened(path: Path) -> Opened | None:
+    """Look at a checkpoint without its data: manifest, sizes, the header's chunk, the position. None where it is none.
+
+    Raises TensorkeepError with an F code where one of these is not whole.
+    """
+    found = find(path.resolve())
+    if found is None:
+        return None
+    folder, passed = found
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest)
+    document = {}
+    if STATE in manifest.files:
+        read_whole(folder, STATE, manifest)
+        document = parse_json((folder / STATE).read_bytes(), folder / STATE)
+    numbers = ("step", "epoch", "samples", "world_size")
+    run = {k: document[k] for k in numbers if isinstance(document, dict) and type(document.get(k)) is int}
+    name = weights(list(manifest.files))
+    if name is not None:
+        check_head(folder, name, manifest)
+    return Opened(folder, [name] if name else [p.name for p in folder.iterdir() if p.is_file()], passed, run)
+
+
+def is_step(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder with these files is a checkpoint of ours, finished or not."""
+    return (MANIFEST in names and STATE in names) or (
+        step_of(folder.name) is not None and folder.parent.name == CHECKPOINTS and ".metadata" not in names
+    )
+
+
+def weights(names: Sequence[str]) -> str | None:
+    """The file of a checkpoint that holds the weights; None where they lie in another format (DCP)."""
+    return next((n for n in (MODEL, ADAPTER) if n in names), None)
+
+
+def newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
+    """The newest checkpoint whose manifest and sizes are right, and what was passed over; None where `run` is no run.
+
+    Content is not read: `verify` and a resume do that.
+    """
+    found, skipped = steps(run), []
+    for step in found:
+        try:
+            check_sizes(folder_of(run, step), read_manifest(folder_of(run, step)))
+        except TensorkeepError as error:
+            skipped.append(as_finding(error, "warning"))
+            continue
+        return folder_of(run, step), skipped
+    if found:
+        raise TensorkeepError(
+            f"none of its {len(found)} checkpoints is whole; the newest: {skipped[0].message}", where=run,
+            code=skipped[0].code, hint="see `tensorkeep verify` of each",
+        )  # fmt: skip
+    return None
+
+
+def remains(run: Path) -> list[str]:
+    """Temporary names that an interrupted save left in a run."""
+    return left_over(run / CHECKPOINTS)
+
+
+# -- latest, best, pruning ------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file in one step, durably.
+
+    `best` needs the last fsync: who is told that a step is the best one counts on it. `latest` could do without, since
+    no reader relies on it; its fsync runs beside training.
+    """
+    temporary = temporary_name(path)
+    try:
+        durable.write_small(temporary, text.encode())
+        os.rename(temporary, path)  # noqa: PTH104  the fault-injecting tests count os-level calls
+    except BaseException:
+        remove(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def named_step(run: Path, which: str) -> int | None:
+    """The step that `latest` or `best` names; None where there is no such file. F07 where it names no step."""
+    path = run / CHECKPOINTS / which
+    with explained(path):
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            text = file.read(64).decode("utf-8", "replace").strip()
+    step = step_of(text)
+    if step is None:
+        raise TensorkeepError(
+            f"names no step: {shown(text)}",
+            where=path,
+            code="F07",
+            hint=f"write the name of a step into it, or rm {path}",
+        )
+    return step
+
+
+def unwanted(found: Sequence[int], last: int, every: int | None, kept: set[int]) -> list[int]:
+    """Steps to delete: not among the `last` newest, no multiple of `every`, not in `kept`.
+
+    >>> unwanted([50, 40, 30, 20, 10], last=2, every=20, kept={10})
+    [30]
+    """
+    newest = sorted(found, reverse=True)[: max(last, 1)]
+    return [s for s in found if s not in newest and s not in kept and not (every and s % every == 0)]
+
+
+def delete(run: Path, gone: Sequence[int]) -> list[Path]:
+    """Delete steps: renamed away first, durably, so that no reader ever finds a half of one.
+
+    Journals keep the order of a rename and what follows; POSIX does not promise it, hence the fsync between them.
+    """
+    paths = [folder_of(run, step) for step in gone]
+    aside = []
+    for path in paths:
+        aside.append(temporary_name(path))
+        os.rename(path, aside[-1])  # noqa: PTH104
+    if aside:
+        sync_folder(run / CHECKPOINTS)
+    for path in aside:
+        remove(path)
+    return paths
+
+
+# -- one writer a run ------------------------------------------------------------------------------------------------
+
+_held: dict[tuple[int, str], None] = {}  # (pid, run): a record lock does not keep its own process out
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold RUN/.lock for the body. Raises TensorkeepError that names the process which holds it.
+
+    A record lock (`lockf`), not `flock`: data-loading processes inherit the latter when they are forked, and would
+    hold it on after a kill of the run itself.
+    """
+    path, mine = run / LOCK, (os.getpid(), str(run.resolve()))
+    if mine in _held:
+        raise TensorkeepError("this process saves into it already", where=run, hint="close the other Saver first")
+    with explained(run):
+        make_folder(run)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with explained(path):
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+                raise TensorkeepError(
+                    f"process {pid or 'unknown'} saves into it", where=run, hint="wait for it, or choose another --out"
+                ) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        _held[mine] = None
+        try:
+            yield
+        finally:
+            _held.pop(mine, None)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; each that is new is made known to its parent on the disk."""
+    new = [p for p in (folder, *folder.parents) if not p.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(new):
+        sync_folder(path.parent)
+
+
+def room_for(run: Path, needed: int) -> None:
+    """Raise where the file system has no `needed` bytes left, before anything is written."""
+    with explained(run):
+        free = free_bytes(run)
+    if free < needed:
+        raise disk_full(run, needed, free)
+
+
+def disk_full(run: Path, needed: int, free: int) -> TensorkeepError:
+    return TensorkeepError(
+        f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free", where=run,
+        hint="free space, or keep fewer checkpoints; the old ones are untouched",
+    )  # fmt: skip
+
+
+def free_bytes(run: Path) -> int:
+    """Bytes left on the file system; part of it is the superuser's alone."""
+    system = os.statvfs(run)
+    return system.f_frsize * (system.f_bfree if os.geteuid() == 0 else system.f_bavail)

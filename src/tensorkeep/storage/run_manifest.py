@@ -1,0 +1,297 @@
+"""The manifest of a checkpoint: sizes and digests that cover every byte of it, written last.
+
+It holds the size and the xxh3_128 of every 16 MiB of every file, the place and the xxh3_128 of every tensor, and a
+digest of itself; its text is canonical (what `dump` makes), so that no flipped bit in it can go unseen.
+
+`{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
+{NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
+"xxh3_128": of this text without this entry}`
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from tensorkeep.storage import durable
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage.files import explained, inside
+from tensorkeep.findings import Finding
+from tensorkeep.storage.certificate import SCHEMA, parse_json
+from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 256 << 20  # bytes; a hundred thousand tensors need 20 MB
+STEP = re.compile(r"step-(\d{6,})\Z")
+DIGEST = re.compile(r"[0-9a-f]{32}\Z")
+Progress = Callable[[str, int, int], None]
+
+
+class FileEntry(NamedTuple):
+    size: int
+    chunks: list[str]
+
+
+class TensorEntry(NamedTuple):
+    """A tensor in a file: its first byte there, and the xxh3_128 of its raw bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds. `tensors`: file -> name -> entry; `base`: the frozen weights under an adapter."""
+
+    step: int
+    files: dict[str, FileEntry]
+    tensors: dict[str, dict[str, TensorEntry]]
+    base: dict[str, Any] | None
+    not_captured: tuple[str, ...]
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06}"
+
+
+def step_of(name: str) -> int | None:
+    """The step a folder's name stands for, None for any other name.
+
+    >>> step_of("step-000123"), step_of("step-123"), step_of("step-0000123")
+    (123, None, None)
+    """
+    match = STEP.match(name)
+    return int(match[1]) if match and len(match[1]) < 19 and step_name(int(match[1])) == name else None
+
+
+def dump(document: Mapping[str, Any]) -> bytes:
+    """The one spelling of a manifest, its own digest at the end."""
+    body = {k: v for k, v in document.items() if k != "xxh3_128"}
+    return _text({**body, "xxh3_128": xxhash.xxh3_128(_text(body)).hexdigest()})
+
+
+def _text(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def make(
+    step: int, files: Mapping[str, durable.Written], tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
+    base: Mapping[str, Any] | None = None, not_captured: Sequence[str] = (),
+) -> bytes:  # fmt: skip
+    """The manifest of files just written. `tensors`: file -> name -> (dtype, shape, first byte)."""
+    return dump({
+        "schema": SCHEMA,
+        "step": step,
+        "chunk": durable.CHUNK,
+        "files": {name: {"bytes": w.size, "chunks": w.chunks} for name, w in files.items()},
+        "tensors": {
+            file: {
+                name: {"dtype": dtype, "shape": list(shape), "start": start, "xxh3_128": files[file].tensors[name]}
+                for name, (dtype, shape, start) in entries.items()
+            }
+            for file, entries in tensors.items()
+        },
+        "base": base,
+        "not_captured": list(not_captured),
+    })  # fmt: skip
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, its own digest compared and every entry checked.
+
+    Raises TensorkeepError: F01 where there is none, F03 where it was changed, F06/F07 where what it says cannot be.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        with explained(folder):
+            folder.stat()
+        raise TensorkeepError(
+            f"has no {MANIFEST}: the save was interrupted",
+            where=folder,
+            code="F01",
+            hint="use the checkpoint before it",
+        )
+    with explained(path):
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise _odd(path, f"is no manifest: {path.stat().st_size} bytes")
+        data = path.read_bytes()
+    try:
+        document = parse_json(data, path)
+        same = isinstance(document, dict) and dump(document) == data
+    except (TensorkeepError, RecursionError, ValueError):  # ValueError: numbers too long to be written again
+        same = False
+    if not same:
+        raise TensorkeepError(
+            "was changed or damaged after it was written", where=path, code="F03", hint="use the checkpoint before it"
+        )
+    return _checked(document, path)
+
+
+def _odd(path: Path, what: str) -> TensorkeepError:
+    return TensorkeepError(what, where=path, code="F07", hint="use the checkpoint before it")
+
+
+def _checked(document: dict[str, Any], path: Path) -> Manifest:
+    step, files, tensors = document.get("step"), document.get("files"), document.get("tensors")
+    if document.get("schema") != SCHEMA or document.get("chunk") != durable.CHUNK:
+        raise _odd(path, f"is of schema {shown(document.get('schema'))}, this version reads {SCHEMA}")
+    if type(step) is not int or not 0 <= step < 1 << 62 or not isinstance(files, dict) or not isinstance(tensors, dict):
+        raise _odd(path, "lacks step, files or tensors")
+    base, lost = document.get("base"), document.get("not_captured")
+    if not (base is None or isinstance(base, dict)) or not isinstance(lost, list):
+        raise _odd(path, "base or not_captured are not what they should be")
+    sizes = {_plain(name, path): _file(name, entry, path) for name, entry in files.items()}
+    found = {}
+    for file, entries in tensors.items():
+        if file not in sizes or not isinstance(entries, dict):
+            raise _odd(path, f"tensors of {shown(file)}, which is none of its files")
+        found[file] = {name: _tensor(name, entry, sizes[file].size, path) for name, entry in entries.items()}
+    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost))
+
+
+def _plain(name: str, path: Path) -> str:
+    if "/" in inside(name, path) or name in (".", MANIFEST):
+        raise _odd(path, f"names {shown(name)} as a file of its own")
+    return name
+
+
+def _file(name: str, entry: Any, path: Path) -> FileEntry:
+    size, chunks = (entry.get("bytes"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
+    if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(chunks, list):
+        raise _odd(path, f"{shown(name)} has no size or no digests")
+    if len(chunks) != -(-size // durable.CHUNK) or not all(isinstance(c, str) and DIGEST.match(c) for c in chunks):
+        raise _odd(path, f"{shown(name)} has {len(chunks)} digests for {size} bytes")
+    return FileEntry(size, chunks)
+
+
+def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
+    if isinstance(entry, dict):
+        dtype, start, digest = entry.get("dtype"), entry.get("start"), entry.get("xxh3_128")
+        shape = checked_shape(entry.get("shape"))
+        if (
+            isinstance(dtype, str) and dtype in DTYPES and shape is not None and type(start) is int and start >= 0
+            and isinstance(digest, str) and DIGEST.match(digest) and start + nbytes(dtype, shape) <= size
+        ):  # fmt: skip
+            return TensorEntry(dtype, shape, start, digest)
+    raise _odd(path, f"the entry of {shown(name)} cannot be")
+
+
+# -- is it what the manifest says? ----------------------------------------------------------------------------------
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise F05 for a file that is not there, F02/F07 for one of another size, F07 for a folder of another step."""
+    named = step_of(folder.name)
+    if named is not None and named != manifest.step:
+        raise _odd(folder, f"holds step {manifest.step}: the folder was renamed")
+    for name, entry in manifest.files.items():
+        path = folder / name
+        tensors = manifest.tensors.get(name, {})
+        if not path.is_file():
+            raise TensorkeepError(
+                f"{name} is missing", where=folder, code="F05", hint="use the checkpoint before it", tensors=tensors
+            )
+        with explained(path):
+            size = path.stat().st_size
+        if size != entry.size:
+            gone = [n for n, t in tensors.items() if t.start + t.nbytes > size]
+            raise TensorkeepError(
+                f"has {size} bytes, {entry.size} were written" + (f"; {_listed(gone)} reach beyond" if gone else ""),
+                where=path, code="F02" if size < entry.size else "F07", hint="use the checkpoint before it", tensors=gone,
+            )  # fmt: skip
+
+
+def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | None = None) -> None:
+    """Read one file of a checkpoint and compare every byte's digest; `image` receives it.
+
+    Raises TensorkeepError F03 that names the damaged tensors.
+    """
+    entry, path = manifest.files[name], folder / name
+    try:
+        wrong = durable.read_file(path, entry.size, entry.chunks, image)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            with explained(path):
+                raise
+        raise TensorkeepError(
+            "cannot be read: the disk failed (input/output error)", where=path, code="F03",
+            hint="use the checkpoint before it; check the disk: dmesg, smartctl", tensors=manifest.tensors.get(name, {}),
+        ) from None  # fmt: skip
+    if wrong:
+        tensors = _differing(path, manifest.tensors.get(name, {}), wrong)
+        what = _listed(tensors) if tensors else "its header" if manifest.tensors.get(name) else "its content"
+        raise TensorkeepError(
+            f"damaged since it was written: {what}", where=path, code="F03", hint="use the checkpoint before it",
+            tensors=tensors,
+        )  # fmt: skip
+
+
+def check_head(folder: Path, name: str, manifest: Manifest) -> None:
+    """Compare the first chunk of a file, where its header lies, before the header is believed. Raises F03."""
+    with explained(folder / name), (folder / name).open("rb") as file:
+        head = file.read(durable.CHUNK)
+    if manifest.files[name].chunks and durable.digest(head) != manifest.files[name].chunks[0]:
+        read_whole(folder, name, manifest)
+
+
+def _differing(path: Path, tensors: Mapping[str, TensorEntry], wrong: Sequence[int]) -> list[str]:
+    """Tensors in the damaged chunks whose own digest differs."""
+    bad, found = set(wrong), []
+    with explained(path), path.open("rb") as file:
+        for name, tensor in tensors.items():
+            touched = range(
+                tensor.start // durable.CHUNK, max(tensor.start + tensor.nbytes - 1, 0) // durable.CHUNK + 1
+            )
+            if not tensor.nbytes or bad.isdisjoint(touched):
+                continue
+            file.seek(tensor.start)
+            running, left = xxhash.xxh3_128(), tensor.nbytes
+            while left and (piece := file.read(min(left, 4 << 20))):
+                running.update(piece)
+                left -= len(piece)
+            if left or running.hexdigest() != tensor.digest:
+                found.append(name)
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def findings(folder: Path, progress: Progress | None = None) -> list[Finding]:
+    """Everything wrong with a checkpoint of a run: one finding a file, naming tensors. Reads every byte."""
+    try:
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest)
+    except TensorkeepError as error:
+        return [as_finding(error)]
+    out, done, total = [], 0, sum(entry.size for entry in manifest.files.values())
+    for name, entry in manifest.files.items():
+        try:
+            read_whole(folder, name, manifest)
+        except TensorkeepError as error:
+            out.append(as_finding(error))
+        done += entry.size
+        if progress:
+            progress("verify", done, total)
+    return out
+
+
+def as_finding(error: TensorkeepError, severity: Any = "error") -> Finding:
+    """The finding of an error with an F code; other errors are raised on: they say nothing about the checkpoint."""
+    if error.code is None or not error.code.startswith("F"):
+        raise error
+    return Finding(error.code, severity, f"{error.where}: {error.what}", error.tensors, fix=error.hint)

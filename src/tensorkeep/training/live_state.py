@@ -1,0 +1,202 @@
+"""What a run is at an update boundary, taken from its live objects by name and put back by name.
+
+Weights in the dtype they are trained in, tied ones once; optimizer state by parameter name. Frozen weights are not
+stored where the job names its base: they are compared by digest instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tensorkeep.training import sharding
+from tensorkeep.errors import TensorkeepError
+
+
+def stored_tensors(model: nn.Module, base: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a checkpoint keeps of a model: name -> tensor, and name -> the name of the tensor it is tied to.
+
+    With `base` only what trains and the buffers that training changes; frozen parameters and the codes of quantised
+    modules (those that say `frozen_state`) belong to the base.
+    """
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} if base else set()
+    if base:
+        for path, module in model.named_modules():
+            if getattr(module, "frozen_state", False):
+                prefix = f"{path}." if path else ""
+                frozen |= {prefix + n for n in module.state_dict()} - _trainable(module, prefix)
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in frozen or not isinstance(value, Tensor):
+            continue
+        place: tuple[Any, ...] = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if not value.numel() or value.data_ptr() == 0:  # empty or sharded: no address of its own
+            place = (id(value),)
+        if place in first:
+            ties[name] = first[place]
+        else:
+            first[place] = name
+            tensors[name] = value.detach()
+    return tensors, ties
+
+
+def undeclared(model: nn.Module) -> list[str]:
+    """Entries of a model's state that are no tensors (extra state of a module): a checkpoint does not keep them."""
+    return [name for name, value in model.state_dict(keep_vars=True).items() if not isinstance(value, Tensor)]
+
+
+def _trainable(module: nn.Module, prefix: str) -> set[str]:
+    return {prefix + n for n, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> None:
+    """Copy saved tensors into the model, all or nothing: names, shapes and dtypes are compared first.
+
+    Raises TensorkeepError that lists what is missing, unexpected or of another kind.
+    """
+    mine, _ = stored_tensors(model, base)
+    coded = _coded(model, mine)
+    inside = {name for names in coded.values() for name in names}
+    refuse_difference("model", _kinds(mine, inside), _kinds(saved, inside))
+    for path, names in coded.items():  # first: these refuse what does not belong together
+        prefix = f"{path}." if path else ""
+        part = {n[len(prefix) :]: saved[n] for n in names}
+        module = model.get_submodule(path)
+        own = {n for n, _ in module.named_parameters()}  # copied below, so they alone may be missing here
+        report = module.load_state_dict(part, strict=False)
+        if report.unexpected_keys or set(report.missing_keys) - own:
+            left = sorted({*report.unexpected_keys, *report.missing_keys} - own)
+            raise TensorkeepError(
+                f"{path}: {', '.join(left)} would be dropped or left alone", where="resume", code="K01"
+            )
+    for name, tensor in mine.items():
+        if name not in inside:
+            tensor.copy_(sharding.like(saved[name], tensor))
+
+
+def _coded(model: nn.Module, mine: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Modules whose stored state is not the tensors they hold (codes with a description), and their stored names."""
+    own = nn.Module._save_to_state_dict
+    found = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if type(module)._save_to_state_dict is own:
+            continue
+        held = {prefix + n for n, _ in module.named_parameters(recurse=False)}
+        if names := [n for n in mine if n.startswith(prefix) and n not in held]:
+            found[path] = names
+    return found
+
+
+def _kinds(tensors: Mapping[str, Tensor], free: set[str]) -> dict[str, str]:
+    """What each tensor is; of codes and their description the names alone, since a description's length may differ."""
+    return {n: "" if n in free else _kind(t) for n, t in tensors.items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def refuse_difference(what: str, mine: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """One error that lists every name on one side only, and every pair that differs."""
+    lists = (
+        ("missing from the checkpoint", sorted(mine.keys() - saved.keys())),
+        ("not in the run", sorted(saved.keys() - mine.keys())),
+        ("different", [f"{n} ({saved[n]}, now {mine[n]})" for n in sorted(mine.keys() & saved.keys()) if mine[n] != saved[n]]),
+    )  # fmt: skip
+    parts = [f"{label}: {', '.join(names[:4])} ({len(names)})" for label, names in lists if names]
+    if parts:
+        raise TensorkeepError(
+            f"{what}: {'; '.join(parts)}", where="resume", code="K01",
+            hint="resume with the recipe of the run, or start anew in another folder (--out)",
+        )  # fmt: skip
+
+
+# -- optimizer --------------------------------------------------------------------------------------------------------
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
+    """Names of parameters by identity. Raises where the optimizer trains what is not in the model."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    lost = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if lost:
+        raise TensorkeepError(
+            f"{len(lost)} parameters of the optimizer are not in the model, the first of shape {list(lost[0].shape)}",
+            where="optimizer", hint="make what trains a part of job.model, so that its name can be kept",
+        )  # fmt: skip
+    return names
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer state as tensors `parameter/slot` and a plain document: values that are no tensors, and each group's
+    hyper-parameters with the names of its parameters."""
+    names = _names(model, optimizer)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):  # the same order on every rank
+        name = names[id(parameter)]
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{slot}"] = value.detach()
+            else:
+                values.setdefault(name, {})[slot] = value
+    groups = [
+        {k: _plain(v) for k, v in group.items() if k != "params"} | {"names": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"kind": type(optimizer).__name__, "groups": groups, "values": values}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+
+
+@torch.no_grad()
+def put_optimizer(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Mapping[str, Any], adopt: bool = False
+) -> None:  # fmt: skip
+    """Give every parameter its own state back, by name. Hyper-parameters stay the recipe's.
+
+    `adopt`: nobody else holds these tensors, so those that lie right already are taken as they are.
+
+    Raises TensorkeepError where the optimizer is of another kind or holds state of other parameters.
+    """
+    if document["kind"] != type(optimizer).__name__:
+        raise TensorkeepError(
+            f"the checkpoint is of {document['kind']}, the run uses {type(optimizer).__name__}", where="resume", code="R04"
+        )  # fmt: skip
+    names = _names(model, optimizer)
+    parameters = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
+    by_name: dict[str, dict[str, Any]] = {name: dict(slots) for name, slots in document["values"].items()}
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        by_name.setdefault(name, {})[slot] = value
+    unknown = sorted(by_name.keys() - parameters.keys())
+    if unknown:  # a parameter that never got a gradient has none, so less is no fault
+        refuse_difference(
+            "optimizer", dict.fromkeys(parameters.keys() & by_name, "state"), dict.fromkeys(by_name, "state")
+        )
+    optimizer.state.clear()
+    for name, slots in by_name.items():
+        parameter, group = parameters[name]
+        on_device = group.get("capturable") or group.get("fused")
+        optimizer.state[parameter] = {
+            # torch keeps the counter on the CPU unless a kernel reads it
+            slot: _slot(value, parameter, slot != "step" or bool(on_device), adopt) if isinstance(value, Tensor) else value
+            for slot, value in slots.items()
+        }  # fmt: skip
+
+
+def _slot(value: Tensor, parameter: Tensor, to_device: bool, adopt: bool) -> Tensor:
+    if value.shape == parameter.shape and sharding.sharded([parameter]):
+        return sharding.like(value, parameter)
+    if value.shape == parameter.shape and value.stride() != parameter.stride():  # as the optimizer would lay it out
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device if to_device else "cpu", copy=not adopt)

@@ -1,0 +1,107 @@
+"""`metrics.jsonl` and `proof.jsonl`: what a run said, one JSON object a line, no line twice.
+
+A row belongs to a step. After a resume from step k the rows of later steps are taken away before they are made again,
+and a last line that a kill or a power cut left in pieces goes with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import replacing, sync_folder, write_bytes
+
+METRICS, PROOF = "metrics.jsonl", "proof.jsonl"
+Row = dict[str, Any]
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, oldest first; none where it is not there. A torn end is left out.
+
+    Raises TensorkeepError for a line amid others that is no row: somebody else wrote into it.
+    """
+    for _line, row in _lines(path):
+        yield row
+
+
+def _lines(path: Path) -> list[tuple[bytes, Row]]:
+    """Each whole line with its row, until the end or where only ruins follow.
+
+    Rows are on the disk before the checkpoint of their step is, so what a crash ruins is always the end.
+    """
+    if not path.exists():
+        return []
+    with explained(path):
+        lines = path.read_bytes().split(b"\n")
+    read = [(line, _row(line)) for line in lines[:-1]]
+    sound = [index for index, (_, row) in enumerate(read) if row is not None]
+    end = sound[-1] + 1 if sound else 0
+    for number, (_line, row) in enumerate(read[:end], 1):
+        if row is None:
+            raise TensorkeepError(f"line {number} is no row", where=path, hint="move the file away and resume")
+    return [(line, row) for line, row in read[:end] if row is not None]
+
+
+def _row(line: bytes) -> Row | None:
+    """A JSON object whose `step` is a whole number; None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every float that JSON lacks, however deep.
+
+    >>> finite({"loss": float("nan"), "evaluation": {"mAP": 0.5}})
+    {'loss': None, 'evaluation': {'mAP': 0.5}}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(path: Path, row: Mapping[str, Any], durable: bool = False) -> None:
+    """Add a row in one write; `durable` also waits for the disk."""
+    with explained(path), path.open("ab", buffering=0) as file:
+        file.write((json.dumps(finite(row)) + "\n").encode())
+        if durable:
+            os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until every row is on the disk: a checkpoint must not be newer than the rows before it."""
+    if path.exists():
+        with explained(path), path.open("ab") as file:
+            os.fsync(file.fileno())
+
+
+def rewind(path: Path, step: int) -> int:
+    """Take away what comes after `step` (and a torn end); returns how many lines went. The file changes in one step;
+    where there is none, an empty one is made and its name is put on the disk."""
+    if not path.exists():
+        with explained(path):
+            path.touch()
+            sync_folder(path.parent)
+        return 0
+    return keep(path, lambda row: bool(row["step"] <= step))
+
+
+def keep(path: Path, wanted: Callable[[Row], bool]) -> int:
+    """Take away the rows that are not wanted (and a torn end); returns how many lines went."""
+    kept = b"".join(line + b"\n" for line, row in _lines(path) if wanted(row))
+    with explained(path):
+        before = path.read_bytes() if path.exists() else b""
+    if kept != before:
+        with replacing(path, overwrite=True) as temporary:
+            write_bytes(temporary, kept)
+    return len(before.splitlines()) - kept.count(b"\n")

@@ -1,0 +1,358 @@
+"""Checkpoints of a run: everything training needs, by name, in the dtype it is trained in, written to be read back.
+
+A save is a temporary folder on the same file system, every file digested and fsynced, the manifest last, then one
+rename; only when the folder it went into is on the disk as well does the caller hear of it, and only then do older
+checkpoints go. A load compares every byte with its digest in the pass that reads it. Killed, cut off or out of room at
+any instant, the newest checkpoint that was acknowledged is there and whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from tensorkeep.storage import durable
+from tensorkeep.storage import run_folder
+from tensorkeep.storage import run_manifest
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+from tensorkeep.findings import Finding
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.placement import exchange, remove, sync_folder, temporary_name
+from tensorkeep.storage.record import FROM_TORCH
+from tensorkeep.storage.run_folder import BEST, CHECKPOINTS, EMA, LATEST, MODEL, OPTIMIZER, STATE
+from tensorkeep.storage.run_manifest import MANIFEST
+from tensorkeep.training.state_files import File, State, encoded, files_of, floating, source_of, tensors_in
+from tensorkeep.training.staging import Stage, Staged
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` newest, every `every`-th step for ever; the best and the newest valid always."""
+
+    last: int = 3
+    every: int | None = None
+
+
+# -- saving -------------------------------------------------------------------------------------------------------
+
+
+def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
+    """Save one checkpoint; on the disk for good when this returns.
+
+    Raises TensorkeepError where the disk is full or fails, the run is read-only or saved into by another process, a
+    name or dtype cannot be stored, or weights are NaN or Inf (V01). What was there before is untouched by all of them.
+
+    >>> save(Path("run"), State({"w": torch.ones(2)}, {}, {}, {"step": 7}))      # doctest: +SKIP
+    PosixPath('run/checkpoints/step-000007')
+    """
+    saver = Saver(run, keep, background=False)
+    try:
+        saver.save(state)
+        path = saver.wait()
+    finally:
+        saver.close()
+    assert path is not None
+    return path
+
+
+class Saver:
+    """Saves of one run, one in flight. Holds the run's lock from construction to `close`.
+
+    In the background (the default where tensors are on a GPU) `save` returns once the copy is under way, otherwise when
+    the checkpoint is durable; what goes on after that (writing, deleting older ones) is over when `wait` returns, and
+    its errors are raised by the next `save`, `wait` or `close`. Optimizers of torch wait for the copy by themselves;
+    whatever else changes parameters, moments or averages in place (a replayed graph) calls `before_step` first.
+    `stalls`: seconds each save held the caller; `copies`: until the tensors were copied; `durations`: until durable.
+    """
+
+    def __init__(self, run: Path, keep: Keep = Keep(), background: bool | None = None) -> None:
+        self.run, self.keep, self.background = Path(run), keep, background
+        self.stalls: list[float] = []
+        self.copies: list[float] = []
+        self.durations: list[float] = []
+        self._stage = Stage()
+        self._flight: threading.Thread | None = None
+        self._staged: Staged | None = None
+        self._failed: BaseException | None = None
+        self._path: Path | None = None
+        self._hook: Any = None
+        self._lock = ExitStack()
+        self._lock.enter_context(run_folder.locked(self.run))
+        try:
+            for name in run_folder.remains(self.run):  # nobody else is at work here: these were interrupted
+                remove(self.run / CHECKPOINTS / name)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def save(self, state: State) -> None:
+        """Save; waits for the save before it. See `save` of this module for errors."""
+        started = time.perf_counter()
+        self.wait()
+        files = files_of(state)
+        on_device = any(t.is_cuda for _, tensors in files for t in tensors.values())
+        background = on_device if self.background is None else self.background
+        document = encoded(state.document)
+        run_folder.room_for(
+            self.run, sum(durable.padded(layout.size) for layout, _ in files) + len(document) + (1 << 20)
+        )
+        if on_device or background:
+            steady = frozenset(name.rpartition("/")[0] for name in state.optimizer)
+            self._staged = self._stage.copy(files, steady)
+        work = _Work(
+            self.run, self.keep, state.document["step"], copy.deepcopy(state.base), tuple(state.not_captured), files,
+            document, self._staged, started,
+        )  # fmt: skip
+        if background:
+            self._hook = self._hook or (register_optimizer_step_pre_hook(self._before) if on_device else None)
+            self._fly(lambda: self._finish(work, tidy=True))
+            self.stalls.append(time.perf_counter() - started)
+            return
+        try:
+            self._finish(work)
+        finally:
+            self.stalls.append(time.perf_counter() - started)
+        self._fly(work.tidy)
+
+    @property
+    def flying(self) -> bool:
+        """Whether something of a save is still going on."""
+        return self._flight is not None and self._flight.is_alive()
+
+    def before_step(self) -> None:
+        """Make the current stream wait until the copy under way has been made."""
+        staged = self._staged  # the writer's thread lets go of it when it is done
+        if staged is not None:
+            staged.before_step()
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.before_step()
+
+    def _finish(self, work: _Work, tidy: bool = False) -> None:
+        try:
+            self._path = work.carry_out()
+        finally:
+            self._staged = None
+        self.copies.append(work.staged.seconds if work.staged is not None else work.seconds)
+        self.durations.append(work.seconds)
+        if tidy:
+            work.tidy()
+
+    def _fly(self, work: Callable[[], None]) -> None:
+        """Do it in a thread; what goes wrong there is raised by the next call of the caller."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001  carried to the caller's thread
+                self._failed = error
+
+        self._flight = threading.Thread(target=guarded, name="tensorkeep-save")
+        self._flight.start()
+
+    def wait(self) -> Path | None:
+        """Until the save in flight is durable; its folder, or that of the save before. Raises what went wrong in it."""
+        if self._flight is not None:
+            self._flight.join()
+            self._flight = None
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+        return self._path
+
+    def close(self) -> None:
+        """Wait, give back memory and lock. Raises what went wrong in the last save."""
+        try:
+            self.wait()
+        finally:
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+            self._stage.close()
+            self._lock.close()
+
+
+@dataclass
+class _Work:
+    """One save on its way to the disk: nothing of it is the caller's, who may change the state meanwhile."""
+
+    run: Path
+    keep: Keep
+    step: int
+    base: dict[str, Any] | None
+    not_captured: tuple[str, ...]
+    files: list[File]
+    document: bytes
+    staged: Staged | None
+    started: float
+    seconds: float = field(default=0.0)
+
+    def carry_out(self) -> Path:
+        """Write and put in place: durable when this returns. Errors of the system come out as TensorkeepErrors."""
+        final = run_folder.folder_of(self.run, self.step)
+        temporary = temporary_name(final)
+        try:
+            with explained(self.run):
+                run_folder.make_folder(final.parent)
+                os.mkdir(temporary)  # noqa: PTH102  the fault-injecting tests count os-level calls
+                self._write(temporary)
+                sync_folder(temporary)
+                if os.path.lexists(final):  # a damaged one that a resume passed over, or the same step again
+                    exchange(temporary.resolve(), final.resolve())
+                else:
+                    os.rename(temporary, final)  # noqa: PTH104
+                sync_folder(final.parent)
+                self.seconds = time.perf_counter() - self.started
+        except TensorkeepError as error:
+            raise self._told(error) from None
+        finally:
+            remove(temporary)
+        return final
+
+    def tidy(self) -> None:
+        """Name it the latest, and delete what need not stay: only after it is durable."""
+        with explained(self.run / CHECKPOINTS):
+            run_folder.write_text(self.run / CHECKPOINTS / LATEST, run_manifest.step_name(self.step) + "\n")
+        _prune(self.run, self.keep, whole=self.step)
+
+    def _told(self, error: TensorkeepError) -> TensorkeepError:
+        if "disk is full" not in error.what:
+            return error
+        needed = sum(layout.size for layout, _ in self.files) + len(self.document)
+        return run_folder.disk_full(self.run, needed, run_folder.free_bytes(self.run))
+
+    def _write(self, folder: Path) -> None:
+        written: dict[str, durable.Written] = {}
+        tensors: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {}
+        images = self.staged.wait() if self.staged is not None else {}
+        for layout, own in self.files:
+            dtypes = {n: FROM_TORCH[str(t.dtype).removeprefix("torch.")] for n, t in own.items()}
+            source = images.get(layout.name) or source_of(own)
+            looked = {} if layout.name == OPTIMIZER else {n: d for n, d in dtypes.items() if floating(d)}
+            done = written[layout.name] = durable.write_file(folder / layout.name, layout, source, looked)
+            if done.unsound:
+                raise _not_finite(folder, layout.name, done.unsound)
+            tensors[layout.name] = {
+                s.tensor: (dtypes[s.tensor], tuple(own[s.tensor].shape), s.start) for s in layout.slots
+            }
+        written[STATE] = durable.write_small(folder / STATE, self.document)
+        manifest = run_manifest.make(self.step, written, tensors, self.base, self.not_captured)
+        durable.write_small(folder / MANIFEST, manifest)
+
+
+def _not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
+    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TensorkeepError(
+        f"NaN or Inf in {len(names)} tensors of {file}: {first}; not saved, the checkpoints before it stay",
+        where=folder.parent, code="V01", hint="resume from the newest checkpoint with a lower learning rate or clipping",
+        tensors=names,
+    )  # fmt: skip
+
+
+def load(folder: Path) -> State:
+    """Read a checkpoint, every byte compared with its digest. Tensors are on the CPU, those of a file in one memory.
+
+    Raises TensorkeepError: F01 not finished, F02 truncated, F03 damaged (names the tensors), F05 a file is missing,
+    F06/F07 the manifest or a header cannot be.
+    """
+    folder = Path(folder)
+    manifest = run_manifest.read_manifest(folder)
+    run_manifest.check_sizes(folder, manifest)
+    weights = run_folder.weights(list(manifest.files))
+    if weights is None or STATE not in manifest.files:
+        raise TensorkeepError(f"has no {STATE if weights else MODEL}", where=folder, code="F05", tensors=())
+    tensors: dict[str, dict[str, Tensor]] = {}
+    document: Any = None
+    for name, entry in manifest.files.items():
+        wanted = name in (weights, OPTIMIZER, EMA, STATE)
+        image = durable.allocate(entry.size) if wanted else None
+        run_manifest.read_whole(folder, name, manifest, image)
+        if image is not None and name == STATE:
+            document = parse_json(bytes(image[: entry.size]), folder / name)
+        elif image is not None:
+            tensors[name] = tensors_in(folder, name, image[: entry.size], manifest)
+    if not isinstance(document, dict) or document.get("step") != manifest.step:
+        raise TensorkeepError(f"is not the state of step {manifest.step}", where=folder / STATE, code="F07")
+    return State(
+        tensors[weights],
+        tensors.get(OPTIMIZER, {}),
+        tensors.get(EMA, {}),
+        document,
+        manifest.base,
+        manifest.not_captured,
+    )
+
+
+def steps(run: Path) -> list[int]:
+    """Steps that have a folder in this run, newest first."""
+    return run_folder.steps(Path(run))
+
+
+def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
+    """The newest valid checkpoint, its folder, and a finding for each newer one that is not; None where there is none.
+
+    Raises TensorkeepError where there are checkpoints and all of them are damaged.
+    """
+    run = Path(run)
+    skipped: list[Finding] = []
+    for step in run_folder.steps(run):
+        folder = run_folder.folder_of(run, step)
+        try:
+            return load(folder), folder, skipped
+        except TensorkeepError as error:
+            skipped.append(run_manifest.as_finding(error, "warning"))
+    if skipped:
+        raise TensorkeepError(
+            f"all {len(skipped)} checkpoints are damaged; the newest: {skipped[0].message}", where=run,
+            code=skipped[0].code, hint="start again in another folder, or --resume never", tensors=skipped[0].tensors,
+        )  # fmt: skip
+    return None
+
+
+# -- best and pruning ---------------------------------------------------------------------------------------------
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Name a step the best: it is never pruned. Raises where it has no folder."""
+    folder = run_folder.folder_of(Path(run), step)
+    if not folder.is_dir():
+        raise TensorkeepError("no such checkpoint", where=folder, code="F05")
+    with explained(folder.parent):
+        run_folder.write_text(folder.parent / BEST, folder.name + "\n")
+
+
+def best(run: Path) -> int | None:
+    """The step that `best` names, None where no step was named. Raises F07 where the file names no step."""
+    return run_folder.named_step(Path(run), BEST)
+
+
+def prune(run: Path, keep: Keep) -> list[Path]:
+    """Delete what `keep` does not keep; the folders that went. Reads the newest ones until a valid one is found."""
+    run = Path(run)
+    found = run_folder.steps(run)
+    whole = next((s for s in found if not run_manifest.findings(run_folder.folder_of(run, s))), None)
+    return _prune(run, keep, whole)
+
+
+def _prune(run: Path, keep: Keep, whole: int | None) -> list[Path]:
+    """`whole`: a step known to be valid, which stays. Without one, or where `best` cannot be read (F07), nothing goes."""
+    if whole is None:
+        return []
+    kept = {whole, *([named] if (named := best(run)) is not None else [])}
+    gone = run_folder.unwanted(run_folder.steps(run), keep.last, keep.every, kept)
+    with explained(run / CHECKPOINTS):
+        return run_folder.delete(run, gone)
+
+
+__all__ = ["Keep", "Saver", "State", "best", "load", "mark_best", "newest", "prune", "save", "steps"]

@@ -1,0 +1,190 @@
+"""Staging: a run's tensors copied out of the way of training, as images of the files they will become.
+
+On a GPU the copy goes into page-locked memory, allocated once, on a stream of its own: the caller gets back at once and
+the next optimizer step waits for the copy alone. Each image is laid out like its file, so that the writer puts it on
+the disk with direct I/O and no further copy. DCP's stagers are not used: the default one stages into ordinary memory
+(seconds for 8 GiB), the pinned one of torch 2.11 fails from the second save on, and both copy tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorkeep.storage import durable
+from tensorkeep.storage.layout import FileLayout, Fixed, Slot
+
+GATHERED = 1 << 20  # bytes; tensors up to this size are gathered on the device, thousands of copies become a few
+SCRATCH = 64 << 20  # bytes of device memory for one gathering
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy; its shape and dtype do not matter."""
+    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+class Stage:
+    """Page-locked images, one a file, kept from save to save. One save at a time may use them.
+
+    >>> stage = Stage()
+    >>> staged = stage.copy([(layout, {"w": tensor})])          # doctest: +SKIP
+    >>> staged.before_step(); optimizer.step()                  # doctest: +SKIP
+    >>> images = staged.wait()                                  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        self._images: dict[str, memoryview] = {}
+        self._locked: set[str] = set()  # images that CUDA knows
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def copy(self, files: Sequence[tuple[FileLayout, Mapping[str, Tensor]]], steady: frozenset[str]) -> Staged:
+        """Copy these tensors. Returns when those on the CPU are copied and the others are on their way.
+
+        `steady` names tensors of the first file that change in optimizer steps only. The current stream waits here
+        for all the others (running statistics change in the next forward), and for these in `before_step`.
+        """
+        staged = Staged()
+        with torch.no_grad():
+            for index, (layout, tensors) in enumerate(files):
+                image = self._image(layout, cuda=any(t.is_cuda for t in tensors.values()))
+                staged.images[layout.name] = image
+                target = torch.frombuffer(image, dtype=torch.uint8)
+                for segment in layout.segments:
+                    if isinstance(segment, Fixed):
+                        image[segment.start : segment.start + len(segment.data)] = segment.data
+                waits = [s for s in layout.slots if index == 0 and s.tensor not in steady]
+                leisure = [s for s in layout.slots if index != 0 or s.tensor in steady]
+                staged.at_once += self._enqueue(target, tensors, waits, staged)
+                staged.later += self._enqueue(target, tensors, leisure, staged)
+        for event in staged.at_once:
+            torch.cuda.current_stream().wait_event(event)
+        return staged
+
+    def _enqueue(
+        self, target: Tensor, tensors: Mapping[str, Tensor], slots: Sequence[Slot], staged: Staged
+    ) -> list[torch.cuda.Event]:
+        """Copy some tensors into the image; an event for each device that they are copied from."""
+        by_device: dict[torch.device, list[Slot]] = {}
+        for slot in slots:
+            if slot.nbytes:
+                by_device.setdefault(tensors[slot.tensor].device, []).append(slot)
+        events = []
+        for device, own in by_device.items():
+            if device.type != "cuda":
+                for slot in own:
+                    _view(target, slot, tensors[slot.tensor]).copy_(tensors[slot.tensor])
+                continue
+            stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            staged.sources += [tensors[slot.tensor] for slot in own]
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                for run in runs(own):
+                    _copy_run(target, run, tensors)
+                event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                event.record(stream)
+            events.append(event)
+        return events
+
+    def _image(self, layout: FileLayout, cuda: bool) -> memoryview:
+        """Room for one file: what is there already, where that is large enough."""
+        room = self._images.get(layout.name)
+        if room is None or len(room) < durable.padded(layout.size):
+            self._forget(layout.name)
+            room = self._images[layout.name] = durable.allocate(layout.size)
+        if cuda and layout.name not in self._locked:
+            address = torch.frombuffer(room, dtype=torch.uint8).data_ptr()
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            # failing means a limit on locked memory: the copies then go through the driver's own buffers, slower
+            if int(cudart.cudaHostRegister(address, len(room), 0)) == 0:
+                self._locked.add(layout.name)
+        end = durable.padded(layout.size)
+        room[layout.size : end] = bytes(end - layout.size)
+        return room[:end]
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every image is page-locked; False means that each save stalls for the whole copy."""
+        return self._locked == set(self._images)
+
+    def _forget(self, name: str) -> None:
+        room = self._images.pop(name, None)
+        if room is not None and name in self._locked:
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            cudart.cudaHostUnregister(torch.frombuffer(room, dtype=torch.uint8).data_ptr())
+            self._locked.discard(name)
+
+    def close(self) -> None:
+        """Give the memory back; nothing may be on its way into it."""
+        for name in list(self._images):
+            self._forget(name)
+
+
+class Staged:
+    """A copy under way. `sources` keeps the tensors alive until it is done."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, memoryview] = {}
+        self.sources: list[Tensor] = []
+        self.at_once: list[torch.cuda.Event] = []
+        self.later: list[torch.cuda.Event] = []
+        self.seconds = 0.0  # from the call until every byte was in the images
+        self._started = time.perf_counter()
+
+    def before_step(self) -> None:
+        """Make the current stream wait for the copy; costs the caller nothing but its place in the queue."""
+        for event in self.later:
+            torch.cuda.current_stream().wait_event(event)
+
+    def wait(self) -> dict[str, memoryview]:
+        """The images, once every byte is in them."""
+        for event in (*self.at_once, *self.later):
+            event.synchronize()
+        self.sources.clear()
+        self.seconds = time.perf_counter() - self._started
+        return self.images
+
+
+def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    """Neighbours of up to GATHERED bytes each in groups of up to SCRATCH bytes; every larger tensor by itself."""
+    group: list[Slot] = []
+    for slot in slots:
+        near = group and slot.start == group[-1].start + group[-1].nbytes
+        small = slot.nbytes <= GATHERED
+        if group and not (near and small and slot.start + slot.nbytes - group[0].start <= SCRATCH):
+            yield group
+            group = []
+        if small:
+            group.append(slot)
+        else:
+            yield [slot]
+    if group:
+        yield group
+
+
+def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]) -> None:
+    """One tensor straight to the host; several through one scratch buffer on the device, dtype by dtype."""
+    if len(run) == 1:
+        _view(target, run[0], tensors[run[0].tensor]).copy_(tensors[run[0].tensor], non_blocking=True)
+        return
+    start, end = run[0].start, run[-1].start + run[-1].nbytes
+    scratch = torch.empty(end - start, dtype=torch.uint8, device=tensors[run[0].tensor].device)
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for slot in run:
+        source = tensors[slot.tensor]
+        into, out = by_dtype.setdefault(source.dtype, ([], []))
+        into.append(_view(scratch, Slot(slot.start - start, slot.nbytes, slot.tensor), source))
+        out.append(source)
+    copy_all: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+    for into, out in by_dtype.values():
+        copy_all(into, out)
+    target[start:end].copy_(scratch, non_blocking=True)
+
+
+def _view(target: Tensor, slot: Slot, like: Tensor) -> Tensor:
+    """The place of a tensor in an image, with the tensor's own dtype and shape."""
+    return target[slot.start : slot.start + slot.nbytes].view(like.dtype).view(like.shape)

@@ -1,0 +1,122 @@
+"""Trackers: callables for `Job.trackers` that pass rows on to TensorBoard or Weights & Biases.
+
+A resumed run goes on in the same run of theirs, whose id lies in RUN/trackers.json, and no row comes twice: rows that
+were made again after a kill replace the old ones (TensorBoard purges them) or are left out (W&B, whose rows cannot be
+taken back; they are the same numbers).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import replacing, write_bytes
+
+TRACKERS = "trackers.json"
+Tracker = Callable[[dict[str, Any]], None]
+
+
+def tensorboard(run: Path, writer: Callable[..., Any] | None = None) -> Tracker:
+    """Scalars of every row into RUN/tensorboard.
+
+    `writer`: what makes a SummaryWriter (torch.utils.tensorboard's by default). Raises TensorkeepError where
+    tensorboard is not installed.
+
+    >>> job.trackers.append(tensorboard(Path("runs/one")))                        # doctest: +SKIP
+    """
+    make: Callable[..., Any] = writer if writer is not None else _summary_writer()
+    opened: list[Any] = []
+
+    def track(row: dict[str, Any]) -> None:
+        if not opened:  # rows of this step and later ones are made again from here on
+            opened.append(make(log_dir=str(run / "tensorboard"), purge_step=row["step"]))
+        for name, value in scalars(row):
+            opened[0].add_scalar(name, value, row["step"])
+        opened[0].flush()
+
+    return track
+
+
+def wandb(run: Path, project: str, module: Any = None, **options: Any) -> Tracker:
+    """Rows into a W&B run that goes on after a resume. `options` go to `wandb.init`; `module`: wandb itself by default.
+
+    Raises TensorkeepError where wandb is not installed or RUN/trackers.json cannot be read.
+
+    >>> job.trackers.append(wandb(Path("runs/one"), project="mine", mode="offline"))  # doctest: +SKIP
+    """
+    library = module if module is not None else _wandb()
+    state = _read(run)
+    opened: list[Any] = []
+
+    def track(row: dict[str, Any]) -> None:
+        if not opened:
+            known = state.get("wandb")
+            opened.append(library.init(project=project, dir=str(run), id=known, resume="allow", **options))
+            state["wandb"] = opened[0].id
+        # an evaluation and its step's losses are two rows of one step, so each kind counts for itself
+        kind = "evaluation" if "evaluation" in row else "update"
+        last = state.setdefault("last", {})
+        if row["step"] <= last.get(kind, -1):
+            return
+        opened[0].log({**dict(scalars(row)), "step": row["step"]})
+        last[kind] = row["step"]
+        _write(run, state)  # after the row: killed in between, one row comes twice rather than never
+
+    return track
+
+
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and numbers of a row; evaluated ones under `evaluation/`, others under `train/`.
+
+    >>> dict(scalars({"step": 3, "loss": 0.5, "lr": None})), dict(scalars({"step": 3, "evaluation": {"mAP": 0.5}}))
+    ({'train/loss': 0.5}, {'evaluation/mAP': 0.5})
+    """
+    inner = row.get("evaluation")
+    group, values = ("evaluation", inner) if isinstance(inner, Mapping) else ("train", row)
+    for name, value in values.items():
+        if name != "step" and isinstance(value, (int, float)):
+            yield f"{group}/{name}", float(value)
+
+
+def _summary_writer() -> Callable[..., Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TensorkeepError(
+            "tensorboard is not installed", where="trackers", hint="pip install tensorboard"
+        ) from None
+    made: Callable[..., Any] = SummaryWriter
+    return made
+
+
+def _wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise TensorkeepError("wandb is not installed", where="trackers", hint="pip install wandb") from None
+
+
+def _read(run: Path) -> dict[str, Any]:
+    path = run / TRACKERS
+    if not path.exists():
+        return {}
+    with explained(path):
+        text = path.read_bytes()
+    try:
+        state = json.loads(text)
+    except ValueError:
+        state = None
+    last = state.get("last", {}) if isinstance(state, dict) else None
+    if not isinstance(last, dict) or not all(type(step) is int for step in last.values()):
+        raise TensorkeepError("is not what a tracker wrote", where=path, hint="remove it: the tracker begins a new run")
+    return dict(state)
+
+
+def _write(run: Path, state: Mapping[str, Any]) -> None:
+    with replacing(run / TRACKERS, overwrite=True) as temporary:
+        write_bytes(temporary, (json.dumps(state) + "\n").encode())
