@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Run, forget, remember, run, versions
-from tensorkeep.convert.convert import write_all
+from tensorkeep.conversion.execution import write_all
 from tensorkeep.formats.safetensors import layout
 from tensorkeep.storage.layout import Fixed, SinkTensor
 
@@ -80,10 +80,16 @@ def shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
     }
     head = HIDDEN // HEADS
     layer = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV * head, HIDDEN), "self_attn.v_proj": (KV * head, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTER, HIDDEN), "mlp.up_proj": (INTER, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTER), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
-    }  # fmt: skip
+        "self_attn.q_proj": (HIDDEN, HIDDEN),
+        "self_attn.k_proj": (KV * head, HIDDEN),
+        "self_attn.v_proj": (KV * head, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (INTER, HIDDEN),
+        "mlp.up_proj": (INTER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INTER),
+        "input_layernorm": (HIDDEN,),
+        "post_attention_layernorm": (HIDDEN,),
+    }
     per_layer = 2 * sum(int(np.prod(s)) for s in layer.values())
     for n in range(max(1, round((nbytes - 4 * VOCAB * HIDDEN) / per_layer))):
         out |= {f"model.layers.{n}.{name}.weight": shape for name, shape in layer.items()}
@@ -111,10 +117,21 @@ def build(folder: Path, nbytes: int) -> None:
                         write_all(stream.fileno(), noise[: segment.nbytes - at], segment.start + at)
     layers = sum(n.endswith("input_layernorm.weight") for n in shapes(nbytes))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTER, "vocab_size": VOCAB,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV, "num_hidden_layers": layers, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "torch_dtype": "bfloat16", "hidden_act": "silu",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTER,
+        "vocab_size": VOCAB,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -43,12 +43,10 @@ from tests.run_states import Faults, injected
 from benchmarks import crash_peers, ext4
 from benchmarks.crash_writers import Writer, same, state, value, whole
 from benchmarks.measure import versions
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.storage import durable
-from tensorkeep.storage import run_folder
-from tensorkeep.storage import run_manifest
-from tensorkeep.training.saver import Keep
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage import durable, run_folder, run_manifest
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.saver import Keep
 
 Row = dict[str, Any]
 

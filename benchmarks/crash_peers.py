@@ -39,7 +39,7 @@ from benchmarks.crash_writers import (
     save_ours,
     write_safetensors,
     write_torch,
-)  # fmt: skip
+)
 
 # -- transformers ---------------------------------------------------------------------------------------------------------
 
@@ -48,9 +48,18 @@ def trainer(place: Path, callback: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        output_dir=str(place), max_steps=1_000_000, per_device_train_batch_size=1, save_steps=1, logging_steps=1000,
-        save_total_limit=KEPT, report_to=[], use_cpu=True, seed=0, disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(place),
+        max_steps=1_000_000,
+        per_device_train_batch_size=1,
+        save_steps=1,
+        logging_steps=1000,
+        save_total_limit=KEPT,
+        report_to=[],
+        use_cpu=True,
+        seed=0,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
     data = [{"x": torch.ones(1), "labels": torch.ones(1)}] * 64
     return Trainer(model=Net(), args=arguments, train_dataset=data, callbacks=[callback])
 
@@ -152,9 +161,14 @@ def lightning(place: Path, keeper: Any, *callbacks: Any) -> None:
             return torch.optim.AdamW(self.parameters())
 
     made = pl.Trainer(
-        max_steps=-1, accelerator="cpu", callbacks=[*callbacks, keeper], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=place,
-    )  # fmt: skip
+        max_steps=-1,
+        accelerator="cpu",
+        callbacks=[*callbacks, keeper],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=place,
+    )
     data = torch.utils.data.DataLoader([torch.ones(1)] * 64)  # type: ignore[arg-type,var-annotated]
     made.fit(Module(), data, ckpt_path="last", weights_only=False)
 
@@ -210,29 +224,48 @@ def writers() -> list[Writer]:
         Writer("tensorkeep", save_ours, resume_ours, files_ours),
         Writer("torch.save + replace", replaced("last.pt", write_torch), resume_torch, lambda p: [p / "last.pt"]),
         Writer(
-            "safetensors + rename", replaced("last.safetensors", write_safetensors), resume_safetensors,
-            lambda p: [p / "last.safetensors"], ("safetensors.torch",),
+            "safetensors + rename",
+            replaced("last.safetensors", write_safetensors),
+            resume_safetensors,
+            lambda p: [p / "last.safetensors"],
+            ("safetensors.torch",),
         ),
         Writer(
-            "DCP step folders", save_dcp, resume_dcp, within("step-*"), ("torch.distributed.checkpoint",),
-        ),
-        Writer(
-            "DCP, one tensor", partial(save_dcp, stacked=True), partial(resume_dcp, stacked=True), within("step-*"),
+            "DCP step folders",
+            save_dcp,
+            resume_dcp,
+            within("step-*"),
             ("torch.distributed.checkpoint",),
         ),
         Writer(
-            "transformers Trainer", save_transformers, resume_transformers, within("checkpoint-*"),
+            "DCP, one tensor",
+            partial(save_dcp, stacked=True),
+            partial(resume_dcp, stacked=True),
+            within("step-*"),
+            ("torch.distributed.checkpoint",),
+        ),
+        Writer(
+            "transformers Trainer",
+            save_transformers,
+            resume_transformers,
+            within("checkpoint-*"),
             ("transformers.trainer", "accelerate"),
         ),
         Writer(
-            "accelerate save_state", save_accelerate, resume_accelerate, within("checkpoints/checkpoint_*"),
+            "accelerate save_state",
+            save_accelerate,
+            resume_accelerate,
+            within("checkpoints/checkpoint_*"),
             ("accelerate",),
         ),
         Writer(
-            "pytorch-lightning last", save_lightning, resume_lightning, lambda p: [p / "last.ckpt"],
+            "pytorch-lightning last",
+            save_lightning,
+            resume_lightning,
+            lambda p: [p / "last.ckpt"],
             ("pytorch_lightning",),
         ),
-    ]  # fmt: skip
+    ]
     return [w for w in all_of_them if all(importlib.util.find_spec(i.split(".")[0]) for i in w.imports)]
 
 

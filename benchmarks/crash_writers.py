@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.training import saver as checkpoint
 from tensorkeep.storage import run_folder
+from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.saver import Keep, Saver, State
 
 LAYERS, SHAPE = 8, (64, 1024)  # 2 MiB of weights, 4 MiB of moments

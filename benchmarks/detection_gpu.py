@@ -135,10 +135,19 @@ class Bench:
         command = [sys.executable, "-m", "benchmarks.detection_gpu_parts", name, str(self.args.out), str(self.scratch)]
         threads = "1" if self.args.tiny else "4"
         process = subprocess.Popen(
-            command + (["--tiny"] if self.args.tiny else []), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", **environment},
-        )  # fmt: skip
+            command + (["--tiny"] if self.args.tiny else []),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "OMP_NUM_THREADS": threads,
+                "HF_HUB_OFFLINE": "1",
+                **environment,
+            },
+        )
         threading.Thread(target=self._listen, args=(name, process), daemon=True).start()
         return process
 

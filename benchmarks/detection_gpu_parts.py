@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.detection_gpu_watch import LIGHT, Bench, Held, Utilisation, Watch, apart, loud, plain, same, short
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import distributed
-from tensorkeep.training import metrics
-from tensorkeep.training import loop as train
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.job import Job
-from tensorkeep.detection.build import build
+from tensorkeep.detection.job import build
 from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import distributed, metrics
+from tensorkeep.training import loop as train
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
+from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
 
 # -- busy -------------------------------------------------------------------------------------------------------------
@@ -146,9 +145,12 @@ def resume(bench: Bench) -> None:
 
     many = bench.steps(26, 6)
     ways = {
-        "eager": {}, "eager_again": {}, "eager_deterministic": {"deterministic": True}, "graph": {"graph": True},
+        "eager": {},
+        "eager_again": {},
+        "eager_deterministic": {"deterministic": True},
+        "graph": {"graph": True},
         "graph_deterministic": {"graph": True, "deterministic": True},
-    }  # fmt: skip
+    }
 
     def ways_of_a_step() -> None:
         for name, changes in ways.items():
@@ -161,12 +163,16 @@ def resume(bench: Bench) -> None:
             if one in losses and other in losses:
                 a, b = (torch.stack(losses[n]).double().cpu() for n in (one, other))
                 away = float(((a - b).abs() / a.abs()).max()) if len(a) == len(b) else None
-                bench.tell(**{
-                    f"{one}_against_{other}": {
-                        "losses_bitwise": bool(torch.equal(a, b)), "largest_relative_difference": away,
-                        "state_bitwise": same(folder / one, folder / other), "weights": apart(folder / one, folder / other),
+                bench.tell(
+                    **{
+                        f"{one}_against_{other}": {
+                            "losses_bitwise": bool(torch.equal(a, b)),
+                            "largest_relative_difference": away,
+                            "state_bitwise": same(folder / one, folder / other),
+                            "weights": apart(folder / one, folder / other),
+                        }
                     }
-                })  # fmt: skip
+                )
 
     def graph_gone_on() -> None:
         way = ways["graph_deterministic"]
@@ -258,11 +264,17 @@ def scaling(bench: Bench) -> None:
     def equal() -> None:
         torch.backends.cudnn.allow_tf32 = False  # rounding alone shall differ
         changes = [
-            ("model.backbone.vit.drop_path", "0.0"), ("model.projection.drop_path", "0.0"), ("training.precision", "fp32"),
-            ("model.backbone.frozen_dtype", "float32"), ("training.batch_size", "4"), ("training.best", "loss"),
-            ("schedule.warmup_epochs", "0"), ("data.feature_stride", "2"),
-            ("window_size", "64" if bench.tiny else "192"), ("training.workers", "2" if bench.tiny else "6"),
-        ]  # fmt: skip
+            ("model.backbone.vit.drop_path", "0.0"),
+            ("model.projection.drop_path", "0.0"),
+            ("training.precision", "fp32"),
+            ("model.backbone.frozen_dtype", "float32"),
+            ("training.batch_size", "4"),
+            ("training.best", "loss"),
+            ("schedule.warmup_epochs", "0"),
+            ("data.feature_stride", "2"),
+            ("window_size", "64" if bench.tiny else "192"),
+            ("training.workers", "2" if bench.tiny else "6"),
+        ]
         made = bench.recipe(*changes)
 
         def trained(name: str, who: World) -> tuple[list[list[str]], dict[str, float]]:
@@ -288,11 +300,13 @@ def scaling(bench: Bench) -> None:
             for n in ("equal-two", "equal-one")
         ]
         bench.tell(
-            same_ids=both == [sorted(batch) for batch in ids], updates=len(ids),
+            same_ids=both == [sorted(batch) for batch in ids],
+            updates=len(ids),
             weights_relative_l2=apart(folder / "equal-two", folder / "equal-one"),
             losses_largest_relative=max(abs(a - b) / abs(b) for a, b in zip(*rows)),
-            evaluated_by_two=numbers, evaluated_by_one=reference,
-        )  # fmt: skip
+            evaluated_by_two=numbers,
+            evaluated_by_one=reference,
+        )
 
     bench.attempt(lambda: weak(True))
     bench.attempt(lambda: weak(False))
@@ -307,8 +321,8 @@ def language(bench: Bench) -> None:
     """A tiny language model under DDP and FSDP2: saved, gone on with, and gone on with by one process."""
     from tests.language_files import config, save_tokenizer, texts
 
-    from tensorkeep.language.build import build as build_language
-    from tensorkeep.language.build import loop_of
+    from tensorkeep.language.job import build as build_language
+    from tensorkeep.language.job import loop_of
     from tensorkeep.language.recipe_text import language_recipe
 
     world = distributed.start("cpu" if bench.tiny else "cuda")
@@ -321,12 +335,22 @@ def language(bench: Bench) -> None:
     distributed.gathered(world, None)
 
     def trained(name: str, who: World, parallel: str, updates: int, begin: str | None = None) -> train.Outcome:
-        made = language_recipe({
-            "config": config(hidden_size=64, intermediate_size=128), "tokenizer": str(folder / "tok"),
-            "data": {"files": str(folder / "a.jsonl"), "length": 32, "packing": "first_fit"},
-            "training": {"updates": 12, "batch": 4, "log_every": 1, "ema": 0.9, "parallel": parallel, "save_every": 6},
-            "optimizer": {"lr": 1e-3},
-        })  # fmt: skip
+        made = language_recipe(
+            {
+                "config": config(hidden_size=64, intermediate_size=128),
+                "tokenizer": str(folder / "tok"),
+                "data": {"files": str(folder / "a.jsonl"), "length": 32, "packing": "first_fit"},
+                "training": {
+                    "updates": 12,
+                    "batch": 4,
+                    "log_every": 1,
+                    "ema": 0.9,
+                    "parallel": parallel,
+                    "save_every": 6,
+                },
+                "optimizer": {"lr": 1e-3},
+            }
+        )
         job = build_language(made, folder / name, who)
         loop = replace(loop_of(made, len(job.data)), updates=updates, keep=checkpoint.Keep(9))
         start = "auto" if begin is None else str(folder / begin / "checkpoints" / "step-000006")
@@ -340,13 +364,18 @@ def language(bench: Bench) -> None:
         if world.first:
             whole, halves = folder / f"{parallel}-whole", folder / f"{parallel}-halves"
             on = trained(f"{parallel}-elsewhere", alone, "ddp", 12, begin=f"{parallel}-halves")
-            bench.tell(**{
-                parallel: {
-                    "level": outcome.level, "bitwise": same(whole, halves), "weights": apart(whole, halves),
-                    "level_on_one": on.level, "weights_on_one": apart(whole, folder / f"{parallel}-elsewhere"),
-                    "weights_of_one_untouched": apart(whole, folder / "one"),
+            bench.tell(
+                **{
+                    parallel: {
+                        "level": outcome.level,
+                        "bitwise": same(whole, halves),
+                        "weights": apart(whole, halves),
+                        "level_on_one": on.level,
+                        "weights_on_one": apart(whole, folder / f"{parallel}-elsewhere"),
+                        "weights_of_one_untouched": apart(whole, folder / "one"),
+                    }
                 }
-            })  # fmt: skip
+            )
         distributed.gathered(world, None)
 
     def ddp() -> None:
@@ -378,7 +407,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
     bench = Bench(args.part, args.out, args.scratch, args.tiny, quiet=args.part == "killed")
     if args.part == "language":
-        importlib.import_module("tensorkeep.language.build")
+        importlib.import_module("tensorkeep.language.job")
     while args.part != "killed" and not (args.scratch / f"go-{args.part}").exists():
         time.sleep(0.05)
     began = time.monotonic()

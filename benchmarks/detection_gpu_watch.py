@@ -17,21 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import loop as train
 from tensorkeep.detection.data.clips import most_segments
-from tensorkeep.training.job import Job, Loop
-from tensorkeep.output import Output
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.output import Output
+from tensorkeep.training import loop as train
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.job import Job, Loop
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "videomae_s_thumos_qlora.yaml"
 LIGHT = [("data.augment.operations", "0"), ("data.augment.jitter", "[0, 0, 0, 0]"), ("data.feature_stride", "1")]
 TINY = [
-    ("model.backbone.vit", "{image_size: 32, patch_size: 16, embed_dim: 32, depth: 2, heads: 2, mlp_dim: 64, chunk_frames: 16, tubelet: 2, drop_path: 0.1}"),
-    ("model.projection.in_channels", "32"), ("model.projection.channels", "32"), ("model.head.channels", "32"),
-    ("window_size", "64"), ("crop_size", "32"), ("data.augment.short_side", "40"), ("data.feature_stride", "2"),
-]  # fmt: skip
+    (
+        "model.backbone.vit",
+        "{image_size: 32, patch_size: 16, embed_dim: 32, depth: 2, heads: 2, mlp_dim: 64, chunk_frames: 16, tubelet: 2, drop_path: 0.1}",
+    ),
+    ("model.projection.in_channels", "32"),
+    ("model.projection.channels", "32"),
+    ("model.head.channels", "32"),
+    ("window_size", "64"),
+    ("crop_size", "32"),
+    ("data.augment.short_side", "40"),
+    ("data.feature_stride", "2"),
+]
 
 
 @dataclass
@@ -76,9 +84,11 @@ class Bench:
         moved = [(f"data.{part}.annotations", str(data / "annotations.json")) for part in ("train", "test")]
         moved += [(f"data.{part}.folder", str(data / "videos")) for part in ("train", "test")]
         moved += [
-            ("data.class_map", str(data / "category_idx.txt")), ("model.head.classes", "3"), ("training.pretrained", "null"),
+            ("data.class_map", str(data / "category_idx.txt")),
+            ("model.head.classes", "3"),
+            ("training.pretrained", "null"),
             ("training.workers", "2" if self.tiny else "4"),
-        ]  # fmt: skip
+        ]
         return read_recipe(RECIPE, [*moved, *(TINY if self.tiny else []), *changes])
 
     def steps(self, many: int, few: int = 6) -> int:
@@ -99,10 +109,14 @@ class Held:
             starts = torch.rand(min(3 + number % 5, most), generator=generator) * length * 0.8
             spans = 2 + torch.rand(len(starts), generator=generator) * length * 0.15
             labels = torch.randint(0, made.model.head.classes, (len(starts),), generator=generator)
-            self.samples.append({
-                "inputs": pixels, "mask": torch.ones(length, dtype=torch.bool), "labels": labels,
-                "segments": torch.stack([starts, starts + spans], -1),
-            })  # fmt: skip
+            self.samples.append(
+                {
+                    "inputs": pixels,
+                    "mask": torch.ones(length, dtype=torch.bool),
+                    "labels": labels,
+                    "segments": torch.stack([starts, starts + spans], -1),
+                }
+            )
 
     def __len__(self) -> int:
         return self.length
@@ -196,20 +210,27 @@ class Watch:
         late_whole = self._between(late[0][0], late[-1][1])
         losses = [float(x) for x in self.losses]
         return {
-            "updates": len(self.marks), "measured": len(marks), "seconds_an_update": whole / len(marks),
-            "median_of_an_update": statistics.median(inside), "working_share": sum(inside) / whole,
+            "updates": len(self.marks),
+            "measured": len(marks),
+            "seconds_an_update": whole / len(marks),
+            "median_of_an_update": statistics.median(inside),
+            "working_share": sum(inside) / whole,
             "late": {
-                "updates": len(late), "seconds_an_update": late_whole / len(late),
+                "updates": len(late),
+                "seconds_an_update": late_whole / len(late),
                 "working_share": sum(inside[len(marks) // 2 :]) / late_whole,
             },
-            "waited_for_batches": sum(self.waits[skip : len(self.marks)]), "longest_wait": max(self.waits[skip:]),
-            "first_batch": self.waits[0], "finite": all(map(torch.isfinite, self.losses)),
+            "waited_for_batches": sum(self.waits[skip : len(self.marks)]),
+            "longest_wait": max(self.waits[skip:]),
+            "first_batch": self.waits[0],
+            "finite": all(map(torch.isfinite, self.losses)),
             "losses": [round(x, 4) for x in losses[:: max(1, len(losses) // 15)]],
-            "mean_first_20": statistics.fmean(losses[:20]), "mean_last_20": statistics.fmean(losses[-20:]),
+            "mean_first_20": statistics.fmean(losses[:20]),
+            "mean_last_20": statistics.fmean(losses[-20:]),
             "saves": [round(x, 4) for x in self.saves],
             "stalls_of_saver": [round(x, 4) for saver in self.savers for x in saver.stalls],
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0,
-        }  # fmt: skip
+        }
 
 
 class Utilisation:

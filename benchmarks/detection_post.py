@@ -259,11 +259,15 @@ def main() -> None:
     public_seconds = time.perf_counter() - begin
     assert np.allclose(public, runs[0][2], atol=1e-9), "the evaluators disagree"
     figures: dict[str, Any] = {
-        "detections": len(found.scores), "average mAP": float(runs[0][2].mean()), "ours nms s": nms,
-        "ours evaluation s": evaluation, "ours peak MiB": peak, "public evaluator s": public_seconds,
+        "detections": len(found.scores),
+        "average mAP": float(runs[0][2].mean()),
+        "ours nms s": nms,
+        "ours evaluation s": evaluation,
+        "ours peak MiB": peak,
+        "public evaluator s": public_seconds,
         "evaluation: times faster": public_seconds / evaluation,
         "python nms s (scaled)": time_python_nms(found, videos, min(options.plain_videos, options.videos)),
-    }  # fmt: skip
+    }
     for name, measure in (("c++", time_cpp_nms), ("numba", time_numba_nms)):
         measured = measure(found, videos)
         if measured is None:

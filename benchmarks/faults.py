@@ -26,7 +26,7 @@ from tests.overlays import OVERLAYS
 from tests.sound import Sound, every, golden
 from tests.specimens import available
 
-from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
 
 GOLDEN = Path(__file__).parents[2] / "shared/fixtures/conversion/open"

@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import versions
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import metrics
-from tensorkeep.training.saver import Saver
-from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.ema import Ema
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import fit
+from tensorkeep.training.saver import Saver
 
 UPDATES, BATCH, LENGTH = 40, 4, 32
 TEXT = " ".join(f"line {i}: {i * i % 997} follows {i * 7 % 101}." for i in range(400)).encode()
@@ -112,9 +112,14 @@ def model() -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LENGTH, attention_dropout=0.1,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        attention_dropout=0.1,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -141,10 +146,17 @@ def job() -> Job:
         return {"loss": float(tokens_loss(net, held_out, tokens(held_out))["loss"])}
 
     return Job(
-        model=net, optimizer=torch.optim.AdamW(net.parameters(), lr=3e-3), data=data, collate=torch.stack,
-        loss=tokens_loss, count=tokens, schedule=cosine, evaluate=evaluate, ema=Ema(net, 0.99),
+        model=net,
+        optimizer=torch.optim.AdamW(net.parameters(), lr=3e-3),
+        data=data,
+        collate=torch.stack,
+        loss=tokens_loss,
+        count=tokens,
+        schedule=cosine,
+        evaluate=evaluate,
+        ema=Ema(net, 0.99),
         recipe={"text": "numbers"},
-    )  # fmt: skip
+    )
 
 
 def mark_saves(marks: Marks) -> None:
@@ -166,9 +178,15 @@ def mark_saves(marks: Marks) -> None:
 def train_ours(run: Path, marks: Marks, start: int, workers: tuple[int, ...] = (0,)) -> None:
     mark_saves(marks)
     loop = Loop(
-        updates=UPDATES, batch=BATCH, micro=2, save_every=1, log_every=1, evaluate_every=5, best="-loss",
+        updates=UPDATES,
+        batch=BATCH,
+        micro=2,
+        save_every=1,
+        log_every=1,
+        evaluate_every=5,
+        best="-loss",
         workers=workers[start % len(workers)],
-    )  # fmt: skip
+    )
     made = job()
     marks.set(0, 1)
     fit(made, run, loop)

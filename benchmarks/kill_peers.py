@@ -85,10 +85,19 @@ def train_transformers(run: Path, marks: Marks, start: int) -> None:
             marks.set(0, 1)
 
     arguments = TrainingArguments(
-        output_dir=str(run), max_steps=UPDATES, per_device_train_batch_size=BATCH, save_steps=1, logging_steps=1,
-        save_total_limit=3, learning_rate=3e-3, lr_scheduler_type="cosine", report_to=[], use_cpu=True, seed=0,
+        output_dir=str(run),
+        max_steps=UPDATES,
+        per_device_train_batch_size=BATCH,
+        save_steps=1,
+        logging_steps=1,
+        save_total_limit=3,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        report_to=[],
+        use_cpu=True,
+        seed=0,
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     net = model()
     trainer = Ours(model=net, args=arguments, train_dataset=Windows(), callbacks=[Begun()])
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
@@ -171,9 +180,14 @@ def train_lightning(run: Path, marks: Marks, start: int) -> None:
     module = Module()
     keeper = Marked(dirpath=run, save_last=True, every_n_train_steps=1, save_top_k=1)
     trainer = lightning.Trainer(
-        max_steps=UPDATES, accelerator="cpu", callbacks=[keeper], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=run,
-    )  # fmt: skip
+        max_steps=UPDATES,
+        accelerator="cpu",
+        callbacks=[keeper],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
     loader = DataLoader(Windows(), batch_size=BATCH, shuffle=True, drop_last=True)  # type: ignore[var-annotated]
     trainer.fit(module, loader, ckpt_path="last", weights_only=False)
     finish(run, module.net)
@@ -246,10 +260,12 @@ def systems() -> list[System]:
     """The peers that can be imported."""
     out = [
         System("transformers Trainer", train_transformers, result, newest_by("checkpoint-*"), drop_by("checkpoint-*")),
-        System("accelerate save_state", train_accelerate, result, newest_accelerate, drop_by("checkpoints/checkpoint_*")),
+        System(
+            "accelerate save_state", train_accelerate, result, newest_accelerate, drop_by("checkpoints/checkpoint_*")
+        ),
         System("DCP, newest .metadata", train_dcp, result, newest_by("step-*", ".metadata"), drop_by("step-*")),
         System("DCP, highest step", train_dcp_highest, result, newest_by("step-*"), drop_by("step-*")),
-    ]  # fmt: skip
+    ]
     if importlib.util.find_spec("pytorch_lightning"):
         out.append(System("pytorch-lightning last", train_lightning, result, newest_lightning, drop_lightning))
     return [s for s in out if importlib.util.find_spec(s.name.split()[0]) or s.name.startswith(("DCP", "pytorch"))]

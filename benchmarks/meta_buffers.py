@@ -66,8 +66,16 @@ def random_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, rope_theta=10000.0, initializer_range=0.2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=10000.0,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "hf")
     ids = torch.randint(0, 512, (TOKENS // PIECE, PIECE))
     return finish(folder, ids.tolist())
@@ -83,8 +91,8 @@ def smollm2(folder: Path) -> list[tuple[str, Path]]:
         return []
     from tokenizers import Tokenizer
 
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     (gguf,) = Path(place.origin).parent.glob("*.gguf")
@@ -145,7 +153,8 @@ def replay(folder: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
     import transformers
 
-    from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
+    from tensorkeep.diagnosis.live.loaded import check_loaded
+    from tensorkeep.models.repair import repair_buffers
 
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tensorkeep.convert.convert import convert
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats.view import read
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-llama"

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import run, versions
-from tensorkeep.convert.convert import convert
-from tensorkeep.commands.demo.story import smollm2
-from tensorkeep.commands.demo.resume import write_topics
-from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.adapters.lora import add_lora
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.quantization.loading import load_quantizing
+from tensorkeep.commands.demo.resume import write_topics
+from tensorkeep.commands.demo.story import smollm2
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats.view import read
+from tensorkeep.language.losses import TokenLoss, plain_head
+from tensorkeep.quantization.loading import load_quantizing
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,7 +52,7 @@ def ours(folder: Path) -> nn.Module:
 def ours_nf4(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tensorkeep.diagnose.live.loaded import repair_buffers
+    from tensorkeep.models.repair import repair_buffers
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
@@ -88,9 +88,11 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "LoRA over float32": Way(ours, False), "QLoRA over nf4": Way(ours_nf4, False), "PEFT over float32": Way(peft, True),
+    "LoRA over float32": Way(ours, False),
+    "QLoRA over nf4": Way(ours_nf4, False),
+    "PEFT over float32": Way(peft, True),
     "PEFT + bitsandbytes nf4": Way(peft_nf4, True),
-}  # fmt: skip
+}
 
 
 class Step:
@@ -163,8 +165,18 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
                 seconds[name].append(took)
     steps.clear()
     gc.collect()
-    command = [sys.executable, "-m", "benchmarks.qlora_cpu", "--rows", str(given.rows), "--length", str(given.length),
-               "--folder", str(folder), "--only"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.qlora_cpu",
+        "--rows",
+        str(given.rows),
+        "--length",
+        str(given.length),
+        "--folder",
+        str(folder),
+        "--only",
+    ]
     idle = run([*command, "idle"]).anonymous
     print(
         f"{given.rows} x {given.length} tokens, {versions('torch', 'transformers', 'peft', 'bitsandbytes')}, load {os.getloadavg()[0]:.1f}"

@@ -3,7 +3,7 @@
     python -m benchmarks.qlora_language                        both, 4 x 2048 and 1 x 8192
     python -m benchmarks.qlora_language --tiny                 a check of the script, on any machine
 
-nf4 base (doubly quantised, blocks of 64), r 16 on all linears but the head, random tokens, no dropout, bf16 autocast,
+nf4 base (doubly quantized, blocks of 64), r 16 on all linears but the head, random tokens, no dropout, bf16 autocast,
 AdamW on float32 LoRA weights, torch's SDPA, every layer's activations recomputed. Both models get the same seeded
 weights and the same A, so losses must agree within the noise of bf16. Two forms of ours: `lean` keeps a layer's input
 alone; `fast` keeps the products no wider than their input of every layer, and all products of as many layers as fit
@@ -31,14 +31,27 @@ from torch import Tensor, nn
 
 RATE = 790e12  # FLOP/s
 LLAMA_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-}  # fmt: skip
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 TINY = LLAMA_8B | {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
-}  # fmt: skip
+}
 
 
 def seeded(name: str, shape: tuple[int, ...], device: torch.device, std: float = 0.02) -> Tensor:
@@ -50,9 +63,9 @@ def seeded(name: str, shape: tuple[int, ...], device: torch.device, std: float =
 
 
 def skeleton(
-    shape: dict[str, Any], quantised: Callable[[nn.Linear, str], nn.Module], device: torch.device
+    shape: dict[str, Any], quantized: Callable[[nn.Linear, str], nn.Module], device: torch.device
 ) -> nn.Module:
-    """transformers' Llama with seeded weights, every linear but the head through `quantised` as soon as it is made."""
+    """transformers' Llama with seeded weights, every linear but the head through `quantized` as soon as it is made."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
@@ -68,7 +81,7 @@ def skeleton(
             setattr(module, own, nn.Parameter(value, requires_grad=False))
         if isinstance(module, nn.Linear) and name != "lm_head":
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, quantised(module, name))
+            setattr(model.get_submodule(parent), last, quantized(module, name))
     # buffers that no file holds were made on the meta device: make the rotary embedding again
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     model.config.use_cache = False
@@ -97,8 +110,13 @@ def peft_model(shape: dict[str, Any], device: torch.device) -> nn.Module:
 
     def packed(linear: nn.Linear, name: str) -> nn.Module:
         made = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            compress_statistics=True,
+        )
         made.weight = bnb.nn.Params4bit(
             linear.weight.data.cpu() if device.type == "cuda" else linear.weight.data,
             requires_grad=False,
@@ -117,8 +135,8 @@ def peft_model(shape: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def our_model(shape: dict[str, Any], device: torch.device, kept: list[Any], compiled: bool) -> nn.Module:
-    from tensorkeep.language.recompute import lean
     from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.language._recompute import lean
     from tensorkeep.quantization.linear import QuantLinear
 
     model = skeleton(shape, lambda linear, name: QuantLinear.of(linear, "nf4", name=name), device)
@@ -129,7 +147,7 @@ def our_model(shape: dict[str, Any], device: torch.device, kept: list[Any], comp
 
 
 def our_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    from tensorkeep.language.head_loss import head_loss
+    from tensorkeep.language._head_loss import head_loss
 
     hidden = model.model(input_ids=ids).last_hidden_state  # [B, L, C]
     labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
@@ -156,8 +174,16 @@ def floor_seconds(shape: dict[str, Any], batch: int, length: int) -> float:
     return (tokens * (3 * 2 * linear + 2 * 2 * h * shape["vocab_size"]) + attention * (2 + 2.5)) / RATE
 
 
-def train(build: Callable[[], nn.Module], loss_of: Callable[[nn.Module, Tensor], Tensor], vocab: int, batch: int, length: int,
-          device: torch.device, steps: int, timed: int) -> dict[str, Any]:  # fmt: skip
+def train(
+    build: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    vocab: int,
+    batch: int,
+    length: int,
+    device: torch.device,
+    steps: int,
+    timed: int,
+) -> dict[str, Any]:
     started = time.perf_counter()
     model = build()
     trained = same_start(model, device)
@@ -181,9 +207,13 @@ def train(build: Callable[[], nn.Module], loss_of: Callable[[nn.Module, Tensor],
         seconds.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     result = {
-        "tokens_per_s": batch * length / statistics.median(seconds[-timed:]), "peak_gib": peak, "held_gib": held,
-        "built_s": built, "first_step_s": seconds[0], "losses": [round(x, 4) for x in losses],
-    }  # fmt: skip
+        "tokens_per_s": batch * length / statistics.median(seconds[-timed:]),
+        "peak_gib": peak,
+        "held_gib": held,
+        "built_s": built,
+        "first_step_s": seconds[0],
+        "losses": [round(x, 4) for x in losses],
+    }
     del model, optimizer, trained, loss
     gc.collect()
     if device.type == "cuda":
@@ -213,8 +243,10 @@ def main() -> None:
             wide = min(arguments.products, count)
             kept = ["narrow"] * (count - wide) + ["products"] * wide if mode == "fast" else ["input"] * count
             build: Callable[[], nn.Module] = (
-                (lambda: peft_model(shape, device)) if mode == "peft" else (lambda kept=kept: our_model(shape, device, kept, not arguments.eager))
-            )  # fmt: skip
+                (lambda: peft_model(shape, device))
+                if mode == "peft"
+                else (lambda kept=kept: our_model(shape, device, kept, not arguments.eager))
+            )
             made = train(
                 build,
                 peft_loss if mode == "peft" else our_loss,
@@ -233,12 +265,19 @@ def main() -> None:
             }
             results.append(made)
             peer = next((r for r in results if r["mode"] == "peft" and r["shape"] == size), None)
-            ratios = "" if peer is None or mode == "peft" else (
-                f"{made['tokens_per_s'] / peer['tokens_per_s']:.2f}x speed, {made['peak_gib'] / max(peer['peak_gib'], 1e-9):.0%} memory, "
-                f"losses apart {max(abs(a - b) for a, b in zip(made['losses'], peer['losses'])):.4f}"
-            )  # fmt: skip
-            print(f"{size} {mode:5} {made['tokens_per_s']:8.0f} tokens/s {made['peak_gib']:6.2f} GiB "
-                  f"{made['tokens_per_s'] / floor:.0%} of the floor  first step {made['first_step_s']:.1f} s  {ratios}", flush=True)  # fmt: skip
+            ratios = (
+                ""
+                if peer is None or mode == "peft"
+                else (
+                    f"{made['tokens_per_s'] / peer['tokens_per_s']:.2f}x speed, {made['peak_gib'] / max(peer['peak_gib'], 1e-9):.0%} memory, "
+                    f"losses apart {max(abs(a - b) for a, b in zip(made['losses'], peer['losses'])):.4f}"
+                )
+            )
+            print(
+                f"{size} {mode:5} {made['tokens_per_s']:8.0f} tokens/s {made['peak_gib']:6.2f} GiB "
+                f"{made['tokens_per_s'] / floor:.0%} of the floor  first step {made['first_step_s']:.1f} s  {ratios}",
+                flush=True,
+            )
             if "OUT" in os.environ:
                 Path(os.environ["OUT"], "qlora_language.json").write_text(json.dumps(results))
 

@@ -1,8 +1,8 @@
-"""Load and quantise a checkpoint of an 8B model's shape to nf4: peak memory and time, ours and transformers' own.
+"""Load and quantize a checkpoint of an 8B model's shape to nf4: peak memory and time, ours and transformers' own.
 
 A random bfloat16 checkpoint in shards is written once (`--size 8b` is 16 GB). Each way runs in a process of its own.
 Memory is the process's anonymous memory, sampled, beside what a process that only imports torch holds; page cache is
-not counted. The goal: quantised size + 1.2 GB on the CPU, where the largest tensor is 1.05 GB. transformers runs
+not counted. The goal: quantized size + 1.2 GB on the CPU, where the largest tensor is 1.05 GB. transformers runs
 where it, bitsandbytes and a GPU are there.
 
     python -m benchmarks.quantize_load --size 8b --folder /data/random-8b
@@ -24,9 +24,9 @@ from torch import nn
 
 from benchmarks.measure import Run, run
 from tensorkeep.formats import safetensors
-from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
-from tensorkeep.quantization.modules import sizes
 from tensorkeep.quantization.loading import load_quantizing
+from tensorkeep.quantization.modules import sizes
+from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key and value heads
     "tiny": (2048, 256, 512, 2, 8, 4),
@@ -46,18 +46,30 @@ def skeleton(size: str) -> nn.Module:
         return nn.Linear(columns, rows, bias=False)
 
     def layer() -> nn.ModuleDict:
-        attention = {"q_proj": linear(hidden, hidden), "k_proj": linear(hidden, narrow), "v_proj": linear(hidden, narrow),
-                     "o_proj": linear(hidden, hidden)}  # fmt: skip
+        attention = {
+            "q_proj": linear(hidden, hidden),
+            "k_proj": linear(hidden, narrow),
+            "v_proj": linear(hidden, narrow),
+            "o_proj": linear(hidden, hidden),
+        }
         mlp = {"gate_proj": linear(hidden, wide), "up_proj": linear(hidden, wide), "down_proj": linear(wide, hidden)}
-        return nn.ModuleDict({
-            "self_attn": nn.ModuleDict(attention), "mlp": nn.ModuleDict(mlp), "input_layernorm": nn.RMSNorm(hidden),
-            "post_attention_layernorm": nn.RMSNorm(hidden),
-        })  # fmt: skip
+        return nn.ModuleDict(
+            {
+                "self_attn": nn.ModuleDict(attention),
+                "mlp": nn.ModuleDict(mlp),
+                "input_layernorm": nn.RMSNorm(hidden),
+                "post_attention_layernorm": nn.RMSNorm(hidden),
+            }
+        )
 
     with torch.device("meta"):
-        body = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(vocabulary, hidden), "layers": nn.ModuleList(layer() for _ in range(layers)), "norm": nn.RMSNorm(hidden),
-        })  # fmt: skip
+        body = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(vocabulary, hidden),
+                "layers": nn.ModuleList(layer() for _ in range(layers)),
+                "norm": nn.RMSNorm(hidden),
+            }
+        )
         return nn.ModuleDict({"model": body, "lm_head": linear(hidden, vocabulary)})
 
 
@@ -87,10 +99,19 @@ def write(folder: Path, size: str) -> None:
                     left -= piece.nbytes
     vocabulary, hidden, wide, layers, heads, shared = SHAPES[size]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": wide,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": shared, "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False, "rope_theta": 500000.0, "max_position_embeddings": 8192,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -104,8 +125,16 @@ def ours(folder: Path, size: str, kind: str, device: str) -> dict[str, Any]:
 def theirs(folder: Path, kind: str, device: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    how: dict[str, Any] = {"load_in_8bit": True} if kind == "int8" else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}  # fmt: skip
+    how: dict[str, Any] = (
+        {"load_in_8bit": True}
+        if kind == "int8"
+        else {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+    )
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**how), device_map={"": device}, dtype=torch.bfloat16
@@ -142,14 +171,31 @@ def main() -> None:
             torch.zeros(1, device=given.device)
         time.sleep(0.5)
     elif given.only:
-        print(json.dumps(ours(given.folder, given.size, given.kind, given.device) if given.only == "ours"
-                         else theirs(given.folder, given.kind, given.device)))  # fmt: skip
+        print(
+            json.dumps(
+                ours(given.folder, given.size, given.kind, given.device)
+                if given.only == "ours"
+                else theirs(given.folder, given.kind, given.device)
+            )
+        )
     if given.only:
         return
     if not (given.folder / "config.json").is_file():
         write(given.folder, given.size)
-    command = [sys.executable, "-m", "benchmarks.quantize_load", "--size", given.size, "--folder", str(given.folder), "--kind", given.kind,
-               "--device", given.device, "--only"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.quantize_load",
+        "--size",
+        given.size,
+        "--folder",
+        str(given.folder),
+        "--kind",
+        given.kind,
+        "--device",
+        given.device,
+        "--only",
+    ]
     idle = run([*command, "idle"]).anonymous
     report("tensorkeep", run([*command, "ours"]), idle)
     if given.device != "cpu" and all(

@@ -51,9 +51,14 @@ def job(gigabytes: float, stop: bool) -> Job:
         return {"loss": sum(((m.weight * 1e-3).sum() for m in model), batch.sum() * 0.0) / divisor}  # type: ignore[attr-defined]
 
     return Job(
-        model=net, optimizer=torch.optim.AdamW(net.parameters()), data=Numbers(), collate=torch.stack, loss=loss,
-        count=lambda batch: float(len(batch)), schedule=lambda update, base: base,
-    )  # fmt: skip
+        model=net,
+        optimizer=torch.optim.AdamW(net.parameters()),
+        data=Numbers(),
+        collate=torch.stack,
+        loss=loss,
+        count=lambda batch: float(len(batch)),
+        schedule=lambda update, base: base,
+    )
 
 
 def read(folder: Path) -> None:

@@ -206,9 +206,15 @@ def measure(mode: str, which: str, folder: Path, gigabytes: float, saves: int, d
             durable = durable if durable is not None else way.done()
         window = time.perf_counter() - started
         row["saves"].append(
-            {"stall": held + max(0.0, slowest - median), "call": held, "copy": way.copy or held, "durable": durable,
-             "lost": window - steps * median, "steps": steps}
-        )  # fmt: skip
+            {
+                "stall": held + max(0.0, slowest - median),
+                "call": held,
+                "copy": way.copy or held,
+                "durable": durable,
+                "lost": window - steps * median,
+                "steps": steps,
+            }
+        )
         if mode != "ours":
             way.clear(at)
     if mode == "ours":

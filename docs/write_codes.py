@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tensorkeep.diagnose.checks import CODES, explain, title
+from tensorkeep.diagnosis.checks import CODES, explain, title
 
 PAGES = Path(__file__).parent / "codes"
 

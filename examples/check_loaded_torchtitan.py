@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from tensorkeep.diagnose.live.loaded import check_loaded
+from tensorkeep.diagnosis.live.loaded import check_loaded
 
 HEADS, GROUPS, SIZE, WIDTH = 4, 2, 8, 32
 CONFIG = {

@@ -11,12 +11,18 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
+from tensorkeep.diagnosis.live.loaded import check_loaded
+from tensorkeep.models.repair import repair_buffers
 
 TINY = LlamaConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     initializer_range=0.3,  # large enough for positions to matter in a random model
-)  # fmt: skip
+)
 
 
 def main() -> None:

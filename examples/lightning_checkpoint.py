@@ -84,10 +84,14 @@ def fit(out: Path, io: TensorkeepCheckpointIO | None = None) -> Net:
     torch.manual_seed(0)
     model = Net()
     trainer = pl.Trainer(
-        max_steps=STEPS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=STEPS,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         plugins=[io or TensorkeepCheckpointIO()],
         callbacks=[ModelCheckpoint(out, every_n_train_steps=1, save_top_k=-1), ExactResume()],
-    )  # fmt: skip
+    )
     trainer.fit(model, InOrder(), ckpt_path=newest_valid(out))
     return model
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tensorkeep.adapters.lora import add_lora, layers
 from tensorkeep.adapters.files import save_adapter
-from tensorkeep.adapters.merge import base_digests
+from tensorkeep.adapters.lora import add_lora, layers
+from tensorkeep.adapters.merging import base_digests
 from tensorkeep.formats.view import read
 
 HERE = Path(__file__).parent

@@ -12,8 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from tensorkeep.convert.convert import convert
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats.view import read
 
 HIDDEN, INTER, VOCAB, HEADS, KV, LAYERS = 32, 64, 128, 4, 2, 2
@@ -34,10 +34,16 @@ def tensors() -> dict[str, np.ndarray]:
     head = HIDDEN // HEADS
     for n in range(LAYERS):
         layer = {
-            "self_attn.q_proj": matrix(HIDDEN, HIDDEN), "self_attn.k_proj": matrix(KV * head, HIDDEN), "self_attn.v_proj": matrix(KV * head, HIDDEN),
-            "self_attn.o_proj": matrix(HIDDEN, HIDDEN), "mlp.gate_proj": matrix(INTER, HIDDEN), "mlp.up_proj": matrix(INTER, HIDDEN),
-            "mlp.down_proj": matrix(HIDDEN, INTER), "input_layernorm": gain(), "post_attention_layernorm": gain(),
-        }  # fmt: skip
+            "self_attn.q_proj": matrix(HIDDEN, HIDDEN),
+            "self_attn.k_proj": matrix(KV * head, HIDDEN),
+            "self_attn.v_proj": matrix(KV * head, HIDDEN),
+            "self_attn.o_proj": matrix(HIDDEN, HIDDEN),
+            "mlp.gate_proj": matrix(INTER, HIDDEN),
+            "mlp.up_proj": matrix(INTER, HIDDEN),
+            "mlp.down_proj": matrix(HIDDEN, INTER),
+            "input_layernorm": gain(),
+            "post_attention_layernorm": gain(),
+        }
         out |= {f"model.layers.{n}.{name}.weight": value for name, value in layer.items()}
     return out
 
@@ -53,11 +59,27 @@ def main(folder: Path) -> None:
     plain.mkdir(parents=True)
     (plain / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INTER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV, "head_dim": HIDDEN // HEADS, "hidden_act": "silu",
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "attention_bias": False, "mlp_bias": False, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "head_dim": HIDDEN // HEADS,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "bfloat16",
+    }
     (plain / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     convert(make_plan([read(plain)], "hf"), str(folder), "hf", overwrite=True)
     for file in plain.iterdir():

@@ -20,9 +20,14 @@ from transformers.utils import logging as theirs
 from tensorkeep.integrations.transformers import TensorkeepCallback, newest_valid
 
 TINY = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, attention_dropout=0.1,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    attention_dropout=0.1,
+)
 
 
 class Doomed(Trainer):
@@ -38,9 +43,17 @@ def trainer(out: Path, kind: type[Trainer] = Trainer) -> tuple[Trainer, Tensorke
     torch.manual_seed(0)
     ids = torch.randint(64, (64, 12), generator=torch.Generator().manual_seed(1))
     arguments = TrainingArguments(
-        str(out), max_steps=8, save_steps=1, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
-        use_cpu=True, report_to=[], disable_tqdm=True, log_level="error",
-    )  # fmt: skip
+        str(out),
+        max_steps=8,
+        save_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
     callback = TensorkeepCallback(keep_last=3, ema_decay=0.9)
     rows = [{"input_ids": row, "labels": row} for row in ids]
     return kind(LlamaForCausalLM(TINY), arguments, train_dataset=rows, callbacks=[callback]), callback

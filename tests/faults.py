@@ -65,10 +65,19 @@ def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = N
         change.tensors = [*change.tensors, HEAD]  # torchtitan stores a tied head twice, so both are sick
     path = change.damage(path) if change.damage else in_titan_names(path) if overlay == "titan" else path
     return Fault(
-        kind, model, seed, path, None if overlay == "alone" else reference(model, folder), change.target or ("flame" if form == "flame" else None),
-        change.codes or KINDS[kind].codes, None if change.tensors is None else frozenset(change.tensors), change.layers,
-        frozenset(change.also), change.lax, f"{form} {change.note}".strip(),
-    )  # fmt: skip
+        kind,
+        model,
+        seed,
+        path,
+        None if overlay == "alone" else reference(model, folder),
+        change.target or ("flame" if form == "flame" else None),
+        change.codes or KINDS[kind].codes,
+        None if change.tensors is None else frozenset(change.tensors),
+        change.layers,
+        frozenset(change.also),
+        change.lax,
+        f"{form} {change.note}".strip(),
+    )
 
 
 def config_beside(m: Specimen, change: Change, form: str, rng: np.random.Generator) -> dict[str, Any] | None:

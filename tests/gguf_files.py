@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.convert import convert as conversion
+from tensorkeep.conversion import execution as conversion
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats import view
-from tensorkeep.convert.planning import make_plan
 
 gguf = pytest.importorskip("gguf")
 
@@ -23,10 +23,16 @@ def shapes(bias: bool = False, norms: bool = False) -> dict[str, tuple[int, ...]
     for n in range(LAYERS):
         q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
         layer: dict[str, tuple[int, ...]] = {
-            "attn_q.weight": (q, HIDDEN), "attn_k.weight": (kv, HIDDEN), "attn_v.weight": (kv, HIDDEN), "attn_output.weight": (HIDDEN, q),
-            "attn_norm.weight": (HIDDEN,), "ffn_norm.weight": (HIDDEN,), "ffn_gate.weight": (WIDE, HIDDEN),
-            "ffn_up.weight": (WIDE, HIDDEN), "ffn_down.weight": (HIDDEN, WIDE),
-        }  # fmt: skip
+            "attn_q.weight": (q, HIDDEN),
+            "attn_k.weight": (kv, HIDDEN),
+            "attn_v.weight": (kv, HIDDEN),
+            "attn_output.weight": (HIDDEN, q),
+            "attn_norm.weight": (HIDDEN,),
+            "ffn_norm.weight": (HIDDEN,),
+            "ffn_gate.weight": (WIDE, HIDDEN),
+            "ffn_up.weight": (WIDE, HIDDEN),
+            "ffn_down.weight": (HIDDEN, WIDE),
+        }
         if bias:
             layer |= {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,)}
         if norms:
@@ -36,10 +42,15 @@ def shapes(bias: bool = False, norms: bool = False) -> dict[str, tuple[int, ...]
 
 
 def write_model(
-    path: Path, arch: str = "llama", kind: str = "Q8_0", tensors: dict[str, tuple[int, ...]] | None = None, theta: float = 500000.0,
-    extra: Callable[[Any], None] | None = None, freqs: list[float] | None = None,
-) -> Path:  # fmt: skip
-    """A tiny model as llama.cpp's converter would write it; matrices quantised to `kind`, the rest F32."""
+    path: Path,
+    arch: str = "llama",
+    kind: str = "Q8_0",
+    tensors: dict[str, tuple[int, ...]] | None = None,
+    theta: float = 500000.0,
+    extra: Callable[[Any], None] | None = None,
+    freqs: list[float] | None = None,
+) -> Path:
+    """A tiny model as llama.cpp's converter would write it; matrices quantized to `kind`, the rest F32."""
     rng, writer = np.random.default_rng(0), gguf.GGUFWriter(path, arch)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -61,8 +72,8 @@ def write_model(
         elif kind == "F16":
             writer.add_tensor(name, data.astype(np.float16))
         else:
-            quantised = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quantize(data, quantised), raw_dtype=quantised)
+            quantized = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quantize(data, quantized), raw_dtype=quantized)
     if freqs:
         writer.add_tensor("rope_freqs.weight", np.array(freqs, np.float32))
     writer.write_header_to_file()

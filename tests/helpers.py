@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tensorkeep.convert.convert import Result, convert
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.plan import Plan
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.sink import Result
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.plan import Plan
-from tensorkeep.convert.planning import make_plan
 from tensorkeep.formats.view import StateView, read
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -73,9 +74,20 @@ def interleaved(tensor: torch.Tensor, dim: int, rotary: int | None = None) -> to
 
 
 def model_tensors(
-    layers: int = 2, heads: int = 2, kv: int = 1, dim: int = 4, hidden: int = 8, width: int = 12, vocab: int = 10, *, bias: bool = False,
-    norms: bool = False, experts: int = 0, head: bool = True, dtype: torch.dtype = torch.float32,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    layers: int = 2,
+    heads: int = 2,
+    kv: int = 1,
+    dim: int = 4,
+    hidden: int = 8,
+    width: int = 12,
+    vocab: int = 10,
+    *,
+    bias: bool = False,
+    norms: bool = False,
+    experts: int = 0,
+    head: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
     """Distinct random tensors under hf names: a llama, or a qwen3 with `norms` and perhaps `experts`."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden), "model.norm.weight": (hidden,)}
     if head:

@@ -88,10 +88,21 @@ def save_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
 def config(kind: str = "qwen3", **fields: Any) -> dict[str, Any]:
     """A tiny config: 2 layers of width 32."""
     return {
-        "model_type": kind, "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-        "tie_word_embeddings": kind != "llama", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **fields,
-    }  # fmt: skip
+        "model_type": kind,
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": kind != "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **fields,
+    }
 
 
 def model(kind: str = "qwen3", **fields: Any) -> Any:

@@ -16,9 +16,21 @@ from tests.parity.minimind_resume import Rows, replay
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SIZES = {
-    "vocab": 24, "hidden_size": 16, "layers": 2, "heads": 2, "head_dim": 8, "kv_heads": 1, "theta": 1e6, "eps": 1e-6,
-    "width": 24, "moe_width": 12, "shared": 1, "norm_topk": True, "aux": 5e-4, "top": 1,
-}  # fmt: skip
+    "vocab": 24,
+    "hidden_size": 16,
+    "layers": 2,
+    "heads": 2,
+    "head_dim": 8,
+    "kv_heads": 1,
+    "theta": 1e6,
+    "eps": 1e-6,
+    "width": 24,
+    "moe_width": 12,
+    "shared": 1,
+    "norm_topk": True,
+    "aux": 5e-4,
+    "top": 1,
+}
 
 
 def small(made: str = "mm3", experts: int = 0, seed: int = 0) -> MiniMind:
@@ -32,15 +44,26 @@ def rows(length: int = 26, width: int = 10) -> Rows:
 
 
 def held_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, step: int, dtype: torch.dtype = torch.float16,
-    prefix: str = "", **more: Any,
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    step: int,
+    dtype: torch.dtype = torch.float16,
+    prefix: str = "",
+    **more: Any,
+) -> dict[str, Any]:
     """A resume file's content as MiniMind makes it."""
     state = {prefix + n: t.detach().to(dtype).clone() for n, t in model.state_dict().items()}
     return {
-        "model": state, "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "world_size": 1,
-        "wandb_id": None, "scaler": {}, **more,
-    }  # fmt: skip
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "step": step,
+        "world_size": 1,
+        "wandb_id": None,
+        "scaler": {},
+        **more,
+    }
 
 
 def save(folder: Path, held: dict[str, Any], name: str = "pretrain_16_resume.pth") -> Path:
@@ -59,9 +82,15 @@ def trained(model: nn.Module, parameters: list[nn.Parameter] | None = None) -> t
 
 
 def stopped(
-    folder: Path, at: tuple[int, int], batch: int = 3, accumulation: int = 2, epochs: int = 2, kind: tuple[str, int] = ("mm3", 0),
-    dtype: torch.dtype = torch.float32, early: bool = False,
-) -> tuple[Path, list[tuple[list[int], float]], MiniMind]:  # fmt: skip
+    folder: Path,
+    at: tuple[int, int],
+    batch: int = 3,
+    accumulation: int = 2,
+    epochs: int = 2,
+    kind: tuple[str, int] = ("mm3", 0),
+    dtype: torch.dtype = torch.float32,
+    early: bool = False,
+) -> tuple[Path, list[tuple[list[int], float]], MiniMind]:
     """A run of MiniMind killed behind micro-batch `at`; its resume file, and what the run does uninterrupted."""
     whole, model, data = small(*kind), small(*kind), rows()
     after = replay(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.integrations.opentad_backbone import VisionTransformerQLoRA
+from tensorkeep.integrations._opentad_backbone import VisionTransformerQLoRA
 
 MAIN = """
 from opentad.cores import train_one_epoch, val_one_epoch, eval_one_epoch, build_optimizer
@@ -78,9 +78,17 @@ def engine() -> dict[str, dict[str, Any]]:
         raise AssertionError("OpenTAD's own checkpoint")
 
     def train_one_epoch(
-        train_loader: Any, model: Any, optimizer: Any, scheduler: Any, curr_epoch: Any, logger: Any,
-        model_ema: Any = None, clip_grad_l2norm: Any = -1, logging_interval: Any = 200, scaler: Any = None,
-    ) -> None:  # fmt: skip
+        train_loader: Any,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        curr_epoch: Any,
+        logger: Any,
+        model_ema: Any = None,
+        clip_grad_l2norm: Any = -1,
+        logging_interval: Any = 200,
+        scaler: Any = None,
+    ) -> None:
         model.train()
         for _ in range(2):
             optimizer.zero_grad()
@@ -107,9 +115,16 @@ def engine() -> dict[str, dict[str, Any]]:
         return seen(model, model_ema)
 
     def eval_one_epoch(
-        test_loader: Any, model: Any, cfg: Any, logger: Any, rank: Any, model_ema: Any = None, use_amp: Any = False,
-        world_size: Any = 0, not_eval: Any = False,
-    ) -> dict[str, Any]:  # fmt: skip
+        test_loader: Any,
+        model: Any,
+        cfg: Any,
+        logger: Any,
+        rank: Any,
+        model_ema: Any = None,
+        use_amp: Any = False,
+        world_size: Any = 0,
+        not_eval: Any = False,
+    ) -> dict[str, Any]:
         found = seen(model, model_ema)
         if cfg is not None:
             raise cfg

@@ -20,12 +20,43 @@ STRUCTURAL = {"K01", "K02", "K03", "S01", "S02", "S03", "O01", "O02", "O03", "O0
 CASTABLE = STRUCTURAL | {"V06"}
 TITAN = {"O01", "O02", "O03", "O04", "V03", "V04", "V05", "V01", "T02", "V06", "V07", "V02"}
 ALONE = {
-    "missing_tensor", "missing_few", "missing_layer", "missing_norms", "missing_head", "missing_biases", "unexpected_layer", "unexpected_tensor",
-    "wrapper_in_front", "wrapper_in_the_middle", "optimizer_only", "flat_parameters", "no_name_in_common", "empty",
-    "shape_cut", "norm_of_another_width", "vocabulary_padded", "vocabulary_cut", "transposed_oblong", "tied_stored_apart",
-    "norm_ones", "norm_zeros", "zero_tensor", "zero_head", "nan", "infinite", "nan_everywhere", "reinitialised_tensor",
-    "reinitialised_layer", "rope_q_and_k", "rope_q_only", "rope_k_only", "through_e4m3", "through_e5m2", "digest_differs", "tokenizer_too_large",
-}  # fmt: skip
+    "missing_tensor",
+    "missing_few",
+    "missing_layer",
+    "missing_norms",
+    "missing_head",
+    "missing_biases",
+    "unexpected_layer",
+    "unexpected_tensor",
+    "wrapper_in_front",
+    "wrapper_in_the_middle",
+    "optimizer_only",
+    "flat_parameters",
+    "no_name_in_common",
+    "empty",
+    "shape_cut",
+    "norm_of_another_width",
+    "vocabulary_padded",
+    "vocabulary_cut",
+    "transposed_oblong",
+    "tied_stored_apart",
+    "norm_ones",
+    "norm_zeros",
+    "zero_tensor",
+    "zero_head",
+    "nan",
+    "infinite",
+    "nan_everywhere",
+    "reinitialised_tensor",
+    "reinitialised_layer",
+    "rope_q_and_k",
+    "rope_q_only",
+    "rope_k_only",
+    "through_e4m3",
+    "through_e5m2",
+    "digest_differs",
+    "tokenizer_too_large",
+}
 LOST = {
     "drift_one_percent",
     "noise_three_percent",
@@ -63,8 +94,8 @@ def trained(m: Specimen, rng: np.random.Generator) -> Specimen:
 
 def in_titan_names(place: Path) -> Path:
     """An hf folder as torchtitan's DCP, config beside."""
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     out = place.parent / f"{place.name}-titan"

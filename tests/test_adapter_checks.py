@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.diagnose.checks.a04_another_base import base_digest
+from tensorkeep.diagnosis.checks.a04_another_base import base_digest
 from tensorkeep.formats.view import read
 from tests import quant_files as files
 from tests.quant_files import QLORA, Tensors, findings, gaussian, matrices, model, needs_qlora, said

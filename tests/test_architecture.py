@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from tensorkeep.diagnose.evidence.architecture import FAMILIES, expected
+from tensorkeep.diagnosis.evidence.architecture import FAMILIES, expected
 
 SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 128, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
     "pad_token_id": 0,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("biased", [False, True])

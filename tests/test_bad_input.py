@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.storage.archive import ALLOWED
 from tensorkeep.cli import main
-from tensorkeep.convert.convert import convert
+from tensorkeep.conversion.execution import convert
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import TEMPORARY
 from tensorkeep.formats.dcp import METADATA, metadata
-from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.formats.view import read
+from tensorkeep.storage.archive import ALLOWED
+from tensorkeep.storage.files import TEMPORARY
+from tensorkeep.storage.layout import SinkTensor
 from tests.samples import (
     contents,
     plan_of,
@@ -83,10 +83,12 @@ HEADERS = {
     "a name twice": (
         (lambda t: len(t).to_bytes(8, "little") + t + bytes(16))(
             b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
-        ), "F07", "occurs twice",
+        ),
+        "F07",
+        "occurs twice",
     ),
     "not JSON": ((5).to_bytes(8, "little") + b"{]}  ", "F07", "not valid"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HEADERS)
@@ -391,7 +393,9 @@ class Interruption:
             patch.setattr(owner, name, self.wrap(getattr(owner, name), number, error))
         import tensorkeep.storage.placement
 
-        patch.setattr(tensorkeep.storage.placement, "exchange", self.wrap(tensorkeep.storage.placement.exchange, number, error))
+        patch.setattr(
+            tensorkeep.storage.placement, "exchange", self.wrap(tensorkeep.storage.placement.exchange, number, error)
+        )
 
     def wrap(self, real: Callable[..., Any], number: int, error: BaseException) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -432,10 +436,10 @@ def test_whichever_step_fails_the_old_sink_stays_and_nothing_else(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import tensorkeep.placement as placement
+import tensorkeep.storage.placement as placement
 from tensorkeep.conversion import convert
-from tensorkeep.planning import make_plan
-from tensorkeep.view import read
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.formats.view import read
 
 number, calls = int(sys.argv[1]), 0
 
@@ -483,9 +487,17 @@ def test_the_sink_is_never_the_source_nor_inside_it_nor_around_it(source: Path, 
     file = source / "model.safetensors"
     (tmp_path / "link").symlink_to("source")
     for given, out in (
-        (source, source), (source, tmp_path / "link"), (source, source / "." / ""), (file, file), (source, source / "inner"),
-        (source, source / "inner.pth"), (source, source / "a" / ".." / "b"), (source, tmp_path), (file, source), (file, tmp_path),
-    ):  # fmt: skip
+        (source, source),
+        (source, tmp_path / "link"),
+        (source, source / "." / ""),
+        (file, file),
+        (source, source / "inner"),
+        (source, source / "inner.pth"),
+        (source, source / "a" / ".." / "b"),
+        (source, tmp_path),
+        (file, source),
+        (file, tmp_path),
+    ):
         error = refused(
             lambda g=given, o=out: run(g, o, "hf" if "." not in str(o.name) else "pth", overwrite=True), None
         )
@@ -530,9 +542,11 @@ def test_the_command_line_says_one_line_a_hint_and_exits_with_2(
     (tmp_path / "bad.safetensors").write_bytes(HEADERS["truncated"][0])
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(Evil(tmp_path / "made"), 2))
     for words in (
-        ["inspect", str(tmp_path / "bad.safetensors")], ["inspect", str(tmp_path / "bad.pth")],
-        ["convert", str(source), str(source), "--to", "hf"], ["convert", str(tmp_path / "bad.pth"), str(tmp_path / "o"), "--to", "hf"],
-    ):  # fmt: skip
+        ["inspect", str(tmp_path / "bad.safetensors")],
+        ["inspect", str(tmp_path / "bad.pth")],
+        ["convert", str(source), str(source), "--to", "hf"],
+        ["convert", str(tmp_path / "bad.pth"), str(tmp_path / "o"), "--to", "hf"],
+    ):
         assert main(words) == 2
         out = capfd.readouterr()
         lines = [line for line in out.err.splitlines() if line.strip()]

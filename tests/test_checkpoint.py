@@ -17,19 +17,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.storage import durable
-from tensorkeep.storage import run_manifest
-from tensorkeep.training.saver import Keep, Saver, State, best, load, mark_best, newest, prune, save, steps
+from tensorkeep.diagnosis.verification import verify
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.diagnose.verify import verify
 from tensorkeep.formats.view import read
+from tensorkeep.storage import durable, run_manifest
+from tensorkeep.training.saver import Keep, Saver, State, best, load, mark_best, newest, prune, save, steps
 from tests.helpers import refused
 from tests.run_states import identical, same, state
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(lambda n: n != "__metadata__")
 KINDS = st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3))
 
@@ -48,9 +58,11 @@ def made(dtype: torch.dtype, shape: list[int], *, finite: bool, seed: int) -> to
 @given(
     model=st.dictionaries(NAMES, KINDS, max_size=5),
     moments=st.dictionaries(NAMES, KINDS, max_size=5),
-    numbers=st.dictionaries(st.text(max_size=5), st.integers() | st.floats(allow_nan=False) | st.text(max_size=5), max_size=3),
+    numbers=st.dictionaries(
+        st.text(max_size=5), st.integers() | st.floats(allow_nan=False) | st.text(max_size=5), max_size=3
+    ),
     adapter=st.booleans(),
-)  # fmt: skip
+)
 def test_what_is_saved_comes_back_bit_for_bit(
     model: dict[str, Any], moments: dict[str, Any], numbers: dict[str, Any], adapter: bool
 ) -> None:
@@ -224,12 +236,25 @@ JSON = st.recursive(
     max_leaves=8,
 )
 PLACES = [
-    ("schema",), ("step",), ("chunk",), ("files",), ("tensors",), ("base",), ("not_captured",),
-    ("files", "model.safetensors"), ("files", "model.safetensors", "bytes"), ("files", "model.safetensors", "chunks"),
-    ("files", "state.json"), ("tensors", "model.safetensors"), ("tensors", "model.safetensors", "layers.0.w"),
+    ("schema",),
+    ("step",),
+    ("chunk",),
+    ("files",),
+    ("tensors",),
+    ("base",),
+    ("not_captured",),
+    ("files", "model.safetensors"),
+    ("files", "model.safetensors", "bytes"),
+    ("files", "model.safetensors", "chunks"),
+    ("files", "state.json"),
+    ("tensors", "model.safetensors"),
+    ("tensors", "model.safetensors", "layers.0.w"),
     *[("tensors", "model.safetensors", "layers.0.w", key) for key in ("dtype", "shape", "start", "xxh3_128")],
-    ("files", "../../escape"), ("files", "/etc/passwd"), ("files", "a/b"), ("tensors", "nowhere.safetensors"),
-]  # fmt: skip
+    ("files", "../../escape"),
+    ("files", "/etc/passwd"),
+    ("files", "a/b"),
+    ("tensors", "nowhere.safetensors"),
+]
 
 
 @pytest.fixture(scope="module")

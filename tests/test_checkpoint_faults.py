@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable
 from tensorkeep.training.saver import Keep, Saver, newest, save, steps
-from tensorkeep.errors import TensorkeepError
 from tests.run_states import Faults, in_child, injected, same, state
 
 KEEP = Keep(1)

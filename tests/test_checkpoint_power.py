@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tensorkeep.training.saver import best, newest, steps
 from tensorkeep.storage.run_folder import folder_of
 from tensorkeep.storage.run_manifest import findings
+from tensorkeep.training.saver import best, newest, steps
 from tests.power_child import SIZE, STEPS
 from tests.run_states import same, state
 from tests.system_calls import MODELS, Call, Disk, build, record
@@ -79,6 +79,11 @@ def test_the_model_finds_a_writer_that_does_not_fsync(tmp_path: Path) -> None:
         disk.apply(call)
     path = f"{tmp_path}/old"
     assert {m: disk.after(m).get(path) for m in MODELS} == {
-        "kill": b"x" * 100, "drop": b"", "zero": bytes(100), "half": b"x" * 50, "lost": None, "strict": None,
+        "kill": b"x" * 100,
+        "drop": b"",
+        "zero": bytes(100),
+        "half": b"x" * 50,
+        "lost": None,
+        "strict": None,
         "mixed": b"",
-    }  # fmt: skip
+    }

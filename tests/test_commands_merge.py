@@ -47,11 +47,20 @@ def test_a_dry_run_prints_merge_steps_and_writes_nothing(place: Path, capsys: py
     assert "merge " in said and "r 2, scale 1.5" in said and not (place / "out").exists()
 
 
-@pytest.mark.parametrize(("words", "code"), [
-    (["base", "out"], "no adapter"), (["style", "base", "out"], "an adapter, not a base"), (["base", "style=x", "out"], "no weight"),
-    (["base", "style", "style", "out"], "given twice"), (["base", "style", "base"], "the sink is the source"), (["base", "style", "taken"], "exists already"), (["base"], "a base, an adapter and a sink"),
-    (["base", "style", "out", "--dtype", "bf17"], "did you mean"), (["base", "style", "out", "--untie"], "not tied"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["base", "out"], "no adapter"),
+        (["style", "base", "out"], "an adapter, not a base"),
+        (["base", "style=x", "out"], "no weight"),
+        (["base", "style", "style", "out"], "given twice"),
+        (["base", "style", "base"], "the sink is the source"),
+        (["base", "style", "taken"], "exists already"),
+        (["base"], "a base, an adapter and a sink"),
+        (["base", "style", "out", "--dtype", "bf17"], "did you mean"),
+        (["base", "style", "out", "--untie"], "not tied"),
+    ],
+)
 def test_a_mistake_gets_one_line_and_a_way_on(
     place: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: str
 ) -> None:

@@ -15,21 +15,22 @@ import pytest
 import torch
 import yaml
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import metrics
 from tensorkeep.cli import main
-from tensorkeep.commands.train import pairs_of
+from tensorkeep.commands.train_language import pairs_of
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import metrics
+from tensorkeep.training import saver as checkpoint
 from tests.language_files import config, save_tokenizer, texts
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     document = {
-        "config": config(), "tokenizer": str(save_tokenizer(tmp_path / "tok")),
+        "config": config(),
+        "tokenizer": str(save_tokenizer(tmp_path / "tok")),
         "data": {"files": str(texts(tmp_path / "a.jsonl")), "length": 32, "packing": "concatenate"},
         "training": {"updates": 4, "batch": 4, "log_every": 1, "ema": 0.9, "save_every": 2},
-    }  # fmt: skip
+    }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(document))
     return path

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorkeep.commands.demo import story as demo
 from tensorkeep.commands.demo import diagnose as demo_diagnose
-from tensorkeep.diagnose.compare import compare
-from tensorkeep.convert.convert import convert
-from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.commands.demo import story as demo
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.comparison import compare
+from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.repairs import repair
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.diagnose.repair import repair
 from tensorkeep.formats.view import read
 from tests.tools import TINY
 
@@ -31,9 +31,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
     folder = tmp_path_factory.mktemp("demo") / "hf"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -13,11 +13,12 @@ pytest.importorskip("av")
 
 from tensorkeep.commands.demo import detection as demo_detection
 from tensorkeep.commands.demo import resume as demo_resume
-from tensorkeep.training import metrics
-from tensorkeep.storage import run_folder
 from tensorkeep.detection.data.annotations import read_annotations
+from tensorkeep.detection.recipe.text import read_recipe
 from tensorkeep.detection.results.results import write_detections
-from tensorkeep.detection.recipe.text import plain, read_recipe, to_yaml
+from tensorkeep.storage import run_folder
+from tensorkeep.training import metrics
+from tensorkeep.training.recipe import plain, to_yaml
 from tests.detection import runs
 from tests.tools import ROOT
 
@@ -78,8 +79,11 @@ def test_a_detection_stands_beside_the_true_segment_that_it_fits_best(tmp_path: 
     video = read_annotations(tmp_path / "videos" / "annotations.json").videos["validation_0000"]
     (start, end), label = video.segments[0].tolist(), video.labels[0]
     rows: list[Any] = [
-        (start, end, label, 0.4), (start, end + 0.5, label, 0.9), (start, end, "other", 0.8), (start, end, label, 0.1),
-    ]  # fmt: skip
+        (start, end, label, 0.4),
+        (start, end + 0.5, label, 0.9),
+        (start, end, "other", 0.8),
+        (start, end, label, 0.1),
+    ]
     write_detections(tmp_path / "run" / "predictions" / "detections.json", {video.name: rows})
     lines = demo_detection.against_truth(video.name, tmp_path)
     assert len(lines) == 2 + len(video.labels)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tensorkeep.commands.demo import qlora as demo_qlora
-from tensorkeep.adapters import merge as merging
-from tensorkeep.commands.demo.story import load_hf
+from tensorkeep.adapters import merging
 from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.commands.demo import qlora as demo_qlora
+from tensorkeep.commands.demo.story import load_hf
 from tensorkeep.formats.view import read
 from tests.language_files import LINES, save_model
 
@@ -33,9 +33,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool, list[str
         patch.setattr(demo_qlora, "LENGTH", 32)
         train = demo_qlora.train
         patch.setattr(demo_qlora, "train", lambda *a: kept.append(train(*a)) or kept[-1])
-        held = demo_qlora.trained_and_merged(
-            place / "recipe.yaml", base, place, place / "held-out.txt", said.append
-        )  # fmt: skip
+        held = demo_qlora.trained_and_merged(place / "recipe.yaml", base, place, place / "held-out.txt", said.append)
     return place, held, said, kept
 
 

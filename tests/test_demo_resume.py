@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from tensorkeep.training import saver as checkpoint
 from tensorkeep.commands.demo import resume as demo_resume
-from tensorkeep.training import metrics
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import metrics
+from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.state_files import State
 from tests.language_files import LINES, save_model
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.diagnose.checks import CODES, explain, title
 from tensorkeep.cli import main
-from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.diagnosis.checks import CODES, explain, title
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
 from tests.fault_kinds.change import KINDS
 from tests.fault_kinds.writing import write
@@ -24,12 +24,28 @@ REAL = Path(__file__).parents[2] / "shared/fixtures/real"
 SICK = OPEN / "sick_olmo2_bf16"
 # fault of answers.json -> code (README of the fixtures)
 NAMED = {
-    "none": None, "missing_key": "K01", "rope_layout_interleaved": "O01", "layer_order": "O02", "reinitialised_tensor": "V03",
-    "prefix": "K03", "norm_reset_to_ones": "V04", "precision_loss_fp8_e4m3": "V02", "transposed": "S03", "swapped_gate_up": "O03",
-    "nan": "V01", "unexpected_key": "K02", "vocab_padded_512_to_640": "S02", "truncated_data_file": "F02", "bit_flip": "V07",
-    "metadata_without_storage_entry": "F07", "lm_head_overwritten_by_embedding": "T02", "malicious_metadata_pickle": "F04",
-    "path_traversal_in_metadata": "F06", "missing_data_file": "F05", "small_value_drift": "V06",
-}  # fmt: skip
+    "none": None,
+    "missing_key": "K01",
+    "rope_layout_interleaved": "O01",
+    "layer_order": "O02",
+    "reinitialised_tensor": "V03",
+    "prefix": "K03",
+    "norm_reset_to_ones": "V04",
+    "precision_loss_fp8_e4m3": "V02",
+    "transposed": "S03",
+    "swapped_gate_up": "O03",
+    "nan": "V01",
+    "unexpected_key": "K02",
+    "vocab_padded_512_to_640": "S02",
+    "truncated_data_file": "F02",
+    "bit_flip": "V07",
+    "metadata_without_storage_entry": "F07",
+    "lm_head_overwritten_by_embedding": "T02",
+    "malicious_metadata_pickle": "F04",
+    "path_traversal_in_metadata": "F06",
+    "missing_data_file": "F05",
+    "small_value_drift": "V06",
+}
 FEW = (
     "rope_q_only",
     "layers_reversed",

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import distributed
-from tensorkeep.training import metrics
-from tensorkeep.training.distributed import World, gathered, start, together, total
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import distributed, metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World, gathered, start, together, total
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
 from tests.helpers import refused

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tensorkeep.cli import COMMANDS, main
-from tensorkeep.commands.train import pairs_of
+from tensorkeep.commands.train_language import pairs_of
 from tests.tools import ROOT
 
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.ema import Ema
 from tests.helpers import refused
 
 

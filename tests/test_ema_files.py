@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tensorkeep.training.ema import Ema
+from tensorkeep.adapters.lora import add_lora
 from tensorkeep.detection.opentad.averages import read_ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.adapters.lora import add_lora
 from tensorkeep.quantization.modules import quantize_
+from tensorkeep.training.ema import Ema
 from tests.helpers import refused
 
 
-def _model(seed: int = 0, quantised: bool = False) -> nn.Sequential:
+def _model(seed: int = 0, quantized: bool = False) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.Linear(64, 4))
     model.requires_grad_(False)
-    if quantised:
+    if quantized:
         quantize_(model, "nf4", exclude=["3"])
         add_lora(model, ["2"], r=4)
     model[3].requires_grad_(True)
@@ -59,9 +59,9 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _opentad(path: Path, decay: float, quantised: bool = True) -> tuple[nn.Module, dict[str, Tensor]]:
+def _opentad(path: Path, decay: float, quantized: bool = True) -> tuple[nn.Module, dict[str, Tensor]]:
     """A checkpoint as OpenTAD writes it under DDP; the model, and what averages it should give."""
-    model = _model(quantised=quantised)
+    model = _model(quantized=quantized)
     ema, right = _OpenTAD(model), Ema(model, decay)
     _trained(model, lambda m: (ema.update(m, decay), right.update(m)))
     document = {
@@ -141,7 +141,7 @@ def test_timm_files_with_and_without_prefix(tmp_path: Path) -> None:
 
 
 def test_what_was_averaged_and_does_not_train_here_is_said(tmp_path: Path) -> None:
-    model, _ = _opentad(tmp_path / "e.pth", 0.9, quantised=False)
+    model, _ = _opentad(tmp_path / "e.pth", 0.9, quantized=False)
     document = torch.load(tmp_path / "e.pth")
     document["state_dict_ema"]["module.1.running_mean"] += 1
     torch.save(document, tmp_path / "e.pth")
@@ -163,13 +163,17 @@ def test_a_narrow_average_is_said(tmp_path: Path) -> None:
     ("change", "code", "word"),
     [
         (lambda s: s.pop("module.3.bias"), "K01", "3.bias trains in the model and is not in the average"),
-        (lambda s: s.update({"module.9.weight": torch.ones(2)}), "K02", "9.weight is in the average and not in the model"),
+        (
+            lambda s: s.update({"module.9.weight": torch.ones(2)}),
+            "K02",
+            "9.weight is in the average and not in the model",
+        ),
         (lambda s: s.update({"module.3.bias": torch.ones(5)}), "S01", "[5] in the average, [4] in the model"),
         (lambda s: s["module.3.bias"].fill_(float("nan")), "V01", "not finite"),
         (lambda s: s.update({"module.3.bias": torch.ones(4, dtype=torch.uint8)}), "Q03", "no averaging survives"),
         (lambda s: s.update({"3.bias": torch.ones(4)}), "K03", "without wrappers"),
     ],
-)  # fmt: skip
+)
 def test_names_and_values_are_strict(tmp_path: Path, change: Any, code: str, word: str) -> None:
     model, _ = _opentad(tmp_path / "e.pth", 0.9)
     document = torch.load(tmp_path / "e.pth")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tests.faults import KINDS, Fault, has_permutation, judge, make
 from tests.parity.sick import cases, expected_code
 from tests.sound import every

@@ -15,9 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.storage import placement
 from tensorkeep.errors import TensorkeepError, printable, shown
-from tensorkeep.storage.files import OPEN_FILES, TEMPORARY, LocalFolder, explained, inside, left_over, local_path, refuse_changed
+from tensorkeep.storage import placement
+from tensorkeep.storage.files import (
+    OPEN_FILES,
+    TEMPORARY,
+    LocalFolder,
+    explained,
+    inside,
+    left_over,
+    local_path,
+    refuse_changed,
+)
 from tensorkeep.storage.placement import replacing, replacing_all, write_bytes
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tensorkeep.diagnose.checks import b01_buffer_uninitialised as b01
-from tensorkeep.diagnose.checks import l01_loss_too_high as l01
-from tensorkeep.diagnose.evidence.case import Inconclusive
-from tensorkeep.diagnose.live.forward import Forward, measure, symptoms
-from tensorkeep.diagnose.live.reported import explain_loss
+from tensorkeep.diagnosis.checks import b01_buffer_uninitialised as b01
+from tensorkeep.diagnosis.checks import l01_loss_too_high as l01
+from tensorkeep.diagnosis.live.forward import Forward, measure, symptoms
+from tensorkeep.diagnosis.live.reported import explain_loss
+from tensorkeep.errors import Inconclusive
 from tensorkeep.formats.view import read
 from tests.checkpoints import hf_tensors, titan_state, write_flame, write_model, write_titan
 
@@ -76,9 +76,14 @@ def test_every_format_gives_the_reference_bit_for_bit(made: Path, form: str) -> 
     assert document["loss"] == seen.loss and document["loading"] == {}
 
 
-@pytest.mark.parametrize(("kind", "options"), [
-    ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}), ("Olmo2", {}), ("Qwen3", {"tie_word_embeddings": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        ("Olmo2", {}),
+        ("Qwen3", {"tie_word_embeddings": True}),
+    ],
+)
 def test_other_architectures_run_from_dcp_as_from_hf(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     write_model(tmp_path / "hf", kind, dtype=torch.float32, initializer_range=0.3, **options)
     write_tokenizer(tmp_path / "hf")
@@ -128,15 +133,18 @@ def test_a_bos_that_the_tokenizer_adds_is_in_front_of_every_piece(made: Path, tm
     assert measure(read(tmp_path / "hf"), TEXT).loss == pytest.approx(float(wanted), abs=1e-5)
 
 
-@pytest.mark.parametrize(("figures", "word"), [
-    ({"loss": 5.48, "early": 5.3, "late": 5.4}, "RoPE"),  # inv_freq = 0, measured on SmolLM2
-    ({"loss": 10.803, "entropy": 10.8027}, "ln V"),
-    ({"loss": 10.92, "entropy": 10.7, "top1": 0.0}, "fresh"),
-    ({"loss": 23.2}, "swapped"),
-    ({"loss": 2.48, "leak": 0.7, "reference_loss": 2.89}, "causal"),
-    ({"loss": 9.66, "offsets": {"0": 11.3, "2": 2.9}}, "distance 2"),
-    ({"loss": float("nan")}, "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("figures", "word"),
+    [
+        ({"loss": 5.48, "early": 5.3, "late": 5.4}, "RoPE"),  # inv_freq = 0, measured on SmolLM2
+        ({"loss": 10.803, "entropy": 10.8027}, "ln V"),
+        ({"loss": 10.92, "entropy": 10.7, "top1": 0.0}, "fresh"),
+        ({"loss": 23.2}, "swapped"),
+        ({"loss": 2.48, "leak": 0.7, "reference_loss": 2.89}, "causal"),
+        ({"loss": 9.66, "offsets": {"0": 11.3, "2": 2.9}}, "distance 2"),
+        ({"loss": float("nan")}, "not finite"),
+    ],
+)
 def test_known_patterns_are_put_into_words(figures: dict[str, Any], word: str) -> None:
     seen = Forward(**{"uniform": 10.8027, "entropy": 2.6, "top1": 0.4, **figures})
     assert any(word in s for s in symptoms(seen))
@@ -185,12 +193,18 @@ def by_hand(model: Any, given: dict[str, torch.Tensor]) -> dict[str, float]:
 
     right = ce(logits[:, :-1], labels[:, 1:])
     return {
-        "right": right, "not shifted": ce(logits, labels), "shifted twice": ce(logits[:, :-2], labels[:, 2:]),
-        "shifted three times": ce(logits[:, :-3], labels[:, 3:]), "smoothing": ce(logits[:, :-1], labels[:, 1:], label_smoothing=0.1),
-        "softmax": ce(logits.softmax(-1)[:, :-1], labels[:, 1:]), "sum over tokens instead": ce(logits[:, :-1], labels[:, 1:], reduction="sum"),
-        "bits": right / math.log(2), "8 accumulated": 8 * right, "division by 4": right / 4,
+        "right": right,
+        "not shifted": ce(logits, labels),
+        "shifted twice": ce(logits[:, :-2], labels[:, 2:]),
+        "shifted three times": ce(logits[:, :-3], labels[:, 3:]),
+        "smoothing": ce(logits[:, :-1], labels[:, 1:], label_smoothing=0.1),
+        "softmax": ce(logits.softmax(-1)[:, :-1], labels[:, 1:]),
+        "sum over tokens instead": ce(logits[:, :-1], labels[:, 1:], reduction="sum"),
+        "bits": right / math.log(2),
+        "8 accumulated": 8 * right,
+        "division by 4": right / 4,
         "padding (or the prompt) counted": ce(logits[:, :-1], ids[:, 1:]),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -236,7 +250,7 @@ def test_what_no_mistake_explains_is_inconclusive_and_the_model_is_left_as_it_wa
 
 
 def test_stored_frequencies_are_checked_against_the_config(made: Path, tmp_path: Path) -> None:
-    from tensorkeep.diagnose.evidence.case import Case
+    from tensorkeep.diagnosis.evidence.case import Case
 
     state = hf_tensors(made / "hf")
     right = 1.0 / 10000.0 ** (torch.arange(0, 8, 2).float() / 8)

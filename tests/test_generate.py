@@ -1,4 +1,4 @@
-"""`tensorkeep generate`: what is heard is what the checkpoint holds, whatever its format, adapter or quantisation."""
+"""`tensorkeep generate`: what is heard is what the checkpoint holds, whatever its format, adapter or quantization."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from tensorkeep import cli
+from tensorkeep.adapters.files import save_adapter
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.adapters.merging import base_digests
 from tensorkeep.commands.generate import _decode_once, _plain
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
+from tensorkeep.language.export import exported
+from tensorkeep.language.generation import Stream, generate, prompt_ids
+from tensorkeep.language.job import build, loop_of
+from tensorkeep.language.recipe_text import language_recipe
+from tensorkeep.output import Output
+from tensorkeep.quantization.modules import quantize_, quantized_layers
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.generation import Stream, generate, prompt_ids
-from tensorkeep.adapters.lora import add_lora
-from tensorkeep.adapters.files import save_adapter
-from tensorkeep.adapters.merge import base_digests
-from tensorkeep.output import Output
-from tensorkeep.quantization.modules import quantised_layers, quantize_
-from tensorkeep.language.build import build, loop_of
-from tensorkeep.language.export import exported
-from tensorkeep.language.recipe_text import language_recipe
 from tensorkeep.training.loop import fit
-from tensorkeep.formats.view import read
 from tests.helpers import refused, to
 from tests.language_files import conversations, model, save_model, tokenizer
 
@@ -135,7 +135,7 @@ def test_it_says_what_stopped_it(tmp_path: Path) -> None:
         generate(live, words, PROMPT, 0)
 
 
-def test_quantised_as_said(tmp_path: Path, capsys: Any) -> None:
+def test_quantized_as_said(tmp_path: Path, capsys: Any) -> None:
     hf, live = save_model(tmp_path / "m"), model().requires_grad_(False)
     quantize_(live, "nf4")
     found = told(capsys, str(hf), "--quantize-backbone", "nf4")
@@ -161,7 +161,7 @@ def test_an_adapter_of_ours_is_heard_on_its_base_alone(tmp_path: Path, capsys: A
     assert "A04" in error and base_digests(read(hf))[0] in error and base_digests(read(other))[0] in error
     told(capsys, str(other), *words, "--allow-other-base")
     if kind is not None:
-        assert cli.main(["generate", str(hf), "--prompt", PROMPT, *words[:2]]) == 2  # its base was quantised
+        assert cli.main(["generate", str(hf), "--prompt", PROMPT, *words[:2]]) == 2  # its base was quantized
         assert "A04" in capsys.readouterr().err
 
 
@@ -172,16 +172,20 @@ def test_codes_that_were_decoded_once_compute_the_same_bits() -> None:
     with torch.no_grad():
         before = live(ids).logits
         _decode_once(live)
-        assert torch.equal(before, live(ids).logits) and not quantised_layers(live)
+        assert torch.equal(before, live(ids).logits) and not quantized_layers(live)
 
 
 def test_a_peft_folder_is_heard_as_peft_runs_it(tmp_path: Path, capsys: Any) -> None:
     peft = pytest.importorskip("peft")
     hf = save_model(tmp_path / "m")
     config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, modules_to_save=["lm_head"],
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 2},
+        modules_to_save=["lm_head"],
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     live = peft.get_peft_model(model(tie_word_embeddings=False), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -198,10 +202,13 @@ def run_of(tmp_path: Path, **training: Any) -> tuple[Path, Path]:
     base = save_model(tmp_path / "base", max_position_embeddings=256)
     conversations(tmp_path / "c.jsonl")
     document = {
-        "model": str(base), "objective": "sft", "adapter": {"lora_r": 4}, "optimizer": {"lr": 0.2},
+        "model": str(base),
+        "objective": "sft",
+        "adapter": {"lora_r": 4},
+        "optimizer": {"lr": 0.2},
         "data": {"files": [str(tmp_path / "c.jsonl")], "length": 64},
         "training": {"updates": 4, "batch": 4, "ema": 0.5, "quantize_backbone": "nf4", **training},
-    }  # fmt: skip
+    }
     recipe = language_recipe(document)
     job = build(recipe, tmp_path / "run", World())
     fit(job, tmp_path / "run", loop_of(recipe, len(job.data)), say=Output(quiet=True))

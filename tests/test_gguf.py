@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorkeep.formats import view
-from tensorkeep.diagnose.compare import compare
+from tensorkeep.conversion.naming import identify
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.comparison import compare
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import LocalFolder
+from tensorkeep.formats import view
+from tensorkeep.formats._gguf_header import read_header
 from tensorkeep.formats.gguf_config import LLAMA3, llama3_factors, shortest
-from tensorkeep.formats.gguf_header import read_header
-from tensorkeep.convert.naming import identify
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.storage.files import LocalFolder
 from tests.gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, WIDE, gguf, shapes, to_hf, write_model
 from tests.test_gguf_tokenizer import TEXTS
 
@@ -46,11 +46,11 @@ def test_header_agrees_with_the_package(tiny: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(k.name for k in gguf.quants._type_traits if k.name != "BF16"))
 def test_every_decodable_type_equals_gguf(tmp_path: Path, kind: str) -> None:
-    quantised = gguf.GGMLQuantizationType[kind]
-    per_block, nbytes = gguf.GGML_QUANT_SIZES[quantised]
+    quantized = gguf.GGMLQuantizationType[kind]
+    per_block, nbytes = gguf.GGML_QUANT_SIZES[quantized]
     raw = np.random.default_rng(1).integers(0, 256, (3, 7, 2 * nbytes), np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_tensor("a", raw, raw_dtype=quantised)
+    writer.add_tensor("a", raw, raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -58,7 +58,7 @@ def test_every_decodable_type_equals_gguf(tmp_path: Path, kind: str) -> None:
     ours = view.read(tmp_path / "x.gguf")
     assert ours["a"].shape == (3, 7, 2 * per_block) and ours["a"].encoding == kind
     with np.errstate(all="ignore"):
-        wanted = np.stack([gguf.dequantize(r, quantised) for r in raw.reshape(21, -1)]).reshape(3, 7, -1)
+        wanted = np.stack([gguf.dequantize(r, quantized) for r in raw.reshape(21, -1)]).reshape(3, 7, -1)
     assert bytes(ours.bytes("a")) == wanted.astype("<f4").tobytes()
     assert b"".join(bytes(p) for p in ours.stream("a", rows=(1, 2), chunk=1)) == wanted[1].astype("<f4").tobytes()
 
@@ -66,7 +66,7 @@ def test_every_decodable_type_equals_gguf(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("piece", range(1, 30))
 def test_a_header_is_read_in_pieces_of_any_size(tiny: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     whole = read_header(LocalFolder(tiny.parent), tiny.name)
-    monkeypatch.setattr("tensorkeep.formats.gguf_header.PIECE", piece)
+    monkeypatch.setattr("tensorkeep.formats._gguf_header.PIECE", piece)
     assert read_header(LocalFolder(tiny.parent), tiny.name) == whole
 
 
@@ -130,8 +130,12 @@ def test_olmo2_and_mixtral_load_in_transformers(tmp_path: Path) -> None:
     for n in range(LAYERS):
         olmo2 |= {f"blk.{n}.{w}.weight": (HIDDEN,) for w in ("post_attention_norm", "post_ffw_norm", "attn_q_norm")}
         olmo2 |= {f"blk.{n}.attn_k_norm.weight": (2 * HEAD_DIM,)}
-        mixtral |= {f"blk.{n}.ffn_gate_inp.weight": (4, HIDDEN), f"blk.{n}.ffn_gate_exps.weight": (4, WIDE, HIDDEN),
-                    f"blk.{n}.ffn_up_exps.weight": (4, WIDE, HIDDEN), f"blk.{n}.ffn_down_exps.weight": (4, HIDDEN, WIDE)}  # fmt: skip
+        mixtral |= {
+            f"blk.{n}.ffn_gate_inp.weight": (4, HIDDEN),
+            f"blk.{n}.ffn_gate_exps.weight": (4, WIDE, HIDDEN),
+            f"blk.{n}.ffn_up_exps.weight": (4, WIDE, HIDDEN),
+            f"blk.{n}.ffn_down_exps.weight": (4, HIDDEN, WIDE),
+        }
 
     def experts(writer: Any) -> None:
         writer.add_expert_count(4)
@@ -191,10 +195,20 @@ def test_dtypes(tmp_path: Path, tiny: Path) -> None:
 def test_config(tiny: Path) -> None:
     ours = view.read(tiny)
     wanted = {
-        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": WIDE, "num_attention_heads": HEADS, "num_key_value_heads": 2,
-        "head_dim": HEAD_DIM, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": VOCAB, "tie_word_embeddings": True,
-        "max_position_embeddings": 128, "num_hidden_layers": LAYERS, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 128,
+        "num_hidden_layers": LAYERS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
     assert ours.config is not None and {k: ours.config[k] for k in wanted} == wanted
     assert identify(ours).naming == "gguf"
     assert shortest(struct.unpack("<f", struct.pack("<f", 1e-6))[0]) == 1e-6 and shortest(1e300) == 1e300
@@ -226,8 +240,12 @@ def test_experts_are_taken_apart(tmp_path: Path) -> None:
         if ".ffn_gate." not in n and ".ffn_up." not in n and ".ffn_down." not in n
     }
     for n in range(LAYERS):
-        tensors |= {f"blk.{n}.ffn_gate_inp.weight": (4, HIDDEN), f"blk.{n}.ffn_gate_exps.weight": (4, 32, HIDDEN),
-                    f"blk.{n}.ffn_up_exps.weight": (4, 32, HIDDEN), f"blk.{n}.ffn_down_exps.weight": (4, HIDDEN, 32)}  # fmt: skip
+        tensors |= {
+            f"blk.{n}.ffn_gate_inp.weight": (4, HIDDEN),
+            f"blk.{n}.ffn_gate_exps.weight": (4, 32, HIDDEN),
+            f"blk.{n}.ffn_up_exps.weight": (4, 32, HIDDEN),
+            f"blk.{n}.ffn_down_exps.weight": (4, HIDDEN, 32),
+        }
 
     def extra(writer: Any) -> None:
         writer.add_expert_count(4)

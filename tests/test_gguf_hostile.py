@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.formats import view
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.formats import view
 from tests.gguf_files import write_model
 
 

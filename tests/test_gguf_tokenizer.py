@@ -11,14 +11,23 @@ from typing import Any
 import pytest
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.gguf_tokenizer import merges_from_scores, tokenizer_files
+from tensorkeep.formats._gguf_tokenizer import merges_from_scores, tokenizer_files
 
 pytest.importorskip("transformers")
 
 TEXTS = (
-    "Hello  world", "  two\n\n\tthree   ", "12345 67,8 9", "naïve café 你好 🎉 \u200dx", "don't WE'LL it's", "a\r\n\r\nb", "", " ", "x=1;y=22 333  4444",
-    "<|im_start|>user\nhi<|im_end|>\n", "<s>abc</s>",
-)  # fmt: skip
+    "Hello  world",
+    "  two\n\n\tthree   ",
+    "12345 67,8 9",
+    "naïve café 你好 🎉 \u200dx",
+    "don't WE'LL it's",
+    "a\r\n\r\nb",
+    "",
+    " ",
+    "x=1;y=22 333  4444",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<s>abc</s>",
+)
 
 
 def byte_vocabulary(merges: list[str]) -> list[str]:
@@ -32,10 +41,16 @@ def gpt2_metadata(pre: str) -> dict[str, Any]:
     tokens = [*byte_vocabulary(merges), "<|im_start|>", "<|im_end|>", "<think>"]
     kinds = [1] * (len(tokens) - 3) + [3, 3, 4]
     return {
-        "general.architecture": "llama", "llama.context_length": 128, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges, "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.bos_token_id": len(tokens) - 3, "tokenizer.ggml.eos_token_id": len(tokens) - 2,
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "llama.context_length": 128,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 2,
+    }
 
 
 def loaded(metadata: dict[str, Any], folder: Path) -> Any:
@@ -127,9 +142,15 @@ def sentencepiece_metadata() -> dict[str, Any]:
     kinds = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
     scores = [0.0] * 259 + [float(-i) for i in range(len(pieces))]
     return {
-        "general.architecture": "llama", "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
 
 
 def sentencepiece_by_hand(text: str, metadata: dict[str, Any]) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.training import graphs
-from tensorkeep.training import loop as train
-from tensorkeep.training.distributed import World
-from tensorkeep.training.graphs import Recorded, capture_step, fill, make_capturable
-from tensorkeep.training.job import Loop
 from tensorkeep.output import Output
+from tensorkeep.training import _graphs as graphs
+from tensorkeep.training import loop as train
+from tensorkeep.training._graphs import Recorded, capture_step, fill, make_capturable
+from tensorkeep.training.distributed import World
+from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
 from tests.detection import tiny
 from tests.helpers import refused

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.language.head_loss import IGNORED, head_loss
+from tensorkeep.language._head_loss import IGNORED, head_loss
 
 
 def _case(

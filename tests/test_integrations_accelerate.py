@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.integrations._folders import seal
 from tensorkeep.integrations.accelerate import load_state, register, save_state
-from tensorkeep.integrations.folders import seal
-from tensorkeep.training.randomness import order
 from tensorkeep.storage.run_manifest import read_manifest
+from tensorkeep.training.randomness import order
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import tensorkeep
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations.plain import Encoder, decode
+from tensorkeep.integrations._plain import Encoder, decode
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.training.randomness import order
 from tensorkeep.training.state_files import encoded
@@ -85,10 +85,19 @@ def fit(out: Path, model: Net, resume: str | None = None, steps: int = 10, **sav
     torch.manual_seed(5)
     saving = {"every_n_train_steps": 1, "save_top_k": -1, **saving}
     trainer = pl.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[TensorkeepCheckpointIO()], log_every_n_steps=1,
-        callbacks=[ModelCheckpoint(dirpath=out, **saving), lightning.ExactResume(), EarlyStopping("loss", patience=100)],
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[TensorkeepCheckpointIO()],
+        log_every_n_steps=1,
+        callbacks=[
+            ModelCheckpoint(dirpath=out, **saving),
+            lightning.ExactResume(),
+            EarlyStopping("loss", patience=100),
+        ],
+    )
     trainer.fit(model, InOrder(), torch.utils.data.DataLoader(torch.ones(8, 4), 8), ckpt_path=resume)
     return trainer
 
@@ -240,10 +249,16 @@ def test_tied_tensors_are_stored_once_and_come_back_tied(tmp_path: Path) -> None
 
 FLOATS = st.floats(allow_nan=True)
 SCALARS = (
-    st.none() | st.booleans() | st.integers(-(2**80), 2**80) | FLOATS | st.text() | st.binary(max_size=9)
-    | st.sampled_from([torch.float32, torch.bfloat16, torch.Size([2, 3]), torch.device("cuda:1"), Path("a/b"), float])
-    .filter(lambda v: v is not float)
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**80), 2**80)
+    | FLOATS
+    | st.text()
+    | st.binary(max_size=9)
+    | st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.Size([2, 3]), torch.device("cuda:1"), Path("a/b"), float]
+    ).filter(lambda v: v is not float)
+)
 KEYS = st.text(max_size=4) | st.integers() | st.booleans() | st.sampled_from(["$tensor", "$dict", "a/b", (1, "x")])
 
 
@@ -291,8 +306,18 @@ def test_any_nested_plain_value_comes_back_as_it_was(value: Any) -> None:
     assert same(back, {"state": value})
 
 
-@pytest.mark.parametrize("bad", [{"$eval": "1"}, {"$tensor": ["rest", "none"]}, {"$dtype": "load"}, {"$defaultdict": ["eval", []]},
-                                 {"$dict": [1]}, {"$path": 3}, {"$bytes": "%"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"$eval": "1"},
+        {"$tensor": ["rest", "none"]},
+        {"$dtype": "load"},
+        {"$defaultdict": ["eval", []]},
+        {"$dict": [1]},
+        {"$path": 3},
+        {"$bytes": "%"},
+    ],
+)
 def test_a_document_that_none_wrote_is_one_error(bad: Any) -> None:
     with pytest.raises(TensorkeepError) as caught:
         decode({"x": bad}, {"model": {}, "rest": {}}, "here")

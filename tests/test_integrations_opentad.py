@@ -23,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tensorkeep.conversion.naming import opentad as naming
+from tensorkeep.detection.model._positions import normalise_frames
 from tensorkeep.detection.model.adapters import VisionTransformerQLoRA as OwnQLoRA
-from tensorkeep.detection.model.positions import normalise_frames
 from tensorkeep.detection.model.quantization import quantize_adapters
 from tensorkeep.detection.model.vit import VitConfig
+from tensorkeep.diagnosis.verification import verify
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations.opentad_backbone import VisionTransformerQLoRA
-from tensorkeep.integrations.opentad_files import put_back, read_resumed
-from tensorkeep.convert.naming import opentad as naming
-from tensorkeep.quantization.linear import QuantLinear
-from tensorkeep.diagnose.verify import verify
 from tensorkeep.formats.view import read
+from tensorkeep.integrations._opentad_backbone import VisionTransformerQLoRA
+from tensorkeep.integrations._opentad_files import put_back, read_resumed
+from tensorkeep.quantization.linear import QuantLinear
 from tests.opentad_fake import Net, engine, installed
 
 LOG = logging.getLogger("Train")
@@ -147,7 +147,7 @@ def test_an_evaluation_sees_the_average_and_every_bit_and_draw_is_put_back(
     assert torch.equal(drawn, torch.get_rng_state())
 
 
-def test_quantised_state_never_travels(start: Callable[..., ModuleType], tmp_path: Path) -> None:
+def test_quantized_state_never_travels(start: Callable[..., ModuleType], tmp_path: Path) -> None:
     average, model = trained(start(), tmp_path, 1)
     trains = {n.removeprefix("module.") for n, p in model.named_parameters() if p.requires_grad}
     assert set(average.ema.tensors) == trains
@@ -195,8 +195,11 @@ def test_a_file_is_certified_and_a_damaged_one_is_refused_before_it_is_read(
     schedule[number.start(1)] ^= 1
     cut = whole[: len(whole) // 2]
     for option, damaged, code in (
-        ("--resume", data, "F03"), ("--resume", schedule, "F03"), ("--resume", cut, "F02"), ("--checkpoint", data, "F03"),
-    ):  # fmt: skip
+        ("--resume", data, "F03"),
+        ("--resume", schedule, "F03"),
+        ("--resume", cut, "F02"),
+        ("--checkpoint", data, "F03"),
+    ):
         path.write_bytes(damaged)
         start(option, path)
         with pytest.raises(TensorkeepError, match=code):
@@ -372,14 +375,32 @@ def test_its_names_are_opentads_and_its_parameters_come_in_opentads_order() -> N
     plain = VisionTransformerQLoRA(**TINY, use_plain_adapter=True)
     inside = [n.removeprefix("blocks.0.") for n in plain.state_dict() if n.startswith("blocks.0.")]
     assert inside == [
-        "norm1.weight", "norm1.bias", "attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.weight",
-        "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.layers.0.0.weight", "mlp.layers.0.0.bias",
-        "mlp.layers.1.weight", "mlp.layers.1.bias", "adapter.gamma", "adapter.down_proj.weight",
-        "adapter.down_proj.bias", "adapter.up_proj.weight", "adapter.up_proj.bias",
-    ]  # fmt: skip
+        "norm1.weight",
+        "norm1.bias",
+        "attn.q_bias",
+        "attn.v_bias",
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "mlp.layers.0.0.weight",
+        "mlp.layers.0.0.bias",
+        "mlp.layers.1.weight",
+        "mlp.layers.1.bias",
+        "adapter.gamma",
+        "adapter.down_proj.weight",
+        "adapter.down_proj.bias",
+        "adapter.up_proj.weight",
+        "adapter.up_proj.bias",
+    ]
     assert set(plain.state_dict()) - {n for n in plain.state_dict() if n.startswith("blocks.")} == {
-        "pos_embed", "patch_embed.projection.weight", "patch_embed.projection.bias", "fc_norm.weight", "fc_norm.bias",
-    }  # fmt: skip
+        "pos_embed",
+        "patch_embed.projection.weight",
+        "patch_embed.projection.bias",
+        "fc_norm.weight",
+        "fc_norm.bias",
+    }
 
 
 @pytest.mark.parametrize("form", [{"quantize_bits": 4}, {"quantize_bits": 8}, {"use_plain_adapter": True}])
@@ -392,8 +413,8 @@ def test_every_form_loads_its_own_state_strictly_in_another_process(form: dict[s
     state = one.state_dict()
     other.load_state_dict(state)
     assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items())
-    quantised = [n for n, m in one.named_modules() if isinstance(m, QuantLinear)]
-    assert len(quantised) == (8 if packed else 0) + (0 if "use_plain_adapter" in form else 4)
+    quantized = [n for n, m in one.named_modules() if isinstance(m, QuantLinear)]
+    assert len(quantized) == (8 if packed else 0) + (0 if "use_plain_adapter" in form else 4)
 
 
 def pretrained() -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations import folders
+from tensorkeep.integrations import _folders as folders
 from tensorkeep.integrations.transformers import CHECKPOINT, TensorkeepCallback, load_ema, newest_valid, seal
 from tests.run_states import Faults, in_child, injected
 
@@ -47,15 +47,27 @@ def data() -> list[dict[str, torch.Tensor]]:
 
 def trainer(out: Path, callback: TensorkeepCallback, model: nn.Module | None = None, **more: Any) -> Trainer:
     arguments: dict[str, Any] = {
-        "output_dir": str(out), "max_steps": STEPS, "per_device_train_batch_size": 4, "save_steps": 1, "logging_steps": 1,
-        "learning_rate": 0.05, "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 3, "logging_strategy": "steps",
-    }  # fmt: skip
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "save_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 0.05,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "logging_strategy": "steps",
+    }
     callbacks = [callback, *more.pop("callbacks", [])]
     arguments |= more
     return Trainer(
-        model=model or Net(), args=TrainingArguments(**arguments), train_dataset=data(), eval_dataset=data()[:8],
+        model=model or Net(),
+        args=TrainingArguments(**arguments),
+        train_dataset=data(),
+        eval_dataset=data()[:8],
         callbacks=callbacks,
-    )  # fmt: skip
+    )
 
 
 def outcome(run: Trainer) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -115,9 +127,13 @@ def damage(out: Path, kind: str) -> None:
 
 
 KINDS = [
-    "flipped bit in the weights", "flipped bit in the moments", "flipped bit in the manifest", "missing file", "cut file",
+    "flipped bit in the weights",
+    "flipped bit in the moments",
+    "flipped bit in the manifest",
+    "missing file",
+    "cut file",
     "no manifest",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +221,14 @@ def test_save_total_limit_is_refused(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_outlives_keep_last(tmp_path: Path) -> None:
     run = trainer(
-        tmp_path, TensorkeepCallback(keep_last=1), metric_for_best_model="loss", greater_is_better=True,
-        eval_strategy="steps", eval_steps=1, learning_rate=0.01,
-    )  # fmt: skip
+        tmp_path,
+        TensorkeepCallback(keep_last=1),
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.01,
+    )
     run.train()
     best = Path(run.state.best_model_checkpoint).name
     kept = {p.name for p in tmp_path.glob("checkpoint-*")}
@@ -270,8 +291,13 @@ def test_an_adapter_generates_with_the_average_and_resumes_bitwise(tmp_path: Pat
         whole.model.eval()
         averaged = whole.model(input_ids=ids).logits[:, -1]
         made = whole.model.generate(
-            input_ids=ids, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
-        )  # fmt: skip
+            input_ids=ids,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
         inner = whole.model.get_base_model()
         plain = type(inner).forward(inner, input_ids=ids).logits[:, -1]  # past the hooks: the trained weights
         assert (made.logits[0] - averaged).abs().max() < 1e-5 < 1e-3 < (plain - averaged).abs().max()
@@ -299,9 +325,15 @@ def test_an_error_in_a_forward_of_an_evaluation_leaves_the_trained_weights(tmp_p
 def test_the_best_model_comes_back_with_its_own_average(tmp_path: Path) -> None:
     callback = TensorkeepCallback(keep_last=1, ema_decay=0.5)
     run = trainer(
-        tmp_path, callback, metric_for_best_model="loss", greater_is_better=True, eval_strategy="steps", eval_steps=1,
-        learning_rate=0.01, load_best_model_at_end=True,
-    )  # fmt: skip
+        tmp_path,
+        callback,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.01,
+        load_best_model_at_end=True,
+    )
     run.train()
     assert not run.state.best_model_checkpoint.endswith("-6") and run.state.best_metric == max(
         row["eval_loss"] for row in run.state.log_history if "eval_loss" in row

@@ -56,8 +56,8 @@ def test_torch_loads_our_dcp_of_every_dtype(tmp_path: Path, root: str | None) ->
 
 
 def test_torch_resumes_from_several_files_of_ours(tmp_path: Path) -> None:
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
 
     tensors = {f"layers.{n}.w": torch.randn(8, 8) for n in range(12)}
     convert(make_plan([read(write_hf(tmp_path / "hf", tensors))], "dcp"), str(tmp_path / "dcp"), "dcp", shard_size=600)
@@ -110,11 +110,17 @@ def test_we_read_what_torch_saves_as_pth(tmp_path: Path, zipped: bool) -> None:
     shared = torch.randn(4, 2)
     state = collections.OrderedDict(
         {
-            "view": base[1:4, 2:9], "turned": base.t(), "expanded": torch.ones(1, 3).expand(4, 3), "one": torch.tensor(3.5),
-            "none": torch.empty(0, 4), "tied": shared, "tied_too": shared, "grad": torch.nn.Parameter(torch.randn(3)),
+            "view": base[1:4, 2:9],
+            "turned": base.t(),
+            "expanded": torch.ones(1, 3).expand(4, 3),
+            "one": torch.tensor(3.5),
+            "none": torch.empty(0, 4),
+            "tied": shared,
+            "tied_too": shared,
+            "grad": torch.nn.Parameter(torch.randn(3)),
             **{str(d): base.to(d) for d in (torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64)},
         }
-    )  # fmt: skip
+    )
     if zipped:
         state |= {str(d): base.to(d) for d in (torch.float8_e4m3fn, torch.float8_e5m2)}
         state["wide"] = torch.tensor([1, 2**63 - 1]).to(torch.uint64)

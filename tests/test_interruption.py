@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.training import saver as checkpoint
 from tensorkeep.training import interruption
-from tensorkeep.training.saver import Saver
+from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.interruption import ASKING, Interrupted, Wish, listening
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import fit
+from tensorkeep.training.saver import Saver
 from tests.run_states import in_child
 from tests.training import Noisy, assert_same_run, small_job
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from benchmarks.kill import Marks, System, campaign, drop_ours, mark_saves, newest_ours, result_ours
 
-from tensorkeep.training.saver import Keep
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
+from tensorkeep.training.saver import Keep
 from tests.training import small_job
 
 
@@ -18,9 +18,16 @@ def train(run: Path, marks: Marks, start: int) -> None:
     torch.set_num_threads(1)  # the parent's pool of threads did not come along
     mark_saves(marks)
     loop = Loop(
-        updates=24, batch=5, micro=2, save_every=1, log_every=1, evaluate_every=3, best="-error", keep=Keep(last=2),
+        updates=24,
+        batch=5,
+        micro=2,
+        save_every=1,
+        log_every=1,
+        evaluate_every=3,
+        best="-error",
+        keep=Keep(last=2),
         background=start % 2 == 0,
-    )  # fmt: skip
+    )
     job = small_job(evaluate=True)
     marks.set(0, 1)
     fit(job, run, loop)

@@ -33,10 +33,18 @@ def spans_of_minimind(made: Any, ids: list[int]) -> list[bool]:
 def test_minimind_and_openai_files_are_read_as_they_are(tmp_path: Path) -> None:
     tools = '[{"name": "clock"}]'
     rows: list[dict[str, Any]] = [
-        {"conversations": [{"role": "system", "content": "", "tools": tools}, {"role": "user", "content": "time?"},
-                           {"role": "assistant", "content": "", "tool_calls": '[{"name": "clock", "arguments": {}}]'}]},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": ""}], "tools": []},
-    ]  # fmt: skip
+        {
+            "conversations": [
+                {"role": "system", "content": "", "tools": tools},
+                {"role": "user", "content": "time?"},
+                {"role": "assistant", "content": "", "tool_calls": '[{"name": "clock", "arguments": {}}]'},
+            ]
+        },
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": ""}],
+            "tools": [],
+        },
+    ]
     first, second = records([write_jsonl(tmp_path / "a.jsonl", rows)], "sft")
     assert isinstance(first, Conversation) and first.tools == [{"name": "clock"}]
     assert first.messages[2]["tool_calls"] == [{"name": "clock", "arguments": {}}] and "tools" not in first.messages[0]
@@ -57,7 +65,7 @@ def test_minimind_and_openai_files_are_read_as_they_are(tmp_path: Path) -> None:
         ('{"chosen": [{"role": "user", "content": "q"}]}', "dpo", "no rejected"),
         ("[" * 100_000, "pretrain", "line 2: is no JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, objective: Any, what: str) -> None:
     (tmp_path / "a.jsonl").write_text("\n" + line + "\n")
     with pytest.raises(TensorkeepError) as caught:

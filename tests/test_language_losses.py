@@ -10,16 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language._schedules import Schedule, ScheduleConfig
 from tensorkeep.language.data.chat import Chat
-from tensorkeep.language.losses import TokenLoss, cross_entropy_sum, headless, plain_head, refuse_packing
 from tensorkeep.language.data.packing import plan
-from tensorkeep.language.data.preferences import CollatePairs, Pairs, PreferenceLoss, answer_sums, pairs_of, with_reference
+from tensorkeep.language.data.preferences import (
+    CollatePairs,
+    Pairs,
+    PreferenceLoss,
+    answer_sums,
+    pairs_of,
+    with_reference,
+)
 from tensorkeep.language.data.rows import Collate, PackedData, block_mask, targets_of
-from tensorkeep.language.schedules import Schedule, ScheduleConfig
 from tensorkeep.language.data.texts import Preference, records
 from tensorkeep.language.data.tokens import Encoded, cached
+from tensorkeep.language.losses import TokenLoss, cross_entropy_sum, headless, plain_head, refuse_packing
+from tensorkeep.training.distributed import World
 from tests.language_files import model, preferences, tokenizer
 
 KINDS = ("llama", "qwen3", "olmo2")

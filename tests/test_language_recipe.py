@@ -11,20 +11,21 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import metrics
-from tensorkeep.convert.convert import convert
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.adapters.files import load_adapter
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.language.build import build, fits, loop_of, parameter_groups
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
 from tensorkeep.language.evaluation import evaluate_checkpoint
 from tensorkeep.language.export import exported
+from tensorkeep.language.job import build, fits, loop_of, parameter_groups
 from tensorkeep.language.recipe import GroupRule, OptimizerConfig
-from tensorkeep.language.recipe_text import language_recipe, read_language, to_yaml
+from tensorkeep.language.recipe_text import language_recipe, read_language
+from tensorkeep.training import metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
 from tensorkeep.training.loop import fit
-from tensorkeep.formats.view import read
+from tensorkeep.training.recipe import to_yaml
 from tests.language_files import (
     THINKING,
     config,
@@ -48,10 +49,12 @@ def recipe_of(tmp_path: Path, **sections: Any) -> Document:
         conversations(tmp_path / "c.jsonl")
         preferences(tmp_path / "p.jsonl")
     document: Document = {
-        "config": config(), "tokenizer": str(tmp_path / "tok"),
+        "config": config(),
+        "tokenizer": str(tmp_path / "tok"),
         "data": {"files": str(tmp_path / "a.jsonl"), "length": 32, "packing": "first_fit"},
-        "training": {"updates": 6, "batch": 4, "log_every": 1}, "optimizer": {"lr": 1e-3},
-    }  # fmt: skip
+        "training": {"updates": 6, "batch": 4, "log_every": 1},
+        "optimizer": {"lr": 1e-3},
+    }
     for name, section in sections.items():
         document[name] = (
             {**document.get(name, {}), **section} if isinstance(section, dict) and name != "config" else section
@@ -94,10 +97,16 @@ def test_a_run_that_was_cut_ends_bitwise_where_the_whole_one_ends(tmp_path: Path
     more: Document = {
         "pretrain": {},
         "sft": {"data": {"files": str(tmp_path / "c.jsonl"), "length": 64}},
-        "live": {"data": {"files": str(tmp_path / "c.jsonl"), "packing": "none", "length": 64,
-                          "augmentation": {"system": 0.5, "empty_think": 0.5}}},
+        "live": {
+            "data": {
+                "files": str(tmp_path / "c.jsonl"),
+                "packing": "none",
+                "length": 64,
+                "augmentation": {"system": 0.5, "empty_think": 0.5},
+            }
+        },
         "dpo": {"data": {"files": str(tmp_path / "p.jsonl"), "packing": "none", "length": 48}, "beta": 0.5},
-    }[objective]  # fmt: skip
+    }[objective]
     more |= {"objective": {"live": "sft"}.get(objective, objective), "config": None, "model": str(tmp_path / "base")}
     more |= {
         "tokenizer": None,
@@ -147,10 +156,14 @@ def test_an_adapter_run_keeps_the_adapter_alone_and_goes_on_bitwise(tmp_path: Pa
     save_model(tmp_path / "base", hidden_size=64, intermediate_size=64, head_dim=16)
     adapter = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "targets": ["q_proj", "v_proj"]}
     document = recipe_of(
-        tmp_path, config=None, model=str(tmp_path / "base"), adapter=adapter,
+        tmp_path,
+        config=None,
+        model=str(tmp_path / "base"),
+        adapter=adapter,
         training={"save_every": 2, "ema": 0.9, "quantize_backbone": codes, "gradient_checkpointing": True},
-        evaluation={"files": [str(tmp_path / "a.jsonl")]}, optimizer={"groups": [{"pattern": "lora_B", "lr": 2e-3}]},
-    )  # fmt: skip
+        evaluation={"files": [str(tmp_path / "a.jsonl")]},
+        optimizer={"groups": [{"pattern": "lora_B", "lr": 2e-3}]},
+    )
     trained(document, tmp_path / "whole")
     trained(document, tmp_path / "cut")
     checkpoint.run_folder.delete(tmp_path / "cut", [6])
@@ -260,7 +273,7 @@ def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
     [
         ([("training.update", "3")], "no field 'training.update'"),
         ([("training.precision", "bf8")], "'bf8' is not one of"),
-        ([("training.quantize_backbone", "nf4")], "weights that train cannot be quantised"),
+        ([("training.quantize_backbone", "nf4")], "weights that train cannot be quantized"),
         ([("training.best", "-loss")], "nothing is evaluated"),
         ([("data.augmentation.system", "0.2"), ("objective", "sft")], "cannot be packed"),
         ([("training.updates", "null")], "neither updates nor epochs"),
@@ -276,8 +289,15 @@ def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path, changes: list[
 
 def test_flags_change_any_field_and_short_names_stand_for_their_places(tmp_path: Path) -> None:
     save_model(tmp_path / "base")
-    flags = [("training.epochs", "2"), ("lora-r", "8"), ("lora_alpha", "4"), ("quantize_backbone", "nf4"), ("data.files", "b.txt"),
-             ("model", str(tmp_path / "base")), ("config.hidden_size", "64")]  # fmt: skip
+    flags = [
+        ("training.epochs", "2"),
+        ("lora-r", "8"),
+        ("lora_alpha", "4"),
+        ("quantize_backbone", "nf4"),
+        ("data.files", "b.txt"),
+        ("model", str(tmp_path / "base")),
+        ("config.hidden_size", "64"),
+    ]
     made = language_recipe(recipe_of(tmp_path), flags[:-1])
     assert made.training.epochs == 2 and made.training.updates is None and made.config is None
     assert made.adapter is not None and (made.adapter.lora_r, made.adapter.lora_alpha) == (8, 4)
@@ -291,8 +311,11 @@ def test_groups_take_names_in_order_and_an_empty_one_is_explained() -> None:
     rules = (GroupRule("embed", 1e-4, 0.0), GroupRule("layers.1.*", 2e-4), GroupRule("model.layers.1.*", 3e-4))
     groups = parameter_groups(made, OptimizerConfig(1e-3, 0.1, groups=(rules[0], rules[2])))
     assert [(g["label"], g["lr"], g["weight_decay"]) for g in groups] == [
-        ("embed", 1e-4, 0.0), ("model.layers.1.*", 3e-4, 0.1), ("weights", 1e-3, 0.1), ("norms and biases", 1e-3, 0.0)
-    ]  # fmt: skip
+        ("embed", 1e-4, 0.0),
+        ("model.layers.1.*", 3e-4, 0.1),
+        ("weights", 1e-3, 0.1),
+        ("norms and biases", 1e-3, 0.0),
+    ]
     assert sum(len(g["params"]) for g in groups) == len(list(made.parameters()))
     with pytest.raises(TensorkeepError, match="went to the earlier rule 'model'"):
         parameter_groups(made, OptimizerConfig(groups=(GroupRule("model", 1.0), GroupRule("embed", 1.0))))

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import load as dcp_load
 
+from tensorkeep.formats import dcp, pth, safetensors
 from tensorkeep.storage.archive import entries, iter_tensors, saved_value
 from tensorkeep.storage.archive_writing import pack, tensor_object
-from tensorkeep.formats import dcp, pth, safetensors
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
 from tensorkeep.storage.pickles import Global, Object
 from tensorkeep.storage.record import FROM_TORCH

@@ -17,20 +17,33 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tensorkeep.diagnosis.live.loaded import check_loaded
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
+from tensorkeep.models.repair import repair_buffers
 from tests.checkpoints import TINY, hf_tensors, titan_state, write_flame, write_model, write_titan
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.randint(3, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 KINDS: dict[str, dict[str, Any]] = {
-    "Llama": {}, "Olmo2": {}, "Qwen3": {"head_dim": 16, "tie_word_embeddings": True}, "Gemma2": {"head_dim": 8}, "GPTNeoX": {},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, "Mixtral": {"num_local_experts": 4},
-    "Phi3": {}, "Qwen2": {},
-}  # fmt: skip
+    "Llama": {},
+    "Olmo2": {},
+    "Qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "Gemma2": {"head_dim": 8},
+    "GPTNeoX": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Mixtral": {"num_local_experts": 4},
+    "Phi3": {},
+    "Qwen2": {},
+}
 
 
 def codes(findings: list[Any], severity: str = "error") -> list[str]:
@@ -201,7 +214,7 @@ def test_without_transformers_the_check_still_works(tmp_path: Path) -> None:
 import sys
 sys.modules["transformers"] = None
 import torch
-from tensorkeep.live.loaded import check_loaded
+from tensorkeep import check_loaded
 model = torch.nn.Linear(3, 3)
 torch.save(model.state_dict(), sys.argv[1])
 assert check_loaded(model, sys.argv[1]) == []
@@ -233,10 +246,13 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str, list[str]
     "rope": (lambda p: p[Q].copy_(turned(p[Q])), "O01", [Q]),
     "transposed": (lambda p: p[Q].copy_(p[Q].T.clone()), "S03", [Q]),
     "layer": (lambda p: p[Q].copy_(p[Q.replace("1", "0", 1)]), "O02", [Q]),
-    "gate": (lambda p: p["model.layers.0.mlp.gate_proj.weight"].copy_(p["model.layers.0.mlp.up_proj.weight"]), "O03",
-             ["model.layers.0.mlp.gate_proj.weight"]),
+    "gate": (
+        lambda p: p["model.layers.0.mlp.gate_proj.weight"].copy_(p["model.layers.0.mlp.up_proj.weight"]),
+        "O03",
+        ["model.layers.0.mlp.gate_proj.weight"],
+    ),
     "head": (lambda p: p["lm_head.weight"].copy_(p["model.embed_tokens.weight"]), "T02", ["lm_head.weight"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -298,8 +314,9 @@ SHARDED = """
 import json, sys
 import torch, torch.distributed as dist, transformers
 from torch.distributed.fsdp import fully_shard
-from tensorkeep.live import loaded
-from tensorkeep.live import model as live
+from tensorkeep.diagnosis.live import loaded
+from tensorkeep.models import tensors as live
+from tensorkeep.models.repair import repair_buffers
 dist.init_process_group("gloo")
 folder, rank = sys.argv[1], dist.get_rank()
 model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -316,7 +333,7 @@ with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.to_local().normal_()
 found = loaded.check_loaded(model, folder)
 out.append(sorted((f.code, list(f.tensors)) for f in found))
-out.append(sorted(loaded.repair_buffers(model)))
+out.append(sorted(repair_buffers(model)))
 out.append([f.code for f in loaded.check_loaded(model, folder)])
 out.append([f.code for f in loaded.check_loaded(torch.compile(model, backend="eager"), folder)])
 open(f"{sys.argv[2]}/{rank}.json", "w").write(json.dumps(out))
@@ -388,6 +405,10 @@ def test_a_titan_model_is_checked_against_an_hf_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["transformers", "flame", "torchtitan"])
 def test_the_examples_run(name: str) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / f"check_loaded_{name}.py")], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"check_loaded_{name}.py")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""LoRA over dense and quantised linears: identity at step 0, PEFT's gradients, exact merging, names that stay."""
+"""LoRA over dense and quantized linears: identity at step 0, PEFT's gradients, exact merging, names that stay."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.adapters.lora import add_lora, layers, merge_, merged, unmerge_
 from tensorkeep.adapters.files import adapter_state, load_adapter, quantization, save_adapter
-from tensorkeep.quantization.modules import quantize_, sizes
+from tensorkeep.adapters.lora import add_lora, layers, merge_, merged, unmerge_
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.loading import load_quantized
+from tensorkeep.quantization.modules import quantize_, sizes
 
 KINDS = ["dense", "nf4", "fp4", "int8"]
 
@@ -106,20 +106,26 @@ def test_ranks_and_alphas_follow_their_patterns() -> None:
     )
     found = {n: (m.r, m.alpha, m.scale) for n, m in layers(made).items()}
     assert found == {
-        "layers.0.q_proj": (4, 8, 2), "layers.0.v_proj": (4, 6, 1.5), "layers.1.q_proj": (2, 8, 4), "layers.1.v_proj": (2, 6, 3),
-    }  # fmt: skip
+        "layers.0.q_proj": (4, 8, 2),
+        "layers.0.v_proj": (4, 6, 1.5),
+        "layers.1.q_proj": (2, 8, 4),
+        "layers.1.v_proj": (2, 6, 3),
+    }
     rs = adapted(rslora=True, alpha=8)
     assert {m.scale for m in layers(rs).values()} == {4.0}  # 8 / sqrt(4)
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    ({"targets": ["q_porj"]}, "did you mean q_proj"),
-    ({"targets": ["*_proj"], "rank_pattern": {"k_proj": 2}}, "'k_proj' fits no linear"),
-    ({"targets": ["*_proj"], "exclude": ["norm"]}, "'norm' fits no linear"),
-    ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "no linear is left"),
-    ({"targets": ["q_proj"], "kind": "dora"}, "get_peft_model"),
-    ({"targets": ["q_proj"], "r": 0}, "r=0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"targets": ["q_porj"]}, "did you mean q_proj"),
+        ({"targets": ["*_proj"], "rank_pattern": {"k_proj": 2}}, "'k_proj' fits no linear"),
+        ({"targets": ["*_proj"], "exclude": ["norm"]}, "'norm' fits no linear"),
+        ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "no linear is left"),
+        ({"targets": ["q_proj"], "kind": "dora"}, "get_peft_model"),
+        ({"targets": ["q_proj"], "r": 0}, "r=0"),
+    ],
+)
 def test_what_cannot_be_adapted_is_refused_by_name(options: dict[str, Any], match: str) -> None:
     with pytest.raises(TensorkeepError, match=match):
         add_lora(model(), **options)
@@ -260,7 +266,7 @@ def test_merging_twice_training_merged_and_merging_nothing_are_errors() -> None:
         merge_(model())
 
 
-def test_quantising_under_lora_keeps_the_update() -> None:
+def test_quantizing_under_lora_keeps_the_update() -> None:
     made = adapted().eval()
     state = adapter_state(made)
     quantize_(made, "nf4")
@@ -342,7 +348,7 @@ def test_other_trainable_parameters_travel_with_the_adapter(tmp_path: Path) -> N
     assert torch.equal(fresh.norm.weight, made.norm.weight)
 
 
-def test_a_quantised_model_with_its_adapter_restarts_bitwise() -> None:
+def test_a_quantized_model_with_its_adapter_restarts_bitwise() -> None:
     made = adapted("nf4").eval()
     fresh = adapted("int8", seed=5, wake=False).eval()
     load_quantized(fresh, made.state_dict())

@@ -12,16 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.adapters import merge as merging
-from tensorkeep.quantization import encoding as quant_encoding
-from tensorkeep.convert.convert import convert
+from tensorkeep.adapters import merging
+from tensorkeep.adapters._view import rounded
+from tensorkeep.adapters.merging import base_digests, figures, merge, overall, refuse_merged_before, refuse_other_base
 from tensorkeep.adapters.planning import open_adapters, plan_merge
-from tensorkeep.adapters.view import rounded
-from tensorkeep.adapters.merge import base_digests, figures, merge, overall, refuse_merged_before, refuse_other_base
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.convert.proof import read_certificate
-from tensorkeep.quantization.encoding import Kind
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.proof import read_certificate
 from tensorkeep.formats.view import read
+from tensorkeep.quantization import encoding as quant_encoding
+from tensorkeep.quantization.encoding import Kind
 from tests.helpers import EMBEDDING, HEAD, LLAMA, assert_same, held, model_tensors, refused, write_hf
 from tests.parity import qlora
 from tests.parity.outcome import be_quiet
@@ -92,7 +92,7 @@ def test_float64_is_rounded_to_bf16_once() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_variant_of_an_odd_geometry_is_peft_s(tmp_path: Path) -> None:
-    """Patterns, rsLoRA, DoRA, embeddings, saved modules; on floats and on every quantised form; read, written, damaged."""
+    """Patterns, rsLoRA, DoRA, embeddings, saved modules; on floats and on every quantized form; read, written, damaged."""
     be_quiet()
     place = variant.write(
         tmp_path / "odd", ("nf4_dq", "int8"), ("adapter_patterns", "adapter_rslora_dora"), num_hidden_layers=1
@@ -116,8 +116,10 @@ def test_conv1d_and_biases_are_peft_s(tmp_path: Path) -> None:
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     ids = torch.arange(8)[None]
     for label, options in {
-        "dora": {"use_dora": True}, "bias": {"bias": "all"}, "lora_bias": {"lora_bias": True},
-    }.items():  # fmt: skip
+        "dora": {"use_dora": True},
+        "bias": {"bias": "all"},
+        "lora_bias": {"lora_bias": True},
+    }.items():
         model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
         tuned = get_peft_model(
             model,
@@ -161,22 +163,24 @@ def test_a_convolution_s_update_is_peft_s(tmp_path: Path) -> None:
     assert ours.keys() == before.keys()
 
 
-# -- quantised bases --------------------------------------------------------------------------------------------------
+# -- quantized bases --------------------------------------------------------------------------------------------------
 
 
-def quantised_case(tmp_path: Path, size: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Path, Path]:
+def quantized_case(tmp_path: Path, size: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Path, Path]:
     draw = torch.Generator().manual_seed(0)
     tensors = model_tensors() | {f"{Q}.weight": torch.randn(96, 160, generator=draw)}
     adapter = {n: t * size for n, t in pair(Q, 96, 160, seed=4).items()}
     quantization = {"kind": "nf4", "block": 64, "double": True, "modules": [Q]}
     return (
-        tensors, adapter, write_hf(tmp_path / "base", tensors, LLAMA),
+        tensors,
+        adapter,
+        write_hf(tmp_path / "base", tensors, LLAMA),
         write_adapter(tmp_path / "ours", adapter, "adapter.safetensors", quantization=quantization),
-    )  # fmt: skip
+    )
 
 
-def test_an_adapter_of_a_quantised_base_is_merged_onto_what_it_was_trained_on(tmp_path: Path) -> None:
-    tensors, adapter, base, folder = quantised_case(tmp_path, 0.3)
+def test_an_adapter_of_a_quantized_base_is_merged_onto_what_it_was_trained_on(tmp_path: Path) -> None:
+    tensors, adapter, base, folder = quantized_case(tmp_path, 0.3)
     job, done = merged(base, (folder, 1.0), out=tmp_path / "trained")
     weight = tensors[f"{Q}.weight"].numpy()
     seen = quant_encoding.through(weight, Kind("nf4", 64, True))
@@ -190,9 +194,9 @@ def test_an_adapter_of_a_quantised_base_is_merged_onto_what_it_was_trained_on(tm
     assert job.kind == "nf4 (double)"
 
 
-def test_requantising_would_erase_a_small_update_and_ours_keeps_it(tmp_path: Path) -> None:
-    """PEFT merges into the 4-bit weight and quantises again: of an update of 2 % next to nothing survives."""
-    tensors, adapter, base, folder = quantised_case(tmp_path, 0.1)
+def test_requantizing_would_erase_a_small_update_and_ours_keeps_it(tmp_path: Path) -> None:
+    """PEFT merges into the 4-bit weight and quantizes again: of an update of 2 % next to nothing survives."""
+    tensors, adapter, base, folder = quantized_case(tmp_path, 0.1)
     job, done = merged(base, (folder, 1.0), out=tmp_path / "out")
     (row,) = figures(job, done.moved)
     seen = quant_encoding.through(tensors[f"{Q}.weight"].numpy(), Kind("nf4", 64, True)).astype(np.float64)
@@ -249,11 +253,18 @@ def test_what_fits_no_weight_is_refused_with_near_misses(tmp_path: Path) -> None
             plan_merge(read(base), open_adapters([(read(folder), 1.0)]))
 
 
-@pytest.mark.parametrize(("config", "code", "word"), [
-    ({"peft_type": "VERA"}, "A01", "VERA"), ({"init_lora_weights": "pissa_niter_4"}, "A01", "pissa"), ({"use_qalora": True}, "A01", "use_qalora"),
-    ({"alora_invocation_tokens": [1]}, "A01", "alora"), ({"r": 3}, "A02", "rank 2"), ({"lora_alpha": "x"}, "A02", "lora_alpha"),
-    ({"use_dora": True}, "A02", "magnitude"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "code", "word"),
+    [
+        ({"peft_type": "VERA"}, "A01", "VERA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "A01", "pissa"),
+        ({"use_qalora": True}, "A01", "use_qalora"),
+        ({"alora_invocation_tokens": [1]}, "A01", "alora"),
+        ({"r": 3}, "A02", "rank 2"),
+        ({"lora_alpha": "x"}, "A02", "lora_alpha"),
+        ({"use_dora": True}, "A02", "magnitude"),
+    ],
+)
 def test_what_is_no_sum_is_refused_by_name(tmp_path: Path, config: dict[str, Any], code: str, word: str) -> None:
     with refused(code, word):
         open_adapters([(read(write_adapter(tmp_path / "a", pair(Q), **config)), 1.0)])

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tensorkeep.convert.naming import identify
-from tensorkeep.convert.naming import minimind
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.conversion.naming import identify, minimind
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats.view import read
 from tests.helpers import EMBEDDING, HEAD, assert_same, held, interleaved, model_tensors, refused, to, with_config
 
@@ -49,10 +48,19 @@ def weights(generation: str, **sizes: Any) -> dict[str, torch.Tensor]:
 
 def minimind_name(name: str) -> str:
     words = {
-        "self_attn": "attention", "mlp": "feed_forward", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1",
-        "up_proj": "w3", "down_proj": "w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn": "attention",
+        "mlp": "feed_forward",
+        "q_proj": "wq",
+        "k_proj": "wk",
+        "v_proj": "wv",
+        "o_proj": "wo",
+        "gate_proj": "w1",
+        "up_proj": "w3",
+        "down_proj": "w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
         "embed_tokens": "tok_embeddings",
-    }  # fmt: skip
+    }
     return ".".join(words.get(p, p) for p in name.removeprefix("model.").split("."))
 
 
@@ -89,9 +97,16 @@ def test_a_file_goes_to_hf_and_back(tmp_path: Path, prefix: str, dtype: torch.dt
         assert back[HEAD].untyped_storage().data_ptr() == back[EMBEDDING].untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(("generation", "experts", "kind"), [
-    ("mm3", 0, "qwen3"), ("mm3", 3, "qwen3_moe"), ("mm2", 0, "llama"), ("mm2", 3, "minimind"), ("mm2a", 0, "llama"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("generation", "experts", "kind"),
+    [
+        ("mm3", 0, "qwen3"),
+        ("mm3", 3, "qwen3_moe"),
+        ("mm2", 0, "llama"),
+        ("mm2", 3, "minimind"),
+        ("mm2a", 0, "llama"),
+    ],
+)
 def test_generations_are_told_apart(tmp_path: Path, generation: str, experts: int, kind: str) -> None:
     state = weights(generation, experts=experts)
     moe = "_moe" if experts else ""
@@ -112,9 +127,15 @@ def test_generations_are_told_apart(tmp_path: Path, generation: str, experts: in
 def test_a_resume_file_gives_its_model(tmp_path: Path) -> None:
     state = weights("mm3")
     resume = {
-        "model": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}, "epoch": 1, "step": 20,
-        "world_size": 2, "wandb_id": None, "critic_model": {k: t + 1 for k, t in state.items()}, "scaler": {},
-    }  # fmt: skip
+        "model": state,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []},
+        "epoch": 1,
+        "step": 20,
+        "world_size": 2,
+        "wandb_id": None,
+        "critic_model": {k: t + 1 for k, t in state.items()},
+        "scaler": {},
+    }
     plan, _ = to(save(tmp_path, "ppo_actor_8_resume.pth", resume, MM3), tmp_path / "hf", "hf")
     assert_same(held(tmp_path / "hf"), {n: t for n, t in state.items() if n != HEAD})
     assert {s.reason for s in plan.dropped if s.parts[0].name != f"model.{HEAD}"} == {

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.training import saver as checkpoint
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language.minimind._resume_file import read_resume
 from tensorkeep.language.minimind.continue_from import continue_from
-from tensorkeep.training.live_state import put_tensors
 from tensorkeep.language.minimind.export import export_resume
-from tensorkeep.language.minimind.resume_file import read_resume
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.live_state import put_tensors
 from tests.minimind_runs import EMBEDDING, HEAD, held_of, rows, save, small, stopped, trained
 from tests.parity.minimind_model import MiniMind
 from tests.parity.minimind_resume import go_on, load, replay

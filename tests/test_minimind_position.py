@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from tensorkeep.training.batches import Stream, micro_batches
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language.minimind._position import Batching, batchings, first_rate, learning_rate, position, step_of
 from tensorkeep.language.minimind.continue_from import CosinePerMicroBatch, order
-from tensorkeep.language.minimind.position import Batching, batchings, first_rate, learning_rate, position, step_of
+from tensorkeep.training.batches import Stream, micro_batches
 
 batching = st.builds(
     Batching, st.integers(1, 60), st.integers(1, 7), st.integers(1, 6), st.integers(1, 4), st.booleans()

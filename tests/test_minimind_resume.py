@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tensorkeep.training.batches import Stream
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.minimind.continue_from import continue_from, model_config, order
 from tensorkeep.adapters.lora import add_lora
-from tensorkeep.language.minimind.resume_file import read_resume, registered
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.language.minimind._resume_file import read_resume, registered
+from tensorkeep.language.minimind.continue_from import continue_from, model_config, order
+from tensorkeep.training.batches import Stream
 from tests.minimind_runs import HEAD, SIZES, held_of, rows, save, small, stopped, trained
 from tests.parity.minimind_model import MiniMind, config_of
 from tests.parity.minimind_resume import go_on, load, replay, resume_cases
@@ -265,10 +265,22 @@ def spoil(what: str, held: dict[str, Any]) -> None:
 
 
 DAMAGE = {
-    "model": "K01", "optimizer": "K01", "epoch": "K01", "step": "K01", "shape": "S01", "slot": "R05", "beyond": "R05",
+    "model": "K01",
+    "optimizer": "K01",
+    "epoch": "K01",
+    "step": "K01",
+    "shape": "S01",
+    "slot": "R05",
+    "beyond": "R05",
     "numbers": "R05",
-    "rate": "R05", "fewer": "R05", "position": "F07", "counter": "F07", "conflict": "T01", "name": "K02", "old": "K06",
-}  # fmt: skip
+    "rate": "R05",
+    "fewer": "R05",
+    "position": "F07",
+    "counter": "F07",
+    "conflict": "T01",
+    "name": "K02",
+    "old": "K06",
+}
 
 
 @pytest.mark.parametrize(("what", "code"), DAMAGE.items())
@@ -340,9 +352,14 @@ def test_the_parity_runner_on_a_folder_of_another_shape(tmp_path: Path) -> None:
     file.rename(file.with_name("pretrain_16_moe_resume.pth"))
     file = file.with_name("pretrain_16_moe_resume.pth")
     known = {
-        "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "num_experts_per_tok": 2,
-        "aux_loss_alpha": 5e-4, "hidden_size": 16,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "num_experts_per_tok": 2,
+        "aux_loss_alpha": 5e-4,
+        "hidden_size": 16,
+    }
     (place / "config.json").write_text(json.dumps(known))
     whole, again = small(*kind), small(*kind)
     assert config_of(known, {n: tuple(t.shape) for n, t in whole.state_dict().items()})["experts"] == 3

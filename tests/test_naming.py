@@ -11,29 +11,39 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.storage.layout import SinkTensor
-from tensorkeep.convert.naming import NAMINGS, identify, module
-from tensorkeep.convert.naming.table import from_hf, from_own
-from tensorkeep.convert.plan import Part, Rows, Step
-from tensorkeep.convert.naming.rope import rope_rows
-from tensorkeep.convert.streams import write_tensor
+from tensorkeep.conversion.naming import NAMINGS, identify, module
+from tensorkeep.conversion.naming.rope import rope_rows
+from tensorkeep.conversion.naming.table import from_hf, from_own
+from tensorkeep.conversion.plan import Part, Rows, Step
+from tensorkeep.conversion.streams import write_tensor
 from tensorkeep.formats.view import read
+from tensorkeep.storage.layout import SinkTensor
 from tests.helpers import LLAMA, assert_same, held, interleaved, model_tensors, refused, to, with_config, write_hf
 
 shapes = st.fixed_dictionaries(
     {
-        "layers": st.integers(1, 12), "heads": st.sampled_from([1, 2, 3, 4]), "kv": st.sampled_from([1, 2]),
-        "dim": st.sampled_from([2, 4, 6, 8]), "hidden": st.integers(3, 9), "width": st.integers(1, 7), "vocab": st.integers(2, 9),
+        "layers": st.integers(1, 12),
+        "heads": st.sampled_from([1, 2, 3, 4]),
+        "kv": st.sampled_from([1, 2]),
+        "dim": st.sampled_from([2, 4, 6, 8]),
+        "hidden": st.integers(3, 9),
+        "width": st.integers(1, 7),
+        "vocab": st.integers(2, 9),
     }
-)  # fmt: skip
+)
 quick = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def config_of(kind: str, sizes: dict[str, int], **more: Any) -> dict[str, Any]:
     return {
-        "model_type": kind, "hidden_size": sizes["hidden"], "num_attention_heads": sizes["heads"], "head_dim": sizes["dim"],
-        "num_key_value_heads": sizes["kv"], "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "model_type": kind,
+        "hidden_size": sizes["hidden"],
+        "num_attention_heads": sizes["heads"],
+        "head_dim": sizes["dim"],
+        "num_key_value_heads": sizes["kv"],
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 def there_and_back(tensors: dict[str, torch.Tensor], config: dict[str, Any], naming: str) -> dict[str, torch.Tensor]:

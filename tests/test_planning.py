@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tensorkeep.convert.convert import convert
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.storage.record import DTYPES, FROM_TORCH
 from tensorkeep.formats.view import read
+from tensorkeep.storage.record import DTYPES, FROM_TORCH
 from tests.helpers import EMBEDDING, HEAD, LLAMA, assert_same, held, model_tensors, refused, to, with_config, write_hf
 
 TIED = LLAMA | {"tie_word_embeddings": True}
@@ -235,9 +235,15 @@ def test_every_dtype_and_shape_survives(tmp_path: Path, form: str) -> None:
 def test_tensors_that_are_not_contiguous_survive(tmp_path: Path) -> None:
     base = torch.arange(120.0).reshape(4, 5, 6)
     views = {
-        "t": base.transpose(0, 2), "slice": base[1:3, ::2, 1:], "expand": torch.arange(3.0).expand(4, 3), "row": base[2],
-        "fp8": base.to(torch.float8_e4m3fn).permute(1, 2, 0), "flip": base[:, 1], "one": base[0, 0, 3], "none": base[:, 0:0],
-    }  # fmt: skip
+        "t": base.transpose(0, 2),
+        "slice": base[1:3, ::2, 1:],
+        "expand": torch.arange(3.0).expand(4, 3),
+        "row": base[2],
+        "fp8": base.to(torch.float8_e4m3fn).permute(1, 2, 0),
+        "flip": base[:, 1],
+        "one": base[0, 0, 3],
+        "none": base[:, 0:0],
+    }
     torch.save(views, tmp_path / "in.pth")
     for form in FORMS:
         to(tmp_path / "in.pth", tmp_path / form, form)
@@ -277,11 +283,11 @@ def test_config_says_the_dtype_that_is_there(tmp_path: Path) -> None:
     source = write_hf(tmp_path / "hf", model_tensors(dtype=torch.bfloat16), LLAMA | {"dtype": "bfloat16"})
     plan, _ = to(source, tmp_path / "out", "hf", dtype="F32")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32" and notes(plan) == ["C01"]
-    quantised = {
+    quantized = {
         "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
         "a.weight_scale_inv": torch.ones(1, dtype=torch.bfloat16),
     }
-    plan, _ = to(write_hf(tmp_path / "fp8", quantised, {"dtype": "bfloat16"}), tmp_path / "fp8-out", "hf")
+    plan, _ = to(write_hf(tmp_path / "fp8", quantized, {"dtype": "bfloat16"}), tmp_path / "fp8-out", "hf")
     assert notes(plan) == []
 
 
@@ -305,13 +311,15 @@ def test_layers_stand_in_natural_order(tmp_path: Path) -> None:
     assert numbers == sorted(numbers)
 
 
-def test_a_cast_never_parts_quantised_codes_from_their_scales(tmp_path: Path) -> None:
+def test_a_cast_never_parts_quantized_codes_from_their_scales(tmp_path: Path) -> None:
     codes, scale = np.zeros((8, 1), np.uint8), np.ones(2, np.float32)
     state = np.frombuffer(b'{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 4]}', np.uint8)
     tensors = {
-        "model.a.weight": codes, "model.a.weight.absmax": scale, "model.a.weight.quant_map": np.zeros(16, np.float32),
+        "model.a.weight": codes,
+        "model.a.weight.absmax": scale,
+        "model.a.weight.quant_map": np.zeros(16, np.float32),
         "model.a.weight.quant_state.bitsandbytes__nf4": state,
-    }  # fmt: skip
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(TensorkeepError, match="codes and scales") as caught:
         make_plan([read(tmp_path)], "dcp", dtype="BF16")

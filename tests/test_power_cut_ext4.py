@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from benchmarks import ext4
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable
 from tensorkeep.training.saver import Keep, Saver, best, mark_best, newest, save, steps
-from tensorkeep.errors import TensorkeepError
 from tests.run_states import same, state
 
 MISSING = ext4.missing()

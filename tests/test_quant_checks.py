@@ -1,4 +1,4 @@
-"""Checks of quantised weights: each fault by its code, nothing on sound files."""
+"""Checks of quantized weights: each fault by its code, nothing on sound files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.quantization import stored as quantized
-from tensorkeep.diagnose.checks import CODES, explain
-from tensorkeep.diagnose.diagnosis import diagnose
-from tensorkeep.diagnose.evidence import quantized as quant_evidence
+from tensorkeep.diagnosis.checks import CODES, explain
+from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.evidence import quantized as quant_evidence
 from tensorkeep.formats.view import read
+from tensorkeep.quantization import stored as quantized
 from tests import quant_files as files
-from tests.quant_files import MINE, QLORA, Tensors, findings, gaussian, matrices, model, needs_qlora, quantise, said
+from tests.quant_files import MINE, QLORA, Tensors, findings, gaussian, matrices, model, needs_qlora, quantize, said
 
 FAST = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -41,11 +41,14 @@ def test_sound_fixtures_raise_nothing_with_their_base_and_stay_open_without(kind
 
 @needs_qlora
 @pytest.mark.parametrize(
-    ("name", "code", "alone"), [
-        ("nf4_dq_packed_of_A_absmax_of_B", "Q02", None), ("nf4_dq_ema0.9999_of_packed_bytes", "Q03", None),
-        ("nf4_dq_quant_state_filtered_out", "Q01", "Q01"), ("nf4_absmax_transposed_by_cpu_eval", "Q06", "Q06"),
+    ("name", "code", "alone"),
+    [
+        ("nf4_dq_packed_of_A_absmax_of_B", "Q02", None),
+        ("nf4_dq_ema0.9999_of_packed_bytes", "Q03", None),
+        ("nf4_dq_quant_state_filtered_out", "Q01", "Q01"),
+        ("nf4_absmax_transposed_by_cpu_eval", "Q06", "Q06"),
     ],
-)  # fmt: skip
+)
 def test_damaged_fixtures_are_named(name: str, code: str, alone: str | None) -> None:
     found, undecided = findings(QLORA / f"damaged/{name}.safetensors", QLORA / "base")
     assert (said(found), undecided) == ({code}, set())
@@ -81,7 +84,7 @@ def test_sound_files_of_any_shape_and_reference_dtype_raise_no_error(
     tensors = model(seed, 1, columns)
     base = files.write(tmp_path / "base", {n: t.astype(getattr(ml_dtypes, dtype, dtype)) for n, t in tensors.items()})
     options = {} if kind == "int8" else {"nested": nested}
-    found, undecided = findings(files.write(tmp_path / "q", quantise(tensors, kind, **options)), base)
+    found, undecided = findings(files.write(tmp_path / "q", quantize(tensors, kind, **options)), base)
     assert (said(found), undecided) == (set(), set()), [f.message for f in found]
     assert said(found, "warning") <= {"Q05"}
 
@@ -90,7 +93,7 @@ def test_sound_files_of_any_shape_and_reference_dtype_raise_no_error(
 @pytest.mark.parametrize("part", ["state", "codes"])
 def test_state_or_codes_of_another_weight(tmp_path: Path, kind: str, part: str) -> None:
     tensors, other = model(1), model(2)
-    mine, theirs = quantise(tensors, kind), quantise(other, kind)
+    mine, theirs = quantize(tensors, kind), quantize(other, kind)
     name = matrices(tensors)[2]
     taken = [
         n
@@ -109,7 +112,7 @@ def test_state_or_codes_of_another_weight(tmp_path: Path, kind: str, part: str) 
 @pytest.mark.parametrize("decay", [0.9, 0.9995, 0.9999])
 def test_averaged_four_bit_codes(tmp_path: Path, decay: float, storage: str) -> None:
     tensors = model(3)
-    mine = quantise(tensors, storage=storage)
+    mine = quantize(tensors, storage=storage)
     for name in matrices(tensors):
         packed = mine[name].reshape(-1).view(np.uint8)
         made = files.averaged_bytes(packed, decay, 50)
@@ -122,7 +125,7 @@ def test_averaged_four_bit_codes(tmp_path: Path, decay: float, storage: str) -> 
 
 def test_averaged_int8_codes(tmp_path: Path) -> None:
     tensors = model(4)
-    mine = quantise(tensors, "int8")
+    mine = quantize(tensors, "int8")
     for name in matrices(tensors):
         mine[name] = files.averaged_bytes(mine[name], 0.9999, 20)
     found, _ = findings(files.write(tmp_path / "q", mine), files.write(tmp_path / "base", tensors), "Q")
@@ -130,14 +133,16 @@ def test_averaged_int8_codes(tmp_path: Path) -> None:
 
 
 def test_digests_decide_without_a_reference(tmp_path: Path) -> None:
-    tensors, other = model(5), quantise(model(6))
-    mine = quantise(tensors)
+    tensors, other = model(5), quantize(model(6))
+    mine = quantize(tensors)
     view = read(files.write(tmp_path / "sound", mine))
     metadata = {"format": "pt", quant_evidence.RECORD: quant_evidence.record(view, quantized.find(view))}
     name = matrices(tensors)[1]
     cases: dict[str, tuple[Tensors, set[str]]] = {
-        "sound": (mine, set()), "state": ({**mine, f"{name}.absmax": other[f"{name}.absmax"]}, {"Q02"}), "codes": ({**mine, name: other[name]}, {"Q03"}),
-    }  # fmt: skip
+        "sound": (mine, set()),
+        "state": ({**mine, f"{name}.absmax": other[f"{name}.absmax"]}, {"Q02"}),
+        "codes": ({**mine, name: other[name]}, {"Q03"}),
+    }
     for word, (stored, wanted) in cases.items():
         found, undecided = findings(files.write(tmp_path / f"with-{word}", stored, metadata=metadata), None, "Q")
         assert (said(found), undecided) == (wanted, set()), word
@@ -145,27 +150,27 @@ def test_digests_decide_without_a_reference(tmp_path: Path) -> None:
 
 def test_a_reference_that_was_never_the_source_judges_nothing(tmp_path: Path) -> None:
     found, undecided = findings(
-        files.write(tmp_path / "q", quantise(model(7))), files.write(tmp_path / "base", model(8)), "Q"
+        files.write(tmp_path / "q", quantize(model(7))), files.write(tmp_path / "base", model(8)), "Q"
     )
     assert (said(found), undecided) == (set(), {"Q02"})
 
 
-def test_a_merge_that_was_quantised_again_is_no_error(tmp_path: Path) -> None:
+def test_a_merge_that_was_quantized_again_is_no_error(tmp_path: Path) -> None:
     tensors = model(9)
-    first = quantise(tensors)
+    first = quantize(tensors)
     again = {}
     for name in matrices(tensors):
         view = read(files.write(tmp_path / "once", first))
-        again[name] = quantized.dequantise(view, name) + gaussian(tensors[name].shape, 11, 0.0003)
-    stored = files.write(tmp_path / "twice", quantise({**tensors, **again}))
+        again[name] = quantized.dequantize(view, name) + gaussian(tensors[name].shape, 11, 0.0003)
+    stored = files.write(tmp_path / "twice", quantize({**tensors, **again}))
     for base in (files.write(tmp_path / "base", tensors), str(tmp_path / "once")):
         found, _ = findings(stored, base, "Q")
         assert said(found) == set()
 
 
-def test_quantised_against_the_same_weights_quantised_doubly(tmp_path: Path) -> None:
+def test_quantized_against_the_same_weights_quantized_doubly(tmp_path: Path) -> None:
     tensors = model(10)
-    one, two = (files.write(tmp_path / str(nested), quantise(tensors, nested=nested)) for nested in (False, True))
+    one, two = (files.write(tmp_path / str(nested), quantize(tensors, nested=nested)) for nested in (False, True))
     for checkpoint, reference in ((one, two), (two, one), (one, one)):
         found, undecided = findings(checkpoint, reference, "Q")
         assert (said(found), undecided) == (set(), set())
@@ -173,7 +178,7 @@ def test_quantised_against_the_same_weights_quantised_doubly(tmp_path: Path) -> 
 
 def test_float_storage_without_state_is_found_by_the_reference(tmp_path: Path) -> None:
     tensors = model(11)
-    bare = {n: t for n, t in quantise(tensors, storage="bfloat16").items() if n in tensors}
+    bare = {n: t for n, t in quantize(tensors, storage="bfloat16").items() if n in tensors}
     found, _ = findings(files.write(tmp_path / "q", bare), files.write(tmp_path / "base", tensors), "Q")
     assert said(found) == {"Q01"}
 
@@ -207,7 +212,7 @@ def test_fp8_scales_of_another_weight(tmp_path: Path) -> None:
 def test_frozen_random_projections_are_a_warning(tmp_path: Path, bound: float, wanted: set[str], nested: bool) -> None:
     weight = (np.random.default_rng(1).uniform(-1, 1, (64, 384)) * bound / np.sqrt(384)).astype(np.float32)
     tensors = {**model(13), "blocks.0.adapter.down_proj.weight": weight}
-    found, _ = findings(files.write(tmp_path, quantise(tensors, nested=nested)), None, "Q")
+    found, _ = findings(files.write(tmp_path, quantize(tensors, nested=nested)), None, "Q")
     warned = [f for f in found if f.code == "Q04"]
     assert {f.code for f in warned} == wanted and said(found) == set()
     assert not warned or list(warned[0].tensors) == ["blocks.0.adapter.down_proj.weight"]
@@ -215,13 +220,13 @@ def test_frozen_random_projections_are_a_warning(tmp_path: Path, bound: float, w
 
 @pytest.mark.parametrize(("columns", "wanted"), [(96, {"Q05"}), (176, {"Q05"}), (128, set()), (100, set())])
 def test_rows_that_blocks_straddle(tmp_path: Path, columns: int, wanted: set[str]) -> None:
-    found, _ = findings(files.write(tmp_path, quantise({"m.weight": gaussian((8, columns), 1)})), None, "Q")
+    found, _ = findings(files.write(tmp_path, quantize({"m.weight": gaussian((8, columns), 1)})), None, "Q")
     assert (said(found, "warning"), said(found)) == (wanted, set())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 def test_scales_that_cannot_be(tmp_path: Path, value: float) -> None:
-    stored = quantise(model(14))
+    stored = quantize(model(14))
     name = matrices(model(14))[0]
     stored[f"{name}.absmax"] = np.where(
         np.arange(stored[f"{name}.absmax"].size) == 3, np.float32(value), stored[f"{name}.absmax"]
@@ -230,6 +235,6 @@ def test_scales_that_cannot_be(tmp_path: Path, value: float) -> None:
 
 
 def test_the_map_of_the_other_kind_is_malformed(tmp_path: Path) -> None:
-    stored = quantise({"m.weight": gaussian((8, 64), 1)})
+    stored = quantize({"m.weight": gaussian((8, 64), 1)})
     stored["m.weight.quant_map"] = files.fp4_table()
     assert said(findings(files.write(tmp_path, stored), None, "Q")[0]) == {"Q06"}

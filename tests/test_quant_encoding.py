@@ -37,7 +37,7 @@ def test_no_value_moves_further_than_half_the_widest_gap_of_its_block(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_single_quantised_values_are_a_fixed_point(kind: str) -> None:
+def test_single_quantized_values_are_a_fixed_point(kind: str) -> None:
     made = encoding.through(values((33, 176)), Kind(kind))
     assert np.array_equal(encoding.through(made, Kind(kind)), made)
 

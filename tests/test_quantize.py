@@ -1,4 +1,4 @@
-"""Codes equal bitsandbytes' bit for bit; a quantised linear keeps them through everything a module goes through."""
+"""Codes equal bitsandbytes' bit for bit; a quantized linear keeps them through everything a module goes through."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tensorkeep.quantization import encoding as quant_encoding
-from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, kind_of, quantize_, sizes
-from tensorkeep.quantization.stored import dequantise, find
-from tensorkeep.quantization.linear import QuantLinear, frozen_linear, read_packed
-from tensorkeep.quantization.packed import KINDS, dequantise_4bit, offset_of, pack, state_text, unpack
 from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
+from tensorkeep.quantization import encoding as quant_encoding
+from tensorkeep.quantization.linear import QuantLinear, frozen_linear, read_packed
+from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, kind_of, quantize_, sizes
+from tensorkeep.quantization.packed import KINDS, dequantize_4bit, offset_of, pack, state_text, unpack
+from tensorkeep.quantization.stored import dequantize, find
+from tensorkeep.training.ema import Ema
 
 DATA = Path(__file__).parent / "data/bitsandbytes_codes.safetensors"
 VIEW = read(DATA)
@@ -83,7 +83,7 @@ def test_values_equal_the_numpy_reader_and_bitsandbytes_bit_for_bit(case: str) -
     tensors = stored(case)
     packed = read_packed(tensors, None)
     values = unpack(packed.layout, packed.tensors)
-    assert torch.equal(values, torch.from_numpy(dequantise(view_of(tensors), "layer.weight")))
+    assert torch.equal(values, torch.from_numpy(dequantize(view_of(tensors), "layer.weight")))
     if f"{case}.values" in VIEW:
         assert torch.equal(values, VIEW.tensor(f"{case}.values"))
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -93,7 +93,7 @@ def test_values_equal_the_numpy_reader_and_bitsandbytes_bit_for_bit(case: str) -
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(5, 33), (64, 64), (3, 7), (140, 96)])
-def test_tools_and_live_models_quantise_to_the_same_values(kind: Any, double: bool, shape: tuple[int, int]) -> None:
+def test_tools_and_live_models_quantize_to_the_same_values(kind: Any, double: bool, shape: tuple[int, int]) -> None:
     weight = linear(*shape, seed=3).weight.detach()
     packed = pack(weight, kind, double)
     tools = quant_encoding.through(weight.numpy(), quant_encoding.Kind(kind, 64, double))
@@ -114,11 +114,15 @@ def test_codes_do_not_depend_on_the_number_of_threads() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 150), kind=st.sampled_from(KINDS), double=st.booleans(),
-    block=st.sampled_from([32, 64, 128]), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 150),
+    kind=st.sampled_from(KINDS),
+    double=st.booleans(),
+    block=st.sampled_from([32, 64, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
-)  # fmt: skip
-def test_quantising_what_was_dequantised_changes_no_value(
+)
+def test_quantizing_what_was_dequantized_changes_no_value(
     rows: int, columns: int, kind: Any, double: bool, block: int, dtype: torch.dtype, seed: int
 ) -> None:
     weight = linear(rows, columns, seed).weight.to(dtype)
@@ -143,7 +147,7 @@ def test_nan_and_infinity_are_refused_by_name(kind: Any, bad: float) -> None:
 
 def test_what_is_no_weight_and_what_is_no_kind_are_refused() -> None:
     for wrong in (torch.ones(4), torch.ones(4, 4, dtype=torch.float64), torch.empty(0, 4)):
-        with pytest.raises(TensorkeepError, match="cannot be quantised"):
+        with pytest.raises(TensorkeepError, match="cannot be quantized"):
             pack(wrong)
     with pytest.raises(TensorkeepError, match="did you mean nf4"):
         kind_of("nf5")
@@ -182,7 +186,7 @@ def test_gradients_pass_gradcheck_in_float64_with_a_low_rank_update() -> None:
     assert torch.autograd.gradcheck(lambda *t: frozen_linear(t[0], layer, t[1], t[2], 0.7), (x, a, b))
 
 
-def test_the_dequantised_weight_is_never_kept() -> None:
+def test_the_dequantized_weight_is_never_kept() -> None:
     layer, x = layer_of("nf4"), torch.randn(3, 96, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -247,12 +251,12 @@ def test_the_operation_has_the_shape_it_promises_under_tracing() -> None:
         t["nested_quant_map"],
         t["nested_offset"],
     )
-    from tensorkeep.quantization.packed import _dequantise_4bit_op
+    from tensorkeep.quantization.packed import _dequantize_4bit_op
 
     torch.library.opcheck(
-        _dequantise_4bit_op, (*arguments, 64, 256, 5, 33, torch.float32), test_utils=("test_schema", "test_faketensor")
+        _dequantize_4bit_op, (*arguments, 64, 256, 5, 33, torch.float32), test_utils=("test_schema", "test_faketensor")
     )
-    assert dequantise_4bit(*arguments, 64, 256, 5, 33, torch.bfloat16).dtype == torch.bfloat16
+    assert dequantize_4bit(*arguments, 64, 256, 5, 33, torch.bfloat16).dtype == torch.bfloat16
 
 
 # -- state dicts --------------------------------------------------------------------------------------------------------
@@ -260,9 +264,14 @@ def test_the_operation_has_the_shape_it_promises_under_tracing() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(1, 8), columns=st.integers(1, 140), kind=st.sampled_from(KINDS), double=st.booleans(),
-    other=st.sampled_from(KINDS), other_double=st.booleans(), storage=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
-)  # fmt: skip
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 140),
+    kind=st.sampled_from(KINDS),
+    double=st.booleans(),
+    other=st.sampled_from(KINDS),
+    other_double=st.booleans(),
+    storage=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
+)
 def test_state_dicts_load_strictly_into_layers_of_any_seed_kind_and_storage(
     rows: int, columns: int, kind: str, double: bool, other: str, other_double: bool, storage: torch.dtype
 ) -> None:
@@ -280,8 +289,16 @@ def test_state_dicts_load_strictly_into_layers_of_any_seed_kind_and_storage(
 
 
 def test_names_are_those_of_bitsandbytes_and_a_digest() -> None:
-    four = {"weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map",
-            "weight.quant_state.bitsandbytes__nf4", "weight_digest", "bias"}  # fmt: skip
+    four = {
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
+        "weight_digest",
+        "bias",
+    }
     assert set(layer_of("nf4").state_dict()) == four
     assert set(layer_of("int8").state_dict()) == {"weight", "SCB", "weight_format", "weight_digest", "bias"}
     found = find(view_of({f"m.{k}": v for k, v in layer_of("nf4").state_dict().items()}))
@@ -310,10 +327,19 @@ def damaged(how: str) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize(("how", "code"), [
-    ("scales of another", "Q02"), ("codes of another", "Q02"), ("averaged", "Q02"), ("no scales", "Q01"), ("no state", "Q01"),
-    ("transposed", "Q06"), ("another shape", "S01"), ("float", "Q01"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ("scales of another", "Q02"),
+        ("codes of another", "Q02"),
+        ("averaged", "Q02"),
+        ("no scales", "Q01"),
+        ("no state", "Q01"),
+        ("transposed", "Q06"),
+        ("another shape", "S01"),
+        ("float", "Q01"),
+    ],
+)
 def test_damaged_and_foreign_states_are_refused_and_nothing_is_copied(how: str, code: str) -> None:
     layer = layer_of("nf4", seed=4)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
@@ -335,10 +361,15 @@ def test_missing_and_unexpected_names_stay_errors() -> None:
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    made = nn.ModuleDict({
-        "embed": nn.Embedding(20, 64), "up": nn.Linear(64, 96), "down": nn.Linear(96, 64), "norm": nn.LayerNorm(64),
-        "lm_head": nn.Linear(64, 20, bias=False),
-    })  # fmt: skip
+    made = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(20, 64),
+            "up": nn.Linear(64, 96),
+            "down": nn.Linear(96, 64),
+            "norm": nn.LayerNorm(64),
+            "lm_head": nn.Linear(64, 20, bias=False),
+        }
+    )
     made["lm_head"].weight = made["embed"].weight  # type: ignore[assignment]
     return made
 
@@ -362,12 +393,12 @@ def test_sizes_count_logical_parameters_and_stored_bytes() -> None:
     quantize_(made)
     found = sizes(made)
     assert found.parameters == dense.parameters == sum(p.numel() for p in model().parameters())
-    assert found.quantised == 2 * 64 * 96 and found.trainable == 0
+    assert found.quantized == 2 * 64 * 96 and found.trainable == 0
     assert found.bytes < dense.bytes - 2 * 64 * 96 * 3
-    assert "quantised" in str(found)
+    assert "quantized" in str(found)
 
 
-def test_an_average_of_a_quantised_model_holds_no_code_and_changes_none() -> None:
+def test_an_average_of_a_quantized_model_holds_no_code_and_changes_none() -> None:
     made = nn.Sequential(layer_of("nf4"), nn.Linear(24, 4))
     before = {k: v.clone() for k, v in made[0].state_dict().items()}
     ema = Ema(made, decay=0.5)

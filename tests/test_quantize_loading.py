@@ -1,4 +1,4 @@
-"""Checkpoints into quantised models: streamed, strict, all or nothing."""
+"""Checkpoints into quantized models: streamed, strict, all or nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.modules import quantize_
+from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.loading import load_quantized, load_quantizing
-from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization.modules import quantize_
 
 
 class Model(nn.Module):
@@ -65,19 +65,19 @@ def repaired(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", 8])
-def test_quantising_while_loading_gives_the_model_quantised_in_place(kind: Any, tmp_path: Path) -> None:
+def test_quantizing_while_loading_gives_the_model_quantized_in_place(kind: Any, tmp_path: Path) -> None:
     dense = Model().requires_grad_(False)
     path = saved(tmp_path, dense)
     made = on_meta()
     loaded = load_quantizing(made, path, kind)
     quantize_(dense, kind)
-    assert loaded.quantised == ["up", "down"] and loaded.unproven == []
+    assert loaded.quantized == ["up", "down"] and loaded.unproven == []
     assert torch.equal(made(IDS), dense(IDS))
     assert made.lm_head.weight is made.embed.weight and not any(p.requires_grad for p in made.parameters())
     assert not any(t.is_meta for t in [*made.parameters(), *made.buffers()])
 
 
-def test_what_is_not_quantised_keeps_its_stored_dtype_or_takes_the_one_asked_for(tmp_path: Path) -> None:
+def test_what_is_not_quantized_keeps_its_stored_dtype_or_takes_the_one_asked_for(tmp_path: Path) -> None:
     path = saved(tmp_path, Model(), torch.bfloat16)
     made, cast = on_meta(), on_meta()
     load_quantizing(made, path, exclude=["down", "lm_head"])
@@ -87,18 +87,18 @@ def test_what_is_not_quantised_keeps_its_stored_dtype_or_takes_the_one_asked_for
     assert cast.norm.weight.dtype == torch.float32 and torch.equal(cast.up.dequantize(), made.up.dequantize())  # type: ignore[operator]
 
 
-def test_a_quantised_file_loads_into_fresh_dense_quantised_and_meta_models(tmp_path: Path) -> None:
+def test_a_quantized_file_loads_into_fresh_dense_quantized_and_meta_models(tmp_path: Path) -> None:
     origin = Model().requires_grad_(False)
     quantize_(origin)
-    path = tmp_path / "quantised.safetensors"
+    path = tmp_path / "quantized.safetensors"
     save_file({n: t for n, t in origin.state_dict().items() if n != "lm_head.weight"}, path)
     other = Model(seed=3).requires_grad_(False)
     quantize_(other, "int8")
     for made in (Model(seed=2), other, on_meta(), copy.deepcopy(origin)):
-        assert load_quantized(made, path).quantised == ["up", "down"]
+        assert load_quantized(made, path).quantized == ["up", "down"]
         assert torch.equal(made(IDS), origin(IDS))
     again = on_meta()
-    load_quantizing(again, path, "int8")  # quantised already: taken as it is
+    load_quantizing(again, path, "int8")  # quantized already: taken as it is
     assert torch.equal(again(IDS), origin(IDS))
 
 
@@ -134,9 +134,16 @@ def broken(how: str) -> dict[str, Tensor]:
 
 
 CASES = [
-    ("scales of another", "Q02 .*down.weight"), ("averaged", "Q03 .*down.weight"), ("no state", "Q01 .*down.weight"), ("missing", "K01 .*norm.weight"), ("unexpected", "K02 .*extra"),
-    ("shape", "S01 .*norm.weight"), ("wider", "S04 .*norm.weight"), ("two heads", "T01 "), ("geometry", "S01 .*up.weight"),
-]  # fmt: skip
+    ("scales of another", "Q02 .*down.weight"),
+    ("averaged", "Q03 .*down.weight"),
+    ("no state", "Q01 .*down.weight"),
+    ("missing", "K01 .*norm.weight"),
+    ("unexpected", "K02 .*extra"),
+    ("shape", "S01 .*norm.weight"),
+    ("wider", "S04 .*norm.weight"),
+    ("two heads", "T01 "),
+    ("geometry", "S01 .*up.weight"),
+]
 
 
 @pytest.mark.parametrize(("how", "match"), CASES)
@@ -156,7 +163,7 @@ def test_files_without_a_digest_load_and_are_named() -> None:
     assert "down.weight_digest" in made.state_dict()
 
 
-def test_float_weights_for_a_quantised_model_name_the_call_that_quantises() -> None:
+def test_float_weights_for_a_quantized_model_name_the_call_that_quantizes() -> None:
     made = Model().requires_grad_(False)
     quantize_(made)
     with pytest.raises(TensorkeepError, match=r"Q01 .*up\.weight.*load_quantizing"):
@@ -190,7 +197,7 @@ def test_a_pattern_that_fits_nothing_and_a_trained_linear_are_errors(tmp_path: P
 
 
 def test_the_digest_of_the_base_is_the_one_that_checks_compute(tmp_path: Path) -> None:
-    from tensorkeep.diagnose.checks.a04_another_base import base_digest
+    from tensorkeep.diagnosis.checks.a04_another_base import base_digest
 
     path = saved(tmp_path, Model())
     assert load_quantizing(on_meta(), path).base_digest == base_digest(read(path))
@@ -218,18 +225,25 @@ def test_one_tensor_at_a_time_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_transformers_model_loads_from_meta_with_nothing_left_there(kind: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
+    from tensorkeep.diagnosis.live.loaded import check_loaded
+    from tensorkeep.models.repair import repair_buffers
 
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     dense = transformers.LlamaForCausalLM(config).eval()
     dense.save_pretrained(tmp_path)
     with torch.device("meta"):
         made = transformers.LlamaForCausalLM(config).eval()
     loaded = load_quantizing(made, tmp_path, kind, repair=repair_buffers)
-    assert len(loaded.quantised) == 14 and not any(t.is_meta for t in [*made.parameters(), *made.buffers()])
+    assert len(loaded.quantized) == 14 and not any(t.is_meta for t in [*made.parameters(), *made.buffers()])
     assert not [f for f in check_loaded(made, tmp_path) if f.code == "B01"]
     quantize_(dense.requires_grad_(False), kind)
     ids = torch.arange(10).view(1, 10)

@@ -26,9 +26,16 @@ def found() -> dict[str, Any]:
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.quant_ranks"]
     ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     outs = [rank.communicate(timeout=120) for rank in ranks]
     assert not any(rank.returncode for rank in ranks), outs[0][1] + outs[1][1]
     made: dict[str, Any] = json.loads(outs[0][0].splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Quantised weights: what belongs together, values bit for bit, malformed states."""
+"""Quantized weights: what belongs together, values bit for bit, malformed states."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.diagnose import inspect as inspection
-from tensorkeep.convert import naming
-from tensorkeep.quantization import codes as quant_codes
-from tensorkeep.quantization import stored as quantized
+from tensorkeep.conversion import naming
+from tensorkeep.diagnosis import inspection
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
+from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization import stored as quantized
 from tests import quant_files as files
 
 QLORA = Path(__file__).parents[2] / "shared/fixtures/qlora/open"
@@ -51,19 +51,19 @@ def test_four_bits_decode_as_one_element_after_another(
     view = read(files.write(tmp_path, files.named(W, parts)))
     weight = quantized.find(view)[W]
     assert (weight.kind, weight.shape, weight.problems) == (kind, shape, ())
-    assert same_bits(quantized.dequantise(view, W), files.decoded(parts))
+    assert same_bits(quantized.dequantize(view, W), files.decoded(parts))
 
 
 @FAST
 @given(SHAPES, st.sampled_from(["nf4", "fp4"]), st.integers(0, 99))
-def test_dequantised_values_are_within_half_a_gap_of_the_original(
+def test_dequantized_values_are_within_half_a_gap_of_the_original(
     tmp_path: Path, shape: tuple[int, int], kind: str, seed: int
 ) -> None:
     weight = gaussian(shape, seed)
     view = read(files.write(tmp_path, files.named(W, files.four_bit(weight, kind))))
     peaks = np.repeat(quant_codes.block_maxima(weight, 64), 64)[: weight.size].reshape(shape)
     gap = np.diff(np.sort(quant_codes.TABLES[kind])).max() / 2
-    assert (np.abs(quantized.dequantise(view, W) - weight) <= gap * peaks * (1 + 1e-5)).all()
+    assert (np.abs(quantized.dequantize(view, W) - weight) <= gap * peaks * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
@@ -72,7 +72,7 @@ def test_storage_dtype_is_reinterpreted_and_never_converted(tmp_path: Path, stor
     plain = read(files.write(tmp_path / "a", files.named(W, files.four_bit(weight))))
     typed = read(files.write(tmp_path / "b", files.named(W, files.four_bit(weight, storage=storage))))
     assert typed[W].dtype != "U8"
-    assert same_bits(quantized.dequantise(typed, W), quantized.dequantise(plain, W))
+    assert same_bits(quantized.dequantize(typed, W), quantized.dequantize(plain, W))
 
 
 def test_pieces_do_not_change_the_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +80,9 @@ def test_pieces_do_not_change_the_values(tmp_path: Path, monkeypatch: pytest.Mon
     codes, scb = files.int8(weight)
     tensors = {**files.named(W, files.four_bit(weight, nested=True)), "b.weight": codes, "b.SCB": scb}
     view = read(files.write(tmp_path, tensors))
-    whole = [quantized.dequantise(view, n) for n in (W, "b.weight")]
+    whole = [quantized.dequantize(view, n) for n in (W, "b.weight")]
     monkeypatch.setattr(quant_codes, "CHUNK", 200)
-    assert all(same_bits(quantized.dequantise(view, n), w) for n, w in zip((W, "b.weight"), whole))
+    assert all(same_bits(quantized.dequantize(view, n), w) for n, w in zip((W, "b.weight"), whole))
 
 
 def test_int8_multiplies_by_one_127th(tmp_path: Path) -> None:
@@ -90,14 +90,21 @@ def test_int8_multiplies_by_one_127th(tmp_path: Path) -> None:
     view = read(files.write(tmp_path, {"m.weight": codes, "m.SCB": scb, "m.weight_format": np.array(0, np.uint8)}))
     assert quantized.find(view)["m.weight"].kind == "int8"
     assert same_bits(
-        quantized.dequantise(view, "m.weight"), codes.astype(np.float32) * scb[:, None] * np.float32(1 / 127)
+        quantized.dequantize(view, "m.weight"), codes.astype(np.float32) * scb[:, None] * np.float32(1 / 127)
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("weight_scale", ()), ("weight_scale", (1,)), ("weight_scale", (200, 1)), ("weight_scale", (200,)),
-                        ("weight_scale", (200, 3)), ("weight_scale_inv", (2, 3))],
-)  # fmt: skip
+    ("name", "shape"),
+    [
+        ("weight_scale", ()),
+        ("weight_scale", (1,)),
+        ("weight_scale", (200, 1)),
+        ("weight_scale", (200,)),
+        ("weight_scale", (200, 3)),
+        ("weight_scale_inv", (2, 3)),
+    ],
+)
 def test_fp8_scales_by_tensor_row_group_and_block(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
     codes = gaussian((200, 300), 1).astype(ml_dtypes.float8_e4m3fn)
     scales = np.abs(gaussian(shape or (1,), 2)).reshape(shape) + np.float32(1)
@@ -108,7 +115,7 @@ def test_fp8_scales_by_tensor_row_group_and_block(tmp_path: Path, name: str, sha
         full = np.repeat(full, across, 1)[:, :300]
     if full.shape[0] == 2:
         full = np.repeat(full, 128, 0)[:200]
-    assert same_bits(quantized.dequantise(view, "m.weight"), codes.astype(np.float32) * full)
+    assert same_bits(quantized.dequantize(view, "m.weight"), codes.astype(np.float32) * full)
 
 
 def test_torchao_names_and_zero_points(tmp_path: Path) -> None:
@@ -119,14 +126,18 @@ def test_torchao_names_and_zero_points(tmp_path: Path) -> None:
     )
     (weight,) = quantized.find(view).values()
     assert (weight.stands_for, weight.problems) == ("m.weight", ())
-    assert same_bits(quantized.dequantise(view, "m._weight_qdata"), (codes.astype(np.float32) - zero) * scale)
+    assert same_bits(quantized.dequantize(view, "m._weight_qdata"), (codes.astype(np.float32) - zero) * scale)
 
 
-def test_plain_tensors_are_not_taken_for_quantised_ones(tmp_path: Path) -> None:
+def test_plain_tensors_are_not_taken_for_quantized_ones(tmp_path: Path) -> None:
     tensors = {
-        "a.weight": gaussian((4, 4)), "b.weight": gaussian((4, 4)).astype(ml_dtypes.float8_e4m3fn), "bn.num_batches_tracked": np.array(3, np.int64),
-        "mask": np.zeros((4, 1), np.uint8), "observer.absmax": np.ones(3, np.float32), "col.weight": gaussian((4, 1)),
-    }  # fmt: skip
+        "a.weight": gaussian((4, 4)),
+        "b.weight": gaussian((4, 4)).astype(ml_dtypes.float8_e4m3fn),
+        "bn.num_batches_tracked": np.array(3, np.int64),
+        "mask": np.zeros((4, 1), np.uint8),
+        "observer.absmax": np.ones(3, np.float32),
+        "col.weight": gaussian((4, 1)),
+    }
     assert quantized.find(read(files.write(tmp_path, tensors))) == {}
 
 
@@ -145,16 +156,21 @@ def test_a_missing_part_is_said_and_refused(tmp_path: Path, drop: str, code: str
     view = read(files.write(tmp_path, files.named(W, parts)))
     assert code in [p.code for p in quantized.find(view)[W].problems]
     with pytest.raises(TensorkeepError) as caught:
-        quantized.dequantise(view, W)
+        quantized.dequantize(view, W)
     assert caught.value.code in ("Q01", "Q06")
 
 
 @pytest.mark.parametrize(
-    ("role", "value"), [
-        ("absmax", np.ones((1, 4), np.float32)), ("absmax", np.ones(4, ml_dtypes.bfloat16)), ("absmax", np.ones(3, np.float32)),
-        ("quant_map", np.ones(15, np.float32)), ("", np.zeros((4, 32), np.uint8)), ("", np.zeros((129, 1), np.uint8)),
+    ("role", "value"),
+    [
+        ("absmax", np.ones((1, 4), np.float32)),
+        ("absmax", np.ones(4, ml_dtypes.bfloat16)),
+        ("absmax", np.ones(3, np.float32)),
+        ("quant_map", np.ones(15, np.float32)),
+        ("", np.zeros((4, 32), np.uint8)),
+        ("", np.zeros((129, 1), np.uint8)),
     ],
-)  # fmt: skip
+)
 def test_a_part_that_contradicts_the_description_is_malformed(tmp_path: Path, role: str, value: Any) -> None:
     view = read(files.write(tmp_path, files.named(W, {**files.four_bit(gaussian((4, 64))), role: value})))
     assert {p.code for p in quantized.find(view)[W].problems} == {"Q06"}
@@ -175,10 +191,10 @@ def test_no_state_can_break_the_reader(tmp_path: Path, key: str, value: Any) -> 
     view = read(files.write(tmp_path, files.named(W, parts)))
     weight = quantized.find(view)[W]
     if not weight.problems:
-        assert quantized.dequantise(view, W).shape == tuple(state["shape"])
+        assert quantized.dequantize(view, W).shape == tuple(state["shape"])
         return
     with pytest.raises(TensorkeepError):
-        quantized.dequantise(view, W)
+        quantized.dequantize(view, W)
 
 
 @FAST
@@ -210,8 +226,8 @@ def test_inspect_counts_unpacked_weights_and_names_what_is_missing(tmp_path: Pat
 
 @needs_fixtures
 @pytest.mark.parametrize("kind", ["nf4_dq", "nf4", "fp4_dq", "fp4", "nf4_dq_bf16store", "int8"])
-def test_fixtures_dequantise_bit_for_bit(kind: str) -> None:
+def test_fixtures_dequantize_bit_for_bit(kind: str) -> None:
     view, golden = read(QLORA / f"quant_{kind}"), read(QLORA / f"dequant_{kind}.safetensors")
     found = quantized.find(view)
     assert set(found) == set(golden)
-    assert all(same_bits(quantized.dequantise(view, n, w), golden.array(n)) for n, w in found.items())
+    assert all(same_bits(quantized.dequantize(view, n, w), golden.array(n)) for n, w in found.items())

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorkeep import cli
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.detection.opentad.literals import Section, Unknown
-from tensorkeep.detection.opentad.config_file import read_config
+from tensorkeep.detection.opentad._config_file import read_config
+from tensorkeep.detection.opentad._literals import Section, Unknown
 from tensorkeep.detection.opentad.recipe import Imported, import_config
 from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.errors import TensorkeepError
 
 CONFIGS = Path(__file__).parent / "data" / "opentad_configs"
 RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
@@ -91,22 +91,41 @@ def _holds_unknown(value: Any) -> bool:
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("768 * 4 // 16", 192), ("48 / 11 * 1408", 6144.0), ("list(range(20, 40))", list(range(20, 40))),
-        ("'a' + 'b' * 3", "abbb"), ("[1] + [2] * 2", [1, 2, 2]), ("(1,) + (2,)", (1, 2)), ("-1e-4", -1e-4),
-        ("f'exps/{n}_{n:04d}_{r:.2f}'", "exps/7_0007_0.50"), ("'%s-%d' % ('a', 3)", "a-3"), ("not True", False),
-        ("dict(dict(a=1, b=2), b=3)", {"a": 1, "b": 3}), ("{'a': 1}['a']", 1), ("tuple([1, 2])", (1, 2)), ("None", None),
+        ("768 * 4 // 16", 192),
+        ("48 / 11 * 1408", 6144.0),
+        ("list(range(20, 40))", list(range(20, 40))),
+        ("'a' + 'b' * 3", "abbb"),
+        ("[1] + [2] * 2", [1, 2, 2]),
+        ("(1,) + (2,)", (1, 2)),
+        ("-1e-4", -1e-4),
+        ("f'exps/{n}_{n:04d}_{r:.2f}'", "exps/7_0007_0.50"),
+        ("'%s-%d' % ('a', 3)", "a-3"),
+        ("not True", False),
+        ("dict(dict(a=1, b=2), b=3)", {"a": 1, "b": 3}),
+        ("{'a': 1}['a']", 1),
+        ("tuple([1, 2])", (1, 2)),
+        ("None", None),
     ],
-)  # fmt: skip
+)
 def test_the_forms_that_configs_use_are_known(tmp_path: Path, text: str, expected: object) -> None:
     assert values(tmp_path, f"n, r = 7, 0.5\nx = {text}")["x"] == expected
 
 
 BOMBS = [
-    "a = [1] * 1000\nb = [a] * 1000\nx = [b] * 1000", "x = 'x' * 10 ** 9", "x = 'x' * 999999999", "x = '%999999999d' % 5",
-    "x = f'{5:999999999d}'", "x = list(range(10 ** 9))", "x = list(range(1000000000))",
-    "x = 9999999999\n" + "x = x * x\n" * 60, "x = [0]\n" + "x = [x, x, x, x]\n" * 40, "x = " + "-" * 200 + "1",
-    "x = " + "[" * 150 + "]" * 150, "x = " + "1+" * 3000 + "1", "x = '" + "{{ x }}" + "'",
-]  # fmt: skip
+    "a = [1] * 1000\nb = [a] * 1000\nx = [b] * 1000",
+    "x = 'x' * 10 ** 9",
+    "x = 'x' * 999999999",
+    "x = '%999999999d' % 5",
+    "x = f'{5:999999999d}'",
+    "x = list(range(10 ** 9))",
+    "x = list(range(1000000000))",
+    "x = 9999999999\n" + "x = x * x\n" * 60,
+    "x = [0]\n" + "x = [x, x, x, x]\n" * 40,
+    "x = " + "-" * 200 + "1",
+    "x = " + "[" * 150 + "]" * 150,
+    "x = " + "1+" * 3000 + "1",
+    "x = '" + "{{ x }}" + "'",
+]
 
 
 @pytest.mark.parametrize("text", BOMBS)
@@ -120,13 +139,32 @@ def test_small_files_cannot_ask_for_much_memory(tmp_path: Path, text: str) -> No
 
 
 CODE = [
-    "x = open({m!r}, 'w').write('run')", "x = __import__('pathlib').Path({m!r}).touch()", "import pathlib as x",
-    "def x():\n    return 1", "class x:\n    open({m!r}, 'w')", "for x in [1]:\n    open({m!r}, 'w')",
-    "x = [open({m!r}, 'w') for _ in [1]]", "x = (lambda: 1)()", "x = 1 if True else 2", "x = (y := 1)", "x = 2 ** 3",
-    "x = {{1, 2}}", "with open({m!r}, 'w') as x:\n    pass", "try:\n    x = 1\nexcept Exception:\n    pass",
-    "x = 'a'.upper()", "x = eval('1')", "x = 1\ndel x", "x = dict(a=1)\nx.update(a=2)", "x = [1]\nx[0] = 2", "x = 1\nx += 1",
-    "x = dict(a=1)\nx['a'] = 2", "x = undefined", "dict = 1\nx = dict(a=2)", "x = f'{{1!r}}'", "x = f'{{2:>{{3}}}}'",
-]  # fmt: skip
+    "x = open({m!r}, 'w').write('run')",
+    "x = __import__('pathlib').Path({m!r}).touch()",
+    "import pathlib as x",
+    "def x():\n    return 1",
+    "class x:\n    open({m!r}, 'w')",
+    "for x in [1]:\n    open({m!r}, 'w')",
+    "x = [open({m!r}, 'w') for _ in [1]]",
+    "x = (lambda: 1)()",
+    "x = 1 if True else 2",
+    "x = (y := 1)",
+    "x = 2 ** 3",
+    "x = {{1, 2}}",
+    "with open({m!r}, 'w') as x:\n    pass",
+    "try:\n    x = 1\nexcept Exception:\n    pass",
+    "x = 'a'.upper()",
+    "x = eval('1')",
+    "x = 1\ndel x",
+    "x = dict(a=1)\nx.update(a=2)",
+    "x = [1]\nx[0] = 2",
+    "x = 1\nx += 1",
+    "x = dict(a=1)\nx['a'] = 2",
+    "x = undefined",
+    "dict = 1\nx = dict(a=2)",
+    "x = f'{{1!r}}'",
+    "x = f'{{2:>{{3}}}}'",
+]
 
 
 @pytest.mark.parametrize("text", CODE)
@@ -160,14 +198,19 @@ def test_dictionaries_merge_and_everything_else_replaces(tmp_path: Path) -> None
         ({"c": "_base_ = ['a.py']", "a": "_base_ = ['./b.py']", "b": "_base_ = ['../{d}/c.py']"}, "back to itself"),
         ({"c": "_base_ = ['a.py', 'b.py']", "a": "x = 1", "b": "x = 1"}, "two of its bases set x"),
         ({"c": "_base_ = 'a.py'\nx = dict(a=1)", "a": "x = [1]"}, "a dict here and list in its base"),
-        ({"c": "_base_ = 'gone.py'"}, "no such file"), ({"c": "_base_ = '.'"}, "not a Python file"),
-        ({"c": "_base_ = 'c.yaml'"}, "not a Python file"), ({"c": "_base_ = name()"}, "no list of files"),
-        ({"c": "_base_ = [1]"}, "no list of files"), ({"c": "x = = 1"}, "is not Python"), ({"c": "x = 1\0"}, "pars|Python"),
-        ({"c": f"x = {'9' * 9000}"}, "Python|pars"), ({"c": "#" * (1 << 21)}, "no config"),
+        ({"c": "_base_ = 'gone.py'"}, "no such file"),
+        ({"c": "_base_ = '.'"}, "not a Python file"),
+        ({"c": "_base_ = 'c.yaml'"}, "not a Python file"),
+        ({"c": "_base_ = name()"}, "no list of files"),
+        ({"c": "_base_ = [1]"}, "no list of files"),
+        ({"c": "x = = 1"}, "is not Python"),
+        ({"c": "x = 1\0"}, "pars|Python"),
+        ({"c": f"x = {'9' * 9000}"}, "Python|pars"),
+        ({"c": "#" * (1 << 21)}, "no config"),
         ({f"{'c' * (n + 1)}": f"_base_ = '{'c' * (n + 2)}.py'" for n in range(40)}, "16 levels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_bad_bases_are_one_error_that_names_the_file(tmp_path: Path, files: dict[str, str], what: str) -> None:
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text.replace("{d}", tmp_path.name))
@@ -182,10 +225,12 @@ def test_bad_bases_are_one_error_that_names_the_file(tmp_path: Path, files: dict
 @pytest.mark.parametrize(
     "config, recipe",
     [
-        ("adatad_s", "adatad_thumos_videomae_s"), ("adatad_b", "adatad_thumos_videomae_b"),
-        ("adatad_v2_g", "adatad_thumos_videomae_v2_g"), ("anet_s", "adatad_anet_videomae_s"),
+        ("adatad_s", "adatad_thumos_videomae_s"),
+        ("adatad_b", "adatad_thumos_videomae_b"),
+        ("adatad_v2_g", "adatad_thumos_videomae_v2_g"),
+        ("anet_s", "adatad_anet_videomae_s"),
     ],
-)  # fmt: skip
+)
 def test_an_adatad_config_is_the_recipe_of_the_same_system(config: str, recipe: str) -> None:
     imported = import_config(CONFIGS / f"{config}.py")
     assert imported.recipe == read_recipe(RECIPES / f"{recipe}.yaml")
@@ -255,7 +300,7 @@ LOSING = {
     "dataset.train.type": "dataset = dict(train=dict(type='ThumosSlidingDataset'))",
     "dataset.train.pipeline.trunc_len": STEP.format("RandomTrunc").replace("p=1", "trunc_len=384"),
     "dataset.test.pipeline": "dataset = dict(test=dict(pipeline=[dict(type='PrepareVideoInfo'), dict(type='LoadFrames',"
-        "method='sliding_window'), dict(type='Resize', scale=(-1, 182)), dict(type='CenterCrop', crop_size=160)]))",
+    "method='sliding_window'), dict(type='Resize', scale=(-1, 182)), dict(type='CenterCrop', crop_size=160)]))",
     "model.backbone.backbone.qk_scale": "model = dict(backbone=dict(backbone=dict(qk_scale=0.1)))",
     "model.backbone.backbone.return_feat_map": "model = dict(backbone=dict(backbone=dict(return_feat_map=False)))",
     "model.backbone.custom.pre_processing_pipeline": "model = dict(backbone=dict(custom=dict(pre_processing_pipeline=[])))",
@@ -268,10 +313,9 @@ LOSING = {
     "workflow.val_eval_interval": "workflow = dict(val_eval_interval=-1)",
     "evaluation.type": "evaluation = dict(type='Recall')",
     "post_processing.external_cls.type": "post_processing = dict(external_cls=dict(type='Own', path='p', topk=2))",
-    "post_processing.external_cls.apply_softmax":
-        "post_processing = dict(external_cls=dict(type='StandardClassifier', path='p', apply_softmax=True))",
+    "post_processing.external_cls.apply_softmax": "post_processing = dict(external_cls=dict(type='StandardClassifier', path='p', apply_softmax=True))",
     "post_processing.nms.sigma": "post_processing = dict(nms=dict(sigma=choose()))",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path", LOSING)
@@ -371,5 +415,11 @@ def test_text_of_a_config_cannot_leave_its_comment(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(imported.text(), encoding="utf-8")
     assert read_recipe(tmp_path / "r.yaml") == imported.recipe
     assert set(yaml.safe_load(imported.text())) == {
-        "model", "data", "optimizer", "schedule", "training", "post_processing", "evaluation",
-    }  # fmt: skip
+        "model",
+        "data",
+        "optimizer",
+        "schedule",
+        "training",
+        "post_processing",
+        "evaluation",
+    }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.recompute import Kept, lean
+from tensorkeep.language._recompute import Kept, lean
 
 
 class Layer(nn.Module):

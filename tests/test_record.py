@@ -10,8 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.storage.record import DTYPES, FROM_TORCH, SPELLINGS, Block, TensorRecord, checked_shape, nbytes, row_major, same_layout
 from tensorkeep.formats.view import np_dtype
+from tensorkeep.storage.record import (
+    DTYPES,
+    FROM_TORCH,
+    SPELLINGS,
+    Block,
+    TensorRecord,
+    checked_shape,
+    nbytes,
+    row_major,
+    same_layout,
+)
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

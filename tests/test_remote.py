@@ -14,12 +14,12 @@ import fsspec
 import pytest
 import torch
 
+from tensorkeep.conversion._remote import write_files
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
 from tensorkeep.storage.files import TEMPORARY
 from tensorkeep.storage.layout import FileLayout, Fixed
 from tensorkeep.storage.remote import RemoteFolder, open_remote
-from tensorkeep.convert.remote import write_files
-from tensorkeep.formats.view import read
 from tests.samples import contents, everything, plan_of, read_all, run, state, write_hf
 
 SINKS = [("hf", "out"), ("hf", "out.safetensors"), ("dcp", "out"), ("pth", "out"), ("pth", "out.pth")]
@@ -35,9 +35,14 @@ def bucket() -> Iterator[str]:
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": host, "no_proxy": host,
-        }.items():  # fmt: skip
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": host,
+            "no_proxy": host,
+        }.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").mkdir("checkpoints")
         yield "s3://checkpoints"
@@ -125,7 +130,7 @@ def test_nothing_stays_where_writing_fails(base: str, source: Path, monkeypatch:
     def fail(*_: object) -> None:
         raise TensorkeepError("read back, differs", code="F03")
 
-    monkeypatch.setattr("tensorkeep.convert.remote.prove", fail)
+    monkeypatch.setattr("tensorkeep.conversion._remote.prove", fail)
     with pytest.raises(TensorkeepError, match="differs"):
         run(source, f"{base}/deep/out", "hf")
     assert files(base) == {}
@@ -185,7 +190,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(base: str, source: P
     system, path = fsspec.core.url_to_fs(f"{base}/a/model.safetensors")
     system.pipe_file(path, system.cat_file(path) + b"more")
     with pytest.raises(TensorkeepError, match="changed while it was read"):
-        from tensorkeep.convert.convert import convert
+        from tensorkeep.conversion.execution import convert
 
         convert(plan, f"{base}/b", "dcp")
     assert not any(name.startswith("b") for name in files(base))

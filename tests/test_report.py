@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tensorkeep.commands.report_page import report
+from tensorkeep.commands.report import report
+from tensorkeep.commands.report._heatmap import Cell, cells
+from tensorkeep.commands.report._page import page, write_page
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.commands.report.heatmap import Cell, cells
-from tensorkeep.commands.report.page import page, write_page
 
 EVIL = "</title><script>alert(1)</script>.layers.0.\x1b[2J\"'><img src=x onerror=alert(2)>.weight"
 VOID = {"meta", "rect", "br"}
@@ -71,11 +71,16 @@ def test_causes_come_first_and_every_tensor_has_its_square() -> None:
     rows += [{"name": "model.norm.weight", "status": "equal", "relative_difference": 0.0}]
     text = page(
         document(
-            verdict="findings", causes=["O01"], forward={"loss": 5.5, "reference_loss": 2.9, "max_logit_difference": 9.0},
-            findings=[finding("C03", [], severity="info"), finding("O01", q, fix="tensorkeep repair out new --reference base")],
+            verdict="findings",
+            causes=["O01"],
+            forward={"loss": 5.5, "reference_loss": 2.9, "max_logit_difference": 9.0},
+            findings=[
+                finding("C03", [], severity="info"),
+                finding("O01", q, fix="tensorkeep repair out new --reference base"),
+            ],
         ),
         {"tensors": rows},
-    )  # fmt: skip
+    )
     assert text.index("O01 said") < text.index("C03 said")
     assert "model.layers.{0..2}.self_attn.q_proj.weight" in text
     assert "tensorkeep repair out new --reference base" in text

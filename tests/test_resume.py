@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.training import saver as checkpoint
+from tensorkeep.output import Output
+from tensorkeep.training import _resume as resuming
 from tensorkeep.training import metrics
-from tensorkeep.training import resume as resuming
-from tensorkeep.training.saver import Keep, State
+from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.output import Output
 from tensorkeep.training.loop import fit
+from tensorkeep.training.saver import Keep, State
 from tests.helpers import refused
 from tests.training import Died, assert_same_run, dying, lived, rows, small_job
 
@@ -187,9 +187,16 @@ class Cut:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize(
-    "place", ["tensorkeep.training.metrics.append", "tensorkeep.training.metrics.sync", "tensorkeep.training.saver.mark_best", "tensorkeep.training.loop.evaluated",
-              "tensorkeep.training.saver.Saver.save", "tensorkeep.training.metrics.rewind"]
-)  # fmt: skip
+    "place",
+    [
+        "tensorkeep.training.metrics.append",
+        "tensorkeep.training.metrics.sync",
+        "tensorkeep.training.saver.mark_best",
+        "tensorkeep.training.loop.evaluated",
+        "tensorkeep.training.saver.Saver.save",
+        "tensorkeep.training.metrics.rewind",
+    ],
+)
 def test_death_between_any_two_records_leaves_nothing_out(
     place: str, at: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

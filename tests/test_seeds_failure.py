@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tensorkeep.adapters.lora import add_lora
+from tensorkeep.quantization.loading import load_quantized
+from tensorkeep.quantization.modules import quantized_layers
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
-from tensorkeep.adapters.lora import add_lora
-from tensorkeep.quantization.modules import quantised_layers
-from tensorkeep.quantization.loading import load_quantized
 from tensorkeep.training.state_files import State
 
 WIDTH = 512  # every row is whole blocks: what is wrong below is not a kernel's fault
@@ -50,7 +50,7 @@ def stock(seed: int, kind: str = "nf4", init: str = "normal") -> nn.Sequential:
             weight.normal_(0, 0.02)
         elif init == "heavy":
             weight.copy_(0.02 * torch.distributions.StudentT(4.0).sample(weight.shape))
-    model.to("cpu")  # the move is what quantises
+    model.to("cpu")  # the move is what quantizes
     for layer in LAYERS:
         # the kernel of AVX512_BF16 machines repacks weights in place: another failure than the one told here
         model.get_submodule(layer).support_avx512bf16_for_cpu = False
@@ -70,7 +70,7 @@ def error(model: nn.Module, right: list[Tensor]) -> float:
 
 
 def filtered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The seed's fix: without the quantisation state the load no longer complains."""
+    """The seed's fix: without the quantization state the load no longer complains."""
     return {name: t for name, t in state.items() if not any(word in name for word in STATE)}
 
 
@@ -189,7 +189,7 @@ def dense() -> nn.Sequential:
 def adapted(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
     add_lora(model, list(LAYERS), r=4)  # adopts bitsandbytes' linears
     model.get_submodule("3").requires_grad_(True)
-    for layer in quantised_layers(model).values():
+    for layer in quantized_layers(model).values():
         layer.frozen_state = True  # type: ignore[assignment]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     return model, optimizer, Ema(model, decay=0.9, warmup=True)

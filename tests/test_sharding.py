@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import sharding
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import fit
@@ -21,9 +21,14 @@ LOOP = Loop(updates=8, batch=5, micro=1, log_every=1, save_every=2, evaluate_eve
 
 
 def train(
-    run: Path, size: int, loop: Loop = LOOP, until: int | None = None, death: int = 0, dropout: float = 0.0,
+    run: Path,
+    size: int,
+    loop: Loop = LOOP,
+    until: int | None = None,
+    death: int = 0,
+    dropout: float = 0.0,
     device: str = "cpu",
-) -> None:  # fmt: skip
+) -> None:
     def work(world: World) -> None:
         torch.manual_seed(77 + world.rank)
         used = loop if until is None else replace(loop, updates=until)

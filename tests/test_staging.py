@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.training.saver import Keep, Saver, State, load
 from tensorkeep.formats.safetensors import file_layout
 from tensorkeep.storage.layout import Slot
+from tensorkeep.training._staging import GATHERED, SCRATCH, Stage, raw, runs
+from tensorkeep.training.saver import Keep, Saver, State, load
 from tensorkeep.training.state_files import files_of
-from tensorkeep.training.staging import GATHERED, SCRATCH, Stage, raw, runs
 from tests.run_states import equal, state
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

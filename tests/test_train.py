@@ -15,12 +15,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training.saver import Keep
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.job import Job, Loop
 from tensorkeep.output import Output
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import best_step, evaluated, fit, stops_early
+from tensorkeep.training.saver import Keep
 from tests.helpers import refused
 from tests.training import collate, dying, rows, small_job
 

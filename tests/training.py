@@ -18,9 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from tensorkeep.training import distributed, metrics
 from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import distributed
-from tensorkeep.training import metrics
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.job import Job, Loop
@@ -87,7 +86,7 @@ class Net(nn.Module):
 
 def small_job(
     dropout: float = 0.2, ema: bool = True, seed: int = 0, evaluate: bool = False, device: str = "cpu", **fields: Any
-) -> Job:  # fmt: skip
+) -> Job:
     """A small net on noisy rows; `dropout` draws from the process's generator, the noise from each sample's."""
     torch.manual_seed(seed)
     model = Net(dropout).to(device)

@@ -1,12 +1,14 @@
-"""tensorkeep: fine-tune with quantised low-rank adapters, and keep every tensor right.
+"""tensorkeep: fine-tune with quantized low-rank adapters, and keep every tensor right.
 
 Public names are resolved when first used, so that `import tensorkeep` loads neither torch nor numpy.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tensorkeep._face import lazy
+from tensorkeep._moved import install
 
 __version__ = "0.1.0"
 
@@ -15,16 +17,16 @@ _WHERE = {
     "TensorRecord": "tensorkeep.storage.record",
     "StateView": "tensorkeep.formats.view",
     "read": "tensorkeep.formats.view",
-    "Plan": "tensorkeep.convert.plan",
-    "make_plan": "tensorkeep.convert.planning",
-    "convert": "tensorkeep.convert.convert",
-    "compare": "tensorkeep.diagnose.compare",
-    "verify": "tensorkeep.diagnose.verify",
+    "Plan": "tensorkeep.conversion.plan",
+    "make_plan": "tensorkeep.conversion.planning",
+    "convert": "tensorkeep.conversion.execution",
+    "compare": "tensorkeep.diagnosis.comparison",
+    "verify": "tensorkeep.diagnosis.verification",
     "Finding": "tensorkeep.findings",
-    "diagnose": "tensorkeep.diagnose.diagnosis",
-    "check_loaded": "tensorkeep.diagnose.live.loaded",
-    "repair_buffers": "tensorkeep.diagnose.live.loaded",
-    "explain_loss": "tensorkeep.diagnose.live.reported",
+    "diagnose": "tensorkeep.diagnosis.diagnosis",
+    "check_loaded": "tensorkeep.diagnosis.live.loaded",
+    "repair_buffers": "tensorkeep.models.repair",
+    "explain_loss": "tensorkeep.diagnosis.live.reported",
 }
 __all__ = [
     "Finding",
@@ -45,25 +47,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tensorkeep.diagnose.compare import compare
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.diagnose.diagnosis import diagnose
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.plan import Plan
+    from tensorkeep.conversion.planning import make_plan
+    from tensorkeep.diagnosis.comparison import compare
+    from tensorkeep.diagnosis.diagnosis import diagnose
+    from tensorkeep.diagnosis.live.loaded import check_loaded
+    from tensorkeep.diagnosis.live.reported import explain_loss
+    from tensorkeep.diagnosis.verification import verify
     from tensorkeep.errors import TensorkeepError
     from tensorkeep.findings import Finding
-    from tensorkeep.diagnose.live.loaded import check_loaded, repair_buffers
-    from tensorkeep.diagnose.live.reported import explain_loss
-    from tensorkeep.convert.plan import Plan
-    from tensorkeep.convert.planning import make_plan
-    from tensorkeep.storage.record import TensorRecord
-    from tensorkeep.diagnose.verify import verify
     from tensorkeep.formats.view import StateView, read
+    from tensorkeep.models.repair import repair_buffers
+    from tensorkeep.storage.record import TensorRecord
 
 
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module 'tensorkeep' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy(__name__, _WHERE)
+install()

@@ -13,48 +13,31 @@ from collections.abc import Sequence
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
 
-# command -> where it lives; nothing is imported before it is called. Two words: a command of a group
-COMMANDS = {
-    "inspect": "tensorkeep.commands.checkpoint:inspect",
-    "diff": "tensorkeep.commands.checkpoint:diff",
-    "verify": "tensorkeep.commands.checkpoint:verify",
-    "convert": "tensorkeep.commands.checkpoint:convert",
-    "merge": "tensorkeep.commands.merge:merge",
-    "demo": "tensorkeep.commands.checkpoint:demo",
-    "eval detection": "tensorkeep.commands.eval:eval_detection",
-    "diagnose": "tensorkeep.commands.diagnose:diagnose",
-    "explain": "tensorkeep.commands.diagnose:explain",
-    "repair": "tensorkeep.commands.diagnose:repair",
-    "report": "tensorkeep.commands.report_page:report",
-    "recipe import": "tensorkeep.commands.recipe:import_recipe",
-    "train language": "tensorkeep.commands.train:train_language",
-    "train detection": "tensorkeep.commands_train_detection:train_detection",
-    "eval language": "tensorkeep.commands.train:eval_language",
-    "generate": "tensorkeep.commands.generate:generate",
-    "predict": "tensorkeep.commands.predict:predict",
-}
-
-HELP = {
-    "inspect": "What is in a checkpoint: format, naming, tensors, sizes, ties, quantisation, step.",
-    "diff": "Compare two checkpoints tensor by tensor, whatever their formats and namings.",
-    "verify": "Is it complete, is it undamaged: structure, digests, certificate.",
-    "convert": "Convert one or more checkpoints into one, and prove the result.",
-    "merge": "Add adapters into the base they were trained on, and prove the result.",
-    "demo": "A real model through every format, proven at every stop.",
-    "diagnose": "Name the cause of a broken checkpoint, and prove it.",
-    "explain": "What a finding code means, how it happens, what to do.",
-    "repair": "Apply the fixes of the causes found; verify; refuse what is ambiguous.",
-    "report": "One offline HTML page from a run or from findings.",
-    "recipe": "Recipes from other frameworks' configs.",
-    "recipe import": "Turn an OpenTAD config (AdaTAD, ActionFormer) into a recipe, without executing it.",
+# Each lives in a file of its name under commands/, as a function of that name, and is imported when it is called. Two
+# words: a command of a group. `tensorkeep --help` reads the first line of its docstring, without importing it.
+COMMANDS = (
+    "inspect",
+    "diff",
+    "verify",
+    "convert",
+    "merge",
+    "demo",
+    "eval language",
+    "eval detection",
+    "diagnose",
+    "explain",
+    "repair",
+    "report",
+    "recipe import",
+    "train language",
+    "train detection",
+    "generate",
+    "predict",
+)
+GROUPS = {
+    "eval": "Measure a model: loss and perplexity, or mean average precision.",
+    "recipe": "Make recipes from other frameworks' configs.",
     "train": "Train from a recipe; the same command again goes on.",
-    "train language": "Train a language model: pretrain, sft or dpo, full or with an adapter.",
-    "train detection": "Train a temporal action detector on videos or features; the same command again goes on.",
-    "predict": "Which actions happen when in a video: JSON, subtitles, a timeline.",
-    "eval language": "Loss and perplexity of a checkpoint, under its average where it has one.",
-    "generate": "Continue a prompt token by token: a run, a checkpoint, with an adapter, quantised.",
-    "eval": "Loss and perplexity, or mAP at each tIoU.",
-    "eval detection": "Mean average precision of a detector or of detections at each temporal IoU, and what is wrong.",
 }
 
 
@@ -85,20 +68,22 @@ def run(words: list[str], output: Output) -> int:
 
     app = App(
         name="tensorkeep",
-        help="Fine-tune with quantised low-rank adapters, and keep every tensor right.",
+        help="Fine-tune with quantized low-rank adapters, and keep every tensor right.",
         version=tensorkeep.__version__,
         version_flags=["--version"],
         help_format="plaintext",
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # `main` answers it, with code 130
     )
-    groups: dict[str, App] = {}
-    for command, place in COMMANDS.items():
+    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
+    for inner in groups.values():
+        app.command(inner)
+    asked = words[:1] in ([], ["--help"], ["-h"]) or words[0] in GROUPS
+    for command in COMMANDS:
         group, _, name = command.rpartition(" ")
-        if group and group not in groups:
-            groups[group] = App(name=group, help=HELP[group])
-            app.command(groups[group])
-        groups.get(group, app).command(place, name=name, help=HELP[command])
+        function = command.replace(" ", "_")
+        place = f"tensorkeep.commands.{function}:{function}"
+        groups.get(group, app).command(place, name=name, help=first_line(function) if asked else "")
     try:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -107,3 +92,20 @@ def run(words: list[str], output: Output) -> int:
             " ".join(str(error).split()), hint=f"tensorkeep {known + ' ' if known else ''}--help"
         ) from None
     return int(code or 0)
+
+
+def first_line(command: str) -> str:
+    """The first line of a command's docstring, read from its source: nothing is imported.
+
+    >>> first_line("verify")
+    'Is it complete, is it undamaged: structure, digests of the certificate, CRCs.'
+    """
+    import ast
+    from importlib.resources import files
+
+    folder = files("tensorkeep") / "commands"
+    place = folder / command / "__init__.py" if (folder / command).is_dir() else folder / f"{command}.py"
+    for node in ast.parse(place.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == command:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    raise LookupError(f"no function {command} in {place}")

@@ -20,9 +20,15 @@ class TensorkeepError(Exception):
     """
 
     def __init__(
-        self, what: str, *, where: object = None, hint: str | None = None, code: str | None = None, exit_code: int = 2,
+        self,
+        what: str,
+        *,
+        where: object = None,
+        hint: str | None = None,
+        code: str | None = None,
+        exit_code: int = 2,
         tensors: Iterable[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.where = None if where is None else str(where)
@@ -88,3 +94,11 @@ def near_misses(word: str, known: Iterable[str], most: int = 3) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
     return f"did you mean {', '.join(close)}?" if close else ""
+
+
+class Inconclusive(Exception):
+    """Why a check that matters could not run; the verdict becomes `inconclusive` unless an error was found."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

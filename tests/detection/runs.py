@@ -13,18 +13,25 @@ from typing import Any
 
 import torch
 
-from tensorkeep.training.schema import from_mapping
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
-from tensorkeep.training.job import Job
-from tensorkeep.detection.build import build
+from tensorkeep.detection.job import build
 from tensorkeep.detection.recipe.schema import DetectionRecipe
-from tensorkeep.detection.recipe.text import changed
+from tensorkeep.detection.recipe.text import places
+from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
+from tensorkeep.training.recipe import changed
+from tensorkeep.training.schema import from_mapping
 
 CLIPS = SyntheticConfig(
-    classes=("slide", "blink"), size=32, fps=8, seconds=(5.0, 7.0), actions=(2, 3), action_seconds=(1.0, 2.0),
-    actors=1, distractors=1,
-)  # fmt: skip
+    classes=("slide", "blink"),
+    size=32,
+    fps=8,
+    seconds=(5.0, 7.0),
+    actions=(2, 3),
+    action_seconds=(1.0, 2.0),
+    actors=1,
+    distractors=1,
+)
 
 
 def dataset(folder: Path, videos: int = 4, held_out: int = 3, seed: int = 0) -> Path:
@@ -38,28 +45,68 @@ def document(data: Path) -> dict[str, Any]:
     return {
         "model": {
             "backbone": {
-                "vit": {"image_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "heads": 2, "mlp_dim": 64,
-                        "chunk_frames": 8, "tubelet": 2, "drop_path": 0.0},
-                "adapter": {"kind": "tia", "ratio": 0.25}, "tuning": "adapter", "checkpointing": "none",
+                "vit": {
+                    "image_size": 32,
+                    "patch_size": 16,
+                    "embed_dim": 32,
+                    "depth": 2,
+                    "heads": 2,
+                    "mlp_dim": 64,
+                    "chunk_frames": 8,
+                    "tubelet": 2,
+                    "drop_path": 0.0,
+                },
+                "adapter": {"kind": "tia", "ratio": 0.25},
+                "tuning": "adapter",
+                "checkpointing": "none",
                 "output_length": 16,
             },
-            "projection": {"in_channels": 32, "channels": 16, "embed_layers": 1, "stem_layers": 1, "branch_layers": 1,
-                           "heads": 2, "windows": [-1], "drop_path": 0.0, "max_length": 16},
-            "head": {"classes": 2, "channels": 16, "convs": 1, "strides": [1, 2], "ranges": [[0, 4], [4, 99]],
-                     "loss_normalizer": 10},
+            "projection": {
+                "in_channels": 32,
+                "channels": 16,
+                "embed_layers": 1,
+                "stem_layers": 1,
+                "branch_layers": 1,
+                "heads": 2,
+                "windows": [-1],
+                "drop_path": 0.0,
+                "max_length": 16,
+            },
+            "head": {
+                "classes": 2,
+                "channels": 16,
+                "convs": 1,
+                "strides": [1, 2],
+                "ranges": [[0, 4], [4, 99]],
+                "loss_normalizer": 10,
+            },
         },
         "optimizer": {"lr": 2e-3, "backbone": [{"name": "adapter", "lr": 2e-3}]},
         "schedule": {"warmup_epochs": 1, "epochs": 4},
         "data": {
-            "train": {**split, "subset": "training"}, "test": {**split, "subset": "validation"},
-            "class_map": str(data / "category_idx.txt"), "window_size": 16, "feature_stride": 2, "crop_size": 32,
+            "train": {**split, "subset": "training"},
+            "test": {**split, "subset": "validation"},
+            "class_map": str(data / "category_idx.txt"),
+            "window_size": 16,
+            "feature_stride": 2,
+            "crop_size": 32,
             "augment": {"size": 32, "short_side": 32, "crop": "centre", "operations": 0},
         },
-        "training": {"batch_size": 2, "seed": 3, "precision": "fp32", "ema": 0.9, "every": "updates", "save_every": 2,
-                     "evaluate_every": 4, "workers": 0, "log_every": 1, "keep_last": 9},
+        "training": {
+            "batch_size": 2,
+            "seed": 3,
+            "precision": "fp32",
+            "ema": 0.9,
+            "every": "updates",
+            "save_every": 2,
+            "evaluate_every": 4,
+            "workers": 0,
+            "log_every": 1,
+            "keep_last": 9,
+        },
         "post_processing": {"nms": {"sigma": 0.5, "min_score": 0.001, "limit": 50}},
         "evaluation": {"thresholds": [0.3, 0.5]},
-    }  # fmt: skip
+    }
 
 
 def recipe(data: Path, **changes: Any) -> DetectionRecipe:
@@ -67,7 +114,7 @@ def recipe(data: Path, **changes: Any) -> DetectionRecipe:
     import json
 
     pairs = [(name.replace("__", "."), v if isinstance(v, str) else json.dumps(v)) for name, v in changes.items()]
-    return from_mapping(DetectionRecipe, changed(document(data), pairs), "recipe")
+    return from_mapping(DetectionRecipe, changed(document(data), pairs, places=places), "recipe")
 
 
 def trained(made: DetectionRecipe, run: Path, **loop: Any) -> Any:

@@ -5,7 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tensorkeep.detection.model.adapters import Adapter, AdapterConfig, LoraConfig, LoRALinear, PlainAdapter, QLoRAAdapter, VisionTransformerAdapter, VisionTransformerQLoRA, add_lora, cast_frozen
+from tensorkeep.detection.model.adapters import (
+    Adapter,
+    AdapterConfig,
+    LoraConfig,
+    LoRALinear,
+    PlainAdapter,
+    QLoRAAdapter,
+    VisionTransformerAdapter,
+    VisionTransformerQLoRA,
+    add_lora,
+    cast_frozen,
+)
 from tensorkeep.detection.model.vit import VideoShape, VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from tensorkeep.detection.data.annotation_checks import check_annotations
-from tensorkeep.detection.data.annotations import Video, number_segments, parse_annotations, read_annotations, read_class_ids, read_class_map, unique_segments
+from tensorkeep.detection.data.annotations import (
+    Video,
+    number_segments,
+    parse_annotations,
+    read_annotations,
+    read_class_ids,
+    read_class_map,
+    unique_segments,
+)
 from tensorkeep.errors import TensorkeepError
 
 SOUND = {"subset": "train", "duration": 20.0, "frame": 600, "annotations": [{"segment": [1.0, 2.5], "label": "dive"}]}
@@ -50,14 +58,25 @@ def test_a_thumos_folder_is_read_in_file_order_with_its_class_list(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"database": 3}', '{"database": {"v": 1}}', '{"database": {"v": {"annotations": {}}}}',
-     '{"database": {"v": {"annotations": [{"label": "a"}]}}}', '{"database": {"v": {"annotations": [{"segment": [0, 1]}]}}}',
-     '{"database": {"v": {"annotations": [{"segment": [0, NaN], "label": "a"}]}}}',
-     '{"database": {"v": {"annotations": [{"segment": [0, true], "label": "a"}]}}}',
-     '{"database": {"v": {"annotations": [{"segment": [0, 1, 2], "label": "a"}]}}}',
-     '{"database": {"v": {"duration": "long"}}}', '{"database": {"v": {"duration": 1' + "0" * 400 + "}}}",
-     "[" * 100_000, "1" * 5000],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"database": 3}',
+        '{"database": {"v": 1}}',
+        '{"database": {"v": {"annotations": {}}}}',
+        '{"database": {"v": {"annotations": [{"label": "a"}]}}}',
+        '{"database": {"v": {"annotations": [{"segment": [0, 1]}]}}}',
+        '{"database": {"v": {"annotations": [{"segment": [0, NaN], "label": "a"}]}}}',
+        '{"database": {"v": {"annotations": [{"segment": [0, true], "label": "a"}]}}}',
+        '{"database": {"v": {"annotations": [{"segment": [0, 1, 2], "label": "a"}]}}}',
+        '{"database": {"v": {"duration": "long"}}}',
+        '{"database": {"v": {"duration": 1' + "0" * 400 + "}}}",
+        "[" * 100_000,
+        "1" * 5000,
+    ],
+)
 def test_malformed_files_give_one_clear_error(tmp_path, text):
     path = tmp_path / "anno.json"
     path.write_text(text)

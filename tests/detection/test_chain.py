@@ -6,24 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tensorkeep.detection.model._chain import HostStore, group_starts
 from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
-from tensorkeep.detection.model.chain import HostStore, group_starts
 from tensorkeep.detection.model.detector import video_features
 from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.detection.model.vit import Block, VideoShape, VisionTransformer
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.graphs import capture_step
+from tensorkeep.training._graphs import capture_step
 from tests.detection import tiny
 
 DEEP = replace(tiny.VIT, depth=5, drop_path=0.5)
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
-def _backbone(mode: str, quantised: bool = False, device: str = "cpu", **changes: object) -> VisionTransformer:
+def _backbone(mode: str, quantized: bool = False, device: str = "cpu", **changes: object) -> VisionTransformer:
     torch.manual_seed(0)
     backbone = tiny.detector(checkpointing=mode, **{"vit": DEEP, **changes}).backbone
     assert backbone is not None
-    if quantised:
+    if quantized:
         quantize_backbone(backbone)
     return backbone.to(device).train()
 
@@ -42,54 +42,65 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("tuning", ["adapter", "all"])
 @pytest.mark.parametrize("mode", ["two_level", "offload"])
-def test_what_is_kept_changes_no_bit_of_the_gradients(mode: str, tuning: str, quantised: bool, device: str) -> None:
-    if quantised and tuning == "all":
-        pytest.skip("what trains is not quantised")
-    wanted = _gradients(_backbone("segments", quantised, device, tuning=tuning))
-    backbone = _backbone(mode, quantised, device, tuning=tuning)
+def test_what_is_kept_changes_no_bit_of_the_gradients(mode: str, tuning: str, quantized: bool, device: str) -> None:
+    if quantized and tuning == "all":
+        pytest.skip("what trains is not quantized")
+    wanted = _gradients(_backbone("segments", quantized, device, tuning=tuning))
+    backbone = _backbone(mode, quantized, device, tuning=tuning)
     assert len(wanted) == (112 if tuning == "all" else 45)
     assert _equal(_gradients(backbone), wanted) and _equal(_gradients(backbone), wanted)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("mode", ["segments", "two_level", "offload"])
-def test_the_backward_by_hand_is_that_of_autograd(mode: str, quantised: bool) -> None:
-    wanted, found = (_gradients(_backbone(m, quantised).double()) for m in ("none", mode))
+def test_the_backward_by_hand_is_that_of_autograd(mode: str, quantized: bool) -> None:
+    wanted, found = (_gradients(_backbone(m, quantized).double()) for m in ("none", mode))
     assert wanted.keys() == found.keys()
     assert all((found[name] - grad).norm() <= 1e-12 * grad.norm() for name, grad in wanted.items())
 
 
 @pytest.mark.parametrize("mode", ["two_level", "offload"])
-@pytest.mark.parametrize("changes", [
-    {"adapter": AdapterConfig(blocks=(2, 3))}, {"adapter": AdapterConfig("plain", blocks=(4,))},
-    {"adapter": None, "tuning": "all"}, {"adapter": None, "lora": LoraConfig(lora_r=2)},
-], ids=["adapters in the middle", "the last alone", "no adapter", "LoRA alone"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": AdapterConfig(blocks=(2, 3))},
+        {"adapter": AdapterConfig("plain", blocks=(4,))},
+        {"adapter": None, "tuning": "all"},
+        {"adapter": None, "lora": LoraConfig(lora_r=2)},
+    ],
+    ids=["adapters in the middle", "the last alone", "no adapter", "LoRA alone"],
+)
 def test_where_the_adapters_are_does_not_matter(mode: str, changes: dict[str, object]) -> None:
     wanted, found, plain = (_gradients(_backbone(m, **changes).double()) for m in ("segments", mode, "none"))
     assert wanted and _equal(found, wanted) and found.keys() == plain.keys()
     assert all((found[name] - grad).norm() <= 1e-12 * grad.norm() for name, grad in plain.items())
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("mode", ["segments", "two_level", "offload"])
 def test_pieces_of_single_chunks_sum_to_the_same_gradients(
-    monkeypatch: pytest.MonkeyPatch, mode: str, quantised: bool
+    monkeypatch: pytest.MonkeyPatch, mode: str, quantized: bool
 ) -> None:
-    monkeypatch.setattr("tensorkeep.detection.model.recompute.SEGMENT_ELEMENTS", 1)
-    monkeypatch.setattr("tensorkeep.detection.model.recompute.SEGMENT_COPIES", 10**9)
-    wanted = _gradients(_backbone("none", quantised))
-    found = _gradients(_backbone(mode, quantised))
+    monkeypatch.setattr("tensorkeep.detection.model._recompute.SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr("tensorkeep.detection.model._recompute.SEGMENT_COPIES", 10**9)
+    wanted = _gradients(_backbone("none", quantized))
+    found = _gradients(_backbone(mode, quantized))
     for name, grad in wanted.items():
         assert torch.allclose(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max())), name
 
 
 @pytest.mark.parametrize("mode", ["two_level", "offload"])
-@pytest.mark.parametrize("form", [
-    {"adapter": AdapterConfig("qlora", lora_r=2, lora_dropout=0.5)}, {"lora": LoraConfig(lora_r=2, lora_dropout=0.5)},
-], ids=["in the adapters", "in LoRA"])  # fmt: skip
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"adapter": AdapterConfig("qlora", lora_r=2, lora_dropout=0.5)},
+        {"lora": LoraConfig(lora_r=2, lora_dropout=0.5)},
+    ],
+    ids=["in the adapters", "in LoRA"],
+)
 def test_dropout_is_replayed(mode: str, form: dict[str, object]) -> None:
     backbone = _backbone(mode, **form).double()
     name = next(name for name, p in backbone.named_parameters() if "blocks.1" in name and name.endswith("lora_B"))
@@ -116,7 +127,7 @@ def test_two_level_keeps_the_inputs_of_few_blocks_alive(monkeypatch: pytest.Monk
     most = {}
     for mode in ("two_level", "offload"):  # without a GPU `offload` keeps all
         backbone, calls = _backbone(mode, vit=vit), []
-        monkeypatch.setattr("tensorkeep.detection.model.chain.Kept.get", _watch(calls))
+        monkeypatch.setattr("tensorkeep.detection.model._chain.Kept.get", _watch(calls))
         _gradients(backbone)
         monkeypatch.undo()
         most[mode] = max(calls)
@@ -124,7 +135,7 @@ def test_two_level_keeps_the_inputs_of_few_blocks_alive(monkeypatch: pytest.Monk
 
 
 def _watch(calls: list[int]):  # type: ignore[no-untyped-def]
-    from tensorkeep.detection.model.chain import Kept
+    from tensorkeep.detection.model._chain import Kept
 
     get = Kept.get
 

@@ -13,7 +13,15 @@ pytest.importorskip("av")
 
 from tensorkeep.detection.data.annotations import parse_annotations, read_annotations
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.detection.data.clips import FeatureReader, VideoReader, WindowConfig, collate, draw_truncation, find_items, make_clips
+from tensorkeep.detection.data.clips import (
+    FeatureReader,
+    VideoReader,
+    WindowConfig,
+    collate,
+    draw_truncation,
+    find_items,
+    make_clips,
+)
 from tensorkeep.detection.data.features import count_features, read_features
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
 from tensorkeep.detection.data.video import decode
@@ -98,9 +106,12 @@ def test_a_short_video_is_padded_with_its_last_frame_and_masked(dataset):
 
 
 @given(
-    st.integers(1, 200), st.integers(1, 64), st.lists(st.tuples(st.floats(0, 190), st.floats(0, 30)), max_size=4),
-    st.integers(0, 2**31), st.sampled_from([None, (0.9, 1.0), (0.3, 0.5)]),
-)  # fmt: skip
+    st.integers(1, 200),
+    st.integers(1, 64),
+    st.lists(st.tuples(st.floats(0, 190), st.floats(0, 30)), max_size=4),
+    st.integers(0, 2**31),
+    st.sampled_from([None, (0.9, 1.0), (0.3, 0.5)]),
+)
 @settings(deadline=None)
 def test_a_random_window_lies_in_the_video_and_on_a_segment_where_it_can(steps, size, pairs, seed, ratio):
     segments = np.array([[a, a + b] for a, b in pairs]).reshape(-1, 2)
@@ -153,10 +164,12 @@ def test_the_fingerprint_follows_the_data_and_not_its_place(dataset, tmp_path):
     assert make_clips(items, TRAIN, replace(PLAIN, threads=0)).fingerprint() == base
     changed = [items[0]._replace(segments=items[0].segments + 0.01), *items[1:]]
     prints = {
-        make_clips(changed, TRAIN, PLAIN).fingerprint(), make_clips(items[1:], TRAIN, PLAIN).fingerprint(),
+        make_clips(changed, TRAIN, PLAIN).fingerprint(),
+        make_clips(items[1:], TRAIN, PLAIN).fingerprint(),
         make_clips(items, replace(TRAIN, feature_stride=4), PLAIN).fingerprint(),
-        make_clips(items, TRAIN, VARIED).fingerprint(), base,
-    }  # fmt: skip
+        make_clips(items, TRAIN, VARIED).fingerprint(),
+        base,
+    }
     assert len(prints) == 5
 
 

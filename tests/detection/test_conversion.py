@@ -12,16 +12,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from tensorkeep.training.schema import from_mapping
+from tensorkeep.conversion.naming import identify, opentad, videomae
+from tensorkeep.conversion.naming.opentad_recipe import read_off
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.detection.model.detector import Detector, DetectorConfig, read_detector_config
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.detection.model.weights import load_detector, load_videomae, to_opentad
-from tensorkeep.convert.naming import identify
-from tensorkeep.convert.naming import opentad
-from tensorkeep.convert.naming import videomae
-from tensorkeep.convert.naming.opentad_recipe import read_off
-from tensorkeep.convert.planning import make_plan
 from tensorkeep.formats.view import read
+from tensorkeep.training.schema import from_mapping
 from tests.detection import tiny
 from tests.helpers import assert_same, held, refused, to
 
@@ -207,9 +205,17 @@ def test_a_backbone_goes_back_to_videomae_and_to_what_opentad_starts_from(tmp_pa
 def test_transformers_videomae_stays_hf_or_becomes_ours(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.VideoMAEConfig(
-        image_size=32, patch_size=16, num_frames=4, tubelet_size=2, hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=64, qkv_bias=True, use_mean_pooling=True,
-    )  # fmt: skip
+        image_size=32,
+        patch_size=16,
+        num_frames=4,
+        tubelet_size=2,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        qkv_bias=True,
+        use_mean_pooling=True,
+    )
     model = transformers.VideoMAEForVideoClassification(config)
     tiny.wake(model)
     model.save_pretrained(tmp_path / "theirs")

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from tensorkeep.detection.results.classifiers import read_classifier
-from tensorkeep.detection.results.decode import decode_offsets, fuse_classes, merge_windows, resized_seconds, round_detections, select_candidates, sliding_seconds
+from tensorkeep.detection.results.decode import (
+    decode_offsets,
+    fuse_classes,
+    merge_windows,
+    resized_seconds,
+    round_detections,
+    select_candidates,
+    sliding_seconds,
+)
 from tensorkeep.detection.results.nms import Detections, Suppression, suppress
 from tensorkeep.errors import TensorkeepError
 

@@ -11,19 +11,28 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.training.schema import from_mapping
+from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.detector import BackboneConfig, DetectorConfig
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
 from tensorkeep.detection.model.head import HeadConfig
-from tensorkeep.detection.results.nms import METHODS, Suppression
 from tensorkeep.detection.model.projection import ProjectionConfig
 from tensorkeep.detection.model.schedule import ScheduleConfig
 from tensorkeep.detection.model.vit import VitConfig
+from tensorkeep.detection.recipe.schema import (
+    ClassifierConfig,
+    DataConfig,
+    DetectionRecipe,
+    EvaluationConfig,
+    PostProcessingConfig,
+    SplitConfig,
+    TrainingConfig,
+)
+from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.detection.results.nms import METHODS, Suppression
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.detection.recipe.schema import ClassifierConfig, DataConfig, DetectionRecipe, EvaluationConfig, PostProcessingConfig, SplitConfig, TrainingConfig
-from tensorkeep.detection.recipe.text import changed, plain, read_recipe, to_yaml
+from tensorkeep.training.recipe import changed, plain, to_yaml
+from tensorkeep.training.schema import from_mapping
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "detection").glob("*.yaml"))
 BY_NAME = {path.stem: path for path in RECIPES}
@@ -50,34 +59,78 @@ def several(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 splits = st.builds(SplitConfig, texts, texts, texts, optional(texts))
 augments = st.builds(
-    AugmentConfig, counts, counts, st.just("resized"), st.tuples(st.floats(1e-9, 0.5), st.floats(0.5, 1)), ranges, shares,
-    st.integers(0, 9), st.floats(0, 10), st.tuples(rates, rates, rates, rates),
-)  # fmt: skip
+    AugmentConfig,
+    counts,
+    counts,
+    st.just("resized"),
+    st.tuples(st.floats(1e-9, 0.5), st.floats(0.5, 1)),
+    ranges,
+    shares,
+    st.integers(0, 9),
+    st.floats(0, 10),
+    st.tuples(rates, rates, rates, rates),
+)
 adapters = st.builds(
-    AdapterConfig, st.sampled_from(["tia", "plain", "qlora"]), shares, optional(several(st.integers(0, 40))), counts, rates,
-    shares, st.sampled_from([4, 8]),
-)  # fmt: skip
+    AdapterConfig,
+    st.sampled_from(["tia", "plain", "qlora"]),
+    shares,
+    optional(several(st.integers(0, 40))),
+    counts,
+    rates,
+    shares,
+    st.sampled_from([4, 8]),
+)
 loras = st.builds(LoraConfig, counts, rates, shares, several(texts))
 nms = st.builds(
-    Suppression, st.sampled_from(METHODS), st.floats(1e-9, 9), shares, reals, reals, shares, counts, st.booleans(),
+    Suppression,
+    st.sampled_from(METHODS),
+    st.floats(1e-9, 9),
+    shares,
+    reals,
+    reals,
+    shares,
+    counts,
+    st.booleans(),
     optional(st.floats(1e-9, 1)),
-)  # fmt: skip
+)
 trainings = st.integers(1, 64).flatmap(
     lambda micro: st.builds(
-        TrainingConfig, batch_size=counts.map(lambda n: n * micro), micro_batch=optional(st.just(micro)), seed=st.integers(),
-        precision=st.sampled_from(["fp32", "bf16", "fp16"]), ema=optional(below_one), pretrained=optional(texts),
-        quantize_backbone=st.sampled_from([None, "nf4", "fp4", "int8"]), every=st.sampled_from(["epochs", "updates"]),
-        save_every=counts, evaluate_every=counts, evaluate_from=st.integers(0, 9), keep_last=counts,
-        best=st.sampled_from(["average_mAP", "loss"]), workers=st.integers(0, 99), log_every=counts,
+        TrainingConfig,
+        batch_size=counts.map(lambda n: n * micro),
+        micro_batch=optional(st.just(micro)),
+        seed=st.integers(),
+        precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+        ema=optional(below_one),
+        pretrained=optional(texts),
+        quantize_backbone=st.sampled_from([None, "nf4", "fp4", "int8"]),
+        every=st.sampled_from(["epochs", "updates"]),
+        save_every=counts,
+        evaluate_every=counts,
+        evaluate_from=st.integers(0, 9),
+        keep_last=counts,
+        best=st.sampled_from(["average_mAP", "loss"]),
+        workers=st.integers(0, 99),
+        log_every=counts,
     )
-)  # fmt: skip
+)
 optimizers = st.builds(
-    OptimizerConfig, rates, rates, several(st.builds(GroupRule, texts, rates, rates)), st.tuples(shares, shares), rates, rates
-)  # fmt: skip
+    OptimizerConfig,
+    rates,
+    rates,
+    several(st.builds(GroupRule, texts, rates, rates)),
+    st.tuples(shares, shares),
+    rates,
+    rates,
+)
 evaluations = st.builds(
-    EvaluationConfig, st.sampled_from(["activitynet", "thumos14"]), several(st.floats(1e-9, 1)), optional(texts),
-    optional(texts), optional(texts), several(counts),
-)  # fmt: skip
+    EvaluationConfig,
+    st.sampled_from(["activitynet", "thumos14"]),
+    several(st.floats(1e-9, 1)),
+    optional(texts),
+    optional(texts),
+    optional(texts),
+    several(counts),
+)
 
 
 @st.composite
@@ -87,37 +140,69 @@ def recipes(draw: st.DrawFn) -> DetectionRecipe:
     dim = draw(st.integers(1, 50)) * 4
     levels, augment = draw(st.integers(0, 4)), draw(optional(augments))
     data = DataConfig(
-        train=draw(splits), test=draw(splits), class_map=draw(optional(texts)), inputs="video" if video else "features",
-        file_pattern=draw(texts) + "{video}" + draw(texts), mode=draw(st.sampled_from(["sliding", "resized"])),
-        window_size=size, feature_stride=draw(st.integers(1, 9)) * scale, sample_stride=draw(st.integers(1, 9)),
-        scale_factor=scale, offset_frames=draw(st.integers()), fps=draw(optional(rates)),
-        window_overlap_ratio=draw(below_one), floor_frames=draw(st.booleans()), trunc_thresh=draw(optional(shares)),
-        crop_ratio=draw(optional(ranges)), min_length=draw(optional(rates)), class_agnostic=agnostic,
-        crop_size=augment.size if augment else draw(counts), augment=augment,
-        broken=draw(st.sampled_from(["error", "skip", "keep"])), feature_layout=draw(st.sampled_from(["tc", "ct"])),
+        train=draw(splits),
+        test=draw(splits),
+        class_map=draw(optional(texts)),
+        inputs="video" if video else "features",
+        file_pattern=draw(texts) + "{video}" + draw(texts),
+        mode=draw(st.sampled_from(["sliding", "resized"])),
+        window_size=size,
+        feature_stride=draw(st.integers(1, 9)) * scale,
+        sample_stride=draw(st.integers(1, 9)),
+        scale_factor=scale,
+        offset_frames=draw(st.integers()),
+        fps=draw(optional(rates)),
+        window_overlap_ratio=draw(below_one),
+        floor_frames=draw(st.booleans()),
+        trunc_thresh=draw(optional(shares)),
+        crop_ratio=draw(optional(ranges)),
+        min_length=draw(optional(rates)),
+        class_agnostic=agnostic,
+        crop_size=augment.size if augment else draw(counts),
+        augment=augment,
+        broken=draw(st.sampled_from(["error", "skip", "keep"])),
+        feature_layout=draw(st.sampled_from(["tc", "ct"])),
         feature_channels=draw(optional(st.tuples(st.integers(), st.integers()))),
-    )  # fmt: skip
+    )
     backbone = BackboneConfig(
-        vit=VitConfig(embed_dim=dim, heads=draw(st.sampled_from([1, 2, 4])), chunk_frames=scale, tubelet=1,
-                      drop_path=draw(shares), mean=draw(st.tuples(reals, reals, reals))),
-        adapter=draw(optional(adapters)), lora=draw(optional(loras)), tuning=draw(st.sampled_from(["adapter", "none"])),
-        checkpointing=draw(st.sampled_from(["segments", "none"])), output_length=size,
-    )  # fmt: skip
+        vit=VitConfig(
+            embed_dim=dim,
+            heads=draw(st.sampled_from([1, 2, 4])),
+            chunk_frames=scale,
+            tubelet=1,
+            drop_path=draw(shares),
+            mean=draw(st.tuples(reals, reals, reals)),
+        ),
+        adapter=draw(optional(adapters)),
+        lora=draw(optional(loras)),
+        tuning=draw(st.sampled_from(["adapter", "none"])),
+        checkpointing=draw(st.sampled_from(["segments", "none"])),
+        output_length=size,
+    )
     head = HeadConfig(
-        classes=1 if agnostic else draw(counts), strides=tuple(range(1, levels + 2)),
-        ranges=tuple(draw(st.tuples(reals, reals)) for _ in range(levels + 1)), centre_radius=draw(optional(rates)),
-    )  # fmt: skip
+        classes=1 if agnostic else draw(counts),
+        strides=tuple(range(1, levels + 2)),
+        ranges=tuple(draw(st.tuples(reals, reals)) for _ in range(levels + 1)),
+        centre_radius=draw(optional(rates)),
+    )
     training = draw(trainings)
     return DetectionRecipe(
-        model=DetectorConfig(ProjectionConfig(in_channels=dim, branch_layers=levels), head, backbone if video else None),
-        data=data, optimizer=draw(optimizers),
+        model=DetectorConfig(
+            ProjectionConfig(in_channels=dim, branch_layers=levels), head, backbone if video else None
+        ),
+        data=data,
+        optimizer=draw(optimizers),
         schedule=ScheduleConfig(draw(st.integers()), draw(st.integers()), draw(optional(st.integers())), draw(rates)),
         training=training if video else dataclasses.replace(training, quantize_backbone=None, pretrained=None),
         post_processing=PostProcessingConfig(
-            draw(shares), draw(counts), draw(nms), ClassifierConfig(draw(texts)) if agnostic else None, draw(st.booleans())
+            draw(shares),
+            draw(counts),
+            draw(nms),
+            ClassifierConfig(draw(texts)) if agnostic else None,
+            draw(st.booleans()),
         ),
         evaluation=draw(evaluations),
-    )  # fmt: skip
+    )
 
 
 @settings(deadline=None, max_examples=50)
@@ -142,7 +227,7 @@ def test_every_recipe_is_whole_and_reads_back(name: str, tmp_path: Path) -> None
     assert recipe.model.backbone is not None and recipe.training.pretrained
 
 
-def test_the_seeds_form_and_a_quantised_backbone_differ_from_adatad_where_they_say() -> None:
+def test_the_seeds_form_and_a_quantized_backbone_differ_from_adatad_where_they_say() -> None:
     plain_recipe = read_recipe(BASE)
     seeds = read_recipe(BY_NAME["adatad_thumos_videomae_s_qlora"])
     nf4 = read_recipe(BY_NAME["videomae_s_thumos_qlora"])
@@ -174,27 +259,39 @@ def test_an_unknown_key_is_an_error_with_what_was_meant(section: str) -> None:
     "name, text, what",
     [
         ("data.window_size", "384", "output_length 768 is not data.window_size 384"),
-        ("data.inputs", "features", "the model has a backbone"), ("model.backbone", "null", "the model has no backbone"),
-        ("data.class_agnostic", "true", "head.classes is 20"), ("data.file_pattern", "a.mp4", "does not say"),
-        ("data.mode", "whole", "for features alone"), ("data.mode", "slidng", "not one of"),
-        ("data.scale_factor", "3", "no multiple of scale_factor"), ("data.crop_size", "200", "augment.size 160 is not crop_size 200"),
-        ("data.window_overlap_ratio", "1", "must be in"), ("data.window_size", "0", "at least 1"),
-        ("data.augment.flip", "2", "out of range"), ("data.augment.area", "[0.5, 0.1]", "no ranges"),
-        ("data.train", "{annotations: a, subset: b}", "lacks the key 'folder'"), ("data.window_size", "7.5", "expected int"),
-        ("training.micro_batch", "3", "does not divide"), ("training.ema", "1", "must be in"),
-        ("training.precision", "fp8", "not one of"), ("training.workers", "-1", "negative"),
-        ("training.save_every", "0", "at least 1"), ("evaluation.protocol", "thumos", "unknown protocol"),
-        ("evaluation.thresholds", "[0]", "must lie in"), ("post_processing.nms.method", "soft", "unknown suppression"),
-        ("schedule.floor", "high", "expected a number"), ("training.quantize_backbone", "nf8", "not one of"),
+        ("data.inputs", "features", "the model has a backbone"),
+        ("model.backbone", "null", "the model has no backbone"),
+        ("data.class_agnostic", "true", "head.classes is 20"),
+        ("data.file_pattern", "a.mp4", "does not say"),
+        ("data.mode", "whole", "for features alone"),
+        ("data.mode", "slidng", "not one of"),
+        ("data.scale_factor", "3", "no multiple of scale_factor"),
+        ("data.crop_size", "200", "augment.size 160 is not crop_size 200"),
+        ("data.window_overlap_ratio", "1", "must be in"),
+        ("data.window_size", "0", "at least 1"),
+        ("data.augment.flip", "2", "out of range"),
+        ("data.augment.area", "[0.5, 0.1]", "no ranges"),
+        ("data.train", "{annotations: a, subset: b}", "lacks the key 'folder'"),
+        ("data.window_size", "7.5", "expected int"),
+        ("training.micro_batch", "3", "does not divide"),
+        ("training.ema", "1", "must be in"),
+        ("training.precision", "fp8", "not one of"),
+        ("training.workers", "-1", "negative"),
+        ("training.save_every", "0", "at least 1"),
+        ("evaluation.protocol", "thumos", "unknown protocol"),
+        ("evaluation.thresholds", "[0]", "must lie in"),
+        ("post_processing.nms.method", "soft", "unknown suppression"),
+        ("schedule.floor", "high", "expected a number"),
+        ("training.quantize_backbone", "nf8", "not one of"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_error(name: str, text: str, what: str) -> None:
     with pytest.raises(TensorkeepError, match=what):
         read_recipe(BASE, [(name, text)])
 
 
-def test_a_trained_backbone_is_not_quantised_and_class_agnostic_detections_need_names() -> None:
-    with pytest.raises(TensorkeepError, match="trains cannot be quantised"):
+def test_a_trained_backbone_is_not_quantized_and_class_agnostic_detections_need_names() -> None:
+    with pytest.raises(TensorkeepError, match="trains cannot be quantized"):
         read_recipe(BASE, [("quantize_backbone", "nf4"), ("model.backbone.tuning", "all")])
     with pytest.raises(TensorkeepError, match="nothing names the classes"):
         read_recipe(BY_NAME["adatad_anet_videomae_s"], [("post_processing.classifier", "null")])

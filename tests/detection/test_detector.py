@@ -6,12 +6,18 @@ import pytest
 import torch
 
 from tensorkeep import detection
-from tensorkeep.training.schema import read_section
-from tensorkeep.detection.model.detector import Detector, build_detector, count_parameters, padded_length, read_detector_config
+from tensorkeep.detection.model.detector import (
+    Detector,
+    build_detector,
+    count_parameters,
+    padded_length,
+    read_detector_config,
+)
 from tensorkeep.detection.model.groups import OptimizerConfig, parameter_groups
 from tensorkeep.detection.model.schedule import ScheduleConfig
-from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.schema import read_section
 from tests.detection import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "detection"

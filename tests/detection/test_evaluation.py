@@ -132,9 +132,16 @@ def test_many_small_blocks_of_pairs_give_the_same_result(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"protocol": "voc"}, {"thresholds": []}, {"thresholds": [0.0]}, {"thresholds": [1.5]}, {"subset": "test"},
-              {"recall_at": [0]}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"protocol": "voc"},
+        {"thresholds": []},
+        {"thresholds": [0.0]},
+        {"thresholds": [1.5]},
+        {"subset": "test"},
+        {"recall_at": [0]},
+    ],
+)
 def test_impossible_requests_are_refused(wrong):
     with pytest.raises(TensorkeepError):
         evaluate(annotate([("v", 0, 2, "x")]), detect([("v", 0, 2, "x", 0.9)]), **wrong)
@@ -176,7 +183,7 @@ def test_evaluation_runs_without_torch_and_pandas(tmp_path):
         "import sys\n"
         "sys.modules['torch'] = sys.modules['pandas'] = None\n"
         "from tensorkeep.detection.results.evaluation import evaluate_files\n"
-        "from tensorkeep.detection import annotation_checks, error_analysis\n"
+        "from tensorkeep.detection import check_annotations, analyse_errors\n"
         "print(evaluate_files('gt.json', 'pred.json').average)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tensorkeep.detection.model.attention import attend, attend_backward, choose_kernel
+from tensorkeep.detection.model._attention import attend, attend_backward, choose_kernel
+from tensorkeep.detection.model._frozen import _Frozen
+from tensorkeep.detection.model._fused import add_branch, add_norm, norm_backward
+from tensorkeep.detection.model._time_mix import time_mix
 from tensorkeep.detection.model.detector import video_features
-from tensorkeep.detection.model.frozen import _Frozen
-from tensorkeep.detection.model.fused import add_branch, add_norm, norm_backward
-from tensorkeep.detection.model.time_mix import time_mix
 from tests.detection import tiny
 
 # the kernels are checked where there is a GPU, the plain form everywhere

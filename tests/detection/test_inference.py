@@ -13,20 +13,20 @@ import pytest
 import torch
 
 from tensorkeep import cli
-from tensorkeep.training import saver as checkpoint
 from tensorkeep.detection.data.clips import Clips
-from tensorkeep.detection.results.evaluation import evaluate
+from tensorkeep.detection.evaluate_run import evaluate_checkpoint
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection, decode_predictions, detect, table_of
+from tensorkeep.detection.model.weights import to_opentad
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
+from tensorkeep.detection.results.evaluation import evaluate
 from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.results.results import read_detections, write_detections
-from tensorkeep.detection.model.weights import to_opentad
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
-from tensorkeep.detection.evaluate_run import evaluate_checkpoint
-from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.start import make_detector, open_detector
-from tensorkeep.detection.recipe.text import to_yaml
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
+from tensorkeep.training.recipe import to_yaml
 from tests.detection import runs
 from tests.training import ranks
 
@@ -261,9 +261,13 @@ def test_a_class_agnostic_detector_is_named_by_the_classifier(data: Path, tmp_pa
     results = {f"validation_{i:04d}": [0.9, 0.1] if i else [0.2, 0.8] for i in range(3)}
     (tmp_path / "named.json").write_text(json.dumps({"results": results, "class": ["blink", "slide"]}))
     made = runs.recipe(
-        data, data__class_agnostic=True, model__head__classes=1, data__mode="resized", data__trunc_thresh=None,
+        data,
+        data__class_agnostic=True,
+        model__head__classes=1,
+        data__mode="resized",
+        data__trunc_thresh=None,
         post_processing__classifier={"path": str(tmp_path / "named.json"), "top": 1},
-    )  # fmt: skip
+    )
     evaluation = evaluation_of(made, read_classes(made), World(), nothing)
     found = evaluation.detections(detector_of(made))
     assert [set(one.labels.tolist()) for one in found.values()] == [{1}, {0}, {0}]

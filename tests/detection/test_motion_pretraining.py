@@ -11,18 +11,18 @@ import torch
 
 pytest.importorskip("av")
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import metrics
-from tensorkeep.convert.convert import convert
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.detection import pretraining as motion_pretraining
 from tensorkeep.detection.data.synthetic import TINY
 from tensorkeep.detection.model.vit import VitConfig
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.detection import pretraining as motion_pretraining
-from tensorkeep.detection.start import make_detector
 from tensorkeep.detection.pretraining import MotionClips, PretrainingConfig, build, pretrain
-from tensorkeep.training.loop import fit
+from tensorkeep.detection.start import make_detector
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
+from tensorkeep.training import metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.loop import fit
 from tests.detection import runs
 
 VIT = VitConfig(image_size=32, patch_size=16, embed_dim=32, depth=2, heads=2, mlp_dim=64, chunk_frames=8, drop_path=0.0)
@@ -123,6 +123,4 @@ def test_run_and_exported_file_give_a_detector_the_same_backbone_and_only_the_cl
 def test_a_run_of_another_shape_is_refused(run: Path, tmp_path: Path) -> None:
     data = runs.dataset(tmp_path / "data", videos=1, held_out=1)
     with pytest.raises(TensorkeepError, match=r"missing: blocks\.2"):
-        make_detector(
-            runs.recipe(data, training__pretrained=str(run), model__backbone__vit__depth=3), None
-        )  # fmt: skip
+        make_detector(runs.recipe(data, training__pretrained=str(run), model__backbone__vit__depth=3), None)

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.detection.results.nms import METHODS, Detections, Suppression, from_opentad, suppress, suppress_videos, vote
+from tensorkeep.detection.results.nms import (
+    METHODS,
+    Detections,
+    Suppression,
+    from_opentad,
+    suppress,
+    suppress_videos,
+    vote,
+)
 from tensorkeep.errors import TensorkeepError
 from tests.detection import plain
 

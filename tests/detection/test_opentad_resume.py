@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.convert.convert import convert
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.detection.job import build
 from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
-from tensorkeep.detection.opentad.resume import continue_from, optimizer_orders
 from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.detection.model.schedule import ScheduleConfig
 from tensorkeep.detection.model.weights import to_opentad
+from tensorkeep.detection.opentad.resume import continue_from, optimizer_orders
+from tensorkeep.formats.view import read
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.live_state import put_optimizer, put_tensors, stored_tensors
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.quantization.linear import QuantLinear
-from tensorkeep.detection.build import build
 from tensorkeep.training.loop import fit
-from tensorkeep.formats.view import read
 from tests.detection import runs, tiny
 from tests.helpers import refused
 from tests.tools import ROOT
@@ -233,8 +233,8 @@ def freeze_codes(detector: Detector) -> None:
 
 
 def codes_of(detector: Detector) -> dict[str, torch.Tensor]:
-    """State with bitsandbytes keys, as an OpenTAD run over quantised linears writes it."""
-    from tensorkeep.convert.naming import opentad
+    """State with bitsandbytes keys, as an OpenTAD run over quantized linears writes it."""
+    from tensorkeep.conversion.naming import opentad
 
     out: dict[str, torch.Tensor] = {}
     for name, tensor in detector.state_dict().items():
@@ -255,9 +255,16 @@ def test_bitsandbytes_keys_stay_with_the_base(tmp_path: Path, averaged: bool) ->
         quantize_backbone(detector.backbone, "nf4")
         freeze_codes(detector)
     state = codes_of(source)
-    average = {n: t * 2 if t.is_floating_point() and ("adapter" in n or "backbone" not in n) else t.clone() for n, t in state.items()}  # fmt: skip
+    average = {
+        n: t * 2 if t.is_floating_point() and ("adapter" in n or "backbone" not in n) else t.clone()
+        for n, t in state.items()
+    }
     if averaged:  # a decay that truncates: codes became other codes
-        average |= {n: (t * 0.9).to(torch.uint8) for n, t in average.items() if t.dtype == torch.uint8 and "quant_state" not in n}  # fmt: skip
+        average |= {
+            n: (t * 0.9).to(torch.uint8)
+            for n, t in average.items()
+            if t.dtype == torch.uint8 and "quant_state" not in n
+        }
     held = held_of(ours(), None) | {"state_dict": state, "state_dict_ema": average}
     on = going_on(saved(tmp_path, held), sink)
     assert on.state.document["foreign"]["level"] == "weights, average and epoch from OpenTAD"
@@ -284,8 +291,12 @@ def test_seeds_adapters_and_lora_go_on_by_name(tmp_path: Path) -> None:
 
 
 def _below(name: str) -> str:
-    swaps = (("backbone.", "backbone.model.backbone."), ("neck.norms", "neck.fpn_norms"), ("head.", "rpn_head."),
-             ("patch_embed.proj.", "patch_embed.projection."))  # fmt: skip
+    swaps = (
+        ("backbone.", "backbone.model.backbone."),
+        ("neck.norms", "neck.fpn_norms"),
+        ("head.", "rpn_head."),
+        ("patch_embed.proj.", "patch_embed.projection."),
+    )
     for old, new in swaps:
         name = name.replace(old, new, 1) if name.startswith(old) or old.startswith("patch") else name
     return name.replace("mlp.fc1.", "mlp.layers.0.0.").replace("mlp.fc2.", "mlp.layers.1.")
@@ -301,9 +312,17 @@ def test_files_that_are_none_of_this_are_refused(tmp_path: Path) -> None:
         ({"epoch": 3}, "K01", ("state_dict not in it",)),
         (held | {"epoch": -2}, "K01", ("epoch is -2",)),
         (held | {"state_dict": held["state_dict"] | {"module.backbone.stem.weight": torch.zeros(1)}}, "K02", ("stem",)),
-        (held | {"state_dict": held["state_dict"] | {"module.neck.fpn_norms.9.bias": torch.zeros(1)}}, "K01", ("not in the run",)),
-        (held | {"state_dict": held["state_dict"] | {"module.rpn_head.cls_head.bias": torch.full((3,), torch.nan)}}, "V01", ("cls_head",)),
-    ):  # fmt: skip
+        (
+            held | {"state_dict": held["state_dict"] | {"module.neck.fpn_norms.9.bias": torch.zeros(1)}},
+            "K01",
+            ("not in the run",),
+        ),
+        (
+            held | {"state_dict": held["state_dict"] | {"module.rpn_head.cls_head.bias": torch.full((3,), torch.nan)}},
+            "V01",
+            ("cls_head",),
+        ),
+    ):
         with refused(code, *words):
             going_on(saved(tmp_path, odd), ours())
 
@@ -325,15 +344,29 @@ def junk(held: dict[str, Any], name: str) -> dict[str, Any]:
         "rates of words": lambda: optimizer["param_groups"][0].update(lr="x" * 10**5, weight_decay=[1]),
         "schedule of words": lambda: schedule.update(last_epoch="z", warmup_epoch=None, max_epoch=-1),
         "schedule of zero": lambda: schedule.update(last_epoch=0),
-    }  # fmt: skip
+    }
     changes[name]()
     return held
 
 
-@pytest.mark.parametrize("name", [
-    "step of words", "step of many", "no moment", "whole moments", "moments of NaN", "unknown index", "params of words",
-    "params as number", "params twice", "no groups", "rates of words", "schedule of words", "schedule of zero",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step of words",
+        "step of many",
+        "no moment",
+        "whole moments",
+        "moments of NaN",
+        "unknown index",
+        "params of words",
+        "params as number",
+        "params twice",
+        "no groups",
+        "rates of words",
+        "schedule of words",
+        "schedule of zero",
+    ],
+)
 def test_what_cannot_be_read_is_left_and_said(tmp_path: Path, name: str) -> None:
     source = ours()
     optimizer = optimizer_of(source)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 av = pytest.importorskip("av")
 
 from tensorkeep.cli import main  # noqa: E402
-from tensorkeep.detection.results.classifiers import VideoClasses
-from tensorkeep.detection.data.clips import Item, VideoReader, WindowConfig, make_clips
-from tensorkeep.detection.model.head import Predictions
+from tensorkeep.detection.data.clips import Item, VideoReader, WindowConfig, make_clips  # noqa: E402
+from tensorkeep.detection.data.synthetic import write_video  # noqa: E402
+from tensorkeep.detection.data.video import frame_table, probe  # noqa: E402
 from tensorkeep.detection.inference import Selection, detect  # noqa: E402
-from tensorkeep.detection.results.nms import Suppression
+from tensorkeep.detection.model.head import Predictions  # noqa: E402
+from tensorkeep.detection.model.weights import to_opentad  # noqa: E402
 from tensorkeep.detection.predict import (  # noqa: E402
     UNNAMED,
     Predictor,
@@ -25,15 +26,14 @@ from tensorkeep.detection.predict import (  # noqa: E402
     shown_times,
     write_predictions,
 )
-from tensorkeep.detection.results.results import read_detections
-from tensorkeep.detection.results.subtitles import Row
-from tensorkeep.detection.data.synthetic import write_video
-from tensorkeep.detection.results.timeline import STRIP
-from tensorkeep.detection.data.video import frame_table, probe
-from tensorkeep.detection.model.weights import to_opentad
+from tensorkeep.detection.results.classifiers import VideoClasses  # noqa: E402
+from tensorkeep.detection.results.nms import Suppression  # noqa: E402
+from tensorkeep.detection.results.results import read_detections  # noqa: E402
+from tensorkeep.detection.results.subtitles import Row  # noqa: E402
+from tensorkeep.detection.results.timeline import STRIP  # noqa: E402
+from tensorkeep.detection.start import open_detector  # noqa: E402
 from tensorkeep.errors import TensorkeepError  # noqa: E402
-from tensorkeep.detection.start import open_detector
-from tensorkeep.detection.recipe.text import to_yaml
+from tensorkeep.training.recipe import to_yaml  # noqa: E402
 
 from . import runs  # noqa: E402
 from .tiny import detector  # noqa: E402
@@ -71,10 +71,12 @@ def pictures(height: int = 50, width: int = 66, frames: int = FRAMES) -> list[np
 
 def watcher(**changes: Any) -> Predictor:
     fields: dict[str, Any] = {
-        "detector": Light(), "classes": ("above", "below"), "reader": VideoReader(24),
+        "detector": Light(),
+        "classes": ("above", "below"),
+        "reader": VideoReader(24),
         "window": WindowConfig("sliding", window_size=32, feature_stride=1),
         "selection": Selection(nms=Suppression(sigma=0.1, min_score=0.2)),
-    }  # fmt: skip
+    }
     return Predictor(**{**fields, **changes})
 
 
@@ -166,8 +168,9 @@ def test_odd_sizes_are_read(size: tuple[int, int], tmp_path: Path) -> None:
     write_video(tmp_path / "odd.mp4", pictures(*size), 25)
     predictor = watcher()
     assert sorted(row.label for row in predictor.run(predictor.open(tmp_path / "odd.mp4")).rows if row.score > 0.9) == [
-        "above", "below",
-    ]  # fmt: skip
+        "above",
+        "below",
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -256,8 +259,10 @@ def test_folders_mean_their_videos_and_no_two_share_a_name(tmp_path: Path) -> No
     for name in ("b.mp4", "a.MKV", "notes.txt"):
         (tmp_path / name).touch()
     assert find_videos([tmp_path, tmp_path / "b.mp4", "there.mov"]) == [
-        tmp_path / "a.MKV", tmp_path / "b.mp4", Path("there.mov"),
-    ]  # fmt: skip
+        tmp_path / "a.MKV",
+        tmp_path / "b.mp4",
+        Path("there.mov"),
+    ]
     with pytest.raises(TensorkeepError, match="both be called 'b'"):
         find_videos([tmp_path, "elsewhere/b.avi"])
     with pytest.raises(TensorkeepError, match="holds no video"):

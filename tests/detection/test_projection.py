@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tensorkeep.detection.model.projection import Projection, ProjectionConfig, banded_attention, global_attention, halve_mask, halve_max
+from tensorkeep.detection.model.projection import (
+    Projection,
+    ProjectionConfig,
+    banded_attention,
+    global_attention,
+    halve_mask,
+    halve_max,
+)
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 

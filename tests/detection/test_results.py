@@ -39,11 +39,20 @@ def test_malformed_text_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize(
     "row",
-    [{}, 3, {"label": "a", "score": 1}, {"label": "a", "segment": [0, 1]}, {"segment": [0, 1], "score": 1},
-     {"label": "a", "segment": [0], "score": 1}, {"label": "a", "segment": [0, 1], "score": float("nan")},
-     {"label": "a", "segment": [0, None], "score": 1}, {"label": "a", "segment": [0, 1], "score": "high"},
-     {"label": "a", "segment": [0, 10**400], "score": 1}, {"label": ["a"], "segment": [0, 1], "score": 1}],
-)  # fmt: skip
+    [
+        {},
+        3,
+        {"label": "a", "score": 1},
+        {"label": "a", "segment": [0, 1]},
+        {"segment": [0, 1], "score": 1},
+        {"label": "a", "segment": [0], "score": 1},
+        {"label": "a", "segment": [0, 1], "score": float("nan")},
+        {"label": "a", "segment": [0, None], "score": 1},
+        {"label": "a", "segment": [0, 1], "score": "high"},
+        {"label": "a", "segment": [0, 10**400], "score": 1},
+        {"label": ["a"], "segment": [0, 1], "score": 1},
+    ],
+)
 def test_the_first_malformed_detection_is_named(row):
     good = {"label": "a", "segment": [0, 1], "score": 1}
     with pytest.raises(TensorkeepError, match="detection 1 of video 'v'"):

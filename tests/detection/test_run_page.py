@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tensorkeep.training import metrics
+from tensorkeep.commands.report._run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
 from tensorkeep.detection.data.annotations import read_annotations
 from tensorkeep.detection.results.results import write_detections
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.detection.recipe.text import to_yaml
-from tensorkeep.commands.report.run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
+from tensorkeep.training import metrics
+from tensorkeep.training.recipe import to_yaml
 from tests.detection import runs
 
 

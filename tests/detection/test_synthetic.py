@@ -7,7 +7,20 @@ pytest.importorskip("av")
 
 from tensorkeep.detection.data.annotation_checks import check_annotations
 from tensorkeep.detection.data.annotations import read_annotations, read_class_map
-from tensorkeep.detection.data.synthetic import CLASSES, MOTIONS, TINY, Action, Shape, SyntheticConfig, _paint, _pose, make_clip, make_dataset, make_video, write_video
+from tensorkeep.detection.data.synthetic import (
+    CLASSES,
+    MOTIONS,
+    TINY,
+    Action,
+    Shape,
+    SyntheticConfig,
+    _paint,
+    _pose,
+    make_clip,
+    make_dataset,
+    make_video,
+    write_video,
+)
 from tensorkeep.detection.data.video import check_video, decode, probe
 from tensorkeep.errors import TensorkeepError
 

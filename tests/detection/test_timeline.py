@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from tensorkeep.detection.results import timeline as module
 from tensorkeep.detection.results.subtitles import Row
-from tensorkeep.detection.results.timeline import LEFT, WIDTH, jpeg, page, picture_times, place_of, row_seconds, timeline
+from tensorkeep.detection.results.timeline import (
+    LEFT,
+    WIDTH,
+    jpeg,
+    page,
+    picture_times,
+    place_of,
+    row_seconds,
+    timeline,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 DURATIONS = st.floats(0.04, 200_000) | st.sampled_from([119.99, 120.0, 120.01, 240.0, 1800.0])

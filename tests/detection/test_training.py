@@ -13,27 +13,29 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training.batches import Stream
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
 from tensorkeep.detection.data.clips import collate
 from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
+from tensorkeep.detection.job import build
 from tensorkeep.detection.model.schedule import ScheduleConfig, set_learning_rates
-from tensorkeep.detection.training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.live_state import stored_tensors
-from tensorkeep.training.randomness import generator
-from tensorkeep.detection.build import build
 from tensorkeep.detection.start import make_detector, open_detector
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.batches import Stream
+from tensorkeep.training.distributed import World
+from tensorkeep.training.live_state import stored_tensors
 from tensorkeep.training.loop import fit
+from tensorkeep.training.randomness import generator
 from tests.detection import runs, tiny
 from tests.training import assert_same_run, ranks, relative_l2, rows
 
 QLORA = {
-    "training__quantize_backbone": "nf4", "model__backbone__lora": {"lora_r": 4, "lora_dropout": 0.1},
-    "model__backbone__vit__drop_path": 0.2, "model__projection__drop_path": 0.1,
+    "training__quantize_backbone": "nf4",
+    "model__backbone__lora": {"lora_r": 4, "lora_dropout": 0.1},
+    "model__backbone__vit__drop_path": 0.2,
+    "model__projection__drop_path": 0.1,
     "optimizer__backbone": [{"name": "adapter", "lr": 2e-3}, {"name": "lora", "lr": 1e-3}],
-}  # fmt: skip
+}
 SEEDS = {
     "model__backbone__adapter": {"kind": "qlora", "ratio": 0.5, "lora_r": 4, "lora_dropout": 0.1, "quantize_bits": 4}
 }
@@ -109,8 +111,13 @@ def test_ground_truth_filled_up_to_one_shape_teaches_the_same_to_the_bit(radius:
 
 def test_a_sample_without_segments_is_filled_up_with_what_nothing_learns() -> None:
     detector = tiny.detector().train()
-    nothing = {"inputs": torch.zeros(3, 8, 32, 32, dtype=torch.uint8), "mask": torch.ones(8, dtype=torch.bool),
-               "segments": torch.zeros(0, 2), "labels": torch.zeros(0, dtype=torch.long), "meta": {}}  # fmt: skip
+    nothing = {
+        "inputs": torch.zeros(3, 8, 32, 32, dtype=torch.uint8),
+        "mask": torch.ones(8, dtype=torch.bool),
+        "segments": torch.zeros(0, 2),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "meta": {},
+    }
     shares = []
     for most in (None, 3):
         batch = Collate(detector.config, most)([nothing])
@@ -132,7 +139,7 @@ def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypa
             step()
         return step
 
-    monkeypatch.setattr("tensorkeep.training.graphs.capture_step", capture)
+    monkeypatch.setattr("tensorkeep.training._graphs.capture_step", capture)
     monkeypatch.setattr("tensorkeep.training.loop._possible", lambda loop, *_: loop)
     for graph in (False, True):
         runs.trained(runs.recipe(data, training__graph=graph, **QLORA), tmp_path / str(graph))
@@ -227,8 +234,12 @@ def test_two_ranks_train_as_one_process_does(data: Path, tmp_path: Path) -> None
     assert relative_l2(tmp_path / "2", tmp_path / "1") < 1e-5
 
 
-WHOLE = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "model__backbone__checkpointing": "blocks",
-         "optimizer__backbone": [{"name": "", "lr": 1e-3}]}  # fmt: skip
+WHOLE = {
+    "model__backbone__adapter": None,
+    "model__backbone__tuning": "all",
+    "model__backbone__checkpointing": "blocks",
+    "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+}
 
 
 @pytest.mark.parametrize("changes", [WHOLE, {}], ids=["trained whole", "adapters"])
@@ -286,20 +297,28 @@ def features(folder: Path) -> Any:
         rows_of[6:12, number % 2] += 3
         np.save(folder / f"v{number}.npy", rows_of)
         database[f"v{number}"] = {
-            "subset": "training" if number < 3 else "validation", "duration": 24.0, "frame": 96,
+            "subset": "training" if number < 3 else "validation",
+            "duration": 24.0,
+            "frame": 96,
             "annotations": [{"segment": [6.0, 12.0], "label": "ab"[number % 2]}],
-        }  # fmt: skip
+        }
     (folder / "annotations.json").write_text(json.dumps({"database": database}))
     document = runs.document(folder)
     document["model"]["backbone"] = None
     document["model"]["projection"]["in_channels"] = 8
     for part in ("train", "test"):
         document["data"][part]["folder"] = str(folder)
-    document["data"] |= {"inputs": "features", "mode": "whole", "file_pattern": "{video}.npy", "feature_stride": 4,
-                         "augment": None, "class_map": None}  # fmt: skip
+    document["data"] |= {
+        "inputs": "features",
+        "mode": "whole",
+        "file_pattern": "{video}.npy",
+        "feature_stride": 4,
+        "augment": None,
+        "class_map": None,
+    }
     document["optimizer"]["backbone"] = []
-    from tensorkeep.training.schema import from_mapping
     from tensorkeep.detection.recipe.schema import DetectionRecipe
+    from tensorkeep.training.schema import from_mapping
 
     return from_mapping(DetectionRecipe, document, "recipe")
 
@@ -308,8 +327,13 @@ def features(folder: Path) -> Any:
 
 
 def test_a_trained_backbone_is_the_base_of_the_next_run(data: Path, tmp_path: Path) -> None:
-    whole = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "schedule__epochs": 2,
-             "schedule__warmup_epochs": 0, "optimizer__backbone": [{"name": "", "lr": 1e-3}]}  # fmt: skip
+    whole = {
+        "model__backbone__adapter": None,
+        "model__backbone__tuning": "all",
+        "schedule__epochs": 2,
+        "schedule__warmup_epochs": 0,
+        "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+    }
     runs.trained(runs.recipe(data, **whole), tmp_path / "first")
     made = runs.recipe(data, training__pretrained=str(tmp_path / "first"), **QLORA)
     runs.trained(made, tmp_path / "second")
@@ -325,8 +349,13 @@ def test_a_trained_backbone_is_the_base_of_the_next_run(data: Path, tmp_path: Pa
 
 
 def test_a_resume_on_another_base_is_refused(data: Path, tmp_path: Path) -> None:
-    whole = {"model__backbone__adapter": None, "model__backbone__tuning": "all", "schedule__epochs": 1,
-             "schedule__warmup_epochs": 0, "optimizer__backbone": [{"name": "", "lr": 1e-3}]}  # fmt: skip
+    whole = {
+        "model__backbone__adapter": None,
+        "model__backbone__tuning": "all",
+        "schedule__epochs": 1,
+        "schedule__warmup_epochs": 0,
+        "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+    }
     for seed in (1, 2):
         runs.trained(runs.recipe(data, training__seed=seed, **whole), tmp_path / f"base{seed}")
     (tmp_path / "base").symlink_to(tmp_path / "base1")

@@ -42,7 +42,7 @@ def test_recomputation_changes_no_bit_even_with_drop_path(mode: str) -> None:
 
 @pytest.mark.parametrize("tuning", ["adapter", "all"])
 def test_segments_of_single_chunks_sum_to_the_same_gradients(monkeypatch: pytest.MonkeyPatch, tuning: str) -> None:
-    monkeypatch.setattr("tensorkeep.detection.model.recompute.SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr("tensorkeep.detection.model._recompute.SEGMENT_ELEMENTS", 1)
     grads = []
     for checkpointing in ("none", "segments"):
         torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_segments_of_single_chunks_sum_to_the_same_gradients(monkeypatch: pytest
 
 
 def test_segments_replay_dropout_and_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tensorkeep.detection.model.recompute.SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr("tensorkeep.detection.model._recompute.SEGMENT_ELEMENTS", 1)
     lora = LoraConfig(lora_r=2, lora_dropout=0.5)
     backbone = tiny.detector(checkpointing="segments", lora=lora, vit=replace(tiny.VIT, drop_path=0.5)).backbone
     assert backbone is not None

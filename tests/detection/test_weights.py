@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorkeep.conversion.naming import opentad, videomae
 from tensorkeep.detection.model.adapters import LoraConfig
 from tensorkeep.detection.model.detector import video_features
 from tensorkeep.detection.model.vit import VideoShape, VisionTransformer
 from tensorkeep.detection.model.weights import load_opentad, load_videomae, to_opentad
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.naming import opentad
-from tensorkeep.convert.naming import videomae
 from tests.detection import tiny
 
 
@@ -122,10 +121,19 @@ def test_a_file_that_is_no_encoder_or_lacks_a_tensor_is_refused() -> None:
 def test_transformers_videomae_gives_the_same_tokens() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.VideoMAEConfig(
-        image_size=32, patch_size=16, num_frames=4, tubelet_size=2, hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=2, intermediate_size=64, layer_norm_eps=1e-6, qkv_bias=True, use_mean_pooling=True,
+        image_size=32,
+        patch_size=16,
+        num_frames=4,
+        tubelet_size=2,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        layer_norm_eps=1e-6,
+        qkv_bias=True,
+        use_mean_pooling=True,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     model = transformers.VideoMAEForVideoClassification(config).eval()
     tiny.wake(model)
     vit = VisionTransformer(tiny.VIT).eval()

@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.detection.data.windows import clip_to_window, count_snippets, make_window, place_windows, resized_frames, resized_segments, segment_frames
+from tensorkeep.detection.data.windows import (
+    clip_to_window,
+    count_snippets,
+    make_window,
+    place_windows,
+    resized_frames,
+    resized_segments,
+    segment_frames,
+)
 from tensorkeep.errors import TensorkeepError
 
 
@@ -72,10 +80,16 @@ def test_resized_segments_are_clipped_to_the_grid():
 
 @pytest.mark.parametrize(
     "call",
-    [lambda: place_windows(0, 4, 0.5), lambda: place_windows(9, 4, 1.0), lambda: place_windows(9, 1, 0.5),
-     lambda: count_snippets(0, 4), lambda: resized_frames(0, 4), lambda: segment_frames(np.zeros((1, 2)), duration=0, frames=4),
-     lambda: resized_segments(np.zeros((1, 2)), duration=0, length=4)],
-)  # fmt: skip
+    [
+        lambda: place_windows(0, 4, 0.5),
+        lambda: place_windows(9, 4, 1.0),
+        lambda: place_windows(9, 1, 0.5),
+        lambda: count_snippets(0, 4),
+        lambda: resized_frames(0, 4),
+        lambda: segment_frames(np.zeros((1, 2)), duration=0, frames=4),
+        lambda: resized_segments(np.zeros((1, 2)), duration=0, length=4),
+    ],
+)
 def test_impossible_windows_are_refused(call):
     with pytest.raises(TensorkeepError):
         call()

@@ -193,8 +193,8 @@ def stale_step(m: Specimen, rng: Rng) -> Change | None:
 @kind("F03")
 def digest_differs(m: Specimen, rng: Rng) -> Change | None:
     """Converted by us with its certificate, then one byte of a tensor changes on disk."""
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     def change(place: Path) -> Path:
@@ -213,8 +213,8 @@ def digest_differs(m: Specimen, rng: Rng) -> Change | None:
 @kind("K06")
 def other_naming(m: Specimen, rng: Rng) -> Change | None:
     """torchtitan's names where Hugging Face's are asked for."""
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     if m.config["model_type"] not in ("llama", "qwen3"):

@@ -264,14 +264,14 @@ def through_fp16(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("V02", "V06")
 def through_int8(m: Specimen, rng: Rng) -> Change | None:
-    """Quantised row by row to int8 and back."""
+    """Quantized row by row to int8 and back."""
 
-    def quantise(t: Array) -> Array:
+    def quantize(t: Array) -> Array:
         scale = np.abs(t).max(1, keepdims=True) / 127
         return np.round(t / scale) * scale
 
     names = m.matrices
-    return Change(edited(m, names, quantise), really(m, edited(m, names, quantise)))
+    return Change(edited(m, names, quantize), really(m, edited(m, names, quantize)))
 
 
 @kind("V02")

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tensorkeep.convert.convert import convert
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.storage.record import FROM_TORCH
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats.view import Note, StateView, read
+from tensorkeep.storage.record import FROM_TORCH
 from tests.parity.outcome import (
     Outcome,
     be_quiet,

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tensorkeep.convert.convert import convert
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.planning import make_plan
 from tensorkeep.formats.view import read
 from tests.parity.minimind_merge import merge_cases
 from tests.parity.minimind_resume import resume_cases
@@ -149,8 +149,13 @@ def under_hf_names(held: dict[str, torch.Tensor], config: dict[str, Any]) -> dic
         parts = [OLD.get(p, p) for p in name.split(".")]
         if parts[-2] in ("q_proj", "k_proj"):
             tensor = tensor.view(-1, dim // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        swaps = {"attention": "self_attn", "feed_forward": "mlp", "attention_norm": "input_layernorm",
-                 "ffn_norm": "post_attention_layernorm", "tok_embeddings": "embed_tokens"}  # fmt: skip
+        swaps = {
+            "attention": "self_attn",
+            "feed_forward": "mlp",
+            "attention_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "tok_embeddings": "embed_tokens",
+        }
         parts = [swaps.get(p, p) for p in parts]
         out[HEAD if parts[0] == "output" else ".".join(["model", *parts])] = tensor.contiguous()
     return out
@@ -245,8 +250,13 @@ def adapter_cases(
     wanted = {f"base_model.model.{n}": t for n, t in (old_adapter(held, config) if old else peft_names(held)).items()}
     yield bitwise(f"{name} to peft", made, wanted, f"{len(model)} model tensors left out" if model else "")
     written = json.loads((work / "peft" / "adapter_config.json").read_text())
-    asked = {"peft_type": "LORA", "r": config["lora_rank"], "lora_alpha": config["lora_rank"], "task_type": "CAUSAL_LM",
-             "base_model_name_or_path": None}  # fmt: skip
+    asked = {
+        "peft_type": "LORA",
+        "r": config["lora_rank"],
+        "lora_alpha": config["lora_rank"],
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+    }
     golden = place / "peft"
     if golden.is_dir():
         theirs = json.loads((golden / "adapter_config.json").read_text())

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from tensorkeep.adapters.merging import merge
 from tensorkeep.adapters.planning import open_adapters, plan_merge
-from tensorkeep.adapters.merge import merge
 from tensorkeep.formats.view import read
 from tests.parity.outcome import Outcome, bitwise, largest, load_model, tensors
 
@@ -41,8 +41,11 @@ def merge_cases(
         touched = [n for n in ours if not torch.equal(exact[n], _clean(base)[n].float())]
         mine, other = (sum(_off(held[n], exact[n]) for n in touched) for held in (ours, original))
         yield Outcome(
-            f"{name} merged to fp16, rounding", mine / max(other, 1e-30), 1.0, f"of the original's error, {other / max(mine, 1e-30):.2f} times ours, which rounds twice"
-        )  # fmt: skip
+            f"{name} merged to fp16, rounding",
+            mine / max(other, 1e-30),
+            1.0,
+            f"of the original's error, {other / max(mine, 1e-30):.2f} times ours, which rounds twice",
+        )
 
 
 def _off(made: torch.Tensor, exact: torch.Tensor) -> float:

@@ -166,15 +166,23 @@ def config_of(known: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     vocab, hidden = shapes["model.embed_tokens.weight"]
     layers = {n.split(".")[2] for n in shapes if n.startswith("model.layers.")}
     return {
-        "vocab": vocab, "hidden_size": hidden, "layers": len(layers), "heads": heads, "head_dim": dim, "qk_norm": new,
-        "kv_heads": shapes[f"{first}self_attn.k_proj.weight"][0] // dim, "theta": known.get("rope_theta", 1e6),
-        "eps": known.get("rms_norm_eps", 1e-6 if new else 1e-5), "experts": len(experts),
+        "vocab": vocab,
+        "hidden_size": hidden,
+        "layers": len(layers),
+        "heads": heads,
+        "head_dim": dim,
+        "qk_norm": new,
+        "kv_heads": shapes[f"{first}self_attn.k_proj.weight"][0] // dim,
+        "theta": known.get("rope_theta", 1e6),
+        "eps": known.get("rms_norm_eps", 1e-6 if new else 1e-5),
+        "experts": len(experts),
         "width": shapes.get(f"{first}mlp.gate_proj.weight", (0,))[0],
         "moe_width": shapes.get(f"{first}mlp.experts.0.gate_proj.weight", (0,))[0],
         "shared": len({n.split(".")[5] for n in shapes if n.startswith(f"{first}mlp.shared_experts.")}),
-        "top": known.get("num_experts_per_tok", 1 if new else 2), "norm_topk": known.get("norm_topk_prob", True),
+        "top": known.get("num_experts_per_tok", 1 if new else 2),
+        "norm_topk": known.get("norm_topk_prob", True),
         "aux": known.get("router_aux_loss_coef", 5e-4) if new else known.get("aux_loss_alpha", 0.1),
-    }  # fmt: skip
+    }
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tensorkeep.language.minimind._position import Batching, batchings, learning_rate
+from tensorkeep.language.minimind._resume_file import Resume, read_resume
+from tensorkeep.language.minimind.continue_from import Continuation, continue_from, order
 from tensorkeep.training.batches import Stream
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.language.minimind.continue_from import Continuation, continue_from, order
 from tensorkeep.training.live_state import put_tensors
-from tensorkeep.language.minimind.position import Batching, batchings, learning_rate
-from tensorkeep.language.minimind.resume_file import Resume, read_resume
 from tensorkeep.training.loop import fit
 from tests.parity.minimind_model import MiniMind, config_of, cross_entropy
 from tests.parity.outcome import Outcome, guarded, load_model, natural_key
@@ -55,16 +55,24 @@ def reading_cases(file: Path, name: str) -> Iterator[Outcome]:
     model = native(file, clean)
     own = [n for n in clean if ".lora." in n] or [n for n, _ in model.named_parameters()]
     state = held["optimizer"]["state"]
-    odd = [n for i, n in enumerate(own) if any(
-        not torch.equal(resume.view.tensor(resume.moments[n][slot]), state[i][slot]) for slot in ("exp_avg", "exp_avg_sq")
-    )]  # fmt: skip
+    odd = [
+        n
+        for i, n in enumerate(own)
+        if any(
+            not torch.equal(resume.view.tensor(resume.moments[n][slot]), state[i][slot])
+            for slot in ("exp_avg", "exp_avg_sq")
+        )
+    ]
     odd += sorted(set(resume.moments) ^ set(own))
     odd += [n for n, t in clean.items() if not torch.equal(resume.view.tensor(resume.weights[n]), t)]
     yield Outcome(f"{name} by name", len(odd), 0, f"of {len(own)} parameters have another's moments")
     kept = [k for k in held if k not in ("model", "optimizer", "epoch", "step", "world_size", "wandb_id", "scaler")]
     facts = (resume.epoch, resume.step, resume.world_size, resume.scaler) != (
-        held["epoch"], held["step"], held["world_size"], held.get("scaler", {})
-    )  # fmt: skip
+        held["epoch"],
+        held["step"],
+        held["world_size"],
+        held.get("scaler", {}),
+    )
     yield Outcome(f"{name} facts", float(facts) + len(set(kept) ^ set(resume.extras)), 0, f"kept beside: {kept}")
 
 
@@ -129,9 +137,16 @@ def go_on(
     settings = {**on.optimizer, "lr": on.optimizer["lr"] or 0.0, "betas": tuple(on.optimizer["betas"])}
     assert on.schedule is not None
     job = Job(
-        model, torch.optim.AdamW(model.parameters(), **settings), data, collate, recorder.loss, one, on.schedule,
-        orders=on.orders, recipe={"continued_from": on.origin},
-    )  # fmt: skip
+        model,
+        torch.optim.AdamW(model.parameters(), **settings),
+        data,
+        collate,
+        recorder.loss,
+        one,
+        on.schedule,
+        orders=on.orders,
+        recipe={"continued_from": on.origin},
+    )
     fit(job, run, Loop(updates, on.batch, on.micro, seed=seed), resume=on.state, allow=("updates",))
     return recorder.seen
 
@@ -171,18 +186,33 @@ def trajectory_cases(file: Path, name: str) -> Iterator[Outcome]:
             seen = go_on(on, model, data, Path(run), on.state.document["step"] + here)
         got, count = seen[: len(wanted)], len(seen)
         odd = sum(a != b for (a, _), b in zip(got, wanted))
-        yield Outcome(f"{name} continued{label}, samples", odd + abs(count - here * on.batching.accumulation), 0, f"of {count} micro-batches are others")  # fmt: skip
+        yield Outcome(
+            f"{name} continued{label}, samples",
+            odd + abs(count - here * on.batching.accumulation),
+            0,
+            f"of {count} micro-batches are others",
+        )
         worst = max((abs(a - b["loss"]) for (_, a), b in zip(got, theirs)), default=math.inf)
         gap = max((abs(a - b["loss"]) for (_, a), b in zip(got, whole[before:])), default=math.inf)
         tolerance = LOSS if theirs is resumed else 10 * ROUNDED
-        yield Outcome(f"{name} continued{label}, losses", worst, tolerance, f"of {count}; {gap:.2g} from the uninterrupted run: fp16")  # fmt: skip
+        yield Outcome(
+            f"{name} continued{label}, losses",
+            worst,
+            tolerance,
+            f"of {count}; {gap:.2g} from the uninterrupted run: fp16",
+        )
         if on.position.again or here * on.batching.accumulation < len(wanted):
             yield replayed(file, name, data, on, epochs, resumed)
         last = place / "uninterrupted_final_fp32.safetensors"
         if last.exists() and resume.epoch == epochs - 1 and before + count == len(whole):
             final = load_file(last)
             tolerance = WEIGHT if any(".experts." in n for n in final) else ROUNDED
-            yield Outcome(f"{name} continued{label}, last weights", distance(model, final), tolerance, "relative L2 from the uninterrupted run")  # fmt: skip
+            yield Outcome(
+                f"{name} continued{label}, last weights",
+                distance(model, final),
+                tolerance,
+                "relative L2 from the uninterrupted run",
+            )
 
 
 def accumulation_of(file: Path, data: Rows, batch: int, epochs: int, resumed: list[Any]) -> int:
@@ -219,8 +249,8 @@ def counted(resume: Resume, length: int, batch: int) -> list[Batching]:
 
 def converted(file: Path) -> nn.Module:
     """The model of transformers for a resume file."""
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     with tempfile.TemporaryDirectory() as work:
@@ -275,7 +305,12 @@ def consumed_cases(file: Path, name: str) -> Iterator[Outcome]:
         put_tensors(model, on.state.model, base=False)
         undo(model, resume)
         worst = max(abs(loss_of(model, found, row["idx"]) - row["loss"]) for row in last)
-        yield Outcome(f"{name} last losses of {len(rows)} ranks", worst, ROUNDED, "with the last optimizer step taken back by its moments")  # fmt: skip
+        yield Outcome(
+            f"{name} last losses of {len(rows)} ranks",
+            worst,
+            ROUNDED,
+            "with the last optimizer step taken back by its moments",
+        )
 
 
 def data_of(last: list[Any], file: Path, length: int, model: nn.Module, on: Continuation) -> Rows | None:
@@ -323,9 +358,17 @@ def load(held: dict[str, Any], model: MiniMind, rate: float) -> torch.optim.Opti
 
 
 def replay(
-    model: MiniMind, optimizer: torch.optim.Optimizer, data: Rows, batch: int, accumulation: int, epochs: int, rate: float,
-    start: tuple[int, int] = (0, 0), stop: tuple[int, int] | None = None, early: bool = False,
-) -> list[tuple[list[int], float]]:  # fmt: skip
+    model: MiniMind,
+    optimizer: torch.optim.Optimizer,
+    data: Rows,
+    batch: int,
+    accumulation: int,
+    epochs: int,
+    rate: float,
+    start: tuple[int, int] = (0, 0),
+    stop: tuple[int, int] | None = None,
+    early: bool = False,
+) -> list[tuple[list[int], float]]:
     """MiniMind's training on one process from (epoch, step): the rest of the epoch skipped by batches, the rate set each
     micro-batch, a step every `accumulation`, what is left stepped after the epoch. `stop`: killed behind that one."""
     iterations = math.ceil(len(data) / batch)

@@ -18,11 +18,26 @@ from safetensors.numpy import load_file
 
 from tensorkeep.detection.data.annotations import AMBIGUOUS, number_segments, parse_annotations
 from tensorkeep.detection.data.annotations import unique_segments as unique
-from tensorkeep.detection.results.decode import fuse_classes, merge_windows, resized_seconds, round_detections, select_candidates, sliding_seconds
+from tensorkeep.detection.data.windows import (
+    clip_to_window,
+    count_snippets,
+    make_window,
+    place_windows,
+    resized_frames,
+    resized_segments,
+    segment_frames,
+)
+from tensorkeep.detection.results.decode import (
+    fuse_classes,
+    merge_windows,
+    resized_seconds,
+    round_detections,
+    select_candidates,
+    sliding_seconds,
+)
 from tensorkeep.detection.results.evaluation import evaluate
 from tensorkeep.detection.results.nms import Detections, from_opentad, suppress, vote
 from tensorkeep.detection.results.results import parse_detections
-from tensorkeep.detection.data.windows import clip_to_window, count_snippets, make_window, place_windows, resized_frames, resized_segments, segment_frames
 
 Case = tuple[str, float, float]
 
@@ -219,9 +234,17 @@ def compare_windows(name: str, got: dict[str, list[dict[str, Any]]], want: list[
 
 
 COMPARED = (
-    "feature_start_idx", "feature_end_idx", "fps", "duration", "snippet_stride", "window_start_frame", "frame_inds",
-    "masks", "gt_segments", "gt_labels",
-)  # fmt: skip
+    "feature_start_idx",
+    "feature_end_idx",
+    "fps",
+    "duration",
+    "snippet_stride",
+    "window_start_frame",
+    "frame_inds",
+    "masks",
+    "gt_segments",
+    "gt_labels",
+)
 
 
 def find_stride(config: dict[str, Any]) -> int:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorkeep.conversion.naming import opentad
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.head import valid_proposals
-from tensorkeep.detection.opentad.model_section import detector_config
 from tensorkeep.detection.model.schedule import learning_rate
 from tensorkeep.detection.model.weights import load_opentad
+from tensorkeep.detection.opentad._model_section import detector_config
 from tensorkeep.training.ema import Ema
-from tensorkeep.convert.naming import opentad
 from tests.parity.opentad_fixtures import Case, Fixture, difference, relative
 
 

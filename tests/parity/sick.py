@@ -14,19 +14,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.diagnose.diagnosis import diagnose
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
 from tests.faults import has_permutation, unexplained
 from tests.parity.outcome import Outcome, natural_key, report
 
 # by the name of a fault in answers.json, up to the first space or colon
 CODES = {
-    "none": None, "healthy": None, "missing_key": "K01", "rope_layout_interleaved": "O01", "layer_order": "O02",
-    "reinitialised_tensor": "V03", "prefix": "K03", "norm_reset_to_ones": "V04", "precision_loss_fp8_e4m3": "V02",
-    "transposed": "S03", "swapped_gate_up": "O03", "nan": "V01", "unexpected_key": "K02", "truncated_data_file": "F02",
-    "bit_flip": "V07", "metadata_without_storage_entry": "F07", "lm_head_overwritten_by_embedding": "T02",
-    "malicious_metadata_pickle": "F04", "path_traversal_in_metadata": "F06", "missing_data_file": "F05", "small_value_drift": "V06",
-}  # fmt: skip
+    "none": None,
+    "healthy": None,
+    "missing_key": "K01",
+    "rope_layout_interleaved": "O01",
+    "layer_order": "O02",
+    "reinitialised_tensor": "V03",
+    "prefix": "K03",
+    "norm_reset_to_ones": "V04",
+    "precision_loss_fp8_e4m3": "V02",
+    "transposed": "S03",
+    "swapped_gate_up": "O03",
+    "nan": "V01",
+    "unexpected_key": "K02",
+    "truncated_data_file": "F02",
+    "bit_flip": "V07",
+    "metadata_without_storage_entry": "F07",
+    "lm_head_overwritten_by_embedding": "T02",
+    "malicious_metadata_pickle": "F04",
+    "path_traversal_in_metadata": "F06",
+    "missing_data_file": "F05",
+    "small_value_drift": "V06",
+}
 
 
 def expected_code(fault: str) -> str | None:

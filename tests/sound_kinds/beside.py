@@ -54,15 +54,23 @@ def adapter_folder(m: Specimen, place: Path, rng: Rng) -> Path | None:
         state[f"{stem}.lora_A.weight"] = rng.normal(0, 0.1, (4, columns)).astype(FP32)
         state[f"{stem}.lora_B.weight"] = rng.normal(0, 0.01, (rows, 4)).astype(FP32)
     save_file(state, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
-              "bias": "none", "fan_in_fan_out": False, "base_model_name_or_path": "base"}  # fmt: skip
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "base_model_name_or_path": "base",
+    }
     (place / "adapter_config.json").write_text(json.dumps(config))
     return place
 
 
 @variant
 def fp8_with_scales(m: Specimen, place: Path, rng: Rng) -> Path | None:
-    """Block-quantised fp8 as DeepSeek and Qwen ship it, its scales beside, its config saying so. No reference values."""
+    """Block-quantized fp8 as DeepSeek and Qwen ship it, its scales beside, its config saying so. No reference values."""
     if m.name != "qwen3":
         return None
     state: State = {}
@@ -74,5 +82,5 @@ def fp8_with_scales(m: Specimen, place: Path, rng: Rng) -> Path | None:
         scale = np.float32(np.abs(values).max() / 448)
         state[name] = (values / scale).astype(ml_dtypes.float8_e4m3fn)
         state[f"{name}_scale_inv"] = np.full((-(-len(values) // 128), -(-values.shape[1] // 128)), scale, FP32)
-    quantised = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    return write("hf", state, place, {**m.config, "quantization_config": quantised})
+    quantized = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    return write("hf", state, place, {**m.config, "quantization_config": quantized})

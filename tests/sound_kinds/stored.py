@@ -88,8 +88,8 @@ def bare_file(m: Specimen, place: Path, rng: Rng) -> Path:
 
 def converted(m: Specimen, place: Path, to: str, **options: Any) -> Path:
     """Through our own converter, certificate beside."""
-    from tensorkeep.convert.convert import convert
-    from tensorkeep.convert.planning import make_plan
+    from tensorkeep.conversion.execution import convert
+    from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
 
     source = write("hf", m.tensors, place / "source", m.config)

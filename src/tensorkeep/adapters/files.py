@@ -1,7 +1,7 @@
 """Adapters of a live model as files: `adapter.safetensors` and `adapter_config.json`, with the base they belong to.
 
 Tensor names and config fields are PEFT's, so its readers and ours understand both; beside them stand the digest of the
-base's checkpoint and how the base was quantised, and a load onto anything else is an error.
+base's checkpoint and how the base was quantized, and a load onto anything else is an error.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.storage import certificate as manifest
+from tensorkeep.adapters.lora import LoraQuantLinear, layers
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import safetensors
-from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
-from tensorkeep.adapters.lora import LoraQuantLinear, layers
+from tensorkeep.formats.memory import raw_bytes, tensor_of
 from tensorkeep.formats.names import unwrap
+from tensorkeep.formats.view import StateView, read
+from tensorkeep.storage import certificate as manifest
+from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
-from tensorkeep.formats.memory import raw_bytes, tensor_of
-from tensorkeep.formats.view import StateView, read
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter_config.json"
@@ -66,17 +66,30 @@ def adapter_config(
     pairs = {f"{n}.lora_{half}" for n in found for half in "AB"}
     saved = sorted({n.rpartition(".")[0] for n in _trainable(model) if n not in pairs})
     return {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "inference_mode": True, "r": rank,
-        "lora_alpha": _plain(alpha), "lora_dropout": first.dropout, "use_rslora": first.rslora, "use_dora": False,
-        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "target_modules": sorted(found),
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(found),
         "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {n: _plain(a) for n, a in alphas.items() if a != alpha}, "modules_to_save": saved or None,
-        "kind": "rslora" if first.rslora else "lora", "base_digest": base_digest, "quantization": quantization(model),
-    }  # fmt: skip
+        "alpha_pattern": {n: _plain(a) for n, a in alphas.items() if a != alpha},
+        "modules_to_save": saved or None,
+        "kind": "rslora" if first.rslora else "lora",
+        "base_digest": base_digest,
+        "quantization": quantization(model),
+    }
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
-    """How the linears under the adapter are quantised, or None where they are dense.
+    """How the linears under the adapter are quantized, or None where they are dense.
 
     Where layers differ, the commonest form stands at the top and the others under `layers`, by name; None is dense.
     """
@@ -96,9 +109,13 @@ def _form(layer: LoraQuantLinear) -> tuple[tuple[str, Any], ...]:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, base_digest: str | None = None, base: str | None = None,
-    task: str | None = "CAUSAL_LM", overwrite: bool = False,
-) -> Path:  # fmt: skip
+    model: nn.Module,
+    folder: str | Path,
+    base_digest: str | None = None,
+    base: str | None = None,
+    task: str | None = "CAUSAL_LM",
+    overwrite: bool = False,
+) -> Path:
     """Write `adapter.safetensors` and `adapter_config.json` into a new folder, whole or not at all.
 
     `base_digest`: of the base's checkpoint (`Loaded.base_digest`), by which a later load knows it; `base`: its name.
@@ -122,7 +139,7 @@ def load_adapter(
     """Copy an adapter, ours or PEFT's, into a model that `add_lora` gave the same layers; returns its config.
 
     Every tensor of both sides must meet in name and shape, rank and scale must agree, and the base must be the one it
-    was trained on: the digest in its config against `base_digest`, its quantisation against the model's. Raises
+    was trained on: the digest in its config against `base_digest`, its quantization against the model's. Raises
     TensorkeepError A01, A02 or A04, before anything is changed; `allow_other_base` lifts A04.
     """
     view, config = _open(source)
@@ -136,8 +153,9 @@ def load_adapter(
     problems += [f"unexpected {view_name}" for n, view_name in stored.items() if n not in targets]
     problems += [
         f"{n} is {list(view[s].shape)}, the model's {list(targets[n].shape)}"
-        for n, s in stored.items() if n in targets and view[s].shape != tuple(targets[n].shape)
-    ]  # fmt: skip
+        for n, s in stored.items()
+        if n in targets and view[s].shape != tuple(targets[n].shape)
+    ]
     if problems:
         more = f" ({len(problems)} in all)" if len(problems) > 3 else ""
         hint = "add_lora with the targets and ranks of its adapter_config.json; DoRA and other kinds load through PEFT"
@@ -198,16 +216,16 @@ def _of(patterns: Any, module: str, default: Any) -> Any:
 
 
 def _check_base(
-    config: Mapping[str, Any], base_digest: str | None, quantised: dict[str, Any] | None, where: str
+    config: Mapping[str, Any], base_digest: str | None, quantized: dict[str, Any] | None, where: str
 ) -> None:
     recorded = config.get("base_digest")
     if isinstance(recorded, str) and recorded != base_digest:
         here = f"this one is {base_digest}" if base_digest else "nothing says which base this is"
         hint = "load_quantizing and load_quantized return base_digest; allow_other_base=True loads it all the same"
         raise TensorkeepError(f"was trained on the base {shown(recorded)}, {here}", where=where, code="A04", hint=hint)
-    if "quantization" in config and config["quantization"] != quantised:
-        was, now = config["quantization"] or "float weights", quantised or "float weights"
-        hint = "quantise the base as it was; allow_other_base=True loads it all the same"
+    if "quantization" in config and config["quantization"] != quantized:
+        was, now = config["quantization"] or "float weights", quantized or "float weights"
+        hint = "quantize the base as it was; allow_other_base=True loads it all the same"
         raise TensorkeepError(f"was trained on {was}, this base is {now}", where=where, code="A04", hint=hint)
 
 

@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA over any linear, dense or quantised: the layer becomes a subclass of itself.
+"""LoRA and rsLoRA over any linear, dense or quantized: the layer becomes a subclass of itself.
 
 Nothing is wrapped and no `forward` is patched, so `q_proj.weight` stays `q_proj.weight`, and deepcopy, pickle,
 torch.compile, DDP and FSDP2 see an ordinary module with two more parameters, `lora_A [r, in]` and `lora_B [out, r]`.
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import unwrap
-from tensorkeep.quantization.modules import HEADS, adopted, check_patterns, fits, is_bitsandbytes, replace_modules
 from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_linear
+from tensorkeep.quantization.modules import HEADS, adopted, check_patterns, fits, is_bitsandbytes, replace_modules
 
 ALL = "all-linear"
-ELSEWHERE = ("dora", "adalora", "loha", "lokr", "ia3", "vera", "oft", "boft", "pissa", "olora", "loftq")
+_ELSEWHERE = ("dora", "adalora", "loha", "lokr", "ia3", "vera", "oft", "boft", "pissa", "olora", "loftq")
 
 
 class LowRank(nn.Module):
@@ -63,7 +63,7 @@ class LoraLinear(LowRank, nn.Linear):
     """A dense linear with a low-rank update; made by `add_lora` out of an `nn.Linear`, whose parameters it keeps."""
 
     def over(self, base: QuantLinear) -> LoraQuantLinear:
-        """The same update over a quantised form of this layer."""
+        """The same update over a quantized form of this layer."""
         made = adapted(base, self.r, self.alpha, self.dropout, self.rslora)
         made.lora_A, made.lora_B = self.lora_A, self.lora_B
         assert isinstance(made, LoraQuantLinear)
@@ -71,11 +71,11 @@ class LoraLinear(LowRank, nn.Linear):
 
 
 class LoraQuantLinear(LowRank, QuantLinear):
-    """A quantised linear with a low-rank update; made by `add_lora` out of a `QuantLinear`, whose codes it keeps."""
+    """A quantized linear with a low-rank update; made by `add_lora` out of a `QuantLinear`, whose codes it keeps."""
 
 
 def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """`base(x) + scale · (drop(x) A^T) B^T`; `base` is a dense or quantised linear, `a [r, in]`, `b [out, r]`.
+    """`base(x) + scale · (drop(x) A^T) B^T`; `base` is a dense or quantized linear, `a [r, in]`, `b [out, r]`.
 
     Without dropout and with a frozen base it is one operation that keeps x and x A^T for the backward, nothing else.
     """
@@ -98,10 +98,17 @@ def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dro
 
 
 def add_lora(
-    model: nn.Module, targets: Sequence[str] | str, r: int = 16, alpha: float = 32, dropout: float = 0.0,
-    rslora: bool = False, rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None, exclude: Sequence[str] = (), kind: str = "lora",
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    targets: Sequence[str] | str,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude: Sequence[str] = (),
+    kind: str = "lora",
+) -> list[str]:
     """Give the named linears a low-rank update, freeze all else, in place; returns the adapted names.
 
     `targets` and the keys of the patterns are shell-style and fit a whole name or its end (`q_proj`, `layers.1.*`);
@@ -117,7 +124,7 @@ def add_lora(
         raise TensorkeepError(
             f"{kind!r} is not trained here",
             where="lora",
-            hint=how if kind.lower() in ELSEWHERE else "kinds: lora, rslora",
+            hint=how if kind.lower() in _ELSEWHERE else "kinds: lora, rslora",
         )
     wanted = [targets] if isinstance(targets, str) else list(targets)
     linears = {_clean(n): m for n, m in model.named_modules() if _adaptable(m)}
@@ -193,7 +200,7 @@ def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
 def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Run on `W + scale · B A` from now on, computed in float32 and rounded once to `dtype` (None: the weight's own).
 
-    The base is not touched (a quantised one gets a dense copy beside it), so `unmerge_` is exact, and the state dict
+    The base is not touched (a quantized one gets a dense copy beside it), so `unmerge_` is exact, and the state dict
     stays that of base and adapter. Returns the merged names; raises TensorkeepError where one is merged already.
     """
     found = layers(model)
@@ -204,11 +211,11 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
         "is sharded: merge the saved files",
     )
     for layer in found.values():
-        quantised = isinstance(layer, LoraQuantLinear)
+        quantized = isinstance(layer, LoraQuantLinear)
         base = layer.dequantize() if isinstance(layer, LoraQuantLinear) else layer.weight.float()
         own = getattr(torch, layer.layout.dtype) if isinstance(layer, LoraQuantLinear) else layer.weight.dtype
         total = torch.addmm(base, layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale)
-        layer.merged = total.to(dtype or own, copy=not quantised)
+        layer.merged = total.to(dtype or own, copy=not quantized)
     return list(found)
 
 

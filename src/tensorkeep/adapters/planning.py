@@ -1,8 +1,8 @@
 """From a base and adapters to a merge plan: every pair finds its one weight, or the merge is refused.
 
-An adapter trained on a quantised base fits those weights, dequantised, and not the float original: measured on a small
+An adapter trained on a quantized base fits those weights, dequantized, and not the float original: measured on a small
 Llama, logits are then off by 6e-7 against 0.29. So `onto="trained"` means what the adapter was trained against: a
-quantised BASE dequantised, a float BASE through the quantisation that the adapter's config names.
+quantized BASE dequantized, a float BASE through the quantization that the adapter's config names.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tensorkeep.convert import configs
-from tensorkeep.quantization import stored as quantized
-from tensorkeep.convert import naming as namings
-from tensorkeep.convert.adapters import halves
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.adapters._matching import Base, Source, make, terms_of
+from tensorkeep.adapters._view import MergedView, Term
 from tensorkeep.adapters.reading import TIED, read_adapter, refuse_unmergeable
-from tensorkeep.adapters.matching import Base, Source, make, terms_of
-from tensorkeep.adapters.view import MergedView, Term
+from tensorkeep.conversion import configs
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.adapters import halves
+from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.plan import Hub, Part, Plan, Step, ordered
+from tensorkeep.conversion.planning import make_plan, to_hub
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches
-from tensorkeep.convert.naming import hf
-from tensorkeep.convert.plan import Hub, Part, Plan, Step, ordered
-from tensorkeep.convert.planning import make_plan, to_hub
-from tensorkeep.quantization.encoding import Forms, Kind, forms_of
-from tensorkeep.quantization.stored import QuantisedWeight
-from tensorkeep.storage.record import DTYPES
 from tensorkeep.formats.view import StateView
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.encoding import Forms, Kind, forms_of
+from tensorkeep.quantization.stored import QuantizedWeight
+from tensorkeep.storage.record import DTYPES
 
-# what quantisation while loading leaves alone (`quantize.EXCLUDED`), unless the adapter's config lists the modules
+# what quantization while loading leaves alone (`quantize.EXCLUDED`), unless the adapter's config lists the modules
 HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")
-KEPT_FLOAT = (*HEADS, *(f"*.{h}" for h in HEADS), "*embed*")
+_KEPT_FLOAT = (*HEADS, *(f"*.{h}" for h in HEADS), "*embed*")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class MergePlan:
     view: MergedView
     sources: list[Source]
     onto: str
-    kind: str | None  # the quantisation of the weights merged onto, None where they are plain floats
+    kind: str | None  # the quantization of the weights merged onto, None where they are plain floats
     terms: dict[str, list[Term]] = field(default_factory=dict)  # sink name -> what is added
 
 
@@ -51,8 +51,11 @@ def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[Source]:
         adapter = read_adapter(view)
         if adapter is None or not adapter.stored:
             raise TensorkeepError(
-                "holds no adapter", where=view.path, code="K05", hint="tensorkeep merge BASE ADAPTER OUT; see what is in it with: tensorkeep inspect"
-            )  # fmt: skip
+                "holds no adapter",
+                where=view.path,
+                code="K05",
+                hint="tensorkeep merge BASE ADAPTER OUT; see what is in it with: tensorkeep inspect",
+            )
         refuse_unmergeable(adapter)
         out.append(Source(adapter, weight, adapter.digest()))
     for at, source in enumerate(out):
@@ -64,14 +67,21 @@ def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[Source]:
 
 
 def plan_merge(
-    base: StateView, sources: list[Source], to: str = "hf", *, onto: str = "trained", naming: str | None = None,
-    root: str | None = None, dtype: str | None = None, untie: bool = False,
-) -> MergePlan:  # fmt: skip
+    base: StateView,
+    sources: list[Source],
+    to: str = "hf",
+    *,
+    onto: str = "trained",
+    naming: str | None = None,
+    root: str | None = None,
+    dtype: str | None = None,
+    untie: bool = False,
+) -> MergePlan:
     """Decide what every tensor of the merged model is made of; nothing but headers and the adapters' configs is read.
 
     Raises TensorkeepError A01 where a pair fits no weight of the base, T01 where a tie would be broken unasked.
     """
-    view, kind = merged_view(base, sources, onto, dtype, untie)
+    view, kind = _merged_view(base, sources, onto, dtype, untie)
     plan = make_plan([view], to, naming=naming, root=root, dtype=dtype)
     terms: dict[str, list[Term]] = {}
     steps = []
@@ -85,7 +95,7 @@ def plan_merge(
         if found:
             terms[step.sink.name] = found
         first = "merge" if found else "cast"
-        said = [_spoken(t) for t in found] or [f"dequantised {m.weight.kind if m.weight else kind}" for m in made[:1]]
+        said = [_spoken(t) for t in found] or [f"dequantized {m.weight.kind if m.weight else kind}" for m in made[:1]]
         steps.append(replace(step, actions=(first, *(a for a in actions if a != first)), reason=", ".join(said)))
     gone = [n for n in base if n not in view.records and n not in {m.source for m in view.made.values()}]
     steps += [Step(("drop",), (Part(0, n),), None, _gone(base, n)) for n in gone]
@@ -101,16 +111,16 @@ def _spoken(term: Term) -> str:
 
 
 def _gone(base: StateView, name: str) -> str:
-    return "adapter, merged or left out" if ".lora" in name else "belongs to codes that were dequantised"
+    return "adapter, merged or left out" if ".lora" in name else "belongs to codes that were dequantized"
 
 
 # -- the view ---------------------------------------------------------------------------------------------------------
 
 
-def merged_view(
+def _merged_view(
     base: StateView, sources: list[Source], onto: str, dtype: str | None, untie: bool
 ) -> tuple[MergedView, str | None]:
-    """The view of the merged model over the base's own names, and the quantisation it is merged onto."""
+    """The view of the merged model over the base's own names, and the quantization it is merged onto."""
     identity = namings.identify(base)
     config = configs.minimind_config(base, identity, base.config, [], [])[0]
     own = set(halves(identity)) if base.format != "peft" else set()
@@ -118,7 +128,7 @@ def merged_view(
     weights = quantized.find(base, identity.names)
     for weight in weights.values():
         quantized.refuse(weight, base.path)
-    forms = wanted_quantisation(base, sources, onto, weights)
+    forms = _wanted_quantization(base, sources, onto, weights)
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
     state = Base(base, config, to_hub(base, 0, identity, config, []), weights, records, dtype)
@@ -135,19 +145,29 @@ def merged_view(
         part = state.hub[name].parts[0]
         make(state, part.name).terms.extend(terms)
     view = MergedView(
-        base.path, base.format, base.folder, state.records, base.config, list(base.companions), base.entries, list(base.notes),
-        base.metadata, computed=True, base=base, made=state.made,
-    )  # fmt: skip
+        base.path,
+        base.format,
+        base.folder,
+        state.records,
+        base.config,
+        list(base.companions),
+        base.entries,
+        list(base.notes),
+        base.metadata,
+        computed=True,
+        base=base,
+        made=state.made,
+    )
     if weights or untie:
         _say_float(view, untie)
-    spoken = sorted({m.requantised.spoken for m in state.made.values() if (m.weight or m.through) and m.requantised})
+    spoken = sorted({m.requantized.spoken for m in state.made.values() if (m.weight or m.through) and m.requantized})
     return view, ", ".join(spoken) or None
 
 
-def wanted_quantisation(
-    base: StateView, sources: Sequence[Source], onto: str, weights: Mapping[str, QuantisedWeight]
+def _wanted_quantization(
+    base: StateView, sources: Sequence[Source], onto: str, weights: Mapping[str, QuantizedWeight]
 ) -> Forms | None:
-    """The quantisation that a float base is to be sent through, None where its values stay. Raises TensorkeepError A04
+    """The quantization that a float base is to be sent through, None where its values stay. Raises TensorkeepError A04
     where the adapters were trained on other forms of the base than this one."""
     asked = {
         forms_of(s.adapter.document["quantization"], s.path): s.path
@@ -158,28 +178,32 @@ def wanted_quantisation(
         found = sorted({w.kind for w in weights.values()})
         if onto == "original":
             raise TensorkeepError(
-                f"is quantised ({', '.join(found)}): the original weights are not in it", where=base.path,
+                f"is quantized ({', '.join(found)}): the original weights are not in it",
+                where=base.path,
                 hint="give the float checkpoint that it was made from as BASE",
-            )  # fmt: skip
+            )
         odd = [(k, f) for f in asked for k in f.kinds if k.kind not in found]
         if odd:
             raise TensorkeepError(
-                f"was trained on {odd[0][0].spoken}, the base {base.path} is {', '.join(found)}", where=asked[odd[0][1]], code="A04",
+                f"was trained on {odd[0][0].spoken}, the base {base.path} is {', '.join(found)}",
+                where=asked[odd[0][1]],
+                code="A04",
                 hint=f"give the {odd[0][0].kind} base, or the float one it was made from",
-            )  # fmt: skip
+            )
         return None
     if onto == "original" or not asked:
         return None
     if len(asked) > 1 or len({bool(s.adapter.document.get("quantization")) for s in sources}) > 1:
         raise TensorkeepError(
             f"the adapters were trained on different forms of the base ({', '.join(k.spoken for f in asked for k in f.kinds)}, others on floats)",
-            code="A04", hint="merge them one by one, or all onto the float weights: --onto original",
-        )  # fmt: skip
+            code="A04",
+            hint="merge them one by one, or all onto the float weights: --onto original",
+        )
     return next(iter(asked))
 
 
 def _through(hub: Mapping[str, Hub], forms: Forms) -> dict[str, Kind]:
-    """The weights that loading quantised, and how: those the config lists, or every linear but heads and embeddings."""
+    """The weights that loading quantized, and how: those the config lists, or every linear but heads and embeddings."""
     layers = dict(forms.layers)
     out = {}
     for name, item in hub.items():
@@ -187,7 +211,7 @@ def _through(hub: Mapping[str, Hub], forms: Forms) -> dict[str, Kind]:
         whole = len(item.parts) == 1 and item.parts[0].rows is None
         if last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
             continue
-        chosen = matches(module, forms.modules) if forms.modules else not matches(module, KEPT_FLOAT)
+        chosen = matches(module, forms.modules) if forms.modules else not matches(module, _KEPT_FLOAT)
         kind = layers.get(module, forms.usual if chosen else None)
         if kind is not None:
             out[name] = kind
@@ -227,11 +251,13 @@ def _settle_ties(state: Base, sources: Sequence[Source], wanted: dict[str, list[
         )
         raise TensorkeepError(
             f"the base ties lm_head to the embedding, and the adapter changes {changed}: {other} would no longer be the same tensor"
-            if changed == "both" else
-            f"the base ties lm_head to the embedding, and the adapter changes {changed} alone, not {other}",
-            where=sources[(embed or head)[0].number].path, code="T01", tensors=(hf.EMBEDDING, hf.HEAD),
+            if changed == "both"
+            else f"the base ties lm_head to the embedding, and the adapter changes {changed} alone, not {other}",
+            where=sources[(embed or head)[0].number].path,
+            code="T01",
+            tensors=(hf.EMBEDDING, hf.HEAD),
             hint="--untie writes both as they are to be, and says so in config.json",
-        )  # fmt: skip
+        )
     parts = {state.hub[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)}
     if not untie:
         both = embed or head
@@ -276,7 +302,7 @@ def _alike(embed: list[Term], head: list[Term]) -> bool:
 
 
 def _say_float(view: MergedView, untie: bool) -> None:
-    """Keep the config true: no quantisation is left in the sink; head and embedding are two tensors."""
+    """Keep the config true: no quantization is left in the sink; head and embedding are two tensors."""
     made = dict(view.config or {})
     made.pop("quantization_config", None)
     if untie:

@@ -15,31 +15,71 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.convert import naming as namings
-from tensorkeep.convert.adapters import halves, hf_module
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.adapters import halves, hf_module
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.certificate import digest_of_all
 
 EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(\.default)?\Z")
-MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?\Z")
-LONE = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
-BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.default)?\.bias\Z")
-SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<last>weight|bias)\Z")
-FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tokens|token_adapter\.|[a-z0-9]+_lambda_)")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?\Z")
+_LONE = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
+_BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.default)?\.bias\Z")
+_SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<last>weight|bias)\Z")
+_FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tokens|token_adapter\.|[a-z0-9]+_lambda_)")
 
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
 TIED = "ensure_weight_tying"
 # fields of a LoRA config that change nothing about what is added to which weight, or that are read here
-KNOWN = frozenset({
-    "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
-    "task_type", "use_dora", "use_rslora", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", TIED, DIGEST,
-    "kind", "quantization", "modules_to_tie", "target_modules_to_tie", "enable_lora", "target_parameters", "trainable_token_indices", "merge_weights",
-})  # fmt: skip
+KNOWN = frozenset(
+    {
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+        "runtime_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        TIED,
+        DIGEST,
+        "kind",
+        "quantization",
+        "modules_to_tie",
+        "target_modules_to_tie",
+        "enable_lora",
+        "target_parameters",
+        "trainable_token_indices",
+        "merge_weights",
+    }
+)
 # starts that take something out of the base: the adapter fits only the rest, which is not what a checkpoint holds
-RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -137,15 +177,15 @@ def read_adapter(view: StateView) -> Adapter | None:
             continue
         if match := EMBEDDING.match(clean):
             embeddings.setdefault(match["module"], {})[match["half"]] = stored
-        elif match := MAGNITUDE.match(clean):
+        elif match := _MAGNITUDE.match(clean):
             out.magnitudes[match["module"]] = stored
-        elif match := BIAS.match(clean):
+        elif match := _BIAS.match(clean):
             out.biases[match["module"]] = stored
-        elif LONE.match(clean):
+        elif _LONE.match(clean):
             out.lone.append(stored)
-        elif view.format == "peft" and FOREIGN.search(f".{clean}"):
+        elif view.format == "peft" and _FOREIGN.search(f".{clean}"):
             out.foreign.append(stored)
-        elif view.format == "peft" and (match := SAVED.match(clean)):
+        elif view.format == "peft" and (match := _SAVED.match(clean)):
             out.saved[f"{match['module']}.{match['last']}"] = stored
         elif view.format == "peft":
             out.foreign.append(stored)
@@ -169,7 +209,7 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     reason = None
     if kind != "LORA":
         reason = f"is a {kind} adapter"
-    elif start.startswith(RESIDUAL) or given.get("loftq_config"):
+    elif start.startswith(_RESIDUAL) or given.get("loftq_config"):
         reason = f"was started by {'loftq' if given.get('loftq_config') else start}, which changes the base too"
     elif given.get("trainable_token_indices") is not None:
         reason = "trains single rows of an embedding (trainable_token_indices)"
@@ -183,7 +223,7 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         reason = f"holds {adapter.foreign[0]}, which no LoRA has"
     if reason:
         hint = "merge it with the library that trained it: PeftModel.merge_and_unload()"
-        if start.startswith(RESIDUAL):
+        if start.startswith(_RESIDUAL):
             hint = (
                 "convert it to a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
             )
@@ -195,27 +235,36 @@ def _refuse_damaged_pairs(adapter: Adapter) -> None:
     where = adapter.view.path
     if adapter.lone:
         raise TensorkeepError(
-            f"{len(adapter.lone)} halves of low-rank pairs lack the other half, first {adapter.lone[0]}", where=where,
-            code="A02", tensors=adapter.lone, hint="get the adapter again: it was saved in part",
-        )  # fmt: skip
+            f"{len(adapter.lone)} halves of low-rank pairs lack the other half, first {adapter.lone[0]}",
+            where=where,
+            code="A02",
+            tensors=adapter.lone,
+            hint="get the adapter again: it was saved in part",
+        )
     for module, (a, b) in {**adapter.pairs, **adapter.embeddings}.items():
         first, second = adapter.view[a].shape, adapter.view[b].shape
         if len(first) < 2 or len(second) < 2 or first[0] != second[1]:
             raise TensorkeepError(
-                f"{module}: A {list(first)} and B {list(second)} have no rank in common", where=where, code="A02",
+                f"{module}: A {list(first)} and B {list(second)} have no rank in common",
+                where=where,
+                code="A02",
                 hint="get the adapter again; its tensors are not of one training",
-            )  # fmt: skip
+            )
         said = pattern(adapter.document.get("rank_pattern"), module) or adapter.document.get("r", first[0])
         if said != first[0]:
             raise TensorkeepError(
-                f"{module} has rank {first[0]}, the config says {shown(said)}", where=where, code="A02",
+                f"{module} has rank {first[0]}, the config says {shown(said)}",
+                where=where,
+                code="A02",
                 hint="take the config that was saved with these weights: the scale depends on it",
-            )  # fmt: skip
+            )
         if not adapter.scale(module):
             raise TensorkeepError(
-                f"{module} is scaled by nothing: lora_alpha {shown(adapter.document.get('lora_alpha'))}", where=where, code="A02",
+                f"{module} is scaled by nothing: lora_alpha {shown(adapter.document.get('lora_alpha'))}",
+                where=where,
+                code="A02",
                 hint="take the config that was saved with these weights",
-            )  # fmt: skip
+            )
     if adapter.document.get("use_dora") and not adapter.magnitudes:
         raise TensorkeepError(
             "the config says use_dora, and no magnitude is there", where=where, code="A02", hint="get the adapter again"
@@ -223,9 +272,11 @@ def _refuse_damaged_pairs(adapter: Adapter) -> None:
     absent = sorted(set(adapter.magnitudes) - set(adapter.pairs) - set(adapter.embeddings))
     if absent or (adapter.magnitudes and not adapter.document.get("use_dora", True)):
         raise TensorkeepError(
-            f"DoRA magnitudes {'without a pair: ' + absent[0] if absent else 'beside use_dora: false'}", where=where, code="A02",
+            f"DoRA magnitudes {'without a pair: ' + absent[0] if absent else 'beside use_dora: false'}",
+            where=where,
+            code="A02",
             hint="take the config that was saved with these weights",
-        )  # fmt: skip
+        )
 
 
 # -- whether a weight holds an update already ---------------------------------------------------------------------------
@@ -252,9 +303,11 @@ def times_merged(shares: list[Share]) -> tuple[int | None, dict[str, Any]]:
     values = np.array([s.coefficient for s in shares])
     pooled, noise = float((values * weights).sum() / weights.sum()), float(1 / np.sqrt(weights.sum()))
     figures = {
-        "coefficient": round(pooled, 4), "noise": round(noise, 4), "modules": len(shares),
+        "coefficient": round(pooled, 4),
+        "noise": round(noise, 4),
+        "modules": len(shares),
         "update_relative_to_weight": round(float(np.median([s.relative for s in shares])), 5),
-    }  # fmt: skip
+    }
     for times in (0, 1, 2):
         agree = np.mean([abs(s.coefficient - times) < 0.15 + 4 * s.noise for s in shares])
         if noise < 0.1 and abs(pooled - times) < 0.1 + 3 * noise and agree >= 0.9:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.checkpoint import Say
+from tensorkeep.commands.shared import Say
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
-from tensorkeep.output import Output, size
+from tensorkeep.output import Output
 
 if TYPE_CHECKING:
-    from tensorkeep.diagnose.diagnosis import Diagnosis
+    from tensorkeep.diagnosis.diagnosis import Diagnosis
 
 
 def diagnose(
@@ -45,7 +45,7 @@ def diagnose(
     text
         The text file for --forward.
     """
-    from tensorkeep.diagnose.diagnosis import diagnose as run
+    from tensorkeep.diagnosis.diagnosis import diagnose as run
 
     out = say.output()
     if forward and text is None:
@@ -63,10 +63,10 @@ def diagnose(
 
 def _with_forward(found: Diagnosis, text: Path) -> Diagnosis:
     """The same diagnosis with what one forward over the text shows, and L01's findings about it."""
-    from tensorkeep.diagnose.checks import l01_loss_too_high
-    from tensorkeep.diagnose.diagnosis import judge
-    from tensorkeep.diagnose.evidence.case import Inconclusive
-    from tensorkeep.diagnose.live.forward import measure
+    from tensorkeep.diagnosis.checks import l01_loss_too_high
+    from tensorkeep.diagnosis.diagnosis import judge
+    from tensorkeep.diagnosis.live.forward import measure
+    from tensorkeep.errors import Inconclusive
 
     case = found.case
     assert case is not None
@@ -107,7 +107,7 @@ def show(out: Output, found: Diagnosis) -> None:
 
 
 def _show_finding(out: Output, finding: Finding, causes: Sequence[str]) -> None:
-    from tensorkeep.diagnose.checks import title
+    from tensorkeep.diagnosis.checks import title
 
     mark = "cause" if finding.code in causes and finding.severity == "error" else finding.severity
     out.line(f"{mark}: {finding.code} {title(finding.code)}: {finding.message}")
@@ -121,69 +121,3 @@ def _show_finding(out: Output, finding: Finding, causes: Sequence[str]) -> None:
         out.line(f"  {name}: near {', '.join(others)}")
     if finding.fix and finding.severity != "info":
         out.line(f"  fix: {finding.fix}")
-
-
-def explain(code: str, /, *, say: Say = Say()) -> int:
-    """What a finding code means: how it happens, how it shows, what to do.
-
-    Parameters
-    ----------
-    code
-        A code such as K04 or O01.
-    """
-    from tensorkeep.diagnose.checks import explain as page
-
-    out = say.output()
-    text = page(code)
-    if say.json:
-        out.document({"code": code.upper(), "title": text.splitlines()[0], "text": text})
-    out.line(text)
-    return 0
-
-
-def repair(
-    checkpoint: str,
-    out: str,
-    /,
-    *,
-    reference: str,
-    for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
-    say: Say = Say(),
-) -> int:
-    """Undo the causes that a diagnosis proves, write a new checkpoint, and diagnose that.
-
-    Refuses what is ambiguous or lost, and says what it needs. The broken checkpoint stays as it is.
-
-    Parameters
-    ----------
-    checkpoint
-        The broken checkpoint.
-    out
-        The new one: a folder, or a file for a checkpoint that is one.
-    reference
-        The checkpoint that it should equal, or was trained from.
-    for_
-        The loader it is meant for.
-    overwrite
-        Replace an existing sink, once the new one is proven.
-    """
-    from tensorkeep.diagnose.repair import repair as run
-
-    output = say.output()
-    with output.progress() as progress:
-        made = run(checkpoint, out, reference, for_, overwrite, progress)
-    if say.json:
-        output.document({
-            "checkpoint": checkpoint, "sink": made.result.path, "reference": reference, "causes": made.before.causes, "done": made.done,
-            "taken_from_reference": made.taken, "tensors": len(made.result.digests), "bytes": made.result.nbytes, "after": made.after.to_json(),
-        })  # fmt: skip
-        return made.after.exit_code
-    for code, what in made.done.items():
-        output.line(f"undone: {code} ({what})")
-    if made.taken:
-        output.line(f"from the reference: {', '.join(grouped(made.taken)[:6])}")
-    output.line(
-        f"{made.result.path}: {len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven; diagnosed again: {made.after.verdict}"
-    )
-    return made.after.exit_code

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tensorkeep.storage import run_folder
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
+from tensorkeep.storage import run_folder
 
 
 def of_run(out: Output, source: str, sink: str, to: str, naming: str | None, ema: bool, overwrite: bool) -> int | None:
@@ -46,7 +46,16 @@ def _minimind_resume(out: Output, run: str, sink: str, overwrite: bool) -> int:
     for note in made.notes:
         out.remark(f"note: {note.code} {note.message}")
     if out.json:
-        out.document({"sink": made.path, "format": "pth", "naming": "minimind", "epoch": made.epoch, "step": made.step,
-                      "world_size": made.world_size, "notes": [{"code": n.code, "message": n.message} for n in made.notes]})  # fmt: skip
+        out.document(
+            {
+                "sink": made.path,
+                "format": "pth",
+                "naming": "minimind",
+                "epoch": made.epoch,
+                "step": made.step,
+                "world_size": made.world_size,
+                "notes": [{"code": n.code, "message": n.message} for n in made.notes],
+            }
+        )
     out.line(f"{made.path}: MiniMind's epoch {made.epoch}, step {made.step}, proven equal to the run but for fp16")
     return 0

@@ -1,4 +1,4 @@
-"""`tensorkeep generate`: hear a model, before and after training, with an adapter and quantised as said."""
+"""`tensorkeep generate`: hear a model, before and after training, with an adapter and quantized as said."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tensorkeep.commands.checkpoint import Flag, Say
+from tensorkeep.commands.shared import Flag, Say
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
 
 if TYPE_CHECKING:
-    from tensorkeep.training.distributed import World
     from tensorkeep.formats.view import StateView
+    from tensorkeep.training.distributed import World
 
 
 def generate(
@@ -63,12 +63,12 @@ def generate(
     tokenizer
         Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
     allow_other_base
-        Put the adapter on though it names another base by digest, or another quantisation.
+        Put the adapter on though it names another base by digest, or another quantization.
     device
         cpu or cuda. Default: a GPU where there is one.
     """
-    from tensorkeep.training import distributed
     from tensorkeep.language import generation
+    from tensorkeep.training import distributed
 
     out = say.output()
     world = distributed.start(device)
@@ -101,15 +101,24 @@ def generate(
             "seconds": made.seconds,
             "tokens_per_second": made.tokens_per_second,
         }
-        out.document({"checkpoint": checkpoint, "adapter": adapter, **opened.said, "prompt": prompt, "text": made.text,
-                      **numbers, "stopped_by": made.stopped_by})  # fmt: skip
+        out.document(
+            {
+                "checkpoint": checkpoint,
+                "adapter": adapter,
+                **opened.said,
+                "prompt": prompt,
+                "text": made.text,
+                **numbers,
+                "stopped_by": made.stopped_by,
+            }
+        )
     out.remark(f"{len(made.ids)} tokens, {made.tokens_per_second:.1f} a second, stopped by {made.stopped_by}")
     return 0
 
 
 @dataclass
 class _Opened:
-    """A model that can speak; `averaged` puts its average on; `said`: step, ema, quantisation for the document."""
+    """A model that can speak; `averaged` puts its average on; `said`: step, ema, quantization for the document."""
 
     model: Any
     tokenizer: Any
@@ -127,9 +136,9 @@ def _decode_once(model: Any) -> None:
     from torch import nn
 
     from tensorkeep.adapters.lora import LoraQuantLinear, adapted
-    from tensorkeep.quantization.modules import quantised_layers, replace_modules
+    from tensorkeep.quantization.modules import quantized_layers, replace_modules
 
-    for layer in quantised_layers(model).values():
+    for layer in quantized_layers(model).values():
         made: Any
         dense: Any
         made = dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -143,17 +152,17 @@ def _decode_once(model: Any) -> None:
 # -- opening ------------------------------------------------------------------------------------------------------------
 
 
-def _run(path: str, ema: bool, best: bool, quantised: str | None, world: World, out: Output) -> _Opened | None:
+def _run(path: str, ema: bool, best: bool, quantized: str | None, world: World, out: Output) -> _Opened | None:
     """A run of ours as its recipe builds it, with the state of the checkpoint meant; None where it is no run."""
     from tensorkeep.language.evaluation import checkpoint_of, leans, put_state, run_of
-    from tensorkeep.language.start import start_of
     from tensorkeep.language.recipe_text import read_language
+    from tensorkeep.language.start import start_of
 
     run = run_of(Path(path))
     if run is None:
         return None
-    if quantised is not None:
-        raise TensorkeepError("a run says itself how it is quantised", where=path, hint="leave --quantize-backbone out")
+    if quantized is not None:
+        raise TensorkeepError("a run says itself how it is quantized", where=path, hint="leave --quantize-backbone out")
     state, recipe = checkpoint_of(run, Path(path), best, out.remark), read_language(run / "recipe.yaml")
     start = start_of(recipe, run, world, out.remark, weights=leans(recipe))
     averaged = put_state(start, recipe, state, ema)
@@ -162,11 +171,11 @@ def _run(path: str, ema: bool, best: bool, quantised: str | None, world: World, 
     return _Opened(start.model, start.tokenizer, averaged, said)
 
 
-def _bare(path: str, tokenizer: str | None, adapter: str | None, quantised: Any, allow: bool) -> _Opened:
-    """Any other checkpoint: weights in float32, quantised as said, under an adapter."""
-    from tensorkeep.quantization.modules import quantize_
-    from tensorkeep.language.start import loaded
+def _bare(path: str, tokenizer: str | None, adapter: str | None, quantized: Any, allow: bool) -> _Opened:
+    """Any other checkpoint: weights in float32, quantized as said, under an adapter."""
     from tensorkeep.formats.view import read
+    from tensorkeep.language.start import loaded
+    from tensorkeep.quantization.modules import quantize_
 
     view = read(path)
     if view.format == "peft":
@@ -174,11 +183,11 @@ def _bare(path: str, tokenizer: str | None, adapter: str | None, quantised: Any,
         raise TensorkeepError("is an adapter and needs its base", where=path, code="K08", hint=hint)
     words = _tokenizer(view, tokenizer)
     model = loaded(view).requires_grad_(False)
-    if quantised is not None:
-        quantize_(model, quantised)
+    if quantized is not None:
+        quantize_(model, quantized)
     if adapter is not None:
         _put_adapter(model, view, adapter, allow)
-    said = {"step": None, "ema": False, "quantize_backbone": quantised}
+    said = {"step": None, "ema": False, "quantize_backbone": quantized}
     return _Opened(model, words, contextlib.nullcontext(), said)
 
 
@@ -199,9 +208,9 @@ def _tokenizer(view: StateView, named: str | None) -> Any:
 
 def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
     """LoRA layers where the adapter has them, and its weights in them; its base is compared by digest."""
-    from tensorkeep.adapters.lora import add_lora
     from tensorkeep.adapters.files import HALF, load_adapter
-    from tensorkeep.adapters.merge import base_digests
+    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.adapters.merging import base_digests
     from tensorkeep.formats.names import unwrap
     from tensorkeep.formats.view import read
 

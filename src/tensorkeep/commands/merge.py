@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from tensorkeep.convert import naming as namings
-from tensorkeep.commands.checkpoint import Flag, Say, parse_size
-from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, with_config
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped
-from tensorkeep.output import Output, size
-from tensorkeep.storage.record import SPELLINGS
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.output import Output, size
 
-MOST_ROWS = 12  # of the human table; --json has all
+_MOST_ROWS = 12  # of the human table; --json has all
 
 
 def merge(
@@ -39,8 +37,8 @@ def merge(
         The base, one or more adapters (PEFT folders, ours, MiniMind's LoRA files), the sink. ADAPTER=0.5 adds half of
         it. Without an adapter, the one that lies in BASE's own file is merged.
     onto
-        The weights to add to. trained: what the adapter was trained on, so a quantised base is dequantised. original:
-        the float weights, though the adapter was trained on a quantised form of them.
+        The weights to add to. trained: what the adapter was trained on, so a quantized base is dequantized. original:
+        the float weights, though the adapter was trained on a quantized form of them.
     to
         The sink's format.
     naming
@@ -62,9 +60,9 @@ def merge(
     overwrite
         Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep.convert import convert as conversion
-    from tensorkeep.adapters import merge as merging
+    from tensorkeep.adapters import merging
     from tensorkeep.adapters.planning import plan_merge
+    from tensorkeep.conversion.sink import sink_files
 
     out = say.output()
     if len(paths) < 2:
@@ -74,13 +72,20 @@ def merge(
     if not allow_other_base:
         merging.refuse_other_base(base, sources)
     job = plan_merge(
-        base, sources, to, onto=onto, naming=_naming(naming), root=None if root in (None, "none") else root, dtype=_dtype(dtype), untie=untie
-    )  # fmt: skip
+        base,
+        sources,
+        to,
+        onto=onto,
+        naming=known_naming(naming),
+        root=None if root in (None, "none") else root,
+        dtype=known_dtype(dtype),
+        untie=untie,
+    )
     for note in job.plan.notes:
         out.remark(f"note: {note.code} {note.message}")
     limit = parse_size(shard_size) if shard_size else None
     if dry_run:
-        conversion.sink_files(job.plan, Path(paths[-1]).name, to, limit)
+        sink_files(job.plan, Path(paths[-1]).name, to, limit)
         return _show_plan(out, job, paths[-1], to)
     with out.progress() as progress:
         done = merging.merge(job, paths[-1], to, limit, overwrite, progress)
@@ -89,22 +94,21 @@ def merge(
 
 def _opened(paths: tuple[str, ...], config: str | None) -> tuple[StateView, list[Any]]:
     """The base and the adapters; where no adapter is given, the one in the base's own file."""
-    from tensorkeep.commands.checkpoint import _with_config
     from tensorkeep.adapters.planning import open_adapters
 
-    base = _with_config(read(paths[0]), config)
+    base = with_config(read(paths[0]), config)
     if base.format == "peft":
         raise TensorkeepError(
             "is an adapter, not a base", where=paths[0], hint="the base comes first: tensorkeep merge BASE ADAPTER OUT"
         )
-    given = [split_weight(p) for p in paths[1:-1]]
+    given = [_split_weight(p) for p in paths[1:-1]]
     return base, open_adapters([(read(p), w) for p, w in given] or [(base, 1.0)])
 
 
-def split_weight(text: str) -> tuple[str, float]:
+def _split_weight(text: str) -> tuple[str, float]:
     """`ADAPTER=0.5` as path and weight; a path that exists as it stands is never taken apart.
 
-    >>> split_weight("runs/style=0.5"), split_weight("runs/style")
+    >>> split_weight("runs/style=0.5"), _split_weight("runs/style")
     (('runs/style', 0.5), ('runs/style', 1.0))
     """
     path, found, weight = text.rpartition("=")
@@ -121,27 +125,23 @@ def split_weight(text: str) -> tuple[str, float]:
     return path, value
 
 
-def _naming(name: str | None) -> str | None:
-    if name is not None and name not in namings.NAMINGS:
-        raise TensorkeepError(
-            f"no naming {name!r}", hint=near_misses(name, namings.NAMINGS) or f"known: {', '.join(namings.NAMINGS)}"
-        )
-    return name
-
-
-def _dtype(name: str | None) -> str | None:
-    if name is not None and name.lower() not in SPELLINGS:
-        raise TensorkeepError(f"no dtype {name!r}", hint=near_misses(name, SPELLINGS) or "bf16, fp16, fp32")
-    return SPELLINGS[name.lower()] if name is not None else None
-
-
 def _show_plan(out: Output, job: Any, sink: str, to: str) -> int:
     plan = job.plan
     if out.json:
-        out.document({
-            "dry_run": True, "sink": sink, "format": to, "naming": plan.naming, "root": plan.root, "bytes": plan.nbytes, "onto": job.onto,
-            "quantization": job.kind, "adapters": _adapters(job), "steps": plan.to_json(),
-        })  # fmt: skip
+        out.document(
+            {
+                "dry_run": True,
+                "sink": sink,
+                "format": to,
+                "naming": plan.naming,
+                "root": plan.root,
+                "bytes": plan.nbytes,
+                "onto": job.onto,
+                "quantization": job.kind,
+                "adapters": _adapters(job),
+                "steps": plan.to_json(),
+            }
+        )
     for step in plan.steps:
         out.line(step.line)
     out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(job.terms)} merged; nothing written")
@@ -150,37 +150,57 @@ def _show_plan(out: Output, job: Any, sink: str, to: str) -> int:
 
 def _adapters(job: Any) -> list[dict[str, Any]]:
     return [
-        {"path": s.path, "digest": s.digest, "weight": s.weight, "kind": s.adapter.kind, "modules": sum(t.number == i for ts in job.terms.values() for t in ts)}
+        {
+            "path": s.path,
+            "digest": s.digest,
+            "weight": s.weight,
+            "kind": s.adapter.kind,
+            "modules": sum(t.number == i for ts in job.terms.values() for t in ts),
+        }
         for i, s in enumerate(job.sources)
-    ]  # fmt: skip
+    ]
 
 
 def _show(out: Output, job: Any, done: Any, to: str) -> int:
-    """What was added to what, how far the weights moved, and what a requantisation would have left of it."""
-    from tensorkeep.adapters import merge as merging
+    """What was added to what, how far the weights moved, and what a requantization would have left of it."""
+    from tensorkeep.adapters import merging
 
     rows, whole = merging.figures(job, done.moved), merging.overall(done.moved)
     if out.json:
-        out.document({
-            "sink": done.path, "format": to, "naming": job.plan.naming, "root": job.plan.root, "bytes": done.nbytes, "tensors": len(done.digests),
-            "base": {"path": job.view.path, "digest": done.base_digest}, "onto": job.onto, "quantization": job.kind, "adapters": _adapters(job),
-            "merged": rows, "overall": whole, "proven": True, "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in job.plan.dropped],
-            "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in job.plan.notes], "seconds": done.seconds,
-        })  # fmt: skip
+        out.document(
+            {
+                "sink": done.path,
+                "format": to,
+                "naming": job.plan.naming,
+                "root": job.plan.root,
+                "bytes": done.nbytes,
+                "tensors": len(done.digests),
+                "base": {"path": job.view.path, "digest": done.base_digest},
+                "onto": job.onto,
+                "quantization": job.kind,
+                "adapters": _adapters(job),
+                "merged": rows,
+                "overall": whole,
+                "proven": True,
+                "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in job.plan.dropped],
+                "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in job.plan.notes],
+                "seconds": done.seconds,
+            }
+        )
         return 0
     for entry in _adapters(job):
         times = f", times {entry['weight']:g}" if entry["weight"] != 1 else ""
         out.line(f"{entry['path']}: {entry['kind']} on {entry['modules']} tensors{times}")
     out.line(_onto(job, whole))
-    quantised = any(r["kept"] is not None for r in rows)
-    columns = ["tensor", "added", "change", *(["kept if requantised"] if quantised else [])]
-    out.table(columns, _rows(rows, quantised), right=columns[2:])
+    quantized = any(r["kept"] is not None for r in rows)
+    columns = ["tensor", "added", "change", *(["kept if requantized"] if quantized else [])]
+    out.table(columns, _rows(rows, quantized), right=columns[2:])
     if whole["change"] is not None:
         out.line(
             f"{len(rows)} of {len(done.digests)} tensors changed, by {share(whole['change'])} of their size together"
         )
     if whole["kept"] is not None and whole["kept"] < 0.9:
-        kind = f"Quantised to {job.kind} again, the merged weights would keep {share(whole['kept'])} of the update"
+        kind = f"Quantized to {job.kind} again, the merged weights would keep {share(whole['kept'])} of the update"
         out.line(f"{kind}: keep them as they are, or keep the adapter apart")
     took = sum(done.seconds.values())
     out.line(
@@ -192,27 +212,27 @@ def _show(out: Output, job: Any, done: Any, to: str) -> int:
 def _onto(job: Any, whole: dict[str, float | None]) -> str:
     """Which weights were added to, in a sentence."""
     if job.kind is None and any(s.adapter.document.get("quantization") for s in job.sources):
-        return "onto the original float weights, though the adapter was trained on quantised ones"
+        return "onto the original float weights, though the adapter was trained on quantized ones"
     if job.kind is None:
         return "onto the base's weights as they are"
     far = whole["original_distance"]
     if far is None:
-        return f"onto the weights it was trained on: {job.kind}, dequantised"
-    return f"onto the weights it was trained on: {job.kind}, dequantised; they are {share(far)} away from the original ones"
+        return f"onto the weights it was trained on: {job.kind}, dequantized"
+    return f"onto the weights it was trained on: {job.kind}, dequantized; they are {share(far)} away from the original ones"
 
 
-def _rows(rows: list[dict[str, Any]], quantised: bool) -> list[list[object]]:
+def _rows(rows: list[dict[str, Any]], quantized: bool) -> list[list[object]]:
     """Rows of the table: one a tensor where few, one a kind of layer (the range over layers) where many."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        alike = row["name"] if len(rows) <= MOST_ROWS else "".join("#" if c.isdigit() else c for c in row["name"])
+        alike = row["name"] if len(rows) <= _MOST_ROWS else "".join("#" if c.isdigit() else c for c in row["name"])
         groups.setdefault((alike, row["kind"]), []).append(row)
     return [
         [
             ", ".join(grouped(r["name"] for r in found)),
             kind,
             _range(found, "change"),
-            *([_range(found, "kept")] if quantised else []),
+            *([_range(found, "kept")] if quantized else []),
         ]
         for (_, kind), found in groups.items()
     ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.checkpoint import Flag, Say
+from tensorkeep.commands.shared import Flag, Say
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output, duration
 from tensorkeep.storage.placement import refuse_existing, replacing, write_bytes
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from tensorkeep.detection.data.annotations import Annotations
     from tensorkeep.detection.inference import Selection
     from tensorkeep.detection.predict import Film, Predicted, Predictor
-    from tensorkeep.detection.results.subtitles import Row
     from tensorkeep.detection.recipe.schema import DetectionRecipe
+    from tensorkeep.detection.results.subtitles import Row
     from tensorkeep.detection.start import Opened
 
-DETECTIONS = "detections.json"
+_DETECTIONS = "detections.json"
 _BESIDE = (".html", ".srt", ".vtt")
 
 
@@ -89,7 +89,7 @@ def predict(
     if top < 1:
         raise TensorkeepError(f"--top {top} must be at least 1")
     paths = find_videos(videos)
-    for name in (DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
+    for name in (_DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
         refuse_existing(out / name, overwrite)
     truth = read_annotations(annotations) if annotations else None
     opened, predictor = _open(checkpoint, recipe, classes, ema, not newest, broken, device, printer)
@@ -98,12 +98,18 @@ def predict(
     found, told = _all(predictor, films, broken_ones, rules, f"{checkpoint}, {_weights(opened)}", opened, printer)
     if not found:
         what = "the video" if len(paths) == 1 else f"none of the {len(paths)} videos"
-        raise TensorkeepError(f"{what} could be read" if len(paths) > 1 else f"{what} could not be read",
-                              hint="the reasons are above; --broken keep reads what is there")  # fmt: skip
+        raise TensorkeepError(
+            f"{what} could be read" if len(paths) > 1 else f"{what} could not be read",
+            hint="the reasons are above; --broken keep reads what is there",
+        )
     document = {
-        "checkpoint": str(checkpoint), "step": opened.step, "ema": opened.averaged, "detections": str(out / DETECTIONS),
-        "videos": told, "broken": [{"path": str(path), "message": why} for path, why in broken_ones.items()],
-    }  # fmt: skip
+        "checkpoint": str(checkpoint),
+        "step": opened.step,
+        "ema": opened.averaged,
+        "detections": str(out / _DETECTIONS),
+        "videos": told,
+        "broken": [{"path": str(path), "message": why} for path, why in broken_ones.items()],
+    }
     _show(printer, document, annotations)
     return 1 if broken_ones else 0
 
@@ -117,17 +123,23 @@ class _Rules(NamedTuple):
 
 
 def _open(
-    checkpoint: Path, recipe: Path | None, classes: Path | None, ema: bool, best: bool, broken: Literal["skip", "keep"],
-    device: str | None, say: Output,
-) -> tuple[Opened, Predictor]:  # fmt: skip
+    checkpoint: Path,
+    recipe: Path | None,
+    classes: Path | None,
+    ema: bool,
+    best: bool,
+    broken: Literal["skip", "keep"],
+    device: str | None,
+    say: Output,
+) -> tuple[Opened, Predictor]:
     """The detector and how it is to be used."""
     import torch
 
-    from tensorkeep.training import distributed
     from tensorkeep.detection.data.clips import VideoReader
     from tensorkeep.detection.predict import Predictor
     from tensorkeep.detection.recipe_data import window_of
     from tensorkeep.detection.start import open_detector
+    from tensorkeep.training import distributed
     from tensorkeep.training.loop import DTYPES
 
     world = distributed.start(device)
@@ -145,10 +157,14 @@ def _open(
     # half precision saves nothing on a CPU, and fp16 is slow there
     half = None if precision == "fp32" or world.device.type == "cpu" else DTYPES[precision]
     predictor = Predictor(
-        opened.detector, tuple(names), window_of(made.data, "test"),
-        VideoReader(made.data.crop_size, None, "keep" if broken == "keep" else "error", threads=0), selection, world.device,
+        opened.detector,
+        tuple(names),
+        window_of(made.data, "test"),
+        VideoReader(made.data.crop_size, None, "keep" if broken == "keep" else "error", threads=0),
+        selection,
+        world.device,
         contextlib.nullcontext if half is None else lambda: torch.autocast(world.device.type, dtype=half),
-    )  # fmt: skip
+    )
     return opened, predictor
 
 
@@ -190,9 +206,14 @@ def _films(predictor: Predictor, paths: Sequence[Path], say: Output) -> tuple[li
 
 
 def _all(
-    predictor: Predictor, films: Sequence[Film], broken: dict[Path, str], rules: _Rules, details: str, opened: Opened,
+    predictor: Predictor,
+    films: Sequence[Film],
+    broken: dict[Path, str],
+    rules: _Rules,
+    details: str,
+    opened: Opened,
     say: Output,
-) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:  # fmt: skip
+) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
     """Rows by video, and what is told of each; a video whose pictures are damaged joins `broken`. The JSON is written
     at the end, interrupted or not."""
     from tensorkeep.detection.predict import write_predictions
@@ -227,11 +248,14 @@ def _all(
         if found:
             lacking = sum(film.name not in found and Path(film.info.path) not in broken for film in films)
             if lacking:
-                say.remark(f"stopped: {rules.out / DETECTIONS} lacks {lacking} of {len(films)} videos")
+                say.remark(f"stopped: {rules.out / _DETECTIONS} lacks {lacking} of {len(films)} videos")
             write_predictions(
-                rules.out / DETECTIONS, found, details, pretrained=opened.recipe.training.pretrained is not None,
+                rules.out / _DETECTIONS,
+                found,
+                details,
+                pretrained=opened.recipe.training.pretrained is not None,
                 overwrite=rules.overwrite,
-            )  # fmt: skip
+            )
     return found, told
 
 
@@ -262,11 +286,19 @@ def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: O
     if not shown:
         say.remark(f"{film.name}: nothing scores at least {rules.min_score:g}, the best is {best:.3g}: see --min-score")
     return {
-        "video": film.name, "path": film.info.path, "seconds": round(film.seconds, 3), "frames": film.info.frames,
-        "fps": film.info.fps, "even": film.times is None, "windows": len(film.windows),
-        "detections": len(predicted.rows), "shown": len(shown), "best_score": best, "files": files,
+        "video": film.name,
+        "path": film.info.path,
+        "seconds": round(film.seconds, 3),
+        "frames": film.info.frames,
+        "fps": film.info.fps,
+        "even": film.times is None,
+        "windows": len(film.windows),
+        "detections": len(predicted.rows),
+        "shown": len(shown),
+        "best_score": best,
+        "files": files,
         "problems": [*predicted.problems, *([film.info.problem] if film.info.problem else [])],
-    }  # fmt: skip
+    }
 
 
 def _true(name: str, truth: Annotations | None, say: Output) -> list[Row]:
@@ -291,11 +323,16 @@ def _show(out: Output, document: Mapping[str, Any], annotations: Path | None) ->
     columns = ["video", "length", "frames/s", "windows", "detections", "shown", "best score"]
     rows = [
         [
-            video["video"], duration(video["seconds"]), f"{video['fps']:.2f}" + ("" if video["even"] else " (varies)"),
-            video["windows"], video["detections"], video["shown"], f"{video['best_score']:.3f}",
+            video["video"],
+            duration(video["seconds"]),
+            f"{video['fps']:.2f}" + ("" if video["even"] else " (varies)"),
+            video["windows"],
+            video["detections"],
+            video["shown"],
+            f"{video['best_score']:.3f}",
         ]
         for video in document["videos"]
-    ]  # fmt: skip
+    ]
     out.table(columns, rows, right=columns[1:])
     out.line(document["detections"])
     for video in document["videos"]:

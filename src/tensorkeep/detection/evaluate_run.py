@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 
 from tensorkeep.detection.data.annotations import Annotations
-from tensorkeep.detection.results.evaluation import Evaluation
 from tensorkeep.detection.inference import table_of
-from tensorkeep.detection.results.results import DetectionTable
-from tensorkeep.training.distributed import World
-from tensorkeep.detection.recipe_data import Remark, evaluation_of, read_classes
 from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe_data import Remark, evaluation_of, read_classes
+from tensorkeep.detection.results.evaluation import Evaluation
+from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.detection.start import make_detector, open_detector
+from tensorkeep.training.distributed import World
 from tensorkeep.training.loop import DTYPES
 
 
@@ -31,9 +31,14 @@ class Scored(NamedTuple):
 
 
 def evaluate_checkpoint(
-    path: str | Path, recipe: str | Path | None = None, ema: bool = True, best: bool = True,
-    world: World | None = None, changes: tuple[tuple[str, str], ...] = (), remark: Remark = lambda _: None,
-) -> Scored:  # fmt: skip
+    path: str | Path,
+    recipe: str | Path | None = None,
+    ema: bool = True,
+    best: bool = True,
+    world: World | None = None,
+    changes: tuple[tuple[str, str], ...] = (),
+    remark: Remark = lambda _: None,
+) -> Scored:
     """mAP of a run, a step folder or another checkpoint (see `open_detector`) on the test data of its recipe; every
     rank of `world` takes its share of the videos and gets the same numbers.
 

@@ -17,15 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tensorkeep.training import distributed
 from tensorkeep.detection.data.annotations import Annotations
-from tensorkeep.detection.results.classifiers import VideoClasses
 from tensorkeep.detection.data.clips import Clips, collate
-from tensorkeep.detection.results.decode import fuse_classes, merge_windows, resized_seconds, round_detections, select_candidates, sliding_seconds
-from tensorkeep.detection.results.evaluation import Evaluation, evaluate
 from tensorkeep.detection.model.head import Predictions, valid_proposals
+from tensorkeep.detection.results.classifiers import VideoClasses
+from tensorkeep.detection.results.decode import (
+    fuse_classes,
+    merge_windows,
+    resized_seconds,
+    round_detections,
+    select_candidates,
+    sliding_seconds,
+)
+from tensorkeep.detection.results.evaluation import Evaluation, evaluate
 from tensorkeep.detection.results.nms import Detections, Suppression, suppress
 from tensorkeep.detection.results.results import DetectionTable
+from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import leave_to_the_parent
 
@@ -61,19 +68,29 @@ def decode_predictions(
             times = resized_seconds(one.segments, duration=meta["duration"], length=meta["window_size"])
         else:
             times = sliding_seconds(
-                one.segments, fps=meta["fps"], duration=meta["duration"], snippet_stride=meta["snippet_stride"],
-                window_start=meta["window_start_frame"], offset=meta["offset_frames"],
-            )  # fmt: skip
+                one.segments,
+                fps=meta["fps"],
+                duration=meta["duration"],
+                snippet_stride=meta["snippet_stride"],
+                window_start=meta["window_start_frame"],
+                offset=meta["offset_frames"],
+            )
         one = one._replace(segments=times)
         found.append(round_detections(one) if selection.rounded else one)
     return found
 
 
 def detect(
-    detector: nn.Module, clips: Clips, selection: Selection, videos: Sequence[int] | None = None, batch: int = 1,
-    workers: int = 0, device: torch.device | str = "cpu", context: Context = contextlib.nullcontext,
+    detector: nn.Module,
+    clips: Clips,
+    selection: Selection,
+    videos: Sequence[int] | None = None,
+    batch: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    context: Context = contextlib.nullcontext,
     seen: Seen | None = None,
-) -> Iterator[tuple[int, Detections]]:  # fmt: skip
+) -> Iterator[tuple[int, Detections]]:
     """Number and detections (seconds, by falling score) of each video of `clips`, or of those in `videos`, in turn.
 
     `batch`: windows of one video in a forward. `context` wraps each forward (autocast). `seen` gets every batch's
@@ -84,9 +101,13 @@ def detect(
     """
     groups = _batches_of(clips, videos, batch)
     loader = DataLoader(
-        _Windows(clips), batch_sampler=[places for _, places, _ in groups], collate_fn=collate, num_workers=workers,
-        generator=torch.Generator().manual_seed(0), worker_init_fn=_alone,
-    )  # fmt: skip
+        _Windows(clips),
+        batch_sampler=[places for _, places, _ in groups],
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_alone,
+    )
     windows: list[Detections] = []
     for (number, _, last), made in zip(groups, loader, strict=True):
         with torch.no_grad(), context():
@@ -141,7 +162,9 @@ def _alone(_worker: int) -> None:
 
 def table_of(found: Mapping[str, Detections], classes: Sequence[str]) -> DetectionTable:
     """Detections of videos by name as the evaluator's columns, nothing rounded; `classes`: names of the labels."""
-    parts = list(found.values()) or [Detections(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))]  # fmt: skip
+    parts = list(found.values()) or [
+        Detections(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    ]
     segments, scores, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     return DetectionTable(
         video_names=tuple(found),
@@ -193,9 +216,14 @@ class MeanAveragePrecision:
     def score(self, found: Mapping[str, Detections]) -> Evaluation:
         """The whole evaluation of detections by video."""
         return evaluate(
-            self.annotations, table_of(found, self.classes), protocol=self.protocol,
-            thresholds=self.thresholds or None, subset=self.subset, blocked=self.blocked, recall_at=self.recall_at,
-        )  # fmt: skip
+            self.annotations,
+            table_of(found, self.classes),
+            protocol=self.protocol,
+            thresholds=self.thresholds or None,
+            subset=self.subset,
+            blocked=self.blocked,
+            recall_at=self.recall_at,
+        )
 
     def _gathered(self, detector: nn.Module) -> tuple[dict[str, Detections], list[float]]:
         """Detections by video and, where they are asked for, sums of the losses and positives, of all ranks."""
@@ -210,10 +238,17 @@ class MeanAveragePrecision:
 
         mine = dict(
             detect(
-                detector, self.clips, self.selection, own, self.batch, self.workers, self.world.device, self.context,
+                detector,
+                self.clips,
+                self.selection,
+                own,
+                self.batch,
+                self.workers,
+                self.world.device,
+                self.context,
                 add if self.loss else None,
             )
-        )  # fmt: skip
+        )
         if hasattr(detector, "set_requires_gradient_sync"):  # in shards: every rank takes part in every forward
             self._idle(detector)
         everyone: dict[int, Detections] = {}

@@ -24,20 +24,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
-from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.detection.data.annotation_checks import Problem
 from tensorkeep.detection.data.augment import centre_crop
 from tensorkeep.detection.data.clips import VIDEO_SUFFIXES, VideoReader, WindowConfig
 from tensorkeep.detection.data.containers import FrameTable, VideoInfo, frame_table, probe
-from tensorkeep.detection.results.decode import fuse_classes, merge_windows
+from tensorkeep.detection.data.video import stream_windows
+from tensorkeep.detection.data.windows import count_snippets, make_window, place_windows, resized_frames
 from tensorkeep.detection.inference import Selection, decode_predictions
+from tensorkeep.detection.results.decode import fuse_classes, merge_windows
 from tensorkeep.detection.results.nms import Detections
 from tensorkeep.detection.results.subtitles import Row
 from tensorkeep.detection.results.timeline import jpeg
-from tensorkeep.detection.data.video import stream_windows
-from tensorkeep.detection.data.windows import count_snippets, make_window, place_windows, resized_frames
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import replacing, write_bytes
 
 UNNAMED = "action"  # what a class-agnostic detector finds in a video that its classifier does not know
 
@@ -132,9 +132,13 @@ class Predictor:
     def _stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
         keep = self.reader.broken == "keep"
         return stream_windows(
-            film.info.path, [frames for _, frames, _ in film.windows], size=self.reader.size,
-            threads=self.reader.threads, broken="keep" if keep else "error", problems=problems,
-        )  # fmt: skip
+            film.info.path,
+            [frames for _, frames, _ in film.windows],
+            size=self.reader.size,
+            threads=self.reader.threads,
+            broken="keep" if keep else "error",
+            problems=problems,
+        )
 
     def _pictures_at(self, film: Film, seconds: Sequence[float]) -> NDArray[np.int64]:
         """Of the frames that are decoded, the one nearest to each of `seconds`."""
@@ -161,12 +165,16 @@ class Predictor:
             predictions = self.detector(inputs.to(self.device), masks.to(self.device))
         metas: list[Mapping[str, Any]] = [
             {
-                "method": config.method, "duration": film.info.duration, "fps": film.info.frames / film.info.duration,
-                "snippet_stride": config.snippet_stride, "offset_frames": config.offset_frames,
-                "window_start_frame": film.windows[number][0], "window_size": config.window_size,
+                "method": config.method,
+                "duration": film.info.duration,
+                "fps": film.info.frames / film.info.duration,
+                "snippet_stride": config.snippet_stride,
+                "offset_frames": config.offset_frames,
+                "window_start_frame": film.windows[number][0],
+                "window_size": config.window_size,
             }
             for _, number in waiting
-        ]  # fmt: skip
+        ]
         return decode_predictions(predictions, metas, replace(self.selection, rounded=False))
 
     def _merged(self, found: list[Detections]) -> Detections:
@@ -246,8 +254,10 @@ def write_predictions(
         for video, rows in found.items()
     }
     document = {
-        "version": "VERSION 1.3", "results": results, "external_data": {"used": pretrained, "details": details},
-    }  # fmt: skip
+        "version": "VERSION 1.3",
+        "results": results,
+        "external_data": {"used": pretrained, "details": details},
+    }
     with replacing(Path(path), overwrite) as temporary:
         write_bytes(temporary, json.dumps(document).encode())
 

@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.training.saver import Keep
-from tensorkeep.detection.model.schedule import learning_rate
 from tensorkeep.detection.data.synthetic import TINY, SyntheticConfig, make_clip
+from tensorkeep.detection.model.schedule import learning_rate
 from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
+from tensorkeep.output import Output
 from tensorkeep.storage.durable import digest
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.output import Output
-from tensorkeep.training.randomness import derive
-from tensorkeep.detection.recipe.text import plain
 from tensorkeep.training.loop import Outcome, fit
+from tensorkeep.training.randomness import derive
+from tensorkeep.training.recipe import plain
+from tensorkeep.training.saver import Keep
 
-WARMUP = 40  # updates
+_WARMUP = 40  # updates
 MOTIONS = replace(TINY, classes=("pulse", "blink", "spin"))  # of the four that TINY's videos show, two stay unseen
 
 
@@ -119,14 +119,26 @@ def build(config: PretrainingConfig) -> tuple[Job, Loop]:
         model = MotionClassifier(config.vit, len(config.motions.classes) + 1)
     unseen = MotionClips(config, config.held_out, part=1)
     job = Job(
-        model=model, optimizer=torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay),
-        data=MotionClips(config, config.clips, part=0), collate=collate, loss=loss, count=lambda batch: len(batch["labels"]),
-        schedule=lambda update, base: learning_rate(update, base, min(WARMUP, config.updates - 1), config.updates),
-        evaluate=lambda model: {"accuracy": accuracy(model, unseen)}, ema=Ema(model, config.ema), recipe=plain(config),
-    )  # fmt: skip
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay),
+        data=MotionClips(config, config.clips, part=0),
+        collate=collate,
+        loss=loss,
+        count=lambda batch: len(batch["labels"]),
+        schedule=lambda update, base: learning_rate(update, base, min(_WARMUP, config.updates - 1), config.updates),
+        evaluate=lambda model: {"accuracy": accuracy(model, unseen)},
+        ema=Ema(model, config.ema),
+        recipe=plain(config),
+    )
     loop = Loop(
-        config.updates, config.batch, seed=config.seed, log_every=25, save_every=config.save_every, keep=Keep(1), best="accuracy"
-    )  # fmt: skip
+        config.updates,
+        config.batch,
+        seed=config.seed,
+        log_every=25,
+        save_every=config.save_every,
+        keep=Keep(1),
+        best="accuracy",
+    )
     return job, loop
 
 

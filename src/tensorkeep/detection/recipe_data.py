@@ -13,13 +13,21 @@ from typing import Any, Literal
 import numpy as np
 
 from tensorkeep.detection.data.annotations import Annotations, read_annotations, read_class_map
-from tensorkeep.detection.results.classifiers import read_classifier
-from tensorkeep.detection.data.clips import Clips, FeatureReader, Item, VideoReader, WindowConfig, find_items, make_clips
-from tensorkeep.detection.results.columns import read_blocked
+from tensorkeep.detection.data.clips import (
+    Clips,
+    FeatureReader,
+    Item,
+    VideoReader,
+    WindowConfig,
+    find_items,
+    make_clips,
+)
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.recipe.schema import DataConfig, DetectionRecipe, SplitConfig
+from tensorkeep.detection.results.classifiers import read_classifier
+from tensorkeep.detection.results.columns import read_blocked
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.distributed import World
 
 Remark = Callable[[str], None]
 Part = Literal["train", "test"]
@@ -36,8 +44,9 @@ def read_classes(recipe: DetectionRecipe) -> tuple[str, ...]:
     if not data.class_agnostic and len(classes) != recipe.model.head.classes:
         raise TensorkeepError(
             f"there are {len(classes)} classes ({', '.join(classes[:4])}, ...), the head has {recipe.model.head.classes}",
-            where=data.class_map or data.train.annotations, hint=f"--model.head.classes {len(classes)}",
-        )  # fmt: skip
+            where=data.class_map or data.train.annotations,
+            hint=f"--model.head.classes {len(classes)}",
+        )
     return classes
 
 
@@ -45,7 +54,7 @@ def read_clips(recipe: DetectionRecipe, part: Part, classes: Sequence[str], rema
     """The training or the test data of a recipe; what is odd about its files goes to `remark`."""
     data = recipe.data
     split: SplitConfig = getattr(data, part)
-    reader = reader_of(recipe, part)
+    reader = _reader_of(recipe, part)
     stem = str(PurePosixPath(data.file_pattern).with_suffix("")) if "." in data.file_pattern else data.file_pattern
     annotations = _named_by_file(_without(read_annotations(split.annotations), split.blocked), stem)
     items, problems = find_items(annotations, split.subset, split.folder, reader, classes)
@@ -83,7 +92,7 @@ def _adjusted(item: Item, name: str, data: DataConfig, part: Part) -> Item:
     return item._replace(labels=np.zeros_like(item.labels)) if data.class_agnostic else item
 
 
-def reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureReader:
+def _reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureReader:
     """How a sample's frames or features are read. Raises TensorkeepError for a key that cannot be carried out."""
     data = recipe.data
     if data.inputs == "video":
@@ -107,9 +116,16 @@ def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:
         raise TensorkeepError(what, where="data.trunc_thresh", hint="0.75 is usual; mode: resized needs none")
     whole = data.mode == "whole" and part == "test"
     return WindowConfig(
-        method, max(steps, 1) if whole else data.window_size, data.feature_stride, data.sample_stride, data.scale_factor,
-        float(data.offset_frames), 0.0 if whole else data.window_overlap_ratio, data.trunc_thresh or 0.75, data.crop_ratio,
-    )  # fmt: skip
+        method,
+        max(steps, 1) if whole else data.window_size,
+        data.feature_stride,
+        data.sample_stride,
+        data.scale_factor,
+        float(data.offset_frames),
+        0.0 if whole else data.window_overlap_ratio,
+        data.trunc_thresh or 0.75,
+        data.crop_ratio,
+    )
 
 
 def selection_of(recipe: DetectionRecipe) -> Selection:
@@ -118,8 +134,10 @@ def selection_of(recipe: DetectionRecipe) -> Selection:
     chosen: dict[str, Any] = {}
     if post.classifier is not None:
         chosen = {
-            "classifier": read_classifier(post.classifier.path), "top": post.classifier.top, "rule": post.classifier.rule,
-        }  # fmt: skip
+            "classifier": read_classifier(post.classifier.path),
+            "top": post.classifier.top,
+            "rule": post.classifier.rule,
+        }
     return Selection(post.pre_nms_thresh, post.pre_nms_topk, post.nms, rounded=post.round_like_opentad, **chosen)
 
 
@@ -133,9 +151,17 @@ def evaluation_of(
     blocked = rules.blocked or data.test.blocked
     return MeanAveragePrecision(
         clips=read_clips(recipe, "test", classes, remark),
-        annotations=read_annotations(rules.annotations or data.test.annotations), classes=names, selection=selection,
-        protocol=rules.protocol, thresholds=rules.thresholds, subset=rules.subset or data.test.subset,
-        blocked=read_blocked(blocked) if blocked else (), recall_at=rules.recall_at,
-        batch=min(training.batch_size, WINDOWS), workers=training.workers, world=world,
-        context=context, loss=training.best == "loss",
-    )  # fmt: skip
+        annotations=read_annotations(rules.annotations or data.test.annotations),
+        classes=names,
+        selection=selection,
+        protocol=rules.protocol,
+        thresholds=rules.thresholds,
+        subset=rules.subset or data.test.subset,
+        blocked=read_blocked(blocked) if blocked else (),
+        recall_at=rules.recall_at,
+        batch=min(training.batch_size, WINDOWS),
+        workers=training.workers,
+        world=world,
+        context=context,
+        loss=training.best == "loss",
+    )

@@ -1,4 +1,4 @@
-"""The detector of a recipe: built from a seed, pretrained weights put in, then quantised; and what of it is the base.
+"""The detector of a recipe: built from a seed, pretrained weights put in, then quantized; and what of it is the base.
 
 Where the backbone is frozen, checkpoints hold what trains and name the rest by digest. The rest comes from the
 pretrained file again at every start. What no file holds (a random backbone, the seeds' frozen projections) is written
@@ -15,27 +15,27 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import distributed
-from tensorkeep.storage import run_folder
-from tensorkeep.training.saver import State
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
 from tensorkeep.detection.model.weights import load_detector, load_videomae
-from tensorkeep.training.distributed import World
-from tensorkeep.training.ema import Ema
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.live_state import put_tensors
-from tensorkeep.storage.certificate import digest_of_all
-from tensorkeep.storage.placement import replacing, write_bytes
-from tensorkeep.training.randomness import derive
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.formats.view import read
+from tensorkeep.storage import run_folder
+from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.training import distributed
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.live_state import put_tensors
+from tensorkeep.training.randomness import derive
+from tensorkeep.training.saver import State
 
 Remark = Callable[[str], None]
-BASE, FROZEN, RECIPE = "base", "frozen.safetensors", "recipe.yaml"
+BASE, _FROZEN, RECIPE = "base", "frozen.safetensors", "recipe.yaml"
 
 
 def make_detector(
@@ -96,7 +96,7 @@ def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: 
     frozen = {name: p for name, p in detector.named_parameters() if not p.requires_grad}
     new = {name: p for name, p in frozen.items() if recipe.training.pretrained is None or _is_new(name)}
     if run is not None and new:
-        place, going = run / BASE / FROZEN, bool(run_folder.steps(run))
+        place, going = run / BASE / _FROZEN, bool(run_folder.steps(run))
         distributed.gathered(world, None)  # nobody writes before everybody has looked
         if going:
             distributed.together(world, lambda: _read_frozen(new, place))
@@ -104,7 +104,7 @@ def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: 
             _write_frozen(new, place)
         distributed.gathered(world, None)
     digest = digest_of_all({name: digest_of(p.detach()) for name, p in frozen.items()})
-    return {"digest": digest, "path": recipe.training.pretrained or f"{BASE}/{FROZEN}"}
+    return {"digest": digest, "path": recipe.training.pretrained or f"{BASE}/{_FROZEN}"}
 
 
 def _is_new(name: str) -> bool:
@@ -148,9 +148,14 @@ class Opened(NamedTuple):
 
 
 def open_detector(
-    path: str | Path, recipe: str | Path | None = None, ema: bool = True, best: bool = True,
-    world: World | None = None, changes: tuple[tuple[str, str], ...] = (), remark: Remark = lambda _: None,
-) -> Opened:  # fmt: skip
+    path: str | Path,
+    recipe: str | Path | None = None,
+    ema: bool = True,
+    best: bool = True,
+    world: World | None = None,
+    changes: tuple[tuple[str, str], ...] = (),
+    remark: Remark = lambda _: None,
+) -> Opened:
     """The detector of a run (its best checkpoint, or with `best=False` the newest), of one step folder, or of a
     checkpoint from elsewhere (OpenTAD's too), for which `recipe` must be named.
 
@@ -169,9 +174,11 @@ def open_detector(
     then, now = (state.base or {}).get("digest"), (base or {}).get("digest")
     if then != now:
         raise TensorkeepError(
-            f"was trained on the base {then}, the recipe gives {now}", where=path, code="A04",
+            f"was trained on the base {then}, the recipe gives {now}",
+            where=path,
+            code="A04",
             hint=f"training.pretrained must name the weights it was trained on, now {made.training.pretrained}",
-        )  # fmt: skip
+        )
     put_tensors(detector, state.model, base=base is not None)
     averaged = ema and bool(state.ema)
     if averaged:

@@ -11,27 +11,39 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.archive import ALLOWED as TENSOR_GLOBALS
 from tensorkeep.storage.archive import Stored, entries, is_count, saved_value, storage_bytes, stored_tensor
 from tensorkeep.storage.archive_writing import pack, tensor_object
-from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
 from tensorkeep.storage.pickle_writing import emit
 from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, parse
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
-from tensorkeep.formats.view import Note, StateView
 
 METADATA = ".metadata"
 MODULE = "torch.distributed.checkpoint.metadata"
 ALLOWED = TENSOR_GLOBALS | {
-    *(f"{MODULE}.{c}" for c in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
-    "torch.distributed.checkpoint.filesystem._StorageInfo", "torch.strided", "torch.contiguous_format",
-    "torch.preserve_format", "torch.channels_last",
-}  # fmt: skip
+    *(
+        f"{MODULE}.{c}"
+        for c in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.strided",
+    "torch.contiguous_format",
+    "torch.preserve_format",
+    "torch.channels_last",
+}
 SHARD_SIZE = 5_000_000_000
 
 
@@ -127,9 +139,10 @@ def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], Pla
         key, place = _state(index, "MetadataIndex", where), _state(info, "_StorageInfo", where)
         if place.get("transform_descriptors"):
             raise TensorkeepError(
-                f"{shown(key.get('fqn'))} is stored through {shown(place['transform_descriptors'])}", where=where,
+                f"{shown(key.get('fqn'))} is stored through {shown(place['transform_descriptors'])}",
+                where=where,
                 hint="load it with the torch that wrote it and save without storage extensions",
-            )  # fmt: skip
+            )
         file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
         if not isinstance(file, str) or not is_count(start) or not is_count(length):
             raise _damaged(f"the place of {shown(key.get('fqn'))}", where)
@@ -163,9 +176,12 @@ def _place(
     place = storage.get((name, offset)) or (storage.get((name, ())) if not any(offset) else None)
     if place is None:
         raise TensorkeepError(
-            f"{name} has metadata but no storage entry{f' at {offset}' if any(offset) else ''}", where=where, code="F07",
-            hint="a writer thread failed while this was saved (pytorch #191391); use the checkpoint before it", tensors=[name],
-        )  # fmt: skip
+            f"{name} has metadata but no storage entry{f' at {offset}' if any(offset) else ''}",
+            where=where,
+            code="F07",
+            hint="a writer thread failed while this was saved (pytorch #191391); use the checkpoint before it",
+            tensors=[name],
+        )
     file, start, length = place
     if file not in sizes:
         raise TensorkeepError(
@@ -177,9 +193,12 @@ def _place(
         )
     if start + length > sizes[file]:
         raise TensorkeepError(
-            f"{name} is truncated: it ends at byte {start + length} of {file}, the file at {sizes[file]}", where=where,
-            code="F02", hint="copy the file again", tensors=[name],
-        )  # fmt: skip
+            f"{name} is truncated: it ends at byte {start + length} of {file}, the file at {sizes[file]}",
+            where=where,
+            code="F02",
+            hint="copy the file again",
+            tensors=[name],
+        )
     return place
 
 
@@ -283,9 +302,11 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
         raise TensorkeepError("its archive holds no tensor", where=where, code="F07", hint="copy the file again")
     if tensor.shape != block.shape or tensor.dtype != record.dtype:
         raise TensorkeepError(
-            f"the data is {tensor.dtype}{list(tensor.shape)}, .metadata says {record.dtype}{list(block.shape)}", where=where,
-            code="F07", hint="the data files and .metadata come from different saves",
-        )  # fmt: skip
+            f"the data is {tensor.dtype}{list(tensor.shape)}, .metadata says {record.dtype}{list(block.shape)}",
+            where=where,
+            code="F07",
+            hint="the data files and .metadata come from different saves",
+        )
     start, size = storage_bytes(tensor)
     entry = found.get(f"data/{tensor.storage}")
     if size and (entry is None or start + size > entry.size):

@@ -1,6 +1,6 @@
 """`gguf`: llama.cpp's single files (and their numbered splits), read-only.
 
-Block-quantised tensors appear as what they decode to, F32, with `encoding` naming the stored type; they are decoded
+Block-quantized tensors appear as what they decode to, F32, with `encoding` naming the stored type; they are decoded
 row by row while they are streamed. Config and tokenizer stand in the file's metadata: they become the companions that
 the other formats have as files. Decoding is the gguf package's, which is imported here and nowhere else.
 """
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import Folder, short_file
+from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_header
+from tensorkeep.formats._gguf_tokenizer import tokenizer_files
 from tensorkeep.formats.gguf_config import companions, hf_config
-from tensorkeep.formats.gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_header
-from tensorkeep.formats.gguf_tokenizer import tokenizer_files
-from tensorkeep.storage.record import Block, TensorRecord
 from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.storage.files import Folder, short_file
+from tensorkeep.storage.record import Block, TensorRecord
 
 # ggml types that are stored as they are computed with; the others decode to F32
 PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16", "I8": "I8", "I16": "I16", "I32": "I32", "I64": "I64"}
-SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
@@ -53,9 +53,11 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
             records[record.name] = record
     if metadata.get("split.count", 1) != len(files):
         raise TensorkeepError(
-            f"is part {metadata.get('split.no', 0)} of {metadata['split.count']}, and {len(files)} is here", where=path, code="F05",
+            f"is part {metadata.get('split.no', 0)} of {metadata['split.count']}, and {len(files)} is here",
+            where=path,
+            code="F05",
             hint="get all parts, and keep their names: NAME-00001-of-00003.gguf",
-        )  # fmt: skip
+        )
     view = StateView(path, "gguf", folder, records, metadata={"gguf": metadata}, decode=decode)
     _describe(view, metadata)
     return view
@@ -74,7 +76,7 @@ def package() -> Any:
 
 def _files(folder: Folder, names: list[str], path: str) -> list[str]:
     found = [n for n in names if n.endswith(".gguf")] or names[:1]
-    splits = [m for n in found if (m := SPLIT.match(n))]
+    splits = [m for n in found if (m := _SPLIT.match(n))]
     if splits and len({(m["stem"], m["count"]) for m in splits}) == 1 and len(splits) == len(found):
         first, present = splits[0], set(folder.names())
         wanted = [f"{first['stem']}-{i + 1:05}-of-{first['count']}.gguf" for i in range(int(first["count"]))]
@@ -134,7 +136,7 @@ def _record(info: TensorInfo, header: Header, file: str, where: str) -> TensorRe
 
 
 def decode(record: TensorRecord, raw: memoryview) -> memoryview:
-    """Whole rows of a quantised tensor as F32 bytes.
+    """Whole rows of a quantized tensor as F32 bytes.
 
     raw: any number of whole blocks, in stored order. Formulas: gguf.quants, which follows ggml-quants.c.
     Raises TensorkeepError for a type that gguf cannot decode.
@@ -153,7 +155,7 @@ def decode(record: TensorRecord, raw: memoryview) -> memoryview:
     except NotImplementedError:
         raise TensorkeepError(
             f"{record.name}: gguf cannot decode {record.encoding}",
-            hint="pip install -U gguf, or take another quantisation",
+            hint="pip install -U gguf, or take another quantization",
         ) from None
     made: memoryview = np.ascontiguousarray(values, dtype="<f4").view(np.uint8).reshape(-1).data
     return made

@@ -14,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.record import DTYPES, TensorRecord
 from tensorkeep.formats.view import Companion
+from tensorkeep.storage.record import DTYPES, TensorRecord
 
 # llama.cpp's architecture -> transformers' model type and class
-ARCHITECTURES = {
+_ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmo2": ("olmo2", "Olmo2ForCausalLM"),
 }
-MIXTRAL = ("mixtral", "MixtralForCausalLM")  # llama.cpp calls it llama, with experts
+_MIXTRAL = ("mixtral", "MixtralForCausalLM")  # llama.cpp calls it llama, with experts
 # what llama.cpp's converter assumed for the scaling of Llama 3, whose numbers it does not store
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -68,13 +68,13 @@ def hf_config(
     1e-05
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in _ARCHITECTURES:
         raise TensorkeepError(
-            f"the architecture is {_short(architecture)}; known are {', '.join(ARCHITECTURES)}", code="C03"
+            f"the architecture is {_short(architecture)}; known are {', '.join(_ARCHITECTURES)}", code="C03"
         )
     fields = Fields(metadata, str(architecture))
     experts = fields.whole("expert_count", 0, 0)
-    kind, name = MIXTRAL if architecture == "llama" and experts else ARCHITECTURES[str(architecture)]
+    kind, name = _MIXTRAL if architecture == "llama" and experts else _ARCHITECTURES[str(architecture)]
     heads, hidden = fields.whole("attention.head_count"), fields.whole("embedding_length")
     head_dim = fields.whole("attention.key_length", hidden // heads)
     shapes = {n: r.shape for n, r in records.items()}
@@ -174,9 +174,14 @@ def _width(fields: Fields, kind: str, experts: int) -> dict[str, Any]:
         }
     narrow = fields.whole("expert_feed_forward_length")
     return {
-        "intermediate_size": fields.whole("feed_forward_length", narrow), "moe_intermediate_size": narrow, "num_experts": experts,
-        "num_experts_per_tok": used, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    }  # fmt: skip
+        "intermediate_size": fields.whole("feed_forward_length", narrow),
+        "moe_intermediate_size": narrow,
+        "num_experts": experts,
+        "num_experts_per_tok": used,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def token_ids(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, int | None]:
@@ -189,7 +194,7 @@ def token_ids(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, int | N
 
 
 def _dtype(records: Mapping[str, TensorRecord]) -> str:
-    """torch's name of the dtype to load in: that of most matrices, bfloat16 (the default of a conversion) if quantised."""
+    """torch's name of the dtype to load in: that of most matrices, bfloat16 (the default of a conversion) if quantized."""
     matrices = [r for r in records.values() if len(r.shape) > 1 and DTYPES[r.dtype].floating]
     if any(r.encoding != "plain" for r in matrices) or not matrices:
         return "bfloat16"

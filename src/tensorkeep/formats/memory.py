@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import CHUNK, StateView
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord
-from tensorkeep.formats.view import CHUNK, StateView
 
 
 @dataclass(eq=False)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import Folder
 from tensorkeep.formats import pth, safetensors
-from tensorkeep.storage.layout import FileLayout, SinkTensor
-from tensorkeep.storage.certificate import parse_json
 from tensorkeep.formats.view import Companion, StateView
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import Folder
+from tensorkeep.storage.layout import FileLayout, SinkTensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")  # the last is ours

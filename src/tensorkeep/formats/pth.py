@@ -10,29 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.archive import ALLOWED, Entry, Stored, entries, iter_tensors, saved_value, storage_bytes
 from tensorkeep.storage.archive_writing import pack, tensor_object
-from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.pickles import Global, Object, parse
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, same_layout
-from tensorkeep.formats.view import StateView
 
-ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this number, pickled
+_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this number, pickled
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
     if single:
         head = folder.read(names[0], 0, min(2, folder.size(names[0])))
-        return head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or names[0].endswith(ENDINGS)
-    return any(n.endswith(ENDINGS) for n in names)
+        return head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or names[0].endswith(_ENDINGS)
+    return any(n.endswith(_ENDINGS) for n in names)
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
     """The view of one torch.save file. Raises F04 for a pickle that names what a checkpoint does not need."""
-    files = [n for n in names if n.endswith(ENDINGS)] if len(names) > 1 else names
+    files = [n for n in names if n.endswith(_ENDINGS)] if len(names) > 1 else names
     weights = [n for n in files if n.startswith(("pytorch_model", "model."))]
     if len(files) > 1 and len(weights) == 1:
         files = weights
@@ -50,9 +50,11 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
         value, places = _read_legacy(folder, file)
     else:
         raise TensorkeepError(
-            "is neither a torch.save file nor any other checkpoint known here", where=f"{folder.url}/{file}", code="F02",
+            "is neither a torch.save file nor any other checkpoint known here",
+            where=f"{folder.url}/{file}",
+            code="F02",
             hint="it may be truncated or a Git LFS pointer; copy it again",
-        )  # fmt: skip
+        )
     return _view(folder, file, path, value, places)
 
 
@@ -106,7 +108,7 @@ def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
     where = f"{folder.url}/{file}"
     data = folder.read(file, 0, min(folder.size(file), 64 << 20))  # the pickles alone; storages are read on demand
     magic, at = parse(data, ALLOWED, where)
-    if type(magic) is not int or magic != LEGACY_MAGIC:
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
         raise TensorkeepError(
             "is a plain pickle, not a torch.save file",
             where=where,
@@ -134,9 +136,11 @@ def _legacy_places(folder: Folder, file: str, at: int, keys: list[str], value: A
     for key in keys:
         if key not in widths:
             raise TensorkeepError(
-                f"storage {shown(key)} is used by no tensor, so its width is unknown", where=where, code="F07",
+                f"storage {shown(key)} is used by no tensor, so its width is unknown",
+                where=where,
+                code="F07",
                 hint="load it with the torch that wrote it and save it again",
-            )  # fmt: skip
+            )
         count = int.from_bytes(folder.read(file, at, 8), "little", signed=True)
         size = count * widths[key]
         if count < 0 or at + 8 + size > folder.size(file):
@@ -152,9 +156,14 @@ def _legacy_places(folder: Folder, file: str, at: int, keys: list[str], value: A
 
 
 def layout(
-    tensors: Sequence[SinkTensor], *, name: str = "model.pth", root: str | None = None, roots: Sequence[str] = (),
-    beside: Mapping[str, Any] | None = None, **_: Any,
-) -> list[FileLayout]:  # fmt: skip
+    tensors: Sequence[SinkTensor],
+    *,
+    name: str = "model.pth",
+    root: str | None = None,
+    roots: Sequence[str] = (),
+    beside: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> list[FileLayout]:
     """One torch.save archive; tied tensors share a storage. `root` nests the dict: {root: {...}}.
 
     With `roots` the names themselves begin with one of these, and each becomes a dict of its own, with the plain

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats.view import Note, StateView
+from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, shards, small_file
-from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
-from tensorkeep.formats.view import Note, StateView
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
@@ -66,17 +66,21 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     for file in files:
         if file not in names:
             raise TensorkeepError(
-                f"the index names {file}, which is not there", where=f"{folder.url}/{indices[0] if indices else ''}",
-                code="F05", hint="download the missing shard",
-            )  # fmt: skip
+                f"the index names {file}, which is not there",
+                where=f"{folder.url}/{indices[0] if indices else ''}",
+                code="F05",
+                hint="download the missing shard",
+            )
         header, found = read_header(folder, file)
         metadata.update(found)
         for record in header:
             if record.name in records:
                 raise TensorkeepError(
-                    f"{record.name} is in {records[record.name].file} and in {file}", where=path, code="F07",
+                    f"{record.name} is in {records[record.name].file} and in {file}",
+                    where=path,
+                    code="F07",
                     hint="keep one of the two files",
-                )  # fmt: skip
+                )
             records[record.name] = record
     view = StateView(path, "hf", folder, records, metadata=metadata)
     if weight_map is not None:
@@ -100,9 +104,11 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
             return [preferred]
     if len(files) > 1 and any("-of-" in f for f in files):
         raise TensorkeepError(
-            f"{len(files)} shards and no {INDEX}", where=path, code="F05",
+            f"{len(files)} shards and no {INDEX}",
+            where=path,
+            code="F05",
             hint="get the index file as well: without it nothing says which shards belong together",
-        )  # fmt: skip
+        )
     if len(files) > 1:
         raise TensorkeepError(
             f"holds {len(files)} safetensors files and no index: {', '.join(files[:5])}",
@@ -128,14 +134,18 @@ def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> Non
     if absent:
         raise TensorkeepError(
             f"the index names {len(absent)} tensors that no shard holds, first {absent[0]}",
-            where=f"{view.folder.url}/{index}", code="F07", hint="the shards and the index come from different saves",
-        )  # fmt: skip
+            where=f"{view.folder.url}/{index}",
+            code="F07",
+            hint="the shards and the index come from different saves",
+        )
     moved = sorted(n for n, f in weight_map.items() if view.records[n].file != f)
     if moved:
         raise TensorkeepError(
             f"the index puts {moved[0]} into {weight_map[moved[0]]}, it lies in {view.records[moved[0]].file}",
-            where=f"{view.folder.url}/{index}", code="F07", hint="the shards and the index come from different saves",
-        )  # fmt: skip
+            where=f"{view.folder.url}/{index}",
+            code="F07",
+            hint="the shards and the index come from different saves",
+        )
     extra = sorted(n for n in view.records if n not in weight_map)
     if extra:
         view.notes.append(
@@ -164,9 +174,11 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
     length = int.from_bytes(folder.read(file, 0, 8), "little")
     if length > LARGEST_HEADER or length > size - 8:
         raise TensorkeepError(
-            f"truncated or not safetensors: a header of {length} bytes is announced, the file has {size}", where=where,
-            code="F02", hint="download it again",
-        )  # fmt: skip
+            f"truncated or not safetensors: a header of {length} bytes is announced, the file has {size}",
+            where=where,
+            code="F02",
+            hint="download it again",
+        )
     try:
         header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensorkeep.storage import run_folder
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
@@ -25,11 +24,12 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 4 << 20  # bytes a stream holds at a time
-LARGEST_COMPANION = 256 << 20  # bytes; the largest tokenizers have 40 MB
+_LARGEST_COMPANION = 256 << 20  # bytes; the largest tokenizers have 40 MB
 
 # format word -> module; each has the verbs sniff, read and, unless read-only, layout. The first that recognises the
 # files reads them, and the commonest comes first: a module not asked is not imported.
 FORMATS = {
+    "run": "tensorkeep.formats.run",
     "hf": "tensorkeep.formats.safetensors",
     "dcp": "tensorkeep.formats.dcp",
     "peft": "tensorkeep.formats.peft",
@@ -38,10 +38,22 @@ FORMATS = {
 }
 # what travels beside the weights; nothing else in a folder is copied
 COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "recipe.yaml",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "recipe.yaml",
+)
 
 
 class Companion(NamedTuple):
@@ -297,7 +309,7 @@ def open_folder(path: str) -> tuple[Folder, str | None]:
             return LocalFolder(local), None
         if local.exists():
             return LocalFolder(local.parent), local.name
-    from tensorkeep.storage.hub import cached_snapshot
+    from tensorkeep.storage.hub import cached_snapshot  # `org/name`, when nothing of that path exists here
 
     return LocalFolder(cached_snapshot(path)), None
 
@@ -312,20 +324,22 @@ def read(path: str | Path) -> StateView:
     (49152, 576)
     """
     folder, name = open_folder(str(path))
-    step = run_folder.opened(folder.path) if name is None and isinstance(folder, LocalFolder) else None
-    folder = LocalFolder(step.path) if step is not None else folder
-    names = step.files if step is not None else [name] if name else folder.names()
-    for module in FORMATS.values():
-        form = importlib.import_module(module)
-        if form.sniff(folder, names, single=name is not None):
-            view: StateView = form.read(folder, names, str(path))
-            _check_names(view)
-            _find_companions(view)
-            if step is not None:  # a checkpoint of a run of ours
-                view.metadata["run"] = step.run
-                view.notes += [Note(f.code, f"passed over: {f.message}", tuple(f.tensors)) for f in step.passed]
+    view = recognised(folder, [name] if name else folder.names(), str(path), single=name is not None)
+    _check_names(view)
+    _find_companions(view)
+    return view
+
+
+def recognised(
+    folder: Folder, names: list[str], path: str, *, single: bool = False, but: str | None = None
+) -> StateView:
+    """The view that the first format to recognise the files gives; `but` is not asked. Raises F05, F01 where none does."""
+    for word, module in FORMATS.items():
+        form = importlib.import_module(module) if word != but else None
+        if form is not None and form.sniff(folder, names, single=single):
+            view: StateView = form.read(folder, names, path)
             return view
-    raise _unrecognised(folder, names, str(path))
+    raise _unrecognised(folder, names, path)
 
 
 def _check_names(view: StateView) -> None:
@@ -369,7 +383,7 @@ def _find_companions(view: StateView) -> None:
 
 def _companion(place: Folder, name: str) -> Companion:
     where = f"{place.url}/{name}"
-    if place.size(name) > LARGEST_COMPANION:
+    if place.size(name) > _LARGEST_COMPANION:
         raise TensorkeepError(
             f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
         )

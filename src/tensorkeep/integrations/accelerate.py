@@ -18,28 +18,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorkeep.training import distributed
-from tensorkeep.training import live_state
-from tensorkeep.training import randomness
-from tensorkeep.storage import run_manifest
-from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations import folders
+from tensorkeep.formats.memory import digest_of
+from tensorkeep.integrations import _folders as folders
+from tensorkeep.storage import run_manifest
 from tensorkeep.storage.certificate import digest_of_all, parse_json
 from tensorkeep.storage.placement import replacing
 from tensorkeep.storage.run_folder import ADAPTER, MODEL
 from tensorkeep.storage.run_manifest import MANIFEST
-from tensorkeep.formats.memory import digest_of
+from tensorkeep.training import distributed, live_state, randomness
+from tensorkeep.training.distributed import World
 
 log = logging.getLogger(__name__)
-NUMBERED = re.compile(r"(?!\.)(?:.*\D)?(\d+)")  # step_100, checkpoint-7, 12: as accelerate itself orders folders
+_NUMBERED = re.compile(r"(?!\.)(?:.*\D)?(\d+)")  # step_100, checkpoint-7, 12: as accelerate itself orders folders
 
 
 def register(accelerator: Any, trainable_only: bool = True) -> tuple[Any, Any]:
     """Let our hooks save and load the models of `accelerator.save_state` and `load_state`; gives the two handles.
 
     Parameters that train and persistent buffers go by name into one safetensors file. With `trainable_only` frozen and
-    quantised weights stay out; their digest is kept and compared on load. A load is strict: it raises TensorkeepError
+    quantized weights stay out; their digest is kept and compared on load. A load is strict: it raises TensorkeepError
     that lists missing, unexpected and different tensors (K01), or that the base is another one (A04).
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
@@ -98,9 +96,10 @@ def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = Non
     siblings = re.compile(re.escape(final.name.rstrip("0123456789")) + r"(\d+)")
     if accelerator.project_configuration.automatic_checkpoint_naming:
         raise TensorkeepError(
-            "automatic_checkpoint_naming saves elsewhere than it is told, and deletes first", where="accelerate",
+            "automatic_checkpoint_naming saves elsewhere than it is told, and deletes first",
+            where="accelerate",
             hint="leave it out of ProjectConfiguration; keep_last= deletes old ones",
-        )  # fmt: skip
+        )
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -129,7 +128,7 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
     world = _world(accelerator)
 
     def search() -> Path | None:
-        paths = [path for _, path in folders.numbered(Path(root), NUMBERED)]
+        paths = [path for _, path in folders.numbered(Path(root), _NUMBERED)]
         return folders.newest_valid(paths, log) if world.first else None
 
     folder: Path | None = distributed.gathered(world, distributed.together(world, search))[0]
@@ -150,7 +149,7 @@ def _seal(folder: Path, step: int) -> None:
 
 
 def _number(folder: Path) -> int:
-    match = NUMBERED.fullmatch(folder.name)
+    match = _NUMBERED.fullmatch(folder.name)
     if match is None:
         raise TensorkeepError("its name does not end in a number", where=folder, hint="name it like step_100")
     return int(match[1])
@@ -175,7 +174,7 @@ def _unwrapped(accelerator: Any, models: list[nn.Module]) -> list[tuple[str, nn.
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], base: dict[str, Any] | None) -> None:
     """Our file and its manifest; alone in the folder so far. `save_state` seals again, over all of them."""
     folders.write_tensors(folder, name, tensors)
-    match = NUMBERED.fullmatch(folder.name)
+    match = _NUMBERED.fullmatch(folder.name)
     folders.seal(folder, int(match[1]) if match else 0, base)
 
 
@@ -194,9 +193,11 @@ def _compare_base(folder: Path, now: dict[str, Any] | None) -> None:
     then = run_manifest.read_manifest(folder).base
     if then != now:
         raise TensorkeepError(
-            f"was trained on frozen weights {_told(then)}, here are {_told(now)}", where=folder, code="A04",
-            hint="load the base and quantise it as in that run",
-        )  # fmt: skip
+            f"was trained on frozen weights {_told(then)}, here are {_told(now)}",
+            where=folder,
+            code="A04",
+            hint="load the base and quantize it as in that run",
+        )
 
 
 def _told(base: dict[str, Any] | None) -> str:

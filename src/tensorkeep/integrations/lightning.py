@@ -21,20 +21,18 @@ from pytorch_lightning import Callback
 from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
-from tensorkeep.training import saver as checkpoints
-from tensorkeep.training import distributed
-from tensorkeep.training import randomness
-from tensorkeep.storage import run_folder
-from tensorkeep.storage import run_manifest
-from tensorkeep.training.saver import State
-from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.integrations import _folders as folders
+from tensorkeep.integrations._plain import Encoder, decode
+from tensorkeep.storage import run_folder, run_manifest
 from tensorkeep.storage.files import explained
-from tensorkeep.integrations import folders
-from tensorkeep.integrations.plain import Encoder, decode
+from tensorkeep.training import distributed, randomness
+from tensorkeep.training import saver as checkpoints
+from tensorkeep.training.distributed import World
+from tensorkeep.training.saver import State
 
 log = logging.getLogger(__name__)
-SAVES = re.compile(r".+\.ckpt|.{40}")  # temporary names are cut at 40 letters
+_SAVES = re.compile(r".+\.ckpt|.{40}")  # temporary names are cut at 40 letters
 
 
 class TensorkeepCheckpointIO(CheckpointIO):
@@ -58,7 +56,7 @@ class TensorkeepCheckpointIO(CheckpointIO):
         with explained(path):
             run_folder.make_folder(parent)
         if parent not in self._cleared:  # what a run killed in here left
-            folders.clear_remains(parent, SAVES)
+            folders.clear_remains(parent, _SAVES)
             self._cleared.add(parent)
         folders.write_state(Path(path), State(tensors["model"], tensors["rest"], {}, document))
 
@@ -72,9 +70,10 @@ class TensorkeepCheckpointIO(CheckpointIO):
             raise FileNotFoundError(f"Checkpoint not found: {path}")  # as every CheckpointIO does
         if not folder.is_dir():
             raise TensorkeepError(
-                "is a file of Lightning's own, not a folder of TensorkeepCheckpointIO", where=folder,
+                "is a file of Lightning's own, not a folder of TensorkeepCheckpointIO",
+                where=folder,
                 hint="resume once without the plugin and save with it, or read its weights with `tensorkeep convert`",
-            )  # fmt: skip
+            )
         state = checkpoints.load(folder)
         place = _device(map_location)
         tensors = {"model": _moved(state.model, place), "rest": _moved(state.optimizer, place)}

@@ -1,4 +1,4 @@
-"""OpenTAD with a quantised backbone, our average and checkpoints that can be trusted. Two lines of a config:
+"""OpenTAD with a quantized backbone, our average and checkpoints that can be trusted. Two lines of a config:
 
     custom_imports = dict(imports=["tensorkeep.integrations.opentad"])
     model = dict(backbone=dict(backbone=dict(type="VisionTransformerQLoRA", lora_r=16, ...)))
@@ -24,9 +24,9 @@ import logging
 import sys
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations.opentad_backbone import VisionTransformerQLoRA
-from tensorkeep.integrations.opentad_engine import EXPECTED, replacements, take_over
-from tensorkeep.integrations.opentad_files import Run, read_resumed
+from tensorkeep.integrations._opentad_backbone import VisionTransformerQLoRA
+from tensorkeep.integrations._opentad_engine import EXPECTED, replacements, take_over
+from tensorkeep.integrations._opentad_files import Run, read_resumed
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,10 @@ def install(arguments: list[str]) -> list[str]:
         registry.register_module(module=VisionTransformerQLoRA)
     except KeyError as error:
         raise TensorkeepError(
-            "another VisionTransformerQLoRA is registered", where="mmengine.registry.MODELS",
+            "another VisionTransformerQLoRA is registered",
+            where="mmengine.registry.MODELS",
             hint="leave the module that registers it out of custom_imports",
-        ) from error  # fmt: skip
+        ) from error
     places = take_over(pairs)
     if any(place.startswith("__main__.") for place in places):
         parser = argparse.ArgumentParser(add_help=False)

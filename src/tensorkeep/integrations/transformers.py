@@ -21,18 +21,18 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from tensorkeep.training import distributed
-from tensorkeep.storage import run_manifest
-from tensorkeep.training.distributed import World
-from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations import folders
+from tensorkeep.integrations import _folders as folders
+from tensorkeep.storage import run_manifest
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.run_folder import EMA
+from tensorkeep.training import distributed
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
 
 log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-EMA_STATE = "ema.json"
+_EMA_STATE = "ema.json"
 
 
 def newest_valid(output_dir: str | Path) -> str | None:
@@ -93,14 +93,16 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if args.save_total_limit is not None:
             raise TensorkeepError(
                 f"save_total_limit={args.save_total_limit} deletes checkpoints before the new one is durable",
-                where="TrainingArguments", hint="leave it out, and use TensorkeepCallback(keep_last=...)",
-            )  # fmt: skip
+                where="TrainingArguments",
+                hint="leave it out, and use TensorkeepCallback(keep_last=...)",
+            )
         if self.ema_decay is not None and (args.torch_compile or args.n_gpu > 1):
             what = "torch_compile" if args.torch_compile else "DataParallel over several GPUs of one process"
             raise TensorkeepError(
-                f"averages cannot be put in for a forward under {what}", where="TrainingArguments",
+                f"averages cannot be put in for a forward under {what}",
+                where="TrainingArguments",
                 hint="leave ema_decay out, or train without it (several GPUs: torchrun)",
-            )  # fmt: skip
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
@@ -132,7 +134,7 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self.ema is not None:
             folders.write_tensors(folder, EMA, self.ema.state_dict())
             text = json.dumps({"decay": self.ema.decay, "updates": self.ema.updates})
-            folders.write_document(folder, EMA_STATE, text.encode())
+            folders.write_document(folder, _EMA_STATE, text.encode())
         folders.seal(folder, state.global_step)
         if self.keep_last is not None:
             best = CHECKPOINT.fullmatch(Path(state.best_model_checkpoint or "").name)
@@ -146,13 +148,15 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         assert self.ema is not None
         try:
             tensors = folders.read_tensors(folder, EMA)
-            run_manifest.read_whole(folder, EMA_STATE, run_manifest.read_manifest(folder))
+            run_manifest.read_whole(folder, _EMA_STATE, run_manifest.read_manifest(folder))
         except TensorkeepError as error:
             raise TensorkeepError(
-                f"the average cannot go on: {error.line}", where=folder, code=error.code,
+                f"the average cannot go on: {error.line}",
+                where=folder,
+                code=error.code,
                 hint="copy the checkpoint you resume from into output_dir; without ema_decay training goes on without it",
-            ) from None  # fmt: skip
-        document = parse_json((folder / EMA_STATE).read_bytes(), folder / EMA_STATE)
+            ) from None
+        document = parse_json((folder / _EMA_STATE).read_bytes(), folder / _EMA_STATE)
         if document["decay"] != self.ema.decay:
             log.warning("ema_decay was %s, from here it is %s", document["decay"], self.ema.decay)
         self.ema.load_state_dict(tensors, int(document["updates"]))

@@ -11,25 +11,32 @@ from typing import Any
 
 import torch
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.storage import run_folder
-from tensorkeep.training.saver import State
-from tensorkeep.training.distributed import World
-from tensorkeep.training.ema import Ema
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.language.data.preferences import PreferenceLoss
-from tensorkeep.training.live_state import put_tensors
-from tensorkeep.language.build import choose_trainable, evaluation_of
-from tensorkeep.language.start import Remark, Start, start_of
+from tensorkeep.language.job import choose_trainable, evaluation_of
+from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe, TrainingConfig
 from tensorkeep.language.recipe_text import read_language
+from tensorkeep.language.start import Remark, Start, start_of
+from tensorkeep.storage import run_folder
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.live_state import put_tensors
+from tensorkeep.training.saver import State
 
 
 def evaluate_checkpoint(
-    path: str, files: Sequence[str] = (), ema: bool = True, best: bool = False, length: int | None = None,
-    batch: int = 8, tokenizer: str | None = None, world: World | None = None, remark: Remark = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+    path: str,
+    files: Sequence[str] = (),
+    ema: bool = True,
+    best: bool = False,
+    length: int | None = None,
+    batch: int = 8,
+    tokenizer: str | None = None,
+    world: World | None = None,
+    remark: Remark = lambda _: None,
+) -> dict[str, Any]:
     """`loss`, `perplexity`, `tokens` of a checkpoint on files (None: those its run evaluates on), and what was used.
 
     Raises TensorkeepError where there is neither a file nor a recipe that names one.
@@ -128,5 +135,8 @@ def _bare(path: str, files: tuple[str, ...], length: int | None, tokenizer: str 
     objective = objective_of(files[0])
     return LanguageRecipe(
         DataConfig(files, length=length or 512, packing="concatenate" if objective == "pretrain" else "none"),
-        TrainingConfig(updates=1), model=path, tokenizer=tokenizer, objective=objective,
-    )  # fmt: skip
+        TrainingConfig(updates=1),
+        model=path,
+        tokenizer=tokenizer,
+        objective=objective,
+    )

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tensorkeep.storage import run_folder
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
 from tensorkeep.adapters.files import save_adapter
-from tensorkeep.storage.placement import replacing, write_bytes
-from tensorkeep.language.evaluation import checkpoint_of, leans, put_state
-from tensorkeep.language.start import start_of
-from tensorkeep.language.recipe_text import read_language
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import COMPANIONS
+from tensorkeep.language.evaluation import checkpoint_of, leans, put_state
+from tensorkeep.language.recipe_text import read_language
+from tensorkeep.language.start import start_of
+from tensorkeep.storage import run_folder
+from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.training.distributed import World
 
 
 def exported(run: str | Path, out: str | Path, ema: bool = True, best: bool = False, overwrite: bool = False) -> Path:

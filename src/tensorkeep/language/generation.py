@@ -88,9 +88,15 @@ def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False, bos: int | None =
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
-    raw: bool = False, write: Write = lambda _: None,
-) -> Generated:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    write: Write = lambda _: None,
+) -> Generated:
     """Go on from `prompt` for at most `max_tokens`, telling `write` each piece of text as it comes.
 
     `temperature` 0 takes the likeliest token; above it, tokens are drawn from the whole distribution with `seed`, and
@@ -109,7 +115,7 @@ def generate(
         what = f"is {len(ids)} tokens, the model's rows hold {rows}"
         raise TensorkeepError(what, where="prompt", hint="a shorter one leaves room for an answer")
     device = next(model.parameters()).device
-    stream, ends = Stream(tokenizer, write), end_tokens(live, tokenizer)
+    stream, ends = Stream(tokenizer, write), _end_tokens(live, tokenizer)
     given = torch.tensor([ids], device=device)  # [1, prompt]
     before, live.generation_config = (
         live.generation_config,
@@ -128,7 +134,7 @@ def generate(
     return Generated(prompt, stream.text(), stream.ids, seconds, by)
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer, by the model's generation config, its config and the tokenizer."""
     said = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id]
     flat = [i for one in said for i in (one if isinstance(one, (list, tuple)) else [one]) if i is not None]
@@ -142,6 +148,9 @@ def _config(tokenizer: Any, ends: list[int], tokens: int, temperature: float) ->
     pad = tokenizer.pad_token_id
     drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(
-        max_new_tokens=tokens, do_sample=temperature > 0, eos_token_id=ends or None,
-        pad_token_id=pad if pad is not None else ends[0] if ends else 0, **drawn,
-    )  # fmt: skip
+        max_new_tokens=tokens,
+        do_sample=temperature > 0,
+        eos_token_id=ends or None,
+        pad_token_id=pad if pad is not None else ends[0] if ends else 0,
+        **drawn,
+    )

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.head_loss import head_loss
+from tensorkeep.language._head_loss import head_loss
 from tensorkeep.language.data.rows import IGNORED, block_mask, targets_of
 
 CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language._schedules import ScheduleConfig
 from tensorkeep.language.data.chat import Augmentation
 from tensorkeep.language.data.packing import Packing
-from tensorkeep.language.schedules import ScheduleConfig
 from tensorkeep.language.data.texts import Format, Objective
 
 
@@ -178,7 +178,7 @@ class LanguageRecipe:
         if self.training.quantize_backbone and self.adapter is None:
             hint = "add --lora_r 16, or leave quantize_backbone out"
             raise TensorkeepError(
-                "weights that train cannot be quantised", where="training.quantize_backbone", hint=hint
+                "weights that train cannot be quantized", where="training.quantize_backbone", hint=hint
             )
         if self.adapter is not None and self.config is not None:
             raise TensorkeepError(

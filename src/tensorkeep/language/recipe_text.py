@@ -9,17 +9,19 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from tensorkeep.training.schema import from_mapping
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.detection.recipe.text import changed, plain
+from tensorkeep.training.recipe import changed
+from tensorkeep.training.schema import from_mapping
 
 # one spelling everywhere; in a language recipe they live here
 SHORT = {
-    "lora_r": "adapter.lora_r", "lora_alpha": "adapter.lora_alpha", "lora_dropout": "adapter.lora_dropout",
+    "lora_r": "adapter.lora_r",
+    "lora_alpha": "adapter.lora_alpha",
+    "lora_dropout": "adapter.lora_dropout",
     "quantize_backbone": "training.quantize_backbone",
-}  # fmt: skip
-LISTS = ("data.files", "evaluation.files", "trainable", "adapter.targets")
+}
+_LISTS = ("data.files", "evaluation.files", "trainable", "adapter.targets")
 
 
 def read_language(path: str | Path, changes: Iterable[tuple[str, str]] = ()) -> LanguageRecipe:
@@ -53,7 +55,7 @@ def language_recipe(document: Any, changes: Iterable[tuple[str, str]] = (), wher
             )
             raise TensorkeepError(f"no field {name!r}", where=where, hint=hint or "--print-recipe shows all of them")
     made = changed(dict(document), _one_of_two(moved), where)
-    for place in LISTS:  # a single one may stand without brackets
+    for place in _LISTS:  # a single one may stand without brackets
         holder, _, key = place.rpartition(".")
         section = made.get(holder) if holder else made
         if isinstance(section, dict) and isinstance(section.get(key), str):
@@ -80,8 +82,3 @@ def names(kind: type, prefix: str = "") -> Iterable[str]:
         ]
         if inner and getattr(hint, "__origin__", None) is not tuple:
             yield from names(inner[0], f"{prefix}{name}.")
-
-
-def to_yaml(recipe: LanguageRecipe) -> str:
-    """The recipe as YAML, every value written out; `read_language` of it gives an equal recipe."""
-    return yaml.safe_dump(plain(recipe), sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

@@ -16,22 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorkeep.convert import configs
-from tensorkeep.convert import convert as conversion
-from tensorkeep.training import distributed
-from tensorkeep.convert import naming as namings
-from tensorkeep.training.distributed import World
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.diagnose.evidence.case import Inconclusive
-from tensorkeep.storage.files import LocalFolder, explained
+from tensorkeep.conversion import configs
+from tensorkeep.conversion import execution as conversion
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.errors import Inconclusive, TensorkeepError
+from tensorkeep.formats.view import COMPANIONS, Companion, StateView, read
+from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.buffers import REFUSALS
 from tensorkeep.models.language_model import model_of
 from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
-from tensorkeep.convert.planning import make_plan
+from tensorkeep.training import distributed
+from tensorkeep.training.distributed import World
 from tensorkeep.training.randomness import derive
-from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.formats.view import COMPANIONS, Companion, StateView, read
 
 BASE = "base"
 Remark = Callable[[str], None]
@@ -63,7 +62,7 @@ def start_of(
 
     `weights=False` draws them at random, for a run whose checkpoint holds them all.
     """
-    view = hf_view(recipe, run, world, remark) if recipe.model is not None else None
+    view = _hf_view(recipe, run, world, remark) if recipe.model is not None else None
     tokenizer = load_tokenizer(recipe.tokenizer or str(view.folder.url if view else ""))
     if view is not None and weights and recipe.training.quantize_backbone and _plain_names(view):
         model = packed(view, recipe.training.quantize_backbone, world)
@@ -74,16 +73,18 @@ def start_of(
     rows = Start(model, tokenizer, view).rows
     if len(tokenizer) > rows:
         raise TensorkeepError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows", where="tokenizer", code="C02",
+            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows",
+            where="tokenizer",
+            code="C02",
             hint="take the tokenizer that belongs to the model",
-        )  # fmt: skip
+        )
     if world.first:
-        keep_companions(run, model, view, recipe)
+        _keep_companions(run, model, view, recipe)
     distributed.gathered(world, None)
     return Start(model, tokenizer, view)
 
 
-def hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) -> StateView:
+def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) -> StateView:
     """The start checkpoint as an hf folder: itself, or converted into RUN/base and proven."""
     base = run / BASE
     source = str(recipe.model)
@@ -113,16 +114,19 @@ def loaded(view: StateView) -> nn.Module:
     if report:
         kind, found = next(iter(report.items()))
         raise TensorkeepError(
-            f"{kind.replace('_', ' ')}: {', '.join(found[:4])} ({len(found)})", where=view.path,
-            code="K01" if kind == "missing_keys" else "K02", hint=f"tensorkeep diagnose {view.path}", tensors=found,
-        )  # fmt: skip
+            f"{kind.replace('_', ' ')}: {', '.join(found[:4])} ({len(found)})",
+            where=view.path,
+            code="K01" if kind == "missing_keys" else "K02",
+            hint=f"tensorkeep diagnose {view.path}",
+            tensors=found,
+        )
     made: nn.Module = model
     return made
 
 
 def packed(view: StateView, kind: Any, world: World) -> nn.Module:
-    """A view's model with its linears quantised as they are read: memory of the quantised model and one tensor."""
-    from tensorkeep.diagnose.live.loaded import repair_buffers
+    """A view's model with its linears quantized as they are read: memory of the quantized model and one tensor."""
+    from tensorkeep.models.repair import repair_buffers
     from tensorkeep.quantization.loading import load_quantizing
 
     model = _skeleton(view)
@@ -154,9 +158,10 @@ def from_config(config: dict[str, Any], seed: int) -> nn.Module:
             made: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     except REFUSALS as error:
         raise TensorkeepError(
-            f"transformers cannot build it: {type(error).__name__}: {' '.join(str(error).split())[:200]}", where="config",
+            f"transformers cannot build it: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            where="config",
             hint="config is what config.json says, with model_type",
-        ) from None  # fmt: skip
+        ) from None
     return made.float()
 
 
@@ -179,7 +184,7 @@ def load_tokenizer(path: str) -> Any:
         raise TensorkeepError(what, where=path or "tokenizer", hint="tokenizer: FOLDER or tokenizer.json") from None
 
 
-def keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:
+def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:
     """Config and tokenizer into the run, where they are not there: what `read(run)` finds beside its checkpoints."""
     found = [
         c for c in (view.companions if view is not None else []) if c.name in COMPANIONS and c.name != "recipe.yaml"

@@ -1,1 +1,22 @@
-"""models."""
+"""A checkpoint as a live model: its names, tensors and buffers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tensorkeep._face import lazy
+
+if TYPE_CHECKING:
+    from tensorkeep.models.counterpart import Source as Source
+    from tensorkeep.models.language_model import model_of as model_of
+    from tensorkeep.models.repair import repair_buffers as repair_buffers
+    from tensorkeep.models.tensors import held as held
+
+_WHERE = {
+    "Source": "counterpart",
+    "held": "tensors",
+    "model_of": "language_model",
+    "repair_buffers": "repair",
+}
+__all__ = ["Source", "held", "model_of", "repair_buffers"]
+__getattr__, __dir__ = lazy(__name__, _WHERE)

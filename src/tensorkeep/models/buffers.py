@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.models.tensors import clean
-from tensorkeep.convert.naming.rope import partial_rotary
 
 # what constructors of other people's classes raise when they are called out of their usual place
 REFUSALS = (
@@ -79,7 +79,7 @@ def fresh(model: nn.Module, config: Mapping[str, Any] | None = None, seed: int =
     why: dict[str, str] = {}
     for path, root in transformers_roots(model):
         below = [b for b in wanted if b.name not in out and _inside(b.name, path)]
-        built = rebuilt(root, seed) if below else {}
+        built = _rebuilt(root, seed) if below else {}
         if isinstance(built, str):
             why.update({b.name: built for b in below})
             continue
@@ -125,18 +125,18 @@ def _path(raw: str) -> str:
     return clean(f"{raw}.x").rpartition(".")[0] if raw else ""
 
 
-def rebuilt(model: Any, seed: int = 0) -> dict[str, Tensor] | str:
+def _rebuilt(model: Any, seed: int = 0) -> dict[str, Tensor] | str:
     """The buffers (and plain `inv_freq` copies) of a new model of the same class and config; or why there is none."""
     try:
-        with parameters_on_meta(seed):
-            new = plain_class(type(model))(copy.deepcopy(model.config))
+        with _parameters_on_meta(seed):
+            new = _plain_class(type(model))(copy.deepcopy(model.config))
     except REFUSALS as error:
         return f"{type(model).__name__} could not be built again: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return {b.name: b.tensor for b in buffers(new)}
 
 
 @contextmanager
-def parameters_on_meta(seed: int = 0) -> Iterator[None]:
+def _parameters_on_meta(seed: int = 0) -> Iterator[None]:
     """Within it modules are built with parameters that take no memory, and with real buffers on the CPU, in float32."""
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
@@ -154,19 +154,19 @@ def parameters_on_meta(seed: int = 0) -> Iterator[None]:
         handle.remove()
 
 
-def plain_class(kind: type[Any]) -> type[Any]:
+def _plain_class(kind: type[Any]) -> type[Any]:
     """The class under the one that FSDP2 (`fully_shard`) puts in its place."""
     return next(c for c in kind.__mro__ if not any(b.__name__ == "FSDPModule" for b in c.__mro__))
 
 
 # -- 2: a module's own way ------------------------------------------------------------------------------------------
 
-IN_PLACE = ("_init_self_buffers", "reset_buffers", "init_buffers", "rope_init", "_rope_init")
+_IN_PLACE = ("_init_self_buffers", "reset_buffers", "init_buffers", "rope_init", "_rope_init")
 
 
 def _own_way(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
     """What the module's own methods give for its buffers, on a copy whose buffers are NaN and on the CPU."""
-    names = [n for n in IN_PLACE if callable(getattr(module, n, None))]
+    names = [n for n in _IN_PLACE if callable(getattr(module, n, None))]
     names += (
         ["reset_parameters"]
         if hasattr(module, "reset_parameters") and not any(True for _ in module.parameters())
@@ -207,7 +207,7 @@ def _computed(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str
 
 
 def _from_config(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
-    kind, config = plain_class(type(module)), getattr(module, "config", None)
+    kind, config = _plain_class(type(module)), getattr(module, "config", None)
     if (
         config is None
         or any(True for _ in module.parameters())
@@ -230,10 +230,16 @@ def _tensor(module: nn.Module, key: str) -> Tensor | None:
 def _empty_copy(module: nn.Module) -> nn.Module:
     """A shallow copy whose own buffers lie apart, on the CPU and filled with NaN, so that what is written shows."""
     clone = copy.copy(module)
-    clone.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": {
-        key: None if b is None else torch.full(b.shape, math.nan if b.is_floating_point() or b.is_complex() else 0, dtype=b.dtype)
-        for key, b in module._buffers.items()
-    }}  # fmt: skip
+    clone.__dict__ = {
+        **module.__dict__,
+        "_parameters": dict(module._parameters),
+        "_buffers": {
+            key: None
+            if b is None
+            else torch.full(b.shape, math.nan if b.is_floating_point() or b.is_complex() else 0, dtype=b.dtype)
+            for key, b in module._buffers.items()
+        },
+    }
     return clone
 
 

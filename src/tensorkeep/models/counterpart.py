@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tensorkeep.convert import naming as namings
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.naming.rope import rope_rows
+from tensorkeep.conversion.naming.table import from_own
+from tensorkeep.conversion.plan import Hub, Part, Step
+from tensorkeep.conversion.planning import to_hub
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.models.tensors import Held
-from tensorkeep.convert.naming.table import from_own
-from tensorkeep.convert.plan import Hub, Part, Step
-from tensorkeep.convert.planning import to_hub
-from tensorkeep.convert.naming.rope import rope_rows
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.tensors import Held
 
 
 @dataclass
@@ -76,16 +76,22 @@ class Source:
 
 # what a model fuses: its name -> the names that files use, `{e}` standing for an expert, in the order of their rows
 EXPERTS = (
-    (re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.gate_up_proj"), (
-        ("{at}.{moe}.experts.{e}.gate_proj.weight", "{at}.{moe}.experts.{e}.up_proj.weight"),
-        ("{at}.block_sparse_moe.experts.{e}.w1.weight", "{at}.block_sparse_moe.experts.{e}.w3.weight"),
-    )),
-    (re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.down_proj"), (
-        ("{at}.{moe}.experts.{e}.down_proj.weight",),
-        ("{at}.block_sparse_moe.experts.{e}.w2.weight",),
-    )),
-)  # fmt: skip
-RENAMED = ((re.compile(r"(?P<at>.+)\.mlp\.gate\.weight"), "{at}.block_sparse_moe.gate.weight"),)
+    (
+        re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.gate_up_proj"),
+        (
+            ("{at}.{moe}.experts.{e}.gate_proj.weight", "{at}.{moe}.experts.{e}.up_proj.weight"),
+            ("{at}.block_sparse_moe.experts.{e}.w1.weight", "{at}.block_sparse_moe.experts.{e}.w3.weight"),
+        ),
+    ),
+    (
+        re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.down_proj"),
+        (
+            ("{at}.{moe}.experts.{e}.down_proj.weight",),
+            ("{at}.block_sparse_moe.experts.{e}.w2.weight",),
+        ),
+    ),
+)
+_RENAMED = ((re.compile(r"(?P<at>.+)\.mlp\.gate\.weight"), "{at}.block_sparse_moe.gate.weight"),)
 
 
 Renamed = Callable[[nn.Module, str, Tensor], "str | None"]  # a framework's own name for a tensor in files
@@ -111,7 +117,7 @@ class Asker:
         """What `tensor`, under one of its names, should be made of; None where the file has nothing of the kind."""
         moved = _moved(name, self.cut, self.add)
         found = self._one(moved) or self._fused(tensor, moved) or self._experts(tensor, moved)
-        for pattern, other in RENAMED:
+        for pattern, other in _RENAMED:
             match = pattern.fullmatch(moved)
             found = found or (self._one(other.format(**match.groupdict())) if match else None)
         if found is None and self.renamed is not None:

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
-from tensorkeep.convert import naming as namings
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.diagnose.evidence.case import Inconclusive
-from tensorkeep.storage.files import LocalFolder
-from tensorkeep.models.buffers import REFUSALS
-from tensorkeep.convert.plan import Hub, Step
-from tensorkeep.convert.planning import to_hub
-from tensorkeep.storage.record import DTYPES
-from tensorkeep.convert.streams import pieces
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.plan import Hub, Step
+from tensorkeep.conversion.planning import to_hub
+from tensorkeep.conversion.streams import pieces
+from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.buffers import REFUSALS
+from tensorkeep.storage.files import LocalFolder
+from tensorkeep.storage.record import DTYPES
 
 LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 

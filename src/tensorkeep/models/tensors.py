@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tensorkeep.conversion.plan import Part
+from tensorkeep.conversion.streams import pieces
 from tensorkeep.formats.names import unwrap
-from tensorkeep.convert.plan import Part
-from tensorkeep.storage.record import DTYPES, nbytes
-from tensorkeep.convert.streams import pieces
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.record import DTYPES, nbytes
 
 
 class Held(NamedTuple):

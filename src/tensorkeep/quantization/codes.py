@@ -1,4 +1,4 @@
-"""Codes and values of quantised weights, as arrays: unpack, scale, and what codes a float weight would get.
+"""Codes and values of quantized weights, as arrays: unpack, scale, and what codes a float weight would get.
 
 Everything is float32 with one rounding an operation, in the order in which bitsandbytes computes, so that results are
 equal bit for bit. NF4: QLoRA (arXiv 2305.14314), appendix E. FP4: bitsandbytes' e2m1 table, scaled to 1.
@@ -16,12 +16,25 @@ CHUNK = 1 << 20  # elements decoded at a time
 
 NF4 = np.array(
     [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
     ],
     np.float32,
-)  # fmt: skip
+)
 _E2M1 = [0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25]
 FP4 = np.array([*_E2M1, *(-v for v in _E2M1)], np.float32)
 TABLES = {"nf4": NF4, "fp4": FP4}
@@ -71,7 +84,7 @@ def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block
 
 
 def nested_scales(codes: Array, table: Array, absmax: Array, block: int, offset: float) -> Array:
-    """The scales of double quantisation: table[code] · absmax[block] + offset."""
+    """The scales of double quantization: table[code] · absmax[block] + offset."""
     return np.asarray(scaled(table[codes], absmax, block) + np.float32(offset), np.float32)
 
 
@@ -114,7 +127,7 @@ def full_scale_missing(bits: Array, table: Array, block: int) -> int:
 
 
 def tie(digests: Mapping[str, str]) -> bytes:
-    """16 bytes that tie the parts of one quantised weight together, from the xxh3_128 of each part's bytes by role.
+    """16 bytes that tie the parts of one quantized weight together, from the xxh3_128 of each part's bytes by role.
 
     The roles are `weight` (the codes), those of `quantized` (`absmax`, `quant_map`, `SCB`, ...) and `state` for the
     text of a quant_state; `weight_format` is left out. Stored beside the weight as `weight_digest`, uint8 [16].

@@ -1,4 +1,4 @@
-"""The description of one quantised weight, read and checked: what its state says and what the tensors beside it are.
+"""The description of one quantized weight, read and checked: what its state says and what the tensors beside it are.
 
 What a state lacks (Q01) or contradicts (Q06) is kept as a problem of the weight and never raised: a reader who only
 lists tensors must not stumble over it. The layouts are in `quantized`.
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tensorkeep.errors import shown
-from tensorkeep.storage.record import DTYPES, FROM_TORCH, TensorRecord, checked_shape
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, TensorRecord, checked_shape
 
 FOUR_BITS = ("nf4", "fp4")
 STATE = ".quant_state.bitsandbytes__"
@@ -23,29 +23,29 @@ FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SCALES = ("weight_scale_inv", "weight_scale", "weight.scale", "_weight_scale")  # beside the weight, by module
 ZEROS = ("weight_zero_point", "_weight_zero_point")
 TORCHAO = "._weight_qdata"  # torchao flattens its tensors into `_weight_qdata` and `_weight_scale`
-LARGEST_STATE = 1 << 16  # bytes of a quant_state; real ones have some 170
+_LARGEST_STATE = 1 << 16  # bytes of a quant_state; real ones have some 170
 
 
 class Problem(NamedTuple):
-    """What is wrong with a quantised weight's own description: Q01 (something is missing) or Q06 (it contradicts)."""
+    """What is wrong with a quantized weight's own description: Q01 (something is missing) or Q06 (it contradicts)."""
 
     code: str
     message: str
 
 
 class Nested(NamedTuple):
-    """Double quantisation: the scales are 8-bit codes themselves, in blocks, around an offset."""
+    """Double quantization: the scales are 8-bit codes themselves, in blocks, around an offset."""
 
     blocksize: int
     offset: float
 
 
 @dataclass(frozen=True)
-class QuantisedWeight:
-    """One quantised weight: the stored name of its codes, its kind, and the tensors that belong to it by role.
+class QuantizedWeight:
+    """One quantized weight: the stored name of its codes, its kind, and the tensors that belong to it by role.
 
     `shape` is that of the weight they stand for, None where nothing says. `block` is the reach of one scale: a number
-    of flat elements (nf4, fp4), or (rows, columns). A weight with problems cannot be dequantised.
+    of flat elements (nf4, fp4), or (rows, columns). A weight with problems cannot be dequantized.
     """
 
     name: str
@@ -63,7 +63,7 @@ class QuantisedWeight:
 
     @property
     def stands_for(self) -> str:
-        """The stored name that the weight would have if it were not quantised."""
+        """The stored name that the weight would have if it were not quantized."""
         return self.name.removesuffix(TORCHAO) + ".weight" if self.name.endswith(TORCHAO) else self.name
 
     @property
@@ -90,14 +90,14 @@ class _Reading:
         self.problems.append(Problem("Q06", what))
 
 
-def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantisedWeight:
+def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantizedWeight:
     reading = _Reading(view, name)
     states = [role for role in parts if role.startswith("state:")]
     if name not in view:
         reading.wrong("scales and state without the packed codes they belong to")
     if not parts:
         reading.missing("packed codes without scales, map and state")
-        return QuantisedWeight(name, "4bit", None, parts, problems=tuple(reading.problems))
+        return QuantizedWeight(name, "4bit", None, parts, problems=tuple(reading.problems))
     absent = [role for role in NEEDED if role not in parts] + ([] if states else ["quant_state"])
     if absent:
         reading.missing(f"no {', '.join(absent)}")
@@ -112,13 +112,13 @@ def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantisedWeig
     dtype = state.get("dtype") if isinstance(state.get("dtype"), str) else None
     if state and dtype not in FROM_TORCH:
         reading.wrong(f"dtype {shown(state.get('dtype'))}")
-    return QuantisedWeight(name, kind, shape, parts, block, nested, dtype, tuple(reading.problems))
+    return QuantizedWeight(name, kind, shape, parts, block, nested, dtype, tuple(reading.problems))
 
 
 def _state(reading: _Reading, name: str) -> dict[str, Any]:
     """The JSON of a quant_state tensor, or {} and a problem."""
     record = reading.view[name]
-    if record.dtype != "U8" or record.nbytes > LARGEST_STATE:
+    if record.dtype != "U8" or record.nbytes > _LARGEST_STATE:
         reading.wrong(f"its quant_state is {record.dtype}{list(record.shape)}, not a short text in bytes")
         return {}
     try:
@@ -192,8 +192,8 @@ def _check_sizes(
 # -- one scale a row, block or tensor ---------------------------------------------------------------------------------
 
 
-def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, str]) -> QuantisedWeight | None:
-    """int8 and fp8 weights. None where nothing says that this tensor is quantised (a plain fp8 cast has no scale)."""
+def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, str]) -> QuantizedWeight | None:
+    """int8 and fp8 weights. None where nothing says that this tensor is quantized (a plain fp8 cast has no scale)."""
     reading, shape = _Reading(view, name), record.shape
     if "SCB" in parts and record.dtype in ("I8", "U8"):
         return _int8(reading, record, {r: n for r, n in parts.items() if r in ("SCB", "weight_format")})
@@ -203,14 +203,14 @@ def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, 
     kind = "int8" if record.dtype == "I8" else "fp8"
     if scale is None:
         reading.missing("integer codes without scales")
-        return QuantisedWeight(name, kind, shape, {}, problems=tuple(reading.problems))
+        return QuantizedWeight(name, kind, shape, {}, problems=tuple(reading.problems))
     zero = next((parts[role] for role in ZEROS if role in parts), None)
     given = {"scale": parts[scale]} | ({"zero_point": zero} if zero else {})
     block = _scale_block(reading, shape, view[parts[scale]], scale)
-    return QuantisedWeight(name, kind, shape, given, block, problems=tuple(reading.problems))
+    return QuantizedWeight(name, kind, shape, given, block, problems=tuple(reading.problems))
 
 
-def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> QuantisedWeight:
+def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> QuantizedWeight:
     scb = reading.view[parts["SCB"]]
     if record.dtype != "I8" or len(record.shape) != 2:
         reading.wrong(f"codes are {record.dtype}{list(record.shape)}, int8 [rows, columns] is needed")
@@ -221,7 +221,7 @@ def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> Qua
         if order != 0:
             reading.wrong(f"weight_format {order}: codes in the order of one GPU's kernel, not by rows")
     columns = record.shape[1] if len(record.shape) == 2 else 1
-    return QuantisedWeight(reading.name, "int8", record.shape, parts, (1, columns), problems=tuple(reading.problems))
+    return QuantizedWeight(reading.name, "int8", record.shape, parts, (1, columns), problems=tuple(reading.problems))
 
 
 def _scale_block(reading: _Reading, shape: tuple[int, ...], scale: TensorRecord, role: str) -> tuple[int, int] | None:

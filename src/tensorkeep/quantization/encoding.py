@@ -1,8 +1,8 @@
-"""Float weights to codes and back, as bitsandbytes does it: what a weight becomes when it is quantised (again).
+"""Float weights to codes and back, as bitsandbytes does it: what a weight becomes when it is quantized (again).
 
 Everything is float32 with one rounding an operation, in bitsandbytes' order: a 4-bit code is the nearest level of the
 table after multiplication by 1/absmax (division in the last block, where it is cut), a value on the border takes the
-lower level. Double quantisation stores absmax - mean(absmax) in the 8-bit dynamic map (Dettmers et al., arXiv
+lower level. Double quantization stores absmax - mean(absmax) in the 8-bit dynamic map (Dettmers et al., arXiv
 2110.02861), blocks of 256. Codes are chosen with the float absmax, before it is rounded itself.
 
 Where bitsandbytes' result depends on the machine, this is the one of its CPU code on one thread: the mean (torch sums
@@ -25,7 +25,7 @@ SMALLEST = np.float32(1e-38)  # what bitsandbytes divides a block of zeros by
 
 
 class Kind(NamedTuple):
-    """How weights are quantised: nf4 or fp4 in blocks of `block` flat elements, scales perhaps quantised; or int8 by row."""
+    """How weights are quantized: nf4 or fp4 in blocks of `block` flat elements, scales perhaps quantized; or int8 by row."""
 
     kind: str
     block: int = 64
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """How a model's linears are quantised: the usual way (None: not at all), and those layers that differ, by name."""
+    """How a model's linears are quantized: the usual way (None: not at all), and those layers that differ, by name."""
 
     usual: Kind | None
     layers: tuple[tuple[str, Kind | None], ...] = ()
@@ -74,9 +74,11 @@ def _kind_of(document: object, where: object) -> Kind:
     sound = type(made.block) is int and 0 < made.block <= 1 << 16 and made.block & (made.block - 1) == 0
     if made.kind not in (*TABLES, "int8") or not sound or type(made.double) is not bool:
         raise TensorkeepError(
-            f"its quantization is {document!r:.120}", where=where, code="A02",
+            f"its quantization is {document!r:.120}",
+            where=where,
+            code="A02",
             hint='expected {"kind": "nf4", "fp4" or "int8", "block": a power of two, "double": true or false}',
-        )  # fmt: skip
+        )
     return made
 
 
@@ -111,7 +113,7 @@ def absolute_maxima(flat: Array, block: int) -> Array:
     return np.asarray(top, np.float32)
 
 
-def unit_values(flat: Array, absmax: Array, block: int) -> Array:
+def _unit_values(flat: Array, absmax: Array, block: int) -> Array:
     """Values relative to the scale of their block, within [-1, 1]."""
     whole = flat.size // block
     unit = scaled(flat[: whole * block], np.float32(1) / np.maximum(absmax[:whole], SMALLEST), block)
@@ -129,7 +131,7 @@ def four_bit_codes(flat: Array, absmax: Array, kind: str, block: int) -> Array:
     table = LEVELS[kind]
     order = np.argsort(table, kind="stable")
     levels = table[order]
-    at = np.searchsorted((levels[1:] + levels[:-1]) / np.float32(2), unit_values(flat, absmax, block), side="left")
+    at = np.searchsorted((levels[1:] + levels[:-1]) / np.float32(2), _unit_values(flat, absmax, block), side="left")
     return np.asarray(order[at], np.uint8)
 
 
@@ -198,7 +200,7 @@ def _nearest_steps() -> Array:
 
 
 def stored_scales(absmax: Array, double: bool) -> Array:
-    """The scales as a reader of the file gets them: themselves, or through double quantisation."""
+    """The scales as a reader of the file gets them: themselves, or through double quantization."""
     if not double:
         return absmax
     codes, outer, offset = nested(absmax)
@@ -215,7 +217,7 @@ def int8_values(rows: Array) -> Array:
 
 
 def through(values: Array, kind: Kind) -> Array:
-    """float32 values [N, K] quantised and dequantised again.
+    """float32 values [N, K] quantized and dequantized again.
 
     >>> float(np.abs(through(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64), Kind("nf4"))).max())
     1.0

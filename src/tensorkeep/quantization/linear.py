@@ -2,7 +2,7 @@
 
 Codes and scales are buffers: DDP sends them, deepcopy and pickle keep them, no optimizer, EMA or weight decay sees
 them, and `.half()` moves past them. `state_dict` spells them as bitsandbytes does (`weight.absmax`, ...) and adds
-`weight_digest`, which ties codes to scales. The weight is dequantised at use, in the forward and again in the
+`weight_digest`, which ties codes to scales. The weight is dequantized at use, in the forward and again in the
 backward, and is never kept or repacked: training and evaluation compute the same.
 """
 
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tensorkeep.quantization import stored as quantized
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.description import STATE, QuantisedWeight
-from tensorkeep.quantization.packed import Kind, Layout, Mover, Packed, moved, pack, state_text, tie, unpack
 from tensorkeep.formats.memory import tensor_of, view_of
 from tensorkeep.formats.view import StateView
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.description import STATE, QuantizedWeight
+from tensorkeep.quantization.packed import Kind, Layout, Mover, Packed, moved, pack, state_text, tie, unpack
 
 DIGEST = (
     "weight_digest"  # beside the weight, not under `weight.`: bitsandbytes' readers take every `weight.*` as theirs
@@ -34,7 +34,7 @@ HELD = (*FOUR, "SCB", "weight_format", DIGEST)  # every buffer a QuantLinear may
 
 
 class QuantLinear(nn.Module):
-    """`y = x W^T + bias` over a quantised, frozen W: nf4, fp4 or int8.
+    """`y = x W^T + bias` over a quantized, frozen W: nf4, fp4 or int8.
 
     `weight` is the tensor of codes; `dequantize()` gives the numbers. The bias is a parameter in its own dtype, frozen
     by default. Build it from a dense linear with `QuantLinear.of`, or over codes that exist.
@@ -61,7 +61,7 @@ class QuantLinear(nn.Module):
     def of(
         cls, linear: nn.Linear, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "linear"
     ) -> QuantLinear:
-        """The quantised form of a dense linear, on its device; the bias is taken over as it is."""
+        """The quantized form of a dense linear, on its device; the bias is taken over as it is."""
         made = cls(pack(linear.weight, kind, double, block, name), linear.bias)
         return made.train(linear.training)
 
@@ -117,7 +117,7 @@ class QuantLinear(nn.Module):
 
     @contextmanager
     def _state_apart(self) -> Iterator[dict[str, Tensor | None]]:
-        """Within it the module seems to have no quantised state; what stands in the dict given is put back."""
+        """Within it the module seems to have no quantized state; what stands in the dict given is put back."""
         held = {role: self._buffers.pop(role) for role in HELD if role in self._buffers}
         try:
             yield held
@@ -154,9 +154,15 @@ class QuantLinear(nn.Module):
         return out
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         mine = {k: v for k, v in state_dict.items() if k.startswith(prefix) and _ours(k[len(prefix) :])}
         loaded = None
         if mine:
@@ -196,7 +202,7 @@ def _ours(key: str) -> bool:
 def read_packed(
     tensors: Mapping[str, Tensor] | StateView, shape: tuple[int, int] | None, name: str = "layer"
 ) -> Packed:
-    """One quantised weight out of stored tensors (`name.weight`, `name.weight.absmax`, ...), checked throughout.
+    """One quantized weight out of stored tensors (`name.weight`, `name.weight.absmax`, ...), checked throughout.
 
     `shape`: [out, in] that it must have. Raises TensorkeepError Q01, Q06, S01, and Q02 where a digest says that codes
     and scales do not belong together. Where no digest is stored nothing can be said of that.
@@ -209,9 +215,11 @@ def read_packed(
     if weight is None:
         found = f"{view[stored].dtype} {list(view[stored].shape)}" if stored in view else "nothing"
         raise TensorkeepError(
-            f"holds {found}, no quantised weight", where=stored, code="Q01",
-            hint="quantise float weights while loading: load_quantizing",
-        )  # fmt: skip
+            f"holds {found}, no quantized weight",
+            where=stored,
+            code="Q01",
+            hint="quantize float weights while loading: load_quantizing",
+        )
     packed = take(view, weight)
     if shape is not None and packed.layout.shape != shape:
         raise TensorkeepError(
@@ -220,13 +228,15 @@ def read_packed(
     digest = f"{name}.{DIGEST}"
     if digest in view and bytes(view.bytes(digest)) != tie(packed):
         raise TensorkeepError(
-            "codes and scales do not belong together: the digest beside them says otherwise", where=stored, code="Q02",
+            "codes and scales do not belong together: the digest beside them says otherwise",
+            where=stored,
+            code="Q02",
             hint="take both from the same save",
-        )  # fmt: skip
+        )
     return packed
 
 
-def take(view: StateView, weight: QuantisedWeight) -> Packed:
+def take(view: StateView, weight: QuantizedWeight) -> Packed:
     """The tensors of a described weight, codes as bytes whatever dtype they are stored under."""
     quantized.refuse(weight, view.path)
     if (
@@ -268,9 +278,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def frozen_linear(
     x: Tensor, base: nn.Module, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """`x W^T + bias + scale · (x A^T) B^T` over a frozen dense or quantised W, `[..., in] -> [..., out]`.
+    """`x W^T + bias + scale · (x A^T) B^T` over a frozen dense or quantized W, `[..., in] -> [..., out]`.
 
-    `lora_A [r, in]`, `lora_B [out, r]`. Kept for the backward: x and x A^T; never the dequantised weight. With B = 0
+    `lora_A [r, in]`, `lora_B [out, r]`. Kept for the backward: x and x A^T; never the dequantized weight. With B = 0
     the result is bitwise that of the base.
     """
     dtype = compute_dtype(x)
@@ -318,9 +328,11 @@ def _products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float
 
 
 _products_op = torch.library.custom_op(
-    "tensorkeep::products", _products, mutates_args=(),
+    "tensorkeep::products",
+    _products,
+    mutates_args=(),
     schema="(Tensor left, Tensor right, Tensor low, Tensor up, float scale, Tensor? bias=None) -> Tensor",
-)  # fmt: skip
+)
 
 
 @_products_op.register_fake
@@ -333,9 +345,20 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype,
-        kind: str, rows: int, columns: int, block: int, nested: int, *state: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+        kind: str,
+        rows: int,
+        columns: int,
+        block: int,
+        nested: int,
+        *state: Tensor | None,
+    ) -> Tensor:
         ctx.x_dtype, x = x.dtype, x.to(dtype)
         weight = _dense(kind, rows, columns, block, nested, state, dtype)
         own = None if bias is None else bias.to(dtype)

@@ -1,8 +1,8 @@
-"""Checkpoints into models with quantised linears: strict, all or nothing, one tensor in memory at a time.
+"""Checkpoints into models with quantized linears: strict, all or nothing, one tensor in memory at a time.
 
 A model is compared with the file name by name before a byte of it changes: what fits exactly is loaded, whatever does
-not is refused by name. Quantised weights go where a linear of their shape stands, whether it was quantised before,
-otherwise or not at all; float weights are quantised on the way where that is asked for.
+not is refused by name. Quantized weights go where a linear of their shape stands, whether it was quantized before,
+otherwise or not at all; float weights are quantized on the way where that is asked for.
 """
 
 from __future__ import annotations
@@ -15,17 +15,25 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.quantization import stored as quantized
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.storage.certificate import digest_of_all
-from tensorkeep.formats.names import matches, unwrap
-from tensorkeep.quantization.description import QuantisedWeight
-from tensorkeep.quantization.modules import EXCLUDED, check_patterns, over, quantisable, replace_modules, selected, tied_parameters
-from tensorkeep.quantization.linear import DIGEST, HELD, QuantLinear, read_packed
-from tensorkeep.quantization.packed import Kind, Packed, averaged_blocks, kind_of, pack
-from tensorkeep.storage.record import DTYPES, FROM_TORCH
 from tensorkeep.formats.memory import TensorView, digest_of, tensor_of, view_of
+from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.description import QuantizedWeight
+from tensorkeep.quantization.linear import DIGEST, HELD, QuantLinear, read_packed
+from tensorkeep.quantization.modules import (
+    EXCLUDED,
+    check_patterns,
+    over,
+    quantizable,
+    replace_modules,
+    selected,
+    tied_parameters,
+)
+from tensorkeep.quantization.packed import Kind, Packed, averaged_blocks, kind_of, pack
+from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.record import DTYPES, FROM_TORCH
 
 Source = Mapping[str, Tensor] | StateView | str | Path
 Repair = Callable[[nn.Module], Sequence[str]]
@@ -34,16 +42,16 @@ EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32
 
 @dataclass
 class Loaded:
-    """What a load did, by name. `unproven`: quantised weights whose file has no digest that ties codes to scales."""
+    """What a load did, by name. `unproven`: quantized weights whose file has no digest that ties codes to scales."""
 
-    quantised: list[str] = field(default_factory=list)
+    quantized: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     unproven: list[str] = field(default_factory=list)
     base_digest: str | None = None  # of every tensor of the file, as `tensorkeep.json` has it
 
 
 class Settings(NamedTuple):
-    """How float weights are to be quantised on the way."""
+    """How float weights are to be quantized on the way."""
 
     kind: Kind
     double: bool
@@ -53,44 +61,52 @@ class Settings(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One tensor (or one quantised weight) of the file and where it goes."""
+    """One tensor (or one quantized weight) of the file and where it goes."""
 
     name: str
     stored: str
-    how: str  # copy: a float tensor; take: a quantised weight as it is; pack: a float weight to be quantised
+    how: str  # copy: a float tensor; take: a quantized weight as it is; pack: a float weight to be quantized
     places: tuple[tuple[nn.Module, str], ...]
 
 
 def load_quantized(model: nn.Module, source: Source, absent: Sequence[str] = ()) -> Loaded:
-    """Load a quantised checkpoint (a path, a view, or tensors by name) into a model of the same architecture.
+    """Load a quantized checkpoint (a path, a view, or tensors by name) into a model of the same architecture.
 
-    Dense linears whose weight is quantised in the file become `QuantLinear`. Codes, scales and digests are proven
+    Dense linears whose weight is quantized in the file become `QuantLinear`. Codes, scales and digests are proven
     before anything is copied. `absent`: patterns of the model's names that the file need not have (a new adapter's).
     Raises TensorkeepError that lists what is missing (K01), unexpected (K02), of another shape (S01) or dtype (S04),
-    not quantised, or damaged (Q01, Q02, Q03, Q06); then the model is untouched.
+    not quantized, or damaged (Q01, Q02, Q03, Q06); then the model is untouched.
 
     >>> layer = nn.Sequential(QuantLinear.of(nn.Linear(64, 8)))
-    >>> load_quantized(nn.Sequential(nn.Linear(64, 8)), layer.state_dict()).quantised
+    >>> load_quantized(nn.Sequential(nn.Linear(64, 8)), layer.state_dict()).quantized
     ['0']
     """
     return _Load(model, _view(source), None, tuple(absent)).run(None, None)
 
 
 def load_quantizing(
-    model: nn.Module, source: Source, kind: Kind | int = "nf4", double: bool = True, block: int = 64,
-    include: Sequence[str] = ("*",), exclude: Sequence[str] = EXCLUDED, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None, repair: Repair | None = None, absent: Sequence[str] = (),
-) -> Loaded:  # fmt: skip
-    """Load a float checkpoint and quantise its linears on the way, tensor by tensor; the model ends up frozen.
+    model: nn.Module,
+    source: Source,
+    kind: Kind | int = "nf4",
+    double: bool = True,
+    block: int = 64,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = EXCLUDED,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    repair: Repair | None = None,
+    absent: Sequence[str] = (),
+) -> Loaded:
+    """Load a float checkpoint and quantize its linears on the way, tensor by tensor; the model ends up frozen.
 
-    Build `model` with its parameters on the meta device. Peak memory is the quantised model and one tensor; what is
-    not quantised keeps its stored dtype, or becomes `dtype`. A weight that the file holds quantised already is taken
+    Build `model` with its parameters on the meta device. Peak memory is the quantized model and one tensor; what is
+    not quantized keeps its stored dtype, or becomes `dtype`. A weight that the file holds quantized already is taken
     as it is. `repair` recomputes non-persistent buffers that are on meta (`tensorkeep.repair_buffers`); it is an error
     to leave one. Raises TensorkeepError as `load_quantized`, before anything is changed.
 
     >>> with torch.device("meta"):
     ...     model = nn.Sequential(nn.Linear(64, 8))
-    >>> load_quantizing(model, nn.Sequential(nn.Linear(64, 8)).state_dict(), "nf4").quantised
+    >>> load_quantizing(model, nn.Sequential(nn.Linear(64, 8)).state_dict(), "nf4").quantized
     ['0']
     """
     settings = Settings(kind_of(kind), double, block, tuple(include), tuple(exclude))
@@ -110,9 +126,14 @@ class _Load:
     """A load, planned as a whole and then carried out."""
 
     def __init__(
-        self, model: nn.Module, view: StateView, settings: Settings | None, absent: tuple[str, ...],
-        device: torch.device | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        view: StateView,
+        settings: Settings | None,
+        absent: tuple[str, ...],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.model, self.view, self.settings, self.absent = model, view, settings, absent
         self.device, self.dtype = device, dtype
         self.stored = {unwrap(name)[0]: name for name in view}
@@ -142,9 +163,9 @@ class _Load:
     # -- planning -------------------------------------------------------------------------------------------------------
 
     def _plan_linears(self) -> set[str]:
-        """Quantised linears, and dense ones that are to be; returns the clean names of their weights."""
+        """Quantized linears, and dense ones that are to be; returns the clean names of their weights."""
         linears = {
-            unwrap(n)[0]: m for n, m in self.model.named_modules() if isinstance(m, QuantLinear) or quantisable(m)
+            unwrap(n)[0]: m for n, m in self.model.named_modules() if isinstance(m, QuantLinear) or quantizable(m)
         }
         tied = tied_parameters(self.model)
         if self.settings is not None:
@@ -156,7 +177,7 @@ class _Load:
             held, codes = isinstance(linear, QuantLinear), weight in self.weights
             if codes and id(linear.weight) in tied:
                 self._problem(
-                    "Q06", weight, "is quantised in the file and tied to another module's weight in the model"
+                    "Q06", weight, "is quantized in the file and tied to another module's weight in the model"
                 )
             elif codes:
                 self._plan_codes(name, weight, linear)
@@ -189,7 +210,7 @@ class _Load:
         record, shape = self.view[self.stored[weight]], (linear.out_features, linear.in_features)
         if self.settings is None:
             self._problem(
-                "Q01", weight, f"is {record.dtype} in the file and quantised in the model: load_quantizing quantises it"
+                "Q01", weight, f"is {record.dtype} in the file and quantized in the model: load_quantizing quantizes it"
             )
         elif record.shape != shape:
             self._problem("S01", weight, f"is {list(record.shape)} in the file, {list(shape)} in the model")
@@ -224,8 +245,10 @@ class _Load:
                 self._problem(
                     "T01", present[0], f"is one tensor with {present[1]} in the model and another in the file"
                 )
-            self.steps += [_Step(n, s, "copy" if i == 0 else "same", tuple((m, k) for _, m, k in same))
-                           for i, (n, s) in enumerate(zip(present, stored))]  # fmt: skip
+            self.steps += [
+                _Step(n, s, "copy" if i == 0 else "same", tuple((m, k) for _, m, k in same))
+                for i, (n, s) in enumerate(zip(present, stored))
+            ]
 
     def _check_plain(self, name: str, target: Tensor) -> None:
         record, here = self.view[self.stored[name]], FROM_TORCH.get(str(target.dtype).removeprefix("torch."))
@@ -265,13 +288,16 @@ class _Load:
         missing = [line.split(" ", 1)[0] for c, line in self.problems if c == "K01"]
         hint = near_misses(missing[0], self.stored) if missing else ""
         raise TensorkeepError(
-            first + more, where=self.view.path, code=code, hint=hint or "nothing was loaded; tensorkeep inspect lists what the file holds",
+            first + more,
+            where=self.view.path,
+            code=code,
+            hint=hint or "nothing was loaded; tensorkeep inspect lists what the file holds",
             tensors=[line.split(" ", 1)[0] for _, line in self.problems],
-        )  # fmt: skip
+        )
 
     def _part(self, weight: str) -> Mapping[str, Tensor]:
-        """The tensors of one quantised weight under the names that `read_packed` asks for."""
-        found: QuantisedWeight = self.weights[weight]
+        """The tensors of one quantized weight under the names that `read_packed` asks for."""
+        found: QuantizedWeight = self.weights[weight]
         module, digest = weight.removesuffix("weight"), self.stored.get(weight.removesuffix("weight") + DIGEST)
         stored = [found.name, *found.parts.values(), *([digest] if digest else [])]
         return {f"layer.{unwrap(s)[0][len(module) :]}": tensor_of(self.view, s) for s in stored if s in self.view}
@@ -280,10 +306,11 @@ class _Load:
 
     def _meta_buffers(self) -> list[str]:
         return [
-            unwrap(f"{path}.{key}" if path else key)[0] for path, module in self.model.named_modules()
+            unwrap(f"{path}.{key}" if path else key)[0]
+            for path, module in self.model.named_modules()
             for key, tensor in module._buffers.items()
             if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set
-        ]  # fmt: skip
+        ]
 
     def _repair(self, empty: Sequence[str], repair: Repair | None, device: torch.device | None) -> None:
         if not empty or repair is None:
@@ -296,9 +323,11 @@ class _Load:
         left = sorted(set(empty) - {unwrap(name)[0] for name in repair(self.model)})
         if left:
             raise TensorkeepError(
-                f"{left[0]} is in no file and cannot be recomputed ({len(left)} buffers)", where="load_quantizing", code="B01",
+                f"{left[0]} is in no file and cannot be recomputed ({len(left)} buffers)",
+                where="load_quantizing",
+                code="B01",
                 hint="build the model with real buffers: only its parameters need be on meta",
-            )  # fmt: skip
+            )
 
     # -- copying --------------------------------------------------------------------------------------------------------
 
@@ -334,7 +363,7 @@ class _Load:
             linear.fill(packed)
         else:
             replace_modules(self.model, {linear: over(linear, QuantLinear(packed, linear.bias))})
-        self.result.quantised.append(step.name)
+        self.result.quantized.append(step.name)
         return digests
 
     def _put(self, tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:

@@ -1,6 +1,6 @@
 """A model's linears in 4 or 8 bits: in place, adopted from bitsandbytes, and held equal across processes.
 
-4 bits are 4 bits and 8 bits are 8: nothing of a quantised weight stays in floats. Heads, embeddings and whatever
+4 bits are 4 bits and 8 bits are 8: nothing of a quantized weight stays in floats. Heads, embeddings and whatever
 trains or is tied keep their floats, and every pattern must fit something. Loading is in `quantized_loading`.
 """
 
@@ -21,17 +21,21 @@ from tensorkeep.quantization.packed import Kind, kind_of, tie
 
 HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")  # by the end of their names
 EXCLUDED = (*HEADS, "*embed*")
-BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
+_BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
 
 
 def quantize_(
-    model: nn.Module, kind: Kind | int = "nf4", double: bool = True, block: int = 64, include: Sequence[str] = ("*",),
+    model: nn.Module,
+    kind: Kind | int = "nf4",
+    double: bool = True,
+    block: int = 64,
+    include: Sequence[str] = ("*",),
     exclude: Sequence[str] = EXCLUDED,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Put the frozen linears of a loaded model into codes, in place; returns their names.
 
     Patterns are shell-style and fit a whole name or its end. A linear that trains, or whose weight is tied to another
-    module's, stays as it is. Raises TensorkeepError where nothing is left to quantise or a pattern of `include` fits
+    module's, stays as it is. Raises TensorkeepError where nothing is left to quantize or a pattern of `include` fits
     no linear.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).requires_grad_(False)
@@ -39,7 +43,7 @@ def quantize_(
     ['0']
     """
     kind = kind_of(kind)
-    linears = {_clean(n): m for n, m in model.named_modules() if quantisable(m)}
+    linears = {_clean(n): m for n, m in model.named_modules() if quantizable(m)}
     check_patterns(linears, include, "include")
     chosen = {n: m for n, m in linears.items() if selected(n, include, exclude)}
     tied = tied_parameters(model)
@@ -47,9 +51,12 @@ def quantize_(
     if not free:
         trains = sum(m.weight.requires_grad for m in chosen.values())
         raise TensorkeepError(
-            f"no linear to quantise: of {len(linears)}, {len(linears) - len(chosen)} are excluded and {trains} train", where="quantize",
-            hint="freeze the model first: model.requires_grad_(False)" if trains else f"linears here: {', '.join(list(linears)[:6])}",
-        )  # fmt: skip
+            f"no linear to quantize: of {len(linears)}, {len(linears) - len(chosen)} are excluded and {trains} train",
+            where="quantize",
+            hint="freeze the model first: model.requires_grad_(False)"
+            if trains
+            else f"linears here: {', '.join(list(linears)[:6])}",
+        )
     names = list(free)
     del linears, chosen  # one at a time, so that the floats of each are freed before the next
     for name in names:
@@ -58,13 +65,13 @@ def quantize_(
     return names
 
 
-def quantisable(module: nn.Module) -> bool:
+def quantizable(module: nn.Module) -> bool:
     """Whether this is a plain dense linear, or one with our LoRA on it."""
     return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
 
 
 def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
-    """The quantised form in the place of `linear`: its LoRA, where it has one, goes on top."""
+    """The quantized form in the place of `linear`: its LoRA, where it has one, goes on top."""
     put: Any = getattr(linear, "over", None)
     return made if put is None else put(made)
 
@@ -112,8 +119,8 @@ def _clean(name: str) -> str:
     return unwrap(name)[0]
 
 
-def quantised_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantised linears by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized linears by name, without the wrappers of DDP, FSDP2 and torch.compile."""
     return {_clean(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
@@ -122,14 +129,14 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 def is_bitsandbytes(module: nn.Module) -> bool:
     """Whether this is one of bitsandbytes' linears; the library is not imported to find out."""
-    return any(k.__module__.startswith("bitsandbytes.") and k.__name__ in BITSANDBYTES for k in type(module).__mro__)
+    return any(k.__module__.startswith("bitsandbytes.") and k.__name__ in _BITSANDBYTES for k in type(module).__mro__)
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Turn bitsandbytes' linears into ours, in place, without quantising again; returns their names.
+    """Turn bitsandbytes' linears into ours, in place, without quantizing again; returns their names.
 
     Codes and scales are shared, not copied. Raises TensorkeepError, before anything is changed, for layers that hold
-    no quantised weight yet (Q01), keep floats (int8 with `has_fp16_weights`), or were repacked for one machine's
+    no quantized weight yet (Q01), keep floats (int8 with `has_fp16_weights`), or were repacked for one machine's
     kernel by a forward in evaluation mode (Q06).
     """
     found = {_clean(n): m for n, m in model.named_modules() if is_bitsandbytes(m)}
@@ -143,7 +150,7 @@ def adopted(module: Any, name: str = "linear") -> QuantLinear:
     if hasattr(weight, "quant_type"):
         state = getattr(weight, "quant_state", None)
         if state is None:
-            hint = "it quantises when it is moved: model.to(device), then adopt"
+            hint = "it quantizes when it is moved: model.to(device), then adopt"
             raise TensorkeepError("holds floats still", where=name, code="Q01", hint=hint)
         tensors = {
             "layer.weight": weight.data,
@@ -174,10 +181,10 @@ def check_ranks(model: nn.Module) -> None:
     all codes at every forward: build each rank from the same file, check, and use that). Raises TensorkeepError Q02
     with the first layer that differs and the ranks that hold something else.
     """
-    found = {name: tie(layer.packed).hex() for name, layer in quantised_layers(model).items()}
-    for name, layer in quantised_layers(model).items():
+    found = {name: tie(layer.packed).hex() for name, layer in quantized_layers(model).items()}
+    for name, layer in quantized_layers(model).items():
         if found[name] != bytes(layer.get_buffer(DIGEST).cpu().tolist()).hex():
-            what = "codes and scales changed since they were quantised or loaded"
+            what = "codes and scales changed since they were quantized or loaded"
             raise TensorkeepError(what, where=name, code="Q02", hint="load the checkpoint again")
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
@@ -187,9 +194,11 @@ def check_ranks(model: nn.Module) -> None:
         ranks = [rank for rank, theirs in enumerate(gathered) if theirs.get(name) != gathered[0].get(name)]
         if ranks:
             raise TensorkeepError(
-                f"is not the same on ranks 0 and {', '.join(map(str, ranks))}", where=name, code="Q02",
-                hint="load the same checkpoint on every rank, or quantise from one seed",
-            )  # fmt: skip
+                f"is not the same on ranks 0 and {', '.join(map(str, ranks))}",
+                where=name,
+                code="Q02",
+                hint="load the same checkpoint on every rank, or quantize from one seed",
+            )
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------------
@@ -201,7 +210,7 @@ class Sizes:
 
     trainable: int
     frozen: int
-    quantised: int  # of the frozen ones
+    quantized: int  # of the frozen ones
     bytes: int  # of all parameters and persistent buffers as they are stored
     trainable_bytes: int
 
@@ -212,7 +221,7 @@ class Sizes:
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.parameters, 1)
         return (
-            f"{self.parameters:,} parameters, {self.trainable:,} train ({share:.2f} %), {self.quantised:,} quantised; "
+            f"{self.parameters:,} parameters, {self.trainable:,} train ({share:.2f} %), {self.quantized:,} quantized; "
             f"{self.bytes / 1e6:,.1f} MB, {self.trainable_bytes / 1e6:,.1f} MB of them train"
         )
 
@@ -223,15 +232,15 @@ def sizes(model: nn.Module) -> Sizes:
     >>> sizes(nn.Sequential(QuantLinear.of(nn.Linear(64, 32)))).parameters
     2080
     """
-    trainable = frozen = quantised = stored = training = 0
+    trainable = frozen = quantized = stored = training = 0
     for tensor, count, packed in _held(model):
         size = tensor.numel() * tensor.element_size()
         stored += size
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
             trainable, training = trainable + count, training + size
         else:
-            frozen, quantised = frozen + count, quantised + (count if packed else 0)
-    return Sizes(trainable, frozen, quantised, stored, training)
+            frozen, quantized = frozen + count, quantized + (count if packed else 0)
+    return Sizes(trainable, frozen, quantized, stored, training)
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Tensor, int, bool]]:

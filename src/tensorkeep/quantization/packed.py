@@ -2,7 +2,7 @@
 
 Codes, scales and their layout are those of `quantized`. Results are equal to bitsandbytes 0.50.2's on the CPU bit for
 bit, which fixes details that its kernels do not share: whole blocks are scaled by the reciprocal of absmax and a last,
-shorter one by division; the 8-bit map of double quantisation is looked up on a grid of 65,536 points; int8 goes
+shorter one by division; the 8-bit map of double quantization is looked up on a grid of 65,536 points; int8 goes
 through float16. Block sizes need not divide a row, nor elements be even in number.
 """
 
@@ -18,16 +18,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from tensorkeep.quantization import codes as quant_codes
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.memory import digest_of
+from tensorkeep.quantization import codes as quant_codes
 
 Kind = Literal["nf4", "fp4", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-BITS: dict[int, Kind] = {4: "nf4", 8: "int8"}
+_BITS: dict[int, Kind] = {4: "nf4", 8: "int8"}
 NESTED_BLOCK = 256  # scales that share one scale of their own, as bitsandbytes writes it
-CELLS = 4096  # of the grid that finds a code; no two borders of NF4 or FP4 lie in one cell
-GRID = 65535  # steps of bitsandbytes' lookup for the 8-bit map
+_CELLS = 4096  # of the grid that finds a code; no two borders of NF4 or FP4 lie in one cell
+_GRID = 65535  # steps of bitsandbytes' lookup for the 8-bit map
 SMALLEST = 1e-38  # bitsandbytes' guard against dividing by an absmax of zero
 
 
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """One quantised weight: its layout and its tensors by role.
+    """One quantized weight: its layout and its tensors by role.
 
     nf4, fp4: `weight` uint8 [ceil(n/2), 1], `absmax` float32 [blocks] (uint8 where nested), `quant_map` [16];
     nested: `nested_absmax` [ceil(blocks/256)], `nested_quant_map` [256], `nested_offset` [1].
@@ -61,21 +61,22 @@ def kind_of(word: str | int) -> Kind:
     >>> kind_of(4), kind_of("fp4")
     ('nf4', 'fp4')
     """
-    if isinstance(word, int) and word in BITS:
-        return BITS[word]
+    if isinstance(word, int) and word in _BITS:
+        return _BITS[word]
     if word in KINDS:
         return word
     raise TensorkeepError(
-        f"cannot quantise to {word!r}", where="quantize",
+        f"cannot quantize to {word!r}",
+        where="quantize",
         hint=near_misses(str(word), KINDS) or f"choose among {', '.join(KINDS)}, or 4 and 8 bits",
-    )  # fmt: skip
+    )
 
 
-# -- quantising -------------------------------------------------------------------------------------------------------
+# -- quantizing -------------------------------------------------------------------------------------------------------
 
 
 def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "weight") -> Packed:
-    """Quantise `weight [out, in]` on its device; `double` quantises the scales as well (nf4, fp4).
+    """Quantize `weight [out, in]` on its device; `double` quantizes the scales as well (nf4, fp4).
 
     Beside the result, memory for about 2^20 elements is needed. Raises TensorkeepError V01 for NaN and infinity, and
     for dtypes beyond float16, bfloat16 and float32.
@@ -85,7 +86,7 @@ def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 6
     True
     """
     if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not weight.numel():
-        what = f"{weight.dtype} {list(weight.shape)} cannot be quantised"
+        what = f"{weight.dtype} {list(weight.shape)} cannot be quantized"
         raise TensorkeepError(what, where=name, hint="a linear weight [out, in] in float32, bfloat16 or float16 can")
     if block < 32 or block & (block - 1):
         raise TensorkeepError(f"block size {block}", where=name, hint="a power of two from 32 on, 64 by default")
@@ -129,7 +130,7 @@ def _pack_blocks(weight: Tensor, kind: Kind, block: int, name: str) -> tuple[Ten
 def _nearest(unit: Tensor, kind: Kind) -> Tensor:
     """The code of each value in [-1, 1]: one lookup, and one comparison in the cells that a border cuts."""
     below, border, order = _grid(kind, unit.device)
-    cell = ((unit + 1) * (CELLS / 2)).to(torch.int32)
+    cell = ((unit + 1) * (_CELLS / 2)).to(torch.int32)
     rank = below.index_select(0, cell) + (unit > border.index_select(0, cell)).view(torch.uint8)
     return rank if kind == "nf4" else order.index_select(0, rank.to(torch.int32))
 
@@ -140,22 +141,22 @@ def _grid(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     table = torch.from_numpy(quant_codes.TABLES[kind] + 0)
     order = torch.argsort(table, stable=True)
     borders = (table[order[:-1]] + table[order[1:]]) / 2
-    below, inside = torch.zeros(CELLS + 1, dtype=torch.uint8), torch.full((CELLS + 1,), math.inf)
-    for border, cell in zip(borders, ((borders + 1) * (CELLS / 2)).to(torch.int64).tolist()):
+    below, inside = torch.zeros(_CELLS + 1, dtype=torch.uint8), torch.full((_CELLS + 1,), math.inf)
+    for border, cell in zip(borders, ((borders + 1) * (_CELLS / 2)).to(torch.int64).tolist()):
         below[cell + 1 :] += 1
         inside[cell] = border
     return below.to(device), inside.to(device), order.to(device, torch.uint8)
 
 
 def _pack_scales(absmax: Tensor) -> dict[str, Tensor]:
-    """Double quantisation: absmax around its mean as 8-bit codes of the dynamic map, in blocks of 256."""
+    """Double quantization: absmax around its mean as 8-bit codes of the dynamic map, in blocks of 256."""
     offset = _mean(absmax)
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     outer = padded.abs().amax(1)
     unit = (padded * (1.0 / outer)[:, None]).nan_to_num(nan=-1.0)  # 0 · inf, where all scales are equal: code 0
     levels, nearest = _dynamic(absmax.device)
-    point = ((unit.clamp(-1, 1) + 1) * 0.5 * GRID + 0.5).to(torch.int32)
+    point = ((unit.clamp(-1, 1) + 1) * 0.5 * _GRID + 0.5).to(torch.int32)
     codes = nearest.index_select(0, point.view(-1))[: absmax.numel()]
     return {
         "absmax": codes,
@@ -191,7 +192,7 @@ def _dynamic(device: torch.device) -> tuple[Tensor, Tensor]:
         middles = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*middles.tolist(), *(-middles).tolist()]
     levels = torch.tensor(sorted(values), dtype=torch.float32)
-    points = (torch.arange(GRID + 1, dtype=torch.float64) / GRID * 2 - 1).float()
+    points = (torch.arange(_GRID + 1, dtype=torch.float64) / _GRID * 2 - 1).float()
     nearest = torch.bucketize(points, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
     return levels.to(device), nearest.to(device)
 
@@ -223,38 +224,64 @@ def _refuse_infinite(scales: Tensor, name: str) -> None:
 def unpack(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] that codes stand for, computed in float32 and rounded once to `dtype`."""
     if layout.kind == "int8":
-        return dequantise_8bit(tensors["weight"], tensors["SCB"], dtype)
-    return dequantise_4bit(
-        tensors["weight"], tensors["absmax"], tensors["quant_map"], tensors.get("nested_absmax"),
-        tensors.get("nested_quant_map"), tensors.get("nested_offset"), layout.block, layout.nested, *layout.shape, dtype,
-    )  # fmt: skip
+        return _dequantize_8bit(tensors["weight"], tensors["SCB"], dtype)
+    return dequantize_4bit(
+        tensors["weight"],
+        tensors["absmax"],
+        tensors["quant_map"],
+        tensors.get("nested_absmax"),
+        tensors.get("nested_quant_map"),
+        tensors.get("nested_offset"),
+        layout.block,
+        layout.nested,
+        *layout.shape,
+        dtype,
+    )
 
 
-def dequantise_8bit(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize_8bit(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """`code · SCB[row] / 127`, [out, in]; bitsandbytes multiplies by the float32 nearest to 1/127."""
     return (codes.float().mul_(scales[:, None])).mul_(float(quant_codes.PER_127)).to(dtype)
 
 
-def dequantise_4bit(
-    codes: Tensor, absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None, block: int, nested: int, rows: int, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    quant_map: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    nested_offset: Tensor | None,
+    block: int,
+    nested: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """`quant_map[code] · scale[block]`, [rows, columns], with the arguments of `Packed` and `Layout`."""
-    how = _dequantise_4bit_op if torch.compiler.is_compiling() else _dequantise_4bit  # the op costs 50 us a call
+    how = _dequantize_4bit_op if torch.compiler.is_compiling() else _dequantize_4bit  # the op costs 50 us a call
     values: Tensor = how(
         codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset, block, nested, rows, columns, dtype
     )
     return values
 
 
-def _dequantise_4bit(
-    codes: Tensor, absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None, block: int, nested: int, rows: int, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def _dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    quant_map: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    nested_offset: Tensor | None,
+    block: int,
+    nested: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     if codes.is_cuda and codes.is_contiguous() and _has_triton():
-        from tensorkeep.quantization.kernels import dequantise
+        from tensorkeep.quantization._kernels import dequantize
 
-        return dequantise(
+        return dequantize(
             codes,
             absmax,
             quant_map,
@@ -283,16 +310,25 @@ _SCHEMA = (
     "(Tensor codes, Tensor absmax, Tensor quant_map, Tensor? nested_absmax, Tensor? nested_quant_map, "
     "Tensor? nested_offset, int block, int nested, int rows, int columns, ScalarType dtype) -> Tensor"
 )
-_dequantise_4bit_op = torch.library.custom_op(
-    "tensorkeep::dequantise_4bit", _dequantise_4bit, mutates_args=(), schema=_SCHEMA
+_dequantize_4bit_op = torch.library.custom_op(
+    "tensorkeep::dequantize_4bit", _dequantize_4bit, mutates_args=(), schema=_SCHEMA
 )
 
 
-@_dequantise_4bit_op.register_fake
+@_dequantize_4bit_op.register_fake
 def _(
-    codes: Tensor, absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None, block: int, nested: int, rows: int, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    codes: Tensor,
+    absmax: Tensor,
+    quant_map: Tensor,
+    nested_absmax: Tensor | None,
+    nested_quant_map: Tensor | None,
+    nested_offset: Tensor | None,
+    block: int,
+    nested: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return codes.new_empty((rows, columns), dtype=dtype)
 
 
@@ -318,8 +354,11 @@ def _has_triton() -> bool:
 def state_text(layout: Layout, offset: float) -> bytes:
     """The `quant_state` of a 4-bit weight as bitsandbytes writes it: JSON, in its order."""
     said: dict[str, Any] = {
-        "quant_type": layout.kind, "blocksize": layout.block, "dtype": layout.dtype, "shape": list(layout.shape),
-    }  # fmt: skip
+        "quant_type": layout.kind,
+        "blocksize": layout.block,
+        "dtype": layout.dtype,
+        "shape": list(layout.shape),
+    }
     if layout.nested:
         said |= {"nested_blocksize": layout.nested, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(said).encode()
@@ -369,6 +408,6 @@ def moved(tensor: Tensor, move: Mover) -> Tensor:
     """
     raw = move(tensor.view(torch.uint8))
     if raw.dtype != torch.uint8:
-        what = f"quantised codes and scales cannot be converted to {raw.dtype}"
+        what = f"quantized codes and scales cannot be converted to {raw.dtype}"
         raise TensorkeepError(what, where="quantize", hint="dequantize() gives the weight as numbers")
     return raw.view(tensor.dtype)

@@ -1,6 +1,6 @@
-"""Quantised weights: which stored tensors make up one, what its state says of it, and its values.
+"""Quantized weights: which stored tensors make up one, what its state says of it, and its values.
 
-One quantised weight is several tensors: packed codes under the weight's own name, and beside them the scales without
+One quantized weight is several tensors: packed codes under the weight's own name, and beside them the scales without
 which the codes mean nothing. Read here, without the libraries that wrote them:
 
 | kind | codes | state | values |
@@ -16,7 +16,7 @@ bitsandbytes' functional.py (QuantState), the model cards of the formats; all si
 with bitsandbytes 0.50.2, bit for bit.
 
 What a state lacks (Q01) or contradicts (Q06) is kept as a problem of the weight and never raised: a reader who only
-lists tensors must not stumble over it. `dequantise` refuses such a weight.
+lists tensors must not stumble over it. `dequantize` refuses such a weight.
 """
 
 from __future__ import annotations
@@ -26,21 +26,46 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.quantization.description import FLOAT8, FOUR_BITS, NEEDED, NESTED, SCALES, STATE, TORCHAO, ZEROS, Nested, Problem, QuantisedWeight, by_scale, four_bit
-from tensorkeep.storage.record import TensorRecord
 from tensorkeep.formats.view import StateView, np_frombuffer
+from tensorkeep.quantization.description import (
+    FLOAT8,
+    FOUR_BITS,
+    NEEDED,
+    NESTED,
+    SCALES,
+    STATE,
+    TORCHAO,
+    ZEROS,
+    Nested,
+    Problem,
+    QuantizedWeight,
+    by_scale,
+    four_bit,
+)
+from tensorkeep.storage.record import TensorRecord
 
 if TYPE_CHECKING:
     from tensorkeep.quantization.codes import Array
 
 __all__ = [
-    "FLOAT8", "TORCHAO", "Nested", "Problem", "QuantisedWeight", "dequantise", "find", "four_bit_state", "members", "packed_bytes", "refuse",
-    "row_scales", "stream_values",
-]  # fmt: skip
+    "FLOAT8",
+    "TORCHAO",
+    "Nested",
+    "Problem",
+    "QuantizedWeight",
+    "dequantize",
+    "find",
+    "four_bit_state",
+    "members",
+    "packed_bytes",
+    "refuse",
+    "row_scales",
+    "stream_values",
+]
 
 
-def find(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantisedWeight]:
-    """The quantised weights of a view by the stored name of their codes; headers and the small states are read.
+def find(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantizedWeight]:
+    """The quantized weights of a view by the stored name of their codes; headers and the small states are read.
 
     `names` (as in `Identity.names`) restricts the search to the model's own tensors.
 
@@ -62,7 +87,7 @@ def find(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, Q
     return out
 
 
-def members(weights: Mapping[str, QuantisedWeight]) -> dict[str, str]:
+def members(weights: Mapping[str, QuantizedWeight]) -> dict[str, str]:
     """Stored name of every scale, map and state -> stored name of the codes it belongs to; and of the digest that our
     own files keep beside them (`NAME_digest`), whether it is there or not."""
     found = {part: weight.name for weight in weights.values() for part in weight.parts.values()}
@@ -90,13 +115,13 @@ def _four_bit_groups(records: Mapping[str, TensorRecord]) -> dict[str, dict[str,
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-def dequantise(view: StateView, name: str, weight: QuantisedWeight | None = None) -> Array:
-    """The float32 values of one quantised weight, in its own shape; nothing else of the view is read.
+def dequantize(view: StateView, name: str, weight: QuantizedWeight | None = None) -> Array:
+    """The float32 values of one quantized weight, in its own shape; nothing else of the view is read.
 
     `weight` saves the search where `find` was called already. Raises TensorkeepError Q01 or Q06 where the state is
-    missing or contradicts itself, and K01 where `name` is no quantised weight.
+    missing or contradicts itself, and K01 where `name` is no quantized weight.
 
-    >>> dequantise(read("model-nf4"), "model.layers.0.mlp.up_proj.weight").shape          # doctest: +SKIP
+    >>> dequantize(read("model-nf4"), "model.layers.0.mlp.up_proj.weight").shape          # doctest: +SKIP
     (1536, 576)
     """
     import numpy as np
@@ -104,7 +129,7 @@ def dequantise(view: StateView, name: str, weight: QuantisedWeight | None = None
     weight = weight or find(view).get(name)
     if weight is None:
         raise TensorkeepError(
-            f"{name} is no quantised weight", where=view.path, code="K01", hint=near_misses(name, find(view)) or None
+            f"{name} is no quantized weight", where=view.path, code="K01", hint=near_misses(name, find(view)) or None
         )
     refuse(weight, view.path)
     assert weight.shape is not None
@@ -114,7 +139,7 @@ def dequantise(view: StateView, name: str, weight: QuantisedWeight | None = None
     return out.reshape(weight.shape)
 
 
-def stream_values(view: StateView, weight: QuantisedWeight) -> Iterator[tuple[int, Array]]:
+def stream_values(view: StateView, weight: QuantizedWeight) -> Iterator[tuple[int, Array]]:
     """The same values as flat pieces `(first element, float32 values)`; the codes are held, the values are not."""
     from tensorkeep.quantization import codes as quant_codes
 
@@ -126,7 +151,7 @@ def stream_values(view: StateView, weight: QuantisedWeight) -> Iterator[tuple[in
     assert isinstance(weight.block, tuple) and weight.shape is not None
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
     scales = row_scales(view, weight)
-    zero = scale_grid(view, weight, "zero_point") if "zero_point" in weight.parts else None
+    zero = _scale_grid(view, weight, "zero_point") if "zero_point" in weight.parts else None
     step = max(quant_codes.CHUNK // max(columns, 1), 1)
     for at in range(0, rows, step):
         raw = bytearray().join(bytes(p) for p in view.stream(weight.name, (at, min(at + step, rows))))
@@ -138,12 +163,12 @@ def stream_values(view: StateView, weight: QuantisedWeight) -> Iterator[tuple[in
         yield at * columns, (codes * quant_codes.PER_127 if "SCB" in weight.parts else codes).reshape(-1)
 
 
-def packed_bytes(view: StateView, weight: QuantisedWeight) -> Array:
+def packed_bytes(view: StateView, weight: QuantizedWeight) -> Array:
     """The codes of a 4-bit weight as uint8, whatever dtype they are stored under: reinterpreted, never converted."""
     return np_frombuffer(view.bytes(weight.name), "U8")
 
 
-def four_bit_state(view: StateView, weight: QuantisedWeight) -> tuple[Array, Array]:
+def four_bit_state(view: StateView, weight: QuantizedWeight) -> tuple[Array, Array]:
     """The value of each of the 16 codes, and one float32 scale a block."""
     from tensorkeep.quantization import codes as quant_codes
 
@@ -154,12 +179,12 @@ def four_bit_state(view: StateView, weight: QuantisedWeight) -> tuple[Array, Arr
     return table, quant_codes.nested_scales(absmax, levels, outer, weight.nested.blocksize, weight.nested.offset)
 
 
-def row_scales(view: StateView, weight: QuantisedWeight) -> Array:
+def row_scales(view: StateView, weight: QuantizedWeight) -> Array:
     """The scales of an int8 or fp8 weight as float32 [rows of blocks, columns of blocks]."""
-    return scale_grid(view, weight, "SCB" if "SCB" in weight.parts else "scale")
+    return _scale_grid(view, weight, "SCB" if "SCB" in weight.parts else "scale")
 
 
-def scale_grid(view: StateView, weight: QuantisedWeight, role: str) -> Array:
+def _scale_grid(view: StateView, weight: QuantizedWeight, role: str) -> Array:
     import numpy as np
 
     assert isinstance(weight.block, tuple) and weight.shape is not None
@@ -174,12 +199,12 @@ def spread(scales: Array, columns: int, block: int) -> Array:
     return scales if scales.shape[1] == 1 else np.repeat(scales, block, axis=1)[:, :columns]
 
 
-def refuse(weight: QuantisedWeight, where: object) -> None:
+def refuse(weight: QuantizedWeight, where: object) -> None:
     """Raise the first problem of a weight, if it has one."""
     if weight.problems:
         code, message = weight.problems[0]
         hint = (
-            "get the checkpoint again, with its quantisation state"
+            "get the checkpoint again, with its quantization state"
             if code == "Q01"
             else "save it again, from the float weights"
         )

@@ -20,33 +20,74 @@ from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, Persisten
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, MOST_DIMENSIONS, checked_shape, nbytes
 
 # typed storages name their dtype; an UntypedStorage gets it from _rebuild_tensor_v3
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
-}  # fmt: skip
-STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
+_STORAGES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+    "ComplexDoubleStorage": "C128",
+}
+STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 
 # what an honest checkpoint names; every one is inert here, and the tensor-building ones are interpreted below
 ALLOWED = frozenset(
-    [f"torch.{s}" for s in STORAGES]
-    + [f"torch.storage.{s}" for s in STORAGES]
+    [f"torch.{s}" for s in _STORAGES]
+    + [f"torch.storage.{s}" for s in _STORAGES]
     + [f"torch.{d.torch}" for d in DTYPES.values() if d.torch]
     + [
-        "torch.storage.UntypedStorage", "torch.storage.TypedStorage", "torch.storage._LegacyStorage",
-        "torch.UntypedStorage", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2", "torch.Size",
-        "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter",
-        "torch.serialization._get_layout", "collections.OrderedDict", "collections.defaultdict",
-        "collections.Counter", "builtins.set", "builtins.frozenset", "builtins.dict", "builtins.list",
-        "builtins.int", "builtins.float", "builtins.bool", "builtins.str", "builtins.complex", "builtins.bytearray",
-        "__builtin__.set", "__builtin__.dict", "__builtin__.list", "argparse.Namespace", "_codecs.encode",
-        "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "pathlib.PosixPath",
-        "pathlib.PurePosixPath", "datetime.datetime", "datetime.timedelta",
+        "torch.storage.UntypedStorage",
+        "torch.storage.TypedStorage",
+        "torch.storage._LegacyStorage",
+        "torch.UntypedStorage",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch.Size",
+        "torch.device",
+        "torch.Tensor",
+        "torch.nn.parameter.Parameter",
+        "torch.nn.Parameter",
+        "torch.serialization._get_layout",
+        "collections.OrderedDict",
+        "collections.defaultdict",
+        "collections.Counter",
+        "builtins.set",
+        "builtins.frozenset",
+        "builtins.dict",
+        "builtins.list",
+        "builtins.int",
+        "builtins.float",
+        "builtins.bool",
+        "builtins.str",
+        "builtins.complex",
+        "builtins.bytearray",
+        "__builtin__.set",
+        "__builtin__.dict",
+        "__builtin__.list",
+        "argparse.Namespace",
+        "_codecs.encode",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "datetime.datetime",
+        "datetime.timedelta",
     ]
-)  # fmt: skip
+)
 
 
 class Stored(NamedTuple):
@@ -60,7 +101,7 @@ class Stored(NamedTuple):
     elements: int  # of the storage
 
 
-LARGEST_EXPANSION = 1 << 26  # elements that strides of 0 may make out of fewer; a hostile file asks for 1 << 47
+_LARGEST_EXPANSION = 1 << 26  # elements that strides of 0 may make out of fewer; a hostile file asks for 1 << 47
 
 
 def stored_tensor(value: Object, where: object) -> Stored | None:
@@ -90,14 +131,14 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
     if name == "_rebuild_tensor_v3":
         dtype = FROM_TORCH.get(args[6].name) if len(args) > 6 and isinstance(args[6], Global) else None
     else:
-        dtype = STORAGES.get(identity[1].name)
+        dtype = _STORAGES.get(identity[1].name)
     if dtype is None:
         raise wrong(f"a storage of type {shown(identity[1].name)}")
     elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
     span = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
     if span and offset + span > elements:
         raise wrong(f"it spans {offset + span} elements of a storage of {elements}")
-    if math.prod(shape) > max(span, LARGEST_EXPANSION):
+    if math.prod(shape) > max(span, _LARGEST_EXPANSION):
         raise wrong(f"it repeats {span} elements {math.prod(shape)} times")
     return Stored(dtype, shape, strides, offset, str(identity[2]), elements)
 
@@ -258,7 +299,7 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
 
 # -- what is in it -----------------------------------------------------------------------------------------------------
 
-MOST_LETTERS = (
+_MOST_LETTERS = (
     16 << 20
 )  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
 
@@ -266,7 +307,7 @@ MOST_LETTERS = (
 def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
     """Leaves of a nested state dict by dotted name: `Stored` for tensors, plain values for the rest."""
     pending: list[tuple[str, Any, int]] = [(prefix, value, 0)]
-    left = MOST_LETTERS
+    left = _MOST_LETTERS
     while pending:
         name, item, depth = pending.pop()
         if depth > 32:

@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tensorkeep.storage.archive import STORAGE_OF
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.archive import STORAGE_OF
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot, Trailer
 from tensorkeep.storage.pickle_writing import emit
 from tensorkeep.storage.pickles import Global, Object, Persistent
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, row_major
 
-ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
+_ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
 
 
 class Pack:
@@ -32,7 +32,7 @@ class Pack:
 
     def add_tensor(self, name: str, tensor: str, size: int) -> None:
         """Room for a tensor's bytes, aligned; its checksum follows the data, as zip allows (flag bit 3)."""
-        header = self._header(name, size, None, ALIGNMENT)
+        header = self._header(name, size, None, _ALIGNMENT)
         self.rows.append((name, self.at - self.start, size, tensor))
         self._fixed(header)
         self.segments.append(Slot(self.at, size, tensor))
@@ -98,10 +98,29 @@ def _central(name: str, offset: int, size: int, crc: int) -> bytes:
         extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
     short = min(size, 0xFFFFFFFF)
     return (
-        struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45 if extra else 0, 45 if extra else 0, 0x0808, 0, 0, 0, crc, short, short,
-                    len(name), len(extra), 0, 0, 0, 0, min(offset, 0xFFFFFFFF))
-        + name.encode() + extra
-    )  # fmt: skip
+        struct.pack(
+            "<4s6H3I5H2I",
+            b"PK\x01\x02",
+            45 if extra else 0,
+            45 if extra else 0,
+            0x0808,
+            0,
+            0,
+            0,
+            crc,
+            short,
+            short,
+            len(name),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
+            min(offset, 0xFFFFFFFF),
+        )
+        + name.encode()
+        + extra
+    )
 
 
 def _end(count: int, size: int, offset: int) -> bytes:

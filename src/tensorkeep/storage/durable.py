@@ -26,7 +26,7 @@ CHUNK = 16 << 20  # bytes; what a digest in the manifest covers
 BLOCK = 4096  # bytes; what direct I/O asks offsets, lengths and memory to be multiples of
 CACHED = 1 << 20  # bytes copied, digested and looked through before the next: stays in a core's cache
 SMALL = 4 << 20  # bytes; below this the page cache is quicker
-WRITERS, READERS = 2, 4  # threads: one copies and digests while the other's write is under way
+_WRITERS, _READERS = 2, 4  # threads: one copies and digests while the other's write is under way
 
 Bytes = Callable[[str], memoryview]  # the raw bytes of a tensor by name
 
@@ -112,7 +112,7 @@ def write_file(
     try:
         if layout.size >= SMALL:  # its full length at once, so that writes may overlap; fallocate measured slower
             os.ftruncate(handle, padded(layout.size))
-        _together(min(WRITERS, len(plan.chunks)), lambda: _write_some(handle, plan), plan.stop)
+        _together(min(_WRITERS, len(plan.chunks)), lambda: _write_some(handle, plan), plan.stop)
         os.ftruncate(handle, layout.size)
         os.fsync(handle)
     finally:
@@ -243,9 +243,14 @@ def _together(count: int, work: Callable[[], None], stop: Callable[[], None]) ->
 
 # dtype -> bytes an element, the bits of infinity (of the least NaN where there is no infinity)
 _INFINITY = {
-    "F64": (8, 0x7FF0 << 48), "F32": (4, 0x7F80 << 16), "F16": (2, 0x7C00), "BF16": (2, 0x7F80),
-    "F8_E5M2": (1, 0x7C), "F8_E4M3": (1, 0x7F), "C64": (4, 0x7F80 << 16),
-}  # fmt: skip
+    "F64": (8, 0x7FF0 << 48),
+    "F32": (4, 0x7F80 << 16),
+    "F16": (2, 0x7C00),
+    "BF16": (2, 0x7F80),
+    "F8_E5M2": (1, 0x7C),
+    "F8_E4M3": (1, 0x7F),
+    "C64": (4, 0x7F80 << 16),
+}
 _ONLY_NAN = {"F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80, "F8_E8M0": 0xFF}
 
 
@@ -307,7 +312,7 @@ def read_file(path: Path, size: int, digests: Sequence[str], image: memoryview |
         turn = iter(range(0))
 
     try:
-        _together(max(1, min(READERS, len(digests))), some, stop)
+        _together(max(1, min(_READERS, len(digests))), some, stop)
     finally:
         os.close(handle)
         os.close(cached)

@@ -147,9 +147,10 @@ def refuse_changed(folder: Folder) -> None:
     changed = folder.changed()
     if changed:
         raise TensorkeepError(
-            f"changed while it was read: {', '.join(changed[:3])}", where=folder.url,
+            f"changed while it was read: {', '.join(changed[:3])}",
+            where=folder.url,
             hint="wait until its writer is done, then run again",
-        )  # fmt: skip
+        )
 
 
 def short_file(where: object, start: int, length: int, size: int) -> TensorkeepError:
@@ -218,7 +219,7 @@ _SPOKEN = {
     errno.EIO: ("the disk failed (input/output error)", "check the disk: dmesg, smartctl"),
     errno.EMFILE: ("too many open files", "raise the limit: ulimit -n 4096"),
     errno.ENAMETOOLONG: ("the name is too long for this file system", "choose a shorter one"),
-}  # fmt: skip
+}
 
 
 def left_over(folder: Path) -> list[str]:

@@ -15,13 +15,13 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 
 # org/name@revision, with the characters that the Hub allows; a revision may be a branch with slashes
-MODEL_ID = re.compile(
+_MODEL_ID = re.compile(
     r"(?P<org>[A-Za-z0-9][\w.-]{0,95})/(?P<name>[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
 )
-FILE_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".distcp", ".metadata")
+_FILE_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".distcp", ".metadata")
 # best first; a repository with the first is not asked for the others
 SECONDS = 10  # to wait for the Hub's first answer
-BESIDE = (".json", ".jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+_BESIDE = (".json", ".jinja", "tokenizer.model", "vocab.txt", "merges.txt")
 WEIGHTS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".gguf",))
 
 
@@ -35,9 +35,9 @@ def cached_snapshot(path: str) -> Path:
     >>> cached_snapshot("HuggingFaceTB/SmolLM2-135M")        # doctest: +SKIP
     PosixPath('/home/me/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f...')
     """
-    match = MODEL_ID.fullmatch(path)
+    match = _MODEL_ID.fullmatch(path)
     # an id whose first part is a folder here was meant as a path
-    if match is None or path.startswith((".", "~")) or path.endswith(FILE_ENDINGS) or Path(match["org"]).is_dir():
+    if match is None or path.startswith((".", "~")) or path.endswith(_FILE_ENDINGS) or Path(match["org"]).is_dir():
         raise TensorkeepError("no such file or folder", where=path, hint="check the path", code="F05")
     repository, revision = f"{match['org']}/{match['name']}", match["revision"]
     found = _snapshot(cache_folder() / f"models--{match['org']}--{match['name']}", revision)
@@ -113,7 +113,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
     weights = next((found for kinds in WEIGHTS if (found := [n for n in top if n.endswith(kinds)])), [])
     # optimizer states and arguments of the Trainer end in .bin as well
     weights = [n for n in weights if not n.startswith(("training_args", "optimizer", "scheduler"))]
-    beside = [n for n in top if n.endswith(BESIDE) and not n.endswith(".index.json")]
+    beside = [n for n in top if n.endswith(_BESIDE) and not n.endswith(".index.json")]
     return sorted({*weights, *beside})
 
 
@@ -129,6 +129,8 @@ def _download(huggingface_hub: Any, repository: str, revision: str | None, path:
     except (OSError, ValueError, getattr(getattr(huggingface_hub, "errors", None), "HTTPError", OSError)) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TensorkeepError(
-            f"no such file or folder, not in the Hub cache, and the Hub gave: {first[:200]}", where=path, code="F05",
+            f"no such file or folder, not in the Hub cache, and the Hub gave: {first[:200]}",
+            where=path,
+            code="F05",
             hint="check the name; for a private or gated model: hf auth login",
-        ) from None  # fmt: skip
+        ) from None

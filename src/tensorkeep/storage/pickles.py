@@ -19,7 +19,7 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 
 LARGEST_PICKLE = 1 << 30  # bytes; each makes at most one small object, so this bounds memory and time
-LONGEST_NUMBER = 4096  # bytes of one whole number
+_LONGEST_NUMBER = 4096  # bytes of one whole number
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class _Reader:
 
     def line(self) -> str:
         piece = self.raw_line()
-        if len(piece) > LONGEST_NUMBER:  # names and numbers; text has the V opcode
+        if len(piece) > _LONGEST_NUMBER:  # names and numbers; text has the V opcode
             raise _fail(f"a name or number of {len(piece)} letters", self.where)
         return piece.decode("utf-8")
 
@@ -168,7 +168,7 @@ def _build(r: _Reader) -> None:
 
 
 def _long(data: bytes) -> int:
-    if len(data) > LONGEST_NUMBER:
+    if len(data) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(data)} bytes")
     return int.from_bytes(data, "little", signed=True)
 
@@ -253,7 +253,7 @@ def _pop(r: _Reader) -> None:
     r.stack.pop()
 
 
-OPCODES: dict[int, Callable[[_Reader], None]] = {
+_OPCODES: dict[int, Callable[[_Reader], None]] = {
     0x80: lambda r: _protocol(r),
     0x95: lambda r: _skip_frame(r),
     ord("("): lambda r: r.stack.append(MARK),
@@ -377,7 +377,7 @@ def _run(reader: _Reader) -> Any:
         code = reader.take(1)[0]
         if code == 0x2E:
             return reader.stack.pop()
-        operation = OPCODES.get(code)
+        operation = _OPCODES.get(code)
         if operation is None:
             raise _fail(f"opcode {code:#04x} at {reader.at - 1}", reader.where)
         operation(reader)

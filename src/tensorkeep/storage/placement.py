@@ -29,9 +29,10 @@ def refuse_existing(final: Path, overwrite: bool) -> None:
             )
         if not overwrite and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
             raise TensorkeepError(
-                "exists already", where=final,
+                "exists already",
+                where=final,
                 hint="choose another path, or add --overwrite (the old one stays until the new one is proven)",
-            )  # fmt: skip
+            )
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator
     try:
         yield temporaries
         for temporary in temporaries:
-            sync_tree(temporary)
+            _sync_tree(temporary)
         try:
             for temporary, final, may in zip(temporaries, finals, overwrite):
                 with explained(final):
@@ -151,7 +152,7 @@ def exchange(one: Path, other: Path) -> None:
         raise
 
 
-def sync_tree(path: Path) -> None:
+def _sync_tree(path: Path) -> None:
     """fsync a file, or every file and folder of a tree."""
     if path.is_file():
         sync_file(path)

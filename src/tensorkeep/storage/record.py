@@ -51,9 +51,16 @@ FROM_TORCH = {d.torch: name for name, d in DTYPES.items() if d.torch and d.bits 
 SPELLINGS = {  # what people type after --dtype
     **{name.lower(): name for name in DTYPES},
     **{d.torch: name for name, d in DTYPES.items() if d.torch},
-    "fp32": "F32", "float": "F32", "fp16": "F16", "half": "F16", "fp64": "F64", "double": "F64", "fp8": "F8_E4M3",
-    "e4m3": "F8_E4M3", "e5m2": "F8_E5M2",
-}  # fmt: skip
+    "fp32": "F32",
+    "float": "F32",
+    "fp16": "F16",
+    "half": "F16",
+    "fp64": "F64",
+    "double": "F64",
+    "fp8": "F8_E4M3",
+    "e4m3": "F8_E4M3",
+    "e5m2": "F8_E5M2",
+}
 
 
 class Block(NamedTuple):
@@ -78,7 +85,7 @@ class Block(NamedTuple):
 class TensorRecord:
     """Name, dtype, shape and place of one stored tensor; no data.
 
-    `encoding` is "plain" or the block-quantised type of a GGUF tensor ("Q4_1"), whose `dtype` is what it decodes to.
+    `encoding` is "plain" or the block-quantized type of a GGUF tensor ("Q4_1"), whose `dtype` is what it decodes to.
     `tied_to` names another tensor that lies in the very same bytes.
     """
 
@@ -116,7 +123,7 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 MOST_DIMENSIONS = 32  # numpy 1.26 has no more; real checkpoints end at six
-LARGEST_SIZE = 1 << 62  # bytes, as if no dimension were empty: what numpy and torch can index
+_LARGEST_SIZE = 1 << 62  # bytes, as if no dimension were empty: what numpy and torch can index
 
 
 def checked_shape(value: Any, dtype: str | None = None) -> tuple[int, ...] | None:
@@ -130,7 +137,7 @@ def checked_shape(value: Any, dtype: str | None = None) -> tuple[int, ...] | Non
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
         return None
     shape = tuple(value)
-    return shape if nbytes(dtype or "C128", tuple(max(n, 1) for n in shape)) < LARGEST_SIZE else None
+    return shape if nbytes(dtype or "C128", tuple(max(n, 1) for n in shape)) < _LARGEST_SIZE else None
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import Folder, inside, short_file
 
-BLOCK, BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
+BLOCK, _BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
 
 
 def open_remote(url: str) -> tuple[Folder, str | None]:
@@ -93,7 +93,7 @@ class RemoteFolder:
         data = self._fetch(name, at, min(BLOCK, size - at))
         with self._lock:
             self._blocks[name, at] = data
-            while len(self._blocks) > BLOCKS:
+            while len(self._blocks) > _BLOCKS:
                 self._blocks.popitem(last=False)
         return data
 

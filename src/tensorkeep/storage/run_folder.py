@@ -14,17 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorkeep.storage import durable
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.storage.files import explained, left_over
 from tensorkeep.findings import Finding
+from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import explained, left_over
 from tensorkeep.storage.placement import remove, sync_folder, temporary_name
-from tensorkeep.storage.run_manifest import MANIFEST, as_finding, check_head, check_sizes, read_manifest, read_whole, step_name, step_of
+from tensorkeep.storage.run_manifest import (
+    MANIFEST,
+    as_finding,
+    check_head,
+    check_sizes,
+    read_manifest,
+    read_whole,
+    step_name,
+    step_of,
+)
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 MODEL, ADAPTER, OPTIMIZER, EMA = "model.safetensors", "adapter.safetensors", "optimizer.safetensors", "ema.safetensors"
-LATEST, BEST, LOCK = "latest", "best", ".lock"
+LATEST, BEST, _LOCK = "latest", "best", ".lock"
 
 
 # -- names --------------------------------------------------------------------------------------------------------
@@ -57,11 +66,11 @@ def find(path: Path) -> tuple[Path, list[Finding]] | None:
     run = path.parent if path.name == CHECKPOINTS else path
     with explained(run):
         has = (run / CHECKPOINTS).is_dir()
-    if has and (newest := newest_complete(run)) is not None:
+    if has and (newest := _newest_complete(run)) is not None:
         return newest
     with explained(path):
         names = [p.name for p in path.iterdir()] if path.is_dir() else []
-    return (path, []) if is_step(path, names) else None
+    return (path, []) if _is_step(path, names) else None
 
 
 def opened(path: Path) -> Opened | None:
@@ -87,7 +96,7 @@ def opened(path: Path) -> Opened | None:
     return Opened(folder, [name] if name else [p.name for p in folder.iterdir() if p.is_file()], passed, run)
 
 
-def is_step(folder: Path, names: Sequence[str]) -> bool:
+def _is_step(folder: Path, names: Sequence[str]) -> bool:
     """Whether a folder with these files is a checkpoint of ours, finished or not."""
     return (MANIFEST in names and STATE in names) or (
         step_of(folder.name) is not None and folder.parent.name == CHECKPOINTS and ".metadata" not in names
@@ -99,7 +108,7 @@ def weights(names: Sequence[str]) -> str | None:
     return next((n for n in (MODEL, ADAPTER) if n in names), None)
 
 
-def newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
+def _newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
     """The newest checkpoint whose manifest and sizes are right, and what was passed over; None where `run` is no run.
 
     Content is not read: `verify` and a resume do that.
@@ -114,9 +123,11 @@ def newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
         return folder_of(run, step), skipped
     if found:
         raise TensorkeepError(
-            f"none of its {len(found)} checkpoints is whole; the newest: {skipped[0].message}", where=run,
-            code=skipped[0].code, hint="see `tensorkeep verify` of each",
-        )  # fmt: skip
+            f"none of its {len(found)} checkpoints is whole; the newest: {skipped[0].message}",
+            where=run,
+            code=skipped[0].code,
+            hint="see `tensorkeep verify` of each",
+        )
     return None
 
 
@@ -202,7 +213,7 @@ def locked(run: Path) -> Iterator[None]:
     A record lock (`lockf`), not `flock`: data-loading processes inherit the latter when they are forked, and would
     hold it on after a kill of the run itself.
     """
-    path, mine = run / LOCK, (os.getpid(), str(run.resolve()))
+    path, mine = run / _LOCK, (os.getpid(), str(run.resolve()))
     if mine in _held:
         raise TensorkeepError("this process saves into it already", where=run, hint="close the other Saver first")
     with explained(run):
@@ -248,9 +259,10 @@ def room_for(run: Path, needed: int) -> None:
 
 def disk_full(run: Path, needed: int, free: int) -> TensorkeepError:
     return TensorkeepError(
-        f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free", where=run,
+        f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free",
+        where=run,
         hint="free space, or keep fewer checkpoints; the old ones are untouched",
-    )  # fmt: skip
+    )
 
 
 def free_bytes(run: Path) -> int:

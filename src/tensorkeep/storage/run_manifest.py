@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from tensorkeep.storage import durable
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.storage.files import explained, inside
 from tensorkeep.findings import Finding
+from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import SCHEMA, parse_json
+from tensorkeep.storage.files import explained, inside
 from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
 
 MANIFEST = "manifest.json"
@@ -88,25 +88,30 @@ def _text(document: Mapping[str, Any]) -> bytes:
 
 
 def make(
-    step: int, files: Mapping[str, durable.Written], tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
-    base: Mapping[str, Any] | None = None, not_captured: Sequence[str] = (),
-) -> bytes:  # fmt: skip
+    step: int,
+    files: Mapping[str, durable.Written],
+    tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
+    base: Mapping[str, Any] | None = None,
+    not_captured: Sequence[str] = (),
+) -> bytes:
     """The manifest of files just written. `tensors`: file -> name -> (dtype, shape, first byte)."""
-    return dump({
-        "schema": SCHEMA,
-        "step": step,
-        "chunk": durable.CHUNK,
-        "files": {name: {"bytes": w.size, "chunks": w.chunks} for name, w in files.items()},
-        "tensors": {
-            file: {
-                name: {"dtype": dtype, "shape": list(shape), "start": start, "xxh3_128": files[file].tensors[name]}
-                for name, (dtype, shape, start) in entries.items()
-            }
-            for file, entries in tensors.items()
-        },
-        "base": base,
-        "not_captured": list(not_captured),
-    })  # fmt: skip
+    return dump(
+        {
+            "schema": SCHEMA,
+            "step": step,
+            "chunk": durable.CHUNK,
+            "files": {name: {"bytes": w.size, "chunks": w.chunks} for name, w in files.items()},
+            "tensors": {
+                file: {
+                    name: {"dtype": dtype, "shape": list(shape), "start": start, "xxh3_128": files[file].tensors[name]}
+                    for name, (dtype, shape, start) in entries.items()
+                }
+                for file, entries in tensors.items()
+            },
+            "base": base,
+            "not_captured": list(not_captured),
+        }
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -182,9 +187,15 @@ def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
         dtype, start, digest = entry.get("dtype"), entry.get("start"), entry.get("xxh3_128")
         shape = checked_shape(entry.get("shape"))
         if (
-            isinstance(dtype, str) and dtype in DTYPES and shape is not None and type(start) is int and start >= 0
-            and isinstance(digest, str) and DIGEST.match(digest) and start + nbytes(dtype, shape) <= size
-        ):  # fmt: skip
+            isinstance(dtype, str)
+            and dtype in DTYPES
+            and shape is not None
+            and type(start) is int
+            and start >= 0
+            and isinstance(digest, str)
+            and DIGEST.match(digest)
+            and start + nbytes(dtype, shape) <= size
+        ):
             return TensorEntry(dtype, shape, start, digest)
     raise _odd(path, f"the entry of {shown(name)} cannot be")
 
@@ -210,8 +221,11 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             gone = [n for n, t in tensors.items() if t.start + t.nbytes > size]
             raise TensorkeepError(
                 f"has {size} bytes, {entry.size} were written" + (f"; {_listed(gone)} reach beyond" if gone else ""),
-                where=path, code="F02" if size < entry.size else "F07", hint="use the checkpoint before it", tensors=gone,
-            )  # fmt: skip
+                where=path,
+                code="F02" if size < entry.size else "F07",
+                hint="use the checkpoint before it",
+                tensors=gone,
+            )
 
 
 def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | None = None) -> None:
@@ -227,16 +241,22 @@ def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | 
             with explained(path):
                 raise
         raise TensorkeepError(
-            "cannot be read: the disk failed (input/output error)", where=path, code="F03",
-            hint="use the checkpoint before it; check the disk: dmesg, smartctl", tensors=manifest.tensors.get(name, {}),
-        ) from None  # fmt: skip
+            "cannot be read: the disk failed (input/output error)",
+            where=path,
+            code="F03",
+            hint="use the checkpoint before it; check the disk: dmesg, smartctl",
+            tensors=manifest.tensors.get(name, {}),
+        ) from None
     if wrong:
         tensors = _differing(path, manifest.tensors.get(name, {}), wrong)
         what = _listed(tensors) if tensors else "its header" if manifest.tensors.get(name) else "its content"
         raise TensorkeepError(
-            f"damaged since it was written: {what}", where=path, code="F03", hint="use the checkpoint before it",
+            f"damaged since it was written: {what}",
+            where=path,
+            code="F03",
+            hint="use the checkpoint before it",
             tensors=tensors,
-        )  # fmt: skip
+        )
 
 
 def check_head(folder: Path, name: str, manifest: Manifest) -> None:

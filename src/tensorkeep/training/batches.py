@@ -85,9 +85,10 @@ def micro_batches(keys: Sequence[Key], rank: int, world: int, micro: int) -> lis
     """
     if len(keys) < world:
         raise TensorkeepError(
-            f"a global batch of {len(keys)} cannot be split over {world} ranks", where="training.batch",
+            f"a global batch of {len(keys)} cannot be split over {world} ranks",
+            where="training.batch",
             hint="use fewer processes or a larger batch",
-        )  # fmt: skip
+        )
     own = list(keys[rank::world])
     parts = parts_of(len(keys), world, micro)
     cuts = [len(own) * i // parts for i in range(parts + 1)]
@@ -124,9 +125,18 @@ class _Collate:
 
 
 def batches(
-    data: Data, collate: Callable[[list[Any]], Any], stream: Stream, start: int, updates: int, batch: int, micro: int,
-    rank: int = 0, world: int = 1, workers: int = 0, pin: bool = False,
-) -> Iterator[list[Any]]:  # fmt: skip
+    data: Data,
+    collate: Callable[[list[Any]], Any],
+    stream: Stream,
+    start: int,
+    updates: int,
+    batch: int,
+    micro: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[list[Any]]:
     """The micro-batches of each update from position `start`, `updates` times; an empty part is None.
 
     Workers prefetch. Neither making the loader nor its workers touches the process's global generators.
@@ -137,10 +147,15 @@ def batches(
             yield from micro_batches(stream.keys(start + update * batch, batch), rank, world, micro)
 
     loader = DataLoader(
-        _Keyed(data, stream.seed), batch_sampler=_Sampler(keys), collate_fn=_Collate(collate), num_workers=workers,
-        pin_memory=pin, generator=torch.Generator().manual_seed(0), prefetch_factor=4 if workers else None,
+        _Keyed(data, stream.seed),
+        batch_sampler=_Sampler(keys),
+        collate_fn=_Collate(collate),
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),
+        prefetch_factor=4 if workers else None,
         worker_init_fn=_alone,
-    )  # fmt: skip
+    )
     parts = parts_of(batch, world, micro)
     held: list[Any] = []
     for one in loader:

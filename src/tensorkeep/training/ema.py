@@ -1,6 +1,6 @@
 """Exponential moving average of a model's trainable weights, by name, in float32.
 
-Frozen, integer and quantised state is never averaged and never travels: evaluation under the average swaps exactly
+Frozen, integer and quantized state is never averaged and never travels: evaluation under the average swaps exactly
 the trainable tensors, by pointer, and puts the very same tensors back. An update reads the weights, reads and writes
 the average, and does nothing else: 12 bytes a trainable parameter, whatever the size of the frozen base.
 """

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tensorkeep.training.batches import Data, Orders
-from tensorkeep.training.saver import Keep
 from tensorkeep.training.ema import Ema
+from tensorkeep.training.saver import Keep
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tensorkeep.training import sharding
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training import _sharding as sharding
 
 
 def stored_tensors(model: nn.Module, base: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a checkpoint keeps of a model: name -> tensor, and name -> the name of the tensor it is tied to.
 
-    With `base` only what trains and the buffers that training changes; frozen parameters and the codes of quantised
+    With `base` only what trains and the buffers that training changes; frozen parameters and the codes of quantized
     modules (those that say `frozen_state`) belong to the base.
     """
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} if base else set()
@@ -109,14 +109,19 @@ def refuse_difference(what: str, mine: Mapping[str, str], saved: Mapping[str, st
     lists = (
         ("missing from the checkpoint", sorted(mine.keys() - saved.keys())),
         ("not in the run", sorted(saved.keys() - mine.keys())),
-        ("different", [f"{n} ({saved[n]}, now {mine[n]})" for n in sorted(mine.keys() & saved.keys()) if mine[n] != saved[n]]),
-    )  # fmt: skip
+        (
+            "different",
+            [f"{n} ({saved[n]}, now {mine[n]})" for n in sorted(mine.keys() & saved.keys()) if mine[n] != saved[n]],
+        ),
+    )
     parts = [f"{label}: {', '.join(names[:4])} ({len(names)})" for label, names in lists if names]
     if parts:
         raise TensorkeepError(
-            f"{what}: {'; '.join(parts)}", where="resume", code="K01",
+            f"{what}: {'; '.join(parts)}",
+            where="resume",
+            code="K01",
             hint="resume with the recipe of the run, or start anew in another folder (--out)",
-        )  # fmt: skip
+        )
 
 
 # -- optimizer --------------------------------------------------------------------------------------------------------
@@ -129,8 +134,9 @@ def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
     if lost:
         raise TensorkeepError(
             f"{len(lost)} parameters of the optimizer are not in the model, the first of shape {list(lost[0].shape)}",
-            where="optimizer", hint="make what trains a part of job.model, so that its name can be kept",
-        )  # fmt: skip
+            where="optimizer",
+            hint="make what trains a part of job.model, so that its name can be kept",
+        )
     return names
 
 
@@ -160,8 +166,12 @@ def _plain(value: Any) -> Any:
 
 @torch.no_grad()
 def put_optimizer(
-    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Mapping[str, Any], adopt: bool = False
-) -> None:  # fmt: skip
+    model: nn.Module,
+    optimizer: Optimizer,
+    tensors: Mapping[str, Tensor],
+    document: Mapping[str, Any],
+    adopt: bool = False,
+) -> None:
     """Give every parameter its own state back, by name. Hyper-parameters stay the recipe's.
 
     `adopt`: nobody else holds these tensors, so those that lie right already are taken as they are.
@@ -170,8 +180,10 @@ def put_optimizer(
     """
     if document["kind"] != type(optimizer).__name__:
         raise TensorkeepError(
-            f"the checkpoint is of {document['kind']}, the run uses {type(optimizer).__name__}", where="resume", code="R04"
-        )  # fmt: skip
+            f"the checkpoint is of {document['kind']}, the run uses {type(optimizer).__name__}",
+            where="resume",
+            code="R04",
+        )
     names = _names(model, optimizer)
     parameters = {names[id(p)]: (p, group) for group in optimizer.param_groups for p in group["params"]}
     by_name: dict[str, dict[str, Any]] = {name: dict(slots) for name, slots in document["values"].items()}
@@ -189,9 +201,11 @@ def put_optimizer(
         on_device = group.get("capturable") or group.get("fused")
         optimizer.state[parameter] = {
             # torch keeps the counter on the CPU unless a kernel reads it
-            slot: _slot(value, parameter, slot != "step" or bool(on_device), adopt) if isinstance(value, Tensor) else value
+            slot: _slot(value, parameter, slot != "step" or bool(on_device), adopt)
+            if isinstance(value, Tensor)
+            else value
             for slot, value in slots.items()
-        }  # fmt: skip
+        }
 
 
 def _slot(value: Tensor, parameter: Tensor, to_device: bool, adopt: bool) -> Tensor:

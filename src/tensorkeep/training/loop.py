@@ -19,23 +19,21 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.training import distributed
-from tensorkeep.training import metrics
-from tensorkeep.training import randomness
-from tensorkeep.training import resume as resuming
-from tensorkeep.training import sharding
-from tensorkeep.training.batches import Stream, batches, to_device
-from tensorkeep.training.saver import Saver, State
-from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.graphs import Recorded
-from tensorkeep.training.interruption import Interrupted, Wish, listening
-from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.logbook import Log, Update, due
 from tensorkeep.output import Output
 from tensorkeep.storage.placement import replacing, write_bytes
-from tensorkeep.training.proof import Proof
+from tensorkeep.training import _resume as resuming
+from tensorkeep.training import _sharding as sharding
+from tensorkeep.training import distributed, metrics, randomness
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training._graphs import Recorded
+from tensorkeep.training._logbook import Log, Update, due
+from tensorkeep.training._proof import Proof
+from tensorkeep.training.batches import Stream, batches, to_device
+from tensorkeep.training.distributed import World
+from tensorkeep.training.interruption import Interrupted, Wish, listening
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.saver import Saver, State
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RECIPE = "recipe.yaml"
@@ -80,9 +78,14 @@ class _Run:
 
 
 def fit(
-    job: Job, run: str | Path, loop: Loop, resume: str | Path | State = "auto", world: World | None = None,
-    allow: tuple[str, ...] = (), say: Output | None = None,
-) -> Outcome:  # fmt: skip
+    job: Job,
+    run: str | Path,
+    loop: Loop,
+    resume: str | Path | State = "auto",
+    world: World | None = None,
+    allow: tuple[str, ...] = (),
+    say: Output | None = None,
+) -> Outcome:
     """Train `job` in the folder `run`, from its newest valid checkpoint where there is one.
 
     The model must lie on `world.device`. Killed at any instant and called again with the same job, it ends bitwise
@@ -153,9 +156,18 @@ def _batches(run: _Run) -> Generator[list[Any], None, None]:
     stream = Stream(loop.seed, len(job.data), job.orders)
     micro = loop.micro or math.ceil(loop.batch / world.size)
     found = batches(
-        job.data, job.collate, stream, progress.samples, loop.updates - progress.step, loop.batch, micro, world.rank,
-        world.size, loop.workers, pin=world.device.type == "cuda",
-    )  # fmt: skip
+        job.data,
+        job.collate,
+        stream,
+        progress.samples,
+        loop.updates - progress.step,
+        loop.batch,
+        micro,
+        world.rank,
+        world.size,
+        loop.workers,
+        pin=world.device.type == "cuda",
+    )
     return cast("Generator[list[Any], None, None]", found)
 
 
@@ -315,9 +327,15 @@ def _saving(run: Path, loop: Loop, world: World) -> Iterator[Saver | None]:
 
 def _save(run: _Run) -> None:
     state = resuming.snapshot(
-        run.job, run.loop, run.world, run.progress.step, run.progress.samples, run.scaler, run.progress.evaluations,
+        run.job,
+        run.loop,
+        run.world,
+        run.progress.step,
+        run.progress.samples,
+        run.scaler,
+        run.progress.evaluations,
         run.data,
-    )  # fmt: skip
+    )
     if run.saver:
         metrics.sync(run.folder / metrics.METRICS)
         run.saver.save(state)
@@ -341,9 +359,10 @@ def _evaluate_if_due(run: _Run, log: Log, wish: Wish) -> None:
     name = (run.loop.best or "").removeprefix("-")
     if name and name not in numbers:
         raise TensorkeepError(
-            f"there is no {name!r} among what is evaluated", where="training.best",
+            f"there is no {name!r} among what is evaluated",
+            where="training.best",
             hint=f"one of {', '.join(sorted(numbers))}; with a minus where smaller is better",
-        )  # fmt: skip
+        )
     step = run.progress.step
     run.progress.evaluations.append({"step": step, **numbers})
     if run.saver:

@@ -100,8 +100,10 @@ def capture() -> dict[str, Any]:
         "python": [version, _pack(np.array(words, np.uint32)), gauss],
         "numpy": [kind, _pack(np.asarray(keys, np.uint32)), int(position), int(has_gauss), float(cached)],
         "torch": _pack(torch.get_rng_state().numpy()),
-        "cuda": [_pack(state.numpy()) for state in (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
-    }  # fmt: skip
+        "cuda": [
+            _pack(state.numpy()) for state in (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        ],
+    }
 
 
 def fits(state: Mapping[str, Any]) -> bool:

@@ -21,19 +21,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from tensorkeep.storage import durable
-from tensorkeep.storage import run_folder
-from tensorkeep.storage import run_manifest
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
 from tensorkeep.findings import Finding
+from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import exchange, remove, sync_folder, temporary_name
 from tensorkeep.storage.record import FROM_TORCH
 from tensorkeep.storage.run_folder import BEST, CHECKPOINTS, EMA, LATEST, MODEL, OPTIMIZER, STATE
 from tensorkeep.storage.run_manifest import MANIFEST
+from tensorkeep.training._staging import Stage, Staged
 from tensorkeep.training.state_files import File, State, encoded, files_of, floating, source_of, tensors_in
-from tensorkeep.training.staging import Stage, Staged
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,16 @@ class Saver:
             steady = frozenset(name.rpartition("/")[0] for name in state.optimizer)
             self._staged = self._stage.copy(files, steady)
         work = _Work(
-            self.run, self.keep, state.document["step"], copy.deepcopy(state.base), tuple(state.not_captured), files,
-            document, self._staged, started,
-        )  # fmt: skip
+            self.run,
+            self.keep,
+            state.document["step"],
+            copy.deepcopy(state.base),
+            tuple(state.not_captured),
+            files,
+            document,
+            self._staged,
+            started,
+        )
         if background:
             self._hook = self._hook or (register_optimizer_step_pre_hook(self._before) if on_device else None)
             self._fly(lambda: self._finish(work, tidy=True))
@@ -255,9 +260,11 @@ def _not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
     first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return TensorkeepError(
         f"NaN or Inf in {len(names)} tensors of {file}: {first}; not saved, the checkpoints before it stay",
-        where=folder.parent, code="V01", hint="resume from the newest checkpoint with a lower learning rate or clipping",
+        where=folder.parent,
+        code="V01",
+        hint="resume from the newest checkpoint with a lower learning rate or clipping",
         tensors=names,
-    )  # fmt: skip
+    )
 
 
 def load(folder: Path) -> State:
@@ -314,9 +321,12 @@ def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
             skipped.append(run_manifest.as_finding(error, "warning"))
     if skipped:
         raise TensorkeepError(
-            f"all {len(skipped)} checkpoints are damaged; the newest: {skipped[0].message}", where=run,
-            code=skipped[0].code, hint="start again in another folder, or --resume never", tensors=skipped[0].tensors,
-        )  # fmt: skip
+            f"all {len(skipped)} checkpoints are damaged; the newest: {skipped[0].message}",
+            where=run,
+            code=skipped[0].code,
+            hint="start again in another folder, or --resume never",
+            tensors=skipped[0].tensors,
+        )
     return None
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensorkeep.storage import durable
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import safetensors
+from tensorkeep.storage import durable
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.record import DTYPES, FROM_TORCH
 from tensorkeep.storage.run_folder import ADAPTER, EMA, MODEL, OPTIMIZER, STATE
 from tensorkeep.storage.run_manifest import MANIFEST, Manifest
-from tensorkeep.training.staging import raw
+from tensorkeep.training._staging import raw
 
 File = tuple[FileLayout, Mapping[str, Tensor]]
 

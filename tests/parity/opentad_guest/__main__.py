@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from tensorkeep.detection.results.evaluation import evaluate_files
+from tensorkeep.conversion.naming.opentad import from_hf
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
 from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
-from tensorkeep.storage.files import left_over
-from tensorkeep.convert.naming.opentad import from_hf
-from tensorkeep.quantization.linear import QuantLinear
-from tensorkeep.diagnose.verify import verify
+from tensorkeep.detection.results.evaluation import evaluate_files
+from tensorkeep.diagnosis.verification import verify
 from tensorkeep.formats.view import read
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.storage.files import left_over
 from tests.parity.opentad_guest.runs import HERE, OURS, Guest, checkpoint, configured, different, run
 
 TRAIN, TEST = "tools/train.py", "tools/test.py"
@@ -110,7 +110,7 @@ def trained_and_resumed(guest: Guest) -> Iterator[Case]:
 
 
 def other_forms(guest: Guest) -> Iterator[Case]:
-    """8 bits over a quantised pretrained backbone, and the plain adapter: trained, resumed, compared."""
+    """8 bits over a quantized pretrained backbone, and the plain adapter: trained, resumed, compared."""
     pretrained = guest.folder / "pretrained.pth"
     vit = VisionTransformer(VitConfig(image_size=32, embed_dim=64, depth=2, heads=2, mlp_dim=256))
     floats = {f"backbone.{n}": t for n, t in vit.state_dict().items()}

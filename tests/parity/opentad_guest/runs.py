@@ -49,9 +49,12 @@ def configured(
     folder = guest.folder / name
     folder.mkdir(parents=True)
     filled = string.Template(text).substitute(
-        DATA=guest.folder / "data", WORK=folder, IMPORTS=[OURS] if imports is None else imports, BACKBONE=backbone,
+        DATA=guest.folder / "data",
+        WORK=folder,
+        IMPORTS=[OURS] if imports is None else imports,
+        BACKBONE=backbone,
         PRETRAIN=pretrain,
-    )  # fmt: skip
+    )
     config = folder / "config.py"
     config.write_text(filled)
     return config
@@ -60,16 +63,26 @@ def configured(
 def run(guest: Guest, tool: str, *arguments: object, kill: Callable[[str], bool] | None = None) -> Ended:
     """One of OpenTAD's tools (or a script of ours) to its end, or to a SIGKILL once `kill` of its log is true."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE / "shim", HERE, SOURCE))), "OPENTAD_WITHOUT_GPU": "1",
-        "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE / "shim", HERE, SOURCE))),
+        "OPENTAD_WITHOUT_GPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     log = guest.folder / "last.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(guest.python), tool, *map(str, arguments)], cwd=guest.checkout, env=environment, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [str(guest.python), tool, *map(str, arguments)],
+            cwd=guest.checkout,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         until = time.monotonic() + SECONDS
         while process.poll() is None:
             if time.monotonic() > until or (kill is not None and kill(log.read_text())):

@@ -1,7 +1,7 @@
-"""Parity of quantised weights, adapters and merges: `python -m tests.parity.qlora DIR`, one line a case.
+"""Parity of quantized weights, adapters and merges: `python -m tests.parity.qlora DIR`, one line a case.
 
 DIR is a set, or holds sets: `base/` (a small fp32 Llama), `adapter_*/` as PEFT wrote them, `quant_*/` as bitsandbytes
-quantised the base, `dequant_*.safetensors` with the true values, `io.safetensors` with token ids and logits, and
+quantized the base, `dequant_*.safetensors` with the true values, `io.safetensors` with token ids and logits, and
 `damaged/` with files whose names say what was done to them. Shapes are whatever they are: nothing here assumes that a
 block size divides them.
 """
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from tensorkeep.adapters.merging import merge
+from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.proof import read_certificate
+from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization import encoding as quant_encoding
 from tensorkeep.quantization import stored as quantized
-from tensorkeep.convert.convert import convert
-from tensorkeep.diagnose.diagnosis import diagnose
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.adapters.planning import open_adapters, plan_merge
-from tensorkeep.adapters.merge import merge
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.convert.proof import read_certificate
-from tensorkeep.formats.view import StateView, read
 from tests.parity.outcome import Outcome, bitwise, guarded, load_model, natural_key, tensors
 
 BASE, ADAPTED = 1e-6, 2e-6  # relative, by the Frobenius norm
@@ -88,8 +88,8 @@ def plain_model(place: Path, values: Mapping[str, torch.Tensor] | None = None) -
     return model
 
 
-def dequantised(view: StateView) -> dict[str, torch.Tensor]:
-    return {n: torch.from_numpy(quantized.dequantise(view, n, w)) for n, w in quantized.find(view).items()}
+def dequantized(view: StateView) -> dict[str, torch.Tensor]:
+    return {n: torch.from_numpy(quantized.dequantize(view, n, w)) for n, w in quantized.find(view).items()}
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -102,18 +102,18 @@ def base_cases(place: Path, name: str, expected: Logits) -> Iterator[Outcome]:
 
 
 def quant_cases(place: Path, stored: Path, name: str, expected: Logits) -> Iterator[Outcome]:
-    """One quantised form of the base: its true values, what our encoder makes of the base, the logits."""
+    """One quantized form of the base: its true values, what our encoder makes of the base, the logits."""
     kind, view, base = stored.name.removeprefix("quant_"), read(stored), read(place / "base")
     found = quantized.find(view)
-    values = dequantised(view)
-    yield bitwise(f"{name} {kind}, dequantised", values, load_file(place / f"dequant_{kind}.safetensors"))
+    values = dequantized(view)
+    yield bitwise(f"{name} {kind}, dequantized", values, load_file(place / f"dequant_{kind}.safetensors"))
     sent = {}
     for weight in found.values():
         how = quant_encoding.Kind(
             weight.kind, weight.block if isinstance(weight.block, int) else 64, weight.nested is not None
         )
         sent[weight.name] = torch.from_numpy(quant_encoding.through(base.array(weight.name).astype(np.float32), how))
-    yield bitwise(f"{name} {kind}, the base quantised here", sent, values)
+    yield bitwise(f"{name} {kind}, the base quantized here", sent, values)
     yield Outcome(
         f"{name} {kind}, logits",
         relative(logits(plain_model(place, values), expected), expected[f"logits.base.{kind}"]),
@@ -146,7 +146,7 @@ def merge_cases(
     from peft import PeftModel
 
     stem = f"logits.{adapter.name.removeprefix('adapter_')}"
-    values = dequantised(read(stored)) if kind != "fp32" else {}
+    values = dequantized(read(stored)) if kind != "fp32" else {}
     model = PeftModel.from_pretrained(plain_model(place, values), str(out / "peft")).eval()
     adapted = logits(model, expected)
     if f"{stem}.adapted.{kind}" in expected:
@@ -165,7 +165,7 @@ def merge_cases(
     if lossy is not None:
         gap = relative(merged, adapted) / max(relative(lossy, adapted), 1e-30)
         yield Outcome(
-            f"{label} on {kind}, error against requantising", gap, 1e-3, "of the error of a requantising merge"
+            f"{label} on {kind}, error against requantizing", gap, 1e-3, "of the error of a requantizing merge"
         )
     golden = place / "merged_lora.safetensors"
     if kind == "fp32" and adapter.name == "adapter_lora" and golden.exists():

@@ -1,6 +1,6 @@
 """A set of fixtures of another geometry: `python -m tests.parity.qlora.variant DIR`, no block size divides its shapes.
 
-Written by transformers and PEFT; the quantised forms by our encoder, which was compared with bitsandbytes 0.50.2 on
+Written by transformers and PEFT; the quantized forms by our encoder, which was compared with bitsandbytes 0.50.2 on
 the CPU for shapes like these, bit by bit (`tests/test_quant_encoding.py` does it again where bitsandbytes is there).
 """
 
@@ -21,24 +21,45 @@ from tensorkeep.quantization import encoding
 from tensorkeep.quantization.encoding import Kind
 
 KINDS = {
-    "nf4_dq": Kind("nf4", 64, True), "nf4": Kind("nf4"), "fp4_dq": Kind("fp4", 64, True), "fp4": Kind("fp4"), "int8": Kind("int8"),
-}  # fmt: skip
+    "nf4_dq": Kind("nf4", 64, True),
+    "nf4": Kind("nf4"),
+    "fp4_dq": Kind("fp4", 64, True),
+    "fp4": Kind("fp4"),
+    "int8": Kind("int8"),
+}
 GEOMETRY = {
-    "vocab_size": 101, "hidden_size": 80, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1,
-    "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 101,
+    "hidden_size": 80,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 ADAPTERS: dict[str, dict[str, Any]] = {
     "adapter_lora": {"r": 5, "lora_alpha": 10, "target_modules": "all-linear", "modules_to_save": ["lm_head"]},
     "adapter_patterns": {
-        "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "down_proj", "embed_tokens"], "use_rslora": True,
-        "rank_pattern": {"down_proj": 7}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3},
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "k_proj", "down_proj", "embed_tokens"],
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 7},
+        "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3},
     },
-    "adapter_rslora_dora": {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "use_dora": True, "use_rslora": True},
-}  # fmt: skip
+    "adapter_rslora_dora": {
+        "r": 3,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "use_dora": True,
+        "use_rslora": True,
+    },
+}
 
 
 def encoded(name: str, weight: np.ndarray, kind: Kind) -> dict[str, np.ndarray]:
-    """The tensors of one quantised weight as bitsandbytes names them."""
+    """The tensors of one quantized weight as bitsandbytes names them."""
     if kind.kind == "int8":
         half = weight.astype(np.float16).astype(np.float32)
         top = np.abs(half).max(1)
@@ -72,7 +93,7 @@ def encoded(name: str, weight: np.ndarray, kind: Kind) -> dict[str, np.ndarray]:
 def write(
     place: Path, kinds: Collection[str] = tuple(KINDS), adapters: Collection[str] = tuple(ADAPTERS), **geometry: Any
 ) -> Path:
-    """The whole set, or some of its quantised forms (nf4_dq among them) and adapters."""
+    """The whole set, or some of its quantized forms (nf4_dq among them) and adapters."""
     import transformers
     from peft import LoraConfig, PeftModel, get_peft_model
 

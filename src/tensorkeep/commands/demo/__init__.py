@@ -1,1 +1,22 @@
-"""demo."""
+"""`tensorkeep demo`: chapters that show the main jobs on a real model; a module a chapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorkeep.commands.shared import Say
+
+
+def demo(chapter: str = "convert", /, *, out: Path | None = None, say: Say = Say()) -> int:
+    """A real model through every format, proven at every stop; and what a broken conversion looks like.
+
+    Parameters
+    ----------
+    chapter
+        convert, diagnose, resume, qlora, detection, or all.
+    out
+        The folder to leave everything in. Default ./demo
+    """
+    from tensorkeep.commands.demo import story as chapters
+
+    return chapters.run(chapter, out or Path("demo"), say.output().line)

@@ -22,24 +22,24 @@ import numpy as np
 import torch
 import yaml
 
-from tensorkeep.training import metrics
-from tensorkeep.storage import run_folder
-from tensorkeep.commands.demo.story import Show
 from tensorkeep.commands.demo.resume import Start, empty, rows_of, same_end, shown_command, tell
+from tensorkeep.commands.demo.story import Show
+from tensorkeep.commands.report._run import PREDICTIONS, write_run_page
 from tensorkeep.detection.data.annotations import read_annotations
-from tensorkeep.detection.results.matching import overlaps
-from tensorkeep.detection.results.results import read_detections
 from tensorkeep.detection.data.synthetic import ANNOTATIONS, CLASS_MAP, TINY, make_dataset
 from tensorkeep.detection.data.synthetic import VIDEOS as FILES
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.evaluate_run import evaluate_checkpoint, evaluate_untrained
 from tensorkeep.detection.pretraining import PretrainingConfig, pretrain
 from tensorkeep.detection.recipe.text import read_recipe
-from tensorkeep.commands.report.run import PREDICTIONS, write_run_page
+from tensorkeep.detection.results.matching import overlaps
+from tensorkeep.detection.results.results import read_detections
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage import run_folder
+from tensorkeep.training import metrics
 
-VIDEOS, HELD_OUT, SHOWN = 24, 16, 3
+VIDEOS, HELD_OUT, _SHOWN = 24, 16, 3
 UNTRAINED, LEARNED = 0.05, 0.5  # average mAP: at most before, at least afterwards
-ENOUGH, FITS = 0.3, 0.3  # score of a detection that is told, IoU with the true segment that it stands beside
+_ENOUGH, FITS = 0.3, 0.3  # score of a detection that is told, IoU with the true segment that it stands beside
 
 
 def chapter_detection(out: Path, show: Show) -> int:
@@ -51,18 +51,22 @@ def chapter_detection(out: Path, show: Show) -> int:
     )
     annotations = make_dataset(folder / "videos", videos=VIDEOS, held_out=HELD_OUT, config=TINY)
     actions = sum(len(video.labels) for video in annotations.videos.values())
-    show(f"     {folder / 'videos'}: {actions} actions of {len(TINY.classes)} kinds ({', '.join(TINY.classes)}), two may overlap; "
-         f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    show(
+        f"     {folder / 'videos'}: {actions} actions of {len(TINY.classes)} kinds ({', '.join(TINY.classes)}), two may overlap; "
+        f"{time.perf_counter() - started:.0f} s"
+    )
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(folder / "videos", folder / "pretrained"), sort_keys=False))
     with one_thread():
         pretrained(recipe, folder / "pretrained", show)
-        held = trained_and_killed(recipe, folder, show, random.Random())
+        held = _trained_and_killed(recipe, folder, show, random.Random())
         held &= evaluated(recipe, folder / "run", show)
         held &= predicted(folder, show)
     show(f"{'All of it held' if held else 'NOT ALL OF IT HELD'}; {time.perf_counter() - started:.0f} s.")
-    show(f"Try next:\n  tensorkeep eval detection {folder / 'run'} --no-ema\n  tensorkeep inspect {folder / 'run'}\n"
-         f"  tensorkeep predict {folder / 'run'} {folder / 'videos' / FILES} --out {folder / 'all'}")  # fmt: skip
+    show(
+        f"Try next:\n  tensorkeep eval detection {folder / 'run'} --no-ema\n  tensorkeep inspect {folder / 'run'}\n"
+        f"  tensorkeep predict {folder / 'run'} {folder / 'videos' / FILES} --out {folder / 'all'}"
+    )
     return 0 if held else 1
 
 
@@ -89,45 +93,94 @@ def recipe_of(data: Path, backbone: Path) -> dict[str, Any]:
         "model": {
             "backbone": {
                 "vit": {
-                    "image_size": TINY.size, "patch_size": 16, "embed_dim": 64, "depth": 2, "heads": 4, "mlp_dim": 192,
-                    "chunk_frames": 32, "tubelet": 2, "drop_path": 0.0, "mean": [100, 100, 100], "std": [50, 50, 50],
+                    "image_size": TINY.size,
+                    "patch_size": 16,
+                    "embed_dim": 64,
+                    "depth": 2,
+                    "heads": 4,
+                    "mlp_dim": 192,
+                    "chunk_frames": 32,
+                    "tubelet": 2,
+                    "drop_path": 0.0,
+                    "mean": [100, 100, 100],
+                    "std": [50, 50, 50],
                 },
                 "adapter": {
-                    "kind": "qlora", "ratio": 0.25, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "quantize_bits": 4,
+                    "kind": "qlora",
+                    "ratio": 0.25,
+                    "lora_r": 8,
+                    "lora_alpha": 16,
+                    "lora_dropout": 0.1,
+                    "quantize_bits": 4,
                 },
-                "tuning": "adapter", "checkpointing": "none", "output_length": 64,
+                "tuning": "adapter",
+                "checkpointing": "none",
+                "output_length": 64,
             },
             "projection": {
-                "in_channels": 64, "channels": 64, "embed_layers": 1, "stem_layers": 1, "branch_layers": 3, "heads": 4,
-                "windows": [-1], "drop_path": 0.0, "max_length": 64,
+                "in_channels": 64,
+                "channels": 64,
+                "embed_layers": 1,
+                "stem_layers": 1,
+                "branch_layers": 3,
+                "heads": 4,
+                "windows": [-1],
+                "drop_path": 0.0,
+                "max_length": 64,
             },
             "head": {
-                "classes": len(TINY.classes), "channels": 64, "convs": 2, "strides": [1, 2, 4, 8],
-                "ranges": [[0, 4], [4, 8], [8, 16], [16, 10000]], "loss_normalizer": 15,
+                "classes": len(TINY.classes),
+                "channels": 64,
+                "convs": 2,
+                "strides": [1, 2, 4, 8],
+                "ranges": [[0, 4], [4, 8], [8, 16], [16, 10000]],
+                "loss_normalizer": 15,
             },
         },
         "optimizer": {
-            "lr": 0.002, "weight_decay": 0.05, "backbone": [{"name": "adapter", "lr": 0.01, "weight_decay": 0.05}],
+            "lr": 0.002,
+            "weight_decay": 0.05,
+            "backbone": [{"name": "adapter", "lr": 0.01, "weight_decay": 0.05}],
         },
         "schedule": {"warmup_epochs": 2, "epochs": 24},
         "data": {
-            "train": {**split, "subset": "training"}, "test": {**split, "subset": "validation"},
-            "class_map": str(data / CLASS_MAP), "mode": "sliding", "window_size": 64, "feature_stride": 2, "scale_factor": 2,
-            "window_overlap_ratio": 0.5, "trunc_thresh": 0.75, "crop_ratio": [0.9, 1.0], "crop_size": TINY.size,
+            "train": {**split, "subset": "training"},
+            "test": {**split, "subset": "validation"},
+            "class_map": str(data / CLASS_MAP),
+            "mode": "sliding",
+            "window_size": 64,
+            "feature_stride": 2,
+            "scale_factor": 2,
+            "window_overlap_ratio": 0.5,
+            "trunc_thresh": 0.75,
+            "crop_ratio": [0.9, 1.0],
+            "crop_size": TINY.size,
             "augment": {
-                "size": TINY.size, "short_side": TINY.size, "crop": "centre", "flip": 0.5, "operations": 0,
+                "size": TINY.size,
+                "short_side": TINY.size,
+                "crop": "centre",
+                "flip": 0.5,
+                "operations": 0,
                 "jitter": [0, 0, 0, 0],
             },
         },
         "training": {
-            "batch_size": 2, "seed": 0, "precision": "fp32", "ema": 0.98, "pretrained": str(backbone),
-            "quantize_backbone": "nf4", "save_every": 6, "evaluate_every": 6, "workers": 0, "log_every": 10,
+            "batch_size": 2,
+            "seed": 0,
+            "precision": "fp32",
+            "ema": 0.98,
+            "pretrained": str(backbone),
+            "quantize_backbone": "nf4",
+            "save_every": 6,
+            "evaluate_every": 6,
+            "workers": 0,
+            "log_every": 10,
         },
         "post_processing": {
             "nms": {"method": "gaussian", "sigma": 0.5, "min_score": 0.001, "limit": 200, "multiclass": True},
         },
         "evaluation": {"thresholds": [0.3, 0.4, 0.5, 0.6, 0.7]},
-    }  # fmt: skip
+    }
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -149,11 +202,13 @@ def pretrained(recipe: Path, run: Path, show: Show) -> None:
             show(f"       update {row['step']:5}: loss {row['loss']:.4f}")
 
     accuracy = pretrain(config, run, told).evaluation["accuracy"]
-    show(f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of {config.held_out} clips it has not seen "
-         f"(by chance: {100 / (len(config.motions.classes) + 1):.0f} %)")  # fmt: skip
+    show(
+        f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of {config.held_out} clips it has not seen "
+        f"(by chance: {100 / (len(config.motions.classes) + 1):.0f} %)"
+    )
 
 
-def trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Random) -> bool:
+def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Random) -> bool:
     """The run that nobody touches, the one that is killed, and what tells them apart."""
     whole, run = folder / "whole", folder / "run"
     show("3/6  That ViT frozen and held in nf4; the seeds' QLoRA adapters and the detection head train, by the command")
@@ -224,11 +279,21 @@ def predicted(folder: Path, show: Show) -> bool:
     """`tensorkeep predict` on held-out videos, and the run's page; True if the page shows them over what is true."""
     run, data = folder / "run", folder / "videos"
     annotations = read_annotations(data / ANNOTATIONS)
-    names = [video.name for video in annotations.of_subset("validation")][:SHOWN]
+    names = [video.name for video in annotations.of_subset("validation")][:_SHOWN]
     out = run / Path(PREDICTIONS).parent
-    words = ["tensorkeep", "predict", str(run), *(str(data / FILES / f"{name}.mp4") for name in names), "--annotations",
-             str(data / ANNOTATIONS), "--out", str(out), "--device", "cpu"]  # fmt: skip
-    show(f"6/6  What happens when in {SHOWN} of them:\n     {' '.join(words)}")
+    words = [
+        "tensorkeep",
+        "predict",
+        str(run),
+        *(str(data / FILES / f"{name}.mp4") for name in names),
+        "--annotations",
+        str(data / ANNOTATIONS),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    show(f"6/6  What happens when in {_SHOWN} of them:\n     {' '.join(words)}")
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise TensorkeepError(f"predict failed: {done.stderr.strip()[-300:]}", where=run)
@@ -238,10 +303,10 @@ def predicted(folder: Path, show: Show) -> bool:
     page = folder / "page.html"
     write_run_page(run, page, overwrite=True)
     text = page.read_text("utf-8")
-    drawn = text.count('class="timeline"') == SHOWN and all(
+    drawn = text.count('class="timeline"') == _SHOWN and all(
         part in text for part in ('class="p"', 'class="t"', "<image ")
     )
-    show(f"     {page}: curves, evaluations, and these {SHOWN} videos with pictures, true and predicted")
+    show(f"     {page}: curves, evaluations, and these {_SHOWN} videos with pictures, true and predicted")
     return drawn
 
 
@@ -249,7 +314,7 @@ def against_truth(name: str, folder: Path) -> Sequence[str]:
     """A video's true segments, each with the detection of its class that fits it best, and how many are found besides."""
     video = read_annotations(folder / "videos" / ANNOTATIONS).videos[name]
     table = read_detections(folder / "run" / PREDICTIONS)
-    own = np.flatnonzero((table.videos == table.video_names.index(name)) & (table.scores >= ENOUGH))
+    own = np.flatnonzero((table.videos == table.video_names.index(name)) & (table.scores >= _ENOUGH))
     labels = np.array([table.label_names[i] for i in table.labels[own]])
     used: set[int] = set()
     lines = [f"{name}, {video.duration:.1f} s"]
@@ -259,7 +324,7 @@ def against_truth(name: str, folder: Path) -> Sequence[str]:
         pairs = overlaps(np.array([[start, end]]), np.zeros(1, dtype=np.int64), table.segments[same], keys, FITS)
         line = f"  {label:6} {start:5.2f} to {end:5.2f} s   "
         if not len(pairs.iou):
-            lines.append(f"{line}nothing that fits scores {ENOUGH:g}")
+            lines.append(f"{line}nothing that fits scores {_ENOUGH:g}")
             continue
         best = int(np.argmax(pairs.iou))
         chosen = int(same[pairs.right[best]])
@@ -268,4 +333,4 @@ def against_truth(name: str, folder: Path) -> Sequence[str]:
         lines.append(
             f"{line}found {first:5.2f} to {last:5.2f} s, IoU {pairs.iou[best]:.2f}, score {table.scores[chosen]:.2f}"
         )
-    return [*lines, f"  and {len(own) - len(used)} detections more that score {ENOUGH:g} or better"]
+    return [*lines, f"  and {len(own) - len(used)} detections more that score {_ENOUGH:g} or better"]

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tensorkeep.convert.convert import convert
 from tensorkeep.commands.demo.story import Show, load_hf, loss, smollm2, token_ids
-from tensorkeep.diagnose.diagnosis import diagnose
-from tensorkeep.convert.naming import layer_count
-from tensorkeep.convert.naming.hf import EMBEDDING
-from tensorkeep.convert.plan import Plan, Rows, Step
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.diagnose.repair import repair
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.naming import layer_count
+from tensorkeep.conversion.naming.hf import EMBEDDING
+from tensorkeep.conversion.plan import Plan, Rows, Step
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.repairs import repair
 from tensorkeep.formats.view import read
 
 SEED = 0
@@ -76,7 +76,7 @@ def turned(plan: Plan, _: random.Random) -> Plan:
     return replace(plan, steps=[turn(s) for s in plan.steps])
 
 
-def swapped_layers(plan: Plan, draw: random.Random) -> Plan:
+def _swapped_layers(plan: Plan, draw: random.Random) -> Plan:
     """Two layers under each other's number."""
     first, second = (f"model.layers.{n}." for n in draw.sample(range(_layers(plan)), 2))
 
@@ -96,7 +96,7 @@ def swapped_gate_up(plan: Plan, draw: random.Random) -> Plan:
     return _from(plan, lambda name: pair[1 - pair.index(name)] if name in pair else name)
 
 
-def shifted_vocabulary(plan: Plan, _: random.Random) -> Plan:
+def _shifted_vocabulary(plan: Plan, _: random.Random) -> Plan:
     """Every row of the embedding one id too early."""
 
     def shift(step: Step) -> Step:
@@ -128,8 +128,8 @@ def _from(plan: Plan, source: Callable[[str], str]) -> Plan:
 
 FAULTS: tuple[tuple[str, str, str, Fault], ...] = (
     ("q and k left in the other RoPE layout", "O01", "hf", turned),
-    ("two layers exchanged", "O02", "hf", swapped_layers),
+    ("two layers exchanged", "O02", "hf", _swapped_layers),
     ("gate and up exchanged in one layer", "O03", "hf", swapped_gate_up),
-    ("the vocabulary shifted by one", "O04", "hf", shifted_vocabulary),
+    ("the vocabulary shifted by one", "O04", "hf", _shifted_vocabulary),
     ("a DCP nested under 'model' where flat names are asked for", "K04", "dcp", unchanged),
 )

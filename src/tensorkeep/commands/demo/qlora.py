@@ -1,6 +1,6 @@
 """Chapter `qlora`: a low-rank adapter trained on SmolLM2 in 4 bits, evaluated under its average, merged, and compared.
 
-The merge adds the adapter to the weights it was trained on (nf4, dequantised): transformers loads the result with
+The merge adds the adapter to the weights it was trained on (nf4, dequantized): transformers loads the result with
 nothing missing, and its logits are the adapted model's. What a merge back into nf4 would have kept stands beside it.
 """
 
@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from tensorkeep.adapters import merge as merging
-from tensorkeep.commands.demo.story import Show, load_hf
-from tensorkeep.commands.demo.resume import empty, hf_folder, write_topics
-from tensorkeep.language.generation import generate
+from tensorkeep.adapters import merging
 from tensorkeep.adapters.planning import open_adapters, plan_merge
-from tensorkeep.output import Output
-from tensorkeep.language import build as language
+from tensorkeep.commands.demo.resume import empty, hf_folder, write_topics
+from tensorkeep.commands.demo.story import Show, load_hf
+from tensorkeep.formats.view import read
+from tensorkeep.language import job as language
 from tensorkeep.language.evaluation import evaluate_checkpoint
 from tensorkeep.language.export import exported
-from tensorkeep.language.start import load_tokenizer
+from tensorkeep.language.generation import generate
 from tensorkeep.language.recipe_text import read_language
+from tensorkeep.language.start import load_tokenizer
+from tensorkeep.output import Output
 from tensorkeep.training.loop import fit
-from tensorkeep.formats.view import read
 
 if TYPE_CHECKING:
     from tensorkeep.training.job import Job
@@ -46,7 +46,7 @@ class Trained:
     before: float
     averaged: float
     last: float
-    spoken: str  # by the quantised base, before
+    spoken: str  # by the quantized base, before
 
 
 def chapter_qlora(out: Path, show: Show) -> int:
@@ -60,23 +60,29 @@ def chapter_qlora(out: Path, show: Show) -> int:
     recipe.write_text(yaml.safe_dump(recipe_of(base, text, held_out), sort_keys=False))
     held = trained_and_merged(recipe, base, folder, held_out, show)
     show(f"{'All of it held' if held else 'NOT ALL OF IT HELD'}; {time.perf_counter() - started:.0f} s.")
-    show(next_commands(base, folder, held_out))
+    show(_next_commands(base, folder, held_out))
     return 0 if held else 1
 
 
 def recipe_of(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
     """nf4 under an adapter of rank 16 on every linear, an average, `smollm2_qlora` in small."""
     return {
-        "model": str(base), "objective": "pretrain",
+        "model": str(base),
+        "objective": "pretrain",
         "data": {"files": [str(text)], "length": LENGTH, "packing": "concatenate"},
         "evaluation": {"files": [str(held_out)]},
         "adapter": {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "targets": ["all-linear"]},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.999]},
         "schedule": {"kind": "cosine", "warmup": 0.1, "final": 0.1},
         "training": {
-            "updates": UPDATES, "batch": BATCH, "micro_batch": BATCH, "ema": 0.8, "quantize_backbone": "nf4", "log_every": 1,
+            "updates": UPDATES,
+            "batch": BATCH,
+            "micro_batch": BATCH,
+            "ema": 0.8,
+            "quantize_backbone": "nf4",
+            "log_every": 1,
         },
-    }  # fmt: skip
+    }
 
 
 def trained_and_merged(recipe: Path, base: Path, folder: Path, held_out: Path, show: Show) -> bool:
@@ -84,8 +90,10 @@ def trained_and_merged(recipe: Path, base: Path, folder: Path, held_out: Path, s
     show(f"2/6  {UPDATES} updates of rank 16 on all linears, the base in nf4, on pydoc's {', '.join(TOPICS)}:")
     done = train(recipe, folder / "run", show)
     show(f"3/6  Perplexity on text it has not seen (pydoc's {', '.join(HELD_OUT)}):")
-    show(f"     {done.before:8.4f}  before\n     {done.averaged:8.4f}  after, under the average of the weights\n"
-         f"     {done.last:8.4f}  after, the last weights")  # fmt: skip
+    show(
+        f"     {done.before:8.4f}  before\n     {done.averaged:8.4f}  after, under the average of the weights\n"
+        f"     {done.last:8.4f}  after, the last weights"
+    )
     again = perplexity(folder / "run", held_out)
     show(f"     {again:8.4f}  the average as its checkpoint gives it to a new model")
 
@@ -100,8 +108,10 @@ def trained_and_merged(recipe: Path, base: Path, folder: Path, held_out: Path, s
     model = load_hf(merged).float().eval()
     far, most = distances(done.job, model)
     whole = perplexity(merged, held_out)
-    show(f"     {far:8.1e}  logits of the merged against the adapted model, |difference| / |logits| in float32; "
-         f"at most {most:.1e} of the largest logit")  # fmt: skip
+    show(
+        f"     {far:8.1e}  logits of the merged against the adapted model, |difference| / |logits| in float32; "
+        f"at most {most:.1e} of the largest logit"
+    )
     show(f"     {whole:8.4f}  perplexity of the merged model, {done.averaged:.4f} of the adapted one")
     show(f"     {PROMPT!r} goes on\n       before: {done.spoken!r}\n       after:  {speak(model, base)!r}")
     same = all(abs(found / done.averaged - 1) < 1e-5 for found in (again, whole))
@@ -143,8 +153,10 @@ def merge(base: Path, adapter: Path, out: Path, show: Show) -> bool:
     done = merging.merge(job, str(out), "hf")
     figures = merging.overall(done.moved)
     change, kept = figures["change"] or 0.0, figures["kept"]
-    show(f"5/6  Merged onto the dequantised {job.kind} it was trained on: {out}, {len(job.terms)} tensors changed by "
-         f"{100 * change:.2g} % of their size, computed twice and read back equal ({sum(done.seconds.values()):.1f} s)")  # fmt: skip
+    show(
+        f"5/6  Merged onto the dequantized {job.kind} it was trained on: {out}, {len(job.terms)} tensors changed by "
+        f"{100 * change:.2g} % of their size, computed twice and read back equal ({sum(done.seconds.values()):.1f} s)"
+    )
     if kept is not None:
         show(
             f"     Rounded to {job.kind} again, as PEFT's merge_and_unload does, it would keep {100 * kept:.2g} % of the update"
@@ -172,11 +184,13 @@ def megabytes(folder: Path) -> float:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 1e6
 
 
-def next_commands(base: Path, folder: Path, held_out: Path) -> str:
-    return "\n".join((
-        "Try next:",
-        f"  tensorkeep eval language {folder / 'run'} --data {held_out} --no-ema",
-        f"  tensorkeep merge {base} {folder / 'adapter'} {folder / 'merged-original'} --onto original",
-        f"  tensorkeep diff {base} {folder / 'merged'}",
-        f"  tensorkeep generate {folder / 'merged'} --prompt 'What is a descriptor?'",
-    ))  # fmt: skip
+def _next_commands(base: Path, folder: Path, held_out: Path) -> str:
+    return "\n".join(
+        (
+            "Try next:",
+            f"  tensorkeep eval language {folder / 'run'} --data {held_out} --no-ema",
+            f"  tensorkeep merge {base} {folder / 'adapter'} {folder / 'merged-original'} --onto original",
+            f"  tensorkeep diff {base} {folder / 'merged'}",
+            f"  tensorkeep generate {folder / 'merged'} --prompt 'What is a descriptor?'",
+        )
+    )

@@ -19,22 +19,21 @@ from typing import Any
 
 import yaml
 
-from tensorkeep.training import saver as checkpoint
-from tensorkeep.storage import durable
-from tensorkeep.training import metrics
-from tensorkeep.storage import run_folder
-from tensorkeep.convert.convert import convert
 from tensorkeep.commands.demo.story import Show, smollm2
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.verification import verify
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.storage.run_manifest import step_of
-from tensorkeep.diagnose.verify import verify
 from tensorkeep.formats.view import read
+from tensorkeep.storage import durable, run_folder
+from tensorkeep.storage.run_manifest import step_of
+from tensorkeep.training import metrics
+from tensorkeep.training import saver as checkpoint
 
 TOPICS = ("calls",)  # of pydoc: a text that every Python carries
-TRAINED = 2
-UPDATES, SAVE_EVERY, BATCH, LENGTH = 8, 2, 4, 96
-TELLING = ("resumed from", "skipped:", "exact resume", "not bitwise", "made again")  # what a start says of a resume
+_TRAINED = 2
+UPDATES, _SAVE_EVERY, BATCH, LENGTH = 8, 2, 4, 96
+_TELLING = ("resumed from", "skipped:", "exact resume", "not bitwise", "made again")  # what a start says of a resume
 
 
 def chapter_resume(out: Path, show: Show) -> int:
@@ -46,13 +45,15 @@ def chapter_resume(out: Path, show: Show) -> int:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(base, text), sort_keys=False))
     show(
-        f"2/5  Trained: the last {TRAINED} of its layers on pydoc's {', '.join(TOPICS)}, {UPDATES} updates, saved every {SAVE_EVERY}:"
+        f"2/5  Trained: the last {_TRAINED} of its layers on pydoc's {', '.join(TOPICS)}, {UPDATES} updates, saved every {_SAVE_EVERY}:"
     )
     show(f"     {' '.join(shown_command(recipe, folder / 'run'))}")
     held = killed_and_compared(recipe, folder, show, random.Random())
     show(f"{'All of it held' if held else 'NOT ALL OF IT HELD'}; {time.perf_counter() - started:.0f} s.")
-    show(f"Try next:\n  tensorkeep verify {folder / 'run'}\n  tensorkeep diff {folder / 'run'} {folder / 'whole'}\n"
-         f"  tensorkeep eval language {folder / 'run'} --data {text}")  # fmt: skip
+    show(
+        f"Try next:\n  tensorkeep verify {folder / 'run'}\n  tensorkeep diff {folder / 'run'} {folder / 'whole'}\n"
+        f"  tensorkeep eval language {folder / 'run'} --data {text}"
+    )
     return 0 if held else 1
 
 
@@ -66,9 +67,9 @@ def killed_and_compared(recipe: Path, folder: Path, show: Show, chance: random.R
     training = sum(float(row["seconds"]) for row in metrics.rows(whole / metrics.METRICS))  # without loading the model
 
     show("3/5  The same once more, killed (SIGKILL) in the middle of a save:")
-    hit = kill_in_a_save(recipe, run, show)
+    hit = _kill_in_a_save(recipe, run, show)
     show("4/5  Started again by the same command, killed at a random instant, and started again:")
-    second = kill_after(recipe, run, chance.uniform(0, 0.6 * training), show)
+    second = _kill_after(recipe, run, chance.uniform(0, 0.6 * training), show)
     last = Start(recipe, run)
     last.finish()
     show(f"     {last.seconds:4.1f} s  to the end")
@@ -116,16 +117,22 @@ def recipe_of(base: Path, text: Path) -> dict[str, Any]:
     """Rows of LENGTH tokens of the text, the last layers and the final norm trained, an average kept."""
     layers = int((read(base).config or {})["num_hidden_layers"])
     return {
-        "model": str(base), "objective": "pretrain",
-        "trainable": [f"model.layers.{n}.*" for n in range(layers - TRAINED, layers)] + ["model.norm.weight"],
+        "model": str(base),
+        "objective": "pretrain",
+        "trainable": [f"model.layers.{n}.*" for n in range(layers - _TRAINED, layers)] + ["model.norm.weight"],
         "data": {"files": [str(text)], "length": LENGTH, "packing": "concatenate"},
         "optimizer": {"lr": 2e-4, "weight_decay": 0.01},
         "schedule": {"kind": "cosine", "warmup": 0.1, "final": 0.1},
         "training": {
-            "updates": UPDATES, "batch": BATCH, "micro_batch": BATCH // 2, "ema": 0.9, "log_every": 1,
-            "save_every": SAVE_EVERY, "keep_last": 2,
+            "updates": UPDATES,
+            "batch": BATCH,
+            "micro_batch": BATCH // 2,
+            "ema": 0.9,
+            "log_every": 1,
+            "save_every": _SAVE_EVERY,
+            "keep_last": 2,
         },
-    }  # fmt: skip
+    }
 
 
 # -- starts and kills -------------------------------------------------------------------------------------------------
@@ -192,9 +199,9 @@ class Start:
         return self.log.read_text("utf-8", "replace").splitlines()
 
 
-def kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
+def _kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
     """Kill when half of a checkpoint is written, with a whole one before it; True if the half stayed behind."""
-    for _ in range(UPDATES // SAVE_EVERY):
+    for _ in range(UPDATES // _SAVE_EVERY):
         start = Start(recipe, run)
         if not start.until(lambda: half_written(run) is not None):
             break
@@ -203,8 +210,10 @@ def kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
         if left is None:
             continue  # the save was faster than the signal: the next one, then
         size, newest = sum(p.stat().st_size for p in left.iterdir()), checkpoint.newest(run)
-        show(f"     {start.seconds:4.1f} s  killed; {left.name}, {size / 1e6:.0f} MB without a manifest, is no checkpoint "
-             f"and is passed over")  # fmt: skip
+        show(
+            f"     {start.seconds:4.1f} s  killed; {left.name}, {size / 1e6:.0f} MB without a manifest, is no checkpoint "
+            f"and is passed over"
+        )
         show(f"             newest checkpoint: {newest[1].name if newest else 'NONE'}, every byte as its manifest says")
         return newest is not None and start.killed
     show("     NO SAVE WAS HIT: each was over before the signal came")
@@ -227,7 +236,7 @@ def half_written(run: Path) -> Path | None:
     return None
 
 
-def kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> Start:
+def _kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> Start:
     """Kill so many seconds after the run has gone on, before its last update at the latest."""
     start = Start(recipe, run)
     start.until(lambda: any(line.startswith("resumed") for line in start.said()))
@@ -242,7 +251,7 @@ def kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> Start:
 
 def tell(said: Sequence[str], show: Show) -> None:
     for line in said:
-        if any(word in line for word in TELLING):
+        if any(word in line for word in _TELLING):
             show(f"             {line}")
 
 
@@ -254,7 +263,7 @@ def rows_of(run: Path) -> list[metrics.Row]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
 
 
-def digests_of(run: Path) -> dict[str, dict[str, str]]:
+def _digests_of(run: Path) -> dict[str, dict[str, str]]:
     """Digest of every weight, moment and average of the newest checkpoint, read whole; by kind and name."""
     import torch
 
@@ -263,14 +272,16 @@ def digests_of(run: Path) -> dict[str, dict[str, str]]:
         raise TensorkeepError("the run holds no checkpoint", where=run)
     state = found[0]
     return {
-        kind: {n: durable.digest(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in part.items()}
+        kind: {
+            n: durable.digest(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for n, t in part.items()
+        }
         for kind, part in (("weights", state.model), ("moments", state.optimizer), ("averages", state.ema))
-    }  # fmt: skip
+    }
 
 
 def same_end(whole: Path, run: Path, show: Show) -> bool:
     """Whether two runs ended in the same state with the same metrics, bit for bit; shows what was compared."""
-    mine, theirs = digests_of(run), digests_of(whole)
+    mine, theirs = _digests_of(run), _digests_of(whole)
     parts = []
     for kind, wanted in theirs.items():
         equal = sum(mine[kind].get(name) == digest for name, digest in wanted.items())

@@ -17,22 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorkeep.diagnose.compare import compare
-from tensorkeep.convert.convert import convert
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.naming import torchtitan
+from tensorkeep.conversion.naming.table import from_own
+from tensorkeep.conversion.plan import Plan, Step
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.comparison import compare
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import grouped
-from tensorkeep.convert.naming import torchtitan
-from tensorkeep.convert.naming.table import from_own
-from tensorkeep.convert.plan import Plan, Step
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.storage.record import DTYPES
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.storage.record import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
 Show = Callable[[str], object]  # prints one line
-TOPIC = "calls"  # a text that every Python carries: `pydoc calls`
+_TOPIC = "calls"  # a text that every Python carries: `pydoc calls`
 WINDOWS, LENGTH = 4, 256  # tokens the loss is measured on: 4 x 256
 MARK = "README.txt"  # a folder with this file is ours to write over
 
@@ -79,7 +79,7 @@ def chapter_convert(out: Path, show: Show) -> int:
     show("3/5  Is the round trip bitwise equal? Digest of every tensor, first folder against third:")
     equal = _same_tensors(read(first), read(again), show)
 
-    show(f"4/5  Does it compute the same? Loss on pydoc's topic {TOPIC!r}, {WINDOWS} x {LENGTH} tokens, float32:")
+    show(f"4/5  Does it compute the same? Loss on pydoc's topic {_TOPIC!r}, {WINDOWS} x {LENGTH} tokens, float32:")
     ids = token_ids(first)
     losses = []
     for what, folder, load in (
@@ -99,8 +99,10 @@ def chapter_convert(out: Path, show: Show) -> int:
     show(f"     {wrong:.6f}  instead of {losses[0]:.6f}; nothing crashed, nothing warned")
     pointed = point_at(read(first), read(broken), show)
 
-    show(f"Round trip {'bitwise equal' if equal else 'NOT EQUAL'}, losses {'identical' if same else 'DIFFERENT'}, "
-         f"fault {'found' if pointed else 'NOT FOUND'}; {time.perf_counter() - started:.0f} s.")  # fmt: skip
+    show(
+        f"Round trip {'bitwise equal' if equal else 'NOT EQUAL'}, losses {'identical' if same else 'DIFFERENT'}, "
+        f"fault {'found' if pointed else 'NOT FOUND'}; {time.perf_counter() - started:.0f} s."
+    )
     show(_next_commands(first, sharded, broken))
     return 0 if equal and same and pointed and wrong > losses[0] + 1 else 1
 
@@ -175,7 +177,7 @@ def token_ids(folder: Path) -> torch.Tensor:
     import torch
 
     tokenizer = _transformers().AutoTokenizer.from_pretrained(folder)
-    return torch.tensor(tokenizer(topics[TOPIC])["input_ids"][: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
+    return torch.tensor(tokenizer(topics[_TOPIC])["input_ids"][: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
 
 
 def load_hf(folder: Path) -> torch.nn.Module:

@@ -1,1 +1,1 @@
-"""data."""
+"""Videos and annotations as training samples: containers, frames, windows, augmentation."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.errors import near_misses
 from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, Video, unique_segments
+from tensorkeep.errors import near_misses
 
 _END_TOLERANCE = 0.05  # seconds; annotations are commonly given to a tenth of a second
 _FRAME_RATES = (5.0, 125.0)  # outside of it a frame count and a duration do not belong together

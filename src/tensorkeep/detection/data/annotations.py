@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.detection.data.reading import parse_number, parse_segment, read_json, read_text
+from tensorkeep.errors import TensorkeepError, near_misses
 
 AMBIGUOUS = "Ambiguous"  # THUMOS'14 marks segments with it that are neither right nor wrong: never a class
 CLASS_LIST = "detclasslist.txt"

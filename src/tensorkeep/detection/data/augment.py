@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tensorkeep.errors import TensorkeepError
 
 CHUNK = 8  # frames that are held as floats at a time: they stay in the cache
-LUMA = (0.299, 0.587, 0.114)
+_LUMA = (0.299, 0.587, 0.114)
 _GREY = 128  # what is cut out is filled with it
 _CROP_TRIES = 10
 
@@ -184,13 +184,13 @@ def _means(frames: Tensor) -> Tensor:
 
 
 def _saturation(factor: float) -> Tensor:
-    grey = torch.tensor(LUMA, dtype=torch.float64).expand(3, 3)
+    grey = torch.tensor(_LUMA, dtype=torch.float64).expand(3, 3)
     return torch.eye(3, dtype=torch.float64) * factor + grey * (1 - factor)
 
 
 def _hue(turn: float) -> Tensor:
     """Rotation of the chroma plane of YIQ by `turn` of a full turn."""
-    to_yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
+    to_yiq = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
     c, s = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     rotation = torch.tensor([(1.0, 0.0, 0.0), (0.0, c, -s), (0.0, s, c)], dtype=torch.float64)
     turned: Tensor = torch.linalg.solve(to_yiq, rotation @ to_yiq)
@@ -203,7 +203,7 @@ def _jittered(frames: Tensor, jitter: tuple[float, float, float, float], order: 
     if jitter == (1.0, 1.0, 1.0, 0.0):
         return frames
     matrix, offset = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    means, luma = _means(frames), torch.tensor(LUMA, dtype=torch.float64)
+    means, luma = _means(frames), torch.tensor(_LUMA, dtype=torch.float64)
     eye = torch.eye(3, dtype=torch.float64)
     for step in order:
         grey = luma @ (matrix @ means + offset)
@@ -247,7 +247,7 @@ def _solarize(frames: Tensor, level: float, down: float, right: float) -> Tensor
 
 def _contrast(frames: Tensor, level: float, down: float, right: float) -> Tensor:
     factor = 1.8 * abs(level) + 0.1
-    grey = float(_means(frames) @ torch.tensor(LUMA, dtype=torch.float64))
+    grey = float(_means(frames) @ torch.tensor(_LUMA, dtype=torch.float64))
     return _recoloured(frames, torch.eye(3) * factor, torch.full((3,), grey * (1 - factor)))
 
 

@@ -28,14 +28,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.data.annotation_checks import Problem
 from tensorkeep.detection.data.annotations import Annotations, Video, number_segments
 from tensorkeep.detection.data.augment import AugmentConfig, augment, centre_crop, draw_augmentation
 from tensorkeep.detection.data.features import SUFFIXES, count_features, read_features
-from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.detection.data.video import check_video, decode, probe
-from tensorkeep.detection.data.windows import Window, clip_to_window, count_snippets, make_window, place_windows, resized_frames, resized_segments, segment_frames
+from tensorkeep.detection.data.windows import (
+    Window,
+    clip_to_window,
+    count_snippets,
+    make_window,
+    place_windows,
+    resized_frames,
+    resized_segments,
+    segment_frames,
+)
+from tensorkeep.detection.model.resize import linear_resize
+from tensorkeep.errors import TensorkeepError
 
 Broken = Literal["error", "skip", "keep"]
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts")
@@ -116,9 +125,12 @@ class Place(NamedTuple):
 
 
 def find_items(
-    annotations: Annotations, subset: str, folder: str | Path, reader: VideoReader | FeatureReader,
+    annotations: Annotations,
+    subset: str,
+    folder: str | Path,
+    reader: VideoReader | FeatureReader,
     classes: Sequence[str] | None = None,
-) -> tuple[list[Item], list[Problem]]:  # fmt: skip
+) -> tuple[list[Item], list[Problem]]:
     """The videos (or feature files) of a subset in `folder`, found by name, and what is odd about them.
 
     With the reader's `broken="error"` a missing, unreadable or truncated file raises TensorkeepError that names them
@@ -210,11 +222,17 @@ class Clips:
             inputs, mask = _nothing(self.reader, config), torch.zeros_like(mask)
             segments, kept = segments[:0], kept[:0]
         meta = {
-            "video": item.name, "duration": item.duration, "frames": item.frames, "fps": item.frames / item.duration,
-            "method": config.method, "snippet_stride": config.snippet_stride, "offset_frames": config.offset_frames,
-            "window_start_frame": start, "window_size": config.window_size,
+            "video": item.name,
+            "duration": item.duration,
+            "frames": item.frames,
+            "fps": item.frames / item.duration,
+            "method": config.method,
+            "snippet_stride": config.snippet_stride,
+            "offset_frames": config.offset_frames,
+            "window_start_frame": start,
+            "window_size": config.window_size,
             "problems": [problem.message for problem in problems],
-        }  # fmt: skip
+        }
         return {
             "inputs": inputs,
             "mask": mask,
@@ -342,9 +360,13 @@ def _window(config: WindowConfig, bounds: tuple[int, int], frames: int) -> Windo
 
 
 def _read(
-    item: Item, reader: VideoReader | FeatureReader, config: WindowConfig, cut: Window | None,
-    generator: torch.Generator, problems: list[Problem],
-) -> Tensor:  # fmt: skip
+    item: Item,
+    reader: VideoReader | FeatureReader,
+    config: WindowConfig,
+    cut: Window | None,
+    generator: torch.Generator,
+    problems: list[Problem],
+) -> Tensor:
     """The inputs of one sample; `cut` None: the whole video, resized."""
     length = config.window_size
     if isinstance(reader, FeatureReader):
@@ -356,9 +378,13 @@ def _read(
     indices = resized_frames(item.frames, length, config.scale_factor) if cut is None else cut.frames
     side = reader.size if reader.augment is None else reader.augment.short_side
     frames = decode(
-        item.path, indices, size=side, threads=reader.threads, problems=problems,
+        item.path,
+        indices,
+        size=side,
+        threads=reader.threads,
+        problems=problems,
         broken="keep" if reader.broken == "keep" else "error",
-    )  # fmt: skip
+    )
     if reader.augment is None:
         frames = centre_crop(frames, reader.size)
     else:

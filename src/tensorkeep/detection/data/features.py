@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
 from tensorkeep.formats.view import read
+from tensorkeep.storage.files import explained
 
 SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 

@@ -21,16 +21,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.storage.placement import replacing
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.containers import import_av
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.storage.placement import replacing
 
 Floats = NDArray[np.float64]
 MOTIONS = {"slide": 1.0, "pulse": 1.1, "blink": 1.9, "spin": 0.8, "hop": 1.3}  # name -> cycles a second
 CLASSES = ("slide", "pulse", "blink", "spin")
 ANNOTATIONS, CLASS_MAP, VIDEOS = "annotations.json", "category_idx.txt", "videos"
-BUSY, CALM = (70.0, 180.0), (50.0, 90.0)  # greys of a background
+_BUSY, _CALM = (70.0, 180.0), (50.0, 90.0)  # greys of a background
 _EDGE = 0.7  # width, in pixels, over which a shape's edge fades
 _GAP = 1.0  # least seconds between two actions of one actor
 
@@ -56,9 +56,10 @@ class SyntheticConfig:
         if unknown or not self.classes:
             hint = near_misses(unknown[0], MOTIONS) if unknown else None
             raise TensorkeepError(
-                f"no motion {', '.join(map(repr, unknown)) or 'at all'}", where="synthetic",
+                f"no motion {', '.join(map(repr, unknown)) or 'at all'}",
+                where="synthetic",
                 hint=hint or f"there are {', '.join(MOTIONS)}",
-            )  # fmt: skip
+            )
         if self.size % 2 or self.size < 16 or self.fps < 4 or self.actors < 1 or self.distractors < 0:
             what = f"size {self.size}, fps {self.fps}, {self.actors} actors, {self.distractors} distractors"
             raise TensorkeepError(what, where="synthetic", hint="size even and at least 16, fps at least 4")
@@ -68,9 +69,14 @@ class SyntheticConfig:
 
 
 TINY = SyntheticConfig(  # what a ViT of two blocks learns on one core: four motions, two actors who may act together
-    classes=("slide", "pulse", "blink", "hop"), size=32, fps=10, seconds=(12.0, 14.0), actions=(2, 4),
-    action_seconds=(2.0, 4.0), calm=True,
-)  # fmt: skip
+    classes=("slide", "pulse", "blink", "hop"),
+    size=32,
+    fps=10,
+    seconds=(12.0, 14.0),
+    actions=(2, 4),
+    action_seconds=(2.0, 4.0),
+    calm=True,
+)
 
 
 class Action(NamedTuple):
@@ -94,9 +100,14 @@ class Shape(NamedTuple):
 
 
 def make_dataset(
-    folder: str | Path, *, videos: int = 24, held_out: int = 8, seed: int = 0,
-    config: SyntheticConfig | None = None, overwrite: bool = False,
-) -> Annotations:  # fmt: skip
+    folder: str | Path,
+    *,
+    videos: int = 24,
+    held_out: int = 8,
+    seed: int = 0,
+    config: SyntheticConfig | None = None,
+    overwrite: bool = False,
+) -> Annotations:
     """Write `videos` training and `held_out` validation videos and their annotations into `folder`; give them back.
 
     The folder holds `videos/*.mp4`, `annotations.json` (OpenTAD's layout, subsets `training` and `validation`) and
@@ -151,7 +162,7 @@ def _film(
     shapes = [_draw_shape(config, rng, place) for place in range(config.actors)]
     others = [_draw_shape(config, rng, None) for _ in range(config.distractors)]
     speeds = {action: MOTIONS[action.label] * float(rng.uniform(0.85, 1.15)) for action in actions}
-    texture = _texture(config.size * 2, CALM if config.calm else BUSY, rng)
+    texture = _texture(config.size * 2, _CALM if config.calm else _BUSY, rng)
     pan, light = rng.uniform(-1.5, 1.5, 2), rng.uniform(0, 2 * np.pi, 2)
     frames = np.empty((length, config.size, config.size, 3), dtype=np.uint8)
     for t in range(length):
@@ -228,9 +239,13 @@ def _draw_shape(config: SyntheticConfig, rng: np.random.Generator, place: int | 
     arms = int(rng.integers(2, 5))
     if place is None:
         return Shape(
-            arms, colour, float(rng.uniform(0.05, 0.09)), rng.uniform(0, 1, 2), rng.uniform(-0.06, 0.06, 2),
+            arms,
+            colour,
+            float(rng.uniform(0.05, 0.09)),
+            rng.uniform(0, 1, 2),
+            rng.uniform(-0.06, 0.06, 2),
             float(rng.uniform(0, 6)),
-        )  # fmt: skip
+        )
     home = np.array([rng.uniform(0.35, 0.65), (place + rng.uniform(0.45, 0.55)) / config.actors])
     return Shape(
         arms, colour, float(rng.uniform(0.16, 0.2)), home, rng.uniform(-0.01, 0.01, 2), float(rng.uniform(0, 6))

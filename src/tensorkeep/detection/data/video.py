@@ -22,10 +22,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.data.annotation_checks import Problem
 from tensorkeep.detection.data.annotations import Video
-from tensorkeep.detection.data.containers import MEND, FrameTable, VideoInfo, frame_table, import_av, opened, probe, quarter_turn
+from tensorkeep.detection.data.containers import (
+    MEND,
+    FrameTable,
+    VideoInfo,
+    frame_table,
+    import_av,
+    opened,
+    probe,
+    quarter_turn,
+)
+from tensorkeep.errors import TensorkeepError
 
 __all__ = ["Broken", "Size", "VideoInfo", "check_video", "decode", "frame_table", "probe", "stream_windows"]
 
@@ -165,9 +174,14 @@ def _own(number: int, shape: tuple[int, int]) -> Picture:
 
 
 def _pictures(
-    path: str | Path, indices: NDArray[np.int64], size: Size, threads: int, broken: Broken,
-    problems: list[Problem] | None, room: Callable[[int, tuple[int, int]], Picture] = _own,
-) -> Iterator[tuple[int, Picture]]:  # fmt: skip
+    path: str | Path,
+    indices: NDArray[np.int64],
+    size: Size,
+    threads: int,
+    broken: Broken,
+    problems: list[Problem] | None,
+    room: Callable[[int, tuple[int, int]], Picture] = _own,
+) -> Iterator[tuple[int, Picture]]:
     """`(index, [3, H, W])` for every one of `indices` (rising, no repetition), in this order; none is left out.
 
     `room(k, (H, W))`: memory for the k-th.
@@ -224,9 +238,15 @@ def _frames(
 
 
 def _reach(
-    container: Any, stream: Any, table: FrameTable, indices: NDArray[np.int64], broken: Broken, path: str | Path,
-    *, from_start: bool = False,
-) -> Iterator[tuple[int, Any, bool]]:  # fmt: skip
+    container: Any,
+    stream: Any,
+    table: FrameTable,
+    indices: NDArray[np.int64],
+    broken: Broken,
+    path: str | Path,
+    *,
+    from_start: bool = False,
+) -> Iterator[tuple[int, Any, bool]]:
     """As `_frames`, once: keyframe by keyframe, or `from_start` with every picture decoded."""
     simple = from_start or table.counted
     runs = [(-1, indices.tolist())] if simple else _runs(table, indices)

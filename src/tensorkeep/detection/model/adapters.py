@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.model.time_mix import time_mix
+from tensorkeep.adapters.lora import low_rank
+from tensorkeep.detection.model._time_mix import time_mix
 from tensorkeep.detection.model.vit import Checkpointing, VideoShape, VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.adapters.lora import low_rank
 from tensorkeep.quantization.linear import QuantLinear
 
 Tuning = Literal["adapter", "all", "none"]
@@ -130,7 +130,7 @@ class PlainAdapter(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear (dense or quantised) plus a trainable low-rank update: `base(x) + (alpha / r) B A drop(x)`.
+    """A frozen linear (dense or quantized) plus a trainable low-rank update: `base(x) + (alpha / r) B A drop(x)`.
 
     The base is a child of its own, as detection's files name it (`X.base.weight`); the arithmetic is `lora.low_rank`.
     `lora_B` starts at zero, so the first forward equals the base bitwise where the base has no dropout of its own.
@@ -162,7 +162,7 @@ class LoRALinear(nn.Module):
 
 
 class QLoRAAdapter(TemporalConv):
-    """The seeds' adapter: frozen (quantisable) down and up projections with LoRA, and a trainable temporal convolution.
+    """The seeds' adapter: frozen (quantizable) down and up projections with LoRA, and a trainable temporal convolution.
 
     The frozen projections hold no pretrained knowledge: `down_proj.base` is a random projection and `up_proj.base`
     is zero, so that training starts from the identity. At C=384, ratio 0.25, r=16: 98,785 parameters, 25,057 of
@@ -170,9 +170,15 @@ class QLoRAAdapter(TemporalConv):
     """
 
     def __init__(
-        self, dim: int, width: int, lora_r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.1,
-        quantize_bits: int = 4, kernel_size: int = 3,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        width: int,
+        lora_r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.1,
+        quantize_bits: int = 4,
+        kernel_size: int = 3,
+    ) -> None:
         super().__init__()
         if quantize_bits not in (4, 8):
             raise TensorkeepError(f"quantize_bits must be 4 or 8, got {quantize_bits}", where="QLoRAAdapter")
@@ -232,9 +238,10 @@ def add_lora(vit: VisionTransformer, config: LoraConfig) -> None:
     unknown = sorted(set(config.targets) - set(LORA_TARGETS))
     if unknown:
         raise TensorkeepError(
-            f"no linear named {', '.join(unknown)} in a block", where="lora.targets",
+            f"no linear named {', '.join(unknown)} in a block",
+            where="lora.targets",
             hint=near_misses(unknown[0], LORA_TARGETS) or f"choose among {', '.join(LORA_TARGETS)}",
-        )  # fmt: skip
+        )
     for block in vit.blocks:
         for target in config.targets:
             parent_name, name = target.split(".")
@@ -267,9 +274,13 @@ class VisionTransformerAdapter(VisionTransformer):
     """VideoMAE ViT with temporal-informative adapters, everything else frozen (AdaTAD's backbone)."""
 
     def __init__(
-        self, config: VitConfig, adapter: AdapterConfig | None = None, checkpointing: Checkpointing = "none",
-        lora: LoraConfig | None = None, tuning: Tuning = "adapter",
-    ) -> None:  # fmt: skip
+        self,
+        config: VitConfig,
+        adapter: AdapterConfig | None = None,
+        checkpointing: Checkpointing = "none",
+        lora: LoraConfig | None = None,
+        tuning: Tuning = "adapter",
+    ) -> None:
         super().__init__(config, checkpointing)
         add_adapters(self, adapter or AdapterConfig())
         if lora is not None:
@@ -280,7 +291,7 @@ class VisionTransformerAdapter(VisionTransformer):
 class VisionTransformerQLoRA(VisionTransformerAdapter):
     """VideoMAE ViT with the seeds' `QLoRAAdapter` in the chosen blocks (None: all), everything else frozen.
 
-    `use_plain_adapter=True` takes `PlainAdapter` instead: no temporal convolution, nothing quantised.
+    `use_plain_adapter=True` takes `PlainAdapter` instead: no temporal convolution, nothing quantized.
 
     >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
     >>> type(VisionTransformerQLoRA(config, lora_r=4).blocks[0].adapter).__name__
@@ -288,10 +299,16 @@ class VisionTransformerQLoRA(VisionTransformerAdapter):
     """
 
     def __init__(
-        self, config: VitConfig, lora_r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.1,
-        quantize_bits: Literal[4, 8] = 4, use_plain_adapter: bool = False, blocks: Sequence[int] | None = None,
+        self,
+        config: VitConfig,
+        lora_r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.1,
+        quantize_bits: Literal[4, 8] = 4,
+        use_plain_adapter: bool = False,
+        blocks: Sequence[int] | None = None,
         checkpointing: Checkpointing = "none",
-    ) -> None:  # fmt: skip
+    ) -> None:
         chosen = None if blocks is None else tuple(blocks)
         kind: Literal["plain", "qlora"] = "plain" if use_plain_adapter else "qlora"
         adapter = AdapterConfig(kind, 0.25, chosen, lora_r, lora_alpha, lora_dropout, quantize_bits)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEAR_TIE = 1e-3  # grid units: segments this close to the shortest one share a point's classes
+_NEAR_TIE = 1e-3  # grid units: segments this close to the shortest one share a point's classes
 
 
 @lru_cache(maxsize=64)
@@ -47,7 +47,7 @@ def assign_targets(
         points: `[P, 4]`, all levels concatenated.
         segments: `[N, 2]` start and end on the feature grid; `labels [N]` integer classes. N may be 0.
         radius: centre sampling: a point counts as inside within `radius * stride` of the centre; None: anywhere inside.
-        near_ties: classes are the union over segments within `NEAR_TIE` of the shortest (False: over all that fit).
+        near_ties: classes are the union over segments within `_NEAR_TIE` of the shortest (False: over all that fit).
 
     Returns:
         classes `[P, K]` of 0 and 1, and distances `[P, 2]` to start and end in strides, of the shortest segment that
@@ -76,7 +76,7 @@ def assign_targets(
     # the first of equals: min's own index is not defined on ties
     order = torch.arange(lengths.shape[1], device=points.device)
     chosen = torch.where(lengths == shortest, order, lengths.shape[1]).min(1).values  # [P]
-    share = fits & (lengths <= shortest + NEAR_TIE) if near_ties else fits
+    share = fits & (lengths <= shortest + _NEAR_TIE) if near_ties else fits
     one_hot = F.one_hot(labels.long(), classes).to(points.dtype)  # [N, K]
     class_targets = (share.to(points.dtype) @ one_hot).clamp_(max=1.0)  # [P, K]
     distances = torch.stack([left, right], -1).gather(1, chosen[:, None, None].expand(-1, 1, 2)).squeeze(1)
@@ -84,9 +84,13 @@ def assign_targets(
 
 
 def assign_batch(
-    points: Sequence[Tensor], segments: Sequence[Tensor], labels: Sequence[Tensor], classes: int,
-    radius: float | None = 1.5, near_ties: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    points: Sequence[Tensor],
+    segments: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    classes: int,
+    radius: float | None = 1.5,
+    near_ties: bool = True,
+) -> tuple[Tensor, Tensor]:
     """`assign_targets` for each video of a batch, levels concatenated fine to coarse: `[B, P, K]`, `[B, P, 2]`."""
     flat = torch.cat(list(points))
     pairs = [assign_targets(flat, s, y, classes, radius, near_ties) for s, y in zip(segments, labels)]

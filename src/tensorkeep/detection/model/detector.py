@@ -11,13 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig, Tuning, add_adapters, add_lora, cast_frozen, set_trainable
-from tensorkeep.training.schema import from_mapping, read_section
+from tensorkeep.detection.model.adapters import (
+    AdapterConfig,
+    LoraConfig,
+    Tuning,
+    add_adapters,
+    add_lora,
+    cast_frozen,
+    set_trainable,
+)
 from tensorkeep.detection.model.head import Head, HeadConfig, Losses, Neck, Predictions
 from tensorkeep.detection.model.projection import Projection, ProjectionConfig
 from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.detection.model.vit import Checkpointing, VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.schema import from_mapping, read_section
 
 
 @dataclass(frozen=True)

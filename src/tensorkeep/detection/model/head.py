@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorkeep.detection.model._losses import diou_loss, focal_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.assignment import assign_batch, make_points
-from tensorkeep.detection.model.losses import diou_loss, focal_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.projection import ConvModule, channel_norm
 from tensorkeep.errors import TensorkeepError
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.model.positions import sinusoid_table
+from tensorkeep.detection.model._positions import sinusoid_table
 from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.detection.model.vit import draw_kept
 from tensorkeep.errors import TensorkeepError

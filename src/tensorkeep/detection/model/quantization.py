@@ -19,7 +19,7 @@ from tensorkeep.quantization.packed import Kind, kind_of
 def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: bool = True) -> int:
     """Store the frozen linears of every block (qkv, proj, fc1, fc2) as `kind`; returns how many.
 
-    Load float weights first, or a quantised checkpoint with `load_quantized`. Under LoRA the base is packed and the
+    Load float weights first, or a quantized checkpoint with `load_quantized`. Under LoRA the base is packed and the
     update stays. Raises TensorkeepError, before anything is changed, where a linear still trains.
     """
     kind, places = kind_of(kind), []
@@ -32,7 +32,7 @@ def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: 
             linear = getattr(holder, name)
             if any(parameter.requires_grad for parameter in linear.parameters()):
                 raise TensorkeepError(
-                    f"{target} trains and cannot be quantised", where="vit", hint="freeze it first: tuning: adapter"
+                    f"{target} trains and cannot be quantized", where="vit", hint="freeze it first: tuning: adapter"
                 )
             if not isinstance(linear, QuantLinear):
                 places.append((holder, name, f"blocks.{index}.{target}"))

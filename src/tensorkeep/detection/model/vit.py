@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tensorkeep.detection.model.chain import HostStore, Kept, run_chain
-from tensorkeep.detection.model.frozen import FrozenTrunk, Segment, attention_kept, run_frozen
-from tensorkeep.detection.model.positions import normalise_frames, resize_positions, sinusoid_table
-from tensorkeep.detection.model.recompute import Link, Stages, part_size, run_segment
+from tensorkeep.detection.model._chain import HostStore, Kept, run_chain
+from tensorkeep.detection.model._frozen import FrozenTrunk, Segment, attention_kept, run_frozen
+from tensorkeep.detection.model._positions import normalise_frames, resize_positions, sinusoid_table
+from tensorkeep.detection.model._recompute import Link, Stages, part_size, run_segment
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 
 Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
-EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
+_EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
     def project(self, x: Tensor) -> Tensor:
-        """`[N, L, C] -> [N, L, 3C]`. A quantised or low-rank `qkv` is called as it is and gets the bias afterwards."""
+        """`[N, L, C] -> [N, L, 3C]`. A quantized or low-rank `qkv` is called as it is and gets the bias afterwards."""
         bias = self.qkv_bias()
         if type(self.qkv) is nn.Linear:
             return F.linear(x, self.qkv.weight, bias)
@@ -175,7 +175,7 @@ class Block(nn.Module):
 
     def frozen(self, x: Tensor) -> Callable[[], FrozenTrunk] | None:
         """What makes attention and MLP ready for `run_frozen`; None where one of their weights trains, or computes
-        otherwise. Quantised weights are made numbers at each call."""
+        otherwise. Quantized weights are made numbers at each call."""
         linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
         plain = all(type(linear) in (nn.Linear, QuantLinear) for linear in linears)
         if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
@@ -234,7 +234,7 @@ class VisionTransformer(nn.Module):
     def embed(self, chunks: Tensor) -> Tensor:
         """Raw frames `[N, 3, t, H, W]` (0..255, uint8 or float) to tokens `[N, L, C]`, without positions."""
         mean, std = self.config.mean, self.config.std
-        parts = [self.patch_embed(normalise_frames(part, mean, std)) for part in torch.split(chunks, EMBED_CHUNKS)]
+        parts = [self.patch_embed(normalise_frames(part, mean, std)) for part in torch.split(chunks, _EMBED_CHUNKS)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def positions(self, shape: VideoShape) -> Tensor:

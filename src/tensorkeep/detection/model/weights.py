@@ -12,18 +12,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tensorkeep.training.schema import from_mapping
+from tensorkeep.conversion.naming import identify, opentad, videomae
+from tensorkeep.conversion.naming.opentad_recipe import FILE
+from tensorkeep.conversion.plan import Plan
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.streams import write_tensor
 from tensorkeep.detection.model.detector import Detector, DetectorConfig, read_detector_config
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.convert.naming import identify
-from tensorkeep.convert.naming import opentad
-from tensorkeep.convert.naming import videomae
-from tensorkeep.convert.naming.opentad_recipe import FILE
-from tensorkeep.convert.plan import Plan
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.storage.record import DTYPES
-from tensorkeep.convert.streams import write_tensor
 from tensorkeep.formats.view import read
+from tensorkeep.storage.record import DTYPES
+from tensorkeep.training.schema import from_mapping
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, absent: Iterable[str] = ()) -> None:
@@ -34,8 +32,11 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, a
     own = module.state_dict()
     missing = sorted(own.keys() - tensors.keys() - set(absent))
     extra = sorted(tensors.keys() - own.keys())
-    shapes = [f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}" for n, t in tensors.items()
-              if n in own and own[n].shape != t.shape]  # fmt: skip
+    shapes = [
+        f"{n} {tuple(t.shape)} instead of {tuple(own[n].shape)}"
+        for n, t in tensors.items()
+        if n in own and own[n].shape != t.shape
+    ]
     problems = [("missing", missing), ("unexpected", extra), ("shape differs", shapes)]
     if any(names for _, names in problems):
         what = "; ".join(f"{label}: {', '.join(names[:5])} ({len(names)})" for label, names in problems if names)

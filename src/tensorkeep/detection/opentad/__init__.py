@@ -1,1 +1,1 @@
-"""opentad."""
+"""OpenTAD's configs, resume files and averages, read without executing anything."""

@@ -16,25 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.quantization import stored as quantized
-from tensorkeep.storage import run_folder
-from tensorkeep.training.ema import trainable
+from tensorkeep.conversion.naming import EMA_ROOTS, opentad
+from tensorkeep.diagnosis.evidence import ema as copies
+from tensorkeep.diagnosis.evidence.quantized import averaged_blocks
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.diagnose.evidence import ema as copies
-from tensorkeep.diagnose.evidence.quantized import averaged_blocks
 from tensorkeep.findings import Finding, Severity
-from tensorkeep.formats.names import strip_root, unwrap
-from tensorkeep.convert.naming import EMA_ROOTS
-from tensorkeep.convert.naming import opentad
-from tensorkeep.quantization.description import QuantisedWeight
-from tensorkeep.storage.record import DTYPES
 from tensorkeep.formats.memory import raw_bytes, tensor_of
+from tensorkeep.formats.names import strip_root, unwrap
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.description import QuantizedWeight
+from tensorkeep.storage import run_folder
+from tensorkeep.storage.record import DTYPES
+from tensorkeep.training.ema import trainable
 
 ROOTS = (*sorted(EMA_ROOTS), "ema_model")
 LIVE = (*copies.LIVE_ROOTS, "online_model")
 UPDATES, DECAY = ("n_averaged", "num_updates", "ema_updates", "updates"), ("decay", "ema_decay", "model_ema_decay")
-COUNTERS = (*UPDATES, *DECAY, "initted", "step")
+_COUNTERS = (*UPDATES, *DECAY, "initted", "step")
 ROUNDING = 1e-5  # relative: what averaging a constant leaves of it
 
 
@@ -127,7 +126,7 @@ def _copies(view: StateView, root: str | None) -> _Copies:
     names = _under(view, chosen)
     if not names:
         raise TensorkeepError(f"holds nothing under {chosen!r}", where=view.path, code="K08")
-    counters = {n: s for n, s in names.items() if n in COUNTERS and view[s].elements == 1}
+    counters = {n: s for n, s in names.items() if n in _COUNTERS and view[s].elements == 1}
     averaged = {n: s for n, s in names.items() if n not in counters}
     others = [_under(view, other) for other in LIVE if other != chosen] if chosen else []
     live = max(others, key=lambda found: len(found.keys() & averaged.keys()), default={})
@@ -150,9 +149,11 @@ def _root(view: StateView) -> str:
             what, where=view.path, code="K08", hint="load it with the tool that wrote it, save by name"
         )
     raise TensorkeepError(
-        "nothing in it says that it is an average", where=view.path, code="K08",
+        "nothing in it says that it is an average",
+        where=view.path,
+        code="K08",
         hint="root='' takes the whole file as one (timm's ModelEma saved by itself has only a module. prefix)",
-    )  # fmt: skip
+    )
 
 
 def _spelled(found: _Copies, wanted: Mapping[str, tuple[str, object]]) -> _Copies:
@@ -169,9 +170,12 @@ def _spelled(found: _Copies, wanted: Mapping[str, tuple[str, object]]) -> _Copie
 
 
 def _refuse(
-    view: StateView, found: _Copies, wanted: Mapping[str, tuple[str, tuple[int, ...] | None]],
-    own: Mapping[str, Tensor] | None, weights: Mapping[str, QuantisedWeight],
-) -> None:  # fmt: skip
+    view: StateView,
+    found: _Copies,
+    wanted: Mapping[str, tuple[str, tuple[int, ...] | None]],
+    own: Mapping[str, Tensor] | None,
+    weights: Mapping[str, QuantizedWeight],
+) -> None:
     """Everything that does not fit, in one error, the gravest first."""
     problems: list[tuple[str, str, str]] = []
     for name, shape in wanted.values():
@@ -190,28 +194,31 @@ def _refuse(
     if own is not None or found.live:
         problems += [
             ("K02", name, f"is in the average and not in the {'model' if own is not None else 'live copy'}")
-            for name, stored in found.averaged.items() if name not in known and stored not in parts
-        ]  # fmt: skip
+            for name, stored in found.averaged.items()
+            if name not in known and stored not in parts
+        ]
     if not problems:
         return
     problems.sort(key=lambda p: ("Q03", "S01", "K01", "K02").index(p[0]))
     code, first, what = problems[0]
     more = "".join(f"; {name} {line}" for _, name, line in problems[1:4])
     raise TensorkeepError(
-        f"{first} {what}{more}" + (f" ({len(problems)} in all)" if len(problems) > 4 else ""), where=view.path, code=code,
+        f"{first} {what}{more}" + (f" ({len(problems)} in all)" if len(problems) > 4 else ""),
+        where=view.path,
+        code=code,
         hint=near_misses(first, found.averaged) or "freeze and unfreeze the model as it was when it was trained",
         tensors=[name for _, name, _ in problems],
-    )  # fmt: skip
+    )
 
 
 # -- what else the average holds ----------------------------------------------------------------------------------------
 
 
 def _packed(
-    view: StateView, found: _Copies, weights: Mapping[str, QuantisedWeight], own: Mapping[str, Tensor] | None
+    view: StateView, found: _Copies, weights: Mapping[str, QuantizedWeight], own: Mapping[str, Tensor] | None
 ) -> list[Finding]:
-    """Quantised weights in the average: whether arithmetic changed their codes, integer scales or state, told from the
-    live copy, from the model's own, or from what no sound quantisation leaves."""
+    """Quantized weights in the average: whether arithmetic changed their codes, integer scales or state, told from the
+    live copy, from the model's own, or from what no sound quantization leaves."""
     clean = {stored: name for name, stored in found.averaged.items()}
     shares = {
         clean.get(stored, stored): _changed(view, found, clean, weight, own) for stored, weight in weights.items()
@@ -221,10 +228,15 @@ def _packed(
     unknown = sorted(n for n, share in shares.items() if share is None)
     worst = f"up to {max(wrong.values(), default=0.0):.1%}"
     told: tuple[tuple[str, Severity, list[str], str], ...] = (
-        ("Q03", "warning", sorted(wrong), f"quantised weights were averaged as if codes were numbers, {worst} of them changed: left out, take the base's own"),
-        ("E02", "info", sound, "quantised weights in the average are the base's, unchanged: left out"),
-        ("E02", "info", unknown, "quantised weights in the average have nothing to be compared with: left out"),
-    )  # fmt: skip
+        (
+            "Q03",
+            "warning",
+            sorted(wrong),
+            f"quantized weights were averaged as if codes were numbers, {worst} of them changed: left out, take the base's own",
+        ),
+        ("E02", "info", sound, "quantized weights in the average are the base's, unchanged: left out"),
+        ("E02", "info", unknown, "quantized weights in the average have nothing to be compared with: left out"),
+    )
     return [
         Finding(code, kind, f"{len(n)} {text}", n, {"changed": wrong} if code == "Q03" else {})
         for code, kind, n, text in told
@@ -233,9 +245,9 @@ def _packed(
 
 
 def _changed(
-    view: StateView, found: _Copies, clean: Mapping[str, str], weight: QuantisedWeight, own: Mapping[str, Tensor] | None
+    view: StateView, found: _Copies, clean: Mapping[str, str], weight: QuantizedWeight, own: Mapping[str, Tensor] | None
 ) -> float | None:
-    """Share of a quantised weight's integer bytes (else of its blocks) that are not what they were; None where nothing
+    """Share of a quantized weight's integer bytes (else of its blocks) that are not what they were; None where nothing
     tells. A state that can no longer be read counts as all of it."""
     changed = total = 0
     for stored in (s for s in weight.stored if s in clean):
@@ -264,12 +276,12 @@ def _before(
 
 
 def _rest(
-    view: StateView, found: _Copies, weights: Mapping[str, QuantisedWeight], names: Iterable[str]
+    view: StateView, found: _Copies, weights: Mapping[str, QuantizedWeight], names: Iterable[str]
 ) -> list[Finding]:
     """Frozen floats, buffers and counters beside what trains: unchanged, or moved as only trained tensors move."""
-    quantised = {stored for weight in weights.values() for stored in weight.stored}
+    quantized = {stored for weight in weights.values() for stored in weight.stored}
     taken = set(names)
-    left = {n: s for n, s in found.averaged.items() if s not in quantised and n not in taken}
+    left = {n: s for n, s in found.averaged.items() if s not in quantized and n not in taken}
     pairs = {
         n: (s, found.live[n]) for n, s in left.items() if n in found.live and view[s].shape == view[found.live[n]].shape
     }
@@ -279,11 +291,15 @@ def _rest(
     still = sorted(apart.keys() - {*moved, *numbers})
     alone = sorted(left.keys() - pairs.keys())
     told: tuple[tuple[Severity, list[str], str], ...] = (
-        ("warning", moved, "tensors that do not train in the model were averaged and moved (another part trained, or running statistics): left out"),
+        (
+            "warning",
+            moved,
+            "tensors that do not train in the model were averaged and moved (another part trained, or running statistics): left out",
+        ),
         ("info", numbers, "integers were averaged and truncated: left out"),
         ("info", still, "frozen tensors in the average repeat the live copy: left out"),
         ("info", alone, "further tensors in the average have no live copy to be compared with: left out"),
-    )  # fmt: skip
+    )
     return [Finding("E02", kind, f"{len(n)} {text}", n) for kind, n, text in told if n]
 
 

@@ -13,63 +13,70 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorkeep.training.schema import from_mapping
 from tensorkeep.detection.model.detector import DetectorConfig
+from tensorkeep.detection.opentad._config_file import Left, read_config, unread
+from tensorkeep.detection.opentad._literals import Section, Unknown
+from tensorkeep.detection.opentad._model_section import detector_config, optimizer_config, schedule_config
+from tensorkeep.detection.opentad._pipelines import data_config, expected
+from tensorkeep.detection.recipe.schema import (
+    ClassifierConfig,
+    DetectionRecipe,
+    EvaluationConfig,
+    PostProcessingConfig,
+    SplitConfig,
+    TrainingConfig,
+)
 from tensorkeep.detection.results.nms import from_opentad
-from tensorkeep.detection.opentad.model_section import detector_config, optimizer_config, schedule_config
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.detection.opentad.literals import Section, Unknown
-from tensorkeep.detection.opentad.config_file import Left, read_config, unread
-from tensorkeep.detection.recipe.schema import ClassifierConfig, DetectionRecipe, EvaluationConfig, PostProcessingConfig, SplitConfig, TrainingConfig
-from tensorkeep.detection.opentad.pipelines import data_config, expected
-from tensorkeep.detection.recipe.text import plain, to_yaml
+from tensorkeep.training.recipe import plain, to_yaml
+from tensorkeep.training.schema import from_mapping
 
 # what OpenTAD's engine reads; other top-level names are a config's own variables
-SECTIONS = ("model", "dataset", "solver", "optimizer", "scheduler", "post_processing", "evaluation", "workflow")
-READ_BY_NONE = ("work_dir", "inference", "custom_imports")
-IMPLIED = "follows from the other parts here"
-EVALUATION_LOSS = "no loss is computed for evaluation, where detections are scored instead"
+_SECTIONS = ("model", "dataset", "solver", "optimizer", "scheduler", "post_processing", "evaluation", "workflow")
+_READ_BY_NONE = ("work_dir", "inference", "custom_imports")
+_IMPLIED = "follows from the other parts here"
+_EVALUATION_LOSS = "no loss is computed for evaluation, where detections are scored instead"
 # path without list numbers (or the start of one, up to a dot) -> why it changes no number
 HARMLESS = {
     "work_dir": "--out names the run",
     "inference": "raw predictions are not kept",
     "custom_imports": "code is not executed; what it registers is refused by name where it is used",
-    "dataset.val": EVALUATION_LOSS,
-    "solver.val": EVALUATION_LOSS,
-    "workflow.val_loss_interval": EVALUATION_LOSS,
+    "dataset.val": _EVALUATION_LOSS,
+    "solver.val": _EVALUATION_LOSS,
+    "workflow.val_loss_interval": _EVALUATION_LOSS,
     "solver.test": "the size of a batch does not change its detections",
     "solver.static_graph": "of its DDP alone",
     "solver.fp16_compress": "gradients are exchanged as they are",
     "post_processing.save_dict": "detections are always written",
     "post_processing.nms.voting_thresh": "OpenTAD ignores it with multiclass=True",
-    "model.neck": IMPLIED,
-    "model.rpn_head.in_channels": IMPLIED,
+    "model.neck": _IMPLIED,
+    "model.rpn_head.in_channels": _IMPLIED,
     "model.backbone.type": "the recogniser around the backbone",
     "model.backbone.backbone.norm_cfg.type": "a ViT has layer norms",
     "model.backbone.backbone.init_cfg": "OpenTAD never calls it",
     "model.backbone.data_preprocessor.type": "mean and std are taken",
     "model.backbone.data_preprocessor.format_shape": "frames come as [C, T, H, W]",
     "model.backbone.custom.norm_eval": "layer norms have no running statistics",
-    "model.backbone.custom.post_processing_pipeline.keys": IMPLIED,
-    "model.backbone.custom.post_processing_pipeline.ops": IMPLIED,
+    "model.backbone.custom.post_processing_pipeline.keys": _IMPLIED,
+    "model.backbone.custom.post_processing_pipeline.ops": _IMPLIED,
     "model.backbone.custom.temporal_checkpointing": "memory is saved by model.backbone.checkpointing",
     "evaluation.thread": "evaluation needs none",
 }
-CLASSIFIERS = {
+_CLASSIFIERS = {
     "CUHKANETClassifier": "product",
     "UntrimmedNetTHUMOSClassifier": "product",
     "StandardClassifier": "geometric",
 }
 # what OpenTAD fixes in its code or on its command line
-FIXED = {
+_FIXED = {
     "training.seed": "its --seed",
     "training.ema": "in its code",
     "evaluation.protocol": "in its code",
     "training.keep_last": "it keeps every checkpoint",
     "training.best": "it chooses by validation loss, if at all",
 }
-LORA_BACKBONE = "VisionTransformerQLoRA"
-LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "quantize_bits")
+_LORA_BACKBONE = "VisionTransformerQLoRA"
+_LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "quantize_bits")
 
 
 class Imported(NamedTuple):
@@ -111,7 +118,7 @@ def import_config(path: str | Path) -> Imported:
     config = read_config(path)
     lost: list[Left] = []
     left: list[Left] = []
-    if absent := [name for name in SECTIONS if name not in config.values]:
+    if absent := [name for name in _SECTIONS if name not in config.values]:
         hint = "is it a _base_ of another config? Give that one"
         raise TensorkeepError(f"has no {', '.join(absent)}", where=path, hint=hint)
     try:
@@ -125,7 +132,7 @@ def import_config(path: str | Path) -> Imported:
         raise TensorkeepError(f"a value has not the form that OpenTAD gives it: {error!r}", where=path) from error
     recipe = from_mapping(DetectionRecipe, plain(recipe), str(path))  # types and contradictions
     for row in unread(config.values):
-        if row.path.partition(".")[0] not in (*SECTIONS, *READ_BY_NONE):
+        if row.path.partition(".")[0] not in (*_SECTIONS, *_READ_BY_NONE):
             continue
         why = harmless(row.path)
         (lost if why is None else left).append(row if why is None else row._replace(why=why))
@@ -163,7 +170,7 @@ def _defaults(section: Section, path: str = "") -> Iterator[Left]:
 
 
 def _fixed(recipe: DetectionRecipe) -> Iterator[Left]:
-    for path, why in FIXED.items():
+    for path, why in _FIXED.items():
         section, _, name = path.partition(".")
         value = getattr(getattr(recipe, section), name)
         if value is not None:
@@ -217,7 +224,7 @@ def _model(model: Section, lost: list[Left]) -> DetectorConfig:
     if backbone is None:
         return detector_config(model)
     inner = backbone["backbone"]
-    seeds = str(inner["type"]).removeprefix("mmaction.") == LORA_BACKBONE
+    seeds = str(inner["type"]).removeprefix("mmaction.") == _LORA_BACKBONE
     if seeds:
         inner = _same(inner, type="VisionTransformerAdapter")
         model = _same(model, backbone=_same(backbone, backbone=inner))
@@ -234,7 +241,7 @@ def _model(model: Section, lost: list[Left]) -> DetectorConfig:
     if adapter.blocks is not None and sorted(set(adapter.blocks)) == list(range(depth)):
         adapter = replace(adapter, blocks=None)
     if seeds:
-        lora = {name: inner.get(name, getattr(adapter, name)) for name in LORA_FIELDS}
+        lora = {name: inner.get(name, getattr(adapter, name)) for name in _LORA_FIELDS}
         adapter = replace(adapter, kind="plain" if inner.get("use_plain_adapter", False) else "qlora", **lora)
     return replace(config, backbone=replace(config.backbone, adapter=adapter))
 
@@ -275,7 +282,7 @@ def _post_processing(section: Section) -> PostProcessingConfig:
         nms.seen.discard("voting_thresh")
     classifier = None
     if external is not None:
-        rule = CLASSIFIERS.get(str(external["type"]))
+        rule = _CLASSIFIERS.get(str(external["type"]))
         if rule is None:
             external.seen.discard("type")  # listed as lost; a recipe without labels would be refused
         expected(external, "apply_softmax", False)

@@ -18,24 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.quantization import stored as quantized
-from tensorkeep.training.saver import State
+from tensorkeep.conversion.naming import opentad
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import OptimizerConfig, parameter_groups
 from tensorkeep.detection.model.schedule import ScheduleConfig
 from tensorkeep.detection.opentad.averages import read_ema
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.training.live_state import refuse_difference, stored_tensors
 from tensorkeep.formats.names import grouped, unwrap
-from tensorkeep.convert.naming import opentad
-from tensorkeep.quantization.description import QuantisedWeight
+from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import QuantLinear, take
 from tensorkeep.quantization.packed import Packed, pack, unpack
 from tensorkeep.storage.record import DTYPES
-from tensorkeep.formats.view import StateView, read
+from tensorkeep.training.live_state import refuse_difference, stored_tensors
+from tensorkeep.training.saver import State
 
-LIVE, AVERAGE = "state_dict", "state_dict_ema"
-BUFFERS = ("pos_embed", "loss_normalizer")  # of a detector; everything else in its state is a parameter
+LIVE, _AVERAGE = "state_dict", "state_dict_ema"
+_BUFFERS = ("pos_embed", "loss_normalizer")  # of a detector; everything else in its state is a parameter
 STATE = re.compile(r"optimizer\.state\.(?P<index>\d{1,9})\.(?P<slot>\w+)\Z")
 GROUP = re.compile(r"optimizer\.param_groups\.(?P<group>\d{1,9})\.(?P<key>\w+)\Z")
 BLOCK = re.compile(r"\.blocks\.(\d+)\.")
@@ -55,12 +55,12 @@ class Continuation:
 
 @dataclass(frozen=True)
 class _File:
-    """`state_dict` of a checkpoint: our name -> stored name in the file's order, and its quantised weights by stored
+    """`state_dict` of a checkpoint: our name -> stored name in the file's order, and its quantized weights by stored
     name."""
 
     view: StateView
     names: dict[str, str]
-    weights: Mapping[str, QuantisedWeight]
+    weights: Mapping[str, QuantizedWeight]
     epoch: int
 
     @property
@@ -70,9 +70,15 @@ class _File:
 
 
 def continue_from(
-    path: str | Path, detector: Detector, optimizer: OptimizerConfig, schedule: ScheduleConfig, samples_per_epoch: int,
-    batch: int, base: dict[str, Any] | None = None, ema: bool = True,
-) -> Continuation:  # fmt: skip
+    path: str | Path,
+    detector: Detector,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    samples_per_epoch: int,
+    batch: int,
+    base: dict[str, Any] | None = None,
+    ema: bool = True,
+) -> Continuation:
     """Read OpenTAD's `path` for `detector`, whose weights stay as they are until `fit` resumes.
 
     `samples_per_epoch`: the length of the training data; `batch`: samples an update. `base`: `Job.base`, where frozen
@@ -102,16 +108,21 @@ def continue_from(
             f"{rounded} frozen linears are rounded to codes here and were not there: expect a step in the loss"
         )
     document = {
-        "schema": 1, "step": samples // batch, "samples": samples, "epoch": file.epoch,
+        "schema": 1,
+        "step": samples // batch,
+        "samples": samples,
+        "epoch": file.epoch,
         **({"optimizer": {"kind": "AdamW", "groups": [], "values": {}}} if moments else {}),
         **({"ema": {"updates": updates, "decay": None, "warmup": False}} if averages else {} if ema else {"ema": None}),
         "foreign": {"from": "OpenTAD", "level": level, "file": Path(path).name, "epoch": file.epoch - 1},
-    }  # fmt: skip
+    }
     remarks = [
         f"{file.epoch} epochs of OpenTAD are {samples} samples, {samples // batch} updates of {batch}",
-        *remarks, *said, *_schedule(file, groups, detector, optimizer, schedule, samples_per_epoch, batch),
+        *remarks,
+        *said,
+        *_schedule(file, groups, detector, optimizer, schedule, samples_per_epoch, batch),
         "R01 the file has no random states and no fp16 loss scale: both begin anew, epochs come in this run's order from here on",
-    ]  # fmt: skip
+    ]
     return Continuation(State(model, moments, averages, document, base), file.epoch, remarks)
 
 
@@ -149,10 +160,15 @@ def _weights(file: _File, detector: Detector, base: bool) -> dict[str, Tensor]:
     theirs = {n: s for n, s in file.names.items() if n in mine or (n not in own and s not in parts)}
     trained = {n for n, t in mine.items() if t.is_floating_point()}
     refuse_difference(
-        "model", {n: str(list(t.shape)) for n, t in mine.items()},
-        {n: f"{file.weights[s].kind} codes" if s in file.weights and (n in trained or n not in mine) else str(list(file.view[s].shape))
-         for n, s in theirs.items()},
-    )  # fmt: skip
+        "model",
+        {n: str(list(t.shape)) for n, t in mine.items()},
+        {
+            n: f"{file.weights[s].kind} codes"
+            if s in file.weights and (n in trained or n not in mine)
+            else str(list(file.view[s].shape))
+            for n, s in theirs.items()
+        },
+    )
     made = {n: file.view.tensor(theirs[n]).to(t.dtype) for n, t in mine.items()}
     bad = [n for n, t in made.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
@@ -187,9 +203,12 @@ def _compare_frozen(file: _File, detector: Detector) -> int:
         few = ", ".join(grouped(differing)[:2])
         drop = "" if any("adapter" in n.split(".") for n in differing) else " --drop '*.adapter.*'"
         raise TensorkeepError(
-            f"trained over other frozen weights than the run's: {few} ({len(differing)})", where=file.view.path, code="A04",
-            tensors=differing, hint=f"tensorkeep convert {file.view.path} BASE --to hf{drop}, then --training.pretrained BASE",
-        )  # fmt: skip
+            f"trained over other frozen weights than the run's: {few} ({len(differing)})",
+            where=file.view.path,
+            code="A04",
+            tensors=differing,
+            hint=f"tensorkeep convert {file.view.path} BASE --to hf{drop}, then --training.pretrained BASE",
+        )
     return rounded
 
 
@@ -200,7 +219,7 @@ def _stored(file: _File, name: str) -> str:
 
 
 def _codes(file: _File, stored: str, like: QuantLinear) -> Packed:
-    """The file's codes of a weight, or its floats quantised as the run quantised its own."""
+    """The file's codes of a weight, or its floats quantized as the run quantized its own."""
     if stored in file.weights:
         return take(file.view, file.weights[stored])
     layout = like.layout
@@ -273,8 +292,11 @@ def _order(
 ) -> list[str] | None:
     """Our parameter names by the optimizer's index; None where no order fits every shape."""
     parts = file.parts
-    ours = {unwrap(s[len(LIVE) + 1 :])[0]: n for n, s in file.names.items()
-            if s not in parts and n.rpartition(".")[2] not in (*BUFFERS, "weight_format", "weight_digest")}  # fmt: skip
+    ours = {
+        unwrap(s[len(LIVE) + 1 :])[0]: n
+        for n, s in file.names.items()
+        if s not in parts and n.rpartition(".")[2] not in (*_BUFFERS, "weight_format", "weight_digest")
+    }
     shapes = {theirs: file.view[file.names[n]].shape for theirs, n in ours.items()}
     blocks = [int(found[1]) for n in shapes if (found := BLOCK.search(n))]
     sizes = [len(g["params"]) for g in groups if g["params"]]
@@ -328,11 +350,11 @@ def _states(view: StateView) -> dict[int, dict[str, str]]:
 
 def _average(file: _File, detector: nn.Module, wanted: bool) -> tuple[dict[str, Tensor], int, list[str]]:
     """The average of what trains, its updates, and what is to be said of it."""
-    there = any(name.startswith(f"{AVERAGE}.") for name in file.view)
+    there = any(name.startswith(f"{_AVERAGE}.") for name in file.view)
     if not there or not wanted:
         text = "K08 the file has no average: the run's begins at its weights" if wanted else "K08 its average is left"
         return {}, 0, [text] if there or wanted else []
-    found = read_ema(file.view, detector, AVERAGE)
+    found = read_ema(file.view, detector, _AVERAGE)
     updates = found.updates if found.updates is not None else _number(file.view, "scheduler.last_epoch") or 0
     return found.tensors, updates, [f"{note.code} {note.message}" for note in found.notes]
 
@@ -343,9 +365,14 @@ def _number(view: StateView, key: str) -> int | None:
 
 
 def _schedule(
-    file: _File, groups: Sequence[Group], detector: Detector, optimizer: OptimizerConfig, config: ScheduleConfig,
-    samples: int, batch: int,
-) -> list[str]:  # fmt: skip
+    file: _File,
+    groups: Sequence[Group],
+    detector: Detector,
+    optimizer: OptimizerConfig,
+    config: ScheduleConfig,
+    samples: int,
+    batch: int,
+) -> list[str]:
     """Where the file's updates and rates are not what the recipe makes of the same epochs; the recipe's hold."""
     said = []
     done = _number(file.view, "scheduler.last_epoch")

@@ -2,7 +2,7 @@
 
 `model`, `optimizer` and `schedule` are the dataclasses of the detector itself. Names are OpenTAD's and the seeds' where
 they mean the same thing (`window_size`, `feature_stride`, `trunc_thresh`, `lora_r`, `quantize_bits`). Paths are relative
-to the working directory. Defaults are AdaTAD's for THUMOS-14, except that nothing is quantised.
+to the working directory. Defaults are AdaTAD's for THUMOS-14, except that nothing is quantized.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Literal
 
 from tensorkeep.detection.data.augment import AugmentConfig
 from tensorkeep.detection.model.detector import DetectorConfig
-from tensorkeep.detection.results.evaluation import PROTOCOLS
 from tensorkeep.detection.model.groups import OptimizerConfig
-from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.results.evaluation import PROTOCOLS
+from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.errors import TensorkeepError, near_misses
 
 Range = tuple[float, float]
@@ -235,7 +235,7 @@ class DetectionRecipe:
             raise TensorkeepError(what, where="model", hint="video needs model.backbone, features need none")
         if backbone is None:
             if self.training.quantize_backbone or self.training.pretrained:
-                raise TensorkeepError("there is no backbone to load or to quantise", where="training")
+                raise TensorkeepError("there is no backbone to load or to quantize", where="training")
             return
         if backbone.output_length != data.window_size:
             what = f"model.backbone.output_length {backbone.output_length} is not data.window_size {data.window_size}"
@@ -251,4 +251,4 @@ class DetectionRecipe:
             raise TensorkeepError(what, where="training.parallel", hint=f"one of {', '.join(whole)}; or parallel: ddp")
         if self.training.quantize_backbone and backbone.tuning == "all":
             hint = "freeze it (tuning: adapter), or leave quantize_backbone out"
-            raise TensorkeepError("a backbone that trains cannot be quantised", where="training", hint=hint)
+            raise TensorkeepError("a backbone that trains cannot be quantized", where="training", hint=hint)

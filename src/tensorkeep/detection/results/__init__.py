@@ -1,1 +1,1 @@
-"""results."""
+"""Detections: decoded, suppressed, evaluated, shown."""

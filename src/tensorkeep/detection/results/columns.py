@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, unique_segments
-from tensorkeep.detection.results.matching import Floats, Ints
 from tensorkeep.detection.data.reading import read_json, read_text
+from tensorkeep.detection.results.matching import Floats, Ints
 from tensorkeep.detection.results.results import DetectionTable
+from tensorkeep.errors import TensorkeepError
 
 
 class Columns(NamedTuple):
@@ -92,10 +92,17 @@ def gather_columns(
         notes.append(f"{aside.sum()} {AMBIGUOUS!r} segments are left out: they are no class")
     _note_strangers(annotations, detections, subset, left_out, classes, notes)
     return Columns(
-        classes, segments[~aside], videos[~aside], labels[~aside],
-        detections.segments[kept], found_in[kept], own[detections.labels[kept]], detections.scores[kept],
-        segments[aside], videos[aside],
-    )  # fmt: skip
+        classes,
+        segments[~aside],
+        videos[~aside],
+        labels[~aside],
+        detections.segments[kept],
+        found_in[kept],
+        own[detections.labels[kept]],
+        detections.scores[kept],
+        segments[aside],
+        videos[aside],
+    )
 
 
 def read_blocked(path: str | Path) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.results.nms import Detections, Floats, Ints, Suppression, suppress
+from tensorkeep.errors import TensorkeepError
 
 
 def decode_offsets(points: Floats, offsets: Floats) -> Floats:
@@ -103,7 +103,7 @@ def merge_windows(windows: Sequence[Detections], rule: Suppression) -> Detection
     if not windows:
         return Detections(
             np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
-        )  # fmt: skip
+        )
     segments, scores, labels = (np.concatenate(column) for column in zip(*windows, strict=True))
     return suppress(Detections(segments, scores, labels), rule)
 

@@ -22,11 +22,11 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.errors import TensorkeepError
 from tensorkeep.detection.data.annotations import Annotations
 from tensorkeep.detection.results.columns import Columns, align_names, gather_columns, guess_subset
 from tensorkeep.detection.results.matching import Ints, Pairs, match_greedily, overlaps
 from tensorkeep.detection.results.results import DetectionTable
+from tensorkeep.errors import TensorkeepError
 
 KINDS = ("true positive", "double detection", "wrong label", "localisation", "confusion", "background")
 _COLOURS = ("#4c9f70", "#7aa6c2", "#d98c5f", "#e3c567", "#b07aa1", "#9a9a9a")

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.detection.data.annotations import CLASS_LIST, Annotations, read_annotations, read_class_ids
 from tensorkeep.detection.results.columns import Columns, align_names, gather_columns, guess_subset, read_blocked
 from tensorkeep.detection.results.matching import Floats, Ints, Pairs, match_greedily, overlaps
 from tensorkeep.detection.results.results import DetectionTable, read_detections
+from tensorkeep.errors import TensorkeepError, near_misses
 
 PROTOCOLS = {
     "activitynet": tuple(round(0.5 + 0.05 * step, 2) for step in range(10)),

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorkeep.detection.results._suppression import Rows, pad_groups, run_greedy, run_soft
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.detection.results.suppression import Rows, pad_groups, run_greedy, run_soft
 
 METHODS = ("gaussian", "linear", "hard", "adaptive", "greedy")
 _OPENTAD_METHODS = {0: "hard", 1: "linear", 2: "gaussian", 3: "adaptive"}
@@ -81,9 +81,17 @@ def from_opentad(config: Mapping[str, object]) -> Suppression:
     2000
     """
     defaults: dict[str, float] = {
-        "iou_threshold": 0.0, "min_score": 0.0, "max_seg_num": 100, "use_soft_nms": True, "multiclass": True,
-        "sigma": 0.5, "voting_thresh": 0.0, "method": 2, "t1": 0.0, "t2": 0.0,
-    }  # fmt: skip
+        "iou_threshold": 0.0,
+        "min_score": 0.0,
+        "max_seg_num": 100,
+        "use_soft_nms": True,
+        "multiclass": True,
+        "sigma": 0.5,
+        "voting_thresh": 0.0,
+        "method": 2,
+        "t1": 0.0,
+        "t2": 0.0,
+    }
     values = dict(defaults)
     for key, value in config.items():
         if key not in defaults or not isinstance(value, int | float):

@@ -14,17 +14,33 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorkeep.detection.data.reading import parse_number, parse_segment, read_json, read_text
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.placement import replacing, write_bytes
-from tensorkeep.detection.data.reading import parse_number, parse_segment, read_json, read_text
 
 # the ids that the THUMOS'14 kit gives its 20 detection classes: their places in the list of UCF101
 THUMOS_CLASS_IDS = {
-    7: "BaseballPitch", 9: "BasketballDunk", 12: "Billiards", 21: "CleanAndJerk", 22: "CliffDiving",
-    23: "CricketBowling", 24: "CricketShot", 26: "Diving", 31: "FrisbeeCatch", 33: "GolfSwing", 36: "HammerThrow",
-    40: "HighJump", 45: "JavelinThrow", 51: "LongJump", 68: "PoleVault", 79: "Shotput", 85: "SoccerPenalty",
-    92: "TennisSwing", 93: "ThrowDiscus", 97: "VolleyballSpiking",
-}  # fmt: skip
+    7: "BaseballPitch",
+    9: "BasketballDunk",
+    12: "Billiards",
+    21: "CleanAndJerk",
+    22: "CliffDiving",
+    23: "CricketBowling",
+    24: "CricketShot",
+    26: "Diving",
+    31: "FrisbeeCatch",
+    33: "GolfSwing",
+    36: "HammerThrow",
+    40: "HighJump",
+    45: "JavelinThrow",
+    51: "LongJump",
+    68: "PoleVault",
+    79: "Shotput",
+    85: "SoccerPenalty",
+    92: "TennisSwing",
+    93: "ThrowDiscus",
+    97: "VolleyballSpiking",
+}
 
 
 @dataclass(frozen=True)

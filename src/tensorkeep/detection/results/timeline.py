@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tensorkeep.detection.data.containers import import_av
 from tensorkeep.detection.results.subtitles import Row
 
-LEFT, WIDTH, RIGHT = 150, 1000, 14  # pixels: names of classes, a row's part of the video, margin
-STRIP, BAR, GAP, AXIS = 54, 12, 4, 22  # heights: thumbnails, a segment, between lanes, times
+LEFT, WIDTH, _RIGHT = 150, 1000, 14  # pixels: names of classes, a row's part of the video, margin
+STRIP, BAR, _GAP, _AXIS = 54, 12, 4, 22  # heights: thumbnails, a segment, between lanes, times
 ROWS = 24  # most rows before they cover longer parts
 _LENGTHS = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)  # seconds of a row
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
@@ -85,7 +85,7 @@ def timeline(
         drawn, height = _row(number, duration, labels, rows, true, held, y)
         parts += drawn
         y += height
-    width, box = LEFT + WIDTH + RIGHT, f"{y:.0f}"
+    width, box = LEFT + WIDTH + _RIGHT, f"{y:.0f}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="timeline" width="{width}" height="{box}" '
         f'viewBox="0 0 {width} {box}" role="img" aria-label="predicted segments over time"><style>{STYLE}</style>'
@@ -173,20 +173,25 @@ def _part(number: int, duration: float) -> _Part:
 
 
 def _row(
-    number: int, duration: float, labels: Sequence[str], rows: Sequence[Row], true: Sequence[Row],
-    pictures: Sequence[tuple[float, bytes]], top: float,
-) -> tuple[list[str], float]:  # fmt: skip
+    number: int,
+    duration: float,
+    labels: Sequence[str],
+    rows: Sequence[Row],
+    true: Sequence[Row],
+    pictures: Sequence[tuple[float, bytes]],
+    top: float,
+) -> tuple[list[str], float]:
     """One row's elements and its height."""
     part = _part(number, duration)
     strip = [_image(part, seconds, data, top) for seconds, data in pictures if part.low <= seconds < part.until]
-    first = y = top + (STRIP + GAP if strip else 0)
+    first = y = top + (STRIP + _GAP if strip else 0)
     lanes: list[str] = []
     busy = {given.label for given in (*rows, *true) if part.holds(given)}
     for label in labels if len(labels) <= _STEADY else [label for label in labels if label in busy]:
         lane, height = _lane(label, part, rows, true, y)
         lanes += lane
         y += height
-    return strip + _axis(part, first, y) + lanes, y + AXIS - top
+    return strip + _axis(part, first, y) + lanes, y + _AXIS - top
 
 
 def _image(part: _Part, seconds: float, data: bytes, top: float) -> str:
@@ -231,7 +236,7 @@ def _lane(label: str, part: _Part, rows: Sequence[Row], true: Sequence[Row], top
                 f'width="{max(end - start, 1.5):.2f}" height="{BAR}" rx="2"{strength}><title>{_text(label)} · {said} · '
                 f"{clock(row.start)} to {clock(row.end)} ({row.end - row.start:.2f} s)</title></rect>"
             )
-    return parts, height + GAP
+    return parts, height + _GAP
 
 
 def _layered(rows: Sequence[Row], label: str, part: _Part) -> list[list[Row]]:

@@ -1,1 +1,1 @@
-"""data."""
+"""Texts, conversations and preferences as rows of tokens."""

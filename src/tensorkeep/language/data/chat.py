@@ -18,10 +18,10 @@ import torch
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.language.data.texts import Conversation
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-EMPTY_THINK = "<think>\n\n</think>\n\n"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EMPTY_THINK = "<think>\n\n</think>\n\n"
 # system prompts for MiniMind's augmentation: one in five conversations without a system message gets one
-SYSTEM_PROMPTS = (
+_SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a knowledgeable AI. Answer the user's questions as accurately as you can.",
     "You are a small but useful language model.",
@@ -61,9 +61,10 @@ class Chat:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise TensorkeepError(
-                "the tokenizer has no chat template", where="tokenizer",
+                "the tokenizer has no chat template",
+                where="tokenizer",
                 hint="name a folder whose tokenizer_config.json or chat_template.jinja has one (tokenizer: FOLDER)",
-            )  # fmt: skip
+            )
         if not getattr(self.tokenizer, "is_fast", False):
             raise TensorkeepError("the tokenizer gives no offsets", where="tokenizer", hint="use its tokenizer.json")
         probe = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\u2042"}]
@@ -84,22 +85,24 @@ class Chat:
         return text
 
     def encode(
-        self, conversation: Conversation, augmentation: Augmentation | None = None,
+        self,
+        conversation: Conversation,
+        augmentation: Augmentation | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[list[int], list[bool]]:  # fmt: skip
+    ) -> tuple[list[int], list[bool]]:
         """Token ids and, for each, whether it belongs to an answer.
 
         Raises TensorkeepError where the template does not render answers in a place that can be found.
         """
         if augmentation is not None and augmentation.system > 0:
-            conversation = with_system(conversation, augmentation.system, generator)
-        if GENERATION.search(str(self.tokenizer.chat_template)):
+            conversation = _with_system(conversation, augmentation.system, generator)
+        if _GENERATION.search(str(self.tokenizer.chat_template)):
             return self._tagged(conversation, augmentation)
         whole = self.render(conversation)
         spans = self._spans(conversation, whole)
-        keep = augmentation.empty_think if augmentation is not None and EMPTY_THINK in whole else None
+        keep = augmentation.empty_think if augmentation is not None and _EMPTY_THINK in whole else None
         if keep is not None and float(torch.rand((), generator=generator)) >= keep:
-            whole, spans = without(whole, spans, EMPTY_THINK)
+            whole, spans = without(whole, spans, _EMPTY_THINK)
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), marks(encoded["offset_mapping"], spans, whole)
 
@@ -110,9 +113,12 @@ class Chat:
                 "cannot take thinking out of a template with generation tags", where="data.augmentation"
             )
         encoded = self.tokenizer.apply_chat_template(
-            conversation.messages, tools=conversation.tools, tokenize=True, return_dict=True,
+            conversation.messages,
+            tools=conversation.tools,
+            tokenize=True,
+            return_dict=True,
             return_assistant_tokens_mask=True,
-        )  # fmt: skip
+        )
         return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
 
     def _spans(self, conversation: Conversation, whole: str) -> list[tuple[int, int]]:
@@ -162,9 +168,10 @@ class Chat:
 
 def _unplaced(at: int, verb: str) -> TensorkeepError:
     return TensorkeepError(
-        f"where the answer in message {at} {verb} cannot be found in what the chat template renders", where="data",
+        f"where the answer in message {at} {verb} cannot be found in what the chat template renders",
+        where="data",
         hint="put {% generation %} ... {% endgeneration %} around answers in the template",
-    )  # fmt: skip
+    )
 
 
 def marks(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], text: str) -> list[bool]:
@@ -181,9 +188,10 @@ def marks(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], 
         touches = at < len(spans) and start < spans[at][1] and end > spans[at][0]
         if touches and not inside:
             raise TensorkeepError(
-                f"a token crosses the border of an answer: {shown(text[start:end])}", where="data",
+                f"a token crosses the border of an answer: {shown(text[start:end])}",
+                where="data",
                 hint="the template must put a special token or a line end between question and answer",
-            )  # fmt: skip
+            )
         out.append(inside)
     return out
 
@@ -202,14 +210,14 @@ def without(text: str, spans: Sequence[tuple[int, int]], part: str) -> tuple[str
     return text.replace(part, ""), [(moved(a), moved(b)) for a, b in spans]
 
 
-def with_system(conversation: Conversation, probability: float, generator: torch.Generator | None) -> Conversation:
+def _with_system(conversation: Conversation, probability: float, generator: torch.Generator | None) -> Conversation:
     """With a random system message in front, by chance, where there is none and no tools are given."""
     messages, tools = conversation
     if messages[0]["role"] == "system" or tools:
         return conversation
     if float(torch.rand((), generator=generator)) >= probability:
         return conversation
-    prompt = SYSTEM_PROMPTS[int(torch.randint(len(SYSTEM_PROMPTS), (), generator=generator))]
+    prompt = _SYSTEM_PROMPTS[int(torch.randint(len(_SYSTEM_PROMPTS), (), generator=generator))]
     return Conversation([{"role": "system", "content": prompt}, *messages], tools)
 
 
@@ -237,6 +245,7 @@ def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
     """What decides the tokens of a text, as plain values for a fingerprint."""
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
     return {
-        "tokenizer": backend, "chat_template": str(getattr(tokenizer, "chat_template", None)),
+        "tokenizer": backend,
+        "chat_template": str(getattr(tokenizer, "chat_template", None)),
         "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())},
-    }  # fmt: skip
+    }

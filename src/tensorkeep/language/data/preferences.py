@@ -17,14 +17,14 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from tensorkeep.training import distributed
-from tensorkeep.training.distributed import World
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
-from tensorkeep.language.losses import CHUNK, headless, log_probabilities, run
 from tensorkeep.language.data.rows import IGNORED, Collate, row
 from tensorkeep.language.data.tokens import Tokens
+from tensorkeep.language.losses import CHUNK, headless, log_probabilities, run
+from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.training import distributed
+from tensorkeep.training.distributed import World
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +107,16 @@ class PreferenceLoss:
 
 
 def with_reference(
-    data: Pairs, model: nn.Module, plain: bool, folder: Path, weights: str, world: World, pad: int, micro: int,
+    data: Pairs,
+    model: nn.Module,
+    plain: bool,
+    folder: Path,
+    weights: str,
+    world: World,
+    pad: int,
+    micro: int,
     remark: Callable[[str], None] = lambda _: None,
-) -> Pairs:  # fmt: skip
+) -> Pairs:
     """The pairs with what `model` gives to each answer, float32 `[pairs, 2]`: from `folder`, or computed by all ranks.
 
     `weights` is the digest of the model's weights. A file of another size or content is computed again, loudly.

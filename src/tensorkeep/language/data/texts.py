@@ -16,7 +16,7 @@ from tensorkeep.storage.files import explained
 
 Format = Literal["auto", "jsonl", "text"]
 Objective = Literal["pretrain", "sft", "dpo"]
-JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
+_JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
 
 
 class Conversation(NamedTuple):
@@ -47,7 +47,7 @@ def records(paths: Sequence[str | Path], objective: Objective, form: Format = "a
     'Once upon a time'
     """
     for path in map(Path, paths):
-        as_json = path.suffix.lower() in JSON_ENDINGS if form == "auto" else form == "jsonl"
+        as_json = path.suffix.lower() in _JSON_ENDINGS if form == "auto" else form == "jsonl"
         if not as_json:
             yield _plain(path, objective)
             continue
@@ -57,7 +57,7 @@ def records(paths: Sequence[str | Path], objective: Objective, form: Format = "a
 
 def objective_of(path: str | Path) -> Objective:
     """What a file's first record is for; plain text is for `pretrain`."""
-    if Path(path).suffix.lower() not in JSON_ENDINGS:
+    if Path(path).suffix.lower() not in _JSON_ENDINGS:
         return "pretrain"
     document: Any = next((d for _, d in _lines(Path(path))), {})
     found = next((kind for key, kind in KINDS.items() if isinstance(document, dict) and key in document), "pretrain")
@@ -67,9 +67,10 @@ def objective_of(path: str | Path) -> Objective:
 def _plain(path: Path, objective: Objective) -> str:
     if objective != "pretrain":
         raise TensorkeepError(
-            f"is plain text, which {objective} cannot use", where=path,
+            f"is plain text, which {objective} cannot use",
+            where=path,
             hint='objective: pretrain, or JSON lines: {"messages": [{"role": "user", "content": "..."}, ...]}',
-        )  # fmt: skip
+        )
     with explained(path):
         data = path.read_bytes()
     try:

@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
 from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing, write_bytes
 
 INDEX, TOKENS, MARKS, OFFSETS = "cache.json", "tokens.bin", "marks.bin", "offsets.bin"
@@ -63,9 +63,12 @@ def fingerprint(files: Sequence[str | Path], settings: Mapping[str, Any]) -> str
 
 
 def cached(
-    folder: Path, digest: str, encode: Callable[[], Iterable[Encoded]], vocabulary: int,
+    folder: Path,
+    digest: str,
+    encode: Callable[[], Iterable[Encoded]],
+    vocabulary: int,
     remark: Callable[[str], None] = lambda _: None,
-) -> Tokens:  # fmt: skip
+) -> Tokens:
     """The tokens of `folder/digest`, made by `encode` where they are not there or not whole.
 
     `vocabulary`: number of ids; up to 65,536 are stored in two bytes each. Raises TensorkeepError where `encode` gives
@@ -99,9 +102,11 @@ def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: 
             made = np.asarray(ids, np.int64)
             if int(made.min()) < 0 or int(made.max()) >= vocabulary:
                 raise TensorkeepError(
-                    f"the tokenizer gave id {int(made.max())}, the model has {vocabulary} rows", where="tokenizer",
-                    code="C02", hint="take the tokenizer that belongs to the model",
-                )  # fmt: skip
+                    f"the tokenizer gave id {int(made.max())}, the model has {vocabulary} rows",
+                    where="tokenizer",
+                    code="C02",
+                    hint="take the tokenizer that belongs to the model",
+                )
             offsets.append(offsets[-1] + len(made))
             _append(tokens, sums[TOKENS], made.astype(dtype).tobytes())
             if counted is not None:
@@ -116,9 +121,13 @@ def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: 
         (folder / MARKS).unlink()
     names = [TOKENS, OFFSETS, *([MARKS] if marked else [])]
     index = {
-        "schema": SCHEMA, "fingerprint": digest, "dtype": dtype.str, "documents": len(offsets) - 1, "tokens": offsets[-1],
+        "schema": SCHEMA,
+        "fingerprint": digest,
+        "dtype": dtype.str,
+        "documents": len(offsets) - 1,
+        "tokens": offsets[-1],
         "files": {n: {"bytes": (folder / n).stat().st_size, "xxh3_128": sums[n].hexdigest()} for n in names},
-    }  # fmt: skip
+    }
     write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 

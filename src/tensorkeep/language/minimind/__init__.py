@@ -1,1 +1,1 @@
-"""minimind."""
+"""MiniMind's resume files, read and written."""

@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.training.saver import State
+from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.plan import Part
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import read
+from tensorkeep.language.minimind._position import Batching, Position, batchings, first_rate, learning_rate, position
+from tensorkeep.language.minimind._resume_file import Resume, read_resume
 from tensorkeep.models.counterpart import Asker, Source
 from tensorkeep.models.tensors import Held, clean, expected
 from tensorkeep.training.live_state import refuse_difference, stored_tensors
-from tensorkeep.language.minimind.position import Batching, Position, batchings, first_rate, learning_rate, position
-from tensorkeep.language.minimind.resume_file import Resume, read_resume
-from tensorkeep.formats.names import grouped
-from tensorkeep.convert.naming import hf
-from tensorkeep.convert.plan import Part
-from tensorkeep.convert.planning import make_plan
-from tensorkeep.formats.view import read
+from tensorkeep.training.saver import State
 
-OLD_SHUFFLE = (
+_OLD_SHUFFLE = (
     "before 2026-01-18 one process shuffled in an order that no file tells: the epoch in progress is then another"
 )
 
@@ -72,10 +72,17 @@ class Continuation:
 
 
 def continue_from(
-    path: str | Path, model: nn.Module, length: int, batch: int, accumulation: int | None = None,
-    epochs: int | None = None, rate: float | None = None, global_batch: int | None = None, base: dict[str, Any] | None = None,
+    path: str | Path,
+    model: nn.Module,
+    length: int,
+    batch: int,
+    accumulation: int | None = None,
+    epochs: int | None = None,
+    rate: float | None = None,
+    global_batch: int | None = None,
+    base: dict[str, Any] | None = None,
     distributed: bool | None = None,
-) -> Continuation:  # fmt: skip
+) -> Continuation:
     """Read a resume file for `model`, whose weights stay as they are until `fit` resumes.
 
     `length`: samples of the data; `batch`, `accumulation`, `epochs`, `rate`: MiniMind's flags of that run, where the
@@ -101,29 +108,51 @@ def continue_from(
     begun = where.samples // length
     theirs = begun == resume.epoch and where.samples + where.again > begun * length  # it was under way
     if theirs and resume.generation == "mm2" and not several:
-        remarks.append(OLD_SHUFFLE)
+        remarks.append(_OLD_SHUFFLE)
     known = resume.groups[0]
     if epochs and rate is None and isinstance(known.get("lr"), float):
         rate = known.get("initial_lr") or first_rate(known["lr"], resume.epoch, resume.step, epochs, batching)
     origin = {
-        "file": Path(path).name, "generation": resume.generation, "epoch": resume.epoch, "step": resume.step,
-        "world_size": resume.world_size, "batch": batch, "accumulation": batching.accumulation, "samples": where.samples,
+        "file": Path(path).name,
+        "generation": resume.generation,
+        "epoch": resume.epoch,
+        "step": resume.step,
+        "world_size": resume.world_size,
+        "batch": batch,
+        "accumulation": batching.accumulation,
+        "samples": where.samples,
         "order": "sampler" if several else "process",
-    }  # fmt: skip
+    }
     document = {
-        "schema": 1, "step": steps, "samples": where.samples, "epoch": begun, "world_size": resume.world_size,
-        "scaler": resume.scaler, "wandb_id": resume.wandb_id,
+        "schema": 1,
+        "step": steps,
+        "samples": where.samples,
+        "epoch": begun,
+        "world_size": resume.world_size,
+        "scaler": resume.scaler,
+        "wandb_id": resume.wandb_id,
         **({"optimizer": {"kind": "AdamW", "groups": [], "values": {}}} if moments else {}),
-        "foreign": {"from": "MiniMind", "level": _level(resume), **origin, "extras": {k: len(v) for k, v in resume.extras.items()}},
-    }  # fmt: skip
+        "foreign": {
+            "from": "MiniMind",
+            "level": _level(resume),
+            **origin,
+            "extras": {k: len(v) for k, v in resume.extras.items()},
+        },
+    }
     keys = ("betas", "eps", "weight_decay")
     return Continuation(
-        State(weights, moments, {}, document, base), {begun: order(begun, length, several)} if theirs else {}, batching,
-        where, size, batch, {"lr": rate, **{k: known[k] for k in keys if k in known}},
+        State(weights, moments, {}, document, base),
+        {begun: order(begun, length, several)} if theirs else {},
+        batching,
+        where,
+        size,
+        batch,
+        {"lr": rate, **{k: known[k] for k in keys if k in known}},
         CosinePerMicroBatch(steps, where.samples, size, batching, epochs) if epochs else None,
-        steps + math.ceil(max(epochs * length - where.samples, 0) / size) if epochs else None, origin,
+        steps + math.ceil(max(epochs * length - where.samples, 0) / size) if epochs else None,
+        origin,
         [*remarks, *_said(resume, batching, where)],
-    )  # fmt: skip
+    )
 
 
 def model_config(path: str | Path) -> dict[str, Any]:
@@ -136,9 +165,11 @@ def model_config(path: str | Path) -> dict[str, Any]:
     config = make_plan([read(path)], "hf").config or {}
     if config.get("model_type") in (None, "minimind"):
         raise TensorkeepError(
-            "no class of transformers computes MiniMind's shared experts of 2025", where=path, code="K07",
+            "no class of transformers computes MiniMind's shared experts of 2025",
+            where=path,
+            code="K07",
             hint="go on in MiniMind, or train a module with its own names through continue_from",
-        )  # fmt: skip
+        )
     return dict(config)
 
 
@@ -158,9 +189,15 @@ def _batching(resume: Resume, length: int, batch: int, accumulation: int | None)
     plain = Batching(length, batch, accumulation or 1, resume.world_size)
     position(resume.epoch, resume.step, plain)  # a step beyond the epoch is told as that
     fitting = batchings(
-        length, batch, resume.world_size, resume.epoch, resume.step, resume.updates or 0, accumulation,
+        length,
+        batch,
+        resume.world_size,
+        resume.epoch,
+        resume.step,
+        resume.updates or 0,
+        accumulation,
         old=resume.generation == "mm2",
-    )  # fmt: skip
+    )
     if len(fitting) == 1:
         return fitting[0], []
     if accumulation:
@@ -171,8 +208,10 @@ def _batching(resume: Resume, length: int, batch: int, accumulation: int | None)
     found = f"any of {[b.accumulation for b in fitting]}" if fitting else "none"
     raise TensorkeepError(
         f"Adam counted {resume.updates or 0} steps by epoch {resume.epoch} step {resume.step}: {found} fits as accumulation",
-        where=resume.view.path, code="R02", hint="say which one that run used (its --accumulation_steps)",
-    )  # fmt: skip
+        where=resume.view.path,
+        code="R02",
+        hint="say which one that run used (its --accumulation_steps)",
+    )
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------
@@ -201,8 +240,10 @@ def _counterparts(resume: Resume, model: nn.Module, base: bool) -> dict[str, tup
     if any(".shared_experts." in n for n in unused):
         raise TensorkeepError(
             "holds shared experts, which this model lacks: no class of transformers computes MiniMind's of 2025",
-            where=resume.view.path, code="K02", hint="train it in a module with MiniMind's own names, or go on in MiniMind",
-        )  # fmt: skip
+            where=resume.view.path,
+            code="K02",
+            hint="train it in a module with MiniMind's own names, or go on in MiniMind",
+        )
     lacking = {n: "tensor" for n in mine if n not in made}
     refuse_difference(
         "model", {**dict.fromkeys(made, ""), **lacking}, {**dict.fromkeys(made, ""), **dict.fromkeys(unused, "")}
@@ -210,9 +251,11 @@ def _counterparts(resume: Resume, model: nn.Module, base: bool) -> dict[str, tup
     known = {resume.weights[n] for n in resume.moments} or stored
     if rest := [n for n, parts in made.items() if any(p.name not in known for p in parts)]:
         raise TensorkeepError(
-            f"the file has no optimizer state of {', '.join(grouped(rest)[:3])} ({len(rest)})", where=resume.view.path,
-            code="R05", hint="make the model as that run had it: tied head, LoRA on the same layers",
-        )  # fmt: skip
+            f"the file has no optimizer state of {', '.join(grouped(rest)[:3])} ({len(rest)})",
+            where=resume.view.path,
+            code="R05",
+            hint="make the model as that run had it: tied head, LoRA on the same layers",
+        )
     if base:
         _compare_base(resume, model)
     return made
@@ -225,14 +268,20 @@ def _built(resume: Resume, name: str, parts: tuple[Part, ...], shape: tuple[int,
     made = expected(parts, resume.view, shape, (0, shape[0]) if shape else (0, 1)) if fits else None
     if made is None:
         raise TensorkeepError(
-            f"{name} is {list(shape)}, {parts[0].name} is {list(sizes[0])}", where=resume.view.path, code="S01",
-            hint="build the model from the config of these weights", tensors=[parts[0].name],
-        )  # fmt: skip
+            f"{name} is {list(shape)}, {parts[0].name} is {list(sizes[0])}",
+            where=resume.view.path,
+            code="S01",
+            hint="build the model from the config of these weights",
+            tensors=[parts[0].name],
+        )
     if not bool(torch.isfinite(made).all()):
         raise TensorkeepError(
-            f"{parts[0].name} holds NaN or Inf", where=resume.view.path, code="V01",
-            hint="continue from an earlier file; fp16 ends at 65504", tensors=[p.name for p in parts],
-        )  # fmt: skip
+            f"{parts[0].name} holds NaN or Inf",
+            where=resume.view.path,
+            code="V01",
+            hint="continue from an earlier file; fp16 ends at 65504",
+            tensors=[p.name for p in parts],
+        )
     return made
 
 
@@ -256,8 +305,9 @@ def _moments(
         if len(counts) > 1 or not all(slots):
             raise TensorkeepError(
                 f"the experts that make up {name} took {sorted(counts)} optimizer steps: they cannot share one counter",
-                where=resume.view.path, code="R05",
-            )  # fmt: skip
+                where=resume.view.path,
+                code="R05",
+            )
         for slot in sorted(slots[0].keys() - {"step"}):
             moved = tuple(p._replace(name=s[slot]) for p, s in zip(made, slots))
             out[f"{name}/{slot}"] = _built(resume, f"{name}/{slot}", moved, shapes[name])
@@ -279,13 +329,15 @@ def _compare_base(resume: Resume, model: nn.Module) -> None:
     for name, stored in resume.weights.items():
         mine = live.get(name)
         if mine is None or not mine.is_floating_point() or tuple(mine.shape) != resume.view[stored].shape:
-            continue  # quantised, or stacked: its codes are compared by the base's digest
+            continue  # quantized, or stacked: its codes are compared by the base's digest
         theirs = resume.view.tensor(stored)
         if ".lora." not in name and not torch.equal(mine.detach().cpu().to(theirs.dtype), theirs):
             raise TensorkeepError(
-                f"{name} of the model is not the base's that this adapter was trained on", where=resume.view.path,
-                code="A04", hint="tensorkeep convert the resume file itself to hf, and take that as the base",
-            )  # fmt: skip
+                f"{name} of the model is not the base's that this adapter was trained on",
+                where=resume.view.path,
+                code="A04",
+                hint="tensorkeep convert the resume file itself to hf, and take that as the base",
+            )
 
 
 # -- words --------------------------------------------------------------------------------------------------------

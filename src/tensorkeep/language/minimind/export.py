@@ -14,23 +14,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tensorkeep.conversion.execution import write_files
+from tensorkeep.conversion.naming import hf, minimind
+from tensorkeep.conversion.plan import Part, Plan, Step
+from tensorkeep.conversion.proof import check_sources, prove
+from tensorkeep.conversion.sink import quiet
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import Note, StateView, read
+from tensorkeep.language.minimind._position import Batching, step_of
+from tensorkeep.language.minimind._resume_file import registered
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.archive_writing import pack, tensor_object
-from tensorkeep.convert.convert import quiet, write_files
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.language.minimind.position import Batching, step_of
-from tensorkeep.language.minimind.resume_file import registered
-from tensorkeep.convert.naming import hf
-from tensorkeep.convert.naming import minimind
+from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.placement import replacing
-from tensorkeep.convert.plan import Part, Plan, Step
-from tensorkeep.convert.proof import check_sources, prove
 from tensorkeep.storage.record import DTYPES, TensorRecord, nbytes
-from tensorkeep.formats.view import Note, StateView, read
 
-STACKED = re.compile(r"(?P<at>.+\.mlp\.experts)\.(?P<what>gate_up_proj|down_proj)\Z")
+_STACKED = re.compile(r"(?P<at>.+\.mlp\.experts)\.(?P<what>gate_up_proj|down_proj)\Z")
 SLOTS = ("step", "exp_avg", "exp_avg_sq")
 OURS = ("names", "params", "base_lr")  # keys of a parameter group that are not AdamW's
 
@@ -66,9 +66,9 @@ def export_resume(
             what, where=run, hint="weights go with: tensorkeep convert RUN OUT --to pth --naming minimind"
         )
     document = parse_json((opened.path / run_folder.STATE).read_bytes(), opened.path / run_folder.STATE)
-    weights = unstacked(read(opened.path / run_folder.MODEL))
+    weights = _unstacked(read(opened.path / run_folder.MODEL))
     optimizer = (
-        unstacked(read(opened.path / run_folder.OPTIMIZER)) if (opened.path / run_folder.OPTIMIZER).exists() else None
+        _unstacked(read(opened.path / run_folder.OPTIMIZER)) if (opened.path / run_folder.OPTIMIZER).exists() else None
     )
     names = _names(weights, document, opened.path)
     made = minimind.generation(weights)
@@ -101,13 +101,13 @@ def export_resume(
 # -- tensors ------------------------------------------------------------------------------------------------------
 
 
-def unstacked(view: StateView) -> StateView:
+def _unstacked(view: StateView) -> StateView:
     """The view with stacked experts taken apart, as files keep them: `experts.gate_up_proj [e, 2i, h]` is gate and up of
     each expert, byte ranges of the same file. Optimizer state (`name/slot`) goes along; Adam's one counter is each's."""
     records: dict[str, TensorRecord] = {}
     for name, record in view.records.items():
         base, _, slot = name.partition("/")
-        match = STACKED.match(base)
+        match = _STACKED.match(base)
         if match is None:
             records[name] = record
             continue
@@ -142,9 +142,11 @@ def _names(weights: StateView, document: Mapping[str, Any], where: Path) -> list
     """Parameter names in the order of MiniMind's optimizer. Its head and embedding are always one."""
     if hf.HEAD in weights:
         raise TensorkeepError(
-            "has a head of its own; MiniMind's is the embedding", where=where, code="T01",
+            "has a head of its own; MiniMind's is the embedding",
+            where=where,
+            code="T01",
             hint="weights alone go with: tensorkeep convert RUN OUT --to pth --naming minimind",
-        )  # fmt: skip
+        )
     if hf.EMBEDDING not in weights or weights[hf.EMBEDDING].shape[1:] == ():
         raise TensorkeepError(f"has no {hf.EMBEDDING}: no language model of MiniMind's", where=where, code="K01")
     return registered(weights, minimind.generation(weights))
@@ -242,7 +244,12 @@ def _position(document: Mapping[str, Any], batching: Batching, notes: list[Note]
     same = theirs.get("order") == ("sampler" if batching.world_size > 1 else "process")
     if step and not (same and type(theirs.get("samples")) is int and theirs["samples"] // batching.length == epoch):
         done = step * batching.batch * batching.world_size
-        notes.append(Note("R02", f"MiniMind shuffles this epoch its own way: of the {done} samples that were trained on some come again, and others never; export at an epoch's start to avoid that"))  # fmt: skip
+        notes.append(
+            Note(
+                "R02",
+                f"MiniMind shuffles this epoch its own way: of the {done} samples that were trained on some come again, and others never; export at an epoch's start to avoid that",
+            )
+        )
     return epoch, step
 
 
@@ -259,7 +266,9 @@ def _write(plan: Plan, value: dict[str, Any], out: Path, overwrite: bool) -> Non
         if lost:
             name, count = next(iter(lost.items()))
             raise TensorkeepError(
-                f"{count} weights of {name.removeprefix('model.')} are beyond fp16, which ends at 65504", where=out, code="V02",
+                f"{count} weights of {name.removeprefix('model.')} are beyond fp16, which ends at 65504",
+                where=out,
+                code="V02",
                 hint="MiniMind keeps fp16 only; tensorkeep convert RUN OUT --to pth keeps the run's own dtype",
-            )  # fmt: skip
+            )
         prove(temporary, plan, sums, quiet)

@@ -1,0 +1,189 @@
+"""Which weight of the base each part of an adapter belongs to, and how its rows lie there; A01 where there is none.
+
+Adapters are spoken of by hf names; the base keeps its own (Meta's, torchtitan's), perhaps with rows in the other RoPE
+layout or experts stacked. A term says what is added to which rows of which stored tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorkeep.adapters._view import Made, Term, checked_dtype
+from tensorkeep.adapters.reading import Adapter
+from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.naming.rope import rope_rows
+from tensorkeep.conversion.plan import Hub
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import StateView
+from tensorkeep.quantization.encoding import Kind
+from tensorkeep.quantization.stored import QuantizedWeight
+from tensorkeep.storage.record import FROM_TORCH, TensorRecord
+
+
+@dataclass
+class Source:
+    """One adapter with its weight in the sum, and how it was named on the command line."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    digest: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.adapter.view.path
+
+
+@dataclass
+class Base:
+    """The base by hf name, and the records and computed tensors of the view that is being built."""
+
+    view: StateView
+    config: Mapping[str, Any] | None
+    hub: dict[str, Hub]
+    weights: dict[str, QuantizedWeight]
+    records: dict[str, TensorRecord]
+    dtype: str | None
+    through: dict[str, Kind] = field(default_factory=dict)
+    made: dict[str, Made] = field(default_factory=dict)
+    tied: bool = False
+
+
+def make(state: Base, stored: str, name: str | None = None) -> Made:
+    """The computed tensor over one stored one, made on first use; `name` makes another one of it."""
+    record, weight = state.view[stored], state.weights.get(stored)
+    name = name or (weight.stands_for if weight is not None else stored)
+    if name in state.made:
+        return state.made[name]
+    shape = weight.shape if weight is not None and weight.shape is not None else record.shape
+    hub = next((h for h in state.hub.values() if h.parts[0].name == stored), None)
+    stacked = hub is not None and hub.parts[0].rows is not None
+    width = math.prod(shape[2:] if stacked else shape[1:])
+    dtype = checked_dtype(record, state.dtype or _float_dtype(state, record, weight))
+    if name != stored and weight is not None:
+        state.records.pop(stored, None)
+    state.records[name] = TensorRecord(
+        name, dtype, tuple(shape), record.blocks, record.tied_to if name != hf.HEAD else None
+    )
+    through = state.through.get(hub.name) if hub else None
+    made = Made(stored, math.prod(shape) // max(width, 1), width, [], weight, through, shape[1] if stacked else 1)
+    state.made[name] = made
+    return made
+
+
+def _float_dtype(state: Base, record: TensorRecord, weight: QuantizedWeight | None) -> str:
+    """What a dequantized weight was before: its state says it, or else the tensors around it do."""
+    if weight is None:
+        return record.dtype
+    if weight.dtype in FROM_TORCH:
+        return FROM_TORCH[weight.dtype]
+    around = [r.dtype for n, r in state.records.items() if r.dtype in ("F32", "F16", "BF16") and n not in state.weights]
+    return max(sorted(set(around)), key=around.count) if around else "BF16"
+
+
+# -- what an adapter does to which weight ---------------------------------------------------------------------------------
+
+
+def terms_of(state: Base, number: int, source: Source) -> dict[str, Term]:
+    """hf name -> what the adapter does to it. Raises TensorkeepError A01 where a module has no place in the base."""
+    adapter = source.adapter
+    wanted: dict[str, tuple[str, str]] = {f"{m}.weight": ("pair", m) for m in adapter.pairs}
+    wanted |= {f"{m}.weight": ("embedding", m) for m in adapter.embeddings}
+    wanted |= {f"{m}.bias": ("bias", m) for m in adapter.biases}
+    saved = {n: ("saved", n) for n in adapter.saved}
+    both = sorted(set(wanted) & set(saved))
+    for name in both:  # PEFT keeps the base's own copy of an embedding beside the pair on it
+        if state.hub.get(name) is None or not _same_values(state, name, adapter):
+            raise TensorkeepError(
+                f"{name} has a low-rank pair and a whole tensor that is not the base's",
+                where=source.path,
+                code="A01",
+                hint="resize the base's vocabulary first, then merge",
+            )
+        del saved[name]
+    wanted |= saved
+    missing = sorted(n for n in wanted if n not in state.hub)
+    if missing:
+        _refuse_missing(state, source, missing, len(wanted))
+    return {name: _term(state, number, source, name, kind, inner) for name, (kind, inner) in wanted.items()}
+
+
+def _refuse_missing(state: Base, source: Source, missing: list[str], total: int) -> None:
+    close = near_misses(missing[0], state.hub) or near_misses(missing[0].removeprefix("model."), state.hub)
+    more = (
+        "no adapter weight fits: is it of another model?"
+        if len(missing) == total
+        else "compare names with: tensorkeep inspect"
+    )
+    raise TensorkeepError(
+        f"{len(missing)} of the {total} tensors it changes are not in the base {state.view.path}: {', '.join(grouped(missing)[:4])}",
+        where=source.path,
+        code="A01",
+        tensors=missing,
+        hint=close or more,
+    )
+
+
+def _same_values(state: Base, name: str, adapter: Adapter) -> bool:
+    """Whether a saved copy of a base tensor is that tensor; the dtype may be wider."""
+    part, stored = state.hub[name].parts[0], adapter.saved[name]
+    if state.hub[name].shape != adapter.view[stored].shape or part.permutes:
+        return False
+    mine, theirs = adapter.view.array(stored), state.view.array(part.name)
+    return bool((mine.astype(theirs.dtype) == theirs).all())
+
+
+def _term(state: Base, number: int, source: Source, name: str, kind: str, inner: str) -> Term:
+    hub, adapter = state.hub[name], source.adapter
+    if len(hub.parts) != 1:
+        raise TensorkeepError(
+            f"{name} lies in {len(hub.parts)} tensors of the base",
+            where=state.view.path,
+            code="A01",
+            hint="convert the base to hf first: tensorkeep convert BASE OUT --to hf",
+        )
+    part = hub.parts[0]
+    weight = state.weights.get(part.name)
+    shape = weight.shape if weight is not None and weight.shape is not None else hub.shape
+    transposed = _orientation(state, source, name, kind, inner, shape)
+    turn = (rope_rows(state.config, "half", name, hub.shape),) if inner in adapter.turned else ()
+    back = tuple(p.inverse() for p in reversed(part.permutes))
+    permutes = () if turn and back and turn[0] == back[0].inverse() else (*turn, *back)
+    rows = shape[0] if shape else 1
+    first = part.rows[0] * rows if part.rows is not None else 0
+    scale = adapter.scale(inner) if kind in ("pair", "embedding") or inner in adapter.pairs else 1.0
+    return Term(number, adapter, kind, inner, source.weight, scale or 1.0, transposed, permutes, first, rows)
+
+
+def _orientation(state: Base, source: Source, name: str, kind: str, inner: str, shape: tuple[int, ...]) -> bool:
+    """Whether the base keeps the weight [in, out]. Raises TensorkeepError A01 where the shapes do not fit."""
+    adapter, view = source.adapter, source.adapter.view
+    if kind in ("saved", "bias"):
+        made = view[adapter.saved[inner] if kind == "saved" else adapter.biases[inner]].shape
+        fits = [made]
+    else:
+        a, b = (view[n].shape for n in (adapter.pairs if kind == "pair" else adapter.embeddings)[inner])
+        made = (a[1], b[0]) if kind == "embedding" else (b[0], *a[1:])
+        fits = [made[::-1], made] if adapter.document.get("fan_in_fan_out") and kind == "pair" else [made]
+    if shape not in fits:
+        hint = "is it an adapter of a larger or smaller model? tensorkeep diagnose ADAPTER --reference BASE lists all"
+        if kind == "saved" and shape[1:] == made[1:]:
+            hint = "its vocabulary was resized: resize the base's first, then merge"
+        raise TensorkeepError(
+            f"{name} is {list(shape)} in the base {state.view.path}, the adapter was made for {list(made)}",
+            where=source.path,
+            code="A01",
+            hint=hint,
+        )
+    magnitude = adapter.magnitudes.get(inner) if kind in ("pair", "embedding") else None
+    if magnitude is not None and view[magnitude].elements != (shape[1] if kind == "embedding" else made[0]):
+        raise TensorkeepError(
+            f"{inner}: {view[magnitude].elements} magnitudes for {list(shape)}",
+            where=source.path,
+            code="A02",
+            hint="get the adapter again",
+        )
+    return kind == "embedding" or (len(fits) == 2 and shape == fits[0])  # square ones too, as the config says

@@ -1,0 +1,366 @@
+"""A view of base weights with adapters added in, computed while it streams: what `merge` plans and writes from.
+
+    W' = round(W + sum_i weight_i · (s_i · B_i A_i))              LoRA, rsLoRA
+    W' = round(W + sum_i weight_i · (m_i · V_i / |V_i| - W)),  V_i = W + s_i · B_i A_i      DoRA (arXiv 2402.09353)
+
+Everything is float64 until the one rounding to the sink's dtype, so the result does not depend on chunks, threads or
+the order of adapters (a product of two float32 is exact in float64). The sum of several DoRA updates is against the
+base, as PEFT's forward has it. Rows are those of the base's own file; an adapter's rows are permuted to them.
+
+A chunk of rows is held, never a tensor: peak memory is the factors of the tensors in flight and a few chunks.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from tensorkeep.adapters.reading import Adapter, Share
+from tensorkeep.conversion.plan import Rows
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import CHUNK, StateView, np_dtype, np_frombuffer
+from tensorkeep.quantization import encoding as quant_encoding
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.codes import Array, scaled
+from tensorkeep.quantization.encoding import LEVELS, Kind
+from tensorkeep.quantization.stored import QuantizedWeight
+from tensorkeep.storage.record import DTYPES, TensorRecord
+
+_ELEMENTS = 1 << 17  # held at a time: 1 MB in float64, a few times over
+ROUNDED = ("F64", "F32", "F16", "BF16")  # the dtypes a merged weight is rounded to
+
+
+class Term(NamedTuple):
+    """What one adapter does to some rows of one stored tensor of the base.
+
+    `kind` is pair (LoRA, DoRA), embedding, bias (lora_bias) or saved (the tensor is replaced). `name` is the adapter's
+    module, or a whole tensor's clean name. `transposed`: the base keeps [in, out]. `permutes` bring the adapter's
+    rows into the order of the base's file. `number` counts adapters. `first`, `length`: its rows, in a stack of experts.
+    """
+
+    number: int
+    adapter: Adapter
+    kind: str
+    name: str
+    weight: float
+    scale: float
+    transposed: bool = False
+    permutes: tuple[Rows, ...] = ()
+    first: int = 0
+    length: int = 0
+
+    @property
+    def magnitude(self) -> str | None:
+        return self.adapter.magnitudes.get(self.name) if self.kind in ("pair", "embedding") else None
+
+
+@dataclass
+class Made:
+    """A tensor that is computed: its rows [count, width] come from `source` and change by `terms`.
+
+    `weight` describes the source where it is quantized. `through` is the quantization that a float source is sent
+    through, since the adapter was trained on its result. `steps` rows make one step of the first dimension.
+    """
+
+    source: str
+    count: int
+    width: int
+    terms: list[Term] = field(default_factory=list)
+    weight: QuantizedWeight | None = None
+    through: Kind | None = None
+    steps: int = 1
+
+    @property
+    def requantized(self) -> Kind | None:
+        """The quantization that a merge into the quantized file would send the result through."""
+        if self.through is not None or self.weight is None:
+            return self.through
+        if self.weight.kind in LEVELS and isinstance(self.weight.block, int):
+            return Kind(self.weight.kind, self.weight.block, self.weight.nested is not None)
+        return Kind("int8") if "SCB" in self.weight.parts else None
+
+
+@dataclass
+class Moved:
+    """Sums over one merged tensor: of W², of (W' - W)², of the update with W and itself, for the report."""
+
+    weight: float = 0.0
+    change: float = 0.0
+    along: float = 0.0  # <W, dW>
+    square: float = 0.0  # <dW, dW>
+    kept: float = 0.0  # <Q(W + dW), dW>
+    original: float = 0.0  # (W trained on - W original)²
+    size: int = 0
+    spoiled: int = 0  # values that became infinite or NaN
+    shares: dict[int, list[float]] = field(default_factory=dict)  # adapter -> <W, sBA>, <sBA, sBA>
+    blocks: list[tuple[Array, Array]] = field(default_factory=list)  # absmax and <level, dW> a block, for double scales
+
+    def share(self, index: int, module: str) -> Share | None:
+        """How much of an adapter's update the base held before."""
+        dot, square = self.shares.get(index, [0.0, 0.0])
+        if square <= 0 or self.weight <= 0:
+            return None
+        noise = math.sqrt(self.weight / (self.size * square))
+        return Share(module, dot / square, noise, math.sqrt(square / self.weight))
+
+
+@dataclass(eq=False)
+class MergedView(StateView):
+    """The base as it is after the merge. `made` names what is computed; everything else streams as it is stored."""
+
+    base: StateView | None = None
+    made: dict[str, Made] = field(default_factory=dict)
+    moved: dict[str, Moved] | None = None  # filled while it streams, where not None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def stream(
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+    ) -> Iterator[memoryview]:
+        made, record = self.made.get(name), self.records[name]
+        assert self.base is not None
+        if made is None:
+            yield from self.base.stream(name, rows, granule, chunk)
+            return
+        row_bytes = max(made.width * DTYPES[record.dtype].bits // 8, 1)
+        unit = granule // row_bytes if granule > row_bytes and granule % row_bytes == 0 else 1
+        first, last = (rows[0] * made.steps, rows[1] * made.steps) if rows else (0, made.count)
+        moved = Moved() if self.moved is not None else None
+        for piece in _merged_rows(self.base, made, record.dtype, (first, last), unit, moved):
+            yield piece.view(np.uint8).reshape(-1).data
+        if moved is not None and self.moved is not None:
+            _close(moved, made)
+            with self.lock:
+                self.moved[name] = moved
+
+
+def _merged_rows(
+    base: StateView, made: Made, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None
+) -> Iterator[Array]:
+    """Rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
+    kind = made.requantized if moved is not None else None
+    aligned = math.lcm(unit, _rows_of_whole_blocks(made, kind), _rows_of_whole_blocks(made, made.through))
+    parts = [(t, *_factors(t), _lengths(base, made, t)) for t in made.terms]
+    for at, values in _base_rows(base, made, rows, aligned, moved):
+        weights = values.astype(np.float64)
+        total = weights.copy()
+        for term, left, right, magnitude, lengths in parts:
+            low, high = max(term.first, at), min(term.first + term.length, at + len(values))
+            if low >= high:
+                continue
+            here, mine = slice(low - at, high - at), slice(low - term.first, high - term.first)
+            if term.kind == "saved":
+                change = left[mine] - weights[here]
+                total[here] = left[mine] if term.weight == 1 and len(parts) == 1 else total[here] + term.weight * change
+                continue
+            change = left[mine] @ right
+            if moved is not None and magnitude is None and term.kind != "bias":
+                _count_share(moved, term.number, weights[here], change)
+            if magnitude is not None:
+                change = _dora(weights[here], change, magnitude, lengths, mine, term.transposed)
+            total[here] += change if term.weight == 1 else term.weight * change
+        made_rows = rounded(total, dtype)
+        if moved is not None:
+            _count(moved, weights, total, made_rows, kind if made.terms else None)
+        yield made_rows
+
+
+def _dora(
+    weights: Array, change: Array, magnitude: Array, lengths: Array | None, mine: slice, transposed: bool
+) -> Array:
+    """m · V / |V| - W for some rows; `lengths` are |V| where they run over columns."""
+    grown = weights + change
+    if transposed:
+        return np.asarray(grown * (magnitude / lengths) - weights)
+    return np.asarray(grown * (magnitude[mine] / np.sqrt(np.sum(grown * grown, axis=1)))[:, None] - weights)
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """float64 values in `dtype`, to nearest even, rounded once.
+
+    numpy rounds float64 to bfloat16 by way of float32, which errs where the float32 lies between two bfloat16 and
+    the float64 does not: those few are moved off the middle first.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "BF16":
+            return np.asarray(values.astype(np_dtype(dtype)))
+        near = values.astype(np.float32)
+        middle = np.flatnonzero((near.view(np.uint32) & 0xFFFF) == 0x8000)
+        if middle.size:
+            exact, between = values.reshape(-1)[middle], near.reshape(-1)[middle]
+            toward = np.where(exact > between, np.float32(np.inf), np.float32(-np.inf))
+            near.reshape(-1)[middle] = np.where(exact == between, between, np.nextafter(between, toward))
+        return np.asarray(near.astype(np_dtype(dtype)))
+
+
+# -- the base's values ------------------------------------------------------------------------------------------------
+
+
+def _base_rows(
+    base: StateView, made: Made, rows: tuple[int, int], unit: int, moved: Moved | None = None
+) -> Iterator[tuple[int, Array]]:
+    """Rows [n, width] of what the adapter was trained on, as floats: stored, dequantized, or sent through a quantization."""
+    step = max(_ELEMENTS // max(made.width, 1) // unit, 1) * unit
+    if made.weight is not None:
+        yield from _dequantized(base, made, rows, step)
+        return
+    if made.through is None:
+        yield from _plain(base, made, rows, step)
+        return
+    kind, scales = made.through, None
+    if kind.kind in LEVELS:
+        tops = [
+            quant_encoding.absolute_maxima(np.ascontiguousarray(v, np.float32).reshape(-1), kind.block)
+            for _, v in _plain(base, made, (0, made.count), step)
+        ]
+        absmax = np.concatenate(tops)
+        scales = quant_encoding.stored_scales(absmax, kind.double)
+    for at, stored in _plain(base, made, rows, step):
+        values = np.ascontiguousarray(stored, np.float32)
+        if scales is None:
+            sent = quant_encoding.int8_values(values)
+        else:
+            begin = at * made.width // kind.block
+            some = slice(begin, begin + -(-values.size // kind.block))
+            codes = quant_encoding.four_bit_codes(values.reshape(-1), absmax[some], kind.kind, kind.block)
+            sent = scaled(LEVELS[kind.kind][codes], scales[some], kind.block).reshape(values.shape)
+        if moved is not None:
+            moved.original += _square(sent.astype(np.float64) - values)
+        yield at, sent
+
+
+def _plain(base: StateView, made: Made, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:
+    record = base[made.source]
+    size = max(made.width * DTYPES[record.dtype].bits // 8, 1)
+    outer = rows[0] // made.steps, -(-rows[1] // made.steps)
+    at = outer[0] * made.steps
+    for piece in base.stream(made.source, outer if record.shape else None, step * size, step * size):
+        values = np_frombuffer(piece, record.dtype).reshape(-1, made.width)
+        if record.dtype in ("BF16", "F8_E4M3", "F8_E5M2"):
+            values = values.astype(np.float32)
+        yield at, values
+        at += len(values)
+
+
+def _dequantized(base: StateView, made: Made, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:
+    """The codes' flat values, regrouped into whole rows of [rows[0], rows[1])."""
+    assert made.weight is not None
+    waiting, at = np.empty(0, np.float32), 0
+    for _, values in quantized.stream_values(base, made.weight):
+        waiting = np.concatenate([waiting, values])
+        while waiting.size >= step * made.width:
+            yield from _within(at, waiting[: step * made.width].reshape(-1, made.width), rows)
+            waiting, at = waiting[step * made.width :], at + step
+    if waiting.size:
+        yield from _within(at, waiting.reshape(-1, made.width), rows)
+
+
+def _within(at: int, values: Array, rows: tuple[int, int]) -> Iterator[tuple[int, Array]]:
+    low, high = max(rows[0], at), min(rows[1], at + len(values))
+    if low < high:
+        yield low, values[low - at : high - at]
+
+
+def _rows_of_whole_blocks(made: Made, kind: Kind | None) -> int:
+    """How many rows hold whole blocks of a 4-bit quantization, which lie flat over rows."""
+    return kind.block // math.gcd(kind.block, made.width) if kind is not None and kind.kind in LEVELS else 1
+
+
+# -- the adapter's factors --------------------------------------------------------------------------------------------
+
+
+def _factors(term: Term) -> tuple[Array, Array, Array | None]:
+    """left [rows, r] (times the scale) and right [r, width] in float64, and DoRA's magnitudes; a whole tensor as left.
+
+    A of a convolution is [r, in, *kernel], B [out, r, 1...]; of an embedding A is [r, rows], B [width, r].
+    """
+    view, none = term.adapter.view, np.zeros((1, 0))
+    if term.kind in ("saved", "bias"):
+        values = view.array(term.adapter.saved[term.name] if term.kind == "saved" else term.adapter.biases[term.name])
+        whole = permuted(values.astype(np.float64).reshape(values.shape[0] if values.ndim else 1, -1), term.permutes)
+        return (whole, none, None) if term.kind == "saved" else (whole * term.scale, np.ones((1, 1)), None)
+    pairs = term.adapter.embeddings if term.kind == "embedding" else term.adapter.pairs
+    a, b = (view.array(n).astype(np.float64) for n in pairs[term.name])
+    a, b = a.reshape(a.shape[0], -1), permuted(b.reshape(b.shape[0], -1), term.permutes)
+    left, right = (a.T, b.T) if term.transposed else (b, a)
+    magnitude = view.array(term.magnitude).astype(np.float64).reshape(-1) if term.magnitude else None
+    if magnitude is not None:
+        magnitude = permuted(magnitude[:, None], term.permutes)[:, 0]
+    return np.ascontiguousarray(left) * term.scale, np.ascontiguousarray(right), magnitude
+
+
+def permuted(values: Array, permutes: tuple[Rows, ...]) -> Array:
+    """Rows of whole heads in another RoPE layout."""
+    for rows in permutes:
+        heads = values.reshape(-1, rows.block, *values.shape[1:])
+        values = heads[:, rows.order()].reshape(values.shape)
+    return values
+
+
+def _lengths(base: StateView, made: Made, term: Term) -> Array | None:
+    """|V| by column, which needs a pass of its own: DoRA where the base keeps [in, out] (Conv1D, embeddings)."""
+    if term.magnitude is None or not term.transposed:
+        return None
+    left, right, _ = _factors(term)
+    squares = np.zeros(made.width)
+    for at, values in _base_rows(base, made, (0, made.count), _rows_of_whole_blocks(made, made.through)):
+        squares += np.sum(np.square(values.astype(np.float64) + left[at : at + len(values)] @ right), axis=0)
+    return np.sqrt(squares)
+
+
+# -- figures for the report -------------------------------------------------------------------------------------------
+
+
+def _square(values: Array) -> float:
+    flat = values.reshape(-1)
+    return float(np.dot(flat, flat))
+
+
+def _count_share(moved: Moved, index: int, weights: Array, change: Array) -> None:
+    sums = moved.shares.setdefault(index, [0.0, 0.0])
+    sums[0] += float(np.dot(weights.reshape(-1), change.reshape(-1)))
+    sums[1] += _square(change)
+
+
+def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: Kind | None) -> None:
+    update = total - weights
+    moved.size += weights.size
+    moved.weight += _square(weights)
+    moved.change += _square(made_rows.astype(np.float64) - weights)
+    moved.spoiled += int(np.count_nonzero(np.isfinite(weights) & ~np.isfinite(made_rows.astype(np.float32))))
+    if kind is None:
+        return
+    moved.along += float(np.dot(weights.reshape(-1), update.reshape(-1)))
+    moved.square += _square(update)
+    values = np.ascontiguousarray(total, np.float32)
+    if kind.kind not in LEVELS:
+        moved.kept += float(np.sum(quant_encoding.int8_values(values) * update))
+        return
+    flat = values.reshape(-1)
+    absmax = quant_encoding.absolute_maxima(flat, kind.block)
+    levels = LEVELS[kind.kind][quant_encoding.four_bit_codes(flat, absmax, kind.kind, kind.block)]
+    products = levels * update.reshape(-1)
+    moved.blocks.append((absmax, np.add.reduceat(products, np.arange(0, flat.size, kind.block))))
+
+
+def _close(moved: Moved, made: Made) -> None:
+    """Double quantization needs the scales of the whole tensor: they are known now."""
+    kind = made.requantized
+    if moved.blocks and kind is not None:
+        scales = quant_encoding.stored_scales(np.concatenate([a for a, _ in moved.blocks]), kind.double)
+        moved.kept += float(np.dot(scales.astype(np.float64), np.concatenate([p for _, p in moved.blocks])))
+        moved.blocks = []
+
+
+def checked_dtype(record: TensorRecord, dtype: str) -> str:
+    """`dtype` if weights can be rounded to it. Raises TensorkeepError otherwise."""
+    if dtype not in ROUNDED:
+        raise TensorkeepError(
+            f"{record.name} would be merged into {dtype}, which needs scales",
+            hint="--dtype bf16, and quantize afterwards",
+        )
+    return dtype

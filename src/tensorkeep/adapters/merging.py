@@ -1,0 +1,289 @@
+"""Merge: carry out a merge plan by streaming, compute it again from the sink, leave a certificate.
+
+What is proven before the sink appears under its name: every tensor read back is what was written; every merged one,
+computed a second time from base and adapters, has the same bits; base and adapters did not change meanwhile and are
+what their own certificates say; the base did not hold the update before (A03).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorkeep.adapters._blas import one_thread
+from tensorkeep.adapters._matching import Source
+from tensorkeep.adapters._view import Moved
+from tensorkeep.adapters.planning import MergePlan
+from tensorkeep.adapters.reading import DIGEST, Share, times_merged
+from tensorkeep.conversion.execution import write_files
+from tensorkeep.conversion.naming import identify
+from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse_damaged
+from tensorkeep.conversion.sink import Progress, placing, quiet, refuse_overlap, sink_files, stored
+from tensorkeep.conversion.streams import Cast, Sums, write_tensor
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import StateView
+from tensorkeep.storage import certificate as manifest
+from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.files import local_path, refuse_changed
+from tensorkeep.storage.placement import refuse_existing, write_bytes
+
+
+@dataclass
+class Merged:
+    """What a merge did: the sink, its digests, the base's digest, what moved by how much, seconds by phase."""
+
+    path: str
+    nbytes: int
+    digests: dict[str, str]
+    base_digest: str
+    moved: dict[str, Moved]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+# -- before -----------------------------------------------------------------------------------------------------------
+
+
+def base_digests(view: StateView) -> list[str]:
+    """The digests under which a base may have been recorded, its own first: by stored names, by clean names, by clean
+    names with a tied tensor counted once.
+
+    Each is `manifest.digest_of_all` over the xxh3_128 of the tensors' raw bytes, quantization state included.
+    """
+    identity = identify(view)
+    digests = {name: view.digest(name) for name in view}
+    clean = {c: digests[n] for n, c in identity.names.items()}
+    once = {c: digests[n] for n, c in identity.names.items() if view[n].tied_to is None and c != "lm_head.weight"}
+    whole = {c: digests[n] for n, c in identity.names.items() if view[n].tied_to is None}
+    return list(dict.fromkeys(digest_of_all(d) for d in (digests, clean, whole, once)))
+
+
+def refuse_other_base(base: StateView, sources: Sequence[Source]) -> None:
+    """Stop (A04) where an adapter names the digest of the base that it was trained on, and this is another."""
+    recorded = {
+        s.path: d
+        for s in sources
+        if isinstance(d := s.adapter.document.get(DIGEST) or s.adapter.view.metadata.get(DIGEST), str)
+    }
+    if not recorded:
+        return
+    certificate = read_certificate(base) or {}
+    here = [*base_digests(base), *[d for d in [certificate.get("digest")] if isinstance(d, str)]]
+    for path, digest in recorded.items():
+        if digest not in here:
+            raise TensorkeepError(
+                f"was trained on the base {digest}; {base.path} is {here[0]}",
+                where=path,
+                code="A04",
+                hint="give the base it was trained on, or --allow-other-base if you know that these fit",
+            )
+
+
+def refuse_merged_before(base: StateView, sources: Sequence[Source]) -> None:
+    """Stop (A03) where the base's certificate says that one of these adapters is in it."""
+    for entry in _merged_before(base):
+        for source in sources:
+            if entry.get("digest") == source.digest:
+                raise TensorkeepError(
+                    f"is in the base {base.path} already, merged with weight {entry.get('weight', 1):g}",
+                    where=source.path,
+                    code="A03",
+                    hint="use the merged model as it is; to remove or scale the update, merge anew from the base it was merged into",
+                )
+
+
+def _merged_before(base: StateView) -> list[dict[str, Any]]:
+    """The adapters that the base's certificate lists, over all merges that led to it."""
+    said = (read_certificate(base) or {}).get("merge")
+    found = [*said.get("before", []), *said.get("adapters", [])] if isinstance(said, dict) else []
+    return [e for e in found if isinstance(e, dict)]
+
+
+# -- carrying it out --------------------------------------------------------------------------------------------------
+
+
+def merge(
+    job: MergePlan,
+    out: str,
+    to: str = "hf",
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> Merged:
+    """Write the merged model to `out`, prove it, and say what moved. Raises TensorkeepError, and leaves no sink, where
+    anything fails.
+
+    >>> job = plan_merge(read("base"), open_adapters([(read("adapter"), 1.0)]))     # doctest: +SKIP
+    >>> merge(job, "merged").moved["model.layers.0.self_attn.q_proj.weight"].change  # doctest: +SKIP
+    """
+    if "://" in out.removeprefix("file://"):
+        raise TensorkeepError(
+            "a merge is written to a local path", where=out, hint="merge, then: tensorkeep convert MERGED s3://..."
+        )
+    base, plan = job.view.base, job.plan
+    assert base is not None
+    final = local_path(out.removeprefix("file://"))
+    opened = [base, *(s.adapter.view for s in job.sources)]
+    for view in opened:
+        view.checked = True
+    refuse_overlap(final, opened)
+    refuse_existing(final, overwrite)
+    layouts, single = sink_files(plan, final.name, to, shard_size)
+    with one_thread(), placing(final, layouts, single, overwrite) as place:
+        started = time.perf_counter()
+        job.view.moved = {}
+        sums = write_files(place.layouts, place.folder, plan, progress)
+        moved, job.view.moved = job.view.moved, None
+        _refuse_spoiled(job, moved)
+        _refuse_present(job, moved)
+        digest = _check_base(job, sums)
+        written = time.perf_counter()
+        prove(place.temporary, plan, sums, progress)
+        replay(job, sums, progress)
+        proven = time.perf_counter()
+        write_bytes(place.certificate, certificate(job, sums, to, digest))
+    seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
+    return Merged(str(final), stored(layouts), {n: s.digest for n, s in sums.items()}, digest, moved, seconds)
+
+
+def replay(job: MergePlan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
+    """Compute every merged or dequantized tensor once more; its bits must be those that were written and read back."""
+    steps = [s for s in job.plan.steps if s.sink is not None and any(p.name in job.view.made for p in s.parts)]
+    total, done = sum(s.sink.nbytes for s in steps if s.sink), 0
+    for step in steps:
+        assert step.sink is not None
+        again = write_tensor(step, job.plan.sources, lambda _: None, False)
+        if again.digest != sums[step.sink.name].digest:
+            raise TensorkeepError(
+                f"computed twice, {step.sink.name} differs: the machine does not calculate reliably",
+                code="F03",
+                hint="check its memory, then run again",
+            )
+        done += step.sink.nbytes
+        progress("replay", done, total)
+
+
+def _check_base(job: MergePlan, sums: dict[str, Sums]) -> str:
+    """Stop where base or adapters changed or are not what their certificates say; the base's digest as it was read."""
+    base = job.view.base
+    assert base is not None
+    made = {m.source for m in job.view.made.values()} | (set(base) - set(job.view))
+    read = {n: d for s in sums.values() for (_, n), d in s.sources.items() if n in base and n not in made}
+    digests = {n: read.get(n) or base.digest(n) for n in base}
+    refuse_damaged(base, 0, {"": Sums(0, "", {(0, n): d for n, d in digests.items()}, Cast())})
+    for source in job.sources:
+        view = source.adapter.view
+        refuse_damaged(view, 0, {"": Sums(0, "", {(0, n): view.digest(n) for n in source.adapter.stored}, Cast())})
+        refuse_changed(view.folder)
+    refuse_changed(base.folder)
+    return digest_of_all(digests)
+
+
+def _refuse_spoiled(job: MergePlan, moved: dict[str, Moved]) -> None:
+    """Stop (V01) where a finite weight became infinite or NaN: an adapter that holds such, or a dtype too narrow."""
+    wrong = {n: m.spoiled for n, m in moved.items() if m.spoiled}
+    if wrong:
+        name = next(iter(wrong))
+        raise TensorkeepError(
+            f"{sum(wrong.values())} merged values are not finite, first in {name}",
+            where=job.view.path,
+            code="V01",
+            tensors=wrong,
+            hint="look at the adapter with: tensorkeep diagnose ADAPTER; a dtype with more range is --dtype bf16 or fp32",
+        )
+
+
+def _refuse_present(job: MergePlan, moved: dict[str, Moved]) -> None:
+    """Stop (A03) where the base already held an adapter's update: its coefficient in the weights is 1, not 0."""
+    for number, source in enumerate(job.sources):
+        shares: list[Share] = []
+        for name, made in job.view.made.items():
+            term = next((t for t in made.terms if t.number == number), None)
+            found = moved[name].share(number, term.name) if term is not None and name in moved else None
+            shares += [found] if found is not None else []
+        times, figures = times_merged(shares)
+        if times:
+            raise TensorkeepError(
+                f"is in the base's weights already, {'twice' if times == 2 else 'once'} (coefficient {figures['coefficient']}, noise {figures['noise']})",
+                where=source.path,
+                code="A03",
+                hint="BASE is a merged model: give the base it was merged into",
+            )
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def certificate(job: MergePlan, sums: dict[str, Sums], to: str, base_digest: str) -> bytes:
+    """`proof.certify` with the base's and the adapters' digests as sources, and under `merge` what was added to what."""
+    base = job.view.base
+    assert base is not None
+    document = json.loads(certify(job.plan, sums, to))
+    document["source"] = [
+        {"format": base.format, "digest": base_digest},
+        *({"format": s.adapter.view.format, "digest": s.digest} for s in job.sources),
+    ]
+    document["merge"] = {
+        "onto": job.onto,
+        "quantization": job.kind,
+        "adapters": [{"digest": s.digest, "weight": s.weight, "kind": s.adapter.kind} for s in job.sources],
+        "before": _merged_before(base),
+        "terms": {
+            name: [
+                {"adapter": t.number, "kind": "dora" if t.magnitude else t.kind, "scale": t.scale, "weight": t.weight}
+                for t in terms
+            ]
+            for name, terms in sorted(job.terms.items())
+        },
+    }
+    return manifest.dump(document)
+
+
+def figures(job: MergePlan, moved: dict[str, Moved]) -> list[dict[str, Any]]:
+    """One row a merged tensor: relative change, how much of it a requantization would keep, distance to the original."""
+    rows = []
+    for name, made in job.view.made.items():
+        found = moved.get(name)
+        if found is None or not made.terms:
+            continue
+        rows.append(
+            {
+                "name": name,
+                **relative(found),
+                "adapters": sorted({t.number for t in made.terms}),
+                "kind": _spoken_kind(made.terms),
+            }
+        )
+    return rows
+
+
+def _spoken_kind(terms: Sequence[Any]) -> str:
+    """How a tensor changes: LoRA, DoRA, replaced, bias."""
+    words = {"saved": "replaced", "bias": "bias", "pair": "LoRA", "embedding": "LoRA"}
+    return " + ".join(dict.fromkeys("DoRA" if t.magnitude else words[t.kind] for t in terms))
+
+
+def relative(moved: Moved) -> dict[str, float | None]:
+    """|W' - W| / |W|, the share of the update that requantizing keeps, |W trained on - W original| / |W|.
+
+    `kept` is the projection of the change that survives on the update: (Q(W + dW) - W) · dW / |dW|^2.
+    """
+    norm = math.sqrt(moved.weight)
+    kept = (moved.kept - moved.along) / moved.square if moved.square and moved.kept else None
+    return {
+        "change": math.sqrt(moved.change) / norm if norm else None,
+        "kept": kept,
+        "original_distance": math.sqrt(moved.original) / norm if norm and moved.original else None,
+    }
+
+
+def overall(moved: dict[str, Moved]) -> dict[str, float | None]:
+    """The same figures over all merged tensors together."""
+    touched = [m for m in moved.values() if m.change or m.square]
+    whole = Moved()
+    for name in ("weight", "change", "along", "square", "kept", "original"):
+        setattr(whole, name, sum(getattr(m, name) for m in touched))
+    return relative(whole)

@@ -1,0 +1,146 @@
+"""One short function a command: read, call a tool, show. The docstrings are the help texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, with_config
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import read
+from tensorkeep.output import Output, size
+
+
+def convert(
+    *paths: str,
+    to: Literal["hf", "dcp", "pth", "peft"],
+    naming: str | None = None,
+    root: str | None = None,
+    dtype: str | None = None,
+    drop: Annotated[tuple[str, ...], Parameter(negative="", show_default=False)] = (),
+    prefer: Literal["first", "last"] | None = None,
+    from_naming: str | None = None,
+    shard_size: str | None = None,
+    config: str | None = None,
+    ema: Flag = False,
+    dry_run: Flag = False,
+    overwrite: Flag = False,
+    say: Say = Say(),
+) -> int:
+    """Convert one or more checkpoints into one: SRC... OUT. The result is read back and proven.
+
+    Parameters
+    ----------
+    paths
+        The sources, then the sink: a folder, or a file ending in .safetensors or .pth.
+    to
+        The sink's format.
+    naming
+        The sink's names: hf, torchtitan, torchtitan-0.2, minimind, opentad, videomae. Default hf.
+    root
+        Nest the sink's names under this word (older flame: model), or none.
+    dtype
+        Cast every floating tensor (bf16, fp16, fp32, ...). Default: keep each as it is.
+    drop
+        Leave out tensors whose stored name fits this pattern; may be given several times.
+    prefer
+        Which source wins where two hold the same tensor.
+    from_naming
+        The sources' naming, where detection gets it wrong.
+    shard_size
+        Largest data file, e.g. 5GB.
+    config
+        A config.json (or a folder with one) for sources that bring none.
+    ema
+        Of a run: its averaged weights instead of the last (--to hf, or peft where it trained an adapter).
+    dry_run
+        Print the plan and write nothing.
+    overwrite
+        Replace an existing sink, once the new one is proven.
+    """
+    from tensorkeep.commands import export as commands_export
+    from tensorkeep.conversion import execution as conversion
+    from tensorkeep.conversion.planning import make_plan
+    from tensorkeep.conversion.sink import sink_files
+
+    out = say.output()
+    if len(paths) < 2:
+        raise TensorkeepError("convert needs a source and a sink", hint="tensorkeep convert SRC... OUT --to dcp")
+    if len(paths) == 2 and not dry_run:
+        made = commands_export.of_run(out, paths[0], paths[1], to, naming, ema, overwrite)
+        if made is not None:
+            return made
+    sources = [with_config(read(p), config) for p in paths[:-1]]
+    plan = make_plan(
+        sources,
+        to,
+        naming=known_naming(naming),
+        root=None if root in (None, "none") else root,
+        dtype=known_dtype(dtype),
+        drop=drop,
+        prefer=prefer,
+        from_naming=known_naming(from_naming),
+    )
+    limit = parse_size(shard_size) if shard_size else None
+    _announce(out, plan)
+    if dry_run:
+        sink_files(plan, Path(paths[-1]).name, to, limit)  # refuses what could not be laid out
+        return _show_plan(out, plan, paths[-1], to)
+    with out.progress() as progress:
+        result = conversion.convert(plan, paths[-1], to, limit, overwrite, progress)
+    return _show_result(out, plan, result, to)
+
+
+def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:
+    """What a conversion would do, line by line."""
+    if out.json:
+        shown = {"format": to, "naming": plan.naming, "root": plan.root, "bytes": plan.nbytes, "steps": plan.to_json()}
+        out.document({"dry_run": True, "sink": sink, **shown})
+    for step in plan.steps:
+        out.line(step.line)
+    out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(plan.dropped)} dropped; nothing written")
+    return 0
+
+
+def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
+    """What a conversion did, and what its casts lost."""
+    for name, cast in result.casts.items():
+        lost = f"{cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
+        out.remark(f"warning: V02 {name}: {lost}")
+    if out.json:
+        out.document(
+            {
+                "sink": result.path,
+                "format": to,
+                "naming": plan.naming,
+                "root": plan.root,
+                "bytes": result.nbytes,
+                "tensors": len(result.digests),
+                "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in plan.dropped],
+                "proven": True,
+                "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in plan.notes],
+                "casts": {n: {"overflowed": c.overflowed, "vanished": c.vanished} for n, c in result.casts.items()},
+                "seconds": result.seconds,
+            }
+        )
+    took = sum(result.seconds.values())
+    out.line(
+        f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, proven equal to the plan ({took:.1f} s)"
+    )
+    return 0
+
+
+def _announce(out: Output, plan: Any) -> None:
+    """Everything the user should know before anything is written: notes, and what is left out, by reason."""
+    for note in plan.notes:
+        out.remark(f"note: {note.code} {note.message}")
+    reasons: dict[str, list[str]] = {}
+    for step in plan.dropped:
+        reasons.setdefault(step.reason, []).append(step.parts[0].name)
+    for reason, names in reasons.items():
+        out.remark(
+            f"left out: {', '.join(grouped(names)[:3])}{' ...' if len(grouped(names)) > 3 else ''} ({len(names)}): {reason}"
+        )

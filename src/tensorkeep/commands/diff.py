@@ -1,0 +1,70 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensorkeep.commands.shared import Say, with_config
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import read
+from tensorkeep.output import number
+
+
+def diff(a: str, b: str, /, *, config: str | None = None, say: Say = Say()) -> int:
+    """Compare two checkpoints tensor by tensor, whatever their formats and namings.
+
+    Exit code 1 when they differ.
+
+    Parameters
+    ----------
+    a, b
+        Files, folders, Hub model ids or URLs.
+    config
+        A config.json (or a folder with one), where neither side brings its own and head sizes matter.
+    """
+    from tensorkeep.diagnosis.comparison import compare
+
+    out = say.output()
+    first, second = with_config(read(a), config), read(b)
+    with out.progress() as progress:
+        found = compare(first, second, progress)
+    counts: dict[str, int] = {}
+    for row in found:
+        counts[row.status] = counts.get(row.status, 0) + 1
+    differing = [r for r in found if r.status != "equal"]
+    out_document = {"a": a, "b": b, "equal": not differing, "counts": counts, "tensors": [r.to_json() for r in found]}
+    if say.json:
+        out.document(out_document)
+        return 1 if differing else 0
+    elements = [sum(h.elements for h in view.values()) for view in (first, second)]
+    out.line(f"A {a}: {first.format}, {len(first)} tensors, {elements[0]:,} elements")
+    out.line(f"B {b}: {second.format}, {len(second)} tensors, {elements[1]:,} elements")
+    if not differing:
+        out.line(f"equal: all {len(found)} tensors, bit for bit")
+        return 0
+    rows = [
+        (r.name, _status(r), _sides(r), r.different or "-", number(r.max_difference), number(r.relative))
+        for r in differing
+    ]
+    out.table(
+        ["tensor", "difference", "A / B", "elements", "largest", "relative"],
+        rows,
+        right=["elements", "largest", "relative"],
+    )
+    out.line(f"{len(differing)} of {len(found)} tensors differ")
+    moved = [r.name for r in differing if r.same_rows]
+    if moved:
+        out.line(f"the same rows in another order: {', '.join(grouped(moved)[:4])}")
+    return 1
+
+
+def _status(row: Any) -> str:
+    words = {"only_a": "only in A", "only_b": "only in B", "values": "values", "shape": "shape", "dtype": "dtype"}
+    if row.status == "dtype":
+        return "dtype, same values" if not row.different else "dtype and values"
+    return "same rows, other order" if row.same_rows else words[row.status]
+
+
+def _sides(row: Any) -> str:
+    shown = [f"{h.dtype}{list(h.shape)}" if h else "-" for h in (row.a, row.b)]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} / {shown[1]}"

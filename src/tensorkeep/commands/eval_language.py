@@ -1,0 +1,79 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tensorkeep.commands.shared import Flag, Say
+
+if TYPE_CHECKING:
+    from tensorkeep.training.job import Job, Loop
+    from tensorkeep.training.saver import State
+
+    Start = tuple[Job, Loop, str | State]
+from tensorkeep.commands.train_language import Several
+
+
+def eval_language(
+    checkpoint: str,
+    /,
+    *,
+    data: Several = (),
+    ema: bool = True,
+    best: Flag = False,
+    length: int | None = None,
+    batch: int = 8,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    say: Say = Say(),
+) -> int:
+    """Loss and perplexity of a checkpoint on text, conversations or preferences.
+
+    Parameters
+    ----------
+    checkpoint
+        A run (its newest valid checkpoint), a step folder of one, or any checkpoint with config and tokenizer.
+    data
+        A file: JSON lines or plain text; may be given several times. Default: what the run's recipe evaluates on.
+    ema
+        Use the averaged weights where there are some.
+    best
+        Of a run, the best checkpoint instead of the newest.
+    length
+        Tokens of a row. Default: the recipe's, or 512.
+    batch
+        Rows of one forward.
+    tokenizer
+        Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
+    device
+        cpu or cuda. Default: a GPU where there is one.
+    """
+    from tensorkeep.language.evaluation import evaluate_checkpoint
+    from tensorkeep.training import distributed
+
+    printer = say.output()
+    world = distributed.start(device)
+    try:
+        found: dict[str, Any] = evaluate_checkpoint(
+            checkpoint,
+            data,
+            ema=ema,
+            best=best,
+            length=length,
+            batch=batch,
+            tokenizer=tokenizer,
+            world=world,
+            remark=printer.remark,
+        )
+    finally:
+        distributed.stop()
+    if printer.json:
+        printer.document(found)
+        return 0
+    rows = [
+        (name, f"{value:,.6g}" if isinstance(value, float) else str(value))
+        for name, value in found.items()
+        if value is not None
+    ]
+    printer.table(["", "value"], rows, right=["value"])
+    return 0

@@ -1,0 +1,51 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.conversion import naming as namings
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats.names import matches
+from tensorkeep.formats.view import read
+
+
+def inspect(checkpoint: str, /, *, tensors: str | None = None, digests: Flag = False, say: Say = Say()) -> int:
+    """What is in a checkpoint: format, naming, tensors, sizes, ties, quantization, step.
+
+    Parameters
+    ----------
+    checkpoint
+        A file, a folder, a Hub model id or a URL.
+    tensors
+        Show only tensors whose name fits this pattern, one line each ('*q_proj*').
+    digests
+        Read the data and give each tensor's xxh3_128 too.
+    """
+    from tensorkeep.diagnosis import inspection
+
+    out = say.output()
+    view = read(checkpoint)
+    chosen = [n for n in view if tensors is None or matches(n, [tensors])]
+    if tensors and not chosen:
+        raise TensorkeepError(
+            f"no tensor fits {tensors!r}",
+            where=checkpoint,
+            hint=near_misses(tensors.strip("*."), {s for n in view for s in n.split(".")})
+            or "list them all without --tensors",
+        )
+    identity = namings.identify(view)
+    found: dict[str, str] = {}
+    if digests:
+        with out.progress() as progress:
+            found = inspection.digests(view, chosen, progress)
+    if say.json:
+        out.document(inspection.document(view, identity, chosen, found))
+        return 0
+    for line in inspection.summary(view, identity):
+        out.line(line)
+    columns = ["tensor", "dtype", "shape", "bytes", "file"] + (["xxh3_128"] if digests else [])
+    rows = inspection.rows(view, chosen, found, gathered=tensors is None and not digests)
+    out.table(columns, rows, right=["bytes"])
+    for note in view.notes:
+        out.remark(f"note: {note.code} {note.message}")
+    return 0

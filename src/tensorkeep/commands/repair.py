@@ -1,0 +1,71 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from tensorkeep.commands.shared import Say
+from tensorkeep.formats.names import grouped
+from tensorkeep.output import size
+
+if TYPE_CHECKING:
+    pass
+
+
+def repair(
+    checkpoint: str,
+    out: str,
+    /,
+    *,
+    reference: str,
+    for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    say: Say = Say(),
+) -> int:
+    """Undo the causes that a diagnosis proves, write a new checkpoint, and diagnose that.
+
+    Refuses what is ambiguous or lost, and says what it needs. The broken checkpoint stays as it is.
+
+    Parameters
+    ----------
+    checkpoint
+        The broken checkpoint.
+    out
+        The new one: a folder, or a file for a checkpoint that is one.
+    reference
+        The checkpoint that it should equal, or was trained from.
+    for_
+        The loader it is meant for.
+    overwrite
+        Replace an existing sink, once the new one is proven.
+    """
+    from tensorkeep.diagnosis.repairs import repair as run
+
+    output = say.output()
+    with output.progress() as progress:
+        made = run(checkpoint, out, reference, for_, overwrite, progress)
+    if say.json:
+        output.document(
+            {
+                "checkpoint": checkpoint,
+                "sink": made.result.path,
+                "reference": reference,
+                "causes": made.before.causes,
+                "done": made.done,
+                "taken_from_reference": made.taken,
+                "tensors": len(made.result.digests),
+                "bytes": made.result.nbytes,
+                "after": made.after.to_json(),
+            }
+        )
+        return made.after.exit_code
+    for code, what in made.done.items():
+        output.line(f"undone: {code} ({what})")
+    if made.taken:
+        output.line(f"from the reference: {', '.join(grouped(made.taken)[:6])}")
+    output.line(
+        f"{made.result.path}: {len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven; diagnosed again: {made.after.verdict}"
+    )
+    return made.after.exit_code

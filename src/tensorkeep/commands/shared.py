@@ -1,0 +1,103 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tensorkeep.conversion import naming as namings
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats.view import StateView
+from tensorkeep.output import Output
+from tensorkeep.storage.record import SPELLINGS
+
+Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Say:
+    """Flags of every command.
+
+    Parameters
+    ----------
+    json
+        One JSON document on stdout.
+    quiet
+        Nothing on stderr but errors.
+    """
+
+    json: Flag = False
+    quiet: Flag = False
+
+    def output(self) -> Output:
+        return Output(self.json, self.quiet)
+
+
+def with_config(view: StateView, config: str | None) -> StateView:
+    """The view with the config the user names; it also travels to the sink."""
+    if config is None or view.config is not None:
+        return view
+    from tensorkeep.formats.view import COMPANIONS, Companion
+    from tensorkeep.storage.certificate import parse_json
+    from tensorkeep.storage.files import LocalFolder
+
+    path = Path(config)
+    folder = LocalFolder(path if path.is_dir() else path.parent)
+    name = "config.json" if path.is_dir() else path.name
+    document = parse_json(folder.read(name), f"{folder.url}/{name}")
+    if not isinstance(document, dict):
+        raise TensorkeepError("is not a config.json", where=path)
+    present = folder.names() if path.is_dir() else []
+    view.config = document
+    view.companions = [Companion("config.json", folder.read(name), f"{folder.url}/{name}"), *view.companions]
+    view.companions += [Companion(n, folder.read(n), f"{folder.url}/{n}") for n in COMPANIONS[1:] if n in present]
+    return view
+
+
+def known_naming(naming: str | None) -> str | None:
+    if naming is not None:
+        namings.module(naming)
+    return naming
+
+
+def known_dtype(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    if dtype.lower() not in SPELLINGS:
+        raise TensorkeepError(
+            f"no dtype {dtype!r}", hint=near_misses(dtype.lower(), SPELLINGS) or "e.g. --dtype bf16, fp16, fp32"
+        )
+    return SPELLINGS[dtype.lower()]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `500MB`, `2GiB` or a plain number.
+
+    >>> parse_size("5GB"), parse_size("2GiB")
+    (5000000000, 2147483648)
+    """
+    units = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "TIB": 2**40,
+    }
+    digits = text.rstrip("KMGTIBkmgtib ")
+    unit = text[len(digits) :].strip().upper()
+    try:
+        value = float(digits)
+    except ValueError:
+        value = -1.0
+    if unit not in units or value <= 0:
+        raise TensorkeepError(f"{text!r} is not a size", hint="e.g. --shard-size 5GB")
+    return int(value * units[unit])

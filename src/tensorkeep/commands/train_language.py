@@ -1,0 +1,140 @@
+"""`tensorkeep train language` and `eval language`; what every `train` command shares is `trained`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.output import Output, number
+
+if TYPE_CHECKING:
+    from tensorkeep.training.distributed import World
+    from tensorkeep.training.job import Job, Loop
+    from tensorkeep.training.saver import State
+
+    Start = tuple[Job, Loop, str | State]
+
+Changes = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+Several = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
+
+
+def train_language(
+    recipe: Path,
+    /,
+    *changes: Changes,
+    out: Path | None = None,
+    resume: str = "auto",
+    allow: Several = (),
+    device: str | None = None,
+    print_recipe: Flag = False,
+    say: Say = Say(),
+) -> int:
+    """Train a language model as a recipe says; the same command again goes on where the run stopped.
+
+    Any field of the recipe can be changed by its dotted name (--training.updates 100 --data.files '[a.jsonl]'), the
+    common ones by a short name (--lora_r 16 --quantize_backbone nf4). Exit code 130 when interrupted, after saving.
+
+    Parameters
+    ----------
+    recipe
+        A recipe (YAML); a run's own recipe.yaml goes on with it.
+    out
+        The run's folder: recipe.yaml, metrics.jsonl, checkpoints.
+    resume
+        auto: the newest valid checkpoint. never: refuse a folder that has some. Or a run or checkpoint to start from;
+        or MiniMind's NAME_resume.pth, to be given every time: micro_batch and epochs are then its flags.
+    allow
+        A field that may differ from the run's checkpoint on purpose (training.updates); may be given several times.
+    device
+        cpu or cuda. Default: a GPU where there is one.
+    print_recipe
+        Print the recipe with every default, and train nothing.
+    """
+    from tensorkeep.language import job as language
+    from tensorkeep.language.recipe_text import read_language
+    from tensorkeep.training.recipe import to_yaml
+
+    printer = say.output()
+    made = read_language(recipe, pairs_of(changes))
+    text = to_yaml(made)
+    if print_recipe:
+        return _printed(printer, text)
+
+    def start(run: Path, world: World) -> Start:
+        remark = printer.remark if world.first else lambda _: None
+        job = language.build(made, run, world, remark)
+        loop = language.loop_of(made, len(job.data))
+        return language.continued(made, resume, job, loop, remark) if resume.endswith(".pth") else (job, loop, resume)
+
+    return trained(start, out, allow, device, printer)
+
+
+def _printed(printer: Output, text: str) -> int:
+    import yaml
+
+    if printer.json:
+        printer.document({"recipe": yaml.safe_load(text)})
+    printer.line(text.rstrip("\n"))
+    return 0
+
+
+def trained(
+    start: Callable[[Path, World], Start], out: Path | None, allow: Sequence[str], device: str | None, printer: Output
+) -> int:
+    """What every `train` command does once its recipe is read: join the group, build, fit, tell.
+
+    `start(run, world)` makes job and loop, and says what to resume from; `fit` writes RUN/recipe.yaml from the job. Returns the exit code: 130 when
+    the run was interrupted and saved.
+    """
+    from tensorkeep.training import distributed
+    from tensorkeep.training.loop import fit
+
+    if out is None:
+        raise TensorkeepError("the run needs a folder", hint="--out RUN")
+    world = distributed.start(device)
+    try:
+        job, loop, resume = start(out, world)
+        outcome = fit(job, out, loop, resume, world, tuple(allow), printer)
+    finally:
+        distributed.stop()
+    if not world.first:
+        return 130 if outcome.reason == "interrupted" else 0
+    shown = {"run": str(out), "step": outcome.step, "samples": outcome.samples, "reason": outcome.reason}
+    if printer.json:
+        printer.document({**shown, "evaluation": outcome.evaluation, "resumed": outcome.level})
+    numbers = "".join(f", {name} {number(value)}" for name, value in outcome.evaluation.items())
+    printer.line(f"{out}: {outcome.reason} at step {outcome.step}, {outcome.samples} samples{numbers}")
+    if outcome.reason == "interrupted":
+        printer.remark(f"hint: the same command goes on from step {outcome.step}")
+        return 130
+    return 0
+
+
+def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """`--name value` and `--name=value` as pairs.
+
+    >>> pairs_of(["--training.updates", "10", "--optimizer.lr=1e-3"])
+    [('training.updates', '10'), ('optimizer.lr', '1e-3')]
+    """
+    found, at = [], 0
+    while at < len(words):
+        word = words[at]
+        if not word.startswith("--"):
+            raise TensorkeepError(f"{word!r} is neither a flag nor a value of one", hint="--field.name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            at += 1
+            if at == len(words):
+                raise TensorkeepError(f"--{name} needs a value", hint=f"--{name} VALUE")
+            value = words[at]
+        found.append((name, value))
+        at += 1
+    return found
+
+
+# -- eval ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorkeep.commands.shared import Say
+from tensorkeep.findings import EXIT, verdict_of
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import StateView
+from tensorkeep.output import size
+
+
+def verify(checkpoint: str, /, *, say: Say = Say()) -> int:
+    """Is it complete, is it undamaged: structure, digests of the certificate, CRCs.
+
+    Exit code 1 when something is wrong.
+
+    Parameters
+    ----------
+    checkpoint
+        A file or folder.
+    """
+    from tensorkeep.diagnosis.verification import verify as run
+
+    out = say.output()
+    with out.progress() as progress:
+        findings, view, certified = run(checkpoint, progress)
+    verdict = verdict_of(findings)
+    if say.json:
+        out.document(
+            {
+                "checkpoint": checkpoint,
+                "verdict": verdict,
+                "certificate": certified,
+                "tensors": len(view) if view is not None else 0,
+                "findings": [f.to_json() for f in findings],
+            }
+        )
+        return EXIT[verdict]
+    for finding in findings:
+        out.line(f"{finding.severity}: {finding.code} {finding.message}")
+        if finding.tensors:
+            out.line(f"  {', '.join(grouped(finding.tensors)[:6])}")
+        if finding.fix:
+            out.line(f"  fix: {finding.fix}")
+    if view is not None and verdict == "ok":
+        content = _proven(checkpoint) if certified else _unproven(view)
+        out.line(f"ok: {len(view)} tensors, {size(sum(r.nbytes for r in view.values()))}, complete; {content}")
+    return EXIT[verdict]
+
+
+def _proven(checkpoint: str) -> str:
+    whose = (
+        "manifest"
+        if (Path(checkpoint) / "manifest.json").is_file() or (Path(checkpoint) / "checkpoints").is_dir()
+        else "certificate"
+    )
+    return f"every digest is the {whose}'s"
+
+
+def _unproven(view: StateView) -> str:
+    if view.format in ("dcp", "pth"):
+        return "every byte fits the file's own CRC-32 (no certificate)"
+    return "no certificate, so the values themselves cannot be checked"

@@ -1,0 +1,103 @@
+"""The configs that travel with the weights: gathered from the sources, made for MiniMind, kept true to the sink."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from tensorkeep.conversion.naming import Identity, minimind
+from tensorkeep.conversion.naming.minimind_config import hf_config
+from tensorkeep.conversion.naming.table import from_own
+from tensorkeep.conversion.plan import Plan
+from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.storage.record import DTYPES, TensorRecord
+
+
+def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Companion]]:
+    """The first config found and every companion once, sources in order."""
+    companions: dict[str, Companion] = {}
+    for view in sources:
+        for companion in view.companions:
+            companions.setdefault(companion.name, companion)
+    config = next((v.config for v in sources if v.config is not None), None)
+    return config, list(companions.values())
+
+
+def minimind_config(
+    view: StateView, identity: Identity, config: dict[str, Any] | None, companions: list[Companion], notes: list[Note]
+) -> tuple[dict[str, Any] | None, list[Companion]]:
+    """MiniMind's config is not transformers': make one, and say which fields nothing gave."""
+    if identity.naming != "minimind":
+        return config, companions
+    made = minimind.generation(identity.names.values())
+    probe = {clean: view[stored] for stored, clean in identity.names.items()}
+    if made == "mm2a":
+        links = {clean: from_own(clean, minimind.META) for clean in probe}
+        probe = {link[0].hf: probe[clean] for clean, link in links.items() if link}
+    made_config, assumed, odd = hf_config(probe, config, made)
+    if odd:
+        notes.append(
+            Note("C01", f"config.json is another model's, by the weights: {', '.join(odd)}; the weights were followed")
+        )
+    if assumed:
+        notes.append(
+            Note(
+                "C03", f"no file says {', '.join(assumed)}: MiniMind's defaults of {made}; check them, or give --config"
+            )
+        )
+    if made_config["model_type"] == "minimind":
+        notes.append(
+            Note(
+                "K07",
+                f"{made} with shared experts: no transformers class computes this model, the sink holds its weights only",
+            )
+        )
+    rest = [c for c in companions if c.name not in ("config.json", "generation_config.json")]
+    ids = {k: made_config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    rest.append(companion("config.json", {**made_config, "dtype": torch_dtype(probe.values())}))
+    rest.append(companion("generation_config.json", {"_from_model_config": True, **ids}))
+    return made_config, rest
+
+
+def missing_biases(config: Mapping[str, Any] | None, names: Collection[str]) -> list[Note]:
+    """K01 where the config asks for biases that no source has: torchtitan's adapter drops them without a word."""
+    asked = (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.gate_proj"))
+    return [
+        Note(
+            "K01",
+            f"config.json says {field}, the source has no such bias: its writer dropped them, and the model would start with others",
+        )
+        for field, module in asked
+        if (config or {}).get(field) is True
+        and any(n.endswith(f".{module}.weight") for n in names)
+        and not any(n.endswith(f".{module}.bias") for n in names)
+    ]
+
+
+def companion(name: str, document: Mapping[str, Any]) -> Companion:
+    return Companion(name, (json.dumps(document, indent=2) + "\n").encode(), "made from the weights")
+
+
+def torch_dtype(records: Iterable[TensorRecord | SinkTensor]) -> str:
+    """The dtype most tensors are computed in; codes of quantized weights (fp8, 4 bits) are not what a config means."""
+    spelled = [str(DTYPES[r.dtype].torch) for r in records if r.dtype in ("F64", "F32", "F16", "BF16")]
+    return max(dict.fromkeys(spelled), key=spelled.count) if spelled else "float32"
+
+
+def match_dtype(plan: Plan) -> None:
+    """config.json says which dtype transformers loads in: keep it true, or a float32 sink is read as bfloat16."""
+    spelled = torch_dtype(plan.tensors)
+    for at, stored in enumerate(plan.companions):
+        if stored.name != "config.json":
+            continue
+        document = parse_json(stored.data, stored.where)
+        if not isinstance(document, dict):
+            continue
+        key = next((k for k in ("dtype", "torch_dtype") if isinstance(document.get(k), str)), None)
+        if key and document[key] != spelled:
+            plan.notes.append(Note("C01", f"config.json: {key} {document[key]} becomes {spelled}, as the weights are"))
+            document[key] = spelled
+            plan.companions[at] = companion("config.json", document)._replace(where=stored.where)

@@ -1,0 +1,196 @@
+"""Namings: which scheme names the tensors. Every scheme is data that leads to the `hf` names and back.
+
+Conversion goes source naming -> hf -> sink naming. A naming module has NAME, FAMILIES (tables of rows) and
+`recognise`, or functions in place of tables (see `renaming`), and `holds` where names alone could be another's; adding
+one is one file and one line in NAMINGS.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats.names import strip_root, unwrap
+from tensorkeep.formats.view import StateView
+
+NAMINGS = {
+    "hf": "tensorkeep.conversion.naming.hf",
+    "torchtitan": "tensorkeep.conversion.naming.torchtitan",
+    "torchtitan-0.2": "tensorkeep.conversion.naming.torchtitan02",
+    "minimind": "tensorkeep.conversion.naming.minimind",
+    "gguf": "tensorkeep.conversion.naming.gguf",
+    "opentad": "tensorkeep.conversion.naming.opentad",
+    "videomae": "tensorkeep.conversion.naming.videomae",
+}
+# names under which training programs keep a model's state, best first
+ROOTS = (
+    "model",
+    "state_dict",
+    "module",
+    "model_state_dict",
+    "net",
+    "state_dict_ema",
+    "ema",
+    "model_ema",
+    "ema_state_dict",
+)
+EMA_ROOTS = frozenset(r for r in ROOTS if "ema" in r)
+# what training programs keep beside it, by first segment
+OTHER_STATE = {
+    "optimizer": "optimizer state",
+    "optim": "optimizer state",
+    "lr_scheduler": "schedule",
+    "lr_schedulers": "schedule",
+    "scheduler": "schedule",
+    "scaler": "loss scaler",
+    "dataloader": "data position",
+    "train_state": "trainer state",
+    "critic_model": "critic of PPO",
+    "critic_optimizer": "optimizer state",
+    "critic_scheduler": "schedule",
+    "critic_scaler": "loss scaler",
+    "rng": "random state",
+    "rng_state": "random state",
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who named these tensors: naming (None: no known scheme), root, wrappers, and the clean name of each tensor.
+
+    `other` says, for every stored tensor that is not the model's, what it is.
+    """
+
+    naming: str | None
+    root: str | None
+    wrappers: tuple[str, ...]
+    names: dict[str, str]
+    other: dict[str, str] = field(default_factory=dict)
+
+
+def module(name: str) -> ModuleType:
+    """The module of a naming, by its word on the command line."""
+    if name not in NAMINGS:
+        raise TensorkeepError(f"no naming {name!r}", hint=near_misses(name, NAMINGS) or f"known: {', '.join(NAMINGS)}")
+    return importlib.import_module(NAMINGS[name])
+
+
+def identify(view: StateView, naming: str | None = None) -> Identity:
+    """Find naming, root and wrappers of a view from its names; `naming` (of the user) restricts the choice.
+
+    The choice is the pair that explains most tensors; where nothing is recognised names stay as they are.
+    """
+    paths: Mapping[str, tuple[Any, ...]] = view.metadata.get("paths", {})
+    candidates = [module(naming)] if naming else [module(n) for n in NAMINGS]
+    best: tuple[tuple[int, int, int], Identity] | None = None
+    for order, root in enumerate(_roots(view, paths)):
+        clean, wrappers, other = _under(view, root)
+        shapes = {name: view[stored].shape for stored, name in clean.items()}
+        # names that differ in numbers alone are one kind to every scheme
+        kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in clean.values())
+        for rank, scheme in enumerate(candidates):
+            if hasattr(scheme, "holds") and not scheme.holds(shapes):
+                continue
+            known = sum(count for kind, count in kinds.items() if scheme.recognise(kind))
+            score = (known, -order, -rank)
+            if known and (best is None or score > best[0]):
+                best = score, Identity(scheme.NAME, root, wrappers, clean, other)
+    if best is not None:
+        found = best[1]
+        return _generation(view, found) if naming is None else found
+    if naming and naming != "hf":
+        first = next(iter(view), "no tensor at all")
+        raise TensorkeepError(
+            f"the names do not fit naming {naming}, e.g. {first}",
+            where=view.path,
+            code="K06",
+            hint="leave --from-naming out to let it be detected",
+        )
+    root = _container(view, paths)
+    clean, wrappers, other = _under(view, root)
+    return Identity(naming, root, wrappers, clean, other)
+
+
+def _generation(view: StateView, found: Identity) -> Identity:
+    """MiniMind's own files carry hf or Meta names; what tells them apart is the file, not the tensors."""
+    from tensorkeep.conversion.naming import minimind
+
+    if found.naming in ("hf", "torchtitan-0.2") and minimind.written_by_minimind(view, found.names.values()):
+        return Identity("minimind", found.root, found.wrappers, found.names, found.other)
+    return found
+
+
+def _roots(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> list[str | None]:
+    """No root first, then those the file's own nesting or its names suggest, EMA last."""
+    heads = {str(p[0]) for p in paths.values() if len(p) > 1} | {_first(n) for n in view}
+    heads |= {_first(unwrap(n)[0]) for n in view}
+    return [None, *(r for r in ROOTS if r in heads)]
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str, ...], dict[str, str]]:
+    """Clean names of the tensors below `root`, the wrappers found, and what the others are."""
+    clean: dict[str, str] = {}
+    wrappers: dict[str, None] = {}
+    other: dict[str, str] = {}
+    for name in view:
+        reason = other_state(name, root)
+        inner, outer = (name, ()) if root else unwrap(name)
+        rest = strip_root(inner, root) if root else inner
+        if rest is None and root:
+            bare, outer = unwrap(name)
+            rest = strip_root(bare, root)
+        if reason or rest is None:
+            other[name] = reason or f"not below {root}"
+            continue
+        short, found = unwrap(rest)
+        wrappers.update(dict.fromkeys((*outer, *found)))
+        clean[name] = short
+    doubled = len(clean) - len(set(clean.values()))
+    if doubled:
+        first = next(n for n in clean.values() if list(clean.values()).count(n) > 1)
+        raise TensorkeepError(
+            f"{doubled} names are equal once wrapper prefixes are removed, first {first}", where=view.path, code="K03"
+        )
+    return clean, tuple(wrappers), other
+
+
+def other_state(name: str, root: str | None) -> str | None:
+    """What a tensor is that belongs to training and not to the model, by its first segment."""
+    return _other_state(_first(name), root)
+
+
+@cache
+def _other_state(first: str, root: str | None) -> str | None:
+    if first == root:
+        return None
+    if first in ROOTS and root is not None:
+        return "another copy of the model" if first not in EMA_ROOTS else "EMA copy of the model"
+    if first in OTHER_STATE:
+        return OTHER_STATE[first]
+    return next((what for word, what in OTHER_STATE.items() if re.fullmatch(rf"{word}s?[-_]?\d*", first)), None)
+
+
+def _container(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> str | None:
+    """The root of a model nobody knows: what the file itself nests its tensors under."""
+    nested = {str(paths[n][0]) for n in view if len(paths.get(n, ())) > 1}
+    flat = [n for n in view if len(paths.get(n, ())) <= 1 and not other_state(n, None)]
+    if flat:
+        return None
+    return next((r for r in ROOTS if r in nested), None)
+
+
+def layer_count(names: Iterable[str]) -> int:
+    """One more than the highest layer number in hf names."""
+    found = [int(m.group(1)) for n in names if (m := re.match(r"model\.layers\.(\d+)\.", n))]
+    return max(found, default=-1) + 1

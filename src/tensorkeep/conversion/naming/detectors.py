@@ -1,0 +1,195 @@
+"""Namings of detectors, which are functions and not tables: their tensors to the hub, and the hub to a sink.
+
+Such a naming module has `to_hf`, `from_hf` through `renamer`, `dropped` (what has no place in a detector, and why),
+and `third` where a source cuts our fused q, k, v. Nothing unexplained passes: a name is mapped, dropped with its
+reason, or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import ModuleType
+
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.naming import EMA_ROOTS, Identity, opentad
+from tensorkeep.conversion.naming import opentad_recipe as recipes
+from tensorkeep.conversion.plan import Hub, Part, Plan, Step, ordered
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import Companion, Note, StateView
+
+DETECTOR_NAMINGS = ("opentad", "videomae")
+
+
+def to_hub(view: StateView, index: int, identity: Identity, dropped: list[Step]) -> dict[str, Hub]:
+    """The detector's tensors of one source under our names; what has no place there goes to `dropped`.
+
+    Raises TensorkeepError for a name that no detector has (K02), a q, k or v without the others (K01), and for an
+    average over quantized codes (Q03).
+    """
+    scheme = namings.module(str(identity.naming))
+    _refuse_averaged_codes(view, identity)
+    out: dict[str, Hub] = {}
+    thirds: dict[str, dict[int, str]] = {}
+    for stored, clean in identity.names.items():
+        name, reason = scheme.to_hf(clean), scheme.dropped(clean)
+        if name is None and reason is None:
+            raise TensorkeepError(
+                f"{stored} is no tensor of an ActionFormer detector on a VideoMAE backbone",
+                where=view.path,
+                code="K02",
+                hint=f"leave it out by name (--drop '{stored}'), or keep every name as it is (--from-naming hf)",
+            )
+        part = _third(scheme, clean)
+        if name is None:
+            dropped.append(Step(("drop",), (Part(index, stored),), None, str(reason)))
+        elif part is not None:
+            thirds.setdefault(name, {})[part] = stored
+        elif name in out:
+            raise TensorkeepError(
+                f"{stored} and another tensor both become {name}",
+                where=view.path,
+                code="K02",
+                hint="leave one out with --drop",
+            )
+        else:
+            record = view[stored]
+            out[name] = Hub(name, record.dtype, record.shape, (Part(index, stored),), (), record.tied_to)
+    out.update({name: _fused(view, index, name, parts) for name, parts in thirds.items()})
+    names = {h.parts[0].name: h.name for h in out.values() if len(h.parts) == 1}
+    return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
+
+
+def _third(scheme: ModuleType, name: str) -> int | None:
+    found: int | None = scheme.third(name) if hasattr(scheme, "third") else None
+    return found
+
+
+def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> Hub:
+    """q, k and v, in this order, as rows of one tensor."""
+    records = [view[parts[i]] for i in sorted(parts)]
+    if len(parts) != 3:
+        raise TensorkeepError(
+            f"{name} lacks its query, key or value", where=view.path, code="K01", hint="the source is incomplete"
+        )
+    if len({(r.dtype, r.shape) for r in records}) != 1 or not records[0].shape:
+        raise TensorkeepError(f"{name}: its query, key and value differ in shape or dtype", where=view.path, code="S01")
+    shape = (3 * records[0].shape[0], *records[0].shape[1:])
+    return Hub(name, records[0].dtype, shape, tuple(Part(index, r.name) for r in records), ("fuse",))
+
+
+def _refuse_averaged_codes(view: StateView, identity: Identity) -> None:
+    """OpenTAD averages every tensor of the state, 4-bit codes too, as if they were numbers."""
+    if identity.root not in EMA_ROOTS:
+        return
+    codes = [s for s in identity.names if view[s].dtype in ("U8", "I8")]
+    if codes:
+        raise TensorkeepError(
+            f"this average holds {len(codes)} tensors of quantized weights, first {codes[0]}: codes were averaged as if "
+            "they were numbers",
+            where=view.path,
+            code="Q03",
+            tensors=codes,
+            hint="take the live weights (no --drop), or leave these out by name with --drop and load them from there",
+        )
+
+
+def average_notes(view: StateView, identity: Identity) -> list[Note]:
+    """Which of weights and average an OpenTAD checkpoint's conversion takes, and how to get the other."""
+    averages = [n for n, what in identity.other.items() if what.startswith("EMA copy") and view[n].tied_to is None]
+    if identity.naming != "opentad":
+        return []
+    if averages:
+        root = averages[0].partition(".")[0]
+        return [
+            Note(
+                "K08",
+                f"the weights under {identity.root} are taken; OpenTAD evaluates the average under {root}: to take "
+                f"that instead, --drop '{identity.root}.*'",
+            )
+        ]
+    if identity.root in EMA_ROOTS:
+        integers = [n for n in identity.names if view[n].dtype == "I64"]
+        cut = (
+            f"; OpenTAD truncates integers in it at each step: {integers[0]} matters to training only"
+            if integers
+            else ""
+        )
+        return [Note("K08", f"the average under {identity.root} is taken, not the live weights{cut}")]
+    return []
+
+
+def to_sink(items: list[Hub], target: str, dropped: list[Step]) -> list[Hub]:
+    """The tensors under the names of `target`; what its files never hold goes to `dropped`.
+
+    Raises TensorkeepError K07 for a tensor that `target` has no name for.
+    """
+    scheme = namings.module(target)
+    rename, omitted = scheme.renamer([i.name for i in items]), getattr(scheme, "OMITTED", {})
+    out = []
+    for item in items:
+        name = rename(item.name)
+        if name is None and item.name in omitted:
+            dropped += [Step(("drop",), (part,), None, omitted[item.name]) for part in item.parts]
+        elif name is None:
+            raise TensorkeepError(
+                f"{item.name} has no place in naming {target}: its loader would drop it",
+                code="K07",
+                hint=_way_out(item.name, target),
+            )
+        else:
+            out.append(replace(item, name=name, tied_to=rename(item.tied_to) if item.tied_to else None))
+    return out
+
+
+def _way_out(name: str, target: str) -> str:
+    if name.startswith(("videomae.", "encoder.layer.", "classifier.")):
+        return "transformers' VideoMAE: add --from-naming videomae"
+    if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
+        return f"{target} knows no LoRA: merge it into the weights first"
+    return f"leave it out by name (--drop '{name}'), or keep the hf names (--naming hf)"
+
+
+def nest_checkpoint(plan: Plan) -> None:
+    """Make the plan's sink a file that OpenTAD loads: a checkpoint of its test.py, or a backbone that it starts from.
+
+    test.py reads `epoch`, and `state_dict` or `state_dict_ema` by its config: both are there, over the same bytes.
+    """
+    pretrained = all(t.name.startswith("backbone.") and not t.name.startswith("backbone.model.") for t in plan.tensors)
+    first, *copies = opentad.PRETRAINED_ROOTS if pretrained else opentad.CHECKPOINT_ROOTS
+    steps = []
+    for step in plan.steps:
+        if step.sink is None:
+            steps.append(step)
+            continue
+        name, tied = f"{first}.{step.sink.name}", step.sink.tied_to
+        sink = step.sink._replace(name=name, tied_to=f"{first}.{tied}" if tied else None)
+        actions = tuple("rename" if a == "keep" else a for a in step.actions)
+        steps.append(replace(step, actions=actions, sink=sink))
+        steps += [
+            Step(("tie",), step.parts, sink._replace(name=f"{root}.{step.sink.name}", tied_to=sink.tied_to or name))
+            for root in copies
+        ]
+    plan.steps = ordered(steps)
+    plan.roots = tuple(root.partition(".")[0] for root in (first, *copies))
+    epoch = next((v.entries["epoch"] for v in plan.sources if type(v.entries.get("epoch")) is int), 0)
+    plan.beside = {} if pretrained else {"epoch": epoch}
+
+
+def with_recipe(hub: Mapping[str, Hub], companions: list[Companion], notes: list[Note]) -> list[Companion]:
+    """The companions of a detector: a recipe read off its shapes where none lies beside the source.
+
+    A config.json is transformers' and describes other names: it stays behind.
+    """
+    companions = [c for c in companions if c.name != "config.json"]
+    shapes = {name: item.shape for name, item in hub.items()}
+    if recipes.FILE in [c.name for c in companions] or not recipes.readable(shapes):
+        return companions
+    text, assumed = recipes.read_off(shapes)
+    notes.append(
+        Note(
+            "C03",
+            f"recipe.yaml is read off the shapes; no shape shows {', '.join(assumed)}: they are AdaTAD's, compare them with OpenTAD's config",
+        )
+    )
+    return [*companions, Companion(recipes.FILE, text.encode(), "made from the weights")]

@@ -1,0 +1,90 @@
+"""`gguf`: llama.cpp's names (`blk.0.attn_q.weight`), one table a model type.
+
+llama.cpp turns RoPE's pairs as neighbours for the llama family, so its converter permutes the rows of q and k (and
+their biases) as Meta's layout has them; for qwen and olmo2 it turns halves, and rows stay. The values of such a
+file's config and tokenizer are in its metadata: `hf_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.gguf_config import hf_config
+
+__all__ = ["COMPUTED", "FAMILIES", "NAME", "hf_config", "recognise", "table"]
+
+NAME = "gguf"
+# factors of RoPE's frequencies: read into the config when the file is opened
+COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+LAYER = "model.layers.{n}."
+
+
+def _experts(own: str, hf: Mapping[str, str]) -> list[Row]:
+    return [
+        Row(f"blk.{{n}}.ffn_{w}_exps.weight", f"{LAYER}{own}.experts.{{e}}.{proj}", stacked=True)
+        for w, proj in hf.items()
+    ]
+
+
+def _rows(rope: bool, norms: Mapping[str, str], more: Sequence[Row] = ()) -> list[Row]:
+    """One model type: `rope` says that q/k rows are permuted, `norms` which norms a layer has."""
+    return [
+        Row("token_embd", "model.embed_tokens"),
+        Row("blk.{n}.attn_q", f"{LAYER}self_attn.q_proj", rope),
+        Row("blk.{n}.attn_k", f"{LAYER}self_attn.k_proj", rope),
+        Row("blk.{n}.attn_v", f"{LAYER}self_attn.v_proj"),
+        Row("blk.{n}.attn_output", f"{LAYER}self_attn.o_proj"),
+        *(Row(f"blk.{{n}}.{own}", f"{LAYER}{hf}") for own, hf in norms.items()),
+        *more,
+        Row("blk.{n}.ffn_gate", f"{LAYER}mlp.gate_proj"),
+        Row("blk.{n}.ffn_up", f"{LAYER}mlp.up_proj"),
+        Row("blk.{n}.ffn_down", f"{LAYER}mlp.down_proj"),
+        Row("output_norm", "model.norm"),
+        Row("output", "lm_head"),
+    ]
+
+
+_PRE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_QK = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_POST = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_QWEN_EXPERTS = _experts("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
+_MIXTRAL_EXPERTS = _experts("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"})
+FAMILIES = {
+    "llama": _rows(True, _PRE),
+    "mixtral": _rows(True, _PRE, [Row("blk.{n}.ffn_gate_inp", f"{LAYER}block_sparse_moe.gate"), *_MIXTRAL_EXPERTS]),
+    "qwen2": _rows(False, _PRE),
+    "qwen3": _rows(False, {**_PRE, **_QK}),
+    "qwen3_moe": _rows(False, {**_PRE, **_QK}, [Row("blk.{n}.ffn_gate_inp", f"{LAYER}mlp.gate"), *_QWEN_EXPERTS]),
+    "olmo2": _rows(False, {**_POST, **_QK}),
+}
+_ALL = [row for rows in FAMILIES.values() for row in rows]
+
+
+def recognise(name: str) -> bool:
+    """Whether this is a name of llama.cpp's, of any architecture.
+
+    >>> recognise("blk.0.attn_q.weight"), recognise("model.layers.0.self_attn.q_proj.weight")
+    (True, False)
+    """
+    return name.startswith("blk.") or name in COMPUTED or fits(name, _ALL)
+
+
+def table(config: Mapping[str, Any] | None) -> list[Row]:
+    """The rows of this config's model type.
+
+    Raises TensorkeepError (C03) where there is no table for it: whether rows are permuted is then unknown.
+    """
+    kind = (config or {}).get("model_type")
+    if kind not in FAMILIES:
+        what = (
+            "no config says which model this is" if kind is None else f"no table for the model type {str(kind)[:40]!r}"
+        )
+        raise TensorkeepError(
+            f"GGUF names, and {what}: whether q/k rows are permuted is unknown",
+            code="C03",
+            hint=f"known are {', '.join(FAMILIES)}; others go through transformers: from_pretrained(DIR, gguf_file=FILE)",
+        )
+    return FAMILIES[kind]

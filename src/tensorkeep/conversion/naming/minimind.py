@@ -1,0 +1,78 @@
+"""`minimind`: MiniMind's weight files, three generations that share file names.
+
+mm2a (and v1) uses Meta's names and interleaved RoPE; mm2 has Llama's names and, with experts, shared ones that no
+transformers class computes; mm3 has Qwen3's names. The generation is read off the tensors; `minimind_config` makes
+the config. LoRA files (`X.lora.A.weight`) are adapters and treated as such, see `adapters`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.torchtitan import rows
+from tensorkeep.formats.view import StateView
+
+NAME = "minimind"
+FILE = re.compile(r"(?P<stage>.+)_(?P<hidden>\d+)(?P<moe>_moe)?(?P<resume>_resume)?\.pth\Z")
+META = [
+    Row("layers.{n}.feed_forward.gate", "model.layers.{n}.mlp.gate"),
+    *(row for row in rows("", "output", [], rope=True) if ".moe." not in row.own),
+    *(
+        Row(f"layers.{{n}}.feed_forward.{own}.{w}", f"model.layers.{{n}}.mlp.{own}.{proj}")
+        for own in ("experts.{e}", "shared_experts")
+        for w, proj in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+    ),
+]
+FAMILIES = {"mm2a": META}
+COMPUTED = ("freqs_cos", "freqs_sin", "pos_cis")
+GENERATIONS = {"mm3": "qwen3", "mm2": "llama", "mm2a": "llama"}
+
+
+def recognise(name: str) -> bool:
+    return fits(name, META) or hf.recognise(name)
+
+
+def written_by_minimind(view: StateView, names: Iterable[str]) -> bool:
+    """Whether the file's own name says so: `{stage}_{hidden_size}[_moe].pth` with this very hidden size."""
+    match = FILE.match(PurePosixPath(view.path).name)
+    if view.format != "pth" or not match:
+        return False
+    wanted = {"tok_embeddings.weight", hf.EMBEDDING}
+    width = next((view[n].shape[-1] for n in view if n.endswith(tuple(wanted)) and view[n].shape), None)
+    return width == int(match["hidden"])
+
+
+def generation(names: Iterable[str]) -> str:
+    """mm3, mm2 or mm2a, from the names."""
+    names = set(names)
+    if any(n.startswith("tok_embeddings.") for n in names):
+        return "mm2a"
+    return "mm3" if any(".self_attn.q_norm." in n for n in names) else "mm2"
+
+
+def file_name(config: Mapping[str, Any] | None, names: Iterable[str], stage: str) -> str:
+    """What MiniMind will look for: `{stage}_{hidden_size}{_moe}.pth`."""
+    moe = any(".experts." in n for n in names)
+    return f"{stage}_{(config or {}).get('hidden_size', 0)}{'_moe' if moe else ''}.pth"
+
+
+def stage_of(path: str) -> str:
+    """`full_sft` for `full_sft_512.pth`; MiniMind's first stage for anything else."""
+    match = FILE.match(PurePosixPath(path).name)
+    return match["stage"] if match else "pretrain"
+
+
+# mm2a's names of the same fields
+OLD_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
+}

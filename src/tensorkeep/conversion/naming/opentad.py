@@ -1,0 +1,144 @@
+"""`opentad`: OpenTAD's names for a detector (ActionFormer on a VideoMAE ViT), and mmaction's for its backbone.
+
+Tensors are kept as they are: only path segments differ. `hf` names are here those of our own detector.
+
+| OpenTAD | ours |
+|---|---|
+| backbone.model.backbone.patch_embed.projection.* | backbone.patch_embed.proj.* |
+| backbone.model.backbone.blocks.I.mlp.layers.0.0.* | backbone.blocks.I.mlp.fc1.* |
+| backbone.model.backbone.blocks.I.mlp.layers.1.* | backbone.blocks.I.mlp.fc2.* |
+| backbone.model.backbone.* (the rest) | backbone.* |
+| projection.* | projection.* |
+| neck.fpn_norms.L.* | neck.norms.L.* |
+| rpn_head.* | head.* |
+
+mmaction's VideoMAE files, which OpenTAD starts from, name the same backbone `backbone.*` and add a classifier, which
+has no place in a detector. A sink that holds a backbone alone gets mmaction's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tensorkeep.conversion.naming.hf import DETECTOR, HEAD_PARTS, PROJECTION
+
+NAME = "opentad"
+Segments = tuple[str, ...]
+
+# longest first: the first prefix that fits decides
+PARTS: tuple[tuple[Segments, Segments], ...] = (
+    (("backbone", "model", "backbone"), ("backbone",)),
+    (("projection",), ("projection",)),
+    (("neck", "fpn_norms"), ("neck", "norms")),
+    (("rpn_head",), ("head",)),
+)
+_MMACTION: tuple[Segments, Segments] = (("backbone",), ("backbone",))
+_PATCH_EMBED: tuple[Segments, Segments] = (("patch_embed", "projection"), ("patch_embed", "proj"))
+MLP: tuple[tuple[Segments, Segments], ...] = (
+    (("mlp", "layers", "0", "0"), ("mlp", "fc1")),
+    (("mlp", "layers", "1"), ("mlp", "fc2")),
+)
+# what only OpenTAD has, or only an mmaction backbone
+MARKS = ("backbone.model.backbone.", "neck.fpn_norms.", "rpn_head.")
+KNOWN = re.compile(
+    r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
+    rf"|{PROJECTION}|neck\.fpn_norms\.\d+\b|rpn_head\.{HEAD_PARTS}|cls_head\.fc_cls\."
+)
+DROPPED = {"cls_head": "classifier of an action recognition model; a detector has its own head"}
+CHANGED_DTYPES = {"head.loss_normalizer": "int64 in a fresh OpenTAD model, float32 after its first training step"}
+# OpenTAD loads into a model wrapped by DDP, and asks for the average where its config has one
+CHECKPOINT_ROOTS = ("state_dict.module", "state_dict_ema.module")
+PRETRAINED_ROOTS = ("state_dict",)
+
+
+def strip_wrapper(name: str) -> str:
+    """Without the `module.` that DDP puts in front.
+
+    >>> strip_wrapper("module.rpn_head.cls_head.bias")
+    'rpn_head.cls_head.bias'
+    """
+    return name.removeprefix("module.")
+
+
+def recognise(name: str) -> bool:
+    """Whether a (clean) name is one of OpenTAD's ActionFormer, or of an mmaction VideoMAE.
+
+    >>> recognise("rpn_head.cls_head.bias"), recognise("rpn_head.rpn_cls.weight")
+    (True, False)
+    """
+    return KNOWN.match(name) is not None
+
+
+def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these are really OpenTAD's: many frameworks have a `backbone` and a `projection`."""
+    return (
+        any(n.startswith(MARKS) for n in shapes) or len(shapes.get("backbone.patch_embed.projection.weight", ())) == 5
+    )
+
+
+def dropped(name: str) -> str | None:
+    """Why a tensor has no place in a detector, or None where it has one."""
+    return DROPPED.get(name.partition(".")[0])
+
+
+def to_hf(name: str) -> str | None:
+    """OpenTAD's (or mmaction's) name of a detector's tensor to ours; None where it names none.
+
+    >>> to_hf("backbone.model.backbone.blocks.3.mlp.layers.0.0.weight")
+    'backbone.blocks.3.mlp.fc1.weight'
+    >>> to_hf("backbone.patch_embed.projection.bias")
+    'backbone.patch_embed.proj.bias'
+    """
+    if not recognise(name):
+        return None
+    segments = tuple(name.split("."))
+    for theirs, ours in (*PARTS, _MMACTION):
+        if segments[: len(theirs)] == theirs:
+            rest = segments[len(theirs) :]
+            return ".".join(ours + (backbone_segments(rest, forward=True) if ours == ("backbone",) else rest))
+    return None
+
+
+def from_hf(name: str, backbone_only: bool = False) -> str | None:
+    """Our name to OpenTAD's (to mmaction's with `backbone_only`); None where OpenTAD has no such tensor.
+
+    >>> from_hf("head.scale.0.scale")
+    'rpn_head.scale.0.scale'
+    >>> from_hf("backbone.blocks.0.attn.qkv.lora_A") is None
+    True
+    """
+    segments = tuple(name.split("."))
+    if not DETECTOR.match(name) or {"lora_A", "lora_B", "base"} & set(segments):
+        return None
+    for theirs, ours in (_MMACTION,) if backbone_only else PARTS:
+        if segments[: len(ours)] == ours:
+            rest = segments[len(ours) :]
+            return ".".join(theirs + (backbone_segments(rest, forward=False) if ours == ("backbone",) else rest))
+    return None
+
+
+def renamer(names: Iterable[str]) -> Any:
+    """`from_hf` for a sink of these (our) names: OpenTAD's, or mmaction's where they are a backbone alone."""
+    backbone_only = all(n.startswith("backbone.") for n in names)
+    return lambda name: from_hf(name, backbone_only)
+
+
+def backbone_segments(segments: Segments, forward: bool) -> Segments:
+    """Segments below the backbone: OpenTAD's and mmaction's to ours (`forward`), or back.
+
+    >>> backbone_segments(("blocks", "3", "mlp", "fc1", "weight", "absmax"), forward=False)
+    ('blocks', '3', 'mlp', 'layers', '0', '0', 'weight', 'absmax')
+    """
+    if segments[0] == "blocks":
+        return segments[:2] + _swap(segments[2:], MLP, forward)
+    return _swap(segments, (_PATCH_EMBED,), forward)
+
+
+def _swap(segments: Segments, pairs: tuple[tuple[Segments, Segments], ...], forward: bool) -> Segments:
+    for theirs, ours in pairs:
+        old, new = (theirs, ours) if forward else (ours, theirs)
+        if segments[: len(old)] == old:
+            return new + segments[len(old) :]
+    return segments

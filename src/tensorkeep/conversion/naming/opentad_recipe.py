@@ -1,0 +1,124 @@
+"""The `model` section of a recipe, read off a detector's shapes: OpenTAD's checkpoints carry no config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+FILE = "recipe.yaml"
+Shapes = Mapping[str, tuple[int, ...]]
+# attention heads by width: S, B, L, H, v2-g
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+FRAMES = 16  # of a chunk, in every VideoMAE
+# what no shape shows; one class is a proposal head, which OpenTAD trains on ActivityNet
+_ASSUMED = "attention heads, windows and the window's length, drop paths, level ranges, centre radius, loss weights"
+THUMOS: dict[str, Any] = {"length": 768, "projection": {}, "head": {}}
+_ACTIVITYNET: dict[str, Any] = {
+    "length": 192,
+    "projection": {"positions": True},
+    "head": {"label_smoothing": 0.1, "loss_normalizer": 200, "loss_weight": 2.0},
+}
+
+
+# dimensions of what must be there to read anything off
+NEEDED = {"projection.embed.0.conv.weight": 3, "head.cls_head.weight": 3, "head.cls_head.bias": 1}
+_NEEDED_OF_BACKBONE = {"backbone.patch_embed.proj.weight": 5, "backbone.blocks.0.mlp.fc1.weight": 2}
+
+
+def readable(shapes: Shapes) -> bool:
+    """Whether these are enough of a detector to read its recipe off."""
+    has_backbone = any(name.startswith("backbone.") for name in shapes)
+    needed = {**NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {})}
+    return all(len(shapes.get(name, ())) == sides for name, sides in needed.items())
+
+
+def read_off(shapes: Shapes) -> tuple[str, list[str]]:
+    """YAML of a detector with these shapes (by our names), and what of it is assumed."""
+    import yaml
+
+    channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]
+    levels = _count(shapes, r"neck\.norms\.(\d+)\.")
+    classes = shapes["head.cls_head.bias"][0]
+    preset = _ACTIVITYNET if classes == 1 else THUMOS
+    scaled = "projection.stem.0.drop_path_attn.scale" in shapes
+    model: dict[str, Any] = {
+        "projection": {
+            "in_channels": in_channels,
+            "channels": channels,
+            "embed_layers": _count(shapes, r"projection\.embed\.(\d+)\."),
+            "stem_layers": _count(shapes, r"projection\.stem\.(\d+)\."),
+            "branch_layers": _count(shapes, r"projection\.branch\.(\d+)\."),
+            "kernel_size": kernel,
+            "heads": 4,
+            "windows": [-1],
+            "drop_path": 0.1 if scaled else 0.0,
+            "layer_scale": scaled,
+            "max_length": preset["length"],
+            **preset["projection"],
+        },
+        "head": {
+            "classes": classes,
+            "channels": shapes["head.cls_head.weight"][1],
+            "convs": _count(shapes, r"head\.cls_convs\.(\d+)\."),
+            "strides": [2**level for level in range(levels)],
+            "ranges": [[2 ** (level + 1) if level else 0, 2 ** (level + 2)] for level in range(levels - 1)]
+            + [[2**levels if levels > 1 else 0, 10000]],
+            "centre_radius": 1.5,
+            "loss_normalizer": 100,
+            **preset["head"],
+        },
+    }
+    if "backbone.patch_embed.proj.weight" in shapes:
+        model = {"backbone": {**_backbone(shapes), "output_length": preset["length"]}, **model}
+    text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None, width=100)
+    return (
+        f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {_ASSUMED}.\n{text}",
+        _ASSUMED.split(", "),
+    )
+
+
+def _backbone(shapes: Shapes) -> dict[str, Any]:
+    dim, _, tubelet, patch, _ = shapes["backbone.patch_embed.proj.weight"]
+    _, positions, _ = shapes.get("backbone.pos_embed", (1, FRAMES // tubelet * 14 * 14, dim))
+    found = [re.fullmatch(r"backbone\.blocks\.(\d+)\.adapter\.gamma", name) for name in shapes]
+    adapted = sorted(int(match[1]) for match in found if match)
+    depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
+    section: dict[str, Any] = {
+        "vit": {
+            "image_size": round((positions / (FRAMES // tubelet)) ** 0.5) * patch,
+            "patch_size": patch,
+            "embed_dim": dim,
+            "depth": depth,
+            "heads": HEADS.get(dim, max(dim // 64, 1)),
+            "mlp_dim": shapes["backbone.blocks.0.mlp.fc1.weight"][0],
+            "chunk_frames": FRAMES,
+            "tubelet": tubelet,
+            "drop_path": 0.1,
+        }
+    }
+    if adapted:
+        section["adapter"] = _adapter(shapes, f"backbone.blocks.{adapted[0]}.adapter", dim)
+        section["adapter"] |= {} if len(adapted) == depth else {"blocks": adapted}
+    return {**section, "tuning": "adapter" if adapted else "all", "checkpointing": "segments"}
+
+
+def _adapter(shapes: Shapes, prefix: str, dim: int) -> dict[str, Any]:
+    rank = shapes.get(f"{prefix}.down_proj.lora_A")
+    if rank is not None:
+        width = shapes[f"{prefix}.down_proj.lora_B"][0]
+        return {"kind": "qlora", "ratio": _ratio(width, dim), "lora_r": rank[0]}
+    temporal = f"{prefix}.dwconv.weight" in shapes
+    width = shapes[f"{prefix}.{'dwconv' if temporal else 'down_proj'}.weight"][0]
+    return {"kind": "tia" if temporal else "plain", "ratio": _ratio(width, dim)}
+
+
+def _ratio(width: int, dim: int) -> float:
+    """What `int(dim * ratio)` turns into `width` again."""
+    return width / dim if int(dim * (width / dim)) == width else (width + 0.5) / dim
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the highest number that the pattern finds in a name."""
+    found = [re.match(pattern, name) for name in shapes]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)

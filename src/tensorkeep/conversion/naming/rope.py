@@ -1,0 +1,49 @@
+"""The row permutation between RoPE layouts, from a config: which rows make up a head, and how many of them turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensorkeep.conversion.naming import minimind
+from tensorkeep.conversion.plan import Rows
+from tensorkeep.errors import TensorkeepError
+
+
+def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple[int, ...]) -> Rows:
+    """The permutation of q/k for this config. head_dim is read where the config has it, derived otherwise.
+
+    `to`: "pairs" (torchtitan's llama3, Meta, MiniMind of early 2025) or "half" (transformers). Raises TensorkeepError
+    C03 without a config: shapes alone do not tell the size of a head.
+    """
+    given = dict(config or {})
+    own = {**given, **{new: given[old] for old, new in minimind.OLD_FIELDS.items() if old in given}}
+    heads = own.get("num_attention_heads")
+    hidden = own.get("hidden_size")
+    head_dim = own.get("head_dim") or (
+        hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else 0
+    )
+    if not isinstance(head_dim, int) or head_dim <= 0:
+        raise TensorkeepError(
+            f"{name}: its rows follow another RoPE layout, and without a config.json the size of a head is unknown",
+            code="C03",
+            hint="add the model's folder or config: --config DIR_OR_FILE",
+        )
+    rotary = int(head_dim * partial_rotary(own))
+    if rotary % 2 or rotary > head_dim or not shape or shape[0] % head_dim:
+        raise TensorkeepError(
+            f"{name}: {shape[0] if shape else 0} rows are not whole heads of {head_dim} (rotary {rotary})",
+            code="C01",
+            hint="is this the config of another model?",
+        )
+    return Rows(head_dim, rotary, to)
+
+
+def partial_rotary(config: Mapping[str, Any]) -> float:
+    """The part of a head that RoPE turns: a field of its own in transformers 4, within rope_parameters in 5."""
+    nested = config.get("rope_parameters")
+    for place in (config, nested if isinstance(nested, Mapping) else {}):
+        value = place.get("partial_rotary_factor")
+        if isinstance(value, (int, float)) and 0 < value <= 1:
+            return float(value)
+    return 1.0

@@ -1,0 +1,89 @@
+"""`torchtitan`: the names of torchtitan 0.3 (`layers.0.attention.qkv_linear.wq.weight`, `lm_head.weight`).
+
+Two families, after torchtitan's own state dict adapters: llama3 (complex RoPE on interleaved pairs, so q/k rows are
+permuted) and qwen3 (cos/sin RoPE on halves, no permutation; experts stacked). torchtitan has no model for other
+architectures, and its loader never asks for tensors its model lacks: both are said by name, see `slots`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.errors import TensorkeepError
+
+NAME = "torchtitan"
+MODEL_TYPES = {"llama": "llama3", "qwen3": "qwen3", "qwen3_moe": "qwen3"}
+
+
+def rows(attention: str, head: str, experts: Sequence[Row], rope: bool) -> list[Row]:
+    """The table of one family; eras differ in where q/k/v live, in the head's name and in the experts'."""
+    return [
+        Row("tok_embeddings", "model.embed_tokens"),
+        Row(f"layers.{{n}}.attention.{attention}wq", "model.layers.{n}.self_attn.q_proj", rope),
+        Row(f"layers.{{n}}.attention.{attention}wk", "model.layers.{n}.self_attn.k_proj", rope),
+        Row(f"layers.{{n}}.attention.{attention}wv", "model.layers.{n}.self_attn.v_proj"),
+        Row("layers.{n}.attention.wo", "model.layers.{n}.self_attn.o_proj"),
+        Row("layers.{n}.attention.q_norm", "model.layers.{n}.self_attn.q_norm", rope),
+        Row("layers.{n}.attention.k_norm", "model.layers.{n}.self_attn.k_norm", rope),
+        *experts,
+        Row("layers.{n}.moe.router.gate", "model.layers.{n}.mlp.gate"),
+        Row("layers.{n}.feed_forward.w1", "model.layers.{n}.mlp.gate_proj"),
+        Row("layers.{n}.feed_forward.w3", "model.layers.{n}.mlp.up_proj"),
+        Row("layers.{n}.feed_forward.w2", "model.layers.{n}.mlp.down_proj"),
+        Row("layers.{n}.attention_norm", "model.layers.{n}.input_layernorm"),
+        Row("layers.{n}.ffn_norm", "model.layers.{n}.post_attention_layernorm"),
+        Row("norm", "model.norm"),
+        Row(head, "lm_head"),
+    ]
+
+
+def experts(prefix: str, w1: str, w2: str, w3: str) -> list[Row]:
+    return [
+        Row(f"layers.{{n}}.moe.{prefix}.{w1}", "model.layers.{n}.mlp.experts.{e}.gate_proj", stacked=True),
+        Row(f"layers.{{n}}.moe.{prefix}.{w3}", "model.layers.{n}.mlp.experts.{e}.up_proj", stacked=True),
+        Row(f"layers.{{n}}.moe.{prefix}.{w2}", "model.layers.{n}.mlp.experts.{e}.down_proj", stacked=True),
+    ]
+
+
+EXPERTS = experts("routed_experts.inner_experts", "w1_EFD", "w2_EDF", "w3_EFD")
+FAMILIES = {
+    "llama3": rows("qkv_linear.", "lm_head", [], rope=True),
+    "qwen3": rows("qkv_linear.", "lm_head", EXPERTS, rope=False),
+}
+# buffers that eras before 2025-08 stored; torchtitan computes them anew
+COMPUTED = ("freqs_cis", "rope_cache", "rope.cache")
+
+
+def recognise(name: str) -> bool:
+    # `norm` and `lm_head` are everybody's; they count once something of our own stands beside them
+    return name in COMPUTED or (fits(name, FAMILIES["qwen3"]) and not name.startswith("lm_head."))
+
+
+def family(names: Iterable[str], config: dict[str, Any] | None) -> str:
+    """Which family's table holds, from config and from the norms on q and k (own or hf names).
+
+    Raises TensorkeepError for an architecture that torchtitan has no model for.
+    """
+    kind = (config or {}).get("model_type")
+    names = list(names)
+    if isinstance(kind, str) and kind not in MODEL_TYPES and kind != "minimind":
+        raise TensorkeepError(
+            f"torchtitan has no model for {kind!r} (it has llama3 and qwen3)",
+            hint="keep the hf names: --naming hf, which flame and torchtitan's transformers backend load",
+        )
+    normed = any(n.endswith(("q_norm.weight", "k_norm.weight")) for n in names)
+    named = MODEL_TYPES.get(kind or "", "qwen3" if normed else "llama3")
+    if named == "llama3" and normed:
+        raise TensorkeepError(
+            "q_norm/k_norm in a llama: torchtitan's llama3 has none and its loader would drop them",
+            code="K07",
+            hint="keep the hf names (--naming hf), or leave them out by name with --drop '*_norm.weight'",
+        )
+    return named
+
+
+def dropped_by_loader(own: str, named: str) -> bool:
+    """Whether torchtitan's model has no place for a tensor that carries a name of the table (K07): any bias."""
+    return own.endswith(".bias")

@@ -1,0 +1,16 @@
+"""`torchtitan-0.2`: the names up to torchtitan v0.2.2 (`attention.wq.weight`, `output.weight`), also Meta's own."""
+
+from __future__ import annotations
+
+from tensorkeep.conversion.naming.table import fits
+from tensorkeep.conversion.naming.torchtitan import COMPUTED, dropped_by_loader, experts, family, rows
+
+__all__ = ["COMPUTED", "FAMILIES", "NAME", "dropped_by_loader", "family", "recognise"]
+
+NAME = "torchtitan-0.2"
+EXPERTS = experts("experts", "w1", "w2", "w3")
+FAMILIES = {"llama3": rows("", "output", [], rope=True), "qwen3": rows("", "output", EXPERTS, rope=False)}
+
+
+def recognise(name: str) -> bool:
+    return name in COMPUTED or fits(name, FAMILIES["qwen3"])

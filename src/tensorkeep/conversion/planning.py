@@ -1,0 +1,328 @@
+"""From views to a plan: namings through the hf hub, ties, casts, combined sources, what the target would drop.
+
+This is where a conversion is decided; `plan.py` says what a plan is and `conversion.py` carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tensorkeep.conversion import adapters, configs
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion._ties import tie
+from tensorkeep.conversion.naming import Identity, minimind
+from tensorkeep.conversion.naming import detectors as renaming
+from tensorkeep.conversion.naming.rope import rope_rows
+from tensorkeep.conversion.naming.table import Link, from_hf, from_own
+from tensorkeep.conversion.plan import BY_USER, Hub, Part, Plan, Step, ordered
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import grouped, matches
+from tensorkeep.formats.view import Note, StateView
+from tensorkeep.quantization.stored import find, members
+from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.storage.record import DTYPES, TensorRecord
+
+
+def make_plan(
+    sources: Sequence[StateView],
+    to: str,
+    naming: str | None = None,
+    root: str | None = None,
+    dtype: str | None = None,
+    drop: Sequence[str] = (),
+    prefer: str | None = None,
+    from_naming: str | None = None,
+) -> Plan:
+    """Decide how every tensor of `sources` reaches a sink of format `to`; nothing but headers is read.
+
+    `naming` None keeps the names where the source's scheme is unknown, and means hf otherwise. The one exception to
+    "headers only": where the config ties head and embedding and both are stored, their bytes are compared.
+
+    Raises TensorkeepError where a tensor would be lost, made twice or misread by the target.
+    """
+    notes = [note for view in sources for note in view.notes]
+    config, companions = configs.gather(sources)
+    dropped: list[Step] = []
+    identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
+    if adapters.wanted(identities, to, naming):
+        made = adapters.adapter_plan(sources, identities, to, config, dtype, dropped)
+        _check_cover(made)
+        return made
+    hub: dict[str, Hub] = {}
+    for index, (view, whole) in enumerate(zip(sources, identities)):
+        identity = adapters.set_aside(view, whole, to, notes)
+        config, companions = configs.minimind_config(view, identity, config, companions, notes)
+        notes += renaming.average_notes(view, identity)
+        _combine(hub, to_hub(view, index, identity, config, dropped), prefer, dropped)
+    if not hub:
+        raise TensorkeepError(
+            "no model tensor is left to convert", where=sources[0].path if sources else None, code="K05"
+        )
+    target = naming or ("hf" if any(i.naming for i in identities) else None)
+    tie(hub, to, target, config, sources, dropped, notes)
+    notes += configs.missing_biases(config, hub)
+    if target in renaming.DETECTOR_NAMINGS:
+        own = renaming.to_sink(list(hub.values()), str(target), dropped)
+    else:
+        own = _named(list(hub.values()), target, config, notes)
+    if any(i.naming in renaming.DETECTOR_NAMINGS for i in identities):
+        companions = renaming.with_recipe(hub, companions, notes)
+    steps = _to_sink(own, _dtypes(sources, dtype))
+    _refuse_cast_of_scales(steps, sources)
+    plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
+    if to == "pth" and target == "opentad" and root is None:
+        renaming.nest_checkpoint(plan)
+    _check_cover(plan)
+    configs.match_dtype(plan)
+    return plan
+
+
+def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[Step]) -> list[StateView]:
+    """The views less the tensors that the user drops; a pattern that fits nothing is a mistake worth stopping for."""
+    unused = [p for p in drop if not any(matches(n, [p]) for view in sources for n in view)]
+    if unused:
+        raise TensorkeepError(
+            f"--drop {unused[0]!r} fits no tensor",
+            where=sources[0].path,
+            hint="quote the pattern, or list names with: tensorkeep inspect",
+        )
+    left = []
+    for index, view in enumerate(sources):
+        gone = {n for n in view if matches(n, drop)}
+        dropped += [Step(("drop",), (Part(index, n),), None, BY_USER) for n in view if n in gone]
+        left.append(replace(view, records={n: r for n, r in view.records.items() if n not in gone}))
+    return left
+
+
+# -- source naming -> hf --------------------------------------------------------------------------------------------
+
+
+def to_hub(
+    view: StateView, index: int, identity: Identity, config: Mapping[str, Any] | None, dropped: list[Step]
+) -> dict[str, Hub]:
+    """The model tensors of one source under hf names. What is not the model's goes to `dropped` with its reason."""
+    dropped += [Step(("drop",), (Part(index, n),), None, what) for n, what in identity.other.items()]
+    if identity.naming in renaming.DETECTOR_NAMINGS:
+        return renaming.to_hub(view, index, identity, dropped)
+    table = _table(identity, config)
+    out: dict[str, Hub] = {}
+    for stored, clean in identity.names.items():
+        record = view[stored]
+        if _computed(clean, identity.naming):
+            dropped.append(
+                Step(("drop",), (Part(index, stored),), None, "a buffer that the model computes from its config")
+            )
+            continue
+        links = from_own(clean, table, experts=record.shape[0] if record.shape else 0) if table is not None else None
+        if links is None and identity.naming == "gguf":
+            raise TensorkeepError(
+                f"{stored} has no place in {(config or {}).get('model_type')}, as transformers has it",
+                where=view.path,
+                code="K07",
+                hint=f"leave it out by name: --drop '{stored}'",
+            )
+        if links is None:
+            links = [Link(clean, clean)]
+        for link in links:
+            made = _from_link(link, record, index, identity, config)
+            if made.name in out:
+                raise TensorkeepError(
+                    f"{stored} and another tensor both become {made.name}",
+                    where=view.path,
+                    code="K02",
+                    hint="leave one out with --drop",
+                )
+            out[made.name] = made
+    names = {h.parts[0].name: h.name for h in out.values() if h.parts[0].rows is None}
+    return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
+
+
+def _from_link(
+    link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None
+) -> Hub:
+    part, shape = Part(index, record.name), record.shape
+    actions: tuple[str, ...] = ()
+    if link.expert is not None:
+        part, shape, actions = part._replace(rows=(link.expert, link.expert + 1)), record.shape[1:], ("split",)
+    if link.rope:
+        part = part.permuted(rope_rows(config, "half", record.name, record.shape))
+        actions = (*actions, "permute")
+    return Hub(link.hf, record.dtype, shape, (part,), actions, record.tied_to)
+
+
+def _table(identity: Identity, config: Mapping[str, Any] | None) -> Any:
+    if identity.naming in (None, "hf"):
+        return None
+    scheme = namings.module(str(identity.naming))
+    if identity.naming == "minimind":
+        return scheme.FAMILIES["mm2a"] if minimind.generation(identity.names.values()) == "mm2a" else None
+    if identity.naming == "gguf":
+        return scheme.table(config)
+    return scheme.FAMILIES[scheme.family(identity.names.values(), config)]
+
+
+def _computed(name: str, scheme: str | None) -> bool:
+    """Buffers that eras before 2025-08 stored; every program computes them anew (facts: never write them)."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    return scheme not in (None, "hf") and name in getattr(namings.module(str(scheme)), "COMPUTED", ())
+
+
+def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, dropped: list[Step]) -> None:
+    twice = sorted(set(hub) & set(found))
+    if twice and prefer not in ("first", "last"):
+        raise TensorkeepError(
+            f"{len(twice)} tensors are in two sources: {', '.join(grouped(twice)[:4])}",
+            hint="say which wins: --prefer first or --prefer last; or leave some out with --drop",
+        )
+    for name, item in found.items():
+        loser = item if prefer == "first" else hub.get(name)
+        if name in hub and loser is not None:
+            dropped += [
+                Step(("drop",), (part,), None, f"another source has {name} and is preferred") for part in loser.parts
+            ]
+            if prefer == "first":
+                continue
+        hub[name] = item
+
+
+# -- hf -> sink naming ----------------------------------------------------------------------------------------------
+
+
+def _to_sink(own: list[Hub], dtypes: Sequence[str | None]) -> list[Step]:
+    by_name = {h.name: h for h in own}
+    steps = []
+    for hub in own:
+        dtype = dtypes[hub.parts[0].source]
+        actions = [a for a in dict.fromkeys(hub.actions) if a != "permute" or any(p.permutes for p in hub.parts)]
+        if hub.name not in [p.name for p in hub.parts] and "tie" not in actions:
+            actions.insert(0, "rename")
+        made = hub.dtype
+        if dtype is not None and DTYPES[hub.dtype].floating and hub.dtype != dtype:
+            made = dtype
+            actions.append("cast")
+        sink = SinkTensor(
+            hub.name, made, hub.shape, hub.tied_to if _alike(hub, by_name.get(hub.tied_to or "")) else None
+        )
+        steps.append(Step(tuple(actions) or ("keep",), hub.parts, sink))
+    return steps
+
+
+def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) -> None:
+    """A cast would round scales away from their codes, or fp8 codes away from their scale: stop (Q01)."""
+    cast = {(p.source, p.name): s for s in steps if "cast" in s.actions for p in s.parts}
+    for index, view in enumerate(sources if cast else ()):
+        weights = find(view)
+        packed = [n for n in (*weights, *members(weights)) if (index, n) in cast]
+        scales = [n for n in view if n.endswith(("weight_scale_inv", "weight_scale", ".scale"))]
+        if scales and any(r.dtype.startswith("F8") for r in view.values()):
+            packed += scales
+        if packed:
+            raise TensorkeepError(
+                f"{packed[0]} and {len(packed) - 1} more belong to quantized weights: a cast would part codes and scales",
+                where=view.path,
+                code="Q01",
+                hint="leave --dtype out",
+            )
+
+
+def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]:
+    """The dtype each source's floating tensors are cast to: the user's; bfloat16 for quantized files; None keeps them.
+
+    A quantized file's F32 norms follow: they were widened when it was made, and a model loads in one dtype.
+    """
+    quantized = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
+    return [dtype or ("BF16" if found else None) for found in quantized]
+
+
+def _alike(tied: Hub, other: Hub | None) -> bool:
+    """Whether two tensors that shared their bytes still do: the same permutation on both, and no third behind."""
+    if other is None or other.tied_to is not None or (tied.dtype, tied.shape) != (other.dtype, other.shape):
+        return False
+    return [(p.rows, p.permutes) for p in tied.parts] == [(p.rows, p.permutes) for p in other.parts]
+
+
+def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]) -> list[Hub]:
+    """The tensors under the sink naming's names: renamed, rows permuted, experts stacked."""
+    made_as = (config or {}).get("minimind_generation")
+    if target in (None, "hf") or (target == "minimind" and made_as != "mm2a"):
+        return items
+    scheme = namings.module(str(target))
+    if target == "minimind":
+        table, family = scheme.FAMILIES["mm2a"], "mm2a"
+    elif target == "gguf":
+        raise TensorkeepError("gguf is read-only", hint="write hf, and convert with llama.cpp's own tools")
+    else:
+        family = scheme.family([i.name for i in items], dict(config or {}))
+        table = scheme.FAMILIES[family]
+    out: list[Hub] = []
+    stacks: dict[str, dict[int, Hub]] = {}
+    for item in items:
+        link = from_hf(item.name, table)
+        if link is None:
+            raise TensorkeepError(
+                f"{item.name} has no place in naming {target} ({family}): its loader would drop it",
+                code="K07",
+                hint=f"leave it out by name (--drop '{item.name}'), or keep the hf names (--naming hf)",
+            )
+        if link.rope:
+            rows = rope_rows(config, "pairs", item.name, item.shape)
+            item = replace(item, parts=tuple(p.permuted(rows) for p in item.parts), actions=(*item.actions, "permute"))
+        if link.expert is not None:
+            stacks.setdefault(link.own, {})[link.expert] = item
+        else:
+            tied = from_hf(item.tied_to, table) if item.tied_to else None
+            out.append(replace(item, name=link.own, tied_to=tied.own if tied else item.tied_to))
+    out += [_stack(name, members, config) for name, members in stacks.items()]
+    lost = [h.name for h in out if hasattr(scheme, "dropped_by_loader") and scheme.dropped_by_loader(h.name, family)]
+    if lost:
+        notes.append(
+            Note(
+                "K07",
+                f"torchtitan's {family} has no place for {len(lost)} of these tensors and its loader would not ask for "
+                f"them, without a word: {', '.join(grouped(lost)[:4])}",
+                tuple(lost),
+            )
+        )
+    return out
+
+
+def _stack(name: str, members: dict[int, Hub], config: Mapping[str, Any] | None) -> Hub:
+    count = len(members)
+    wanted = (config or {}).get("num_experts") or (config or {}).get("num_local_experts") or count
+    first = members[min(members)]
+    if sorted(members) != list(range(count)) or count != wanted:
+        raise TensorkeepError(
+            f"{name}: experts {sorted(members)} of {wanted}", code="K01", hint="the source is incomplete"
+        )
+    if any(m.shape != first.shape or m.dtype != first.dtype for m in members.values()):
+        raise TensorkeepError(f"{name}: its experts differ in shape or dtype", code="S01")
+    parts = tuple(part for e in range(count) for part in members[e].parts)
+    whole = _contiguous(parts, count)
+    return Hub(name, first.dtype, (count, *first.shape), whole, ("fuse",) if len(whole) > 1 else ())
+
+
+def _contiguous(parts: tuple[Part, ...], count: int) -> tuple[Part, ...]:
+    """All slices of one stacked tensor in order are that tensor again."""
+    if len({(p.source, p.name) for p in parts}) == 1 and [p.rows for p in parts] == [(e, e + 1) for e in range(count)]:
+        return (parts[0]._replace(rows=None),)
+    return parts
+
+
+# -- proof of the plan ----------------------------------------------------------------------------------------------
+
+
+def _check_cover(plan: Plan) -> None:
+    """Every source record occurs in a step and every sink name once: the plan is complete, or it is refused."""
+    used = {(p.source, p.name) for step in plan.steps for p in step.parts}
+    lost = [n for i, v in enumerate(plan.sources) for n in v if (i, n) not in used]
+    if lost:
+        raise TensorkeepError(
+            f"the plan loses {len(lost)} tensors: {', '.join(lost[:5])}",
+            hint="this is a defect of tensorkeep, please report it",
+        )
+    names = [t.name for t in plan.tensors]
+    if len(names) != len(set(names)):
+        raise TensorkeepError("the plan makes a tensor twice", hint="this is a defect of tensorkeep, please report it")

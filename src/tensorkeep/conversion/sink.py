@@ -1,0 +1,134 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorkeep.conversion.naming import minimind
+from tensorkeep.conversion.plan import Plan
+from tensorkeep.conversion.streams import Cast
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import FORMATS, StateView
+from tensorkeep.storage.files import CERTIFICATE, LocalFolder, explained, local_path
+from tensorkeep.storage.layout import FileLayout, small_file
+from tensorkeep.storage.placement import replacing_all
+
+THREADS = min(4, os.cpu_count() or 1)
+
+
+Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
+
+
+def quiet(_what: str, _done: int, _total: int) -> None:
+    """The progress callback of those who do not watch."""
+
+
+@dataclass
+class Result:
+    """What a conversion did: the sink's path, bytes, digests by tensor, casts that lost values, seconds by phase."""
+
+    path: str
+    nbytes: int
+    digests: dict[str, str]
+    casts: dict[str, Cast] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _sink_format(to: str) -> Any:
+    """The module of a writable format."""
+    module = importlib.import_module(FORMATS[to]) if to in FORMATS else None
+    if module is None or not hasattr(module, "layout"):
+        raise TensorkeepError(f"cannot write {to!r}", hint="--to hf, dcp, pth or peft")
+    return module
+
+
+class Place(NamedTuple):
+    """Where a sink is written before it gets its name: the file or folder, the folder its files go into, its files."""
+
+    temporary: Path
+    folder: Path
+    layouts: list[FileLayout]
+    certificate: Path
+
+
+@contextlib.contextmanager
+def placing(final: Path, layouts: list[FileLayout], single: bool, overwrite: bool) -> Iterator[Place]:
+    """`replacing` for a sink and its certificate: in a folder beside the data, of a lone file under a name beside it."""
+    finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
+    with replacing_all(finals, over) as temporaries:
+        temporary = temporaries[0]
+        if single:
+            lone = [FileLayout(temporary.name, layouts[0].segments)]
+            yield Place(temporary, temporary.parent, lone, temporaries[1])
+            return
+        with explained(temporary):
+            temporary.mkdir()
+        yield Place(temporary, temporary, layouts, temporary / CERTIFICATE)
+
+
+def beside(path: Path) -> Path:
+    """Where the certificate of a lone file lies."""
+    return path.with_name(f"{path.name}.{CERTIFICATE}")
+
+
+def refuse_overlap(final: Path, sources: Sequence[StateView]) -> None:
+    """Stop where the sink is a source, lies in a source's folder, or holds a source: writing it would change that."""
+    sink = final.resolve()
+    for view in sources:
+        if not isinstance(view.folder, LocalFolder):
+            continue
+        folder, named = view.folder.path.resolve(), local_path(view.path)
+        source = folder if named.is_dir() or not named.exists() else folder / named.name  # a Hub id names no path
+        if sink in (source, source.resolve()):
+            raise TensorkeepError("the sink is the source", where=final, hint="write to another path")
+        if source == folder and folder in sink.parents:
+            raise TensorkeepError(
+                f"the sink lies inside the source {folder}", where=final, hint="write to a path outside it"
+            )
+        if sink in source.parents:
+            raise TensorkeepError(
+                f"the source {source} lies inside the sink", where=final, hint="write to another path"
+            )
+
+
+def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[list[FileLayout], bool]:
+    """The layouts of all files of a sink, metadata last, and whether the sink is a lone file."""
+    form = _sink_format(to)
+    single = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
+    if single and to not in ("hf", "pth"):
+        raise TensorkeepError(f"{to} is a folder, {name} names a file", hint="leave the ending out")
+    options: dict[str, Any] = {
+        "shard_size": shard_size,
+        "root": plan.root,
+        "config": plan.config,
+        "roots": plan.roots,
+        "beside": plan.beside,
+    }
+    if single:
+        options |= {"name": name, "shard_size": 1 << 62}
+    elif to == "pth" and plan.naming == "minimind":
+        embeddings = ("model.embed_tokens.weight", "tok_embeddings.weight")
+        width = next((t.shape[-1] for t in plan.tensors if t.name in embeddings), 0)  # where no config says it
+        options["name"] = minimind.file_name(
+            {"hidden_size": width, **(plan.config or {})},
+            [t.name for t in plan.tensors],
+            minimind.stage_of(plan.sources[0].path),
+        )
+    layouts = form.layout(plan.tensors, **options)
+    if not single:
+        layouts = [
+            *[small_file(c.name, c.data) for c in plan.companions if c.name not in {f.name for f in layouts}],
+            *layouts,
+        ]
+    return layouts, single
+
+
+def stored(layouts: Sequence[FileLayout]) -> int:
+    """Bytes of tensor data in these files; tensors that share a storage count once."""
+    return sum(slot.nbytes for layout in layouts for slot in layout.slots)

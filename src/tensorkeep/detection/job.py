@@ -1,0 +1,146 @@
+"""A detection run from its recipe: `build` makes the live objects and says how the loop is to go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, Schedule, positives_of, refuse_split
+from tensorkeep.detection.data.clips import most_segments
+from tensorkeep.detection.model.detector import Detector
+from tensorkeep.detection.model.groups import make_optimizer
+from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
+from tensorkeep.detection.start import make_detector
+from tensorkeep.output import Output
+from tensorkeep.storage import run_folder
+from tensorkeep.training.batches import parts_of
+from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.loop import Outcome, autocast, fit
+from tensorkeep.training.recipe import plain
+from tensorkeep.training.saver import Keep, State
+
+Remark = Callable[[str], None]
+
+
+def build(
+    recipe: DetectionRecipe, run: str | Path, world: World | None = None, remark: Remark = lambda _: None
+) -> tuple[Job, Loop]:
+    """Job and loop of a recipe, the detector on `world.device`; frozen weights that no file holds go into RUN/base.
+
+    Raises TensorkeepError where data, weights and recipe do not fit together.
+
+    >>> job, loop = build(read_recipe("recipes/detection/own_data.yaml"), "runs/own")      # doctest: +SKIP
+    """
+    world = world or World()
+    classes = read_classes(recipe)
+    clips = read_clips(recipe, "train", classes, remark)
+    loop = loop_of(recipe, len(clips))
+    refuse_split(recipe.model, world.size * parts_of(loop.batch, world.size, loop.micro or loop.batch))
+    if not recipe.data.floor_frames and recipe.data.mode != "resized":
+        remark("note: floor_frames: false is not carried out: annotated seconds become whole frames")
+    evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
+    detector, base = make_detector(recipe, Path(run), world, remark)
+    frames = float(recipe.data.window_size * recipe.data.scale_factor)
+    job = Job(
+        model=detector,
+        optimizer=make_optimizer(detector, recipe.optimizer),
+        data=clips,
+        collate=Collate(recipe.model, most_segments(clips) if loop.graph else None),
+        loss=DetectionLoss(detector),
+        count=positives_of,
+        divisor=Normalizer(detector),
+        schedule=Schedule(recipe.schedule, len(clips) / recipe.training.batch_size),
+        evaluate=evaluate,
+        ema=None if recipe.training.ema is None else Ema(detector, recipe.training.ema),
+        base=base,
+        recipe=plain(recipe),
+        shard=blocks_of,
+        pace=("frames", frames) if recipe.data.inputs == "video" else ("samples", 1.0),
+    )
+    return job, loop
+
+
+def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is sharded piece by piece: the blocks of the backbone, which has most of the weights."""
+    assert isinstance(detector, Detector)
+    return [] if detector.backbone is None else list(detector.backbone.blocks)
+
+
+def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
+    """How the loop is to go; `samples`: of one epoch. Epochs follow one another without a gap: an update may take its
+    last samples from the next one."""
+    t = recipe.training
+    per_epoch = samples / t.batch_size
+
+    def updates(number: int) -> int:
+        return max(round(number * per_epoch), 1) if t.every == "epochs" else number
+
+    return Loop(
+        updates=max(1, math.ceil(recipe.schedule.epochs_run * per_epoch)),
+        batch=t.batch_size,
+        micro=t.micro_batch,
+        seed=t.seed,
+        workers=t.workers,
+        clip=recipe.optimizer.clip_norm or None,
+        precision=t.precision,
+        graph=t.graph,
+        deterministic=t.deterministic,
+        parallel=t.parallel,
+        log_every=t.log_every,
+        save_every=updates(t.save_every),
+        evaluate_every=updates(t.evaluate_every),
+        evaluate_from=updates(t.evaluate_from) if t.evaluate_from else 0,
+        keep=Keep(t.keep_last),
+        best="average_mAP" if t.best == "average_mAP" else "-loss",
+    )
+
+
+def run_detection(
+    recipe: DetectionRecipe,
+    run: str | Path,
+    resume: Any = "auto",
+    world: World | None = None,
+    allow: tuple[str, ...] = (),
+    say: Output | None = None,
+) -> Outcome:
+    """Train a recipe in the folder `run`, or go on with it: `build` and `train.fit`.
+
+    >>> run_detection(read_recipe("recipes/detection/synthetic_tiny.yaml"), "runs/tiny").evaluation   # doctest: +SKIP
+    {'average_mAP': 0.6, ...}
+    """
+    say = say or Output(quiet=True)
+    job, loop = build(recipe, run, world, say.remark)
+    return fit(job, run, loop, resume, world, allow, say)
+
+
+def continued(
+    recipe: DetectionRecipe, path: str, run: str | Path, job: Job, remark: Callable[[str], None] = lambda _: None
+) -> State | str:
+    """What to resume from where an OpenTAD checkpoint is named: its weights, average, moments and epoch; the run's own
+    checkpoints where it has some, so that the same command may be given again."""
+    from tensorkeep.detection.opentad.resume import continue_from
+
+    assert isinstance(job.model, Detector)
+    if run_folder.steps(Path(run)):
+        return "auto"
+    averaged = job.ema is not None
+    on = continue_from(
+        path,
+        job.model,
+        recipe.optimizer,
+        recipe.schedule,
+        len(job.data),
+        recipe.training.batch_size,
+        job.base,
+        averaged,
+    )
+    for line in on.remarks:
+        remark(line)
+    return on.state

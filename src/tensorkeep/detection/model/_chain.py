@@ -1,0 +1,256 @@
+"""A whole ViT as one operation of autograd, so that what lives on the GPU, and how long, is decided here.
+
+Floor, with u = the bytes of one stream `[N, L, C]` and d blocks, for a step that trains adapters over a frozen trunk:
+20 bytes a trainable parameter (weight, gradient, two moments, average), the frozen weights (2 bytes each, 0.52 in
+nf4, and one block's dense copy), the block inputs that are kept, and the working set of one block's backward: its
+input, the gradient that flows, the adapter's output and three quarter-width tensors of it, one gradient (5 u), with
+one piece of some chunks inside attention and MLP (`recompute.SEGMENT_ELEMENTS`, about 32 bytes an element). Kept are
+
+* `segments`: d u, and no forward twice but what the backward reads;
+* `two_level`: m u with m (m + 1) / 2 >= d - 1, so 9 u of 40: the inputs of the groups whose lengths fall from the
+  front (9, 8, .. 1), since by the backward of an early group those of the later ones are gone, which is less than
+  groups of equal length need (12 u); (d - m) / d of the forward is run twice;
+* `offload`: none here, all in pinned main memory: d u out and in again over the bus, beside the computation.
+
+For v2-g (768 x 160^2, one video) u = 125 MiB, so 4.9, 1.1 and 0 GiB are kept, beside a working set of 0.9 GiB, 0.5 GiB
+of codes and 1.4 GiB for what trains: floors of 3.8 and 2.8 GiB for the last two. Measured on an H200 (2026-11-21,
+torch 2.11): 3.89 GiB in 0.862 s and 3.15 GiB in 0.701 s; `segments`, which keeps attention outputs too, 10.42 GiB in
+0.659 s.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorkeep.detection.model._recompute import Link, random_state, replay
+from tensorkeep.errors import TensorkeepError
+
+Bound = tuple[Link, Sequence[Tensor]]  # a part of the network and those of its parameters that train
+Again = Callable[[int, Tensor], Tensor]  # runs link i again from its input
+
+
+def group_starts(count: int) -> list[int]:
+    """First links of the groups of `two_level`: lengths 1, 2, 3, .. from the back, the rest in front.
+
+    >>> group_starts(11)
+    [0, 1, 5, 8, 10]
+    """
+    starts, length = [], 1
+    while count > 0:
+        count = max(0, count - length)
+        starts.append(count)
+        length += 1
+    return starts[::-1]
+
+
+class HostStore:
+    """Pinned main memory and the stream that copies to and from it; reused from step to step.
+
+    A copy or a pickle of it is a fresh one. Memory is mapped and registered here: torch's own pinned memory is
+    rounded up to a power of two, which would double it.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []  # bytes
+        self.stream: torch.cuda.Stream | None = None
+        self._registered: list[Tensor] = []
+        weakref.finalize(self, _unregister, self._registered).atexit = False  # the process takes it all with it
+
+    def __reduce__(self) -> tuple[type[HostStore], tuple[()]]:
+        return HostStore, ()
+
+    def take(self, size: int) -> Tensor:
+        """At least `size` pinned bytes, with anything in them. Raises TensorkeepError where none can be had."""
+        for index, buffer in enumerate(self.free):
+            if buffer.nbytes >= size:
+                return self.free.pop(index)
+        try:
+            buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        except OSError as error:
+            raise _no_memory(size, str(error)) from error
+        code = int(_cuda().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+        if code != 0:
+            raise _no_memory(size, f"CUDA error {code}")
+        self._registered.append(buffer)
+        return buffer
+
+    def side(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream of the copies."""
+        if self.stream is None or self.stream.device != device:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self.stream
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _unregister(buffers: list[Tensor]) -> None:
+    for buffer in buffers:
+        _cuda().cudaHostUnregister(buffer.data_ptr())
+
+
+def _no_memory(size: int, why: str) -> TensorkeepError:
+    what = f"{size / 2**20:.0f} MiB of main memory cannot be pinned for a block's input ({why})"
+    return TensorkeepError(what, where="vit.checkpointing", hint="checkpointing: two_level keeps less, and on the GPU")
+
+
+class Kept:
+    """The inputs of a chain's links between forward and backward: of groups, or with a `host` of all, there.
+
+    Without a GPU there is nowhere to put anything: a `host` then means that all stay where they are.
+    """
+
+    def __init__(self, host: HostStore | None) -> None:
+        self.host = host
+        self.everything = host is not None
+        self.inputs: dict[int, Tensor] = {}
+        self.buffers: dict[int, Tensor] = {}  # main memory
+        self.starts: set[int] = set()
+        self.moving: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+
+    def begin(self, count: int, x: Tensor) -> None:
+        """Before the forward of `count` links, all with inputs of the form of `x`."""
+        self.like = torch.empty_like(x, device="meta")
+        self.device = x.device
+        self.host = self.host if x.is_cuda else None
+        self.starts = set(range(count) if self.everything else group_starts(count))
+
+    def put(self, index: int, x: Tensor) -> None:
+        """Keep the input of link `index`, or do not, as is the plan."""
+        if self.host is None:
+            if index in self.starts:
+                self.inputs[index] = x
+            return
+        buffer = self.host.take(x.nbytes)
+        event = self._copy(self.host, self._form(buffer), x)
+        self.buffers[index] = buffer
+        self.settle()  # the input before this one may go
+        self.moving[index] = (x, event)
+
+    def settle(self) -> None:
+        """What was on its way to main memory is there, for all that comes later on this stream."""
+        for x, event in self.moving.values():
+            torch.cuda.current_stream(x.device).wait_event(event)
+        self.moving.clear()
+
+    def get(self, index: int, again: Again) -> Tensor:
+        """The input of link `index`, given up; called from the last link to the first, in the backward."""
+        if self.host is not None:
+            self._fetch(index, self.host)
+            x, event = self.moving.pop(index)
+            torch.cuda.current_stream(self.device).wait_event(event)
+            if index:
+                self._fetch(index - 1, self.host)
+            return x
+        start = max((at for at in self.inputs if at <= index), default=None)
+        if start is None:
+            raise _gone()
+        for at in range(start, index):
+            self.inputs[at + 1] = again(at, self.inputs[at])
+        return self.inputs.pop(index)
+
+    def _fetch(self, index: int, host: HostStore) -> None:
+        if index in self.moving:
+            return
+        if index not in self.buffers:
+            raise _gone()
+        buffer, x = self.buffers.pop(index), torch.empty_like(self.like, device=self.device)
+        self.moving[index] = (x, self._copy(host, x, self._form(buffer)))
+        host.free.append(buffer)  # whoever takes it writes on the same stream, later
+
+    def _copy(self, host: HostStore, to: Tensor, x: Tensor) -> torch.cuda.Event:
+        side = host.side(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            to.copy_(x, non_blocking=True)
+        event: torch.cuda.Event = side.record_event()
+        return event
+
+    def _form(self, buffer: Tensor) -> Tensor:
+        return buffer[: self.like.nbytes].view(self.like.dtype).view(self.like.shape)
+
+    def __del__(self) -> None:
+        # a forward whose backward never came
+        if self.host is not None:
+            self.host.free.extend(self.buffers.values())
+
+
+def _gone() -> TensorkeepError:
+    hint = "run the forward again, or use checkpointing: segments with retain_graph"
+    return TensorkeepError("a backward went through this graph already", where="vit.checkpointing", hint=hint)
+
+
+def run_chain(links: Sequence[Bound], stream: list[Tensor], kept: Kept, own: bool) -> Tensor:
+    """The tensor in `stream`, `[N, L, C]`, through `links` in order; `stream` is emptied, so that it can be freed.
+
+    Links in front of all that trains run forward only. `own`: the gradient that comes back is nobody else's and may
+    be overwritten.
+    """
+    x = stream.pop()
+    first = 0
+    if not x.requires_grad:
+        trains = [index for index, (_, parameters) in enumerate(links) if parameters]
+        first = trains[0] if trains and torch.is_grad_enabled() else len(links)
+    elif not torch.is_grad_enabled():
+        first = len(links)
+    with torch.no_grad():
+        for link, _ in links[:first]:
+            x = link.forward(x)[0]
+    if first == len(links):
+        return x
+    box, lead = [x], x if x.requires_grad else None
+    del x
+    out: Tensor = _Chain.apply(links[first:], kept, own, box, lead, *chain(*(p for _, p in links[first:])))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        links: Sequence[Bound],
+        kept: Kept,
+        own: bool,
+        box: list[Tensor],
+        _lead: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        x = box.pop().detach()
+        ctx.links, ctx.kept, ctx.own, ctx.random = links, kept, own, []
+        ctx.save_for_backward(*parameters)
+        kept.begin(len(links), x)
+        for index, (link, _) in enumerate(links):
+            kept.put(index, x)
+            ctx.random.append(random_state(x) if link.random else None)
+            x = link.forward(x)[0]
+        kept.settle()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        def again(index: int, x: Tensor) -> Tensor:
+            with replay(x, ctx.random[index]):
+                return ctx.links[index][0].forward(x)[0]  # type: ignore[no-any-return]
+
+        parameters = list(ctx.saved_tensors)
+        found: list[Tensor | None] = []
+        grad: Any = grads[0].contiguous()
+        own = ctx.own or grad is not grads[0]
+        for index in range(len(ctx.links) - 1, -1, -1):
+            link, trainable = ctx.links[index]
+            at = len(parameters) - len(trainable)
+            x = ctx.kept.get(index, again)
+            with replay(x, ctx.random[index]):
+                wanted = index > 0 or ctx.needs_input_grad[4]
+                grad, more = link.backward(x, parameters[at:], None, grad, wanted, own)
+            del parameters[at:], x
+            found[:0], own = more, True
+        return (None, None, None, None, grad, *found)

@@ -1,0 +1,204 @@
+"""Segments of a ViT whose linears are frozen, with a backward written by hand.
+
+A frozen linear needs its weight for the backward, not its input. So nothing is kept of a block but the input of the
+adapter before it (and, where memory allows, the attention output), and the backward recomputes only what it reads:
+the norms, q, k, v, the sum after attention, and fc1's output; never fc2, and the attention output only if not kept.
+Weights held as 4- or 8-bit codes are made numbers once a block and direction, before its pieces: 64 MB written and
+read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all that exist at a time.
+
+Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
+n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m). The row operations and
+GELU move about 68 n C elements more, at 4.3 TB/s, adapter included. For a whole ViT-L (24 blocks, n = 76,800) that is
+197 + 60 ms; measured on an H200 (2026-11-21, torch 2.11): about 340 ms. Of the 83 ms between, attention is 50 (cuDNN's kernel
+reaches 290 TFLOP/s at L = 800, d = 64), the matrix products 20 (690 TFLOP/s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tensorkeep.detection.model._attention import Attended, attend, attend_backward, choose_kernel
+from tensorkeep.detection.model._fused import add_branch, add_norm, norm_backward
+from tensorkeep.detection.model._recompute import random_state, replay, slices
+
+Branch = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FrozenTrunk:
+    """Attention and MLP of one block, none of whose weights train; `qkv`, `proj`, `fc1`, `fc2`: weight and bias."""
+
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    qkv: tuple[Tensor, Tensor]
+    proj: tuple[Tensor, Tensor]
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+    heads: int
+
+    def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[n, L, C]` to q, k, v, each `[n, heads, L, d]`, views of one tensor."""
+        n, length, _ = normed.shape
+        q, k, v = F.linear(normed, *self.qkv).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, kept: Sequence[Tensor | None], out: Tensor, keep: bool
+    ) -> Attended | None:
+        """Writes the block of `x + branch` to `out`; returns the attention's part where asked. All `[n, L, C]`."""
+        x, normed = add_norm(x, branch, None, self.norm1)
+        q, k, v = self.heads_of(normed)
+        done = attend(q, k, v, choose_kernel(q))
+        del q, k, v  # what is not read again is let go of at once: this is where the memory peaks
+        x, normed = add_norm(x, F.linear(_joined(done.out), *self.proj), kept[0], self.norm2)
+        held = done if keep else None
+        del done
+        wide = F.linear(normed, *self.fc1)
+        del normed
+        add_branch(x, F.linear(torch.ops.aten.gelu_(wide), *self.fc2), kept[1], out)
+        return held
+
+    def backward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        kept: Sequence[Tensor | None],
+        done: Attended | None,
+        grad: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Writes the gradient with respect to `x + branch` to `out`, from `grad` at the block's output; `out` may be
+        `grad`."""
+        x, first = add_norm(x, branch, None, self.norm1)
+        heads = None
+        if done is None:
+            heads = self.heads_of(first)
+            done = attend(*heads, choose_kernel(heads[0]))
+        middle, second = add_norm(x, F.linear(_joined(done.out), *self.proj), kept[0], self.norm2)
+        wide = F.linear(second, *self.fc1)
+        del second
+        back = grad @ self.fc2[0]  # [n, L, m]
+        torch.ops.aten.gelu_backward.grad_input(back, wide, grad_input=back)
+        del wide
+        norm_backward(back @ self.fc1[0], middle, self.norm2, grad, kept[1], out)
+        del back, middle
+        q, k, v = heads or self.heads_of(first)
+        del heads, first
+        inner = (out @ self.proj[0]).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        thirds = attend_backward(inner, q, k, v, done)
+        del q, k, v, inner, done
+        joined = torch.cat([_joined(third) for third in thirds], -1)  # [n, L, 3C]
+        del thirds
+        norm_backward(joined @ self.qkv[0], x, self.norm1, out, kept[0], out)
+
+
+def attention_kept(width: int) -> float:
+    """Part of the blocks whose attention output is kept: of all tensors it saves the most time for its bytes.
+
+    A narrow ViT keeps none: there it saves little, and the head already takes most of the memory.
+    """
+    return 0.6 if width > 512 else 0.0
+
+
+def _joined(x: Tensor) -> Tensor:
+    """`[n, heads, L, d] -> [n, L, C]`, without a copy for the layout that the kernels write."""
+    return x.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What hangs between two kept tensors: `x + branch(x)` over all chunks, then `trunk`, `size` chunks at a time.
+
+    `trunk`: makes the weights ready, for one pass; None: there is nothing after the branch. `keep`: whether the
+    attention output is kept; `random`: whether `branch` draws random numbers.
+    """
+
+    branch: Branch | None
+    trunk: Callable[[], FrozenTrunk] | None
+    kept: tuple[Tensor | None, Tensor | None]
+    size: int
+    keep: bool
+    random: bool
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Attended]]:
+        """`[N, L, C] -> [N, L, C]`, and each piece's attention where it is to be kept."""
+        branch = self.branch(x) if self.branch is not None else None
+        if self.trunk is None:
+            return x if branch is None else x + branch, []
+        trunk, out, held = self.trunk(), torch.empty_like(x), []
+        for part in slices(len(x), self.size):
+            done = trunk.forward(x[part], _cut(branch, part), self._kept(part), out[part], self.keep)
+            if done is not None:
+                held.append(done)
+        return out, held
+
+    def backward(
+        self, x: Tensor, parameters: Sequence[Tensor], held: Sequence[Attended], grad: Tensor, wants_x: bool, own: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """See `Link.backward`."""
+        with torch.autocast(x.device.type, enabled=False):
+            if self.branch is None:
+                return self._below(x, None, held, grad, own), []
+            leaf = x.detach().requires_grad_(wants_x)
+            with torch.enable_grad():
+                branch = self.branch(leaf)
+            back = self._below(x, branch.detach(), held, grad, own)
+            wanted = [leaf, *parameters] if wants_x else parameters
+            found: list[Tensor | None] = list(torch.autograd.grad(branch, wanted, back, allow_unused=True))
+        if not wants_x:
+            return None, found
+        lead = found.pop(0)
+        if lead is None:
+            return back, found
+        return (back.add_(lead) if own or back is not grad else lead.add_(back)), found
+
+    def _below(self, x: Tensor, branch: Tensor | None, held: Sequence[Attended], grad: Tensor, own: bool) -> Tensor:
+        """Gradient with respect to `x + branch`; written over `grad` where that is allowed."""
+        if self.trunk is None:
+            return grad
+        trunk, out = self.trunk(), grad if own else torch.empty_like(x)
+        for index, part in enumerate(slices(len(x), self.size)):
+            done = held[index] if held else None
+            trunk.backward(x[part], _cut(branch, part), self._kept(part), done, grad[part], out[part])
+        return out
+
+    def _kept(self, part: slice) -> list[Tensor | None]:
+        return [_cut(factor, part) for factor in self.kept]
+
+
+def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]
+
+
+def run_frozen(segment: Segment, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """`x [N, L, C]` through `segment`; `parameters` are those of its branch that may train."""
+    trainable = [p for p in parameters if p.requires_grad]
+    if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
+        with torch.no_grad():
+            return segment.forward(x)[0]
+    out: Tensor = _Frozen.apply(segment, x, *trainable)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, segment: Segment, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.segment = segment
+        ctx.random = random_state(x) if segment.random else None
+        ctx.save_for_backward(x, *parameters)
+        out, ctx.held = segment.forward(x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        with replay(x, ctx.random):
+            grad = grads[0].contiguous()
+            lead, found = ctx.segment.backward(x, parameters, ctx.held, grad, ctx.needs_input_grad[1], False)
+        return (None, lead, *found)

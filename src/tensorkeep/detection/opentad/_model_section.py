@@ -1,0 +1,177 @@
+"""OpenTAD's model, optimizer and scheduler sections (plain dicts) as our configs.
+
+Only what changes a number is read; whatever we do not compute the same way is refused by name, not ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensorkeep.detection.model.adapters import AdapterConfig, Tuning
+from tensorkeep.detection.model.detector import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
+from tensorkeep.detection.model.head import HeadConfig
+from tensorkeep.detection.model.projection import ProjectionConfig
+from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.vit import VitConfig
+from tensorkeep.errors import TensorkeepError
+
+Section = Mapping[str, Any]
+_LOSSES = {"DIOULoss": "diou", "GIOULoss": "giou"}
+_BACKBONES = ("VisionTransformerAdapter", "VisionTransformer", "VisionTransformerCP")
+
+
+def detector_config(model: Section) -> DetectorConfig:
+    """The `model` dict of an OpenTAD config, with its bases merged.
+
+    Raises TensorkeepError for a model other than ActionFormer with an (optional) VideoMAE backbone.
+    """
+    _expect(model, "type", ("ActionFormer",), "model")
+    neck = model.get("neck", {"type": "FPNIdentity"})
+    _expect(neck, "type", ("FPNIdentity",), "model.neck")
+    projection = _projection(model["projection"])
+    backbone = model.get("backbone")
+    return DetectorConfig(projection, _head(model["rpn_head"]), None if backbone is None else backbone_config(backbone))
+
+
+def _projection(section: Section) -> ProjectionConfig:
+    where = "model.projection"
+    _expect(section, "type", ("Conv1DTransformerProj",), where)
+    _expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
+    attention, convolution = section["attn_cfg"], section["conv_cfg"]
+    window = attention["n_mha_win_size"]
+    embed, stem, branch = section.get("arch", (2, 2, 5))
+    rate = section.get("path_pdrop", 0.0)
+    return ProjectionConfig(
+        in_channels=section["in_channels"],
+        channels=section["out_channels"],
+        embed_layers=embed,
+        stem_layers=stem,
+        branch_layers=branch,
+        kernel_size=convolution["kernel_size"],
+        heads=attention["n_head"],
+        windows=tuple(window) if isinstance(window, Sequence) else (window,),
+        drop_path=rate,
+        layer_scale=rate > 0,  # without drop path the original has no layer scale either
+        input_dropout=section.get("input_pdrop", 0.0),
+        proj_dropout=convolution.get("proj_pdrop", 0.0),
+        positions=section.get("use_abs_pe", False),
+        max_length=section.get("max_seq_len", 2304),
+    )
+
+
+def _head(section: Section) -> HeadConfig:
+    where = "model.rpn_head"
+    _expect(section, "type", ("ActionFormerHead", "AnchorFreeHead"), where)
+    points, loss = section["prior_generator"], section["loss"]
+    _expect(points, "type", ("PointGenerator",), f"{where}.prior_generator")
+    _expect(loss["cls_loss"], "type", ("FocalLoss",), f"{where}.loss.cls_loss")
+    _expect(loss["reg_loss"], "type", tuple(_LOSSES), f"{where}.loss.reg_loss")
+    sampled = section.get("center_sample", "radius") == "radius"
+    focal = loss["cls_loss"]
+    return HeadConfig(
+        classes=section["num_classes"],
+        channels=section["feat_channels"],
+        convs=section.get("num_convs", 3),
+        prior=section.get("cls_prior_prob", 0.01),
+        strides=tuple(points["strides"]),
+        ranges=tuple((low, high) for low, high in points["regression_range"]),
+        point_offset=points.get("use_offset", False),
+        centre_radius=section.get("center_sample_radius", 1.5) if sampled else None,
+        near_ties=section.get("filter_similar_gt", True),
+        loss_normalizer=section.get("loss_normalizer", 100),
+        loss_normalizer_momentum=section.get("loss_normalizer_momentum", 0.9),
+        label_smoothing=section.get("label_smoothing", 0.0),
+        focal_alpha=focal.get("alpha", 0.25),
+        focal_gamma=focal.get("gamma", 2.0),
+        regression="diou" if loss["reg_loss"]["type"] == "DIOULoss" else "giou",
+        loss_weight=section.get("loss_weight", 1.0),
+    )
+
+
+def backbone_config(section: Section) -> BackboneConfig:
+    """The `backbone` dict of an OpenTAD model: recogniser, pipelines and the ViT inside."""
+    where = "model.backbone"
+    custom, inner = section.get("custom", {}), section["backbone"]
+    _expect(inner, "type", _BACKBONES, f"{where}.backbone")
+    if not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate"):
+        what = "a ViT without q and v biases, or with dropout, is not built here"
+        raise TensorkeepError(what, where=f"{where}.backbone")
+    adapted = inner["type"] == "VisionTransformerAdapter"
+    frozen: Tuning = "none" if custom.get("freeze_backbone", False) else ("adapter" if adapted else "all")
+    dim, frames = inner["embed_dims"], inner.get("num_frames", 16)
+    normalise = section.get("data_preprocessor", {})
+    defaults = VitConfig()
+    vit = VitConfig(
+        image_size=inner.get("img_size", 224),
+        patch_size=inner.get("patch_size", 16),
+        embed_dim=dim,
+        depth=inner["depth"],
+        heads=inner["num_heads"],
+        mlp_dim=int(dim * inner.get("mlp_ratio", 4)),
+        chunk_frames=frames,
+        tubelet=inner.get("tubelet_size", 2),
+        drop_path=inner.get("drop_path_rate", 0.0),
+        eps=inner.get("norm_cfg", {}).get("eps", 1e-6),
+        mean=tuple(normalise.get("mean", defaults.mean)),
+        std=tuple(normalise.get("std", defaults.std)),
+    )
+    # OpenTAD's own default, should a config not say
+    blocks = tuple(inner.get("adapter_index", (3, 5, 7, 11)))
+    return BackboneConfig(
+        vit=vit,
+        adapter=AdapterConfig(blocks=blocks) if adapted else None,
+        tuning=frozen,
+        checkpointing="segments" if inner.get("with_cp", False) else "none",
+        output_length=_output_length(custom, inner, frames, where),
+    )
+
+
+def _output_length(custom: Section, inner: Section, frames: int, where: str) -> int:
+    """Grid steps after the pipelines; checks that they are the ones computed here."""
+    steps = {step["type"]: step for step in custom.get("post_processing_pipeline", ())}
+    chunks = steps.get("Rearrange", {}).get("t1")
+    reduced = steps.get("Reduce", {}).get("reduction")
+    if reduced != "mean" or chunks is None or set(steps) - {"Reduce", "Rearrange", "Interpolate"}:
+        what = "post_processing_pipeline is not: mean over space, join the chunks, interpolate"
+        raise TensorkeepError(what, where=f"{where}.custom")
+    total = inner.get("total_frames", chunks * frames)
+    if total != chunks * frames:
+        what = f"total_frames {total} is not {chunks} chunks of {frames} frames"
+        raise TensorkeepError(what, where=f"{where}.backbone")
+    own = total // inner.get("tubelet_size", 2)
+    return int(steps["Interpolate"]["size"]) if "Interpolate" in steps else own
+
+
+def optimizer_config(optimizer: Section, clip_norm: float = 1.0) -> OptimizerConfig:
+    """The `optimizer` dict of an OpenTAD config (AdamW with parameter-wise groups)."""
+    _expect(optimizer, "type", ("AdamW",), "optimizer")
+    backbone = optimizer.get("backbone", {})
+    rules = [GroupRule(rule["name"], rule["lr"], rule["weight_decay"]) for rule in backbone.get("custom", ())]
+    if backbone.get("lr") and "backbone" not in backbone.get("exclude", ()):
+        rules.append(GroupRule("", backbone["lr"], backbone["weight_decay"]))
+    return OptimizerConfig(
+        lr=optimizer["lr"],
+        weight_decay=optimizer["weight_decay"],
+        backbone=tuple(rules),
+        betas=tuple(optimizer.get("betas", (0.9, 0.999))),
+        eps=optimizer.get("eps", 1e-8),
+        clip_norm=clip_norm,
+    )
+
+
+def schedule_config(scheduler: Section, end_epoch: int | None = None) -> ScheduleConfig:
+    """The `scheduler` dict of an OpenTAD config; `end_epoch` is its workflow's."""
+    _expect(scheduler, "type", ("LinearWarmupCosineAnnealingLR",), "scheduler")
+    floor = scheduler.get("eta_min", 1e-8)
+    return ScheduleConfig(scheduler["warmup_epoch"], scheduler["max_epoch"], end_epoch, floor)
+
+
+def _expect(section: Section, key: str, known: tuple[str, ...], where: str) -> None:
+    value = section.get(key)
+    # mmaction's registry prefix
+    bare = value.removeprefix("mmaction.") if isinstance(value, str) else value
+    if bare not in known:
+        hint = f"known: {', '.join(known)}"
+        raise TensorkeepError(f"{key} {value!r} is not one that is built here", where=where, hint=hint)

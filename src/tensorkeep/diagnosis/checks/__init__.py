@@ -1,0 +1,106 @@
+"""Checks: one file a code. Its docstring is `tensorkeep explain CODE`; its `check(case)` yields findings.
+
+The order of CODES is the order in which codes speak where two could fit (design §6): a check claims the tensors that
+it explains, and later checks see only what is left. Within a letter the order is ours: what changes all names speaks
+before single names, what changes a shape on purpose before a shape that merely differs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+from tensorkeep.errors import TensorkeepError, near_misses
+
+_WORDS = {
+    "F01": "incomplete",
+    "F02": "truncated",
+    "F05": "file_missing",
+    "F06": "path_escapes",
+    "F04": "unsafe_pickle",
+    "F07": "index_disagrees",
+    "F03": "digest_differs",
+    "F08": "another_step",
+    "K08": "wrong_state",
+    "K03": "wrapper_prefix",
+    "K04": "root_differs",
+    "K06": "naming_differs",
+    "K05": "nothing_would_load",
+    "K07": "dropped_by_loader",
+    "K01": "missing_tensor",
+    "K02": "unexpected_tensor",
+    "S02": "vocabulary",
+    "S03": "transposed",
+    "S01": "shape_differs",
+    "S04": "dtype_differs",
+    "T02": "wrongly_tied",
+    "T01": "tied_apart",
+    "O01": "rope_layout",
+    "O02": "layer_order",
+    "O03": "tensors_swapped",
+    "O04": "rows_reordered",
+    "V03": "freshly_initialised",
+    "V04": "norm_default",
+    "V05": "all_zeros",
+    "V01": "not_finite",
+    "V07": "corrupted_elements",
+    "V02": "precision_lost",
+    "V06": "values_differ",
+    "C01": "config_differs",
+    "C02": "tokenizer",
+    "C03": "config_missing",
+    "C04": "config_version",
+    "Q01": "state_missing",
+    "Q02": "state_of_another",
+    "Q03": "codes_averaged",
+    "Q04": "frozen_random",
+    "Q05": "geometry_unsafe",
+    "Q06": "state_malformed",
+    "A01": "does_not_fit",
+    "A02": "rank_alpha",
+    "A03": "merged_already",
+    "A04": "another_base",
+    "E01": "equals_model",
+    "E02": "holds_frozen",
+    "E03": "lags",
+    "R01": "rng_missing",
+    "R02": "data_position",
+    "R03": "world_size",
+    "R04": "recipe_changed",
+    "R05": "optimizer_state",
+    "R06": "narrower_weights",
+    "B01": "buffer_uninitialised",
+    "L01": "loss_too_high",
+}
+CODES: dict[str, str] = {code: f"tensorkeep.diagnosis.checks.{code.lower()}_{word}" for code, word in _WORDS.items()}
+# codes of live processes and of a forward: their modules explain, and others call them
+LIVE = ("B01", "L01")
+
+
+def rank(code: str) -> int:
+    """The place of a code in the order of precedence; unknown codes come last."""
+    return list(CODES).index(code) if code in CODES else len(CODES)
+
+
+def explain(code: str) -> str:
+    """The page of a code: the docstring of its check.
+
+    >>> explain("K01").splitlines()[0].split(":")[0]
+    'K01 missing tensor'
+    """
+    wanted = code.upper()
+    if wanted not in CODES:
+        raise TensorkeepError(
+            f"no code {code!r}", hint=near_misses(wanted, CODES) or f"known: {', '.join(sorted(CODES))}"
+        )
+    return inspect.cleandoc(importlib.import_module(CODES[wanted]).__doc__ or "")
+
+
+def title(code: str) -> str:
+    """The few words that name a code, from the first line of its page.
+
+    >>> title("K01")
+    'missing tensor'
+    """
+    first = explain(code).splitlines()[0]
+    return first.removeprefix(code).partition(":")[0].strip()

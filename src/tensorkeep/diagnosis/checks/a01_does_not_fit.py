@@ -1,0 +1,98 @@
+"""A01 adapter does not fit the base: modules that the base lacks, or of another shape.
+
+What it is
+    Every low-rank pair (A: rank x in, B: out x rank) names a module; the base must have a weight [out, in] there. The
+    same holds for DoRA's magnitudes (one an output) and for whole modules saved beside the pairs.
+
+How it happens
+    Another base of the same family (other width, fewer layers, fewer key/value heads), a base under other names
+    (`model.` or `module.` in front, fused or split projections), an adapter of a model with experts on a dense one.
+
+How it shows
+    PEFT raises for shapes. For names it only warns: pairs without a module are dropped, and modules without a pair
+    keep a fresh one that does nothing; half an adapter loads with one UserWarning. MiniMind's loader is silent.
+
+What to do
+    Load it on the base that it was trained on. `tensorkeep diff` shows how two bases differ in names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tensorkeep.diagnosis.evidence.adapters import Adapter, Base, checkpoint_adapter, sides
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.errors import near_misses
+from tensorkeep.findings import Finding
+from tensorkeep.formats.names import grouped
+
+CODE = "A01"
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Pairs without a module in the base, and shapes that differ. Says so where there is no base to look at."""
+    found = sides(case)
+    if found is None:
+        if checkpoint_adapter(case) is not None:
+            yield Finding(
+                CODE,
+                "info",
+                "an adapter alone: whether it fits a base was not looked at; give the base with --reference",
+            )
+        return
+    adapter, base, _ = found
+    missing, shapes = _compare(adapter, base)
+    if missing:
+        hint = near_misses(missing[0], base.hubs)
+        total = len(adapter.pairs) + len(adapter.embeddings) + len(adapter.saved)
+        yield Finding(
+            CODE,
+            "error",
+            f"{len(missing)} of the adapter's {total} modules are not in the base: {', '.join(grouped(missing)[:4])}"
+            + (f"; {hint}" if hint else ""),
+            missing,
+            {"missing": len(missing), "modules": total},
+        )
+    if shapes:
+        name, (wanted, there) = next(iter(shapes.items()))
+        yield Finding(
+            CODE,
+            "error",
+            f"{len(shapes)} modules have another shape in the base: {name} is {list(there)} there, the adapter was made for {list(wanted)}",
+            list(shapes),
+            {n: {"adapter": list(w), "base": list(t)} for n, (w, t) in list(shapes.items())[:32]},
+        )
+
+
+def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Weights that the base lacks, and those of another shape with (the adapter's, the base's)."""
+    missing: list[str] = []
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for name, wanted in _wanted(adapter).items():
+        there = base.shape(name)
+        if there is None:
+            missing.append(name)
+        elif (
+            there
+            and len(there) == len(wanted)
+            and there != wanted
+            and not (adapter.document.get("fan_in_fan_out") and there == wanted[::-1])
+        ):
+            shapes[name] = wanted, there  # of another number of dimensions: experts in one tensor, which pairs may span
+    return missing, shapes
+
+
+def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The shape that each weight of the base must have, by name."""
+    out: dict[str, tuple[int, ...]] = {}
+    for module, (a, b) in adapter.pairs.items():
+        first, second = adapter.view[a].shape, adapter.view[b].shape
+        if len(first) >= 2 and len(second) >= 2:
+            out[f"{module}.weight"] = (second[0], *first[1:])
+    for module, (a, b) in adapter.embeddings.items():
+        first, second = adapter.view[a].shape, adapter.view[b].shape
+        if len(first) == 2 and len(second) == 2:
+            out[f"{module}.weight"] = (first[1], second[0])
+    for name, stored in adapter.saved.items():
+        out[name] = adapter.view[stored].shape
+    return out

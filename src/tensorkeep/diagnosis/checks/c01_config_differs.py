@@ -1,0 +1,61 @@
+"""C01 config differs: a field that changes what the model computes is not the reference's, or not the weights'.
+
+What it is: RoPE's theta or scaling, eps, heads, head size, activation, tie, vocabulary, experts chosen, windows.
+Spellings of both eras of transformers are brought together first; dtype, cache and version fields do not count.
+How it happens: a config of a sibling was copied; a program has its own table of sizes (torchtitan's llama3 1B and 3B
+have RoPE factor 8 where Llama 3.2 says 32); a default filled in what was not written.
+How it shows: every tensor is equal. theta 1e4 for 1e5: +0.1 of loss in short texts, more in long ones; linear scaling
+x4: +1.7; gelu for silu: +1.2; eps 1e-2: +0.4; heads regrouped: +6.
+What to do: take the reference's config.json, unless the change is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.config_fields import against_shapes, differences
+from tensorkeep.findings import Finding
+
+CODE = "C01"
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Fields beside the reference's; and a config that its own weights contradict."""
+    yield from case.told(CODE)
+    if case.config is None or case.view is None:
+        return
+    found: dict[str, tuple[Any, Any]] = {}
+    against = "the weights"
+    shapes = {n: h.shape for n, h in case.tensors.items() if n not in case.packed}
+    for field, sides in against_shapes(case.config, shapes).items():
+        # a field that the reference's config has as well is right, and other checks say what is wrong with the weights
+        if not _explained(case, field) and (
+            case.reference_config is None or case.reference_config.get(field) != case.config.get(field)
+        ):
+            found[field] = sides
+    if case.reference_config is not None:
+        against = "the reference's" if not found else "the weights and the reference's"
+        found |= {k: v for k, v in differences(case.config, case.reference_config).items() if not _explained(case, k)}
+    if not found:
+        return
+    shown = ", ".join(f"{k} {mine!r} (is {theirs!r})" for k, (mine, theirs) in list(found.items())[:4])
+    copy = (
+        f"cp {case.reference.path}/config.json {case.path}/"
+        if case.reference is not None and case.reference_config is not None
+        else None
+    )
+    yield Finding(
+        CODE,
+        "error",
+        f"config.json differs from {against} in {len(found)} fields: {shown}",
+        (),
+        {"fields": {k: {"config": mine, "expected": theirs} for k, (mine, theirs) in found.items()}},
+        explains=["C02"],
+        fix=copy,
+    )
+
+
+def _explained(case: Case, field: str) -> bool:
+    return f"config:{field}" in case.claims

@@ -1,0 +1,65 @@
+"""F03 digest differs: content is not what its certificate, manifest or checksum says.
+
+What it is: the bytes of a tensor have another digest than `tensorkeep.json` recorded when they were written, or they do
+not fit the CRC-32 in their own torch.save archive (which torch writes and never checks).
+How it happens: a bad disk, cable or memory; a file edited or replaced after it was certified.
+How it shows: not at all. The checkpoint loads.
+What to do: copy it again from where it was certified. Other findings on the same tensors say what changed in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from tensorkeep.conversion.proof import read_certificate
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.survey import SAME, THREADS
+from tensorkeep.diagnosis.verification import against_crc
+from tensorkeep.findings import Finding
+from tensorkeep.formats.names import strip_root
+from tensorkeep.storage import run_manifest
+from tensorkeep.storage.files import LocalFolder
+
+CODE = "F03"
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Digests of the certificate; where there is none, and no reference that shows more, the archives' own CRC-32.
+
+    With a reference, only tensors that differ from it are digested: the others are proven already.
+    """
+    yield from case.told(CODE)
+    if case.view is None:
+        return
+    if "run" in case.view.metadata and isinstance(case.view.folder, LocalFolder):
+        yield from run_manifest.findings(case.view.folder.path, case.progress)
+        return
+    certificate = read_certificate(case.view)
+    if certificate is None:
+        if case.reference is None:
+            yield from against_crc(case.view, case.progress)
+        return
+    same = {case.stored(n) for n, sight in case.sights.items() if sight.status in SAME}
+    tensors = certificate["tensors"]
+    assert isinstance(tensors, dict)
+    root = certificate.get("root")
+    wanted = {n: tensors[c] for n in case.view if (c := _certified(n, root, tensors)) is not None and n not in same}
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = dict(zip(wanted, pool.map(case.view.digest, wanted)))
+    changed = [n for n, digest in digests.items() if digest != wanted[n].get("xxh3_128")]
+    if changed:
+        message = f"{len(changed)} tensors are not what the certificate says: changed after they were written"
+        yield Finding(
+            CODE,
+            "error",
+            message,
+            changed,
+            {"digested": len(wanted)},
+            fix="copy the checkpoint again from where it was certified",
+        )
+
+
+def _certified(stored: str, root: object, tensors: dict[str, object]) -> str | None:
+    bare = strip_root(stored, root) if isinstance(root, str) and root else None
+    return next((n for n in (stored, bare) if n is not None and n in tensors), None)

@@ -1,0 +1,66 @@
+"""K02 unexpected tensor: the checkpoint holds a name that neither the reference nor the config's architecture has.
+
+What it is: a tensor that no parameter or persistent buffer of the model is waiting for.
+How it happens: a non-persistent buffer was saved (`rotary_emb.inv_freq`, through named_buffers()); a layer or a head of
+another model was left in; a name was misspelt, and then the right one is missing (K01).
+How it shows: strict loads refuse it, DCP never asks for it, transformers warns.
+What to do: leave it out by name: `tensorkeep convert CKPT OUT --to hf --drop NAME`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.expectation import missing, model_stored, unexpected
+from tensorkeep.findings import Finding, Severity
+
+CODE = "K02"
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Names that nobody expects, computed buffers among them."""
+    yield from case.told(CODE)
+    if case.view is None or not model_stored(case):
+        return
+    extra = [n for n in unexpected(case) if n not in case.claims]
+    buffers = _buffers(case)
+    if not extra and not buffers:
+        return
+    names = [*extra, *buffers]
+    lost = missing(case)
+    near = {n: close for n in extra[:20] if (close := difflib.get_close_matches(n, lost, 2, 0.75))}
+    evidence: dict[str, object] = {
+        "unexpected": len(names),
+        "computed_buffers": len(buffers),
+        **({"near": near} if near else {}),
+    }
+    # a buffer that the model computes anew is harmless where nothing was said of what should be there
+    severity: Severity = "error" if extra or case.reference is not None else "info"
+    to = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
+    what = "buffers that the model computes from its config" if not extra else "tensors that nothing asks for"
+    yield Finding(
+        CODE,
+        severity,
+        f"{len(names)} {what}",
+        names,
+        evidence,
+        fix=f"tensorkeep convert {case.path} OUT --to {to} --drop '{_stored(case, names[0])}'",
+    )
+
+
+def _buffers(case: Case) -> list[str]:
+    """Stored buffers that are no part of a model: surprising unless the reference has them, or the naming's era did."""
+    if case.identity is None or case.identity.naming not in (None, "hf"):
+        return []
+    clean = case.identity.names
+    mine = [clean.get(s.parts[0].name, s.parts[0].name) for s in case.left_out if s.reason.startswith("a buffer")]
+    others = case.reference_identity.names if case.reference_identity is not None else {}
+    theirs = {others.get(s.parts[0].name, s.parts[0].name) for s in case.reference_left_out}
+    return [n for n in mine if n not in theirs]
+
+
+def _stored(case: Case, name: str) -> str:
+    names = case.identity.names if case.identity is not None else {}
+    return next((stored for stored, clean in names.items() if clean == name), case.stored(name))

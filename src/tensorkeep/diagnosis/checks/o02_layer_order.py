@@ -1,0 +1,110 @@
+"""O02 layer order: layers were swapped, shifted, reversed or sorted as text.
+
+What it is: every tensor of a layer holds the content of another layer of the reference.
+How it happens: `sorted()` over names puts layers.10 before layers.2; a stack counted from 1 met one counted from 0;
+pipeline stages were gathered in the wrong order.
+How it shows: nothing by name or shape. Two neighbours in the middle: +0.1 of loss. Text order: +9. Shifted: +9.
+What to do: put them back; the fix below does where every layer of the reference is there once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.sources import layer_of, sources
+from tensorkeep.diagnosis.evidence.words import is_norm
+from tensorkeep.findings import Finding
+
+CODE = "O02"
+_AGREED = 0.8  # part of a layer's differing matrices that must hold one and the same other layer
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Layers whose tensors, matched by content, belong to another layer."""
+    if case.reference is None:
+        return
+    layered = [n for n in case.differing() if layer_of(n)]
+    votes: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    moved: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for name in layered:
+        stack, layer, _ = _split(name)
+        moved[stack, layer].append(name)
+    for name, source in sources(case, layered).items():
+        stack, layer, kind = _split(name)
+        other = layer_of(source.name)
+        if other is not None and other[0] == stack and other[2] == kind:
+            votes[stack, layer][other[1]] += 1
+    holds: dict[str, dict[int, int]] = defaultdict(dict)
+    names: list[str] = []
+    for (stack, layer), counted in votes.items():
+        other_layer, times = counted.most_common(1)[0]
+        # norms that were trained cannot be matched by content; they follow their layer
+        if (
+            times >= 2
+            and times >= _AGREED * sum(counted.values())
+            and times >= _AGREED * len([n for n in moved[stack, layer] if not is_norm(n)])
+            and times >= 0.4 * _kinds(case, stack, layer)
+        ):
+            holds[stack][layer] = other_layer
+            names += moved[stack, layer]
+    if not names:
+        return
+    case.claim(names, CODE)
+    case.orders["layers"] = {stack: dict(found) for stack, found in holds.items()}
+    for stack, found in holds.items():
+        yield _finding(case, stack, found, [n for n in names if _split(n)[0] == stack])
+
+
+def _split(name: str) -> tuple[str, int, str]:
+    found = layer_of(name)
+    assert found is not None
+    return found
+
+
+def _kinds(case: Case, stack: str, layer: int) -> int:
+    return sum(n.startswith(f"{stack}{layer}.") for n in case.tensors)
+
+
+def _finding(case: Case, stack: str, found: Mapping[int, int], names: list[str]) -> Finding:
+    layers = sorted({_split(n)[1] for n in case.tensors if layer_of(n) and _split(n)[0] == stack})
+    order = [found.get(n, n) for n in layers]
+    assert case.reference is not None
+    lost = sorted(set(layers) - set(order))
+    return Finding(
+        CODE,
+        "error",
+        f"{len(found)} layers of {stack} hold other layers: {_rule(layers, order)}",
+        names,
+        {"permutation": order, "stack": stack, "rule": _rule(layers, order), **({"lost": lost} if lost else {})},
+        explains=["O03", "V06"],
+        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
+    )
+
+
+def _rule(layers: list[int], order: list[int]) -> str:
+    """The order in words.
+
+    >>> _rule([0, 1, 2], [2, 1, 0]), _rule([0, 1, 2], [1, 2, 0]), _rule([0, 1, 2, 3], [0, 2, 1, 3])
+    ('reversed', 'shifted by 1', 'swapped 1 and 2')
+    """
+    count = len(layers)
+    if order == layers[::-1]:
+        return "reversed"
+    if order in (text := sorted(layers, key=str), [text.index(n) for n in layers]) and order != layers:
+        return "sorted as text (0, 1, 10, 11, 2, ...)"
+    shifts = {(b - a) % count for a, b in zip(layers, order)}
+    if len(shifts) == 1:
+        by = shifts.pop()
+        return f"shifted by {by if by <= count // 2 else by - count}"
+    changed = [n for n, m in zip(layers, order) if n != m]
+    if (
+        len(changed) == 2
+        and order[layers.index(changed[0])] == changed[1]
+        and order[layers.index(changed[1])] == changed[0]
+    ):
+        return f"swapped {changed[0]} and {changed[1]}"
+    if len(changed) == 1:
+        return f"layer {changed[0]} is a copy of layer {order[layers.index(changed[0])]}"
+    return f"layers {order[:32]}{' ...' if count > 32 else ''}"

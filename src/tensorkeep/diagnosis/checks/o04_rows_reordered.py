@@ -1,0 +1,87 @@
+"""O04 rows reordered: the rows (or columns) are the reference's in another order.
+
+What it is: a vocabulary shifted by one, shards of a tensor joined in the wrong order, heads rolled, query heads grouped
+for another number of key/value heads; experts of a stacked tensor permuted.
+How it happens: an id map off by one, ranks sorted as text, a reshape with the groups in the wrong place.
+How it shows: nothing by name or shape. Vocabulary by one: +6 (tied) to +12 of loss; heads regrouped +9; shards +17.
+What to do: put them back; the fix below does, bit for bit, where every row is there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.diagnosis.evidence.case import Array, Case
+from tensorkeep.diagnosis.evidence.orders import Order, describe, find_order, find_order_loosely
+from tensorkeep.diagnosis.evidence.sources import constant, relation_of
+from tensorkeep.findings import Finding
+
+CODE = "O04"
+_LIKELY = 0.98  # r above which no order of many rows can have changed; fewer rows are looked for where most are equal
+LOOSE = 0.5  # r below which rows are looked for by direction: they may have been rounded or trained as well
+_LARGEST = 1 << 27  # elements beyond which columns are not searched: they need a transposed copy
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Orders of rows, then of columns, that make the reference into the tensor; grouped by their rule."""
+    if case.reference is None:
+        return
+    found: dict[str, Order] = {}
+    for name in case.differing(floating=False):
+        order = _order(case, name)
+        if order is not None:
+            found[name] = order
+    if not found:
+        return
+    case.claim(found, CODE)
+    case.orders["rows"] = found
+    unit = architecture.head_dim(case.model_config or {})
+    rules: dict[str, list[str]] = {}
+    evidence: dict[str, object] = {}
+    for name, order in found.items():
+        words, numbers = describe(order, unit)
+        rules.setdefault(words, []).append(name)
+        evidence[name] = numbers
+    lost = {n: o.unmatched for n, o in found.items() if not o.invertible}
+    yield Finding(
+        CODE,
+        "error",
+        "; ".join(f"{words} in {len(names)} tensors" for words, names in list(rules.items())[:3]),
+        list(found),
+        {"orders": dict(list(evidence.items())[:32]), **({"rows_not_found": lost} if lost else {})},
+        explains=["V06"],
+        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
+    )
+
+
+def _order(case: Case, name: str) -> Order | None:
+    mine, theirs = case.pair(name)
+    if mine.ndim == 0 or constant(mine):
+        return None
+    if mine.ndim == 1 or mine.size == max(mine.shape):
+        return _order_of_elements(mine.reshape(-1), theirs.reshape(-1))
+    if relation_of(case, name).correlation > _LIKELY and not _mostly_equal_rows(mine, theirs):
+        return None
+    order = find_order(mine, theirs)
+    if order is None and mine.size <= _LARGEST:
+        order = find_order(mine, theirs, axis=1)
+    if order is None and relation_of(case, name).correlation < LOOSE:
+        order = find_order_loosely(mine, theirs)
+    return order
+
+
+def _order_of_elements(mine: Array, theirs: Array) -> Order | None:
+    """A vector in another order: only where it holds the very same values, since single values say little."""
+    if len(mine) < 8 or not np.array_equal(
+        np.sort(mine.view(f"u{mine.itemsize}")), np.sort(theirs.view(f"u{theirs.itemsize}"))
+    ):
+        return None
+    return find_order(mine, theirs)
+
+
+def _mostly_equal_rows(mine: Array, theirs: Array) -> bool:
+    rows = (mine != theirs).reshape(len(mine), -1).any(axis=1)
+    return bool(rows.mean() < 0.5 and rows.sum() >= 2)

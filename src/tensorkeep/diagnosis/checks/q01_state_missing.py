@@ -1,0 +1,136 @@
+"""Q01 quantization state missing: codes are there, the scales that give them a meaning are not.
+
+What it is
+    A quantized weight is stored as small integers and, beside them, its scales (`absmax`, `SCB`, `weight_scale`), the
+    value of each code and a short description (`quant_state`). Without them the codes cannot be turned into weights.
+
+How it happens
+    bitsandbytes' 4-bit layers write their state but do not consume it when a state dict is loaded, so a strict load
+    of a model's own state dict fails with "Unexpected key(s) ... absmax, quant_map, quant_state". The usual "fix" is
+    to filter those keys out or to load with strict=False. A file saved from the filtered dict keeps the bytes alone.
+
+How it shows
+    Loading into a model that was quantized from other floats gives no error and weights that are wrong by 20 to 230 %
+    (measured); integer codes taken for floats are wrong by a factor of hundreds.
+
+What to do
+    The scales are not in the file and cannot be computed from the codes. Take them from another save of the same
+    quantized model, or quantize the original float weights again. Save with the state (every key), and load with a
+    loader that consumes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tensorkeep.diagnosis.evidence import quantized as quant_evidence
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.findings import Finding
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.storage.record import DTYPES
+
+CODE = "Q01"
+_SCALED_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+_LARGEST_PLAIN = 100.0  # a weight above this was scaled to fill fp8's range; weights of models end near 10
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Codes without scales, and incomplete states."""
+    if case.view is None:
+        return
+    found = quant_evidence.weights(case)
+    broken = {n: [p.message for p in w.problems if p.code == CODE] for n, w in found.items()}
+    broken = {n: messages for n, messages in broken.items() if messages}
+    for name in (*_float8(case, found), *_typed_storage(case, found)):
+        broken[name] = [
+            "packed codes without scales, map and state"
+            if case.view[name].shape[1:] == (1,)
+            else "fp8 codes without their scales"
+        ]
+    if not broken:
+        return
+    names = [quant_evidence.hf_name(case, found[n]) if n in found else _clean(case, n) for n in broken]
+    case.claim(names, CODE)
+    reasons = sorted({m for messages in broken.values() for m in messages})
+    yield Finding(
+        CODE,
+        "error",
+        f"{len(names)} quantized weights cannot be dequantized: {'; '.join(reasons[:3])}",
+        names,
+        {
+            "reasons": reasons,
+            "quantized_weights": len(found),
+            "bytes_of_codes": sum(case.view[n].nbytes for n in broken if n in case.view),
+        },
+        explains=("S01", "S04", "K08"),
+    )
+
+
+def _settings(case: Case) -> Mapping[str, Any]:
+    found = (case.config or {}).get("quantization_config")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _clean(case: Case, name: str) -> str:
+    return case.identity.names.get(name, name) if case.identity is not None else name
+
+
+def _float8(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
+    """fp8 weights without scales that are no plain cast: their siblings or the config have some, or they fill the range."""
+    assert case.view is not None
+    bare = [
+        n
+        for n, r in case.view.items()
+        if r.dtype in quantized.FLOAT8 and n.endswith(".weight") and n not in found and len(r.shape) > 1
+    ]
+    if not bare:
+        return []
+    method = _settings(case).get("quant_method")
+    if method in _SCALED_METHODS or any(w.kind == "fp8" for w in found.values()):
+        return bare
+    return [n for n in bare if _fills_range(case, n)]
+
+
+def _fills_range(case: Case, name: str) -> bool:
+    assert case.view is not None
+    largest = max(
+        (
+            float(np.nanmax(np.abs(np.frombuffer(p, _dtype(case, name)).astype(np.float32))))
+            for p in case.view.stream(name)
+            if len(p)
+        ),
+        default=0.0,
+    )
+    return largest > _LARGEST_PLAIN
+
+
+def _dtype(case: Case, name: str) -> np.dtype[np.generic]:
+    from tensorkeep.formats.view import np_dtype
+
+    assert case.view is not None
+    return np_dtype(case.view[name].dtype)
+
+
+def _typed_storage(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
+    """Packed codes stored as bf16, fp16 or fp32 (quant_storage): a column of floats where the model has a matrix."""
+    assert case.view is not None
+    settings = _settings(case)
+    announced = settings.get("load_in_4bit") is True and settings.get("bnb_4bit_quant_storage", "uint8") != "uint8"
+    out = []
+    for name, record in case.view.items():
+        if (
+            not name.endswith(".weight")
+            or name in found
+            or len(record.shape) != 2
+            or record.shape[1] != 1
+            or not DTYPES[record.dtype].floating
+        ):
+            continue
+        wanted = case.reference_tensors.get(_clean(case, name))
+        elements = int(np.prod(wanted.shape)) if wanted is not None else None
+        if elements == 2 * record.nbytes or (announced and elements is None):
+            out.append(name)
+    return out

@@ -1,0 +1,105 @@
+"""R04 recipe changed: the run's settings are not those the checkpoint was written with.
+
+What it is
+    The settings stored in a checkpoint (its recipe, its optimizer's groups) against the run's `recipe.yaml`, or
+    against those of the reference checkpoint.
+
+How it shows
+    A resumed run that is not a continuation: another schedule (more epochs move the learning rate up: 5.5 times in one
+    measured case), other betas over old moments, other data under an old position.
+
+What to do
+    Resume with the recipe that is stored, or say that the change is meant. Foreign checkpoints store little of their
+    settings: only what they store is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.resume_state import reference_state, resume_state
+from tensorkeep.errors import shown
+from tensorkeep.findings import Finding
+from tensorkeep.formats.view import StateView
+from tensorkeep.storage.files import LocalFolder
+
+CODE = "R04"
+_MOVING = ("lr", "initial_lr", "params", "step")  # of optimizer groups: these change in every run
+_LARGEST_RECIPE = 1 << 20
+_MOST_SETTINGS = 10_000
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """A warning that lists the settings that differ."""
+    state, other = resume_state(case), reference_state(case)
+    if state is None or case.view is None:
+        return
+    mine = state.document.get("recipe")
+    theirs = other.document.get("recipe") if other is not None else _recipe_beside(case.view)
+    where = "the reference's" if other is not None else "recipe.yaml"
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        yield from _said(_different(_flat(mine), _flat(theirs)), where)
+    if other is not None and case.reference is not None:
+        yield from _said(_different(_groups(case.view), _groups(case.reference)), "the reference's optimizer groups")
+
+
+def _said(changed: dict[str, tuple[Any, Any]], where: str) -> Iterator[Finding]:
+    if changed:
+        first = ", ".join(f"{k} {shown(a)} / {shown(b)}" for k, (a, b) in list(changed.items())[:4])
+        evidence = {k: [shown(a), shown(b)] for k, (a, b) in list(changed.items())[:64]}
+        yield Finding(CODE, "warning", f"{len(changed)} settings are not {where}: {first}", (), evidence)
+
+
+def _recipe_beside(view: StateView) -> Any:
+    """The run's recipe.yaml, two folders above a step."""
+    if not isinstance(view.folder, LocalFolder):
+        return None
+    path = Path(view.folder.path).resolve().parent.parent / "recipe.yaml"
+    try:
+        return yaml.safe_load(path.read_bytes()) if path.is_file() and path.stat().st_size <= _LARGEST_RECIPE else None
+    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        return None
+
+
+def _flat(document: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings by dotted name; YAML's aliases can say much with little, so there is an end to it."""
+    out: dict[str, Any] = {}
+    left: list[tuple[str, Any]] = [("", document)]
+    while left and len(out) < _MOST_SETTINGS:
+        name, value = left.pop()
+        if isinstance(value, Mapping) and len(left) < _MOST_SETTINGS:
+            left += [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+        else:
+            out[name] = value
+    return out
+
+
+def _groups(view: StateView) -> dict[str, Any]:
+    """Plain settings of optimizer groups; DCP's are opaque and left out."""
+    out: dict[str, Any] = {}
+    for name, value in view.entries.items():
+        if (
+            ".param_groups." in name
+            and name.rpartition(".")[2] not in _MOVING
+            and isinstance(value, (int, float, bool, str))
+        ):
+            out[name] = value
+        elif (
+            ".param_groups." in name
+            and name.endswith(".betas")
+            and isinstance(value, (tuple, list))
+            and view.format != "dcp"
+        ):
+            out[name] = list(value)
+    return out
+
+
+def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    if not a or not b:
+        return {}
+    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}

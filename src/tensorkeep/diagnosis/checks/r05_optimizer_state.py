@@ -1,0 +1,81 @@
+"""R05 optimizer state missing or by position: moments that are not there, or that only their number ties to a weight.
+
+What it is
+    torch's `optimizer.state_dict()` numbers its states in the order in which parameters were handed over. The names
+    are in another part of the file, or nowhere.
+
+How it shows
+    Missing: Adam starts with zero moments, and its first steps are too large. By position: a model built in another
+    order (a new layer, another list of LoRA targets, groups sorted otherwise) takes the moments of other weights;
+    where shapes agree nothing complains (measured: a moment of 0.1 became 10.0).
+
+What to do
+    Save moments by parameter name. To continue such a file, build the model and its groups exactly as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tensorkeep.conversion.naming import hf
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.resume_state import ResumeState, resume_state
+from tensorkeep.findings import Finding
+
+CODE = "R05"
+HEADS = (hf.HEAD, "output.weight")
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Warnings, with the number of states and of weights, and whether their shapes fit in order."""
+    state = resume_state(case)
+    if state is None:
+        return
+    evidence: dict[str, object] = {"layout": state.layout, **state.position}
+    if not state.optimizer:
+        yield Finding(
+            CODE, "warning", "training state without an optimizer's: moments would start at zero", (), evidence
+        )
+        return
+    numbered = state.by_position
+    if numbered:
+        fits, weights = _in_order(case, state)
+        evidence |= {"states": len(numbered), "weights": weights, "shapes_fit_in_order": fits}
+        order = {
+            True: "their shapes fit the file's own order",
+            False: "their shapes do not fit the file's own order",
+            None: "their number is not that of the weights",
+        }
+        yield Finding(
+            CODE,
+            "warning",
+            f"{len(numbered)} optimizer states go by position, not by name; {order[fits]}",
+            (),
+            evidence,
+        )
+
+
+def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
+    """Whether the moments' shapes are those of the weights (or of the adapter alone) in order; None for another count."""
+    assert case.view is not None and case.identity is not None
+    shapes = [next((r.shape for r in s.values() if r.shape), ()) for _, s in sorted(state.by_position.items())]
+    own = [n for n in case.identity.names if case.view[n].tied_to is None]
+    untied = [n for n in own if not _repeats_embedding(case, n)]
+    candidates = [
+        own,
+        untied,
+        [n for n in case.view if n in case.adapter],
+        [n for n in case.view if n in own or n in case.adapter],
+    ]
+    for names in candidates:
+        if len(names) == len(shapes):
+            return [case.view[n].shape for n in names] == shapes, len(names)
+    return None, len(own)
+
+
+def _repeats_embedding(case: Case, stored: str) -> bool:
+    """Whether this is a head of the embedding's shape: tied, it has no state of its own, and files store it twice."""
+    assert case.view is not None and case.identity is not None
+    shapes = {clean: case.view[n].shape for n, clean in case.identity.names.items()}
+    embedding = next((shapes[n] for n in (hf.EMBEDDING, "tok_embeddings.weight") if n in shapes), None)
+    return case.identity.names.get(stored) in HEADS and case.view[stored].shape == embedding

@@ -1,0 +1,56 @@
+"""V01 NaN or Inf: values that are no numbers.
+
+What it is: elements that are NaN or infinite where the reference's are finite.
+How it happens: training diverged and saved; a cast to fp16 overflowed (65504) or to fp8 e4m3 (448); uninitialised
+memory; a flipped exponent.
+How it shows: every loss is NaN, at once or at the first input that reaches the element.
+What to do: take an earlier checkpoint. Where the rest of the tensor is the reference's, the fix below takes the few
+lost elements from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.scan import not_finite, scan
+from tensorkeep.findings import Finding
+
+CODE = "V01"
+
+
+def check(case: Case) -> Iterator[Finding]:
+    """Counts of NaN and infinity that the reference does not have."""
+    counts: dict[str, tuple[int, int]] = {}
+    if case.reference is not None:
+        for name in case.differing():
+            nan, infinite = not_finite(case.values(name))
+            if (nan or infinite) and (nan, infinite) != not_finite(case.pair(name)[1]):
+                counts[name] = nan, infinite
+    else:
+        counts = {
+            n: (s.nan, s.infinite) for n, s in scan(case).items() if (s.nan or s.infinite) and n not in case.claims
+        }
+    if not counts:
+        return
+    case.claim(counts, CODE)
+    nan, infinite = (sum(c[i] for c in counts.values()) for i in (0, 1))
+    elements = sum(int(np.prod(case.tensors[n].shape)) for n in counts)
+    yield Finding(
+        CODE,
+        "error",
+        f"{nan} NaN and {infinite} infinite values in {len(counts)} tensors",
+        list(counts),
+        {
+            "nan": nan,
+            "infinite": infinite,
+            "of": elements,
+            "tensors": {n: {"nan": c[0], "infinite": c[1]} for n, c in list(counts.items())[:32]},
+        },
+        explains=["V06", "V07"],
+        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}"
+        if case.reference is not None
+        else None,
+    )

@@ -1,0 +1,225 @@
+"""Diff: two checkpoints of any format and naming, tensor by tensor, streamed.
+
+Both sides are brought to hf names and layout first, so a torchtitan DCP and a Hugging Face folder of the same model
+compare equal. Values are compared as stored bytes; only where those differ are numbers computed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.plan import Hub, Step
+from tensorkeep.conversion.planning import to_hub
+from tensorkeep.conversion.streams import pieces
+from tensorkeep.formats.view import StateView, np_dtype
+from tensorkeep.storage.record import DTYPES
+
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass
+class Difference:
+    """One tensor of either side. `status`: equal, values, dtype, shape, only_a, only_b.
+
+    `dtype` means that the dtypes differ; the numbers then say whether the values do. `max_difference` and
+    `relative` (Frobenius norm of the difference over that of B) are None where there is nothing to subtract.
+    """
+
+    name: str
+    status: str
+    a: Hub | None = None
+    b: Hub | None = None
+    different: int = 0
+    max_difference: float | None = None
+    relative: float | None = None
+    same_rows: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"name": self.name, "status": self.status}
+        for side, hub in (("a", self.a), ("b", self.b)):
+            out[side] = (
+                None if hub is None else {"name": hub.parts[0].name, "dtype": hub.dtype, "shape": list(hub.shape)}
+            )
+        numbers = {"max_difference": self.max_difference, "relative_difference": self.relative}
+        finite = {k: v if v is None or math.isfinite(v) else str(v) for k, v in numbers.items()}
+        return out | {"different_elements": self.different, **finite, "same_rows_in_another_order": self.same_rows}
+
+
+@dataclass
+class Pairing:
+    """Two views side by side under hf names; `identities` says how each was read."""
+
+    views: tuple[StateView, StateView]
+    identities: tuple[namings.Identity, namings.Identity]
+    hubs: tuple[dict[str, Hub], dict[str, Hub]]
+    tied: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        a, b = self.hubs
+        return [*a, *(n for n in b if n not in a)]
+
+
+def pair(a: StateView, b: StateView) -> Pairing:
+    """Bring both sides under hf names. A config on either side serves both: heads and ties are the model's."""
+    config = a.config if a.config is not None else b.config
+    identities = (namings.identify(a), namings.identify(b))
+    if config is None and identities[0].naming == identities[1].naming:
+        # both speak the same names: no translation, so no head sizes are needed either
+        identities = (replace(identities[0], naming=None), replace(identities[1], naming=None))
+    dropped: list[Step] = []
+    hubs = tuple(
+        to_hub(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities))
+    )
+    pairing = Pairing((a, b), identities, (hubs[0], hubs[1]))
+    for mine, other in ((hubs[0], hubs[1]), (hubs[1], hubs[0])):
+        # a tied head may be stored once or twice; where one side leaves it out, its embedding stands for it
+        if hf.tied(config) and hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:
+            mine[hf.HEAD] = mine[hf.EMBEDDING]
+            pairing.tied.append(hf.HEAD)
+    return pairing
+
+
+def compare(a: StateView, b: StateView, progress: Callable[[str, int, int], None] | None = None) -> list[Difference]:
+    """Every tensor of either side and how it differs, in natural order of A then B.
+
+    >>> [d.status for d in compare(read("hf"), read("dcp"))]      # doctest: +SKIP
+    ['equal', 'equal', 'values']
+    """
+    pairing = pair(a, b)
+    total = sum(
+        h.parts[0].rows is None and v[h.parts[0].name].nbytes
+        for v, side in zip(pairing.views, pairing.hubs)
+        for h in side.values()
+    )
+    done, out = 0, []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(lambda name: difference(name, pairing), pairing.names):
+            out.append(found)
+            done += sum(v[h.parts[0].name].nbytes for v, h in zip(pairing.views, (found.a, found.b)) if h is not None)
+            if progress:
+                progress("compare", min(done, total), total)
+    return out
+
+
+def difference(name: str, pairing: Pairing) -> Difference:
+    """How one tensor differs between the sides."""
+    a, b = (side.get(name) for side in pairing.hubs)
+    if a is None or b is None:
+        return Difference(name, "only_b" if a is None else "only_a", a, b)
+    if a.shape != b.shape:
+        return Difference(name, "shape", a, b)
+    found = Difference(name, "equal" if a.dtype == b.dtype else "dtype", a, b)
+    sums = _Sums()
+    for x, y in aligned(hub_bytes(a, pairing.views), hub_bytes(b, pairing.views), width(a.dtype), width(b.dtype)):
+        if a.dtype != b.dtype or not np.array_equal(np.frombuffer(x, np.uint8), np.frombuffer(y, np.uint8)):
+            sums.add(x, a.dtype, y, b.dtype)
+    if a.dtype == b.dtype and not sums.touched:
+        found.max_difference = found.relative = 0.0
+        return found
+    found.status = found.status if found.status == "dtype" else "values"
+    found.different, found.max_difference, found.relative = sums.result(lambda: hub_bytes(b, pairing.views), b.dtype)
+    if found.status == "values" and len(a.shape) == 2 and a.dtype == b.dtype:
+        found.same_rows = row_digests(a, pairing.views) == row_digests(b, pairing.views)
+    return found
+
+
+def width(dtype: str) -> int:
+    return max(DTYPES[dtype].bits // 8, 1)
+
+
+def hub_bytes(hub: Hub, views: Sequence[StateView]) -> Iterator[memoryview]:
+    """The bytes of a tensor in hf layout."""
+    for part in hub.parts:
+        yield from pieces(part, views[part.source])
+
+
+def aligned(
+    a: Iterator[memoryview], b: Iterator[memoryview], width_a: int, width_b: int
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Two streams cut so that each pair holds the same elements. The pieces live until the next pair."""
+    x, y = memoryview(b""), memoryview(b"")
+    while True:
+        x = x if len(x) else next(a, x)
+        y = y if len(y) else next(b, y)
+        count = min(len(x) // width_a, len(y) // width_b)
+        if not count:
+            return
+        yield x[: count * width_a], y[: count * width_b]
+        x, y = x[count * width_a :], y[count * width_b :]
+
+
+@dataclass
+class _Sums:
+    """Running figures of a difference. The norm of B is completed only where something differs."""
+
+    touched: bool = False
+    different: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+
+    def add(self, x: memoryview, dtype_x: str, y: memoryview, dtype_y: str) -> None:
+        self.touched = True
+        if _np_dtype_or_none(dtype_x) is None or _np_dtype_or_none(dtype_y) is None:
+            self.different += int(np.count_nonzero(np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)))
+            self.largest = self.squares = math.nan
+            return
+        first, second = as_float(x, dtype_x), as_float(y, dtype_y)
+        with np.errstate(invalid="ignore", over="ignore"):
+            delta = np.abs(first - second)
+            same = (first == second) | (np.isnan(first) & np.isnan(second))
+            delta[same] = 0.0
+            self.different += int(delta.size - np.count_nonzero(same))
+            # max of an array with NaN is NaN, which is what a person should see
+            self.largest = float(np.maximum(self.largest, delta.max())) if delta.size else self.largest
+            self.squares += float(np.square(delta).sum())
+
+    def result(self, again: Callable[[], Iterator[memoryview]], dtype: str) -> tuple[int, float, float]:
+        norm = 0.0
+        if _np_dtype_or_none(dtype) is not None:
+            for piece in again():
+                with np.errstate(invalid="ignore", over="ignore"):
+                    norm += float(np.square(as_float(piece, dtype)).sum())
+        relative = (
+            math.sqrt(self.squares / norm)
+            if norm > 0 and self.squares >= 0
+            else (0.0 if self.squares == 0 else math.inf)
+        )
+        return self.different, self.largest, relative
+
+
+def _np_dtype_or_none(dtype: str) -> np.dtype[Any] | None:
+    """numpy's dtype, or None for packed types that can only be copied."""
+    return np_dtype(dtype) if DTYPES[dtype].numpy else None
+
+
+def as_float(data: memoryview, dtype: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Values as float64 (complex numbers as pairs), exact for everything but 64-bit integers beyond 2^53."""
+    values = np.frombuffer(data, np_dtype(dtype))
+    if dtype in ("C64", "C128"):
+        values = values.view(np.float32 if dtype == "C64" else np.float64)
+    return values.astype(np.float64)
+
+
+def row_digests(hub: Hub, views: Sequence[StateView]) -> list[int]:
+    """Sorted 64-bit digests of a matrix's rows: equal lists mean the same rows, in whatever order."""
+    row = hub.shape[1] * width(hub.dtype)
+    rest, out = b"", []
+    if not row:
+        return []
+    for piece in hub_bytes(hub, views):
+        data = memoryview(rest + bytes(piece))
+        whole = len(data) // row * row
+        out += [xxhash.xxh3_64_intdigest(data[at : at + row]) for at in range(0, whole, row)]
+        rest = bytes(data[whole:])
+    return sorted(out)

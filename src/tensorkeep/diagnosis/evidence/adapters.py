@@ -1,0 +1,132 @@
+"""Adapters beside the weights they belong to: pairs, scales, and whether a weight already holds an update.
+
+A weight W of a base and the update s·B·A of an adapter are independent of each other, as far as large matrices can
+be; so the coefficient c = <W, s·B·A> / |s·B·A|^2 of the update in W is near 0 before a merge, near 1 after it and near
+2 after a second one. Its own noise is |W| / (sqrt(N·K) · |s·B·A|), which says when nothing can be said. A trained
+update may lean on its weight a little; so every module must agree before anything is claimed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from tensorkeep.adapters.reading import Adapter, Share, pattern, read_adapter, times_merged
+from tensorkeep.conversion.plan import Hub
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.formats.view import StateView
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.codes import Array
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "Share",
+    "base_of",
+    "checkpoint_adapter",
+    "pattern",
+    "read_adapter",
+    "share",
+    "sides",
+    "times_merged",
+]
+
+
+def checkpoint_adapter(case: Case) -> Adapter | None:
+    """The adapter of the checkpoint, read once."""
+    return _kept(case, "adapter", case.view)
+
+
+def _reference_adapter(case: Case) -> Adapter | None:
+    """The adapter that stands as the reference, read once."""
+    return _kept(case, "reference adapter", case.reference)
+
+
+def _kept(case: Case, key: str, view: StateView | None) -> Adapter | None:
+    if key not in case.orders:
+        case.orders[key] = read_adapter(view) if view is not None else None
+    found: Adapter | None = case.orders[key]
+    return found
+
+
+# -- the weights under it ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Base:
+    """The model side of a case by hf name, quantized weights by what they stand for."""
+
+    case: Case
+    reference: bool
+    hubs: Mapping[str, Hub]
+    quantized: dict[str, quantized.QuantizedWeight]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a weight, unpacked; () where it is quantized in a way that does not say."""
+        if name in self.quantized:
+            return self.quantized[name].shape or ()
+        return self.hubs[name].shape if name in self.hubs else None
+
+    def values(self, name: str) -> Array:
+        """float32 values of a weight, dequantized where it is quantized."""
+        weight = self.quantized.get(name)
+        if weight is not None:
+            view = self.case.reference if self.reference else self.case.view
+            assert view is not None
+            return quantized.dequantize(view, weight.name, weight)
+        made = self.case.reference_values(name) if self.reference else self.case.values(name)
+        return np.asarray(made.astype(np.float32))
+
+
+def base_of(case: Case, reference: bool) -> Base | None:
+    """The model on one side of a case, without adapter tensors; None where that side holds no model."""
+    view = case.reference if reference else case.view
+    hubs = {n: h for n, h in (case.reference_tensors if reference else case.tensors).items() if ".lora" not in n}
+    if view is None or view.format == "peft" or not hubs:
+        return None
+    owners = {part.name: name for name, hub in hubs.items() for part in hub.parts}
+    found = {owners.get(w.name, w.name): w for w in quantized.find(view).values()}
+    return Base(case, reference, hubs, found)
+
+
+def sides(case: Case) -> tuple[Adapter, Base, bool] | None:
+    """Adapter and model of a case, whichever way round; the last says whether the model is the reference."""
+    mine, theirs = checkpoint_adapter(case), _reference_adapter(case)
+    if mine is not None and not theirs and (base := base_of(case, True)):
+        return mine, base, True
+    if mine is not None and (base := base_of(case, False)):
+        return mine, base, False
+    if theirs is not None and (base := base_of(case, False)):
+        return theirs, base, False
+    return None
+
+
+# -- how much of an update a weight holds ---------------------------------------------------------------------------------
+
+
+def share(adapter: Adapter, module: str, weight: Array) -> Share | None:
+    """How much of an update a weight already holds; None where shapes, scale or a variant forbid the figure."""
+    a, b = (adapter.view.array(n).astype(np.float32) for n in adapter.pairs[module])
+    scale = adapter.scale(module)
+    if (
+        scale is None
+        or a.ndim != 2
+        or b.ndim != 2
+        or weight.ndim != 2
+        or module in adapter.magnitudes
+        or module in adapter.turned
+    ):
+        return None
+    if adapter.document.get("fan_in_fan_out") and weight.shape == (a.shape[1], b.shape[0]):
+        weight = weight.T
+    if weight.shape != (b.shape[0], a.shape[1]):
+        return None
+    dot = scale * float(np.sum((weight @ a.T) * b, dtype=np.float64))
+    square = scale**2 * float(np.sum((b.T @ b) * (a @ a.T), dtype=np.float64))
+    norm = float(np.sqrt(np.sum(np.square(weight, dtype=np.float64))))
+    if square <= 0 or norm == 0:
+        return None
+    return Share(module, dot / square, norm / math.sqrt(weight.size * square), math.sqrt(square) / norm)

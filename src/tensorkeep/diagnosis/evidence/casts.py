@@ -1,0 +1,124 @@
+"""Casts and quantizations undone: which narrower grid a tensor's values went through before they were stored again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from tensorkeep.diagnosis.evidence.statistics import Array, largest, pieces_of, relation, sampled
+from tensorkeep.diagnosis.evidence.survey import bits_equal
+
+_GRIDS: dict[str, np.dtype] = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+    "fp8 e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8 e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "fp8 e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "fp8 e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+SCALED = {"fp8 e4m3": 448.0, "fp8 e5m2": 57344.0}  # largest values, which per-tensor scaling maps the largest weight to
+_RESEMBLES = 0.9  # r that 4-bit quantization keeps with its source: 0.99 and more (8-bit: 0.9999)
+
+
+class Passage(NamedTuple):
+    """The grid that values went through; counts of what became infinite or NaN, and of what became zero."""
+
+    grid: str
+    overflowed: int
+    vanished: int
+    exact: bool
+
+
+def passage(mine: Array, theirs: Array) -> Passage | None:
+    """The cast that makes the reference into the tensor: exact for plain casts, by their grid for scaled ones."""
+    for name, dtype in _GRIDS.items():
+        if dtype.itemsize > mine.dtype.itemsize or dtype == mine.dtype:
+            continue
+        few = slice(0, 4)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if mine.ndim and not bits_equal(mine[few], theirs[few].astype(dtype).astype(mine.dtype)):
+                continue
+            lost = _through(mine, theirs, dtype)
+        if lost is not None:
+            return Passage(name, *lost, True)
+    return _quantized(mine, theirs)
+
+
+def _through(mine: Array, theirs: Array, dtype: np.dtype) -> tuple[int, int] | None:
+    """How many values overflowed and vanished in a cast, if the cast explains every value."""
+    overflowed = vanished = 0
+    for a, b in zip(pieces_of(mine), pieces_of(theirs)):
+        made = b.astype(dtype).astype(a.dtype)
+        if not bits_equal(a, made):
+            return None
+        overflowed += int(np.count_nonzero(np.isfinite(b) & ~np.isfinite(made)))
+        vanished += int(np.count_nonzero((b != 0) & (made == 0)))
+    return overflowed, vanished
+
+
+def _quantized(mine: Array, theirs: Array) -> Passage | None:
+    """Scaled grids: few distinct values by tensor, row or block of 64, where the reference has many."""
+    if mine.size < 1024 or mine.ndim < 2 or relation(mine, theirs).correlation < _RESEMBLES:
+        return None
+    zeros = int(np.count_nonzero((sampled(theirs) != 0) & (sampled(mine) == 0)))
+    a, b = (np.nan_to_num(sampled(v).astype(np.float32)) for v in (mine, theirs))
+    top = largest(theirs)
+    for name, dtype in _GRIDS.items():
+        limit = SCALED.get(name)
+        if limit and top > 0:
+            scale = np.float32(top / limit)
+            made = (b / scale).astype(dtype).astype(np.float32) * scale
+            if (
+                np.abs(made - a).max() <= 2.0**-7 * np.abs(a).max()
+                and np.mean(np.abs(made - a) <= 2.0**-8 * np.abs(made)) > 0.99
+            ):
+                return Passage(f"{name}, scaled by tensor", 0, zeros, False)
+    for bits, per in ((4, "block"), (8, "row")):
+        lines = [v.reshape(len(v), -1) for v in (a, b)]
+        if per == "block":
+            lines = [v[:, : v.shape[1] // 32 * 32].reshape(-1, 32) for v in lines]
+        ours, wanted = (_distinct(v) for v in lines)
+        if lines[0].shape[1] >= 32 and _fits(bits, ours, wanted, lines):
+            return Passage(f"{bits}-bit integers by {per}", 0, zeros, False)
+    return None
+
+
+def _fits(bits: int, ours: float, wanted: float, lines: list[Array]) -> bool:
+    if bits == 4:
+        return ours <= 16 and wanted > 1.5 * ours
+    return _on_row_grid(lines[0]) and not _on_row_grid(lines[1])
+
+
+def _on_row_grid(rows: Array) -> bool:
+    """Whether each row's values are whole multiples of its largest over 127, up to the rounding of a 16-bit float."""
+    top = np.abs(rows).max(axis=1, keepdims=True)
+    rows = rows[(top > 0).ravel()]
+    top = top[top > 0].reshape(-1, 1)
+    if not len(rows):
+        return False
+    steps = rows / (top / 127)
+    small = np.abs(steps) < 16  # bf16 rounds larger multiples by more than the test allows
+    off = np.abs(steps - np.round(steps))[small]
+    return bool(off.size and float(np.mean(off < 0.08)) > 0.98)
+
+
+def _distinct(lines: Array) -> float:
+    ordered = np.sort(lines[:4096], axis=1)
+    return float((np.diff(ordered, axis=1) != 0).sum(axis=1).mean() + 1)
+
+
+def on_grid(values: Array) -> str | None:
+    """The 8-bit float grid that all values of a wider tensor lie on, without a reference; None where on none.
+
+    Of the values of a bf16-trained tensor 0.08 lie on e4m3's grid by chance (facts §2.5).
+    """
+    some = sampled(values)
+    if values.dtype.itemsize < 2 or some.size < 1024 or np.unique(some.astype(np.float32)).size < 8:
+        return None
+    for name in ("fp8 e4m3", "fp8 e5m2"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if bits_equal(some.astype(_GRIDS[name]).astype(values.dtype), some):
+                return name
+    return None

@@ -1,0 +1,128 @@
+"""Two copies of a model in one file, live and averaged: which tensors belong together, and how far apart they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tensorkeep.conversion.naming import EMA_ROOTS
+from tensorkeep.diagnosis.comparison import aligned, as_float, width
+from tensorkeep.diagnosis.evidence import quantized as quant_evidence
+from tensorkeep.diagnosis.evidence.case import Array, Case
+from tensorkeep.formats.names import strip_root, unwrap
+from tensorkeep.formats.view import StateView
+from tensorkeep.storage.record import DTYPES, TensorRecord
+
+LIVE_ROOTS = ("state_dict", "model", "model_state_dict", "module", "net")
+
+
+@dataclass(frozen=True)
+class Average:
+    """An averaged copy: its root, and stored names (averaged, live) by clean name. `alone`: no live copy beside it."""
+
+    view: StateView
+    root: str
+    pairs: dict[str, tuple[str, str]]
+    alone: tuple[str, ...] = ()
+
+
+def average(case: Case) -> Average | None:
+    """The averaged copy in the checkpoint (`state_dict_ema` and its like), or None."""
+    if "average" not in case.orders:
+        case.orders["average"] = _average(case.view) if case.view is not None else None
+    found: Average | None = case.orders["average"]
+    return found
+
+
+def _average(view: StateView) -> Average | None:
+    copies = {root: found for root in (*sorted(EMA_ROOTS), *LIVE_ROOTS) if (found := _under(view, root))}
+    ema = next((r for r in copies if r in EMA_ROOTS), None)
+    if ema is None:
+        return None
+    live = max(
+        (r for r in copies if r not in EMA_ROOTS), key=lambda r: len(set(copies[r]) & set(copies[ema])), default=None
+    )
+    beside = copies[live] if live is not None else {}
+    pairs = {
+        n: (stored, beside[n])
+        for n, stored in copies[ema].items()
+        if n in beside and view[stored].shape == view[beside[n]].shape
+    }
+    return Average(view, ema, pairs, tuple(stored for n, stored in copies[ema].items() if n not in pairs))
+
+
+def _under(view: StateView, root: str) -> dict[str, str]:
+    """Clean name -> stored name of the tensors below a root. Copies nest once more in timm's and torch's files."""
+    out = {}
+    for name in view:
+        rest = strip_root(unwrap(name)[0], root)
+        if rest is not None:
+            out[unwrap(rest)[0].removeprefix("module.")] = name
+    return out
+
+
+def bare(name: str) -> str:
+    """A name without the root of a live copy and without wrappers, as the pairs of an average have it."""
+    inner = unwrap(name)[0]
+    rest = next((r for root in LIVE_ROOTS if (r := strip_root(inner, root)) is not None), inner)
+    return unwrap(rest)[0].removeprefix("module.")
+
+
+def integer(record: TensorRecord) -> bool:
+    return not DTYPES[record.dtype].floating
+
+
+def differences(found: Average) -> dict[str, tuple[float, float]]:
+    """Per pair: the norm of averaged minus live, and the norm of live. Zero means equal in every value."""
+    return {name: _apart(found.view, *stored) for name, stored in found.pairs.items()}
+
+
+def measured(case: Case) -> dict[str, tuple[float, float]]:
+    """`differences`, computed once for all E checks."""
+    if "average differences" not in case.orders:
+        found = average(case)
+        case.orders["average differences"] = differences(found) if found is not None else {}
+    kept: dict[str, tuple[float, float]] = case.orders["average differences"]
+    return kept
+
+
+def floating(case: Case) -> dict[str, tuple[float, float]]:
+    """`measured`, for floating weights alone: no counters, no codes or scales of quantized weights."""
+    found = average(case)
+    packed = {n for w in quant_evidence.weights(case).values() for n in w.stored}
+    return {
+        n: m
+        for n, m in measured(case).items()
+        if found is not None and found.pairs[n][0] not in packed and not integer(found.view[found.pairs[n][0]])
+    }
+
+
+def _apart(view: StateView, one: str, other: str) -> tuple[float, float]:
+    a, b = view[one], view[other]
+    apart = norm = 0.0
+    for x, y in aligned(view.stream(one), view.stream(other), width(a.dtype), width(b.dtype)):
+        if a.dtype == b.dtype and bytes(x) == bytes(y):
+            continue
+        if not (DTYPES[a.dtype].numpy and DTYPES[b.dtype].numpy):
+            return float("inf"), 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            apart += float(np.nansum(np.square(as_float(x, a.dtype) - as_float(y, b.dtype))))
+    if apart:
+        for piece in view.stream(other):
+            with np.errstate(over="ignore", invalid="ignore"):
+                norm += float(np.nansum(np.square(as_float(piece, b.dtype))))
+    return float(np.sqrt(apart)), float(np.sqrt(norm))
+
+
+def entries(view: StateView, *words: str) -> Iterator[tuple[str, Any]]:
+    """Plain numbers of the file whose name ends with one of these words."""
+    for name, value in view.entries.items():
+        if name.rpartition(".")[2] in words and isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
+
+
+def array(view: StateView, name: str) -> Array:
+    return np.asarray(view.array(name).astype(np.float32))

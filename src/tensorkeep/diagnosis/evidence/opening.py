@@ -1,0 +1,210 @@
+"""Opening a case: both sides read, named, brought under hf names, and compared once.
+
+What cannot be read becomes the case's `read_error` and, through the F checks, a finding. Names that differ from the
+reference's by one prefix as a whole are matched without it, and the prefix is remembered for K04.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.adapters import halves
+from tensorkeep.conversion.naming import Identity, hf
+from tensorkeep.conversion.plan import Hub
+from tensorkeep.conversion.planning import to_hub
+from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.diagnosis.evidence.case import Case, Target
+from tensorkeep.diagnosis.evidence.survey import size_of, survey
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.storage.files import local_path
+
+# segments that only tensors beside a quantized weight carry: bitsandbytes, fp8 and int8 scales, GPTQ/AWQ, torchao
+_PACKED_PARTS = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".SCB",
+    ".weight_format",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_scale_2",
+    ".input_scale",
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".scales",
+    ".weight_packed",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".weight_blocks",
+    ".weight_scales",
+    "_blocks",
+    "_scales",
+    "_scale_inv",
+)
+_PACKED_MARK = ".quant_state."
+# how wrong a prefix may be: this part of the names must meet once it is taken away
+_MEETING = 0.5
+
+
+def open_case(path: str, reference: str | None, target: Target | None = None) -> Case:
+    """Read both sides. Damage of the checkpoint is kept for the F checks; damage of the reference is raised.
+
+    Raises TensorkeepError for what is no checkpoint: a path that is not there, several steps in one folder.
+    """
+    case = Case(path, target=target)
+    if reference is not None:
+        case.reference = read(reference)
+        case.reference_config = case.reference.config
+    try:
+        case.view = read(path)
+    except TensorkeepError as error:
+        if error.code is None or ("://" not in path and not local_path(path).exists()):
+            raise
+        case.read_error = error
+        return case
+    case.config = case.view.config
+    return case
+
+
+def look(case: Case) -> None:
+    """Name both sides, match them and compare every shared tensor by its bytes."""
+    if case.view is None:
+        return
+    try:
+        case.identity = namings.identify(case.view)
+        _set_adapter_aside(case)
+        case.tensors = to_hub(case.view, 0, case.identity, case.model_config, case.left_out)
+    except TensorkeepError as error:
+        if error.code is None:
+            raise
+        case.read_error = error
+        return
+    if case.reference is not None:
+        case.reference_identity = namings.identify(case.reference)
+        config = case.reference_config if case.reference_config is not None else case.config
+        case.reference_tensors = to_hub(case.reference, 1, case.reference_identity, config, case.reference_left_out)
+    _match_prefix(case)
+    case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors) | _members(case))
+    _stand_in(case)
+    if case.compared:
+        names = [n for n in case.reference_tensors if n in case.tensors and n not in case.packed]
+        case.sights, case.broken = survey(names, case.tensors, case.reference_tensors, case.views, case.progress)
+
+
+def _set_adapter_aside(case: Case) -> None:
+    """Low-rank pairs are no part of the model: A01 to A04 look at them, the comparison does not."""
+    assert case.identity is not None and case.view is not None
+    case.adapter = halves(case.identity)
+    gone = set(case.identity.names) if case.view.format == "peft" else set(case.adapter)
+    if gone:
+        rest = {stored: clean for stored, clean in case.identity.names.items() if stored not in gone}
+        case.identity = replace(
+            case.identity, names=rest, other={**case.identity.other, **dict.fromkeys(gone, "adapter")}
+        )
+
+
+def _stand_in(case: Case) -> None:
+    """A tied head may be stored once or twice; where one side leaves it out, its embedding stands for it."""
+    if not case.compared or not case.tie():
+        return
+    for mine, other in ((case.tensors, case.reference_tensors), (case.reference_tensors, case.tensors)):
+        if hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:
+            mine[hf.HEAD] = mine[hf.EMBEDDING]
+            case.tied |= {hf.HEAD}
+
+
+def _members(case: Case) -> set[str]:
+    """The hf names of all that makes up quantized weights, on either side, as `quantized` groups them."""
+    out: set[str] = set()
+    for view, hubs in ((case.view, case.tensors), (case.reference, case.reference_tensors)):
+        if view is not None and hubs:
+            weights = quantized.find(view)
+            stored = {*weights, *quantized.members(weights)}
+            out |= {n for n, hub in hubs.items() if hub.parts[0].name in stored}
+    return out
+
+
+def packed(hubs: Mapping[str, Hub]) -> set[str]:
+    """Names that belong to quantized weights: the parts beside a weight, and the weights that have such parts.
+
+    >>> sorted(packed({"a.weight": None, "a.weight.absmax": None, "b.weight": None}))
+    ['a.weight', 'a.weight.absmax']
+    """
+    parts: set[str] = set()
+    for name in hubs:
+        if _PACKED_MARK in name or name.endswith(_PACKED_PARTS):
+            parts.add(name)
+    weights: set[str] = set()
+    for name in parts:
+        stem = name.partition(_PACKED_MARK)[0] if _PACKED_MARK in name else name
+        for end in _PACKED_PARTS:
+            stem = stem.removesuffix(end)
+        weights |= {w for w in (stem, f"{stem}.weight") if w in hubs}
+    return parts | weights
+
+
+# -- a prefix that all names share ------------------------------------------------------------------------------------
+
+
+def _match_prefix(case: Case) -> None:
+    """Take a prefix that the names have in excess, or lack, off the checkpoint's hf names; `case.prefix` keeps it."""
+    wanted = set(case.reference_tensors) or set(architecture.expected(case.config) or ())
+    found = _prefix(list(case.tensors), wanted)
+    if found is None:
+        return
+    kind, prefix = found
+    renamed: dict[str, Hub] = {}
+    for name, hub in case.tensors.items():
+        made = name.removeprefix(prefix) if kind == "extra" else prefix + name
+        renamed[made if name not in wanted and made in wanted else name] = hub
+    case.tensors, case.prefix = renamed, found
+
+
+def _prefix(names: Iterable[str], wanted: set[str]) -> tuple[str, str] | None:
+    names = list(names)
+    met = sum(n in wanted for n in names)
+    if not names or not wanted or met > _MEETING * min(len(names), len(wanted)):
+        return None
+    best: tuple[int, tuple[str, str]] | None = None
+    for kind, one, other in (("extra", names, wanted), ("lost", list(wanted), set(names))):
+        for prefix in _leading(one):
+            count = sum(n.startswith(prefix) and n[len(prefix) :] in other for n in one)
+            if count > max(met, _MEETING * min(len(names), len(wanted))) and (best is None or count > best[0]):
+                best = count, (kind, prefix)
+    return best[1] if best else None
+
+
+def _leading(names: Iterable[str]) -> list[str]:
+    """Prefixes of one to three segments that occur, most frequent first."""
+    counts: dict[str, int] = {}
+    for name in names:
+        segments = name.split(".")
+        for depth in range(1, min(4, len(segments))):
+            prefix = ".".join(segments[:depth]) + "."
+            counts[prefix] = counts.get(prefix, 0) + 1
+    return sorted(counts, key=lambda p: -counts[p])[:12]
+
+
+def parameters(case: Case, side: int) -> int | None:
+    """Elements of one side's model, tied heads once; None where that side was not read."""
+    hubs = case.reference_tensors if side else case.tensors
+    if (case.reference if side else case.view) is None or (not hubs and case.read_error is not None and not side):
+        return None
+    own = {n: h for n, h in hubs.items() if h.tied_to is None and not (n in case.tied and h.name == hf.EMBEDDING)}
+    return sum(elements(h) for h in own.values())
+
+
+def elements(hub: Hub) -> int:
+    count = 1
+    for side in hub.shape:
+        count *= side
+    return count
+
+
+__all__ = ["Identity", "elements", "look", "open_case", "packed", "parameters", "size_of"]

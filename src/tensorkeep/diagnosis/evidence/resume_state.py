@@ -1,0 +1,187 @@
+"""What a checkpoint holds besides weights: optimizer state, position, random state, world size; from names and headers.
+
+Known layouts: a dict saved by torch.save (`model`, `optimizer`, `epoch`, `step`: MiniMind, OpenTAD, many others),
+torchtitan's and flame's DCP folders, transformers' Trainer and accelerate folders, and our own run folders. Values of
+DCP's opaque entries are not unpickled, so a step number in there stays unknown; that it is there is known.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensorkeep.conversion.naming import OTHER_STATE
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import StateView, read
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.record import TensorRecord
+
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors")
+_BY_POSITION = re.compile(r"(.*\.)?state\.(?P<index>\d+)\.(?P<what>[^.]+)\Z")
+_RANK_FILE = re.compile(r"(rng_state|random_states)(_(?P<rank>\d+))?\.(pth|pkl)\Z")
+_RANK_ENTRY = re.compile(r"dataloader\.(dp_rank_)?(?P<rank>\d+)(\.|\Z)")
+_RANDOM = re.compile(r"(^|[._])(rng|random)(_?states?)?([._]|\Z)")
+_OWN_STATE, _TRAINER_STATE = "state.json", "trainer_state.json"
+
+
+@dataclass
+class ResumeState:
+    """Facts about a resumable checkpoint. `layout`: dict, torchtitan, trainer or run.
+
+    `position` holds numbers by name (epoch, step, samples, ...), None where the value is opaque. `optimizer` is by
+    stored name; `world` is None where nothing says.
+    """
+
+    layout: str
+    optimizer: dict[str, TensorRecord] = field(default_factory=dict)
+    position: dict[str, int | None] = field(default_factory=dict)
+    rng: list[str] = field(default_factory=list)
+    loader: list[str] = field(default_factory=list)
+    world: int | None = None
+    document: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_position(self) -> dict[int, dict[str, TensorRecord]]:
+        """State that is keyed by number: index -> what -> record; of the model's optimizer, where there are several.
+
+        Empty where it goes by name.
+        """
+        all_of: dict[str, dict[int, dict[str, TensorRecord]]] = {}
+        for name, record in self.optimizer.items():
+            if match := _BY_POSITION.match(name):
+                all_of.setdefault(match[1] or "", {}).setdefault(int(match["index"]), {})[match["what"]] = record
+        return all_of[min(all_of, key=lambda prefix: (len(prefix), prefix))] if all_of else {}
+
+
+_POSITIONS = (
+    "step",
+    "epoch",
+    "samples",
+    "global_step",
+    "iteration",
+    "iter",
+    "ntokens_seen",
+    "tokens",
+    "consumed_samples",
+)
+
+
+def resume_state(case: Case) -> ResumeState | None:
+    """The training state of the checkpoint, or None where it is a model alone."""
+    if "resume state" not in case.orders:
+        case.orders["resume state"] = find(case.view) if case.view is not None else None
+    found: ResumeState | None = case.orders["resume state"]
+    return found
+
+
+def reference_state(case: Case) -> ResumeState | None:
+    """The training state of the reference, likewise."""
+    if "reference resume state" not in case.orders:
+        case.orders["reference resume state"] = find(case.reference) if case.reference is not None else None
+    found: ResumeState | None = case.orders["reference resume state"]
+    return found
+
+
+def find(view: StateView) -> ResumeState | None:
+    """Training state in a view or in the files beside it. Step numbers alone make no resumable checkpoint."""
+    names = view.folder.names() if view.format in ("hf", "dcp", "peft") else []
+    layout = (
+        "run"
+        if _OWN_STATE in names and "manifest.json" in names
+        else "trainer"
+        if _TRAINER_STATE in names
+        else "torchtitan"
+        if view.format == "dcp"
+        else "dict"
+    )
+    state = ResumeState(layout)
+    state.optimizer = {n: r for n, r in view.items() if _optimizer_name(n)}
+    for file in _OPTIMIZER_FILES:
+        if file in names and not state.optimizer:
+            state.optimizer = _beside(view, file)
+    for name, value in view.entries.items():
+        last = name.rpartition(".")[2]
+        if last in _POSITIONS and not _optimizer_name(name) and "scheduler" not in name.partition(".")[0]:
+            state.position[last] = value if type(value) is int else None
+        elif name.partition(".")[0] in ("train_state", "trainer_state"):
+            state.position.setdefault(last, None)  # opaque, but there
+        if name == "world_size" and type(value) is int:
+            state.world = value
+    stored = [*view, *view.entries]
+    state.rng = [n for n in stored if _RANDOM.search(n)] + [n for n in names if _RANK_FILE.match(n)]
+    state.loader = [n for n in stored if n.partition(".")[0] == "dataloader"]
+    ranks = {int(m["rank"]) for n in state.loader if (m := _RANK_ENTRY.match(n))} | {
+        int(m["rank"]) for n in names if (m := _RANK_FILE.match(n)) and m["rank"]
+    }
+    state.world = state.world if state.world is not None or not ranks else max(ranks) + 1
+    _read_documents(view, names, state)
+    if not state.position:
+        _count_by_optimizer(view, state)
+    beside = any(n.partition(".")[0] in OTHER_STATE for n in view.entries)
+    return state if state.optimizer or layout in ("run", "trainer") or (beside and state.position) else None
+
+
+def _count_by_optimizer(view: StateView, state: ResumeState) -> None:
+    """The optimizer's own step counter, where nothing else says how far the run was."""
+    counter = next(
+        (
+            n
+            for n, r in view.items()
+            if _optimizer_name(n)
+            and n.endswith(".step")
+            and r.elements == 1
+            and r.dtype in ("F32", "F64", "I64", "I32")
+        ),
+        None,
+    )
+    if counter is not None:
+        state.position["optimizer_step"] = whole(float(view.array(counter).reshape(())))
+
+
+def whole(value: float) -> int | None:
+    """A number out of a file as a whole one, None for what is no count."""
+    return int(value) if 0 <= value < 1 << 62 else None
+
+
+def _optimizer_name(name: str) -> bool:
+    """Whether a stored name is optimizer state (also `critic_optimizer`, `optimizers_0`)."""
+    first = name.partition(".")[0]
+    return OTHER_STATE.get(first) == "optimizer state" or re.fullmatch(r"optim(izer)?s?[-_]?\d*", first) is not None
+
+
+def _beside(view: StateView, file: str) -> dict[str, TensorRecord]:
+    """Headers of an optimizer file in the same folder; none where it cannot be read safely."""
+    try:
+        return dict(read(f"{view.folder.url}/{file}"))
+    except TensorkeepError:
+        return {}
+
+
+def _read_documents(view: StateView, names: list[str], state: ResumeState) -> None:
+    for file in (_OWN_STATE, _TRAINER_STATE):
+        if file not in names:
+            continue
+        try:
+            document = parse_json(view.folder.read(file), f"{view.folder.url}/{file}")
+        except TensorkeepError:
+            continue
+        if not isinstance(document, dict):
+            continue
+        state.document = document
+        for key in _POSITIONS:
+            if type(document.get(key)) in (int, float):
+                state.position[key] = whole(document[key])
+        if type(document.get("world_size")) is int:
+            state.world = document["world_size"]
+        state.rng += [key for key in document if _RANDOM.search(key)]
+
+
+def moments(state: ResumeState) -> dict[str, TensorRecord]:
+    """First moments by stored name, whatever the optimizer calls them."""
+    return {
+        n: r
+        for n, r in state.optimizer.items()
+        if re.split("[./]", n)[-1] in ("exp_avg", "momentum_buffer", "square_avg", "m")
+    }

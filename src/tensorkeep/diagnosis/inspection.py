@@ -1,0 +1,182 @@
+"""Inspect: what a checkpoint holds, as a document for programs and as lines for people."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tensorkeep.conversion.naming import Identity
+from tensorkeep.formats.names import grouped, ranges
+from tensorkeep.formats.view import StateView
+from tensorkeep.output import size
+from tensorkeep.quantization.stored import find
+from tensorkeep.quantization.stored import members as parts_of
+from tensorkeep.storage.archive import entries, saved_value
+from tensorkeep.storage.record import TensorRecord
+
+
+def digests(view: StateView, names: Sequence[str], progress: Callable[[str, int, int], None]) -> dict[str, str]:
+    """xxh3_128 of each tensor's raw bytes."""
+    total, done, out = sum(view[n].nbytes for n in names), 0, {}
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(view.digest, names)):
+            out[name] = digest
+            done += view[name].nbytes
+            progress("digest", done, total)
+    return out
+
+
+def document(view: StateView, identity: Identity, names: Sequence[str], found: dict[str, str]) -> dict[str, Any]:
+    """The document of `inspect --json`."""
+    tensors = []
+    for name in names:
+        record = view[name]
+        entry = {
+            "name": name,
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "bytes": record.nbytes,
+            "file": record.file,
+            "tied_to": record.tied_to,
+        }
+        tensors.append(entry | ({"xxh3_128": found[name]} if name in found else {}))
+    return {
+        "path": view.path,
+        "format": view.format,
+        "naming": identity.naming,
+        "root": identity.root,
+        "wrappers": list(identity.wrappers),
+        "tensors": tensors,
+        "parameters": parameters(view, identity),
+        "bytes": sum(r.nbytes for r in _own(view)),
+        "quantized": quantized(view),
+        "adapter": view.metadata.get("adapter"),
+        "run": _run_state(view),
+        "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in view.notes],
+    }
+
+
+def _own(view: StateView) -> list[TensorRecord]:
+    """Records that hold bytes of their own: a tied tensor is counted once."""
+    return [r for r in view.values() if r.tied_to is None]
+
+
+def parameters(view: StateView, identity: Identity) -> int:
+    """Elements of the model's tensors, tied ones once, training state not counted; quantized weights unpacked, without scales."""
+    weights = find(view, identity.names)
+    beside = parts_of(weights)
+    return sum(
+        weights[n].elements if n in weights and weights[n].shape is not None else view[n].elements
+        for n in identity.names
+        if view[n].tied_to is None and n not in beside
+    )
+
+
+def quantized(view: StateView) -> list[dict[str, Any]]:
+    """Weights stored as codes with their scales: GGUF blocks, bitsandbytes, fp8 and int8. Codes without scales too."""
+    out: list[dict[str, Any]] = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
+    for weight in find(view).values():
+        entry: dict[str, Any] = {
+            "name": weight.name,
+            "kind": weight.kind,
+            "shape": list(weight.shape) if weight.shape is not None else None,
+        }
+        out.append(
+            entry | ({"problems": [f"{p.code} {p.message}" for p in weight.problems]} if weight.problems else {})
+        )
+    return out
+
+
+# where training programs keep these numbers: MiniMind and torch.save files, torchtitan's DCP
+_RUN_NAMES = {
+    "step": ("step", "train_state.step", "global_step", "iteration"),
+    "epoch": ("epoch",),
+    "samples": ("samples",),
+    "world_size": ("world_size", "dataloader.world_size"),
+}
+
+
+def _run_state(view: StateView) -> dict[str, int | None] | None:
+    """Step, epoch, samples and world size, where the file holds them as plain numbers, or our run's state does."""
+    if "run" in view.metadata:
+        return {field: view.metadata["run"].get(field) for field in _RUN_NAMES}
+    found = {
+        field: next((v for n in names if (v := _whole(view, n)) is not None), None)
+        for field, names in _RUN_NAMES.items()
+    }
+    return found if any(v is not None for v in found.values()) else None
+
+
+def _whole(view: StateView, name: str) -> int | None:
+    """An entry that is a whole number. DCP keeps each entry as an archive of its own, read here without running it."""
+    value = view.entries.get(name)
+    if view.format == "dcp" and isinstance(value, tuple):
+        file, start, length = value
+        value = saved_value(view.folder, file, entries(view.folder, file, start, length))
+    return value if type(value) is int else None
+
+
+def summary(view: StateView, identity: Identity) -> list[str]:
+    """The head of the human output."""
+    naming = identity.naming or "not a known scheme"
+    root = f", nested under {identity.root}" if identity.root else ""
+    wrappers = f", wrapped in {' '.join(identity.wrappers)}" if identity.wrappers else ""
+    lines = [
+        f"{view.path}",
+        f"format {view.format}, naming {naming}{root}{wrappers}",
+        f"{len(view)} tensors, {parameters(view, identity):,} parameters, {size(sum(r.nbytes for r in _own(view)))}",
+    ]
+    other: dict[str, int] = {}
+    for reason in identity.other.values():
+        other[reason] = other.get(reason, 0) + 1
+    lines += [f"{count} tensors of {reason}" for reason, count in other.items()]
+    kinds = sorted({q["kind"] for q in quantized(view)})
+    if kinds:
+        lines.append(f"{len(quantized(view))} quantized weights: {', '.join(kinds)}")
+    adapter = view.metadata.get("adapter")
+    if adapter:
+        lines.append(
+            f"adapter {adapter.get('peft_type')}: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, base {adapter.get('base_model_name_or_path')}"
+        )
+    state = _run_state(view)
+    if state:
+        lines.append(", ".join(f"{k} {v}" for k, v in state.items() if v is not None))
+    return lines
+
+
+def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered: bool) -> list[tuple[object, ...]]:
+    """Rows of the table; `gathered` folds layers that look alike into one row."""
+    if not gathered:
+        return [
+            (
+                n + _tie(view[n]),
+                view[n].dtype,
+                list(view[n].shape),
+                size(view[n].nbytes),
+                view[n].file,
+                *([found[n]] if found else []),
+            )
+            for n in names
+        ]
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        record = view[name]
+        shape = "".join(c if not c.isdigit() else "#" for c in name)
+        groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
+    out: list[tuple[object, ...]] = []
+    for alike in groups.values():
+        records = [view[n] for n in alike]
+        label = ", ".join(grouped(alike)) + _tie(records[0])
+        files = sorted({r.file for r in records})
+        where = files[0] if len(files) == 1 else f"{len(files)} files"
+        out.append((label, records[0].dtype, list(records[0].shape), size(sum(r.nbytes for r in records)), where))
+    return out
+
+
+def _tie(record: TensorRecord) -> str:
+    return f" = {record.tied_to}" if record.tied_to else ""
+
+
+__all__ = ["digests", "document", "parameters", "quantized", "ranges", "rows", "summary"]

@@ -1,0 +1,240 @@
+"""Findings about the tensors of a loaded model: missing, dropped, different, and why nearly all are.
+
+`loaded_tensors` looks at one tensor; this gathers what it says by code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from tensorkeep.conversion.naming import hf
+from tensorkeep.diagnosis.live._tensors import Mismatch, mismatch, packed, same, twin
+from tensorkeep.findings import Finding
+from tensorkeep.formats.names import grouped
+from tensorkeep.models.counterpart import Asker, Source
+from tensorkeep.models.saved_names import as_saved, renamed
+from tensorkeep.models.tensors import Held, local
+
+ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|ia3_l)\b")
+_TITLES = {
+    "K01": "have nothing in the file",
+    "V03": "hold what an initialiser gave",
+    "V04": "are at their default",
+    "V05": "are all zeros",
+    "V01": "hold values that are not finite",
+    "V02": "lost precision on the way",
+    "V06": "differ from the file",
+    "V07": "differ in few elements",
+    "O01": "have their rows in the other RoPE layout",
+    "O02": "hold another layer's tensor",
+    "O03": "hold another tensor of the file",
+    "S01": "have another shape than in the file",
+    "S02": "have other rows than the file's vocabulary",
+    "S03": "are transposed",
+    "T02": "hold the embedding, and the file has a head of its own",
+}
+ORDER = ("K01", "S02", "S03", "S01", "T02", "O01", "O02", "O03", "V03", "V04", "V05", "V01", "V07", "V02", "V06")
+
+
+def tensor_findings(model: nn.Module, tensors: list[Held], source: Source) -> Iterator[Finding]:
+    asker = Asker(model, tensors, source, renamed)
+    found: list[Mismatch] = []
+    missing: list[Held] = []
+    skipped: list[str] = []
+    compared = 0
+    for item in tensors:
+        if item.name.endswith("_flat_param"):
+            yield Finding(
+                "K08",
+                "warning",
+                "FSDP1 keeps its parameters in flat tensors, which cannot be compared",
+                [item.name],
+                fix="use FSDP2 (fully_shard), or call this within FullyShardedDataParallel.summon_full_params",
+            )
+            continue
+        pairs = [(name, p) for name in (item.name, *item.aliases) if (p := asker.parts(item, name))]
+        if packed(item.tensor):
+            skipped.append(item.name)
+        elif not pairs:
+            unpaired = list(_rearranged(model, item, asker))
+            found += [m for m in unpaired if m is not None]
+            compared += len(unpaired)
+            missing += [] if unpaired else [item]
+        for name, parts in pairs if not packed(item.tensor) else ():
+            compared += 1
+            odd = mismatch(item, parts, source)
+            if odd is not None:
+                odd.name = name
+                found.append(_renamed(odd, item, parts[0].name, source) if odd.code in ("V03", "V06") else odd)
+    if source.problem is not None and len(missing) > compared:
+        raise source.problem
+    if not compared and not skipped and tensors:
+        theirs, mine = next(iter(source.stored), "nothing"), tensors[0].name
+        yield Finding(
+            "K05",
+            "error",
+            f"no tensor of the model has a counterpart in the file: {mine} against {theirs}; nothing was loaded",
+            [],
+            {"model": len(tensors), "file": len(source.view)},
+        )
+        return
+    if skipped:
+        yield Finding(
+            "Q02",
+            "info",
+            f"{len(skipped)} quantized tensors were not compared: the model holds codes, the file may not",
+            skipped,
+        )
+    yield from _missing(missing, tensors, source)
+    yield from _dropped(model, tensors, source, bool(missing))
+    yield from _gathered(found)
+    yield from _cause(model, found, compared, source)
+
+
+def _rearranged(model: nn.Module, item: Held, asker: Asker) -> Iterator[Mismatch | None]:
+    """A tensor that transformers rearranges between file and memory, piece by piece as it would be saved.
+
+    Of a sharded one only the names are settled: pieces of a shard are none of the file's.
+    """
+    sharded = hasattr(item.tensor, "to_local")
+    for name, piece in as_saved(
+        model, item.name, item.tensor.detach().to("meta") if sharded else item.tensor.detach()
+    ).items():
+        parts = asker.parts(Held(name, item.module, piece), name)
+        if parts is not None:
+            unread = Mismatch(name, "V06", "is rearranged by transformers, and sharded", {"compared": False})
+            yield unread if sharded else mismatch(Held(name, item.module, piece), parts, asker.source)
+
+
+def _renamed(odd: Mismatch, item: Held, stored: str, source: Source) -> Mismatch:
+    """Say where the values come from when they are another stored tensor's."""
+    other = twin(item, source)
+    if other is None or other == stored:
+        return odd
+    ours, theirs = (re.sub(r"\.\d+\.", ".N.", n) for n in (stored, other))
+    head = any(odd.name.endswith(n) for n in ("lm_head.weight", "output.weight"))
+    code = "T02" if head and "embed" in other else "O02" if ours == theirs else "O03"
+    return Mismatch(odd.name, code, f"holds {other} of the file", {**odd.evidence, "holds": other})
+
+
+def _missing(missing: list[Held], tensors: list[Held], source: Source) -> Iterator[Finding]:
+    adapters = [m for m in missing if ADAPTER.search(m.name)]
+    rest = [m for m in missing if not ADAPTER.search(m.name)]
+    if adapters:
+        yield Finding(
+            "K01",
+            "info",
+            f"{len(adapters)} adapter tensors are not in the file, as it should be for its base",
+            [m.name for m in adapters],
+        )
+    head = [m for m in rest if m.name == hf.HEAD and hf.tied(dict(source.config) if source.config else None)]
+    for item in head:
+        # meta construction breaks ties: the head is then a tensor of its own that no file fills
+        embedding = next((t.tensor for t in tensors if t.name == hf.EMBEDDING), None)
+        equal = embedding is not None and same(*(local(t.detach())[0].cpu() for t in (item.tensor, embedding)))
+        said = (
+            "a copy of the embedding, equal now: training will part them"
+            if equal
+            else "another tensor that nothing filled"
+        )
+        yield Finding(
+            "T01",
+            "warning" if equal else "error",
+            f"the config ties lm_head to the embedding, the file holds one tensor for both, and in "
+            f"the model the head is {said}",
+            [item.name],
+            fix="model.tie_weights()",
+        )
+    rest = [m for m in rest if m not in head]
+    if rest:
+        names = [m.name for m in rest]
+        yield Finding(
+            "K01",
+            "error",
+            f"{len(names)} tensors of the model are not in the file and hold what they held before: {_few(names)}",
+            names,
+            {"model": len(names), "file": len(source.view)},
+        )
+
+
+def _dropped(model: nn.Module, tensors: list[Held], source: Source, some_missing: bool) -> Iterator[Finding]:
+    """Model tensors of the file that nothing in the model asked for."""
+    left = [s for s in source.stored.values() if s not in source.used and s not in source.computed]
+    buffers = {n for n, _ in model.named_buffers()}
+    left = [s for s in left if not any(b.endswith(s) or s.endswith(b) for b in buffers)]
+    spare = [s for s in left if s.endswith(("lm_head.weight", "output.weight")) and _stands_for_embedding(s, source)]
+    left = [s for s in left if s not in spare]
+    if not left:
+        return
+    heads = not some_missing and all(
+        re.search(r"(^|\.)(lm_head|score|classifier|output)\.(weight|bias)$", s) for s in left
+    )
+    headless = heads and not any(re.search(r"(^|\.)(lm_head|score|classifier|output)\.", t.name) for t in tensors)
+    yield Finding(
+        "K07",
+        "warning" if headless else "error",
+        f"{len(left)} tensors of the file have no place in the model and were dropped: {_few(left)}",
+        left,
+        {"file": len(source.view)},
+    )
+
+
+def _stands_for_embedding(head: str, source: Source) -> bool:
+    """A head that the model ties away is no loss when the file's head equals its embedding."""
+    names = [s for c, s in source.stored.items() if c.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
+    record = source.view[head]
+    return any(
+        source.view[n].shape == record.shape and source.view.digest(n) == source.view.digest(head) for n in names
+    )
+
+
+def _gathered(found: Iterable[Mismatch]) -> Iterator[Finding]:
+    """One finding a code, with the figures of each tensor."""
+    for code in ORDER:
+        mine = [m for m in found if m.code == code]
+        quiet = [m for m in mine if m.evidence.get("compared") is False]
+        loud = [m for m in mine if m not in quiet]
+        if loud:
+            names = list(dict.fromkeys(m.name for m in loud))
+            detail = {m.name: {"says": m.words, **m.evidence} for m in loud[:50]}
+            first = f"{loud[0].name} {loud[0].words}"
+            said = first if len(loud) == 1 else f"{len(names)} tensors {_TITLES[code]}: {_few(names)}; {first}"
+            yield Finding(code, "error", said, names, {"tensors": detail})
+        if quiet:
+            yield Finding(
+                code, "info", f"{len(quiet)} tensors were not compared: {quiet[0].words}", [m.name for m in quiet]
+            )
+
+
+def _cause(model: nn.Module, found: list[Mismatch], compared: int, source: Source) -> Iterator[Finding]:
+    """Where nearly nothing was loaded and the file's names are not the model's: that is why."""
+    if not compared or len(found) < 0.9 * compared:
+        return
+    raw = {*dict(model.named_parameters(remove_duplicate=False)), *model.state_dict()}
+    if len(raw & set(source.view)) > 0.5 * compared:
+        return
+    identity = source.identity
+    codes = sorted({m.code for m in found})
+    if identity.wrappers:
+        code, words = "K03", f"the file's names carry the wrappers {', '.join(identity.wrappers)}"
+    elif identity.root:
+        code, words = "K04", f"the file nests the model under {identity.root!r}"
+    else:
+        code, words = "K06", f"the file's names follow {identity.naming or 'a scheme of their own'}, the model's do not"
+    example = f"{next(iter(raw))} against {next(iter(source.view))}"
+    yield Finding(
+        code,
+        "error",
+        f"{words}: the loader found none of these names and loaded nothing ({example})",
+        [],
+        {"differ": len(found), "compared": compared},
+        explains=codes,
+    )
+
+
+def _few(names: list[str]) -> str:
+    shown = grouped(names)
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

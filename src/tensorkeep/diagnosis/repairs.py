@@ -1,0 +1,221 @@
+"""Repair: undo the proven causes, write a new checkpoint, diagnose it again.
+
+What was only moved, turned or renamed comes back bit for bit. What a cause destroyed is taken from the reference only
+where everything else shows that the checkpoint is a copy of it; a checkpoint that was trained further is refused then,
+and told what it needs. The broken checkpoint is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.sink import Result, quiet
+from tensorkeep.diagnosis._remedies import Recipe, Remedies, remedies
+from tensorkeep.diagnosis.diagnosis import Diagnosis, diagnose, judge, run_checks
+from tensorkeep.diagnosis.evidence import opening
+from tensorkeep.diagnosis.evidence.case import Array, Case, Progress, Target
+from tensorkeep.diagnosis.evidence.opening import elements
+from tensorkeep.diagnosis.evidence.survey import SAME
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import CHUNK, Companion, StateView
+from tensorkeep.storage.record import TensorRecord, nbytes
+
+MOST = 0.5  # part of the elements that may come from the reference: beyond it, the reference is what you want
+
+
+@dataclass
+class Repaired:
+    """What a repair did: the diagnosis before and after, what was done by code, what came from the reference."""
+
+    before: Diagnosis
+    after: Diagnosis
+    done: dict[str, str]
+    taken: list[str]
+    result: Result
+
+
+@dataclass(eq=False)
+class RepairedView(StateView):
+    """A checkpoint as it should have been: hf names and layout, some tensors made by recipes, the others streamed."""
+
+    case: Case | None = None
+    recipes: dict[str, Recipe] | None = None
+
+    def stream(
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+    ) -> Iterator[memoryview]:
+        recipe = (self.recipes or {}).get(name)
+        assert self.case is not None
+        hub = self.case.tensors.get(name)
+        if (
+            recipe is None
+            and hub is not None
+            and len(hub.parts) == 1
+            and not hub.parts[0].permutes
+            and hub.parts[0].rows is None
+        ):
+            yield from self.case.views[0].stream(hub.parts[0].name, rows, granule, chunk)
+            return
+        values = np.ascontiguousarray(recipe() if recipe is not None else self.case.values(name))
+        record = self.records[name]
+        row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
+        first, last = rows or (0, record.shape[0] if record.shape else 1)
+        whole = values.reshape(-1).view(np.uint8).data[first * row : last * row]
+        step = max(chunk // granule, 1) * granule
+        yield from (whole[at : at + step] for at in range(0, len(whole), step))
+
+
+def repair(
+    path: str,
+    out: str,
+    reference: str,
+    target: Target | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Repaired:
+    """Write to `out` what the checkpoint at `path` should have been, in its own format and naming.
+
+    Raises TensorkeepError where there is nothing to repair, where something is lost or ambiguous (it says what is
+    needed), or where the result still has an error; then nothing is left at `out`.
+
+    >>> repair("broken", "mended", "base").after.verdict              # doctest: +SKIP
+    'ok'
+    """
+    before = diagnose(path, reference, target, progress)
+    if before.verdict != "findings":
+        raise TensorkeepError(
+            "nothing to repair: no error was found",
+            where=path,
+            hint=f"tensorkeep diagnose {path} --reference {reference}",
+        )
+    case = before.case
+    assert case is not None
+    plan = remedies(before)
+    _refuse(before, plan)
+    taken = _take(case, plan)
+    view = mended(case, plan)
+    _rehearse(case, view, plan)
+    to = view.format
+    naming = case.identity.naming if case.identity is not None and "K06" not in plan.done else "hf"
+    root = case.identity.root if case.identity is not None and "K04" not in plan.done and to == "dcp" else None
+    made = make_plan([view], to, naming=naming if naming not in ("minimind", "gguf") else "hf", root=root)
+    result = convert(made, out, to, overwrite=overwrite, progress=progress or quiet)
+    return Repaired(before, diagnose(out, reference, target, progress), plan.done, taken, result)
+
+
+def _refuse(before: Diagnosis, plan: Remedies) -> None:
+    if plan.refused:
+        code, need = next(iter(plan.refused.items()))
+        more = f" ({len(plan.refused) - 1} more: {', '.join(list(plan.refused)[1:])})" if len(plan.refused) > 1 else ""
+        raise TensorkeepError(f"cannot be repaired{more}", where=before.checkpoint, code=code, hint=f"it needs {need}")
+
+
+def _take(case: Case, plan: Remedies) -> list[str]:
+    """Recipes for what was lost, out of the reference, where the rest of the checkpoint is the reference's bit for bit."""
+    if not plan.lost:
+        return []
+    code = next(iter(plan.lost.values()))
+    lost = ", ".join(grouped(plan.lost)[:3])
+    other = [
+        n
+        for n in case.shared()
+        if n not in plan.lost and n not in plan.recipes and case.sights[n].status not in (*SAME, "shape")
+    ]
+    if other:
+        raise TensorkeepError(
+            f"the values of {lost} are lost, and the reference is not where this checkpoint came from: {other[0]} differs as well",
+            where=case.path,
+            code=code,
+            hint="it needs the checkpoint before the fault; the reference's values would not fit the trained ones",
+        )
+    total = sum(elements(h) for h in case.reference_tensors.values())
+    count = sum(elements(case.reference_tensors[n]) for n in plan.lost if n in case.reference_tensors)
+    if count > MOST * total or any(n not in case.reference_tensors for n in plan.lost):
+        raise TensorkeepError(
+            f"{count} of {total} values are lost ({lost})", where=case.path, code=code, hint="use the reference itself"
+        )
+    for name, why in plan.lost.items():
+        plan.recipes[name] = lambda name=name: _borrowed(case, name)  # type: ignore[misc]
+        plan.shapes[name] = case.reference_tensors[name].shape
+        plan.done[why] = "took what was lost from the reference, which the rest of the checkpoint equals"
+    return list(plan.lost)
+
+
+def _borrowed(case: Case, name: str) -> Array:
+    values = case.reference_values(name)
+    return values.astype(case.values(name).dtype) if _stored_like(case, name) else values
+
+
+def _stored_like(case: Case, name: str) -> bool:
+    """Whether the checkpoint's own dtype for this tensor is to be kept: a plain float of another width."""
+    return name in case.tensors and case.tensors[name].dtype in ("F32", "F16", "BF16", "F64")
+
+
+def mended(case: Case, plan: Remedies) -> RepairedView:
+    """The view of the repaired checkpoint: nothing is computed before its tensors are read."""
+    assert case.view is not None
+    names = [n for n in case.tensors if n not in plan.dropped and n not in case.tied]
+    names += [n for n in plan.recipes if n not in case.tensors]
+    records = {}
+    for name in names:
+        hub = case.tensors.get(name) or case.reference_tensors[name]
+        dtype = hub.dtype if name not in plan.lost or _stored_like(case, name) else case.reference_tensors[name].dtype
+        records[name] = TensorRecord(name, dtype, plan.shapes.get(name, hub.shape), ())
+    companions = [c for c in case.view.companions if c.name not in plan.companions]
+    reference = case.reference
+    if reference is not None:
+        companions += [c for c in reference.companions if c.name in plan.companions]
+        if "config.json" not in {c.name for c in companions}:
+            companions += [c for c in reference.companions if c.name == "config.json"]
+    config = case.reference_config if "config.json" in plan.companions or case.config is None else case.config
+    form = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
+    return RepairedView(
+        case.view.path,
+        form,
+        case.view.folder,
+        records,
+        config,
+        [Companion(*c) for c in companions],
+        computed=True,
+        case=case,
+        recipes=plan.recipes,
+    )
+
+
+def _rehearse(case: Case, view: RepairedView, plan: Remedies) -> None:
+    """Diagnose the repaired view before a byte is written."""
+    again = replace(
+        case,
+        view=view,
+        config=view.config,
+        tensors={},
+        reference_tensors={},
+        left_out=[],
+        reference_left_out=[],
+        tied=frozenset(),
+        packed=frozenset(),
+        adapter={},
+        prefix=None,
+        sights={},
+        broken={},
+        claims={},
+        orders={},
+        progress=None,
+        target=None if "K04" in plan.done or "K06" in plan.done else case.target,
+    )
+    opening.look(again)
+    found = judge(again, *run_checks(again))
+    errors = [f for f in found.findings if f.severity == "error" and f.code not in ("K04", "F03", "F08")]
+    if errors:
+        raise TensorkeepError(
+            f"the repair would leave {errors[0].code}: {errors[0].message}",
+            where=case.path,
+            code=errors[0].code,
+            hint="nothing was written; the faults overlap in a way that cannot be undone one by one",
+        )

@@ -1,0 +1,168 @@
+"""Verify: is a checkpoint complete, and is every byte what its certificate says?
+
+Structure is checked by opening it. Content is checked against our certificate where there is one, and against the
+zip's own CRC-32 in torch.save archives, which torch writes and never reads.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.conversion.proof import read_certificate, stored_name
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.findings import Finding
+from tensorkeep.formats.view import CHUNK, StateView, read
+from tensorkeep.storage import run_folder, run_manifest
+from tensorkeep.storage.archive import entries
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import LocalFolder, left_over, local_path
+
+Progress = Callable[[str, int, int], None]
+
+
+def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Finding], StateView | None, bool]:
+    """Findings of a checkpoint, its view (None where it cannot be read), and whether a certificate was compared.
+
+    Example: `findings, view, certified = verify("out")`
+    """
+    if (step := _step(path)) is not None:
+        return *_verify_step(*step, progress), True
+    findings = interrupted(path)
+    try:
+        view = read(path)
+    except TensorkeepError as error:
+        if error.code is None or not error.code.startswith("F"):
+            raise
+        return [*findings, Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint)], None, False
+    findings += [Finding(n.code, "warning", n.message, n.names) for n in view.notes]
+    certificate = read_certificate(view)
+    try:
+        if certificate is not None:
+            findings += _against_certificate(view, certificate, progress)
+        else:
+            findings += against_crc(view, progress)
+    except TensorkeepError as error:
+        if error.code is None or not error.code.startswith("F"):
+            raise
+        findings.append(Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint))
+    return findings, view, certificate is not None
+
+
+def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
+    """The checkpoint of a run of ours that a path means, and newer ones that were passed over."""
+    if "://" in str(path) or not (folder := local_path(path)).is_dir():
+        return None
+    try:
+        return run_folder.find(folder.resolve()) or ((folder, []) if _sealed(folder) else None)
+    except TensorkeepError as error:  # no step of the run is whole: say what ails each
+        if error.code is None:
+            raise
+        run = folder.parent if folder.name == run_folder.CHECKPOINTS else folder
+        newest, *older = (run_folder.folder_of(run, s) for s in run_folder.steps(run))
+        return newest, [f for step in older for f in run_manifest.findings(step)]
+
+
+def _sealed(folder: Path) -> bool:
+    """Whether a folder of another program (Trainer, accelerate, Lightning) carries a manifest of ours."""
+    path = folder / run_manifest.MANIFEST
+    if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
+        return False
+    document = parse_json(path.read_bytes(), path)
+    return isinstance(document, dict) and {"schema", "chunk", "files", "xxh3_128"} <= document.keys()
+
+
+def _verify_step(
+    folder: Path, passed: list[Finding], progress: Progress | None
+) -> tuple[list[Finding], StateView | None]:
+    """Every byte of a run's checkpoint against its manifest: one finding a damaged file, naming the tensors (F03)."""
+    findings = [*passed, *interrupted(folder), *run_manifest.findings(folder, progress)]
+    whole = not any(f.severity == "error" for f in findings)
+    return findings, read(folder) if whole else None
+
+
+def interrupted(path: str | Path) -> list[Finding]:
+    """Temporary files that an interrupted write left behind (F01): a warning, since no reader takes them."""
+    folder = Path(path)
+    found = left_over(folder) + [n for n in left_over(folder.parent) if n.startswith(f".{folder.name}.")]
+    if not found:
+        return []
+    return [Finding("F01", "warning", f"an interrupted write left {', '.join(found)}", found, fix="delete them")]
+
+
+def _against_certificate(view: StateView, certificate: dict[str, Any], progress: Progress | None) -> list[Finding]:
+    """F03 for every tensor whose bytes, dtype or shape are not what the certificate says; K01/K02 for names."""
+    wanted = {
+        stored_name(n, certificate.get("root"), view.format): entry for n, entry in certificate["tensors"].items()
+    }
+    findings = []
+    missing, extra = sorted(set(wanted) - set(view)), sorted(set(view) - set(wanted))
+    if missing:
+        findings.append(Finding("K01", "error", f"{len(missing)} tensors of the certificate are missing", missing))
+    if extra:
+        findings.append(Finding("K02", "error", f"{len(extra)} tensors are not in the certificate", extra))
+    names = [n for n in wanted if n in view]
+    total, done, damaged = sum(view[n].nbytes for n in names), 0, []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(view.digest, names)):
+            entry, record = wanted[name], view[name]
+            if (digest, record.dtype, list(record.shape)) != (
+                entry["xxh3_128"],
+                entry.get("dtype"),
+                entry.get("shape"),
+            ):
+                damaged.append(name)
+            done += record.nbytes
+            if progress:
+                progress("verify", done, total)
+    if damaged:
+        findings.append(
+            Finding(
+                "F03",
+                "error",
+                f"{len(damaged)} tensors are not what the certificate says",
+                damaged,
+                fix="copy the checkpoint again",
+            )
+        )
+    return findings
+
+
+def against_crc(view: StateView, progress: Progress | None) -> list[Finding]:
+    """F03 for archive entries whose bytes do not fit the CRC-32 in the zip. Other formats have no checksum."""
+    if not isinstance(view.folder, LocalFolder):
+        return []
+    ranges = {}
+    for record in view.values():
+        for block in record.blocks:
+            if block.archive:
+                ranges[block.file, block.start, block.nbytes] = record.name
+            elif view.format == "pth" and view.folder.read(block.file, 0, 2) == b"PK":
+                ranges[block.file, 0, view.folder.size(block.file)] = block.file
+    damaged, done, total = [], 0, sum(length for _, _, length in ranges)
+    for (file, start, length), name in ranges.items():
+        for entry_name, entry in entries(view.folder, file, start, length).items():
+            crc, at = 0, 0
+            while at < entry.size:
+                piece = view.folder.read(file, entry.start + at, min(CHUNK, entry.size - at))
+                crc, at = zlib.crc32(piece, crc), at + len(piece)
+            if crc != entry.crc and entry.crc:  # some writers leave it 0
+                damaged.append(name if name != file else f"{file}: {entry_name}")
+        done += length
+        if progress:
+            progress("verify", done, total)
+    if not damaged:
+        return []
+    return [
+        Finding(
+            "F03",
+            "error",
+            f"the bytes of {len(damaged)} tensors do not fit the file's own CRC-32",
+            damaged,
+            fix="copy the file again",
+        )
+    ]

@@ -1,0 +1,232 @@
+"""Checkpoint folders that another library writes, made trustworthy: fsynced, digested, sealed by our manifest, found
+again newest valid first.
+
+Their writers know neither digests nor fsync and write in place, so a folder is believed only once it is sealed: the
+manifest comes last, covers every byte of every file, and is gone or differs wherever a save was cut short.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import safetensors
+from tensorkeep.storage import durable, run_folder, run_manifest
+from tensorkeep.storage.files import TEMPORARY, LocalFolder, explained, left_over
+from tensorkeep.storage.placement import remove, replacing, sync_file, sync_folder, temporary_name, write_bytes
+from tensorkeep.storage.record import FROM_TORCH
+from tensorkeep.storage.run_manifest import MANIFEST
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.saver import State
+from tensorkeep.training.state_files import files_of, floating, source_of, tensors_in
+
+Numbered = tuple[int, Path]
+Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, first byte
+
+
+# -- sealing ------------------------------------------------------------------------------------------------------
+
+
+def seal(folder: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
+    """Put every file of a folder on the disk for good, and our manifest beside them, last.
+
+    Safetensors are digested tensor by tensor and looked through. Raises TensorkeepError where a tensor holds NaN or Inf
+    (V01: the folder stays without a manifest, so no resume takes it), where the folder has folders in it, and where the
+    disk is full or fails.
+    """
+    folder = Path(folder)
+    with explained(folder):
+        _forget(folder)
+        inner = sorted(p.name for p in folder.iterdir() if not p.is_file())
+        names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    if inner or not names:
+        what = f"has folders in it ({', '.join(inner[:3])}), which a manifest does not cover" if inner else "is empty"
+        raise TensorkeepError(what, where=folder, hint="save unsharded, or train with `tensorkeep train`")
+    written: dict[str, durable.Written] = {}
+    tensors: dict[str, Places] = {}
+    for name in names:
+        sync_file(folder / name)
+        written[name], places = _digested(folder, name)
+        if places:
+            tensors[name] = places
+        if written[name].unsound:
+            raise not_finite(folder / name, written[name].unsound)
+    with explained(folder):
+        run_folder.write_text(folder / MANIFEST, run_manifest.make(step, written, tensors, base).decode())
+        sync_folder(folder.parent)
+
+
+def _forget(folder: Path) -> None:
+    """Take an earlier manifest away, and what a killed seal left: a folder written into again is not sealed."""
+    for name in [*left_over(folder), MANIFEST]:
+        remove(folder / name)
+    sync_folder(folder)
+
+
+def not_finite(where: Path, names: list[str]) -> TensorkeepError:
+    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TensorkeepError(
+        f"NaN or Inf in {len(names)} tensors: {first}; the checkpoints before it stay",
+        where=where,
+        code="V01",
+        hint="resume from the newest valid checkpoint with a lower learning rate or clipping",
+        tensors=names,
+    )
+
+
+def _digested(folder: Path, name: str) -> tuple[durable.Written, Places]:
+    """Digests of a file that is there already; of safetensors also per tensor, and those with NaN or Inf in them."""
+    path = folder / name
+    with explained(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        chunks = [durable.digest(chunk) for chunk in iter(lambda: file.read(durable.CHUNK), b"")]
+    places: Places = {}
+    digests, unsound = {}, []
+    if name.endswith(".safetensors"):
+        records, _ = safetensors.read_header(LocalFolder(folder), name)
+        places = {r.name: (r.dtype, r.shape, r.blocks[0].start if r.blocks else 0) for r in records}
+        with explained(path), path.open("rb") as file:
+            for record in records:
+                file.seek(places[record.name][2])
+                digests[record.name], sound = _passed(file, record.nbytes, record.dtype)
+                if not sound:
+                    unsound.append(record.name)
+    return durable.Written(size, chunks, digests, sorted(unsound)), places
+
+
+def _passed(file: Any, left: int, dtype: str) -> tuple[str, bool]:
+    """The digest of the next `left` bytes, and whether they are finite."""
+    running, sound = xxhash.xxh3_128(), True
+    while left and (piece := file.read(min(left, durable.CACHED))):
+        running.update(piece)
+        sound = sound and (not floating(dtype) or durable.finite(memoryview(piece), dtype))
+        left -= len(piece)
+    return running.hexdigest(), sound
+
+
+# -- tensors of our own beside theirs ---------------------------------------------------------------------------------
+
+
+def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file in a folder, durably. Raises V01 for NaN or Inf, and where a tensor cannot be stored."""
+    layout, own = files_of(State(dict(tensors), {}, {}, {"step": 0}))[0]
+    dtypes = {n: FROM_TORCH[str(t.dtype).removeprefix("torch.")] for n, t in own.items()}
+    floats = {n: d for n, d in dtypes.items() if floating(d)}
+    with explained(folder / name):
+        remove(folder / name)
+        done = durable.write_file(folder / name, layout, source_of(own), floats)
+    if done.unsound:
+        raise not_finite(folder / name, done.unsound)
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file of a sealed folder, on the CPU, every byte compared with its digest.
+
+    Raises TensorkeepError: F01 no manifest, F03 damaged (names the tensors), F05 the file is none of the checkpoint's.
+    """
+    folder = Path(folder)
+    manifest = run_manifest.read_manifest(folder)
+    if name not in manifest.files:
+        raise TensorkeepError(f"{name} is no part of this checkpoint", where=folder, code="F05")
+    run_manifest.check_sizes(folder, manifest)
+    size = manifest.files[name].size
+    image = durable.allocate(size)
+    run_manifest.read_whole(folder, name, manifest, image)
+    return tensors_in(folder, name, image[:size], manifest)
+
+
+def write_state(final: Path, state: State) -> None:
+    """One checkpoint of ours as the folder `final`, whatever its name; what stood there goes when it is durable.
+
+    Raises TensorkeepError as `checkpoint.save` does.
+    """
+    with replacing(final, overwrite=True) as temporary:
+        run = temporary_name(final)
+        try:
+            made = checkpoint.save(run, state)
+            with explained(final):
+                made.rename(temporary)
+        except TensorkeepError as error:
+            error.where = str(final)  # nobody knows the temporary names
+            raise
+        finally:
+            remove(run)
+
+
+def write_document(folder: Path, name: str, data: bytes) -> None:
+    """A small file in a folder that is yet to be sealed."""
+    with explained(folder / name):
+        remove(folder / name)
+        write_bytes(folder / name, data)
+
+
+# -- finding and keeping ------------------------------------------------------------------------------------------
+
+
+def numbered(root: Path, pattern: re.Pattern[str]) -> list[Numbered]:
+    """Folders in `root` whose whole name fits `pattern`, with the number in it, highest first."""
+    with explained(root):
+        if not root.is_dir():
+            return []
+        found = [(int(m[1]), p) for p in root.iterdir() if (m := pattern.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def newest_valid(folders: Sequence[Path], log: Logger) -> Path | None:
+    """The first folder whose every byte is what its manifest says; those passed over are told to `log` and stay.
+
+    None where there is none, or nothing but one save that was cut short. Raises TensorkeepError where there are
+    checkpoints and none can be vouched for: starting anew would end in overwriting them.
+    """
+    passed = []
+    for folder in folders:
+        wrong = run_manifest.findings(folder)
+        if not wrong:
+            return folder
+        passed.append(wrong[0])
+        log.warning("skipped: %s %s", wrong[0].code, wrong[0].message)
+    if len(passed) > 1 or any(f.code != "F01" for f in passed):
+        raise TensorkeepError(
+            f"none of its {len(passed)} checkpoints is valid; the newest: {passed[0].message}",
+            where=folders[0].parent,
+            code=passed[0].code,
+            tensors=passed[0].tensors,
+            hint="resume from one by its path if you trust it (`seal` vouches for it), or start in another folder",
+        )
+    return None
+
+
+def prune(folders: Sequence[Numbered], step: int, last: int, kept: set[int]) -> list[Path]:
+    """Delete sealed folders up to `step` but the `last` newest, `step` and `kept`. Renamed away first, durably.
+
+    What bears no manifest was never ours to delete.
+    """
+    sealed = {s: path for s, path in folders if s <= step and (path / MANIFEST).is_file()}
+    gone = [sealed[s] for s in run_folder.unwanted(list(sealed), last, None, kept | {step})]
+    for path in gone:
+        take_away(path)
+    return gone
+
+
+def take_away(path: Path) -> None:
+    """Delete a folder so that no reader ever finds a half of it; a link or a file is unlinked."""
+    aside = temporary_name(path)
+    with explained(path):
+        path.rename(aside)
+        sync_folder(path.parent)
+    remove(aside)
+
+
+def clear_remains(root: Path, pattern: re.Pattern[str]) -> None:
+    """Remove what a killed save or deletion of such folders left in `root`."""
+    for name in left_over(root):
+        if pattern.fullmatch(name[1 : -len(TEMPORARY)].rpartition(".")[0]):
+            remove(root / name)

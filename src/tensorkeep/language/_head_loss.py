@@ -1,0 +1,81 @@
+"""Cross-entropy through a language model's head without ever holding its logits.
+
+A batch of 8192 tokens over a vocabulary of 128256 has 4.2 GB of float32 logits, and as much again of their gradient.
+Here they are made a chunk of tokens at a time, and the gradient of the hidden states (and of the head, where it
+trains) is made in the same pass, so that nothing of vocabulary size outlives its chunk and nothing is computed twice.
+The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger's fused linear cross-entropy (arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # a label that does not count, as everywhere in torch and transformers
+_CHUNK_BYTES = 256 << 20  # of float32 logits held at a time
+
+
+def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, chunk: int | None = None) -> Tensor:
+    """`sum of -log softmax(hidden W^T)[label] / divisor` over the labels that count: a float32 scalar.
+
+    `hidden [..., C]`, `weight [V, C]`, `labels [...]` (already shifted; -100 does not count), `chunk` tokens at a time
+    (None: as many as 256 MiB of logits). Products are made in the dtype of `hidden` or autocast's, sums in float32.
+
+    >>> h, w = torch.randn(3, 4), torch.randn(7, 4)
+    >>> torch.allclose(head_loss(h, w, torch.tensor([1, -100, 2]), 2.0),
+    ...                torch.nn.functional.cross_entropy(h @ w.T, torch.tensor([1, -100, 2])))
+    True
+    """
+    width, kind = hidden.shape[-1], hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    size = chunk or max(_CHUNK_BYTES // (4 * weight.shape[0]), 1)
+    run: Any = _HeadLoss.apply
+    sums = run(hidden.reshape(-1, width), weight, labels.reshape(-1), dtype, size)
+    return cast(Tensor, sums) / divisor
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The sum over labels that count, with its gradients made beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        # float32 across chunks: many small terms of either sign
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        head = weight.to(dtype)
+        for start in range(0, len(labels), size):
+            part, wanted = hidden[start : start + size].to(dtype), labels[start : start + size]
+            counts = wanted != IGNORED
+            places = wanted.clamp(min=0)[:, None]
+            logits = (part @ head.T).float()  # [n, V]
+            norm = logits.logsumexp(-1, keepdim=True)
+            total += ((norm - logits.gather(1, places)).squeeze(1) * counts).sum()
+            if not (need_hidden or need_weight):
+                continue
+            slope = logits.sub_(norm).exp_()  # softmax, in the place of the logits
+            slope.scatter_add_(1, places, slope.new_full((1, 1), -1.0).expand_as(places))
+            low = (slope * counts[:, None]).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + size] = low @ head
+            if grad_weight is not None:
+                grad_weight += low.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        hidden, weight = ctx.saved_tensors
+        return (
+            None if hidden is None else hidden * grad.to(hidden.dtype),
+            None if weight is None else (weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )

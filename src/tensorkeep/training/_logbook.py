@@ -1,0 +1,98 @@
+"""What a run says of its updates: rows in `metrics.jsonl` and for trackers, and the line a person watches.
+
+Numbers leave the device only for updates that are logged, so the others wait for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.output import Output, size
+from tensorkeep.training import distributed, metrics
+from tensorkeep.training.distributed import World
+from tensorkeep.training.job import Job, Loop
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update's numbers, still on the device: named losses (this rank's share), gradient norm, the count."""
+
+    losses: dict[str, Tensor]
+    norm: Tensor
+    count: float
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many updates happens after this one."""
+    return every is not None and step % every == 0
+
+
+class Log:
+    """Notes updates; every rank calls `note`, the first one writes."""
+
+    def __init__(self, run: Path, job: Job, loop: Loop, world: World, scaler: Any, say: Output) -> None:
+        self.path, self.job, self.loop, self.world, self.scaler = run / metrics.METRICS, job, loop, world, scaler
+        self.since, self.steps, self.counted = time.monotonic(), 0, 0.0
+        self.status = say.status() if world.first else None
+
+    def note(self, step: int, samples: int, made: Update) -> None:
+        """After update `step`. Raises TensorkeepError (V01) where the loss is not finite, on every rank alike."""
+        self.steps, self.counted = self.steps + 1, self.counted + made.count
+        if not (due(step, self.loop.log_every) or step == self.loop.updates or step == 1):
+            return
+        names = sorted(made.losses)
+        values = dict(zip(names, distributed.total(self.world, *(float(made.losses[n]) for n in names))))
+        if not math.isfinite(values["loss"]) and not self._scaler_helps():
+            raise TensorkeepError(
+                f"the loss of step {step} is {values['loss']}",
+                where=self.path.parent,
+                code="V01",
+                hint="the checkpoints are from before it; a lower learning rate, clip or bf16 instead of fp16 may help",
+            )
+        if not self.world.first:
+            return
+        now = time.monotonic()
+        row = {
+            "step": step,
+            "samples": samples,
+            **values,
+            "lr": self.job.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(made.norm),
+            "count": made.count,
+            "seconds": (now - self.since) / self.steps,
+        }
+        self.write(row)
+        if self.status:
+            unit, each = self.job.pace
+            amount = self.counted if each is None else self.steps * self.loop.batch * each
+            line = self._line(row, f"{amount / max(now - self.since, 1e-9):,.0f} {unit}/s")
+            self.status.show(line, step, self.loop.updates)
+        self.since, self.steps, self.counted = now, 0, 0.0
+
+    def write(self, row: dict[str, Any], durable: bool = False) -> None:
+        """A row to the file and to every tracker."""
+        metrics.append(self.path, row, durable)
+        for track in self.job.trackers:
+            track(metrics.finite(row))
+
+    def _scaler_helps(self) -> bool:
+        """In fp16 an overflow is no fault: the update is skipped and the scale halved; below 1 halving is over."""
+        return bool(self.scaler.is_enabled()) and float(self.scaler.get_scale()) >= 1.0
+
+    def _line(self, row: Mapping[str, Any], rate: str) -> str:
+        held = torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else 0
+        memory = f"  {size(held)}" if held else ""
+        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3g}  {rate}{memory}"
+
+    def close(self) -> None:
+        if self.status:
+            self.status.close()

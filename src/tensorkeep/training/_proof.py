@@ -1,0 +1,98 @@
+"""`checkpoints/proof.jsonl`: the losses of the two steps after each checkpoint, in hexadecimal, so that equal is equal.
+
+A run that goes on makes those steps again. Equal losses confirm that everything which matters came back; a difference
+is said with both numbers and what differs between the two starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tensorkeep.output import Output
+from tensorkeep.training import distributed, metrics
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
+
+STEPS = 2  # the first shows that weights and data came back, the second that the optimizer did
+
+
+class Proof:
+    """Notes losses after saves, and compares those that are made again with what was noted before.
+
+    `resumed`: the step the run goes on from. `say` None: a rank that only takes part in the sums.
+    """
+
+    def __init__(self, run: Path, facts: dict[str, Any], resumed: int | None, say: Output | None) -> None:
+        self.path, self.facts, self.say, self.since = run / "checkpoints" / metrics.PROOF, facts, say, resumed
+        self.confirmed: list[int] = []
+        self.waiting: list[metrics.Row] = []  # of a first checkpoint that is still on its way to the disk
+        self.known: dict[int, metrics.Row] = {}
+        if say is not None and self.path.exists():
+            there = set(checkpoint.steps(run))
+            # of steps that are gone nobody resumes; a line that a kill cut short must not merge with the next
+            metrics.keep(self.path, lambda row: _sound(row) and row["checkpoint"] in there and resumed is not None)
+            self.known = {row["step"]: row for row in metrics.rows(self.path)}  # the last word on a step counts
+
+    def saved(self, step: int) -> None:
+        """The steps that follow are to be noted."""
+        self._confirm()
+        self._write()
+        self.since = step
+
+    def note(self, step: int, loss: Tensor, world: World) -> None:
+        """After update `step`; every rank calls it. `loss`: this rank's share."""
+        if self.since is None or not self.since < step <= self.since + STEPS:
+            return
+        value = distributed.total(world, float(loss))[0].hex()
+        if self.say is None:
+            return
+        then = self.known.pop(step, None)
+        if then is not None and then["loss"] == value:
+            self.confirmed.append(step)
+            if step == self.since + STEPS or step + 1 not in self.known:
+                self._confirm()
+            return
+        self.waiting.append({"checkpoint": self.since, "step": step, "loss": value, "facts": self.facts})
+        self._write()
+        if then is not None:
+            self._differs(then, value)
+
+    def close(self) -> None:
+        """The run ends; say what was confirmed so far."""
+        self._confirm()
+        self._write()
+
+    def _write(self) -> None:
+        if self.path.parent.is_dir():
+            for row in self.waiting:
+                metrics.append(self.path, row)
+            self.waiting.clear()
+
+    def _confirm(self) -> None:
+        if self.confirmed and self.say is not None:
+            self.say.remark(f"exact resume confirmed for steps {', '.join(map(str, self.confirmed))}")
+        self.confirmed = []
+
+    def _differs(self, then: metrics.Row, value: str) -> None:
+        assert self.say is not None
+        before, after = float.fromhex(then["loss"]), float.fromhex(value)
+        noted = then.get("facts")
+        facts = [
+            f"{k} {v} -> {self.facts.get(k)}"
+            for k, v in (noted.items() if isinstance(noted, dict) else ())
+            if v != self.facts.get(k)
+        ]
+        why = f"; differs in {', '.join(facts)}" if facts else "; nothing in torch, device, threads or split differs"
+        self.say.remark(f"step {then['step']} is not bitwise what it was: loss {before!r}, now {after!r}{why}")
+
+
+def _sound(row: metrics.Row) -> bool:
+    """Whether a line is one of ours: the file lies outside every manifest."""
+    try:
+        float.fromhex(row["loss"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return type(row.get("checkpoint")) is int

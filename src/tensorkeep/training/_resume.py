@@ -1,0 +1,332 @@
+"""Resume: the newest valid checkpoint, compared with the job before anything is put back, and the level reached.
+
+`exact`: the same machine facts, so every later number is bitwise what it would have been. `sample-exact`: the same
+samples in every global batch, other arithmetic. `weights only`: what it starts from held no optimizer state. A recipe,
+base or data that changed is an error that lists what did.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.findings import Finding
+from tensorkeep.training import _sharding as sharding
+from tensorkeep.training import distributed, randomness
+from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World, gathered
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors, undeclared
+from tensorkeep.training.saver import State
+
+# what may differ between two starts of one run without changing what is computed
+FREE = (
+    "*.workers",
+    "*.micro",
+    "*.micro_batch",
+    "*.log_every",
+    "*.save_every",
+    "*.keep",
+    "*.keep.*",
+    "*.keep_last",
+    "*.keep_every",
+    "*.trackers",
+    "*.trackers.*",
+    "*.background",
+    "*.parallel",
+    "*.graph",
+    "*.deterministic",
+)
+LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
+
+
+def facts(loop: Loop, world: World) -> dict[str, Any]:
+    """What must be equal for bitwise equality: versions, device, threads, kernels, and how a batch is split."""
+    on_gpu = world.device.type == "cuda"
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else processor,
+        "threads": torch.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "world_size": world.size,
+        "micro": loop.micro,
+        "precision": loop.precision,
+        "compile": loop.compile,
+        "graph": loop.graph or None,  # None as in checkpoints from before there was a choice
+        "deterministic": loop.deterministic or None,
+        "parallel": loop.parallel if world.size > 1 else None,
+    }
+
+
+def data_facts(job: Job) -> dict[str, Any]:
+    """What the data is: its fingerprint and length, and a digest of each order that comes from elsewhere. They may
+    take a while, so a run asks once."""
+    found: dict[str, Any] = {"fingerprint": job.data.fingerprint(), "length": len(job.data)}
+    orders = {
+        str(epoch): xxhash.xxh3_128(np.asarray(order, np.int64).tobytes()).hexdigest()
+        for epoch, order in sorted(job.orders.items())
+    }
+    return found | ({"orders": orders} if orders else {})
+
+
+def snapshot(
+    job: Job,
+    loop: Loop,
+    world: World,
+    step: int,
+    samples: int,
+    scaler: Any,
+    evaluations: list[dict[str, Any]],
+    data: dict[str, Any],
+) -> State:
+    """The run's state after update `step` (`data`: its `data_facts`); every rank calls it, since each has a random state of its own and, sharded,
+    a part of the tensors. What it gives is whole on the first rank."""
+    tensors, ties = stored_tensors(job.model, base=job.base is not None)
+    optimizer, groups = optimizer_state(job.model, job.optimizer)
+    averages: dict[str, Tensor] = {} if job.ema is None else job.ema.state_dict()
+    document = {
+        "schema": 1,
+        "step": step,
+        "samples": samples,
+        "epoch": samples // max(len(job.data), 1),
+        "world_size": world.size,
+        "batch": loop.batch,
+        "seed": loop.seed,
+        "updates": loop.updates,
+        "data": data,
+        "recipe": _plain(job.recipe),
+        "facts": facts(loop, world),
+        "ties": ties,
+        "optimizer": groups,
+        "scaler": scaler.state_dict(),
+        "evaluations": [dict(e) for e in evaluations],
+        "ema": None
+        if job.ema is None
+        else {"updates": job.ema.updates, "decay": job.ema.decay, "warmup": job.ema.warmup},
+        "state": {name: thing.state_dict() for name, thing in job.state.items()},
+        "rng": gathered(world, randomness.capture()),
+    }
+    tensors, optimizer, averages = (
+        {name: sharding.whole(tensor, keep=world.first) for name, tensor in part.items()}
+        for part in (tensors, optimizer, averages)
+    )
+    return State(tensors, optimizer, averages, document, job.base, not_captured(job))
+
+
+def _plain(recipe: Mapping[str, Any]) -> Any:
+    """A recipe as JSON gives it back."""
+    try:
+        return json.loads(json.dumps(recipe))
+    except (TypeError, ValueError) as error:
+        raise TensorkeepError(f"holds a value that is not plain: {error}", where="job.recipe") from None
+
+
+def not_captured(job: Job) -> tuple[str, ...]:
+    """Parts of a job that may hold state and declare none; the manifest lists them."""
+    out = [f"model ({name})" for name in undeclared(job.model)]
+    for name in ("data", "collate", "loss", "count", "schedule", "divisor", "evaluate"):
+        part = getattr(job, name)
+        owner = getattr(part, "__self__", part)
+        held = any(thing is owner for thing in (*job.state.values(), job.model))
+        frozen = getattr(getattr(type(owner), "__dataclass_params__", None), "frozen", False)
+        if name == "data" and not hasattr(owner, "state_dict"):
+            continue  # its fingerprint says what it is
+        if hasattr(owner, "__dict__") and vars(owner) and not _callable_only(owner) and not (held or frozen):
+            out.append(f"{name} ({type(owner).__name__})")
+    return tuple(out)
+
+
+def _callable_only(thing: Any) -> bool:
+    """A plain function, class or module: its attributes are not the run's state."""
+    return isinstance(thing, type) or type(thing).__name__ in ("function", "builtin_function_or_method", "module")
+
+
+# -- is it the same run? ------------------------------------------------------------------------------------------------
+
+
+def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tuple[str, ...] = ()) -> None:
+    """Stop where recipe, base, data, seed, global batch or length are not those of the checkpoint (R04).
+
+    `allow` names fields, by pattern, that may differ on purpose. What a checkpoint from elsewhere does not say is not
+    compared.
+    """
+    then = state.document
+    now = {"seed": loop.seed, "batch": loop.batch, "updates": loop.updates, "data": data}
+    parts = [name for name in now if name in then]
+    mine = dict(_flat({name: now[name] for name in parts})) | {"base.digest": (job.base or {}).get("digest")}
+    theirs = dict(_flat({name: then[name] for name in parts})) | {"base.digest": (state.base or {}).get("digest")}
+    if then.get("recipe") is not None:
+        mine, theirs = dict(_flat(_plain(job.recipe))) | mine, dict(_flat(then["recipe"])) | theirs
+    changed = [
+        f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key) and not _may_differ(key, allow)
+    ]
+    if changed:
+        raise TensorkeepError(
+            f"the run is not the one that was saved: {'; '.join(changed[:6])} ({len(changed)} in all)",
+            where="resume",
+            code="R04",
+            hint="take the run's own recipe.yaml, or say --allow FIELD for what is meant to change",
+        )
+
+
+def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
+    """Whether a pattern names the field. The number of updates follows from that of epochs, so either word allows it."""
+    lengths = [f".{part}.{name}" for part in ("training", "schedule") for name in (*LENGTH, "stop_epoch")]
+    spellings = lengths if key == "updates" else [f".{key}"]
+    return any(fnmatchcase(s, pattern) for s in spellings for pattern in (*FREE, *(f"*.{name}" for name in allow)))
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# -- putting back -------------------------------------------------------------------------------------------------------
+
+
+def put_back(
+    job: Job, loop: Loop, world: World, state: State, scaler: Any, adopt: bool = False
+) -> tuple[str, list[str]]:
+    """Give every live object its state; random states last. Returns the level reached and why not more.
+
+    `adopt`: nobody else holds the state's tensors, so the optimizer may keep them instead of copies.
+    """
+    then = state.document
+    if "ema" in then and (job.ema is None) != (then["ema"] is None):
+        raise TensorkeepError("the average (EMA) is on in one and off in the other", where="resume", code="R04")
+    absent = [name for name in job.state if name not in then.get("state", {})]
+    if absent:
+        raise TensorkeepError(f"the checkpoint holds no state of {', '.join(absent)}", where="resume", code="R04")
+    put_tensors(job.model, state.model, base=job.base is not None)
+    if "optimizer" in then:
+        put_optimizer(job.model, job.optimizer, state.optimizer, then["optimizer"], adopt)
+    if job.ema is not None and "ema" not in then:  # from elsewhere: the average begins at its weights
+        trained = dict(job.model.named_parameters())
+        job.ema.load_state_dict({name: trained[name].detach() for name in job.ema.tensors}, 0)
+    elif job.ema is not None:
+        own = job.ema.tensors
+        averages = {
+            n: sharding.like(t, own[n]) if n in own and own[n].shape == t.shape else t for n, t in state.ema.items()
+        }
+        job.ema.load_state_dict(averages, then["ema"]["updates"])
+    if scaler.is_enabled() and then.get("scaler"):
+        scaler.load_state_dict(then["scaler"])
+    for name, thing in job.state.items():
+        thing.load_state_dict(then["state"][name])
+    return _level(loop, world, then, _put_random(loop, world, then))
+
+
+def _put_random(loop: Loop, world: World, then: Mapping[str, Any]) -> list[str]:
+    """Random states of this rank, or new ones that follow from the seed and the step; what could not come back."""
+    states = then.get("rng") or []
+    if len(states) == world.size and randomness.fits(states[world.rank]):
+        randomness.restore(states[world.rank])
+        return []
+    randomness.seed_process(randomness.derive(loop.seed, then["step"]), world.rank)
+    return [] if states else ["no random states (R01)"]
+
+
+def _level(loop: Loop, world: World, then: Mapping[str, Any], lost: list[str]) -> tuple[str, list[str]]:
+    if "foreign" in then:  # who wrote it knows what it gives (MiniMind's weights are rounded to fp16)
+        return then["foreign"]["level"], lost
+    now, before = facts(loop, world), then.get("facts") or {}
+    why = [
+        f"{key} {shown(before.get(key))} -> {shown(value)}" for key, value in now.items() if before.get(key) != value
+    ]
+    if not before:
+        why = ["written elsewhere"]
+    if world.device.type == "cuda" and not (loop.deterministic or torch.are_deterministic_algorithms_enabled()):
+        why.append("a GPU's kernels need not give the same bits twice: training.deterministic asks for those that do")
+    if "optimizer" not in then:
+        return "weights only", ["no optimizer state (R05)", *lost]
+    return "sample-exact" if why or lost else "exact", [*why, *lost]
+
+
+# -- what there is to go on from ------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A state to go on from, where it came from, and what was passed over."""
+
+    state: State | None
+    name: str
+    skipped: list[Finding]
+    place: Path | None = None
+
+
+def find(run: Path, resume: str | Path | State, world: World) -> Found:
+    """What to go on from: the run's newest valid checkpoint, one that was named, or nothing. The first rank chooses.
+
+    A run begun from elsewhere goes on from its own checkpoints, so that the same command may be given again.
+    """
+    found = distributed.together(world, lambda: _choose(run, resume) if world.first else Found(None, "", []))
+    chosen: Found = gathered(world, found._replace(state=None))[0]
+
+    def state() -> State | None:
+        if world.first:
+            return found.state
+        if chosen.place is not None:
+            return checkpoint.load(chosen.place)
+        return resume if chosen.name and isinstance(resume, State) else None
+
+    return chosen._replace(state=distributed.together(world, state))
+
+
+def _choose(run: Path, resume: str | Path | State) -> Found:
+    own = checkpoint.steps(run)
+    if isinstance(resume, State) or str(resume) not in ("auto", "never"):
+        named = _named(run, resume, own)
+        if named is not None:
+            return named
+    never = not isinstance(resume, State) and str(resume) == "never"
+    try:
+        found = checkpoint.newest(run) if own else None
+    except TensorkeepError:
+        if not never:
+            raise
+        found = None  # every one is damaged: nothing is lost by beginning anew
+    if found is not None and never:
+        raise TensorkeepError(
+            "holds checkpoints already", where=run, hint="--resume auto goes on; --out names another folder"
+        )
+    return Found(None, "", []) if found is None else Found(found[0], found[1].name, found[2], found[1])
+
+
+def _named(run: Path, resume: str | Path | State, own: list[int]) -> Found | None:
+    """The checkpoint that was named; None where the run has gone on from it already."""
+    if isinstance(resume, State):
+        return None if own else Found(resume, "a file from elsewhere", [])
+    folder = Path(resume)
+    inside = folder.resolve().is_relative_to(run.resolve())
+    if own and not inside:
+        return None
+    if (folder / "checkpoints").is_dir():
+        found = checkpoint.newest(folder)
+        if found is None:
+            raise TensorkeepError("the run holds no checkpoint", where=folder, hint="name a step folder or a file")
+        return Found(found[0], str(found[1]), found[2], found[1])
+    state = checkpoint.load(folder)
+    newer = [step for step in own if step > state.document["step"]] if inside else []
+    if newer:
+        raise TensorkeepError(
+            f"the run has newer checkpoints, up to step {newer[0]}, which would be mixed with what comes now",
+            where=run,
+            hint="name another folder (--out) to go on from this step, or remove the newer ones first",
+        )
+    return Found(state, str(folder), [], folder)

@@ -1,0 +1,144 @@
+"""FSDP2: parameters, moments and averages in shards over the ranks while training, whole tensors in the files.
+
+A checkpoint of a sharded run is the ordinary one: tensors are gathered one at a time, the first rank keeps them in main
+memory and writes them. So any number of ranks, one process or DDP goes on from it, its digests are those of the
+tensors, and `verify`, `diff` and `convert` need not know. The price: the first rank's main memory holds the whole
+state while it is saved (16 bytes a parameter with AdamW and an average), and ranks wait for the gathering.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.distributed import World, add_up
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the children of every outermost list whose children are of one class.
+
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
+    >>> len(blocks(model))
+    3
+    """
+    found: list[nn.Module] = []
+    for child in model.children():
+        inner = list(child.children())
+        repeated = isinstance(child, (nn.ModuleList, nn.Sequential)) and len(inner) > 1
+        if repeated and len({type(module) for module in inner}) == 1:
+            found += inner
+        else:
+            found += blocks(child)
+    return found
+
+
+def shard(
+    model: nn.Module, optimizer: Optimizer, averages: dict[str, Tensor], units: Iterable[nn.Module], world: World
+) -> None:
+    """Shard a model in place, unit by unit and the rest as one; optimizer groups and averages follow by name.
+
+    The optimizer must be new: it holds no state yet. Raises TensorkeepError where it is not, or torch is older than 2.6.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:
+        raise TensorkeepError("fsdp needs torch 2.6 or newer", where="training.parallel", hint="use ddp") from None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if optimizer.state:
+        raise TensorkeepError("the optimizer holds state before the model is sharded", where="training.parallel")
+    names = {id(p): n for n, p in model.named_parameters()}
+    lost = [i for g in optimizer.param_groups for i, p in enumerate(g["params"]) if id(p) not in names]
+    if lost:
+        raise TensorkeepError(f"{len(lost)} parameters of the optimizer are not the model's", where="training.parallel")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # FSDP refuses scalars (a detection head has some): each rank keeps them, and `clipped` takes their gradients' mean
+    scalars = {p for p in model.parameters() if p.dim() == 0}
+    if scalars and "ignored_params" not in inspect.signature(fully_shard).parameters:
+        what = "fsdp of a model with scalar parameters needs torch 2.7 or newer"
+        raise TensorkeepError(what, where="training.parallel", hint="use ddp")
+    how: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
+    for unit in units:
+        fully_shard(unit, mesh=mesh, **how)
+    fully_shard(model, mesh=mesh, **how)
+    now = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [now[names[id(p)]] for p in group["params"]]
+        if scalars:  # torch's many-at-once forms take no mixture
+            group["foreach"] = group["fused"] = False
+    for name, average in averages.items():
+        averages[name] = like(average.to(world.device), now[name])
+
+
+def exchange(model: nn.Module, last: bool) -> None:
+    """Reduce gradients in the last backward of an update only. Nothing for a model that is not sharded."""
+    reduce = getattr(model, "set_requires_gradient_sync", None)
+    if reduce is not None:
+        reduce(last)
+
+
+def clipped(parameters: Sequence[Tensor], limit: float | None, world: World) -> Tensor:
+    """Clip the norm of all gradients to `limit` (None: leave them); gives the norm as it was, whole on every rank.
+
+    The gradients of scalars beside shards are made the mean over ranks first, as FSDP makes the others.
+    """
+    scalars = [p for p in parameters if not sharded([p])]
+    if len(scalars) in (0, len(parameters)):
+        alike = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+        return cast("DTensor", alike).full_tensor() if sharded([alike]) else alike
+    for parameter in scalars:  # every rank takes part, whether its samples reached them or not
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    grads = [p.grad for p in parameters if p.grad is not None]
+    own, spread = [g for g in grads if not sharded([g])], [cast("DTensor", g) for g in grads if sharded([g])]
+    add_up(world, own)
+    torch._foreach_div_(own, world.size)
+    parts = [cast("DTensor", torch.nn.utils.get_total_norm(spread)).full_tensor(), torch.nn.utils.get_total_norm(own)]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    if limit is not None:
+        local = [*own, *(g.to_local() for g in spread)]
+        torch._foreach_mul_(local, (limit / (norm + 1e-6)).clamp(max=1.0))  # as `clip_grad_norm_`
+    return norm
+
+
+def forget_whole(model: nn.Module) -> None:
+    """Let go of parameters gathered for a forward. FSDP keeps those of the root until a backward, so that after an
+    evaluation under the average the next forward would take the average's. Nothing for a model that is not sharded."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None and hasattr(module, "set_requires_gradient_sync"):
+            reshard()
+
+
+def sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them is spread over ranks."""
+    return any(hasattr(t, "full_tensor") for t in tensors)
+
+
+def whole(tensor: Tensor, keep: bool) -> Tensor:
+    """A sharded tensor in one piece in main memory on ranks that `keep` it; others take part and get an empty one.
+    Any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    if gather is None:
+        return tensor
+    full: Tensor = gather()
+    return full.cpu() if keep else torch.empty(0, dtype=full.dtype)
+
+
+def like(value: Tensor, pattern: Tensor) -> Tensor:
+    """`value`, whole and the same on every rank, as `pattern` is spread: this rank's shard is cut from it."""
+    if not hasattr(pattern, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: DTensor = pattern  # type: ignore[assignment]
+    return distribute_tensor(value.to(spread.to_local().device), spread.device_mesh, spread.placements)
