@@ -15,25 +15,25 @@ from tensorkeep.output import Output
 
 # Each lives in a file of its name under commands/, as a function of that name, and is imported when it is called. Two
 # words: a command of a group. `tensorkeep --help` reads the first line of its docstring, without importing it.
-COMMANDS = (
-    "inspect",
-    "diff",
-    "verify",
-    "convert",
-    "merge",
-    "demo",
-    "eval language",
-    "eval detection",
-    "diagnose",
-    "explain",
-    "repair",
-    "report",
-    "recipe import",
-    "train language",
-    "train detection",
-    "generate",
-    "predict",
-)
+COMMANDS = {  # command -> the extra that holds all it can need; none where the core does
+    "inspect": None,
+    "diff": None,
+    "verify": None,
+    "convert": None,
+    "merge": None,
+    "demo": "demo",
+    "eval language": "language",
+    "eval detection": "detection",
+    "diagnose": None,
+    "explain": None,
+    "repair": None,
+    "report": None,
+    "recipe import": None,
+    "train language": "language",
+    "train detection": "detection",
+    "generate": "language",
+    "predict": "detection",
+}
 GROUPS = {
     "eval": "Measure a model: loss and perplexity, or mean average precision.",
     "recipe": "Make recipes from other frameworks' configs.",
@@ -52,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         output.error(error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        needed = missing_package(words, error)
+        if needed is None or os.environ.get("TENSORKEEP_DEBUG") == "1":
+            raise
+        output.error(needed)
+        return needed.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -59,6 +65,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader of our output has gone (`| head`); flushing at exit would complain again
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         return 0
+
+
+def missing_package(words: Sequence[str], error: ModuleNotFoundError) -> TensorkeepError | None:
+    """The one line for a command that needs a package of an extra; None where the missing module is in no extra."""
+    import re
+    from importlib.metadata import PackageNotFoundError, requires
+
+    module = (error.name or "").partition(".")[0]
+    try:
+        stated = requires("tensorkeep") or []
+    except PackageNotFoundError:  # a bare source tree on the module path
+        stated = []
+    packages: dict[str, set[str]] = {}  # extra -> modules of its packages, as far as they are named alike
+    for line in stated:
+        package, in_extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if package and in_extra:
+            packages.setdefault(in_extra[1], set()).add(package[0].replace("-", "_"))
+    holding = [extra for extra, modules in packages.items() if module in modules]
+    if not holding:
+        return None
+    command = command_of(words)
+    extra = (COMMANDS.get(command) if command else None) or min(holding, key=lambda e: len(packages[e]))
+    what = f"tensorkeep {command} needs {module}" if command else f"this needs {module}"
+    return TensorkeepError(f"{what}, which is not installed", hint=f"pip install 'tensorkeep[{extra}]'")
+
+
+def command_of(words: Sequence[str]) -> str | None:
+    """The command that a line begins with."""
+    return next((c for c in COMMANDS if c.split() == list(words[: len(c.split())])), None)
 
 
 def run(words: list[str], output: Output) -> int:
@@ -87,7 +122,7 @@ def run(words: list[str], output: Output) -> int:
     try:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        known = next((c for c in COMMANDS if c.split() == words[: len(c.split())]), None)
+        known = command_of(words)
         raise TensorkeepError(
             " ".join(str(error).split()), hint=f"tensorkeep {known + ' ' if known else ''}--help"
         ) from None

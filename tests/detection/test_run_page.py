@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tensorkeep.commands.report._run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
+from tensorkeep.commands.report.run import HEIGHT, LEFT, WIDTH, curve, run_page, write_run_page
 from tensorkeep.detection.data.annotations import read_annotations
 from tensorkeep.detection.results.results import write_detections
 from tensorkeep.errors import TensorkeepError

@@ -19,7 +19,7 @@ _TABLE = (
 )
 
 
-def _skipping_dynamic(found: list[Buffer]) -> Iterator[Buffer]:
+def without_dynamic(found: list[Buffer]) -> Iterator[Buffer]:
     """RoPE of types dynamic and longrope changes its inv_freq with the length it has seen; the original does not."""
     for buffer in found:
         kinds = getattr(buffer.module, "rope_type", None)
@@ -76,7 +76,7 @@ def repaired(model: nn.Module) -> list[str]:
     """Put the right value into every buffer that has not got it; the names of those changed."""
     right = fresh(model)
     changed = []
-    for buffer in _skipping_dynamic(buffers(model)):
+    for buffer in without_dynamic(buffers(model)):
         value = right[buffer.name].value
         if value is None or judge(buffer.tensor, value) == "equal":
             continue

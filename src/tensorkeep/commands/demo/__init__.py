@@ -17,6 +17,10 @@ def demo(chapter: str = "convert", /, *, out: Path | None = None, say: Say = Say
     out
         The folder to leave everything in. Default ./demo
     """
+    import gguf  # noqa: F401  each chapter needs these: say so before anything is made
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
     from tensorkeep.commands.demo import story as chapters
 
     return chapters.run(chapter, out or Path("demo"), say.output().line)

@@ -24,7 +24,7 @@ import yaml
 
 from tensorkeep.commands.demo.resume import Start, empty, rows_of, same_end, shown_command, tell
 from tensorkeep.commands.demo.story import Show
-from tensorkeep.commands.report._run import PREDICTIONS, write_run_page
+from tensorkeep.commands.report.run import PREDICTIONS, write_run_page
 from tensorkeep.detection.data.annotations import read_annotations
 from tensorkeep.detection.data.synthetic import ANNOTATIONS, CLASS_MAP, TINY, make_dataset
 from tensorkeep.detection.data.synthetic import VIDEOS as FILES

@@ -31,7 +31,7 @@ def report(
         Replace an existing page.
     """
     if (Path(source) / "metrics.jsonl").is_file():
-        from tensorkeep.commands.report._run import write_run_page
+        from tensorkeep.commands.report.run import write_run_page
 
         write_run_page(source, out, overwrite)
     else:

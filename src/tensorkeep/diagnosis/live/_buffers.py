@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
 from tensorkeep.models.buffers import Buffer, buffers, fresh, rope_frequencies
-from tensorkeep.models.repair import _skipping_dynamic, judge
+from tensorkeep.models.repair import without_dynamic, judge
 from tensorkeep.models.tensors import local
 
 FIX = "from tensorkeep import repair_buffers; repair_buffers(model)"
@@ -25,7 +25,7 @@ def buffer_findings(model: nn.Module, config: Mapping[str, Any] | None = None) -
     narrowed: list[Buffer] = []
     wrong: list[Finding] = []
     again = None
-    for buffer in _skipping_dynamic(buffers(model)):
+    for buffer in without_dynamic(buffers(model)):
         value, way = right[buffer.name]
         if value is None:
             if impossible(buffer):
