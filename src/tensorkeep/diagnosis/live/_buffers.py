@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
 from tensorkeep.models.buffers import Buffer, buffers, fresh, rope_frequencies
-from tensorkeep.models.repair import without_dynamic, judge
+from tensorkeep.models.repair import judge, without_dynamic
 from tensorkeep.models.tensors import local
 
 FIX = "from tensorkeep import repair_buffers; repair_buffers(model)"
