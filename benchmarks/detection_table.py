@@ -45,8 +45,8 @@ VARIANTS: dict[str, Changes] = {
     "full adapter, nf4 backbone": TIA,
     "LoRA": FULL + LORA,
     "LoRA, nf4 backbone": LORA,
-    "the seeds' QLoRA form": FULL,
-    "the seeds' QLoRA form, nf4 backbone": [],
+    "`kind: qlora` adapters": FULL,
+    "`kind: qlora` adapters, nf4 backbone": [],
     "no adapter": FULL + NONE,
     "full adapter, backbone not pretrained": [*FULL, *TIA, ("training.pretrained", "null")],
 }

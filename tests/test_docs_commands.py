@@ -10,24 +10,46 @@ from typing import Any
 
 import pytest
 
-from tensorkeep.cli import COMMANDS, main
+from tensorkeep.cli import COMMANDS, GROUPS, main
 from tensorkeep.commands.train_language import pairs_of
 from tests.tools import ROOT
 
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md"]
-BLOCK = re.compile(r"^ *```(bash|console)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+TOP = [ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md")), *TOP]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`((?:torchrun|tensorkeep) [^`]+)`")
 FIGURE = re.compile(r"\d(?:[\d,]*\d)?(?:\.\d+)?")
 
 
 def commands(page: Path) -> list[list[str]]:
     """The words of every command of this program in a page's ```bash blocks, and behind `$` in its ```console ones."""
     found = []
-    for language, block in BLOCK.findall(page.read_text()):
-        start = "tensorkeep " if language == "bash" else "$ tensorkeep "
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            if line.strip().startswith(start):
-                found.append(shlex.split(line.strip().removeprefix("$ "), comments=True)[1:])
+    for language, block in FENCE.findall(page.read_text()):
+        start = {"bash": "", "console": "$ "}.get(language)
+        if start is not None:
+            lines = [line.strip() for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+            found += [
+                words for line in lines if line.startswith(start) and (words := words_of(line.removeprefix(start)))
+            ]
     return found
+
+
+def mentioned(page: Path) -> list[list[str]]:
+    """The words of the commands that a page's sentences show, whole ones: `...` stands for what is left out."""
+    text = " ".join(FENCE.sub("", page.read_text()).split())
+    return [words for shown in INLINE.findall(text) if "..." not in shown and (words := words_of(shown))]
+
+
+def words_of(line: str) -> list[str]:
+    """What follows `tensorkeep`, alone or under torchrun; nothing for another program.
+
+    >>> words_of("torchrun --nproc-per-node 8 -m tensorkeep train language RECIPE # eight of them")
+    ['train', 'language', 'RECIPE']
+    """
+    if not line.startswith(("tensorkeep ", "torchrun ")) or "tensorkeep" not in line:
+        return []
+    words = shlex.split(line, comments=True)
+    return words[words.index("tensorkeep") + 1 :]
 
 
 @pytest.fixture
@@ -59,6 +81,30 @@ def test_every_command_of_a_page_parses(page: Path, parse: Callable[[list[str]],
         assert " ".join(words[:2]) in COMMANDS or words[0] in COMMANDS, words
         if words[0] == "train":
             check_recipe(words[1], call)
+    for words in mentioned(page):
+        if words in [["--version"], *([group] for group in GROUPS)]:
+            continue
+        names = [command for command in COMMANDS if words[: len(command.split())] == command.split()]
+        assert names, words
+        if len(words) > len(names[0].split()):  # more than the command's name: all that it needs
+            parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_command_hides_in_a_block_that_nothing_checks(page: Path) -> None:
+    for language, block in FENCE.findall(page.read_text()):
+        assert language in ("bash", "console") or not any(map(words_of, block.splitlines())), block
+
+
+def test_a_command_is_found_wherever_a_page_shows_it(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Say `tensorkeep\nverify runs/a --json` or `tensorkeep train ...`.\n"
+        "```bash\ntensorkeep inspect a  # what\ntorchrun -m tensorkeep diff a \\\n  b\nmake demo\n```\n"
+        "```console\n$ tensorkeep verify b\ntensorkeep is output\n```\n"
+    )
+    assert commands(page) == [["inspect", "a"], ["diff", "a", "b"], ["verify", "b"]]
+    assert mentioned(page) == [["verify", "runs/a", "--json"]]
 
 
 def check_recipe(kind: str, call: Any) -> None:
@@ -88,8 +134,13 @@ def test_a_flag_or_field_that_does_not_exist_is_found(parse: Callable[[list[str]
         check_recipe("detection", parse(words))
 
 
+def test_the_weights_guide_has_the_same_commands_in_both_languages() -> None:
+    english, chinese = (commands(ROOT / "docs/guides" / name) for name in ("weights.md", "weights.zh.md"))
+    assert english == chinese and len(english) > 10
+
+
 def test_the_guide_has_a_command_behind_every_trouble_in_both_languages() -> None:
-    pages = [ROOT / "docs" / "qlora.md", ROOT / "docs" / "qlora.zh.md"]
+    pages = [ROOT / "docs/guides/qlora.md", ROOT / "docs/guides/qlora.zh.md"]
     english, chinese = (commands(page) for page in pages)
     assert english == chinese and len(english) > 20
     for page in pages:
@@ -109,7 +160,7 @@ def test_the_guides_parameter_table_is_what_the_recipes_build() -> None:
     from tensorkeep.detection import Detector, count_parameters, read_detector_config
     from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
 
-    text = (ROOT / "docs" / "qlora.md").read_text()
+    text = (ROOT / "docs/guides/qlora.md").read_text()
     for size in ("S", "B", "L", "H", "v2-g"):
         (line,) = re.findall(rf"^\| {size} \| (\d.*) \|$", text, re.MULTILINE)
         shown = [int(figure.replace(",", "")) for figure in FIGURE.findall(line)]

@@ -1,4 +1,4 @@
-"""The README's commands give the README's output, word for word (seconds apart), in both languages."""
+"""README and the weights guide show what their commands print, word for word (seconds apart), in both languages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tensorkeep.cli import main
 from tests.tools import ROOT
 
 SECONDS = re.compile(r"\(\d+\.\d s\)")
+WEIGHTS = ["docs/guides/weights.md", "docs/guides/weights.zh.md"]
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -26,12 +27,12 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_every_command_of_the_readme_prints_what_the_readme_shows(
-    readme: str, clone: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("page", "least"), [("README.md", 3), ("README.zh.md", 3), *((page, 8) for page in WEIGHTS)])
+def test_every_command_of_a_page_prints_what_the_page_shows(
+    page: str, least: int, clone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown, told = [], []
-    for block in blocks(ROOT / readme, "console"):
+    for block in blocks(ROOT / page, "console"):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, expected = part.partition("\n")
             told.append((command, SECONDS.sub("(s)", expected)))
@@ -40,20 +41,44 @@ def test_every_command_of_the_readme_prints_what_the_readme_shows(
             else:
                 subprocess.run(command, shell=True, check=True)
             shown.append((command, SECONDS.sub("(s)", capsys.readouterr().out)))
-    assert len(shown) >= 8
+    assert len(shown) >= least
     assert shown == told
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_the_readmes_python_runs_and_finds_no_difference(readme: str, clone: Path) -> None:
+@pytest.mark.parametrize("page", WEIGHTS)
+def test_the_guides_python_runs_and_finds_no_difference(page: str, clone: Path) -> None:
     names: dict[str, object] = {}
-    for code in blocks(ROOT / readme, "python"):
-        exec(compile(code, readme, "exec"), names)
-    assert names["differences"] == []
+    for code in blocks(ROOT / page, "python"):
+        exec(compile(code, page, "exec"), names)
+    assert names["differences"] == names["findings"] == names["repaired"] == []
 
 
-def test_the_map_of_the_source_names_files_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("## Map of the source") :]
-    for name in re.findall(r"`([a-z_]+(?:\.py|/))`", table):
-        assert (ROOT / "src" / "tensorkeep" / name).exists(), name
+@pytest.mark.parametrize("page", ["docs/concepts/views.md", "docs/concepts/plans.md"])
+def test_the_python_of_a_concept_runs(page: str, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = blocks(ROOT / page, "python")
+    for code in codes:
+        exec(compile(code, page, "exec"), {})
+    assert codes and capsys.readouterr().out
+
+
+def test_the_readme_is_short_and_its_twin_has_the_same_commands() -> None:
+    english, chinese = (ROOT / "README.md", ROOT / "README.zh.md")
+    assert len(english.read_text().splitlines()) == len(chinese.read_text().splitlines()) <= 90
+    assert blocks(english, "console") == blocks(chinese, "console")
+    for mine, other in zip(blocks(english, "bash"), blocks(chinese, "bash"), strict=True):
+        assert [shlex.split(line, comments=True) for line in mine.splitlines() if "<" not in line] == [
+            shlex.split(line, comments=True) for line in other.splitlines() if "<" not in line
+        ]
+
+
+def test_the_map_of_the_source_names_all_rooms_and_what_the_contract_lets_them_import() -> None:
+    lines = (ROOT / "docs/concepts/rooms.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    told = {
+        row[0].strip("`/"): {w for w in row[3].split(", ") if w != "nothing"} for row in rows if row[0].endswith("/`")
+    }
+    source = ROOT / "src" / "tensorkeep"
+    assert set(told) == {p.parent.name for p in source.glob("*/__init__.py")}
+    (layers,) = re.findall(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    depth = {name: at for at, layer in enumerate(layers.splitlines()) for name in re.findall(r"\w+", layer)}
+    assert told == {room: {other for other in told if depth[other] > depth[room]} for room in told}
