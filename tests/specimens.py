@@ -363,7 +363,7 @@ def smol() -> Specimen:
     from importlib.util import find_spec
 
     from tensorkeep.conversion.naming import identify
-    from tensorkeep.conversion.planning import to_hub
+    from tensorkeep.conversion.planning import to_hf_tensors
     from tensorkeep.conversion.streams import pieces
     from tensorkeep.formats.view import np_frombuffer, read
 
@@ -371,7 +371,7 @@ def smol() -> Specimen:
     place = next(Path(p) for p in (spec.submodule_search_locations or []) if spec) if spec else Path()
     view = read(next(place.glob("*.gguf")))
     state: State = {}
-    for name, hub in to_hub(view, 0, identify(view), view.config, []).items():
+    for name, hub in to_hf_tensors(view, 0, identify(view), view.config, []).items():
         layer = layer_of(name)
         if layer is None or layer % 8 == 0:
             data = bytearray()

@@ -26,7 +26,9 @@ from tests.tools import ROOT
 def test_the_chapter_trains_the_recipe_that_the_docs_name(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        yaml.safe_dump(demo_detection.recipe_of(Path("data/synthetic/detection"), Path("data/synthetic/pretrained")))
+        yaml.safe_dump(
+            demo_detection.detection_recipe(Path("data/synthetic/detection"), Path("data/synthetic/pretrained"))
+        )
     )
     assert plain(read_recipe(path)) == plain(read_recipe(ROOT / "recipes" / "detection" / "synthetic_tiny.yaml"))
 

@@ -25,7 +25,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool, list[str
     base = save_model(place / "base", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
     for name in ("text.txt", "held-out.txt"):
         (place / name).write_text("\n".join(LINES * 12))
-    document = demo_qlora.recipe_of(base, place / "text.txt", place / "held-out.txt")
+    document = demo_qlora.qlora_recipe(base, place / "text.txt", place / "held-out.txt")
     document["data"]["length"] = 32
     (place / "recipe.yaml").write_text(yaml.safe_dump(document))
     said, kept = list[str](), list[Any]()

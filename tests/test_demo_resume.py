@@ -76,12 +76,12 @@ def test_a_start_is_killed_for_good_and_a_failed_one_says_why(
 ) -> None:
     commands = {1: ["timeit", "-n1", "-r1", "import time; time.sleep(60)"], 2: ["json.tool", str(tmp_path / "none")]}
     monkeypatch.setattr(demo_resume, "command", lambda *_: ["python3", "-m", *commands[1]])
-    start = demo_resume.Start(Path("r"), run)
+    start = demo_resume.TrainingProcess(Path("r"), run)
     assert start.until(lambda: start.process.pid > 0)
     start.kill()
     assert start.killed and start.process.returncode == -9
     monkeypatch.setattr(demo_resume, "command", lambda *_: ["python3", "-m", *commands[2]])
-    failed = demo_resume.Start(Path("r"), run)
+    failed = demo_resume.TrainingProcess(Path("r"), run)
     assert not failed.until(lambda: False) and failed.log != start.log
     with pytest.raises(TensorkeepError, match="training failed") as error:
         failed.finish()
@@ -91,7 +91,7 @@ def test_a_start_is_killed_for_good_and_a_failed_one_says_why(
 def test_an_interrupted_demo_leaves_nobody_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sleep = ["python3", "-m", "timeit", "-n1", "-r1", "import time; time.sleep(60)"]
     monkeypatch.setattr(demo_resume, "command", lambda *_: sleep)
-    start = demo_resume.Start(Path("r"), run)
+    start = demo_resume.TrainingProcess(Path("r"), run)
 
     def interrupted() -> bool:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations._folders import seal
+from tensorkeep.integrations._folders import seal_folder
 from tensorkeep.integrations.accelerate import load_state, register, save_state
 from tensorkeep.storage.run_manifest import read_manifest
 from tensorkeep.training.randomness import order
@@ -233,7 +233,7 @@ def test_a_process_more_than_saved_is_said(tmp_path: Path, caplog: pytest.LogCap
     seeded().run(1, tmp_path)
     folder = tmp_path / "step_1"
     (folder / "random_0.json").unlink()
-    seal(folder, 1, read_manifest(folder).base)
+    seal_folder(folder, 1, read_manifest(folder).base)
     with caplog.at_level(logging.WARNING):
         seeded().resume(tmp_path)
     assert "no random states of process 0" in caplog.text

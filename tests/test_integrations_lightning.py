@@ -17,7 +17,7 @@ from torch import nn
 
 import tensorkeep
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations._plain import Encoder, decode
+from tensorkeep.integrations._plain import Encoder, decode_document
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.training.randomness import order
 from tensorkeep.training.state_files import encoded
@@ -302,7 +302,7 @@ def test_any_nested_plain_value_comes_back_as_it_was(value: Any) -> None:
     encoder = Encoder("state_dict")
     document = encoder.document({"state": value})
     data = encoded({"step": 0, "tree": document})
-    back = decode(parse_json(data, "here")["tree"], encoder.tensors, "here")
+    back = decode_document(parse_json(data, "here")["tree"], encoder.tensors, "here")
     assert same(back, {"state": value})
 
 
@@ -320,5 +320,5 @@ def test_any_nested_plain_value_comes_back_as_it_was(value: Any) -> None:
 )
 def test_a_document_that_none_wrote_is_one_error(bad: Any) -> None:
     with pytest.raises(TensorkeepError) as caught:
-        decode({"x": bad}, {"model": {}, "rest": {}}, "here")
+        decode_document({"x": bad}, {"model": {}, "rest": {}}, "here")
     assert caught.value.code == "F07"

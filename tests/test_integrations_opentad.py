@@ -32,7 +32,7 @@ from tensorkeep.diagnosis.verification import verify
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
 from tensorkeep.integrations._opentad_backbone import VisionTransformerQLoRA
-from tensorkeep.integrations._opentad_files import put_back, read_resumed
+from tensorkeep.integrations._opentad_files import read_resumed, restore_run
 from tensorkeep.quantization.linear import QuantLinear
 from tests.opentad_fake import Net, engine, installed
 
@@ -340,8 +340,8 @@ def test_the_loss_scale_is_put_back(caplog: pytest.LogCaptureFixture) -> None:
     scaler = SimpleNamespace(load_state_dict=given.append)
     saved = {"scaler": {"scale": 512.0}, "world_size": 2, "randomness": {}}
     with caplog.at_level(logging.WARNING):
-        put_back(saved, scaler, LOG)
-        put_back(saved, None, LOG)
+        restore_run(saved, scaler, LOG)
+        restore_run(saved, None, LOG)
     assert given == [{"scale": 512.0}]
     assert "R04 solver.amp is another" in caplog.text
     assert caplog.text.count("R01 random states begin anew") == 2  # of two processes

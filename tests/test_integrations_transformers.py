@@ -390,7 +390,7 @@ def written(out: Path, step: int) -> Path:
 
 def sealed_and_pruned(out: Path) -> None:
     seal(out / "checkpoint-3")
-    folders.prune(folders.numbered(out, CHECKPOINT), 3, 1, set())
+    folders.prune_folders(folders.numbered(out, CHECKPOINT), 3, 1, set())
 
 
 def prepared(out: Path) -> Path:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tensorkeep.adapters import merging
-from tensorkeep.adapters._view import rounded
+from tensorkeep.adapters._view import round_to
 from tensorkeep.adapters.merging import base_digests, figures, merge, overall, refuse_merged_before, refuse_other_base
 from tensorkeep.adapters.planning import open_adapters, plan_merge
 from tensorkeep.conversion.execution import convert
@@ -76,7 +76,7 @@ def test_a_merge_is_the_exact_sum_rounded_once(
     folders = [write_adapter(place / f"a{i}", m, r=rank, lora_alpha=2 * rank) for i, m in enumerate(made)]
     merged(base, *zip(folders, weights), out=place / "out")
     exact = tensors[f"{Q}.weight"].double() + sum(w * 2 * update(m, Q) for w, m in zip(weights, made))
-    wanted = torch.from_numpy(np.asarray(rounded(exact.numpy(), dtype)).astype(np.float32)).to(DTYPES[dtype])
+    wanted = torch.from_numpy(np.asarray(round_to(exact.numpy(), dtype)).astype(np.float32)).to(DTYPES[dtype])
     ours = held(place / "out")
     assert torch.equal(ours[f"{Q}.weight"], wanted)
     assert_same(
@@ -87,7 +87,7 @@ def test_a_merge_is_the_exact_sum_rounded_once(
 def test_float64_is_rounded_to_bf16_once() -> None:
     """Just above the middle of two bfloat16: by way of float32 it would fall on the middle, and from there to even."""
     value = np.array([1 + 2**-8 + 2**-40, 1 + 2**-8 - 2**-40, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-40])
-    assert rounded(value, "BF16").astype(np.float64).tolist() == [1 + 2**-7, 1.0, 1.0, 1 + 2**-6, -1 - 2**-7]
+    assert round_to(value, "BF16").astype(np.float64).tolist() == [1 + 2**-7, 1.0, 1.0, 1 + 2**-6, -1 - 2**-7]
 
 
 @pytest.mark.filterwarnings("ignore")

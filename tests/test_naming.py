@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tensorkeep.conversion.naming import NAMINGS, identify, module
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import from_hf, from_own
-from tensorkeep.conversion.plan import Part, Rows, Step
+from tensorkeep.conversion.plan import Part, RowPermutation, Step
 from tensorkeep.conversion.streams import write_tensor
 from tensorkeep.formats.view import read
 from tensorkeep.storage.layout import SinkTensor
@@ -116,7 +116,7 @@ def test_early_minimind_goes_to_hf_and_back(sizes: dict[str, int], experts: int)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.sampled_from([(), (3,), (2, 2)]))
 def test_rows_move_and_come_back(heads: int, half: int, still: int, rest: tuple[int, ...]) -> None:
     rotary, dim = 2 * half, 2 * half + still
-    rows = Rows(dim, rotary, "pairs")
+    rows = RowPermutation(dim, rotary, "pairs")
     tensor = torch.randn(heads * dim, *rest)
     turned = tensor.reshape(heads, dim, *rest)[:, rows.order()].reshape(tensor.shape)
     assert torch.equal(turned, interleaved(tensor, dim, rotary))

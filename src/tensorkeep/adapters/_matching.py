@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkeep.adapters._view import Made, Term, checked_dtype
+from tensorkeep.adapters._view import ComputedTensor, Term, checked_dtype
 from tensorkeep.adapters.reading import Adapter
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
-from tensorkeep.conversion.plan import Hub
+from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
@@ -25,7 +25,7 @@ from tensorkeep.storage.record import FROM_TORCH, TensorRecord
 
 
 @dataclass
-class Source:
+class WeightedAdapter:
     """One adapter with its weight in the sum, and how it was named on the command line."""
 
     adapter: Adapter
@@ -38,21 +38,21 @@ class Source:
 
 
 @dataclass
-class Base:
+class MergeBase:
     """The base by hf name, and the records and computed tensors of the view that is being built."""
 
     view: StateView
     config: Mapping[str, Any] | None
-    hub: dict[str, Hub]
+    hub: dict[str, HfTensor]
     weights: dict[str, QuantizedWeight]
     records: dict[str, TensorRecord]
     dtype: str | None
     through: dict[str, Kind] = field(default_factory=dict)
-    made: dict[str, Made] = field(default_factory=dict)
+    made: dict[str, ComputedTensor] = field(default_factory=dict)
     tied: bool = False
 
 
-def make(state: Base, stored: str, name: str | None = None) -> Made:
+def computed_tensor(state: MergeBase, stored: str, name: str | None = None) -> ComputedTensor:
     """The computed tensor over one stored one, made on first use; `name` makes another one of it."""
     record, weight = state.view[stored], state.weights.get(stored)
     name = name or (weight.stands_for if weight is not None else stored)
@@ -69,12 +69,14 @@ def make(state: Base, stored: str, name: str | None = None) -> Made:
         name, dtype, tuple(shape), record.blocks, record.tied_to if name != hf.HEAD else None
     )
     through = state.through.get(hub.name) if hub else None
-    made = Made(stored, math.prod(shape) // max(width, 1), width, [], weight, through, shape[1] if stacked else 1)
+    made = ComputedTensor(
+        stored, math.prod(shape) // max(width, 1), width, [], weight, through, shape[1] if stacked else 1
+    )
     state.made[name] = made
     return made
 
 
-def _float_dtype(state: Base, record: TensorRecord, weight: QuantizedWeight | None) -> str:
+def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight | None) -> str:
     """What a dequantized weight was before: its state says it, or else the tensors around it do."""
     if weight is None:
         return record.dtype
@@ -87,7 +89,7 @@ def _float_dtype(state: Base, record: TensorRecord, weight: QuantizedWeight | No
 # -- what an adapter does to which weight ---------------------------------------------------------------------------------
 
 
-def terms_of(state: Base, number: int, source: Source) -> dict[str, Term]:
+def terms_of(state: MergeBase, number: int, source: WeightedAdapter) -> dict[str, Term]:
     """hf name -> what the adapter does to it. Raises TensorkeepError A01 where a module has no place in the base."""
     adapter = source.adapter
     wanted: dict[str, tuple[str, str]] = {f"{m}.weight": ("pair", m) for m in adapter.pairs}
@@ -111,7 +113,7 @@ def terms_of(state: Base, number: int, source: Source) -> dict[str, Term]:
     return {name: _term(state, number, source, name, kind, inner) for name, (kind, inner) in wanted.items()}
 
 
-def _refuse_missing(state: Base, source: Source, missing: list[str], total: int) -> None:
+def _refuse_missing(state: MergeBase, source: WeightedAdapter, missing: list[str], total: int) -> None:
     close = near_misses(missing[0], state.hub) or near_misses(missing[0].removeprefix("model."), state.hub)
     more = (
         "no adapter weight fits: is it of another model?"
@@ -127,7 +129,7 @@ def _refuse_missing(state: Base, source: Source, missing: list[str], total: int)
     )
 
 
-def _same_values(state: Base, name: str, adapter: Adapter) -> bool:
+def _same_values(state: MergeBase, name: str, adapter: Adapter) -> bool:
     """Whether a saved copy of a base tensor is that tensor; the dtype may be wider."""
     part, stored = state.hub[name].parts[0], adapter.saved[name]
     if state.hub[name].shape != adapter.view[stored].shape or part.permutes:
@@ -136,7 +138,7 @@ def _same_values(state: Base, name: str, adapter: Adapter) -> bool:
     return bool((mine.astype(theirs.dtype) == theirs).all())
 
 
-def _term(state: Base, number: int, source: Source, name: str, kind: str, inner: str) -> Term:
+def _term(state: MergeBase, number: int, source: WeightedAdapter, name: str, kind: str, inner: str) -> Term:
     hub, adapter = state.hub[name], source.adapter
     if len(hub.parts) != 1:
         raise TensorkeepError(
@@ -158,7 +160,9 @@ def _term(state: Base, number: int, source: Source, name: str, kind: str, inner:
     return Term(number, adapter, kind, inner, source.weight, scale or 1.0, transposed, permutes, first, rows)
 
 
-def _orientation(state: Base, source: Source, name: str, kind: str, inner: str, shape: tuple[int, ...]) -> bool:
+def _orientation(
+    state: MergeBase, source: WeightedAdapter, name: str, kind: str, inner: str, shape: tuple[int, ...]
+) -> bool:
     """Whether the base keeps the weight [in, out]. Raises TensorkeepError A01 where the shapes do not fit."""
     adapter, view = source.adapter, source.adapter.view
     if kind in ("saved", "bias"):

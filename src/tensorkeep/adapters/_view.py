@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tensorkeep.adapters.reading import Adapter, Share
-from tensorkeep.conversion.plan import Rows
+from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import CHUNK, StateView, np_dtype, np_frombuffer
 from tensorkeep.quantization import encoding as quant_encoding
@@ -32,7 +32,7 @@ from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
 _ELEMENTS = 1 << 17  # held at a time: 1 MB in float64, a few times over
-ROUNDED = ("F64", "F32", "F16", "BF16")  # the dtypes a merged weight is rounded to
+_ROUNDED = ("F64", "F32", "F16", "BF16")  # the dtypes a merged weight is rounded to
 
 
 class Term(NamedTuple):
@@ -50,7 +50,7 @@ class Term(NamedTuple):
     weight: float
     scale: float
     transposed: bool = False
-    permutes: tuple[Rows, ...] = ()
+    permutes: tuple[RowPermutation, ...] = ()
     first: int = 0
     length: int = 0
 
@@ -60,7 +60,7 @@ class Term(NamedTuple):
 
 
 @dataclass
-class Made:
+class ComputedTensor:
     """A tensor that is computed: its rows [count, width] come from `source` and change by `terms`.
 
     `weight` describes the source where it is quantized. `through` is the quantization that a float source is sent
@@ -114,7 +114,7 @@ class MergedView(StateView):
     """The base as it is after the merge. `made` names what is computed; everything else streams as it is stored."""
 
     base: StateView | None = None
-    made: dict[str, Made] = field(default_factory=dict)
+    made: dict[str, ComputedTensor] = field(default_factory=dict)
     moved: dict[str, Moved] | None = None  # filled while it streams, where not None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -139,7 +139,7 @@ class MergedView(StateView):
 
 
 def _merged_rows(
-    base: StateView, made: Made, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None
+    base: StateView, made: ComputedTensor, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None
 ) -> Iterator[Array]:
     """Rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
     kind = made.requantized if moved is not None else None
@@ -163,7 +163,7 @@ def _merged_rows(
             if magnitude is not None:
                 change = _dora(weights[here], change, magnitude, lengths, mine, term.transposed)
             total[here] += change if term.weight == 1 else term.weight * change
-        made_rows = rounded(total, dtype)
+        made_rows = round_to(total, dtype)
         if moved is not None:
             _count(moved, weights, total, made_rows, kind if made.terms else None)
         yield made_rows
@@ -179,7 +179,7 @@ def _dora(
     return np.asarray(grown * (magnitude[mine] / np.sqrt(np.sum(grown * grown, axis=1)))[:, None] - weights)
 
 
-def rounded(values: Array, dtype: str) -> Array:
+def round_to(values: Array, dtype: str) -> Array:
     """float64 values in `dtype`, to nearest even, rounded once.
 
     numpy rounds float64 to bfloat16 by way of float32, which errs where the float32 lies between two bfloat16 and
@@ -201,7 +201,7 @@ def rounded(values: Array, dtype: str) -> Array:
 
 
 def _base_rows(
-    base: StateView, made: Made, rows: tuple[int, int], unit: int, moved: Moved | None = None
+    base: StateView, made: ComputedTensor, rows: tuple[int, int], unit: int, moved: Moved | None = None
 ) -> Iterator[tuple[int, Array]]:
     """Rows [n, width] of what the adapter was trained on, as floats: stored, dequantized, or sent through a quantization."""
     step = max(_ELEMENTS // max(made.width, 1) // unit, 1) * unit
@@ -233,7 +233,7 @@ def _base_rows(
         yield at, sent
 
 
-def _plain(base: StateView, made: Made, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:
+def _plain(base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:
     record = base[made.source]
     size = max(made.width * DTYPES[record.dtype].bits // 8, 1)
     outer = rows[0] // made.steps, -(-rows[1] // made.steps)
@@ -246,7 +246,9 @@ def _plain(base: StateView, made: Made, rows: tuple[int, int], step: int) -> Ite
         at += len(values)
 
 
-def _dequantized(base: StateView, made: Made, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:
+def _dequantized(
+    base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int
+) -> Iterator[tuple[int, Array]]:
     """The codes' flat values, regrouped into whole rows of [rows[0], rows[1])."""
     assert made.weight is not None
     waiting, at = np.empty(0, np.float32), 0
@@ -265,7 +267,7 @@ def _within(at: int, values: Array, rows: tuple[int, int]) -> Iterator[tuple[int
         yield low, values[low - at : high - at]
 
 
-def _rows_of_whole_blocks(made: Made, kind: Kind | None) -> int:
+def _rows_of_whole_blocks(made: ComputedTensor, kind: Kind | None) -> int:
     """How many rows hold whole blocks of a 4-bit quantization, which lie flat over rows."""
     return kind.block // math.gcd(kind.block, made.width) if kind is not None and kind.kind in LEVELS else 1
 
@@ -293,7 +295,7 @@ def _factors(term: Term) -> tuple[Array, Array, Array | None]:
     return np.ascontiguousarray(left) * term.scale, np.ascontiguousarray(right), magnitude
 
 
-def permuted(values: Array, permutes: tuple[Rows, ...]) -> Array:
+def permuted(values: Array, permutes: tuple[RowPermutation, ...]) -> Array:
     """Rows of whole heads in another RoPE layout."""
     for rows in permutes:
         heads = values.reshape(-1, rows.block, *values.shape[1:])
@@ -301,7 +303,7 @@ def permuted(values: Array, permutes: tuple[Rows, ...]) -> Array:
     return values
 
 
-def _lengths(base: StateView, made: Made, term: Term) -> Array | None:
+def _lengths(base: StateView, made: ComputedTensor, term: Term) -> Array | None:
     """|V| by column, which needs a pass of its own: DoRA where the base keeps [in, out] (Conv1D, embeddings)."""
     if term.magnitude is None or not term.transposed:
         return None
@@ -347,7 +349,7 @@ def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: K
     moved.blocks.append((absmax, np.add.reduceat(products, np.arange(0, flat.size, kind.block))))
 
 
-def _close(moved: Moved, made: Made) -> None:
+def _close(moved: Moved, made: ComputedTensor) -> None:
     """Double quantization needs the scales of the whole tensor: they are known now."""
     kind = made.requantized
     if moved.blocks and kind is not None:
@@ -358,7 +360,7 @@ def _close(moved: Moved, made: Made) -> None:
 
 def checked_dtype(record: TensorRecord, dtype: str) -> str:
     """`dtype` if weights can be rounded to it. Raises TensorkeepError otherwise."""
-    if dtype not in ROUNDED:
+    if dtype not in _ROUNDED:
         raise TensorkeepError(
             f"{record.name} would be merged into {dtype}, which needs scales",
             hint="--dtype bf16, and quantize afterwards",

@@ -26,7 +26,7 @@ from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
 
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter_config.json"
 HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight\Z")
 
@@ -49,7 +49,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             raise TensorkeepError(what, where=module, hint="freeze it")
         whole: Any = parameter.detach()
         whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-        out[f"{PREFIX}{name}.weight" if own else PREFIX + name] = whole
+        out[f"{_PREFIX}{name}.weight" if own else _PREFIX + name] = whole
     return out
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkeep.adapters._blas import one_thread
-from tensorkeep.adapters._matching import Source
+from tensorkeep.adapters._matching import WeightedAdapter
 from tensorkeep.adapters._view import Moved
 from tensorkeep.adapters.planning import MergePlan
 from tensorkeep.adapters.reading import DIGEST, Share, times_merged
@@ -61,7 +61,7 @@ def base_digests(view: StateView) -> list[str]:
     return list(dict.fromkeys(digest_of_all(d) for d in (digests, clean, whole, once)))
 
 
-def refuse_other_base(base: StateView, sources: Sequence[Source]) -> None:
+def refuse_other_base(base: StateView, sources: Sequence[WeightedAdapter]) -> None:
     """Stop (A04) where an adapter names the digest of the base that it was trained on, and this is another."""
     recorded = {
         s.path: d
@@ -82,7 +82,7 @@ def refuse_other_base(base: StateView, sources: Sequence[Source]) -> None:
             )
 
 
-def refuse_merged_before(base: StateView, sources: Sequence[Source]) -> None:
+def refuse_merged_before(base: StateView, sources: Sequence[WeightedAdapter]) -> None:
     """Stop (A03) where the base's certificate says that one of these adapters is in it."""
     for entry in _merged_before(base):
         for source in sources:

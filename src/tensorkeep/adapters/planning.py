@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tensorkeep.adapters._matching import Base, Source, make, terms_of
+from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._view import MergedView, Term
 from tensorkeep.adapters.reading import TIED, read_adapter, refuse_unmergeable
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.naming import hf
-from tensorkeep.conversion.plan import Hub, Part, Plan, Step, ordered
-from tensorkeep.conversion.planning import make_plan, to_hub
+from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
+from tensorkeep.conversion.planning import make_plan, to_hf_tensors
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import StateView
@@ -28,8 +28,8 @@ from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.record import DTYPES
 
 # what quantization while loading leaves alone (`quantize.EXCLUDED`), unless the adapter's config lists the modules
-HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")
-_KEPT_FLOAT = (*HEADS, *(f"*.{h}" for h in HEADS), "*embed*")
+_HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")
+_KEPT_FLOAT = (*_HEADS, *(f"*.{h}" for h in _HEADS), "*embed*")
 
 
 @dataclass
@@ -38,13 +38,13 @@ class MergePlan:
 
     plan: Plan
     view: MergedView
-    sources: list[Source]
+    sources: list[WeightedAdapter]
     onto: str
     kind: str | None  # the quantization of the weights merged onto, None where they are plain floats
     terms: dict[str, list[Term]] = field(default_factory=dict)  # sink name -> what is added
 
 
-def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[Source]:
+def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[WeightedAdapter]:
     """The adapters of these views, checked on their own. Raises TensorkeepError for what is none, or cannot be merged."""
     out = []
     for view, weight in views:
@@ -57,7 +57,7 @@ def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[Source]:
                 hint="tensorkeep merge BASE ADAPTER OUT; see what is in it with: tensorkeep inspect",
             )
         refuse_unmergeable(adapter)
-        out.append(Source(adapter, weight, adapter.digest()))
+        out.append(WeightedAdapter(adapter, weight, adapter.digest()))
     for at, source in enumerate(out):
         if source.digest in [s.digest for s in out[:at]]:
             raise TensorkeepError(
@@ -68,7 +68,7 @@ def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[Source]:
 
 def plan_merge(
     base: StateView,
-    sources: list[Source],
+    sources: list[WeightedAdapter],
     to: str = "hf",
     *,
     onto: str = "trained",
@@ -118,7 +118,7 @@ def _gone(base: StateView, name: str) -> str:
 
 
 def _merged_view(
-    base: StateView, sources: list[Source], onto: str, dtype: str | None, untie: bool
+    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool
 ) -> tuple[MergedView, str | None]:
     """The view of the merged model over the base's own names, and the quantization it is merged onto."""
     identity = namings.identify(base)
@@ -131,7 +131,7 @@ def _merged_view(
     forms = _wanted_quantization(base, sources, onto, weights)
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
-    state = Base(base, config, to_hub(base, 0, identity, config, []), weights, records, dtype)
+    state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype)
     state.tied = _tied(state)
     state.through = _through(state.hub, forms) if forms is not None else {}
     wanted: dict[str, list[Term]] = {}
@@ -140,10 +140,10 @@ def _merged_view(
             wanted.setdefault(name, []).append(term)
     _settle_ties(state, sources, wanted, untie)
     for stored in [*weights, *(state.hub[n].parts[0].name for n in state.through)]:
-        make(state, stored)
+        computed_tensor(state, stored)
     for name, terms in wanted.items():
         part = state.hub[name].parts[0]
-        make(state, part.name).terms.extend(terms)
+        computed_tensor(state, part.name).terms.extend(terms)
     view = MergedView(
         base.path,
         base.format,
@@ -165,7 +165,7 @@ def _merged_view(
 
 
 def _wanted_quantization(
-    base: StateView, sources: Sequence[Source], onto: str, weights: Mapping[str, QuantizedWeight]
+    base: StateView, sources: Sequence[WeightedAdapter], onto: str, weights: Mapping[str, QuantizedWeight]
 ) -> Forms | None:
     """The quantization that a float base is to be sent through, None where its values stay. Raises TensorkeepError A04
     where the adapters were trained on other forms of the base than this one."""
@@ -202,7 +202,7 @@ def _wanted_quantization(
     return next(iter(asked))
 
 
-def _through(hub: Mapping[str, Hub], forms: Forms) -> dict[str, Kind]:
+def _through(hub: Mapping[str, HfTensor], forms: Forms) -> dict[str, Kind]:
     """The weights that loading quantized, and how: those the config lists, or every linear but heads and embeddings."""
     layers = dict(forms.layers)
     out = {}
@@ -221,7 +221,7 @@ def _through(hub: Mapping[str, Hub], forms: Forms) -> dict[str, Kind]:
 # -- ties ---------------------------------------------------------------------------------------------------------------
 
 
-def _tied(state: Base) -> bool:
+def _tied(state: MergeBase) -> bool:
     """Whether head and embedding are one tensor in the base. Where hf keeps it once, the head is put into the hub."""
     embed, head = state.hub.get(hf.EMBEDDING), state.hub.get(hf.HEAD)
     said = hf.tied(dict(state.config)) if state.config is not None else None
@@ -232,7 +232,9 @@ def _tied(state: Base) -> bool:
     return True
 
 
-def _settle_ties(state: Base, sources: Sequence[Source], wanted: dict[str, list[Term]], untie: bool) -> None:
+def _settle_ties(
+    state: MergeBase, sources: Sequence[WeightedAdapter], wanted: dict[str, list[Term]], untie: bool
+) -> None:
     """Head and embedding of a tied base change together, or are untied because the user said so. Never in silence."""
     if untie and not state.tied:
         raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
@@ -275,7 +277,7 @@ def _settle_ties(state: Base, sources: Sequence[Source], wanted: dict[str, list[
         wanted.pop(hf.HEAD, None)
 
 
-def _part_head(state: Base, terms: list[Term]) -> None:
+def _part_head(state: MergeBase, terms: list[Term]) -> None:
     """A head of its own, made of the embedding's values, beside it."""
     stored = state.hub[hf.EMBEDDING].parts[0].name
     if not stored.endswith(hf.EMBEDDING):
@@ -284,7 +286,7 @@ def _part_head(state: Base, terms: list[Term]) -> None:
             where=state.view.path,
             hint="convert it first: tensorkeep convert BASE OUT --to hf",
         )
-    make(state, stored, stored.removesuffix(hf.EMBEDDING) + hf.HEAD).terms.extend(terms)
+    computed_tensor(state, stored, stored.removesuffix(hf.EMBEDDING) + hf.HEAD).terms.extend(terms)
 
 
 def _alike(embed: list[Term], head: list[Term]) -> bool:

@@ -21,7 +21,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.certificate import digest_of_all
 
-EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(\.default)?\Z")
+_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(\.default)?\Z")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?\Z")
 _LONE = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
 _BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.default)?\.bias\Z")
@@ -31,7 +31,7 @@ _FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tok
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
 TIED = "ensure_weight_tying"
 # fields of a LoRA config that change nothing about what is added to which weight, or that are read here
-KNOWN = frozenset(
+_KNOWN = frozenset(
     {
         "alpha_pattern",
         "arrow_config",
@@ -175,7 +175,7 @@ def read_adapter(view: StateView) -> Adapter | None:
     for stored, clean in identity.names.items():
         if stored in found:
             continue
-        if match := EMBEDDING.match(clean):
+        if match := _EMBEDDING.match(clean):
             embeddings.setdefault(match["module"], {})[match["half"]] = stored
         elif match := _MAGNITUDE.match(clean):
             out.magnitudes[match["module"]] = stored
@@ -204,7 +204,7 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     """
     given, where = adapter.document, adapter.view.path
     kind = str(given.get("peft_type", "LORA")).upper()
-    unknown = {k: v for k, v in given.items() if k not in KNOWN and v not in (None, False, [], {}, "", 0)}
+    unknown = {k: v for k, v in given.items() if k not in _KNOWN and v not in (None, False, [], {}, "", 0)}
     start = str(given.get("init_lora_weights")).lower()
     reason = None
     if kind != "LORA":

@@ -29,8 +29,8 @@ from tensorkeep.storage.layout import FileLayout, Fixed, Slot
 from tensorkeep.storage.remote import connect, explained, failures, parent_of
 
 _MOST_PARTS = 9000  # S3 takes 10 000 parts of one object
-PART = 16 << 20  # bytes held of each file while it is sent
-LAST = (".metadata", ".index.json")  # names that make a folder readable end so
+_PART = 16 << 20  # bytes held of each file while it is sent
+_LAST = (".metadata", ".index.json")  # names that make a folder readable end so
 
 
 def convert_remote(
@@ -123,7 +123,7 @@ def write_files(
         progress("write", sent[0], total)
 
     sums: dict[str, Sums] = {}
-    data = [f for f in layouts if not f.name.endswith(LAST)]
+    data = [f for f in layouts if not f.name.endswith(_LAST)]
     with explained(folder), ThreadPoolExecutor(THREADS) as pool:
         system.makedirs(folder, exist_ok=True)
         try:
@@ -136,7 +136,7 @@ def write_files(
             pool.shutdown(cancel_futures=True)
         stop.clear()
         for layout in layouts:
-            if layout.name.endswith(LAST):
+            if layout.name.endswith(_LAST):
                 sums.update(_send(system, folder, layout, steps, plan, count))
     return with_ties(sums, plan)
 
@@ -146,7 +146,7 @@ def _send(
 ) -> dict[str, Sums]:
     """One file from its first byte to its last: checksums are known when the bytes that hold them are due."""
     sums: dict[str, Sums] = {}
-    file = system.open(f"{folder}/{layout.name}", "wb", block_size=max(PART, layout.size // _MOST_PARTS))
+    file = system.open(f"{folder}/{layout.name}", "wb", block_size=max(_PART, layout.size // _MOST_PARTS))
     try:
         for segment in layout.segments:
             if isinstance(segment, Fixed):
@@ -194,8 +194,8 @@ def _put_in_place(system: Any, staged: str, folder: str, names: list[str], prese
     a failure leaves nothing.
     """
     wanted = {f"{folder}/{name}" for name in names}
-    gone = [p for p in present if p not in wanted or p.endswith((*LAST, f"/{CERTIFICATE}"))]
-    for path in sorted(gone, key=lambda p: not p.endswith((*LAST, CERTIFICATE))):
+    gone = [p for p in present if p not in wanted or p.endswith((*_LAST, f"/{CERTIFICATE}"))]
+    for path in sorted(gone, key=lambda p: not p.endswith((*_LAST, CERTIFICATE))):
         system.rm_file(path)
     try:
         for name in names:

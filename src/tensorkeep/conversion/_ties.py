@@ -12,15 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from tensorkeep.conversion.naming import hf
-from tensorkeep.conversion.plan import BY_USER, Hub, Step
+from tensorkeep.conversion.plan import BY_USER, HfTensor, Step
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Note, StateView
 
-HEADS = (hf.HEAD, "output.weight")  # the head in every naming
+_HEADS = (hf.HEAD, "output.weight")  # the head in every naming
 
 
 def tie(
-    hub: dict[str, Hub],
+    hub: dict[str, HfTensor],
     to: str,
     target: str | None,
     config: Mapping[str, Any] | None,
@@ -37,7 +37,7 @@ def tie(
     if embed is None or target is None:
         return
     if head is None:
-        by_user = any(p.name.endswith(HEADS) for s in dropped if s.reason == BY_USER for p in s.parts)
+        by_user = any(p.name.endswith(_HEADS) for s in dropped if s.reason == BY_USER for p in s.parts)
         if tied is False and not by_user:
             raise TensorkeepError(
                 "lm_head.weight is missing and the config says that it is not tied to the embedding",
@@ -70,7 +70,7 @@ def tie(
         hub[hf.HEAD] = replace(head, actions=(*head.actions, "tie"), tied_to=hf.EMBEDDING)
 
 
-def _equal(a: Hub, b: Hub, sources: Sequence[StateView]) -> bool:
+def _equal(a: HfTensor, b: HfTensor, sources: Sequence[StateView]) -> bool:
     if (a.shape, a.dtype, len(a.parts), len(b.parts)) != (b.shape, b.dtype, 1, 1):
         return False
     streams = [sources[h.parts[0].source].stream(h.parts[0].name) for h in (a, b)]

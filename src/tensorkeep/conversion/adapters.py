@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 from tensorkeep.conversion.naming import Identity, hf, minimind
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import from_own
-from tensorkeep.conversion.plan import Hub, Part, Plan, Step, ordered
+from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Companion, Note, StateView
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import DTYPES
 
 # both halves of a pair; `lora` alone is not enough, since models have modules of that name (RWKV's `w_lora.lora.0`)
-HALF = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
-PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
-OURS = ("kind", "base_digest", "quantization")  # what our config says beside PEFT's fields, which PEFT would not know
+_HALF = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
+_PREFIX = "base_model.model."
+_CONFIG = "adapter_config.json"
+_OURS = ("kind", "base_digest", "quantization")  # what our config says beside PEFT's fields, which PEFT would not know
 
 
 class Half(NamedTuple):
@@ -41,7 +41,7 @@ def halves(identity: Identity) -> dict[str, Half]:
     >>> halves(Identity("hf", None, (), {"a.lora.A.weight": "a.lora.A.weight", "a.lora.B.weight": "a.lora.B.weight"}))
     {'a.lora.A.weight': Half(module='a', half='A'), 'a.lora.B.weight': Half(module='a', half='B')}
     """
-    found = {n: Half(m["module"], m["half"]) for n, clean in identity.names.items() if (m := HALF.match(clean))}
+    found = {n: Half(m["module"], m["half"]) for n, clean in identity.names.items() if (m := _HALF.match(clean))}
     present = set(found.values())
     return {n: h for n, h in found.items() if Half(h.module, "B" if h.half == "A" else "A") in present}
 
@@ -102,8 +102,8 @@ def adapter_plan(
     dropped += [Step(("drop",), (Part(0, n),), None, what) for n, what in identity.other.items()]
     notes, document = list(view.notes), view.metadata.get("adapter")
     if to == "peft" and view.format == "peft":
-        items = [Hub(n, view[n].dtype, view[n].shape, (Part(0, n),)) for n in identity.names]
-        own = [k for k in OURS if k in (document or {})]
+        items = [HfTensor(n, view[n].dtype, view[n].shape, (Part(0, n),)) for n in identity.names]
+        own = [k for k in _OURS if k in (document or {})]
         if own:
             document = {k: v for k, v in (document or {}).items() if k not in own}
             notes.append(
@@ -121,7 +121,7 @@ def adapter_plan(
         if to == "pth":
             _refuse_scale(view, document, ranks)
         else:
-            document = adapter_config({hf_module(m)[0]: r for m, r in ranks.items()})
+            document = peft_config({hf_module(m)[0]: r for m, r in ranks.items()})
     steps = [_step(item, dtype) for item in items]
     if any(".experts." in item.name for item in items):
         notes.append(
@@ -135,14 +135,14 @@ def adapter_plan(
     )
 
 
-def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> Hub:
+def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> HfTensor:
     """One half under its sink name; rows of B follow the RoPE layout as the weight's rows do, A's columns do not."""
     record, part = view[stored], Part(0, stored)
     module, rope = hf_module(half.module)
     if rope and half.half == "B":
         part = part.permuted(rope_rows(config, "half", stored, record.shape))
-    name = f"{PREFIX}{module}.lora_{half.half}.weight" if to == "peft" else f"{module}.lora.{half.half}.weight"
-    return Hub(name, record.dtype, record.shape, (part,))
+    name = f"{_PREFIX}{module}.lora_{half.half}.weight" if to == "peft" else f"{module}.lora.{half.half}.weight"
+    return HfTensor(name, record.dtype, record.shape, (part,))
 
 
 def hf_module(module: str) -> tuple[str, bool]:
@@ -190,7 +190,7 @@ def _refuse_scale(view: StateView, document: Mapping[str, Any] | None, ranks: Ma
         )
 
 
-def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+def peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:
     """PEFT's config for these modules (hf names) and ranks; alpha = r, since MiniMind scales by 1.
 
     Targets are last name parts where every layer has them all, full module names otherwise.
@@ -217,7 +217,7 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _step(item: Hub, dtype: str | None) -> Step:
+def _step(item: HfTensor, dtype: str | None) -> Step:
     actions = ["rename"] if item.name != item.parts[0].name else []
     actions += ["permute"] if item.parts[0].permutes else []
     made = dtype if dtype is not None and DTYPES[item.dtype].floating else item.dtype
@@ -226,4 +226,4 @@ def _step(item: Hub, dtype: str | None) -> Step:
 
 
 def _document(config: Mapping[str, Any]) -> Companion:
-    return Companion(CONFIG, (json.dumps(config, indent=2) + "\n").encode(), "made from the weights")
+    return Companion(_CONFIG, (json.dumps(config, indent=2) + "\n").encode(), "made from the weights")

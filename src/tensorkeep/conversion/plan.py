@@ -18,7 +18,7 @@ from tensorkeep.storage.layout import SinkTensor
 BY_USER = "dropped by the user"
 
 
-class Rows(NamedTuple):
+class RowPermutation(NamedTuple):
     """A permutation of rows within each block of `block` rows (a head): between RoPE layouts.
 
     "pairs": half-split (rotary row i pairs with i + rotary/2) becomes interleaved (2i with 2i + 1); "half" is the
@@ -29,13 +29,13 @@ class Rows(NamedTuple):
     rotary: int
     to: str
 
-    def inverse(self) -> Rows:
-        return Rows(self.block, self.rotary, "half" if self.to == "pairs" else "pairs")
+    def inverse(self) -> RowPermutation:
+        return RowPermutation(self.block, self.rotary, "half" if self.to == "pairs" else "pairs")
 
     def order(self) -> list[int]:
         """Source row of each row of the result.
 
-        >>> Rows(6, 4, "pairs").order()
+        >>> RowPermutation(6, 4, "pairs").order()
         [0, 2, 1, 3, 4, 5]
         """
         half = self.rotary // 2
@@ -52,16 +52,16 @@ class Part(NamedTuple):
     source: int  # index of the view
     name: str
     rows: tuple[int, int] | None = None
-    permutes: tuple[Rows, ...] = ()
+    permutes: tuple[RowPermutation, ...] = ()
 
-    def permuted(self, rows: Rows) -> Part:
+    def permuted(self, rows: RowPermutation) -> Part:
         if self.permutes and self.permutes[-1] == rows.inverse():
             return self._replace(permutes=self.permutes[:-1])
         return self._replace(permutes=(*self.permutes, rows))
 
 
 @dataclass(frozen=True)
-class Hub:
+class HfTensor:
     """A tensor under its hf name: dtype, shape, the parts it is made of, and what was done on the way."""
 
     name: str

@@ -16,7 +16,7 @@ from tensorkeep.conversion.naming import Identity, minimind
 from tensorkeep.conversion.naming import detectors as renaming
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
-from tensorkeep.conversion.plan import BY_USER, Hub, Part, Plan, Step, ordered
+from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped, matches
 from tensorkeep.formats.view import Note, StateView
@@ -50,12 +50,12 @@ def make_plan(
         made = adapters.adapter_plan(sources, identities, to, config, dtype, dropped)
         _check_cover(made)
         return made
-    hub: dict[str, Hub] = {}
+    hub: dict[str, HfTensor] = {}
     for index, (view, whole) in enumerate(zip(sources, identities)):
         identity = adapters.set_aside(view, whole, to, notes)
         config, companions = configs.minimind_config(view, identity, config, companions, notes)
         notes += renaming.average_notes(view, identity)
-        _combine(hub, to_hub(view, index, identity, config, dropped), prefer, dropped)
+        _combine(hub, to_hf_tensors(view, index, identity, config, dropped), prefer, dropped)
     if not hub:
         raise TensorkeepError(
             "no model tensor is left to convert", where=sources[0].path if sources else None, code="K05"
@@ -99,15 +99,15 @@ def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[St
 # -- source naming -> hf --------------------------------------------------------------------------------------------
 
 
-def to_hub(
+def to_hf_tensors(
     view: StateView, index: int, identity: Identity, config: Mapping[str, Any] | None, dropped: list[Step]
-) -> dict[str, Hub]:
+) -> dict[str, HfTensor]:
     """The model tensors of one source under hf names. What is not the model's goes to `dropped` with its reason."""
     dropped += [Step(("drop",), (Part(index, n),), None, what) for n, what in identity.other.items()]
     if identity.naming in renaming.DETECTOR_NAMINGS:
-        return renaming.to_hub(view, index, identity, dropped)
+        return renaming.detector_to_hf(view, index, identity, dropped)
     table = _table(identity, config)
-    out: dict[str, Hub] = {}
+    out: dict[str, HfTensor] = {}
     for stored, clean in identity.names.items():
         record = view[stored]
         if _computed(clean, identity.naming):
@@ -141,7 +141,7 @@ def to_hub(
 
 def _from_link(
     link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None
-) -> Hub:
+) -> HfTensor:
     part, shape = Part(index, record.name), record.shape
     actions: tuple[str, ...] = ()
     if link.expert is not None:
@@ -149,7 +149,7 @@ def _from_link(
     if link.rope:
         part = part.permuted(rope_rows(config, "half", record.name, record.shape))
         actions = (*actions, "permute")
-    return Hub(link.hf, record.dtype, shape, (part,), actions, record.tied_to)
+    return HfTensor(link.hf, record.dtype, shape, (part,), actions, record.tied_to)
 
 
 def _table(identity: Identity, config: Mapping[str, Any] | None) -> Any:
@@ -170,7 +170,7 @@ def _computed(name: str, scheme: str | None) -> bool:
     return scheme not in (None, "hf") and name in getattr(namings.module(str(scheme)), "COMPUTED", ())
 
 
-def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, dropped: list[Step]) -> None:
+def _combine(hub: dict[str, HfTensor], found: dict[str, HfTensor], prefer: str | None, dropped: list[Step]) -> None:
     twice = sorted(set(hub) & set(found))
     if twice and prefer not in ("first", "last"):
         raise TensorkeepError(
@@ -191,7 +191,7 @@ def _combine(hub: dict[str, Hub], found: dict[str, Hub], prefer: str | None, dro
 # -- hf -> sink naming ----------------------------------------------------------------------------------------------
 
 
-def _to_sink(own: list[Hub], dtypes: Sequence[str | None]) -> list[Step]:
+def _to_sink(own: list[HfTensor], dtypes: Sequence[str | None]) -> list[Step]:
     by_name = {h.name: h for h in own}
     steps = []
     for hub in own:
@@ -237,14 +237,16 @@ def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]
     return [dtype or ("BF16" if found else None) for found in quantized]
 
 
-def _alike(tied: Hub, other: Hub | None) -> bool:
+def _alike(tied: HfTensor, other: HfTensor | None) -> bool:
     """Whether two tensors that shared their bytes still do: the same permutation on both, and no third behind."""
     if other is None or other.tied_to is not None or (tied.dtype, tied.shape) != (other.dtype, other.shape):
         return False
     return [(p.rows, p.permutes) for p in tied.parts] == [(p.rows, p.permutes) for p in other.parts]
 
 
-def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]) -> list[Hub]:
+def _named(
+    items: list[HfTensor], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]
+) -> list[HfTensor]:
     """The tensors under the sink naming's names: renamed, rows permuted, experts stacked."""
     made_as = (config or {}).get("minimind_generation")
     if target in (None, "hf") or (target == "minimind" and made_as != "mm2a"):
@@ -257,8 +259,8 @@ def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | Non
     else:
         family = scheme.family([i.name for i in items], dict(config or {}))
         table = scheme.FAMILIES[family]
-    out: list[Hub] = []
-    stacks: dict[str, dict[int, Hub]] = {}
+    out: list[HfTensor] = []
+    stacks: dict[str, dict[int, HfTensor]] = {}
     for item in items:
         link = from_hf(item.name, table)
         if link is None:
@@ -289,7 +291,7 @@ def _named(items: list[Hub], target: str | None, config: Mapping[str, Any] | Non
     return out
 
 
-def _stack(name: str, members: dict[int, Hub], config: Mapping[str, Any] | None) -> Hub:
+def _stack(name: str, members: dict[int, HfTensor], config: Mapping[str, Any] | None) -> HfTensor:
     count = len(members)
     wanted = (config or {}).get("num_experts") or (config or {}).get("num_local_experts") or count
     first = members[min(members)]
@@ -301,7 +303,7 @@ def _stack(name: str, members: dict[int, Hub], config: Mapping[str, Any] | None)
         raise TensorkeepError(f"{name}: its experts differ in shape or dtype", code="S01")
     parts = tuple(part for e in range(count) for part in members[e].parts)
     whole = _contiguous(parts, count)
-    return Hub(name, first.dtype, (count, *first.shape), whole, ("fuse",) if len(whole) > 1 else ())
+    return HfTensor(name, first.dtype, (count, *first.shape), whole, ("fuse",) if len(whole) > 1 else ())
 
 
 def _contiguous(parts: tuple[Part, ...], count: int) -> tuple[Part, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from tensorkeep.conversion.plan import Part, Plan, Rows, Step
+from tensorkeep.conversion.plan import Part, Plan, RowPermutation, Step
 from tensorkeep.formats.view import StateView, np_dtype
 from tensorkeep.storage.record import DTYPES, nbytes
 
@@ -85,7 +85,7 @@ def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
     return sums
 
 
-def _permute(data: memoryview, rows: Rows, row: int) -> memoryview:
+def _permute(data: memoryview, rows: RowPermutation, row: int) -> memoryview:
     import numpy as np
 
     blocks = np.frombuffer(data, dtype=f"V{row}").reshape(-1, rows.block)

@@ -18,8 +18,8 @@ import xxhash
 
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.naming import hf
-from tensorkeep.conversion.plan import Hub, Step
-from tensorkeep.conversion.planning import to_hub
+from tensorkeep.conversion.plan import HfTensor, Step
+from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.formats.view import StateView, np_dtype
 from tensorkeep.storage.record import DTYPES
@@ -37,8 +37,8 @@ class Difference:
 
     name: str
     status: str
-    a: Hub | None = None
-    b: Hub | None = None
+    a: HfTensor | None = None
+    b: HfTensor | None = None
     different: int = 0
     max_difference: float | None = None
     relative: float | None = None
@@ -61,7 +61,7 @@ class Pairing:
 
     views: tuple[StateView, StateView]
     identities: tuple[namings.Identity, namings.Identity]
-    hubs: tuple[dict[str, Hub], dict[str, Hub]]
+    hubs: tuple[dict[str, HfTensor], dict[str, HfTensor]]
     tied: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +79,7 @@ def pair(a: StateView, b: StateView) -> Pairing:
         identities = (replace(identities[0], naming=None), replace(identities[1], naming=None))
     dropped: list[Step] = []
     hubs = tuple(
-        to_hub(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities))
+        to_hf_tensors(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities))
     )
     pairing = Pairing((a, b), identities, (hubs[0], hubs[1]))
     for mine, other in ((hubs[0], hubs[1]), (hubs[1], hubs[0])):
@@ -138,7 +138,7 @@ def width(dtype: str) -> int:
     return max(DTYPES[dtype].bits // 8, 1)
 
 
-def hub_bytes(hub: Hub, views: Sequence[StateView]) -> Iterator[memoryview]:
+def hub_bytes(hub: HfTensor, views: Sequence[StateView]) -> Iterator[memoryview]:
     """The bytes of a tensor in hf layout."""
     for part in hub.parts:
         yield from pieces(part, views[part.source])
@@ -211,7 +211,7 @@ def as_float(data: memoryview, dtype: str) -> np.ndarray[Any, np.dtype[np.float6
     return values.astype(np.float64)
 
 
-def row_digests(hub: Hub, views: Sequence[StateView]) -> list[int]:
+def row_digests(hub: HfTensor, views: Sequence[StateView]) -> list[int]:
     """Sorted 64-bit digests of a matrix's rows: equal lists mean the same rows, in whatever order."""
     row = hub.shape[1] * width(hub.dtype)
     rest, out = b"", []

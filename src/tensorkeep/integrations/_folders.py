@@ -28,14 +28,14 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.saver import State
 from tensorkeep.training.state_files import files_of, floating, source_of, tensors_in
 
-Numbered = tuple[int, Path]
-Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, first byte
+_Numbered = tuple[int, Path]
+_Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, first byte
 
 
 # -- sealing ------------------------------------------------------------------------------------------------------
 
 
-def seal(folder: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
+def seal_folder(folder: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
     """Put every file of a folder on the disk for good, and our manifest beside them, last.
 
     Safetensors are digested tensor by tensor and looked through. Raises TensorkeepError where a tensor holds NaN or Inf
@@ -51,7 +51,7 @@ def seal(folder: Path, step: int, base: Mapping[str, Any] | None = None) -> None
         what = f"has folders in it ({', '.join(inner[:3])}), which a manifest does not cover" if inner else "is empty"
         raise TensorkeepError(what, where=folder, hint="save unsharded, or train with `tensorkeep train`")
     written: dict[str, durable.Written] = {}
-    tensors: dict[str, Places] = {}
+    tensors: dict[str, _Places] = {}
     for name in names:
         sync_file(folder / name)
         written[name], places = _digested(folder, name)
@@ -82,13 +82,13 @@ def not_finite(where: Path, names: list[str]) -> TensorkeepError:
     )
 
 
-def _digested(folder: Path, name: str) -> tuple[durable.Written, Places]:
+def _digested(folder: Path, name: str) -> tuple[durable.Written, _Places]:
     """Digests of a file that is there already; of safetensors also per tensor, and those with NaN or Inf in them."""
     path = folder / name
     with explained(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         chunks = [durable.digest(chunk) for chunk in iter(lambda: file.read(durable.CHUNK), b"")]
-    places: Places = {}
+    places: _Places = {}
     digests, unsound = {}, []
     if name.endswith(".safetensors"):
         records, _ = safetensors.read_header(LocalFolder(folder), name)
@@ -171,7 +171,7 @@ def write_document(folder: Path, name: str, data: bytes) -> None:
 # -- finding and keeping ------------------------------------------------------------------------------------------
 
 
-def numbered(root: Path, pattern: re.Pattern[str]) -> list[Numbered]:
+def numbered(root: Path, pattern: re.Pattern[str]) -> list[_Numbered]:
     """Folders in `root` whose whole name fits `pattern`, with the number in it, highest first."""
     with explained(root):
         if not root.is_dir():
@@ -180,7 +180,7 @@ def numbered(root: Path, pattern: re.Pattern[str]) -> list[Numbered]:
     return sorted(found, reverse=True)
 
 
-def newest_valid(folders: Sequence[Path], log: Logger) -> Path | None:
+def newest_sealed(folders: Sequence[Path], log: Logger) -> Path | None:
     """The first folder whose every byte is what its manifest says; those passed over are told to `log` and stay.
 
     None where there is none, or nothing but one save that was cut short. Raises TensorkeepError where there are
@@ -204,7 +204,7 @@ def newest_valid(folders: Sequence[Path], log: Logger) -> Path | None:
     return None
 
 
-def prune(folders: Sequence[Numbered], step: int, last: int, kept: set[int]) -> list[Path]:
+def prune_folders(folders: Sequence[_Numbered], step: int, last: int, kept: set[int]) -> list[Path]:
     """Delete sealed folders up to `step` but the `last` newest, `step` and `kept`. Renamed away first, durably.
 
     What bears no manifest was never ours to delete.

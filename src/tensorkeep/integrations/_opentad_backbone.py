@@ -23,7 +23,7 @@ from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.packed import pack
 
 log = logging.getLogger(__name__)
-NEW = ("adapter", "pos_embed", "fc_norm")  # segments of what a pretrained file need not have
+_NEW = ("adapter", "pos_embed", "fc_norm")  # segments of what a pretrained file need not have
 
 
 class VisionTransformerQLoRA(VisionTransformerAdapter):
@@ -118,7 +118,7 @@ class VisionTransformerQLoRA(VisionTransformerAdapter):
         _rename(state_dict, prefix, forward=True)
         quantized = {p: m for p, m in self.named_modules() if isinstance(m, QuantLinear)}
         needed = [n for n, _ in self.named_parameters()] + [f"{path}.weight" for path in quantized]
-        absent = [n for n in needed if prefix + n not in state_dict and not set(NEW) & set(n.split("."))]
+        absent = [n for n in needed if prefix + n not in state_dict and not set(_NEW) & set(n.split("."))]
         if absent:
             raise TensorkeepError(
                 f"the file lacks {len(absent)} of {len(needed)} weights: {', '.join(grouped(sorted(absent))[:3])}",

@@ -242,7 +242,7 @@ def _training(theirs: Callable[..., Any], run: Run) -> Callable[..., Any]:
         run.scaler = bound.get("scaler")
         if run.resumed is not None:
             saved, run.resumed = run.resumed, None
-            files.put_back(saved, run.scaler, bound["logger"])
+            files.restore_run(saved, run.scaler, bound["logger"])
         return theirs(*args, **kwargs)
 
     return train_one_epoch

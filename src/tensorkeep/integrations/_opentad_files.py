@@ -32,7 +32,7 @@ from tensorkeep.training import randomness
 from tensorkeep.training.live_state import refuse_difference
 
 _ENTRY = "tensorkeep"
-FILES = re.compile(r"(epoch_\d+|best)\.pth.*")
+_FILES = re.compile(r"(epoch_\d+|best)\.pth.*")
 
 
 @dataclass
@@ -87,7 +87,7 @@ def _write(path: Path, states: dict[str, Any]) -> None:
     spoiled = sorted(n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all()))
     if spoiled:
         raise not_finite(path, spoiled)
-    clear_remains(path.parent, FILES)
+    clear_remains(path.parent, _FILES)
     with replacing_all([path, beside(path)], [True, True]) as (temporary, certificate):
         with explained(path), temporary.open("xb") as file:
             torch.save(states, file)
@@ -210,7 +210,7 @@ def compare_moments(optimizer: Optimizer, state: Mapping[str, Any], names: list[
         )
 
 
-def put_back(saved: Mapping[str, Any], scaler: Any, logger: Any) -> None:
+def restore_run(saved: Mapping[str, Any], scaler: Any, logger: Any) -> None:
     if not saved:
         logger.warning("tensorkeep: R01 the file is OpenTAD's own: random states and loss scale begin anew")
         return

@@ -109,7 +109,7 @@ def _cannot(value: Any, at: tuple[Any, ...]) -> TensorkeepError:
     )
 
 
-def decode(document: Any, tensors: Mapping[str, Mapping[str, Tensor]], where: object) -> Any:
+def decode_document(document: Any, tensors: Mapping[str, Mapping[str, Tensor]], where: object) -> Any:
     """The value an `Encoder` made this document of. Raises TensorkeepError F07 where it says what none ever wrote."""
     try:
         return _decoded(document, tensors)

@@ -114,7 +114,7 @@ def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = Non
         distributed.together(world, lambda: _seal(temporary, step) if world.first else None)
         distributed.together(world, stack.close)  # renames, on the one that began
     if keep_last is not None and world.first:
-        folders.prune(folders.numbered(final.parent, siblings), step, keep_last, set())
+        folders.prune_folders(folders.numbered(final.parent, siblings), step, keep_last, set())
     return final
 
 
@@ -129,7 +129,7 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
 
     def search() -> Path | None:
         paths = [path for _, path in folders.numbered(Path(root), _NUMBERED)]
-        return folders.newest_valid(paths, log) if world.first else None
+        return folders.newest_sealed(paths, log) if world.first else None
 
     folder: Path | None = distributed.gathered(world, distributed.together(world, search))[0]
     if folder is None:
@@ -145,7 +145,7 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
 
 def _seal(folder: Path, step: int) -> None:
     known = (folder / MANIFEST).is_file()  # of the hook, which covers its own file
-    folders.seal(folder, step, run_manifest.read_manifest(folder).base if known else None)
+    folders.seal_folder(folder, step, run_manifest.read_manifest(folder).base if known else None)
 
 
 def _number(folder: Path) -> int:
@@ -175,7 +175,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], base: dict[str, 
     """Our file and its manifest; alone in the folder so far. `save_state` seals again, over all of them."""
     folders.write_tensors(folder, name, tensors)
     match = _NUMBERED.fullmatch(folder.name)
-    folders.seal(folder, int(match[1]) if match else 0, base)
+    folders.seal_folder(folder, int(match[1]) if match else 0, base)
 
 
 def _frozen(models: list[nn.Module]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations import _folders as folders
-from tensorkeep.integrations._plain import Encoder, decode
+from tensorkeep.integrations._plain import Encoder, decode_document
 from tensorkeep.storage import run_folder, run_manifest
 from tensorkeep.storage.files import explained
 from tensorkeep.training import distributed, randomness
@@ -77,7 +77,7 @@ class TensorkeepCheckpointIO(CheckpointIO):
         state = checkpoints.load(folder)
         place = _device(map_location)
         tensors = {"model": _moved(state.model, place), "rest": _moved(state.optimizer, place)}
-        found = decode(state.document.get("lightning"), tensors, folder)
+        found = decode_document(state.document.get("lightning"), tensors, folder)
         if not isinstance(found, dict):
             raise TensorkeepError(
                 "is a checkpoint, but none of Lightning's", where=folder, hint="see `tensorkeep inspect`"
@@ -110,7 +110,7 @@ def newest_valid(dirpath: str | Path) -> str | None:
             known[step] = path
     if unknown and not known:
         raise unknown[-1]
-    found = folders.newest_valid([known[step] for step in sorted(known, reverse=True)], log)
+    found = folders.newest_sealed([known[step] for step in sorted(known, reverse=True)], log)
     return None if found is None else str(found)
 
 

@@ -43,7 +43,7 @@ def newest_valid(output_dir: str | Path) -> str | None:
 
     >>> trainer.train(resume_from_checkpoint=newest_valid("out"))                   # doctest: +SKIP
     """
-    found = folders.newest_valid([path for _, path in folders.numbered(Path(output_dir), CHECKPOINT)], log)
+    found = folders.newest_sealed([path for _, path in folders.numbered(Path(output_dir), CHECKPOINT)], log)
     return None if found is None else str(found)
 
 
@@ -53,7 +53,7 @@ def seal(checkpoint: str | Path) -> None:
     match = CHECKPOINT.fullmatch(path.name)
     if match is None:
         raise TensorkeepError("is no checkpoint-N of a Trainer", where=path)
-    folders.seal(path, int(match[1]))
+    folders.seal_folder(path, int(match[1]))
 
 
 def load_ema(model: nn.Module, checkpoint: str | Path) -> None:
@@ -135,11 +135,11 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             folders.write_tensors(folder, EMA, self.ema.state_dict())
             text = json.dumps({"decay": self.ema.decay, "updates": self.ema.updates})
             folders.write_document(folder, _EMA_STATE, text.encode())
-        folders.seal(folder, state.global_step)
+        folders.seal_folder(folder, state.global_step)
         if self.keep_last is not None:
             best = CHECKPOINT.fullmatch(Path(state.best_model_checkpoint or "").name)
             found = folders.numbered(folder.parent, CHECKPOINT)
-            folders.prune(found, state.global_step, self.keep_last, {int(best[1])} if best else set())
+            folders.prune_folders(found, state.global_step, self.keep_last, {int(best[1])} if best else set())
 
     # -- the average ----------------------------------------------------------------------------------------------
 

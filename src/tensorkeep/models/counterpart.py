@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import from_own
-from tensorkeep.conversion.plan import Hub, Part, Step
-from tensorkeep.conversion.planning import to_hub
+from tensorkeep.conversion.plan import HfTensor, Part, Step
+from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
 from tensorkeep.models.tensors import Held
 
 
 @dataclass
-class Source:
+class StoredModel:
     """A checkpoint as a model would ask it: stored names by clean name, hf tensors, and which of either were asked for."""
 
     view: StateView
     identity: namings.Identity
-    hubs: dict[str, Hub]
+    hubs: dict[str, HfTensor]
     config: Mapping[str, Any] | None
     stored: dict[str, str] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
@@ -37,14 +37,14 @@ class Source:
     problem: TensorkeepError | None = None
 
     @classmethod
-    def of(cls, view: StateView, config: Mapping[str, Any] | None) -> Source:
+    def of(cls, view: StateView, config: Mapping[str, Any] | None) -> StoredModel:
         """Names of a view; a naming that no table knows for this config keeps its own names."""
         identity = namings.identify(view)
         dropped: list[Step] = []
-        hubs: dict[str, Hub] = {}
+        hubs: dict[str, HfTensor] = {}
         problem = None
         try:
-            hubs = to_hub(view, 0, identity, config, dropped)
+            hubs = to_hf_tensors(view, 0, identity, config, dropped)
         except TensorkeepError as error:
             problem = error  # matters only where the model does not use the file's own names
         made = cls(view, identity, hubs, config, problem=problem)
@@ -75,7 +75,7 @@ class Source:
 
 
 # what a model fuses: its name -> the names that files use, `{e}` standing for an expert, in the order of their rows
-EXPERTS = (
+_EXPERTS = (
     (
         re.compile(r"(?P<at>.+)\.(?P<moe>mlp|block_sparse_moe|feed_forward)\.experts\.gate_up_proj"),
         (
@@ -94,13 +94,15 @@ EXPERTS = (
 _RENAMED = ((re.compile(r"(?P<at>.+)\.mlp\.gate\.weight"), "{at}.block_sparse_moe.gate.weight"),)
 
 
-Renamed = Callable[[nn.Module, str, Tensor], "str | None"]  # a framework's own name for a tensor in files
+_Renamed = Callable[[nn.Module, str, Tensor], "str | None"]  # a framework's own name for a tensor in files
 
 
-class Asker:
+class CounterpartFinder:
     """How one model asks one file: which root its names lose or gain, and through which naming they lead."""
 
-    def __init__(self, model: nn.Module, tensors: list[Held], source: Source, renamed: Renamed | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, tensors: list[Held], source: StoredModel, renamed: _Renamed | None = None
+    ) -> None:
         self.source, self.renamed, self.model = source, renamed, model
         names = [n for t in tensors for n in (t.name, *t.aliases)]
         known = [*source.stored, *source.hubs]
@@ -164,7 +166,7 @@ class Asker:
 
     def _experts(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
         """transformers 5 stacks the experts that files keep apart."""
-        for pattern, layouts in EXPERTS:
+        for pattern, layouts in _EXPERTS:
             match = pattern.fullmatch(name)
             if match is None or tensor.tensor.ndim != 3:
                 continue
@@ -182,7 +184,7 @@ def _moved(name: str, cut: str, add: str) -> str:
     return add + (name[len(cut) :] if cut and name.startswith(cut) else name)
 
 
-def _table(names: list[str], source: Source) -> tuple[Any, bool]:
+def _table(names: list[str], source: StoredModel) -> tuple[Any, bool]:
     """The table of the naming that the model's own names follow, and whether its q/k rows are interleaved."""
     for word in ("torchtitan", "torchtitan-0.2"):
         scheme = namings.module(word)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tensorkeep.conversion import naming as namings
-from tensorkeep.conversion.plan import Hub, Step
-from tensorkeep.conversion.planning import to_hub
+from tensorkeep.conversion.plan import HfTensor, Step
+from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.formats.view import StateView
@@ -19,7 +19,7 @@ from tensorkeep.models.buffers import REFUSALS
 from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import DTYPES
 
-LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+_LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def sibling(views: Sequence[StateView]) -> dict[str, Any] | None:
@@ -66,7 +66,7 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
         raise Inconclusive(
             f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
-    report = {k: sorted(str(n) for n in info[k]) for k in LOADING if info.get(k)}
+    report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
 
 
@@ -74,14 +74,14 @@ def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, tor
     """The model's tensors under hf names and in hf layout, one at a time."""
     dropped: list[Step] = []
     try:
-        hubs = to_hub(view, 0, namings.identify(view), config, dropped)
+        hubs = to_hf_tensors(view, 0, namings.identify(view), config, dropped)
     except TensorkeepError as error:
         raise Inconclusive(f"its tensors have no place in the model: {error.what}") from None
     for name, hub in hubs.items():
         yield name, _tensor(hub, view)
 
 
-def _tensor(hub: Hub, view: StateView) -> torch.Tensor:
+def _tensor(hub: HfTensor, view: StateView) -> torch.Tensor:
     spelled = DTYPES[hub.dtype].torch
     if spelled is None or not hasattr(torch, spelled):
         raise Inconclusive(f"{hub.name} is stored as {hub.dtype}, which torch cannot hold")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tensorkeep.models.buffers import Buffer, buffers, fresh
 from tensorkeep.models.tensors import local
 
-EXACT = 1e-5  # relative; powers computed on another device differ in the last bits
+_EXACT = 1e-5  # relative; powers computed on another device differ in the last bits
 
 
 _TABLE = (
@@ -65,9 +65,9 @@ def _close(a: Tensor, b: Tensor, elsewhere: bool) -> bool:
     ):
         return False
     x, y = a[finite], b[finite]
-    room = EXACT * y.abs()
+    room = _EXACT * y.abs()
     if y.ndim and b.ndim > 1 and y.numel():
-        room = room + (_TABLE if elsewhere else EXACT) * y.abs().max()
+        room = room + (_TABLE if elsewhere else _EXACT) * y.abs().max()
     return bool(((x - y).abs() <= room).all())
 
 

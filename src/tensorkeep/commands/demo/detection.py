@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import yaml
 
-from tensorkeep.commands.demo.resume import Start, empty, rows_of, same_end, shown_command, tell
+from tensorkeep.commands.demo.resume import TrainingProcess, empty, rows_of, same_end, shown_command, tell
 from tensorkeep.commands.demo.story import Show
 from tensorkeep.commands.report.run import PREDICTIONS, write_run_page
 from tensorkeep.detection.data.annotations import read_annotations
@@ -56,8 +56,8 @@ def chapter_detection(out: Path, show: Show) -> int:
         f"{time.perf_counter() - started:.0f} s"
     )
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_of(folder / "videos", folder / "pretrained"), sort_keys=False))
-    with one_thread():
+    recipe.write_text(yaml.safe_dump(detection_recipe(folder / "videos", folder / "pretrained"), sort_keys=False))
+    with single_threaded():
         pretrained(recipe, folder / "pretrained", show)
         held = _trained_and_killed(recipe, folder, show, random.Random())
         held &= evaluated(recipe, folder / "run", show)
@@ -71,7 +71,7 @@ def chapter_detection(out: Path, show: Show) -> int:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """For this process and those it starts: so small a model gains nothing from a second thread, and waits for it most of
     the time where cores are shared."""
     before, named = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
@@ -86,7 +86,7 @@ def one_thread() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = named
 
 
-def recipe_of(data: Path, backbone: Path) -> dict[str, Any]:
+def detection_recipe(data: Path, backbone: Path) -> dict[str, Any]:
     """recipes/detection/synthetic_tiny.yaml for a data set and a pretrained backbone."""
     split = {"annotations": str(data / ANNOTATIONS), "folder": str(data / FILES)}
     return {
@@ -213,7 +213,7 @@ def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.R
     whole, run = folder / "whole", folder / "run"
     show("3/6  That ViT frozen and held in nf4; the seeds' QLoRA adapters and the detection head train, by the command")
     show(f"     {' '.join(shown_command(recipe, whole, 'detection'))}")
-    start = Start(recipe, whole, "detection")
+    start = TrainingProcess(recipe, whole, "detection")
     start.finish()
     losses = [row["loss"] for row in rows_of(whole) if "loss" in row]
     show(f"     {start.seconds:4.0f} s  nobody touches it: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at the end")
@@ -222,7 +222,7 @@ def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.R
         "4/6  The same into another folder, killed (SIGKILL) at a random instant, and started again by the same command:"
     )
     killed = kill_at_random(recipe, run, chance.uniform(0, 0.4 * start.seconds), rows_of(whole)[-1]["step"], show)
-    last = Start(recipe, run, "detection")
+    last = TrainingProcess(recipe, run, "detection")
     last.finish()
     show(f"     {last.seconds:4.0f} s  to the end")
     tell(last.said(), show)
@@ -235,7 +235,7 @@ def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.R
 def kill_at_random(recipe: Path, run: Path, seconds: float, updates: int, show: Show) -> bool:
     """Kill so long after the first checkpoint, or when three quarters of the updates are saved, and a loss after the newest
     checkpoint is noted for the next start to compare with; False where the run was over before."""
-    start = Start(recipe, run, "detection")
+    start = TrainingProcess(recipe, run, "detection")
     start.until(lambda: bool(run_folder.steps(run)))
     first = time.perf_counter()
 

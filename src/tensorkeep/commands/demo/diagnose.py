@@ -16,7 +16,7 @@ from tensorkeep.commands.demo.story import Show, load_hf, loss, smollm2, token_i
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.naming import layer_count
 from tensorkeep.conversion.naming.hf import EMBEDDING
-from tensorkeep.conversion.plan import Plan, Rows, Step
+from tensorkeep.conversion.plan import Plan, RowPermutation, Step
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.diagnosis.repairs import repair
@@ -71,7 +71,7 @@ def turned(plan: Plan, _: random.Random) -> Plan:
     def turn(step: Step) -> Step:
         if step.sink is None or not step.sink.name.endswith(("q_proj.weight", "k_proj.weight")):
             return step
-        return replace(step, parts=tuple(p.permuted(Rows(head, head, "pairs")) for p in step.parts))
+        return replace(step, parts=tuple(p.permuted(RowPermutation(head, head, "pairs")) for p in step.parts))
 
     return replace(plan, steps=[turn(s) for s in plan.steps])
 

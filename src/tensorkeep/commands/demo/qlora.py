@@ -57,14 +57,14 @@ def chapter_qlora(out: Path, show: Show) -> int:
     text, held_out = write_topics(folder / "text.txt", TOPICS), write_topics(folder / "held-out.txt", HELD_OUT)
     held_out.write_text(held_out.read_text("utf-8")[:HELD_OUT_CHARACTERS], "utf-8")
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_of(base, text, held_out), sort_keys=False))
+    recipe.write_text(yaml.safe_dump(qlora_recipe(base, text, held_out), sort_keys=False))
     held = trained_and_merged(recipe, base, folder, held_out, show)
     show(f"{'All of it held' if held else 'NOT ALL OF IT HELD'}; {time.perf_counter() - started:.0f} s.")
     show(_next_commands(base, folder, held_out))
     return 0 if held else 1
 
 
-def recipe_of(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
+def qlora_recipe(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
     """nf4 under an adapter of rank 16 on every linear, an average, `smollm2_qlora` in small."""
     return {
         "model": str(base),
@@ -103,7 +103,7 @@ def trained_and_merged(recipe: Path, base: Path, folder: Path, held_out: Path, s
     )
 
     merged = folder / "merged"
-    close = merge(base, adapter, merged, show)
+    close = merge_and_show(base, adapter, merged, show)
     show("6/6  Is it the model that was trained? Loaded by from_pretrained, nothing missing, nothing left over:")
     model = load_hf(merged).float().eval()
     far, most = distances(done.job, model)
@@ -145,7 +145,7 @@ def perplexity(path: Path, held_out: Path) -> float:
     return float(evaluate_checkpoint(str(path), [str(held_out)], length=LENGTH, batch=BATCH)["perplexity"])
 
 
-def merge(base: Path, adapter: Path, out: Path, show: Show) -> bool:
+def merge_and_show(base: Path, adapter: Path, out: Path, show: Show) -> bool:
     """`tensorkeep merge BASE ADAPTER OUT --dtype fp32`; shows what it did, and what nf4 would have left of the update."""
     view, sources = read(base), open_adapters([(read(adapter), 1.0)])
     merging.refuse_other_base(view, sources)

@@ -43,7 +43,7 @@ def chapter_resume(out: Path, show: Show) -> int:
     folder = empty(out / "resume")
     text = write_topics(folder / "text.txt", TOPICS)
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_of(base, text), sort_keys=False))
+    recipe.write_text(yaml.safe_dump(resume_recipe(base, text), sort_keys=False))
     show(
         f"2/5  Trained: the last {_TRAINED} of its layers on pydoc's {', '.join(TOPICS)}, {UPDATES} updates, saved every {_SAVE_EVERY}:"
     )
@@ -60,7 +60,7 @@ def chapter_resume(out: Path, show: Show) -> int:
 def killed_and_compared(recipe: Path, folder: Path, show: Show, chance: random.Random) -> bool:
     """The run nobody touches, the one that is killed twice, and what tells them apart."""
     whole, run = folder / "whole", folder / "run"
-    start = Start(recipe, whole)
+    start = TrainingProcess(recipe, whole)
     start.finish()
     losses = [row["loss"] for row in rows_of(whole)]
     show(f"     {start.seconds:4.1f} s  nobody touches it: loss {losses[0]:.4f} at first, {losses[-1]:.4f} at the end")
@@ -70,7 +70,7 @@ def killed_and_compared(recipe: Path, folder: Path, show: Show, chance: random.R
     hit = _kill_in_a_save(recipe, run, show)
     show("4/5  Started again by the same command, killed at a random instant, and started again:")
     second = _kill_after(recipe, run, chance.uniform(0, 0.6 * training), show)
-    last = Start(recipe, run)
+    last = TrainingProcess(recipe, run)
     last.finish()
     show(f"     {last.seconds:4.1f} s  to the end")
     tell(last.said(), show)
@@ -113,7 +113,7 @@ def write_topics(path: Path, names: Sequence[str]) -> Path:
     return path
 
 
-def recipe_of(base: Path, text: Path) -> dict[str, Any]:
+def resume_recipe(base: Path, text: Path) -> dict[str, Any]:
     """Rows of LENGTH tokens of the text, the last layers and the final norm trained, an average kept."""
     layers = int((read(base).config or {})["num_hidden_layers"])
     return {
@@ -149,7 +149,7 @@ def command(recipe: Path, run: Path, kind: str = "language") -> list[str]:
 
 
 @dataclass
-class Start:
+class TrainingProcess:
     """One process that trains. `seconds`: how long it lived. What it says lies beside the run, one file a start."""
 
     recipe: Path
@@ -202,7 +202,7 @@ class Start:
 def _kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
     """Kill when half of a checkpoint is written, with a whole one before it; True if the half stayed behind."""
     for _ in range(UPDATES // _SAVE_EVERY):
-        start = Start(recipe, run)
+        start = TrainingProcess(recipe, run)
         if not start.until(lambda: half_written(run) is not None):
             break
         start.kill()
@@ -236,9 +236,9 @@ def half_written(run: Path) -> Path | None:
     return None
 
 
-def _kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> Start:
+def _kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> TrainingProcess:
     """Kill so many seconds after the run has gone on, before its last update at the latest."""
-    start = Start(recipe, run)
+    start = TrainingProcess(recipe, run)
     start.until(lambda: any(line.startswith("resumed") for line in start.said()))
     end = time.perf_counter() + seconds
     start.until(lambda: time.perf_counter() >= end or any(row["step"] >= UPDATES - 1 for row in rows_of(run)))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Show = Callable[[str], object]  # prints one line
 _TOPIC = "calls"  # a text that every Python carries: `pydoc calls`
 WINDOWS, LENGTH = 4, 256  # tokens the loss is measured on: 4 x 256
-MARK = "README.txt"  # a folder with this file is ours to write over
+_MARK = "README.txt"  # a folder with this file is ours to write over
 
 
 def run(chapter: str, out: Path, show: Show) -> int:
@@ -55,10 +55,10 @@ def run(chapter: str, out: Path, show: Show) -> int:
 
 
 def _claim(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARK).exists())):
         raise TensorkeepError("holds other files", where=out, hint="choose another folder: --out DIR")
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).write_text("Made by `tensorkeep demo`, which writes over it when run again.\n")
+    (out / _MARK).write_text("Made by `tensorkeep demo`, which writes over it when run again.\n")
 
 
 # -- chapter 1: convert ----------------------------------------------------------------------------------------------

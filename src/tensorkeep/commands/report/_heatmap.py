@@ -16,12 +16,12 @@ from typing import Any
 from tensorkeep.errors import printable
 from tensorkeep.formats.names import natural
 
-LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<n>\d{1,5})\.(?P<kind>.+)")
-EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
-STEPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # lower ends of the classes d1..d6; d0 is equal
-WORDS = {"only_a": "not in the reference", "only_b": "missing", "shape": "another shape", "dtype": "another dtype"}
-MOST = 400  # layers drawn; a file that claims more is cut, and the page says so
-RANK = {"error": 3, "warning": 2, "info": 1, "": 0}
+_LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<n>\d{1,5})\.(?P<kind>.+)")
+_EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
+_STEPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # lower ends of the classes d1..d6; d0 is equal
+_WORDS = {"only_a": "not in the reference", "only_b": "missing", "shape": "another shape", "dtype": "another dtype"}
+_MOST = 400  # layers drawn; a file that claims more is cut, and the page says so
+_RANK = {"error": 3, "warning": 2, "info": 1, "": 0}
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Cell:
             return "dx" if self.severity == "error" else "d0" if self.status == "equal" else "du"
         if not math.isfinite(self.relative):
             return "dx"
-        return "d0" if self.relative == 0 else f"d{sum(self.relative > s for s in STEPS)}"
+        return "d0" if self.relative == 0 else f"d{sum(self.relative > s for s in _STEPS)}"
 
     @property
     def weight(self) -> tuple[int, float]:
         """Sorts the worst last."""
         figure = 0.0 if self.relative is None else self.relative if math.isfinite(self.relative) else math.inf
-        return RANK[self.severity], math.inf if self.level == "dx" else figure
+        return _RANK[self.severity], math.inf if self.level == "dx" else figure
 
     @property
     def told(self) -> str:
         """The tooltip."""
         parts = [printable(self.name, 300)]
-        if self.status in WORDS:
-            parts.append(WORDS[self.status])
+        if self.status in _WORDS:
+            parts.append(_WORDS[self.status])
         if self.relative is not None:
             parts.append("equal" if self.relative == 0 else f"relative difference {self.relative:.3g}")
         return ", ".join([*parts, *([self.code] if self.code else [])])
@@ -75,12 +75,12 @@ def cells(document: Mapping[str, Any], differences: Mapping[str, Any] | None = N
     }
     named = [f for f in _rows(document.get("findings")) if isinstance(f.get("tensors"), list)]
     # findings come causes first: the first error to speak of a tensor is the one to show
-    for finding in sorted(named, key=lambda f: -RANK.get(str(f.get("severity")), 0)):
+    for finding in sorted(named, key=lambda f: -_RANK.get(str(f.get("severity")), 0)):
         figures = _per_tensor(finding.get("evidence"), set(map(str, finding["tensors"])))
         for name in map(str, finding["tensors"]):
             old = found.get(name, Cell(name))
             relative = old.relative if old.relative is not None else figures.get(name)
-            severity = str(finding.get("severity")) if str(finding.get("severity")) in RANK else "info"
+            severity = str(finding.get("severity")) if str(finding.get("severity")) in _RANK else "info"
             code = str(finding.get("code"))[:4]
             keep = old.code or (severity == "info" and old.relative is not None)
             found[name] = Cell(name, relative, old.status, *((old.code, old.severity) if keep else (code, severity)))
@@ -133,9 +133,9 @@ def maps(found: Mapping[str, Cell]) -> str:
     stacks: dict[str, dict[tuple[str, int], list[Cell]]] = {}
     outside = []
     for name, cell in found.items():
-        match = LAYER.fullmatch(name)
+        match = _LAYER.fullmatch(name)
         if match:
-            kind = EXPERT.sub(".*", match["kind"])
+            kind = _EXPERT.sub(".*", match["kind"])
             stacks.setdefault(match["stack"], {}).setdefault((kind, int(match["n"])), []).append(cell)
         else:
             outside.append(cell)
@@ -146,7 +146,7 @@ def maps(found: Mapping[str, Cell]) -> str:
 def _stack(stack: str, grid: Mapping[tuple[str, int], list[Cell]]) -> str:
     layers = sorted({n for _, n in grid})
     kinds = sorted({k for k, _ in grid}, key=_order)
-    shown = layers[:MOST]
+    shown = layers[:_MOST]
     wide, every = next(
         (w, e) for most, w, e in ((20, 30, 1), (30, 24, 1), (46, 16, 5), (math.inf, 9, 10)) if len(shown) <= most
     )
@@ -172,7 +172,7 @@ def _stack(stack: str, grid: Mapping[tuple[str, int], list[Cell]]) -> str:
                     max(at, key=lambda c: c.weight) if at else None, left + wide * column, top + tall * row, wide, tall
                 )
             )
-    cut = f"<p class='note'>{len(layers) - MOST} more layers are not drawn.</p>" if len(layers) > MOST else ""
+    cut = f"<p class='note'>{len(layers) - _MOST} more layers are not drawn.</p>" if len(layers) > _MOST else ""
     return f"<h3>{escape(printable(stack, 120))}<small> · layer number across</small></h3><div class='scroll'>{''.join(out)}</svg></div>{cut}"
 
 
@@ -180,7 +180,7 @@ def _outside(found: list[Cell]) -> str:
     """One row of wide squares a tensor that belongs to no layer."""
     if not found:
         return ""
-    rows, shown = [], found[:MOST]
+    rows, shown = [], found[:_MOST]
     left = 8 + 7.2 * min(max(len(c.name) for c in shown), 56)
     for row, cell in enumerate(shown):
         rows.append(
@@ -189,7 +189,7 @@ def _outside(found: list[Cell]) -> str:
         rows.append(_square(cell, left, row * 28, 52, 28))
     width, height = left + 60, 28 * len(shown) + 4
     svg = f'<svg width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}" role="img" aria-label="differences outside the layers">'
-    cut = f"<p class='note'>{len(found) - MOST} more tensors are not drawn.</p>" if len(found) > MOST else ""
+    cut = f"<p class='note'>{len(found) - _MOST} more tensors are not drawn.</p>" if len(found) > _MOST else ""
     return f"<h3>outside the layers</h3><div class='scroll'>{svg}{''.join(rows)}</svg></div>{cut}"
 
 
@@ -241,11 +241,11 @@ def legend() -> str:
 
 def figures_table(found: Iterable[Cell]) -> str:
     """The same as a table, worst first, for readers without the picture."""
-    rows = sorted((c for c in found if c.weight > (0, 0.0)), key=lambda c: c.weight, reverse=True)[:MOST]
+    rows = sorted((c for c in found if c.weight > (0, 0.0)), key=lambda c: c.weight, reverse=True)[:_MOST]
     if not rows:
         return ""
     lines = [
-        f"<tr><td class='name'>{escape(printable(c.name, 300))}</td><td>{escape(WORDS.get(c.status, c.status))}</td>"
+        f"<tr><td class='name'>{escape(printable(c.name, 300))}</td><td>{escape(_WORDS.get(c.status, c.status))}</td>"
         f"<td class='num'>{'' if c.relative is None else f'{c.relative:.3g}'}</td><td>{escape(c.code)}</td></tr>"
         for c in rows
     ]

@@ -22,7 +22,7 @@ from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing
 
 _VERDICTS = {"ok": "nothing wrong found", "findings": "something is wrong", "inconclusive": "could not be decided"}
-MOST = 12  # groups of tensors, and lines of evidence, before a page hides the rest behind a click
+_MOST = 12  # groups of tensors, and lines of evidence, before a page hides the rest behind a click
 
 
 def page(document: Mapping[str, Any], differences: Mapping[str, Any] | None = None) -> str:
@@ -202,10 +202,10 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 def _folded(items: list[str], title: str, tag: str) -> str:
     """The first items; the rest behind a click."""
-    shown = f"<{tag}>{''.join(items[:MOST])}</{tag}>"
+    shown = f"<{tag}>{''.join(items[:_MOST])}</{tag}>"
     rest = (
-        f"<details><summary>{len(items) - MOST} more</summary><{tag}>{''.join(items[MOST:])}</{tag}></details>"
-        if len(items) > MOST
+        f"<details><summary>{len(items) - _MOST} more</summary><{tag}>{''.join(items[_MOST:])}</{tag}></details>"
+        if len(items) > _MOST
         else ""
     )
     return f"<div class='part'><h5>{escape(title)}</h5>{shown}{rest}</div>"
@@ -217,8 +217,8 @@ def _value(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         return printable(
-            ", ".join(f"{k}: {_value(v)}" for k, v in list(value.items())[:MOST])
-            + (", …" if len(value) > MOST else ""),
+            ", ".join(f"{k}: {_value(v)}" for k, v in list(value.items())[:_MOST])
+            + (", …" if len(value) > _MOST else ""),
             1500,
         )
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -16,7 +16,7 @@ from tensorkeep.detection.results.timeline import STRIP, jpeg, picture_times, ti
 from tensorkeep.errors import TensorkeepError, printable
 
 VIDEOS, _MIN_SCORE, _TOP = 20, 0.3, 100  # timelines shown, and what of a video's detections
-RECIPE = "recipe.yaml"
+_RECIPE = "recipe.yaml"
 
 
 class Sources(NamedTuple):
@@ -43,12 +43,12 @@ def timelines(run: Path, predictions: Path) -> list[str]:
 
 def _sources(run: Path) -> tuple[Sources | None, str]:
     """What the run's recipe names, and why it cannot be had; a run without a recipe has nothing to name."""
-    if not (run / RECIPE).is_file():
+    if not (run / _RECIPE).is_file():
         return None, ""
     try:
         from tensorkeep.detection.recipe.text import read_recipe  # imports torch; a page without a recipe does not
 
-        data = read_recipe(run / RECIPE).data
+        data = read_recipe(run / _RECIPE).data
         return Sources(read_annotations(data.test.annotations), Path(data.test.folder), data.file_pattern), ""
     except (TensorkeepError, ImportError) as error:
         return None, f"without true segments and pictures: {getattr(error, 'line', error)}"

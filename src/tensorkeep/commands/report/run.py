@@ -18,7 +18,7 @@ from tensorkeep.errors import TensorkeepError, printable
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.training import metrics
 
-Points = Sequence[tuple[float, float]]
+_Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, _BOTTOM = 900, 200, 64, 24  # pixels of a curve's plane, margins of its numbers
 PREDICTIONS = "predictions/detections.json"
 _CURVE = """
@@ -74,7 +74,7 @@ def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
     return [(step, float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)]
 
 
-def curve(values: Points, label: str, best: tuple[float, float] | None = None) -> str:
+def curve(values: _Points, label: str, best: tuple[float, float] | None = None) -> str:
     """An SVG line through (step, value); a long one is thinned to the lowest and highest value of each pixel."""
     if not values:
         return "<p class='note'>no value was noted</p>"
@@ -110,7 +110,7 @@ def _step(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
-def _thinned(values: Points) -> list[tuple[float, float]]:
+def _thinned(values: _Points) -> list[tuple[float, float]]:
     """At most two values a pixel, its extremes, so that no spike is lost."""
     if len(values) <= 2 * WIDTH:
         return list(values)

@@ -14,14 +14,14 @@ from types import ModuleType
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.naming import EMA_ROOTS, Identity, opentad
 from tensorkeep.conversion.naming import opentad_recipe as recipes
-from tensorkeep.conversion.plan import Hub, Part, Plan, Step, ordered
+from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Companion, Note, StateView
 
 DETECTOR_NAMINGS = ("opentad", "videomae")
 
 
-def to_hub(view: StateView, index: int, identity: Identity, dropped: list[Step]) -> dict[str, Hub]:
+def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: list[Step]) -> dict[str, HfTensor]:
     """The detector's tensors of one source under our names; what has no place there goes to `dropped`.
 
     Raises TensorkeepError for a name that no detector has (K02), a q, k or v without the others (K01), and for an
@@ -29,7 +29,7 @@ def to_hub(view: StateView, index: int, identity: Identity, dropped: list[Step])
     """
     scheme = namings.module(str(identity.naming))
     _refuse_averaged_codes(view, identity)
-    out: dict[str, Hub] = {}
+    out: dict[str, HfTensor] = {}
     thirds: dict[str, dict[int, str]] = {}
     for stored, clean in identity.names.items():
         name, reason = scheme.to_hf(clean), scheme.dropped(clean)
@@ -54,7 +54,7 @@ def to_hub(view: StateView, index: int, identity: Identity, dropped: list[Step])
             )
         else:
             record = view[stored]
-            out[name] = Hub(name, record.dtype, record.shape, (Part(index, stored),), (), record.tied_to)
+            out[name] = HfTensor(name, record.dtype, record.shape, (Part(index, stored),), (), record.tied_to)
     out.update({name: _fused(view, index, name, parts) for name, parts in thirds.items()})
     names = {h.parts[0].name: h.name for h in out.values() if len(h.parts) == 1}
     return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
@@ -65,7 +65,7 @@ def _third(scheme: ModuleType, name: str) -> int | None:
     return found
 
 
-def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> Hub:
+def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> HfTensor:
     """q, k and v, in this order, as rows of one tensor."""
     records = [view[parts[i]] for i in sorted(parts)]
     if len(parts) != 3:
@@ -75,7 +75,7 @@ def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> 
     if len({(r.dtype, r.shape) for r in records}) != 1 or not records[0].shape:
         raise TensorkeepError(f"{name}: its query, key and value differ in shape or dtype", where=view.path, code="S01")
     shape = (3 * records[0].shape[0], *records[0].shape[1:])
-    return Hub(name, records[0].dtype, shape, tuple(Part(index, r.name) for r in records), ("fuse",))
+    return HfTensor(name, records[0].dtype, shape, tuple(Part(index, r.name) for r in records), ("fuse",))
 
 
 def _refuse_averaged_codes(view: StateView, identity: Identity) -> None:
@@ -119,7 +119,7 @@ def average_notes(view: StateView, identity: Identity) -> list[Note]:
     return []
 
 
-def to_sink(items: list[Hub], target: str, dropped: list[Step]) -> list[Hub]:
+def to_sink(items: list[HfTensor], target: str, dropped: list[Step]) -> list[HfTensor]:
     """The tensors under the names of `target`; what its files never hold goes to `dropped`.
 
     Raises TensorkeepError K07 for a tensor that `target` has no name for.
@@ -176,7 +176,7 @@ def nest_checkpoint(plan: Plan) -> None:
     plan.beside = {} if pretrained else {"epoch": epoch}
 
 
-def with_recipe(hub: Mapping[str, Hub], companions: list[Companion], notes: list[Note]) -> list[Companion]:
+def with_recipe(hub: Mapping[str, HfTensor], companions: list[Companion], notes: list[Note]) -> list[Companion]:
     """The companions of a detector: a recipe read off its shapes where none lies beside the source.
 
     A config.json is transformers' and describes other names: it stays behind.

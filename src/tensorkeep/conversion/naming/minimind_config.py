@@ -16,7 +16,7 @@ from tensorkeep.conversion.naming.minimind import GENERATIONS, OLD_FIELDS
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.record import TensorRecord
 
-CLASSES = {
+_CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -30,7 +30,7 @@ _YARN = {
     "attention_factor": 1.0,
 }
 _FIRST = "model.layers.0.self_attn."
-Take = Callable[[str, Any], Any]
+_Take = Callable[[str, Any], Any]
 
 
 def hf_config(
@@ -85,10 +85,10 @@ def hf_config(
         known |= _experts(shapes, take, given, made)
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     odd = [f"{k} {given[k]} is {known[k]}" for k in sizes if given.get(k) is not None and given[k] != known[k]]
-    return {"architectures": [CLASSES[kind]], "model_type": kind, "minimind_generation": made, **known}, assumed, odd
+    return {"architectures": [_CLASSES[kind]], "model_type": kind, "minimind_generation": made, **known}, assumed, odd
 
 
-def _geometry(shapes: Mapping[str, tuple[int, ...]], take: Take, given: Mapping[str, Any]) -> dict[str, Any]:
+def _geometry(shapes: Mapping[str, tuple[int, ...]], take: _Take, given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, from the shapes; the number of heads where no q_norm tells head_dim."""
     vocab, hidden = _matrix(shapes, hf.EMBEDDING)
     queries, keys = _matrix(shapes, f"{_FIRST}q_proj.weight")[0], _matrix(shapes, f"{_FIRST}k_proj.weight")[0]
@@ -125,7 +125,7 @@ def _geometry(shapes: Mapping[str, tuple[int, ...]], take: Take, given: Mapping[
     }
 
 
-def _experts(shapes: Mapping[str, tuple[int, ...]], take: Take, given: Mapping[str, Any], made: str) -> dict[str, Any]:
+def _experts(shapes: Mapping[str, tuple[int, ...]], take: _Take, given: Mapping[str, Any], made: str) -> dict[str, Any]:
     """The fields of a mixture of experts, under both names that transformers 4 and 5 read."""
     if made != "mm3":
         names = ("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "scoring_func", "norm_topk_prob")

@@ -28,7 +28,7 @@ NAME = "opentad"
 Segments = tuple[str, ...]
 
 # longest first: the first prefix that fits decides
-PARTS: tuple[tuple[Segments, Segments], ...] = (
+_PARTS: tuple[tuple[Segments, Segments], ...] = (
     (("backbone", "model", "backbone"), ("backbone",)),
     (("projection",), ("projection",)),
     (("neck", "fpn_norms"), ("neck", "norms")),
@@ -36,12 +36,12 @@ PARTS: tuple[tuple[Segments, Segments], ...] = (
 )
 _MMACTION: tuple[Segments, Segments] = (("backbone",), ("backbone",))
 _PATCH_EMBED: tuple[Segments, Segments] = (("patch_embed", "projection"), ("patch_embed", "proj"))
-MLP: tuple[tuple[Segments, Segments], ...] = (
+_MLP: tuple[tuple[Segments, Segments], ...] = (
     (("mlp", "layers", "0", "0"), ("mlp", "fc1")),
     (("mlp", "layers", "1"), ("mlp", "fc2")),
 )
 # what only OpenTAD has, or only an mmaction backbone
-MARKS = ("backbone.model.backbone.", "neck.fpn_norms.", "rpn_head.")
+_MARKS = ("backbone.model.backbone.", "neck.fpn_norms.", "rpn_head.")
 KNOWN = re.compile(
     r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
     rf"|{PROJECTION}|neck\.fpn_norms\.\d+\b|rpn_head\.{HEAD_PARTS}|cls_head\.fc_cls\."
@@ -74,7 +74,7 @@ def recognise(name: str) -> bool:
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether these are really OpenTAD's: many frameworks have a `backbone` and a `projection`."""
     return (
-        any(n.startswith(MARKS) for n in shapes) or len(shapes.get("backbone.patch_embed.projection.weight", ())) == 5
+        any(n.startswith(_MARKS) for n in shapes) or len(shapes.get("backbone.patch_embed.projection.weight", ())) == 5
     )
 
 
@@ -94,7 +94,7 @@ def to_hf(name: str) -> str | None:
     if not recognise(name):
         return None
     segments = tuple(name.split("."))
-    for theirs, ours in (*PARTS, _MMACTION):
+    for theirs, ours in (*_PARTS, _MMACTION):
         if segments[: len(theirs)] == theirs:
             rest = segments[len(theirs) :]
             return ".".join(ours + (backbone_segments(rest, forward=True) if ours == ("backbone",) else rest))
@@ -112,7 +112,7 @@ def from_hf(name: str, backbone_only: bool = False) -> str | None:
     segments = tuple(name.split("."))
     if not DETECTOR.match(name) or {"lora_A", "lora_B", "base"} & set(segments):
         return None
-    for theirs, ours in (_MMACTION,) if backbone_only else PARTS:
+    for theirs, ours in (_MMACTION,) if backbone_only else _PARTS:
         if segments[: len(ours)] == ours:
             rest = segments[len(ours) :]
             return ".".join(theirs + (backbone_segments(rest, forward=False) if ours == ("backbone",) else rest))
@@ -132,7 +132,7 @@ def backbone_segments(segments: Segments, forward: bool) -> Segments:
     ('blocks', '3', 'mlp', 'layers', '0', '0', 'weight', 'absmax')
     """
     if segments[0] == "blocks":
-        return segments[:2] + _swap(segments[2:], MLP, forward)
+        return segments[:2] + _swap(segments[2:], _MLP, forward)
     return _swap(segments, (_PATCH_EMBED,), forward)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 FILE = "recipe.yaml"
 Shapes = Mapping[str, tuple[int, ...]]
 # attention heads by width: S, B, L, H, v2-g
-HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
-FRAMES = 16  # of a chunk, in every VideoMAE
+_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+_FRAMES = 16  # of a chunk, in every VideoMAE
 # what no shape shows; one class is a proposal head, which OpenTAD trains on ActivityNet
 _ASSUMED = "attention heads, windows and the window's length, drop paths, level ranges, centre radius, loss weights"
-THUMOS: dict[str, Any] = {"length": 768, "projection": {}, "head": {}}
+_THUMOS: dict[str, Any] = {"length": 768, "projection": {}, "head": {}}
 _ACTIVITYNET: dict[str, Any] = {
     "length": 192,
     "projection": {"positions": True},
@@ -22,14 +22,14 @@ _ACTIVITYNET: dict[str, Any] = {
 
 
 # dimensions of what must be there to read anything off
-NEEDED = {"projection.embed.0.conv.weight": 3, "head.cls_head.weight": 3, "head.cls_head.bias": 1}
+_NEEDED = {"projection.embed.0.conv.weight": 3, "head.cls_head.weight": 3, "head.cls_head.bias": 1}
 _NEEDED_OF_BACKBONE = {"backbone.patch_embed.proj.weight": 5, "backbone.blocks.0.mlp.fc1.weight": 2}
 
 
 def readable(shapes: Shapes) -> bool:
     """Whether these are enough of a detector to read its recipe off."""
     has_backbone = any(name.startswith("backbone.") for name in shapes)
-    needed = {**NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {})}
+    needed = {**_NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {})}
     return all(len(shapes.get(name, ())) == sides for name, sides in needed.items())
 
 
@@ -40,7 +40,7 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
     channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]
     levels = _count(shapes, r"neck\.norms\.(\d+)\.")
     classes = shapes["head.cls_head.bias"][0]
-    preset = _ACTIVITYNET if classes == 1 else THUMOS
+    preset = _ACTIVITYNET if classes == 1 else _THUMOS
     scaled = "projection.stem.0.drop_path_attn.scale" in shapes
     model: dict[str, Any] = {
         "projection": {
@@ -80,19 +80,19 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
 
 def _backbone(shapes: Shapes) -> dict[str, Any]:
     dim, _, tubelet, patch, _ = shapes["backbone.patch_embed.proj.weight"]
-    _, positions, _ = shapes.get("backbone.pos_embed", (1, FRAMES // tubelet * 14 * 14, dim))
+    _, positions, _ = shapes.get("backbone.pos_embed", (1, _FRAMES // tubelet * 14 * 14, dim))
     found = [re.fullmatch(r"backbone\.blocks\.(\d+)\.adapter\.gamma", name) for name in shapes]
     adapted = sorted(int(match[1]) for match in found if match)
     depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
     section: dict[str, Any] = {
         "vit": {
-            "image_size": round((positions / (FRAMES // tubelet)) ** 0.5) * patch,
+            "image_size": round((positions / (_FRAMES // tubelet)) ** 0.5) * patch,
             "patch_size": patch,
             "embed_dim": dim,
             "depth": depth,
-            "heads": HEADS.get(dim, max(dim // 64, 1)),
+            "heads": _HEADS.get(dim, max(dim // 64, 1)),
             "mlp_dim": shapes["backbone.blocks.0.mlp.fc1.weight"][0],
-            "chunk_frames": FRAMES,
+            "chunk_frames": _FRAMES,
             "tubelet": tubelet,
             "drop_path": 0.1,
         }

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensorkeep.conversion.naming import minimind
-from tensorkeep.conversion.plan import Rows
+from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.errors import TensorkeepError
 
 
-def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple[int, ...]) -> Rows:
+def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple[int, ...]) -> RowPermutation:
     """The permutation of q/k for this config. head_dim is read where the config has it, derived otherwise.
 
     `to`: "pairs" (torchtitan's llama3, Meta, MiniMind of early 2025) or "half" (transformers). Raises TensorkeepError
@@ -36,7 +36,7 @@ def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple
             code="C01",
             hint="is this the config of another model?",
         )
-    return Rows(head_dim, rotary, to)
+    return RowPermutation(head_dim, rotary, to)
 
 
 def partial_rotary(config: Mapping[str, Any]) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorkeep.adapters.reading import Adapter, Share, pattern, read_adapter, times_merged
-from tensorkeep.conversion.plan import Hub
+from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
@@ -61,7 +61,7 @@ class Base:
 
     case: Case
     reference: bool
-    hubs: Mapping[str, Hub]
+    hubs: Mapping[str, HfTensor]
     quantized: dict[str, quantized.QuantizedWeight]
 
     def shape(self, name: str) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tensorkeep.conversion.adapters import Half
 from tensorkeep.conversion.naming import Identity, hf
-from tensorkeep.conversion.plan import Hub, Step
+from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.diagnosis import comparison
 from tensorkeep.diagnosis.evidence.survey import SAME, Sight, size_of
 from tensorkeep.errors import TensorkeepError
@@ -41,8 +41,8 @@ class Case:
     target: Target | None = None
     identity: Identity | None = None
     reference_identity: Identity | None = None
-    tensors: dict[str, Hub] = field(default_factory=dict)
-    reference_tensors: dict[str, Hub] = field(default_factory=dict)
+    tensors: dict[str, HfTensor] = field(default_factory=dict)
+    reference_tensors: dict[str, HfTensor] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     reference_config: dict[str, Any] | None = None
     read_error: TensorkeepError | None = None

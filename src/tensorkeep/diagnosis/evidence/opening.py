@@ -12,8 +12,8 @@ from dataclasses import replace
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.naming import Identity, hf
-from tensorkeep.conversion.plan import Hub
-from tensorkeep.conversion.planning import to_hub
+from tensorkeep.conversion.plan import HfTensor
+from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Case, Target
 from tensorkeep.diagnosis.evidence.survey import size_of, survey
@@ -79,7 +79,7 @@ def look(case: Case) -> None:
     try:
         case.identity = namings.identify(case.view)
         _set_adapter_aside(case)
-        case.tensors = to_hub(case.view, 0, case.identity, case.model_config, case.left_out)
+        case.tensors = to_hf_tensors(case.view, 0, case.identity, case.model_config, case.left_out)
     except TensorkeepError as error:
         if error.code is None:
             raise
@@ -88,7 +88,9 @@ def look(case: Case) -> None:
     if case.reference is not None:
         case.reference_identity = namings.identify(case.reference)
         config = case.reference_config if case.reference_config is not None else case.config
-        case.reference_tensors = to_hub(case.reference, 1, case.reference_identity, config, case.reference_left_out)
+        case.reference_tensors = to_hf_tensors(
+            case.reference, 1, case.reference_identity, config, case.reference_left_out
+        )
     _match_prefix(case)
     case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors) | _members(case))
     _stand_in(case)
@@ -130,7 +132,7 @@ def _members(case: Case) -> set[str]:
     return out
 
 
-def packed(hubs: Mapping[str, Hub]) -> set[str]:
+def packed(hubs: Mapping[str, HfTensor]) -> set[str]:
     """Names that belong to quantized weights: the parts beside a weight, and the weights that have such parts.
 
     >>> sorted(packed({"a.weight": None, "a.weight.absmax": None, "b.weight": None}))
@@ -159,7 +161,7 @@ def _match_prefix(case: Case) -> None:
     if found is None:
         return
     kind, prefix = found
-    renamed: dict[str, Hub] = {}
+    renamed: dict[str, HfTensor] = {}
     for name, hub in case.tensors.items():
         made = name.removeprefix(prefix) if kind == "extra" else prefix + name
         renamed[made if name not in wanted and made in wanted else name] = hub
@@ -200,7 +202,7 @@ def parameters(case: Case, side: int) -> int | None:
     return sum(elements(h) for h in own.values())
 
 
-def elements(hub: Hub) -> int:
+def elements(hub: HfTensor) -> int:
     count = 1
     for side in hub.shape:
         count *= side

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tensorkeep.conversion.plan import Hub
+from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.conversion.proof import read_certificate, stored_name
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import TensorkeepError
@@ -137,7 +137,7 @@ def _matches(case: Case) -> Iterator[tuple[str, Match]]:
             yield name, compare(case.view, weight, flat, target, slack)
 
 
-def _float(view: StateView, hub: Hub) -> bool:
+def _float(view: StateView, hub: HfTensor) -> bool:
     """Whether a tensor holds the weights themselves: stored as floats, and neither in eight bits nor in GGUF's blocks."""
     return hub.dtype in ("F64", "F32", "F16", "BF16") and all(view[p.name].encoding == "plain" for p in hub.parts)
 

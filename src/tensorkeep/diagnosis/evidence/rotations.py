@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorkeep.conversion.naming.rope import partial_rotary
-from tensorkeep.conversion.plan import Rows
+from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.orders import Index
 from tensorkeep.diagnosis.evidence.sources import ALIKE
@@ -27,7 +27,7 @@ HEADS = (64, 128, 32, 80, 96, 256, 16, 48, 8, 4, 72, 112, 160, 192)  # sizes of 
 
 
 class Turn(NamedTuple):
-    """How the rows of q or k were turned: Rows.to ("pairs" or "half"), size of a head, rows of it that RoPE turns."""
+    """How the rows of q or k were turned: RowPermutation.to ("pairs" or "half"), size of a head, rows of it that RoPE turns."""
 
     to: str
     head: int
@@ -57,7 +57,7 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
     )  # then only a turn that fits exactly can be meant
     for head, rotary in _sizes(rows, config):
         for to in ("pairs", "half"):
-            for which, index in _indices(part, rows, Rows(head, rotary, to), config):
+            for which, index in _indices(part, rows, RowPermutation(head, rotary, to), config):
                 if np.array_equal(index, np.arange(rows)):
                     continue
                 turned = theirs[index]
@@ -87,7 +87,9 @@ def _sizes(rows: int, config: Mapping[str, Any] | None) -> Iterator[tuple[int, i
             return
 
 
-def _indices(part: str, rows: int, turn: Rows, config: Mapping[str, Any] | None) -> Iterator[tuple[str, Index]]:
+def _indices(
+    part: str, rows: int, turn: RowPermutation, config: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Index]]:
     one = np.asarray(turn.order(), np.int64)
     if part != "qkv":
         yield "", (np.arange(0, rows, turn.block)[:, None] + one).ravel()
@@ -128,6 +130,6 @@ def apart(profile: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
     """
     half = profile.size // 2
     undone = {"": profile} | {
-        to: profile[Rows(profile.size, profile.size, to).inverse().order()] for to in ("pairs", "half")
+        to: profile[RowPermutation(profile.size, profile.size, to).inverse().order()] for to in ("pairs", "half")
     }
     return {to: float(np.sqrt(np.mean((rows[:half] - rows[half:]) ** 2))) for to, rows in undone.items()}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.conversion.plan import Hub
+from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.comparison import hub_bytes
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.statistics import Relation, correlation, relation
@@ -96,7 +96,7 @@ def _fingerprint(case: Case, name: str, dtype: str) -> np.ndarray[tuple[int, ...
         "prints", {}
     )
     if (name, dtype) not in prints:
-        hub: Hub = case.reference_tensors[name]
+        hub: HfTensor = case.reference_tensors[name]
         first = next(hub_bytes(hub, case.views), memoryview(b""))
         values = np_frombuffer(bytes(first[: _PRINT * 8]), hub.dtype)[:_PRINT]
         with np.errstate(over="ignore", invalid="ignore"):

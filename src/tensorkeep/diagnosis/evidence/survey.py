@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tensorkeep.conversion.plan import Hub
+from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.comparison import aligned, hub_bytes, width
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView, np_dtype
@@ -42,8 +42,8 @@ class Sight(NamedTuple):
 
 def survey(
     names: Sequence[str],
-    mine: Mapping[str, Hub],
-    theirs: Mapping[str, Hub],
+    mine: Mapping[str, HfTensor],
+    theirs: Mapping[str, HfTensor],
     views: tuple[StateView, StateView],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[dict[str, Sight], dict[str, TensorkeepError]]:
@@ -68,14 +68,14 @@ def survey(
     return sights, broken
 
 
-def size_of(hub: Hub) -> int:
+def size_of(hub: HfTensor) -> int:
     count = 1
     for side in hub.shape:
         count *= side
     return count * DTYPES[hub.dtype].bits // 8
 
 
-def _look(a: Hub, b: Hub, views: tuple[StateView, StateView]) -> Sight | TensorkeepError:
+def _look(a: HfTensor, b: HfTensor, views: tuple[StateView, StateView]) -> Sight | TensorkeepError:
     try:
         if a.shape != b.shape:
             return Sight("shape")
@@ -88,7 +88,7 @@ def _look(a: Hub, b: Hub, views: tuple[StateView, StateView]) -> Sight | Tensork
         return error
 
 
-def _raw(hub: Hub, views: tuple[StateView, StateView]) -> Iterator[memoryview]:
+def _raw(hub: HfTensor, views: tuple[StateView, StateView]) -> Iterator[memoryview]:
     """The bytes in hf layout, in small pieces where nothing needs to be turned."""
     if len(hub.parts) == 1 and not hub.parts[0].permutes:
         part = hub.parts[0]
@@ -96,7 +96,7 @@ def _raw(hub: Hub, views: tuple[StateView, StateView]) -> Iterator[memoryview]:
     return hub_bytes(hub, views)
 
 
-def _equal(a: Hub, b: Hub, views: tuple[StateView, StateView]) -> bool:
+def _equal(a: HfTensor, b: HfTensor, views: tuple[StateView, StateView]) -> bool:
     ranges = [_spans(hub, views) for hub in (a, b)]
     if ranges[0] is not None and ranges[1] is not None:
         return _equal_ranges(ranges[0], ranges[1])
@@ -106,7 +106,7 @@ def _equal(a: Hub, b: Hub, views: tuple[StateView, StateView]) -> bool:
 Range = tuple[Folder, str, int, int]  # folder, file, first byte, bytes
 
 
-def _spans(hub: Hub, views: tuple[StateView, StateView]) -> list[Range] | None:
+def _spans(hub: HfTensor, views: tuple[StateView, StateView]) -> list[Range] | None:
     """Where a tensor's bytes lie, if they lie there as they are compared."""
     part = hub.parts[0]
     if len(hub.parts) > 1 or part.permutes or part.rows is not None:
@@ -147,7 +147,7 @@ def _same_bytes(x: memoryview, y: memoryview) -> bool:
     return bool(np.array_equal(np.frombuffer(x[:whole], np.uint64), np.frombuffer(y[:whole], np.uint64)))
 
 
-def _cast_equal(a: Hub, b: Hub, views: tuple[StateView, StateView]) -> Sight:
+def _cast_equal(a: HfTensor, b: HfTensor, views: tuple[StateView, StateView]) -> Sight:
     """Whether one side is the other after a cast. Only a wide reference and a narrow checkpoint can have lost values."""
     if (
         DTYPES[a.dtype].numpy is None
@@ -177,5 +177,5 @@ def bits_equal(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     return bool(same.all()) or bool((same | (np.isnan(a) & np.isnan(b))).all())
 
 
-def sizes(hubs: Iterable[Hub]) -> int:
+def sizes(hubs: Iterable[HfTensor]) -> int:
     return sum(size_of(h) for h in hubs)

@@ -14,7 +14,7 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.live._tensors import Mismatch, mismatch, packed, same, twin
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
-from tensorkeep.models.counterpart import Asker, Source
+from tensorkeep.models.counterpart import CounterpartFinder, StoredModel
 from tensorkeep.models.saved_names import as_saved, renamed
 from tensorkeep.models.tensors import Held, local
 
@@ -39,8 +39,8 @@ _TITLES = {
 ORDER = ("K01", "S02", "S03", "S01", "T02", "O01", "O02", "O03", "V03", "V04", "V05", "V01", "V07", "V02", "V06")
 
 
-def tensor_findings(model: nn.Module, tensors: list[Held], source: Source) -> Iterator[Finding]:
-    asker = Asker(model, tensors, source, renamed)
+def tensor_findings(model: nn.Module, tensors: list[Held], source: StoredModel) -> Iterator[Finding]:
+    asker = CounterpartFinder(model, tensors, source, renamed)
     found: list[Mismatch] = []
     missing: list[Held] = []
     skipped: list[str] = []
@@ -94,7 +94,7 @@ def tensor_findings(model: nn.Module, tensors: list[Held], source: Source) -> It
     yield from _cause(model, found, compared, source)
 
 
-def _rearranged(model: nn.Module, item: Held, asker: Asker) -> Iterator[Mismatch | None]:
+def _rearranged(model: nn.Module, item: Held, asker: CounterpartFinder) -> Iterator[Mismatch | None]:
     """A tensor that transformers rearranges between file and memory, piece by piece as it would be saved.
 
     Of a sharded one only the names are settled: pieces of a shard are none of the file's.
@@ -109,7 +109,7 @@ def _rearranged(model: nn.Module, item: Held, asker: Asker) -> Iterator[Mismatch
             yield unread if sharded else mismatch(Held(name, item.module, piece), parts, asker.source)
 
 
-def _renamed(odd: Mismatch, item: Held, stored: str, source: Source) -> Mismatch:
+def _renamed(odd: Mismatch, item: Held, stored: str, source: StoredModel) -> Mismatch:
     """Say where the values come from when they are another stored tensor's."""
     other = twin(item, source)
     if other is None or other == stored:
@@ -120,7 +120,7 @@ def _renamed(odd: Mismatch, item: Held, stored: str, source: Source) -> Mismatch
     return Mismatch(odd.name, code, f"holds {other} of the file", {**odd.evidence, "holds": other})
 
 
-def _missing(missing: list[Held], tensors: list[Held], source: Source) -> Iterator[Finding]:
+def _missing(missing: list[Held], tensors: list[Held], source: StoredModel) -> Iterator[Finding]:
     adapters = [m for m in missing if ADAPTER.search(m.name)]
     rest = [m for m in missing if not ADAPTER.search(m.name)]
     if adapters:
@@ -160,7 +160,7 @@ def _missing(missing: list[Held], tensors: list[Held], source: Source) -> Iterat
         )
 
 
-def _dropped(model: nn.Module, tensors: list[Held], source: Source, some_missing: bool) -> Iterator[Finding]:
+def _dropped(model: nn.Module, tensors: list[Held], source: StoredModel, some_missing: bool) -> Iterator[Finding]:
     """Model tensors of the file that nothing in the model asked for."""
     left = [s for s in source.stored.values() if s not in source.used and s not in source.computed]
     buffers = {n for n, _ in model.named_buffers()}
@@ -182,7 +182,7 @@ def _dropped(model: nn.Module, tensors: list[Held], source: Source, some_missing
     )
 
 
-def _stands_for_embedding(head: str, source: Source) -> bool:
+def _stands_for_embedding(head: str, source: StoredModel) -> bool:
     """A head that the model ties away is no loss when the file's head equals its embedding."""
     names = [s for c, s in source.stored.items() if c.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
     record = source.view[head]
@@ -209,7 +209,7 @@ def _gathered(found: Iterable[Mismatch]) -> Iterator[Finding]:
             )
 
 
-def _cause(model: nn.Module, found: list[Mismatch], compared: int, source: Source) -> Iterator[Finding]:
+def _cause(model: nn.Module, found: list[Mismatch], compared: int, source: StoredModel) -> Iterator[Finding]:
     """Where nearly nothing was loaded and the file's names are not the model's: that is why."""
     if not compared or len(found) < 0.9 * compared:
         return

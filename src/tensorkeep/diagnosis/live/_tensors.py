@@ -16,7 +16,7 @@ from torch import Tensor
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.plan import Part
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.models.counterpart import Source
+from tensorkeep.models.counterpart import StoredModel
 from tensorkeep.models.tensors import Held, expected, local, part_bytes
 from tensorkeep.storage.record import DTYPES, nbytes
 
@@ -47,7 +47,7 @@ def packed(tensor: Tensor) -> bool:
     return not plain or hasattr(tensor, "quant_state")
 
 
-def mismatch(item: Held, parts: tuple[Part, ...], source: Source) -> Mismatch | None:
+def mismatch(item: Held, parts: tuple[Part, ...], source: StoredModel) -> Mismatch | None:
     """Compare one tensor bit by bit, after the cast that its dtype implies; None where it is equal."""
     shape = tuple(item.tensor.shape)
     if item.tensor.is_meta:
@@ -87,7 +87,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
-def _shapes(name: str, shape: tuple[int, ...], parts: tuple[Part, ...], source: Source) -> Mismatch:
+def _shapes(name: str, shape: tuple[int, ...], parts: tuple[Part, ...], source: StoredModel) -> Mismatch:
     sizes = [list(source.view[p.name].shape) for p in parts]
     evidence = {"model": list(shape), "file": sizes[0] if len(sizes) == 1 else sizes[:4]}
     words = f"is {list(shape)} in the model and {evidence['file']} in the file"
@@ -174,7 +174,7 @@ def _numbers(a: Tensor, b: Tensor) -> dict[str, Any]:
     return out
 
 
-def twin(item: Held, source: Source) -> str | None:
+def twin(item: Held, source: StoredModel) -> str | None:
     """Another stored tensor of the same shape whose values the model holds under this name; None where there is none.
 
     First rows are compared before whole tensors are read. Unsharded tensors only.

@@ -22,7 +22,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.models.buffers import transformers_roots
-from tensorkeep.models.counterpart import Source
+from tensorkeep.models.counterpart import StoredModel
 from tensorkeep.models.tensors import held
 from tensorkeep.storage.certificate import parse_json
 
@@ -42,7 +42,7 @@ def check_loaded(model: nn.Module, checkpoint: str | Path | StateView, config: A
     view = checkpoint if isinstance(checkpoint, StateView) else read(checkpoint)
     given = _config(config) or view.config
     tensors = held(model)
-    source = Source.of(view, given or _own(model))
+    source = StoredModel.of(view, given or _own(model))
     findings = _shared(model, list(tensor_findings(model, tensors, source)))
     findings += config_findings(model, given)
     findings += buffer_findings(model, given)

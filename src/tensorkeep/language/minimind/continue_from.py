@@ -25,7 +25,7 @@ from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import read
 from tensorkeep.language.minimind._position import Batching, Position, batchings, first_rate, learning_rate, position
 from tensorkeep.language.minimind._resume_file import Resume, read_resume
-from tensorkeep.models.counterpart import Asker, Source
+from tensorkeep.models.counterpart import CounterpartFinder, StoredModel
 from tensorkeep.models.tensors import Held, clean, expected
 from tensorkeep.training.live_state import refuse_difference, stored_tensors
 from tensorkeep.training.saver import State
@@ -228,10 +228,10 @@ def _counterparts(resume: Resume, model: nn.Module, base: bool) -> dict[str, tup
     """What each tensor of the run is made of: stored weights by the model's own names. Both sides must be used up."""
     stored = set(resume.weights.values())
     view = replace(resume.view, records={n: r for n, r in resume.view.records.items() if n in stored})
-    source = Source.of(view, view.config)
+    source = StoredModel.of(view, view.config)
     mine, _ = stored_tensors(model, base)
     held = {n: Held(_in_file(n), model, t) for n, t in mine.items()}
-    asker = Asker(model, list(held.values()), source)
+    asker = CounterpartFinder(model, list(held.values()), source)
     found = {n: asker.parts(h, h.name) for n, h in held.items()}
     made = {n: p for n, p in found.items() if p}
     used = {p.name for parts in made.values() for p in parts}
