@@ -1,4 +1,4 @@
-"""Make a plan from one checkpoint to another, carry it out by streaming, and prove the result."""
+"""Turn one checkpoint into another: make a plan, carry it out by streaming, and prove the result."""
 
 from __future__ import annotations
 

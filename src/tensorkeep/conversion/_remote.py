@@ -1,9 +1,9 @@
-"""Remote sinks: a plan carried out into an object store.
+"""Carry out a plan into an object store.
 
-What an object store can and cannot do decides how a sink is written. One object appears whole or not at all; several
-never appear at once, and there is no rename. So a sink is first written, read back and proven under a temporary
-prefix beside its place, and then copied by the store itself: data first, `.metadata` or the index after it, the
-certificate last. A reader that finds the certificate finds everything; before that, a folder lacks its metadata.
+What an object store can and cannot do decides how an output is written. One object appears whole or not at all;
+several never appear at once, and there is no rename. So an output is first written, read back and proven under a
+temporary prefix beside its place, and then copied by the store itself: data first, `.metadata` or the index after it,
+the certificate last. A reader that finds the certificate finds everything; before that, a folder lacks its metadata.
 
 With `overwrite`, a lone file is replaced in one step. A folder is not: its old metadata goes first, so that nobody
 reads half of each. Where that copying fails, the proven copy stays under its temporary prefix and the error names it.
@@ -36,9 +36,10 @@ _LAST = (".metadata", ".index.json")  # names that make a folder readable end so
 def convert_remote(
     plan: Plan, out: str, to: str, shard_size: int | None = None, overwrite: bool = False, progress: Progress = quiet
 ) -> Result:
-    """Carry out a plan into a remote sink: stage, read back, prove, then copy into place, certificate last.
+    """Carry out a plan into an object store: write beside the place, read back, prove, then copy.
 
-    See the top of this file for what is atomic and what is not.
+    Arguments, result and errors are those of `execution.convert`; the top of this file says what is atomic and what is
+    not.
     """
     out = out.rstrip("/")
     system, final = connect(out)
@@ -78,6 +79,7 @@ def convert_remote(
 
 
 def _refuse_overlap(out: str, plan: Plan) -> None:
+    """Stop where the output is a source, lies in a source's folder, or holds a source."""
     for view in plan.sources:
         source, named = view.folder.url, view.path.rstrip("/")
         if isinstance(view.folder, LocalFolder):
@@ -93,7 +95,7 @@ def _refuse_overlap(out: str, plan: Plan) -> None:
 
 
 def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list[str]:
-    """The paths of the files that stand there now."""
+    """Return the paths of the files that are at the place now; stop where there are some and `overwrite` is off."""
     with explained(out):
         system.invalidate_cache()
         if not final.startswith("/") and not system.exists(final.partition("/")[0]):  # writing would create it
@@ -112,7 +114,7 @@ def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list
 def write_files(
     system: Any, folder: str, layouts: Sequence[FileLayout], plan: Plan, progress: Progress
 ) -> dict[str, Sums]:
-    """Send every file, front to back, several at once; what makes the folder readable comes last."""
+    """Send every file front to back, several at once; the files that make a folder readable come last."""
     steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
     total, sent, stop = sum(s.nbytes for f in layouts for s in f.slots), [0], threading.Event()
 
@@ -144,7 +146,7 @@ def write_files(
 def _send(
     system: Any, folder: str, layout: FileLayout, steps: dict[str, Step], plan: Plan, count: Any
 ) -> dict[str, Sums]:
-    """One file from its first byte to its last: checksums are known when the bytes that hold them are due."""
+    """Send one file from its first byte to its last: checksums are known when the bytes that hold them are due."""
     sums: dict[str, Sums] = {}
     file = system.open(f"{folder}/{layout.name}", "wb", block_size=max(_PART, layout.size // _MOST_PARTS))
     try:
@@ -163,6 +165,7 @@ def _send(
 
 
 def _send_tensor(file: Any, slot: Slot, step: Step, plan: Plan, count: Any) -> Sums:
+    """Send the bytes of one tensor, and stop where they are not as many as its header promises."""
     sent = 0
 
     def write(piece: memoryview) -> None:
@@ -190,8 +193,8 @@ def _discard(file: Any) -> None:
 def _put_in_place(system: Any, staged: str, folder: str, names: list[str], present: list[str]) -> None:
     """Let the store copy the proven files to their place, in order, and compare the sizes.
 
-    What stood there and is not overwritten is deleted first, its metadata before its data. Where there was nothing,
-    a failure leaves nothing.
+    Files that were there and are not overwritten are deleted first, their metadata before their data. Where there was
+    nothing before, a failure leaves nothing.
     """
     wanted = {f"{folder}/{name}" for name in names}
     gone = [p for p in present if p not in wanted or p.endswith((*_LAST, f"/{CERTIFICATE}"))]

@@ -1,7 +1,7 @@
-"""Ties: whether head and embedding are one tensor, decided from the config and the data, never from values alone.
+"""Decide whether head and embedding are one tensor, from the config and the data, never from equal values alone.
 
-Both there and equal: hf stores one, other sinks keep both names over the same bytes. Both there and different: both
-are kept and said (T01), none overwrites the other. One there and the config ties: DCP and MiniMind ask for both
+Both there and equal: hf stores one, other formats keep both names over the same bytes. Both there and different: both
+are kept and said (T01), none overwrites the other. One there and the config ties them: DCP and MiniMind ask for both
 names, so the other is made. The embedding alone and the config does not tie: the checkpoint is incomplete (K01).
 """
 
@@ -20,7 +20,7 @@ _HEADS = (hf.HEAD, "output.weight")  # the head in every naming
 
 
 def tie(
-    hub: dict[str, HfTensor],
+    tensors: dict[str, HfTensor],
     to: str,
     target: str | None,
     config: Mapping[str, Any] | None,
@@ -28,11 +28,21 @@ def tie(
     dropped: list[Step],
     notes: list[Note],
 ) -> None:
-    """Settle head and embedding of the tensors in `hub` (by hf name) for a sink of format `to` and naming `target`.
+    """Give a plan one tensor or two for head and embedding, as its config, its data and the output's format ask.
 
-    Raises TensorkeepError K01 where an untied head is missing and the user did not drop it himself.
+    Args:
+        tensors: the tensors by hf name; changed in place.
+        to: the output's format.
+        target: the output's naming; None where names are unknown, and nothing is tied.
+        config: the model's config; None where no source has one.
+        sources: the views that the tensors come from.
+        dropped: gains the head where hf stores it once.
+        notes: gains T01 where the two differ though the config ties them.
+
+    Raises:
+        TensorkeepError: K01 where an untied head is missing and the user did not drop it.
     """
-    head, embed = hub.get(hf.HEAD), hub.get(hf.EMBEDDING)
+    head, embed = tensors.get(hf.HEAD), tensors.get(hf.EMBEDDING)
     tied = hf.tied(dict(config)) if config is not None else None
     if embed is None or target is None:
         return
@@ -46,7 +56,7 @@ def tie(
                 hint='get the full checkpoint, or set "tie_word_embeddings": true if the head is tied',
             )
         if tied and (to == "dcp" or target != "hf"):
-            hub[hf.HEAD] = replace(embed, name=hf.HEAD, actions=(*embed.actions, "tie"), tied_to=hf.EMBEDDING)
+            tensors[hf.HEAD] = replace(embed, name=hf.HEAD, actions=(*embed.actions, "tie"), tied_to=hf.EMBEDDING)
         return
     if not tied:
         return
@@ -60,17 +70,18 @@ def tie(
             )
         )
     elif to == "hf":
-        del hub[hf.HEAD]
+        del tensors[hf.HEAD]
         dropped += [
             Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once")
             for part in head.parts
         ]
     else:
-        hub[hf.EMBEDDING] = replace(embed, tied_to=None)
-        hub[hf.HEAD] = replace(head, actions=(*head.actions, "tie"), tied_to=hf.EMBEDDING)
+        tensors[hf.EMBEDDING] = replace(embed, tied_to=None)
+        tensors[hf.HEAD] = replace(head, actions=(*head.actions, "tie"), tied_to=hf.EMBEDDING)
 
 
 def _equal(a: HfTensor, b: HfTensor, sources: Sequence[StateView]) -> bool:
+    """Whether two stored tensors hold the same bytes."""
     if (a.shape, a.dtype, len(a.parts), len(b.parts)) != (b.shape, b.dtype, 1, 1):
         return False
     streams = [sources[h.parts[0].source].stream(h.parts[0].name) for h in (a, b)]

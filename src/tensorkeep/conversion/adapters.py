@@ -1,4 +1,4 @@
-"""Adapters on their way through a conversion: MiniMind's `X.lora.A.weight` and PEFT's `X.lora_A.weight`.
+"""Convert adapters between MiniMind's files (`X.lora.A.weight`) and PEFT's folders (`X.lora_A.weight`).
 
 An adapter is never a model. Files that hold both (MiniMind's own LoRA checkpoints, under the name of the LoRA file)
 are taken apart: the model goes to hf, dcp and pth, the adapter to peft, and what is left out is said.
@@ -29,17 +29,25 @@ _OURS = ("kind", "base_digest", "quantization")  # what our config says beside P
 
 
 class Half(NamedTuple):
-    """One half of a low-rank pair: the module it belongs to, and A (rank x in) or B (out x rank)."""
+    """One half of a low-rank pair: the module that it belongs to, and "A" [rank, in] or "B" [out, rank]."""
 
     module: str
     half: str
 
 
 def halves(identity: Identity) -> dict[str, Half]:
-    """The adapter tensors of a source by stored name; a half without its other one is not an adapter's.
+    """Find the low-rank pairs among a checkpoint's tensors; a half whose other half is missing is left out.
 
-    >>> halves(Identity("hf", None, (), {"a.lora.A.weight": "a.lora.A.weight", "a.lora.B.weight": "a.lora.B.weight"}))
-    {'a.lora.A.weight': Half(module='a', half='A'), 'a.lora.B.weight': Half(module='a', half='B')}
+    Args:
+        identity: the checkpoint's names, cleaned of roots and wrappers.
+
+    Returns:
+        The halves by stored name.
+
+    Example:
+        >>> names = {"a.lora.A.weight": "a.lora.A.weight", "a.lora.B.weight": "a.lora.B.weight"}
+        >>> halves(Identity("hf", None, (), names))["a.lora.B.weight"]
+        Half(module='a', half='B')
     """
     found = {n: Half(m["module"], m["half"]) for n, clean in identity.names.items() if (m := _HALF.match(clean))}
     present = set(found.values())
@@ -47,15 +55,16 @@ def halves(identity: Identity) -> dict[str, Half]:
 
 
 def wanted(identities: Sequence[Identity], to: str, naming: str | None) -> bool:
-    """Whether the sink is to be an adapter: PEFT's folder, or MiniMind's file made from nothing but an adapter."""
+    """Whether the output is to be an adapter: PEFT's folder, or MiniMind's file made from nothing but an adapter."""
     pure = all(len(halves(i)) == len(i.names) for i in identities)
     return to == "peft" or (to == "pth" and naming == "minimind" and pure and any(i.names for i in identities))
 
 
 def set_aside(view: StateView, identity: Identity, to: str, notes: list[Note]) -> Identity:
-    """The identity without adapter tensors, which are dropped with their reason.
+    """Leave the adapter's tensors out of a model's conversion and note that they were.
 
-    Raises TensorkeepError where nothing but an adapter is there and the sink is to be a transformers model.
+    Raises:
+        TensorkeepError: K08 where nothing but an adapter is there and the output is to be a transformers model.
     """
     found = halves(identity)
     if to == "hf" and identity.names and (len(found) == len(identity.names) or view.format == "peft"):
@@ -88,7 +97,7 @@ def adapter_plan(
     dtype: str | None,
     dropped: list[Step],
 ) -> Plan:
-    """The plan from one adapter, of MiniMind or of PEFT, to PEFT's folder or MiniMind's file."""
+    """Plan the conversion of one adapter, of MiniMind or of PEFT, to PEFT's folder or MiniMind's file."""
     if len(sources) != 1:
         raise TensorkeepError(
             f"an adapter is made from one source, not {len(sources)}", hint="convert each to a folder of its own"
@@ -136,7 +145,7 @@ def adapter_plan(
 
 
 def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> HfTensor:
-    """One half under its sink name; rows of B follow the RoPE layout as the weight's rows do, A's columns do not."""
+    """Give one half its output name. Rows of B follow the RoPE layout as the weight's rows do; A's columns do not."""
     record, part = view[stored], Part(0, stored)
     module, rope = hf_module(half.module)
     if rope and half.half == "B":
@@ -146,10 +155,17 @@ def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | 
 
 
 def hf_module(module: str) -> tuple[str, bool]:
-    """The hf name of an adapted module, and whether its rows follow the other RoPE layout (Meta's names).
+    """Return the hf name of an adapted module, and whether its rows follow the other RoPE layout (Meta's names).
 
-    >>> hf_module("layers.0.attention.wq"), hf_module("model.layers.0.mlp.up_proj")
-    (('model.layers.0.self_attn.q_proj', True), ('model.layers.0.mlp.up_proj', False))
+    Args:
+        module: as the adapter's file names it, in Meta's or in hf names.
+
+    Returns:
+        The hf name; True where rows of B are in the layout "pairs".
+
+    Example:
+        >>> hf_module("layers.0.attention.wq"), hf_module("model.layers.0.mlp.up_proj")
+        (('model.layers.0.self_attn.q_proj', True), ('model.layers.0.mlp.up_proj', False))
     """
     name = f"{module}.weight"
     links = None if hf.recognise(name) else from_own(name, minimind.META)
@@ -157,7 +173,7 @@ def hf_module(module: str) -> tuple[str, bool]:
 
 
 def _ranks(view: StateView, found: Mapping[str, Half]) -> dict[str, int]:
-    """The rank of each adapted module, equal in both halves."""
+    """Return the rank of each adapted module; stop where the two halves disagree."""
     shapes = {half: view[n].shape for n, half in found.items()}
     ranks: dict[str, int] = {}
     for (module, half), shape in shapes.items():
@@ -172,7 +188,7 @@ def _ranks(view: StateView, found: Mapping[str, Half]) -> dict[str, int]:
 
 
 def _refuse_scale(view: StateView, document: Mapping[str, Any] | None, ranks: Mapping[str, int]) -> None:
-    """MiniMind's file holds no alpha and its code scales by 1: another scale would be lost."""
+    """Stop where the adapter's scale is not 1: MiniMind's file holds no alpha, and its code scales by 1."""
     given = document or {}
     alphas = {given.get("lora_alpha", rank) for rank in ranks.values()}
     if (
@@ -182,8 +198,8 @@ def _refuse_scale(view: StateView, document: Mapping[str, Any] | None, ranks: Ma
         or alphas != set(ranks.values())
     ):
         raise TensorkeepError(
-            f"the adapter scales by another factor than 1 (rank {sorted(set(ranks.values()))}, alpha {given.get('lora_alpha')}), "
-            "and MiniMind's file cannot say so",
+            f"the adapter scales by another factor than 1 (rank {sorted(set(ranks.values()))}, "
+            f"alpha {given.get('lora_alpha')}), and MiniMind's file cannot say so",
             where=view.path,
             code="A02",
             hint="merge it: tensorkeep merge BASE ADAPTER OUT",
@@ -191,7 +207,7 @@ def _refuse_scale(view: StateView, document: Mapping[str, Any] | None, ranks: Ma
 
 
 def peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT's config for these modules (hf names) and ranks; alpha = r, since MiniMind scales by 1.
+    """Make PEFT's config for these modules (hf names) and ranks; alpha equals r, since MiniMind scales by 1.
 
     Targets are last name parts where every layer has them all, full module names otherwise.
     """
@@ -218,6 +234,7 @@ def peft_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _step(item: HfTensor, dtype: str | None) -> Step:
+    """Make the step that writes one half, cast to `dtype` where that is given."""
     actions = ["rename"] if item.name != item.parts[0].name else []
     actions += ["permute"] if item.parts[0].permutes else []
     made = dtype if dtype is not None and DTYPES[item.dtype].floating else item.dtype
@@ -226,4 +243,5 @@ def _step(item: HfTensor, dtype: str | None) -> Step:
 
 
 def _document(config: Mapping[str, Any]) -> Companion:
+    """Make adapter_config.json out of a config."""
     return Companion(_CONFIG, (json.dumps(config, indent=2) + "\n").encode(), "made from the weights")

@@ -1,4 +1,4 @@
-"""The configs that travel with the weights: gathered from the sources, made for MiniMind, kept true to the sink."""
+"""Handle the configs that travel with weights: collect them, make MiniMind's, keep them true to what is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tensorkeep.storage.record import DTYPES, TensorRecord
 
 
 def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Companion]]:
-    """The first config found and every companion once, sources in order."""
+    """Return the first config found, and every companion file once, in the order of the sources."""
     companions: dict[str, Companion] = {}
     for view in sources:
         for companion in view.companions:
@@ -29,7 +29,18 @@ def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Co
 def minimind_config(
     view: StateView, identity: Identity, config: dict[str, Any] | None, companions: list[Companion], notes: list[Note]
 ) -> tuple[dict[str, Any] | None, list[Companion]]:
-    """MiniMind's config is not transformers': make one, and say which fields nothing gave."""
+    """Make a transformers config for MiniMind's weights, and note which fields no file gave.
+
+    Args:
+        view: the checkpoint.
+        identity: its naming and clean names; any naming but "minimind" leaves config and companions as they are.
+        config: what lies beside the weights; None for nothing.
+        companions: the small files beside the weights.
+        notes: gains what was assumed (C03), contradicted (C01) or has no transformers class (K07).
+
+    Returns:
+        The config, and the companions with config.json and generation_config.json made anew.
+    """
     if identity.naming != "minimind":
         return config, companions
     made = minimind.generation(identity.names.values())
@@ -52,7 +63,8 @@ def minimind_config(
         notes.append(
             Note(
                 "K07",
-                f"{made} with shared experts: no transformers class computes this model, the sink holds its weights only",
+                f"{made} with shared experts: no transformers class computes this model, "
+                "the sink holds its weights only",
             )
         )
     rest = [c for c in companions if c.name not in ("config.json", "generation_config.json")]
@@ -63,12 +75,13 @@ def minimind_config(
 
 
 def missing_biases(config: Mapping[str, Any] | None, names: Collection[str]) -> list[Note]:
-    """K01 where the config asks for biases that no source has: torchtitan's adapter drops them without a word."""
+    """Note K01 where the config asks for biases that no source has: torchtitan's adapter drops them without a word."""
     asked = (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.gate_proj"))
     return [
         Note(
             "K01",
-            f"config.json says {field}, the source has no such bias: its writer dropped them, and the model would start with others",
+            f"config.json says {field}, the source has no such bias: its writer dropped them, "
+            "and the model would start with others",
         )
         for field, module in asked
         if (config or {}).get(field) is True
@@ -78,17 +91,26 @@ def missing_biases(config: Mapping[str, Any] | None, names: Collection[str]) -> 
 
 
 def companion(name: str, document: Mapping[str, Any]) -> Companion:
+    """Make a small JSON file that is written beside the weights.
+
+    Args:
+        name: the file's name.
+        document: its content.
+
+    Returns:
+        The file, said to be made from the weights.
+    """
     return Companion(name, (json.dumps(document, indent=2) + "\n").encode(), "made from the weights")
 
 
 def torch_dtype(records: Iterable[TensorRecord | SinkTensor]) -> str:
-    """The dtype most tensors are computed in; codes of quantized weights (fp8, 4 bits) are not what a config means."""
+    """Return the float dtype that most tensors have, as torch spells it; codes of quantized weights do not count."""
     spelled = [str(DTYPES[r.dtype].torch) for r in records if r.dtype in ("F64", "F32", "F16", "BF16")]
     return max(dict.fromkeys(spelled), key=spelled.count) if spelled else "float32"
 
 
 def match_dtype(plan: Plan) -> None:
-    """config.json says which dtype transformers loads in: keep it true, or a float32 sink is read as bfloat16."""
+    """Correct the dtype that config.json names to that of the weights, or float32 files would be loaded as bfloat16."""
     spelled = torch_dtype(plan.tensors)
     for at, stored in enumerate(plan.companions):
         if stored.name != "config.json":

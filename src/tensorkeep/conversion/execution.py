@@ -1,7 +1,8 @@
-"""Convert: carry out a plan by streaming, prove what was written, leave a certificate.
+"""Carry out a plan: stream every tensor into its file, read the result back, leave a certificate.
 
-Layouts are known beforehand, so several threads fill one file at once; each holds one chunk. The sink appears under
-its name only after it has been read back and every tensor's digest equals that of the bytes the plan made.
+All files are laid out before the first byte is written, so several threads fill one file at once, each holding one
+chunk of a tensor. The output appears under its name only after it has been read back and the digest of every tensor
+equals that of the bytes that were written.
 """
 
 from __future__ import annotations
@@ -27,9 +28,27 @@ from tensorkeep.storage.placement import refuse_existing, write_bytes
 def convert(
     plan: Plan, out: str, to: str, shard_size: int | None = None, overwrite: bool = False, progress: Progress = quiet
 ) -> Result:
-    """Write the plan to `out` (a folder; a file for a name ending in .safetensors, .pth, .pt or .bin) and prove it.
+    """Write a plan's tensors to a file, a folder or an object store, and prove that they are there.
 
-    Returns digests of every tensor of the sink. Raises TensorkeepError, and leaves no sink, where anything fails.
+    Args:
+        plan: from `make_plan`.
+        out: a local path or a URL (`s3://bucket/name`). A name that ends in .safetensors, .pth, .pt, .bin or .ckpt is
+            one file, any other a folder.
+        to: the format, "hf", "dcp", "pth" or "peft".
+        shard_size: largest size of one weight file in bytes; None for the format's usual one.
+        overwrite: replace what is there.
+        progress: called as `progress(what, done, total)` with bytes while it runs.
+
+    Returns:
+        Where the output is, the digest of each of its tensors, and how long it took.
+
+    Raises:
+        TensorkeepError: the output exists, overlaps a source or cannot be written; a source changed while it was read,
+            or is not what its certificate says; the output read back differs (F03). Then nothing is left under `out`.
+
+    Example:
+        >>> convert(make_plan([read("model.gguf")], "hf"), "model", "hf").nbytes  # doctest: +SKIP
+        269060552
     """
     for view in plan.sources:
         view.checked = True  # every byte passes through here anyway: notice what rotted
@@ -59,7 +78,20 @@ def convert(
 
 
 def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progress: Progress = quiet) -> dict[str, Sums]:
-    """Write and fsync every file of a sink; the checksums of each tensor come back by name."""
+    """Write and fsync every file of an output into a folder that is there already.
+
+    Args:
+        layouts: the files, and where each tensor lies in them.
+        folder: where they are made; none of them may exist.
+        plan: says what each tensor is made of.
+        progress: called as `progress("write", done, total)` with bytes.
+
+    Returns:
+        The checksums of every tensor, by output name.
+
+    Raises:
+        TensorkeepError: a disk is full or fails, or a source gives other bytes than its header promised.
+    """
     steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
     total = stored(layouts)
     done = 0
@@ -98,6 +130,7 @@ def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progres
 
 
 def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
+    """Wait for the threads of one file; raise what failed first, or return each tensor's checksums by name."""
     done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
     for job in done:
         job.result()  # raises what failed first; the caller stops the others
@@ -107,6 +140,7 @@ def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
 def _fill(
     handle: int, slot: Slot, step: Step, sources: Sequence[StateView], count: Callable[[int], None], crc: bool
 ) -> Sums:
+    """Write one tensor into its place in an open file."""
     at = slot.start
 
     def write(piece: memoryview) -> None:
@@ -125,7 +159,7 @@ def _fill(
 
 
 def write_all(handle: int, data: memoryview | bytes, at: int) -> None:
-    """pwrite until everything is written."""
+    """Write all of `data` at a position of an open file, however many calls that takes."""
     view = memoryview(data)
     while len(view):
         done = os.pwrite(handle, view, at)
@@ -133,6 +167,7 @@ def write_all(handle: int, data: memoryview | bytes, at: int) -> None:
 
 
 def _write_rest(handle: int, layout: FileLayout, crcs: dict[str, int]) -> None:
+    """Write what lies between the tensors of a file: headers now known, and trailers that hold checksums."""
     for segment in layout.segments:
         if isinstance(segment, Fixed):
             write_all(handle, segment.data, segment.start)

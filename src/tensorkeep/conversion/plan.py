@@ -1,8 +1,8 @@
-"""Plans: how every sink tensor is made from source records, decided before any weight is read.
+"""What a conversion plan is: how every tensor of the output is made, decided before any weight is read.
 
-A plan is a list of steps. A step makes one sink tensor out of parts (byte ranges of source records, whose rows may
-be permuted), or drops a source record with its reason. Every source record occurs in a step, or the plan is refused:
-that is what `complete` means.
+A plan is a list of steps. A step makes one output tensor out of parts (ranges of rows of stored tensors, whose rows
+may be permuted), or drops a stored tensor and says why. Every stored tensor must occur in a step; a plan that forgets
+one is refused (`planning.make_plan`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ BY_USER = "dropped by the user"
 
 
 class RowPermutation(NamedTuple):
-    """A permutation of rows within each block of `block` rows (a head): between RoPE layouts.
+    """A reordering of the rows within every attention head, which turns one RoPE layout into the other.
 
-    "pairs": half-split (rotary row i pairs with i + rotary/2) becomes interleaved (2i with 2i + 1); "half" is the
-    inverse. Rows from `rotary` on, which RoPE does not turn, stay.
+    In the layout "half" (transformers) RoPE turns row i together with row i + rotary/2; in "pairs" (Meta, torchtitan)
+    it turns row 2i together with row 2i + 1. Rows from `rotary` on are not turned by RoPE and stay where they are.
+
+    Args:
+        block: rows of one head.
+        rotary: rows of a head that RoPE turns; even, at most `block`.
+        to: the layout that the rows are brought into, "pairs" or "half".
     """
 
     block: int
@@ -30,10 +35,11 @@ class RowPermutation(NamedTuple):
     to: str
 
     def inverse(self) -> RowPermutation:
+        """Return the permutation that undoes this one."""
         return RowPermutation(self.block, self.rotary, "half" if self.to == "pairs" else "pairs")
 
     def order(self) -> list[int]:
-        """Source row of each row of the result.
+        """Return, for each row of a permuted head, the number of the row it is taken from.
 
         >>> RowPermutation(6, 4, "pairs").order()
         [0, 2, 1, 3, 4, 5]
@@ -47,7 +53,14 @@ class RowPermutation(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A run of rows of one source record (all of it where `rows` is None), after `permutes` in turn."""
+    """A range of rows of one stored tensor, which becomes all or some of the rows of an output tensor.
+
+    Args:
+        source: index of the view in `Plan.sources`.
+        name: the tensor's stored name in that view.
+        rows: first row and the one after the last; None for the whole tensor.
+        permutes: permutations of the rows of each head, applied in this order.
+    """
 
     source: int  # index of the view
     name: str
@@ -55,6 +68,7 @@ class Part(NamedTuple):
     permutes: tuple[RowPermutation, ...] = ()
 
     def permuted(self, rows: RowPermutation) -> Part:
+        """Return the part with one more permutation of its rows; two that undo each other are both left out."""
         if self.permutes and self.permutes[-1] == rows.inverse():
             return self._replace(permutes=self.permutes[:-1])
         return self._replace(permutes=(*self.permutes, rows))
@@ -62,7 +76,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class HfTensor:
-    """A tensor under its hf name: dtype, shape, the parts it is made of, and what was done on the way."""
+    """A tensor of a checkpoint under its transformers (`hf`) name, on its way from one naming to another.
+
+    Args:
+        name: the hf name.
+        dtype: as stored, in safetensors' spelling ("F32", "BF16", ...).
+        shape: of the tensor under its hf name.
+        parts: the stored rows that it is made of, in order.
+        actions: what was done on the way ("split", "permute", "fuse", "tie").
+        tied_to: the hf name of another tensor over the same bytes, in the same source.
+    """
 
     name: str
     dtype: str
@@ -74,7 +97,14 @@ class HfTensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a plan: what is done (keep, rename, cast, permute, split, fuse, tie, drop), from what, to what."""
+    """One line of a plan: what is done, with which stored tensors, and what comes of it.
+
+    Args:
+        actions: any of keep, rename, cast, permute, split, fuse, tie, merge, drop.
+        parts: the stored rows that go in.
+        sink: the output tensor; None where the stored tensors are dropped.
+        reason: why they are dropped, or what a merge added.
+    """
 
     actions: tuple[str, ...]
     parts: tuple[Part, ...]
@@ -83,7 +113,7 @@ class Step:
 
     @property
     def line(self) -> str:
-        """For people: `permute rename  wq.weight -> q_proj.weight`."""
+        """The step for people to read: `permute rename  wq.weight -> q_proj.weight`."""
         names = [p.name if p.rows is None else f"{p.name}[{p.rows[0]}:{p.rows[1]}]" for p in self.parts]
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         target = f" -> {self.sink.name}" if self.sink and self.sink.name != shown else ""
@@ -92,7 +122,19 @@ class Step:
 
 @dataclass
 class Plan:
-    """Steps, what travels beside the weights, and what the user should know before it runs."""
+    """A whole conversion, decided: the steps, what travels beside the weights, and what to tell the user first.
+
+    Args:
+        sources: the views that tensors are read from.
+        steps: one for each output tensor and each dropped tensor, in a fixed order.
+        naming: the naming of the output ("hf", "torchtitan", ...); None where names stay as they were.
+        root: the name that a DCP or .pth nests its tensors under; None for none.
+        config: the model's config, as transformers' config.json has it.
+        companions: small files written beside the weights (config, tokenizer).
+        notes: what the user should know: losses, assumptions, oddities.
+        roots: first segments of the output's names that a .pth keeps as nested dicts.
+        beside: plain values that a .pth keeps next to its tensors.
+    """
 
     sources: list[StateView]
     steps: list[Step]
@@ -106,18 +148,21 @@ class Plan:
 
     @property
     def tensors(self) -> list[SinkTensor]:
+        """The tensors that the plan writes."""
         return [s.sink for s in self.steps if s.sink is not None]
 
     @property
     def dropped(self) -> list[Step]:
+        """The steps that drop a stored tensor."""
         return [s for s in self.steps if s.sink is None]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors that the plan writes."""
         return sum(t.nbytes for t in self.tensors)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The steps as plain data, for `--json` and the certificate."""
+        """Return the steps as plain data, for `--json` and the certificate."""
         return [
             {
                 "actions": list(s.actions),
@@ -130,5 +175,12 @@ class Plan:
 
 
 def ordered(steps: Sequence[Step]) -> list[Step]:
-    """Steps in a fixed order (natural by sink name, drops last), so that the same source gives the same bytes."""
+    """Sort steps by the name they write (2 before 10), drops last, so that the same source always gives the same bytes.
+
+    Args:
+        steps: in any order.
+
+    Returns:
+        The same steps, in the order in which a plan keeps them.
+    """
     return sorted(steps, key=lambda s: (s.sink is None, natural(s.sink.name if s.sink else s.parts[0].name)))

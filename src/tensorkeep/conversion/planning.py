@@ -1,6 +1,6 @@
-"""From views to a plan: namings through the hf hub, ties, casts, combined sources, what the target would drop.
+"""Make a plan: read the sources' names, rename through hf names, settle ties and casts, refuse what would be lost.
 
-This is where a conversion is decided; `plan.py` says what a plan is and `conversion.py` carries it out.
+This is where a conversion is decided; `plan.py` says what a plan is and `execution.py` carries it out.
 """
 
 from __future__ import annotations
@@ -35,12 +35,30 @@ def make_plan(
     prefer: str | None = None,
     from_naming: str | None = None,
 ) -> Plan:
-    """Decide how every tensor of `sources` reaches a sink of format `to`; nothing but headers is read.
+    """Decide how every tensor of the sources reaches the output; only headers are read.
 
-    `naming` None keeps the names where the source's scheme is unknown, and means hf otherwise. The one exception to
-    "headers only": where the config ties head and embedding and both are stored, their bytes are compared.
+    The one exception to "only headers": where the config ties head and embedding and both are stored, their bytes are
+    compared.
 
-    Raises TensorkeepError where a tensor would be lost, made twice or misread by the target.
+    Args:
+        sources: opened checkpoints, usually one; several are combined.
+        to: the output's format, "hf", "dcp", "pth" or "peft".
+        naming: the output's naming; None for hf, or for the names as they are where the sources' naming is unknown.
+        root: the name to nest tensors under in a DCP or .pth.
+        dtype: cast floats to this dtype ("BF16"); None keeps them, and makes quantized GGUF weights bfloat16.
+        drop: patterns of stored names to leave out.
+        prefer: "first" or "last", which source wins where two hold the same tensor.
+        from_naming: the sources' naming; None to tell it from their names.
+
+    Returns:
+        The plan, complete: every stored tensor is used or dropped with a reason.
+
+    Raises:
+        TensorkeepError: a tensor would be lost, made twice or misread by its reader; a pattern fits no tensor.
+
+    Example:
+        >>> make_plan([read("model")], "dcp", naming="torchtitan").naming  # doctest: +SKIP
+        'torchtitan'
     """
     notes = [note for view in sources for note in view.notes]
     config, companions = configs.gather(sources)
@@ -80,7 +98,7 @@ def make_plan(
 
 
 def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[Step]) -> list[StateView]:
-    """The views less the tensors that the user drops; a pattern that fits nothing is a mistake worth stopping for."""
+    """Return the views without the tensors that the user drops; a pattern that fits nothing is an error."""
     unused = [p for p in drop if not any(matches(n, [p]) for view in sources for n in view)]
     if unused:
         raise TensorkeepError(
@@ -102,7 +120,22 @@ def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[St
 def to_hf_tensors(
     view: StateView, index: int, identity: Identity, config: Mapping[str, Any] | None, dropped: list[Step]
 ) -> dict[str, HfTensor]:
-    """The model tensors of one source under hf names. What is not the model's goes to `dropped` with its reason."""
+    """Return one source's model tensors under hf names; what is not the model's goes to `dropped` with its reason.
+
+    Args:
+        view: the opened checkpoint.
+        index: its number among the plan's sources.
+        identity: its naming and clean names, from `naming.identify`.
+        config: the model's config; needed where rows or experts follow it.
+        dropped: gains a step for each tensor that is left out.
+
+    Returns:
+        The tensors by hf name.
+
+    Raises:
+        TensorkeepError: two tensors become one name (K02), a name has no place (K07), or the config that the naming
+            needs is missing or another model's (C01, C03).
+    """
     dropped += [Step(("drop",), (Part(index, n),), None, what) for n, what in identity.other.items()]
     if identity.naming in renaming.DETECTOR_NAMINGS:
         return renaming.detector_to_hf(view, index, identity, dropped)
@@ -142,6 +175,7 @@ def to_hf_tensors(
 def _from_link(
     link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None
 ) -> HfTensor:
+    """Return the hf tensor that a table's row makes of a stored one: a slice of experts, rows permuted."""
     part, shape = Part(index, record.name), record.shape
     actions: tuple[str, ...] = ()
     if link.expert is not None:
@@ -153,6 +187,7 @@ def _from_link(
 
 
 def _table(identity: Identity, config: Mapping[str, Any] | None) -> Any:
+    """Return the table of a source's naming; None where its names are hf names or unknown."""
     if identity.naming in (None, "hf"):
         return None
     scheme = namings.module(str(identity.naming))
@@ -164,13 +199,14 @@ def _table(identity: Identity, config: Mapping[str, Any] | None) -> Any:
 
 
 def _computed(name: str, scheme: str | None) -> bool:
-    """Buffers that eras before 2025-08 stored; every program computes them anew (facts: never write them)."""
+    """Whether a stored tensor is a buffer that the model computes anew from its config, such as RoPE's frequencies."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
     return scheme not in (None, "hf") and name in getattr(namings.module(str(scheme)), "COMPUTED", ())
 
 
 def _combine(hub: dict[str, HfTensor], found: dict[str, HfTensor], prefer: str | None, dropped: list[Step]) -> None:
+    """Add another source's tensors; where both have one, `prefer` decides or the plan is refused."""
     twice = sorted(set(hub) & set(found))
     if twice and prefer not in ("first", "last"):
         raise TensorkeepError(
@@ -192,6 +228,7 @@ def _combine(hub: dict[str, HfTensor], found: dict[str, HfTensor], prefer: str |
 
 
 def _to_sink(own: list[HfTensor], dtypes: Sequence[str | None]) -> list[Step]:
+    """Return one step for each output tensor, with the actions that led to it."""
     by_name = {h.name: h for h in own}
     steps = []
     for hub in own:
@@ -211,7 +248,7 @@ def _to_sink(own: list[HfTensor], dtypes: Sequence[str | None]) -> list[Step]:
 
 
 def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) -> None:
-    """A cast would round scales away from their codes, or fp8 codes away from their scale: stop (Q01)."""
+    """Stop at a cast that would round scales away from their codes, or fp8 codes away from their scale (Q01)."""
     cast = {(p.source, p.name): s for s in steps if "cast" in s.actions for p in s.parts}
     for index, view in enumerate(sources if cast else ()):
         weights = find(view)
@@ -221,7 +258,8 @@ def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) 
             packed += scales
         if packed:
             raise TensorkeepError(
-                f"{packed[0]} and {len(packed) - 1} more belong to quantized weights: a cast would part codes and scales",
+                f"{packed[0]} and {len(packed) - 1} more belong to quantized weights: "
+                "a cast would part codes and scales",
                 where=view.path,
                 code="Q01",
                 hint="leave --dtype out",
@@ -229,16 +267,17 @@ def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) 
 
 
 def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]:
-    """The dtype each source's floating tensors are cast to: the user's; bfloat16 for quantized files; None keeps them.
+    """Return the dtype that each source's floats are cast to: the user's, or bfloat16 for a quantized GGUF.
 
-    A quantized file's F32 norms follow: they were widened when it was made, and a model loads in one dtype.
+    None keeps them. A quantized file's F32 norms follow: they were widened when it was made, and a model loads in one
+    dtype.
     """
     quantized = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
     return [dtype or ("BF16" if found else None) for found in quantized]
 
 
 def _alike(tied: HfTensor, other: HfTensor | None) -> bool:
-    """Whether two tensors that shared their bytes still do: the same permutation on both, and no third behind."""
+    """Whether two tensors that shared their bytes still do: permuted alike, and the other not tied to a third."""
     if other is None or other.tied_to is not None or (tied.dtype, tied.shape) != (other.dtype, other.shape):
         return False
     return [(p.rows, p.permutes) for p in tied.parts] == [(p.rows, p.permutes) for p in other.parts]
@@ -247,7 +286,7 @@ def _alike(tied: HfTensor, other: HfTensor | None) -> bool:
 def _named(
     items: list[HfTensor], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]
 ) -> list[HfTensor]:
-    """The tensors under the sink naming's names: renamed, rows permuted, experts stacked."""
+    """Return the tensors under the output naming's names: renamed, rows permuted, experts stacked."""
     made_as = (config or {}).get("minimind_generation")
     if target in (None, "hf") or (target == "minimind" and made_as != "mm2a"):
         return items
@@ -292,6 +331,7 @@ def _named(
 
 
 def _stack(name: str, members: dict[int, HfTensor], config: Mapping[str, Any] | None) -> HfTensor:
+    """Stack the experts of one layer as the slices of one tensor."""
     count = len(members)
     wanted = (config or {}).get("num_experts") or (config or {}).get("num_local_experts") or count
     first = members[min(members)]
@@ -307,7 +347,7 @@ def _stack(name: str, members: dict[int, HfTensor], config: Mapping[str, Any] | 
 
 
 def _contiguous(parts: tuple[Part, ...], count: int) -> tuple[Part, ...]:
-    """All slices of one stacked tensor in order are that tensor again."""
+    """Return one whole part where the slices are all those of one stacked tensor, in order."""
     if len({(p.source, p.name) for p in parts}) == 1 and [p.rows for p in parts] == [(e, e + 1) for e in range(count)]:
         return (parts[0]._replace(rows=None),)
     return parts
@@ -317,7 +357,7 @@ def _contiguous(parts: tuple[Part, ...], count: int) -> tuple[Part, ...]:
 
 
 def _check_cover(plan: Plan) -> None:
-    """Every source record occurs in a step and every sink name once: the plan is complete, or it is refused."""
+    """Stop unless every stored tensor occurs in a step and every output name occurs once."""
     used = {(p.source, p.name) for step in plan.steps for p in step.parts}
     lost = [n for i, v in enumerate(plan.sources) for n in v if (i, n) not in used]
     if lost:

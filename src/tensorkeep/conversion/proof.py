@@ -1,4 +1,4 @@
-"""Proof: sources are what their certificates say, the sink is what the plan made, and a certificate says so.
+"""Check before and after writing: sources are what their certificates say, and the output is what the plan made.
 
 Digests are of a tensor's raw bytes; where no arithmetic was asked for, equal digests are equal bits.
 """
@@ -22,12 +22,31 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 def stored_name(name: str, root: Any, form: str) -> str:
-    """How a sink of format `form` spells a name under `root`; safetensors knows no nesting."""
+    """Return the name that a format gives a tensor below a root.
+
+    Args:
+        name: the tensor's name in the model.
+        root: what the file nests its tensors under ("model"); None for nothing.
+        form: the format; "hf" (safetensors) knows no nesting.
+
+    Returns:
+        `root.name`, or `name` alone.
+    """
     return f"{root}.{name}" if root and form != "hf" else name
 
 
 def read_certificate(view: StateView) -> dict[str, Any] | None:
-    """The certificate beside a checkpoint: in its folder, or next to a lone file under the file's own name."""
+    """Read the certificate that lies beside a checkpoint.
+
+    Args:
+        view: the opened checkpoint; of a folder its own certificate, of a lone file the one named after the file.
+
+    Returns:
+        The certificate as plain data; None where there is none.
+
+    Raises:
+        TensorkeepError: the certificate is damaged or of an unknown version.
+    """
     names = view.folder.names()
     lone = Path(view.path).name
     name = f"{lone}.{CERTIFICATE}" if lone in names else CERTIFICATE
@@ -35,14 +54,31 @@ def read_certificate(view: StateView) -> dict[str, Any] | None:
 
 
 def check_sources(plan: Plan, sums: dict[str, Sums]) -> None:
-    """Stop where a source changed while it was read, or is not what its certificate says."""
+    """Stop where a source changed while it was read, or is not what its own certificate says.
+
+    Args:
+        plan: whose sources were read.
+        sums: the checksums that the writing gave, by output name.
+
+    Raises:
+        TensorkeepError: F03, and the tensors that differ.
+    """
     for index, view in enumerate(plan.sources):
         refuse_changed(view.folder)
         refuse_damaged(view, index, sums)
 
 
 def refuse_damaged(view: StateView, index: int, sums: dict[str, Sums]) -> None:
-    """Stop (F03) where a source, as it was just read, is not what its own certificate says."""
+    """Stop where a source, as it was just read, is not what its own certificate says; a source without one passes.
+
+    Args:
+        view: the source.
+        index: its number in the plan.
+        sums: the checksums that the reading gave.
+
+    Raises:
+        TensorkeepError: F03, and the tensors that differ.
+    """
     certificate = None if view.computed else read_certificate(view)
     if certificate is None:
         return
@@ -58,9 +94,16 @@ def refuse_damaged(view: StateView, index: int, sums: dict[str, Sums]) -> None:
 
 
 def prove(sink: str | Path, plan: Plan, sums: dict[str, Sums], progress: Callable[[str, int, int], None]) -> None:
-    """Open the sink (a path or a URL) as a stranger would and compare names, dtypes, shapes and digests with the plan.
+    """Open what was written as a stranger would, and compare names, dtypes, shapes and digests with the plan.
 
-    Raises TensorkeepError F03 at the first difference; the caller then leaves no sink behind.
+    Args:
+        sink: a path or a URL.
+        plan: what should be there.
+        sums: the checksums of what was written, by output name.
+        progress: called as `progress("prove", done, total)` with bytes.
+
+    Raises:
+        TensorkeepError: F03 at the first difference; the caller then leaves nothing behind.
     """
     view = read(sink)
     wanted = {stored_name(t.name, plan.root, view.format): t for t in plan.tensors}
@@ -83,7 +126,18 @@ def prove(sink: str | Path, plan: Plan, sums: dict[str, Sums], progress: Callabl
 
 
 def certify(plan: Plan, sums: dict[str, Sums], to: str) -> bytes:
-    """The certificate: digests of every tensor, the steps, what was dropped and why. No path, no time."""
+    """Make the certificate of an output: the digest of every tensor, the steps, and what was dropped and why.
+
+    It holds no path and no time, so that equal conversions give equal certificates.
+
+    Args:
+        plan: what was carried out.
+        sums: the checksums of what was written, by output name.
+        to: the format.
+
+    Returns:
+        The certificate as JSON in UTF-8.
+    """
     tensors: dict[str, dict[str, Any]] = {
         t.name: {"dtype": t.dtype, "shape": list(t.shape), "xxh3_128": sums[t.name].digest}
         for t in sorted(plan.tensors, key=lambda t: t.name)
@@ -104,7 +158,7 @@ def certify(plan: Plan, sums: dict[str, Sums], to: str) -> bytes:
 
 
 def _kept(plan: Plan, sums: dict[str, Sums], index: int) -> str:
-    """A digest of the source's tensors as they were read (before permutation and cast)."""
+    """Return a digest over a source's tensors as they were read, before any permutation and cast."""
     digests: dict[str, str] = {}
     for item in sums.values():
         digests.update({name: d for (source, name), d in item.sources.items() if source == index})

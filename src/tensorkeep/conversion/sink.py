@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where a conversion writes: the format's files, their temporary place, and what may not be overwritten."""
 
 from __future__ import annotations
 
@@ -26,12 +26,20 @@ Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in
 
 
 def quiet(_what: str, _done: int, _total: int) -> None:
-    """The progress callback of those who do not watch."""
+    """Report no progress: the default of every `progress` argument."""
 
 
 @dataclass
 class Result:
-    """What a conversion did: the sink's path, bytes, digests by tensor, casts that lost values, seconds by phase."""
+    """What a conversion wrote.
+
+    Args:
+        path: the file, folder or URL.
+        nbytes: bytes of tensor data.
+        digests: xxh3_128 of each tensor's bytes in hex, by name.
+        casts: what was lost, for each tensor whose cast lost something.
+        seconds: how long each phase took ("write", "prove", "sync").
+    """
 
     path: str
     nbytes: int
@@ -41,7 +49,7 @@ class Result:
 
 
 def _sink_format(to: str) -> Any:
-    """The module of a writable format."""
+    """Return the module of a format that can be written."""
     module = importlib.import_module(FORMATS[to]) if to in FORMATS else None
     if module is None or not hasattr(module, "layout"):
         raise TensorkeepError(f"cannot write {to!r}", hint="--to hf, dcp, pth or peft")
@@ -49,7 +57,14 @@ def _sink_format(to: str) -> Any:
 
 
 class Place(NamedTuple):
-    """Where a sink is written before it gets its name: the file or folder, the folder its files go into, its files."""
+    """Where an output is written before it gets its name.
+
+    Args:
+        temporary: the file or folder that will be renamed.
+        folder: the folder that the files go into.
+        layouts: the files.
+        certificate: the path of the certificate.
+    """
 
     temporary: Path
     folder: Path
@@ -59,7 +74,17 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def placing(final: Path, layouts: list[FileLayout], single: bool, overwrite: bool) -> Iterator[Place]:
-    """`replacing` for a sink and its certificate: in a folder beside the data, of a lone file under a name beside it."""
+    """Give an output and its certificate a temporary place, and put both under their names when the block ends well.
+
+    Args:
+        final: the path that the output gets.
+        layouts: the files.
+        single: whether the output is one file; its certificate then lies beside it, and otherwise in its folder.
+        overwrite: replace what is there.
+
+    Raises:
+        TensorkeepError: the place exists or cannot be written; then nothing of the output is left.
+    """
     finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
     with replacing_all(finals, over) as temporaries:
         temporary = temporaries[0]
@@ -73,12 +98,24 @@ def placing(final: Path, layouts: list[FileLayout], single: bool, overwrite: boo
 
 
 def beside(path: Path) -> Path:
-    """Where the certificate of a lone file lies."""
+    """Return where the certificate of a lone file lies.
+
+    Args:
+        path: the file.
+    """
     return path.with_name(f"{path.name}.{CERTIFICATE}")
 
 
 def refuse_overlap(final: Path, sources: Sequence[StateView]) -> None:
-    """Stop where the sink is a source, lies in a source's folder, or holds a source: writing it would change that."""
+    """Stop where an output is a source, lies in a source's folder, or holds a source: writing it would change that.
+
+    Args:
+        final: the path to be written.
+        sources: the checkpoints that are read.
+
+    Raises:
+        TensorkeepError: they overlap.
+    """
     sink = final.resolve()
     for view in sources:
         if not isinstance(view.folder, LocalFolder):
@@ -98,7 +135,20 @@ def refuse_overlap(final: Path, sources: Sequence[StateView]) -> None:
 
 
 def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[list[FileLayout], bool]:
-    """The layouts of all files of a sink, metadata last, and whether the sink is a lone file."""
+    """Lay out all files of an output.
+
+    Args:
+        plan: the tensors and companions.
+        name: the output's file or folder name, whose ending says whether it is one file.
+        to: the format.
+        shard_size: largest size of one weight file in bytes; None for the format's usual one.
+
+    Returns:
+        The files, metadata last, and whether the output is one file.
+
+    Raises:
+        TensorkeepError: the format cannot be written, or is a folder where `name` is a file's.
+    """
     form = _sink_format(to)
     single = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
     if single and to not in ("hf", "pth"):
@@ -130,5 +180,9 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
 
 
 def stored(layouts: Sequence[FileLayout]) -> int:
-    """Bytes of tensor data in these files; tensors that share a storage count once."""
+    """Count the bytes of tensor data in these files; tensors that share a storage count once.
+
+    Args:
+        layouts: the files.
+    """
     return sum(slot.nbytes for layout in layouts for slot in layout.slots)

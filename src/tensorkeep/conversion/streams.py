@@ -1,4 +1,4 @@
-"""The bytes of a sink tensor, streamed from its parts: rows permuted, values cast, checksums taken on the way.
+"""Stream the bytes of one output tensor from its parts: rows permuted, values cast, checksums taken on the way.
 
 Nothing here holds more than a chunk: a permutation moves rows within a head, so a chunk of whole heads is enough.
 """
@@ -19,7 +19,7 @@ from tensorkeep.storage.record import DTYPES, nbytes
 
 @dataclass
 class Cast:
-    """What a cast lost in one tensor: finite values that became infinite or NaN, and non-zeros that became zero."""
+    """What casting one tensor lost: finite values that became infinite or NaN, and non-zeros that became zero."""
 
     overflowed: int = 0
     vanished: int = 0
@@ -27,7 +27,14 @@ class Cast:
 
 @dataclass
 class Sums:
-    """Checksums of one written tensor: CRC-32 for the zip, xxh3_128 for the certificate; the source parts' digests."""
+    """The checksums of one written tensor.
+
+    Args:
+        crc: CRC-32 of its bytes, for a zip archive; 0 where the format has none.
+        digest: xxh3_128 of its bytes in hex, for the certificate.
+        sources: xxh3_128 of each part as it was stored, by (index of the source, stored name).
+        cast: what a cast lost.
+    """
 
     crc: int
     digest: str
@@ -36,9 +43,15 @@ class Sums:
 
 
 def pieces(part: Part, view: StateView, source: Any = None) -> Iterator[memoryview]:
-    """The bytes of one part in chunks of whole elements (of whole heads where rows are permuted).
+    """Read the bytes of one part in chunks of whole elements (of whole heads where rows are permuted).
 
-    `source`, a running digest, is fed the bytes as they are stored.
+    Args:
+        part: which rows of which stored tensor, and how they are permuted.
+        view: the checkpoint that holds it.
+        source: a running digest that is fed the bytes as they are stored; None for none.
+
+    Returns:
+        The chunks in order; each is valid until the next is asked for.
     """
     record = view[part.name]
     row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
@@ -54,11 +67,20 @@ def pieces(part: Part, view: StateView, source: Any = None) -> Iterator[memoryvi
 def write_tensor(
     step: Step, sources: Sequence[StateView], write: Callable[[memoryview], None], crc_wanted: bool = True
 ) -> Sums:
-    """Stream the raw bytes that `step` puts into its sink tensor through `write`, a chunk at a time; sum them up.
+    """Stream the raw bytes of one output tensor through `write`, a chunk at a time, and sum them up.
 
-    The CRC-32, a third of the work of a plain copy, is left at 0 unless the sink's format asks for it.
+    Args:
+        step: what the tensor is made of, and its dtype.
+        sources: the plan's views.
+        write: called with each chunk of bytes, in order.
+        crc_wanted: whether to take the CRC-32 too, which is a third of the work of a plain copy.
 
-    Example: `write_tensor(step, views, lambda piece: out.extend(piece)).digest`
+    Returns:
+        The checksums of what was written and of what was read.
+
+    Example:
+        >>> write_tensor(step, views, lambda piece: out.extend(piece)).digest  # doctest: +SKIP
+        '5b1c2d9c1c6a3f0e9d5a3c1f7e2b4a60'
     """
     assert step.sink is not None
     crc, state, cast = 0, xxhash.xxh3_128(), Cast()
@@ -78,7 +100,7 @@ def write_tensor(
 
 
 def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
-    """The sums with those of tensors that were not written, since they share the bytes of another."""
+    """Add the checksums of tensors that are not written, since they share the bytes of another that is."""
     for tensor in plan.tensors:
         if tensor.name not in sums and tensor.tied_to in sums:
             sums[tensor.name] = sums[tensor.tied_to]
@@ -86,6 +108,7 @@ def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
 
 
 def _permute(data: memoryview, rows: RowPermutation, row: int) -> memoryview:
+    """Reorder the rows of whole heads; `row` is the bytes of one row."""
     import numpy as np
 
     blocks = np.frombuffer(data, dtype=f"V{row}").reshape(-1, rows.block)
@@ -93,7 +116,7 @@ def _permute(data: memoryview, rows: RowPermutation, row: int) -> memoryview:
 
 
 def _cast(data: memoryview, source: str, target: str, lost: Cast) -> memoryview:
-    """Round to nearest even, as torch and numpy do; what overflows or vanishes is counted."""
+    """Round to nearest even, as torch and numpy do, and count in `lost` what overflows or vanishes."""
     import numpy as np
 
     values = np.frombuffer(data, dtype=np_dtype(source))

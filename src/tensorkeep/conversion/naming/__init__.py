@@ -1,8 +1,8 @@
-"""Namings: which scheme names the tensors. Every scheme is data that leads to the `hf` names and back.
+"""Namings: the schemes by which programs name a model's tensors. Every one leads to the `hf` names and back.
 
-Conversion goes source naming -> hf -> sink naming. A naming module has NAME, FAMILIES (tables of rows) and
-`recognise`, or functions in place of tables (see `renaming`), and `holds` where names alone could be another's; adding
-one is one file and one line in NAMINGS.
+A conversion renames from the source's naming to hf and from hf to the output's naming. A naming module has NAME,
+FAMILIES (tables of rows) and `recognise`, or functions in place of tables (see `detectors`), and `holds` where its
+names alone could be another's. Adding a naming is one file and one line in NAMINGS.
 """
 
 from __future__ import annotations
@@ -63,9 +63,14 @@ OTHER_STATE = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Who named these tensors: naming (None: no known scheme), root, wrappers, and the clean name of each tensor.
+    """Which naming a checkpoint's tensors follow, and each tensor's name without root and wrappers.
 
-    `other` says, for every stored tensor that is not the model's, what it is.
+    Args:
+        naming: the naming's word on the command line; None where the names are of no known scheme.
+        root: what the file nests the model under ("model", "state_dict"); None for nothing.
+        wrappers: prefixes of DDP, torch.compile and others that were removed.
+        names: clean name by stored name, for every tensor of the model.
+        other: what it is, by stored name, for every tensor that is not the model's.
     """
 
     naming: str | None
@@ -76,16 +81,33 @@ class Identity:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a naming, by its word on the command line."""
+    """Return the module of a naming.
+
+    Args:
+        name: the naming's word on the command line.
+
+    Raises:
+        TensorkeepError: there is no naming of that word.
+    """
     if name not in NAMINGS:
         raise TensorkeepError(f"no naming {name!r}", hint=near_misses(name, NAMINGS) or f"known: {', '.join(NAMINGS)}")
     return importlib.import_module(NAMINGS[name])
 
 
 def identify(view: StateView, naming: str | None = None) -> Identity:
-    """Find naming, root and wrappers of a view from its names; `naming` (of the user) restricts the choice.
+    """Tell from a checkpoint's names which naming, root and wrappers they follow.
 
-    The choice is the pair that explains most tensors; where nothing is recognised names stay as they are.
+    The naming and root that explain most tensors are chosen; where nothing is recognised, names stay as they are.
+
+    Args:
+        view: the opened checkpoint.
+        naming: the user's choice; None to try all.
+
+    Returns:
+        The naming found, and the clean names.
+
+    Raises:
+        TensorkeepError: K06 where the names do not fit the user's choice, K03 where two names are equal once cleaned.
     """
     paths: Mapping[str, tuple[Any, ...]] = view.metadata.get("paths", {})
     candidates = [module(naming)] if naming else [module(n) for n in NAMINGS]
@@ -119,7 +141,7 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
 
 
 def _generation(view: StateView, found: Identity) -> Identity:
-    """MiniMind's own files carry hf or Meta names; what tells them apart is the file, not the tensors."""
+    """Tell MiniMind's own files, which carry hf or Meta names, from others by the file's name."""
     from tensorkeep.conversion.naming import minimind
 
     if found.naming in ("hf", "torchtitan-0.2") and minimind.written_by_minimind(view, found.names.values()):
@@ -128,7 +150,7 @@ def _generation(view: StateView, found: Identity) -> Identity:
 
 
 def _roots(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> list[str | None]:
-    """No root first, then those the file's own nesting or its names suggest, EMA last."""
+    """Return the roots to try: none first, then those that the file's nesting or its names suggest, averages last."""
     heads = {str(p[0]) for p in paths.values() if len(p) > 1} | {_first(n) for n in view}
     heads |= {_first(unwrap(n)[0]) for n in view}
     return [None, *(r for r in ROOTS if r in heads)]
@@ -139,7 +161,7 @@ def _first(name: str) -> str:
 
 
 def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str, ...], dict[str, str]]:
-    """Clean names of the tensors below `root`, the wrappers found, and what the others are."""
+    """Return the clean names of the tensors below `root`, the wrappers found, and what the other tensors are."""
     clean: dict[str, str] = {}
     wrappers: dict[str, None] = {}
     other: dict[str, str] = {}
@@ -166,7 +188,7 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
 
 
 def other_state(name: str, root: str | None) -> str | None:
-    """What a tensor is that belongs to training and not to the model, by its first segment."""
+    """Return what a tensor is that belongs to training and not to the model, by its first segment; else None."""
     return _other_state(_first(name), root)
 
 
@@ -182,7 +204,7 @@ def _other_state(first: str, root: str | None) -> str | None:
 
 
 def _container(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> str | None:
-    """The root of a model nobody knows: what the file itself nests its tensors under."""
+    """Return the name that the file itself nests its tensors under, for a model whose names nobody knows."""
     nested = {str(paths[n][0]) for n in view if len(paths.get(n, ())) > 1}
     flat = [n for n in view if len(paths.get(n, ())) <= 1 and not other_state(n, None)]
     if flat:
@@ -191,6 +213,13 @@ def _container(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> str | N
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """One more than the highest layer number in hf names."""
+    """Return one more than the highest layer number in hf names.
+
+    Args:
+        names: hf names (`model.layers.3...`).
+
+    Returns:
+        The number of layers; 0 where no name has one.
+    """
     found = [int(m.group(1)) for n in names if (m := re.match(r"model\.layers\.(\d+)\.", n))]
     return max(found, default=-1) + 1

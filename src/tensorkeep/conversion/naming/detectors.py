@@ -1,8 +1,8 @@
-"""Namings of detectors, which are functions and not tables: their tensors to the hub, and the hub to a sink.
+"""Rename the tensors of video detectors by functions, where tables of names are not enough.
 
-Such a naming module has `to_hf`, `from_hf` through `renamer`, `dropped` (what has no place in a detector, and why),
-and `third` where a source cuts our fused q, k, v. Nothing unexplained passes: a name is mapped, dropped with its
-reason, or an error.
+The naming module of a detector has `to_hf`, `from_hf` through `renamer`, `dropped` (what has no place in a detector,
+and why), and `third` where a source splits our fused q, k, v. No tensor passes unexplained: its name is mapped, it is
+dropped with its reason, or the conversion stops.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ DETECTOR_NAMINGS = ("opentad", "videomae")
 
 
 def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: list[Step]) -> dict[str, HfTensor]:
-    """The detector's tensors of one source under our names; what has no place there goes to `dropped`.
+    """Return one source's detector tensors under our names; what has no place in a detector goes to `dropped`.
 
-    Raises TensorkeepError for a name that no detector has (K02), a q, k or v without the others (K01), and for an
-    average over quantized codes (Q03).
+    Raises:
+        TensorkeepError: a name that no detector has (K02), a q, k or v without the others (K01), an average over
+            quantized codes (Q03).
     """
     scheme = namings.module(str(identity.naming))
     _refuse_averaged_codes(view, identity)
@@ -61,12 +62,13 @@ def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: lis
 
 
 def _third(scheme: ModuleType, name: str) -> int | None:
+    """Return which third of a fused q, k, v a tensor is; None for a whole tensor."""
     found: int | None = scheme.third(name) if hasattr(scheme, "third") else None
     return found
 
 
 def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> HfTensor:
-    """q, k and v, in this order, as rows of one tensor."""
+    """Stack q, k and v, in this order, as rows of one tensor."""
     records = [view[parts[i]] for i in sorted(parts)]
     if len(parts) != 3:
         raise TensorkeepError(
@@ -79,14 +81,14 @@ def _fused(view: StateView, index: int, name: str, parts: Mapping[int, str]) -> 
 
 
 def _refuse_averaged_codes(view: StateView, identity: Identity) -> None:
-    """OpenTAD averages every tensor of the state, 4-bit codes too, as if they were numbers."""
+    """Stop at an average of quantized codes: OpenTAD averages them as if they were numbers."""
     if identity.root not in EMA_ROOTS:
         return
     codes = [s for s in identity.names if view[s].dtype in ("U8", "I8")]
     if codes:
         raise TensorkeepError(
-            f"this average holds {len(codes)} tensors of quantized weights, first {codes[0]}: codes were averaged as if "
-            "they were numbers",
+            f"this average holds {len(codes)} tensors of quantized weights, first {codes[0]}: codes were averaged "
+            "as if they were numbers",
             where=view.path,
             code="Q03",
             tensors=codes,
@@ -95,7 +97,7 @@ def _refuse_averaged_codes(view: StateView, identity: Identity) -> None:
 
 
 def average_notes(view: StateView, identity: Identity) -> list[Note]:
-    """Which of weights and average an OpenTAD checkpoint's conversion takes, and how to get the other."""
+    """Note whether the conversion takes an OpenTAD checkpoint's weights or their average, and how to get the other."""
     averages = [n for n, what in identity.other.items() if what.startswith("EMA copy") and view[n].tied_to is None]
     if identity.naming != "opentad":
         return []
@@ -120,9 +122,10 @@ def average_notes(view: StateView, identity: Identity) -> list[Note]:
 
 
 def to_sink(items: list[HfTensor], target: str, dropped: list[Step]) -> list[HfTensor]:
-    """The tensors under the names of `target`; what its files never hold goes to `dropped`.
+    """Return the tensors under the names of `target`; what its files never hold goes to `dropped`.
 
-    Raises TensorkeepError K07 for a tensor that `target` has no name for.
+    Raises:
+        TensorkeepError: K07 for a tensor that `target` has no name for.
     """
     scheme = namings.module(target)
     rename, omitted = scheme.renamer([i.name for i in items]), getattr(scheme, "OMITTED", {})
@@ -143,6 +146,7 @@ def to_sink(items: list[HfTensor], target: str, dropped: list[Step]) -> list[HfT
 
 
 def _way_out(name: str, target: str) -> str:
+    """Return a hint for a tensor that the target naming has no name for."""
     if name.startswith(("videomae.", "encoder.layer.", "classifier.")):
         return "transformers' VideoMAE: add --from-naming videomae"
     if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
@@ -151,7 +155,7 @@ def _way_out(name: str, target: str) -> str:
 
 
 def nest_checkpoint(plan: Plan) -> None:
-    """Make the plan's sink a file that OpenTAD loads: a checkpoint of its test.py, or a backbone that it starts from.
+    """Make the plan write a file that OpenTAD loads: a checkpoint for its test.py, or a backbone that it starts from.
 
     test.py reads `epoch`, and `state_dict` or `state_dict_ema` by its config: both are there, over the same bytes.
     """
@@ -177,7 +181,7 @@ def nest_checkpoint(plan: Plan) -> None:
 
 
 def with_recipe(hub: Mapping[str, HfTensor], companions: list[Companion], notes: list[Note]) -> list[Companion]:
-    """The companions of a detector: a recipe read off its shapes where none lies beside the source.
+    """Return the companions of a detector, with a recipe read off its shapes where none lies beside the source.
 
     A config.json is transformers' and describes other names: it stays behind.
     """
@@ -189,7 +193,8 @@ def with_recipe(hub: Mapping[str, HfTensor], companions: list[Companion], notes:
     notes.append(
         Note(
             "C03",
-            f"recipe.yaml is read off the shapes; no shape shows {', '.join(assumed)}: they are AdaTAD's, compare them with OpenTAD's config",
+            f"recipe.yaml is read off the shapes; no shape shows {', '.join(assumed)}: they are AdaTAD's, "
+            "compare them with OpenTAD's config",
         )
     )
     return [*companions, Companion(recipes.FILE, text.encode(), "made from the weights")]

@@ -1,4 +1,4 @@
-"""`gguf`: llama.cpp's names (`blk.0.attn_q.weight`), one table a model type.
+"""Naming `gguf`: llama.cpp's names (`blk.0.attn_q.weight`), one table for each model type.
 
 llama.cpp turns RoPE's pairs as neighbours for the llama family, so its converter permutes the rows of q and k (and
 their biases) as Meta's layout has them; for qwen and olmo2 it turns halves, and rows stay. The values of such a
@@ -23,6 +23,7 @@ LAYER = "model.layers.{n}."
 
 
 def _experts(own: str, hf: Mapping[str, str]) -> list[Row]:
+    """Return the rows of the stacked experts' three projections."""
     return [
         Row(f"blk.{{n}}.ffn_{w}_exps.weight", f"{LAYER}{own}.experts.{{e}}.{proj}", stacked=True)
         for w, proj in hf.items()
@@ -30,7 +31,7 @@ def _experts(own: str, hf: Mapping[str, str]) -> list[Row]:
 
 
 def _rows(rope: bool, norms: Mapping[str, str], more: Sequence[Row] = ()) -> list[Row]:
-    """One model type: `rope` says that q/k rows are permuted, `norms` which norms a layer has."""
+    """Return the table of one model type: `rope` says that q/k rows are permuted, `norms` which norms a layer has."""
     return [
         Row("token_embd", "model.embed_tokens"),
         Row("blk.{n}.attn_q", f"{LAYER}self_attn.q_proj", rope),
@@ -73,9 +74,10 @@ def recognise(name: str) -> bool:
 
 
 def table(config: Mapping[str, Any] | None) -> list[Row]:
-    """The rows of this config's model type.
+    """Return the table for a config's model type.
 
-    Raises TensorkeepError (C03) where there is no table for it: whether rows are permuted is then unknown.
+    Raises:
+        TensorkeepError: C03 where there is no table for it: whether rows are permuted is then unknown.
     """
     kind = (config or {}).get("model_type")
     if kind not in FAMILIES:
@@ -85,6 +87,7 @@ def table(config: Mapping[str, Any] | None) -> list[Row]:
         raise TensorkeepError(
             f"GGUF names, and {what}: whether q/k rows are permuted is unknown",
             code="C03",
-            hint=f"known are {', '.join(FAMILIES)}; others go through transformers: from_pretrained(DIR, gguf_file=FILE)",
+            hint=f"known are {', '.join(FAMILIES)}; others go through transformers: "
+            "from_pretrained(DIR, gguf_file=FILE)",
         )
     return FAMILIES[kind]

@@ -1,4 +1,4 @@
-"""`hf`: transformers' names, the hub through which every other naming goes. Names stay as they are.
+"""Naming `hf`: transformers' names, through which every other naming goes. Names stay as they are.
 
 A detector has no transformers class: its `hf` names are those of `tensorkeep.detection` (DETECTOR).
 """
@@ -27,50 +27,14 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 # model types whose config class ties the head to the embedding when config.json does not say
-_TIED_BY_DEFAULT = {
-    "bart",
-    "bert",
-    "biogpt",
-    "bloom",
-    "cohere",
-    "cohere2",
-    "ctrl",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "falcon",
-    "falcon_mamba",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_text",
-    "gemma3n",
-    "gemma3n_text",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neo",
-    "jetmoe",
-    "lfm2",
-    "lfm2_moe",
-    "mamba",
-    "marian",
-    "mbart",
-    "minicpm3",
-    "modernbert-decoder",
-    "mpt",
-    "openai-gpt",
-    "opt",
-    "pegasus",
-    "recurrent_gemma",
-    "roberta",
-    "smollm3",
-    "starcoder2",
-    "vaultgemma",
-    "whisper",
-    "xglm",
-    "xlm-roberta",
-    "zamba",
-    "zamba2",
-}
+_TIED_BY_DEFAULT = frozenset(
+    """
+    bart bert biogpt bloom cohere cohere2 ctrl ernie4_5 ernie4_5_moe falcon falcon_mamba gemma gemma2 gemma3
+    gemma3_text gemma3n gemma3n_text gpt2 gpt_bigcode gpt_neo jetmoe lfm2 lfm2_moe mamba marian mbart minicpm3
+    modernbert-decoder mpt openai-gpt opt pegasus recurrent_gemma roberta smollm3 starcoder2 vaultgemma whisper xglm
+    xlm-roberta zamba zamba2
+    """.split()
+)
 
 
 def recognise(name: str) -> bool:
@@ -83,7 +47,14 @@ def recognise(name: str) -> bool:
 
 
 def tied(config: dict[str, object] | None) -> bool | None:
-    """Whether the config ties head and embedding; None where nothing says."""
+    """Whether a config ties head and embedding to one tensor.
+
+    Args:
+        config: as config.json has it; None for no config.
+
+    Returns:
+        What `tie_word_embeddings` says, or else the model type's default; None where neither says.
+    """
     if config is None:
         return None
     value = config.get("tie_word_embeddings")

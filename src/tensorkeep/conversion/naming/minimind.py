@@ -1,4 +1,4 @@
-"""`minimind`: MiniMind's weight files, three generations that share file names.
+"""Naming `minimind`: MiniMind's weight files, three generations that share file names.
 
 mm2a (and v1) uses Meta's names and interleaved RoPE; mm2 has Llama's names and, with experts, shared ones that no
 transformers class computes; mm3 has Qwen3's names. The generation is read off the tensors; `minimind_config` makes
@@ -34,11 +34,12 @@ GENERATIONS = {"mm3": "qwen3", "mm2": "llama", "mm2a": "llama"}
 
 
 def recognise(name: str) -> bool:
+    """Whether a (clean) name is one of MiniMind's, of any generation."""
     return fits(name, META) or hf.recognise(name)
 
 
 def written_by_minimind(view: StateView, names: Iterable[str]) -> bool:
-    """Whether the file's own name says so: `{stage}_{hidden_size}[_moe].pth` with this very hidden size."""
+    """Whether the file is named as MiniMind names it, `{stage}_{hidden_size}[_moe].pth`, with its tensors' size."""
     match = FILE.match(PurePosixPath(view.path).name)
     if view.format != "pth" or not match:
         return False
@@ -48,7 +49,14 @@ def written_by_minimind(view: StateView, names: Iterable[str]) -> bool:
 
 
 def generation(names: Iterable[str]) -> str:
-    """mm3, mm2 or mm2a, from the names."""
+    """Tell MiniMind's generation from its names.
+
+    Args:
+        names: clean names of all tensors.
+
+    Returns:
+        "mm2a" for Meta's names, "mm3" for Llama's names with norms on q, "mm2" for those without.
+    """
     names = set(names)
     if any(n.startswith("tok_embeddings.") for n in names):
         return "mm2a"
@@ -56,13 +64,13 @@ def generation(names: Iterable[str]) -> str:
 
 
 def file_name(config: Mapping[str, Any] | None, names: Iterable[str], stage: str) -> str:
-    """What MiniMind will look for: `{stage}_{hidden_size}{_moe}.pth`."""
+    """Return the name that MiniMind will look for, `{stage}_{hidden_size}{_moe}.pth`."""
     moe = any(".experts." in n for n in names)
     return f"{stage}_{(config or {}).get('hidden_size', 0)}{'_moe' if moe else ''}.pth"
 
 
 def stage_of(path: str) -> str:
-    """`full_sft` for `full_sft_512.pth`; MiniMind's first stage for anything else."""
+    """Return the stage in a file's name: `full_sft` for `full_sft_512.pth`; "pretrain" where there is none."""
     match = FILE.match(PurePosixPath(path).name)
     return match["stage"] if match else "pretrain"
 

@@ -1,7 +1,7 @@
-"""A transformers config for MiniMind's weights.
+"""Make a transformers config for MiniMind's weights.
 
-No weight file of MiniMind holds its config. What shapes give is taken from them, what a config of MiniMind's own
-beside the file says comes first, the rest is the generation's default and is said by name.
+No weight file of MiniMind holds its config. A config of MiniMind's own beside the file comes first; what shapes show
+is taken from them; the rest is the generation's default and is listed by name.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ _Take = Callable[[str, Any], Any]
 def hf_config(
     found: Mapping[str, TensorRecord], config: Mapping[str, Any] | None, made: str
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The config for weights of generation `made` (hf names in `found`).
+    """Return the config for weights of generation `made` (hf names in `found`), what it assumes, and what it overrules.
 
-    With it the fields assumed, as `name=value`, and what the given config says otherwise than the weights, which win.
-    Raises TensorkeepError where the shapes are no MiniMind model's, or the config cannot be meant for them.
+    The second value lists the assumed fields as `name=value`; the third what the given config says otherwise than the
+    weights, which win.
+
+    Raises:
+        TensorkeepError: the shapes are no MiniMind model's, or the config cannot be meant for them.
     """
     given = dict(config or {})
     given = {**{new: given[old] for old, new in OLD_FIELDS.items() if old in given}, **given}
@@ -89,7 +92,7 @@ def hf_config(
 
 
 def _geometry(shapes: Mapping[str, tuple[int, ...]], take: _Take, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes, from the shapes; the number of heads where no q_norm tells head_dim."""
+    """Read the model's sizes off its shapes; the number of heads from the config where no q_norm shows head_dim."""
     vocab, hidden = _matrix(shapes, hf.EMBEDDING)
     queries, keys = _matrix(shapes, f"{_FIRST}q_proj.weight")[0], _matrix(shapes, f"{_FIRST}k_proj.weight")[0]
     norm, told = shapes.get(f"{_FIRST}q_norm.weight"), given.get("head_dim")
@@ -126,7 +129,7 @@ def _geometry(shapes: Mapping[str, tuple[int, ...]], take: _Take, given: Mapping
 
 
 def _experts(shapes: Mapping[str, tuple[int, ...]], take: _Take, given: Mapping[str, Any], made: str) -> dict[str, Any]:
-    """The fields of a mixture of experts, under both names that transformers 4 and 5 read."""
+    """Return the fields of a mixture of experts, under both names that transformers 4 and 5 read."""
     if made != "mm3":
         names = ("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "scoring_func", "norm_topk_prob")
         return {k: given[k] for k in names if k in given}
@@ -144,6 +147,7 @@ def _experts(shapes: Mapping[str, tuple[int, ...]], take: _Take, given: Mapping[
 
 
 def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    """Return the shape of a matrix that must be there, [rows, columns]."""
     shape = shapes.get(name)
     if shape is None or len(shape) != 2 or 0 in shape:
         raise TensorkeepError(
@@ -155,4 +159,5 @@ def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
+    """Return one more than the highest number that the pattern finds in a name."""
     return max((int(m.group(1)) for n in names if (m := re.match(pattern, n))), default=-1) + 1

@@ -1,4 +1,4 @@
-"""`opentad`: OpenTAD's names for a detector (ActionFormer on a VideoMAE ViT), and mmaction's for its backbone.
+"""Naming `opentad`: OpenTAD's names for a detector (ActionFormer on a VideoMAE ViT), and mmaction's for its backbone.
 
 Tensors are kept as they are: only path segments differ. `hf` names are here those of our own detector.
 
@@ -13,7 +13,7 @@ Tensors are kept as they are: only path segments differ. `hf` names are here tho
 | rpn_head.* | head.* |
 
 mmaction's VideoMAE files, which OpenTAD starts from, name the same backbone `backbone.*` and add a classifier, which
-has no place in a detector. A sink that holds a backbone alone gets mmaction's names.
+has no place in a detector. An output that holds a backbone alone gets mmaction's names.
 """
 
 from __future__ import annotations
@@ -54,10 +54,17 @@ PRETRAINED_ROOTS = ("state_dict",)
 
 
 def strip_wrapper(name: str) -> str:
-    """Without the `module.` that DDP puts in front.
+    """Remove the `module.` that DDP puts in front of a name.
 
-    >>> strip_wrapper("module.rpn_head.cls_head.bias")
-    'rpn_head.cls_head.bias'
+    Args:
+        name: a stored name.
+
+    Returns:
+        The name without it.
+
+    Example:
+        >>> strip_wrapper("module.rpn_head.cls_head.bias")
+        'rpn_head.cls_head.bias'
     """
     return name.removeprefix("module.")
 
@@ -72,24 +79,38 @@ def recognise(name: str) -> bool:
 
 
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether these are really OpenTAD's: many frameworks have a `backbone` and a `projection`."""
+    """Whether these tensors are really OpenTAD's: many frameworks have a `backbone` and a `projection`."""
     return (
         any(n.startswith(_MARKS) for n in shapes) or len(shapes.get("backbone.patch_embed.projection.weight", ())) == 5
     )
 
 
 def dropped(name: str) -> str | None:
-    """Why a tensor has no place in a detector, or None where it has one."""
+    """Return why a tensor has no place in a detector.
+
+    Args:
+        name: a clean name of an OpenTAD or mmaction file.
+
+    Returns:
+        The reason; None where the tensor has a place.
+    """
     return DROPPED.get(name.partition(".")[0])
 
 
 def to_hf(name: str) -> str | None:
-    """OpenTAD's (or mmaction's) name of a detector's tensor to ours; None where it names none.
+    """Turn OpenTAD's (or mmaction's) name of a detector's tensor into ours.
 
-    >>> to_hf("backbone.model.backbone.blocks.3.mlp.layers.0.0.weight")
-    'backbone.blocks.3.mlp.fc1.weight'
-    >>> to_hf("backbone.patch_embed.projection.bias")
-    'backbone.patch_embed.proj.bias'
+    Args:
+        name: a clean name of the file.
+
+    Returns:
+        Our name; None where the name is none of theirs.
+
+    Example:
+        >>> to_hf("backbone.model.backbone.blocks.3.mlp.layers.0.0.weight")
+        'backbone.blocks.3.mlp.fc1.weight'
+        >>> to_hf("backbone.patch_embed.projection.bias")
+        'backbone.patch_embed.proj.bias'
     """
     if not recognise(name):
         return None
@@ -102,12 +123,20 @@ def to_hf(name: str) -> str | None:
 
 
 def from_hf(name: str, backbone_only: bool = False) -> str | None:
-    """Our name to OpenTAD's (to mmaction's with `backbone_only`); None where OpenTAD has no such tensor.
+    """Turn our name of a detector's tensor into OpenTAD's.
 
-    >>> from_hf("head.scale.0.scale")
-    'rpn_head.scale.0.scale'
-    >>> from_hf("backbone.blocks.0.attn.qkv.lora_A") is None
-    True
+    Args:
+        name: our name.
+        backbone_only: give mmaction's name of a backbone instead.
+
+    Returns:
+        The name in their files; None where they have no such tensor.
+
+    Example:
+        >>> from_hf("head.scale.0.scale")
+        'rpn_head.scale.0.scale'
+        >>> from_hf("backbone.blocks.0.attn.qkv.lora_A") is None
+        True
     """
     segments = tuple(name.split("."))
     if not DETECTOR.match(name) or {"lora_A", "lora_B", "base"} & set(segments):
@@ -120,16 +149,24 @@ def from_hf(name: str, backbone_only: bool = False) -> str | None:
 
 
 def renamer(names: Iterable[str]) -> Any:
-    """`from_hf` for a sink of these (our) names: OpenTAD's, or mmaction's where they are a backbone alone."""
+    """Return the function that names tensors (our names) for OpenTAD, or for mmaction where all are a backbone's."""
     backbone_only = all(n.startswith("backbone.") for n in names)
     return lambda name: from_hf(name, backbone_only)
 
 
 def backbone_segments(segments: Segments, forward: bool) -> Segments:
-    """Segments below the backbone: OpenTAD's and mmaction's to ours (`forward`), or back.
+    """Rename the path segments below a backbone, between OpenTAD's (and mmaction's) spelling and ours.
 
-    >>> backbone_segments(("blocks", "3", "mlp", "fc1", "weight", "absmax"), forward=False)
-    ('blocks', '3', 'mlp', 'layers', '0', '0', 'weight', 'absmax')
+    Args:
+        segments: the name's segments after the backbone.
+        forward: True from theirs to ours, False from ours to theirs.
+
+    Returns:
+        The segments in the other spelling.
+
+    Example:
+        >>> backbone_segments(("blocks", "3", "mlp", "fc1", "weight", "absmax"), forward=False)
+        ('blocks', '3', 'mlp', 'layers', '0', '0', 'weight', 'absmax')
     """
     if segments[0] == "blocks":
         return segments[:2] + _swap(segments[2:], _MLP, forward)
@@ -137,6 +174,7 @@ def backbone_segments(segments: Segments, forward: bool) -> Segments:
 
 
 def _swap(segments: Segments, pairs: tuple[tuple[Segments, Segments], ...], forward: bool) -> Segments:
+    """Replace the first prefix of `segments` that one of the pairs has."""
     for theirs, ours in pairs:
         old, new = (theirs, ours) if forward else (ours, theirs)
         if segments[: len(old)] == old:

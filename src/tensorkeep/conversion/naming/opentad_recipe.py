@@ -1,4 +1,4 @@
-"""The `model` section of a recipe, read off a detector's shapes: OpenTAD's checkpoints carry no config."""
+"""Read the `model` section of a recipe off a detector's shapes: OpenTAD's checkpoints carry no config."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _NEEDED_OF_BACKBONE = {"backbone.patch_embed.proj.weight": 5, "backbone.blocks.0
 
 
 def readable(shapes: Shapes) -> bool:
-    """Whether these are enough of a detector to read its recipe off."""
+    """Whether these shapes are enough of a detector to read its recipe off."""
     has_backbone = any(name.startswith("backbone.") for name in shapes)
     needed = {**_NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {})}
     return all(len(shapes.get(name, ())) == sides for name, sides in needed.items())
 
 
 def read_off(shapes: Shapes) -> tuple[str, list[str]]:
-    """YAML of a detector with these shapes (by our names), and what of it is assumed."""
+    """Return the recipe's YAML for a detector with these shapes (by our names), and a list of what it assumes."""
     import yaml
 
     channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]
@@ -79,6 +79,7 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
 
 
 def _backbone(shapes: Shapes) -> dict[str, Any]:
+    """Return the `backbone` section of a ViT with these shapes."""
     dim, _, tubelet, patch, _ = shapes["backbone.patch_embed.proj.weight"]
     _, positions, _ = shapes.get("backbone.pos_embed", (1, _FRAMES // tubelet * 14 * 14, dim))
     found = [re.fullmatch(r"backbone\.blocks\.(\d+)\.adapter\.gamma", name) for name in shapes]
@@ -104,6 +105,7 @@ def _backbone(shapes: Shapes) -> dict[str, Any]:
 
 
 def _adapter(shapes: Shapes, prefix: str, dim: int) -> dict[str, Any]:
+    """Return the `adapter` section for the adapter under `prefix`."""
     rank = shapes.get(f"{prefix}.down_proj.lora_A")
     if rank is not None:
         width = shapes[f"{prefix}.down_proj.lora_B"][0]
@@ -114,7 +116,7 @@ def _adapter(shapes: Shapes, prefix: str, dim: int) -> dict[str, Any]:
 
 
 def _ratio(width: int, dim: int) -> float:
-    """What `int(dim * ratio)` turns into `width` again."""
+    """Return a ratio that `int(dim * ratio)` turns into `width` again."""
     return width / dim if int(dim * (width / dim)) == width else (width + 0.5) / dim
 
 

@@ -1,4 +1,4 @@
-"""The row permutation between RoPE layouts, from a config: which rows make up a head, and how many of them turn."""
+"""Work out, from a config, how rows of q and k are reordered between RoPE layouts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from tensorkeep.errors import TensorkeepError
 
 
 def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple[int, ...]) -> RowPermutation:
-    """The permutation of q/k for this config. head_dim is read where the config has it, derived otherwise.
+    """Return the row permutation of q and k that this config asks for.
 
-    `to`: "pairs" (torchtitan's llama3, Meta, MiniMind of early 2025) or "half" (transformers). Raises TensorkeepError
-    C03 without a config: shapes alone do not tell the size of a head.
+    Args:
+        config: as config.json has it (MiniMind's old field names too); head_dim is derived where it is not given.
+        to: the layout to reach, "pairs" (Meta, torchtitan's llama3, MiniMind of early 2025) or "half" (transformers).
+        name: the tensor's name, for errors.
+        shape: the tensor's shape; its rows must be whole heads.
+
+    Returns:
+        The permutation of the rows of each head.
+
+    Raises:
+        TensorkeepError: C03 without a config, since shapes do not tell the size of a head; C01 where rows are not whole
+            heads of that size.
     """
     given = dict(config or {})
     own = {**given, **{new: given[old] for old, new in minimind.OLD_FIELDS.items() if old in given}}
@@ -40,7 +50,14 @@ def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple
 
 
 def partial_rotary(config: Mapping[str, Any]) -> float:
-    """The part of a head that RoPE turns: a field of its own in transformers 4, within rope_parameters in 5."""
+    """Return the fraction of a head's rows that RoPE turns.
+
+    Args:
+        config: as config.json has it; transformers 4 keeps the fraction as a field of its own, 5 in `rope_parameters`.
+
+    Returns:
+        A number in (0, 1]; 1 where the config says nothing.
+    """
     nested = config.get("rope_parameters")
     for place in (config, nested if isinstance(nested, Mapping) else {}):
         value = place.get("partial_rotary_factor")

@@ -1,8 +1,8 @@
-"""Tables of names: a row pairs a scheme's name with the hf name, and says whether rows or experts move.
+"""Match names against tables: a row pairs a naming's name with the hf name, and says how rows or experts differ.
 
-`{n}` is a layer, `{e}` an expert. A row stands for the module; its last segment (`weight`, `bias`, ...) is carried
-over. `rope` marks projections (and the norms on them) whose rows follow the RoPE layout. `stacked` means that the
-scheme keeps all experts of hf in one tensor, expert first.
+`{n}` stands for a layer's number, `{e}` for an expert's. A row names a module; the last segment (`weight`, `bias`,
+...) is carried over. `rope` marks projections (and the norms on them) whose rows follow the RoPE layout. `stacked`
+means that the naming keeps all experts of hf in one tensor, expert first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
+    """One row of a naming's table: its own name, the hf name, and how the tensors differ."""
+
     own: str
     hf: str
     rope: bool = False
@@ -21,7 +23,7 @@ class Row(NamedTuple):
 
 
 class Link(NamedTuple):
-    """One name of a scheme and its hf name. `expert`: the slice of a stacked tensor that it is."""
+    """One stored name and its hf name; `expert` is the slice of a stacked tensor that the hf tensor is."""
 
     own: str
     hf: str
@@ -31,17 +33,28 @@ class Link(NamedTuple):
 
 @cache
 def _pattern(text: str, leaf: bool) -> re.Pattern[str]:
+    """Return the regular expression of a table's name, with or without a last segment."""
     body = re.escape(text).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
     return re.compile(body + (r"\.(?P<leaf>[A-Za-z_0-9]+)" if leaf else "") + r"\Z")
 
 
 def _fill(text: str, found: dict[str, str], leaf: bool) -> str:
+    """Put the matched numbers and the last segment into the other naming's name."""
     made = text.replace("{n}", found.get("n", "")).replace("{e}", found.get("e", ""))
     return f"{made}.{found['leaf']}" if leaf else made
 
 
 def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | None:
-    """The hf names of one own name: one, or `experts` of them for a stacked tensor; None where no row fits."""
+    """Look a naming's own name up in its table.
+
+    Args:
+        name: a clean stored name.
+        rows: the naming's table.
+        experts: how many experts a stacked tensor holds, which is its first dimension.
+
+    Returns:
+        The hf name, or one for each expert of a stacked tensor; None where no row fits.
+    """
     for row in rows:
         match = _pattern(row.own, not row.stacked).match(name)
         if match:
@@ -56,7 +69,15 @@ def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | N
 
 
 def from_hf(name: str, rows: Sequence[Row]) -> Link | None:
-    """The own name of one hf name; None where no row fits."""
+    """Look an hf name up in a naming's table.
+
+    Args:
+        name: an hf name.
+        rows: the naming's table.
+
+    Returns:
+        The naming's own name for it; None where no row fits.
+    """
     for row in rows:
         match = _pattern(row.hf, True).match(name)
         if match:
@@ -69,4 +90,5 @@ def from_hf(name: str, rows: Sequence[Row]) -> Link | None:
 
 
 def fits(name: str, rows: Iterable[Row]) -> bool:
+    """Whether any row of a table has this (own) name."""
     return any(_pattern(row.own, not row.stacked).match(name) for row in rows)

@@ -1,8 +1,8 @@
-"""`torchtitan`: the names of torchtitan 0.3 (`layers.0.attention.qkv_linear.wq.weight`, `lm_head.weight`).
+"""Naming `torchtitan`: the names of torchtitan 0.3 (`layers.0.attention.qkv_linear.wq.weight`, `lm_head.weight`).
 
 Two families, after torchtitan's own state dict adapters: llama3 (complex RoPE on interleaved pairs, so q/k rows are
 permuted) and qwen3 (cos/sin RoPE on halves, no permutation; experts stacked). torchtitan has no model for other
-architectures, and its loader never asks for tensors its model lacks: both are said by name, see `slots`.
+architectures, and its loader never asks for tensors its model lacks: conversions say both by name (K07).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MODEL_TYPES = {"llama": "llama3", "qwen3": "qwen3", "qwen3_moe": "qwen3"}
 
 
 def rows(attention: str, head: str, experts: Sequence[Row], rope: bool) -> list[Row]:
-    """The table of one family; eras differ in where q/k/v live, in the head's name and in the experts'."""
+    """Return the table of one family; versions differ in where q/k/v live, in the head's name and in the experts'."""
     return [
         Row("tok_embeddings", "model.embed_tokens"),
         Row(f"layers.{{n}}.attention.{attention}wq", "model.layers.{n}.self_attn.q_proj", rope),
@@ -40,6 +40,7 @@ def rows(attention: str, head: str, experts: Sequence[Row], rope: bool) -> list[
 
 
 def experts(prefix: str, w1: str, w2: str, w3: str) -> list[Row]:
+    """Return the rows of the stacked experts' three projections."""
     return [
         Row(f"layers.{{n}}.moe.{prefix}.{w1}", "model.layers.{n}.mlp.experts.{e}.gate_proj", stacked=True),
         Row(f"layers.{{n}}.moe.{prefix}.{w3}", "model.layers.{n}.mlp.experts.{e}.up_proj", stacked=True),
@@ -57,14 +58,16 @@ COMPUTED = ("freqs_cis", "rope_cache", "rope.cache")
 
 
 def recognise(name: str) -> bool:
+    """Whether a (clean) name is one of torchtitan's own."""
     # `norm` and `lm_head` are everybody's; they count once something of our own stands beside them
     return name in COMPUTED or (fits(name, FAMILIES["qwen3"]) and not name.startswith("lm_head."))
 
 
 def family(names: Iterable[str], config: dict[str, Any] | None) -> str:
-    """Which family's table holds, from config and from the norms on q and k (own or hf names).
+    """Tell which family's table holds, from the config and from norms on q and k (own or hf names).
 
-    Raises TensorkeepError for an architecture that torchtitan has no model for.
+    Raises:
+        TensorkeepError: torchtitan has no model for this architecture, or its llama3 has no place for the norms (K07).
     """
     kind = (config or {}).get("model_type")
     names = list(names)
@@ -85,5 +88,13 @@ def family(names: Iterable[str], config: dict[str, Any] | None) -> str:
 
 
 def dropped_by_loader(own: str, named: str) -> bool:
-    """Whether torchtitan's model has no place for a tensor that carries a name of the table (K07): any bias."""
+    """Whether torchtitan's loader would leave a tensor of the table out without a word, as it does with every bias.
+
+    Args:
+        own: torchtitan's name of the tensor.
+        named: the family, "llama3" or "qwen3".
+
+    Returns:
+        True where the model has no place for it (K07).
+    """
     return own.endswith(".bias")

@@ -1,4 +1,4 @@
-"""`torchtitan-0.2`: the names up to torchtitan v0.2.2 (`attention.wq.weight`, `output.weight`), also Meta's own."""
+"""Naming `torchtitan-0.2`: torchtitan's names up to v0.2.2 (`attention.wq.weight`, `output.weight`), also Meta's."""
 
 from __future__ import annotations
 
@@ -13,4 +13,5 @@ FAMILIES = {"llama3": rows("", "output", [], rope=True), "qwen3": rows("", "outp
 
 
 def recognise(name: str) -> bool:
+    """Whether a (clean) name is one of torchtitan's before 0.3, or of Meta's."""
     return name in COMPUTED or fits(name, FAMILIES["qwen3"])

@@ -1,4 +1,4 @@
-"""`videomae`: names in VideoMAE's and VideoMAEv2's own files, and the way in from transformers' VideoMAE.
+"""Naming `videomae`: VideoMAE's and VideoMAEv2's own files, and the way in from transformers' VideoMAE.
 
 Our backbone uses the original's names below `backbone.`. A fine-tuned file adds a classifier (`head.*`); a
 pre-training file puts `encoder.` in front and adds a decoder. Both store no position table: it is a fixed sinusoid,
@@ -70,25 +70,39 @@ def recognise(name: str) -> bool:
 
 
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether these are really a video model's: image transformers share most of the names."""
+    """Whether tensors of these shapes are a video model's: image transformers share most of the names."""
     return any(len(shapes.get(name, ())) == 5 for name in _PATCH_EMBEDS)
 
 
 def dropped(name: str) -> str | None:
-    """Why a tensor of an original or transformers file has no place in a detector, or None where it has one.
+    """Return why a tensor of an original or transformers file has no place in a detector.
 
-    >>> dropped("head.weight")
-    'classifier of an action recognition model; a detector has its own head'
+    Args:
+        name: a clean name of the file.
+
+    Returns:
+        The reason; None where the tensor has a place.
+
+    Example:
+        >>> dropped("head.weight")
+        'classifier of an action recognition model; a detector has its own head'
     """
     bare = name.removeprefix("videomae.")
     return DROPPED.get(bare.removeprefix("encoder.").partition(".")[0])
 
 
 def to_hf(name: str) -> str | None:
-    """A name of an original or transformers file to ours; None where it is dropped or unknown.
+    """Turn a name of an original or transformers file into ours.
 
-    >>> to_hf("encoder.blocks.0.attn.qkv.weight"), to_hf("videomae.encoder.layer.0.output.dense.bias")
-    ('backbone.blocks.0.attn.qkv.weight', 'backbone.blocks.0.mlp.fc2.bias')
+    Args:
+        name: a clean name of the file.
+
+    Returns:
+        Our name; None where the tensor is dropped or unknown.
+
+    Example:
+        >>> to_hf("encoder.blocks.0.attn.qkv.weight"), to_hf("videomae.encoder.layer.0.output.dense.bias")
+        ('backbone.blocks.0.attn.qkv.weight', 'backbone.blocks.0.mlp.fc2.bias')
     """
     if recognise(name):
         return None if dropped(name) else f"backbone.{name.removeprefix('encoder.')}"
@@ -103,17 +117,24 @@ def to_hf(name: str) -> str | None:
 
 
 def third(name: str) -> int | None:
-    """Which third of the rows of our fused `qkv` a tensor of a transformers file is; None for a whole tensor.
+    """Return which third of the rows of our fused `attn.qkv.weight` a tensor of a transformers file is.
 
-    >>> third("videomae.encoder.layer.0.attention.attention.key.weight")
-    1
+    Args:
+        name: a clean name of the file.
+
+    Returns:
+        0 for query, 1 for key, 2 for value; None for a whole tensor.
+
+    Example:
+        >>> third("videomae.encoder.layer.0.attention.attention.key.weight")
+        1
     """
     found = re.search(r"\.attention\.attention\.(query|key|value)\.weight\Z", name)
     return _THIRDS.index(found[1]) if found else None
 
 
 def from_hf(name: str) -> str | None:
-    """Our name of a backbone tensor to the original's (fine-tuned layout); None for anything else.
+    """Turn our name of a backbone tensor into the original's (of a fine-tuned file); None for anything else.
 
     >>> from_hf("backbone.patch_embed.proj.weight")
     'patch_embed.proj.weight'
@@ -123,5 +144,5 @@ def from_hf(name: str) -> str | None:
 
 
 def renamer(_names: Iterable[str]) -> Any:
-    """`from_hf`, whatever else the sink holds."""
+    """Return `from_hf`, which names a tensor whatever else is written."""
     return from_hf
