@@ -1,7 +1,7 @@
-"""One thread for BLAS while several of ours compute: nested threads made merges ten times slower (OpenBLAS, 2 cores).
+"""Hold OpenBLAS to one thread while several threads of ours compute: nested threads made merges ten times slower.
 
-numpy has no call for it. Its wheels bring OpenBLAS, whose own call is found in the loaded library; where another BLAS
-is used, nothing is changed.
+(Measured with OpenBLAS on 2 cores.) numpy has no call for it. Its wheels bring OpenBLAS, whose own call is found in
+the loaded library; where another BLAS is used, nothing is changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PREFIXES, SUFFIXES = ("scipy_openblas", "openblas"), ("64_", "")
 
 
 def _libraries() -> list[ctypes.CDLL]:
-    """OpenBLAS as it is loaded into this process (Linux; elsewhere none is found)."""
+    """Return OpenBLAS as it is loaded into this process (on Linux; elsewhere none is found)."""
     maps = Path("/proc/self/maps")
     paths = (
         {line.split()[-1] for line in maps.read_text().splitlines() if "openblas" in line} if maps.exists() else set()
@@ -25,7 +25,7 @@ def _libraries() -> list[ctypes.CDLL]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it, a matrix product runs on the thread that asks for it.
+    """Run every matrix product inside the block on the thread that asks for it.
 
     >>> with one_thread():
     ...     pass

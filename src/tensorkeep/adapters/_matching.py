@@ -1,7 +1,8 @@
-"""Which weight of the base each part of an adapter belongs to, and how its rows lie there; A01 where there is none.
+"""Find the base's weight that each part of an adapter changes, and how its rows lie there.
 
 Adapters are spoken of by hf names; the base keeps its own (Meta's, torchtitan's), perhaps with rows in the other RoPE
-layout or experts stacked. A term says what is added to which rows of which stored tensor.
+layout or experts stacked. A `Term` says what is added to which rows of which stored tensor. A part without a place in
+the base is an error (A01).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tensorkeep.storage.record import FROM_TORCH, TensorRecord
 
 @dataclass
 class WeightedAdapter:
-    """One adapter with its weight in the sum, and how it was named on the command line."""
+    """One adapter of a merge: what it is multiplied by, its digest, and the path it was named by."""
 
     adapter: Adapter
     weight: float = 1.0
@@ -34,16 +35,17 @@ class WeightedAdapter:
 
     @property
     def path(self) -> str:
+        """The path that the adapter was named by."""
         return self.adapter.view.path
 
 
 @dataclass
 class MergeBase:
-    """The base by hf name, and the records and computed tensors of the view that is being built."""
+    """The base of a merge by hf name, and the records and computed tensors of the merged view as it is built."""
 
     view: StateView
     config: Mapping[str, Any] | None
-    hub: dict[str, HfTensor]
+    hf_tensors: dict[str, HfTensor]
     weights: dict[str, QuantizedWeight]
     records: dict[str, TensorRecord]
     dtype: str | None
@@ -53,14 +55,14 @@ class MergeBase:
 
 
 def computed_tensor(state: MergeBase, stored: str, name: str | None = None) -> ComputedTensor:
-    """The computed tensor over one stored one, made on first use; `name` makes another one of it."""
+    """Return the computed tensor over a stored one, made on first use; another `name` makes another one of it."""
     record, weight = state.view[stored], state.weights.get(stored)
     name = name or (weight.stands_for if weight is not None else stored)
     if name in state.made:
         return state.made[name]
     shape = weight.shape if weight is not None and weight.shape is not None else record.shape
-    hub = next((h for h in state.hub.values() if h.parts[0].name == stored), None)
-    stacked = hub is not None and hub.parts[0].rows is not None
+    tensor = next((h for h in state.hf_tensors.values() if h.parts[0].name == stored), None)
+    stacked = tensor is not None and tensor.parts[0].rows is not None
     width = math.prod(shape[2:] if stacked else shape[1:])
     dtype = checked_dtype(record, state.dtype or _float_dtype(state, record, weight))
     if name != stored and weight is not None:
@@ -68,7 +70,7 @@ def computed_tensor(state: MergeBase, stored: str, name: str | None = None) -> C
     state.records[name] = TensorRecord(
         name, dtype, tuple(shape), record.blocks, record.tied_to if name != hf.HEAD else None
     )
-    through = state.through.get(hub.name) if hub else None
+    through = state.through.get(tensor.name) if tensor else None
     made = ComputedTensor(
         stored, math.prod(shape) // max(width, 1), width, [], weight, through, shape[1] if stacked else 1
     )
@@ -77,7 +79,7 @@ def computed_tensor(state: MergeBase, stored: str, name: str | None = None) -> C
 
 
 def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight | None) -> str:
-    """What a dequantized weight was before: its state says it, or else the tensors around it do."""
+    """Return the dtype that a weight had before it was quantized, as its state or the tensors around it say."""
     if weight is None:
         return record.dtype
     if weight.dtype in FROM_TORCH:
@@ -86,11 +88,15 @@ def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight
     return max(sorted(set(around)), key=around.count) if around else "BF16"
 
 
-# -- what an adapter does to which weight ---------------------------------------------------------------------------------
+# -- what an adapter does to which weight --------------------------------------------------------------------------
 
 
 def terms_of(state: MergeBase, number: int, source: WeightedAdapter) -> dict[str, Term]:
-    """hf name -> what the adapter does to it. Raises TensorkeepError A01 where a module has no place in the base."""
+    """Return what an adapter does to each hf tensor that it changes.
+
+    Raises:
+        TensorkeepError: A01 where a module has no place in the base.
+    """
     adapter = source.adapter
     wanted: dict[str, tuple[str, str]] = {f"{m}.weight": ("pair", m) for m in adapter.pairs}
     wanted |= {f"{m}.weight": ("embedding", m) for m in adapter.embeddings}
@@ -98,7 +104,7 @@ def terms_of(state: MergeBase, number: int, source: WeightedAdapter) -> dict[str
     saved = {n: ("saved", n) for n in adapter.saved}
     both = sorted(set(wanted) & set(saved))
     for name in both:  # PEFT keeps the base's own copy of an embedding beside the pair on it
-        if state.hub.get(name) is None or not _same_values(state, name, adapter):
+        if state.hf_tensors.get(name) is None or not _same_values(state, name, adapter):
             raise TensorkeepError(
                 f"{name} has a low-rank pair and a whole tensor that is not the base's",
                 where=source.path,
@@ -107,21 +113,25 @@ def terms_of(state: MergeBase, number: int, source: WeightedAdapter) -> dict[str
             )
         del saved[name]
     wanted |= saved
-    missing = sorted(n for n in wanted if n not in state.hub)
+    missing = sorted(n for n in wanted if n not in state.hf_tensors)
     if missing:
         _refuse_missing(state, source, missing, len(wanted))
     return {name: _term(state, number, source, name, kind, inner) for name, (kind, inner) in wanted.items()}
 
 
 def _refuse_missing(state: MergeBase, source: WeightedAdapter, missing: list[str], total: int) -> None:
-    close = near_misses(missing[0], state.hub) or near_misses(missing[0].removeprefix("model."), state.hub)
+    """Stop: tensors that the adapter changes are not in the base. The hint names the nearest ones that are."""
+    close = near_misses(missing[0], state.hf_tensors) or near_misses(
+        missing[0].removeprefix("model."), state.hf_tensors
+    )
     more = (
         "no adapter weight fits: is it of another model?"
         if len(missing) == total
         else "compare names with: tensorkeep inspect"
     )
     raise TensorkeepError(
-        f"{len(missing)} of the {total} tensors it changes are not in the base {state.view.path}: {', '.join(grouped(missing)[:4])}",
+        f"{len(missing)} of the {total} tensors it changes are not in the base {state.view.path}: "
+        f"{', '.join(grouped(missing)[:4])}",
         where=source.path,
         code="A01",
         tensors=missing,
@@ -130,28 +140,29 @@ def _refuse_missing(state: MergeBase, source: WeightedAdapter, missing: list[str
 
 
 def _same_values(state: MergeBase, name: str, adapter: Adapter) -> bool:
-    """Whether a saved copy of a base tensor is that tensor; the dtype may be wider."""
-    part, stored = state.hub[name].parts[0], adapter.saved[name]
-    if state.hub[name].shape != adapter.view[stored].shape or part.permutes:
+    """Whether an adapter's saved copy of a base tensor is that tensor; its dtype may be wider."""
+    part, stored = state.hf_tensors[name].parts[0], adapter.saved[name]
+    if state.hf_tensors[name].shape != adapter.view[stored].shape or part.permutes:
         return False
     mine, theirs = adapter.view.array(stored), state.view.array(part.name)
     return bool((mine.astype(theirs.dtype) == theirs).all())
 
 
 def _term(state: MergeBase, number: int, source: WeightedAdapter, name: str, kind: str, inner: str) -> Term:
-    hub, adapter = state.hub[name], source.adapter
-    if len(hub.parts) != 1:
+    """Return what one part of an adapter does to a stored tensor: which rows, in which order, by which scale."""
+    tensor, adapter = state.hf_tensors[name], source.adapter
+    if len(tensor.parts) != 1:
         raise TensorkeepError(
-            f"{name} lies in {len(hub.parts)} tensors of the base",
+            f"{name} lies in {len(tensor.parts)} tensors of the base",
             where=state.view.path,
             code="A01",
             hint="convert the base to hf first: tensorkeep convert BASE OUT --to hf",
         )
-    part = hub.parts[0]
+    part = tensor.parts[0]
     weight = state.weights.get(part.name)
-    shape = weight.shape if weight is not None and weight.shape is not None else hub.shape
+    shape = weight.shape if weight is not None and weight.shape is not None else tensor.shape
     transposed = _orientation(state, source, name, kind, inner, shape)
-    turn = (rope_rows(state.config, "half", name, hub.shape),) if inner in adapter.turned else ()
+    turn = (rope_rows(state.config, "half", name, tensor.shape),) if inner in adapter.turned else ()
     back = tuple(p.inverse() for p in reversed(part.permutes))
     permutes = () if turn and back and turn[0] == back[0].inverse() else (*turn, *back)
     rows = shape[0] if shape else 1
@@ -163,7 +174,7 @@ def _term(state: MergeBase, number: int, source: WeightedAdapter, name: str, kin
 def _orientation(
     state: MergeBase, source: WeightedAdapter, name: str, kind: str, inner: str, shape: tuple[int, ...]
 ) -> bool:
-    """Whether the base keeps the weight [in, out]. Raises TensorkeepError A01 where the shapes do not fit."""
+    """Whether the base keeps the weight transposed, [in, out]; stop (A01) where the shapes do not fit."""
     adapter, view = source.adapter, source.adapter.view
     if kind in ("saved", "bias"):
         made = view[adapter.saved[inner] if kind == "saved" else adapter.biases[inner]].shape

@@ -1,11 +1,11 @@
-"""A view of base weights with adapters added in, computed while it streams: what `merge` plans and writes from.
+"""A view of base weights with adapters added in, computed while it streams; a merge plans and writes from it.
 
     W' = round(W + sum_i weight_i · (s_i · B_i A_i))              LoRA, rsLoRA
     W' = round(W + sum_i weight_i · (m_i · V_i / |V_i| - W)),  V_i = W + s_i · B_i A_i      DoRA (arXiv 2402.09353)
 
-Everything is float64 until the one rounding to the sink's dtype, so the result does not depend on chunks, threads or
-the order of adapters (a product of two float32 is exact in float64). The sum of several DoRA updates is against the
-base, as PEFT's forward has it. Rows are those of the base's own file; an adapter's rows are permuted to them.
+Everything is float64 until the one rounding to the output's dtype, so the result does not depend on chunks, threads
+or the order of adapters (a product of two float32 is exact in float64). The sum of several DoRA updates is against
+the base, as PEFT's forward has it. Rows are those of the base's own file; an adapter's rows are permuted to them.
 
 A chunk of rows is held, never a tensor: peak memory is the factors of the tensors in flight and a few chunks.
 """
@@ -38,9 +38,16 @@ _ROUNDED = ("F64", "F32", "F16", "BF16")  # the dtypes a merged weight is rounde
 class Term(NamedTuple):
     """What one adapter does to some rows of one stored tensor of the base.
 
-    `kind` is pair (LoRA, DoRA), embedding, bias (lora_bias) or saved (the tensor is replaced). `name` is the adapter's
-    module, or a whole tensor's clean name. `transposed`: the base keeps [in, out]. `permutes` bring the adapter's
-    rows into the order of the base's file. `number` counts adapters. `first`, `length`: its rows, in a stack of experts.
+    Args:
+        number: which adapter, by its place in the merge.
+        adapter: the adapter.
+        kind: "pair" (LoRA, DoRA), "embedding", "bias" (lora_bias) or "saved" (the tensor is replaced).
+        name: the adapter's module, or a whole tensor's clean name.
+        weight: what the whole adapter is multiplied by.
+        scale: what B A is multiplied by: alpha / r.
+        transposed: whether the base keeps [in, out].
+        permutes: bring the adapter's rows into the order of the base's file.
+        first, length: its rows of the stored tensor, in a stack of experts.
     """
 
     number: int
@@ -56,6 +63,7 @@ class Term(NamedTuple):
 
     @property
     def magnitude(self) -> str | None:
+        """The stored name of DoRA's magnitudes; None without DoRA."""
         return self.adapter.magnitudes.get(self.name) if self.kind in ("pair", "embedding") else None
 
 
@@ -63,8 +71,14 @@ class Term(NamedTuple):
 class ComputedTensor:
     """A tensor that is computed: its rows [count, width] come from `source` and change by `terms`.
 
-    `weight` describes the source where it is quantized. `through` is the quantization that a float source is sent
-    through, since the adapter was trained on its result. `steps` rows make one step of the first dimension.
+    Args:
+        source: stored name in the base.
+        count: number of rows.
+        width: elements of a row.
+        terms: what the adapters do to it.
+        weight: describes the source where it is quantized.
+        through: the quantization that a float source is sent through, since the adapter was trained on its result.
+        steps: rows that make one step of the first dimension.
     """
 
     source: str
@@ -87,7 +101,7 @@ class ComputedTensor:
 
 @dataclass
 class Moved:
-    """Sums over one merged tensor: of W², of (W' - W)², of the update with W and itself, for the report."""
+    """Sums over one merged tensor, for the report: of W², of (W' - W)², of the update with W and with itself."""
 
     weight: float = 0.0
     change: float = 0.0
@@ -101,7 +115,7 @@ class Moved:
     blocks: list[tuple[Array, Array]] = field(default_factory=list)  # absmax and <level, dW> a block, for double scales
 
     def share(self, index: int, module: str) -> Share | None:
-        """How much of an adapter's update the base held before."""
+        """Return how much of an adapter's update the base held before the merge; None where the update is zero."""
         dot, square = self.shares.get(index, [0.0, 0.0])
         if square <= 0 or self.weight <= 0:
             return None
@@ -111,7 +125,7 @@ class Moved:
 
 @dataclass(eq=False)
 class MergedView(StateView):
-    """The base as it is after the merge. `made` names what is computed; everything else streams as it is stored."""
+    """The base as it is after the merge: the tensors in `made` are computed, all others stream as they are stored."""
 
     base: StateView | None = None
     made: dict[str, ComputedTensor] = field(default_factory=dict)
@@ -121,6 +135,7 @@ class MergedView(StateView):
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
     ) -> Iterator[memoryview]:
+        """Yield a tensor's bytes in chunks, computed where the merge changes it; arguments as of `StateView.stream`."""
         made, record = self.made.get(name), self.records[name]
         assert self.base is not None
         if made is None:
@@ -141,7 +156,7 @@ class MergedView(StateView):
 def _merged_rows(
     base: StateView, made: ComputedTensor, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None
 ) -> Iterator[Array]:
-    """Rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
+    """Yield rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
     kind = made.requantized if moved is not None else None
     aligned = math.lcm(unit, _rows_of_whole_blocks(made, kind), _rows_of_whole_blocks(made, made.through))
     parts = [(t, *_factors(t), _lengths(base, made, t)) for t in made.terms]
@@ -172,7 +187,7 @@ def _merged_rows(
 def _dora(
     weights: Array, change: Array, magnitude: Array, lengths: Array | None, mine: slice, transposed: bool
 ) -> Array:
-    """m · V / |V| - W for some rows; `lengths` are |V| where they run over columns."""
+    """Return m · V / |V| - W for some rows; `lengths` are |V| where they run over columns."""
     grown = weights + change
     if transposed:
         return np.asarray(grown * (magnitude / lengths) - weights)
@@ -180,7 +195,7 @@ def _dora(
 
 
 def round_to(values: Array, dtype: str) -> Array:
-    """float64 values in `dtype`, to nearest even, rounded once.
+    """Round float64 values to `dtype`, to nearest even, once.
 
     numpy rounds float64 to bfloat16 by way of float32, which errs where the float32 lies between two bfloat16 and
     the float64 does not: those few are moved off the middle first.
@@ -203,7 +218,10 @@ def round_to(values: Array, dtype: str) -> Array:
 def _base_rows(
     base: StateView, made: ComputedTensor, rows: tuple[int, int], unit: int, moved: Moved | None = None
 ) -> Iterator[tuple[int, Array]]:
-    """Rows [n, width] of what the adapter was trained on, as floats: stored, dequantized, or sent through a quantization."""
+    """Yield rows [n, width] of what the adapter was trained on, as floats.
+
+    They are stored floats, dequantized codes, or floats sent through a quantization.
+    """
     step = max(_ELEMENTS // max(made.width, 1) // unit, 1) * unit
     if made.weight is not None:
         yield from _dequantized(base, made, rows, step)
@@ -234,6 +252,7 @@ def _base_rows(
 
 
 def _plain(base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:
+    """Yield stored float rows and the number of the first one."""
     record = base[made.source]
     size = max(made.width * DTYPES[record.dtype].bits // 8, 1)
     outer = rows[0] // made.steps, -(-rows[1] // made.steps)
@@ -249,7 +268,7 @@ def _plain(base: StateView, made: ComputedTensor, rows: tuple[int, int], step: i
 def _dequantized(
     base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int
 ) -> Iterator[tuple[int, Array]]:
-    """The codes' flat values, regrouped into whole rows of [rows[0], rows[1])."""
+    """Yield the values of quantized codes, regrouped into whole rows of [rows[0], rows[1])."""
     assert made.weight is not None
     waiting, at = np.empty(0, np.float32), 0
     for _, values in quantized.stream_values(base, made.weight):
@@ -262,13 +281,14 @@ def _dequantized(
 
 
 def _within(at: int, values: Array, rows: tuple[int, int]) -> Iterator[tuple[int, Array]]:
+    """Yield the part of a run of rows that lies in the range asked for."""
     low, high = max(rows[0], at), min(rows[1], at + len(values))
     if low < high:
         yield low, values[low - at : high - at]
 
 
 def _rows_of_whole_blocks(made: ComputedTensor, kind: Kind | None) -> int:
-    """How many rows hold whole blocks of a 4-bit quantization, which lie flat over rows."""
+    """Return how many rows hold whole blocks of a 4-bit quantization, whose blocks lie flat over rows."""
     return kind.block // math.gcd(kind.block, made.width) if kind is not None and kind.kind in LEVELS else 1
 
 
@@ -276,9 +296,10 @@ def _rows_of_whole_blocks(made: ComputedTensor, kind: Kind | None) -> int:
 
 
 def _factors(term: Term) -> tuple[Array, Array, Array | None]:
-    """left [rows, r] (times the scale) and right [r, width] in float64, and DoRA's magnitudes; a whole tensor as left.
+    """Return an update's factors in float64: left [rows, r] times the scale, right [r, width], and DoRA's magnitudes.
 
-    A of a convolution is [r, in, *kernel], B [out, r, 1...]; of an embedding A is [r, rows], B [width, r].
+    A whole tensor is returned as left. A of a convolution is [r, in, *kernel], B [out, r, 1...]; of an embedding A is
+    [r, rows], B [width, r].
     """
     view, none = term.adapter.view, np.zeros((1, 0))
     if term.kind in ("saved", "bias"):
@@ -296,7 +317,7 @@ def _factors(term: Term) -> tuple[Array, Array, Array | None]:
 
 
 def permuted(values: Array, permutes: tuple[RowPermutation, ...]) -> Array:
-    """Rows of whole heads in another RoPE layout."""
+    """Reorder the rows of whole heads into another RoPE layout."""
     for rows in permutes:
         heads = values.reshape(-1, rows.block, *values.shape[1:])
         values = heads[:, rows.order()].reshape(values.shape)
@@ -304,7 +325,7 @@ def permuted(values: Array, permutes: tuple[RowPermutation, ...]) -> Array:
 
 
 def _lengths(base: StateView, made: ComputedTensor, term: Term) -> Array | None:
-    """|V| by column, which needs a pass of its own: DoRA where the base keeps [in, out] (Conv1D, embeddings)."""
+    """Return |V| by column, which needs a pass of its own: DoRA where the base keeps [in, out] (Conv1D, embeddings)."""
     if term.magnitude is None or not term.transposed:
         return None
     left, right, _ = _factors(term)
@@ -318,17 +339,20 @@ def _lengths(base: StateView, made: ComputedTensor, term: Term) -> Array | None:
 
 
 def _square(values: Array) -> float:
+    """Return the sum of squares."""
     flat = values.reshape(-1)
     return float(np.dot(flat, flat))
 
 
 def _count_share(moved: Moved, index: int, weights: Array, change: Array) -> None:
+    """Add the products that tell how much of an adapter's update the base held before."""
     sums = moved.shares.setdefault(index, [0.0, 0.0])
     sums[0] += float(np.dot(weights.reshape(-1), change.reshape(-1)))
     sums[1] += _square(change)
 
 
 def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: Kind | None) -> None:
+    """Add some rows to the sums of the report."""
     update = total - weights
     moved.size += weights.size
     moved.weight += _square(weights)
@@ -350,7 +374,7 @@ def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: K
 
 
 def _close(moved: Moved, made: ComputedTensor) -> None:
-    """Double quantization needs the scales of the whole tensor: they are known now."""
+    """Add what double quantization keeps, which needs the scales of the whole tensor."""
     kind = made.requantized
     if moved.blocks and kind is not None:
         scales = quant_encoding.stored_scales(np.concatenate([a for a, _ in moved.blocks]), kind.double)
@@ -359,7 +383,7 @@ def _close(moved: Moved, made: ComputedTensor) -> None:
 
 
 def checked_dtype(record: TensorRecord, dtype: str) -> str:
-    """`dtype` if weights can be rounded to it. Raises TensorkeepError otherwise."""
+    """Return `dtype` if weights can be rounded to it, or stop."""
     if dtype not in _ROUNDED:
         raise TensorkeepError(
             f"{record.name} would be merged into {dtype}, which needs scales",

@@ -1,7 +1,7 @@
-"""Adapters of a live model as files: `adapter.safetensors` and `adapter_config.json`, with the base they belong to.
+"""Save and load the adapter of a live model: `adapter.safetensors` and `adapter_config.json`.
 
-Tensor names and config fields are PEFT's, so its readers and ours understand both; beside them stand the digest of the
-base's checkpoint and how the base was quantized, and a load onto anything else is an error.
+Tensor names and config fields are PEFT's, so its readers and ours understand both. Beside them the config holds the
+digest of the base's checkpoint and how the base was quantized; a load onto any other base is an error.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight\Z")
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that trains, under PEFT's names: `base_model.model.<module>.lora_A.weight [r, in]`, `lora_B` [out, r].
+    """Return everything that trains, under PEFT's names.
 
+    A pair is `base_model.model.<module>.lora_A.weight` [r, in] and `lora_B.weight` [out, r].
     Other trainable parameters (a head, norms) come along as PEFT keeps its `modules_to_save`. Shards are gathered: call
     it on every process.
     """
@@ -56,7 +57,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def adapter_config(
     model: nn.Module, base_digest: str | None = None, base: str | None = None, task: str | None = "CAUSAL_LM"
 ) -> dict[str, Any]:
-    """PEFT's config of the model's adapter; `base_digest` and `quantization` (kind, block, double) are ours."""
+    """Return PEFT's config of the model's adapter; `base_digest` and `quantization` are fields of our own."""
     found = layers(model)
     first = next(iter(found.values()))
     ranks, alphas = {n: m.r for n, m in found.items()}, {n: m.alpha for n, m in found.items()}
@@ -89,9 +90,9 @@ def adapter_config(
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
-    """How the linears under the adapter are quantized, or None where they are dense.
+    """Return how the linears under the adapter are quantized; None where all are dense.
 
-    Where layers differ, the commonest form stands at the top and the others under `layers`, by name; None is dense.
+    Where layers differ, the commonest form is at the top and the others under `layers`, by name; None there is dense.
     """
     each = {n: _form(m) if isinstance(m, LoraQuantLinear) else None for n, m in layers(model).items()}
     usual = _commonest(each.values())
@@ -102,6 +103,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _form(layer: LoraQuantLinear) -> tuple[tuple[str, Any], ...]:
+    """Return how one quantized layer is quantized, as pairs that can be compared."""
     layout = layer.layout
     if layout.kind == "int8":
         return (("kind", "int8"),)
@@ -116,9 +118,26 @@ def save_adapter(
     task: str | None = "CAUSAL_LM",
     overwrite: bool = False,
 ) -> Path:
-    """Write `adapter.safetensors` and `adapter_config.json` into a new folder, whole or not at all.
+    """Write a model's adapter into a new folder, whole or not at all.
 
-    `base_digest`: of the base's checkpoint (`Loaded.base_digest`), by which a later load knows it; `base`: its name.
+    Args:
+        model: a model with LoRA layers; on a sharded one, call it on every process.
+        folder: where `adapter.safetensors` and `adapter_config.json` go.
+        base_digest: of the base's checkpoint (`Loaded.base_digest`), by which a later load knows it; None for unknown.
+        base: the base's name, for people and PEFT.
+        task: PEFT's task type.
+        overwrite: replace what is in `folder`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TensorkeepError: the model has no LoRA layers, something trains that PEFT's files cannot say, the folder exists,
+            or the disk is full or fails.
+
+    Example:
+        >>> save_adapter(model, "adapter", base_digest=loaded.base_digest)  # doctest: +SKIP
+        PosixPath('adapter')
     """
     state, config = adapter_state(model), adapter_config(model, base_digest, base, task)
     sinks = [SinkTensor(n, FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in state.items()]
@@ -136,11 +155,23 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, source: StateView | str | Path, base_digest: str | None = None, allow_other_base: bool = False
 ) -> dict[str, Any]:
-    """Copy an adapter, ours or PEFT's, into a model that `add_lora` gave the same layers; returns its config.
+    """Copy a saved adapter, ours or PEFT's, into a model that `add_lora` gave the same layers.
 
-    Every tensor of both sides must meet in name and shape, rank and scale must agree, and the base must be the one it
-    was trained on: the digest in its config against `base_digest`, its quantization against the model's. Raises
-    TensorkeepError A01, A02 or A04, before anything is changed; `allow_other_base` lifts A04.
+    Every tensor of both sides must meet in name and shape, rank and scale must agree, and the base must be the one that
+    it was trained on: the digest in its config against `base_digest`, its quantization against the model's.
+
+    Args:
+        model: a model with LoRA layers.
+        source: the adapter's folder or file, or an opened view.
+        base_digest: of the checkpoint that the model was loaded from; None for unknown.
+        allow_other_base: load it onto any base.
+
+    Returns:
+        The adapter's config.
+
+    Raises:
+        TensorkeepError: names or shapes differ (A01), rank or scale differ (A02), the base is another one (A04). The
+            model is then unchanged.
     """
     view, config = _open(source)
     found, targets = layers(model), _trainable(model)
@@ -170,6 +201,7 @@ def load_adapter(
 
 
 def _open(source: StateView | str | Path) -> tuple[StateView, dict[str, Any]]:
+    """Open an adapter and return its view and its config."""
     if isinstance(source, StateView):
         view, config = source, source.metadata.get("adapter")
     else:
@@ -186,13 +218,14 @@ def _open(source: StateView | str | Path) -> tuple[StateView, dict[str, Any]]:
 
 
 def _own_name(stored: str) -> str:
-    """The model's parameter for a stored tensor: `X.lora_A.weight` is `X.lora_A`, anything else keeps its name."""
+    """Return the model's parameter for a stored tensor: `X.lora_A` for `X.lora_A.weight`, else the same name."""
     name = unwrap(stored)[0]
     half = HALF.match(name)
     return f"{half['module']}.lora_{half['half']}" if half else name
 
 
 def _check_scales(config: Mapping[str, Any], mine: Mapping[str, tuple[int, float]], where: str) -> None:
+    """Stop (A02) where the file's rank or scale of a layer is not the model's."""
     for name, (rank, scale) in mine.items():
         alpha = _of(config.get("alpha_pattern"), name, config.get("lora_alpha"))
         said = _of(config.get("rank_pattern"), name, config.get("r"))
@@ -208,7 +241,7 @@ def _check_scales(config: Mapping[str, Any], mine: Mapping[str, tuple[int, float
 
 
 def _of(patterns: Any, module: str, default: Any) -> Any:
-    """The entry of a rank or alpha pattern for a module: its key is the name or its end."""
+    """Return the entry of a rank or alpha pattern for a module: its key is the name or its end."""
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
         if module == key or module.endswith(f".{key}"):
             return value
@@ -218,6 +251,7 @@ def _of(patterns: Any, module: str, default: Any) -> Any:
 def _check_base(
     config: Mapping[str, Any], base_digest: str | None, quantized: dict[str, Any] | None, where: str
 ) -> None:
+    """Stop (A04) where the adapter was trained on another base, or on another quantization of it."""
     recorded = config.get("base_digest")
     if isinstance(recorded, str) and recorded != base_digest:
         here = f"this one is {base_digest}" if base_digest else "nothing says which base this is"
@@ -230,13 +264,16 @@ def _check_base(
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name without wrappers."""
     return {unwrap(n)[0]: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def _commonest(values: Any) -> Any:
+    """Return the value that occurs most often, the first of several."""
     seen = list(values)
     return max(dict.fromkeys(seen), key=seen.count)
 
 
 def _plain(number: float) -> int | float:
+    """Return a whole number as int, so that JSON says 32 and not 32.0."""
     return int(number) if number == int(number) else number

@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA over any linear, dense or quantized: the layer becomes a subclass of itself.
+"""Train LoRA and rsLoRA over any linear, dense or quantized: the layer becomes a subclass of itself.
 
 Nothing is wrapped and no `forward` is patched, so `q_proj.weight` stays `q_proj.weight`, and deepcopy, pickle,
 torch.compile, DDP and FSDP2 see an ordinary module with two more parameters, `lora_A [r, in]` and `lora_B [out, r]`.
@@ -45,7 +45,7 @@ class LowRank(nn.Module):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]`."""
+        """Compute the layer, `[..., in] -> [..., out]`."""
         if self.merged is not None:
             if self.training and torch.is_grad_enabled():
                 raise TensorkeepError(
@@ -56,14 +56,15 @@ class LowRank(nn.Module):
         return low_rank(x, self, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
 
     def extra_repr(self) -> str:
+        """Return the base's description with rank and alpha."""
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha:g}{', rslora' if self.rslora else ''}"
 
 
 class LoraLinear(LowRank, nn.Linear):
-    """A dense linear with a low-rank update; made by `add_lora` out of an `nn.Linear`, whose parameters it keeps."""
+    """A dense linear with a low-rank update; `add_lora` makes it out of an `nn.Linear`, whose parameters it keeps."""
 
     def over(self, base: QuantLinear) -> LoraQuantLinear:
-        """The same update over a quantized form of this layer."""
+        """Return a layer with the same update over a quantized form of this one."""
         made = adapted(base, self.r, self.alpha, self.dropout, self.rslora)
         made.lora_A, made.lora_B = self.lora_A, self.lora_B
         assert isinstance(made, LoraQuantLinear)
@@ -71,13 +72,24 @@ class LoraLinear(LowRank, nn.Linear):
 
 
 class LoraQuantLinear(LowRank, QuantLinear):
-    """A quantized linear with a low-rank update; made by `add_lora` out of a `QuantLinear`, whose codes it keeps."""
+    """A quantized linear with a low-rank update; `add_lora` makes it out of a `QuantLinear`, whose codes it keeps."""
 
 
 def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """`base(x) + scale · (drop(x) A^T) B^T`; `base` is a dense or quantized linear, `a [r, in]`, `b [out, r]`.
+    """Compute a linear with a low-rank update: `base(x) + scale · (drop(x) A^T) B^T`.
 
     Without dropout and with a frozen base it is one operation that keeps x and x A^T for the backward, nothing else.
+
+    Args:
+        x: `[..., in]`.
+        base: a dense or quantized linear.
+        a: `[r, in]`.
+        b: `[out, r]`.
+        scale: what the update is multiplied by.
+        dropout: probability with which elements of x are zeroed for the update.
+
+    Returns:
+        `[..., out]`, in the dtype of computation.
     """
     weight = getattr(base, "weight")  # noqa: B009
     if not weight.requires_grad and not dropout:
@@ -94,7 +106,7 @@ def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dro
     )
 
 
-# -- putting it on ------------------------------------------------------------------------------------------------------
+# -- putting it on -------------------------------------------------------------------------------------------------
 
 
 def add_lora(
@@ -109,15 +121,31 @@ def add_lora(
     exclude: Sequence[str] = (),
     kind: str = "lora",
 ) -> list[str]:
-    """Give the named linears a low-rank update, freeze all else, in place; returns the adapted names.
+    """Give the named linears of a model a low-rank update and freeze all else, in place.
 
-    `targets` and the keys of the patterns are shell-style and fit a whole name or its end (`q_proj`, `layers.1.*`);
-    `all-linear` takes every linear but the heads. bitsandbytes' linears are adopted on the way (`quantize.adopt`).
-    Raises TensorkeepError for a pattern that fits no linear, and for kinds other than `lora` and `rslora`.
+    Args:
+        model: its linears may be dense, quantized, or bitsandbytes', which are made ours on the way.
+        targets: patterns of module names, which fit a whole name or its end (`q_proj`, `layers.1.*`); "all-linear"
+            takes every linear but the heads.
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r.
+        dropout: probability with which an element of the update's input is zeroed while training, in [0, 1).
+        rslora: scale by alpha / sqrt(r) instead.
+        rank_pattern: other ranks, by pattern of module names.
+        alpha_pattern: other alphas, by pattern of module names.
+        exclude: patterns of module names to leave out.
+        kind: "lora", or "rslora", which sets `rslora`.
 
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> add_lora(model, ["0"], r=4), sorted(n for n, p in model.named_parameters() if p.requires_grad)
-    (['0'], ['0.lora_A', '0.lora_B'])
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        TensorkeepError: a pattern fits no linear, no linear is left, or the kind is not trained here.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> add_lora(model, ["0"], r=4), sorted(n for n, p in model.named_parameters() if p.requires_grad)
+        (['0'], ['0.lora_A', '0.lora_B'])
     """
     if kind.lower() not in ("lora", "rslora"):
         how = "train it through PEFT's get_peft_model; tensorkeep reads, merges and writes it"
@@ -150,9 +178,23 @@ def add_lora(
 def adapted(
     base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, name: str = "linear"
 ) -> LoraLinear | LoraQuantLinear:
-    """The layer with a low-rank update: the same parameters, buffers and hooks, under the subclass.
+    """Return a layer with a low-rank update: the same parameters, buffers and hooks, under the subclass.
 
     A is drawn as `nn.Linear` draws its weight (Kaiming, uniform), B is zero: the first forward is that of the base.
+
+    Args:
+        base: an `nn.Linear` or `QuantLinear`; its parameters are frozen.
+        r: rank.
+        alpha: the update is scaled by alpha / r.
+        dropout: probability in [0, 1).
+        rslora: scale by alpha / sqrt(r) instead.
+        name: the layer's name, for errors.
+
+    Returns:
+        The new layer.
+
+    Raises:
+        TensorkeepError: r is below 1, or dropout outside of [0, 1).
     """
     if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1:
         raise TensorkeepError(f"r={r}, dropout={dropout}: r is at least 1, dropout in [0, 1)", where=name)
@@ -173,26 +215,30 @@ def adapted(
 
 
 def _adaptable(module: nn.Module) -> bool:
+    """Whether a module is a linear that can have an update: nothing that has one already."""
     return type(module) in (nn.Linear, QuantLinear) or is_bitsandbytes(module)
 
 
 def _clean(name: str) -> str:
+    """Return a module's name without wrappers."""
     return unwrap(name)[0]
 
 
 def _fits(name: str, pattern: str) -> bool:
+    """Whether a module's name fits a target; "all-linear" fits all but heads."""
     return not any(fits(name, head) for head in HEADS) if pattern == ALL else fits(name, pattern)
 
 
 def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """Return the value of the first pattern that fits a name."""
     return next((value for pattern, value in patterns.items() if fits(name, pattern)), default)
 
 
-# -- merging ------------------------------------------------------------------------------------------------------------
+# -- merging -------------------------------------------------------------------------------------------------------
 
 
 def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
-    """The adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+    """Return the adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile."""
     return {_clean(n): m for n, m in model.named_modules() if isinstance(m, (LoraLinear, LoraQuantLinear))}
 
 
@@ -201,7 +247,10 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Run on `W + scale · B A` from now on, computed in float32 and rounded once to `dtype` (None: the weight's own).
 
     The base is not touched (a quantized one gets a dense copy beside it), so `unmerge_` is exact, and the state dict
-    stays that of base and adapter. Returns the merged names; raises TensorkeepError where one is merged already.
+    stays that of base and adapter. Returns the merged names.
+
+    Raises:
+        TensorkeepError: there are no LoRA layers, or one is merged already or sharded.
     """
     found = layers(model)
     _refuse(found, [n for n, layer in found.items() if layer.merged is not None], "is merged already")
@@ -220,7 +269,7 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
 
 
 def unmerge_(model: nn.Module) -> list[str]:
-    """Run on base and adapter again, bitwise as before; returns the names that were merged."""
+    """Run on base and adapter again, bitwise as before; return the names that were merged."""
     merged_layers = {n: layer for n, layer in layers(model).items() if layer.merged is not None}
     for layer in merged_layers.values():
         layer.merged = None
@@ -229,7 +278,7 @@ def unmerge_(model: nn.Module) -> list[str]:
 
 @contextmanager
 def merged(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Within it the model runs merged; afterwards, also after an error, as before.
+    """Run the model merged inside the block; afterwards, also after an error, as before.
 
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> _ = add_lora(model, "0", r=2)
@@ -244,6 +293,7 @@ def merged(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]
 
 
 def _refuse(found: Mapping[str, nn.Module], bad: Sequence[str], what: str) -> None:
+    """Stop where there are no LoRA layers, or where some are in the state that `what` says."""
     if not found:
         raise TensorkeepError("the model has no LoRA layers", where="lora", hint="add_lora(model, targets) adds them")
     if bad:

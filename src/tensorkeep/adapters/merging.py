@@ -1,6 +1,6 @@
-"""Merge: carry out a merge plan by streaming, compute it again from the sink, leave a certificate.
+"""Carry out a merge plan by streaming, compute it again from the output, leave a certificate.
 
-What is proven before the sink appears under its name: every tensor read back is what was written; every merged one,
+What is proven before the output appears under its name: every tensor read back is what was written; every merged one,
 computed a second time from base and adapters, has the same bits; base and adapters did not change meanwhile and are
 what their own certificates say; the base did not hold the update before (A03).
 """
@@ -34,7 +34,16 @@ from tensorkeep.storage.placement import refuse_existing, write_bytes
 
 @dataclass
 class Merged:
-    """What a merge did: the sink, its digests, the base's digest, what moved by how much, seconds by phase."""
+    """What a merge did.
+
+    Args:
+        path: the file or folder that was written.
+        nbytes: bytes of tensor data.
+        digests: xxh3_128 of each tensor's bytes in hex, by name.
+        base_digest: the base's digest, over all of its tensors.
+        moved: how much each merged tensor changed, by the base's stored name.
+        seconds: how long each phase took ("write", "prove", "sync").
+    """
 
     path: str
     nbytes: int
@@ -48,10 +57,15 @@ class Merged:
 
 
 def base_digests(view: StateView) -> list[str]:
-    """The digests under which a base may have been recorded, its own first: by stored names, by clean names, by clean
-    names with a tied tensor counted once.
+    """Return the digests under which an adapter may have recorded this base.
 
-    Each is `manifest.digest_of_all` over the xxh3_128 of the tensors' raw bytes, quantization state included.
+    They are over stored names (first), over clean names, and over clean names with a tied tensor counted once.
+
+    Args:
+        view: the base.
+
+    Returns:
+        Each is `manifest.digest_of_all` over the xxh3_128 of the tensors' raw bytes, quantization state included.
     """
     identity = identify(view)
     digests = {name: view.digest(name) for name in view}
@@ -62,7 +76,15 @@ def base_digests(view: StateView) -> list[str]:
 
 
 def refuse_other_base(base: StateView, sources: Sequence[WeightedAdapter]) -> None:
-    """Stop (A04) where an adapter names the digest of the base that it was trained on, and this is another."""
+    """Stop where an adapter names the digest of the base that it was trained on, and this is another.
+
+    Args:
+        base: the base.
+        sources: the adapters.
+
+    Raises:
+        TensorkeepError: A04.
+    """
     recorded = {
         s.path: d
         for s in sources
@@ -83,7 +105,15 @@ def refuse_other_base(base: StateView, sources: Sequence[WeightedAdapter]) -> No
 
 
 def refuse_merged_before(base: StateView, sources: Sequence[WeightedAdapter]) -> None:
-    """Stop (A03) where the base's certificate says that one of these adapters is in it."""
+    """Stop where the base's certificate says that one of these adapters is in it.
+
+    Args:
+        base: the base.
+        sources: the adapters.
+
+    Raises:
+        TensorkeepError: A03.
+    """
     for entry in _merged_before(base):
         for source in sources:
             if entry.get("digest") == source.digest:
@@ -91,12 +121,13 @@ def refuse_merged_before(base: StateView, sources: Sequence[WeightedAdapter]) ->
                     f"is in the base {base.path} already, merged with weight {entry.get('weight', 1):g}",
                     where=source.path,
                     code="A03",
-                    hint="use the merged model as it is; to remove or scale the update, merge anew from the base it was merged into",
+                    hint="use the merged model as it is; to remove or scale the update, merge anew from the base "
+                    "it was merged into",
                 )
 
 
 def _merged_before(base: StateView) -> list[dict[str, Any]]:
-    """The adapters that the base's certificate lists, over all merges that led to it."""
+    """Return the adapters that the base's certificate lists, over all merges that led to it."""
     said = (read_certificate(base) or {}).get("merge")
     found = [*said.get("before", []), *said.get("adapters", [])] if isinstance(said, dict) else []
     return [e for e in found if isinstance(e, dict)]
@@ -113,11 +144,27 @@ def merge(
     overwrite: bool = False,
     progress: Progress = quiet,
 ) -> Merged:
-    """Write the merged model to `out`, prove it, and say what moved. Raises TensorkeepError, and leaves no sink, where
-    anything fails.
+    """Write the merged model to `out`, prove it, and say how much each tensor changed.
 
-    >>> job = plan_merge(read("base"), open_adapters([(read("adapter"), 1.0)]))     # doctest: +SKIP
-    >>> merge(job, "merged").moved["model.layers.0.self_attn.q_proj.weight"].change  # doctest: +SKIP
+    Args:
+        job: from `plan_merge`.
+        out: a local file or folder.
+        to: the format, "hf", "dcp" or "pth".
+        shard_size: largest size of one weight file in bytes; None for the format's usual one.
+        overwrite: replace what is there.
+        progress: called as `progress(what, done, total)` with bytes while it runs.
+
+    Returns:
+        Where the model is, its digests, and what changed by how much.
+
+    Raises:
+        TensorkeepError: the base holds the update already (A03), a merged value is not finite (V01), a source is
+            damaged or the result read back or computed again differs (F03), or the place cannot be written. Nothing
+            is left then.
+
+    Example:
+        >>> job = plan_merge(read("base"), open_adapters([(read("adapter"), 1.0)]))  # doctest: +SKIP
+        >>> merge(job, "merged").moved["model.layers.0.self_attn.q_proj.weight"].change  # doctest: +SKIP
     """
     if "://" in out.removeprefix("file://"):
         raise TensorkeepError(
@@ -150,7 +197,7 @@ def merge(
 
 
 def replay(job: MergePlan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
-    """Compute every merged or dequantized tensor once more; its bits must be those that were written and read back."""
+    """Compute every merged or dequantized tensor again; stop (F03) where its bits are not those that were written."""
     steps = [s for s in job.plan.steps if s.sink is not None and any(p.name in job.view.made for p in s.parts)]
     total, done = sum(s.sink.nbytes for s in steps if s.sink), 0
     for step in steps:
@@ -167,7 +214,7 @@ def replay(job: MergePlan, sums: dict[str, Sums], progress: Progress = quiet) ->
 
 
 def _check_base(job: MergePlan, sums: dict[str, Sums]) -> str:
-    """Stop where base or adapters changed or are not what their certificates say; the base's digest as it was read."""
+    """Return the base's digest as it was read; stop where base or adapters changed or are damaged."""
     base = job.view.base
     assert base is not None
     made = {m.source for m in job.view.made.values()} | (set(base) - set(job.view))
@@ -192,7 +239,8 @@ def _refuse_spoiled(job: MergePlan, moved: dict[str, Moved]) -> None:
             where=job.view.path,
             code="V01",
             tensors=wrong,
-            hint="look at the adapter with: tensorkeep diagnose ADAPTER; a dtype with more range is --dtype bf16 or fp32",
+            hint="look at the adapter with: tensorkeep diagnose ADAPTER; "
+            "a dtype with more range is --dtype bf16 or fp32",
         )
 
 
@@ -207,7 +255,8 @@ def _refuse_present(job: MergePlan, moved: dict[str, Moved]) -> None:
         times, figures = times_merged(shares)
         if times:
             raise TensorkeepError(
-                f"is in the base's weights already, {'twice' if times == 2 else 'once'} (coefficient {figures['coefficient']}, noise {figures['noise']})",
+                f"is in the base's weights already, {'twice' if times == 2 else 'once'} "
+                f"(coefficient {figures['coefficient']}, noise {figures['noise']})",
                 where=source.path,
                 code="A03",
                 hint="BASE is a merged model: give the base it was merged into",
@@ -218,7 +267,7 @@ def _refuse_present(job: MergePlan, moved: dict[str, Moved]) -> None:
 
 
 def certificate(job: MergePlan, sums: dict[str, Sums], to: str, base_digest: str) -> bytes:
-    """`proof.certify` with the base's and the adapters' digests as sources, and under `merge` what was added to what."""
+    """Make the certificate of a merge: a conversion's, with base and adapters as sources and what was added."""
     base = job.view.base
     assert base is not None
     document = json.loads(certify(job.plan, sums, to))
@@ -243,7 +292,15 @@ def certificate(job: MergePlan, sums: dict[str, Sums], to: str, base_digest: str
 
 
 def figures(job: MergePlan, moved: dict[str, Moved]) -> list[dict[str, Any]]:
-    """One row a merged tensor: relative change, how much of it a requantization would keep, distance to the original."""
+    """Return one row for each merged tensor: how far it moved, and how much of that a requantization would keep.
+
+    Args:
+        job: the merge plan.
+        moved: from the result of `merge`.
+
+    Returns:
+        Rows with name, change, kept, original_distance (see `relative`), the adapters' numbers, and the kind of change.
+    """
     rows = []
     for name, made in job.view.made.items():
         found = moved.get(name)
@@ -261,13 +318,13 @@ def figures(job: MergePlan, moved: dict[str, Moved]) -> list[dict[str, Any]]:
 
 
 def _spoken_kind(terms: Sequence[Any]) -> str:
-    """How a tensor changes: LoRA, DoRA, replaced, bias."""
+    """Say how a tensor changes: LoRA, DoRA, replaced, bias."""
     words = {"saved": "replaced", "bias": "bias", "pair": "LoRA", "embedding": "LoRA"}
     return " + ".join(dict.fromkeys("DoRA" if t.magnitude else words[t.kind] for t in terms))
 
 
 def relative(moved: Moved) -> dict[str, float | None]:
-    """|W' - W| / |W|, the share of the update that requantizing keeps, |W trained on - W original| / |W|.
+    """Return |W' - W| / |W|, the share of the update that requantizing keeps, |W trained on - W original| / |W|.
 
     `kept` is the projection of the change that survives on the update: (Q(W + dW) - W) · dW / |dW|^2.
     """
@@ -281,7 +338,11 @@ def relative(moved: Moved) -> dict[str, float | None]:
 
 
 def overall(moved: dict[str, Moved]) -> dict[str, float | None]:
-    """The same figures over all merged tensors together."""
+    """Return the figures of `relative` over all merged tensors together.
+
+    Args:
+        moved: from the result of `merge`.
+    """
     touched = [m for m in moved.values() if m.change or m.square]
     whole = Moved()
     for name in ("weight", "change", "along", "square", "kept", "original"):

@@ -1,4 +1,4 @@
-"""From a base and adapters to a merge plan: every pair finds its one weight, or the merge is refused.
+"""Plan a merge: find the one weight of the base that each low-rank pair belongs to, or refuse.
 
 An adapter trained on a quantized base fits those weights, dequantized, and not the float original: measured on a small
 Llama, logits are then off by 6e-7 against 0.29. So `onto="trained"` means what the adapter was trained against: a
@@ -34,7 +34,16 @@ _KEPT_FLOAT = (*_HEADS, *(f"*.{h}" for h in _HEADS), "*embed*")
 
 @dataclass
 class MergePlan:
-    """A plan whose sources are computed, and what a report or a certificate says of it."""
+    """A conversion plan whose source is the merged view, and what a report or a certificate says of it.
+
+    Args:
+        plan: how the output is made of the merged view.
+        view: the base with the adapters added in.
+        sources: the adapters.
+        onto: "trained" or "original", see `plan_merge`.
+        kind: the quantization of the weights merged onto; None where they are plain floats.
+        terms: what is added, by output name.
+    """
 
     plan: Plan
     view: MergedView
@@ -45,7 +54,18 @@ class MergePlan:
 
 
 def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[WeightedAdapter]:
-    """The adapters of these views, checked on their own. Raises TensorkeepError for what is none, or cannot be merged."""
+    """Read adapters for a merge and check each on its own.
+
+    Args:
+        views: opened adapters, each with what it is multiplied by.
+
+    Returns:
+        The adapters, with their digests.
+
+    Raises:
+        TensorkeepError: a view holds no adapter (K05) or one that cannot be merged (A01, A02), or one is given twice
+            (A03).
+    """
     out = []
     for view, weight in views:
         adapter = read_adapter(view)
@@ -77,9 +97,25 @@ def plan_merge(
     dtype: str | None = None,
     untie: bool = False,
 ) -> MergePlan:
-    """Decide what every tensor of the merged model is made of; nothing but headers and the adapters' configs is read.
+    """Decide what every tensor of the merged model is made of; only headers and the adapters' configs are read.
 
-    Raises TensorkeepError A01 where a pair fits no weight of the base, T01 where a tie would be broken unasked.
+    Args:
+        base: the checkpoint to merge into.
+        sources: from `open_adapters`.
+        to: the output's format, "hf", "dcp" or "pth".
+        onto: "trained" adds to the weights as the adapter was trained on them (dequantized, or sent through the
+            quantization that its config names), "original" to the float weights as they are.
+        naming: the output's naming; None for hf.
+        root: the name to nest tensors under in a DCP or .pth.
+        dtype: round the result to this dtype ("BF16"); None for the base's own.
+        untie: write head and embedding as two tensors.
+
+    Returns:
+        The plan, for `merge`.
+
+    Raises:
+        TensorkeepError: a pair fits no weight of the base (A01), an adapter was trained on another form of it (A04),
+            or a tie would be broken without `untie` (T01).
     """
     view, kind = _merged_view(base, sources, onto, dtype, untie)
     plan = make_plan([view], to, naming=naming, root=root, dtype=dtype)
@@ -104,6 +140,7 @@ def plan_merge(
 
 
 def _spoken(term: Term) -> str:
+    """Say what a term adds, for the plan's line."""
     what = {"saved": "replaced", "bias": "lora_bias"}.get(
         term.kind
     ) or f"r {term.adapter.rank(term.name)}, scale {term.scale:.6g}"
@@ -111,6 +148,7 @@ def _spoken(term: Term) -> str:
 
 
 def _gone(base: StateView, name: str) -> str:
+    """Say why a stored tensor of the base is not in the output."""
     return "adapter, merged or left out" if ".lora" in name else "belongs to codes that were dequantized"
 
 
@@ -120,7 +158,7 @@ def _gone(base: StateView, name: str) -> str:
 def _merged_view(
     base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool
 ) -> tuple[MergedView, str | None]:
-    """The view of the merged model over the base's own names, and the quantization it is merged onto."""
+    """Return the view of the merged model over the base's own names, and the quantization that it is merged onto."""
     identity = namings.identify(base)
     config = configs.minimind_config(base, identity, base.config, [], [])[0]
     own = set(halves(identity)) if base.format != "peft" else set()
@@ -133,16 +171,16 @@ def _merged_view(
     records = {n: r for n, r in base.records.items() if n not in gone}
     state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype)
     state.tied = _tied(state)
-    state.through = _through(state.hub, forms) if forms is not None else {}
+    state.through = _through(state.hf_tensors, forms) if forms is not None else {}
     wanted: dict[str, list[Term]] = {}
     for number, source in enumerate(sources):
         for name, term in terms_of(state, number, source).items():
             wanted.setdefault(name, []).append(term)
     _settle_ties(state, sources, wanted, untie)
-    for stored in [*weights, *(state.hub[n].parts[0].name for n in state.through)]:
+    for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
-        part = state.hub[name].parts[0]
+        part = state.hf_tensors[name].parts[0]
         computed_tensor(state, part.name).terms.extend(terms)
     view = MergedView(
         base.path,
@@ -167,8 +205,11 @@ def _merged_view(
 def _wanted_quantization(
     base: StateView, sources: Sequence[WeightedAdapter], onto: str, weights: Mapping[str, QuantizedWeight]
 ) -> Forms | None:
-    """The quantization that a float base is to be sent through, None where its values stay. Raises TensorkeepError A04
-    where the adapters were trained on other forms of the base than this one."""
+    """Return the quantization to send a float base through; None where its values stay.
+
+    Raises:
+        TensorkeepError: A04 where the adapters were trained on other forms of the base than this one.
+    """
     asked = {
         forms_of(s.adapter.document["quantization"], s.path): s.path
         for s in sources
@@ -195,18 +236,19 @@ def _wanted_quantization(
         return None
     if len(asked) > 1 or len({bool(s.adapter.document.get("quantization")) for s in sources}) > 1:
         raise TensorkeepError(
-            f"the adapters were trained on different forms of the base ({', '.join(k.spoken for f in asked for k in f.kinds)}, others on floats)",
+            "the adapters were trained on different forms of the base "
+            f"({', '.join(k.spoken for f in asked for k in f.kinds)}, others on floats)",
             code="A04",
             hint="merge them one by one, or all onto the float weights: --onto original",
         )
     return next(iter(asked))
 
 
-def _through(hub: Mapping[str, HfTensor], forms: Forms) -> dict[str, Kind]:
-    """The weights that loading quantized, and how: those the config lists, or every linear but heads and embeddings."""
+def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Kind]:
+    """Return which weights loading quantizes and how: those listed, or every linear but heads and embeddings."""
     layers = dict(forms.layers)
     out = {}
-    for name, item in hub.items():
+    for name, item in hf_tensors.items():
         module, _, last = name.rpartition(".")
         whole = len(item.parts) == 1 and item.parts[0].rows is None
         if last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
@@ -218,59 +260,55 @@ def _through(hub: Mapping[str, HfTensor], forms: Forms) -> dict[str, Kind]:
     return out
 
 
-# -- ties ---------------------------------------------------------------------------------------------------------------
+# -- ties ----------------------------------------------------------------------------------------------------------
 
 
 def _tied(state: MergeBase) -> bool:
-    """Whether head and embedding are one tensor in the base. Where hf keeps it once, the head is put into the hub."""
-    embed, head = state.hub.get(hf.EMBEDDING), state.hub.get(hf.HEAD)
+    """Whether head and embedding are one tensor in the base; where it is stored once, the head is added."""
+    embed, head = state.hf_tensors.get(hf.EMBEDDING), state.hf_tensors.get(hf.HEAD)
     said = hf.tied(dict(state.config)) if state.config is not None else None
     if embed is None or not (said or (head is not None and head.tied_to == hf.EMBEDDING) or embed.tied_to == hf.HEAD):
         return False
     if head is None:
-        state.hub[hf.HEAD] = replace(embed, name=hf.HEAD, tied_to=hf.EMBEDDING)
+        state.hf_tensors[hf.HEAD] = replace(embed, name=hf.HEAD, tied_to=hf.EMBEDDING)
     return True
 
 
 def _settle_ties(
     state: MergeBase, sources: Sequence[WeightedAdapter], wanted: dict[str, list[Term]], untie: bool
 ) -> None:
-    """Head and embedding of a tied base change together, or are untied because the user said so. Never in silence."""
+    """Change head and embedding of a tied base together, or untie them if the user said so, or stop (T01)."""
     if untie and not state.tied:
         raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
     embed, head = wanted.get(hf.EMBEDDING, []), wanted.get(hf.HEAD, [])
-    names = [state.hub[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)] if state.tied else []
+    names = [state.hf_tensors[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)] if state.tied else []
     if not (embed or head or untie) or not names or len({state.view.digest(n) for n in names}) > 1:
         return  # nothing of them changes; or the file holds two that differ, as `planning` will say (T01)
     together = all(sources[t.number].adapter.document.get(TIED) is True for t in (*embed, *head))
     if not untie and (embed or head) and not (together and not (embed and head)) and not _alike(embed, head):
-        changed, other = (
-            ("lm_head", "the embedding")
-            if not embed
-            else ("the embedding", "lm_head")
-            if not head
-            else ("both", "each")
-        )
+        tied = "the base ties lm_head to the embedding, and the adapter changes"
+        if embed and head:
+            what = f"{tied} both: each would no longer be the same tensor"
+        else:
+            what = f"{tied} lm_head alone, not the embedding" if head else f"{tied} the embedding alone, not lm_head"
         raise TensorkeepError(
-            f"the base ties lm_head to the embedding, and the adapter changes {changed}: {other} would no longer be the same tensor"
-            if changed == "both"
-            else f"the base ties lm_head to the embedding, and the adapter changes {changed} alone, not {other}",
+            what,
             where=sources[(embed or head)[0].number].path,
             code="T01",
             tensors=(hf.EMBEDDING, hf.HEAD),
             hint="--untie writes both as they are to be, and says so in config.json",
         )
-    parts = {state.hub[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)}
+    parts = {state.hf_tensors[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)}
     if not untie:
         both = embed or head
         for name in (hf.EMBEDDING, hf.HEAD) if both and len(parts) == 2 else (hf.EMBEDDING,) if both else ():
             wanted[name] = both
         if len(parts) == 1:
             wanted.pop(hf.HEAD, None)
-            del state.hub[hf.HEAD]
+            del state.hf_tensors[hf.HEAD]
         return
     for name in (hf.EMBEDDING, hf.HEAD):
-        stored = state.hub[name].parts[0].name
+        stored = state.hf_tensors[name].parts[0].name
         state.records[stored] = replace(state.records[stored], tied_to=None)
     if len(parts) == 1:
         _part_head(state, wanted.get(hf.HEAD, []))
@@ -278,8 +316,8 @@ def _settle_ties(
 
 
 def _part_head(state: MergeBase, terms: list[Term]) -> None:
-    """A head of its own, made of the embedding's values, beside it."""
-    stored = state.hub[hf.EMBEDDING].parts[0].name
+    """Add a head of its own, made of the embedding's values, beside the embedding."""
+    stored = state.hf_tensors[hf.EMBEDDING].parts[0].name
     if not stored.endswith(hf.EMBEDDING):
         raise TensorkeepError(
             "--untie: the base has no hf names",
@@ -290,7 +328,7 @@ def _part_head(state: MergeBase, terms: list[Term]) -> None:
 
 
 def _alike(embed: list[Term], head: list[Term]) -> bool:
-    """Whether both are replaced by equal bytes, by the same adapters."""
+    """Whether head and embedding are both replaced by equal bytes, by the same adapters."""
     if (
         not embed
         or [(t.number, t.kind) for t in embed] != [(t.number, t.kind) for t in head]
@@ -304,7 +342,7 @@ def _alike(embed: list[Term], head: list[Term]) -> bool:
 
 
 def _say_float(view: MergedView, untie: bool) -> None:
-    """Keep the config true: no quantization is left in the sink; head and embedding are two tensors."""
+    """Keep the config true: no quantization is left in the output; head and embedding are two tensors."""
     made = dict(view.config or {})
     made.pop("quantization_config", None)
     if untie:

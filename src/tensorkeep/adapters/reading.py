@@ -1,4 +1,4 @@
-"""Adapters read: low-rank pairs by module, their scale, and what else PEFT keeps beside them.
+"""Read adapters: low-rank pairs by module, their scale, and what else PEFT keeps beside them.
 
 One `Adapter` for PEFT's folder, ours (PEFT's, with the base's digest in the config) and MiniMind's file. The scale is
 alpha / r, alpha / sqrt(r) for rsLoRA (arXiv 2312.03732), each from the config or its patterns; the rank is what the
@@ -32,14 +32,49 @@ DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tenso
 TIED = "ensure_weight_tying"
 # fields of a LoRA config that change nothing about what is added to which weight, or that are read here
 _KNOWN = frozenset([TIED, DIGEST]) | frozenset(
-    """
-    alpha_pattern arrow_config auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
-    inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_bias
-    lora_dropout megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r
-    rank_pattern revision target_modules task_type use_dora use_rslora runtime_config eva_config corda_config
-    lora_ga_config velora_config kind quantization modules_to_tie target_modules_to_tie enable_lora
-    target_parameters trainable_token_indices merge_weights
-    """.split()
+    [
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+        "runtime_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "kind",
+        "quantization",
+        "modules_to_tie",
+        "target_modules_to_tie",
+        "enable_lora",
+        "target_parameters",
+        "trainable_token_indices",
+        "merge_weights",
+    ]
 )
 # starts that take something out of the base: the adapter fits only the rest, which is not what a checkpoint holds
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -47,7 +82,20 @@ _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass
 class Adapter:
-    """An adapter read off a view: stored names by module (hf names, without PEFT's prefix)."""
+    """An adapter as it is stored: its tensors' stored names, by module (hf names, without PEFT's prefix).
+
+    Args:
+        view: the checkpoint that holds it.
+        document: its adapter_config.json; empty where there is none.
+        pairs: module -> stored names of A and B.
+        embeddings: module -> stored names of A and B over an embedding.
+        magnitudes: module -> stored name of DoRA's magnitudes.
+        biases: module -> stored name of B's bias (lora_bias).
+        saved: clean name -> stored name of tensors that replace the base's.
+        lone: stored names of halves without the other half.
+        foreign: stored names that belong to another kind of adapter.
+        turned: modules whose rows follow the other RoPE layout.
+    """
 
     view: StateView
     document: dict[str, Any]
@@ -62,14 +110,15 @@ class Adapter:
 
     @property
     def rslora(self) -> bool:
+        """Whether the scale is alpha / sqrt(r)."""
         return bool(self.document.get("use_rslora"))
 
     def rank(self, module: str) -> int:
-        """Rows of A."""
+        """Return the rank of a module's pair: the rows of A."""
         return self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape[0]
 
     def scale(self, module: str) -> float | None:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA; 1 where no config says (MiniMind). None where it says nonsense."""
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense."""
         alpha: Any = pattern(self.document.get("alpha_pattern"), module) or self.document.get(
             "lora_alpha", None if self.document else self.rank(module)
         )
@@ -79,24 +128,32 @@ class Adapter:
 
     @property
     def stored(self) -> list[str]:
-        """Every stored tensor of the adapter; what else is in its file (a model) is not its own."""
+        """The stored names of the adapter's tensors; a model in the same file is not its own."""
         both = [n for pair in (*self.pairs.values(), *self.embeddings.values()) for n in pair]
         return sorted([*both, *self.magnitudes.values(), *self.biases.values(), *self.saved.values(), *self.lone])
 
     @property
     def kind(self) -> str:
-        """For people: LoRA, rsLoRA, DoRA, with its rank where there is one."""
+        """The adapter's kind for people to read: LoRA, rsLoRA or DoRA, with its rank."""
         ranks = sorted({self.rank(m) for m in (*self.pairs, *self.embeddings)})
         name = ("rs" if self.rslora else "") + ("DoRA" if self.magnitudes else "LoRA")
         return f"{name} r {ranks[0]}" if len(ranks) == 1 else f"{name} r {ranks[0]}..{ranks[-1]}" if ranks else name
 
     def digest(self) -> str:
-        """The adapter's identity: over the names and bytes of its own tensors."""
+        """Return the digest over the names and bytes of the adapter's own tensors."""
         return digest_of_all({name: self.view.digest(name) for name in self.stored})
 
 
 def pattern(patterns: Any, module: str) -> Any:
-    """The entry of PEFT's rank_pattern or alpha_pattern that fits a module: its keys end the module's name."""
+    """Return the entry of PEFT's rank_pattern or alpha_pattern that fits a module.
+
+    Args:
+        patterns: the config's field, whatever it holds; a key is a module's name, its end, or a regular expression.
+        module: the module's hf name.
+
+    Returns:
+        The value of the first key that fits; None where none does.
+    """
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
         if not isinstance(key, str) or (module != key and not module.endswith(f".{key}") and not _tame(key)):
             continue
@@ -114,10 +171,17 @@ def _tame(regex: str) -> bool:
 
 
 def read_adapter(view: StateView) -> Adapter | None:
-    """The adapter in a view (a PEFT folder, ours, or low-rank pairs beside a model), or None.
+    """Read the adapter in a checkpoint: a PEFT folder, ours, or low-rank pairs beside a model.
 
-    >>> read_adapter(read("adapter")).scale("model.layers.0.self_attn.q_proj")      # doctest: +SKIP
-    2.0
+    Args:
+        view: the opened checkpoint.
+
+    Returns:
+        The adapter; None where there is none.
+
+    Example:
+        >>> read_adapter(read("adapter")).scale("model.layers.0.self_attn.q_proj")  # doctest: +SKIP
+        2.0
     """
     try:
         identity = namings.identify(view)
@@ -161,9 +225,12 @@ def read_adapter(view: StateView) -> Adapter | None:
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
-    """Raise TensorkeepError where what the adapter does is not a sum that can be added into weights, and say which.
+    """Stop where what the adapter does is not a sum that can be added into weights, and say why.
 
     Unknown fields of the config that are set to something count: an option not known here may change the sum.
+
+    Raises:
+        TensorkeepError: A01 for another kind of adapter, A02 for damaged or contradictory pairs.
     """
     given, where = adapter.document, adapter.view.path
     kind = str(given.get("peft_type", "LORA")).upper()
@@ -195,6 +262,7 @@ def refuse_unmergeable(adapter: Adapter) -> None:
 
 
 def _refuse_damaged_pairs(adapter: Adapter) -> None:
+    """Stop (A02) where pairs lack a half, a common rank or a scale, or their config says otherwise than the tensors."""
     where = adapter.view.path
     if adapter.lone:
         raise TensorkeepError(
@@ -242,12 +310,19 @@ def _refuse_damaged_pairs(adapter: Adapter) -> None:
         )
 
 
-# -- whether a weight holds an update already ---------------------------------------------------------------------------
+# -- whether a weight holds an update already -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Share:
-    """The coefficient of one module's update in its weight, the noise of that figure, and the update's own size."""
+    """How much of one module's update its weight already holds, measured on the values.
+
+    Args:
+        module: the module's hf name.
+        coefficient: of the update in the weight: 0 not merged, 1 merged once.
+        noise: standard deviation of that figure.
+        relative: |update| / |weight|.
+    """
 
     module: str
     coefficient: float
@@ -256,9 +331,15 @@ class Share:
 
 
 def times_merged(shares: list[Share]) -> tuple[int | None, dict[str, Any]]:
-    """0, 1 or 2 times merged, None where it cannot be told, and the figures.
+    """Tell how often an adapter was merged into a base already.
 
-    A module's agreement is told by its noise; pooling over modules weighs them by the size of their update.
+    A module's agreement is judged by its noise; pooling over modules weighs them by the size of their update.
+
+    Args:
+        shares: one for each adapted module.
+
+    Returns:
+        0, 1 or 2, None where it cannot be told; and the figures behind it.
     """
     if not shares:
         return None, {}

@@ -1,11 +1,11 @@
-"""Non-persistent buffers: what no checkpoint holds, computed anew from configs and from the modules themselves.
+"""Compute non-persistent buffers, which no checkpoint holds, anew from configs and from the modules themselves.
 
 Three ways, in this order, and none touches the live model or the random state:
 1. a transformers model is built again from its config, parameters on the meta device and buffers for real;
-2. a module's own way on an empty copy: `_init_self_buffers` (torchtitan), `rope_init` (torchtune), `reset_parameters` of
-   a module without parameters (fla), `_precompute_freqs_cis` and its like, or its class called with its `config`;
+2. a module's own way on an empty copy: `_init_self_buffers` (torchtitan), `rope_init` (torchtune), `reset_parameters`
+   of a module without parameters (fla), `_precompute_freqs_cis` and its like, or its class called with its `config`;
 3. an `inv_freq` from the RoPE fields of the checkpoint's config.
-What none of them gives has no expectation, and is said to have none.
+What none of them gives has no expected value, and is said to have none.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.models.tensors import clean
 
 # what constructors of other people's classes raise when they are called out of their usual place
-REFUSALS = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    KeyError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-    NotImplementedError,
-)
+_WRONG_USE = (TypeError, ValueError, AttributeError, KeyError)
+REFUSALS = (*_WRONG_USE, RuntimeError, ImportError, AssertionError, NotImplementedError)
 
 
 class Buffer(NamedTuple):
-    """A non-persistent buffer, or a plain tensor that a module keeps beside one: where it hangs and what it is."""
+    """A non-persistent buffer of a live model, or a plain tensor that a module keeps beside one.
+
+    Args:
+        name: its name without wrappers.
+        module: the module that holds it.
+        key: its name in that module.
+        tensor: the tensor.
+        plain: whether it is an ordinary attribute and no buffer.
+    """
 
     name: str
     module: nn.Module
@@ -48,14 +48,21 @@ class Buffer(NamedTuple):
 
 
 class Fresh(NamedTuple):
-    """What a buffer should be, on the CPU, and the way it was computed; None where no way is known."""
+    """What a buffer should be, on the CPU, and how that was computed; the value is None where no way is known."""
 
     value: Tensor | None
     way: str
 
 
 def buffers(model: nn.Module) -> list[Buffer]:
-    """Every non-persistent buffer of a model, and `inv_freq` copies that are plain attributes (transformers 4)."""
+    """List every non-persistent buffer of a model, and `inv_freq` copies that are plain attributes (transformers 4).
+
+    Args:
+        model: a live model.
+
+    Returns:
+        The buffers, in the order of the modules.
+    """
     found = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -70,9 +77,15 @@ def buffers(model: nn.Module) -> list[Buffer]:
 
 
 def fresh(model: nn.Module, config: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Fresh]:
-    """The right value of every non-persistent buffer, by clean name. `config` is a checkpoint's, as a last resort.
+    """Compute the right value of every non-persistent buffer of a model.
 
-    A buffer that its class draws at random differs from seed to seed.
+    Args:
+        model: a live model; it is not changed.
+        config: a checkpoint's config, used where the model itself tells nothing.
+        seed: what a buffer is drawn from that its class draws at random.
+
+    Returns:
+        The values by name without wrappers, each with the way it was computed.
     """
     wanted = buffers(model)
     out: dict[str, Fresh] = {}
@@ -102,6 +115,7 @@ def fresh(model: nn.Module, config: Mapping[str, Any] | None = None, seed: int =
 
 
 def _inside(name: str, path: str) -> bool:
+    """Whether a name lies below a path."""
     return not path or name.startswith(path + ".")
 
 
@@ -109,7 +123,14 @@ def _inside(name: str, path: str) -> bool:
 
 
 def transformers_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The topmost transformers models inside `model`, by clean path. Without transformers there is none."""
+    """Find the topmost transformers models inside a model.
+
+    Args:
+        model: a live model.
+
+    Returns:
+        Each one's path without wrappers, and the module; nothing where transformers is not loaded.
+    """
     loaded = sys.modules.get("transformers.modeling_utils")
     if loaded is None:
         return
@@ -121,23 +142,24 @@ def transformers_roots(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _path(raw: str) -> str:
-    """A module's clean path: a wrapper at its very end (`module`, `_orig_mod`) has nothing behind it to tell it by."""
+    """Return a module's path without wrappers, also where the last segment is one (`module`, `_orig_mod`)."""
     return clean(f"{raw}.x").rpartition(".")[0] if raw else ""
 
 
 def _rebuilt(model: Any, seed: int = 0) -> dict[str, Tensor] | str:
-    """The buffers (and plain `inv_freq` copies) of a new model of the same class and config; or why there is none."""
+    """Return the buffers of a new model of the same class and config, or why there can be none."""
     try:
         with _parameters_on_meta(seed):
             new = _plain_class(type(model))(copy.deepcopy(model.config))
     except REFUSALS as error:
-        return f"{type(model).__name__} could not be built again: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        said = " ".join(str(error).split())[:200]
+        return f"{type(model).__name__} could not be built again: {type(error).__name__}: {said}"
     return {b.name: b.tensor for b in buffers(new)}
 
 
 @contextmanager
 def _parameters_on_meta(seed: int = 0) -> Iterator[None]:
-    """Within it modules are built with parameters that take no memory, and with real buffers on the CPU, in float32."""
+    """Build modules inside the block with parameters that take no memory and real buffers on the CPU, in float32."""
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
         return None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
@@ -155,7 +177,7 @@ def _parameters_on_meta(seed: int = 0) -> Iterator[None]:
 
 
 def _plain_class(kind: type[Any]) -> type[Any]:
-    """The class under the one that FSDP2 (`fully_shard`) puts in its place."""
+    """Return the class under the one that FSDP2 (`fully_shard`) puts in its place."""
     return next(c for c in kind.__mro__ if not any(b.__name__ == "FSDPModule" for b in c.__mro__))
 
 
@@ -165,13 +187,10 @@ _IN_PLACE = ("_init_self_buffers", "reset_buffers", "init_buffers", "rope_init",
 
 
 def _own_way(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
-    """What the module's own methods give for its buffers, on a copy whose buffers are NaN and on the CPU."""
+    """Return what the module's own methods give for its buffers, on a copy whose buffers are NaN and on the CPU."""
     names = [n for n in _IN_PLACE if callable(getattr(module, n, None))]
-    names += (
-        ["reset_parameters"]
-        if hasattr(module, "reset_parameters") and not any(True for _ in module.parameters())
-        else []
-    )
+    if hasattr(module, "reset_parameters") and not any(True for _ in module.parameters()):
+        names.append("reset_parameters")
     for name in names:
         clone = _empty_copy(module)
         try:
@@ -179,17 +198,15 @@ def _own_way(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]
                 getattr(clone, name)()
         except REFUSALS:
             continue
-        made = {
-            k: (v, f"by {type(module).__name__}.{name}")
-            for k in keys
-            if (v := _tensor(clone, k)) is not None and not _unset(v)
-        }
+        values = {k: v for k in keys if (v := _tensor(clone, k)) is not None and not _unset(v)}
+        made = {k: (v, f"by {type(module).__name__}.{name}") for k, v in values.items()}
         if made:
             return made
     return _computed(module, keys) or _from_config(module, keys)
 
 
 def _computed(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
+    """Return what the module's methods compute for its buffers by name (`_precompute_freqs_cis`)."""
     made: dict[str, tuple[Tensor, str]] = {}
     for key in keys:
         for name in (f"_precompute_{key}", f"_compute_{key}", "_precompute_cache"):
@@ -207,6 +224,7 @@ def _computed(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str
 
 
 def _from_config(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, str]]:
+    """Return the buffers of a new module of this class, built from the module's `config`."""
     kind, config = _plain_class(type(module)), getattr(module, "config", None)
     if (
         config is None
@@ -223,27 +241,30 @@ def _from_config(module: nn.Module, keys: list[str]) -> dict[str, tuple[Tensor, 
 
 
 def _tensor(module: nn.Module, key: str) -> Tensor | None:
+    """Return an attribute that is a tensor on the CPU."""
     value = getattr(module, key, None)
     return value.detach() if isinstance(value, Tensor) and value.device.type == "cpu" else None
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:
-    """A shallow copy whose own buffers lie apart, on the CPU and filled with NaN, so that what is written shows."""
+    """Return a shallow copy whose buffers are new, on the CPU and filled with NaN, so that what is written shows."""
     clone = copy.copy(module)
     clone.__dict__ = {
         **module.__dict__,
         "_parameters": dict(module._parameters),
-        "_buffers": {
-            key: None
-            if b is None
-            else torch.full(b.shape, math.nan if b.is_floating_point() or b.is_complex() else 0, dtype=b.dtype)
-            for key, b in module._buffers.items()
-        },
+        "_buffers": {key: None if b is None else _emptied(b) for key, b in module._buffers.items()},
     }
     return clone
 
 
+def _emptied(buffer: Tensor) -> Tensor:
+    """Return a new CPU tensor of NaN (0 for integers) in a buffer's shape and dtype."""
+    floats = buffer.is_floating_point() or buffer.is_complex()
+    return torch.full(buffer.shape, math.nan if floats else 0, dtype=buffer.dtype)
+
+
 def _unset(value: Tensor) -> bool:
+    """Whether a buffer still holds nothing but the NaN it was filled with."""
     return (value.is_floating_point() or value.is_complex()) and value.numel() > 0 and bool(value.isnan().all())
 
 
@@ -251,25 +272,26 @@ def _unset(value: Tensor) -> bool:
 
 
 def _frequencies(buffer: Buffer, config: Mapping[str, Any] | None) -> Tensor | None:
+    """Return RoPE's frequencies for a buffer, where the config gives them in the buffer's shape."""
     made = rope_frequencies(config) if config is not None and buffer.key.endswith("inv_freq") else None
     return made if made is not None and made.shape == buffer.tensor.shape else None
 
 
 def rope_frequencies(config: Mapping[str, Any]) -> Tensor | None:
-    """RoPE's inverse frequencies (rotary/2,) in float32 as a config gives them; None for types beyond plain ones.
+    """Compute RoPE's inverse frequencies from a config of type default, linear or llama3.
 
-    Knows the types default, linear and llama3.
+    Args:
+        config: as config.json has it.
+
+    Returns:
+        float32 of shape (rotary / 2,); None for other types, or where sizes are missing.
     """
     nested = config.get("rope_parameters") or config.get("rope_scaling")
     fields: dict[str, Any] = {**config, **(nested if isinstance(nested, Mapping) else {})}
-    theta, heads, hidden = (
-        fields.get("rope_theta", 10000.0),
-        fields.get("num_attention_heads"),
-        fields.get("hidden_size"),
-    )
-    size = fields.get("head_dim") or (
-        hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
-    )
+    theta = fields.get("rope_theta", 10000.0)
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
+    size = fields.get("head_dim") or derived
     if not isinstance(theta, (int, float)) or not isinstance(size, int) or size < 2:
         return None
     rotary = int(size * partial_rotary(config))
@@ -283,8 +305,7 @@ def rope_frequencies(config: Mapping[str, Any]) -> Tensor | None:
     if kind != "llama3":
         return None
     low, high = float(fields.get("low_freq_factor", 1.0)), float(fields.get("high_freq_factor", 4.0))
-    turns = (
-        float(fields.get("original_max_position_embeddings", 8192)) * inverse / (2 * math.pi)
-    )  # within the trained context
+    trained = float(fields.get("original_max_position_embeddings", 8192))
+    turns = trained * inverse / (2 * math.pi)  # within the trained context
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - blend) * inverse / factor + blend * inverse

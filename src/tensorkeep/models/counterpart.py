@@ -1,4 +1,4 @@
-"""Which stored tensors a model's tensor should equal, whatever naming, root and fusion stand between them.
+"""Find the stored tensors that a model's tensor should equal, whatever naming, root and fusion lie between them.
 
 A tensor of the model pairs with one stored tensor, or with rows of several where the model fuses what files keep
 apart: torchtitan's wqkv, the stacked experts of transformers 5.
@@ -25,11 +25,22 @@ from tensorkeep.models.tensors import Held
 
 @dataclass
 class StoredModel:
-    """A checkpoint as a model would ask it: stored names by clean name, hf tensors, and which of either were asked for."""
+    """The tensors of one checkpoint, opened to be looked up by the names that a live model uses.
+
+    Args:
+        view: the opened checkpoint.
+        identity: its naming, and its names without root and wrappers.
+        hf_tensors: its tensors by hf name; empty where they cannot be told.
+        config: the model's config; None for none.
+        stored: stored name by clean name.
+        computed: stored names of buffers that a model computes anew.
+        used: stored names that a model has asked for so far.
+        problem: why the hf names cannot be told; matters only where the model does not use the file's own names.
+    """
 
     view: StateView
     identity: namings.Identity
-    hubs: dict[str, HfTensor]
+    hf_tensors: dict[str, HfTensor]
     config: Mapping[str, Any] | None
     stored: dict[str, str] = field(default_factory=dict)
     computed: set[str] = field(default_factory=set)
@@ -38,39 +49,45 @@ class StoredModel:
 
     @classmethod
     def of(cls, view: StateView, config: Mapping[str, Any] | None) -> StoredModel:
-        """Names of a view; a naming that no table knows for this config keeps its own names."""
+        """Open a checkpoint's names; a naming that no table knows for this config keeps its own names.
+
+        Args:
+            view: the opened checkpoint.
+            config: the model's config; None for none.
+        """
         identity = namings.identify(view)
         dropped: list[Step] = []
-        hubs: dict[str, HfTensor] = {}
+        hf_tensors: dict[str, HfTensor] = {}
         problem = None
         try:
-            hubs = to_hf_tensors(view, 0, identity, config, dropped)
+            hf_tensors = to_hf_tensors(view, 0, identity, config, dropped)
         except TensorkeepError as error:
             problem = error  # matters only where the model does not use the file's own names
-        made = cls(view, identity, hubs, config, problem=problem)
+        made = cls(view, identity, hf_tensors, config, problem=problem)
         made.stored = {short: name for name, short in identity.names.items()}
         made.computed = {p.name for s in dropped for p in s.parts if p.name not in identity.other}
         return made
 
     def direct(self, name: str) -> tuple[Part, ...] | None:
-        """The stored tensor of this very name."""
+        """Return the stored tensor of this very name; None where there is none."""
         return (Part(0, self.stored[name]),) if name in self.stored else None
 
     def through_hf(self, name: str, table: Any, rope: bool) -> tuple[Part, ...] | None:
-        """The parts of a tensor named by another naming than the file's, in that naming's layout."""
+        """Return the parts of a tensor that the model names otherwise than the file, in the model's RoPE layout."""
         links = from_own(name, table, experts=self._experts(name)) if table is not None else None
         wanted = [(link.hf, link.rope) for link in links] if links else [(name, False)]
-        if not all(hf in self.hubs for hf, _ in wanted):
+        if not all(hf in self.hf_tensors for hf, _ in wanted):
             return None
         parts: list[Part] = []
         for hf, turned in wanted:
-            hub = self.hubs[hf]
-            rows = rope_rows(self.config, "pairs", hf, hub.shape) if turned and rope else None
-            parts += [p.permuted(rows) if rows else p for p in hub.parts]
+            tensor = self.hf_tensors[hf]
+            rows = rope_rows(self.config, "pairs", hf, tensor.shape) if turned and rope else None
+            parts += [p.permuted(rows) if rows else p for p in tensor.parts]
         return tuple(parts)
 
     def _experts(self, name: str) -> int:
-        numbers = [int(m.group(1)) for n in self.hubs if (m := re.search(r"\.experts\.(\d+)\.", n))]
+        """Return how many experts a layer has, by the hf names."""
+        numbers = [int(m.group(1)) for n in self.hf_tensors if (m := re.search(r"\.experts\.(\d+)\.", n))]
         return max(numbers, default=-1) + 1
 
 
@@ -98,14 +115,23 @@ _Renamed = Callable[[nn.Module, str, Tensor], "str | None"]  # a framework's own
 
 
 class CounterpartFinder:
-    """How one model asks one file: which root its names lose or gain, and through which naming they lead."""
+    """Finds, for each tensor of one model, the rows of one checkpoint that it should equal.
+
+    It tells once which root the model's names lose or gain, and which naming they follow.
+
+    Args:
+        model: the live model.
+        tensors: its tensors, from `held`.
+        source: the checkpoint.
+        renamed: a framework's own way from a live name to the file's, `saved_names.renamed`; None for none.
+    """
 
     def __init__(
         self, model: nn.Module, tensors: list[Held], source: StoredModel, renamed: _Renamed | None = None
     ) -> None:
         self.source, self.renamed, self.model = source, renamed, model
         names = [n for t in tensors for n in (t.name, *t.aliases)]
-        known = [*source.stored, *source.hubs]
+        known = [*source.stored, *source.hf_tensors]
         prefixes = ["", "model.", *(f"{p}." for p in [getattr(model, "base_model_prefix", "")] if p)]
         shapes = [(cut, add) for cut in prefixes for add in prefixes if not (cut and add)]
         best = max(shapes, key=lambda s: (len(set(known) & {_moved(n, *s) for n in names}), not any(s)))
@@ -116,7 +142,15 @@ class CounterpartFinder:
         self.straight = plain >= sum(source.through_hf(n, self.table, self.rope) is not None for n in moved)
 
     def parts(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
-        """What `tensor`, under one of its names, should be made of; None where the file has nothing of the kind."""
+        """Return the stored rows that a tensor should equal.
+
+        Args:
+            tensor: the model's tensor.
+            name: one of its names.
+
+        Returns:
+            The parts in the order of the tensor's rows; None where the checkpoint has nothing of the kind.
+        """
         moved = _moved(name, self.cut, self.add)
         found = self._one(moved) or self._fused(tensor, moved) or self._experts(tensor, moved)
         for pattern, other in _RENAMED:
@@ -129,12 +163,13 @@ class CounterpartFinder:
         return found
 
     def _one(self, name: str) -> tuple[Part, ...] | None:
+        """Return the stored tensor of one name, directly or through hf names."""
         if self.straight:
             return self.source.direct(name)
         return self.source.through_hf(name, self.table, self.rope)
 
     def _fused(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
-        """torchtitan's fused wqkv: for each group of heads its q rows, then k, then v; files keep wq, wk, wv."""
+        """Return the parts of torchtitan's fused wqkv: for each group of heads its q rows, then k, then v."""
         head, _, leaf = name.rpartition(".")
         if not head.endswith(".wqkv"):
             return None
@@ -154,7 +189,7 @@ class CounterpartFinder:
         return tuple(parts)
 
     def _head(self, tensor: Held, rows: int) -> int:
-        """Rows of a head: as the module around the weight says, or else the config; 0 where neither does."""
+        """Return the rows of a head, as the module around the weight or else the config says; 0 where neither does."""
         around = next((m for m in self.model.modules() if any(c is tensor.module for c in m.children())), None)
         own = getattr(around, "head_dim", None)
         if isinstance(own, int) and own > 0:
@@ -165,7 +200,7 @@ class CounterpartFinder:
             return 0
 
     def _experts(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
-        """transformers 5 stacks the experts that files keep apart."""
+        """Return the parts of stacked experts (transformers 5), which files keep apart."""
         for pattern, layouts in _EXPERTS:
             match = pattern.fullmatch(name)
             if match is None or tensor.tensor.ndim != 3:
@@ -181,11 +216,12 @@ class CounterpartFinder:
 
 
 def _moved(name: str, cut: str, add: str) -> str:
+    """Return a name with a prefix cut off or put in front."""
     return add + (name[len(cut) :] if cut and name.startswith(cut) else name)
 
 
 def _table(names: list[str], source: StoredModel) -> tuple[Any, bool]:
-    """The table of the naming that the model's own names follow, and whether its q/k rows are interleaved."""
+    """Return the table of the naming that the model's own names follow, and whether its q/k rows are interleaved."""
     for word in ("torchtitan", "torchtitan-0.2"):
         scheme = namings.module(word)
         if sum(scheme.recognise(n) for n in names) * 2 > len(names):

@@ -1,4 +1,4 @@
-"""The language model that a checkpoint holds, and its tokenizer, for `--forward`: transformers on the CPU in float32."""
+"""Build the language model that a checkpoint holds, and its tokenizer: transformers on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -23,15 +23,31 @@ _LOADING = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def sibling(views: Sequence[StateView]) -> dict[str, Any] | None:
-    """The first config that any of the views has."""
+    """Return the first config that any of the views has.
+
+    Args:
+        views: opened checkpoints.
+
+    Returns:
+        The config; None where none has one.
+    """
     return next((v.config for v in views if v.config is not None), None)
 
 
 def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any, dict[str, list[str]]]:
-    """The model of a checkpoint, in float32 and eval mode, and what its loader reported by name.
+    """Build the model of a checkpoint, in float32 and eval mode on the CPU.
 
-    `spare` is the config for a checkpoint without one. Tensors that the checkpoint lacks are drawn from a fixed seed.
-    Raises Inconclusive where transformers has no such model or cannot load it.
+    Tensors that the checkpoint lacks are drawn from a fixed seed.
+
+    Args:
+        view: the opened checkpoint.
+        spare: the config for a checkpoint without one.
+
+    Returns:
+        The transformers model, and what its loader reported by kind: missing, unexpected and mismatched names, errors.
+
+    Raises:
+        Inconclusive: no config is there, transformers has no such model or cannot load it, or is not installed.
     """
     transformers = _transformers()
     document = view.config or spare
@@ -71,30 +87,41 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's tensors under hf names and in hf layout, one at a time."""
+    """Yield the model's tensors under hf names and in hf layout, one at a time."""
     dropped: list[Step] = []
     try:
-        hubs = to_hf_tensors(view, 0, namings.identify(view), config, dropped)
+        hf_tensors = to_hf_tensors(view, 0, namings.identify(view), config, dropped)
     except TensorkeepError as error:
         raise Inconclusive(f"its tensors have no place in the model: {error.what}") from None
-    for name, hub in hubs.items():
-        yield name, _tensor(hub, view)
+    for name, tensor in hf_tensors.items():
+        yield name, _tensor(tensor, view)
 
 
-def _tensor(hub: HfTensor, view: StateView) -> torch.Tensor:
-    spelled = DTYPES[hub.dtype].torch
+def _tensor(tensor: HfTensor, view: StateView) -> torch.Tensor:
+    """Read one tensor from its parts."""
+    spelled = DTYPES[tensor.dtype].torch
     if spelled is None or not hasattr(torch, spelled):
-        raise Inconclusive(f"{hub.name} is stored as {hub.dtype}, which torch cannot hold")
+        raise Inconclusive(f"{tensor.name} is stored as {tensor.dtype}, which torch cannot hold")
     data = bytearray()
-    for part in hub.parts:
+    for part in tensor.parts:
         for piece in pieces(part, view):
             data += piece
     dtype = getattr(torch, spelled)
-    return torch.frombuffer(data, dtype=dtype).reshape(hub.shape) if data else torch.empty(hub.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape) if data else torch.empty(tensor.shape, dtype=dtype)
 
 
 def tokenizer_of(views: Sequence[StateView]) -> Any:
-    """The first tokenizer.json that any of the views carries, as a `tokenizers.Tokenizer`."""
+    """Return the first tokenizer that lies beside any of the views.
+
+    Args:
+        views: opened checkpoints.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
+
+    Raises:
+        Inconclusive: none has a tokenizer.json that can be read, or the package is missing.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -110,6 +137,7 @@ def tokenizer_of(views: Sequence[StateView]) -> Any:
 
 
 def _transformers() -> Any:
+    """Import transformers, or say how to install it."""
     try:
         import transformers
     except ImportError:
@@ -118,12 +146,13 @@ def _transformers() -> Any:
 
 
 def _version(package: Any) -> tuple[int, ...]:
+    """Return a package's version as (major, minor)."""
     return tuple(int(p) for p in str(package.__version__).split(".")[:2])
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without transformers' reports and bars: what they say is in the loading info."""
+    """Silence transformers' reports and bars inside the block: what they say is in the loading info."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

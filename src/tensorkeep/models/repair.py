@@ -1,4 +1,7 @@
-"""Repair non-persistent buffers of a live model in place: judge each against what its config gives, put the right value in."""
+"""Repair non-persistent buffers of a live model in place.
+
+Each is compared with what its config gives, and replaced where it is wrong.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +15,42 @@ from tensorkeep.models.buffers import Buffer, buffers, fresh
 from tensorkeep.models.tensors import local
 
 _EXACT = 1e-5  # relative; powers computed on another device differ in the last bits
-
-
-_TABLE = (
-    2e-2  # of the largest entry, for tables computed on another device: position 1e5 times the last bit of a frequency
-)
+# of the largest entry, for tables computed on another device: position 1e5 times the last bit of a frequency
+_TABLE = 2e-2
 
 
 def without_dynamic(found: list[Buffer]) -> Iterator[Buffer]:
-    """RoPE of types dynamic and longrope changes its inv_freq with the length it has seen; the original does not."""
+    """Yield the buffers but for those `inv_freq` that RoPE changes with the length it has seen.
+
+    RoPE of types dynamic and longrope does; it keeps the first values as `original_inv_freq`.
+
+    Args:
+        found: from `buffers`.
+    """
     for buffer in found:
-        kinds = getattr(buffer.module, "rope_type", None)
-        dynamic = kinds in ("dynamic", "longrope") and not buffer.key.startswith("original")
-        if (
-            dynamic
-            and isinstance(original := getattr(buffer.module, "original_inv_freq", None), Tensor)
-            and not original.is_meta
-        ):
-            continue
-        yield buffer
+        dynamic = getattr(buffer.module, "rope_type", None) in ("dynamic", "longrope")
+        original = getattr(buffer.module, "original_inv_freq", None)
+        known = isinstance(original, Tensor) and not original.is_meta
+        if not (dynamic and known) or buffer.key.startswith("original"):
+            yield buffer
 
 
 def judge(live: Tensor, right: Tensor) -> str:
-    """`equal`, `narrowed` (equal once cast to the buffer's own dtype) or `wrong`; of a sharded buffer, this process's part."""
+    """Compare a live buffer with its right value; of a sharded buffer, this process's part.
+
+    Args:
+        live: the buffer.
+        right: the value it should have, whole and on the CPU.
+
+    Returns:
+        "equal", "narrowed" (equal once cast to the buffer's own dtype) or "wrong".
+    """
     if live.shape != right.shape or live.is_meta:
         return "wrong"
     mine, at = local(live.detach())
-    theirs = (
-        right[tuple(slice(o, o + n) for o, n in zip(at, mine.shape))] if any(at) or mine.shape != right.shape else right
-    )
+    theirs = right
+    if any(at) or mine.shape != right.shape:
+        theirs = right[tuple(slice(o, o + n) for o, n in zip(at, mine.shape))]
     elsewhere, mine = mine.device.type != "cpu", mine.cpu()
     if mine.dtype == theirs.dtype:
         if _close(mine, theirs, elsewhere):
@@ -48,15 +58,13 @@ def judge(live: Tensor, right: Tensor) -> str:
         through = [theirs.to(d).to(mine.dtype) for d in (torch.bfloat16, torch.float16) if mine.dtype == torch.float32]
         return "narrowed" if any(_close(mine, t, elsewhere) for t in through) else "wrong"
     if not (mine.is_floating_point() and theirs.is_floating_point()):
-        return (
-            "wrong"
-            if mine.dtype.is_complex != theirs.dtype.is_complex or not torch.equal(mine, theirs.to(mine.dtype))
-            else "equal"
-        )
+        same = mine.dtype.is_complex == theirs.dtype.is_complex and torch.equal(mine, theirs.to(mine.dtype))
+        return "equal" if same else "wrong"
     return "narrowed" if _close(mine.double(), theirs.to(mine.dtype).double(), elsewhere) else "wrong"
 
 
 def _close(a: Tensor, b: Tensor, elsewhere: bool) -> bool:
+    """Whether two tensors agree to the last bits, on which powers of another device differ."""
     if not (a.is_floating_point() or a.is_complex()) or torch.equal(a, b):
         return torch.equal(a, b)
     finite = a.isfinite()
@@ -73,7 +81,7 @@ def _close(a: Tensor, b: Tensor, elsewhere: bool) -> bool:
 
 @torch.no_grad()
 def repaired(model: nn.Module) -> list[str]:
-    """Put the right value into every buffer that has not got it; the names of those changed."""
+    """Put the right value into every buffer that has not got it; return the names of those changed."""
     right = fresh(model)
     changed = []
     for buffer in without_dynamic(buffers(model)):
@@ -89,6 +97,7 @@ def repaired(model: nn.Module) -> list[str]:
 
 
 def _put(model: nn.Module, buffer: Buffer, value: Tensor, dtype: torch.dtype) -> None:
+    """Write a value into a live buffer, in place where device, dtype and shape allow it."""
     live: Any = buffer.tensor
     if not live.is_meta and live.dtype == dtype and live.shape == value.shape and not hasattr(live, "to_local"):
         live.copy_(value)  # in place: compiled graphs and captured ones keep its address
@@ -106,17 +115,24 @@ def _put(model: nn.Module, buffer: Buffer, value: Tensor, dtype: torch.dtype) ->
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where the model lives: the device of its first parameter that is anywhere."""
+    """Return the device of the model's first parameter that is on any."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def repair_buffers(model: nn.Module) -> list[str]:
-    """Recompute wrong non-persistent buffers in place, from the model's own config; the names of those changed.
+    """Recompute wrong non-persistent buffers of a model in place, from the model's own config.
 
-    RoPE's frequencies become float32 again; devices stay. Call it after the load (and after any `.to(dtype)`), on
-    every process. What cannot be computed is left alone: `check_loaded` names it.
+    RoPE's frequencies become float32 again; devices stay. Call it after the load (and after any `.to(dtype)`), on every
+    process. What cannot be computed is left alone: `check_loaded` names it.
 
-    >>> repair_buffers(model)                                     # doctest: +SKIP
-    ['model.rotary_emb.inv_freq']
+    Args:
+        model: a live model, sharded or not.
+
+    Returns:
+        The names of the buffers that were changed.
+
+    Example:
+        >>> repair_buffers(model)  # doctest: +SKIP
+        ['model.rotary_emb.inv_freq']
     """
     return repaired(model)

@@ -1,4 +1,4 @@
-"""How transformers 5 would save a live tensor: some models are renamed or rearranged between file and memory.
+"""Ask transformers 5 how it would save a live tensor: some models rename or rearrange tensors between file and memory.
 
 GPT-NeoX's `lm_head` is `embed_out` in files, experts are stacked in memory. The library's own way back is asked, one
 tensor at a time; transformers 4 and other frameworks have none, and names then stay as they are.
@@ -16,9 +16,15 @@ from tensorkeep.models.buffers import REFUSALS, transformers_roots
 
 
 def as_saved(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What files hold of one tensor, by name; {} where nobody converts it.
+    """Return the tensors that a file would hold for one live tensor of a transformers 5 model.
 
-    `tensor` may be on the meta device: then only names and shapes are told.
+    Args:
+        model: the live model.
+        name: the tensor's name in it.
+        tensor: the tensor; on the meta device only names and shapes are told.
+
+    Returns:
+        The file's tensors by name; empty where the library saves the tensor under its own name, or cannot say.
     """
     revert: Callable[..., Any] | None = getattr(
         sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None
@@ -34,7 +40,16 @@ def as_saved(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def renamed(model: nn.Module, name: str, tensor: Tensor) -> str | None:
-    """The file's name for a tensor that is only renamed; None where it keeps its name or is rearranged."""
+    """Return the file's name of a tensor that is saved under another name.
+
+    Args:
+        model: the live model.
+        name: the tensor's name in it.
+        tensor: the tensor.
+
+    Returns:
+        The other name; None where the tensor keeps its name or is rearranged.
+    """
     probe = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     probe = probe.detach().to("meta")
     made = as_saved(model, name, probe)

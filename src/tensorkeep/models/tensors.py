@@ -1,4 +1,4 @@
-"""What a live model holds: its tensors by clean name, this process's part of each, and stored bytes in that shape.
+"""List a live model's tensors by name, and read the stored bytes that each should equal.
 
 Names lose the wrappers of DDP, torch.compile, activation checkpointing and PEFT. Of a sharded tensor (DTensor) only
 this process's own rectangle is looked at: nothing is gathered.
@@ -20,7 +20,14 @@ from tensorkeep.storage.record import DTYPES, nbytes
 
 
 class Held(NamedTuple):
-    """One tensor of a model: its clean name, where it hangs, the tensor, and the clean names of the same tensor."""
+    """One tensor of a live model.
+
+    Args:
+        name: its name without wrappers.
+        module: the module that holds it.
+        tensor: the tensor.
+        aliases: other names of the same tensor (tied weights).
+    """
 
     name: str
     module: nn.Module
@@ -29,16 +36,23 @@ class Held(NamedTuple):
 
 
 def clean(name: str) -> str:
-    """A parameter's name without wrappers, and without the segment that PEFT puts before a wrapped layer's own.
+    """Remove wrappers from a parameter's name, and the segment that PEFT puts before a wrapped layer's own.
 
-    >>> clean("base_model.model.layers.0.q_proj.base_layer.weight")
-    'layers.0.q_proj.weight'
+    Args:
+        name: as `named_parameters` gives it.
+
+    Returns:
+        The name that a file would have.
+
+    Example:
+        >>> clean("base_model.model.layers.0.q_proj.base_layer.weight")
+        'layers.0.q_proj.weight'
     """
     return ".".join(s for s in unwrap(name)[0].split(".") if s != "base_layer")
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
-    """Every tensor slot as (raw name, module, key, tensor, stored): stored tells a state_dict would have it."""
+    """Yield every tensor slot as (raw name, module, key, tensor, whether a state_dict would have it)."""
     for path, module in model.named_modules(remove_duplicate=False):
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
@@ -52,7 +66,18 @@ def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]
 
 
 def held(model: nn.Module) -> list[Held]:
-    """Parameters and persistent buffers, each once; a tied tensor lists its other names."""
+    """List a model's parameters and persistent buffers, each once; a tied tensor lists its other names.
+
+    Args:
+        model: a live model.
+
+    Returns:
+        The tensors, in the order of the modules.
+
+    Example:
+        >>> [item.name for item in held(nn.Linear(2, 2))]
+        ['weight', 'bias']
+    """
     found: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for raw, module, _, tensor, stored in slots(model):
         if stored:
@@ -65,7 +90,14 @@ def held(model: nn.Module) -> list[Held]:
 
 
 def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This process's rectangle of a tensor and where it lies in the whole; the whole tensor where it is not sharded."""
+    """Return this process's rectangle of a tensor, and its offsets in the whole.
+
+    Args:
+        tensor: a tensor or DTensor.
+
+    Returns:
+        The local part and the index of its first element; the tensor itself and zeros where it is not sharded.
+    """
     if hasattr(tensor, "to_local"):
         chunk = tensor.__create_chunk_list__()[0]  # type: ignore[attr-defined]
         return tensor.to_local(), tuple(chunk.offsets)
@@ -73,9 +105,16 @@ def local(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def expected(parts: tuple[Part, ...], view: StateView, shape: tuple[int, ...], rows: tuple[int, int]) -> Tensor | None:
-    """Rows of the tensor that `parts` make up, `shape` being the whole; None where the sizes do not fit.
+    """Read the stored values that rows of a model's tensor should equal.
 
-    Returns a tensor of the stored dtype, (rows[1] - rows[0], *shape[1:]).
+    Args:
+        parts: what the whole tensor is made of, from `CounterpartFinder.parts`.
+        view: the checkpoint.
+        shape: of the whole tensor.
+        rows: the first row to read, and the one after the last.
+
+    Returns:
+        A tensor of the stored dtype, (rows[1] - rows[0], *shape[1:]); None where the parts have another size.
     """
     dtype = view[parts[0].name].dtype
     spelled = DTYPES[dtype].torch
@@ -97,6 +136,12 @@ def expected(parts: tuple[Part, ...], view: StateView, shape: tuple[int, ...], r
 
 
 def part_bytes(part: Part, view: StateView) -> int:
+    """Count the bytes of a part.
+
+    Args:
+        part: rows of a stored tensor.
+        view: the checkpoint.
+    """
     record = view[part.name]
     if part.rows is None or not record.shape:
         return record.nbytes
@@ -104,7 +149,7 @@ def part_bytes(part: Part, view: StateView) -> int:
 
 
 def _cut(part: Part, view: StateView, low: int, high: int) -> bytearray:
-    """Bytes of a part from `low` to `high`; whole rows are asked for by number, so that a shard reads its own alone."""
+    """Read a part's bytes from `low` to `high`; whole rows are read by number, so that a shard reads its own alone."""
     record = view[part.name]
     row = nbytes(record.dtype, record.shape[1:]) if record.shape else 0
     if row and not part.permutes and low % row == 0 and high % row == 0:

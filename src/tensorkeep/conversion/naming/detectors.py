@@ -180,13 +180,13 @@ def nest_checkpoint(plan: Plan) -> None:
     plan.beside = {} if pretrained else {"epoch": epoch}
 
 
-def with_recipe(hub: Mapping[str, HfTensor], companions: list[Companion], notes: list[Note]) -> list[Companion]:
+def with_recipe(tensors: Mapping[str, HfTensor], companions: list[Companion], notes: list[Note]) -> list[Companion]:
     """Return the companions of a detector, with a recipe read off its shapes where none lies beside the source.
 
     A config.json is transformers' and describes other names: it stays behind.
     """
     companions = [c for c in companions if c.name != "config.json"]
-    shapes = {name: item.shape for name, item in hub.items()}
+    shapes = {name: item.shape for name, item in tensors.items()}
     if recipes.FILE in [c.name for c in companions] or not recipes.readable(shapes):
         return companions
     text, assumed = recipes.read_off(shapes)
