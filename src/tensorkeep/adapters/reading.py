@@ -32,49 +32,14 @@ DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tenso
 TIED = "ensure_weight_tying"
 # fields of a LoRA config that change nothing about what is added to which weight, or that are read here
 _KNOWN = frozenset([TIED, DIGEST]) | frozenset(
-    [
-        "alpha_pattern",
-        "arrow_config",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_dora",
-        "use_rslora",
-        "runtime_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "velora_config",
-        "kind",
-        "quantization",
-        "modules_to_tie",
-        "target_modules_to_tie",
-        "enable_lora",
-        "target_parameters",
-        "trainable_token_indices",
-        "merge_weights",
-    ]
+    """
+    alpha_pattern arrow_config auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
+    inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_bias
+    lora_dropout megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r
+    rank_pattern revision target_modules task_type use_dora use_rslora runtime_config eva_config corda_config
+    lora_ga_config velora_config kind quantization modules_to_tie target_modules_to_tie enable_lora
+    target_parameters trainable_token_indices merge_weights
+    """.split()
 )
 # starts that take something out of the base: the adapter fits only the rest, which is not what a checkpoint holds
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")

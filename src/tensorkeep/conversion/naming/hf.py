@@ -28,50 +28,12 @@ HEAD = "lm_head.weight"
 
 # model types whose config class ties the head to the embedding when config.json does not say
 _TIED_BY_DEFAULT = frozenset(
-    [
-        "bart",
-        "bert",
-        "biogpt",
-        "bloom",
-        "cohere",
-        "cohere2",
-        "ctrl",
-        "ernie4_5",
-        "ernie4_5_moe",
-        "falcon",
-        "falcon_mamba",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma3n",
-        "gemma3n_text",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "jetmoe",
-        "lfm2",
-        "lfm2_moe",
-        "mamba",
-        "marian",
-        "mbart",
-        "minicpm3",
-        "modernbert-decoder",
-        "mpt",
-        "openai-gpt",
-        "opt",
-        "pegasus",
-        "recurrent_gemma",
-        "roberta",
-        "smollm3",
-        "starcoder2",
-        "vaultgemma",
-        "whisper",
-        "xglm",
-        "xlm-roberta",
-        "zamba",
-        "zamba2",
-    ]
+    """
+    bart bert biogpt bloom cohere cohere2 ctrl ernie4_5 ernie4_5_moe falcon falcon_mamba gemma gemma2 gemma3
+    gemma3_text gemma3n gemma3n_text gpt2 gpt_bigcode gpt_neo jetmoe lfm2 lfm2_moe mamba marian mbart minicpm3
+    modernbert-decoder mpt openai-gpt opt pegasus recurrent_gemma roberta smollm3 starcoder2 vaultgemma whisper xglm
+    xlm-roberta zamba zamba2
+    """.split()
 )
 
 
