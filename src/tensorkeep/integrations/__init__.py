@@ -1,4 +1,5 @@
-"""Guests: other trainers' checkpoints under the same rules as ours. One module a library, imported only when asked for:
+"""Other trainers' checkpoints under the same rules as ours: whole or not there, digested, found again.
 
-`tensorkeep.integrations.transformers`, `.accelerate`, `.lightning`, `.opentad`.
+One module for each library, imported only when asked for: `tensorkeep.integrations.transformers`, `.accelerate`,
+`.lightning`, `.opentad`.
 """

@@ -1,5 +1,4 @@
-"""Checkpoint folders that another library writes, made trustworthy: fsynced, digested, sealed by our manifest, found
-again newest valid first.
+"""Make checkpoint folders that another library writes trustworthy: fsync, digest and seal them, find the newest valid.
 
 Their writers know neither digests nor fsync and write in place, so a folder is believed only once it is sealed: the
 manifest comes last, covers every byte of every file, and is gone or differs wherever a save was cut short.
@@ -38,9 +37,11 @@ _Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, f
 def seal_folder(folder: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
     """Put every file of a folder on the disk for good, and our manifest beside them, last.
 
-    Safetensors are digested tensor by tensor and looked through. Raises TensorkeepError where a tensor holds NaN or Inf
-    (V01: the folder stays without a manifest, so no resume takes it), where the folder has folders in it, and where the
-    disk is full or fails.
+    Safetensors are digested tensor by tensor and looked through.
+
+    Raises:
+        TensorkeepError: a tensor holds NaN or Inf (V01: the folder stays without a manifest, so no resume takes it),
+            the folder has folders in it, or the disk is full or fails.
     """
     folder = Path(folder)
     with explained(folder):
@@ -65,13 +66,14 @@ def seal_folder(folder: Path, step: int, base: Mapping[str, Any] | None = None) 
 
 
 def _forget(folder: Path) -> None:
-    """Take an earlier manifest away, and what a killed seal left: a folder written into again is not sealed."""
+    """Remove an earlier manifest, and what a killed seal left: a folder written into again is not sealed."""
     for name in [*left_over(folder), MANIFEST]:
         remove(folder / name)
     sync_folder(folder)
 
 
 def not_finite(where: Path, names: list[str]) -> TensorkeepError:
+    """Return the error for tensors with NaN or Inf."""
     first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return TensorkeepError(
         f"NaN or Inf in {len(names)} tensors: {first}; the checkpoints before it stay",
@@ -83,7 +85,7 @@ def not_finite(where: Path, names: list[str]) -> TensorkeepError:
 
 
 def _digested(folder: Path, name: str) -> tuple[durable.Written, _Places]:
-    """Digests of a file that is there already; of safetensors also per tensor, and those with NaN or Inf in them."""
+    """Digest a file that is there already; of safetensors also each tensor, and list those with NaN or Inf."""
     path = folder / name
     with explained(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -103,7 +105,7 @@ def _digested(folder: Path, name: str) -> tuple[durable.Written, _Places]:
 
 
 def _passed(file: Any, left: int, dtype: str) -> tuple[str, bool]:
-    """The digest of the next `left` bytes, and whether they are finite."""
+    """Read the next `left` bytes; return their digest, and whether they are finite."""
     running, sound = xxhash.xxh3_128(), True
     while left and (piece := file.read(min(left, durable.CACHED))):
         running.update(piece)
@@ -116,7 +118,11 @@ def _passed(file: Any, left: int, dtype: str) -> tuple[str, bool]:
 
 
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file in a folder, durably. Raises V01 for NaN or Inf, and where a tensor cannot be stored."""
+    """Write one safetensors file into a folder, durably.
+
+    Raises:
+        TensorkeepError: NaN or Inf (V01), or a tensor cannot be stored.
+    """
     layout, own = files_of(State(dict(tensors), {}, {}, {"step": 0}))[0]
     dtypes = {n: FROM_TORCH[str(t.dtype).removeprefix("torch.")] for n, t in own.items()}
     floats = {n: d for n, d in dtypes.items() if floating(d)}
@@ -128,9 +134,10 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Non
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file of a sealed folder, on the CPU, every byte compared with its digest.
+    """Read the tensors of one file of a sealed folder to the CPU, every byte compared with its digest.
 
-    Raises TensorkeepError: F01 no manifest, F03 damaged (names the tensors), F05 the file is none of the checkpoint's.
+    Raises:
+        TensorkeepError: F01 no manifest, F03 damaged (names the tensors), F05 the file is none of the checkpoint's.
     """
     folder = Path(folder)
     manifest = run_manifest.read_manifest(folder)
@@ -144,9 +151,10 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def write_state(final: Path, state: State) -> None:
-    """One checkpoint of ours as the folder `final`, whatever its name; what stood there goes when it is durable.
+    """Write one checkpoint of ours as the folder `final`, whatever its name; what was there goes once it is durable.
 
-    Raises TensorkeepError as `checkpoint.save` does.
+    Raises:
+        TensorkeepError: as `training.saver.save` does.
     """
     with replacing(final, overwrite=True) as temporary:
         run = temporary_name(final)
@@ -162,7 +170,7 @@ def write_state(final: Path, state: State) -> None:
 
 
 def write_document(folder: Path, name: str, data: bytes) -> None:
-    """A small file in a folder that is yet to be sealed."""
+    """Write a small file into a folder that is yet to be sealed."""
     with explained(folder / name):
         remove(folder / name)
         write_bytes(folder / name, data)
@@ -172,7 +180,7 @@ def write_document(folder: Path, name: str, data: bytes) -> None:
 
 
 def numbered(root: Path, pattern: re.Pattern[str]) -> list[_Numbered]:
-    """Folders in `root` whose whole name fits `pattern`, with the number in it, highest first."""
+    """List the folders in `root` whose whole name fits `pattern`, with the number in it, highest first."""
     with explained(root):
         if not root.is_dir():
             return []
@@ -181,10 +189,12 @@ def numbered(root: Path, pattern: re.Pattern[str]) -> list[_Numbered]:
 
 
 def newest_sealed(folders: Sequence[Path], log: Logger) -> Path | None:
-    """The first folder whose every byte is what its manifest says; those passed over are told to `log` and stay.
+    """Return the first folder whose every byte is what its manifest says; those passed over are logged and stay.
 
-    None where there is none, or nothing but one save that was cut short. Raises TensorkeepError where there are
-    checkpoints and none can be vouched for: starting anew would end in overwriting them.
+    None where there is none, or nothing but one save that was cut short.
+
+    Raises:
+        TensorkeepError: there are checkpoints and none is valid: starting anew would end in overwriting them.
     """
     passed = []
     for folder in folders:
@@ -205,9 +215,9 @@ def newest_sealed(folders: Sequence[Path], log: Logger) -> Path | None:
 
 
 def prune_folders(folders: Sequence[_Numbered], step: int, last: int, kept: set[int]) -> list[Path]:
-    """Delete sealed folders up to `step` but the `last` newest, `step` and `kept`. Renamed away first, durably.
+    """Delete sealed folders up to `step`, except the `last` newest, `step` and `kept`.
 
-    What bears no manifest was never ours to delete.
+    They are renamed away first, durably. A folder without a manifest was never ours to delete.
     """
     sealed = {s: path for s, path in folders if s <= step and (path / MANIFEST).is_file()}
     gone = [sealed[s] for s in run_folder.unwanted(list(sealed), last, None, kept | {step})]

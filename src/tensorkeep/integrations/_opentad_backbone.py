@@ -1,8 +1,8 @@
 """The quantized backbone as OpenTAD builds it: its arguments, its tensor names, frames that are normalised already.
 
-A thin skin over `detection`'s ViT and adapters. In a `state_dict` every tensor bears OpenTAD's (and mmaction's) name, so
-its files go in and out; where a file has floats for a linear that is quantized here, they are put into codes as they
-are loaded.
+A thin layer over `detection`'s ViT and adapters. In a `state_dict` every tensor has OpenTAD's (and mmaction's) name,
+so its files go in and out; where a file has floats for a linear that is quantized here, they are put into codes as
+they are loaded.
 """
 
 from __future__ import annotations
@@ -27,17 +27,28 @@ _NEW = ("adapter", "pos_embed", "fc_norm")  # segments of what a pretrained file
 
 
 class VisionTransformerQLoRA(VisionTransformerAdapter):
-    """`type="VisionTransformerQLoRA"` in an OpenTAD config, in the place of `VisionTransformerAdapter`, frozen but for
-    its adapters.
+    """A frozen, quantized ViT under trained adapters, in the place of OpenTAD's `VisionTransformerAdapter`.
 
-    The first arguments are OpenTAD's own. `lora_r`, `lora_alpha`, `lora_dropout` and `quantize_bits` (4: nf4, 8: int8)
-    shape the seeds' adapter: frozen, quantized projections under LoRA, and a temporal convolution that trains. With
-    `use_plain_adapter` it is a bottleneck in floats instead. `quantize_backbone` puts the pretrained linears (97 % of a
-    ViT) into `quantize_bits` too, as `pretrain` is loaded. Raises TensorkeepError for a form that is not built here.
+    `type="VisionTransformerQLoRA"` in an OpenTAD config. Arguments up to `adapter_index` are OpenTAD's own.
 
-    >>> vit = VisionTransformerQLoRA(img_size=32, embed_dims=64, depth=1, num_heads=2, num_frames=4, total_frames=8)
-    >>> [n for n in vit.state_dict() if "mlp" in n][0], sorted({n.split(".")[-1] for n, p in vit.named_parameters() if p.requires_grad})
-    ('blocks.0.mlp.layers.0.0.weight', ['bias', 'gamma', 'lora_A', 'lora_B', 'weight'])
+    Args:
+        total_frames: frames of a video, whole chunks of `num_frames`.
+        lora_r: rank of LoRA on the adapters' frozen, quantized projections; their temporal convolution trains as well.
+        lora_alpha: LoRA is scaled by lora_alpha / lora_r.
+        lora_dropout: probability with which an element of LoRA's input is zeroed while training.
+        quantize_bits: 4 (nf4) or 8 (int8).
+        use_plain_adapter: a bottleneck in floats in place of the quantized adapter.
+        quantize_backbone: put the pretrained linears (97 % of a ViT) into `quantize_bits` too, as they are loaded.
+
+    Raises:
+        TensorkeepError: a form of the ViT that is not built here.
+
+    Example:
+        >>> vit = VisionTransformerQLoRA(img_size=32, embed_dims=64, depth=1, num_heads=2, num_frames=4, total_frames=8)
+        >>> [n for n in vit.state_dict() if "mlp" in n][0]
+        'blocks.0.mlp.layers.0.0.weight'
+        >>> sorted({n.split(".")[-1] for n, p in vit.named_parameters() if p.requires_grad})
+        ['bias', 'gamma', 'lora_A', 'lora_B', 'weight']
     """
 
     def __init__(
@@ -92,9 +103,17 @@ class VisionTransformerQLoRA(VisionTransformerAdapter):
             quantization.quantize_backbone(self, quantize_bits)
 
     def forward(self, x: Tensor, videos: int | None = None) -> Tensor:
-        """Chunks `[videos * chunks, 3, t, H, W]`, normalised by OpenTAD, to a feature map `[.., C, t/2, h, w]`.
+        """Turn chunks of frames into a feature map.
 
-        Raises TensorkeepError where the batch is not whole videos, as under OpenTAD's `temporal_checkpointing`.
+        Args:
+            x: chunks `[videos * chunks, 3, t, H, W]`, normalised by OpenTAD.
+            videos: how many videos these are; None to tell it from the number of chunks.
+
+        Returns:
+            `[videos * chunks, C, t/2, h, w]`.
+
+        Raises:
+            TensorkeepError: the batch is not whole videos, as under OpenTAD's `temporal_checkpointing`.
         """
         if len(x) % self.chunks:
             what = f"{len(x)} chunks are not whole videos of {self.chunks}"
@@ -107,7 +126,7 @@ class VisionTransformerQLoRA(VisionTransformerAdapter):
     # -- state, under OpenTAD's names -----------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """torch's, under OpenTAD's names."""
+        """Return torch's state dict under OpenTAD's names."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         _rename(state, prefix, forward=False)
@@ -133,7 +152,7 @@ class VisionTransformerQLoRA(VisionTransformerAdapter):
 
 
 def _rename(state: dict[str, Any], prefix: str, forward: bool) -> None:
-    """Respell what stands under `prefix`, in place and in order: to our names (`forward`), or to OpenTAD's."""
+    """Rename what lies under `prefix`, in place and in order: to our names (`forward`), or to OpenTAD's."""
     own = [name for name in state if name.startswith(prefix)]
     spelled = {n: prefix + ".".join(backbone_segments(tuple(n[len(prefix) :].split(".")), forward)) for n in own}
     if len(set(spelled.values())) < len(own):
@@ -143,7 +162,7 @@ def _rename(state: dict[str, Any], prefix: str, forward: bool) -> None:
 
 
 def _to_codes(state: dict[str, Any], prefix: str, like: QuantLinear) -> bool:
-    """Put a float weight `prefix + "weight"` into codes as `like` has them; False where it is none."""
+    """Put a float weight of the state into codes as `like` has them; return False where there is none."""
     weight = state.get(f"{prefix}weight")
     coded = any(name.startswith(f"{prefix}weight.") or name == f"{prefix}SCB" for name in state)
     if weight is None or not weight.is_floating_point() or coded:

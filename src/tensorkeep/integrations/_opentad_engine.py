@@ -1,6 +1,7 @@
-"""OpenTAD's engine under our rules, whatever names its tools know it by: average, evaluation, epochs, optimizer.
+"""Run OpenTAD's engine under our rules, whatever names its tools know it by: average, evaluation, epochs, optimizer.
 
-Nothing here imports OpenTAD. `replacements` wraps the objects it is given, `take_over` puts the wrappers in their place.
+Nothing here imports OpenTAD. `replacements` wraps the objects it is given, `take_over` puts the wrappers in their
+place.
 """
 
 from __future__ import annotations
@@ -26,41 +27,30 @@ from tensorkeep.training import randomness
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.live_state import refuse_difference
 
-EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {  # what is replaced: module -> name -> parameters
-    "utils.ema": {"ModelEma": ("model", "decay", "device")},
+# what is replaced: OpenTAD's module -> its function or class -> the parameters that it must have
+_SIGNATURES = {
+    "utils.ema": {
+        "ModelEma": "model decay device",
+    },
     "utils.checkpoint": {
-        "save_checkpoint": ("model", "model_ema", "optimizer", "scheduler", "epoch", "work_dir"),
-        "save_best_checkpoint": ("model", "model_ema", "epoch", "work_dir"),
+        "save_checkpoint": "model model_ema optimizer scheduler epoch work_dir",
+        "save_best_checkpoint": "model model_ema epoch work_dir",
     },
     "cores.train_engine": {
-        "train_one_epoch": (
-            "train_loader",
-            "model",
-            "optimizer",
-            "scheduler",
-            "curr_epoch",
-            "logger",
-            "model_ema",
-            "clip_grad_l2norm",
-            "logging_interval",
-            "scaler",
-        ),
-        "val_one_epoch": ("val_loader", "model", "logger", "rank", "curr_epoch", "model_ema", "use_amp"),
+        "train_one_epoch": "train_loader model optimizer scheduler curr_epoch logger "
+        "model_ema clip_grad_l2norm logging_interval scaler",
+        "val_one_epoch": "val_loader model logger rank curr_epoch model_ema use_amp",
     },
     "cores.test_engine": {
-        "eval_one_epoch": (
-            "test_loader",
-            "model",
-            "cfg",
-            "logger",
-            "rank",
-            "model_ema",
-            "use_amp",
-            "world_size",
-            "not_eval",
-        ),
+        "eval_one_epoch": "test_loader model cfg logger rank model_ema use_amp world_size not_eval",
     },
-    "cores.optimizer": {"build_optimizer": ("cfg", "model", "logger")},
+    "cores.optimizer": {
+        "build_optimizer": "cfg model logger",
+    },
+}
+EXPECTED = {
+    module: {name: tuple(parameters.split()) for name, parameters in names.items()}
+    for module, names in _SIGNATURES.items()
 }
 
 
@@ -68,9 +58,12 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {  # what is replaced: module 
 
 
 def replacements(opentad: Mapping[str, ModuleType], run: Run) -> dict[int, tuple[Any, Any]]:
-    """`id` of OpenTAD's object -> (the object, ours), for all of `EXPECTED`; `opentad`: its modules by those names.
+    """Return `id` of OpenTAD's object -> (the object, ours), for all of `EXPECTED`.
 
-    Raises TensorkeepError where one is missing or takes other arguments: then nothing was replaced.
+    `opentad` are its modules by those names.
+
+    Raises:
+        TensorkeepError: one is missing or takes other arguments; then nothing was replaced.
     """
     found: dict[str, Any] = {}
     for module, names in EXPECTED.items():
@@ -98,9 +91,10 @@ def replacements(opentad: Mapping[str, ModuleType], run: Run) -> dict[int, tuple
 
 
 def take_over(pairs: Mapping[int, tuple[Any, Any]]) -> list[str]:
-    """Bind every module's name of one of OpenTAD's objects to ours, `__main__`'s among them; gives them, `module.name`.
+    """Bind every module's name for one of OpenTAD's objects to ours, `__main__`'s too; return them as `module.name`.
 
-    By identity, so no other object of that name is touched. A name inside a closure or a default argument keeps the old.
+    By identity, so no other object of that name is touched. A name inside a closure or a default argument keeps the old
+    object.
     """
     places = []
     modules: dict[str, Any] = dict(sys.modules)  # whatever a program puts there
@@ -118,10 +112,10 @@ def take_over(pairs: Mapping[int, tuple[Any, Any]]) -> list[str]:
 
 
 class Average:
-    """In the place of OpenTAD's `ModelEma`: trainable float tensors alone, by name, float32.
+    """The average of the trained weights, in the place of OpenTAD's `ModelEma`.
 
-    `module.state_dict()` is complete, as OpenTAD loads it strictly: the averages among the model's own frozen tensors
-    and buffers, which are not copied and never averaged.
+    It keeps trainable float tensors alone, by name, in float32. `module.state_dict()` is complete, as OpenTAD loads it
+    strictly: the averages among the model's own frozen tensors and buffers, which are not copied and never averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, device: Any = None, *, run: Run) -> None:
@@ -129,16 +123,19 @@ class Average:
 
     @property
     def module(self) -> Average:
+        """Itself: OpenTAD asks for `model_ema.module`."""
         return self
 
     def update(self, model: nn.Module) -> None:
+        """Average the model's weights in, after an update."""
         self.ema.update(model)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the averages among the model's own tensors, by the names of its state dict."""
         return {name: tensor for name, (tensor, _) in self._entries().items()}
 
     def _entries(self) -> dict[str, tuple[Tensor, str | None]]:
-        """Name in a file -> (averaged or own tensor, the average's own name where it is one)."""
+        """Return, by name in a file, the averaged or the model's own tensor, and the average's name where it is one."""
         averages = self.ema.tensors
         names = {id(p): unwrap(n)[0] for n, p in self.model.named_parameters()}
         entries: dict[str, tuple[Tensor, str | None]] = {}
@@ -150,9 +147,11 @@ class Average:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over `state_dict_ema` of a file, OpenTAD's own included, once the model has its `state_dict`.
 
-        Raises TensorkeepError K01 for any difference of names and shapes, and A04 where a frozen tensor is not the
-        model's: the average would be of another base. In a file of ours they are equal bitwise; OpenTAD averages what
-        is constant, and rounds.
+        In a file of ours frozen tensors are the model's bitwise; OpenTAD averages what is constant too, and rounds.
+
+        Raises:
+            TensorkeepError: K01 for any difference of names and shapes, A04 where a frozen tensor is not the model's:
+                the average would be of another base.
         """
         entries, saved = self._entries(), self.run.resumed or {}
         refuse_difference("state_dict_ema", _shapes(self.state_dict()), _shapes(state))
@@ -172,7 +171,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _base(model: nn.Module) -> Iterator[Tensor]:
-    """What never changes: frozen parameters and the codes of quantized layers."""
+    """Yield what never changes: frozen parameters and the codes of quantized layers."""
     yield from (p for p in model.parameters() if not p.requires_grad)
     for module in model.modules():
         if getattr(module, "frozen_state", False):
@@ -180,7 +179,7 @@ def _base(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _same(own: Tensor, saved: Tensor, within: float) -> bool:
-    """Equal; floats to `within` of the largest."""
+    """Whether two tensors are equal; floats up to `within` of the largest."""
     saved = saved.to(own.device)
     if not within or not own.is_floating_point() or not own.numel():
         return torch.equal(own, saved)
@@ -191,8 +190,10 @@ def _same(own: Tensor, saved: Tensor, within: float) -> bool:
 
 
 def _evaluating(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """OpenTAD's evaluation under our average: swapped in place, put back bitwise, also after an error. Random numbers
-    that it draws are not training's: epochs go alike with and without it."""
+    """Wrap OpenTAD's evaluation so that it runs under our average, which is swapped in place and put back bitwise.
+
+    Random numbers that it draws are not training's: epochs go alike with and without it.
+    """
     signature = inspect.signature(theirs)
 
     @functools.wraps(theirs)
@@ -209,6 +210,7 @@ def _evaluating(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
+    """Restore the random state when the block ends."""
     before = randomness.capture()
     try:
         yield
@@ -217,7 +219,10 @@ def _randomness_kept() -> Iterator[None]:
 
 
 def _building(theirs: Callable[..., Any], run: Run) -> Callable[..., Any]:
-    """OpenTAD's optimizer, with its loading and the model's watched: both come right after in `tools/train.py`."""
+    """Wrap the building of OpenTAD's optimizer; both its loading and the model's are then checked.
+
+    Both loads come right after in `tools/train.py`.
+    """
 
     @functools.wraps(theirs)
     def build_optimizer(cfg: Any, model: nn.Module, logger: Any) -> Optimizer:
@@ -233,7 +238,7 @@ def _building(theirs: Callable[..., Any], run: Run) -> Callable[..., Any]:
 
 
 def _training(theirs: Callable[..., Any], run: Run) -> Callable[..., Any]:
-    """OpenTAD's epoch; before the first one of a resumed run, random states and loss scale are put back, last of all."""
+    """Wrap OpenTAD's epoch; before the first one of a resumed run, put random states and loss scale back."""
     signature = inspect.signature(theirs)
 
     @functools.wraps(theirs)

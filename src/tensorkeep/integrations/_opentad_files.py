@@ -1,4 +1,4 @@
-"""OpenTAD's checkpoint files under our rules: how they are written, and what is compared when they are loaded.
+"""Write OpenTAD's checkpoint files under our rules, and compare what is loaded.
 
 A file stays OpenTAD's own `epoch_N.pth`: its tools and a stock OpenTAD read it. It is written beside its place, read
 back and compared tensor by tensor, and renamed; its certificate (`tensorkeep verify`) lies beside it. One more entry,
@@ -37,8 +37,12 @@ _FILES = re.compile(r"(epoch_\d+|best)\.pth.*")
 
 @dataclass
 class Run:
-    """What a process knows beside OpenTAD's own variables. `resumed`: our entry of the file it goes on from, empty for
-    a file of OpenTAD's; None: a new run."""
+    """What a process knows beside OpenTAD's own variables.
+
+    Args:
+        resumed: our entry of the file that it goes on from, empty for a file of OpenTAD's; None for a new run.
+        scaler: OpenTAD's loss scaler; None without one.
+    """
 
     resumed: dict[str, Any] | None = None
     scaler: Any = None
@@ -57,8 +61,12 @@ def save_checkpoint(
     *,
     run: Run,
 ) -> None:
-    """OpenTAD's `checkpoint/epoch_N.pth`, whole or not there, proven and certified. Raises TensorkeepError V01 for NaN
-    or Inf, F03 where the disk gives back something else, and where it is full or fails: older files stay."""
+    """Write OpenTAD's `checkpoint/epoch_N.pth`, whole or not there, proven and certified.
+
+    Raises:
+        TensorkeepError: NaN or Inf (V01), the disk gives back something else (F03), or it is full or fails. Older files
+            stay.
+    """
     states = _weights(model, model_ema, epoch)
     states |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     document = {
@@ -73,16 +81,18 @@ def save_checkpoint(
 
 
 def save_best_checkpoint(model: nn.Module, model_ema: Any, epoch: int, work_dir: str | None = None) -> None:
-    """OpenTAD's `checkpoint/best.pth`: weights alone, under the same rules."""
+    """Write OpenTAD's `checkpoint/best.pth`: weights alone, under the same rules."""
     _write(Path(work_dir or ".") / "checkpoint" / "best.pth", _weights(model, model_ema, epoch))
 
 
 def _weights(model: nn.Module, model_ema: Any, epoch: int) -> dict[str, Any]:
+    """Return the entries of a file that hold weights."""
     average = {} if model_ema is None else {"state_dict_ema": model_ema.state_dict()}
     return {"epoch": epoch, "state_dict": model.state_dict(), **average}
 
 
 def _write(path: Path, states: dict[str, Any]) -> None:
+    """Write a file beside its place, read it back, compare every tensor, and rename it with its certificate."""
     tensors = dict(_flat(states))
     spoiled = sorted(n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all()))
     if spoiled:
@@ -114,7 +124,7 @@ def _write(path: Path, states: dict[str, Any]) -> None:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of nested dicts and lists, by joined keys, as `read` names those of a file."""
+    """Yield every tensor of nested dicts and lists, by joined keys, as `read` names those of a file."""
     if isinstance(value, Tensor):
         yield name, value.detach()
     elif isinstance(value, (Mapping, list, tuple)):
@@ -124,6 +134,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the names of each optimizer group's parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
@@ -136,10 +147,11 @@ def _world_size() -> int:
 
 
 def read_resumed(path: str | Path) -> dict[str, Any]:
-    """Verify the file that a run goes on from, before torch reads it, and give our entry; empty for OpenTAD's own.
+    """Verify the file that a run goes on from, before torch reads it, and return our entry; empty for OpenTAD's own.
 
-    Raises TensorkeepError for damage: tensors against the certificate, the rest against the archive's own checksums,
-    which torch writes and never reads.
+    Raises:
+        TensorkeepError: damage: tensors are held against the certificate, the rest against the archive's own checksums,
+            which torch writes and never reads.
     """
     findings, view, certified = verify(path)
     if certified and view is not None:
@@ -162,8 +174,10 @@ def read_resumed(path: str | Path) -> dict[str, Any]:
 
 
 def keep_kinds(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before weights are loaded: a buffer that training has made a float (`loss_normalizer`) becomes one, since torch
-    would cut the saved value to an integer without a word. Any other change of dtype is refused (S04)."""
+    """Before weights are loaded, make a buffer a float that training has made one (`loss_normalizer`).
+
+    torch would cut the saved value to an integer without a word. Any other change of dtype is refused (S04).
+    """
     own = model.state_dict(keep_vars=True, prefix=prefix)
     places = {id(b): (m, n) for m in model.modules() for n, b in m._buffers.items()}
     for name, saved in state.items():
@@ -180,7 +194,10 @@ def keep_kinds(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any)
 
 
 def compare_moments(optimizer: Optimizer, state: Mapping[str, Any], names: list[list[str]], run: Run) -> None:
-    """OpenTAD gives moments back by number. Compare what can be: the names, where the file has ours, and each shape."""
+    """Compare the optimizer's state with its parameters: the names, where the file has ours, and each shape.
+
+    OpenTAD gives moments back by number alone.
+    """
     saved = (run.resumed or {}).get("optimizer")
     flat = [name for group in names for name in group]
     if saved is not None:
@@ -211,6 +228,7 @@ def compare_moments(optimizer: Optimizer, state: Mapping[str, Any], names: list[
 
 
 def restore_run(saved: Mapping[str, Any], scaler: Any, logger: Any) -> None:
+    """Put random states and loss scale back, and log what cannot be."""
     if not saved:
         logger.warning("tensorkeep: R01 the file is OpenTAD's own: random states and loss scale begin anew")
         return

@@ -1,4 +1,4 @@
-"""A nested checkpoint of plain Python values as one JSON document and named tensors, and back. No pickle.
+"""Turn a nested checkpoint of plain Python values into one JSON document and named tensors, and back. No pickle.
 
 JSON's own values stay themselves; what it lacks is an object with one key that begins with `$`. Anything else is
 refused by the path of its keys, so nothing comes back as something it was not.
@@ -24,7 +24,7 @@ Tensors = dict[str, dict[str, Tensor]]  # file -> name -> tensor
 
 
 class Encoder:
-    """`Encoder("model", "state_dict").document(value)`: the document; then `tensors` holds what it refers to.
+    """Makes the JSON document of a nested value; its tensors are then in `tensors`, by file and name.
 
     Tensors under the top-level key `whole` keep their own names, in a file of theirs; all others are named by path.
     Tensors that share their memory whole are stored once and come back shared.
@@ -36,7 +36,11 @@ class Encoder:
         self._seen: dict[tuple[Any, ...], tuple[str, str]] = {}
 
     def document(self, value: Any) -> Any:
-        """Raises TensorkeepError that names the keys where something cannot be expressed."""
+        """Return a value as plain JSON values that refer to its tensors by file and name.
+
+        Raises:
+            TensorkeepError: names the keys where something cannot be expressed.
+        """
         try:
             return self._value(value, ())
         except RecursionError:
@@ -101,16 +105,21 @@ class Encoder:
 
 
 def _cannot(value: Any, at: tuple[Any, ...]) -> TensorkeepError:
-    kind = type(value)
+    """Return the error for a value that cannot be kept without pickle."""
+    kind, keys = type(value), ".".join(str(key) for key in at)
     return TensorkeepError(
-        f"{'.'.join(str(key) for key in at)} is a {kind.__module__}.{kind.__qualname__}, which cannot be kept without pickle",
+        f"{keys} is a {kind.__module__}.{kind.__qualname__}, which cannot be kept without pickle",
         where="checkpoint",
         hint="keep it as plain values (int, float, str, list, dict, tensor) in that state",
     )
 
 
 def decode_document(document: Any, tensors: Mapping[str, Mapping[str, Tensor]], where: object) -> Any:
-    """The value an `Encoder` made this document of. Raises TensorkeepError F07 where it says what none ever wrote."""
+    """Return the value that an `Encoder` made this document of.
+
+    Raises:
+        TensorkeepError: F07 where the document says what no `Encoder` ever wrote.
+    """
     try:
         return _decoded(document, tensors)
     except (KeyError, TypeError, ValueError, RecursionError, RuntimeError, AttributeError) as error:

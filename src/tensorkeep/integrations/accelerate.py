@@ -1,4 +1,4 @@
-"""accelerate's save_state and load_state, whole or not at all.
+"""Save and load accelerate's states whole or not at all.
 
 accelerate writes in place, fsyncs nothing, and a resume that finds half a folder stops. Around its own calls:
 
@@ -34,11 +34,20 @@ _NUMBERED = re.compile(r"(?!\.)(?:.*\D)?(\d+)")  # step_100, checkpoint-7, 12: a
 
 
 def register(accelerator: Any, trainable_only: bool = True) -> tuple[Any, Any]:
-    """Let our hooks save and load the models of `accelerator.save_state` and `load_state`; gives the two handles.
+    """Let our hooks save and load the models of `accelerator.save_state` and `accelerator.load_state`.
 
-    Parameters that train and persistent buffers go by name into one safetensors file. With `trainable_only` frozen and
-    quantized weights stay out; their digest is kept and compared on load. A load is strict: it raises TensorkeepError
-    that lists missing, unexpected and different tensors (K01), or that the base is another one (A04).
+    Parameters that train and persistent buffers go by name into one safetensors file. A load is strict.
+
+    Args:
+        accelerator: accelerate's `Accelerator`, unsharded.
+        trainable_only: leave frozen and quantized weights out of the file; their digest is kept and compared on load.
+
+    Returns:
+        accelerate's two handles, of the hooks for saving and for loading.
+
+    Raises:
+        TensorkeepError: the run is sharded. From a load: tensors are missing, unexpected or different (K01), or the
+            base is another one (A04).
     """
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
@@ -85,11 +94,21 @@ def register(accelerator: Any, trainable_only: bool = True) -> tuple[Any, Any]:
 
 
 def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = None) -> Path:
-    """`accelerator.save_state` into a temporary folder, sealed and renamed: `folder` is whole and on the disk, or not there.
+    """Save an accelerator's state so that `folder` is whole and on the disk, or not there.
 
-    Call it on every process, with a name that ends in a number (`out/step_100`). `keep_last` then deletes older
-    ones of that name.
-    Raises TensorkeepError for NaN or Inf in weights (V01), a full or failing disk; what was there stays.
+    `accelerator.save_state` writes into a temporary folder, which is sealed and renamed. Call it on every process.
+
+    Args:
+        accelerator: accelerate's `Accelerator`.
+        folder: the new folder; its name ends in a number (`out/step_100`).
+        keep_last: then keep only so many of the newest folders of that name; None for all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TensorkeepError: NaN or Inf in weights (V01), a name without a number, automatic_checkpoint_naming, a full or
+            failing disk. What was there stays.
     """
     final, world = Path(folder), _world(accelerator)
     step = _number(final)
@@ -119,11 +138,21 @@ def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = Non
 
 
 def load_state(accelerator: Any, root: str | Path) -> Path | None:
-    """`accelerator.load_state` from the newest valid folder in `root`: the folder, or None to start anew.
+    """Load an accelerator's state from the newest valid folder in `root`.
 
-    Those passed over stay and are named in a warning. Random states are put back last; accelerate itself goes on
-    without a word where it cannot, and so can a run on more processes than saved: that is a warning here.
-    Raises TensorkeepError where there are folders and none is valid, and as `register` says.
+    Folders passed over stay and are named in a warning. Random states are put back last; accelerate itself goes on
+    without a word where it cannot, and so can a run on more processes than saved: that is a warning here. Call it on
+    every process.
+
+    Args:
+        accelerator: accelerate's `Accelerator`.
+        root: the folder that holds the saved ones.
+
+    Returns:
+        The folder loaded; None where there is none, to start anew.
+
+    Raises:
+        TensorkeepError: there are folders and none is valid; and as `register` says.
     """
     world = _world(accelerator)
 
@@ -144,11 +173,13 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
 
 
 def _seal(folder: Path, step: int) -> None:
+    """Seal a folder that accelerate filled, over what the hook's own manifest says of the base."""
     known = (folder / MANIFEST).is_file()  # of the hook, which covers its own file
     folders.seal_folder(folder, step, run_manifest.read_manifest(folder).base if known else None)
 
 
 def _number(folder: Path) -> int:
+    """Return the number that a folder's name ends in."""
     match = _NUMBERED.fullmatch(folder.name)
     if match is None:
         raise TensorkeepError("its name does not end in a number", where=folder, hint="name it like step_100")
@@ -156,10 +187,12 @@ def _number(folder: Path) -> int:
 
 
 def _world(accelerator: Any) -> World:
+    """Return this process's rank and how many there are."""
     return World(accelerator.process_index, accelerator.num_processes)
 
 
 def _random(rank: int) -> str:
+    """Return the name of a process's file of random states."""
     return f"random_{rank}.json"
 
 
@@ -167,19 +200,19 @@ def _random(rank: int) -> str:
 
 
 def _unwrapped(accelerator: Any, models: list[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """Each model under DDP and torch.compile, and what its names begin with in the one file."""
+    """Return each model under DDP and torch.compile, and what its names begin with in the one file."""
     return [(f"{i}." if len(models) > 1 else "", accelerator.unwrap_model(m)) for i, m in enumerate(models)]
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], base: dict[str, Any] | None) -> None:
-    """Our file and its manifest; alone in the folder so far. `save_state` seals again, over all of them."""
+    """Write our file and its manifest, alone in the folder so far; `save_state` seals again, over all files."""
     folders.write_tensors(folder, name, tensors)
     match = _NUMBERED.fullmatch(folder.name)
     folders.seal_folder(folder, int(match[1]) if match else 0, base)
 
 
 def _frozen(models: list[nn.Module]) -> dict[str, Any]:
-    """Digest and number of the tensors that `trainable_only` leaves out."""
+    """Return the digest and number of the tensors that `trainable_only` leaves out."""
     digests: dict[str, str] = {}
     for index, model in enumerate(models):
         stored, ties = live_state.stored_tensors(model, base=True)
@@ -190,6 +223,7 @@ def _frozen(models: list[nn.Module]) -> dict[str, Any]:
 
 
 def _compare_base(folder: Path, now: dict[str, Any] | None) -> None:
+    """Stop (A04) where a folder was saved over other frozen weights."""
     then = run_manifest.read_manifest(folder).base
     if then != now:
         raise TensorkeepError(
@@ -201,4 +235,5 @@ def _compare_base(folder: Path, now: dict[str, Any] | None) -> None:
 
 
 def _told(base: dict[str, Any] | None) -> str:
+    """Describe frozen weights for an error."""
     return "that were saved too" if base is None else f"{str(base.get('digest'))[:12]} ({base.get('tensors')} tensors)"

@@ -1,4 +1,4 @@
-"""pytorch_lightning checkpoints that can be trusted: a CheckpointIO without pickle, and a callback for random states.
+"""Lightning checkpoints that can be trusted: a CheckpointIO without pickle, and a callback for random states.
 
 A `.ckpt` is then a folder like every checkpoint of ours: weights and other tensors as safetensors, the rest as one JSON
 document, a manifest with digests; durable when the save returns, verified when it is loaded.
@@ -36,18 +36,30 @@ _SAVES = re.compile(r".+\.ckpt|.{40}")  # temporary names are cut at 40 letters
 
 
 class TensorkeepCheckpointIO(CheckpointIO):
-    """Writes and reads Lightning's checkpoints as folders of ours; `Trainer(plugins=[TensorkeepCheckpointIO()])`.
+    """Writes and reads Lightning's checkpoints as folders of ours.
 
     `model.safetensors` holds `state_dict` under its own names, so that `tensorkeep inspect`, `diff` and `convert` read
     the folder; other tensors are in `optimizer.safetensors`, everything else in `state.json`.
+
+    Example:
+        >>> Trainer(plugins=[TensorkeepCheckpointIO()])  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
         self._cleared: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Durable when it returns. Raises TensorkeepError: NaN or Inf in weights (V01), a value that cannot be kept
-        without pickle (names its keys), a full or failing disk; what was at `path` stays then."""
+        """Write a checkpoint; it is durable when this returns.
+
+        Args:
+            checkpoint: what Lightning collected.
+            path: the new folder.
+            storage_options: must be None; they are for remote file systems.
+
+        Raises:
+            TensorkeepError: NaN or Inf in weights (V01), a value that cannot be kept without pickle (names its keys), a
+                full or failing disk. What was at `path` stays then.
+        """
         if storage_options is not None:
             raise TypeError("storage_options are for remote file systems, TensorkeepCheckpointIO writes to a local one")
         encoder = Encoder("state_dict")
@@ -63,8 +75,21 @@ class TensorkeepCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Every byte is compared with its digest. Raises TensorkeepError that names damaged tensors (F03), a cut
-        file (F02), a missing one (F05). `weights_only` changes nothing: no code can be in it."""
+        """Read a checkpoint, every byte compared with its digest.
+
+        Args:
+            path: a folder that `save_checkpoint` wrote.
+            map_location: where tensors go, as `torch.load` takes it; None for the CPU.
+            weights_only: changes nothing: no code can be in the folder.
+
+        Returns:
+            What Lightning collected.
+
+        Raises:
+            FileNotFoundError: nothing is at `path`.
+            TensorkeepError: damaged tensors (F03, names them), a cut file (F02), a missing one (F05), or a file that
+                another plugin wrote.
+        """
         folder = Path(path)
         if not folder.exists():
             raise FileNotFoundError(f"Checkpoint not found: {path}")  # as every CheckpointIO does
@@ -85,15 +110,28 @@ class TensorkeepCheckpointIO(CheckpointIO):
         return found
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint, so that nobody finds a half of it; a link alone where it is one."""
+        """Delete a checkpoint, so that nobody finds a half of it; a link alone where it is one.
+
+        Args:
+            path: a checkpoint; nothing happens where there is none.
+        """
         if Path(path).is_symlink() or Path(path).exists():
             folders.take_away(Path(path))
 
 
 def newest_valid(dirpath: str | Path) -> str | None:
-    """The `.ckpt` folder with the highest step that is whole, for `trainer.fit(ckpt_path=...)`; None to start anew.
+    """Find the `.ckpt` folder with the highest step that is whole, for `trainer.fit(ckpt_path=...)`.
 
-    Reads every file. Those passed over stay and are named in a warning; TensorkeepError where all are damaged.
+    Reads every file. Folders passed over stay and are named in a warning.
+
+    Args:
+        dirpath: the folder of Lightning's ModelCheckpoint.
+
+    Returns:
+        The path; None where there is none, to start anew.
+
+    Raises:
+        TensorkeepError: there are checkpoints and all are damaged.
     """
     known: dict[int, Path] = {}
     unknown = []
@@ -127,31 +165,37 @@ class ExactResume(Callback):
         self._state: dict[str, Any] | None = None  # after the last batch; None before the first
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the states of an earlier fit that this callback served."""
         self._state = None  # the callback may have served another fit
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the random states of every process, for the checkpoint."""
         return {"random": distributed.gathered(_world(), self._state or randomness.capture())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this process's random states out of a checkpoint; they are put back before the next batch."""
         world, saved = _world(), state_dict["random"]
         if world.size != len(saved):
             log.warning("random states of %s processes, %s are here: they draw other numbers", len(saved), world.size)
         self._state = saved[world.rank] if world.rank < len(saved) else None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Put back the random states that the last batch ended with."""
         if self._state is not None:
             randomness.restore(self._state)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the random states that this batch ends with."""
         self._state = randomness.capture()
 
 
 def _world() -> World:
+    """Return this process's rank and how many there are."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
 
 
 def _device(map_location: Any) -> torch.device:
-    """Where tensors go that are on the CPU: `map_location` as torch.load takes it."""
+    """Return where tensors go that are on the CPU: `map_location` as torch.load takes it."""
     if map_location is None:
         return torch.device("cpu")
     if isinstance(map_location, Mapping):
@@ -163,4 +207,5 @@ def _device(map_location: Any) -> torch.device:
 
 
 def _moved(tensors: Mapping[str, Tensor], place: torch.device) -> dict[str, Tensor]:
+    """Return the tensors on another device."""
     return {name: tensor.to(place) for name, tensor in tensors.items()}

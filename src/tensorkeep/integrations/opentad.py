@@ -32,10 +32,17 @@ log = logging.getLogger(__name__)
 
 
 def install(arguments: list[str]) -> list[str]:
-    """Register the backbone and take the engine's names over; gives the places changed, `module.name`.
+    """Register the backbone with mmengine and put our functions in the place of OpenTAD's.
 
-    `arguments`: the command line, whose `--resume` or `--checkpoint` is verified. Raises TensorkeepError where OpenTAD or mmengine is
-    missing or another than known, the backbone's name is taken, or the file is damaged.
+    Args:
+        arguments: the command line, whose `--resume` or `--checkpoint` is verified.
+
+    Returns:
+        The names that were changed, as `module.name`.
+
+    Raises:
+        TensorkeepError: OpenTAD or mmengine is missing or another than known, the backbone's name is taken, or the file
+            is damaged.
     """
     try:
         registry = importlib.import_module("mmengine.registry").MODELS

@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that can be trusted.
+"""Give transformers' Trainer checkpoints that can be trusted.
 
 Trainer writes `checkpoint-N` in place, fsyncs nothing and takes the highest N on resume, whole or not. The callback
 seals each folder after Trainer wrote it; `newest_valid` gives the path to resume from:
@@ -36,19 +36,35 @@ _EMA_STATE = "ema.json"
 
 
 def newest_valid(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a Trainer whose every byte is what it was when it was sealed; None to start anew.
+    """Find the newest checkpoint of a Trainer whose every byte is what it was when it was sealed.
 
-    Reads every file. Those passed over stay in place and are named in a warning. Raises TensorkeepError where there
-    are checkpoints and none is valid.
+    Reads every file. Checkpoints passed over stay in place and are named in a warning.
 
-    >>> trainer.train(resume_from_checkpoint=newest_valid("out"))                   # doctest: +SKIP
+    Args:
+        output_dir: the Trainer's folder.
+
+    Returns:
+        The path; None where there is none, to start anew.
+
+    Raises:
+        TensorkeepError: there are checkpoints and none is valid.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=newest_valid("out"))  # doctest: +SKIP
     """
     found = folders.newest_sealed([path for _, path in folders.numbered(Path(output_dir), CHECKPOINT)], log)
     return None if found is None else str(found)
 
 
 def seal(checkpoint: str | Path) -> None:
-    """Vouch for a checkpoint that a Trainer without the callback wrote: digests of what is there now."""
+    """Vouch for a checkpoint that a Trainer without the callback wrote: digest what is there now.
+
+    Args:
+        checkpoint: a folder `checkpoint-N`.
+
+    Raises:
+        TensorkeepError: it is no checkpoint of a Trainer, holds NaN or Inf (V01), or the disk is full or fails.
+    """
     path = Path(checkpoint)
     match = CHECKPOINT.fullmatch(path.name)
     if match is None:
@@ -59,7 +75,12 @@ def seal(checkpoint: str | Path) -> None:
 def load_ema(model: nn.Module, checkpoint: str | Path) -> None:
     """Copy the averages saved in a checkpoint into the model's weights, for evaluation elsewhere or export.
 
-    Raises TensorkeepError where the file is damaged or holds other tensors than the model trains.
+    Args:
+        model: the model, with the same parameters set to train.
+        checkpoint: a sealed folder `checkpoint-N` that holds `ema.safetensors`.
+
+    Raises:
+        TensorkeepError: the file is damaged or holds other tensors than the model trains.
     """
     average = Ema(model)
     average.load_state_dict(folders.read_tensors(Path(checkpoint), EMA), 0)
@@ -70,14 +91,17 @@ def load_ema(model: nn.Module, checkpoint: str | Path) -> None:
 
 
 class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Seals every checkpoint of a Trainer, keeps the `keep_last` newest and the best, averages weights if asked.
+    """Seals every checkpoint of a Trainer, keeps the newest and the best, and averages weights if asked.
 
-    `ema_decay`: average the trainable weights after each update; every forward in evaluation mode runs on the average,
-    whoever asks for it, and `ema.safetensors` lies in every checkpoint. Outside of such a forward the model holds
-    the trained weights, so nothing else can save the average by mistake.
+    Args:
+        keep_last: how many of the newest checkpoints stay, besides the best; None for all.
+        ema_decay: average the trainable weights after each update; None for no average. Every forward in evaluation
+            mode runs on the average, whoever asks for it, and `ema.safetensors` lies in every checkpoint. Outside of
+            such a forward the model holds the trained weights, so nothing else can save the average by mistake.
 
-    Raises TensorkeepError when `save_total_limit` is set, since Trainer deletes before the new checkpoint is durable;
-    and from a save: V01 for weights with NaN or Inf, a full or failing disk. Older checkpoints stay in all cases.
+    Raises:
+        TensorkeepError: `save_total_limit` is set, since Trainer deletes before the new checkpoint is durable. From a
+            save: weights with NaN or Inf (V01), a full or failing disk. Older checkpoints stay in all cases.
     """
 
     def __init__(self, keep_last: int | None = 3, ema_decay: float | None = None) -> None:
@@ -90,6 +114,7 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._stack = ExitStack()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where the Trainer's arguments contradict the callback."""
         if args.save_total_limit is not None:
             raise TensorkeepError(
                 f"save_total_limit={args.save_total_limit} deletes checkpoints before the new one is durable",
@@ -105,6 +130,7 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove what a killed save left, and begin or resume the average."""
         if args.should_save:
             folders.clear_remains(Path(args.output_dir), CHECKPOINT)
         if self.ema_decay is None:
@@ -116,21 +142,24 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._attach(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average the new weights in."""
         if self.ema is not None:
             self.ema.update(kwargs["model"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the average that belongs to the best checkpoint, where Trainer loaded that one."""
         if self.ema is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._resume_ema(Path(state.best_model_checkpoint))  # Trainer has loaded the weights that belong to it
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer has written its files: write ours beside them, seal, and only then delete older ones."""
+        """Write our files beside Trainer's, seal the folder, and only then delete older ones."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
         distributed.gathered(world, None)  # each rank writes its random states, and Trainer waits for none
         distributed.together(world, lambda: self._seal(folder, state) if world.first else None)
 
     def _seal(self, folder: Path, state: Any) -> None:
+        """Write the average into a checkpoint, seal it, and delete older ones."""
         if self.ema is not None:
             folders.write_tensors(folder, EMA, self.ema.state_dict())
             text = json.dumps({"decay": self.ema.decay, "updates": self.ema.updates})
@@ -144,7 +173,10 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     # -- the average ----------------------------------------------------------------------------------------------
 
     def _resume_ema(self, folder: Path) -> None:
-        """Trainer does not say what it resumed from; a checkpoint of this step must be where it saves them."""
+        """Load the average of the checkpoint that Trainer resumed from.
+
+        Trainer does not say which that was; a checkpoint of this step must be where it saves them.
+        """
         assert self.ema is not None
         try:
             tensors = folders.read_tensors(folder, EMA)
@@ -154,7 +186,8 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 f"the average cannot go on: {error.line}",
                 where=folder,
                 code=error.code,
-                hint="copy the checkpoint you resume from into output_dir; without ema_decay training goes on without it",
+                hint="copy the checkpoint you resume from into output_dir; "
+                "without ema_decay training goes on without it",
             ) from None
         document = parse_json((folder / _EMA_STATE).read_bytes(), folder / _EMA_STATE)
         if document["decay"] != self.ema.decay:
@@ -162,8 +195,11 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self.ema.load_state_dict(tensors, int(document["updates"]))
 
     def _attach(self, model: nn.Module) -> None:
-        """Trainer has no event before an evaluation, only after it; and what runs in between may also save. So the
-        average is put in for single forwards. An adapter's generate() calls the model inside: both have the hooks."""
+        """Put the average in for single forwards in evaluation mode.
+
+        Trainer has no event before an evaluation, only after it; and what runs in between may also save. An adapter's
+        generate() calls the model inside: both have the hooks.
+        """
         for hook in self._hooks:
             hook.remove()
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -174,11 +210,13 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             ]
 
     def _enter(self, model: nn.Module) -> None:
+        """Put the average in at the outermost forward in evaluation mode."""
         if self._depth == 0 and self.ema is not None and not model.training:
             self._stack.enter_context(self.ema.applied(model))
         self._depth += 1
 
     def _leave(self) -> None:
+        """Put the trained weights back after the outermost forward."""
         self._depth -= 1
         if self._depth == 0:
             self._stack.close()
