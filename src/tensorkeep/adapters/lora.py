@@ -147,13 +147,7 @@ def add_lora(
         >>> add_lora(model, ["0"], r=4), sorted(n for n, p in model.named_parameters() if p.requires_grad)
         (['0'], ['0.lora_A', '0.lora_B'])
     """
-    if kind.lower() not in ("lora", "rslora"):
-        how = "train it through PEFT's get_peft_model; tensorkeep reads, merges and writes it"
-        raise TensorkeepError(
-            f"{kind!r} is not trained here",
-            where="lora",
-            hint=how if kind.lower() in _ELSEWHERE else "kinds: lora, rslora",
-        )
+    _refuse_other_kinds(kind)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     linears = {_clean(n): m for n, m in model.named_modules() if _adaptable(m)}
     chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not any(fits(n, p) for p in exclude)]
@@ -212,6 +206,14 @@ def adapted(
     nn.init.kaiming_uniform_(made.lora_A, a=math.sqrt(5))
     made.register_buffer("merged", None, persistent=False)
     return made
+
+
+def _refuse_other_kinds(kind: str) -> None:
+    """Stop at a kind of adapter that is not trained here."""
+    if kind.lower() not in ("lora", "rslora"):
+        how = "train it through PEFT's get_peft_model; tensorkeep reads, merges and writes it"
+        hint = how if kind.lower() in _ELSEWHERE else "kinds: lora, rslora"
+        raise TensorkeepError(f"{kind!r} is not trained here", where="lora", hint=hint)
 
 
 def _adaptable(module: nn.Module) -> bool:

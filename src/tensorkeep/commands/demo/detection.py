@@ -1,9 +1,9 @@
-"""Chapter `detection`: which motion happens when in a video, learnt by QLoRA adapters on a frozen ViT in nf4.
+"""Chapter `detection`: find which motion happens when in a video, by QLoRA adapters on a frozen ViT in nf4.
 
-All of it is made on the spot: mp4 files with scripted motions, a tiny ViT that learns to name motions in other clips (as
-VideoMAE was fine-tuned on Kinetics), and adapters and head trained on two dozen videos that also show new motions. The
-training is killed at a random instant and goes on by the same command; it must end bitwise where a run ends that nobody
-touched.
+All of it is made on the spot: mp4 files with scripted motions, a tiny ViT that learns to name motions in other clips
+(as VideoMAE was fine-tuned on Kinetics), and adapters and head trained on two dozen videos that also show new
+motions. The training is killed at a random instant and goes on by the same command; it must end bitwise where a run
+ends that nobody touched.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ _ENOUGH, FITS = 0.3, 0.3  # score of a detection that is told, IoU with the true
 
 
 def chapter_detection(out: Path, show: Show) -> int:
-    """Make, pretrain, train, kill, resume, evaluate, predict; returns 0 if it learned and every promise held."""
+    """Make, pretrain, train, kill, resume, evaluate, predict; return 0 if it learned and every promise held."""
     started = time.perf_counter()
     folder = empty(out / "detection")
     show(
-        f"1/6  {VIDEOS} videos to learn from, {HELD_OUT} held out: drawn and encoded as mp4, scripted motions annotated:"
+        f"1/6  {VIDEOS} videos to learn from, {HELD_OUT} held out: drawn and encoded as mp4, "
+        "scripted motions annotated:"
     )
     annotations = make_dataset(folder / "videos", videos=VIDEOS, held_out=HELD_OUT, config=TINY)
     actions = sum(len(video.labels) for video in annotations.videos.values())
     show(
-        f"     {folder / 'videos'}: {actions} actions of {len(TINY.classes)} kinds ({', '.join(TINY.classes)}), two may overlap; "
-        f"{time.perf_counter() - started:.0f} s"
+        f"     {folder / 'videos'}: {actions} actions of {len(TINY.classes)} kinds ({', '.join(TINY.classes)}), "
+        f"two may overlap; {time.perf_counter() - started:.0f} s"
     )
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(detection_recipe(folder / "videos", folder / "pretrained"), sort_keys=False))
@@ -72,8 +73,10 @@ def chapter_detection(out: Path, show: Show) -> int:
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """For this process and those it starts: so small a model gains nothing from a second thread, and waits for it most of
-    the time where cores are shared."""
+    """Let this process and those it starts compute on one thread inside the block.
+
+    So small a model gains nothing from a second thread, and waits for it most of the time where cores are shared.
+    """
     before, named = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -86,113 +89,72 @@ def single_threaded() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = named
 
 
+# recipes/detection/synthetic_tiny.yaml without its paths
+_RECIPE = """
+model:
+  backbone:
+    vit:
+      {image_size: 32, patch_size: 16, embed_dim: 64, depth: 2, heads: 4, mlp_dim: 192, chunk_frames: 32, tubelet: 2,
+       drop_path: 0.0, mean: [100, 100, 100], std: [50, 50, 50]}
+    adapter: {kind: qlora, ratio: 0.25, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1, quantize_bits: 4}
+    tuning: adapter
+    checkpointing: none
+    output_length: 64
+  projection:
+    {in_channels: 64, channels: 64, embed_layers: 1, stem_layers: 1, branch_layers: 3, heads: 4, windows: [-1],
+     drop_path: 0.0, max_length: 64}
+  head:
+    {classes: 4, channels: 64, convs: 2, strides: [1, 2, 4, 8], ranges: [[0, 4], [4, 8], [8, 16], [16, 10000]],
+     loss_normalizer: 15}
+optimizer:
+  lr: 0.002
+  weight_decay: 0.05
+  backbone:
+    - {name: adapter, lr: 0.01, weight_decay: 0.05}
+schedule: {warmup_epochs: 2, epochs: 24}
+data:
+  train: {annotations: "", folder: "", subset: training}
+  test: {annotations: "", folder: "", subset: validation}
+  class_map: ""
+  mode: sliding
+  window_size: 64
+  feature_stride: 2
+  scale_factor: 2
+  window_overlap_ratio: 0.5
+  trunc_thresh: 0.75
+  crop_ratio: [0.9, 1.0]
+  crop_size: 32
+  augment: {size: 32, short_side: 32, crop: centre, flip: 0.5, operations: 0, jitter: [0, 0, 0, 0]}
+training:
+  {batch_size: 2, seed: 0, precision: fp32, ema: 0.98, pretrained: "", quantize_backbone: nf4, save_every: 6,
+   evaluate_every: 6, workers: 0, log_every: 10}
+post_processing:
+  nms: {method: gaussian, sigma: 0.5, min_score: 0.001, limit: 200, multiclass: true}
+evaluation: {thresholds: [0.3, 0.4, 0.5, 0.6, 0.7]}
+"""
+
+
 def detection_recipe(data: Path, backbone: Path) -> dict[str, Any]:
-    """recipes/detection/synthetic_tiny.yaml for a data set and a pretrained backbone."""
-    split = {"annotations": str(data / ANNOTATIONS), "folder": str(data / FILES)}
-    return {
-        "model": {
-            "backbone": {
-                "vit": {
-                    "image_size": TINY.size,
-                    "patch_size": 16,
-                    "embed_dim": 64,
-                    "depth": 2,
-                    "heads": 4,
-                    "mlp_dim": 192,
-                    "chunk_frames": 32,
-                    "tubelet": 2,
-                    "drop_path": 0.0,
-                    "mean": [100, 100, 100],
-                    "std": [50, 50, 50],
-                },
-                "adapter": {
-                    "kind": "qlora",
-                    "ratio": 0.25,
-                    "lora_r": 8,
-                    "lora_alpha": 16,
-                    "lora_dropout": 0.1,
-                    "quantize_bits": 4,
-                },
-                "tuning": "adapter",
-                "checkpointing": "none",
-                "output_length": 64,
-            },
-            "projection": {
-                "in_channels": 64,
-                "channels": 64,
-                "embed_layers": 1,
-                "stem_layers": 1,
-                "branch_layers": 3,
-                "heads": 4,
-                "windows": [-1],
-                "drop_path": 0.0,
-                "max_length": 64,
-            },
-            "head": {
-                "classes": len(TINY.classes),
-                "channels": 64,
-                "convs": 2,
-                "strides": [1, 2, 4, 8],
-                "ranges": [[0, 4], [4, 8], [8, 16], [16, 10000]],
-                "loss_normalizer": 15,
-            },
-        },
-        "optimizer": {
-            "lr": 0.002,
-            "weight_decay": 0.05,
-            "backbone": [{"name": "adapter", "lr": 0.01, "weight_decay": 0.05}],
-        },
-        "schedule": {"warmup_epochs": 2, "epochs": 24},
-        "data": {
-            "train": {**split, "subset": "training"},
-            "test": {**split, "subset": "validation"},
-            "class_map": str(data / CLASS_MAP),
-            "mode": "sliding",
-            "window_size": 64,
-            "feature_stride": 2,
-            "scale_factor": 2,
-            "window_overlap_ratio": 0.5,
-            "trunc_thresh": 0.75,
-            "crop_ratio": [0.9, 1.0],
-            "crop_size": TINY.size,
-            "augment": {
-                "size": TINY.size,
-                "short_side": TINY.size,
-                "crop": "centre",
-                "flip": 0.5,
-                "operations": 0,
-                "jitter": [0, 0, 0, 0],
-            },
-        },
-        "training": {
-            "batch_size": 2,
-            "seed": 0,
-            "precision": "fp32",
-            "ema": 0.98,
-            "pretrained": str(backbone),
-            "quantize_backbone": "nf4",
-            "save_every": 6,
-            "evaluate_every": 6,
-            "workers": 0,
-            "log_every": 10,
-        },
-        "post_processing": {
-            "nms": {"method": "gaussian", "sigma": 0.5, "min_score": 0.001, "limit": 200, "multiclass": True},
-        },
-        "evaluation": {"thresholds": [0.3, 0.4, 0.5, 0.6, 0.7]},
-    }
+    """Return recipes/detection/synthetic_tiny.yaml for a data set and a pretrained backbone."""
+    recipe: dict[str, Any] = yaml.safe_load(_RECIPE)
+    for split in ("train", "test"):
+        recipe["data"][split] |= {"annotations": str(data / ANNOTATIONS), "folder": str(data / FILES)}
+    recipe["data"]["class_map"] = str(data / CLASS_MAP)
+    recipe["training"]["pretrained"] = str(backbone)
+    return recipe
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
 def pretrained(recipe: Path, run: Path, show: Show) -> None:
-    """The backbone that the recipe freezes: a run of its own."""
+    """Pretrain the backbone that the recipe freezes, as a run of its own."""
     started, backbone = time.perf_counter(), read_recipe(recipe).model.backbone
     assert backbone is not None
     config = PretrainingConfig(backbone.vit)
     show(
-        f"2/6  A ViT of {backbone.vit.depth} blocks learns to name the motion in {config.clips:,} other clips: {', '.join(config.motions.classes)} or rest;"
+        f"2/6  A ViT of {backbone.vit.depth} blocks learns to name the motion in {config.clips:,} other clips: "
+        f"{', '.join(config.motions.classes)} or rest;"
     )
     new = [name for name in TINY.classes if name not in config.motions.classes]
     show(f"     {' and '.join(new)} stay unknown to it, as a user's actions are to VideoMAE:")
@@ -203,15 +165,15 @@ def pretrained(recipe: Path, run: Path, show: Show) -> None:
 
     accuracy = pretrain(config, run, told).evaluation["accuracy"]
     show(
-        f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of {config.held_out} clips it has not seen "
-        f"(by chance: {100 / (len(config.motions.classes) + 1):.0f} %)"
+        f"     {time.perf_counter() - started:4.0f} s  {run}: it names {100 * accuracy:.0f} % of "
+        f"{config.held_out} clips it has not seen (by chance: {100 / (len(config.motions.classes) + 1):.0f} %)"
     )
 
 
 def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.Random) -> bool:
-    """The run that nobody touches, the one that is killed, and what tells them apart."""
+    """Train once untouched and once killed and resumed; return whether both ended alike and learned."""
     whole, run = folder / "whole", folder / "run"
-    show("3/6  That ViT frozen and held in nf4; the seeds' QLoRA adapters and the detection head train, by the command")
+    show("3/6  That ViT frozen and held in nf4; QLoRA adapters and the detection head train, by the command")
     show(f"     {' '.join(shown_command(recipe, whole, 'detection'))}")
     start = TrainingProcess(recipe, whole, "detection")
     start.finish()
@@ -219,7 +181,8 @@ def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.R
     show(f"     {start.seconds:4.0f} s  nobody touches it: loss {losses[0]:.2f} at first, {losses[-1]:.2f} at the end")
 
     show(
-        "4/6  The same into another folder, killed (SIGKILL) at a random instant, and started again by the same command:"
+        "4/6  The same into another folder, killed (SIGKILL) at a random instant, "
+        "and started again by the same command:"
     )
     killed = kill_at_random(recipe, run, chance.uniform(0, 0.4 * start.seconds), rows_of(whole)[-1]["step"], show)
     last = TrainingProcess(recipe, run, "detection")
@@ -233,8 +196,11 @@ def _trained_and_killed(recipe: Path, folder: Path, show: Show, chance: random.R
 
 
 def kill_at_random(recipe: Path, run: Path, seconds: float, updates: int, show: Show) -> bool:
-    """Kill so long after the first checkpoint, or when three quarters of the updates are saved, and a loss after the newest
-    checkpoint is noted for the next start to compare with; False where the run was over before."""
+    """Start a training and kill it some seconds after its first checkpoint.
+
+    It is killed at the latest when three quarters of its updates are saved, and always once a loss after the newest
+    checkpoint is noted, for the next start to compare with. Returns False where the run was over before.
+    """
     start = TrainingProcess(recipe, run, "detection")
     start.until(lambda: bool(run_folder.steps(run)))
     first = time.perf_counter()
@@ -259,7 +225,7 @@ def kill_at_random(recipe: Path, run: Path, seconds: float, updates: int, show: 
 
 
 def evaluated(recipe: Path, run: Path, show: Show) -> bool:
-    """mAP of the detector as it began, of its last weights and of their average; True if it learned."""
+    """Show the mAP of the detector as it began, of its last weights and of their average; return whether it learned."""
     before = evaluate_untrained(read_recipe(recipe))
     live, averaged = (evaluate_checkpoint(run, ema=ema, best=False).result for ema in (False, True))
     show(f"5/6  mAP on the {HELD_OUT} held-out videos, in percent, by temporal IoU:")
@@ -276,7 +242,7 @@ def evaluated(recipe: Path, run: Path, show: Show) -> bool:
 
 
 def predicted(folder: Path, show: Show) -> bool:
-    """`tensorkeep predict` on held-out videos, and the run's page; True if the page shows them over what is true."""
+    """Run `tensorkeep predict` on held-out videos and write the run's page; return whether the page shows both."""
     run, data = folder / "run", folder / "videos"
     annotations = read_annotations(data / ANNOTATIONS)
     names = [video.name for video in annotations.of_subset("validation")][:_SHOWN]
@@ -311,7 +277,10 @@ def predicted(folder: Path, show: Show) -> bool:
 
 
 def against_truth(name: str, folder: Path) -> Sequence[str]:
-    """A video's true segments, each with the detection of its class that fits it best, and how many are found besides."""
+    """Return a line for each true segment of a video, with the detection of its class that fits it best.
+
+    The last line says how many detections are found besides.
+    """
     video = read_annotations(folder / "videos" / ANNOTATIONS).videos[name]
     table = read_detections(folder / "run" / PREDICTIONS)
     own = np.flatnonzero((table.videos == table.video_names.index(name)) & (table.scores >= _ENOUGH))

@@ -1,4 +1,4 @@
-"""Chapter `diagnose`: SmolLM2 broken five ways, each named, repaired, and its loss back where it was.
+"""Chapter `diagnose`: break SmolLM2 in five ways, name each fault, repair it, and see its loss back where it was.
 
 Every fault is a plan with a mistake in it, as a converter's author would make it; layers are drawn from SEED. Nothing
 crashes on four of the five: they load, run, and are wrong.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tensorkeep.commands.demo.story import Show, load_hf, loss, smollm2, token_ids
 from tensorkeep.conversion.execution import convert
@@ -22,12 +23,15 @@ from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.diagnosis.repairs import repair
 from tensorkeep.formats.view import read
 
+if TYPE_CHECKING:
+    import torch
+
 SEED = 0
 Fault = Callable[[Plan, random.Random], Plan]
 
 
 def chapter_diagnose(out: Path, show: Show) -> int:
-    """Break, name, repair, measure: five times. Returns 0 if each cause was named and each loss came back."""
+    """Break, name, repair, measure, five times; return 0 if each cause was named and each loss came back."""
     started = time.perf_counter()
     good = out / "good"
     convert(make_plan([read(smollm2())], "hf"), str(good), "hf", overwrite=True)
@@ -40,13 +44,16 @@ def chapter_diagnose(out: Path, show: Show) -> int:
     return 0 if all(held) else 1
 
 
-def _one(number: int, good: Path, out: Path, reference: float, ids: object, show: Show) -> bool:
+def _one(number: int, good: Path, out: Path, reference: float, ids: torch.Tensor, show: Show) -> bool:
+    """Play one fault; return whether its cause was named and its loss came back."""
     what, code, to, fault = FAULTS[number]
     broken, mended = out / f"broken-{number + 1}", out / f"mended-{number + 1}"
     root = "model" if code == "K04" else None
     plan = fault(make_plan([read(good)], to, root=root), random.Random(SEED + number))
     convert(plan, str(broken), to, overwrite=True)
-    wrong = f"{loss(load_hf(broken), ids):.4f}" if to == "hf" else "none: dcp.load finds no lm_head.weight"  # type: ignore[arg-type]
+    wrong = "none: dcp.load finds no lm_head.weight"
+    if to == "hf":
+        wrong = f"{loss(load_hf(broken), ids):.4f}"
     show(f"{number + 1}/5  {what}: loss {wrong}")
     found = diagnose(str(broken), str(good))
     message = next((f.message for f in found.findings if f.code in found.causes), "nothing found")
@@ -56,7 +63,7 @@ def _one(number: int, good: Path, out: Path, reference: float, ids: object, show
     if to != "hf":
         folder = out / f"mended-{number + 1}-hf"
         convert(make_plan([read(mended)], "hf"), str(folder), "hf", overwrite=True)
-    back = loss(load_hf(folder), ids)  # type: ignore[arg-type]
+    back = loss(load_hf(folder), ids)
     show(f"     repaired: loss {back:.6f}{'' if back == reference else ', NOT the reference'}")
     return found.causes == [code] and back == reference
 
@@ -65,7 +72,7 @@ def _one(number: int, good: Path, out: Path, reference: float, ids: object, show
 
 
 def turned(plan: Plan, _: random.Random) -> Plan:
-    """q and k left in the interleaved RoPE layout."""
+    """Leave q and k in the interleaved RoPE layout."""
     head = (plan.config or {})["head_dim"]
 
     def turn(step: Step) -> Step:
@@ -77,7 +84,7 @@ def turned(plan: Plan, _: random.Random) -> Plan:
 
 
 def _swapped_layers(plan: Plan, draw: random.Random) -> Plan:
-    """Two layers under each other's number."""
+    """Put two layers under each other's number."""
     first, second = (f"model.layers.{n}." for n in draw.sample(range(_layers(plan)), 2))
 
     def other(name: str) -> str:
@@ -90,14 +97,14 @@ def _swapped_layers(plan: Plan, draw: random.Random) -> Plan:
 
 
 def swapped_gate_up(plan: Plan, draw: random.Random) -> Plan:
-    """gate_proj and up_proj exchanged in one layer."""
+    """Exchange gate_proj and up_proj in one layer."""
     layer = f"model.layers.{draw.randrange(_layers(plan))}.mlp."
     pair = (f"{layer}gate_proj.weight", f"{layer}up_proj.weight")
     return _from(plan, lambda name: pair[1 - pair.index(name)] if name in pair else name)
 
 
 def _shifted_vocabulary(plan: Plan, _: random.Random) -> Plan:
-    """Every row of the embedding one id too early."""
+    """Move every row of the embedding one id too early."""
 
     def shift(step: Step) -> Step:
         if step.sink is None or step.sink.name != EMBEDDING:
@@ -110,16 +117,17 @@ def _shifted_vocabulary(plan: Plan, _: random.Random) -> Plan:
 
 
 def unchanged(plan: Plan, _: random.Random) -> Plan:
-    """The tensors are right; only the root they are written under is not."""
+    """Return the plan as it is: its tensors are right, only the root they are written under is not."""
     return plan
 
 
 def _layers(plan: Plan) -> int:
+    """Count the layers that a plan writes."""
     return layer_count(t.name for t in plan.tensors)
 
 
 def _from(plan: Plan, source: Callable[[str], str]) -> Plan:
-    """The plan with each tensor taken from the one that `source` names."""
+    """Return the plan with each tensor taken from the one that `source` names."""
     parts = {s.sink.name: s.parts for s in plan.steps if s.sink is not None}
     return replace(
         plan, steps=[s if s.sink is None else replace(s, parts=parts[source(s.sink.name)]) for s in plan.steps]

@@ -1,7 +1,7 @@
-"""Chapter `qlora`: a low-rank adapter trained on SmolLM2 in 4 bits, evaluated under its average, merged, and compared.
+"""Chapter `qlora`: train a low-rank adapter on SmolLM2 in 4 bits, evaluate its average, merge it, and compare.
 
 The merge adds the adapter to the weights it was trained on (nf4, dequantized): transformers loads the result with
-nothing missing, and its logits are the adapted model's. What a merge back into nf4 would have kept stands beside it.
+nothing missing, and its logits are the adapted model's. What a merge back into nf4 would have kept is shown beside it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLOSE = 2e-6  # logits of the merged against the adapted model in float32: |diff
 
 @dataclass(frozen=True)
 class Trained:
-    """The live job after its run, and perplexities on the held-out text: before, of the average, of the last weights."""
+    """The live job after its run, and perplexities on held-out text: before, of the average, of the last weights."""
 
     job: Job
     before: float
@@ -50,7 +50,7 @@ class Trained:
 
 
 def chapter_qlora(out: Path, show: Show) -> int:
-    """Train, evaluate, export, merge, compare; returns 0 if perplexity fell and the merged model is the adapted one."""
+    """Train, evaluate, export, merge, compare; return 0 if perplexity fell and the merged model is the adapted one."""
     started = time.perf_counter()
     base = hf_folder(out, show, "1/6")
     folder = empty(out / "qlora")
@@ -65,7 +65,7 @@ def chapter_qlora(out: Path, show: Show) -> int:
 
 
 def qlora_recipe(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
-    """nf4 under an adapter of rank 16 on every linear, an average, `smollm2_qlora` in small."""
+    """Return a small `smollm2_qlora`: nf4 under an adapter of rank 16 on every linear, and an average."""
     return {
         "model": str(base),
         "objective": "pretrain",
@@ -86,7 +86,7 @@ def qlora_recipe(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
 
 
 def trained_and_merged(recipe: Path, base: Path, folder: Path, held_out: Path, show: Show) -> bool:
-    """The story between recipe and last line; True if every promise held."""
+    """Play the story between recipe and last line; return whether every promise held."""
     show(f"2/6  {UPDATES} updates of rank 16 on all linears, the base in nf4, on pydoc's {', '.join(TOPICS)}:")
     done = train(recipe, folder / "run", show)
     show(f"3/6  Perplexity on text it has not seen (pydoc's {', '.join(HELD_OUT)}):")
@@ -119,7 +119,7 @@ def trained_and_merged(recipe: Path, base: Path, folder: Path, held_out: Path, s
 
 
 def train(recipe: Path, run: Path, show: Show) -> Trained:
-    """Train as the recipe says; every update's loss is shown."""
+    """Train as the recipe says and show every update's loss."""
     made = read_language(recipe)
     job = language.build(made, run)
     assert job.evaluate is not None
@@ -141,12 +141,12 @@ def train(recipe: Path, run: Path, show: Show) -> Trained:
 
 
 def perplexity(path: Path, held_out: Path) -> float:
-    """Of a run's average or of a model on the held-out text, as `tensorkeep eval language` measures it."""
+    """Measure a run's average or a model on the held-out text, as `tensorkeep eval language` does."""
     return float(evaluate_checkpoint(str(path), [str(held_out)], length=LENGTH, batch=BATCH)["perplexity"])
 
 
 def merge_and_show(base: Path, adapter: Path, out: Path, show: Show) -> bool:
-    """`tensorkeep merge BASE ADAPTER OUT --dtype fp32`; shows what it did, and what nf4 would have left of the update."""
+    """Merge as `tensorkeep merge BASE ADAPTER OUT --dtype fp32` does, and show what nf4 would have left of it."""
     view, sources = read(base), open_adapters([(read(adapter), 1.0)])
     merging.refuse_other_base(view, sources)
     job = plan_merge(view, sources, "hf", dtype="F32")
@@ -159,13 +159,14 @@ def merge_and_show(base: Path, adapter: Path, out: Path, show: Show) -> bool:
     )
     if kept is not None:
         show(
-            f"     Rounded to {job.kind} again, as PEFT's merge_and_unload does, it would keep {100 * kept:.2g} % of the update"
+            f"     Rounded to {job.kind} again, as PEFT's merge_and_unload does, "
+            f"it would keep {100 * kept:.2g} % of the update"
         )
     return str(job.kind).startswith("nf4") and kept is not None and change > 0
 
 
 def distances(job: Job, merged: torch.nn.Module) -> tuple[float, float]:
-    """How far the merged model's logits are from the adapted one's under its average: relative L2, relative largest."""
+    """Measure how far the merged model's logits are from the adapted one's: relative L2, and relative largest."""
     assert job.ema is not None
     ids = job.collate([job.data.sample(0, torch.Generator())])["input_ids"]  # int64 [1, LENGTH]
     with job.ema.applied(job.model), torch.inference_mode():
@@ -175,16 +176,17 @@ def distances(job: Job, merged: torch.nn.Module) -> tuple[float, float]:
 
 
 def speak(model: torch.nn.Module, base: Path) -> str:
-    """How a model goes on from PROMPT, the likeliest token each time."""
+    """Return how a model goes on from PROMPT, with the likeliest token each time."""
     return generate(model, load_tokenizer(str(base)), PROMPT, WORDS, raw=True).text
 
 
 def megabytes(folder: Path) -> float:
-    """Of the weights in a folder."""
+    """Return the size of the weights in a folder, in MB."""
     return sum(p.stat().st_size for p in folder.glob("*.safetensors")) / 1e6
 
 
 def _next_commands(base: Path, folder: Path, held_out: Path) -> str:
+    """Return what to try next, one command a line."""
     return "\n".join(
         (
             "Try next:",

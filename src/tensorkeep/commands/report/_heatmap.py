@@ -1,4 +1,4 @@
-"""The heat map of a diagnosis: tensor kinds down, layers across, one square a tensor, as inline SVG.
+"""Draw the heat map of a diagnosis as inline SVG: tensor kinds down, layers across, one square for each tensor.
 
 Colour says how far a tensor is from the reference (relative difference, by powers of ten); a word in the square says
 what a finding said of it. Names come out of untrusted files: everything is escaped, nothing is looked up by name.
@@ -26,7 +26,15 @@ _RANK = {"error": 3, "warning": 2, "info": 1, "": 0}
 
 @dataclass(frozen=True)
 class Cell:
-    """What is known of one tensor (or of the worst expert): relative difference, status of the diff, finding."""
+    """What is known of one tensor (or of the worst of a layer's experts).
+
+    Args:
+        name: the tensor's name.
+        relative: its relative difference to the reference; None where it was not compared.
+        status: what a diff says: "equal", "only_a", "only_b", "shape", "dtype".
+        code: of the finding that speaks of it.
+        severity: of that finding.
+    """
 
     name: str
     relative: float | None = None
@@ -47,13 +55,13 @@ class Cell:
 
     @property
     def weight(self) -> tuple[int, float]:
-        """Sorts the worst last."""
+        """A key that sorts the worst last."""
         figure = 0.0 if self.relative is None else self.relative if math.isfinite(self.relative) else math.inf
         return _RANK[self.severity], math.inf if self.level == "dx" else figure
 
     @property
     def told(self) -> str:
-        """The tooltip."""
+        """The tooltip's text."""
         parts = [printable(self.name, 300)]
         if self.status in _WORDS:
             parts.append(_WORDS[self.status])
@@ -63,7 +71,7 @@ class Cell:
 
 
 def cells(document: Mapping[str, Any], differences: Mapping[str, Any] | None = None) -> dict[str, Cell]:
-    """A cell for every tensor that the diagnosis or the diff speaks of.
+    """Make a cell for every tensor that the diagnosis or the diff speaks of.
 
     Figures come from `tensors[].relative_difference` of a diff document (or of the diagnosis, where it has them), and
     from evidence that is keyed by tensor name.
@@ -88,33 +96,34 @@ def cells(document: Mapping[str, Any], differences: Mapping[str, Any] | None = N
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
+    """Return the entries of a list that have a name or a code; nothing for what is no list."""
     if not isinstance(value, list):
         return []
     return [r for r in value if isinstance(r, Mapping) and ("name" in r or "code" in r)]
 
 
 def number(value: Any) -> float | None:
-    """A figure of a document; infinities and NaN come as strings there."""
+    """Read a figure of a document; infinities and NaN come as strings there."""
     if isinstance(value, str) and value in ("nan", "inf", "-inf"):
         return math.inf
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _per_tensor(evidence: Any, names: set[str], plain: bool = False) -> dict[str, float]:
-    """Relative differences in evidence, by tensor name: {name: {"relative_difference": x}}, [{"name": ..., ...}], also
-    below another key; plain numbers count (`plain`) below a key that begins with `relative`."""
+    """Collect relative differences out of evidence, by tensor name.
+
+    Evidence has them as {name: {"relative_difference": x}} or [{"name": ..., ...}], also below another key; plain
+    numbers count (`plain`) below a key that begins with `relative`.
+    """
     out: dict[str, float] = {}
     if isinstance(evidence, Mapping):
         for key, value in evidence.items():
             if key in names:
-                figure = (
-                    number(value.get("relative_difference"))
-                    if isinstance(value, Mapping)
-                    else number(value)
-                    if plain
-                    else None
-                )
-                if figure is not None:
+                if isinstance(value, Mapping):
+                    value = value.get("relative_difference")
+                elif not plain:
+                    continue
+                if (figure := number(value)) is not None:
                     out[str(key)] = abs(figure)
             elif isinstance(value, Mapping):
                 out |= _per_tensor(value, names, str(key).startswith("relative"))
@@ -129,7 +138,7 @@ def _per_tensor(evidence: Any, names: set[str], plain: bool = False) -> dict[str
 
 
 def maps(found: Mapping[str, Cell]) -> str:
-    """The SVG of every stack of layers, and of the tensors outside of them."""
+    """Draw every stack of layers, and the tensors outside of them."""
     stacks: dict[str, dict[tuple[str, int], list[Cell]]] = {}
     outside = []
     for name, cell in found.items():
@@ -144,6 +153,7 @@ def maps(found: Mapping[str, Cell]) -> str:
 
 
 def _stack(stack: str, grid: Mapping[tuple[str, int], list[Cell]]) -> str:
+    """Draw one stack of layers."""
     layers = sorted({n for _, n in grid})
     kinds = sorted({k for k, _ in grid}, key=_order)
     shown = layers[:_MOST]
@@ -152,68 +162,67 @@ def _stack(stack: str, grid: Mapping[tuple[str, int], list[Cell]]) -> str:
     )
     tall, left, top = max(wide, 16), 8 + 7.2 * min(max(map(len, kinds)), 44), 24
     width, height = left + wide * len(shown) + 4, top + tall * len(kinds) + 4
-    out = [
-        f'<svg width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}" role="img" aria-label="differences by layer and tensor">'
-    ]
+    out = [_frame(width, height, "differences by layer and tensor")]
     for column, layer in enumerate(shown):
         if layer % every == 0:
-            out.append(
-                f'<text class="axis" x="{left + wide * (column + 0.5):.1f}" y="{top - 8}" text-anchor="middle">{layer}</text>'
-            )
+            x = left + wide * (column + 0.5)
+            out.append(f'<text class="axis" x="{x:.1f}" y="{top - 8}" text-anchor="middle">{layer}</text>')
     for row, kind in enumerate(kinds):
         middle = top + tall * (row + 0.5) + 4
         out.append(
             f'<text class="label" x="{left - 8:.1f}" y="{middle:.1f}" text-anchor="end">{escape(_short(kind))}</text>'
         )
         for column, layer in enumerate(shown):
-            at = grid.get((kind, layer))
-            out.append(
-                _square(
-                    max(at, key=lambda c: c.weight) if at else None, left + wide * column, top + tall * row, wide, tall
-                )
-            )
+            found = grid.get((kind, layer))
+            worst = max(found, key=lambda c: c.weight) if found else None
+            out.append(_square(worst, left + wide * column, top + tall * row, wide, tall))
     cut = f"<p class='note'>{len(layers) - _MOST} more layers are not drawn.</p>" if len(layers) > _MOST else ""
-    return f"<h3>{escape(printable(stack, 120))}<small> · layer number across</small></h3><div class='scroll'>{''.join(out)}</svg></div>{cut}"
+    title = f"<h3>{escape(printable(stack, 120))}<small> · layer number across</small></h3>"
+    return f"{title}<div class='scroll'>{''.join(out)}</svg></div>{cut}"
+
+
+def _frame(width: float, height: int, label: str) -> str:
+    """Return the opening tag of a drawing."""
+    size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
+    return f'<svg {size} role="img" aria-label="{label}">'
 
 
 def _outside(found: list[Cell]) -> str:
-    """One row of wide squares a tensor that belongs to no layer."""
+    """Draw one wide square for each tensor that belongs to no layer."""
     if not found:
         return ""
     rows, shown = [], found[:_MOST]
     left = 8 + 7.2 * min(max(len(c.name) for c in shown), 56)
     for row, cell in enumerate(shown):
-        rows.append(
-            f'<text class="label" x="{left - 8:.1f}" y="{row * 28 + 19}" text-anchor="end">{escape(_short(cell.name, 56))}</text>'
-        )
+        name = escape(_short(cell.name, 56))
+        rows.append(f'<text class="label" x="{left - 8:.1f}" y="{row * 28 + 19}" text-anchor="end">{name}</text>')
         rows.append(_square(cell, left, row * 28, 52, 28))
     width, height = left + 60, 28 * len(shown) + 4
-    svg = f'<svg width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}" role="img" aria-label="differences outside the layers">'
+    svg = _frame(width, height, "differences outside the layers")
     cut = f"<p class='note'>{len(found) - _MOST} more tensors are not drawn.</p>" if len(found) > _MOST else ""
     return f"<h3>outside the layers</h3><div class='scroll'>{svg}{''.join(rows)}</svg></div>{cut}"
 
 
 def _square(cell: Cell | None, x: float, y: float, width: float, height: float) -> str:
+    """Draw one square with its tooltip; an empty one for None."""
     box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{width - 2:.1f}" height="{height - 2:.1f}" rx="3"'
     if cell is None:
         return f'<rect class="none" {box}/>'
     mark = {"error": "bad", "warning": "warn"}.get(cell.severity, "")
     word = cell.code if mark and width >= 24 else ""
-    text = (
-        f'<text class="code {cell.level}" x="{x + width / 2:.1f}" y="{y + height / 2 + 3.5:.1f}" text-anchor="middle">{escape(word)}</text>'
-        if word
-        else ""
-    )
+    middle = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 3.5:.1f}" text-anchor="middle"'
+    text = f'<text class="code {cell.level}" {middle}>{escape(word)}</text>' if word else ""
     return f'<g><title>{escape(cell.told)}</title><rect class="{cell.level} {mark}" {box}/>{text}</g>'
 
 
 def _short(text: str, most: int = 44) -> str:
+    """Return a printable text cut at its beginning."""
     plain = printable(text, 300)
     return plain if len(plain) <= most else f"…{plain[-most + 1 :]}"
 
 
 def _order(kind: str) -> tuple[int, str]:
-    """Attention before what follows it, norms where the layer begins."""
+    """Sort attention before what follows it, and norms where the layer begins."""
     places = (
         "input_layernorm",
         "layernorm_before",
@@ -229,7 +238,7 @@ def _order(kind: str) -> tuple[int, str]:
 
 
 def legend() -> str:
-    """What the colours mean."""
+    """Say what the colours mean."""
     words = ("equal", "≤ 1e-4", "≤ 1e-3", "≤ 0.01", "≤ 0.1", "≤ 1", "> 1")
     squares = [f'<span><i class="key d{i}"></i>{escape(word)}</span>' for i, word in enumerate(words)]
     extra = [
@@ -240,7 +249,7 @@ def legend() -> str:
 
 
 def figures_table(found: Iterable[Cell]) -> str:
-    """The same as a table, worst first, for readers without the picture."""
+    """Return the figures as a table, worst first, for readers without the picture."""
     rows = sorted((c for c in found if c.weight > (0, 0.0)), key=lambda c: c.weight, reverse=True)[:_MOST]
     if not rows:
         return ""
@@ -250,4 +259,7 @@ def figures_table(found: Iterable[Cell]) -> str:
         for c in rows
     ]
     head = "<tr><th>tensor</th><th>status</th><th class='num'>relative difference</th><th>code</th></tr>"
-    return f"<details><summary>The figures as a table ({len(rows)} tensors)</summary><div class='scroll'><table>{head}{''.join(lines)}</table></div></details>"
+    return (
+        f"<details><summary>The figures as a table ({len(rows)} tensors)</summary>"
+        f"<div class='scroll'><table>{head}{''.join(lines)}</table></div></details>"
+    )

@@ -1,4 +1,4 @@
-"""Report: one offline HTML page from the document of `diagnose --json`, and of `diff --json` beside it.
+"""Make one offline HTML page from the document of `diagnose --json`, and of `diff --json` beside it.
 
 The page holds no script and loads nothing. It follows the reader's light or dark setting. All names and messages come
 out of untrusted files and are escaped.
@@ -26,7 +26,7 @@ _MOST = 12  # groups of tensors, and lines of evidence, before a page hides the 
 
 
 def page(document: Mapping[str, Any], differences: Mapping[str, Any] | None = None) -> str:
-    """The whole page of a diagnosis, as text.
+    """Return the whole page of a diagnosis, as text.
 
     >>> "nothing wrong found" in page({"checkpoint": "out", "verdict": "ok", "causes": [], "findings": []})
     True
@@ -36,9 +36,8 @@ def page(document: Mapping[str, Any], differences: Mapping[str, Any] | None = No
     causes = [str(c) for c in document.get("causes") or []]
     parts = [_head(document), _totals(document), _causes(findings, causes), _losses(document.get("forward"))]
     if found:
-        parts.append(
-            f"<section><h2>Tensor by tensor</h2>{heatmap.legend()}{heatmap.maps(found)}{heatmap.figures_table(found.values())}</section>"
-        )
+        drawn = heatmap.legend() + heatmap.maps(found) + heatmap.figures_table(found.values())
+        parts.append(f"<section><h2>Tensor by tensor</h2>{drawn}</section>")
     first = [f for f in findings if f.get("code") in causes and f.get("severity") != "info"]
     rest = [f for f in findings if not any(f is g for g in first)]
     parts += [_section("Causes", first), _section("Also found" if first else "Findings", rest)]
@@ -47,14 +46,19 @@ def page(document: Mapping[str, Any], differences: Mapping[str, Any] | None = No
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Diagnosis of {title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{STYLE}</style></head><body><main>{''.join(parts)}<footer>Written by tensorkeep report. Nothing on this page is loaded from elsewhere.</footer></main></body></html>\n"
+        f"<style>{STYLE}</style></head><body><main>{''.join(parts)}<footer>Written by tensorkeep report. "
+        "Nothing on this page is loaded from elsewhere.</footer></main></body></html>\n"
     )
 
 
 def write_page(
     path_in: str | Path, path_out: str | Path, differences: str | Path | None = None, overwrite: bool = False
 ) -> None:
-    """Read the document (and the diff's) and write the page. Raises TensorkeepError for anything but a diagnosis."""
+    """Read the document of a diagnosis (and of a diff) and write the page.
+
+    Raises:
+        TensorkeepError: for anything but such documents, and where the page exists.
+    """
     document = _document(Path(path_in), "findings", "tensorkeep diagnose CKPT --json > findings.json")
     diff = _document(Path(differences), "tensors", "tensorkeep diff A B --json > diff.json") if differences else None
     text = page(document, diff)
@@ -63,6 +67,7 @@ def write_page(
 
 
 def _document(path: Path, wanted: str, hint: str) -> dict[str, Any]:
+    """Read a JSON document that must have a list under `wanted`."""
     if path.is_dir():
         raise TensorkeepError("is a folder, not the document of a diagnosis", where=path, hint=hint)
     with explained(path):
@@ -82,6 +87,7 @@ def _document(path: Path, wanted: str, hint: str) -> dict[str, Any]:
 
 
 def _head(document: Mapping[str, Any]) -> str:
+    """Return the page's head: verdict, checkpoint, reference."""
     verdict = str(document.get("verdict", ""))
     word = _VERDICTS.get(verdict, verdict)
     against = document.get("reference")
@@ -96,32 +102,26 @@ def _head(document: Mapping[str, Any]) -> str:
 
 
 def _path(value: Any) -> str:
+    """Return a path as code."""
     return f"<code>{escape(printable(str(value), 400))}</code>"
 
 
 def _totals(document: Mapping[str, Any]) -> str:
+    """Return tiles with the numbers of parameters."""
     totals = document.get("parameters")
     if not isinstance(totals, Mapping):
         return ""
     mine, theirs = totals.get("checkpoint"), totals.get("reference")
     figures = [("parameters in the checkpoint", mine), ("parameters in the reference", theirs)]
     if isinstance(mine, int) and isinstance(theirs, int):
-        figures.append(
-            (
-                "difference"
-                if mine == theirs
-                else "more in the checkpoint"
-                if mine > theirs
-                else "fewer in the checkpoint",
-                abs(mine - theirs),
-            )
-        )
+        more = "more" if mine > theirs else "fewer"
+        figures.append(("difference" if mine == theirs else f"{more} in the checkpoint", abs(mine - theirs)))
     tiles = [f"<div><b>{v:,}</b><span>{name}</span></div>" for name, v in figures if isinstance(v, int)]
     return f"<div class='tiles'>{''.join(tiles)}</div>" if tiles else ""
 
 
 def _causes(findings: list[Mapping[str, Any]], causes: list[str]) -> str:
-    """One line a cause, to be read before anything else."""
+    """Return one line for each cause, to be read before anything else."""
     lines = []
     for code in causes:
         said = next((f for f in findings if f.get("code") == code), None)
@@ -131,7 +131,7 @@ def _causes(findings: list[Mapping[str, Any]], causes: list[str]) -> str:
 
 
 def _losses(forward: Any) -> str:
-    """Two bars: the loss of the checkpoint and of the reference."""
+    """Draw two bars: the loss of the checkpoint and of the reference."""
     if not isinstance(forward, Mapping):
         return ""
     pairs = [
@@ -152,7 +152,8 @@ def _losses(forward: Any) -> str:
             f'<text class="value" x="{104 + length:.1f}" y="{row * 34 + 20}">{shown}</text>'
         )
     height = 34 * len(known) + 4
-    svg = f'<svg width="540" height="{height}" viewBox="0 0 540 {height}" role="img" aria-label="loss compared">{"".join(bars)}</svg>'
+    frame = f'<svg width="540" height="{height}" viewBox="0 0 540 {height}" role="img" aria-label="loss compared">'
+    svg = f"{frame}{''.join(bars)}</svg>"
     finite = [v for _, v in known if math.isfinite(v)]
     gap = [f"{finite[0] - finite[1]:+.4g} against the reference"] if len(finite) == 2 else []
     largest = heatmap.number(forward.get("max_logit_difference"))
@@ -166,20 +167,22 @@ def _losses(forward: Any) -> str:
 
 
 def _section(title: str, findings: list[Mapping[str, Any]]) -> str:
+    """Return findings under a title."""
     return f"<section><h2>{title}</h2>{''.join(map(_finding, findings))}</section>" if findings else ""
 
 
 def _badge(finding: Mapping[str, Any]) -> str:
+    """Return a finding's code in its severity's colour."""
     severity = str(finding.get("severity"))
     kind = severity if severity in ("error", "warning", "info") else "info"
     return f"<span class='badge {kind}'>{escape(printable(str(finding.get('code')), 12))}</span>"
 
 
 def _finding(finding: Mapping[str, Any]) -> str:
+    """Return one finding: message, tensors, evidence, fix."""
     severity = escape(printable(str(finding.get("severity")), 20))
-    parts = [
-        f"<h4>{_badge(finding)} <span class='severity'>{severity}</span> {escape(printable(str(finding.get('message', '')), 2000))}</h4>"
-    ]
+    message = escape(printable(str(finding.get("message", "")), 2000))
+    parts = [f"<h4>{_badge(finding)} <span class='severity'>{severity}</span> {message}</h4>"]
     tensors = finding.get("tensors")
     names = grouped(map(str, tensors)) if isinstance(tensors, list) else []
     if names:
@@ -201,7 +204,7 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 
 def _folded(items: list[str], title: str, tag: str) -> str:
-    """The first items; the rest behind a click."""
+    """Return the first items, and the rest behind a click."""
     shown = f"<{tag}>{''.join(items[:_MOST])}</{tag}>"
     rest = (
         f"<details><summary>{len(items) - _MOST} more</summary><{tag}>{''.join(items[_MOST:])}</{tag}></details>"
@@ -212,7 +215,7 @@ def _folded(items: list[str], title: str, tag: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """A figure of the evidence for people."""
+    """Return a figure of the evidence as people read it."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Timelines of what `predict` found beside a run; true segments and pictures where the run's recipe leads to them."""
+"""Draw timelines of what `predict` found, with true segments and pictures where the run's recipe leads to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECIPE = "recipe.yaml"
 
 
 class Sources(NamedTuple):
-    """Where a run's test videos lie, and what is true of them."""
+    """Where a run's test videos lie and what is true of them; `pattern` is of a file's name: `{video}.mp4`."""
 
     annotations: Annotations
     folder: Path
@@ -28,7 +28,7 @@ class Sources(NamedTuple):
 
 
 def timelines(run: Path, predictions: Path) -> list[str]:
-    """One element for each of the first videos of a file of detections. What is not found is told in place of it."""
+    """Draw one element for each of the first videos of a file of detections; what is not found is told in its place."""
     table = read_detections(predictions)
     sources, told = _sources(run)
     names = table.video_names[:VIDEOS]
@@ -42,7 +42,7 @@ def timelines(run: Path, predictions: Path) -> list[str]:
 
 
 def _sources(run: Path) -> tuple[Sources | None, str]:
-    """What the run's recipe names, and why it cannot be had; a run without a recipe has nothing to name."""
+    """Return what the run's recipe names, or why that cannot be had; nothing for a run without a recipe."""
     if not (run / _RECIPE).is_file():
         return None, ""
     try:
@@ -55,6 +55,7 @@ def _sources(run: Path) -> tuple[Sources | None, str]:
 
 
 def _one(name: str, rows: list[Row], sources: Sources | None) -> list[str]:
+    """Draw the timeline of one video."""
     video = None if sources is None else sources.annotations.videos.get(name)
     true = _true(video) if video else []
     # a file of detections has no lengths: without annotations a picture ends with the last one
@@ -72,19 +73,21 @@ def _one(name: str, rows: list[Row], sources: Sources | None) -> list[str]:
 
 
 def _rows(table: DetectionTable, number: int) -> list[Row]:
+    """Return a video's detections as rows of a timeline."""
     own = (table.videos == number).nonzero()[0]
     names, scores = [table.label_names[i] for i in table.labels[own]], table.scores[own].tolist()
     return [Row(*row) for row in zip(*table.segments[own].T.tolist(), names, scores, strict=True)]
 
 
 def _true(video: Video) -> list[Row]:
+    """Return a video's true segments as rows of a timeline."""
     return [
         Row(start, end, label, 1.0) for (start, end), label in zip(video.segments.tolist(), video.labels, strict=True)
     ]
 
 
 def _pictures(name: str, end: float, sources: Sources | None) -> tuple[list[tuple[float, bytes]], str]:
-    """Small pictures at their seconds, or why there are none."""
+    """Return small pictures at their seconds, or why there are none."""
     assert sources is not None
     path = sources.folder / sources.pattern.replace("{video}", name)
     try:
@@ -100,4 +103,5 @@ def _pictures(name: str, end: float, sources: Sources | None) -> tuple[list[tupl
 
 
 def _note(text: str) -> str:
+    """Return a line of small print."""
     return f"<p class='note'>{escape(printable(text, 400))}</p>"

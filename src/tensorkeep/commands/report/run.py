@@ -1,7 +1,7 @@
-"""A run as one offline HTML page: its loss and its evaluations over the steps, the last figures, what it predicts.
+"""Make one offline HTML page of a run: loss and evaluations over the steps, the last figures, what it predicts.
 
-Works from RUN/metrics.jsonl alone, of any kind of run; where `predict` wrote into RUN/predictions, timelines follow, with
-true segments and pictures of the videos where the run's recipe leads to them.
+Works from RUN/metrics.jsonl alone, of any kind of run. Where `predict` wrote into RUN/predictions, timelines follow,
+with true segments and pictures of the videos where the run's recipe leads to them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ WIDTH, HEIGHT, LEFT, _BOTTOM = 900, 200, 64, 24  # pixels of a curve's plane, ma
 PREDICTIONS = "predictions/detections.json"
 _CURVE = """
 .curve line { stroke: var(--line); } .curve polyline { fill: none; stroke: var(--bar1); stroke-width: 1.5; }
-.curve circle { fill: var(--bar1); } .curve circle.best { fill: var(--good); } .curve svg { max-width: 100%; height: auto; }
+.curve circle { fill: var(--bar1); } .curve circle.best { fill: var(--good); }
+.curve svg { max-width: 100%; height: auto; }
 """
 
 
 def run_page(run: str | Path) -> str:
-    """The page of a run's folder. Raises TensorkeepError where it has no metrics."""
+    """Return the page of a run's folder.
+
+    Raises:
+        TensorkeepError: it has no metrics.
+    """
     run = Path(run)
     rows = list(metrics.rows(run / metrics.METRICS))
     if not rows:
@@ -52,14 +57,15 @@ def run_page(run: str | Path) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Run {title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         f"<style>{STYLE}{_CURVE}</style></head><body><main>{''.join(parts)}<footer>Written by tensorkeep report. "
         "Nothing on this page is loaded from elsewhere.</footer></main></body></html>\n"
     )
 
 
 def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) -> None:
-    """`run_page` into a file.
+    """Write a run's page into a file.
 
     >>> write_run_page("runs/one", "one.html")  # doctest: +SKIP
     """
@@ -69,13 +75,13 @@ def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) ->
 
 
 def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Step and value of every row that has a finite number there."""
+    """Return step and value of every row that has a finite number under `name`."""
     found = [(row["step"], row.get(name)) for row in rows]
     return [(step, float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)]
 
 
 def curve(values: _Points, label: str, best: tuple[float, float] | None = None) -> str:
-    """An SVG line through (step, value); a long one is thinned to the lowest and highest value of each pixel."""
+    """Draw an SVG line through (step, value); a long one is thinned to the lowest and highest value of each pixel."""
     if not values:
         return "<p class='note'>no value was noted</p>"
     (first, last), low, high = (values[0][0], values[-1][0]), min(v for _, v in values), max(v for _, v in values)
@@ -92,7 +98,8 @@ def curve(values: _Points, label: str, best: tuple[float, float] | None = None) 
         marks.append(
             f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-            f'<text class="axis" x="{x:.1f}" y="{HEIGHT + _BOTTOM}" text-anchor="middle">{_step(first + share * wide)}</text>'
+            f'<text class="axis" x="{x:.1f}" y="{HEIGHT + _BOTTOM}" text-anchor="middle">'
+            f"{_step(first + share * wide)}</text>"
         )
     dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in (at(*p) for p in values) if len(values) <= 60]
     if best is not None:
@@ -107,11 +114,12 @@ def curve(values: _Points, label: str, best: tuple[float, float] | None = None) 
 
 
 def _step(value: float) -> str:
+    """Return a step with separators, and decimals where it has them."""
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def _thinned(values: _Points) -> list[tuple[float, float]]:
-    """At most two values a pixel, its extremes, so that no spike is lost."""
+    """Keep at most two values for each pixel, its extremes, so that no spike is lost."""
     if len(values) <= 2 * WIDTH:
         return list(values)
     kept: list[tuple[float, float]] = []
@@ -124,6 +132,7 @@ def _thinned(values: _Points) -> list[tuple[float, float]]:
 
 
 def _head(run: Path, updates: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page's head: the folder, and tiles with the last figures."""
     last = max((row["step"] for row in (*updates, *evaluations)), default=0)
     tiles = [("step", f"{last:,}")]
     if losses := points(updates, "loss"):
@@ -133,14 +142,19 @@ def _head(run: Path, updates: Sequence[Mapping[str, Any]], evaluations: Sequence
         tiles += [("best average mAP", f"{max(scores):.4f}")] if scores else []
     body = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles)
     where = escape(printable(str(run), 400))
-    return f"<header><h1>Run</h1><dl><dt>folder</dt><dd><code>{where}</code></dd></dl></header><div class='tiles'>{body}</div>"
+    return (
+        f"<header><h1>Run</h1><dl><dt>folder</dt><dd><code>{where}</code></dd></dl></header>"
+        f"<div class='tiles'>{body}</div>"
+    )
 
 
 def _section(title: str, parts: Sequence[str]) -> str:
+    """Return parts under a title."""
     return f"<section><h2>{escape(printable(title, 100))}</h2><div class='scroll'>{''.join(parts)}</div></section>"
 
 
 def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Return the last evaluations as a table."""
     head = "".join(f"<th class='num'>{escape(printable(name, 60))}</th>" for name in ("step", *names))
     body = "".join(
         f"<tr><td class='num'>{row['step']:,}</td>"
@@ -152,4 +166,5 @@ def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> st
 
 
 def _figure(value: Any) -> str:
+    """Return a figure for the table."""
     return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
