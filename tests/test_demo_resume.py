@@ -105,7 +105,7 @@ def test_the_last_layers_train_by_the_base_s_own_count(tmp_path: Path) -> None:
     text = demo_resume.write_topics(tmp_path / "text.txt", demo_resume.TOPICS)
     assert "call" in text.read_text("utf-8") and len(text.read_text("utf-8")) > 5000
     base = save_model(tmp_path / "base", "llama")
-    made: dict[str, Any] = demo_resume.recipe_of(base, text)
+    made: dict[str, Any] = demo_resume.resume_recipe(base, text)
     assert made["trainable"] == ["model.layers.0.*", "model.layers.1.*", "model.norm.weight"]
 
 
@@ -117,7 +117,7 @@ def test_the_whole_story_on_a_small_model(tmp_path: Path, monkeypatch: pytest.Mo
         tmp_path / "base", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=6, head_dim=128
     )
     (tmp_path / "text.txt").write_text("\n".join(LINES * 40))
-    document = demo_resume.recipe_of(base, tmp_path / "text.txt")
+    document = demo_resume.resume_recipe(base, tmp_path / "text.txt")
     document["data"]["length"] = 32
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
     said: list[str] = []
