@@ -412,33 +412,33 @@ def test_dcp_places_beyond_the_file_are_refused(place: tuple[str, int, int], tmp
 
 
 def test_thousands_of_dcp_chunks_are_checked_in_time(tmp_path: Path) -> None:
-    from tensorkeep.formats.dcp import _overlapping
+    from tensorkeep.formats._cover import overlapping
     from tensorkeep.storage.record import Block
 
     def grid(rows: int, columns: int) -> list[Block]:
         return [Block("f", 0, 0, (r, c), (1, 1)) for r in range(rows) for c in range(columns)]
 
     started = time.perf_counter()
-    assert not _overlapping(grid(1, 30_000)) and not _overlapping(grid(150, 150))
-    assert _overlapping([*grid(150, 150), Block("f", 0, 0, (75, 75), (1, 1))])
-    assert _overlapping([Block("f", 0, 0, (0, i), (1, 20_000)) for i in range(20_000)])
+    assert not overlapping(grid(1, 30_000)) and not _overlapping(grid(150, 150))
+    assert overlapping([*grid(150, 150), Block("f", 0, 0, (75, 75), (1, 1))])
+    assert overlapping([Block("f", 0, 0, (0, i), (1, 20_000)) for i in range(20_000)])
     staircase = [Block("f", 0, 0, (i, i), (20_000, 1) if i % 2 else (1, 20_000)) for i in range(20_000)]
-    _overlapping(staircase)
+    overlapping(staircase)
     pinwheel = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
-    assert not _overlapping([Block("f", 0, 0, o, s) for o, s in pinwheel])
-    assert _overlapping([Block("f", 0, 0, o, s) for o, s in [*pinwheel, ((1, 1), (1, 1))]])
+    assert not overlapping([Block("f", 0, 0, o, s) for o, s in pinwheel])
+    assert overlapping([Block("f", 0, 0, o, s) for o, s in [*pinwheel, ((1, 1), (1, 1))]])
     assert time.perf_counter() - started < SECONDS
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)), max_size=6))
 def test_overlap_of_dcp_chunks_is_what_counting_cells_says(chunks: list[tuple[int, int, int, int]]) -> None:
-    from tensorkeep.formats.dcp import _overlapping
+    from tensorkeep.formats._cover import overlapping
     from tensorkeep.storage.record import Block
 
     blocks = [Block("f", 0, 0, (r, c), (h, w)) for r, c, h, w in chunks]
     cells = [(r + i, c + j) for r, c, h, w in chunks for i in range(h) for j in range(w)]
-    assert _overlapping(blocks) == (len(set(cells)) < len(cells))
+    assert overlapping(blocks) == (len(set(cells)) < len(cells))
 
 
 ODD_STATES = [

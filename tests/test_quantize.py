@@ -19,10 +19,12 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import encoding as quant_encoding
-from tensorkeep.quantization.linear import QuantLinear, frozen_linear, read_packed
-from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, kind_of, quantize_, sizes
-from tensorkeep.quantization.packed import KINDS, dequantize_4bit, offset_of, pack, state_text, unpack
+from tensorkeep.quantization.linear import QuantLinear, frozen_linear
+from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, quantize_, sizes
+from tensorkeep.quantization.packed import KINDS, kind_of, offset_of, pack, state_text
+from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.stored import dequantize, find
+from tensorkeep.quantization.unpacking import dequantize_4bit, unpack
 from tensorkeep.training.ema import Ema
 
 DATA = Path(__file__).parent / "data/bitsandbytes_codes.safetensors"
@@ -251,7 +253,7 @@ def test_the_operation_has_the_shape_it_promises_under_tracing() -> None:
         t["nested_quant_map"],
         t["nested_offset"],
     )
-    from tensorkeep.quantization.packed import _dequantize_4bit_op
+    from tensorkeep.quantization.unpacking import _dequantize_4bit_op
 
     torch.library.opcheck(
         _dequantize_4bit_op, (*arguments, 64, 256, 5, 33, torch.float32), test_utils=("test_schema", "test_faketensor")

@@ -150,9 +150,9 @@ class _Bar:
             rate = done / max(now - self.started, 1e-9)
             left = (total - done) / rate if rate else 0.0
             filled = int(24 * done / total) if total else 24
-            sys.stderr.write(
-                f"\r\x1b[2K{what:<8} {'━' * filled}{'╌' * (24 - filled)} {size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
-            )
+            bar = f"{'━' * filled}{'╌' * (24 - filled)}"
+            spoken = f"{size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
+            sys.stderr.write(f"\r\x1b[2K{what:<8} {bar} {spoken}")
             sys.stderr.flush()
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ def with_config(view: StateView, config: str | None) -> StateView:
     """The view with the config the user names; it also travels to the sink."""
     if config is None or view.config is not None:
         return view
-    from tensorkeep.formats.view import COMPANIONS, Companion
+    from tensorkeep.formats.companions import COMPANIONS, Companion
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
 

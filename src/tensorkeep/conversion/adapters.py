@@ -17,7 +17,8 @@ from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import DTYPES
 

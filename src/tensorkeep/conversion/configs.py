@@ -10,7 +10,8 @@ from tensorkeep.conversion.naming import Identity, minimind
 from tensorkeep.conversion.naming.minimind_config import hf_config
 from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import Plan
-from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import DTYPES, TensorRecord

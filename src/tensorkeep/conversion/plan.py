@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import natural
-from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.layout import SinkTensor
 
 BY_USER = "dropped by the user"

@@ -22,8 +22,9 @@ from tensorkeep.diagnosis.evidence.case import Array, Case, Progress, Target
 from tensorkeep.diagnosis.evidence.opening import elements
 from tensorkeep.diagnosis.evidence.survey import SAME
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import grouped
-from tensorkeep.formats.view import CHUNK, Companion, StateView
+from tensorkeep.formats.view import CHUNK, StateView
 from tensorkeep.storage.record import TensorRecord, nbytes
 
 MOST = 0.5  # part of the elements that may come from the reference: beyond it, the reference is what you want

@@ -61,7 +61,10 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
     if model == "gpt2" and isinstance(pre, str) and pre in PRE:
         document = _byte_level_bpe(metadata, vocabulary, pre)
         if pre == "default":
-            remark = "the file does not say how its tokenizer cuts text before the merges: GPT-2's way was assumed, check it against the original"
+            remark = (
+                "the file does not say how its tokenizer cuts text before the merges: GPT-2's way was assumed, "
+                "check it against the original"
+            )
     elif model == "llama":
         document = _sentencepiece(metadata, tokens, vocabulary, kinds)
     else:
@@ -78,7 +81,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
     }, remark
 
 
-_ORDER = (
+# keys of tokenizer.json in the order in which the tokenizers library writes them
+_ORDER = [
     "version",
     "truncation",
     "padding",
@@ -88,7 +92,7 @@ _ORDER = (
     "post_processor",
     "decoder",
     "model",
-)
+]
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:

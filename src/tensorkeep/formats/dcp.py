@@ -7,44 +7,40 @@ chunk is first read, so that opening a checkpoint of thousands of shards stays q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats._cover import overlapping
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.archive import ALLOWED as TENSOR_GLOBALS
 from tensorkeep.storage.archive import Stored, entries, is_count, saved_value, storage_bytes, stored_tensor
 from tensorkeep.storage.archive_writing import pack, tensor_object
 from tensorkeep.storage.files import Folder, inside
-from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
+from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
 from tensorkeep.storage.pickle_writing import emit
 from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, parse
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
 
 METADATA = ".metadata"
 MODULE = "torch.distributed.checkpoint.metadata"
+_CLASSES = [
+    "Metadata",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "TensorProperties",
+    "ChunkStorageMetadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+]
 ALLOWED = TENSOR_GLOBALS | {
-    *(
-        f"{MODULE}.{c}"
-        for c in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *(f"{MODULE}.{name}" for name in _CLASSES),
     "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.strided",
-    "torch.contiguous_format",
-    "torch.preserve_format",
-    "torch.channels_last",
+    *(f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "channels_last")),
 }
-SHARD_SIZE = 5_000_000_000
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
@@ -228,68 +224,16 @@ def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str
             raise _damaged(f"{name} has a chunk outside its shape {shape}", where)
         file, start, length = _place(name, offsets, storage, sizes, where)
         blocks.append(Block(file, start, length, offsets, sizes_, archive=True))
-        covered += _count(sizes_)
-    if covered != _count(shape) or _overlapping(blocks):
+        covered += math.prod(sizes_)
+    if covered != math.prod(shape) or overlapping(blocks):
         raise TensorkeepError(
-            f"{name}: its chunks hold {covered} of {_count(shape)} elements",
+            f"{name}: its chunks hold {covered} of {math.prod(shape)} elements",
             where=where,
             code="F07",
             hint="a rank's file is missing; copy the checkpoint again",
             tensors=[name],
         )
     return TensorRecord(name, dtype, shape, tuple(blocks))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _overlapping(blocks: list[Block]) -> bool:
-    """Whether two chunks share an element. With the right total, no overlap means an exact cover.
-
-    Shards come from cutting the tensor through, again and again: that is followed, a dimension at a time. What
-    cannot be cut is compared pair by pair, and taken for an overlap where that would be too much work.
-    """
-    pending = [([b for b in blocks if _count(b.shape)], 0, 0)]  # blocks, dimension to cut, dimensions without a cut
-    work = 1_000_000 + 64 * len(blocks)
-    while pending:
-        group, dimension, uncut = pending.pop()
-        if len(group) < 2:
-            continue
-        dimensions = len(group[0].shape)
-        work -= len(group) ** 2 if uncut == dimensions else len(group)
-        if work < 0:
-            return True
-        if uncut == dimensions:
-            if _share(group):
-                return True
-            continue
-        parts = _cut_through(group, dimension)
-        pending += [(part, (dimension + 1) % dimensions, uncut + 1 if len(parts) == 1 else 1) for part in parts]
-    return False
-
-
-def _cut_through(group: list[Block], dimension: int) -> list[list[Block]]:
-    """The blocks in groups that no hyperplane across `dimension` meets twice."""
-    parts: list[list[Block]] = []
-    end = -1
-    for block in sorted(group, key=lambda b: b.offsets[dimension]):
-        if block.offsets[dimension] >= end:
-            parts.append([])
-        parts[-1].append(block)
-        end = max(end, block.offsets[dimension] + block.shape[dimension])
-    return parts
-
-
-def _share(group: list[Block]) -> bool:
-    return any(
-        all(o < p + m and p < o + n for o, n, p, m in zip(a.offsets, a.shape, b.offsets, b.shape))
-        for i, a in enumerate(group)
-        for b in group[i + 1 :]
-    )
 
 
 def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:

@@ -16,8 +16,9 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_header
 from tensorkeep.formats._gguf_tokenizer import tokenizer_files
+from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.gguf_config import companions, hf_config
-from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.files import Folder, short_file
 from tensorkeep.storage.record import Block, TensorRecord
 

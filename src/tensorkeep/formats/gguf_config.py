@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import Companion
+from tensorkeep.formats.companions import Companion
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
 # llama.cpp's architecture -> transformers' model type and class

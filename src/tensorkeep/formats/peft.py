@@ -11,7 +11,8 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import pth, safetensors
-from tensorkeep.formats.view import Companion, StateView
+from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor

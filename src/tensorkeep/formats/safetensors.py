@@ -18,13 +18,12 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, inside
-from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, shards, small_file
+from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
 
 LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 INDEX = "model.safetensors.index.json"
 UNKNOWN = ("C128",)  # ours, for torch's files; the safetensors library refuses the whole file
-SHARD_SIZE = 5_000_000_000  # bytes, transformers' default
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
@@ -151,7 +150,8 @@ def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> Non
         view.notes.append(
             Note(
                 "F07",
-                f"{len(extra)} tensors in the shards are not in the index, first {extra[0]}: transformers would not load them",
+                f"{len(extra)} tensors in the shards are not in the index, first {extra[0]}: "
+                "transformers would not load them",
                 tuple(extra),
             )
         )

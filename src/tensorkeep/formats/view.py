@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats._spans import Span, cut_spans, row_spans
+from tensorkeep.formats.companions import Companion, find_companions
+from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
-from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
+from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 CHUNK = 4 << 20  # bytes a stream holds at a time
-_LARGEST_COMPANION = 256 << 20  # bytes; the largest tokenizers have 40 MB
 
 # format word -> module; each has the verbs sniff, read and, unless read-only, layout. The first that recognises the
 # files reads them, and the commonest comes first: a module not asked is not imported.
@@ -36,32 +38,6 @@ FORMATS = {
     "gguf": "tensorkeep.formats.gguf",
     "pth": "tensorkeep.formats.pth",
 }
-# what travels beside the weights; nothing else in a folder is copied
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "recipe.yaml",
-)
-
-
-class Companion(NamedTuple):
-    """A small file that goes with the weights: its name, its bytes, where it came from."""
-
-    name: str
-    data: bytes
-    where: str
 
 
 class Note(NamedTuple):
@@ -70,9 +46,6 @@ class Note(NamedTuple):
     code: str
     message: str
     names: tuple[str, ...] = ()
-
-
-Span = tuple[str, int, int, int | None]  # file, first byte, bytes, their CRC-32 where known
 
 
 @dataclass(eq=False)
@@ -115,7 +88,7 @@ class StateView(Mapping[str, TensorRecord]):
     def spans(self, name: str) -> list[Span] | None:
         """The byte ranges that make up a plainly stored tensor in row-major order; None where there are none."""
         record = self.records[name]
-        return _row_spans(record, self._blocks(record)) if record.encoding == "plain" and record.blocks else None
+        return row_spans(record, self._blocks(record)) if record.encoding == "plain" and record.blocks else None
 
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
@@ -129,7 +102,7 @@ class StateView(Mapping[str, TensorRecord]):
         if record.encoding != "plain":
             yield from self._decoded(record, rows, granule, chunk)
             return
-        spans = _row_spans(record, self._blocks(record))
+        spans = row_spans(record, self._blocks(record))
         row_bytes = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
         first, last = rows or (0, record.shape[0] if record.shape else 1)
         if spans is None:
@@ -137,7 +110,7 @@ class StateView(Mapping[str, TensorRecord]):
             step = max(chunk // granule, 1) * granule
             yield from (whole[at : at + step] for at in range(0, len(whole), step))
             return
-        spans = list(_cut(spans, first * row_bytes, last * row_bytes))
+        spans = list(cut_spans(spans, first * row_bytes, last * row_bytes))
         total = sum(length for _, _, length, _ in spans)
         step = min(max(chunk // granule, 1) * granule, total)
         buffer = memoryview(bytearray(step))
@@ -269,30 +242,6 @@ def np_frombuffer(data: bytes | bytearray | memoryview, dtype: str) -> np.ndarra
     return np.frombuffer(data, dtype=np_dtype(dtype))
 
 
-def _row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
-    """Byte ranges that make up the tensor in order, or None where blocks are not runs of whole rows."""
-    spans, row = [], 0
-    for block in blocks:
-        whole_rows = block.shape[1:] == record.shape[1:] and not any(block.offsets[1:])
-        if not whole_rows or (block.strides is not None and not same_layout(block.shape, block.strides)):
-            return None
-        if record.shape and block.offsets[0] != row:
-            return None
-        row += block.shape[0] if record.shape else 0
-        spans.append((block.file, block.start, nbytes(record.dtype, block.shape), block.crc))
-    return spans
-
-
-def _cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
-    """The part of consecutive spans between two byte positions of the tensor."""
-    at = 0
-    for file, start, length, crc in spans:
-        low, high = max(first, at), min(last, at + length)
-        if low < high:
-            yield file, start + low - at, high - low, crc if high - low == length else None
-        at += length
-
-
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -326,7 +275,7 @@ def read(path: str | Path) -> StateView:
     folder, name = open_folder(str(path))
     view = recognised(folder, [name] if name else folder.names(), str(path), single=name is not None)
     _check_names(view)
-    _find_companions(view)
+    _add_companions(view)
     return view
 
 
@@ -353,41 +302,13 @@ def _check_names(view: StateView) -> None:
             )
 
 
-def _find_companions(view: StateView) -> None:
-    """Configs and tokenizer beside the weights; for a bare weight file, up to two folders above (step-N/, out/)."""
-    from tensorkeep.storage.certificate import parse_json
-
-    places: list[Folder] = [view.folder]
-    # a folder above may describe this file, unless the file described itself (GGUF does)
-    if view.config is None and isinstance(view.folder, LocalFolder) and "config.json" not in view.folder.names():
-        places += [LocalFolder(parent) for parent in list(view.folder.path.resolve().parents)[:2]]
-    for place in places:
-        try:
-            present = set(place.names())
-        except TensorkeepError:
-            if place is view.folder:
-                raise
-            continue  # a folder above that we may not list says nothing about this checkpoint
-        if "config.json" not in present and place is not view.folder:
-            continue
-        have = {c.name for c in view.companions}
-        view.companions += [_companion(place, name) for name in COMPANIONS if name in present - have]
-        if "config.json" in present:
-            break
-    if view.config is None:
-        for companion in view.companions:
-            if companion.name == "config.json":
-                config = parse_json(companion.data, companion.where)
-                view.config = config if isinstance(config, dict) else None
-
-
-def _companion(place: Folder, name: str) -> Companion:
-    where = f"{place.url}/{name}"
-    if place.size(name) > _LARGEST_COMPANION:
-        raise TensorkeepError(
-            f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
-        )
-    return Companion(name, place.read(name), where)
+def _add_companions(view: StateView) -> None:
+    """Put the configs and tokenizer that belong to the weights into `view.companions`, and the config into `config`."""
+    view.companions += find_companions(view.folder, view.companions, described=view.config is not None)
+    config = next((c for c in view.companions if c.name == "config.json"), None)
+    if view.config is None and config is not None:
+        document = parse_json(config.data, config.where)
+        view.config = document if isinstance(document, dict) else None
 
 
 def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tensorkeep.adapters.files import save_adapter
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import COMPANIONS
+from tensorkeep.formats.companions import COMPANIONS
 from tensorkeep.language.evaluation import checkpoint_of, leans, put_state
 from tensorkeep.language.recipe_text import read_language
 from tensorkeep.language.start import start_of

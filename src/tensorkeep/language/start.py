@@ -21,7 +21,8 @@ from tensorkeep.conversion import execution as conversion
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import Inconclusive, TensorkeepError
-from tensorkeep.formats.view import COMPANIONS, Companion, StateView, read
+from tensorkeep.formats.companions import COMPANIONS, Companion
+from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.buffers import REFUSALS
 from tensorkeep.models.language_model import model_of

@@ -12,29 +12,17 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
-CHUNK = 1 << 20  # elements decoded at a time
+CHUNK = 1 << 20  # elements encoded or decoded at a time
+NESTED_BLOCK = 256  # scales that share one scale of their own, as bitsandbytes writes it
+SMALLEST = np.float32(1e-38)  # what bitsandbytes divides a block of zeros by
 
-NF4 = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    np.float32,
-)
+_NF4_LEVELS = """
+-1.0                 -0.6961928009986877  -0.5250730514526367  -0.39491748809814453
+-0.28444138169288635 -0.18477343022823334 -0.09105003625154495  0.0
+ 0.07958029955625534  0.16093020141124725  0.24611230194568634  0.33791524171829224
+ 0.44070982933044434  0.5626170039176941   0.7229568362236023   1.0
+"""
+NF4 = np.array([float(level) for level in _NF4_LEVELS.split()], np.float32)
 _E2M1 = [0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25]
 FP4 = np.array([*_E2M1, *(-v for v in _E2M1)], np.float32)
 TABLES = {"nf4": NF4, "fp4": FP4}

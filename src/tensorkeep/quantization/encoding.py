@@ -17,11 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.codes import PER_127, TABLES, Array, scaled
+from tensorkeep.quantization.codes import NESTED_BLOCK, PER_127, SMALLEST, TABLES, Array, scaled
 
-NESTED_BLOCK = 256
 LEVELS = {kind: table + np.float32(0) for kind, table in TABLES.items()}  # FP4's second zero is +0 in the files, too
-SMALLEST = np.float32(1e-38)  # what bitsandbytes divides a block of zeros by
 
 
 class Kind(NamedTuple):
@@ -42,9 +40,7 @@ class Forms(NamedTuple):
 
     usual: Kind | None
     layers: tuple[tuple[str, Kind | None], ...] = ()
-    modules: tuple[
-        str, ...
-    ] = ()  # patterns of the linears that the usual way is for; empty: all but heads and embeddings
+    modules: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> list[Kind]:

@@ -19,15 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.memory import tensor_of, view_of
-from tensorkeep.formats.view import StateView
-from tensorkeep.quantization import stored as quantized
-from tensorkeep.quantization.description import STATE, QuantizedWeight
-from tensorkeep.quantization.packed import Kind, Layout, Mover, Packed, moved, pack, state_text, tie, unpack
+from tensorkeep.quantization.description import STATE
+from tensorkeep.quantization.packed import DIGEST, Kind, Layout, Mover, Packed, moved, pack, state_text, tie
+from tensorkeep.quantization.reading import read_packed
+from tensorkeep.quantization.unpacking import unpack
 
-DIGEST = (
-    "weight_digest"  # beside the weight, not under `weight.`: bitsandbytes' readers take every `weight.*` as theirs
-)
 FOUR = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 EIGHT = ("weight", "SCB")
 HELD = (*FOUR, "SCB", "weight_format", DIGEST)  # every buffer a QuantLinear may have
@@ -168,9 +164,7 @@ class QuantLinear(nn.Module):
         if mine:
             try:
                 loaded = read_packed({f"layer.{k[len(prefix) :]}": v for k, v in mine.items()}, self.layout.shape)
-            except (
-                TensorkeepError
-            ) as error:  # torch gathers the messages and raises them; nothing of this layer is copied
+            except TensorkeepError as error:  # torch gathers the messages and raises; nothing of this layer is copied
                 error_msgs.append(f"{prefix}weight: {error.code or ''} {error.what.removeprefix('layer.weight: ')}")
                 return
         else:
@@ -197,71 +191,6 @@ class QuantLinear(nn.Module):
 
 def _ours(key: str) -> bool:
     return key in ("weight", "SCB", "weight_format", DIGEST) or key.startswith("weight.")
-
-
-def read_packed(
-    tensors: Mapping[str, Tensor] | StateView, shape: tuple[int, int] | None, name: str = "layer"
-) -> Packed:
-    """One quantized weight out of stored tensors (`name.weight`, `name.weight.absmax`, ...), checked throughout.
-
-    `shape`: [out, in] that it must have. Raises TensorkeepError Q01, Q06, S01, and Q02 where a digest says that codes
-    and scales do not belong together. Where no digest is stored nothing can be said of that.
-    """
-    view = tensors if isinstance(tensors, StateView) else view_of(tensors)
-    stored = f"{name}.weight"
-    weight = quantized.find(view, {n: n for n in view if n == stored or n.startswith((f"{stored}.", f"{name}."))}).get(
-        stored
-    )
-    if weight is None:
-        found = f"{view[stored].dtype} {list(view[stored].shape)}" if stored in view else "nothing"
-        raise TensorkeepError(
-            f"holds {found}, no quantized weight",
-            where=stored,
-            code="Q01",
-            hint="quantize float weights while loading: load_quantizing",
-        )
-    packed = take(view, weight)
-    if shape is not None and packed.layout.shape != shape:
-        raise TensorkeepError(
-            f"stands for {list(packed.layout.shape)}, the layer is {list(shape)}", where=stored, code="S01"
-        )
-    digest = f"{name}.{DIGEST}"
-    if digest in view and bytes(view.bytes(digest)) != tie(packed):
-        raise TensorkeepError(
-            "codes and scales do not belong together: the digest beside them says otherwise",
-            where=stored,
-            code="Q02",
-            hint="take both from the same save",
-        )
-    return packed
-
-
-def take(view: StateView, weight: QuantizedWeight) -> Packed:
-    """The tensors of a described weight, codes as bytes whatever dtype they are stored under."""
-    quantized.refuse(weight, view.path)
-    if (
-        weight.kind not in ("nf4", "fp4", "int8")
-        or weight.shape is None
-        or (weight.kind == "int8" and "SCB" not in weight.parts)
-    ):
-        raise TensorkeepError(
-            f"{weight.kind} weights cannot be trained on here", where=weight.name, hint="convert it first"
-        )
-    kind, shape = cast(Kind, weight.kind), (weight.shape[0], weight.shape[-1])
-    if kind == "int8":
-        tensors = {"weight": tensor_of(view, weight.name), "SCB": tensor_of(view, weight.parts["SCB"])}
-        return Packed(Layout(kind, shape, 0, 0, "float32"), tensors)
-    assert isinstance(weight.block, int)
-    if len(weight.shape) != 2:
-        raise TensorkeepError(f"stands for {list(weight.shape)}, no matrix", where=weight.name, code="S01")
-    count = (shape[0] * shape[1] + 1) // 2
-    codes = tensor_of(view, weight.name).view(-1).view(torch.uint8)[:count].view(-1, 1)
-    tensors = {"weight": codes} | {r: tensor_of(view, n) for r, n in weight.parts.items() if r != "state"}
-    nested = 0
-    if weight.nested is not None:
-        nested = weight.nested.blocksize
-        tensors["nested_offset"] = torch.tensor([weight.nested.offset], dtype=torch.float32)
-    return Packed(Layout(kind, shape, weight.block, nested, weight.dtype or "float32"), tensors)
 
 
 # -- computing --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import unwrap
-from tensorkeep.quantization.linear import DIGEST, HELD, QuantLinear, read_packed
-from tensorkeep.quantization.packed import Kind, kind_of, tie
+from tensorkeep.quantization.linear import HELD, QuantLinear
+from tensorkeep.quantization.packed import DIGEST, Kind, kind_of, tie
+from tensorkeep.quantization.reading import read_packed
 
 HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")  # by the end of their names
 EXCLUDED = (*HEADS, "*embed*")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,14 +21,15 @@ from torch import Tensor
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization.codes import NESTED_BLOCK, SMALLEST
 
 Kind = Literal["nf4", "fp4", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _BITS: dict[int, Kind] = {4: "nf4", 8: "int8"}
-NESTED_BLOCK = 256  # scales that share one scale of their own, as bitsandbytes writes it
 _CELLS = 4096  # of the grid that finds a code; no two borders of NF4 or FP4 lie in one cell
 _GRID = 65535  # steps of bitsandbytes' lookup for the 8-bit map
-SMALLEST = 1e-38  # bitsandbytes' guard against dividing by an absmax of zero
+# beside the weight, not under `weight.`: bitsandbytes' readers take every `weight.*` as theirs
+DIGEST = "weight_digest"
 
 
 class Layout(NamedTuple):
@@ -81,6 +82,7 @@ def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 6
     Beside the result, memory for about 2^20 elements is needed. Raises TensorkeepError V01 for NaN and infinity, and
     for dtypes beyond float16, bfloat16 and float32.
 
+    >>> from tensorkeep.quantization.unpacking import unpack
     >>> packed = pack(torch.eye(4), "nf4", double=False)
     >>> unpack(packed.layout, packed.tensors).equal(torch.eye(4))
     True
@@ -114,10 +116,10 @@ def _pack_blocks(weight: Tensor, kind: Kind, block: int, name: str) -> tuple[Ten
         blocks = some[: whole * block].view(whole, block)
         scales = absmax[at // block : at // block + whole]
         torch.amax(blocks.abs(), 1, out=scales)
-        unit = torch.mul(blocks, (1.0 / scales.clamp(min=SMALLEST))[:, None]).view(-1)
+        unit = torch.mul(blocks, (1.0 / scales.clamp(min=float(SMALLEST)))[:, None]).view(-1)
         if whole * block < some.numel():
             rest = some[whole * block :]
-            absmax[-1] = rest.abs().max().clamp(min=SMALLEST)
+            absmax[-1] = rest.abs().max().clamp(min=float(SMALLEST))
             unit = torch.cat([unit, rest / absmax[-1]])
         _refuse_infinite(absmax[at // block : -(-(at + some.numel()) // block)], name)
         bits = _nearest(unit.clamp_(-1, 1), kind)
@@ -216,136 +218,6 @@ def _refuse_infinite(scales: Tensor, name: str) -> None:
     if not bool(torch.isfinite(scales).all()):
         hint = "tensorkeep diagnose names every such tensor; int8 goes through float16, whose largest number is 65504"
         raise TensorkeepError("NaN or infinity among the weights", where=name, code="V01", hint=hint)
-
-
-# -- values -----------------------------------------------------------------------------------------------------------
-
-
-def unpack(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] that codes stand for, computed in float32 and rounded once to `dtype`."""
-    if layout.kind == "int8":
-        return _dequantize_8bit(tensors["weight"], tensors["SCB"], dtype)
-    return dequantize_4bit(
-        tensors["weight"],
-        tensors["absmax"],
-        tensors["quant_map"],
-        tensors.get("nested_absmax"),
-        tensors.get("nested_quant_map"),
-        tensors.get("nested_offset"),
-        layout.block,
-        layout.nested,
-        *layout.shape,
-        dtype,
-    )
-
-
-def _dequantize_8bit(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`code · SCB[row] / 127`, [out, in]; bitsandbytes multiplies by the float32 nearest to 1/127."""
-    return (codes.float().mul_(scales[:, None])).mul_(float(quant_codes.PER_127)).to(dtype)
-
-
-def dequantize_4bit(
-    codes: Tensor,
-    absmax: Tensor,
-    quant_map: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None,
-    block: int,
-    nested: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`quant_map[code] · scale[block]`, [rows, columns], with the arguments of `Packed` and `Layout`."""
-    how = _dequantize_4bit_op if torch.compiler.is_compiling() else _dequantize_4bit  # the op costs 50 us a call
-    values: Tensor = how(
-        codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset, block, nested, rows, columns, dtype
-    )
-    return values
-
-
-def _dequantize_4bit(
-    codes: Tensor,
-    absmax: Tensor,
-    quant_map: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None,
-    block: int,
-    nested: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if codes.is_cuda and codes.is_contiguous() and _has_triton():
-        from tensorkeep.quantization._kernels import dequantize
-
-        return dequantize(
-            codes,
-            absmax,
-            quant_map,
-            nested_absmax,
-            nested_quant_map,
-            nested_offset,
-            block,
-            nested,
-            rows,
-            columns,
-            dtype,
-        )
-    if nested:
-        assert nested_absmax is not None and nested_quant_map is not None and nested_offset is not None
-        absmax = scaled(nested_quant_map.index_select(0, absmax.to(torch.int32)), nested_absmax, nested)
-        absmax += nested_offset
-    # both values of a byte are fetched as one 64-bit number: half the lookups
-    pairs = quant_map.new_empty(16, 16, 2)
-    pairs[..., 0], pairs[..., 1] = quant_map[:, None], quant_map
-    both = pairs.view(-1).view(torch.float64).index_select(0, codes.view(-1).to(torch.int32)).view(torch.float32)
-    return scaled(both[: rows * columns], absmax, block).view(rows, columns).to(dtype)
-
-
-# one operation to torch.compile, which need not see the kernel or the lookup of pairs
-_SCHEMA = (
-    "(Tensor codes, Tensor absmax, Tensor quant_map, Tensor? nested_absmax, Tensor? nested_quant_map, "
-    "Tensor? nested_offset, int block, int nested, int rows, int columns, ScalarType dtype) -> Tensor"
-)
-_dequantize_4bit_op = torch.library.custom_op(
-    "tensorkeep::dequantize_4bit", _dequantize_4bit, mutates_args=(), schema=_SCHEMA
-)
-
-
-@_dequantize_4bit_op.register_fake
-def _(
-    codes: Tensor,
-    absmax: Tensor,
-    quant_map: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: Tensor | None,
-    block: int,
-    nested: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty((rows, columns), dtype=dtype)
-
-
-def scaled(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Flat float32 values times one scale a block, in place; the last block is cut where the values end."""
-    whole = values.numel() // block
-    values[: whole * block].view(whole, block).mul_(scales[:whole, None])
-    if whole * block < values.numel():
-        values[whole * block :].mul_(scales[whole])
-    return values
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
 
 
 # -- what ties codes to their scales ----------------------------------------------------------------------------------

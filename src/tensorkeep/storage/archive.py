@@ -36,57 +36,23 @@ _STORAGES = {
 }
 STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 
-# what an honest checkpoint names; every one is inert here, and the tensor-building ones are interpreted below
+# What an honest checkpoint names. Every one is inert here; those that build tensors are interpreted below.
+_PLAIN_GLOBALS = """
+torch.storage.UntypedStorage torch.storage.TypedStorage torch.storage._LegacyStorage torch.UntypedStorage
+torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 torch._utils._rebuild_tensor_v3
+torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state torch._tensor._rebuild_from_type_v2
+torch.Size torch.device torch.Tensor torch.nn.parameter.Parameter torch.nn.Parameter torch.serialization._get_layout
+collections.OrderedDict collections.defaultdict collections.Counter
+builtins.set builtins.frozenset builtins.dict builtins.list builtins.int builtins.float builtins.bool builtins.str
+builtins.complex builtins.bytearray __builtin__.set __builtin__.dict __builtin__.list
+argparse.Namespace _codecs.encode pathlib.PosixPath pathlib.PurePosixPath datetime.datetime datetime.timedelta
+numpy.core.multiarray.scalar numpy._core.multiarray.scalar
+numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct numpy.ndarray numpy.dtype
+"""
 ALLOWED = frozenset(
-    [f"torch.{s}" for s in _STORAGES]
-    + [f"torch.storage.{s}" for s in _STORAGES]
-    + [f"torch.{d.torch}" for d in DTYPES.values() if d.torch]
-    + [
-        "torch.storage.UntypedStorage",
-        "torch.storage.TypedStorage",
-        "torch.storage._LegacyStorage",
-        "torch.UntypedStorage",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._tensor._rebuild_from_type_v2",
-        "torch.Size",
-        "torch.device",
-        "torch.Tensor",
-        "torch.nn.parameter.Parameter",
-        "torch.nn.Parameter",
-        "torch.serialization._get_layout",
-        "collections.OrderedDict",
-        "collections.defaultdict",
-        "collections.Counter",
-        "builtins.set",
-        "builtins.frozenset",
-        "builtins.dict",
-        "builtins.list",
-        "builtins.int",
-        "builtins.float",
-        "builtins.bool",
-        "builtins.str",
-        "builtins.complex",
-        "builtins.bytearray",
-        "__builtin__.set",
-        "__builtin__.dict",
-        "__builtin__.list",
-        "argparse.Namespace",
-        "_codecs.encode",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.ndarray",
-        "numpy.dtype",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "datetime.datetime",
-        "datetime.timedelta",
-    ]
+    [f"{module}.{storage}" for module in ("torch", "torch.storage") for storage in _STORAGES]
+    + [f"torch.{dtype.torch}" for dtype in DTYPES.values() if dtype.torch]
+    + _PLAIN_GLOBALS.split()
 )
 
 
@@ -101,7 +67,8 @@ class Stored(NamedTuple):
     elements: int  # of the storage
 
 
-_LARGEST_EXPANSION = 1 << 26  # elements that strides of 0 may make out of fewer; a hostile file asks for 1 << 47
+# elements that strides of 0 may make out of fewer; a hostile file asks for 1 << 47
+_LARGEST_EXPANSION = 1 << 26
 
 
 def stored_tensor(value: Object, where: object) -> Stored | None:
@@ -222,22 +189,17 @@ class Entry(NamedTuple):
         return self.crc if (start, size) == (0, self.size) and self.crc else None
 
 
+# what zipfile raises for damaged archives (UnicodeError is a ValueError)
+_ZIP_FAILURES = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, IndexError)
+
+
 def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
     """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
     where = f"{folder.url}/{file}"
     try:
         with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
             infos = archive.infolist()
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        ValueError,
-        OSError,
-        EOFError,
-        NotImplementedError,
-        UnicodeError,
-        IndexError,
-    ) as error:
+    except _ZIP_FAILURES as error:
         raise TensorkeepError(
             f"the archive at {start} is damaged or truncated: {error}",
             where=where,
@@ -299,9 +261,8 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
 
 # -- what is in it -----------------------------------------------------------------------------------------------------
 
-_MOST_LETTERS = (
-    16 << 20
-)  # of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
+# letters of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
+_MOST_LETTERS = 16 << 20
 
 
 def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:

@@ -73,22 +73,9 @@ class Pack:
         flags, sizes = (0x0808, (0, 0, 0)) if crc is None else (0x0800, (crc, short, short))
         if crc is None and size >= 0xFFFFFFFF:
             sizes = (0, 0xFFFFFFFF, 0xFFFFFFFF)
-        return (
-            struct.pack(
-                "<4s5H3I2H",
-                b"PK\x03\x04",
-                45 if extra[:2] == b"\1\0" else 0,
-                flags,
-                0,
-                0,
-                0,
-                *sizes,
-                len(name),
-                len(extra),
-            )
-            + name.encode()
-            + extra
-        )
+        version = 45 if extra[:2] == b"\1\0" else 0  # 4.5 is what zip64 sizes ask for
+        fields = (b"PK\x03\x04", version, flags, 0, 0, 0, *sizes, len(name), len(extra))
+        return struct.pack("<4s5H3I2H", *fields) + name.encode() + extra
 
 
 def _central(name: str, offset: int, size: int, crc: int) -> bytes:
@@ -97,30 +84,9 @@ def _central(name: str, offset: int, size: int, crc: int) -> bytes:
         wide = ([size, size] if size >= 0xFFFFFFFF else []) + ([offset] if offset >= 0xFFFFFFFF else [])
         extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
     short = min(size, 0xFFFFFFFF)
-    return (
-        struct.pack(
-            "<4s6H3I5H2I",
-            b"PK\x01\x02",
-            45 if extra else 0,
-            45 if extra else 0,
-            0x0808,
-            0,
-            0,
-            0,
-            crc,
-            short,
-            short,
-            len(name),
-            len(extra),
-            0,
-            0,
-            0,
-            0,
-            min(offset, 0xFFFFFFFF),
-        )
-        + name.encode()
-        + extra
-    )
+    version, place = 45 if extra else 0, min(offset, 0xFFFFFFFF)
+    fields = (version, version, 0x0808, 0, 0, 0, crc, short, short, len(name), len(extra), 0, 0, 0, 0, place)
+    return struct.pack("<4s6H3I5H2I", b"PK\x01\x02", *fields) + name.encode() + extra
 
 
 def _end(count: int, size: int, offset: int) -> bytes:
@@ -147,14 +113,8 @@ def tensor_object(tensor: SinkTensor, key: str) -> Object:
     elements = tensor.nbytes if storage is None else tensor.nbytes * 8 // DTYPES[tensor.dtype].bits
     kind = Global("torch", storage) if storage else Global("torch.storage", "UntypedStorage")
     identity = Persistent(("storage", kind, key, "cpu", elements))
-    args: tuple[Any, ...] = (
-        identity,
-        0,
-        tensor.shape,
-        row_major(tensor.shape),
-        False,
-        Object(Global("collections", "OrderedDict")),
-    )
+    hooks = Object(Global("collections", "OrderedDict"))  # backward hooks: none
+    args: tuple[Any, ...] = (identity, 0, tensor.shape, row_major(tensor.shape), False, hooks)
     if storage:
         return Object(Global("torch._utils", "_rebuild_tensor_v2"), args)
     return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", str(spelled))))

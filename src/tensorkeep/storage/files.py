@@ -184,11 +184,7 @@ def local_path(given: str | Path) -> Path:
         path.resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.lstat()
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as error:  # NUL, lone surrogates, no such user, a loop of links, too long
+    except (ValueError, RuntimeError, OSError) as error:  # NUL, surrogates, no such user, a loop of links, too long
         raise TensorkeepError(f"is no path that can be opened: {error}", where=given, hint="check the path") from None
     return path
 

@@ -13,6 +13,9 @@ from typing import NamedTuple
 from tensorkeep.storage.record import nbytes
 
 
+SHARD_SIZE = 5_000_000_000  # bytes of a file of weights where none is asked for; transformers' default
+
+
 class SinkTensor(NamedTuple):
     """A tensor of the sink. `tied_to` names an untied one whose bytes it shares (formats that can, do)."""
 

@@ -55,11 +55,7 @@ class Persistent:
     value: Any
 
 
-class _Mark:
-    pass
-
-
-MARK = _Mark()
+_MARK = object()  # what the opcode "(" puts on the stack; later opcodes take everything above it
 
 
 def _fail(what: str, where: object) -> TensorkeepError:
@@ -110,7 +106,7 @@ class _Reader:
     def since_mark(self) -> list[Any]:
         stack = self.stack
         at = len(stack) - 1
-        while stack[at] is not MARK:
+        while stack[at] is not _MARK:
             at -= 1
             if at < 0:
                 raise IndexError
@@ -249,16 +245,32 @@ def _dict(r: _Reader) -> None:
     r.stack.append(made)
 
 
-def _pop(r: _Reader) -> None:
-    r.stack.pop()
+def _protocol(r: _Reader) -> None:
+    if r.take(1)[0] > 5:
+        raise ValueError("a protocol newer than 5")
 
 
-_OPCODES: dict[int, Callable[[_Reader], None]] = {
-    0x80: lambda r: _protocol(r),
-    0x95: lambda r: _skip_frame(r),
-    ord("("): lambda r: r.stack.append(MARK),
-    ord("0"): _pop,
-    ord("1"): lambda r: _discard(r),
+def _instance(r: _Reader) -> None:
+    made = r.found(r.line(), r.line())
+    r.call(made, tuple(r.since_mark()))
+
+
+def _instance_of(r: _Reader) -> None:
+    made, *args = r.since_mark() or [None]
+    r.call(made, tuple(args))
+
+
+def _text_int(text: str) -> int | bool:
+    return {"00": False, "01": True}[text] if text in ("00", "01") else int(text)
+
+
+# opcode -> what it does; in the order of Python's pickletools, which says what each is for
+_OPCODES: dict[int, Callable[[_Reader], object]] = {
+    0x80: _protocol,
+    0x95: lambda r: r.take(8),  # a frame's length
+    ord("("): lambda r: r.stack.append(_MARK),
+    ord("0"): lambda r: r.stack.pop(),
+    ord("1"): lambda r: r.since_mark(),
     ord("2"): lambda r: r.stack.append(r.stack[-1]),
     ord("N"): lambda r: r.stack.append(None),
     0x88: lambda r: r.stack.append(True),
@@ -304,8 +316,8 @@ _OPCODES: dict[int, Callable[[_Reader], None]] = {
     ord("R"): _pop_call,
     0x81: _pop_call,
     0x92: _pop_call_with_keywords,
-    ord("i"): lambda r: _instance(r),
-    ord("o"): lambda r: _instance_of(r),
+    ord("i"): _instance,
+    ord("o"): _instance_of,
     ord("b"): _build,
     ord("q"): _put(lambda r: r.take(1)[0]),
     ord("r"): _put(lambda r: r.number("<I")),
@@ -317,33 +329,6 @@ _OPCODES: dict[int, Callable[[_Reader], None]] = {
     ord("Q"): lambda r: r.stack.append(Persistent(r.stack.pop())),
     ord("P"): _push(lambda r: Persistent(r.line())),
 }
-
-
-def _protocol(r: _Reader) -> None:
-    if r.take(1)[0] > 5:
-        raise ValueError("a protocol newer than 5")
-
-
-def _skip_frame(r: _Reader) -> None:
-    r.take(8)
-
-
-def _discard(r: _Reader) -> None:
-    r.since_mark()
-
-
-def _instance(r: _Reader) -> None:
-    made = r.found(r.line(), r.line())
-    r.call(made, tuple(r.since_mark()))
-
-
-def _instance_of(r: _Reader) -> None:
-    made, *args = r.since_mark() or [None]
-    r.call(made, tuple(args))
-
-
-def _text_int(text: str) -> int | bool:
-    return {"00": False, "01": True}[text] if text in ("00", "01") else int(text)
 
 
 def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) -> tuple[Any, int]:
@@ -388,8 +373,10 @@ def _refuse(found: Collection[Global], allowed: Collection[str], where: object) 
     if refused:
         more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
         raise TensorkeepError(
-            f"the pickle inside names {', '.join(r[:120] for r in refused[:8])}{more}, which loading it would import and may run; nothing was run",
+            f"the pickle inside names {', '.join(r[:120] for r in refused[:8])}{more}, which loading it would import and "
+            "may run; nothing was run",
             where=where,
             code="F04",
-            hint="do not load this file with torch.load(weights_only=False) or dcp.load; ask its author for safetensors",
+            hint="do not load this file with torch.load(weights_only=False) or dcp.load; "
+            "ask its author for safetensors",
         )

@@ -16,7 +16,8 @@ from tensorkeep.conversion.naming import EMA_ROOTS, Identity, opentad
 from tensorkeep.conversion.naming import opentad_recipe as recipes
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import Companion, Note, StateView
+from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.view import Note, StateView
 
 DETECTOR_NAMINGS = ("opentad", "videomae")
 

@@ -28,8 +28,10 @@ from tensorkeep.formats.names import grouped, unwrap
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.description import QuantizedWeight
-from tensorkeep.quantization.linear import QuantLinear, take
-from tensorkeep.quantization.packed import Packed, pack, unpack
+from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.quantization.packed import Packed, pack
+from tensorkeep.quantization.reading import take
+from tensorkeep.quantization.unpacking import unpack
 from tensorkeep.storage.record import DTYPES
 from tensorkeep.training.live_state import refuse_difference, stored_tensors
 from tensorkeep.training.saver import State

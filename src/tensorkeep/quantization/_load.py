@@ -1,0 +1,319 @@
+"""One load of a checkpoint into a model with quantized linears: planned as a whole, then carried out or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats.memory import TensorView, digest_of, tensor_of
+from tensorkeep.formats.names import matches, unwrap
+from tensorkeep.formats.view import StateView
+from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.description import QuantizedWeight
+from tensorkeep.quantization.linear import HELD, QuantLinear
+from tensorkeep.quantization.modules import (
+    check_patterns,
+    over,
+    quantizable,
+    replace_modules,
+    selected,
+    tied_parameters,
+)
+from tensorkeep.quantization.packed import DIGEST, Kind, Packed, averaged_blocks, pack
+from tensorkeep.quantization.reading import read_packed
+from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.record import DTYPES, FROM_TORCH
+
+Repair = Callable[[nn.Module], Sequence[str]]
+EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}  # casts that lose nothing
+
+
+@dataclass
+class Loaded:
+    """What a load did, by name. `unproven`: quantized weights whose file has no digest that ties codes to scales."""
+
+    quantized: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
+    base_digest: str | None = None  # of every tensor of the file, as `tensorkeep.json` has it
+
+
+class Settings(NamedTuple):
+    """How float weights are to be quantized on the way."""
+
+    kind: Kind
+    double: bool
+    block: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
+class _Step(NamedTuple):
+    """One tensor (or one quantized weight) of the file and where it goes."""
+
+    name: str
+    stored: str
+    how: str  # copy: a float tensor; take: a quantized weight as it is; pack: a float weight to be quantized
+    places: tuple[tuple[nn.Module, str], ...]
+
+
+class Load:
+    """A load, planned as a whole and then carried out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: StateView,
+        settings: Settings | None,
+        absent: tuple[str, ...],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.view, self.settings, self.absent = model, view, settings, absent
+        self.device, self.dtype = device, dtype
+        self.stored = {unwrap(name)[0]: name for name in view}
+        self.weights = {unwrap(name)[0]: weight for name, weight in quantized.find(view).items()}
+        self.problems: list[tuple[str, str]] = []
+        self.steps: list[_Step] = []
+        self.result = Loaded()
+
+    def run(self, repair: Repair | None, device: torch.device | None) -> Loaded:
+        taken = self._plan_linears()
+        self._plan_rest(taken)
+        self._find_unexpected()
+        empty = self._meta_buffers()
+        if empty and repair is None:
+            self.problems += [
+                ("B01", f"{name} is on meta and in no file: pass repair=tensorkeep.repair_buffers") for name in empty
+            ]
+        self._refuse()
+        self._repair(empty, repair, device)
+        digests: dict[str, str] = {}
+        # biases first: a linear that is replaced takes along the one it has
+        for step in sorted(self.steps, key=lambda s: s.how in ("take", "pack")):
+            digests |= self._carry_out(step)
+        self.result.base_digest = digest_of_all(digests) if len(digests) == len(self.view) else None
+        return self.result
+
+    # -- planning -------------------------------------------------------------------------------------------------------
+
+    def _plan_linears(self) -> set[str]:
+        """Quantized linears, and dense ones that are to be; returns the clean names of their weights."""
+        linears = {
+            unwrap(n)[0]: m for n, m in self.model.named_modules() if isinstance(m, QuantLinear) or quantizable(m)
+        }
+        tied = tied_parameters(self.model)
+        if self.settings is not None:
+            check_patterns(linears, self.settings.include, "include")
+        taken = set()
+        for name, linear in linears.items():
+            weight = f"{name}.weight" if name else "weight"
+            wanted = self.settings is not None and selected(name, self.settings.include, self.settings.exclude)
+            held, codes = isinstance(linear, QuantLinear), weight in self.weights
+            if codes and id(linear.weight) in tied:
+                self._problem(
+                    "Q06", weight, "is quantized in the file and tied to another module's weight in the model"
+                )
+            elif codes:
+                self._plan_codes(name, weight, linear)
+            elif weight in self.stored and (held or (wanted and id(linear.weight) not in tied)):
+                self._plan_floats(name, weight, linear)
+            elif held and not matches(weight, self.absent):
+                self._problem("K01", weight, "is not in the file")
+            elif not held:
+                continue
+            taken.add(weight)
+        return taken
+
+    def _plan_codes(self, name: str, weight: str, linear: Any) -> None:
+        try:
+            packed = read_packed(self._part(weight), (linear.out_features, linear.in_features))
+        except TensorkeepError as error:
+            self._problem(error.code or "Q06", weight, error.what.removeprefix("layer.weight: "))
+            return
+        if weight.removesuffix("weight") + DIGEST not in self.stored:
+            self.result.unproven.append(name)
+            lost = averaged_blocks(packed)
+            if lost:
+                self._problem(
+                    "Q03", weight, f"was averaged or altered: {lost} blocks of codes lost their largest element"
+                )
+                return
+        self.steps.append(_Step(name, self.weights[weight].name, "take", ((linear, "weight"),)))
+
+    def _plan_floats(self, name: str, weight: str, linear: Any) -> None:
+        record, shape = self.view[self.stored[weight]], (linear.out_features, linear.in_features)
+        if self.settings is None:
+            self._problem(
+                "Q01", weight, f"is {record.dtype} in the file and quantized in the model: load_quantizing quantizes it"
+            )
+        elif record.shape != shape:
+            self._problem("S01", weight, f"is {list(record.shape)} in the file, {list(shape)} in the model")
+        else:
+            self.steps.append(_Step(name, self.stored[weight], "pack", ((linear, "weight"),)))
+
+    def _plan_rest(self, taken: set[str]) -> None:
+        """Every other parameter and persistent buffer; tied ones need one name in the file."""
+        places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for path, module in self.model.named_modules():
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                name = unwrap(f"{path}.{key}" if path else key)[0]
+                apart = isinstance(module, QuantLinear) and key in HELD
+                if (
+                    tensor is not None
+                    and not apart
+                    and name not in taken
+                    and key not in module._non_persistent_buffers_set
+                ):
+                    places.setdefault(id(tensor), []).append((name, module, key))
+        for same in places.values():
+            present = [name for name, _, _ in same if name in self.stored and name not in self.weights]
+            if not present:
+                if not all(matches(name, self.absent) for name, _, _ in same):
+                    self._problem("K01", same[0][0], "is not in the file")
+                continue
+            target = getattr(same[0][1], same[0][2])
+            for name in present:
+                self._check_plain(name, target)
+            stored = [self.stored[name] for name in present]
+            if len(stored) > 1 and len({self.view.digest(s) for s in stored}) > 1:
+                self._problem(
+                    "T01", present[0], f"is one tensor with {present[1]} in the model and another in the file"
+                )
+            self.steps += [
+                _Step(n, s, "copy" if i == 0 else "same", tuple((m, k) for _, m, k in same))
+                for i, (n, s) in enumerate(zip(present, stored))
+            ]
+
+    def _check_plain(self, name: str, target: Tensor) -> None:
+        record, here = self.view[self.stored[name]], FROM_TORCH.get(str(target.dtype).removeprefix("torch."))
+        if record.shape != tuple(target.shape):
+            self._problem("S01", name, f"is {list(record.shape)} in the file, {list(target.shape)} in the model")
+        elif not target.is_meta and record.dtype != here and (record.dtype, here) not in EXACT:
+            self._problem("S04", name, f"is {record.dtype} in the file, {here} in the model, which would lose values")
+        elif target.is_meta and DTYPES[record.dtype].floating != target.is_floating_point():
+            self._problem("S04", name, f"is {record.dtype} in the file, {here} in the model")
+
+    def _find_unexpected(self) -> None:
+        used = {step.stored for step in self.steps}
+        bad = {name for _, line in self.problems for name in [line.split(" ", 1)[0]]}
+        for name, weight in self.weights.items():
+            if weight.name in used or name in bad:
+                used |= set(weight.stored)
+        digests = {
+            s
+            for clean, s in self.stored.items()
+            if clean.rpartition(".")[2] == DIGEST and clean.removesuffix(DIGEST) + "weight" in self.weights
+        }
+        for clean, stored in self.stored.items():
+            if stored not in used and stored not in digests and clean not in bad:
+                self._problem("K02", clean, "is in the file and not in the model")
+
+    def _problem(self, code: str, name: str, what: str) -> None:
+        self.problems.append((code, f"{name} {what}"))
+
+    def _refuse(self) -> None:
+        if not self.problems:
+            return
+        order = ("Q01", "Q02", "Q03", "Q06", "T01", "S01", "S04", "B01", "K01", "K02")
+        self.problems.sort(key=lambda p: order.index(p[0]) if p[0] in order else 0)
+        code, first = self.problems[0]
+        rest = "; ".join(line for _, line in self.problems[1:5])
+        more = f"; {rest}" + (f" ... ({len(self.problems)} in all)" if len(self.problems) > 5 else "") if rest else ""
+        missing = [line.split(" ", 1)[0] for c, line in self.problems if c == "K01"]
+        hint = near_misses(missing[0], self.stored) if missing else ""
+        raise TensorkeepError(
+            first + more,
+            where=self.view.path,
+            code=code,
+            hint=hint or "nothing was loaded; tensorkeep inspect lists what the file holds",
+            tensors=[line.split(" ", 1)[0] for _, line in self.problems],
+        )
+
+    def _part(self, weight: str) -> Mapping[str, Tensor]:
+        """The tensors of one quantized weight under the names that `read_packed` asks for."""
+        found: QuantizedWeight = self.weights[weight]
+        module, digest = weight.removesuffix("weight"), self.stored.get(weight.removesuffix("weight") + DIGEST)
+        stored = [found.name, *found.parts.values(), *([digest] if digest else [])]
+        return {f"layer.{unwrap(s)[0][len(module) :]}": tensor_of(self.view, s) for s in stored if s in self.view}
+
+    # -- buffers that no file holds -----------------------------------------------------------------------------------
+
+    def _meta_buffers(self) -> list[str]:
+        return [
+            unwrap(f"{path}.{key}" if path else key)[0]
+            for path, module in self.model.named_modules()
+            for key, tensor in module._buffers.items()
+            if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set
+        ]
+
+    def _repair(self, empty: Sequence[str], repair: Repair | None, device: torch.device | None) -> None:
+        if not empty or repair is None:
+            return
+        for module in self.model.modules():
+            for key, tensor in module._buffers.items():
+                if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set:
+                    filler = float("nan") if tensor.is_floating_point() else 0  # memory garbage might pass for a value
+                    module._buffers[key] = torch.full(tensor.shape, filler, dtype=tensor.dtype, device=device or "cpu")
+        left = sorted(set(empty) - {unwrap(name)[0] for name in repair(self.model)})
+        if left:
+            raise TensorkeepError(
+                f"{left[0]} is in no file and cannot be recomputed ({len(left)} buffers)",
+                where="load_quantizing",
+                code="B01",
+                hint="build the model with real buffers: only its parameters need be on meta",
+            )
+
+    # -- copying --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _carry_out(self, step: _Step) -> dict[str, str]:
+        """Do one step; returns the digests of the stored tensors that it read."""
+        if step.how == "same":
+            return {step.stored: self.view.digest(step.stored)}
+        if step.how == "copy":
+            tensor = tensor_of(self.view, step.stored)
+            digests = {step.stored: digest_of(tensor)}
+            self._put(tensor, step.places)
+            self.result.copied.append(step.name)
+            return digests
+        linear: Any = step.places[0][0]
+        device = self.device or (torch.device("cpu") if linear.weight.is_meta else linear.weight.device)
+        if step.how == "take":
+            tensors = self._part(f"{step.name}.weight" if step.name else "weight")
+            packed = read_packed(tensors, None)
+            digests = {
+                self.stored[(f"{step.name}." if step.name else "") + n[6:]]: digest_of(t) for n, t in tensors.items()
+            }
+            packed = Packed(
+                packed.layout,
+                {r: t.to(device, copy=isinstance(self.view, TensorView)) for r, t in packed.tensors.items()},
+            )
+        else:
+            assert self.settings is not None
+            tensor = tensor_of(self.view, step.stored)
+            digests = {step.stored: digest_of(tensor)}
+            packed = pack(tensor.to(device), self.settings.kind, self.settings.double, self.settings.block, step.name)
+        if isinstance(linear, QuantLinear):
+            linear.fill(packed)
+        else:
+            replace_modules(self.model, {linear: over(linear, QuantLinear(packed, linear.bias))})
+        self.result.quantized.append(step.name)
+        return digests
+
+    def _put(self, tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
+        target = cast(Tensor, getattr(places[0][0], places[0][1]))
+        if not target.is_meta:
+            target.copy_(tensor)
+            return
+        made = tensor.to(self.device or "cpu", self.dtype if self.dtype and tensor.is_floating_point() else None)
+        made = made.clone() if made is tensor and isinstance(self.view, TensorView) else made
+        if isinstance(target, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=target.requires_grad and made.is_floating_point())
+        for module, key in places:
+            setattr(module, key, made)
