@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.measure import versions
 from tensorkeep.adapters.lora import add_lora
-from tensorkeep.quantization.modules import quantize_, sizes
+from tensorkeep.quantization.modules import model_sizes, quantize_
 from tensorkeep.training.ema import Ema
 
 DECAY = 0.9999
@@ -180,7 +180,7 @@ def floor(count: int, rounds: int) -> float:
 
 def compare(title: str, quantized: bool, arguments: argparse.Namespace) -> None:
     model, how = model_of(arguments.depth, arguments.width, quantized)
-    held = sizes(model)
+    held = model_sizes(model)
     print(f"\n## {title}, {how}: {held}")
     print(f"floor of an update: {floor(held.trainable, arguments.rounds):.2f} ms")
     print("| | update, ms | times ours | swap in and out, ms | times ours |\n|---|---|---|---|---|")

@@ -44,7 +44,7 @@ def raw(folder: Path, kept: bool) -> None:
     for path in sorted((folder / "ours/checkpoints/step-000001").glob("*.safetensors")):
         size = path.stat().st_size
         image = durable.allocate(size) if kept else None
-        handle = durable.opened(path, os.O_RDONLY, direct=True)
+        handle = durable.open_handle(path, os.O_RDONLY, direct=True)
         starts = iter(range(0, size, durable.CHUNK))
         lock = threading.Lock()
 

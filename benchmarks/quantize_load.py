@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.measure import Run, run
 from tensorkeep.formats import safetensors
 from tensorkeep.quantization.loading import load_quantizing
-from tensorkeep.quantization.modules import sizes
+from tensorkeep.quantization.modules import model_sizes
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
 
 SHAPES = {  # vocabulary, hidden, intermediate, layers, heads, key and value heads
@@ -119,7 +119,7 @@ def ours(folder: Path, size: str, kind: str, device: str) -> dict[str, Any]:
     model = skeleton(size)
     start = time.perf_counter()
     load_quantizing(model, folder, kind, device=device)  # type: ignore[arg-type]
-    return {"seconds": time.perf_counter() - start, "bytes": sizes(model).bytes, "gpu": gpu_peak(device)}
+    return {"seconds": time.perf_counter() - start, "bytes": model_sizes(model).bytes, "gpu": gpu_peak(device)}
 
 
 def theirs(folder: Path, kind: str, device: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def raw_write(path: Path, size: int) -> float:
     block = durable.allocate(durable.CHUNK)
     block[:] = os.urandom(1 << 16) * (len(block) >> 16)
     started = time.perf_counter()
-    handle = durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct=True)
+    handle = durable.open_handle(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, direct=True)
     for start in range(0, size, len(block)):
         os.pwrite(handle, block, start)
     os.fsync(handle)

@@ -25,7 +25,7 @@ from tensorkeep.conversion.execution import convert
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.dcp import METADATA, metadata
 from tensorkeep.formats.view import read
-from tensorkeep.storage.archive import ALLOWED
+from tensorkeep.storage.archive import TENSOR_GLOBALS
 from tensorkeep.storage.files import TEMPORARY
 from tensorkeep.storage.layout import SinkTensor
 from tests.samples import (
@@ -244,10 +244,10 @@ def test_nothing_on_the_allow_list_can_run_code() -> None:
         "input",
         "breakpoint",
     }
-    assert not {name.rpartition(".")[2] for name in ALLOWED} & dangerous
+    assert not {name.rpartition(".")[2] for name in TENSOR_GLOBALS} & dangerous
     assert not any(
         name.split(".")[0] in ("os", "posix", "subprocess", "sys", "runpy", "importlib", "pty", "shutil")
-        for name in ALLOWED
+        for name in TENSOR_GLOBALS
     )
 
 
@@ -394,7 +394,9 @@ class Interruption:
         import tensorkeep.storage.placement
 
         patch.setattr(
-            tensorkeep.storage.placement, "exchange", self.wrap(tensorkeep.storage.placement.exchange, number, error)
+            tensorkeep.storage.placement,
+            "swap_names",
+            self.wrap(tensorkeep.storage.placement.swap_names, number, error),
         )
 
     def wrap(self, real: Callable[..., Any], number: int, error: BaseException) -> Callable[..., Any]:
@@ -452,7 +454,7 @@ def deadly(real):
         return real(*args)
     return call
 
-os.pwrite, os.fsync, placement.exchange = deadly(os.pwrite), deadly(os.fsync), deadly(placement.exchange)
+os.pwrite, os.fsync, placement.swap_names = deadly(os.pwrite), deadly(os.fsync), deadly(placement.swap_names)
 convert(make_plan([read(sys.argv[2])], "dcp"), sys.argv[3], "dcp", overwrite=True)
 print("done", calls)
 """

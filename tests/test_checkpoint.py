@@ -162,7 +162,7 @@ def test_finite_is_what_torch_says_for_every_bit_pattern(dtype: torch.dtype, dat
     tensor = torch.frombuffer(bytearray(data), dtype=dtype)
     name = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bfloat16: "BF16"}.get(dtype)
     name = name or f"F{8 * width}"
-    assert durable.finite(memoryview(data), name) == bool(tensor.to(torch.float64).isfinite().all())
+    assert durable.all_finite(memoryview(data), name) == bool(tensor.to(torch.float64).isfinite().all())
 
 
 # -- damage -------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_hostile_manifest_gives_one_clear_error_and_never_another_state(
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / "step-000001"
         shutil.copytree(sound, copied)
-        (copied / "manifest.json").write_bytes(run_manifest.dump(document))
+        (copied / "manifest.json").write_bytes(run_manifest.manifest_bytes(document))
         try:
             after = load(copied)
         except TensorkeepError as error:

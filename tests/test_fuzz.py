@@ -419,7 +419,7 @@ def test_thousands_of_dcp_chunks_are_checked_in_time(tmp_path: Path) -> None:
         return [Block("f", 0, 0, (r, c), (1, 1)) for r in range(rows) for c in range(columns)]
 
     started = time.perf_counter()
-    assert not overlapping(grid(1, 30_000)) and not _overlapping(grid(150, 150))
+    assert not overlapping(grid(1, 30_000)) and not overlapping(grid(150, 150))
     assert overlapping([*grid(150, 150), Block("f", 0, 0, (75, 75), (1, 1))])
     assert overlapping([Block("f", 0, 0, (0, i), (1, 20_000)) for i in range(20_000)])
     staircase = [Block("f", 0, 0, (i, i), (20_000, 1) if i % 2 else (1, 20_000)) for i in range(20_000)]

@@ -16,7 +16,7 @@ from tensorkeep.conversion.planning import make_plan
 from tensorkeep.diagnosis.comparison import compare
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import view
-from tensorkeep.formats._gguf_header import read_header
+from tensorkeep.formats._gguf_header import read_gguf_header
 from tensorkeep.formats.gguf_config import LLAMA3, llama3_factors, shortest
 from tensorkeep.storage.files import LocalFolder
 from tests.gguf_files import HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCAB, WIDE, gguf, shapes, to_hf, write_model
@@ -65,9 +65,9 @@ def test_every_decodable_type_equals_gguf(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("piece", range(1, 30))
 def test_a_header_is_read_in_pieces_of_any_size(tiny: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    whole = read_header(LocalFolder(tiny.parent), tiny.name)
-    monkeypatch.setattr("tensorkeep.formats._gguf_header.PIECE", piece)
-    assert read_header(LocalFolder(tiny.parent), tiny.name) == whole
+    whole = read_gguf_header(LocalFolder(tiny.parent), tiny.name)
+    monkeypatch.setattr("tensorkeep.formats._gguf_header.FIRST_READ", piece)
+    assert read_gguf_header(LocalFolder(tiny.parent), tiny.name) == whole
 
 
 def test_decoding_streams_in_whole_granules(tiny: Path) -> None:

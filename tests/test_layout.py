@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import load as dcp_load
 
 from tensorkeep.formats import dcp, pth, safetensors
-from tensorkeep.storage.archive import entries, iter_tensors, saved_value
-from tensorkeep.storage.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive import iter_tensors, saved_value, zip_entries
+from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
 from tensorkeep.storage.pickles import Global, Object
 from tensorkeep.storage.record import FROM_TORCH
@@ -131,7 +131,7 @@ def test_torch_and_safetensors_load_what_is_written(tmp_path: Path, to: str, nam
 
 
 class Sparse:
-    """A file whose tensor data is all zero and never stored: a folder for `archive.entries`, a stream for zipfile."""
+    """A file whose tensor data is all zero and never stored: a folder for `archive.zip_entries`, a stream for zipfile."""
 
     url = "sparse"
 
@@ -165,7 +165,7 @@ def test_archives_beyond_4_gib_are_zip64_that_reads_back(sizes: tuple[int, ...],
     (layout,) = pth.layout(tensors)
     crcs = {t.name: 0x12345678 + i for i, t in enumerate(tensors)}
     file = Sparse(layout, crcs)
-    found = entries(file, "m.pth", 0, file.length)  # type: ignore[arg-type]
+    found = zip_entries(file, "m.pth", 0, file.length)  # type: ignore[arg-type]
     assert [found[f"data/{i}"][1:] for i in range(len(sizes))] == [(t.nbytes, crcs[t.name]) for t in tensors]
     assert [found[f"data/{s.tensor[1:]}"].start for s in layout.slots] == [s.start for s in layout.slots]
     value = saved_value(file, "m.pth", found)  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def test_archives_beyond_4_gib_are_zip64_that_reads_back(sizes: tuple[int, ...],
 
 def test_an_archive_of_more_than_65535_entries_counts_them_in_zip64() -> None:
     tensors = [SinkTensor(f"t{i}", "U8", (1,)) for i in range(70_000)]
-    made = pack(0, Object(Global("collections", "OrderedDict")), [(str(i), t) for i, t in enumerate(tensors)])
+    made = build_archive(0, Object(Global("collections", "OrderedDict")), [(str(i), t) for i, t in enumerate(tensors)])
     file = Sparse(FileLayout("m.pth", made.segments), {t.name: 0 for t in tensors})
     end = made.at
     tail = file.read("m.pth", end - 98, 98)

@@ -17,7 +17,7 @@ from tensorkeep.adapters.files import adapter_state, load_adapter, quantization,
 from tensorkeep.adapters.lora import add_lora, layers, merge_, merged, unmerge_
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.loading import load_quantized
-from tensorkeep.quantization.modules import quantize_, sizes
+from tensorkeep.quantization.modules import model_sizes, quantize_
 
 KINDS = ["dense", "nf4", "fp4", "int8"]
 
@@ -90,7 +90,7 @@ def test_names_of_the_base_stay_and_only_the_update_trains() -> None:
     assert all(p.data_ptr() == pointers[n] for n, p in made.named_parameters() if n in pointers)
     assert {n for n, p in made.named_parameters() if p.requires_grad} == set(made.state_dict()) - before
     assert {p.dtype for p in made.parameters() if p.requires_grad} == {torch.float32}
-    assert sizes(made).trainable == 2 * 4 * (32 + 48) + 4 * (48 + 32)
+    assert model_sizes(made).trainable == 2 * 4 * (32 + 48) + 4 * (48 + 32)
 
 
 def test_ranks_and_alphas_follow_their_patterns() -> None:

@@ -21,7 +21,7 @@ from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.proof import read_certificate
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import encoding as quant_encoding
-from tensorkeep.quantization.encoding import Kind
+from tensorkeep.quantization.encoding import Encoding
 from tests.helpers import EMBEDDING, HEAD, LLAMA, assert_same, held, model_tensors, refused, write_hf
 from tests.parity import qlora
 from tests.parity.outcome import be_quiet
@@ -183,7 +183,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_onto_what_it_was_trained_on(tm
     tensors, adapter, base, folder = quantized_case(tmp_path, 0.3)
     job, done = merged(base, (folder, 1.0), out=tmp_path / "trained")
     weight = tensors[f"{Q}.weight"].numpy()
-    seen = quant_encoding.through(weight, Kind("nf4", 64, True))
+    seen = quant_encoding.through(weight, Encoding("nf4", 64, True))
     wanted = (torch.from_numpy(seen).double() + 1.5 * update(adapter, Q)).float()
     assert torch.equal(held(tmp_path / "trained")[f"{Q}.weight"], wanted)
     distance = float(np.linalg.norm(seen - weight) / np.linalg.norm(seen))
@@ -199,9 +199,9 @@ def test_requantizing_would_erase_a_small_update_and_ours_keeps_it(tmp_path: Pat
     tensors, adapter, base, folder = quantized_case(tmp_path, 0.1)
     job, done = merged(base, (folder, 1.0), out=tmp_path / "out")
     (row,) = figures(job, done.moved)
-    seen = quant_encoding.through(tensors[f"{Q}.weight"].numpy(), Kind("nf4", 64, True)).astype(np.float64)
+    seen = quant_encoding.through(tensors[f"{Q}.weight"].numpy(), Encoding("nf4", 64, True)).astype(np.float64)
     delta = 1.5 * update(adapter, Q).numpy()
-    again = quant_encoding.through((seen + delta).astype(np.float32), Kind("nf4", 64, True)).astype(np.float64)
+    again = quant_encoding.through((seen + delta).astype(np.float32), Encoding("nf4", 64, True)).astype(np.float64)
     survives = float(((again - seen) * delta).sum() / (delta**2).sum())
     assert row["kept"] == pytest.approx(survives, abs=1e-6) and survives < 0.25
     ours = held(tmp_path / "out")[f"{Q}.weight"].double().numpy() - seen

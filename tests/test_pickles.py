@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemReader
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.dcp import ALLOWED
+from tensorkeep.formats.dcp import DCP_GLOBALS
 from tensorkeep.storage.pickle_writing import emit
 from tensorkeep.storage.pickles import Global, Object, Persistent, parse
 from tests.samples import write_dcp
@@ -105,7 +105,7 @@ def evil_pickles(path: Path) -> dict[str, bytes]:
 def test_a_hostile_pickle_is_refused_by_name_and_not_run(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "made"
     with pytest.raises(TensorkeepError) as error:
-        parse(evil_pickles(target)[kind], ALLOWED, "evil.pth")
+        parse(evil_pickles(target)[kind], DCP_GLOBALS, "evil.pth")
     assert error.value.code == "F04" and error.value.where == "evil.pth" and error.value.hint
     assert any(name in error.value.line for name in ("system", "Popen", "getattr"))
     assert not target.exists()
@@ -177,7 +177,7 @@ def test_a_damaged_pickle_is_one_clear_error(kind: str) -> None:
 def test_no_bytes_make_the_reader_fail_otherwise(data: bytes) -> None:
     for start in (b"", b"\x80\x04", b"\x80\x02ctorch\nSize\n"):
         try:
-            parse(start + data, ALLOWED, "test")
+            parse(start + data, DCP_GLOBALS, "test")
         except TensorkeepError as error:
             assert str(error)
 
@@ -247,7 +247,7 @@ def ours_plain(value: Any) -> Any:
 
 def test_torchs_own_metadata_reads_as_torch_unpickles_it(tmp_path: Path) -> None:
     folder = write_dcp(tmp_path / "dcp")
-    ours, _ = parse((folder / ".metadata").read_bytes(), ALLOWED, "test")
+    ours, _ = parse((folder / ".metadata").read_bytes(), DCP_GLOBALS, "test")
     theirs = FileSystemReader(folder).read_metadata()
     for name in ("state_dict_metadata", "planner_data", "storage_data"):
         mine, other = ours_plain(ours.state[name]), as_plain(getattr(theirs, name))

@@ -136,7 +136,7 @@ def test_digests_decide_without_a_reference(tmp_path: Path) -> None:
     tensors, other = model(5), quantize(model(6))
     mine = quantize(tensors)
     view = read(files.write(tmp_path / "sound", mine))
-    metadata = {"format": "pt", quant_evidence.RECORD: quant_evidence.record(view, quantized.find(view))}
+    metadata = {"format": "pt", quant_evidence.RECORD: quant_evidence.record(view, quantized.find_quantized(view))}
     name = matrices(tensors)[1]
     cases: dict[str, tuple[Tensors, set[str]]] = {
         "sound": (mine, set()),

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tensorkeep.quantization import codes as quant_codes
 from tensorkeep.quantization import encoding
-from tensorkeep.quantization.encoding import Kind
+from tensorkeep.quantization.encoding import Encoding
 
 SHAPES = [(5, 7), (96, 96), (33, 176), (10, 30), (1, 1), (7, 65)]
-KINDS = [Kind("nf4"), Kind("nf4", 32, True), Kind("fp4", 128), Kind("fp4", 64, True), Kind("int8")]
+KINDS = [Encoding("nf4"), Encoding("nf4", 32, True), Encoding("fp4", 128), Encoding("fp4", 64, True), Encoding("int8")]
 
 
 def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -22,7 +22,7 @@ def values(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(KINDS), st.sampled_from(SHAPES), st.integers(0, 99))
 def test_no_value_moves_further_than_half_the_widest_gap_of_its_block(
-    kind: Kind, shape: tuple[int, int], seed: int
+    kind: Encoding, shape: tuple[int, int], seed: int
 ) -> None:
     weight = values(shape, seed)
     made = encoding.through(weight, kind)
@@ -38,8 +38,8 @@ def test_no_value_moves_further_than_half_the_widest_gap_of_its_block(
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_single_quantized_values_are_a_fixed_point(kind: str) -> None:
-    made = encoding.through(values((33, 176)), Kind(kind))
-    assert np.array_equal(encoding.through(made, Kind(kind)), made)
+    made = encoding.through(values((33, 176)), Encoding(kind))
+    assert np.array_equal(encoding.through(made, Encoding(kind)), made)
 
 
 def test_a_value_on_the_border_takes_the_lower_level() -> None:

@@ -20,10 +20,10 @@ from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import encoding as quant_encoding
 from tensorkeep.quantization.linear import QuantLinear, frozen_linear
-from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, quantize_, sizes
+from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, model_sizes, quantize_
 from tensorkeep.quantization.packed import KINDS, kind_of, offset_of, pack, state_text
 from tensorkeep.quantization.reading import read_packed
-from tensorkeep.quantization.stored import dequantize, find
+from tensorkeep.quantization.stored import dequantize, find_quantized
 from tensorkeep.quantization.unpacking import dequantize_4bit, unpack
 from tensorkeep.training.ema import Ema
 
@@ -98,7 +98,7 @@ def test_values_equal_the_numpy_reader_and_bitsandbytes_bit_for_bit(case: str) -
 def test_tools_and_live_models_quantize_to_the_same_values(kind: Any, double: bool, shape: tuple[int, int]) -> None:
     weight = linear(*shape, seed=3).weight.detach()
     packed = pack(weight, kind, double)
-    tools = quant_encoding.through(weight.numpy(), quant_encoding.Kind(kind, 64, double))
+    tools = quant_encoding.through(weight.numpy(), quant_encoding.Encoding(kind, 64, double))
     assert torch.equal(unpack(packed.layout, packed.tensors), torch.from_numpy(tools).view(shape))
 
 
@@ -303,7 +303,7 @@ def test_names_are_those_of_bitsandbytes_and_a_digest() -> None:
     }
     assert set(layer_of("nf4").state_dict()) == four
     assert set(layer_of("int8").state_dict()) == {"weight", "SCB", "weight_format", "weight_digest", "bias"}
-    found = find(view_of({f"m.{k}": v for k, v in layer_of("nf4").state_dict().items()}))
+    found = find_quantized(view_of({f"m.{k}": v for k, v in layer_of("nf4").state_dict().items()}))
     assert found["m.weight"].shape == (24, 96) and not found["m.weight"].problems
 
 
@@ -391,9 +391,9 @@ def test_heads_tied_and_trainable_linears_keep_their_floats() -> None:
 
 def test_sizes_count_logical_parameters_and_stored_bytes() -> None:
     made = model().requires_grad_(False)
-    dense = sizes(made)
+    dense = model_sizes(made)
     quantize_(made)
-    found = sizes(made)
+    found = model_sizes(made)
     assert found.parameters == dense.parameters == sum(p.numel() for p in model().parameters())
     assert found.quantized == 2 * 64 * 96 and found.trainable == 0
     assert found.bytes < dense.bytes - 2 * 64 * 96 * 3

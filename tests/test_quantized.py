@@ -49,7 +49,7 @@ def test_four_bits_decode_as_one_element_after_another(
 ) -> None:
     parts = files.four_bit(gaussian(shape, seed), kind, block, nested, nested_block=4)
     view = read(files.write(tmp_path, files.named(W, parts)))
-    weight = quantized.find(view)[W]
+    weight = quantized.find_quantized(view)[W]
     assert (weight.kind, weight.shape, weight.problems) == (kind, shape, ())
     assert same_bits(quantized.dequantize(view, W), files.decoded(parts))
 
@@ -81,14 +81,14 @@ def test_pieces_do_not_change_the_values(tmp_path: Path, monkeypatch: pytest.Mon
     tensors = {**files.named(W, files.four_bit(weight, nested=True)), "b.weight": codes, "b.SCB": scb}
     view = read(files.write(tmp_path, tensors))
     whole = [quantized.dequantize(view, n) for n in (W, "b.weight")]
-    monkeypatch.setattr(quant_codes, "CHUNK", 200)
+    monkeypatch.setattr(quant_codes, "ELEMENTS_AT_ONCE", 200)
     assert all(same_bits(quantized.dequantize(view, n), w) for n, w in zip((W, "b.weight"), whole))
 
 
 def test_int8_multiplies_by_one_127th(tmp_path: Path) -> None:
     codes, scb = files.int8(gaussian((5, 33)))
     view = read(files.write(tmp_path, {"m.weight": codes, "m.SCB": scb, "m.weight_format": np.array(0, np.uint8)}))
-    assert quantized.find(view)["m.weight"].kind == "int8"
+    assert quantized.find_quantized(view)["m.weight"].kind == "int8"
     assert same_bits(
         quantized.dequantize(view, "m.weight"), codes.astype(np.float32) * scb[:, None] * np.float32(1 / 127)
     )
@@ -124,7 +124,7 @@ def test_torchao_names_and_zero_points(tmp_path: Path) -> None:
     view = read(
         files.write(tmp_path, {"m._weight_qdata": codes, "m._weight_scale": scale, "m._weight_zero_point": zero})
     )
-    (weight,) = quantized.find(view).values()
+    (weight,) = quantized.find_quantized(view).values()
     assert (weight.stands_for, weight.problems) == ("m.weight", ())
     assert same_bits(quantized.dequantize(view, "m._weight_qdata"), (codes.astype(np.float32) - zero) * scale)
 
@@ -138,7 +138,7 @@ def test_plain_tensors_are_not_taken_for_quantized_ones(tmp_path: Path) -> None:
         "observer.absmax": np.ones(3, np.float32),
         "col.weight": gaussian((4, 1)),
     }
-    assert quantized.find(read(files.write(tmp_path, tensors))) == {}
+    assert quantized.find_quantized(read(files.write(tmp_path, tensors))) == {}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_plain_tensors_are_not_taken_for_quantized_ones(tmp_path: Path) -> None:
 def test_a_missing_part_is_said_and_refused(tmp_path: Path, drop: str, code: str) -> None:
     parts = {k: v for k, v in files.four_bit(gaussian((4, 64)), nested=True).items() if k != drop}
     view = read(files.write(tmp_path, files.named(W, parts)))
-    assert code in [p.code for p in quantized.find(view)[W].problems]
+    assert code in [p.code for p in quantized.find_quantized(view)[W].problems]
     with pytest.raises(TensorkeepError) as caught:
         quantized.dequantize(view, W)
     assert caught.value.code in ("Q01", "Q06")
@@ -173,7 +173,7 @@ def test_a_missing_part_is_said_and_refused(tmp_path: Path, drop: str, code: str
 )
 def test_a_part_that_contradicts_the_description_is_malformed(tmp_path: Path, role: str, value: Any) -> None:
     view = read(files.write(tmp_path, files.named(W, {**files.four_bit(gaussian((4, 64))), role: value})))
-    assert {p.code for p in quantized.find(view)[W].problems} == {"Q06"}
+    assert {p.code for p in quantized.find_quantized(view)[W].problems} == {"Q06"}
 
 
 JSON = st.recursive(
@@ -189,7 +189,7 @@ def test_no_state_can_break_the_reader(tmp_path: Path, key: str, value: Any) -> 
     state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"])) | {key: value}
     parts["quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     view = read(files.write(tmp_path, files.named(W, parts)))
-    weight = quantized.find(view)[W]
+    weight = quantized.find_quantized(view)[W]
     if not weight.problems:
         assert quantized.dequantize(view, W).shape == tuple(state["shape"])
         return
@@ -202,7 +202,7 @@ def test_no_state_can_break_the_reader(tmp_path: Path, key: str, value: Any) -> 
 def test_no_bytes_in_place_of_the_state_can_break_the_reader(tmp_path: Path, data: bytes) -> None:
     parts = files.four_bit(gaussian((4, 64)))
     parts["quant_state.bitsandbytes__nf4"] = np.frombuffer(data, np.uint8)
-    weight = quantized.find(read(files.write(tmp_path, files.named(W, parts))))[W]
+    weight = quantized.find_quantized(read(files.write(tmp_path, files.named(W, parts))))[W]
     assert weight.problems
 
 
@@ -228,6 +228,6 @@ def test_inspect_counts_unpacked_weights_and_names_what_is_missing(tmp_path: Pat
 @pytest.mark.parametrize("kind", ["nf4_dq", "nf4", "fp4_dq", "fp4", "nf4_dq_bf16store", "int8"])
 def test_fixtures_dequantize_bit_for_bit(kind: str) -> None:
     view, golden = read(QLORA / f"quant_{kind}"), read(QLORA / f"dequant_{kind}.safetensors")
-    found = quantized.find(view)
+    found = quantized.find_quantized(view)
     assert set(found) == set(golden)
     assert all(same_bits(quantized.dequantize(view, n, w), golden.array(n)) for n, w in found.items())

@@ -12,7 +12,7 @@ from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.loading import load_quantized
-from tensorkeep.quantization.modules import sizes
+from tensorkeep.quantization.modules import model_sizes
 from tests.detection import tiny
 
 WIDE = VitConfig(image_size=32, embed_dim=128, depth=2, heads=2, mlp_dim=256, chunk_frames=4, drop_path=0.0)
@@ -29,7 +29,7 @@ def test_quantizing_needs_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_seeds_adapters_have_the_published_counts_when_packed() -> None:
     vit = VisionTransformerQLoRA(VitConfig(image_size=32), lora_r=16, lora_alpha=32, lora_dropout=0.1, quantize_bits=4)
     assert quantize_adapters(vit) == 24
-    found = sizes(nn.ModuleList(block.adapter for block in vit.blocks))
+    found = model_sizes(nn.ModuleList(block.adapter for block in vit.blocks))
     assert (found.parameters, found.trainable, found.quantized) == (1_185_420, 300_684, 884_736)
     assert found.bytes < 4 * 300_684 + 884_736 * 0.55
 

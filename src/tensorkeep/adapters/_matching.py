@@ -20,7 +20,7 @@ from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
-from tensorkeep.quantization.encoding import Kind
+from tensorkeep.quantization.encoding import Encoding
 from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.record import FROM_TORCH, TensorRecord
 
@@ -49,7 +49,7 @@ class MergeBase:
     weights: dict[str, QuantizedWeight]
     records: dict[str, TensorRecord]
     dtype: str | None
-    through: dict[str, Kind] = field(default_factory=dict)
+    through: dict[str, Encoding] = field(default_factory=dict)
     made: dict[str, ComputedTensor] = field(default_factory=dict)
     tied: bool = False
 

@@ -23,11 +23,11 @@ import numpy as np
 from tensorkeep.adapters.reading import Adapter, Share
 from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import CHUNK, StateView, np_dtype, np_frombuffer
+from tensorkeep.formats.view import STREAM_BYTES, StateView, np_dtype, np_frombuffer
 from tensorkeep.quantization import encoding as quant_encoding
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.codes import Array, scaled
-from tensorkeep.quantization.encoding import LEVELS, Kind
+from tensorkeep.quantization.encoding import LEVELS, Encoding
 from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
@@ -86,17 +86,17 @@ class ComputedTensor:
     width: int
     terms: list[Term] = field(default_factory=list)
     weight: QuantizedWeight | None = None
-    through: Kind | None = None
+    through: Encoding | None = None
     steps: int = 1
 
     @property
-    def requantized(self) -> Kind | None:
+    def requantized(self) -> Encoding | None:
         """The quantization that a merge into the quantized file would send the result through."""
         if self.through is not None or self.weight is None:
             return self.through
         if self.weight.kind in LEVELS and isinstance(self.weight.block, int):
-            return Kind(self.weight.kind, self.weight.block, self.weight.nested is not None)
-        return Kind("int8") if "SCB" in self.weight.parts else None
+            return Encoding(self.weight.kind, self.weight.block, self.weight.nested is not None)
+        return Encoding("int8") if "SCB" in self.weight.parts else None
 
 
 @dataclass
@@ -133,7 +133,7 @@ class MergedView(StateView):
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def stream(
-        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
         """Yield a tensor's bytes in chunks, computed where the merge changes it; arguments as of `StateView.stream`."""
         made, record = self.made.get(name), self.records[name]
@@ -287,7 +287,7 @@ def _within(at: int, values: Array, rows: tuple[int, int]) -> Iterator[tuple[int
         yield low, values[low - at : high - at]
 
 
-def _rows_of_whole_blocks(made: ComputedTensor, kind: Kind | None) -> int:
+def _rows_of_whole_blocks(made: ComputedTensor, kind: Encoding | None) -> int:
     """Return how many rows hold whole blocks of a 4-bit quantization, whose blocks lie flat over rows."""
     return kind.block // math.gcd(kind.block, made.width) if kind is not None and kind.kind in LEVELS else 1
 
@@ -351,7 +351,7 @@ def _count_share(moved: Moved, index: int, weights: Array, change: Array) -> Non
     sums[1] += _square(change)
 
 
-def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: Kind | None) -> None:
+def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: Encoding | None) -> None:
     """Add some rows to the sums of the report."""
     update = total - weights
     moved.size += weights.size

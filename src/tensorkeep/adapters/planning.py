@@ -23,7 +23,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
-from tensorkeep.quantization.encoding import Forms, Kind, forms_of
+from tensorkeep.quantization.encoding import Encoding, Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.record import DTYPES
 
@@ -163,7 +163,7 @@ def _merged_view(
     config = configs.minimind_config(base, identity, base.config, [], [])[0]
     own = set(halves(identity)) if base.format != "peft" else set()
     identity = replace(identity, names={n: c for n, c in identity.names.items() if n not in own})
-    weights = quantized.find(base, identity.names)
+    weights = quantized.find_quantized(base, identity.names)
     for weight in weights.values():
         quantized.refuse(weight, base.path)
     forms = _wanted_quantization(base, sources, onto, weights)
@@ -244,7 +244,7 @@ def _wanted_quantization(
     return next(iter(asked))
 
 
-def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Kind]:
+def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Encoding]:
     """Return which weights loading quantizes and how: those listed, or every linear but heads and embeddings."""
     layers = dict(forms.layers)
     out = {}

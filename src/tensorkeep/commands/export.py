@@ -18,7 +18,7 @@ def of_run(out: Output, source: str, sink: str, to: str, naming: str | None, ema
         return _minimind_resume(out, source, sink, overwrite)
     if ema and not (run and to in ("hf", "peft")):
         raise TensorkeepError("--ema is about a run, --to hf or peft", hint="tensorkeep convert RUN OUT --to hf --ema")
-    found = run_folder.find(folder.resolve()) if run else None
+    found = run_folder.find_checkpoint(folder.resolve()) if run else None
     adapter = found is not None and (found[0] / run_folder.ADAPTER).is_file()
     if not run or not (ema or (adapter and to in ("hf", "peft"))):
         return None

@@ -26,7 +26,7 @@ from tensorkeep.conversion.streams import Sums, with_ties, write_tensor
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import CERTIFICATE, TEMPORARY, LocalFolder
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot
-from tensorkeep.storage.remote import connect, explained, failures, parent_of
+from tensorkeep.storage.remote import connect, explained_store, failures, parent_of
 
 _MOST_PARTS = 9000  # S3 takes 10 000 parts of one object
 _PART = 16 << 20  # bytes held of each file while it is sent
@@ -62,11 +62,11 @@ def convert_remote(
         prove(f"{parent}/{stage}" + (f"/{name}" if single else ""), plan, sums, progress)
         proven = time.perf_counter()
         certificate = f"{name}.{CERTIFICATE}" if single else CERTIFICATE
-        with explained(out):
+        with explained_store(out):
             system.pipe_file(f"{staged}/{certificate}", certify(plan, sums, to))
         keep = bool(present) and not single
         names = [*(layout.name for layout in layouts), certificate]
-        with _staged_copy_named(f"{parent}/{stage}", keep), explained(out):
+        with _staged_copy_named(f"{parent}/{stage}", keep), explained_store(out):
             _put_in_place(system, staged, final.rpartition("/")[0] if single else final, names, present)
         keep = False
     finally:
@@ -96,7 +96,7 @@ def _refuse_overlap(out: str, plan: Plan) -> None:
 
 def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list[str]:
     """Return the paths of the files that are at the place now; stop where there are some and `overwrite` is off."""
-    with explained(out):
+    with explained_store(out):
         system.invalidate_cache()
         if not final.startswith("/") and not system.exists(final.partition("/")[0]):  # writing would create it
             raise TensorkeepError(
@@ -126,7 +126,7 @@ def write_files(
 
     sums: dict[str, Sums] = {}
     data = [f for f in layouts if not f.name.endswith(_LAST)]
-    with explained(folder), ThreadPoolExecutor(THREADS) as pool:
+    with explained_store(folder), ThreadPoolExecutor(THREADS) as pool:
         system.makedirs(folder, exist_ok=True)
         try:
             jobs = [pool.submit(_send, system, folder, layout, steps, plan, count) for layout in data]

@@ -20,7 +20,7 @@ from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, orde
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped, matches
 from tensorkeep.formats.view import Note, StateView
-from tensorkeep.quantization.stored import find, members
+from tensorkeep.quantization.stored import find_quantized, members
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
@@ -251,7 +251,7 @@ def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) 
     """Stop at a cast that would round scales away from their codes, or fp8 codes away from their scale (Q01)."""
     cast = {(p.source, p.name): s for s in steps if "cast" in s.actions for p in s.parts}
     for index, view in enumerate(sources if cast else ()):
-        weights = find(view)
+        weights = find_quantized(view)
         packed = [n for n in (*weights, *members(weights)) if (index, n) in cast]
         scales = [n for n in view if n.endswith(("weight_scale_inv", "weight_scale", ".scale"))]
         if scales and any(r.dtype.startswith("F8") for r in view.values()):

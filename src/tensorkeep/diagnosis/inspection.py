@@ -11,9 +11,9 @@ from tensorkeep.conversion.naming import Identity
 from tensorkeep.formats.names import grouped, ranges
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import size
-from tensorkeep.quantization.stored import find
+from tensorkeep.quantization.stored import find_quantized
 from tensorkeep.quantization.stored import members as parts_of
-from tensorkeep.storage.archive import entries, saved_value
+from tensorkeep.storage.archive import saved_value, zip_entries
 from tensorkeep.storage.record import TensorRecord
 
 
@@ -65,7 +65,7 @@ def _own(view: StateView) -> list[TensorRecord]:
 
 def parameters(view: StateView, identity: Identity) -> int:
     """Elements of the model's tensors, tied ones once, training state not counted; quantized weights unpacked, without scales."""
-    weights = find(view, identity.names)
+    weights = find_quantized(view, identity.names)
     beside = parts_of(weights)
     return sum(
         weights[n].elements if n in weights and weights[n].shape is not None else view[n].elements
@@ -77,7 +77,7 @@ def parameters(view: StateView, identity: Identity) -> int:
 def quantized(view: StateView) -> list[dict[str, Any]]:
     """Weights stored as codes with their scales: GGUF blocks, bitsandbytes, fp8 and int8. Codes without scales too."""
     out: list[dict[str, Any]] = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
-    for weight in find(view).values():
+    for weight in find_quantized(view).values():
         entry: dict[str, Any] = {
             "name": weight.name,
             "kind": weight.kind,
@@ -114,7 +114,7 @@ def _whole(view: StateView, name: str) -> int | None:
     value = view.entries.get(name)
     if view.format == "dcp" and isinstance(value, tuple):
         file, start, length = value
-        value = saved_value(view.folder, file, entries(view.folder, file, start, length))
+        value = saved_value(view.folder, file, zip_entries(view.folder, file, start, length))
     return value if type(value) is int else None
 
 

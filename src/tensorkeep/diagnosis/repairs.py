@@ -24,7 +24,7 @@ from tensorkeep.diagnosis.evidence.survey import SAME
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import grouped
-from tensorkeep.formats.view import CHUNK, StateView
+from tensorkeep.formats.view import STREAM_BYTES, StateView
 from tensorkeep.storage.record import TensorRecord, nbytes
 
 MOST = 0.5  # part of the elements that may come from the reference: beyond it, the reference is what you want
@@ -49,7 +49,7 @@ class RepairedView(StateView):
     recipes: dict[str, Recipe] | None = None
 
     def stream(
-        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
         recipe = (self.recipes or {}).get(name)
         assert self.case is not None

@@ -16,9 +16,9 @@ from typing import Any
 from tensorkeep.conversion.proof import read_certificate, stored_name
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
-from tensorkeep.formats.view import CHUNK, StateView, read
+from tensorkeep.formats.view import STREAM_BYTES, StateView, read
 from tensorkeep.storage import run_folder, run_manifest
-from tensorkeep.storage.archive import entries
+from tensorkeep.storage.archive import zip_entries
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import LocalFolder, left_over, local_path
 
@@ -58,7 +58,7 @@ def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
     if "://" in str(path) or not (folder := local_path(path)).is_dir():
         return None
     try:
-        return run_folder.find(folder.resolve()) or ((folder, []) if _sealed(folder) else None)
+        return run_folder.find_checkpoint(folder.resolve()) or ((folder, []) if _sealed(folder) else None)
     except TensorkeepError as error:  # no step of the run is whole: say what ails each
         if error.code is None:
             raise
@@ -145,10 +145,10 @@ def against_crc(view: StateView, progress: Progress | None) -> list[Finding]:
                 ranges[block.file, 0, view.folder.size(block.file)] = block.file
     damaged, done, total = [], 0, sum(length for _, _, length in ranges)
     for (file, start, length), name in ranges.items():
-        for entry_name, entry in entries(view.folder, file, start, length).items():
+        for entry_name, entry in zip_entries(view.folder, file, start, length).items():
             crc, at = 0, 0
             while at < entry.size:
-                piece = view.folder.read(file, entry.start + at, min(CHUNK, entry.size - at))
+                piece = view.folder.read(file, entry.start + at, min(STREAM_BYTES, entry.size - at))
                 crc, at = zlib.crc32(piece, crc), at + len(piece)
             if crc != entry.crc and entry.crc:  # some writers leave it 0
                 damaged.append(name if name != file else f"{file}: {entry_name}")

@@ -16,8 +16,8 @@ from tensorkeep.storage.files import Folder, short_file
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-LARGEST_HEADER = 256 << 20  # bytes; the largest vocabularies known take some 15 MB
-PIECE = 1 << 20  # bytes to begin with; doubled as the header goes on
+_LARGEST_HEADER = 256 << 20  # bytes; the largest vocabularies known take some 15 MB
+FIRST_READ = 1 << 20  # bytes to begin with; doubled as the header goes on
 _MOST_ENTRIES = 1 << 17  # metadata keys, and tensors
 _MOST_ELEMENTS = 1 << 23  # of all arrays together
 _MOST_DIMS = 4  # ggml's own limit
@@ -64,10 +64,10 @@ class Cursor:
         start, end = self.at, self.at + count
         if end > self.size:
             raise short_file(self.where, start, count, self.size)
-        if end > LARGEST_HEADER:
-            raise self.wrong(f"the header is larger than {LARGEST_HEADER >> 20} MiB")
+        if end > _LARGEST_HEADER:
+            raise self.wrong(f"the header is larger than {_LARGEST_HEADER >> 20} MiB")
         if end > len(self._data):
-            grown = min(max(end, 2 * len(self._data), PIECE), self.size)
+            grown = min(max(end, 2 * len(self._data), FIRST_READ), self.size)
             self._data += self.folder.read(self.file, len(self._data), grown - len(self._data))
         self.at = end
         return start
@@ -110,7 +110,7 @@ class Cursor:
         return list(self.numbers(SCALARS[kind], count))
 
 
-def read_header(folder: Folder, file: str) -> Header:
+def read_gguf_header(folder: Folder, file: str) -> Header:
     """Parse one file's header. Raises TensorkeepError F02 (truncated) or F07 (contradicts itself).
 
     >>> read_header(folder, "model.gguf").metadata["general.architecture"]   # doctest: +SKIP

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 
-_NORMAL, UNKNOWN, _CONTROL, _USER, _UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ggml's token types
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ggml's token types
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
@@ -71,7 +71,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
         raise TensorkeepError(f"model {str(model)[:40]!r} with pre-tokenizer {str(pre)[:40]!r} is not known")
     special = _special(metadata, tokens)
     document["added_tokens"] = [
-        _added(i, tokens[i], kind) for i, kind in enumerate(kinds) if kind in (UNKNOWN, _CONTROL, _USER)
+        _added(i, tokens[i], kind) for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL, _USER)
     ]
     document["post_processor"] = _post_processor(metadata, str(pre), special, vocabulary)
     return {
@@ -149,7 +149,7 @@ def _sentencepiece(
     ):
         raise TensorkeepError("the file has no tokenizer.ggml.scores for its tokens")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
-    unknown = next((t for t, kind in zip(tokens, kinds) if kind == UNKNOWN), None)
+    unknown = next((t for t, kind in zip(tokens, kinds) if kind == _UNKNOWN), None)
     to_piece = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     to_text = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     ahead = [{"type": "Prepend", "prepend": "▁"}] if prefix else []

@@ -15,9 +15,16 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats._cover import overlapping
 from tensorkeep.formats.view import Note, StateView
-from tensorkeep.storage.archive import ALLOWED as TENSOR_GLOBALS
-from tensorkeep.storage.archive import Stored, entries, is_count, saved_value, storage_bytes, stored_tensor
-from tensorkeep.storage.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive import (
+    TENSOR_GLOBALS,
+    Stored,
+    is_count,
+    saved_value,
+    storage_bytes,
+    stored_tensor,
+    zip_entries,
+)
+from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
 from tensorkeep.storage.pickle_writing import emit
@@ -36,7 +43,7 @@ _CLASSES = [
     "StorageMeta",
     "_MEM_FORMAT_ENCODING",
 ]
-ALLOWED = TENSOR_GLOBALS | {
+DCP_GLOBALS = TENSOR_GLOBALS | {
     *(f"{MODULE}.{name}" for name in _CLASSES),
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     *(f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "channels_last")),
@@ -52,7 +59,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     where = f"{folder.url}/{METADATA}"
     if folder.size(METADATA) > LARGEST_PICKLE:
         raise _damaged(f"{folder.size(METADATA)} bytes, more than {LARGEST_PICKLE}", where)
-    root, _ = parse(folder.read(METADATA), ALLOWED, where)
+    root, _ = parse(folder.read(METADATA), DCP_GLOBALS, where)
     fields = _state(root, "Metadata", where)
     storage = _storage(fields.get("storage_data"), where)
     names = folder.names()
@@ -124,13 +131,13 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, tuple) and all(type(part) in (str, int) for part in value)
 
 
-Place = tuple[str, int, int]  # file, first byte, bytes of the archive
+_Place = tuple[str, int, int]  # file, first byte, bytes of the archive
 
 
-def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], Place]:
+def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], _Place]:
     if not isinstance(value, dict):
         raise _damaged("no storage_data", where)
-    out: dict[tuple[str, tuple[int, ...]], Place] = {}
+    out: dict[tuple[str, tuple[int, ...]], _Place] = {}
     for index, info in value.items():
         key, place = _state(index, "MetadataIndex", where), _state(info, "_StorageInfo", where)
         if place.get("transform_descriptors"):
@@ -154,7 +161,7 @@ def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], Pla
     return out
 
 
-def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], Place], where: object) -> None:
+def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], _Place], where: object) -> None:
     ordered = sorted((place, key[0]) for key, place in storage.items())
     for (before, first), (after, second) in pairwise(ordered):
         if before[0] == after[0] and before[1] + before[2] > after[1]:
@@ -167,8 +174,8 @@ def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], Place], where: obj
 
 
 def _place(
-    name: str, offset: tuple[int, ...], storage: dict[Any, Place], sizes: dict[str, int], where: object
-) -> Place:
+    name: str, offset: tuple[int, ...], storage: dict[Any, _Place], sizes: dict[str, int], where: object
+) -> _Place:
     place = storage.get((name, offset)) or (storage.get((name, ())) if not any(offset) else None)
     if place is None:
         raise TensorkeepError(
@@ -198,7 +205,7 @@ def _place(
     return place
 
 
-def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str, int], where: object) -> TensorRecord:
+def _record(name: str, entry: Object, storage: dict[Any, _Place], sizes: dict[str, int], where: object) -> TensorRecord:
     fields = _state(entry, "TensorStorageMetadata", where)
     properties = fields.get("properties")
     if not isinstance(properties, Object):
@@ -239,7 +246,7 @@ def _record(name: str, entry: Object, storage: dict[Any, Place], sizes: dict[str
 def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
     """Where a chunk's raw bytes lie within its torch.save archive."""
     where = f"{folder.url}/{block.file}: {record.name}"
-    found = entries(folder, block.file, block.start, block.nbytes)
+    found = zip_entries(folder, block.file, block.start, block.nbytes)
     value = saved_value(folder, block.file, found)
     tensor: Stored | None = stored_tensor(value, where) if isinstance(value, Object) else None
     if tensor is None:
@@ -272,7 +279,7 @@ def layout(
         file, at = f"__0_{number}.distcp", 0
         segments: list[Fixed | Slot | Trailer] = []
         for tensor in part:
-            made = pack(at, tensor_object(tensor, "0"), [("0", tensor)])
+            made = build_archive(at, tensor_object(tensor, "0"), [("0", tensor)])
             segments += made.segments
             places[tensor.name] = (file, at, made.at - at)
             at = made.at
@@ -280,7 +287,7 @@ def layout(
     return [*files, small_file(METADATA, metadata(tensors, places, root))]
 
 
-def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str | None) -> bytes:
+def metadata(tensors: Sequence[SinkTensor], places: dict[str, _Place], root: str | None) -> bytes:
     """The bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
     described, storage, paths = {}, {}, {}
     for tensor in tensors:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_header
+from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_gguf_header
 from tensorkeep.formats._gguf_tokenizer import tokenizer_files
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.gguf_config import companions, hf_config
@@ -23,7 +23,7 @@ from tensorkeep.storage.files import Folder, short_file
 from tensorkeep.storage.record import Block, TensorRecord
 
 # ggml types that are stored as they are computed with; the others decode to F32
-PLAIN = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16", "I8": "I8", "I16": "I16", "I32": "I32", "I64": "I64"}
+PLAIN_TYPES = {word: word for word in ["F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"]}
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
 
 
@@ -44,7 +44,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     records: dict[str, TensorRecord] = {}
     metadata: dict[str, Any] = {}
     for file in files:
-        header = read_header(folder, file)
+        header = read_gguf_header(folder, file)
         metadata = {**header.metadata, **metadata}
         for record in _records(header, folder, file):
             if record.name in records:
@@ -131,8 +131,8 @@ def _record(info: TensorInfo, header: Header, file: str, where: str) -> TensorRe
         raise wrong(f"offset {info.offset} is not a multiple of {header.alignment}")
     nbytes = math.prod(info.shape) // per_block * block_bytes
     block = Block(file, header.start + info.offset, nbytes, (0,) * len(info.shape), info.shape)
-    if kind.name in PLAIN:
-        return TensorRecord(info.name, PLAIN[kind.name], info.shape, (block,))
+    if kind.name in PLAIN_TYPES:
+        return TensorRecord(info.name, PLAIN_TYPES[kind.name], info.shape, (block,))
     return TensorRecord(info.name, "F32", info.shape, (block,), encoding=kind.name)
 
 

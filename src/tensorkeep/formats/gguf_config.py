@@ -99,7 +99,7 @@ def hf_config(
         "use_cache": True,
         **_rope(fields, head_dim, frequencies),
         **_width(fields, kind, experts),
-        **token_ids(metadata, vocabulary),
+        **special_token_ids(metadata, vocabulary),
         "dtype": _dtype(records),
     }
     return config
@@ -184,7 +184,7 @@ def _width(fields: Fields, kind: str, experts: int) -> dict[str, Any]:
     }
 
 
-def token_ids(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, int | None]:
+def special_token_ids(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, int | None]:
     """bos, eos and pad ids, None where the file gives none or one beyond the vocabulary."""
     out: dict[str, int | None] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):

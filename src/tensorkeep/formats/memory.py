@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import CHUNK, StateView
+from tensorkeep.formats.view import STREAM_BYTES, StateView
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord
 
@@ -22,7 +22,7 @@ class TensorView(StateView):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def stream(
-        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
         """The tensor's bytes in row-major order, a few at a time."""
         tensor = self.tensors[name].detach()

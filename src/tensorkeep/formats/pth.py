@@ -12,8 +12,16 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import StateView
-from tensorkeep.storage.archive import ALLOWED, Entry, Stored, entries, iter_tensors, saved_value, storage_bytes
-from tensorkeep.storage.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive import (
+    TENSOR_GLOBALS,
+    Entry,
+    Stored,
+    iter_tensors,
+    saved_value,
+    storage_bytes,
+    zip_entries,
+)
+from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.pickles import Global, Object, parse
@@ -43,7 +51,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     file = files[0]
     head = folder.read(file, 0, min(4, folder.size(file)))
     if head[:2] == b"PK":
-        found = entries(folder, file, 0, folder.size(file))
+        found = zip_entries(folder, file, 0, folder.size(file))
         value = saved_value(folder, file, found)
         places = {name.removeprefix("data/"): entry for name, entry in found.items() if name.startswith("data/")}
     elif head[:1] == b"\x80":
@@ -107,7 +115,7 @@ def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
     """The format before torch 1.6: five pickles one after another, then the storages."""
     where = f"{folder.url}/{file}"
     data = folder.read(file, 0, min(folder.size(file), 64 << 20))  # the pickles alone; storages are read on demand
-    magic, at = parse(data, ALLOWED, where)
+    magic, at = parse(data, TENSOR_GLOBALS, where)
     if type(magic) is not int or magic != _LEGACY_MAGIC:
         raise TensorkeepError(
             "is a plain pickle, not a torch.save file",
@@ -115,14 +123,14 @@ def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
             code="F04",
             hint="ask its author for safetensors; nothing was run",
         )
-    _, at = parse(data, ALLOWED, where, at)  # the protocol's version
-    system, at = parse(data, ALLOWED, where, at)
+    _, at = parse(data, TENSOR_GLOBALS, where, at)  # the protocol's version
+    system, at = parse(data, TENSOR_GLOBALS, where, at)
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise TensorkeepError(
             "was written on a big-endian machine", where=where, hint="save it again on a little-endian one"
         )
-    value, at = parse(data, ALLOWED, where, at)
-    keys, at = parse(data, ALLOWED, where, at)
+    value, at = parse(data, TENSOR_GLOBALS, where, at)
+    keys, at = parse(data, TENSOR_GLOBALS, where, at)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) < len(keys):
         raise TensorkeepError("the list of storages is damaged", where=where, code="F07", hint="copy the file again")
     return value, _legacy_places(folder, file, at, keys, value)
@@ -180,4 +188,4 @@ def layout(
         head, _dot, rest = tensor.name.partition(".") if roots else (root or "", "", tensor.name)
         states[head].entries[rest] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
     value: Any = {**(beside or {}), **states} if root or roots else states[""]
-    return [FileLayout(name, pack(0, value, stored).segments)]
+    return [FileLayout(name, build_archive(0, value, stored).segments)]

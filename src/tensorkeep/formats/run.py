@@ -9,7 +9,9 @@ from tensorkeep.storage.files import Folder, LocalFolder
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
     """Whether the folder is a run of ours, or a step folder of one."""
-    return not single and isinstance(folder, LocalFolder) and run_folder.find(folder.path.resolve()) is not None
+    return (
+        not single and isinstance(folder, LocalFolder) and run_folder.find_checkpoint(folder.path.resolve()) is not None
+    )
 
 
 def read(folder: Folder, names: list[str], path: str) -> view.StateView:
@@ -18,7 +20,7 @@ def read(folder: Folder, names: list[str], path: str) -> view.StateView:
     Raises TensorkeepError with an F code where manifest, sizes or the weights' header are not whole.
     """
     assert isinstance(folder, LocalFolder)
-    step = run_folder.opened(folder.path)
+    step = run_folder.open_checkpoint(folder.path)
     assert step is not None
     found = view.recognised(LocalFolder(step.path), step.files, path, but="run")
     found.metadata["run"] = step.run

@@ -21,9 +21,9 @@ from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
 
-LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-INDEX = "model.safetensors.index.json"
-UNKNOWN = ("C128",)  # ours, for torch's files; the safetensors library refuses the whole file
+_LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_INDEX = "model.safetensors.index.json"
+_NOT_IN_SAFETENSORS = ("C128",)  # ours, for torch's files; the safetensors library refuses the whole file
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
@@ -103,7 +103,7 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
             return [preferred]
     if len(files) > 1 and any("-of-" in f for f in files):
         raise TensorkeepError(
-            f"{len(files)} shards and no {INDEX}",
+            f"{len(files)} shards and no {_INDEX}",
             where=path,
             code="F05",
             hint="get the index file as well: without it nothing says which shards belong together",
@@ -172,7 +172,7 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
             hint="download it again",
         )
     length = int.from_bytes(folder.read(file, 0, 8), "little")
-    if length > LARGEST_HEADER or length > size - 8:
+    if length > _LARGEST_HEADER or length > size - 8:
         raise TensorkeepError(
             f"truncated or not safetensors: a header of {length} bytes is announced, the file has {size}",
             where=where,
@@ -213,7 +213,7 @@ def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorR
     if not isinstance(entry, dict):
         raise wrong("its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES or dtype in UNKNOWN:
+    if not isinstance(dtype, str) or dtype not in DTYPES or dtype in _NOT_IN_SAFETENSORS:
         raise wrong(f"unknown dtype {shown(dtype)}")
     sizes = checked_shape(shape)
     if sizes is None or not isinstance(shape, list):
@@ -282,7 +282,7 @@ def layout(
 
 def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
     """One safetensors file. Wider dtypes come first, so that every tensor is aligned to its element."""
-    wide = [t.name for t in tensors if t.dtype in UNKNOWN]
+    wide = [t.name for t in tensors if t.dtype in _NOT_IN_SAFETENSORS]
     if wide:
         raise TensorkeepError(
             f"safetensors has no complex128, which {wide[0]} is",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-CHUNK = 4 << 20  # bytes a stream holds at a time
+STREAM_BYTES = 4 << 20  # bytes a stream holds at a time
 
 # format word -> module; each has the verbs sniff, read and, unless read-only, layout. The first that recognises the
 # files reads them, and the commonest comes first: a module not asked is not imported.
@@ -91,7 +91,7 @@ class StateView(Mapping[str, TensorRecord]):
         return row_spans(record, self._blocks(record)) if record.encoding == "plain" and record.blocks else None
 
     def stream(
-        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = CHUNK
+        self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
         """The tensor's bytes in row-major order, `chunk` at a time in one reused buffer.
 

@@ -61,7 +61,7 @@ def seal_folder(folder: Path, step: int, base: Mapping[str, Any] | None = None) 
         if written[name].unsound:
             raise not_finite(folder / name, written[name].unsound)
     with explained(folder):
-        run_folder.write_text(folder / MANIFEST, run_manifest.make(step, written, tensors, base).decode())
+        run_folder.write_text(folder / MANIFEST, run_manifest.make_manifest(step, written, tensors, base).decode())
         sync_folder(folder.parent)
 
 
@@ -109,7 +109,7 @@ def _passed(file: Any, left: int, dtype: str) -> tuple[str, bool]:
     running, sound = xxhash.xxh3_128(), True
     while left and (piece := file.read(min(left, durable.CACHED))):
         running.update(piece)
-        sound = sound and (not floating(dtype) or durable.finite(memoryview(piece), dtype))
+        sound = sound and (not floating(dtype) or durable.all_finite(memoryview(piece), dtype))
         left -= len(piece)
     return running.hexdigest(), sound
 

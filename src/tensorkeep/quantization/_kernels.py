@@ -48,7 +48,7 @@ def _dequantize(
     tl.store(out + place, both.to(out.dtype.element_ty), mask=place < count)
 
 
-def dequantize(
+def launch_dequantize(
     codes: Tensor,
     absmax: Tensor,
     quant_map: Tensor,

@@ -24,13 +24,14 @@ from tensorkeep.quantization.modules import (
     selected,
     tied_parameters,
 )
-from tensorkeep.quantization.packed import DIGEST, Kind, Packed, averaged_blocks, pack
+from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
 from tensorkeep.quantization.reading import read_packed
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.record import DTYPES, FROM_TORCH
 
 Repair = Callable[[nn.Module], Sequence[str]]
-EXACT = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}  # casts that lose nothing
+# dtype in the file, dtype in the model: casts that lose nothing
+_LOSSLESS_CASTS = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Load:
         self.model, self.view, self.settings, self.absent = model, view, settings, absent
         self.device, self.dtype = device, dtype
         self.stored = {unwrap(name)[0]: name for name in view}
-        self.weights = {unwrap(name)[0]: weight for name, weight in quantized.find(view).items()}
+        self.weights = {unwrap(name)[0]: weight for name, weight in quantized.find_quantized(view).items()}
         self.problems: list[tuple[str, str]] = []
         self.steps: list[_Step] = []
         self.result = Loaded()
@@ -136,7 +137,7 @@ class Load:
         except TensorkeepError as error:
             self._problem(error.code or "Q06", weight, error.what.removeprefix("layer.weight: "))
             return
-        if weight.removesuffix("weight") + DIGEST not in self.stored:
+        if weight.removesuffix("weight") + WEIGHT_DIGEST not in self.stored:
             self.result.unproven.append(name)
             lost = averaged_blocks(packed)
             if lost:
@@ -194,7 +195,7 @@ class Load:
         record, here = self.view[self.stored[name]], FROM_TORCH.get(str(target.dtype).removeprefix("torch."))
         if record.shape != tuple(target.shape):
             self._problem("S01", name, f"is {list(record.shape)} in the file, {list(target.shape)} in the model")
-        elif not target.is_meta and record.dtype != here and (record.dtype, here) not in EXACT:
+        elif not target.is_meta and record.dtype != here and (record.dtype, here) not in _LOSSLESS_CASTS:
             self._problem("S04", name, f"is {record.dtype} in the file, {here} in the model, which would lose values")
         elif target.is_meta and DTYPES[record.dtype].floating != target.is_floating_point():
             self._problem("S04", name, f"is {record.dtype} in the file, {here} in the model")
@@ -208,7 +209,8 @@ class Load:
         digests = {
             s
             for clean, s in self.stored.items()
-            if clean.rpartition(".")[2] == DIGEST and clean.removesuffix(DIGEST) + "weight" in self.weights
+            if clean.rpartition(".")[2] == WEIGHT_DIGEST
+            and clean.removesuffix(WEIGHT_DIGEST) + "weight" in self.weights
         }
         for clean, stored in self.stored.items():
             if stored not in used and stored not in digests and clean not in bad:
@@ -238,7 +240,7 @@ class Load:
     def _part(self, weight: str) -> Mapping[str, Tensor]:
         """The tensors of one quantized weight under the names that `read_packed` asks for."""
         found: QuantizedWeight = self.weights[weight]
-        module, digest = weight.removesuffix("weight"), self.stored.get(weight.removesuffix("weight") + DIGEST)
+        module, digest = weight.removesuffix("weight"), self.stored.get(weight.removesuffix("weight") + WEIGHT_DIGEST)
         stored = [found.name, *found.parts.values(), *([digest] if digest else [])]
         return {f"layer.{unwrap(s)[0][len(module) :]}": tensor_of(self.view, s) for s in stored if s in self.view}
 

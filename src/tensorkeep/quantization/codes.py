@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
-CHUNK = 1 << 20  # elements encoded or decoded at a time
+ELEMENTS_AT_ONCE = 1 << 20  # elements encoded or decoded at a time
 NESTED_BLOCK = 256  # scales that share one scale of their own, as bitsandbytes writes it
 SMALLEST = np.float32(1e-38)  # what bitsandbytes divides a block of zeros by
 
@@ -41,7 +41,7 @@ def nibbles(packed: Array, count: int) -> Array:
     return out[:count]
 
 
-def packed(codes: Array) -> Array:
+def pack_nibbles(codes: Array) -> Array:
     """4-bit codes to bytes, the inverse of `nibbles`; an odd last code is followed by 0."""
     even = np.append(codes, np.uint8(0)) if codes.size % 2 else codes
     return np.asarray(even[0::2] << 4 | even[1::2], np.uint8)
@@ -64,7 +64,7 @@ def scaled(values: Array, scales: Array, block: int) -> Array:
 
 def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block: int) -> Iterator[tuple[int, Array]]:
     """The float32 values of packed bytes, `(first element, values)` at a time; blocks lie in flat order."""
-    step = max(CHUNK // (2 * block), 1) * 2 * block
+    step = max(ELEMENTS_AT_ONCE // (2 * block), 1) * 2 * block
     for at in range(0, count, step):
         some = min(step, count - at)
         bits = nibbles(codes[at // 2 : at // 2 + (some + 1) // 2], some)
@@ -80,7 +80,7 @@ def block_maxima(values: Array, block: int) -> Array:
     """The largest magnitude of every block of flat values: what absmax should hold."""
     flat = values.reshape(-1)
     out = np.empty(-(-flat.size // block), np.float32)
-    step = max(CHUNK // block, 1) * block
+    step = max(ELEMENTS_AT_ONCE // block, 1) * block
     for at in range(0, flat.size, step):
         piece = np.abs(flat[at : at + step])
         out[at // block : -(-(at + piece.size) // block)] = np.maximum.reduceat(piece, np.arange(0, piece.size, block))
@@ -114,7 +114,7 @@ def full_scale_missing(bits: Array, table: Array, block: int) -> int:
     return int(np.count_nonzero((peak > 0) & (peak < 1)))
 
 
-def tie(digests: Mapping[str, str]) -> bytes:
+def joint_digest(digests: Mapping[str, str]) -> bytes:
     """16 bytes that tie the parts of one quantized weight together, from the xxh3_128 of each part's bytes by role.
 
     The roles are `weight` (the codes), those of `quantized` (`absmax`, `quant_map`, `SCB`, ...) and `state` for the

@@ -17,8 +17,8 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, TensorRecord, checked_shape
 
 FOUR_BITS = ("nf4", "fp4")
-STATE = ".quant_state.bitsandbytes__"
-NEEDED, NESTED = ("absmax", "quant_map"), ("nested_absmax", "nested_quant_map")
+QUANT_STATE = ".quant_state.bitsandbytes__"
+NEEDED_ROLES, NESTED_ROLES = ("absmax", "quant_map"), ("nested_absmax", "nested_quant_map")
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SCALES = ("weight_scale_inv", "weight_scale", "weight.scale", "_weight_scale")  # beside the weight, by module
 ZEROS = ("weight_zero_point", "_weight_zero_point")
@@ -26,7 +26,7 @@ TORCHAO = "._weight_qdata"  # torchao flattens its tensors into `_weight_qdata` 
 _LARGEST_STATE = 1 << 16  # bytes of a quant_state; real ones have some 170
 
 
-class Problem(NamedTuple):
+class WeightProblem(NamedTuple):
     """What is wrong with a quantized weight's own description: Q01 (something is missing) or Q06 (it contradicts)."""
 
     code: str
@@ -55,7 +55,7 @@ class QuantizedWeight:
     block: int | tuple[int, int] | None = None
     nested: Nested | None = None
     dtype: str | None = None
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[WeightProblem, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -81,13 +81,13 @@ class _Reading:
 
     view: StateView
     name: str
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[WeightProblem] = field(default_factory=list)
 
     def missing(self, what: str) -> None:
-        self.problems.append(Problem("Q01", what))
+        self.problems.append(WeightProblem("Q01", what))
 
     def wrong(self, what: str) -> None:
-        self.problems.append(Problem("Q06", what))
+        self.problems.append(WeightProblem("Q06", what))
 
 
 def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantizedWeight:
@@ -98,7 +98,7 @@ def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantizedWeig
     if not parts:
         reading.missing("packed codes without scales, map and state")
         return QuantizedWeight(name, "4bit", None, parts, problems=tuple(reading.problems))
-    absent = [role for role in NEEDED if role not in parts] + ([] if states else ["quant_state"])
+    absent = [role for role in NEEDED_ROLES if role not in parts] + ([] if states else ["quant_state"])
     if absent:
         reading.missing(f"no {', '.join(absent)}")
     if len(states) > 1:
@@ -144,8 +144,8 @@ def _described(
         shape = None
     block = _block(reading, state, "blocksize")
     nested = None
-    if any(role in parts for role in NESTED) or "nested_blocksize" in state or "nested_offset" in state:
-        absent = [role for role in NESTED if role not in parts]
+    if any(role in parts for role in NESTED_ROLES) or "nested_blocksize" in state or "nested_offset" in state:
+        absent = [role for role in NESTED_ROLES if role not in parts]
         if absent:
             reading.missing(f"no {', '.join(absent)}")
         size, offset = _block(reading, state, "nested_blocksize"), state.get("nested_offset")

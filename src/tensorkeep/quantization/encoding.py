@@ -22,7 +22,7 @@ from tensorkeep.quantization.codes import NESTED_BLOCK, PER_127, SMALLEST, TABLE
 LEVELS = {kind: table + np.float32(0) for kind, table in TABLES.items()}  # FP4's second zero is +0 in the files, too
 
 
-class Kind(NamedTuple):
+class Encoding(NamedTuple):
     """How weights are quantized: nf4 or fp4 in blocks of `block` flat elements, scales perhaps quantized; or int8 by row."""
 
     kind: str
@@ -38,12 +38,12 @@ class Kind(NamedTuple):
 class Forms(NamedTuple):
     """How a model's linears are quantized: the usual way (None: not at all), and those layers that differ, by name."""
 
-    usual: Kind | None
-    layers: tuple[tuple[str, Kind | None], ...] = ()
+    usual: Encoding | None
+    layers: tuple[tuple[str, Encoding | None], ...] = ()
     modules: tuple[str, ...] = ()
 
     @property
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[Encoding]:
         return [k for k in dict.fromkeys([self.usual, *(k for _, k in self.layers)]) if k is not None]
 
 
@@ -64,9 +64,9 @@ def forms_of(document: object, where: object) -> Forms:
     return Forms(usual, odd, tuple(modules))
 
 
-def _kind_of(document: object, where: object) -> Kind:
+def _kind_of(document: object, where: object) -> Encoding:
     given = document if isinstance(document, dict) else {}
-    made = Kind(str(given.get("kind")), given.get("block", 64), given.get("double", False))
+    made = Encoding(str(given.get("kind")), given.get("block", 64), given.get("double", False))
     sound = type(made.block) is int and 0 < made.block <= 1 << 16 and made.block & (made.block - 1) == 0
     if made.kind not in (*TABLES, "int8") or not sound or type(made.double) is not bool:
         raise TensorkeepError(
@@ -212,7 +212,7 @@ def int8_values(rows: Array) -> Array:
     return np.asarray((codes + np.float32(0)) * top[:, None] * PER_127, np.float32)  # an integer has no -0
 
 
-def through(values: Array, kind: Kind) -> Array:
+def through(values: Array, kind: Encoding) -> Array:
     """float32 values [N, K] quantized and dequantized again.
 
     >>> float(np.abs(through(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64), Kind("nf4"))).max())

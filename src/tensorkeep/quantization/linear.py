@@ -19,14 +19,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.description import STATE
-from tensorkeep.quantization.packed import DIGEST, Kind, Layout, Mover, Packed, moved, pack, state_text, tie
+from tensorkeep.quantization.description import QUANT_STATE
+from tensorkeep.quantization.packed import (
+    WEIGHT_DIGEST,
+    Kind,
+    Layout,
+    Mover,
+    Packed,
+    moved,
+    pack,
+    packed_digest,
+    state_text,
+)
 from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.unpacking import unpack
 
-FOUR = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
-EIGHT = ("weight", "SCB")
-HELD = (*FOUR, "SCB", "weight_format", DIGEST)  # every buffer a QuantLinear may have
+FOUR_BIT_ROLES = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+INT8_ROLES = ("weight", "SCB")
+HELD = (*FOUR_BIT_ROLES, "SCB", "weight_format", WEIGHT_DIGEST)  # every buffer a QuantLinear may have
 
 
 class QuantLinear(nn.Module):
@@ -76,7 +86,7 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """Layout and tensors as they are now; the tensors are shared."""
-        roles = EIGHT if self.kind == "int8" else FOUR
+        roles = INT8_ROLES if self.kind == "int8" else FOUR_BIT_ROLES
         return Packed(self.layout, {role: self._buffers[role] for role in roles if role in self._buffers})  # type: ignore[misc]
 
     def fill(self, packed: Packed) -> None:
@@ -86,8 +96,8 @@ class QuantLinear(nn.Module):
         device = tensors["weight"].device
         if packed.layout.kind == "int8":
             tensors["weight_format"] = torch.zeros((), dtype=torch.uint8, device=device)  # 0: codes by rows
-        raw = bytearray(16) if device.type == "meta" else bytearray(tie(packed))
-        tensors[DIGEST] = torch.frombuffer(raw, dtype=torch.uint8).to(device)
+        raw = bytearray(16) if device.type == "meta" else bytearray(packed_digest(packed))
+        tensors[WEIGHT_DIGEST] = torch.frombuffer(raw, dtype=torch.uint8).to(device)
         for role in HELD:
             self._buffers.pop(role, None)
         for role, tensor in tensors.items():
@@ -142,7 +152,7 @@ class QuantLinear(nn.Module):
         if self.kind != "int8":
             meta = offset is not None and offset.is_meta
             text = b"" if meta else state_text(self.layout, float(offset.item()) if offset is not None else 0.0)
-            out[f"weight{STATE}{self.kind}"] = (
+            out[f"weight{QUANT_STATE}{self.kind}"] = (
                 torch.empty(0, dtype=torch.uint8, device="meta")
                 if meta
                 else torch.tensor(list(text), dtype=torch.uint8)
@@ -168,7 +178,7 @@ class QuantLinear(nn.Module):
                 error_msgs.append(f"{prefix}weight: {error.code or ''} {error.what.removeprefix('layer.weight: ')}")
                 return
         else:
-            missing_keys += [prefix + key for key in self._stored(self._buffers) if key != DIGEST]
+            missing_keys += [prefix + key for key in self._stored(self._buffers) if key != WEIGHT_DIGEST]
         with self._state_apart():
             rest = {k: v for k, v in state_dict.items() if k not in mine}
             super()._load_from_state_dict(
@@ -184,13 +194,13 @@ class QuantLinear(nn.Module):
 
     @property
     def _by_key(self) -> SimpleNamespace:
-        known = {role: self._buffers.get(role) for role in FOUR}
+        known = {role: self._buffers.get(role) for role in FOUR_BIT_ROLES}
         state = SimpleNamespace(**{f"bitsandbytes__{self.kind}": self.layout})
         return SimpleNamespace(weight=SimpleNamespace(**known, quant_state=state))
 
 
 def _ours(key: str) -> bool:
-    return key in ("weight", "SCB", "weight_format", DIGEST) or key.startswith("weight.")
+    return key in ("weight", "SCB", "weight_format", WEIGHT_DIGEST) or key.startswith("weight.")
 
 
 # -- computing --------------------------------------------------------------------------------------------------------
@@ -215,7 +225,7 @@ def frozen_linear(
     dtype = compute_dtype(x)
     if isinstance(base, QuantLinear):
         layout, held = base._plain()
-        roles = EIGHT if layout.kind == "int8" else FOUR
+        roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
         state: list[Tensor | None] = [held.get(role) for role in roles]
         how: tuple[str, int, int, int, int]
         how = (layout.kind, *layout.shape, layout.block, layout.nested)
@@ -234,7 +244,7 @@ def frozen_linear(
 def _dense(kind: str, rows: int, columns: int, block: int, nested: int, state: Any, dtype: torch.dtype) -> Tensor:
     if kind == "dense":
         return cast(Tensor, state[0].to(dtype))
-    roles = EIGHT if kind == "int8" else FOUR
+    roles = INT8_ROLES if kind == "int8" else FOUR_BIT_ROLES
     spelled: Any = kind
     layout = Layout(spelled, (rows, columns), block, nested)
     return unpack(layout, {role: tensor for role, tensor in zip(roles, state) if tensor is not None}, dtype)

@@ -19,10 +19,10 @@ from tensorkeep.quantization._load import Load, Loaded, Repair, Settings
 from tensorkeep.quantization.modules import EXCLUDED
 from tensorkeep.quantization.packed import Kind, kind_of
 
-Source = Mapping[str, Tensor] | StateView | str | Path
+CheckpointLike = Mapping[str, Tensor] | StateView | str | Path
 
 
-def load_quantized(model: nn.Module, source: Source, absent: Sequence[str] = ()) -> Loaded:
+def load_quantized(model: nn.Module, source: CheckpointLike, absent: Sequence[str] = ()) -> Loaded:
     """Load a quantized checkpoint (a path, a view, or tensors by name) into a model of the same architecture.
 
     Dense linears whose weight is quantized in the file become `QuantLinear`. Codes, scales and digests are proven
@@ -39,7 +39,7 @@ def load_quantized(model: nn.Module, source: Source, absent: Sequence[str] = ())
 
 def load_quantizing(
     model: nn.Module,
-    source: Source,
+    source: CheckpointLike,
     kind: Kind | int = "nf4",
     double: bool = True,
     block: int = 64,
@@ -69,7 +69,7 @@ def load_quantizing(
     return loaded
 
 
-def _view(source: Source) -> StateView:
+def _view(source: CheckpointLike) -> StateView:
     if isinstance(source, StateView):
         return source
     return read(source) if isinstance(source, (str, Path)) else view_of(source)

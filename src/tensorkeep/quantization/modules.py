@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import unwrap
 from tensorkeep.quantization.linear import HELD, QuantLinear
-from tensorkeep.quantization.packed import DIGEST, Kind, kind_of, tie
+from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, kind_of, packed_digest
 from tensorkeep.quantization.reading import read_packed
 
 HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")  # by the end of their names
@@ -182,9 +182,9 @@ def check_ranks(model: nn.Module) -> None:
     all codes at every forward: build each rank from the same file, check, and use that). Raises TensorkeepError Q02
     with the first layer that differs and the ranks that hold something else.
     """
-    found = {name: tie(layer.packed).hex() for name, layer in quantized_layers(model).items()}
+    found = {name: packed_digest(layer.packed).hex() for name, layer in quantized_layers(model).items()}
     for name, layer in quantized_layers(model).items():
-        if found[name] != bytes(layer.get_buffer(DIGEST).cpu().tolist()).hex():
+        if found[name] != bytes(layer.get_buffer(WEIGHT_DIGEST).cpu().tolist()).hex():
             what = "codes and scales changed since they were quantized or loaded"
             raise TensorkeepError(what, where=name, code="Q02", hint="load the checkpoint again")
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -227,7 +227,7 @@ class Sizes:
         )
 
 
-def sizes(model: nn.Module) -> Sizes:
+def model_sizes(model: nn.Module) -> Sizes:
     """Trainable, frozen and stored sizes of a model; tied tensors count once, buffers count as bytes only.
 
     >>> sizes(nn.Sequential(QuantLinear.of(nn.Linear(64, 32)))).parameters

@@ -29,7 +29,7 @@ _BITS: dict[int, Kind] = {4: "nf4", 8: "int8"}
 _CELLS = 4096  # of the grid that finds a code; no two borders of NF4 or FP4 lie in one cell
 _GRID = 65535  # steps of bitsandbytes' lookup for the 8-bit map
 # beside the weight, not under `weight.`: bitsandbytes' readers take every `weight.*` as theirs
-DIGEST = "weight_digest"
+WEIGHT_DIGEST = "weight_digest"
 
 
 class Layout(NamedTuple):
@@ -109,7 +109,7 @@ def _pack_blocks(weight: Tensor, kind: Kind, block: int, name: str) -> tuple[Ten
     count = flat.numel()
     codes = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-count // block), dtype=torch.float32, device=flat.device)
-    step = max(quant_codes.CHUNK * (16 if flat.is_cuda else 1) // (2 * block), 1) * 2 * block
+    step = max(quant_codes.ELEMENTS_AT_ONCE * (16 if flat.is_cuda else 1) // (2 * block), 1) * 2 * block
     for at in range(0, count, step):
         some = flat[at : at + step].float()
         whole = some.numel() // block
@@ -203,7 +203,7 @@ def _pack_rows(weight: Tensor, name: str) -> dict[str, Tensor]:
     """int8 codes [out, in] and the largest magnitude of each row [out]; a row of zeros stays zeros."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    step = max(quant_codes.CHUNK // weight.shape[1], 1)
+    step = max(quant_codes.ELEMENTS_AT_ONCE // weight.shape[1], 1)
     for at in range(0, weight.shape[0], step):
         rows = weight[at : at + step].to(torch.float16)
         top = rows.abs().amax(1).float()
@@ -236,12 +236,12 @@ def state_text(layout: Layout, offset: float) -> bytes:
     return json.dumps(said).encode()
 
 
-def tie(packed: Packed) -> bytes:
+def packed_digest(packed: Packed) -> bytes:
     """16 bytes over codes, scales and state together: no other weight's scales give the same (see `quant_codes.tie`)."""
     parts = {role: digest_of(tensor) for role, tensor in packed.tensors.items() if role != "nested_offset"}
     if packed.layout.kind != "int8":
         parts["state"] = digest_of(torch.tensor(list(state_text(packed.layout, offset_of(packed))), dtype=torch.uint8))
-    return quant_codes.tie(parts)
+    return quant_codes.joint_digest(parts)
 
 
 def averaged_blocks(packed: Packed) -> int:
@@ -257,7 +257,7 @@ def averaged_blocks(packed: Packed) -> int:
     full, empty = (high == 1) | (low == 1), (high == 0) & (low == 0)
     said = (full.to(torch.uint8) * 2 | ~empty).to(torch.uint8)  # 0: zeros, 1: something, 2 and more: full scale
     raw, lost, width = packed.tensors["weight"].view(-1), 0, packed.layout.block // 2
-    step = max(quant_codes.CHUNK // width, 1) * width
+    step = max(quant_codes.ELEMENTS_AT_ONCE // width, 1) * width
     for at in range(0, raw.numel(), step):
         some = said.index_select(0, raw[at : at + step].cpu().to(torch.int32))
         peak = torch.nn.functional.pad(some, (0, -some.numel() % width)).view(-1, width).amax(1)

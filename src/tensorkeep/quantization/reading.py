@@ -13,7 +13,7 @@ from tensorkeep.formats.memory import tensor_of, view_of
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.description import QuantizedWeight
-from tensorkeep.quantization.packed import DIGEST, Kind, Layout, Packed, tie
+from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Layout, Packed, packed_digest
 
 
 def read_packed(
@@ -26,9 +26,9 @@ def read_packed(
     """
     view = tensors if isinstance(tensors, StateView) else view_of(tensors)
     stored = f"{name}.weight"
-    weight = quantized.find(view, {n: n for n in view if n == stored or n.startswith((f"{stored}.", f"{name}."))}).get(
-        stored
-    )
+    weight = quantized.find_quantized(
+        view, {n: n for n in view if n == stored or n.startswith((f"{stored}.", f"{name}."))}
+    ).get(stored)
     if weight is None:
         found = f"{view[stored].dtype} {list(view[stored].shape)}" if stored in view else "nothing"
         raise TensorkeepError(
@@ -42,8 +42,8 @@ def read_packed(
         raise TensorkeepError(
             f"stands for {list(packed.layout.shape)}, the layer is {list(shape)}", where=stored, code="S01"
         )
-    digest = f"{name}.{DIGEST}"
-    if digest in view and bytes(view.bytes(digest)) != tie(packed):
+    digest = f"{name}.{WEIGHT_DIGEST}"
+    if digest in view and bytes(view.bytes(digest)) != packed_digest(packed):
         raise TensorkeepError(
             "codes and scales do not belong together: the digest beside them says otherwise",
             where=stored,

@@ -30,14 +30,12 @@ from tensorkeep.formats.view import StateView, np_frombuffer
 from tensorkeep.quantization.description import (
     FLOAT8,
     FOUR_BITS,
-    NEEDED,
-    NESTED,
+    NEEDED_ROLES,
+    NESTED_ROLES,
+    QUANT_STATE,
     SCALES,
-    STATE,
     TORCHAO,
     ZEROS,
-    Nested,
-    Problem,
     QuantizedWeight,
     by_scale,
     four_bit,
@@ -50,11 +48,9 @@ if TYPE_CHECKING:
 __all__ = [
     "FLOAT8",
     "TORCHAO",
-    "Nested",
-    "Problem",
     "QuantizedWeight",
     "dequantize",
-    "find",
+    "find_quantized",
     "four_bit_state",
     "members",
     "packed_bytes",
@@ -64,7 +60,7 @@ __all__ = [
 ]
 
 
-def find(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantizedWeight]:
+def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantizedWeight]:
     """The quantized weights of a view by the stored name of their codes; headers and the small states are read.
 
     `names` (as in `Identity.names`) restricts the search to the model's own tensors.
@@ -98,12 +94,12 @@ def _four_bit_groups(records: Mapping[str, TensorRecord]) -> dict[str, dict[str,
     """Codes' name -> role -> stored name, for everything that carries a 4-bit role; the codes may be missing."""
     groups: dict[str, dict[str, str]] = {}
     for name in records:
-        stem, found, kind = name.rpartition(STATE)
+        stem, found, kind = name.rpartition(QUANT_STATE)
         if found:
             groups.setdefault(stem, {})[f"state:{kind}"] = name
             continue
         stem, _, role = name.rpartition(".")
-        if role in NEEDED + NESTED and (stem in records or stem.endswith("weight")):
+        if role in NEEDED_ROLES + NESTED_ROLES and (stem in records or stem.endswith("weight")):
             groups.setdefault(stem, {})[role] = name
     for name, record in records.items():
         # packed bytes without any state: nothing else is a column of bytes called weight
@@ -126,10 +122,13 @@ def dequantize(view: StateView, name: str, weight: QuantizedWeight | None = None
     """
     import numpy as np
 
-    weight = weight or find(view).get(name)
+    weight = weight or find_quantized(view).get(name)
     if weight is None:
         raise TensorkeepError(
-            f"{name} is no quantized weight", where=view.path, code="K01", hint=near_misses(name, find(view)) or None
+            f"{name} is no quantized weight",
+            where=view.path,
+            code="K01",
+            hint=near_misses(name, find_quantized(view)) or None,
         )
     refuse(weight, view.path)
     assert weight.shape is not None
@@ -152,14 +151,14 @@ def stream_values(view: StateView, weight: QuantizedWeight) -> Iterator[tuple[in
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
     scales = row_scales(view, weight)
     zero = _scale_grid(view, weight, "zero_point") if "zero_point" in weight.parts else None
-    step = max(quant_codes.CHUNK // max(columns, 1), 1)
+    step = max(quant_codes.ELEMENTS_AT_ONCE // max(columns, 1), 1)
     for at in range(0, rows, step):
         raw = bytearray().join(bytes(p) for p in view.stream(weight.name, (at, min(at + step, rows))))
         codes = np_frombuffer(raw, view[weight.name].dtype).reshape(-1, columns).astype("float32")
         down = [row // weight.block[0] for row in range(at, at + len(codes))]
         if zero is not None:
-            codes -= spread(zero[down], columns, weight.block[1])
-        codes *= spread(scales[down], columns, weight.block[1])
+            codes -= _spread(zero[down], columns, weight.block[1])
+        codes *= _spread(scales[down], columns, weight.block[1])
         yield at * columns, (codes * quant_codes.PER_127 if "SCB" in weight.parts else codes).reshape(-1)
 
 
@@ -192,7 +191,7 @@ def _scale_grid(view: StateView, weight: QuantizedWeight, role: str) -> Array:
     return np.asarray(view.array(weight.parts[role]).astype(np.float32).reshape(down, -1))
 
 
-def spread(scales: Array, columns: int, block: int) -> Array:
+def _spread(scales: Array, columns: int, block: int) -> Array:
     """One scale a block of columns to one a column; a single one stays one and broadcasts."""
     import numpy as np
 

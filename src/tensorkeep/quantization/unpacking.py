@@ -73,9 +73,9 @@ def _dequantize_4bit(
     dtype: torch.dtype,
 ) -> Tensor:
     if codes.is_cuda and codes.is_contiguous() and _has_triton():
-        from tensorkeep.quantization._kernels import dequantize
+        from tensorkeep.quantization._kernels import launch_dequantize
 
-        return dequantize(
+        return launch_dequantize(
             codes,
             absmax,
             quant_map,

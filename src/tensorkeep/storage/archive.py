@@ -49,7 +49,7 @@ argparse.Namespace _codecs.encode pathlib.PosixPath pathlib.PurePosixPath dateti
 numpy.core.multiarray.scalar numpy._core.multiarray.scalar
 numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct numpy.ndarray numpy.dtype
 """
-ALLOWED = frozenset(
+TENSOR_GLOBALS = frozenset(
     [f"{module}.{storage}" for module in ("torch", "torch.storage") for storage in _STORAGES]
     + [f"torch.{dtype.torch}" for dtype in DTYPES.values() if dtype.torch]
     + _PLAIN_GLOBALS.split()
@@ -193,7 +193,7 @@ class Entry(NamedTuple):
 _ZIP_FAILURES = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, IndexError)
 
 
-def entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
+def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
     """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
     where = f"{folder.url}/{file}"
     try:
@@ -255,7 +255,7 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         )
     if pickle.size > LARGEST_PICKLE:
         raise _damaged_zip(f"data.pkl has {pickle.size} bytes, more than {LARGEST_PICKLE}", where)
-    value, _ = parse(folder.read(file, pickle.start, pickle.size), ALLOWED, where)
+    value, _ = parse(folder.read(file, pickle.start, pickle.size), TENSOR_GLOBALS, where)
     return value
 
 

@@ -17,7 +17,7 @@ from tensorkeep.storage.record import DTYPES, FROM_TORCH, row_major
 _ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
 
 
-class Pack:
+class ArchiveBuilder:
     """Builds one archive's segments from `start` on. torch reads zip64, so sizes beyond 4 GiB use it."""
 
     def __init__(self, start: int) -> None:
@@ -120,9 +120,9 @@ def tensor_object(tensor: SinkTensor, key: str) -> Object:
     return Object(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", str(spelled))))
 
 
-def pack(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> Pack:
+def build_archive(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> ArchiveBuilder:
     """A whole archive: the pickle of `value`, then the storages (key, tensor), in torch.save's order of entries."""
-    made = Pack(start)
+    made = ArchiveBuilder(start)
     made.add("archive/data.pkl", emit(value))
     made.add("archive/byteorder", b"little")
     for key, tensor in tensors:

@@ -29,7 +29,7 @@ def dump(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def load(data: bytes, where: object) -> dict[str, Any]:
+def read_certificate(data: bytes, where: object) -> dict[str, Any]:
     """A certificate read back; anything but our schema is an error, not a guess."""
     document = parse_json(data, where)
     tensors = document.get("tensors") if isinstance(document, dict) else None

@@ -23,7 +23,7 @@ import xxhash
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot
 
 CHUNK = 16 << 20  # bytes; what a digest in the manifest covers
-BLOCK = 4096  # bytes; what direct I/O asks offsets, lengths and memory to be multiples of
+DISK_BLOCK = 4096  # bytes; what direct I/O asks offsets, lengths and memory to be multiples of
 CACHED = 1 << 20  # bytes copied, digested and looked through before the next: stays in a core's cache
 SMALL = 4 << 20  # bytes; below this the page cache is quicker
 _WRITERS, _READERS = 2, 4  # threads: one copies and digests while the other's write is under way
@@ -55,18 +55,18 @@ def allocate(size: int) -> memoryview:
 
     Huge pages are not asked for: where memory is in pieces the kernel stops to gather them (seconds a gigabyte).
     """
-    return memoryview(mmap.mmap(-1, max(padded(size), BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return memoryview(mmap.mmap(-1, max(padded(size), DISK_BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+    return -(-size // DISK_BLOCK) * DISK_BLOCK
 
 
 def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
-def pieces(layout: FileLayout) -> list[list[Piece]]:
+def chunk_pieces(layout: FileLayout) -> list[list[Piece]]:
     """What lies in each chunk of a file, in order.
 
     >>> [[piece.length for piece in chunk] for chunk in pieces(FileLayout("f", [Fixed(0, b"abc"), Slot(3, CHUNK, "w")]))]
@@ -108,7 +108,7 @@ def write_file(
     Raises OSError as the system gives it.
     """
     plan = _Plan(layout, source, floats or {})
-    handle = opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, direct=layout.size >= SMALL)
+    handle = open_handle(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, direct=layout.size >= SMALL)
     try:
         if layout.size >= SMALL:  # its full length at once, so that writes may overlap; fallocate measured slower
             os.ftruncate(handle, padded(layout.size))
@@ -134,7 +134,7 @@ class _Plan:
 
     def __init__(self, layout: FileLayout, source: Bytes | memoryview, floats: Mapping[str, str]) -> None:
         self.size, self.source, self.floats = layout.size, source, floats
-        self.chunks = pieces(layout)
+        self.chunks = chunk_pieces(layout)
         self.found: list[str] = []
         self.digests: dict[str, Any] = {}
         self.unsound: set[str] = set()
@@ -177,7 +177,7 @@ class _Plan:
             whole.update(target)
             if running is not None:
                 running.update(target)
-            if dtype is not None and piece.name is not None and not finite(target, dtype):
+            if dtype is not None and piece.name is not None and not all_finite(target, dtype):
                 self.unsound.add(piece.name)
 
 
@@ -198,7 +198,7 @@ def _write_all(handle: int, data: memoryview, start: int) -> None:
             through_cache = _go_through_cache(handle)
 
 
-def opened(path: Path, flags: int, direct: bool) -> int:
+def open_handle(path: Path, flags: int, direct: bool) -> int:
     """A handle, for direct I/O where that is asked for and the file system has it."""
     if direct and hasattr(os, "O_DIRECT"):
         try:
@@ -254,7 +254,7 @@ _INFINITY = {
 _ONLY_NAN = {"F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80, "F8_E8M0": 0xFF}
 
 
-def finite(data: memoryview, dtype: str) -> bool:
+def all_finite(data: memoryview, dtype: str) -> bool:
     """Whether raw little-endian floats hold neither NaN nor Inf; at memory speed, without a temporary.
 
     Read as integers, every NaN and Inf is larger than any finite value of its sign: two maxima tell.
@@ -285,7 +285,7 @@ def read_file(path: Path, size: int, digests: Sequence[str], image: memoryview |
     `image` (from `allocate`) receives the bytes; without one they are compared and forgotten. A file that ends early
     differs from there on. Raises OSError as the system gives it.
     """
-    handle = opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, direct=size >= SMALL)
+    handle = open_handle(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, direct=size >= SMALL)
     cached = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     turn, wrong = iter(range(len(digests))), []
     lock = threading.Lock()

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -21,6 +21,7 @@ TEMPORARY = ".tensorkeep-tmp"
 # a lone file (a .pth, a .safetensors) has no folder for its certificate: it lies beside under this ending
 CERTIFICATE = "tensorkeep.json"
 OPEN_FILES = 64  # kept open per folder: checkpoints have thousands of shards, a process often 1024 handles
+Progress = Callable[[str, int, int], None]  # called with what is being done, bytes done, bytes in all
 
 
 class Folder(Protocol):

@@ -20,9 +20,9 @@ _MODEL_ID = re.compile(
 )
 _FILE_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".distcp", ".metadata")
 # best first; a repository with the first is not asked for the others
-SECONDS = 10  # to wait for the Hub's first answer
+_SECONDS = 10  # to wait for the Hub's first answer
 _BESIDE = (".json", ".jinja", "tokenizer.model", "vocab.txt", "merges.txt")
-WEIGHTS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".gguf",))
+_WEIGHT_ENDINGS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".gguf",))
 
 
 def cached_snapshot(path: str) -> Path:
@@ -99,7 +99,7 @@ def _snapshot(repository: Path, revision: str | None) -> Path | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    endings = tuple(e for kinds in WEIGHTS for e in kinds)
+    endings = tuple(e for kinds in _WEIGHT_ENDINGS for e in kinds)
     return any(p.name.endswith(endings) and p.exists() for p in folder.iterdir())  # a link may dangle
 
 
@@ -110,7 +110,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
     ['config.json', 'model.safetensors']
     """
     top = sorted(n for n in names if "/" not in n)
-    weights = next((found for kinds in WEIGHTS if (found := [n for n in top if n.endswith(kinds)])), [])
+    weights = next((found for kinds in _WEIGHT_ENDINGS if (found := [n for n in top if n.endswith(kinds)])), [])
     # optimizer states and arguments of the Trainer end in .bin as well
     weights = [n for n in weights if not n.startswith(("training_args", "optimizer", "scheduler"))]
     beside = [n for n in top if n.endswith(_BESIDE) and not n.endswith(".index.json")]
@@ -120,9 +120,9 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 def _download(huggingface_hub: Any, repository: str, revision: str | None, path: str) -> Path:
     try:
         # model_info asks once; listing calls retry for half a minute, too long for a mistyped path
-        found = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=SECONDS)
+        found = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=_SECONDS)
         files = wanted_files(file.rfilename for file in found.siblings or ())
-        if not any(n.endswith(e) for kinds in WEIGHTS for e in kinds for n in files):
+        if not any(n.endswith(e) for kinds in _WEIGHT_ENDINGS for e in kinds for n in files):
             raise TensorkeepError("the repository holds no weights that can be read", where=path, code="F05")
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
     # with httpx below, a failed connection is no OSError; a name that the Hub refuses is a ValueError

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from tensorkeep.storage.record import nbytes
 
-
 SHARD_SIZE = 5_000_000_000  # bytes of a file of weights where none is asked for; transformers' default
 
 

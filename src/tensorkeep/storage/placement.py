@@ -101,8 +101,8 @@ def _put_in_place(temporary: Path, final: Path, overwrite: bool) -> Callable[[],
     """Rename `temporary` to `final`; what stood there takes its name. Gives back the way to undo that."""
     refuse_existing(final, overwrite)  # somebody may have come between
     if os.path.lexists(final) and not (final.is_dir() and temporary.is_dir() and not any(final.iterdir())):
-        exchange(temporary, final)
-        return lambda: exchange(temporary, final)
+        swap_names(temporary, final)
+        return lambda: swap_names(temporary, final)
     if temporary.is_dir():
         temporary.rename(final)  # refuses a folder that is not empty, replaces an empty one
         return lambda: _rename(final, temporary)
@@ -126,7 +126,7 @@ def _link(temporary: Path, final: Path) -> None:
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
-def exchange(one: Path, other: Path) -> None:
+def swap_names(one: Path, other: Path) -> None:
     """Swap two names. In one step where the kernel and the file system can, so that a kill at any instant leaves both."""
     import ctypes
 

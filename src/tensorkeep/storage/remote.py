@@ -15,7 +15,7 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import Folder, inside, short_file
 
-BLOCK, _BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
+_BLOCK, _BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
 
 
 def open_remote(url: str) -> tuple[Folder, str | None]:
@@ -25,7 +25,7 @@ def open_remote(url: str) -> tuple[Folder, str | None]:
     (<RemoteFolder s3://bucket/llama>, 'model.safetensors')
     """
     system, path = connect(url)
-    with explained(url):
+    with explained_store(url):
         system.invalidate_cache()
         kind = system.info(path)["type"]
     if kind == "directory":
@@ -54,7 +54,7 @@ class RemoteFolder:
             return self._listing
 
     def _list(self) -> dict[str, dict[str, Any]]:
-        with explained(self.url):
+        with explained_store(self.url):
             self.system.invalidate_cache(self.path)
             found = self.system.ls(self.path, detail=True)
         files = {e["name"].rstrip("/").rpartition("/")[2]: e for e in found if e["type"] == "file"}
@@ -78,10 +78,10 @@ class RemoteFolder:
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
             raise short_file(where, start, length, size)
-        if length > BLOCK:
+        if length > _BLOCK:
             return self._fetch(name, start, length)
-        first = start // BLOCK * BLOCK
-        blocks = b"".join(self._block(name, at, size) for at in range(first, start + length, BLOCK))
+        first = start // _BLOCK * _BLOCK
+        blocks = b"".join(self._block(name, at, size) for at in range(first, start + length, _BLOCK))
         return blocks[start - first : start - first + length]
 
     def _block(self, name: str, at: int, size: int) -> bytes:
@@ -90,7 +90,7 @@ class RemoteFolder:
             if (name, at) in self._blocks:
                 self._blocks.move_to_end((name, at))
                 return self._blocks[name, at]
-        data = self._fetch(name, at, min(BLOCK, size - at))
+        data = self._fetch(name, at, min(_BLOCK, size - at))
         with self._lock:
             self._blocks[name, at] = data
             while len(self._blocks) > _BLOCKS:
@@ -99,7 +99,7 @@ class RemoteFolder:
 
     def _fetch(self, name: str, start: int, length: int) -> bytes:
         where = f"{self.url}/{name}"
-        with explained(where):
+        with explained_store(where):
             data = bytes(self.system.cat_file(f"{self.path}/{name}", start=start, end=start + length))
         if len(data) != length:
             raise short_file(where, start, length, start + len(data))
@@ -125,7 +125,7 @@ def connect(url: str) -> tuple[Any, str]:
     except ImportError:
         raise TensorkeepError("remote paths need fsspec", where=url, hint="pip install 'tensorkeep[remote]'") from None
     try:
-        with explained(url):
+        with explained_store(url):
             system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:  # fsspec names the package that this protocol needs
         raise TensorkeepError(
@@ -135,7 +135,7 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def explained(where: object) -> Iterator[None]:
+def explained_store(where: object) -> Iterator[None]:
     """Turn what a store's client raises into one error that says what to do."""
     try:
         yield

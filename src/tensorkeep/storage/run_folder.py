@@ -52,7 +52,7 @@ def steps(run: Path) -> list[int]:
         return sorted((s for p in place.iterdir() if (s := step_of(p.name)) is not None and p.is_dir()), reverse=True)
 
 
-class Opened(NamedTuple):
+class OpenedCheckpoint(NamedTuple):
     """A checkpoint of a run as `view.read` opens it: its folder, the files to read as one view, what was passed over."""
 
     path: Path
@@ -61,7 +61,7 @@ class Opened(NamedTuple):
     run: dict[str, Any]  # step, samples, epoch, world_size as state.json has them
 
 
-def find(path: Path) -> tuple[Path, list[Finding]] | None:
+def find_checkpoint(path: Path) -> tuple[Path, list[Finding]] | None:
     """The checkpoint that a path means: a step folder itself, or the newest complete one of a run; None for neither."""
     run = path.parent if path.name == CHECKPOINTS else path
     with explained(run):
@@ -73,12 +73,12 @@ def find(path: Path) -> tuple[Path, list[Finding]] | None:
     return (path, []) if _is_step(path, names) else None
 
 
-def opened(path: Path) -> Opened | None:
+def open_checkpoint(path: Path) -> OpenedCheckpoint | None:
     """Look at a checkpoint without its data: manifest, sizes, the header's chunk, the position. None where it is none.
 
     Raises TensorkeepError with an F code where one of these is not whole.
     """
-    found = find(path.resolve())
+    found = find_checkpoint(path.resolve())
     if found is None:
         return None
     folder, passed = found
@@ -90,10 +90,10 @@ def opened(path: Path) -> Opened | None:
         document = parse_json((folder / STATE).read_bytes(), folder / STATE)
     numbers = ("step", "epoch", "samples", "world_size")
     run = {k: document[k] for k in numbers if isinstance(document, dict) and type(document.get(k)) is int}
-    name = weights(list(manifest.files))
+    name = weights_file(list(manifest.files))
     if name is not None:
         check_head(folder, name, manifest)
-    return Opened(folder, [name] if name else [p.name for p in folder.iterdir() if p.is_file()], passed, run)
+    return OpenedCheckpoint(folder, [name] if name else [p.name for p in folder.iterdir() if p.is_file()], passed, run)
 
 
 def _is_step(folder: Path, names: Sequence[str]) -> bool:
@@ -103,7 +103,7 @@ def _is_step(folder: Path, names: Sequence[str]) -> bool:
     )
 
 
-def weights(names: Sequence[str]) -> str | None:
+def weights_file(names: Sequence[str]) -> str | None:
     """The file of a checkpoint that holds the weights; None where they lie in another format (DCP)."""
     return next((n for n in (MODEL, ADAPTER) if n in names), None)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +24,13 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import SCHEMA, parse_json
-from tensorkeep.storage.files import explained, inside
+from tensorkeep.storage.files import Progress, explained, inside
 from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 256 << 20  # bytes; a hundred thousand tensors need 20 MB
-STEP = re.compile(r"step-(\d{6,})\Z")
-DIGEST = re.compile(r"[0-9a-f]{32}\Z")
-Progress = Callable[[str, int, int], None]
+_STEP = re.compile(r"step-(\d{6,})\Z")
+_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 
 
 class FileEntry(NamedTuple):
@@ -73,11 +72,11 @@ def step_of(name: str) -> int | None:
     >>> step_of("step-000123"), step_of("step-123"), step_of("step-0000123")
     (123, None, None)
     """
-    match = STEP.match(name)
+    match = _STEP.match(name)
     return int(match[1]) if match and len(match[1]) < 19 and step_name(int(match[1])) == name else None
 
 
-def dump(document: Mapping[str, Any]) -> bytes:
+def manifest_bytes(document: Mapping[str, Any]) -> bytes:
     """The one spelling of a manifest, its own digest at the end."""
     body = {k: v for k, v in document.items() if k != "xxh3_128"}
     return _text({**body, "xxh3_128": xxhash.xxh3_128(_text(body)).hexdigest()})
@@ -87,7 +86,7 @@ def _text(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode()
 
 
-def make(
+def make_manifest(
     step: int,
     files: Mapping[str, durable.Written],
     tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
@@ -95,7 +94,7 @@ def make(
     not_captured: Sequence[str] = (),
 ) -> bytes:
     """The manifest of files just written. `tensors`: file -> name -> (dtype, shape, first byte)."""
-    return dump(
+    return manifest_bytes(
         {
             "schema": SCHEMA,
             "step": step,
@@ -135,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     try:
         document = parse_json(data, path)
-        same = isinstance(document, dict) and dump(document) == data
+        same = isinstance(document, dict) and manifest_bytes(document) == data
     except (TensorkeepError, RecursionError, ValueError):  # ValueError: numbers too long to be written again
         same = False
     if not same:
@@ -177,7 +176,7 @@ def _file(name: str, entry: Any, path: Path) -> FileEntry:
     size, chunks = (entry.get("bytes"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(chunks, list):
         raise _odd(path, f"{shown(name)} has no size or no digests")
-    if len(chunks) != -(-size // durable.CHUNK) or not all(isinstance(c, str) and DIGEST.match(c) for c in chunks):
+    if len(chunks) != -(-size // durable.CHUNK) or not all(isinstance(c, str) and _DIGEST.match(c) for c in chunks):
         raise _odd(path, f"{shown(name)} has {len(chunks)} digests for {size} bytes")
     return FileEntry(size, chunks)
 
@@ -193,7 +192,7 @@ def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
             and type(start) is int
             and start >= 0
             and isinstance(digest, str)
-            and DIGEST.match(digest)
+            and _DIGEST.match(digest)
             and start + nbytes(dtype, shape) <= size
         ):
             return TensorEntry(dtype, shape, start, digest)

@@ -26,7 +26,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import explained
-from tensorkeep.storage.placement import exchange, remove, sync_folder, temporary_name
+from tensorkeep.storage.placement import remove, swap_names, sync_folder, temporary_name
 from tensorkeep.storage.record import FROM_TORCH
 from tensorkeep.storage.run_folder import BEST, CHECKPOINTS, EMA, LATEST, MODEL, OPTIMIZER, STATE
 from tensorkeep.storage.run_manifest import MANIFEST
@@ -214,7 +214,7 @@ class _Work:
                 self._write(temporary)
                 sync_folder(temporary)
                 if os.path.lexists(final):  # a damaged one that a resume passed over, or the same step again
-                    exchange(temporary.resolve(), final.resolve())
+                    swap_names(temporary.resolve(), final.resolve())
                 else:
                     os.rename(temporary, final)  # noqa: PTH104
                 sync_folder(final.parent)
@@ -252,7 +252,7 @@ class _Work:
                 s.tensor: (dtypes[s.tensor], tuple(own[s.tensor].shape), s.start) for s in layout.slots
             }
         written[STATE] = durable.write_small(folder / STATE, self.document)
-        manifest = run_manifest.make(self.step, written, tensors, self.base, self.not_captured)
+        manifest = run_manifest.make_manifest(self.step, written, tensors, self.base, self.not_captured)
         durable.write_small(folder / MANIFEST, manifest)
 
 
@@ -276,7 +276,7 @@ def load(folder: Path) -> State:
     folder = Path(folder)
     manifest = run_manifest.read_manifest(folder)
     run_manifest.check_sizes(folder, manifest)
-    weights = run_folder.weights(list(manifest.files))
+    weights = run_folder.weights_file(list(manifest.files))
     if weights is None or STATE not in manifest.files:
         raise TensorkeepError(f"has no {STATE if weights else MODEL}", where=folder, code="F05", tensors=())
     tensors: dict[str, dict[str, Tensor]] = {}

@@ -89,7 +89,7 @@ def plain_model(place: Path, values: Mapping[str, torch.Tensor] | None = None) -
 
 
 def dequantized(view: StateView) -> dict[str, torch.Tensor]:
-    return {n: torch.from_numpy(quantized.dequantize(view, n, w)) for n, w in quantized.find(view).items()}
+    return {n: torch.from_numpy(quantized.dequantize(view, n, w)) for n, w in quantized.find_quantized(view).items()}
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -104,12 +104,12 @@ def base_cases(place: Path, name: str, expected: Logits) -> Iterator[Outcome]:
 def quant_cases(place: Path, stored: Path, name: str, expected: Logits) -> Iterator[Outcome]:
     """One quantized form of the base: its true values, what our encoder makes of the base, the logits."""
     kind, view, base = stored.name.removeprefix("quant_"), read(stored), read(place / "base")
-    found = quantized.find(view)
+    found = quantized.find_quantized(view)
     values = dequantized(view)
     yield bitwise(f"{name} {kind}, dequantized", values, load_file(place / f"dequant_{kind}.safetensors"))
     sent = {}
     for weight in found.values():
-        how = quant_encoding.Kind(
+        how = quant_encoding.Encoding(
             weight.kind, weight.block if isinstance(weight.block, int) else 64, weight.nested is not None
         )
         sent[weight.name] = torch.from_numpy(quant_encoding.through(base.array(weight.name).astype(np.float32), how))

@@ -18,14 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 from tensorkeep.quantization import codes as quant_codes
 from tensorkeep.quantization import encoding
-from tensorkeep.quantization.encoding import Kind
+from tensorkeep.quantization.encoding import Encoding
 
 KINDS = {
-    "nf4_dq": Kind("nf4", 64, True),
-    "nf4": Kind("nf4"),
-    "fp4_dq": Kind("fp4", 64, True),
-    "fp4": Kind("fp4"),
-    "int8": Kind("int8"),
+    "nf4_dq": Encoding("nf4", 64, True),
+    "nf4": Encoding("nf4"),
+    "fp4_dq": Encoding("fp4", 64, True),
+    "fp4": Encoding("fp4"),
+    "int8": Encoding("int8"),
 }
 GEOMETRY = {
     "vocab_size": 101,
@@ -58,7 +58,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def encoded(name: str, weight: np.ndarray, kind: Kind) -> dict[str, np.ndarray]:
+def encoded(name: str, weight: np.ndarray, kind: Encoding) -> dict[str, np.ndarray]:
     """The tensors of one quantized weight as bitsandbytes names them."""
     if kind.kind == "int8":
         half = weight.astype(np.float16).astype(np.float32)
@@ -75,7 +75,7 @@ def encoded(name: str, weight: np.ndarray, kind: Kind) -> dict[str, np.ndarray]:
         "dtype": "float32",
         "shape": list(weight.shape),
     }
-    out = {name: quant_codes.packed(codes).reshape(-1, 1), f"{name}.quant_map": encoding.LEVELS[kind.kind]}
+    out = {name: quant_codes.pack_nibbles(codes).reshape(-1, 1), f"{name}.quant_map": encoding.LEVELS[kind.kind]}
     if kind.double:
         eight, outer, offset = encoding.nested(absmax)
         out |= {

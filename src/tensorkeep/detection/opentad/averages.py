@@ -75,7 +75,7 @@ def read_ema(source: str | Path | StateView, model: nn.Module | Iterable[str], r
     wanted = _wanted(model)
     own = dict(model.state_dict()) if isinstance(model, nn.Module) else None
     found = _spelled(_copies(view, root), wanted)
-    weights = quantized.find(view, {stored: stored for stored in found.averaged.values()})
+    weights = quantized.find_quantized(view, {stored: stored for stored in found.averaged.values()})
     _refuse(view, found, wanted, own, weights)
     tensors = {raw: tensor_of(view, found.averaged[name]).to(torch.float32) for raw, (name, _) in wanted.items()}
     spoiled = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

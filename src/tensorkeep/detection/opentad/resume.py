@@ -152,7 +152,7 @@ def _read(path: str | Path) -> _File:
         what = f"{', '.join(lacking)} not in it" if lacking else f"its epoch is {shown(epoch)}"
         hint = "weights alone are a start, not a position: --training.pretrained FILE"
         raise TensorkeepError(f"is no checkpoint of OpenTAD: {what}", where=view.path, code="K01", hint=hint)
-    return _File(view, names, quantized.find(view, {s: s for s in names.values()}), epoch + 1)
+    return _File(view, names, quantized.find_quantized(view, {s: s for s in names.values()}), epoch + 1)
 
 
 def _weights(file: _File, detector: Detector, base: bool) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ def _members(case: Case) -> set[str]:
     out: set[str] = set()
     for view, hubs in ((case.view, case.tensors), (case.reference, case.reference_tensors)):
         if view is not None and hubs:
-            weights = quantized.find(view)
+            weights = quantized.find_quantized(view)
             stored = {*weights, *quantized.members(weights)}
             out |= {n for n, hub in hubs.items() if hub.parts[0].name in stored}
     return out

@@ -81,7 +81,7 @@ class Match:
 def weights(case: Case) -> dict[str, QuantizedWeight]:
     """The quantized weights of the checkpoint, found once."""
     if "quantized" not in case.orders:
-        case.orders["quantized"] = quantized.find(case.view) if case.view is not None else {}
+        case.orders["quantized"] = quantized.find_quantized(case.view) if case.view is not None else {}
     found: dict[str, QuantizedWeight] = case.orders["quantized"]
     return found
 
@@ -111,7 +111,7 @@ def matches(case: Case) -> dict[str, Match]:
 def _matches(case: Case) -> Iterator[tuple[str, Match]]:
     if case.reference is None or case.view is None:
         return
-    theirs = quantized.find(case.reference)
+    theirs = quantized.find_quantized(case.reference)
     owners = {hub.name: hub.parts[0].name for hub in case.reference_tensors.values() if hub.parts}
     for name, weight in model_weights(case).items():
         target = hf_name(case, weight)
@@ -192,7 +192,7 @@ def _four_bit(view: StateView, weight: QuantizedWeight, flat: Array, slack: Arra
         got = quant_codes.nibbles(packed[at // 2 : (end + 1) // 2], end - at)
         best, margin = quant_codes.nearest_codes(some, true[blocks], weight.block, table)
         off = (table[best] != table[got]) & (margin > ROUNDING)
-        now, then = (quant_codes.packed(c).astype(np.int16) for c in (got, np.where(off, best, got)))
+        now, then = (quant_codes.pack_nibbles(c).astype(np.int16) for c in (got, np.where(off, best, got)))
         wrong, looked = wrong + int(off.sum()), looked + off.size
         moved, fell = moved + int((now != then).sum()), fell + int((now < then).sum())
         dots += _dots(quant_codes.scaled(table[got], true[blocks], weight.block), some)
@@ -219,7 +219,7 @@ def _int8(view: StateView, weight: QuantizedWeight, flat: Array) -> Figures:
     scales, true = quantized.row_scales(view, weight)[:, 0], np.zeros(rows, np.float32)
     wrong = fell = 0
     dots = np.zeros(3)
-    step = max(quant_codes.CHUNK // max(columns, 1), 1)
+    step = max(quant_codes.ELEMENTS_AT_ONCE // max(columns, 1), 1)
     for at in range(0, rows, step):
         some = flat.reshape(rows, columns)[at : at + step]
         top = true[at : at + step] = np.abs(some).max(axis=1, initial=0)
@@ -357,7 +357,7 @@ def _tied(view: StateView, weight: QuantizedWeight) -> bool | None:
     if beside not in view or view[beside].dtype != "U8" or view[beside].shape != (16,):
         return None
     parts = {role: view.digest(n) for role, n in weight.parts.items() if role != "weight_format"}
-    return bytes(view.bytes(beside)) == quant_codes.tie({"weight": view.digest(weight.name), **parts})
+    return bytes(view.bytes(beside)) == quant_codes.joint_digest({"weight": view.digest(weight.name), **parts})
 
 
 def _certified(view: StateView) -> dict[str, str]:

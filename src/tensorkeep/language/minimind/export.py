@@ -24,7 +24,7 @@ from tensorkeep.formats.view import Note, StateView, read
 from tensorkeep.language.minimind._position import Batching, step_of
 from tensorkeep.language.minimind._resume_file import registered
 from tensorkeep.storage import run_folder
-from tensorkeep.storage.archive_writing import pack, tensor_object
+from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.placement import replacing
@@ -58,7 +58,7 @@ def export_resume(
     >>> export_resume("runs/one", "checkpoints/pretrain_768_resume.pth").step         # doctest: +SKIP
     2000
     """
-    opened = run_folder.opened(Path(run))
+    opened = run_folder.open_checkpoint(Path(run))
     if opened is None or run_folder.MODEL not in opened.files:
         what = "is no run of ours" if opened is None else "holds an adapter alone, MiniMind's file the base as well"
         what = what if opened is None or run_folder.ADAPTER in opened.files else "keeps its weights sharded"
@@ -258,7 +258,8 @@ def _write(plan: Plan, value: dict[str, Any], out: Path, overwrite: bool) -> Non
     keys = _keys(plan.steps)
     with replacing(out, overwrite) as temporary:
         layout = FileLayout(
-            temporary.name, pack(0, value, [(keys[t.name], t) for t in plan.tensors if t.name in keys]).segments
+            temporary.name,
+            build_archive(0, value, [(keys[t.name], t) for t in plan.tensors if t.name in keys]).segments,
         )
         sums = write_files([layout], temporary.parent, plan, quiet)
         check_sources(plan, sums)
