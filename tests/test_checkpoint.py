@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from tensorkeep.diagnosis.verification import verify
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
-from tensorkeep.storage import durable, run_manifest
+from tensorkeep.storage import run_manifest
+from tensorkeep.storage.finite import all_finite
 from tensorkeep.training.saver import Keep, Saver, State, best, load, mark_best, newest, prune, save, steps
 from tests.helpers import refused
 from tests.run_states import identical, same, state
@@ -162,7 +163,7 @@ def test_finite_is_what_torch_says_for_every_bit_pattern(dtype: torch.dtype, dat
     tensor = torch.frombuffer(bytearray(data), dtype=dtype)
     name = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bfloat16: "BF16"}.get(dtype)
     name = name or f"F{8 * width}"
-    assert durable.all_finite(memoryview(data), name) == bool(tensor.to(torch.float64).isfinite().all())
+    assert all_finite(memoryview(data), name) == bool(tensor.to(torch.float64).isfinite().all())
 
 
 # -- damage -------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.dcp import METADATA, metadata
 from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickle_writing import emit
-from tensorkeep.storage.pickles import Global, Object, Persistent
 from tests.samples import everything, read_all
 
 SECONDS = 10.0  # for one file; honest ones take milliseconds

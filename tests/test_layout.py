@@ -19,7 +19,7 @@ from tensorkeep.formats import dcp, pth, safetensors
 from tensorkeep.storage.archive import iter_tensors, saved_value, zip_entries
 from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
-from tensorkeep.storage.pickles import Global, Object
+from tensorkeep.storage.pickle_values import Global, Object
 from tensorkeep.storage.record import FROM_TORCH
 from tests.samples import run, state, write_hf
 

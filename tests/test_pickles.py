@@ -20,8 +20,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.dcp import DCP_GLOBALS
+from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickle_writing import emit
-from tensorkeep.storage.pickles import Global, Object, Persistent, parse
+from tensorkeep.storage.pickles import parse
 from tests.samples import write_dcp
 
 scalars = (

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.formats.view import np_dtype
+from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.storage.record import (
     DTYPES,
     FROM_TORCH,

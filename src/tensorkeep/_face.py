@@ -1,4 +1,4 @@
-"""A room's public names, found when they are first used, so that importing a room costs nothing."""
+"""Find a room's public names when they are first used, so that importing a room costs nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ def lazy(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], 
 
     Args:
         package: the package's `__name__`.
-        where: public name -> module that defines it, relative to the package, or absolute where it has its first word.
+        where: public name -> module that defines it: relative to the package, or absolute where it begins with the
+            package's top name.
+
+    Returns:
+        The two functions; the first raises AttributeError for a name that is not in `where`.
 
     Example:
         >>> find, names = lazy("tensorkeep.errors", {"near_misses": "tensorkeep.errors"})

@@ -1,4 +1,4 @@
-"""Import paths of version 0.1 that documentation printed: each still works and warns with the path it has now."""
+"""Import paths that the documentation of version 0.1 printed: each still works and warns with the path it has now."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Find a module of the table; None for any other."""
         if fullname not in MOVED:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=not MOVED[fullname])
 
     def exec_module(self, module: types.ModuleType) -> None:
+        """Give the module a `__getattr__` that warns and looks names up where they are now."""
         old = module.__name__
         homes = [importlib.import_module(name) for name in MOVED[old]]
 

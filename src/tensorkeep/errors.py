@@ -12,11 +12,20 @@ from collections.abc import Iterable
 
 
 class TensorkeepError(Exception):
-    """What went wrong, where, and what to do next.
+    """Say what went wrong, where, and what to do next.
 
-    >>> print(TensorkeepError("no tensor 'lm_hed.weight'", where="model.safetensors", hint="did you mean lm_head.weight?"))
-    model.safetensors: no tensor 'lm_hed.weight'
-    hint: did you mean lm_head.weight?
+    Args:
+        what: what happened, as the rest of a sentence about `where`.
+        where: the file, tensor or argument concerned.
+        hint: what to do about it.
+        code: the finding code that applies, e.g. "F05".
+        exit_code: what the command line returns.
+        tensors: stored names that the error is about, where it is about some.
+
+    Example:
+        >>> print(TensorkeepError("no tensor 'lm_hed'", where="model.safetensors", hint="did you mean lm_head?"))
+        model.safetensors: no tensor 'lm_hed'
+        hint: did you mean lm_head?
     """
 
     def __init__(
@@ -39,7 +48,7 @@ class TensorkeepError(Exception):
 
     @property
     def line(self) -> str:
-        """The first line alone: code, place, what. Always one line, printable on any terminal."""
+        """Code, place and what happened in one line, printable on any terminal; without the hint."""
         code = f"{self.code} " if self.code else ""
         where = f"{self.where}: " if self.where else ""
         return printable(f"{code}{where}{self.what}")
@@ -59,20 +68,30 @@ def _rebuild(
 
 
 def printable(text: str, most: int = 2000) -> str:
-    r"""`text` without control characters and lone surrogates, cut at `most`: names come out of untrusted files.
+    r"""Return text without control characters and lone surrogates, cut at `most`: names come out of untrusted files.
 
-    >>> printable("a\x1b[2Jb")
-    'a\\x1b[2Jb'
+    Args:
+        text: any text.
+        most: most characters to keep.
+
+    Example:
+        >>> printable("a\x1b[2Jb")
+        'a\\x1b[2Jb'
     """
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
     return plain + (f"... ({len(text)} characters)" if len(text) > most else "")
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value out of an untrusted file for a message: short, whatever its size, depth and sharing.
+    """Spell a value from an untrusted file for a message: short, whatever its size, depth and sharing.
 
-    >>> shown("a name"), shown([1, [2, 3]]), shown(1 << 20000)
-    ("'a name'", '[1, list]', 'a number of 20001 bits')
+    Args:
+        value: anything.
+        most: most characters of a text to keep.
+
+    Example:
+        >>> shown("a name"), shown([1, [2, 3]]), shown(1 << 20000)
+        ("'a name'", '[1, list]', 'a number of 20001 bits')
     """
     if isinstance(value, (str, bytes)):
         return repr(value[:most]) + ("..." if len(value) > most else "")
@@ -87,17 +106,30 @@ def shown(value: object, most: int = 80) -> str:
 
 
 def near_misses(word: str, known: Iterable[str], most: int = 3) -> str:
-    """`did you mean a, b?` for the known words nearest to `word`, or an empty string.
+    """Suggest the known words nearest to a misspelt one.
 
-    >>> near_misses("torchtian", ["hf", "torchtitan", "minimind"])
-    'did you mean torchtitan?'
+    Args:
+        word: what somebody wrote.
+        known: the words that exist.
+        most: most words to suggest.
+
+    Returns:
+        `did you mean a, b?`, or an empty string where none is near.
+
+    Example:
+        >>> near_misses("torchtian", ["hf", "torchtitan", "minimind"])
+        'did you mean torchtitan?'
     """
     close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.6)
     return f"did you mean {', '.join(close)}?" if close else ""
 
 
 class Inconclusive(Exception):
-    """Why a check that matters could not run; the verdict becomes `inconclusive` unless an error was found."""
+    """Raised where a check that matters cannot run; the verdict is then `inconclusive` unless an error was found.
+
+    Args:
+        reason: why it cannot run.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -1,7 +1,4 @@
-"""Findings: one fact that a check proved, with its code, evidence and fix; codes and their one-line titles.
-
-The order of CODES is the order in which codes speak where two could fit (see the design, §6).
-"""
+"""A finding: one fact that a check proved about a checkpoint or a model, with its code, evidence and fix."""
 
 from __future__ import annotations
 
@@ -15,7 +12,17 @@ Verdict = Literal["ok", "findings", "inconclusive"]
 
 @dataclass
 class Finding:
-    """One fact. `tensors` are the names concerned, `evidence` numbers, `fix` a command to paste or None."""
+    """One fact that a check proved.
+
+    Attributes:
+        code: e.g. "F03"; `tensorkeep explain CODE` says what it means.
+        severity: "error", "warning" or "info".
+        message: one sentence.
+        tensors: names of the tensors concerned.
+        evidence: the numbers behind it.
+        explains: codes of other findings that follow from this one.
+        fix: a command to paste, or None.
+    """
 
     code: str
     severity: Severity
@@ -26,6 +33,7 @@ class Finding:
     fix: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the finding as a document for `--json`."""
         return {
             "code": self.code,
             "severity": self.severity,
@@ -39,7 +47,19 @@ class Finding:
 
 
 def verdict_of(findings: Sequence[Finding], inconclusive: bool = False) -> Verdict:
-    """`ok` when there are only infos and warnings."""
+    """Sum findings up in one word.
+
+    Args:
+        findings: what the checks found.
+        inconclusive: whether a check that matters could not run.
+
+    Returns:
+        "findings" where one is an error, else "inconclusive" or "ok".
+
+    Example:
+        >>> verdict_of([Finding("F07", "warning", "a stray file")])
+        'ok'
+    """
     if any(f.severity == "error" for f in findings):
         return "findings"
     return "inconclusive" if inconclusive else "ok"

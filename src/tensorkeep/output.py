@@ -1,4 +1,4 @@
-"""What a person or a program sees. The only file that prints: data on stdout, everything else on stderr.
+"""Everything that a person or a program sees is printed here: data on stdout, everything else on stderr.
 
 `--json` gives one document on stdout; `--quiet` leaves errors and data. Progress shows on a terminal only, with bytes
 and the time left. rich is imported when a table or a bar is drawn, not before.
@@ -22,34 +22,39 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Output:
-    """How to speak: `json` one document, `quiet` no remarks."""
+    """Prints what a command has to say.
+
+    Attributes:
+        json: print one document and nothing else on stdout.
+        quiet: no remarks and no progress.
+    """
 
     json: bool = False
     quiet: bool = False
 
     def document(self, document: dict[str, Any]) -> None:
-        """The one document of `--json`."""
+        """Print the one document of `--json`."""
         json.dump({"schema": SCHEMA, **document}, sys.stdout, ensure_ascii=True, allow_nan=False, default=str)
         sys.stdout.write("\n")
 
     def line(self, text: str = "") -> None:
-        """A line of data for people; silent under --json."""
+        """Print a line of data for people; silent under --json."""
         if not self.json:
             sys.stdout.write(text + "\n")
 
     def piece(self, text: str) -> None:
-        """A piece of data for people, shown at once and without a line's end; silent under --json."""
+        """Print a piece of data for people at once, without a line's end; silent under --json."""
         if not self.json:
             sys.stdout.write(text)
             sys.stdout.flush()
 
     def remark(self, text: str) -> None:
-        """A line on the side (stderr): notes, warnings, what was done."""
+        """Print a note, a warning or what was done on stderr."""
         if not self.quiet:
             sys.stderr.write(text + "\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
-        """A table on stdout. Numbers go right. Plain text where stdout is not a terminal, so that it can be piped."""
+        """Print a table on stdout; plain text where stdout is not a terminal, so that it can be piped."""
         if self.json:
             return
         from rich import box
@@ -67,6 +72,7 @@ class Output:
         Console(width=wide, highlight=False, soft_wrap=False).print(table)
 
     def error(self, error: TensorkeepError) -> None:
+        """Print an error and its hint on stderr, and as the document under --json."""
         sys.stderr.write(f"error: {error.line}\n")
         if error.hint:
             sys.stderr.write(f"hint: {error.hint}\n")
@@ -77,7 +83,7 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A callback (what, bytes done, bytes in all) that draws a bar with rate and time left after one second."""
+        """Give a callback (what, bytes done, bytes in all) that draws a bar, with rate and time left."""
         if self.quiet or self.json or not sys.stderr.isatty():
             yield lambda _what, _done, _total: None
             return
@@ -88,19 +94,19 @@ class Output:
             bar.close()
 
     def status(self) -> Status | None:
-        """A line that a long run keeps up to date; None where nobody is to see one."""
+        """Return a line that a long run keeps up to date; None where nobody is to see one."""
         return None if self.quiet or self.json else Status(sys.stderr.isatty())
 
 
 class Status:
-    """How far a run is: one line redrawn on a terminal, a line every half minute elsewhere."""
+    """Shows how far a run is: one line redrawn on a terminal, a line every half minute elsewhere."""
 
     def __init__(self, terminal: bool) -> None:
         self.terminal, self.last = terminal, 0.0
         self.first: tuple[float, int] | None = None
 
     def show(self, text: str, done: int, total: int) -> None:
-        """`text` about update `done` of `total`; the time left follows from the pace since the first call."""
+        """Show `text` about update `done` of `total`; the time left follows from the pace since the first call."""
         now = time.monotonic()
         self.first = self.first or (now, done)
         if now - self.last < (0.1 if self.terminal else 30.0) and done < total:
@@ -113,15 +119,20 @@ class Status:
         sys.stderr.flush()
 
     def close(self) -> None:
+        """End the line."""
         if self.terminal and self.last:
             sys.stderr.write("\n")
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Spell seconds for people.
 
-    >>> duration(42), duration(4000), duration(200000)
-    ('42 s', '1 h 7 min', '2 d 8 h')
+    Args:
+        seconds: the time.
+
+    Example:
+        >>> duration(42), duration(4000), duration(200000)
+        ('42 s', '1 h 7 min', '2 d 7 h')
     """
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -133,13 +144,14 @@ def duration(seconds: float) -> str:
 
 
 class _Bar:
-    """One line on stderr, redrawn a few times a second and wiped at the end. Cheap enough to call per chunk."""
+    """One line on stderr, redrawn a few times a second and wiped at the end; cheap enough to call per chunk."""
 
     def __init__(self) -> None:
         self.what, self.started, self.drawn, self.lock = "", 0.0, False, threading.Lock()
         self.last = 0.0
 
     def update(self, what: str, done: int, total: int) -> None:
+        """Redraw the line where enough time has passed."""
         now = time.monotonic()
         with self.lock:
             if what != self.what:
@@ -156,12 +168,14 @@ class _Bar:
             sys.stderr.flush()
 
     def close(self) -> None:
+        """Wipe the line."""
         if self.drawn:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
 
 
 def _escaped(cell: object) -> str:
+    """Make a table cell harmless: names come out of untrusted files."""
     from rich.markup import escape
 
     # names come out of untrusted files: neither markup nor control characters may reach the terminal
@@ -169,10 +183,14 @@ def _escaped(cell: object) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people, decimal units.
+    """Spell bytes for people, in decimal units.
 
-    >>> size(269060552)
-    '269.1 MB'
+    Args:
+        count: number of bytes.
+
+    Example:
+        >>> size(269060552)
+        '269.1 MB'
     """
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 1000 or unit == "TB":
@@ -182,9 +200,13 @@ def size(count: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A difference for people: three digits, or a dash.
+    """Spell a number for people: three digits, or a dash where there is none.
 
-    >>> number(0.0123456), number(None), number(0.0)
-    ('0.0123', '-', '0')
+    Args:
+        value: the number or None.
+
+    Example:
+        >>> number(0.0123456), number(None), number(0.0)
+        ('0.0123', '-', '0')
     """
     return "-" if value is None else "0" if value == 0 else f"{value:.3g}"

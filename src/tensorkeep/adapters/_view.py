@@ -23,7 +23,8 @@ import numpy as np
 from tensorkeep.adapters.reading import Adapter, Share
 from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import STREAM_BYTES, StateView, np_dtype, np_frombuffer
+from tensorkeep.formats.arrays import np_dtype, np_frombuffer
+from tensorkeep.formats.view import STREAM_BYTES, StateView
 from tensorkeep.quantization import encoding as quant_encoding
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.codes import Array, scaled

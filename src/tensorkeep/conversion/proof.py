@@ -50,7 +50,7 @@ def read_certificate(view: StateView) -> dict[str, Any] | None:
     names = view.folder.names()
     lone = Path(view.path).name
     name = f"{lone}.{CERTIFICATE}" if lone in names else CERTIFICATE
-    return manifest.read_certificate(view.folder.read(name), f"{view.folder.url}/{name}") if name in names else None
+    return manifest.parse_certificate(view.folder.read(name), f"{view.folder.url}/{name}") if name in names else None
 
 
 def check_sources(plan: Plan, sums: dict[str, Sums]) -> None:

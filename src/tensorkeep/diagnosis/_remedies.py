@@ -16,7 +16,7 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.diagnosis import Diagnosis
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.sources import layer_of
-from tensorkeep.formats.view import np_dtype
+from tensorkeep.formats.arrays import np_dtype
 
 Recipe = Callable[[], Array]
 # causes that only change names: reading already took them away

@@ -21,7 +21,8 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
-from tensorkeep.formats.view import StateView, np_dtype
+from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.record import DTYPES
 
 THREADS = min(4, os.cpu_count() or 1)

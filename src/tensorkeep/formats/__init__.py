@@ -1,4 +1,4 @@
-"""Any checkpoint as named tensors: `read` opens every format as a `StateView`; one file a format."""
+"""Any checkpoint as named tensors: `read` opens every format as a `StateView`; one file per format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the blocks of a sharded tensor overlap."""
+"""Tell whether the blocks of a sharded tensor overlap."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tensorkeep.storage.record import Block
 
 
 def overlapping(blocks: list[Block]) -> bool:
-    """Whether two chunks share an element. With the right total, no overlap means an exact cover.
+    """Tell whether two blocks share an element; with the right total, no overlap means an exact cover.
 
     Shards come from cutting the tensor through, again and again: that is followed, a dimension at a time. What
     cannot be cut is compared pair by pair, and taken for an overlap where that would be too much work.
@@ -33,7 +33,7 @@ def overlapping(blocks: list[Block]) -> bool:
 
 
 def _cut_through(group: list[Block], dimension: int) -> list[list[Block]]:
-    """The blocks in groups that no hyperplane across `dimension` meets twice."""
+    """Sort the blocks into groups that no hyperplane across `dimension` meets twice."""
     parts: list[list[Block]] = []
     end = -1
     for block in sorted(group, key=lambda b: b.offsets[dimension]):
@@ -45,6 +45,7 @@ def _cut_through(group: list[Block], dimension: int) -> list[list[Block]]:
 
 
 def _share(group: list[Block]) -> bool:
+    """Tell whether any two blocks share an element, by comparing every pair."""
     return any(
         all(o < p + m and p < o + n for o, n, p, m in zip(a.offsets, a.shape, b.offsets, b.shape))
         for i, a in enumerate(group)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and tensor infos, every count and offset checked before it is used.
+"""Read the header of a GGUF file: metadata and tensor infos, every count and offset checked before it is used.
 
 The header is parsed here and not by gguf.GGUFReader because that one maps a local file, believes every count it reads
 (a hostile one loops for hours) and takes seconds for a vocabulary; the gguf package gives the types, their block
@@ -28,7 +28,14 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 class TensorInfo(NamedTuple):
-    """One tensor: its name, shape in row-major order (ggml's `ne` reversed), ggml type number, offset in the data."""
+    """One tensor as the header describes it.
+
+    Attributes:
+        name: its name in llama.cpp's spelling.
+        shape: its sizes in row-major order, ggml's `ne` reversed.
+        kind: number of its ggml type.
+        offset: first byte, counted from the start of the data.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +44,14 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What stands before the data. `start`: the byte that tensor offsets count from; `alignment` in bytes."""
+    """What stands before the tensors' data.
+
+    Attributes:
+        metadata: key -> value.
+        tensors: the tensors in the order of the header.
+        start: byte of the file that tensor offsets count from.
+        alignment: tensor offsets are multiples of this, in bytes.
+    """
 
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
@@ -46,7 +60,7 @@ class Header(NamedTuple):
 
 
 class Cursor:
-    """A place in a file that moves on as values are read; the file is fetched in growing pieces, never mapped."""
+    """A position in a header that moves on as values are read; the file is fetched in growing pieces, never mapped."""
 
     def __init__(self, folder: Folder, file: str) -> None:
         self.folder, self.file = folder, file
@@ -57,10 +71,11 @@ class Cursor:
         self._data = b""
 
     def wrong(self, what: str) -> TensorkeepError:
+        """Make the error for a header that contradicts itself (F07)."""
         return TensorkeepError(what, where=self.where, code="F07", hint=DAMAGED)
 
     def need(self, count: int) -> int:
-        """Make sure that the next `count` bytes are in memory; where they begin. F02 beyond the end of the file."""
+        """Get the next `count` bytes into memory and return where they begin; F02 beyond the file's end."""
         start, end = self.at, self.at + count
         if end > self.size:
             raise short_file(self.where, start, count, self.size)
@@ -73,13 +88,13 @@ class Cursor:
         return start
 
     def numbers(self, form: str, count: int = 1) -> tuple[Any, ...]:
-        """`count` little-endian numbers of one struct letter."""
+        """Read `count` little-endian numbers of one struct letter."""
         text = f"<{count}{form}"
         start = self.need(struct.calcsize(text))  # first: it may replace the buffer
         return struct.unpack_from(text, self._data, start)
 
     def string(self, strict: bool = False) -> str:
-        """A string. Vocabularies in the wild hold broken UTF-8: kept as surrogates, refused in names (`strict`)."""
+        """Read a string; broken UTF-8, which vocabularies have, is kept as surrogates, or refused (`strict`)."""
         start = self.need(8)
         (length,) = _LENGTH.unpack_from(self._data, start)  # precompiled: a vocabulary has 10^5 strings
         start = self.need(length)
@@ -89,7 +104,7 @@ class Cursor:
             raise self.wrong(f"the name at byte {start} is not UTF-8") from None
 
     def value(self, kind: int, key: str) -> Any:
-        """One metadata value of a GGUF value type: a number, a bool, a string, or a list of these."""
+        """Read one metadata value of a GGUF value type: a number, a bool, a string, or a list of these."""
         if kind in SCALARS:
             return self.numbers(SCALARS[kind])[0]
         if kind == _STRING:
@@ -111,10 +126,18 @@ class Cursor:
 
 
 def read_gguf_header(folder: Folder, file: str) -> Header:
-    """Parse one file's header. Raises TensorkeepError F02 (truncated) or F07 (contradicts itself).
+    """Parse the header of one GGUF file.
 
-    >>> read_header(folder, "model.gguf").metadata["general.architecture"]   # doctest: +SKIP
-    'llama'
+    Args:
+        folder: where the file lies.
+        file: its name.
+
+    Raises:
+        TensorkeepError: F02 where it is truncated, F07 where it contradicts itself or is another version.
+
+    Example:
+        >>> read_gguf_header(folder, "model.gguf").metadata["general.architecture"]   # doctest: +SKIP
+        'llama'
     """
     cursor = Cursor(folder, file)
     start = cursor.need(4)
@@ -151,6 +174,7 @@ def read_gguf_header(folder: Folder, file: str) -> Header:
 
 
 def _info(cursor: Cursor) -> TensorInfo:
+    """Read one tensor's entry."""
     name = cursor.string(strict=True)
     (dims,) = cursor.numbers("I")
     if dims > _MOST_DIMS:

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer out of a GGUF file's vocabulary: byte-level BPE ("gpt2") and SentencePiece BPE ("llama").
+"""Make a Hugging Face tokenizer of a GGUF file's vocabulary: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
 tokenizer.json is written as data, so that neither tokenizers nor transformers is needed. How text is cut before the
 merges is not in the file, only a name for it (`tokenizer.ggml.pre`): for names that are not in PRE no tokenizer is
@@ -21,11 +21,12 @@ _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
 
 def _byte_level(cut: bool) -> dict[str, Any]:
-    """The step that spells bytes as letters; `cut`: it also cuts the text as GPT-2 does."""
+    """Describe the step that spells bytes as letters; with `cut` it also cuts the text as GPT-2 does."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cut}
 
 
 def _split(regex: str) -> dict[str, Any]:
+    """Describe the step that cuts text by a regular expression and then spells bytes as letters."""
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
 
@@ -42,12 +43,21 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # words that are in the voca
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
-    """tokenizer.json, tokenizer_config.json and special_tokens_map.json by name, and a remark, empty where all is sure.
+    """Make the tokenizer's files from a GGUF file's metadata.
 
-    Raises TensorkeepError where the file holds no tokenizer, or one that cannot be carried faithfully.
+    Args:
+        metadata: the metadata of the file's header.
 
-    >>> sorted(tokenizer_files(view.metadata["gguf"])[0])            # doctest: +SKIP
-    ['special_tokens_map.json', 'tokenizer.json', 'tokenizer_config.json']
+    Returns:
+        tokenizer.json, tokenizer_config.json and special_tokens_map.json by name, each as a document; and a remark
+        about what had to be assumed, empty where nothing was.
+
+    Raises:
+        TensorkeepError: the file holds no tokenizer, or one that cannot be carried over faithfully.
+
+    Example:
+        >>> sorted(tokenizer_files(view.metadata["gguf"])[0])            # doctest: +SKIP
+        ['special_tokens_map.json', 'tokenizer.json', 'tokenizer_config.json']
     """
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     tokens = _strings(metadata, "tokens")
@@ -96,6 +106,7 @@ _ORDER = [
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    """Return a list of strings of the tokenizer's metadata; it must be there and proper text."""
     values = metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
         raise TensorkeepError(f"the file has no tokenizer.ggml.{key}")
@@ -105,6 +116,7 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _document(model: dict[str, Any], normalizer: Any, pre_tokenizer: Any, decoder: Any) -> dict[str, Any]:
+    """Put the parts of tokenizer.json together."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -127,6 +139,7 @@ def _document(model: dict[str, Any], normalizer: Any, pre_tokenizer: Any, decode
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], pre: str) -> dict[str, Any]:
+    """Make tokenizer.json's content for a vocabulary of bytes spelled as letters, as GPT-2's."""
     merges = _strings(metadata, "merges")
     pairs = (merge.split(" ") for merge in merges)
     odd = next((p for p in pairs if len(p) != 2 or any(part not in vocabulary for part in (*p, "".join(p)))), None)
@@ -140,7 +153,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], pre
 def _sentencepiece(
     metadata: Mapping[str, Any], tokens: Sequence[str], vocabulary: dict[str, int], kinds: Sequence[int]
 ) -> dict[str, Any]:
-    """BPE over pieces with ▁ for a space; unknown characters become byte tokens."""
+    """Make tokenizer.json's content for a vocabulary with ▁ for a space; unknown characters become byte tokens."""
     scores = metadata.get("tokenizer.ggml.scores")
     if (
         not isinstance(scores, list)
@@ -166,7 +179,7 @@ def _sentencepiece(
 
 
 def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> list[list[str]]:
-    """The merges that SentencePiece's scores imply: every way to make a piece of two, best score first.
+    """Derive the merges that SentencePiece's scores imply: every way to make a piece of two, best score first.
 
     >>> merges_from_scores(["a", "b", "ab"], [0, -1, -2], [1, 1, 1])
     [['a', 'b']]
@@ -186,6 +199,7 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], kinds: Se
 
 
 def _special(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
+    """Name the special tokens: {"bos_token": "<s>", ...}."""
     out = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -195,6 +209,7 @@ def _special(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, st
 
 
 def _added(i: int, token: str, kind: int) -> dict[str, Any]:
+    """Make an entry of tokenizer.json's added_tokens."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": kind != _USER}
     return {"id": i, "content": token, **flags}
 
@@ -202,7 +217,7 @@ def _added(i: int, token: str, kind: int) -> dict[str, Any]:
 def _post_processor(
     metadata: Mapping[str, Any], pre: str, special: Mapping[str, str], vocabulary: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """What is put around the ids. Without a flag llama.cpp adds bos for SentencePiece and Llama 3."""
+    """Describe what is put around the ids; without a flag llama.cpp adds bos for SentencePiece and Llama 3."""
     by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in _WHOLE_WORDS
     ahead = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", by_default) is True else None
     behind = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token") is True else None
@@ -226,6 +241,7 @@ def _post_processor(
 def _config(
     metadata: Mapping[str, Any], special: Mapping[str, str], added: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
+    """Make tokenizer_config.json."""
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     template = metadata.get("tokenizer.chat_template")
     config: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Where the bytes of a tensor lie in its files, in the order in which the tensor's rows come."""
+"""Where the bytes of a tensor lie in its files, in the order of the tensor's rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Span = tuple[str, int, int, int | None]  # file, first byte, bytes, their CRC-32
 
 
 def row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
-    """Byte ranges that make up the tensor in order, or None where blocks are not runs of whole rows."""
+    """List the byte ranges that make up the tensor in order, or None where blocks are not runs of whole rows."""
     spans, row = [], 0
     for block in blocks:
         whole_rows = block.shape[1:] == record.shape[1:] and not any(block.offsets[1:])
@@ -24,7 +24,7 @@ def row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
 
 
 def cut_spans(spans: list[Span], first: int, last: int) -> Iterator[Span]:
-    """The part of consecutive spans between two byte positions of the tensor."""
+    """Give the part of consecutive spans between two byte positions of the tensor."""
     at = 0
     for file, start, length, crc in spans:
         low, high = max(first, at), min(last, at + length)

@@ -32,7 +32,13 @@ _LARGEST = 256 << 20  # bytes; the largest tokenizers have 40 MB
 
 
 class Companion(NamedTuple):
-    """A small file that goes with the weights: its name, its bytes, where it came from."""
+    """A small file that goes with the weights.
+
+    Attributes:
+        name: its name.
+        data: its bytes.
+        where: where it came from, for messages.
+    """
 
     name: str
     data: bytes

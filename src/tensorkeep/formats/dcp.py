@@ -1,7 +1,7 @@
-"""`dcp`: torch.distributed.checkpoint folders, read and written without torch.
+"""Read and write torch.distributed.checkpoint folders without torch (`dcp`).
 
 `.metadata` is a pickle of a few dataclasses: it is read as opcodes into plain data and written from a fixed template.
-Data files hold one torch.save archive a chunk; where a chunk's bytes lie within its archive is looked up when the
+Data files hold one torch.save archive per chunk; where a chunk's bytes lie within its archive is looked up when the
 chunk is first read, so that opening a checkpoint of thousands of shards stays quick.
 """
 
@@ -27,8 +27,9 @@ from tensorkeep.storage.archive import (
 from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
+from tensorkeep.storage.pickle_values import Global, Object
 from tensorkeep.storage.pickle_writing import emit
-from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, parse
+from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
 
 METADATA = ".metadata"
@@ -51,11 +52,21 @@ DCP_GLOBALS = TENSOR_GLOBALS | {
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    """Tell whether these files are a DCP folder; `single`: they are one file named by the user."""
     return METADATA in names or (single and names[0].endswith(".metadata"))
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
-    """The view of a DCP folder. Raises F02, F04, F05, F06, F07; nothing in the pickle is run."""
+    """Open a DCP folder; nothing in the pickle is run.
+
+    Args:
+        folder: where the files lie.
+        names: the files to look at.
+        path: what the user typed, for messages.
+
+    Raises:
+        TensorkeepError: F02, F04, F05, F06 or F07 where metadata and files contradict themselves or each other.
+    """
     where = f"{folder.url}/{METADATA}"
     if folder.size(METADATA) > LARGEST_PICKLE:
         raise _damaged(f"{folder.size(METADATA)} bytes, more than {LARGEST_PICKLE}", where)
@@ -97,7 +108,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
 
 
 def _together(lost: list[TensorkeepError]) -> TensorkeepError:
-    """The first error, about every tensor that is lost in the same way."""
+    """Return the first error, made to name every tensor that is lost in the same way."""
     first = lost[0]
     first.tensors = tuple(name for error in lost if error.code == first.code for name in error.tensors)
     if len(lost) > 1:
@@ -106,19 +117,21 @@ def _together(lost: list[TensorkeepError]) -> TensorkeepError:
 
 
 def _damaged(what: str, where: object) -> TensorkeepError:
+    """Make the error for metadata that cannot be (F07)."""
     return TensorkeepError(
         f"the metadata is damaged: {what}", where=where, code="F07", hint="copy the checkpoint again"
     )
 
 
 def _state(value: Any, kind: str, where: object) -> dict[str, Any]:
-    """The attributes of an object of the named class."""
+    """Return the attributes of a pickled object, which must be of the named class."""
     if not isinstance(value, Object) or value.call.name != kind or not isinstance(value.state, dict):
         raise _damaged(f"expected a {kind}", where)
     return value.state
 
 
 def _size(value: Any, where: object) -> tuple[int, ...]:
+    """Turn a pickled torch.Size into a shape."""
     if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
         value = value.args[0]
     shape = checked_shape(value)
@@ -128,6 +141,7 @@ def _size(value: Any, where: object) -> tuple[int, ...]:
 
 
 def _is_path(value: Any) -> bool:
+    """Tell whether this is the path of a value in a nested state dict."""
     return isinstance(value, tuple) and all(type(part) in (str, int) for part in value)
 
 
@@ -135,6 +149,7 @@ _Place = tuple[str, int, int]  # file, first byte, bytes of the archive
 
 
 def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], _Place]:
+    """Read where each chunk lies: (tensor name, offsets in the tensor) -> archive."""
     if not isinstance(value, dict):
         raise _damaged("no storage_data", where)
     out: dict[tuple[str, tuple[int, ...]], _Place] = {}
@@ -162,6 +177,7 @@ def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], _Pl
 
 
 def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], _Place], where: object) -> None:
+    """Raise F07 where two archives share bytes of a file."""
     ordered = sorted((place, key[0]) for key, place in storage.items())
     for (before, first), (after, second) in pairwise(ordered):
         if before[0] == after[0] and before[1] + before[2] > after[1]:
@@ -176,6 +192,7 @@ def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], _Place], where: ob
 def _place(
     name: str, offset: tuple[int, ...], storage: dict[Any, _Place], sizes: dict[str, int], where: object
 ) -> _Place:
+    """Return where a chunk's archive lies; it must be inside a file that is there."""
     place = storage.get((name, offset)) or (storage.get((name, ())) if not any(offset) else None)
     if place is None:
         raise TensorkeepError(
@@ -206,6 +223,7 @@ def _place(
 
 
 def _record(name: str, entry: Object, storage: dict[Any, _Place], sizes: dict[str, int], where: object) -> TensorRecord:
+    """Turn one entry of the metadata into a record; its chunks must cover the tensor exactly."""
     fields = _state(entry, "TensorStorageMetadata", where)
     properties = fields.get("properties")
     if not isinstance(properties, Object):
@@ -244,7 +262,19 @@ def _record(name: str, entry: Object, storage: dict[Any, _Place], sizes: dict[st
 
 
 def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
-    """Where a chunk's raw bytes lie within its torch.save archive."""
+    """Find where a chunk's raw bytes lie within its torch.save archive.
+
+    Args:
+        folder: where the file lies.
+        record: the tensor that the chunk belongs to.
+        block: the chunk, whose byte range is the whole archive.
+
+    Returns:
+        The same rectangle with the byte range of its data.
+
+    Raises:
+        TensorkeepError: F02 or F07 where the archive does not hold what the metadata says.
+    """
     where = f"{folder.url}/{block.file}: {record.name}"
     found = zip_entries(folder, block.file, block.start, block.nbytes)
     value = saved_value(folder, block.file, found)
@@ -273,7 +303,16 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
 def layout(
     tensors: Sequence[SinkTensor], *, shard_size: int | None = None, root: str | None = None, **_: Any
 ) -> list[FileLayout]:
-    """Data files `__0_N.distcp` and `.metadata`, last. `root` nests the names as DCP does: `root.name`."""
+    """Lay out data files `__0_N.distcp`, and `.metadata` as the last file.
+
+    Args:
+        tensors: the tensors to be written.
+        shard_size: most bytes of tensor data per file; 5 GB where it is not given.
+        root: name under which DCP nests the tensors: `root.name`.
+
+    Raises:
+        TensorkeepError: torch has no dtype for one of the tensors.
+    """
     files, places = [], {}
     for number, part in enumerate(shards(tensors, shard_size or SHARD_SIZE)):
         file, at = f"__0_{number}.distcp", 0
@@ -288,7 +327,7 @@ def layout(
 
 
 def metadata(tensors: Sequence[SinkTensor], places: dict[str, _Place], root: str | None) -> bytes:
-    """The bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
+    """Make the bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
     described, storage, paths = {}, {}, {}
     for tensor in tensors:
         name = f"{root}.{tensor.name}" if root else tensor.name
@@ -320,6 +359,7 @@ def metadata(tensors: Sequence[SinkTensor], places: dict[str, _Place], root: str
 
 
 def _object(kind: str, state: Any) -> Object:
+    """Make a pickled object of one of DCP's metadata classes."""
     return Object(Global(MODULE, kind), state=state)
 
 
@@ -328,6 +368,7 @@ def _torch_size(shape: tuple[int, ...]) -> Object:
 
 
 def _properties(dtype: str) -> Object:
+    """Make a pickled TensorProperties: dtype, layout, gradient, memory format, pinning."""
     spelled = DTYPES[dtype].torch
     if spelled is None:
         raise TensorkeepError(f"torch cannot hold {dtype}", hint="keep it in safetensors (--to hf)")

@@ -1,4 +1,4 @@
-"""`gguf`: llama.cpp's single files (and their numbered splits), read-only.
+"""Read GGUF: llama.cpp's single files and their numbered splits (`gguf`; cannot be written).
 
 Block-quantized tensors appear as what they decode to, F32, with `encoding` naming the stored type; they are decoded
 row by row while they are streamed. Config and tokenizer stand in the file's metadata: they become the companions that
@@ -28,16 +28,25 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    """Tell whether these files are GGUF; `single`: they are one file named by the user."""
     if single:
         return names[0].endswith(".gguf") or (folder.size(names[0]) >= 4 and folder.read(names[0], 0, 4) == MAGIC)
     return any(n.endswith(".gguf") for n in names)
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
-    """The view of a GGUF file, of a folder with one, or of a split file named by any of its parts.
+    """Open a GGUF file, a folder with one, or a split file named by any of its parts.
 
-    Raises TensorkeepError F02 (truncated), F05 (a split is missing), F07 (the header contradicts itself), and one
-    with a hint where the gguf package is not installed. A config or tokenizer that cannot be made is a note (C03).
+    A config or tokenizer that cannot be made is a note (C03) of the view.
+
+    Args:
+        folder: where the files lie.
+        names: the files to look at.
+        path: what the user typed, for messages.
+
+    Raises:
+        TensorkeepError: F02 where a file is truncated, F05 where a split is missing, F07 where a header contradicts
+            itself, and one with a hint where the gguf package is not installed.
     """
     package()
     files = _files(folder, names, path)
@@ -65,7 +74,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
 
 
 def package() -> Any:
-    """The gguf package, or the error that says how to get it."""
+    """Import the gguf package, or raise the error that says how to get it."""
     try:
         import gguf
     except ImportError as error:
@@ -76,6 +85,7 @@ def package() -> Any:
 
 
 def _files(folder: Folder, names: list[str], path: str) -> list[str]:
+    """Choose the file to read, or all parts of a split one in order."""
     found = [n for n in names if n.endswith(".gguf")] or names[:1]
     splits = [m for n in found if (m := _SPLIT.match(n))]
     if splits and len({(m["stem"], m["count"]) for m in splits}) == 1 and len(splits) == len(found):
@@ -98,7 +108,7 @@ def _files(folder: Folder, names: list[str], path: str) -> list[str]:
 
 
 def _records(header: Header, folder: Folder, file: str) -> list[TensorRecord]:
-    """Records with the byte range of each; ranges must be aligned, apart, and inside the file."""
+    """List a file's tensors with their byte ranges, which must be aligned, apart, and inside the file."""
     where, size = f"{folder.url}/{file}", folder.size(file)
     records = [_record(info, header, file, where) for info in header.tensors]
     at, before = 0, "the header"
@@ -115,6 +125,8 @@ def _records(header: Header, folder: Folder, file: str) -> list[TensorRecord]:
 
 
 def _record(info: TensorInfo, header: Header, file: str, where: str) -> TensorRecord:
+    """Turn one header entry into a record."""
+
     def wrong(what: str, hint: str = DAMAGED) -> TensorkeepError:
         return TensorkeepError(f"{info.name}: {what}", where=where, code="F07", hint=hint)
 
@@ -137,10 +149,17 @@ def _record(info: TensorInfo, header: Header, file: str, where: str) -> TensorRe
 
 
 def decode(record: TensorRecord, raw: memoryview) -> memoryview:
-    """Whole rows of a quantized tensor as F32 bytes.
+    """Decode whole rows of a block-quantized tensor to float32.
 
-    raw: any number of whole blocks, in stored order. Formulas: gguf.quants, which follows ggml-quants.c.
-    Raises TensorkeepError for a type that gguf cannot decode.
+    Args:
+        record: the tensor; `encoding` names its ggml type.
+        raw: any number of whole blocks, in stored order. Formulas: gguf.quants, which follows ggml-quants.c.
+
+    Returns:
+        The bytes of the values as little-endian float32.
+
+    Raises:
+        TensorkeepError: the installed gguf cannot decode this type.
     """
     import numpy as np
 
@@ -163,7 +182,7 @@ def decode(record: TensorRecord, raw: memoryview) -> memoryview:
 
 
 def _describe(view: StateView, metadata: dict[str, Any]) -> None:
-    """Config, tokenizer and generation config as the files a Hugging Face folder has."""
+    """Give the view config, tokenizer and generation config as the files that a Hugging Face folder has."""
     try:
         view.config = hf_config(metadata, view.records, _frequencies(view))
         view.companions += companions(view.config)
@@ -185,7 +204,7 @@ def _json(document: Any) -> bytes:
 
 
 def _frequencies(view: StateView) -> Sequence[float]:
-    """`rope_freqs.weight`: the factors by which llama.cpp divides RoPE's frequencies; tiny, and read at once."""
+    """Return `rope_freqs.weight`: the factors by which llama.cpp divides RoPE's frequencies; empty without it."""
     record = view.records.get("rope_freqs.weight")
     if record is None or record.encoding != "plain" or record.dtype != "F32" or record.elements > 4096:
         return ()

@@ -1,4 +1,4 @@
-"""A transformers config out of a GGUF file's metadata and shapes.
+"""Make a transformers config from a GGUF file's metadata and shapes.
 
 GGUF keeps floats as float32 and RoPE scaling of the Llama 3 kind as a tensor of factors: both are brought back to the
 numbers that the original config.json held. Both `rope_theta` (transformers 4) and `rope_parameters` (5) are written,
@@ -31,16 +31,17 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 
 class Fields:
-    """Metadata of one architecture, with types checked: the file may hold anything."""
+    """The metadata of one architecture, read with its types checked: the file may hold anything."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
         self.metadata, self.architecture = metadata, architecture
 
     def get(self, key: str) -> Any:
+        """Return the raw value of `ARCHITECTURE.key`, None where it is missing."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def number(self, key: str, default: float | None = None, least: float = 0) -> float:
-        """A finite number not below `least`; an array of equal numbers counts as one."""
+        """Return a finite number not below `least`; an array of equal numbers counts as one."""
         value = self.get(key)
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]
@@ -50,6 +51,7 @@ class Fields:
         return value
 
     def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Return a whole number not below `least`."""
         value = self.number(key, default, least)
         if value != int(value) or value >= 1 << 48:
             raise TensorkeepError(f"the metadata gives {value} for {self.architecture}.{key}", code="C03")
@@ -59,13 +61,22 @@ class Fields:
 def hf_config(
     metadata: Mapping[str, Any], records: Mapping[str, TensorRecord], frequencies: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """The config.json that transformers needs for this file.
+    """Make the config.json that transformers needs for a GGUF file.
 
-    `frequencies`: the values of `rope_freqs.weight`, (head_dim / 2,), where the file has that tensor.
-    Raises TensorkeepError (C03) for an architecture without a table here, and where metadata and shapes disagree.
+    Args:
+        metadata: the metadata of the file's header.
+        records: its tensors by llama.cpp's names.
+        frequencies: the values of `rope_freqs.weight`, [head_dim / 2], where the file has that tensor.
 
-    >>> hf_config(view.metadata["gguf"], view.records)["rms_norm_eps"]     # doctest: +SKIP
-    1e-05
+    Returns:
+        The config as a document.
+
+    Raises:
+        TensorkeepError: C03 for an architecture that is not known here, and where metadata and shapes disagree.
+
+    Example:
+        >>> hf_config(view.metadata["gguf"], view.records)["rms_norm_eps"]     # doctest: +SKIP
+        1e-05
     """
     architecture = metadata.get("general.architecture")
     if architecture not in _ARCHITECTURES:
@@ -106,7 +117,7 @@ def hf_config(
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int, hidden: int, head_dim: int) -> int:
-    """The rows of the embedding; embedding and first q must have the sizes that the metadata says."""
+    """Compare the embedding's and the first query's shape with the metadata; return the size of the vocabulary."""
     embedding, query = shapes.get("token_embd.weight"), shapes.get("blk.0.attn_q.weight")
     if embedding is None or len(embedding) != 2 or embedding[1] != hidden:
         raise TensorkeepError(f"token_embd.weight is {embedding} and embedding_length {hidden}", code="C03")
@@ -118,6 +129,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int, hidden: int
 
 
 def _rope(fields: Fields, head_dim: int, frequencies: Sequence[float]) -> dict[str, Any]:
+    """Make the config's RoPE entries, scaling included."""
     theta = shortest(fields.number("rope.freq_base", 10000.0, 1.0))
     rotary = fields.whole("rope.dimension_count", head_dim)
     if rotary != head_dim:
@@ -148,7 +160,7 @@ def _rope(fields: Fields, head_dim: int, frequencies: Sequence[float]) -> dict[s
 
 
 def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> list[float]:
-    """What Llama 3's scaling divides each of the head_dim / 2 frequencies by (transformers' modeling_rope_utils)."""
+    """Return what Llama 3's scaling divides each of the head_dim / 2 frequencies by (as modeling_rope_utils does)."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original, out = scaling["original_max_position_embeddings"], []
     for i in range(0, head_dim, 2):
@@ -163,6 +175,7 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _width(fields: Fields, kind: str, experts: int) -> dict[str, Any]:
+    """Make the config's entries for the width of the MLP, and for experts."""
     if kind not in ("qwen3_moe", "mixtral"):
         return {"intermediate_size": fields.whole("feed_forward_length")}
     used = fields.whole("expert_used_count")
@@ -185,7 +198,7 @@ def _width(fields: Fields, kind: str, experts: int) -> dict[str, Any]:
 
 
 def special_token_ids(metadata: Mapping[str, Any], vocabulary: int) -> dict[str, int | None]:
-    """bos, eos and pad ids, None where the file gives none or one beyond the vocabulary."""
+    """Return the ids of bos, eos and pad; None where the file gives none or one beyond the vocabulary."""
     out: dict[str, int | None] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -194,7 +207,7 @@ def special_token_ids(metadata: Mapping[str, Any], vocabulary: int) -> dict[str,
 
 
 def _dtype(records: Mapping[str, TensorRecord]) -> str:
-    """torch's name of the dtype to load in: that of most matrices, bfloat16 (the default of a conversion) if quantized."""
+    """Name the torch dtype to load in: that of most matrices; bfloat16 where they are quantized."""
     matrices = [r for r in records.values() if len(r.shape) > 1 and DTYPES[r.dtype].floating]
     if any(r.encoding != "plain" for r in matrices) or not matrices:
         return "bfloat16"
@@ -203,7 +216,7 @@ def _dtype(records: Mapping[str, TensorRecord]) -> str:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: what a person wrote before it was stored as one.
+    """Return the shortest decimal that is the same float32: what a person wrote before it was stored as one.
 
     >>> shortest(9.999999747378752e-06), shortest(500000.0)
     (1e-05, 500000.0)
@@ -218,7 +231,7 @@ def shortest(value: float) -> float:
 
 
 def companions(config: Mapping[str, Any]) -> list[Companion]:
-    """config.json and generation_config.json."""
+    """Make config.json and generation_config.json."""
     ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
     documents = {"config.json": dict(config), "generation_config.json": {"_from_model_config": True, **ids}}
     return [

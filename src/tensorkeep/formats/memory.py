@@ -1,4 +1,4 @@
-"""Tensors in memory as a state view, so that one set of checks serves files and state dicts alike."""
+"""Show tensors in memory as a state view, so that one set of checks serves files and state dicts alike."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord
 
 @dataclass(eq=False)
 class TensorView(StateView):
-    """A view whose tensors lie in memory; nothing is copied before it is asked for."""
+    """A `StateView` over tensors in memory; nothing is copied before it is asked for."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
-        """The tensor's bytes in row-major order, a few at a time."""
+        """Give the tensor's bytes in row-major order, piece by piece, as `StateView.stream` does."""
         tensor = self.tensors[name].detach()
         tensor = tensor if rows is None else tensor[rows[0] : rows[1]]
         whole = raw_bytes(tensor)
@@ -32,15 +32,23 @@ class TensorView(StateView):
         yield from (whole[at : at + step] for at in range(0, len(whole), step))
 
     def tensor(self, name: str) -> Tensor:
-        """The very tensor, detached; not a copy, and on its own device."""
+        """Return the very tensor, detached; not a copy, and on its own device."""
         return self.tensors[name].detach()
 
 
 def view_of(tensors: Mapping[str, Tensor], path: str = "state dict") -> TensorView:
-    """A view of tensors by name.
+    """Make a view of tensors in memory.
 
-    >>> view_of({"weight": torch.zeros(2, 3)})["weight"].shape
-    (2, 3)
+    Args:
+        tensors: name -> tensor, on any device.
+        path: what messages call them.
+
+    Raises:
+        TensorkeepError: a value is no tensor, or of a dtype that is not known here.
+
+    Example:
+        >>> view_of({"weight": torch.zeros(2, 3)})["weight"].shape
+        (2, 3)
     """
     records = {name: _record(name, tensor, path) for name, tensor in tensors.items()}
     return TensorView(path, "memory", cast(Folder, None), records, tensors=dict(tensors))
@@ -58,9 +66,14 @@ def _record(name: str, tensor: Tensor, path: str) -> TensorRecord:
 
 
 def tensor_of(view: StateView, name: str) -> Tensor:
-    """One stored tensor on the CPU (of a `TensorView`: the very tensor), with no memory beside its own.
+    """Return one stored tensor on the CPU, without any memory beside its own.
 
-    Raises TensorkeepError for dtypes that torch lacks.
+    Args:
+        view: the view; of a `TensorView` the very tensor is returned.
+        name: name of the tensor.
+
+    Raises:
+        TensorkeepError: torch lacks the dtype, or the file is damaged.
     """
     record = view[name]
     spelled = DTYPES[record.dtype].torch
@@ -75,14 +88,25 @@ def tensor_of(view: StateView, name: str) -> Tensor:
 
 
 def digest_of(tensor: Tensor) -> str:
-    """xxh3_128 of a tensor's raw little-endian bytes in row-major order, in hex."""
+    """Return the xxh3_128 of a tensor's raw little-endian bytes in row-major order, in hex.
+
+    Args:
+        tensor: on any device.
+    """
     import xxhash
 
     return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's memory; a copy where it is not on the CPU or not contiguous."""
+    """Return a tensor's raw bytes in row-major order.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        Its own memory where it is contiguous on the CPU, so that writing changes the tensor; a copy otherwise.
+    """
     if not tensor.numel():
         return memoryview(b"")
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

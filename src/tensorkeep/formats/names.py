@@ -20,10 +20,14 @@ WRAPPERS = (
 
 
 def natural(name: str) -> tuple[object, ...]:
-    """A sort key that puts layers.2 before layers.10.
+    """Make a sort key that puts layers.2 before layers.10.
 
-    >>> sorted(["layers.10.w", "layers.2.w"], key=natural)
-    ['layers.2.w', 'layers.10.w']
+    Args:
+        name: a tensor's name.
+
+    Example:
+        >>> sorted(["layers.10.w", "layers.2.w"], key=natural)
+        ['layers.2.w', 'layers.10.w']
     """
     return tuple(_part(p) for p in re.split(r"(\d+)|\.", name) if p)
 
@@ -35,12 +39,19 @@ def _part(text: str) -> tuple[int, int, str]:
 
 
 def unwrap(name: str) -> tuple[str, tuple[str, ...]]:
-    """The name without wrapper segments, and the wrappers that were there.
+    """Take the segments of wrappers (DDP, FSDP, torch.compile, PEFT) out of a name.
 
     `module` counts only in front (a model may have a child of that name), the others anywhere.
 
-    >>> unwrap("module._orig_mod.layers.0._checkpoint_wrapped_module.w")
-    ('layers.0.w', ('module.', '_orig_mod.', '_checkpoint_wrapped_module.'))
+    Args:
+        name: a parameter's name.
+
+    Returns:
+        The name without them, and the wrappers that were there, each with its dot.
+
+    Example:
+        >>> unwrap("module._orig_mod.layers.0._checkpoint_wrapped_module.w")
+        ('layers.0.w', ('module.', '_orig_mod.', '_checkpoint_wrapped_module.'))
     """
     if "module" not in name and "_orig_mod" not in name and "base_model" not in name:
         return name, ()  # nearly all names: a checkpoint has thousands
@@ -60,10 +71,15 @@ def unwrap(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def strip_root(name: str, root: str) -> str | None:
-    """`name` without the leading segments of `root`, or None where it lies elsewhere.
+    """Return `name` without the leading segments of `root`, or None where it lies elsewhere.
 
-    >>> strip_root("model.layers.0.w", "model"), strip_root("modelx.w", "model")
-    ('layers.0.w', None)
+    Args:
+        name: a tensor's name.
+        root: leading segments without the last dot; empty or None-like for names that have no root.
+
+    Example:
+        >>> strip_root("model.layers.0.w", "model"), strip_root("modelx.w", "model")
+        ('layers.0.w', None)
     """
     return name[len(root) + 1 :] if root and name.startswith(root + ".") else (None if root else name)
 
@@ -74,10 +90,17 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Names with their numbers gathered, for people: `layers.{0..15}.self_attn.q_proj`.
+    """Shorten a list of names for people by gathering their numbers.
 
-    >>> grouped(["l.0.a", "l.1.a", "l.2.a", "l.1.b"])
-    ['l.{0..2}.a', 'l.1.b']
+    Args:
+        names: tensor names, in any order.
+
+    Returns:
+        Patterns such as `layers.{0..15}.self_attn.q_proj` that stand for exactly these names.
+
+    Example:
+        >>> grouped(["l.0.a", "l.1.a", "l.2.a", "l.1.b"])
+        ['l.{0..2}.a', 'l.1.b']
     """
     groups: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for name in names:
@@ -87,7 +110,7 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 
 def _gathered(texts: tuple[str, ...], numbers: Iterable[tuple[int, ...]]) -> list[str]:
-    """Texts whose ranges multiply out to exactly these numbers: first numbers with the same rest share a range."""
+    """Spell numbers as ranges that multiply out to exactly these; first numbers with the same rest share a range."""
     if len(texts) == 1:
         return [texts[0]]
     rests: dict[int, set[tuple[int, ...]]] = {}
@@ -100,10 +123,14 @@ def _gathered(texts: tuple[str, ...], numbers: Iterable[tuple[int, ...]]) -> lis
 
 
 def ranges(values: Sequence[int]) -> str:
-    """`{0..3,7}` for several sorted numbers, the number itself for one.
+    """Spell sorted numbers as `{0..3,7}`, or a single one as itself.
 
-    >>> ranges([0, 1, 2, 7])
-    '{0..2,7}'
+    Args:
+        values: whole numbers in rising order, at least one.
+
+    Example:
+        >>> ranges([0, 1, 2, 7])
+        '{0..2,7}'
     """
     if len(values) == 1:
         return str(values[0])

@@ -1,7 +1,7 @@
-"""`peft`: an adapter folder, `adapter_model.safetensors` (or .bin) with `adapter_config.json`; ours is `adapter.safetensors`.
+"""Read and write adapter folders: `adapter_model.safetensors` or `.bin` with `adapter_config.json` (`peft`).
 
 An adapter is never a model: its view carries the adapter config, and every name keeps PEFT's `base_model.model.`
-prefix, which reading recognises as a wrapper.
+prefix, which reading recognises as a wrapper. The weights of our own adapters are in `adapter.safetensors`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")  # the last is ours
+_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")  # the last is ours
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
-    return not single and CONFIG in names and any(w in names for w in WEIGHTS)
+    """Tell whether these files are an adapter folder; `single`: they are one file named by the user."""
+    return not single and CONFIG in names and any(w in names for w in _WEIGHT_FILES)
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
-    """The view of an adapter folder; `view.metadata["adapter"]` is its config."""
-    weights = next(w for w in WEIGHTS if w in names)
+    """Open an adapter folder; `view.metadata["adapter"]` is its config.
+
+    Args:
+        folder: where the files lie.
+        names: the files to look at.
+        path: what the user typed, for messages.
+
+    Raises:
+        TensorkeepError: the config is none of PEFT's, or the weights' own format refuses them.
+    """
+    weights = next(w for w in _WEIGHT_FILES if w in names)
     form = safetensors if weights.endswith(".safetensors") else pth
     view: StateView = form.read(folder, [weights], path)
     config = parse_json(folder.read(CONFIG), f"{folder.url}/{CONFIG}")
@@ -42,7 +52,14 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
 
 
 def layout(tensors: Sequence[SinkTensor], **_: Any) -> list[FileLayout]:
-    """`adapter_model.safetensors`; the config travels as a companion."""
+    """Lay out `adapter_model.safetensors`; the config travels as a companion.
+
+    Args:
+        tensors: the tensors to be written, under PEFT's names.
+
+    Raises:
+        TensorkeepError: some are no adapter tensors.
+    """
     odd = [
         t.name
         for t in tensors
@@ -53,4 +70,4 @@ def layout(tensors: Sequence[SinkTensor], **_: Any) -> list[FileLayout]:
             f"{odd[0]} and {len(odd) - 1} more are no adapter tensors",
             hint="--to peft writes adapters; a full model goes --to hf",
         )
-    return [safetensors.file_layout(WEIGHTS[0], tensors)]
+    return [safetensors.file_layout(_WEIGHT_FILES[0], tensors)]

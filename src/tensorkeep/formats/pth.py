@@ -1,4 +1,4 @@
-"""`pth`: torch.save files, zip and legacy, read without torch and without unpickling.
+"""Read and write torch.save files without torch and without unpickling (`pth`; legacy files are read too).
 
 A `.pth` is often a dict of dicts (`model`, `optimizer`, `epoch`); tensors get dotted names, so
 `{"state_dict": {"a.w": t}}` reads as `state_dict.a.w`, and plain values are entries of the view. Tensors that share
@@ -24,7 +24,8 @@ from tensorkeep.storage.archive import (
 from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor
-from tensorkeep.storage.pickles import Global, Object, parse
+from tensorkeep.storage.pickle_values import Global, Object
+from tensorkeep.storage.pickles import parse
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, same_layout
 
 _ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -32,6 +33,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    """Tell whether these files are torch.save's; `single`: they are one file named by the user."""
     if single:
         head = folder.read(names[0], 0, min(2, folder.size(names[0])))
         return head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or names[0].endswith(_ENDINGS)
@@ -39,7 +41,16 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
-    """The view of one torch.save file. Raises F04 for a pickle that names what a checkpoint does not need."""
+    """Open one torch.save file.
+
+    Args:
+        folder: where the files lie.
+        names: the files to look at; one of them must be the weights.
+        path: what the user typed, for messages.
+
+    Raises:
+        TensorkeepError: F02 or F07 where it is damaged, F04 where its pickle names what a checkpoint does not need.
+    """
     files = [n for n in names if n.endswith(_ENDINGS)] if len(names) > 1 else names
     weights = [n for n in files if n.startswith(("pytorch_model", "model."))]
     if len(files) > 1 and len(weights) == 1:
@@ -67,6 +78,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
 
 
 def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, Entry]) -> StateView:
+    """Make the view of what a file's pickle describes; `places` says where each storage lies."""
     where = f"{folder.url}/{file}"
     records: dict[str, TensorRecord] = {}
     view = StateView(path, "pth", folder, records)
@@ -112,7 +124,7 @@ def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, En
 
 
 def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
-    """The format before torch 1.6: five pickles one after another, then the storages."""
+    """Read the format before torch 1.6: five pickles one after another, then the storages."""
     where = f"{folder.url}/{file}"
     data = folder.read(file, 0, min(folder.size(file), 64 << 20))  # the pickles alone; storages are read on demand
     magic, at = parse(data, TENSOR_GLOBALS, where)
@@ -137,7 +149,7 @@ def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
 
 
 def _legacy_places(folder: Folder, file: str, at: int, keys: list[str], value: Any) -> dict[str, Entry]:
-    """Where each storage lies: one after another, each with its number of elements in front."""
+    """Find where each storage of a legacy file lies: one after another, each with its number of elements in front."""
     where = f"{folder.url}/{file}"
     widths = {t.storage: DTYPES[t.dtype].bits // 8 for _, t in iter_tensors(value, where) if isinstance(t, Stored)}
     places: dict[str, Entry] = {}
@@ -172,10 +184,17 @@ def layout(
     beside: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> list[FileLayout]:
-    """One torch.save archive; tied tensors share a storage. `root` nests the dict: {root: {...}}.
+    """Lay out one torch.save archive; tied tensors share a storage.
 
-    With `roots` the names themselves begin with one of these, and each becomes a dict of its own, with the plain
-    values of `beside` next to them: {"state_dict": {...}, "state_dict_ema": {...}, "epoch": 3}.
+    Args:
+        tensors: the tensors to be written.
+        name: name of the file.
+        root: key under which all tensors are nested: {root: {...}}.
+        roots: the names themselves begin with one of these, and each becomes a dict of its own.
+        beside: plain values next to those dicts: {"state_dict": {...}, "state_dict_ema": {...}, "epoch": 3}.
+
+    Raises:
+        TensorkeepError: torch has no dtype for one of the tensors.
     """
     keys: dict[str, str] = {}
     stored: list[tuple[str, SinkTensor]] = []

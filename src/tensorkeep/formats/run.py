@@ -1,4 +1,7 @@
-"""`run`: a checkpoint of a run of ours, or the newest complete one of a run's folder; its weights lie in another format."""
+"""Read a checkpoint of a training run, or the newest complete one of a run's folder (`run`).
+
+The weights in it lie in another format, which reads them.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,24 @@ from tensorkeep.storage.files import Folder, LocalFolder
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
-    """Whether the folder is a run of ours, or a step folder of one."""
+    """Tell whether the folder is a run, or a step folder of one."""
     return (
         not single and isinstance(folder, LocalFolder) and run_folder.find_checkpoint(folder.path.resolve()) is not None
     )
 
 
 def read(folder: Folder, names: list[str], path: str) -> view.StateView:
-    """The view of the checkpoint's weights; `metadata["run"]` is its position, notes name newer steps passed over.
+    """Open the weights of a run's checkpoint.
 
-    Raises TensorkeepError with an F code where manifest, sizes or the weights' header are not whole.
+    `metadata["run"]` of the view is the position in the run; its notes name newer steps that were passed over.
+
+    Args:
+        folder: the run's folder or a step folder.
+        names: not used.
+        path: what the user typed, for messages.
+
+    Raises:
+        TensorkeepError: with an F code where manifest, sizes or the weights' header are not whole.
     """
     assert isinstance(folder, LocalFolder)
     step = run_folder.open_checkpoint(folder.path)

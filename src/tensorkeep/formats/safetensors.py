@@ -1,4 +1,4 @@
-"""`hf`: safetensors, as one file or as shards with an index, config and tokenizer beside.
+"""Read and write safetensors, as one file or as shards with an index; config and tokenizer lie beside (`hf`).
 
 The header is parsed here and not by the safetensors library because a reader of untrusted files must know the byte
 ranges (the library does not give them), name what is wrong, and see duplicates. Only files that the index names are
@@ -27,6 +27,7 @@ _NOT_IN_SAFETENSORS = ("C128",)  # ours, for torch's files; the safetensors libr
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
+    """Tell whether these files are safetensors; `single`: they are one file named by the user."""
     if single:
         name = names[0]
         return (
@@ -40,13 +41,23 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 
 
 def _looks_like_header(folder: Folder, name: str) -> bool:
+    """Tell whether a file without a telling name begins like safetensors: a length, then a JSON object."""
     size = folder.size(name)
     start = folder.read(name, 0, min(size, 9))
     return len(start) == 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
-    """The view of a file or folder of safetensors. Raises F02, F05, F06, F07 as errors."""
+    """Open a file or a folder of safetensors.
+
+    Args:
+        folder: where the files lie.
+        names: the files to look at.
+        path: what the user typed, for messages.
+
+    Raises:
+        TensorkeepError: F02, F05, F06 or F07 where headers, index and files contradict themselves or each other.
+    """
     indices = [n for n in names if n.endswith(".safetensors.index.json")]
     if len(indices) > 1:
         raise TensorkeepError(
@@ -97,6 +108,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
 
 
 def _files_without_index(names: list[str], path: str) -> list[str]:
+    """Choose the file to read where no index names any."""
     files = [n for n in names if n.endswith(".safetensors")]
     for preferred in ("model.safetensors", "adapter_model.safetensors"):
         if preferred in files:
@@ -118,6 +130,7 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
 
 
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
+    """Read an index: tensor name -> file."""
     where = f"{folder.url}/{name}"
     document = parse_json(folder.read(name), where)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
@@ -129,6 +142,7 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
 
 
 def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> None:
+    """Raise F07 where index and shards disagree; tensors that the index leaves out are noted."""
     absent = sorted(n for n in weight_map if n not in view.records)
     if absent:
         raise TensorkeepError(
@@ -161,7 +175,18 @@ def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> Non
 
 
 def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str, str]]:
-    """The records of one safetensors file and its `__metadata__`, every offset checked."""
+    """Read the header of one safetensors file, every offset checked.
+
+    Args:
+        folder: where the file lies.
+        file: its name.
+
+    Returns:
+        The tensors in the order of the header, and the header's `__metadata__`.
+
+    Raises:
+        TensorkeepError: F02 where the file is truncated, F07 where the header contradicts itself.
+    """
     where = f"{folder.url}/{file}"
     size = folder.size(file)
     if size < 8:
@@ -197,6 +222,7 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object's members; a name that occurs twice is an error."""
     made = dict(pairs)
     if len(made) != len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -205,6 +231,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorRecord:
+    """Turn one header entry into a record."""
+
     def wrong(what: str) -> TensorkeepError:
         return TensorkeepError(
             f"{name}: {what}", where=where, code="F07", hint="the header is damaged; download the file again"
@@ -232,6 +260,7 @@ def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorR
 
 
 def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str) -> None:
+    """Raise F07 unless the tensors' bytes fill the file without gap or overlap, F02 where it ends early."""
     at = start
     for block in sorted((r.blocks[0] for r in records), key=lambda b: (b.start, b.nbytes)):
         if block.start < at:
@@ -268,7 +297,16 @@ def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str
 def layout(
     tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name: str = "model.safetensors", **_: Any
 ) -> list[FileLayout]:
-    """Files for these tensors: one, or shards of at most `shard_size` bytes and an index."""
+    """Lay out one file, or shards of at most `shard_size` bytes and an index.
+
+    Args:
+        tensors: the tensors to be written.
+        shard_size: most bytes of tensor data per file; 5 GB where it is not given.
+        name: name of the file, from which shards and index get theirs.
+
+    Raises:
+        TensorkeepError: a tensor's dtype is none that safetensors has.
+    """
     parts = shards(tensors, shard_size or SHARD_SIZE)
     if len(parts) == 1:
         return [file_layout(name, parts[0])]
@@ -281,7 +319,17 @@ def layout(
 
 
 def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
-    """One safetensors file. Wider dtypes come first, so that every tensor is aligned to its element."""
+    """Lay out one safetensors file.
+
+    Wider dtypes come first, so that every tensor is aligned to its element, and data starts at a multiple of 64 bytes.
+
+    Args:
+        name: name of the file.
+        tensors: the tensors to be written.
+
+    Raises:
+        TensorkeepError: a tensor is complex128, which safetensors does not have.
+    """
     wide = [t.name for t in tensors if t.dtype in _NOT_IN_SAFETENSORS]
     if wide:
         raise TensorkeepError(

@@ -1,4 +1,4 @@
-"""The state view: a read-only mapping from tensor name to record, with lazy data.
+"""The state view: a read-only mapping from tensor name to record, whose data is read when it is asked for.
 
 `read(path)` finds the format, reads headers only, and checks every byte range against its file. Data comes out as a
 stream of raw bytes in row-major order (`stream`), as a numpy array (`array`) or as a torch tensor (`tensor`);
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._spans import Span, cut_spans, row_spans
+from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.companions import Companion, find_companions
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
@@ -41,7 +42,13 @@ FORMATS = {
 
 
 class Note(NamedTuple):
-    """A fact noticed while reading that is no error: a finding code, a sentence, the names concerned."""
+    """Something noticed while reading that is no error.
+
+    Attributes:
+        code: a finding code, e.g. "F07".
+        message: one sentence.
+        names: the tensors or files concerned.
+    """
 
     code: str
     message: str
@@ -50,7 +57,28 @@ class Note(NamedTuple):
 
 @dataclass(eq=False)
 class StateView(Mapping[str, TensorRecord]):
-    """What `read` returns. `entries` holds what is stored beside tensors (step numbers, opaque bytes), by name."""
+    """A checkpoint as `read` opens it: a mapping from tensor name to `TensorRecord`, with ways to get at the data.
+
+    Attributes:
+        path: what the user typed.
+        format: the word of the format, a key of FORMATS.
+        folder: where its files lie.
+        records: tensor name -> record, in the order of the files.
+        config: the model's config.json; None without one.
+        companions: the small files beside the weights.
+        entries: what is stored beside tensors (step numbers, opaque bytes), by name.
+        notes: what was noticed while reading.
+        metadata: what else the format holds, by the format's own keys.
+        locate: finds the raw bytes of a block that is a whole archive.
+        decode: turns the stored bytes of an encoded tensor into plain ones.
+        computed: its bytes are made and not stored, so no certificate is about them.
+        checked: compare what is read with the file's own CRC-32 (torch writes it and never looks).
+
+    Example:
+        >>> view = read("model.safetensors")                       # doctest: +SKIP
+        >>> view["lm_head.weight"].dtype, len(view.bytes("lm_head.weight"))      # doctest: +SKIP
+        ('BF16', 56623104)
+    """
 
     path: str
     format: str
@@ -76,7 +104,7 @@ class StateView(Mapping[str, TensorRecord]):
         return len(self.records)
 
     def _blocks(self, record: TensorRecord) -> list[Block]:
-        """The record's blocks with raw bytes located, in order of their place in the tensor."""
+        """Return the record's blocks with raw bytes located, in order of their position in the tensor."""
         blocks = [self.locate(self.folder, record, b) if b.archive and self.locate else b for b in record.blocks]
         for block in blocks:
             if block.start + block.nbytes > self.folder.size(block.file):
@@ -86,17 +114,35 @@ class StateView(Mapping[str, TensorRecord]):
         return sorted(blocks, key=lambda b: b.offsets)
 
     def spans(self, name: str) -> list[Span] | None:
-        """The byte ranges that make up a plainly stored tensor in row-major order; None where there are none."""
+        """List the byte ranges that make up a plainly stored tensor in row-major order.
+
+        Args:
+            name: name of the tensor.
+
+        Returns:
+            (file, first byte, bytes, their CRC-32 or None) for each; None where no such ranges exist.
+        """
         record = self.records[name]
         return row_spans(record, self._blocks(record)) if record.encoding == "plain" and record.blocks else None
 
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
-        """The tensor's bytes in row-major order, `chunk` at a time in one reused buffer.
+        """Give the tensor's bytes in row-major order, piece by piece, in one reused buffer.
 
-        `rows` takes a slice of the first dimension; every piece but the last is a multiple of `granule` bytes. A
-        tensor whose blocks are not whole rows (sharded on a later dimension, transposed) is assembled in memory.
+        A tensor whose blocks are not whole rows (sharded on a later dimension, transposed) is assembled in memory.
+
+        Args:
+            name: name of the tensor.
+            rows: (first, last) takes that slice of the first dimension.
+            granule: every piece but the last is a multiple of this many bytes.
+            chunk: bytes of a piece, about.
+
+        Yields:
+            The bytes of one piece, valid until the next is asked for.
+
+        Raises:
+            TensorkeepError: F02 where a file is shorter than its header says, F03 where `checked` found damage.
         """
         record = self.records[name]
         if record.encoding != "plain":
@@ -135,7 +181,7 @@ class StateView(Mapping[str, TensorRecord]):
     def _decoded(
         self, record: TensorRecord, rows: tuple[int, int] | None, granule: int, chunk: int
     ) -> Iterator[memoryview]:
-        """An encoded tensor, a few rows of its last dimension at a time: encodings never reach across such rows."""
+        """Give an encoded tensor a few rows of its last dimension at a time: encodings never reach across such rows."""
         if self.decode is None:
             raise TensorkeepError(
                 f"{record.name} is stored as {record.encoding}, which {self.format} cannot decode", where=self.path
@@ -154,6 +200,7 @@ class StateView(Mapping[str, TensorRecord]):
             yield self.decode(record, memoryview(raw))
 
     def _assemble(self, record: TensorRecord) -> bytearray:
+        """Put the blocks of a tensor together in memory."""
         import numpy as np
 
         width = DTYPES[record.dtype].bits // 8
@@ -168,19 +215,23 @@ class StateView(Mapping[str, TensorRecord]):
         return whole
 
     def bytes(self, name: str) -> bytearray:
-        """The whole tensor's bytes in row-major order."""
+        """Return the whole tensor's bytes in row-major order."""
         out = bytearray()
         for piece in self.stream(name):
             out += piece
         return out
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
-        """The tensor as a numpy array of its own dtype (bf16 and fp8 through ml_dtypes)."""
+        """Return the tensor as a numpy array of its own dtype (bf16 and fp8 through ml_dtypes)."""
         record = self.records[name]
         return np_frombuffer(self.bytes(name), record.dtype).reshape(record.shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as a torch tensor of its own dtype, on the CPU, owning its memory."""
+        """Return the tensor as a torch tensor of its own dtype, on the CPU, owning its memory.
+
+        Raises:
+            TensorkeepError: torch has no such dtype.
+        """
         import torch
 
         record = self.records[name]
@@ -200,7 +251,7 @@ class StateView(Mapping[str, TensorRecord]):
         return torch.frombuffer(self.bytes(name), dtype=dtype).reshape(shape)
 
     def digest(self, name: str) -> str:
-        """xxh3_128 of the tensor's raw little-endian bytes, in hex."""
+        """Return the xxh3_128 of the tensor's raw little-endian bytes, in hex."""
         import xxhash
 
         state = xxhash.xxh3_128()
@@ -210,7 +261,12 @@ class StateView(Mapping[str, TensorRecord]):
 
 
 def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
-    """The error for bytes that are not what was written (F03)."""
+    """Make the error for bytes that are not what was written (F03).
+
+    Args:
+        where: the file.
+        names: the tensors that are damaged.
+    """
     first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return TensorkeepError(
         f"damaged since it was written: {first}",
@@ -220,33 +276,11 @@ def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
     )
 
 
-def np_dtype(dtype: str) -> np.dtype[Any]:
-    """numpy's dtype for a record's, from ml_dtypes where numpy has none."""
-    import numpy as np
-
-    spelled = DTYPES[dtype].numpy
-    if spelled is None:
-        raise TensorkeepError(f"{dtype} cannot be computed with here, only copied")
-    if hasattr(np, spelled) or spelled == "bool":
-        return np.dtype(spelled)
-    import ml_dtypes
-
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, spelled))
-    return found
-
-
-def np_frombuffer(data: bytes | bytearray | memoryview, dtype: str) -> np.ndarray[Any, Any]:
-    """A flat array over raw bytes, without a copy."""
-    import numpy as np
-
-    return np.frombuffer(data, dtype=np_dtype(dtype))
-
-
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
 def open_folder(path: str) -> tuple[Folder, str | None]:
-    """The folder a path stands for, and the file in it where the path names a file."""
+    """Return the folder that a path stands for, and the file in it where the path names a file, else None."""
     path = path.removeprefix("file://")
     if "://" in path:
         from tensorkeep.storage.remote import open_remote
@@ -264,13 +298,21 @@ def open_folder(path: str) -> tuple[Folder, str | None]:
 
 
 def read(path: str | Path) -> StateView:
-    """Open a checkpoint of any format: headers only, every range checked.
+    """Open a checkpoint of any format; headers are read, every byte range is checked, no data is loaded.
 
-    Raises TensorkeepError where nothing is recognised, or the files contradict themselves.
+    Args:
+        path: a file, a folder, a URL that fsspec knows, or the id of a model on the Hugging Face Hub.
 
-    >>> view = read("model.safetensors")                # doctest: +SKIP
-    >>> view["lm_head.weight"].shape                    # doctest: +SKIP
-    (49152, 576)
+    Returns:
+        A mapping from tensor name to record, with ways to get at the data.
+
+    Raises:
+        TensorkeepError: nothing is recognised, or the files contradict themselves.
+
+    Example:
+        >>> view = read("model.safetensors")                # doctest: +SKIP
+        >>> view["lm_head.weight"].shape                    # doctest: +SKIP
+        (49152, 576)
     """
     folder, name = open_folder(str(path))
     view = recognised(folder, [name] if name else folder.names(), str(path), single=name is not None)
@@ -282,7 +324,7 @@ def read(path: str | Path) -> StateView:
 def recognised(
     folder: Folder, names: list[str], path: str, *, single: bool = False, but: str | None = None
 ) -> StateView:
-    """The view that the first format to recognise the files gives; `but` is not asked. Raises F05, F01 where none does."""
+    """Let the first format that recognises the files read them; `but` is not asked. F05 or F01 where none does."""
     for word, module in FORMATS.items():
         form = importlib.import_module(module) if word != but else None
         if form is not None and form.sniff(folder, names, single=single):
@@ -292,6 +334,7 @@ def recognised(
 
 
 def _check_names(view: StateView) -> None:
+    """Raise F07 where a tensor's name is no text."""
     for name in view.records:
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise TensorkeepError(
@@ -312,6 +355,7 @@ def _add_companions(view: StateView) -> None:
 
 
 def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError:
+    """Make the error for files that no format recognises, saying what they look like instead."""
     steps = sorted(Path(folder.url).glob("step-*")) or sorted(Path(folder.url).glob("*/step-*"))
     if steps:
         return TensorkeepError(

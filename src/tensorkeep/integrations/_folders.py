@@ -20,6 +20,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import safetensors
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.files import TEMPORARY, LocalFolder, explained, left_over
+from tensorkeep.storage.finite import all_finite
 from tensorkeep.storage.placement import remove, replacing, sync_file, sync_folder, temporary_name, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
 from tensorkeep.storage.run_manifest import MANIFEST
@@ -109,7 +110,7 @@ def _passed(file: Any, left: int, dtype: str) -> tuple[str, bool]:
     running, sound = xxhash.xxh3_128(), True
     while left and (piece := file.read(min(left, durable.CACHED))):
         running.update(piece)
-        sound = sound and (not floating(dtype) or durable.all_finite(memoryview(piece), dtype))
+        sound = sound and (not floating(dtype) or all_finite(memoryview(piece), dtype))
         left -= len(piece)
     return running.hexdigest(), sound
 

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernel that dequantizes nf4 and fp4, doubly quantized scales included, in one pass over memory.
+"""A Triton kernel that dequantizes nf4 and fp4, doubly quantized scales included, in one pass over memory.
 
 Each byte is read once and gives two neighbouring values; bytes are all that is moved: n/2 in, 2 n (bfloat16) out.
 Products and sums are rounded one by one, as on the CPU, so that equal codes give equal bits on both.
@@ -61,7 +61,10 @@ def launch_dequantize(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`quant_map[code] · scale[block]`, [rows, columns] in `dtype`; the arguments of `quantized_tensor.dequantize_4bit`."""
+    """Compute `quant_map[code] · scale[block]` as [rows, columns] in `dtype`, on the GPU that holds the codes.
+
+    The arguments are those of `unpacking.dequantize_4bit`.
+    """
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     count = rows * columns
     here = codes.device.index == torch.cuda.current_device()

@@ -36,7 +36,14 @@ _LOSSLESS_CASTS = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F6
 
 @dataclass
 class Loaded:
-    """What a load did, by name. `unproven`: quantized weights whose file has no digest that ties codes to scales."""
+    """What a load did.
+
+    Attributes:
+        quantized: names of the linears that are quantized now.
+        copied: names of the tensors that were copied as they are.
+        unproven: quantized weights whose file has no digest that ties codes to scales.
+        base_digest: digest of every tensor of the file, as `tensorkeep.json` has it; None where some were not read.
+    """
 
     quantized: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
@@ -45,7 +52,15 @@ class Loaded:
 
 
 class Settings(NamedTuple):
-    """How float weights are to be quantized on the way."""
+    """How float weights are quantized on the way.
+
+    Attributes:
+        kind: "nf4", "fp4" or "int8".
+        double: quantize the scales as well.
+        block: number of flat elements that share a scale.
+        include: patterns of the linears to quantize.
+        exclude: patterns of those to leave.
+    """
 
     kind: Kind
     double: bool
@@ -55,7 +70,7 @@ class Settings(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One tensor (or one quantized weight) of the file and where it goes."""
+    """One tensor (or one quantized weight) of the file, and where it goes."""
 
     name: str
     stored: str
@@ -64,7 +79,7 @@ class _Step(NamedTuple):
 
 
 class Load:
-    """A load, planned as a whole and then carried out."""
+    """One load: planned as a whole, refused with every problem named, or carried out."""
 
     def __init__(
         self,
@@ -84,6 +99,7 @@ class Load:
         self.result = Loaded()
 
     def run(self, repair: Repair | None, device: torch.device | None) -> Loaded:
+        """Plan, refuse or carry out; `repair` recomputes buffers that no file holds."""
         taken = self._plan_linears()
         self._plan_rest(taken)
         self._find_unexpected()
@@ -101,10 +117,10 @@ class Load:
         self.result.base_digest = digest_of_all(digests) if len(digests) == len(self.view) else None
         return self.result
 
-    # -- planning -------------------------------------------------------------------------------------------------------
+    # -- planning -------------------------------------------------------------------------------------------------
 
     def _plan_linears(self) -> set[str]:
-        """Quantized linears, and dense ones that are to be; returns the clean names of their weights."""
+        """Plan the quantized linears, and dense ones that are to be; return the names of their weights."""
         linears = {
             unwrap(n)[0]: m for n, m in self.model.named_modules() if isinstance(m, QuantLinear) or quantizable(m)
         }
@@ -132,6 +148,7 @@ class Load:
         return taken
 
     def _plan_codes(self, name: str, weight: str, linear: Any) -> None:
+        """Plan a weight that is quantized in the file."""
         try:
             packed = read_packed(self._part(weight), (linear.out_features, linear.in_features))
         except TensorkeepError as error:
@@ -148,6 +165,7 @@ class Load:
         self.steps.append(_Step(name, self.weights[weight].name, "take", ((linear, "weight"),)))
 
     def _plan_floats(self, name: str, weight: str, linear: Any) -> None:
+        """Plan a weight that is float in the file and to be quantized."""
         record, shape = self.view[self.stored[weight]], (linear.out_features, linear.in_features)
         if self.settings is None:
             self._problem(
@@ -159,7 +177,7 @@ class Load:
             self.steps.append(_Step(name, self.stored[weight], "pack", ((linear, "weight"),)))
 
     def _plan_rest(self, taken: set[str]) -> None:
-        """Every other parameter and persistent buffer; tied ones need one name in the file."""
+        """Plan every other parameter and persistent buffer; tied ones need one name in the file."""
         places: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for path, module in self.model.named_modules():
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -192,6 +210,7 @@ class Load:
             ]
 
     def _check_plain(self, name: str, target: Tensor) -> None:
+        """Compare shape and dtype of a float tensor with the model's."""
         record, here = self.view[self.stored[name]], FROM_TORCH.get(str(target.dtype).removeprefix("torch."))
         if record.shape != tuple(target.shape):
             self._problem("S01", name, f"is {list(record.shape)} in the file, {list(target.shape)} in the model")
@@ -201,6 +220,7 @@ class Load:
             self._problem("S04", name, f"is {record.dtype} in the file, {here} in the model")
 
     def _find_unexpected(self) -> None:
+        """Note every tensor of the file that nothing in the model takes."""
         used = {step.stored for step in self.steps}
         bad = {name for _, line in self.problems for name in [line.split(" ", 1)[0]]}
         for name, weight in self.weights.items():
@@ -217,9 +237,11 @@ class Load:
                 self._problem("K02", clean, "is in the file and not in the model")
 
     def _problem(self, code: str, name: str, what: str) -> None:
+        """Note what is wrong with one tensor."""
         self.problems.append((code, f"{name} {what}"))
 
     def _refuse(self) -> None:
+        """Raise one error about all problems, the gravest first."""
         if not self.problems:
             return
         order = ("Q01", "Q02", "Q03", "Q06", "T01", "S01", "S04", "B01", "K01", "K02")
@@ -238,15 +260,16 @@ class Load:
         )
 
     def _part(self, weight: str) -> Mapping[str, Tensor]:
-        """The tensors of one quantized weight under the names that `read_packed` asks for."""
+        """Return the tensors of one quantized weight under the names that `read_packed` asks for."""
         found: QuantizedWeight = self.weights[weight]
         module, digest = weight.removesuffix("weight"), self.stored.get(weight.removesuffix("weight") + WEIGHT_DIGEST)
         stored = [found.name, *found.parts.values(), *([digest] if digest else [])]
         return {f"layer.{unwrap(s)[0][len(module) :]}": tensor_of(self.view, s) for s in stored if s in self.view}
 
-    # -- buffers that no file holds -----------------------------------------------------------------------------------
+    # -- buffers that no file holds -------------------------------------------------------------------------------
 
     def _meta_buffers(self) -> list[str]:
+        """List the non-persistent buffers that are on the meta device: no file holds them."""
         return [
             unwrap(f"{path}.{key}" if path else key)[0]
             for path, module in self.model.named_modules()
@@ -255,6 +278,7 @@ class Load:
         ]
 
     def _repair(self, empty: Sequence[str], repair: Repair | None, device: torch.device | None) -> None:
+        """Let `repair` recompute the buffers on meta; it is an error to leave one."""
         if not empty or repair is None:
             return
         for module in self.model.modules():
@@ -271,11 +295,11 @@ class Load:
                 hint="build the model with real buffers: only its parameters need be on meta",
             )
 
-    # -- copying --------------------------------------------------------------------------------------------------------
+    # -- copying --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _carry_out(self, step: _Step) -> dict[str, str]:
-        """Do one step; returns the digests of the stored tensors that it read."""
+        """Do one step; return the digests of the stored tensors that it read."""
         if step.how == "same":
             return {step.stored: self.view.digest(step.stored)}
         if step.how == "copy":
@@ -309,6 +333,7 @@ class Load:
         return digests
 
     def _put(self, tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
+        """Copy a tensor into its parameter or buffer, or put it there where that is on meta."""
         target = cast(Tensor, getattr(places[0][0], places[0][1]))
         if not target.is_meta:
             target.copy_(tensor)

@@ -1,6 +1,6 @@
-"""Codes and values of quantized weights, as arrays: unpack, scale, and what codes a float weight would get.
+"""Codes and values of quantized weights as numpy arrays: unpack, scale, and find the codes of float values.
 
-Everything is float32 with one rounding an operation, in the order in which bitsandbytes computes, so that results are
+Everything is float32 with one rounding per operation, in the order in which bitsandbytes computes, so that results are
 equal bit for bit. NF4: QLoRA (arXiv 2305.14314), appendix E. FP4: bitsandbytes' e2m1 table, scaled to 1.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 ELEMENTS_AT_ONCE = 1 << 20  # elements encoded or decoded at a time
 NESTED_BLOCK = 256  # scales that share one scale of their own, as bitsandbytes writes it
-SMALLEST = np.float32(1e-38)  # what bitsandbytes divides a block of zeros by
+SMALLEST_SCALE = np.float32(1e-38)  # what bitsandbytes divides a block of zeros by
 
 _NF4_LEVELS = """
 -1.0                 -0.6961928009986877  -0.5250730514526367  -0.39491748809814453
@@ -30,10 +30,18 @@ PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes multiplies by 1/127, 
 
 
 def nibbles(packed: Array, count: int) -> Array:
-    """The first `count` 4-bit codes of packed bytes (uint8), high half first.
+    """Unpack the first `count` 4-bit codes of packed bytes, high half first.
 
-    >>> nibbles(np.array([0x1F, 0x20], np.uint8), 3).tolist()
-    [1, 15, 2]
+    Args:
+        packed: bytes with two codes each, uint8 [ceil(count / 2)] or longer.
+        count: number of codes.
+
+    Returns:
+        The codes, uint8 [count].
+
+    Example:
+        >>> nibbles(np.array([0x1F, 0x20], np.uint8), 3).tolist()
+        [1, 15, 2]
     """
     out = np.empty(2 * packed.size, np.uint8)
     out[0::2] = packed >> 4
@@ -42,13 +50,37 @@ def nibbles(packed: Array, count: int) -> Array:
 
 
 def pack_nibbles(codes: Array) -> Array:
-    """4-bit codes to bytes, the inverse of `nibbles`; an odd last code is followed by 0."""
+    """Pack 4-bit codes into bytes, the inverse of `nibbles`; an odd last code is followed by 0.
+
+    Args:
+        codes: numbers 0 to 15, uint8 [n].
+
+    Returns:
+        uint8 [ceil(n / 2)].
+
+    Example:
+        >>> pack_nibbles(np.array([1, 15, 2], np.uint8)).tolist()
+        [31, 32]
+    """
     even = np.append(codes, np.uint8(0)) if codes.size % 2 else codes
     return np.asarray(even[0::2] << 4 | even[1::2], np.uint8)
 
 
 def scaled(values: Array, scales: Array, block: int) -> Array:
-    """Flat values times one scale for every `block` of them, the last block being cut where they end."""
+    """Multiply flat values by one scale for every `block` of them; the last block may be shorter.
+
+    Args:
+        values: float32 [n].
+        scales: float32 [ceil(n / block)].
+        block: number of values that share a scale.
+
+    Returns:
+        float32 [n].
+
+    Example:
+        >>> scaled(np.ones(3, np.float32), np.array([2, 3], np.float32), 2).tolist()
+        [2.0, 2.0, 3.0]
+    """
     whole = values.size // block
     out = np.empty(values.size, np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale gives NaN or infinity, as in any other reader
@@ -63,7 +95,7 @@ def scaled(values: Array, scales: Array, block: int) -> Array:
 
 
 def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block: int) -> Iterator[tuple[int, Array]]:
-    """The float32 values of packed bytes, `(first element, values)` at a time; blocks lie in flat order."""
+    """Decode packed 4-bit codes piece by piece, as (first element, float32 values); blocks lie in flat order."""
     step = max(ELEMENTS_AT_ONCE // (2 * block), 1) * 2 * block
     for at in range(0, count, step):
         some = min(step, count - at)
@@ -72,12 +104,20 @@ def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block
 
 
 def nested_scales(codes: Array, table: Array, absmax: Array, block: int, offset: float) -> Array:
-    """The scales of double quantization: table[code] · absmax[block] + offset."""
+    """Return the scales that double quantization stands for: table[code] · absmax[block] + offset."""
     return np.asarray(scaled(table[codes], absmax, block) + np.float32(offset), np.float32)
 
 
 def block_maxima(values: Array, block: int) -> Array:
-    """The largest magnitude of every block of flat values: what absmax should hold."""
+    """Return the largest magnitude of every block of values: what absmax should hold.
+
+    Args:
+        values: an array of any shape, taken in row-major order.
+        block: number of values per block; the last block may be shorter.
+
+    Returns:
+        float32 [ceil(n / block)].
+    """
     flat = values.reshape(-1)
     out = np.empty(-(-flat.size // block), np.float32)
     step = max(ELEMENTS_AT_ONCE // block, 1) * block
@@ -88,9 +128,18 @@ def block_maxima(values: Array, block: int) -> Array:
 
 
 def nearest_codes(values: Array, scales: Array, block: int, table: Array) -> tuple[Array, Array]:
-    """The code each flat value gets with these scales, and its distance (in code units) from the next code's border.
+    """Find the code that each value gets with these scales, and how sure that is.
 
     A value nearer to a border than rounding explains (another float dtype on the way) may have got either code.
+
+    Args:
+        values: float32 [n].
+        scales: float32 [ceil(n / block)].
+        block: number of values that share a scale.
+        table: the value of each code, float32 [16].
+
+    Returns:
+        The codes, uint8 [n]; and each value's distance, relative to its scale, from the border to the next code, [n].
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         unit = scaled(values, np.where(scales > 0, 1 / scales, 0).astype(np.float32), block)
@@ -105,23 +154,35 @@ def nearest_codes(values: Array, scales: Array, block: int, table: Array) -> tup
 
 
 def full_scale_missing(bits: Array, table: Array, block: int) -> int:
-    """How many blocks of flat codes hold no code of magnitude 1 although they hold something.
+    """Count the blocks that hold no code of magnitude 1 although they hold something.
 
     Absmax is the largest magnitude of a block, so that element's code is +-1: every block that is not all zeros has
     one. Bytes that were averaged, moved or repacked lose it.
+
+    Args:
+        bits: codes in flat order, uint8 [n].
+        table: the value of each code, float32 [16].
+        block: number of codes per block.
     """
     peak = block_maxima(table[bits], block)
     return int(np.count_nonzero((peak > 0) & (peak < 1)))
 
 
 def joint_digest(digests: Mapping[str, str]) -> bytes:
-    """16 bytes that tie the parts of one quantized weight together, from the xxh3_128 of each part's bytes by role.
+    """Make 16 bytes that prove that the parts of one quantized weight belong together.
 
-    The roles are `weight` (the codes), those of `quantized` (`absmax`, `quant_map`, `SCB`, ...) and `state` for the
-    text of a quant_state; `weight_format` is left out. Stored beside the weight as `weight_digest`, uint8 [16].
+    Args:
+        digests: role -> xxh3_128 of the part's bytes, in hex. The roles are `weight` (the codes), those that
+            `QuantizedWeight.parts` uses (`absmax`, `quant_map`, `SCB`, ...) and `state` for the text of a quant_state;
+            `weight_format` is left out.
 
-    >>> tie({"weight": "0a", "SCB": "1b"}) == tie({"SCB": "1b", "weight": "0a"}) != tie({"weight": "0a", "SCB": "1c"})
-    True
+    Returns:
+        The digest; our files keep it beside the weight as `weight_digest`, uint8 [16].
+
+    Example:
+        >>> one = joint_digest({"weight": "0a", "SCB": "1b"})
+        >>> one == joint_digest({"SCB": "1b", "weight": "0a"}) != joint_digest({"weight": "0a", "SCB": "1c"})
+        True
     """
     import xxhash
 

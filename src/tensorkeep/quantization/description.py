@@ -1,7 +1,7 @@
-"""The description of one quantized weight, read and checked: what its state says and what the tensors beside it are.
+"""What the files say about one quantized weight, read and checked: its state, and the tensors beside it.
 
 What a state lacks (Q01) or contradicts (Q06) is kept as a problem of the weight and never raised: a reader who only
-lists tensors must not stumble over it. The layouts are in `quantized`.
+lists tensors must not stumble over it. The layouts are in `stored`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,24 @@ _LARGEST_STATE = 1 << 16  # bytes of a quant_state; real ones have some 170
 
 
 class WeightProblem(NamedTuple):
-    """What is wrong with a quantized weight's own description: Q01 (something is missing) or Q06 (it contradicts)."""
+    """What is wrong with a quantized weight's own description.
+
+    Attributes:
+        code: Q01 where something is missing, Q06 where it contradicts itself.
+        message: one sentence.
+    """
 
     code: str
     message: str
 
 
 class Nested(NamedTuple):
-    """Double quantization: the scales are 8-bit codes themselves, in blocks, around an offset."""
+    """Double quantization: the scales are 8-bit codes themselves.
+
+    Attributes:
+        blocksize: number of scales that share one scale of their own.
+        offset: what is added to each scale after decoding.
+    """
 
     blocksize: int
     offset: float
@@ -42,10 +52,19 @@ class Nested(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One quantized weight: the stored name of its codes, its kind, and the tensors that belong to it by role.
+    """One quantized weight of a checkpoint, as its files describe it.
 
-    `shape` is that of the weight they stand for, None where nothing says. `block` is the reach of one scale: a number
-    of flat elements (nf4, fp4), or (rows, columns). A weight with problems cannot be dequantized.
+    A weight with problems cannot be dequantized.
+
+    Attributes:
+        name: stored name of its codes.
+        kind: "nf4", "fp4", "int8", "fp8", or "4bit" where nothing says which.
+        shape: shape of the weight that the codes stand for; None where nothing says.
+        parts: role ("absmax", "SCB", "scale", ...) -> stored name of the tensor that has it.
+        block: what one scale reaches: a number of flat elements (nf4, fp4), or (rows, columns).
+        nested: how the scales are quantized themselves; None where they are floats.
+        dtype: torch's name of the dtype that the weight had; None where nothing says.
+        problems: what is wrong with the description.
     """
 
     name: str
@@ -59,6 +78,7 @@ class QuantizedWeight:
 
     @property
     def elements(self) -> int:
+        """Number of elements that the codes stand for."""
         return math.prod(self.shape) if self.shape is not None else 0
 
     @property
@@ -68,11 +88,11 @@ class QuantizedWeight:
 
     @property
     def stored(self) -> list[str]:
-        """Every stored tensor of it, codes first."""
+        """The names of all its stored tensors, codes first."""
         return [self.name, *self.parts.values()]
 
 
-# -- bitsandbytes, 4 bits -------------------------------------------------------------------------------------------
+# -- bitsandbytes, 4 bits -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -84,13 +104,16 @@ class _Reading:
     problems: list[WeightProblem] = field(default_factory=list)
 
     def missing(self, what: str) -> None:
+        """Note that something is missing (Q01)."""
         self.problems.append(WeightProblem("Q01", what))
 
     def wrong(self, what: str) -> None:
+        """Note a contradiction (Q06)."""
         self.problems.append(WeightProblem("Q06", what))
 
 
 def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantizedWeight:
+    """Describe an nf4 or fp4 weight of bitsandbytes; `parts` maps roles to stored names."""
     reading = _Reading(view, name)
     states = [role for role in parts if role.startswith("state:")]
     if name not in view:
@@ -116,7 +139,7 @@ def four_bit(view: StateView, name: str, parts: dict[str, str]) -> QuantizedWeig
 
 
 def _state(reading: _Reading, name: str) -> dict[str, Any]:
-    """The JSON of a quant_state tensor, or {} and a problem."""
+    """Read the JSON of a quant_state tensor; {} and a problem where it is none."""
     record = reading.view[name]
     if record.dtype != "U8" or record.nbytes > _LARGEST_STATE:
         reading.wrong(f"its quant_state is {record.dtype}{list(record.shape)}, not a short text in bytes")
@@ -135,7 +158,7 @@ def _state(reading: _Reading, name: str) -> dict[str, Any]:
 def _described(
     reading: _Reading, state: Mapping[str, Any], kind: str, parts: Mapping[str, str]
 ) -> tuple[tuple[int, ...] | None, int | None, Nested | None]:
-    """Shape, block size and nesting as the state gives them."""
+    """Return shape, block size and nesting as the state gives them."""
     if kind not in FOUR_BITS or state.get("quant_type") != kind:
         reading.wrong(f"quant_type {shown(state.get('quant_type'))} under a state called {shown(kind)}")
     shape = checked_shape(state.get("shape"))
@@ -157,6 +180,7 @@ def _described(
 
 
 def _block(reading: _Reading, state: Mapping[str, Any], key: str) -> int | None:
+    """Return a block size of the state, which must be a power of two."""
     value = state.get(key)
     if type(value) is int and 0 < value <= 1 << 20 and value & (value - 1) == 0:
         return value
@@ -167,7 +191,7 @@ def _block(reading: _Reading, state: Mapping[str, Any], key: str) -> int | None:
 def _check_sizes(
     reading: _Reading, shape: tuple[int, ...], block: int, nested: Nested | None, parts: Mapping[str, str]
 ) -> None:
-    """Dtypes and shapes against what the description demands of each tensor."""
+    """Compare the tensors' dtypes and shapes with what the description demands."""
     view, count = reading.view, math.prod(shape)
     codes, blocks = view[reading.name], -(-count // block)
     width = max(DTYPES[codes.dtype].bits // 8, 1)
@@ -189,11 +213,14 @@ def _check_sizes(
             reading.wrong(f"{role} is {record.dtype}{list(record.shape)}, its description demands {dtype}[{size}]")
 
 
-# -- one scale a row, block or tensor ---------------------------------------------------------------------------------
+# -- one scale a row, block or tensor -----------------------------------------------------------------------------
 
 
 def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, str]) -> QuantizedWeight | None:
-    """int8 and fp8 weights. None where nothing says that this tensor is quantized (a plain fp8 cast has no scale)."""
+    """Describe an int8 or fp8 weight.
+
+    None where nothing says that this tensor is quantized (a plain fp8 cast has no scale).
+    """
     reading, shape = _Reading(view, name), record.shape
     if "SCB" in parts and record.dtype in ("I8", "U8"):
         return _int8(reading, record, {r: n for r, n in parts.items() if r in ("SCB", "weight_format")})
@@ -211,6 +238,7 @@ def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, 
 
 
 def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> QuantizedWeight:
+    """Describe an int8 weight of bitsandbytes."""
     scb = reading.view[parts["SCB"]]
     if record.dtype != "I8" or len(record.shape) != 2:
         reading.wrong(f"codes are {record.dtype}{list(record.shape)}, int8 [rows, columns] is needed")
@@ -225,7 +253,7 @@ def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> Qua
 
 
 def _scale_block(reading: _Reading, shape: tuple[int, ...], scale: TensorRecord, role: str) -> tuple[int, int] | None:
-    """The (rows, columns) that one scale reaches, from the shapes alone: DeepSeek's blocks are 128 x 128."""
+    """Find the (rows, columns) that one scale reaches, from the shapes alone: DeepSeek's blocks are 128 x 128."""
     rows, columns = shape[0], math.prod(shape[1:])
     dims = tuple(n for n in scale.shape)
     if not DTYPES[scale.dtype].floating or DTYPES[scale.dtype].numpy is None:

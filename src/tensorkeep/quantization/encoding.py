@@ -1,6 +1,6 @@
-"""Float weights to codes and back, as bitsandbytes does it: what a weight becomes when it is quantized (again).
+"""Turn float weights into codes and back in numpy, as bitsandbytes does: what a weight becomes when it is quantized.
 
-Everything is float32 with one rounding an operation, in bitsandbytes' order: a 4-bit code is the nearest level of the
+Everything is float32 with one rounding per operation, in bitsandbytes' order: a 4-bit code is the nearest level of the
 table after multiplication by 1/absmax (division in the last block, where it is cut), a value on the border takes the
 lower level. Double quantization stores absmax - mean(absmax) in the 8-bit dynamic map (Dettmers et al., arXiv
 2110.02861), blocks of 256. Codes are chosen with the float absmax, before it is rounded itself.
@@ -17,13 +17,19 @@ from typing import NamedTuple
 import numpy as np
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.codes import NESTED_BLOCK, PER_127, SMALLEST, TABLES, Array, scaled
+from tensorkeep.quantization.codes import NESTED_BLOCK, PER_127, SMALLEST_SCALE, TABLES, Array, scaled
 
 LEVELS = {kind: table + np.float32(0) for kind, table in TABLES.items()}  # FP4's second zero is +0 in the files, too
 
 
 class Encoding(NamedTuple):
-    """How weights are quantized: nf4 or fp4 in blocks of `block` flat elements, scales perhaps quantized; or int8 by row."""
+    """How a weight is quantized.
+
+    Attributes:
+        kind: "nf4", "fp4" or "int8".
+        block: number of flat elements that share a scale (nf4, fp4); int8 has one scale per row.
+        double: whether the scales are quantized as well (nf4, fp4).
+    """
 
     kind: str
     block: int = 64
@@ -31,12 +37,18 @@ class Encoding(NamedTuple):
 
     @property
     def spoken(self) -> str:
-        """For people: `nf4 (double)`."""
+        """How people say it: `nf4 (double)`."""
         return f"{self.kind} (double)" if self.double else self.kind
 
 
 class Forms(NamedTuple):
-    """How a model's linears are quantized: the usual way (None: not at all), and those layers that differ, by name."""
+    """How the linears of a model are quantized.
+
+    Attributes:
+        usual: how most of them are; None where they are not quantized.
+        layers: the linears that differ, as (name, how).
+        modules: patterns of the linears that the usual way is for; empty for all but heads and embeddings.
+    """
 
     usual: Encoding | None
     layers: tuple[tuple[str, Encoding | None], ...] = ()
@@ -44,14 +56,23 @@ class Forms(NamedTuple):
 
     @property
     def kinds(self) -> list[Encoding]:
+        """The different encodings that occur."""
         return [k for k in dict.fromkeys([self.usual, *(k for _, k in self.layers)]) if k is not None]
 
 
 def forms_of(document: object, where: object) -> Forms:
-    """`Forms` out of an adapter config's `quantization`. Raises TensorkeepError where it names none of ours.
+    """Read how a base model was quantized from an adapter config's `quantization`.
 
-    >>> forms_of({"kind": "nf4", "block": 64, "double": True, "layers": {"a": None}}, "x").kinds[0].spoken
-    'nf4 (double)'
+    Args:
+        document: the value of that key.
+        where: the config, for messages.
+
+    Raises:
+        TensorkeepError: A02 where it is none that is known here.
+
+    Example:
+        >>> forms_of({"kind": "nf4", "block": 64, "double": True, "layers": {"a": None}}, "x").kinds[0].spoken
+        'nf4 (double)'
     """
     given = document if isinstance(document, dict) else {"kind": document}
     layers, modules = given.get("layers") or {}, given.get("modules") or []
@@ -59,12 +80,13 @@ def forms_of(document: object, where: object) -> Forms:
         raise TensorkeepError(
             f"its quantization is {document!r:.120}", where=where, code="A02", hint="take the config as it was saved"
         )
-    odd = tuple(sorted((str(n), None if form is None else _kind_of(form, where)) for n, form in layers.items()))
-    usual = None if given.get("kind") is None and layers else _kind_of(given, where)
+    odd = tuple(sorted((str(n), None if form is None else _encoding_of(form, where)) for n, form in layers.items()))
+    usual = None if given.get("kind") is None and layers else _encoding_of(given, where)
     return Forms(usual, odd, tuple(modules))
 
 
-def _kind_of(document: object, where: object) -> Encoding:
+def _encoding_of(document: object, where: object) -> Encoding:
+    """Read one encoding of the document; A02 where it is none."""
     given = document if isinstance(document, dict) else {}
     made = Encoding(str(given.get("kind")), given.get("block", 64), given.get("double", False))
     sound = type(made.block) is int and 0 < made.block <= 1 << 16 and made.block & (made.block - 1) == 0
@@ -79,7 +101,7 @@ def _kind_of(document: object, where: object) -> Encoding:
 
 
 def linspace(low: float, high: float, count: int) -> Array:
-    """torch.linspace in float32: fused multiply-add, steps from the nearer end."""
+    """Compute torch.linspace in float32: fused multiply-add, steps from the nearer end."""
     step = (np.float32(high) - np.float32(low)) / np.float32(count - 1)
     far = np.arange(count) * np.float64(step)  # exact in float64, so each sum is rounded once, as a fused one is
     up, down = np.float64(np.float32(low)) + far, np.float64(np.float32(high)) - far[::-1]
@@ -87,7 +109,7 @@ def linspace(low: float, high: float, count: int) -> Array:
 
 
 def dynamic_map() -> Array:
-    """The signed 8-bit dynamic map: seven decades, each with twice the levels of the one below.
+    """Return the signed 8-bit dynamic map: seven decades, each with twice the levels of the one below.
 
     >>> dynamic_map().shape, float(dynamic_map()[-1])
     ((256,), 1.0)
@@ -101,28 +123,46 @@ def dynamic_map() -> Array:
 
 
 def absolute_maxima(flat: Array, block: int) -> Array:
-    """The scale of every block of flat float32 values; a cut last block of zeros gets 1e-38, as bitsandbytes has it."""
+    """Return the scale of every block of flat values.
+
+    Args:
+        flat: float32 [n].
+        block: number of values per block; the last block may be shorter.
+
+    Returns:
+        float32 [ceil(n / block)]; a shorter last block of zeros gets 1e-38, as bitsandbytes has it.
+    """
     whole = flat.size // block
     top = np.abs(flat[: whole * block]).reshape(whole, block).max(1, initial=0)
     if whole * block < flat.size:
-        top = np.append(top, np.maximum(np.abs(flat[whole * block :]).max(), SMALLEST))
+        top = np.append(top, np.maximum(np.abs(flat[whole * block :]).max(), SMALLEST_SCALE))
     return np.asarray(top, np.float32)
 
 
 def _unit_values(flat: Array, absmax: Array, block: int) -> Array:
-    """Values relative to the scale of their block, within [-1, 1]."""
+    """Divide values by the scale of their block; the results lie within [-1, 1]."""
     whole = flat.size // block
-    unit = scaled(flat[: whole * block], np.float32(1) / np.maximum(absmax[:whole], SMALLEST), block)
+    unit = scaled(flat[: whole * block], np.float32(1) / np.maximum(absmax[:whole], SMALLEST_SCALE), block)
     if whole * block < flat.size:
         unit = np.append(unit, flat[whole * block :] / absmax[whole])
     return np.clip(unit, -1, 1, out=unit)
 
 
 def four_bit_codes(flat: Array, absmax: Array, kind: str, block: int) -> Array:
-    """The 4-bit code of every flat float32 value.
+    """Find the 4-bit code of every value.
 
-    >>> four_bit_codes(np.array([-2, 0, 1.99], np.float32), np.array([2], np.float32), "nf4", 64).tolist()
-    [0, 7, 15]
+    Args:
+        flat: float32 [n].
+        absmax: the scales, float32 [ceil(n / block)].
+        kind: "nf4" or "fp4".
+        block: number of values that share a scale.
+
+    Returns:
+        uint8 [n].
+
+    Example:
+        >>> four_bit_codes(np.array([-2, 0, 1.99], np.float32), np.array([2], np.float32), "nf4", 64).tolist()
+        [0, 7, 15]
     """
     table = LEVELS[kind]
     order = np.argsort(table, kind="stable")
@@ -132,7 +172,7 @@ def four_bit_codes(flat: Array, absmax: Array, kind: str, block: int) -> Array:
 
 
 def mean(values: Array) -> np.float32:
-    """The float32 mean as torch's CPU kernel sums it: four rows of eight lanes, in a cascade of four levels.
+    """Compute the float32 mean as torch's CPU kernel sums it: four rows of eight lanes, in a cascade of four levels.
 
     The order is that of torch's SumKernel.cpp for eight lanes, which it uses on AVX-512 machines too.
     """
@@ -171,10 +211,11 @@ def mean(values: Array) -> np.float32:
 
 
 def nested(absmax: Array, offset: np.float32 | None = None) -> tuple[Array, Array, np.float32]:
-    """Scales as 8-bit codes, the scale of every 256 of them, and the offset (their mean unless given).
+    """Quantize scales to 8-bit codes; return codes, the scale of every 256 of them, and the offset.
 
-    bitsandbytes' CPU kernel looks the nearest level up in a table of 65,536 equal steps, which is not always the
-    nearest: measured on 0.50.2, equal for 4.5 million values. Its GPU kernel takes the nearest.
+    The offset is the scales' mean unless it is given. bitsandbytes' CPU kernel looks the nearest level up in a table of
+    65,536 equal steps, which is not always the nearest: measured on 0.50.2, equal for 4.5 million values. Its GPU
+    kernel takes the nearest.
     """
     offset = mean(absmax) if offset is None else offset
     rest = absmax - offset
@@ -190,13 +231,22 @@ def nested(absmax: Array, offset: np.float32 | None = None) -> tuple[Array, Arra
 
 @cache
 def _nearest_steps() -> Array:
+    """Make the table of 65,536 steps of [-1, 1] with the code of the level nearest to each."""
     levels = dynamic_map()
     steps = np.arange(65536, dtype=np.float32) / np.float32(65535) * np.float32(2) - np.float32(1)
     return np.searchsorted((levels[1:] + levels[:-1]) / np.float32(2), steps).astype(np.uint8)
 
 
 def stored_scales(absmax: Array, double: bool) -> Array:
-    """The scales as a reader of the file gets them: themselves, or through double quantization."""
+    """Return the scales as a reader of the file gets them.
+
+    Args:
+        absmax: the scales, float32 [blocks].
+        double: whether they are stored through double quantization, which rounds them.
+
+    Returns:
+        float32 [blocks].
+    """
     if not double:
         return absmax
     codes, outer, offset = nested(absmax)
@@ -204,7 +254,17 @@ def stored_scales(absmax: Array, double: bool) -> Array:
 
 
 def int8_values(rows: Array) -> Array:
-    """Rows [n, K] through int8, which starts from float16: code = round(w · (127 · (1 / max|w|))), value = code · max|w| / 127."""
+    """Send rows through int8 and back: each row by its largest magnitude.
+
+    The way starts from float16, as in bitsandbytes:
+    code = round(w · (127 · (1 / max|w|))), value = code · max|w| / 127.
+
+    Args:
+        rows: float32 [n, columns].
+
+    Returns:
+        float32 [n, columns].
+    """
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         half = rows.astype(np.float16).astype(np.float32)
         top = np.abs(half).max(1, initial=0)
@@ -212,15 +272,17 @@ def int8_values(rows: Array) -> Array:
     return np.asarray((codes + np.float32(0)) * top[:, None] * PER_127, np.float32)  # an integer has no -0
 
 
-def through(values: Array, kind: Encoding) -> Array:
-    """float32 values [N, K] quantized and dequantized again.
+def through(values: Array, encoding: Encoding) -> Array:
+    """Quantize values and dequantize them again.
 
-    >>> float(np.abs(through(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64), Kind("nf4"))).max())
+    >>> float(np.abs(through(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64), Encoding("nf4"))).max())
     1.0
     """
-    if kind.kind == "int8":
+    if encoding.kind == "int8":
         return int8_values(values.reshape(values.shape[0], -1)).reshape(values.shape)
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    absmax = absolute_maxima(flat, kind.block)
-    codes = four_bit_codes(flat, absmax, kind.kind, kind.block)
-    return scaled(LEVELS[kind.kind][codes], stored_scales(absmax, kind.double), kind.block).reshape(values.shape)
+    absmax = absolute_maxima(flat, encoding.block)
+    codes = four_bit_codes(flat, absmax, encoding.kind, encoding.block)
+    return scaled(LEVELS[encoding.kind][codes], stored_scales(absmax, encoding.double), encoding.block).reshape(
+        values.shape
+    )

@@ -2,8 +2,8 @@
 
 Codes and scales are buffers: DDP sends them, deepcopy and pickle keep them, no optimizer, EMA or weight decay sees
 them, and `.half()` moves past them. `state_dict` spells them as bitsandbytes does (`weight.absmax`, ...) and adds
-`weight_digest`, which ties codes to scales. The weight is dequantized at use, in the forward and again in the
-backward, and is never kept or repacked: training and evaluation compute the same.
+`weight_digest`, which proves that codes and scales belong together. The weight is dequantized at use, in the forward
+and again in the backward, and is never kept or repacked: training and evaluation compute the same.
 """
 
 from __future__ import annotations
@@ -45,9 +45,14 @@ class QuantLinear(nn.Module):
     `weight` is the tensor of codes; `dequantize()` gives the numbers. The bias is a parameter in its own dtype, frozen
     by default. Build it from a dense linear with `QuantLinear.of`, or over codes that exist.
 
-    >>> layer = QuantLinear.of(nn.Linear(64, 32), "nf4")
-    >>> layer(torch.ones(2, 64)).shape, layer.kind, [n for n, p in layer.named_parameters() if p.requires_grad]
-    (torch.Size([2, 32]), 'nf4', [])
+    Args:
+        packed: codes, scales and their layout.
+        bias: [out], or None.
+
+    Example:
+        >>> layer = QuantLinear.of(nn.Linear(64, 32), "nf4")
+        >>> layer(torch.ones(2, 64)).shape, layer.kind, [n for n, p in layer.named_parameters() if p.requires_grad]
+        (torch.Size([2, 32]), 'nf4', [])
     """
 
     frozen_state = True  # codes belong to the base: checkpoints of what trains leave them out
@@ -67,20 +72,34 @@ class QuantLinear(nn.Module):
     def of(
         cls, linear: nn.Linear, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "linear"
     ) -> QuantLinear:
-        """The quantized form of a dense linear, on its device; the bias is taken over as it is."""
+        """Quantize a dense linear, on its device; the bias is taken over as it is.
+
+        Args:
+            linear: the dense layer, in float32, bfloat16 or float16.
+            kind: "nf4", "fp4" or "int8".
+            double: quantize the scales as well (nf4, fp4).
+            block: number of flat elements that share a scale (nf4, fp4).
+            name: what messages call the layer.
+
+        Raises:
+            TensorkeepError: V01 where the weight holds NaN or infinity.
+        """
         made = cls(pack(linear.weight, kind, double, block, name), linear.bias)
         return made.train(linear.training)
 
     @property
     def in_features(self) -> int:
+        """Size of the input."""
         return self.layout.shape[1]
 
     @property
     def out_features(self) -> int:
+        """Size of the output."""
         return self.layout.shape[0]
 
     @property
     def kind(self) -> Kind:
+        """ "nf4", "fp4" or "int8"."""
         return self.layout.kind
 
     @property
@@ -90,7 +109,7 @@ class QuantLinear(nn.Module):
         return Packed(self.layout, {role: self._buffers[role] for role in roles if role in self._buffers})  # type: ignore[misc]
 
     def fill(self, packed: Packed) -> None:
-        """Take over another weight's codes and layout; what was held before is gone. The digest is made anew."""
+        """Take over another weight's codes and layout, and make their digest; what was held before is gone."""
         self.layout = packed.layout
         tensors = dict(packed.tensors)
         device = tensors["weight"].device
@@ -104,7 +123,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(role, tensor)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] as numbers, rounded once to `dtype`."""
+        """Return the weight [out, in] as numbers, rounded once to `dtype`."""
         return unpack(*self._plain(), dtype)
 
     def _plain(self) -> tuple[Layout, Mapping[str, Tensor]]:
@@ -112,18 +131,19 @@ class QuantLinear(nn.Module):
         return self.layout, held
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]` in the dtype of `x`, or autocast's."""
+        """Map `[..., in]` to `[..., out]`, in the dtype of `x`, or autocast's."""
         return frozen_linear(x, self)
 
     def extra_repr(self) -> str:
+        """Sizes, bias and kind, for torch's printout of a model."""
         double = ", double" if self.layout.nested else ""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.kind}{double}"
 
-    # -- moving -----------------------------------------------------------------------------------------------------
+    # -- moving ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _state_apart(self) -> Iterator[dict[str, Tensor | None]]:
-        """Within it the module seems to have no quantized state; what stands in the dict given is put back."""
+        """Take the quantized state out of the module for the body; what stands in the dict given is put back."""
         held = {role: self._buffers.pop(role) for role in HELD if role in self._buffers}
         try:
             yield held
@@ -136,7 +156,7 @@ class QuantLinear(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    # -- state ------------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with self._state_apart() as held:
@@ -145,7 +165,7 @@ class QuantLinear(nn.Module):
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
 
     def _stored(self, held: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """The tensors under the names of bitsandbytes' files."""
+        """Return the tensors under the names of bitsandbytes' files."""
         nested = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         out = {f"weight.{r}" if r in nested else r: t for r, t in held.items() if t is not None and r in HELD}
         offset = out.pop("nested_offset", None)
@@ -189,7 +209,7 @@ class QuantLinear(nn.Module):
             self.fill(Packed(loaded.layout, {r: t.to(device, copy=True) for r, t in loaded.tensors.items()}))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """torch.distributed.checkpoint follows each key through attributes: `weight.absmax` must lead somewhere."""
+        """Tell torch.distributed.checkpoint where keys lead: it follows `weight.absmax` through attributes."""
         return {"weight": "_by_key"}
 
     @property
@@ -200,14 +220,19 @@ class QuantLinear(nn.Module):
 
 
 def _ours(key: str) -> bool:
+    """Tell whether a key of a state dict belongs to the quantized weight."""
     return key in ("weight", "SCB", "weight_format", WEIGHT_DIGEST) or key.startswith("weight.")
 
 
-# -- computing --------------------------------------------------------------------------------------------------------
+# -- computing ----------------------------------------------------------------------------------------------------
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on (it leaves float64 alone), else that of `x`."""
+    """Return the dtype to compute in: autocast's where it is on (it leaves float64 alone), else that of `x`.
+
+    Args:
+        x: the input of a layer.
+    """
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -217,10 +242,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def frozen_linear(
     x: Tensor, base: nn.Module, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """`x W^T + bias + scale · (x A^T) B^T` over a frozen dense or quantized W, `[..., in] -> [..., out]`.
+    """Compute `x W^T + bias + scale · (x A^T) B^T` over a frozen dense or quantized W.
 
-    `lora_A [r, in]`, `lora_B [out, r]`. Kept for the backward: x and x A^T; never the dequantized weight. With B = 0
-    the result is bitwise that of the base.
+    Kept for the backward: x and x A^T; never the dequantized weight. With B = 0 the result is bitwise that of the base.
+
+    Args:
+        x: [..., in].
+        base: a `QuantLinear` or an `nn.Linear`; its weight gets no gradient.
+        lora_A: [r, in], or None without an update.
+        lora_B: [out, r], or None without an update.
+        scale: factor of the update.
+
+    Returns:
+        [..., out].
+
+    Raises:
+        TensorkeepError: x and a dense weight have different dtypes, and autocast is off.
     """
     dtype = compute_dtype(x)
     if isinstance(base, QuantLinear):
@@ -242,6 +279,7 @@ def frozen_linear(
 
 
 def _dense(kind: str, rows: int, columns: int, block: int, nested: int, state: Any, dtype: torch.dtype) -> Tensor:
+    """Return the weight [rows, columns] in `dtype`, dequantized where it is quantized."""
     if kind == "dense":
         return cast(Tensor, state[0].to(dtype))
     roles = INT8_ROLES if kind == "int8" else FOUR_BIT_ROLES
@@ -251,7 +289,7 @@ def _dense(kind: str, rows: int, columns: int, block: int, nested: int, state: A
 
 
 def products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """`left right + scale · low up (+ bias)`, the second product added in the place of the first.
+    """Compute `left right + scale · low up (+ bias)`, the second product added in the place of the first.
 
     `left [n, k]`, `right [k, m]`, `low [n, r]`, `up [r, m]`. Written out, a compiler would copy the first product
     before adding to it: a tenth of a training step's time on a large layer, so it sees one operation.
@@ -280,7 +318,7 @@ def _(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: 
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """The linear of `frozen_linear`: W gets no gradient and is made again in the backward."""
+    """The linear of `frozen_linear`: W gets no gradient and is dequantized again in the backward."""
 
     @staticmethod
     def forward(

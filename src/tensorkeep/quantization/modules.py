@@ -1,7 +1,7 @@
-"""A model's linears in 4 or 8 bits: in place, adopted from bitsandbytes, and held equal across processes.
+"""Quantize the linears of a model in place, adopt those of bitsandbytes, and prove them equal across processes.
 
 4 bits are 4 bits and 8 bits are 8: nothing of a quantized weight stays in floats. Heads, embeddings and whatever
-trains or is tied keep their floats, and every pattern must fit something. Loading is in `quantized_loading`.
+trains or is tied keep their floats, and every pattern must fit something. Loading is in `loading`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,29 @@ def quantize_(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = EXCLUDED,
 ) -> list[str]:
-    """Put the frozen linears of a loaded model into codes, in place; returns their names.
+    """Quantize the frozen linears of a loaded model, in place.
 
-    Patterns are shell-style and fit a whole name or its end. A linear that trains, or whose weight is tied to another
-    module's, stays as it is. Raises TensorkeepError where nothing is left to quantize or a pattern of `include` fits
-    no linear.
+    A linear that trains, or whose weight is tied to another module's, stays as it is. Patterns are shell-style and fit
+    a whole name or its end.
 
-    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).requires_grad_(False)
-    >>> quantize_(model, "nf4", exclude=["1"])
-    ['0']
+    Args:
+        model: the model; its linears are replaced by `QuantLinear`.
+        kind: "nf4", "fp4", "int8", or 4 or 8 bits.
+        double: quantize the scales as well (nf4, fp4).
+        block: number of flat elements that share a scale (nf4, fp4).
+        include: patterns of the linears to quantize.
+        exclude: patterns of those to leave.
+
+    Returns:
+        The names of the linears that are quantized now.
+
+    Raises:
+        TensorkeepError: nothing is left to quantize, or a pattern of `include` fits no linear.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).requires_grad_(False)
+        >>> quantize_(model, "nf4", exclude=["1"])
+        ['0']
     """
     kind = kind_of(kind)
     linears = {_clean(n): m for n, m in model.named_modules() if quantizable(m)}
@@ -67,12 +81,12 @@ def quantize_(
 
 
 def quantizable(module: nn.Module) -> bool:
-    """Whether this is a plain dense linear, or one with our LoRA on it."""
+    """Tell whether this is a plain dense linear, or one with our LoRA on it."""
     return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
 
 
 def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
-    """The quantized form in the place of `linear`: its LoRA, where it has one, goes on top."""
+    """Return the quantized form to put in the place of `linear`: its LoRA, where it has one, goes on top."""
     put: Any = getattr(linear, "over", None)
     return made if put is None else put(made)
 
@@ -96,7 +110,7 @@ def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that more than one module, or one module twice, holds."""
+    """Return the ids of parameters that more than one module, or one module twice, holds."""
     seen: set[int] = set()
     twice: set[int] = set()
     for module in model.modules():
@@ -107,7 +121,15 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, wherever they hang; the root itself cannot be replaced."""
+    """Put modules in the place of others, wherever they hang.
+
+    Args:
+        model: the model; the root itself cannot be replaced.
+        made: old module -> new one, which is set to train or evaluate as the old one.
+
+    Raises:
+        TensorkeepError: the root is to be replaced.
+    """
     if model in made:
         raise TensorkeepError("the model is itself the linear", where="model", hint="wrap it: nn.Sequential(linear)")
     for parent in list(model.modules()):
@@ -121,24 +143,41 @@ def _clean(name: str) -> str:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized linears by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+    """Return the quantized linears of a model by name.
+
+    Args:
+        model: the model; wrappers of DDP, FSDP2 and torch.compile are left out of the names.
+    """
     return {_clean(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
-# -- bitsandbytes -------------------------------------------------------------------------------------------------------
+# -- bitsandbytes -------------------------------------------------------------------------------------------------
 
 
 def is_bitsandbytes(module: nn.Module) -> bool:
-    """Whether this is one of bitsandbytes' linears; the library is not imported to find out."""
+    """Tell whether this is one of bitsandbytes' linears; the library is not imported to find out.
+
+    Args:
+        module: any module.
+    """
     return any(k.__module__.startswith("bitsandbytes.") and k.__name__ in _BITSANDBYTES for k in type(module).__mro__)
 
 
 def adopt(model: nn.Module) -> list[str]:
-    """Turn bitsandbytes' linears into ours, in place, without quantizing again; returns their names.
+    """Turn bitsandbytes' linears into ours, in place, without quantizing again.
 
-    Codes and scales are shared, not copied. Raises TensorkeepError, before anything is changed, for layers that hold
-    no quantized weight yet (Q01), keep floats (int8 with `has_fp16_weights`), or were repacked for one machine's
-    kernel by a forward in evaluation mode (Q06).
+    Codes and scales are shared, not copied.
+
+    Args:
+        model: the model; changed in place.
+
+    Returns:
+        The names of the linears.
+
+    Raises:
+        TensorkeepError: before anything is changed, for layers that hold no quantized weight yet, keep floats
+            (int8 with `has_fp16_weights`, Q01), or were repacked for one machine's kernel by a forward in
+            evaluation mode (Q06).
     """
     found = {_clean(n): m for n, m in model.named_modules() if is_bitsandbytes(m)}
     replace_modules(model, {module: adopted(module, name) for name, module in found.items()})
@@ -146,7 +185,15 @@ def adopt(model: nn.Module) -> list[str]:
 
 
 def adopted(module: Any, name: str = "linear") -> QuantLinear:
-    """One of bitsandbytes' linears as ours; see `adopt`."""
+    """Return one of bitsandbytes' linears as ours; codes and scales are shared.
+
+    Args:
+        module: the linear.
+        name: what messages call it.
+
+    Raises:
+        TensorkeepError: as `adopt`.
+    """
     weight, shape = module.weight, (module.out_features, module.in_features)
     if hasattr(weight, "quant_type"):
         state = getattr(weight, "quant_state", None)
@@ -172,15 +219,20 @@ def adopted(module: Any, name: str = "linear") -> QuantLinear:
     return made.train(module.training)
 
 
-# -- processes ----------------------------------------------------------------------------------------------------------
+# -- processes ----------------------------------------------------------------------------------------------------
 
 
 def check_ranks(model: nn.Module) -> None:
-    """Prove that codes and scales are each other's and the same on every process; call it before the first step.
+    """Prove that codes and scales belong together and are the same on every process; call it before the first step.
 
     DDP sends buffers when it wraps a model, unless it is told not to (`broadcast_buffers=False`, which spares sending
-    all codes at every forward: build each rank from the same file, check, and use that). Raises TensorkeepError Q02
-    with the first layer that differs and the ranks that hold something else.
+    all codes at every forward: build each rank from the same file, check, and use that).
+
+    Args:
+        model: the model, on every rank.
+
+    Raises:
+        TensorkeepError: Q02 with the first layer that differs and the ranks that hold something else.
     """
     found = {name: packed_digest(layer.packed).hex() for name, layer in quantized_layers(model).items()}
     for name, layer in quantized_layers(model).items():
@@ -202,12 +254,20 @@ def check_ranks(model: nn.Module) -> None:
             )
 
 
-# -- sizes --------------------------------------------------------------------------------------------------------------
+# -- sizes --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model holds: parameters by their logical shapes (a packed weight counts all it stands for), and bytes."""
+    """What a model holds, counted by logical shapes: a packed weight counts all the parameters that it stands for.
+
+    Attributes:
+        trainable: parameters that train.
+        frozen: parameters that do not.
+        quantized: of the frozen ones, those that are codes.
+        bytes: of all parameters and persistent buffers, as they are stored.
+        trainable_bytes: of the parameters that train.
+    """
 
     trainable: int
     frozen: int
@@ -217,6 +277,7 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
+        """Number of all parameters."""
         return self.trainable + self.frozen
 
     def __str__(self) -> str:
@@ -228,9 +289,9 @@ class Sizes:
 
 
 def model_sizes(model: nn.Module) -> Sizes:
-    """Trainable, frozen and stored sizes of a model; tied tensors count once, buffers count as bytes only.
+    """Count the parameters and bytes of a model; tied tensors count once, buffers count as bytes only.
 
-    >>> sizes(nn.Sequential(QuantLinear.of(nn.Linear(64, 32)))).parameters
+    >>> model_sizes(nn.Sequential(QuantLinear.of(nn.Linear(64, 32)))).parameters
     2080
     """
     trainable = frozen = quantized = stored = training = 0
@@ -245,7 +306,7 @@ def model_sizes(model: nn.Module) -> Sizes:
 
 
 def _held(model: nn.Module) -> Iterator[tuple[Tensor, int, bool]]:
-    """Every stored tensor once: it, the parameters it stands for, whether it is packed."""
+    """Give every stored tensor once: it, the parameters it stands for, whether it is packed."""
     seen: set[int] = set()
     for module in model.modules():
         own = isinstance(module, QuantLinear)

@@ -1,6 +1,6 @@
-"""Float weights to 4- and 8-bit codes and back, in torch: bitsandbytes' formats, computed here on every device.
+"""Quantize float weights to 4- and 8-bit codes in torch: bitsandbytes' formats, computed here on every device.
 
-Codes, scales and their layout are those of `quantized`. Results are equal to bitsandbytes 0.50.2's on the CPU bit for
+Codes, scales and their layout are those of `stored`. Results are equal to bitsandbytes 0.50.2's on the CPU bit for
 bit, which fixes details that its kernels do not share: whole blocks are scaled by the reciprocal of absmax and a last,
 shorter one by division; the 8-bit map of double quantization is looked up on a grid of 65,536 points; int8 goes
 through float16. Block sizes need not divide a row, nor elements be even in number.
@@ -21,7 +21,7 @@ from torch import Tensor
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.quantization import codes as quant_codes
-from tensorkeep.quantization.codes import NESTED_BLOCK, SMALLEST
+from tensorkeep.quantization.codes import NESTED_BLOCK, SMALLEST_SCALE
 
 Kind = Literal["nf4", "fp4", "int8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -33,8 +33,15 @@ WEIGHT_DIGEST = "weight_digest"
 
 
 class Layout(NamedTuple):
-    """How codes lie: kind, the weight's shape [out, in], flat elements a scale reaches (nf4, fp4), the same of the
-    scales' scales (0: the scales are floats), and the dtype the weight had."""
+    """How the codes of one weight lie.
+
+    Attributes:
+        kind: "nf4", "fp4" or "int8".
+        shape: the weight's, [out, in].
+        block: number of flat elements that share a scale (nf4, fp4).
+        nested: number of scales that share one of their own; 0 where the scales are floats.
+        dtype: torch's name of the dtype that the weight had.
+    """
 
     kind: Kind
     shape: tuple[int, int]
@@ -50,6 +57,10 @@ class Packed:
     nf4, fp4: `weight` uint8 [ceil(n/2), 1], `absmax` float32 [blocks] (uint8 where nested), `quant_map` [16];
     nested: `nested_absmax` [ceil(blocks/256)], `nested_quant_map` [256], `nested_offset` [1].
     int8: `weight` int8 [out, in], `SCB` float32 [out].
+
+    Attributes:
+        layout: how the codes lie.
+        tensors: role -> tensor.
     """
 
     layout: Layout
@@ -57,10 +68,17 @@ class Packed:
 
 
 def kind_of(word: str | int) -> Kind:
-    """The kind that a name or a number of bits means: 4 bits are nf4, 8 are int8.
+    """Return the kind that a name or a number of bits means: 4 bits are nf4, 8 are int8.
 
-    >>> kind_of(4), kind_of("fp4")
-    ('nf4', 'fp4')
+    Args:
+        word: "nf4", "fp4", "int8", 4 or 8.
+
+    Raises:
+        TensorkeepError: it is none of these.
+
+    Example:
+        >>> kind_of(4), kind_of("fp4")
+        ('nf4', 'fp4')
     """
     if isinstance(word, int) and word in _BITS:
         return _BITS[word]
@@ -73,19 +91,27 @@ def kind_of(word: str | int) -> Kind:
     )
 
 
-# -- quantizing -------------------------------------------------------------------------------------------------------
+# -- quantizing ---------------------------------------------------------------------------------------------------
 
 
 def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "weight") -> Packed:
-    """Quantize `weight [out, in]` on its device; `double` quantizes the scales as well (nf4, fp4).
+    """Quantize a weight on its device; beside the result, memory for about 2^20 elements is needed.
 
-    Beside the result, memory for about 2^20 elements is needed. Raises TensorkeepError V01 for NaN and infinity, and
-    for dtypes beyond float16, bfloat16 and float32.
+    Args:
+        weight: [out, in] in float32, bfloat16 or float16.
+        kind: "nf4", "fp4" or "int8".
+        double: quantize the scales as well (nf4, fp4).
+        block: number of flat elements that share a scale (nf4, fp4), a power of two from 32 on.
+        name: what messages call the weight.
 
-    >>> from tensorkeep.quantization.unpacking import unpack
-    >>> packed = pack(torch.eye(4), "nf4", double=False)
-    >>> unpack(packed.layout, packed.tensors).equal(torch.eye(4))
-    True
+    Raises:
+        TensorkeepError: V01 for NaN and infinity; without a code for other shapes, dtypes and block sizes.
+
+    Example:
+        >>> from tensorkeep.quantization.unpacking import unpack
+        >>> packed = pack(torch.eye(4), "nf4", double=False)
+        >>> unpack(packed.layout, packed.tensors).equal(torch.eye(4))
+        True
     """
     if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not weight.numel():
         what = f"{weight.dtype} {list(weight.shape)} cannot be quantized"
@@ -104,7 +130,7 @@ def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 6
 
 
 def _pack_blocks(weight: Tensor, kind: Kind, block: int, name: str) -> tuple[Tensor, Tensor]:
-    """4-bit codes [ceil(n/2), 1] and absmax [blocks], a stretch of flat elements at a time."""
+    """Return 4-bit codes [ceil(n/2), 1] and absmax [blocks], made a stretch of flat elements at a time."""
     flat = weight.reshape(-1)
     count = flat.numel()
     codes = torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
@@ -116,10 +142,10 @@ def _pack_blocks(weight: Tensor, kind: Kind, block: int, name: str) -> tuple[Ten
         blocks = some[: whole * block].view(whole, block)
         scales = absmax[at // block : at // block + whole]
         torch.amax(blocks.abs(), 1, out=scales)
-        unit = torch.mul(blocks, (1.0 / scales.clamp(min=float(SMALLEST)))[:, None]).view(-1)
+        unit = torch.mul(blocks, (1.0 / scales.clamp(min=float(SMALLEST_SCALE)))[:, None]).view(-1)
         if whole * block < some.numel():
             rest = some[whole * block :]
-            absmax[-1] = rest.abs().max().clamp(min=float(SMALLEST))
+            absmax[-1] = rest.abs().max().clamp(min=float(SMALLEST_SCALE))
             unit = torch.cat([unit, rest / absmax[-1]])
         _refuse_infinite(absmax[at // block : -(-(at + some.numel()) // block)], name)
         bits = _nearest(unit.clamp_(-1, 1), kind)
@@ -130,7 +156,7 @@ def _pack_blocks(weight: Tensor, kind: Kind, block: int, name: str) -> tuple[Ten
 
 
 def _nearest(unit: Tensor, kind: Kind) -> Tensor:
-    """The code of each value in [-1, 1]: one lookup, and one comparison in the cells that a border cuts."""
+    """Find the code of each value in [-1, 1]: one lookup, and one comparison in the cells that a border cuts."""
     below, border, order = _grid(kind, unit.device)
     cell = ((unit + 1) * (_CELLS / 2)).to(torch.int32)
     rank = below.index_select(0, cell) + (unit > border.index_select(0, cell)).view(torch.uint8)
@@ -139,7 +165,11 @@ def _nearest(unit: Tensor, kind: Kind) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _grid(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each cell of [-1, 1]: how many borders lie below it, the border inside it; and codes by rank of value."""
+    """Make the tables of `_nearest`.
+
+    Per cell of [-1, 1]: how many borders between codes lie below it, and the border inside it; and the codes by rank of
+    their value.
+    """
     table = torch.from_numpy(quant_codes.TABLES[kind] + 0)
     order = torch.argsort(table, stable=True)
     borders = (table[order[:-1]] + table[order[1:]]) / 2
@@ -151,7 +181,7 @@ def _grid(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pack_scales(absmax: Tensor) -> dict[str, Tensor]:
-    """Double quantization: absmax around its mean as 8-bit codes of the dynamic map, in blocks of 256."""
+    """Quantize scales: absmax around its mean as 8-bit codes of the dynamic map, in blocks of 256."""
     offset = _mean(absmax)
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -169,7 +199,7 @@ def _pack_scales(absmax: Tensor) -> dict[str, Tensor]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """The mean as torch takes it on the CPU in one thread: the same file gives the same codes on every machine.
+    """Compute the mean as torch does on the CPU in one thread, so that every machine gives the same codes.
 
     GPUs, and the CPU with more threads, add in another order and end an ulp or two away.
     """
@@ -183,7 +213,7 @@ def _mean(values: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _dynamic(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The signed dynamic 8-bit map [256], and the code nearest to each of 65,536 points of [-1, 1].
+    """Make the signed dynamic 8-bit map [256], and the code nearest to each of 65,536 points of [-1, 1].
 
     Dettmers, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561), section 2: 0, 1 and, for
     every exponent, the middles of equal steps between 0.1 and 1.
@@ -200,7 +230,7 @@ def _dynamic(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _pack_rows(weight: Tensor, name: str) -> dict[str, Tensor]:
-    """int8 codes [out, in] and the largest magnitude of each row [out]; a row of zeros stays zeros."""
+    """Return int8 codes [out, in] and the largest magnitude of each row [out]; a row of zeros stays zeros."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     step = max(quant_codes.ELEMENTS_AT_ONCE // weight.shape[1], 1)
@@ -215,16 +245,17 @@ def _pack_rows(weight: Tensor, name: str) -> dict[str, Tensor]:
 
 
 def _refuse_infinite(scales: Tensor, name: str) -> None:
+    """Raise V01 where a scale shows that the weights hold NaN or infinity."""
     if not bool(torch.isfinite(scales).all()):
         hint = "tensorkeep diagnose names every such tensor; int8 goes through float16, whose largest number is 65504"
         raise TensorkeepError("NaN or infinity among the weights", where=name, code="V01", hint=hint)
 
 
-# -- what ties codes to their scales ----------------------------------------------------------------------------------
+# -- what ties codes to their scales ------------------------------------------------------------------------------
 
 
 def state_text(layout: Layout, offset: float) -> bytes:
-    """The `quant_state` of a 4-bit weight as bitsandbytes writes it: JSON, in its order."""
+    """Write the `quant_state` of a 4-bit weight as bitsandbytes does: JSON, in its order."""
     said: dict[str, Any] = {
         "quant_type": layout.kind,
         "blocksize": layout.block,
@@ -237,7 +268,7 @@ def state_text(layout: Layout, offset: float) -> bytes:
 
 
 def packed_digest(packed: Packed) -> bytes:
-    """16 bytes over codes, scales and state together: no other weight's scales give the same (see `quant_codes.tie`)."""
+    """Make 16 bytes over codes, scales and state together, which no other scales give (`codes.joint_digest`)."""
     parts = {role: digest_of(tensor) for role, tensor in packed.tensors.items() if role != "nested_offset"}
     if packed.layout.kind != "int8":
         parts["state"] = digest_of(torch.tensor(list(state_text(packed.layout, offset_of(packed))), dtype=torch.uint8))
@@ -245,7 +276,7 @@ def packed_digest(packed: Packed) -> bytes:
 
 
 def averaged_blocks(packed: Packed) -> int:
-    """How many blocks of nf4 or fp4 codes hold no code of magnitude 1 although they hold something; sound: 0.
+    """Count the blocks of nf4 or fp4 codes that hold no code of magnitude 1 although they hold something; sound: 0.
 
     The largest element of a block is +-absmax, so its code is +-1. Averaged, moved or repacked bytes lose it. Without
     a digest this is what a file alone can tell (Q03).
@@ -266,7 +297,7 @@ def averaged_blocks(packed: Packed) -> int:
 
 
 def offset_of(packed: Packed) -> float:
-    """The offset of the scales; 0 where they are floats."""
+    """Return the offset of doubly quantized scales; 0 where the scales are floats."""
     return float(packed.tensors["nested_offset"].item()) if packed.layout.nested else 0.0
 
 
@@ -274,9 +305,10 @@ Mover = Callable[[Tensor], Tensor]
 
 
 def moved(tensor: Tensor, move: Mover) -> Tensor:
-    """`move` applied to the bytes of a tensor, so that it may change the device and never the numbers.
+    """Apply `move` to the bytes of a tensor, so that it may change the device and never the numbers.
 
-    Raises TensorkeepError where it changes the bytes' dtype all the same (`module.type(...)`).
+    Raises:
+        TensorkeepError: `move` changes the bytes' dtype all the same (`module.type(...)`).
     """
     raw = move(tensor.view(torch.uint8))
     if raw.dtype != torch.uint8:

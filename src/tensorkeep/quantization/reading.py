@@ -19,10 +19,18 @@ from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Layout, Packed, 
 def read_packed(
     tensors: Mapping[str, Tensor] | StateView, shape: tuple[int, int] | None, name: str = "layer"
 ) -> Packed:
-    """One quantized weight out of stored tensors (`name.weight`, `name.weight.absmax`, ...), checked throughout.
+    """Read one quantized weight from stored tensors (`name.weight`, `name.weight.absmax`, ...), checked throughout.
 
-    `shape`: [out, in] that it must have. Raises TensorkeepError Q01, Q06, S01, and Q02 where a digest says that codes
-    and scales do not belong together. Where no digest is stored nothing can be said of that.
+    Where no digest is stored, nothing can be said about whether codes and scales belong together.
+
+    Args:
+        tensors: by name, or a view of a checkpoint.
+        shape: [out, in] that it must have; None for any.
+        name: what the names begin with.
+
+    Raises:
+        TensorkeepError: Q01 or Q06 where the state is missing or contradicts itself, S01 for another shape, Q02 where
+            the digest says that codes and scales do not belong together.
     """
     view = tensors if isinstance(tensors, StateView) else view_of(tensors)
     stored = f"{name}.weight"
@@ -54,7 +62,16 @@ def read_packed(
 
 
 def take(view: StateView, weight: QuantizedWeight) -> Packed:
-    """The tensors of a described weight, codes as bytes whatever dtype they are stored under."""
+    """Read the tensors of a described weight, codes as bytes whatever dtype they are stored under.
+
+    Args:
+        view: the checkpoint.
+        weight: the weight's description.
+
+    Raises:
+        TensorkeepError: Q01 or Q06 where the description has a problem, S01 where the weight is no matrix, without a
+            code for a kind that cannot be trained on.
+    """
     quantized.refuse(weight, view.path)
     if (
         weight.kind not in ("nf4", "fp4", "int8")

@@ -1,14 +1,24 @@
-"""Quantized weights: which stored tensors make up one, what its state says of it, and its values.
+"""Quantized weights in a checkpoint: which stored tensors make up one, and its values.
 
 One quantized weight is several tensors: packed codes under the weight's own name, and beside them the scales without
 which the codes mean nothing. Read here, without the libraries that wrote them:
 
-| kind | codes | state | values |
-|---|---|---|---|
-| nf4, fp4 (bitsandbytes) | bytes [ceil(n/2), 1], also typed as bf16, fp16 or fp32 | `.absmax`, `.quant_map`, `.quant_state.bitsandbytes__KIND`; `.nested_absmax`, `.nested_quant_map` | map[code] · absmax[block] |
-| int8 (bitsandbytes) | int8 [N, K] | `SCB` [N], `weight_format` beside the weight | code · SCB[row] / 127 |
-| int8, fp8 (compressed-tensors, fbgemm, torchao) | int8 or fp8 [N, K] | `weight_scale` or `.scale` | code · scale, per tensor, row or group of columns |
-| fp8 in blocks (DeepSeek, transformers) | fp8 [N, K] | `weight_scale_inv` [ceil(N/b), ceil(K/b)] | code · scale[block] |
+nf4, fp4 (bitsandbytes)
+    codes: bytes [ceil(n/2), 1], also typed as bf16, fp16 or fp32
+    beside: `.absmax`, `.quant_map`, `.quant_state.bitsandbytes__KIND`; `.nested_absmax`, `.nested_quant_map`
+    values: map[code] · absmax[block]
+int8 (bitsandbytes)
+    codes: int8 [N, K]
+    beside: `SCB` [N], `weight_format`
+    values: code · SCB[row] / 127
+int8, fp8 (compressed-tensors, fbgemm, torchao)
+    codes: int8 or fp8 [N, K]
+    beside: `weight_scale` or `.scale`
+    values: code · scale, per tensor, row or group of columns
+fp8 in blocks (DeepSeek, transformers)
+    codes: fp8 [N, K]
+    beside: `weight_scale_inv` [ceil(N/b), ceil(K/b)]
+    values: code · scale[block]
 
 4-bit codes lie flat over the row-major weight, high half of the byte first, and a block is `blocksize` consecutive
 elements of that flat order: it may straddle two rows. Sources: QLoRA (arXiv 2305.14314, section 3 and appendix E),
@@ -26,7 +36,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.formats.view import StateView, np_frombuffer
+from tensorkeep.formats.arrays import np_frombuffer
+from tensorkeep.formats.view import StateView
 from tensorkeep.quantization.description import (
     FLOAT8,
     FOUR_BITS,
@@ -61,12 +72,18 @@ __all__ = [
 
 
 def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantizedWeight]:
-    """The quantized weights of a view by the stored name of their codes; headers and the small states are read.
+    """Find the quantized weights of a checkpoint; headers and the small states are read.
 
-    `names` (as in `Identity.names`) restricts the search to the model's own tensors.
+    Args:
+        view: the checkpoint.
+        names: restricts the search to these stored names (its keys), e.g. the model's own tensors.
 
-    >>> {w.kind for w in find(read("model-nf4")).values()}              # doctest: +SKIP
-    {'nf4'}
+    Returns:
+        Stored name of the codes -> description of the weight.
+
+    Example:
+        >>> {w.kind for w in find_quantized(read("model-nf4")).values()}              # doctest: +SKIP
+        {'nf4'}
     """
     inside = view.records if names is None else {n: view[n] for n in names if n in view}
     groups = _four_bit_groups(inside)
@@ -84,14 +101,21 @@ def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> d
 
 
 def members(weights: Mapping[str, QuantizedWeight]) -> dict[str, str]:
-    """Stored name of every scale, map and state -> stored name of the codes it belongs to; and of the digest that our
-    own files keep beside them (`NAME_digest`), whether it is there or not."""
+    """Map every scale, map and state to the codes that it belongs to.
+
+    Args:
+        weights: from `find_quantized`.
+
+    Returns:
+        Stored name -> stored name of the codes; also for the digest that our own files keep beside the codes
+        (`NAME_digest`), whether it is there or not.
+    """
     found = {part: weight.name for weight in weights.values() for part in weight.parts.values()}
     return found | {f"{weight.name}_digest": weight.name for weight in weights.values()}
 
 
 def _four_bit_groups(records: Mapping[str, TensorRecord]) -> dict[str, dict[str, str]]:
-    """Codes' name -> role -> stored name, for everything that carries a 4-bit role; the codes may be missing."""
+    """Group tensors that carry a 4-bit role: codes' name -> role -> stored name; the codes may be missing."""
     groups: dict[str, dict[str, str]] = {}
     for name in records:
         stem, found, kind = name.rpartition(QUANT_STATE)
@@ -108,17 +132,24 @@ def _four_bit_groups(records: Mapping[str, TensorRecord]) -> dict[str, dict[str,
     return groups
 
 
-# -- values -----------------------------------------------------------------------------------------------------------
+# -- values -------------------------------------------------------------------------------------------------------
 
 
 def dequantize(view: StateView, name: str, weight: QuantizedWeight | None = None) -> Array:
-    """The float32 values of one quantized weight, in its own shape; nothing else of the view is read.
+    """Return the float32 values of one quantized weight, in its own shape; nothing else of the checkpoint is read.
 
-    `weight` saves the search where `find` was called already. Raises TensorkeepError Q01 or Q06 where the state is
-    missing or contradicts itself, and K01 where `name` is no quantized weight.
+    Args:
+        view: the checkpoint.
+        name: stored name of the codes.
+        weight: its description; saves the search where `find_quantized` was called already.
 
-    >>> dequantize(read("model-nf4"), "model.layers.0.mlp.up_proj.weight").shape          # doctest: +SKIP
-    (1536, 576)
+    Raises:
+        TensorkeepError: Q01 or Q06 where the state is missing or contradicts itself, K01 where `name` is no quantized
+            weight.
+
+    Example:
+        >>> dequantize(read("model-nf4"), "model.layers.0.mlp.up_proj.weight").shape          # doctest: +SKIP
+        (1536, 576)
     """
     import numpy as np
 
@@ -139,7 +170,15 @@ def dequantize(view: StateView, name: str, weight: QuantizedWeight | None = None
 
 
 def stream_values(view: StateView, weight: QuantizedWeight) -> Iterator[tuple[int, Array]]:
-    """The same values as flat pieces `(first element, float32 values)`; the codes are held, the values are not."""
+    """Give the values of one quantized weight piece by piece; the codes are held, the values are not.
+
+    Args:
+        view: the checkpoint.
+        weight: the weight's description, without problems.
+
+    Yields:
+        (first element in flat order, float32 values).
+    """
     from tensorkeep.quantization import codes as quant_codes
 
     if weight.kind in FOUR_BITS:
@@ -163,12 +202,25 @@ def stream_values(view: StateView, weight: QuantizedWeight) -> Iterator[tuple[in
 
 
 def packed_bytes(view: StateView, weight: QuantizedWeight) -> Array:
-    """The codes of a 4-bit weight as uint8, whatever dtype they are stored under: reinterpreted, never converted."""
+    """Return the codes of a 4-bit weight as uint8, reinterpreted from whatever dtype they are stored under.
+
+    Args:
+        view: the checkpoint.
+        weight: the weight's description.
+    """
     return np_frombuffer(view.bytes(weight.name), "U8")
 
 
 def four_bit_state(view: StateView, weight: QuantizedWeight) -> tuple[Array, Array]:
-    """The value of each of the 16 codes, and one float32 scale a block."""
+    """Return the value of each of the 16 codes, and one scale per block.
+
+    Args:
+        view: the checkpoint.
+        weight: the description of an nf4 or fp4 weight, without problems.
+
+    Returns:
+        float32 [16] and float32 [blocks]; doubly quantized scales are decoded.
+    """
     from tensorkeep.quantization import codes as quant_codes
 
     table, absmax = view.array(weight.parts["quant_map"]), view.array(weight.parts["absmax"])
@@ -179,11 +231,20 @@ def four_bit_state(view: StateView, weight: QuantizedWeight) -> tuple[Array, Arr
 
 
 def row_scales(view: StateView, weight: QuantizedWeight) -> Array:
-    """The scales of an int8 or fp8 weight as float32 [rows of blocks, columns of blocks]."""
+    """Return the scales of an int8 or fp8 weight.
+
+    Args:
+        view: the checkpoint.
+        weight: the weight's description, without problems.
+
+    Returns:
+        float32 [rows of blocks, columns of blocks].
+    """
     return _scale_grid(view, weight, "SCB" if "SCB" in weight.parts else "scale")
 
 
 def _scale_grid(view: StateView, weight: QuantizedWeight, role: str) -> Array:
+    """Return the tensor of one role as float32 [rows of blocks, columns of blocks]."""
     import numpy as np
 
     assert isinstance(weight.block, tuple) and weight.shape is not None
@@ -192,14 +253,22 @@ def _scale_grid(view: StateView, weight: QuantizedWeight, role: str) -> Array:
 
 
 def _spread(scales: Array, columns: int, block: int) -> Array:
-    """One scale a block of columns to one a column; a single one stays one and broadcasts."""
+    """Repeat one scale per block of columns to one per column; a single one stays one and broadcasts."""
     import numpy as np
 
     return scales if scales.shape[1] == 1 else np.repeat(scales, block, axis=1)[:, :columns]
 
 
 def refuse(weight: QuantizedWeight, where: object) -> None:
-    """Raise the first problem of a weight, if it has one."""
+    """Raise the first problem of a weight, if it has one.
+
+    Args:
+        weight: the weight's description.
+        where: the checkpoint, for messages.
+
+    Raises:
+        TensorkeepError: Q01 or Q06.
+    """
     if weight.problems:
         code, message = weight.problems[0]
         hint = (

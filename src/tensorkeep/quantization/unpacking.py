@@ -16,7 +16,16 @@ from tensorkeep.quantization.packed import Layout
 
 
 def unpack(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [out, in] that codes stand for, computed in float32 and rounded once to `dtype`."""
+    """Return the weight that codes stand for, computed in float32 and rounded once to `dtype`.
+
+    Args:
+        layout: how the codes lie.
+        tensors: role -> tensor, as in `Packed`; tensors of other roles are not looked at.
+        dtype: of the result.
+
+    Returns:
+        [out, in].
+    """
     if layout.kind == "int8":
         return _dequantize_8bit(tensors["weight"], tensors["SCB"], dtype)
     return dequantize_4bit(
@@ -34,7 +43,7 @@ def unpack(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype = t
 
 
 def _dequantize_8bit(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """`code · SCB[row] / 127`, [out, in]; bitsandbytes multiplies by the float32 nearest to 1/127."""
+    """Compute `code · SCB[row] / 127`, [out, in]; bitsandbytes multiplies by the float32 nearest to 1/127."""
     return (codes.float().mul_(scales[:, None])).mul_(float(quant_codes.PER_127)).to(dtype)
 
 
@@ -51,7 +60,7 @@ def dequantize_4bit(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`quant_map[code] · scale[block]`, [rows, columns], with the arguments of `Packed` and `Layout`."""
+    """Compute `quant_map[code] · scale[block]` as [rows, columns]; the arguments are those of `Packed` and `Layout`."""
     how = _dequantize_4bit_op if torch.compiler.is_compiling() else _dequantize_4bit  # the op costs 50 us a call
     values: Tensor = how(
         codes, absmax, quant_map, nested_absmax, nested_quant_map, nested_offset, block, nested, rows, columns, dtype
@@ -127,7 +136,7 @@ def _(
 
 
 def _scale_in_place(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Flat float32 values times one scale a block, in place; the last block is cut where the values end."""
+    """Multiply flat float32 values by one scale per block, in place; the last block may be shorter."""
     whole = values.numel() // block
     values[: whole * block].view(whole, block).mul_(scales[:whole, None])
     if whole * block < values.numel():

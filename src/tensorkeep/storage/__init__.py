@@ -1,4 +1,4 @@
-"""Bytes on disks and object stores, read within bounds and written whole or not at all."""
+"""Bytes on disks and object stores: read within bounds, written whole or not at all."""
 
 from __future__ import annotations
 

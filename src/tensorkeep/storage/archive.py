@@ -1,6 +1,6 @@
-"""torch.save archives: a zip of stored entries with a pickle that says how storages become tensors.
+"""Read torch.save archives: a zip with one entry per storage, and a pickle that makes tensors of them.
 
-A `.pth` file is one archive; a DCP data file is many, one a tensor. Both are read here without torch and without
+A `.pth` file is one archive; a DCP data file is many, one per tensor. Both are read here without torch and without
 unpickling; `archive_writing` writes them in a fixed layout that torch 2.4 and later load.
 """
 
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage.files import Folder
-from tensorkeep.storage.pickles import LARGEST_PICKLE, Global, Object, Persistent, parse
+from tensorkeep.storage.pickle_values import Global, Object, Persistent
+from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, MOST_DIMENSIONS, checked_shape, nbytes
 
 # typed storages name their dtype; an UntypedStorage gets it from _rebuild_tensor_v3
@@ -57,7 +58,16 @@ TENSOR_GLOBALS = frozenset(
 
 
 class Stored(NamedTuple):
-    """A tensor as the pickle describes it: dtype, shape, strides and offset (in elements) within a storage."""
+    """Describe one tensor as the pickle does: a window into a storage.
+
+    Attributes:
+        dtype: the element type as safetensors spells it, e.g. "BF16".
+        shape: sizes of the tensor.
+        strides: steps between neighbours, in elements.
+        offset: first element within the storage.
+        storage: key of the storage; its bytes are the zip entry `data/KEY`.
+        elements: number of elements of the whole storage.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,7 +82,18 @@ _LARGEST_EXPANSION = 1 << 26
 
 
 def stored_tensor(value: Object, where: object) -> Stored | None:
-    """What a `_rebuild_tensor*` call describes, or None for another object. Sizes are checked, nothing is built."""
+    """Read the tensor that a pickled `_rebuild_tensor*` call describes; nothing is built.
+
+    Args:
+        value: an object out of the pickle, as `pickles.parse` gives it.
+        where: the file, for messages.
+
+    Returns:
+        The description with all sizes checked, or None where the object is no tensor.
+
+    Raises:
+        TensorkeepError: F07 where the call cannot describe a tensor of its storage.
+    """
     call = _unwrapped(value)
     if call is None:
         return None
@@ -84,12 +105,8 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
     if len(args) < 4 or not isinstance(args[0], Persistent) or not isinstance(args[0].value, tuple):
         raise wrong("no storage")
     identity, offset, shape, strides = args[0].value, args[1], _sizes(args[2]), _strides(args[3])
-    if (
-        len(identity) < 5
-        or identity[0] != "storage"
-        or not isinstance(identity[1], Global)
-        or not is_count(identity[4])
-    ):
+    known = len(identity) >= 5 and identity[0] == "storage" and isinstance(identity[1], Global)
+    if not known or not is_count(identity[4]):
         raise wrong("an unknown storage")
     if type(identity[2]) not in (str, int) or (len(identity) > 5 and identity[5] is not None):
         raise wrong("a storage without a plain key")
@@ -111,7 +128,7 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
 
 
 def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
-    """The innermost `_rebuild_tensor*` call: parameters and subclasses wrap it, honestly at most twice."""
+    """Find the innermost `_rebuild_tensor*` call: parameters and subclasses wrap it, honestly at most twice."""
     name, args = value.call.name, value.args
     for _ in range(4):
         if name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
@@ -131,7 +148,15 @@ def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Whether a value out of an untrusted file is a whole number that can be a size or a place."""
+    """Tell whether a value from an untrusted file is a whole number that can be a size or a position.
+
+    Args:
+        value: anything.
+
+    Example:
+        >>> is_count(3), is_count(-1), is_count(True)
+        (True, False, False)
+    """
     return type(value) is int and 0 <= value < 1 << 62
 
 
@@ -151,7 +176,7 @@ def _strides(value: Any) -> tuple[int, ...] | None:
 
 
 class _Range(io.RawIOBase):
-    """A slice of a file as a seekable stream, for zipfile."""
+    """A part of a file as a seekable stream, which is what zipfile reads."""
 
     def __init__(self, folder: Folder, file: str, start: int, length: int) -> None:
         self.folder, self.file, self.first, self.length, self.at = folder, file, start, length, 0
@@ -178,14 +203,27 @@ class _Range(io.RawIOBase):
 
 
 class Entry(NamedTuple):
-    """A stored zip entry: absolute first byte in the file, size, CRC-32 as announced."""
+    """One uncompressed entry of a zip.
+
+    Attributes:
+        start: first byte of its data, counted from the start of the file.
+        size: bytes of its data.
+        crc: CRC-32 of its data as the zip says; 0 where the writer did not compute it.
+    """
 
     start: int
     size: int
     crc: int
 
     def known_crc(self, start: int, size: int) -> int | None:
-        """The CRC-32 of bytes within the entry, if they are all of it; torch writes 0 where told not to compute it."""
+        """Return the CRC-32 of a byte range of the entry; None unless the range is the whole entry.
+
+        torch writes 0 where it was told not to compute the checksum; that counts as unknown.
+
+        Args:
+            start: first byte, counted from the start of the entry.
+            size: number of bytes.
+        """
         return self.crc if (start, size) == (0, self.size) and self.crc else None
 
 
@@ -194,7 +232,20 @@ _ZIP_FAILURES = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError
 
 
 def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:
-    """The entries of an archive, by their name below its top folder. Raises F02/F07 for a damaged zip."""
+    """List the entries of an archive by their name below its top folder.
+
+    Args:
+        folder: where the file lies.
+        file: its name.
+        start: first byte of the archive in the file.
+        length: bytes of the archive.
+
+    Returns:
+        Entry name ("data.pkl", "data/0") -> where its bytes lie.
+
+    Raises:
+        TensorkeepError: F02 where the zip is truncated, F07 where entries repeat, overlap, or are compressed.
+    """
     where = f"{folder.url}/{file}"
     try:
         with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
@@ -220,11 +271,12 @@ def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str,
 
 
 def _damaged_zip(what: str, where: object, code: str = "F07") -> TensorkeepError:
+    """Make the error for a zip that cannot have been written by torch.save."""
     return TensorkeepError(f"damaged archive: {what}", where=where, code=code, hint="copy the file again")
 
 
 def _entry(info: zipfile.ZipInfo, folder: Folder, file: str, start: int, length: int) -> Entry:
-    """Where an entry's bytes lie, the archive's directory checked against the entry's own header."""
+    """Find an entry's bytes, checking the zip's directory against the entry's own header."""
     where, name = f"{folder.url}/{file}", shown(info.filename)
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
         raise _damaged_zip(f"{name} is compressed or encrypted, torch.save never does that", where)
@@ -241,7 +293,17 @@ def _entry(info: zipfile.ZipInfo, folder: Folder, file: str, start: int, length:
 
 
 def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
-    """What `data.pkl` describes, as plain data."""
+    """Read what was saved (`data.pkl`) as plain data: dicts, lists, numbers, and `Object` for calls.
+
+    Args:
+        folder: where the file lies.
+        file: its name.
+        found: the archive's entries, from `zip_entries`.
+
+    Raises:
+        TensorkeepError: F04 where the pickle names something that a checkpoint does not need, F02 or F07 where it is
+            damaged, and without a code where this is no archive of torch.save or a big-endian one.
+    """
     where = f"{folder.url}/{file}"
     pickle = found.get("data.pkl")
     if pickle is None:
@@ -259,14 +321,26 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
     return value
 
 
-# -- what is in it -----------------------------------------------------------------------------------------------------
+# -- what is in it ------------------------------------------------------------------------------------------------
 
 # letters of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
 _MOST_LETTERS = 16 << 20
 
 
 def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
-    """Leaves of a nested state dict by dotted name: `Stored` for tensors, plain values for the rest."""
+    """Walk a nested state dict and give every leaf with its dotted name.
+
+    Args:
+        value: what `saved_value` gave, or a part of it.
+        where: the file, for messages.
+        prefix: name of `value` itself; empty at the top.
+
+    Yields:
+        The dotted name and a `Stored` for each tensor, or the plain value for anything else.
+
+    Raises:
+        TensorkeepError: F07 where it is nested deeper, or names more values, than any state dict.
+    """
     pending: list[tuple[str, Any, int]] = [(prefix, value, 0)]
     left = _MOST_LETTERS
     while pending:
@@ -289,6 +363,7 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
 
 
 def _children(item: Any) -> list[tuple[str, Any]] | None:
+    """Give the named parts of a dict, or of a list that holds more than plain values; None for a leaf."""
     if isinstance(item, Object) and item.is_mapping:
         item = item.entries
     if isinstance(item, dict):
@@ -303,7 +378,18 @@ def _spelled(key: Any) -> str:
 
 
 def storage_bytes(tensor: Stored) -> tuple[int, int]:
-    """First byte within its storage and number of bytes that a tensor touches."""
+    """Return the byte range of its storage that a tensor touches.
+
+    Args:
+        tensor: as `stored_tensor` describes it.
+
+    Returns:
+        (first byte within the storage, number of bytes).
+
+    Example:
+        >>> storage_bytes(Stored("F32", (2, 2), (2, 1), 4, "0", 8))
+        (16, 16)
+    """
     width = DTYPES[tensor.dtype].bits // 8
     if 0 in tensor.shape:
         return 0, 0

@@ -1,4 +1,4 @@
-"""torch.save archives written: zips whose every byte has its place before the first is written."""
+"""Lay out torch.save archives: zips whose every byte has its position before the first one is written."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.archive import STORAGE_OF
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot, Trailer
+from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickle_writing import emit
-from tensorkeep.storage.pickles import Global, Object, Persistent
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, row_major
 
 _ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
 
 
 class ArchiveBuilder:
-    """Builds one archive's segments from `start` on. torch reads zip64, so sizes beyond 4 GiB use it."""
+    """Collects the segments of one archive, beginning at byte `start` of its file.
+
+    Sizes and positions beyond 4 GiB are written as zip64, which torch reads.
+    """
 
     def __init__(self, start: int) -> None:
         self.start, self.at = start, start
@@ -26,12 +29,19 @@ class ArchiveBuilder:
         self.rows: list[tuple[str, int, int, str | int]] = []  # name, header offset, size, crc or the tensor it is of
 
     def add(self, name: str, data: bytes) -> None:
+        """Add an entry whose bytes are known."""
         header = self._header(name, len(data), zlib.crc32(data), 0)
         self.rows.append((name, self.at - self.start, len(data), zlib.crc32(data)))
         self._fixed(header + data)
 
     def add_tensor(self, name: str, tensor: str, size: int) -> None:
-        """Room for a tensor's bytes, aligned; its checksum follows the data, as zip allows (flag bit 3)."""
+        """Leave aligned room for a tensor's bytes; its checksum follows the data, as zip allows (flag bit 3).
+
+        Args:
+            name: name of the zip entry.
+            tensor: name of the tensor whose bytes go there.
+            size: number of bytes.
+        """
         header = self._header(name, size, None, _ALIGNMENT)
         self.rows.append((name, self.at - self.start, size, tensor))
         self._fixed(header)
@@ -45,7 +55,7 @@ class ArchiveBuilder:
         self._trailer(struct.calcsize(form), descriptor)
 
     def close(self) -> None:
-        """The central directory."""
+        """Add the zip's central directory, which ends the archive."""
         offset = self.at - self.start
         rows = list(self.rows)
 
@@ -64,6 +74,7 @@ class ArchiveBuilder:
         self.at += size
 
     def _header(self, name: str, size: int, crc: int | None, alignment: int) -> bytes:
+        """Make an entry's local header; `crc` is None where the checksum follows the data."""
         extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= 0xFFFFFFFF else b""
         if alignment:
             bare = self.at - self.start + 30 + len(name) + len(extra) + 4
@@ -79,6 +90,7 @@ class ArchiveBuilder:
 
 
 def _central(name: str, offset: int, size: int, crc: int) -> bytes:
+    """Make an entry's record in the central directory."""
     extra = b""
     if size >= 0xFFFFFFFF or offset >= 0xFFFFFFFF:
         wide = ([size, size] if size >= 0xFFFFFFFF else []) + ([offset] if offset >= 0xFFFFFFFF else [])
@@ -90,6 +102,7 @@ def _central(name: str, offset: int, size: int, crc: int) -> bytes:
 
 
 def _end(count: int, size: int, offset: int) -> bytes:
+    """Make the end of the central directory, in zip64 form where the numbers need it."""
     wide = b""
     if offset >= 0xFFFFFFFF or count >= 0xFFFF:
         wide = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
@@ -101,7 +114,15 @@ def _end(count: int, size: int, offset: int) -> bytes:
 
 
 def tensor_object(tensor: SinkTensor, key: str) -> Object:
-    """The `_rebuild_tensor` call that torch.load turns into this tensor over storage `key`."""
+    """Make the pickled call that torch.load turns into a tensor over one storage.
+
+    Args:
+        tensor: name, dtype and shape of the tensor; it is laid out row-major from the storage's first element.
+        key: key of the storage, the `0` of the entry `data/0`.
+
+    Raises:
+        TensorkeepError: torch has no such dtype.
+    """
     spelled = DTYPES[tensor.dtype].torch
     if spelled not in FROM_TORCH:
         raise TensorkeepError(
@@ -121,7 +142,16 @@ def tensor_object(tensor: SinkTensor, key: str) -> Object:
 
 
 def build_archive(start: int, value: Any, tensors: Sequence[tuple[str, SinkTensor]]) -> ArchiveBuilder:
-    """A whole archive: the pickle of `value`, then the storages (key, tensor), in torch.save's order of entries."""
+    """Lay out a whole archive, with its entries in the order in which torch.save writes them.
+
+    Args:
+        start: byte of the file at which the archive begins.
+        value: what torch.load is to return: plain data, with `tensor_object` for tensors.
+        tensors: (storage key, tensor) for every storage that `value` refers to.
+
+    Returns:
+        The closed builder; its `segments` are the layout and `at` is the byte behind the archive.
+    """
     made = ArchiveBuilder(start)
     made.add("archive/data.pkl", emit(value))
     made.add("archive/byteorder", b"little")

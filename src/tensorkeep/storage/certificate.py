@@ -1,4 +1,4 @@
-"""Certificates: what a sink holds, by digest, and how it came about (`tensorkeep.json`).
+"""Certificates (`tensorkeep.json`): the digests of what was written, and how it came about.
 
 `convert` and `merge` leave one beside the weights; `verify` reads it back. It holds no path and no time, so the same
 source gives the same bytes.
@@ -15,10 +15,17 @@ SCHEMA = 1
 
 
 def digest_of_all(digests: dict[str, str]) -> str:
-    """One digest for a set of tensors: over the sorted lines `name digest`.
+    """Combine the digests of a set of tensors into one, whatever their order.
 
-    >>> digest_of_all({"b": "22", "a": "11"}) == digest_of_all({"a": "11", "b": "22"})
-    True
+    Args:
+        digests: tensor name -> xxh3_128 of its bytes, in hex.
+
+    Returns:
+        xxh3_128 over the sorted lines `name digest`, in hex.
+
+    Example:
+        >>> digest_of_all({"b": "22", "a": "11"}) == digest_of_all({"a": "11", "b": "22"})
+        True
     """
     import xxhash
 
@@ -26,11 +33,31 @@ def digest_of_all(digests: dict[str, str]) -> str:
 
 
 def dump(document: dict[str, Any]) -> bytes:
+    r"""Write a document as JSON, indented, as UTF-8 bytes with a newline at the end.
+
+    Args:
+        document: anything that JSON can hold; keys stay in their order.
+
+    Example:
+        >>> dump({"schema": 1})
+        b'{\n "schema": 1\n}\n'
+    """
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
-def read_certificate(data: bytes, where: object) -> dict[str, Any]:
-    """A certificate read back; anything but our schema is an error, not a guess."""
+def parse_certificate(data: bytes, where: object) -> dict[str, Any]:
+    """Read a certificate's bytes and check that it is one of this schema.
+
+    Args:
+        data: the file's bytes.
+        where: the file, for messages.
+
+    Returns:
+        The document; `document["tensors"]` maps names to entries with an "xxh3_128".
+
+    Raises:
+        TensorkeepError: F03 where it is another schema or lacks a digest.
+    """
     document = parse_json(data, where)
     tensors = document.get("tensors") if isinstance(document, dict) else None
     if not isinstance(tensors, dict) or document.get("schema") != SCHEMA:
@@ -47,7 +74,15 @@ def read_certificate(data: bytes, where: object) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: object) -> Any:
-    """JSON from an untrusted file, with one clear error."""
+    """Parse JSON from an untrusted file.
+
+    Args:
+        data: the file's bytes, UTF-8.
+        where: the file, for messages.
+
+    Raises:
+        TensorkeepError: it is not valid JSON, or nested too deeply to be read.
+    """
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Durable files: written past the page cache, digested as they go, on the disk when the call returns; read the same way.
+"""Write files so that they are on the disk when the call returns, and read them back, digesting all on the way.
 
 Plain writes followed by fsync pass every byte through the page cache, which doubles the memory and, on a machine that
 has not used it yet, costs several times the disk's own time. So a file is cut into chunks of 16 MiB that two threads
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from tensorkeep.storage.finite import all_finite
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot
 
 CHUNK = 16 << 20  # bytes; what a digest in the manifest covers
@@ -32,7 +33,14 @@ Bytes = Callable[[str], memoryview]  # the raw bytes of a tensor by name
 
 
 class Written(NamedTuple):
-    """A file on the disk: its size, the xxh3_128 of each chunk and of each tensor, tensors with NaN or Inf in them."""
+    """What was written of one file.
+
+    Attributes:
+        size: bytes of the file.
+        chunks: xxh3_128 of every 16 MiB of it, in hex.
+        tensors: tensor name -> xxh3_128 of its bytes, in hex.
+        unsound: names of the tensors that hold NaN or Inf, of those that were looked through.
+    """
 
     size: int
     chunks: list[str]
@@ -41,7 +49,15 @@ class Written(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of one chunk: where they go in it, how many, and whose they are (`name` is None for fixed bytes)."""
+    """A run of bytes that goes into one chunk.
+
+    Attributes:
+        at: first byte in the chunk.
+        length: number of bytes.
+        name: the tensor they are of; None for bytes that the layout fixes.
+        start: first byte in the tensor, or in `fixed`.
+        fixed: the bytes themselves where `name` is None.
+    """
 
     at: int
     length: int
@@ -51,25 +67,53 @@ class Piece(NamedTuple):
 
 
 def allocate(size: int) -> memoryview:
-    """Page-aligned memory of `size` bytes, rounded up to whole blocks; untouched pages cost nothing.
+    """Get page-aligned memory for direct I/O; pages that are never touched cost nothing.
 
-    Huge pages are not asked for: where memory is in pieces the kernel stops to gather them (seconds a gigabyte).
+    Huge pages are not asked for: where memory is in pieces the kernel stops to gather them (seconds per gigabyte).
+
+    Args:
+        size: bytes wanted; rounded up to whole blocks of 4096.
+
+    Returns:
+        Writable memory of at least `size` bytes, filled with zeros.
     """
     return memoryview(mmap.mmap(-1, max(padded(size), DISK_BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def padded(size: int) -> int:
+    """Round a size up to whole blocks of direct I/O.
+
+    Args:
+        size: number of bytes.
+
+    Returns:
+        The least multiple of 4096 that is not below it.
+
+    Example:
+        >>> padded(1), padded(4096)
+        (4096, 4096)
+    """
     return -(-size // DISK_BLOCK) * DISK_BLOCK
 
 
 def digest(data: bytes | memoryview) -> str:
+    """Return the xxh3_128 of some bytes, in hex.
+
+    Args:
+        data: the bytes.
+
+    Example:
+        >>> len(digest(b"abc"))
+        32
+    """
     return xxhash.xxh3_128(data).hexdigest()
 
 
 def chunk_pieces(layout: FileLayout) -> list[list[Piece]]:
-    """What lies in each chunk of a file, in order.
+    """List what lies in each chunk of a file, in order.
 
-    >>> [[piece.length for piece in chunk] for chunk in pieces(FileLayout("f", [Fixed(0, b"abc"), Slot(3, CHUNK, "w")]))]
+    >>> layout = FileLayout("f", [Fixed(0, b"abc"), Slot(3, CHUNK, "w")])
+    >>> [[piece.length for piece in chunk] for chunk in chunk_pieces(layout)]
     [[3, 16777213], [3]]
     """
     chunks: list[list[Piece]] = [[] for _ in range(-(-layout.size // CHUNK))]
@@ -89,7 +133,7 @@ def chunk_pieces(layout: FileLayout) -> list[list[Piece]]:
 
 
 def copy(target: memoryview, source: memoryview | bytes) -> None:
-    """memcpy that lets other threads run (a slice assignment of a memoryview would not)."""
+    """Copy memory and let other threads run meanwhile, which slice assignment of a memoryview does not."""
     import numpy as np  # not at the top: `inspect` reads manifests, and needs no numpy for it
 
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
@@ -101,11 +145,22 @@ def copy(target: memoryview, source: memoryview | bytes) -> None:
 def write_file(
     path: Path, layout: FileLayout, source: Bytes | memoryview, floats: Mapping[str, str] | None = None
 ) -> Written:
-    """Write a new file and fsync it; its folder is the caller's to fsync. Nothing is retried after a failed fsync.
+    """Write a new file and fsync it; the caller fsyncs its folder.
 
-    `source` gives each tensor's bytes, or is the image of the whole file (from `allocate`, filled in by `staging`),
-    which is then written without another copy. `floats`: dtypes by name of the tensors to look through for NaN and Inf.
-    Raises OSError as the system gives it.
+    Nothing is retried after a failed fsync: the kernel may have dropped the data and not say so twice.
+
+    Args:
+        path: the file to make; it must not exist.
+        layout: what goes where in it; no trailers.
+        source: gives each tensor's bytes by name; or the image of the whole file, from `allocate` and filled in, which
+            is then written without another copy.
+        floats: tensor name -> dtype, of the tensors to look through for NaN and Inf.
+
+    Returns:
+        Size and digests of what was written.
+
+    Raises:
+        OSError: as the system gives it.
     """
     plan = _Plan(layout, source, floats or {})
     handle = open_handle(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, direct=layout.size >= SMALL)
@@ -124,13 +179,24 @@ def write_file(
 
 
 def write_small(path: Path, data: bytes) -> Written:
-    """Write a small new file whole and fsync it."""
+    """Write a small new file whole and fsync it; the caller fsyncs its folder.
+
+    Args:
+        path: the file to make; it must not exist.
+        data: its bytes.
+
+    Raises:
+        OSError: as the system gives it.
+    """
     return write_file(path, FileLayout(path.name, [Fixed(0, data)]), lambda _: memoryview(b""))
 
 
 class _Plan:
-    """One file on its way. Chunks are filled one after the other, so that digests run on from chunk to chunk; while one
-    thread fills, the others' writes are under way."""
+    """A file on its way to the disk, handed out to the writing threads chunk by chunk.
+
+    Chunks are filled one after the other, so that a tensor's digest runs on from chunk to chunk; while one thread
+    fills, the others' writes are under way.
+    """
 
     def __init__(self, layout: FileLayout, source: Bytes | memoryview, floats: Mapping[str, str]) -> None:
         self.size, self.source, self.floats = layout.size, source, floats
@@ -142,10 +208,11 @@ class _Plan:
         self._stopped = False
 
     def stop(self) -> None:
+        """Hand out no more chunks."""
         self._stopped = True
 
     def next(self, room: memoryview | None) -> tuple[int, memoryview] | None:
-        """Where the next chunk goes in the file, and its bytes padded to whole blocks; None at the end."""
+        """Fill the next chunk; give its position in the file and its padded bytes, or None at the end."""
         with self._turn:
             chunk = len(self.found)
             if self._stopped or chunk == len(self.chunks):
@@ -164,7 +231,7 @@ class _Plan:
             return start, data
 
     def _pass(self, piece: Piece, data: memoryview, whole: Any) -> None:
-        """Copy, digest and look through one piece, a cache's worth at a time: memory is read once."""
+        """Copy, digest and look through one piece, a cache's worth at a time, so that memory is read once."""
         copied = not isinstance(self.source, memoryview)
         own = memoryview(piece.fixed) if piece.name is None or not copied else self.source(piece.name)  # type: ignore[operator]
         running = self.digests.setdefault(piece.name, xxhash.xxh3_128()) if piece.name is not None else None
@@ -182,12 +249,14 @@ class _Plan:
 
 
 def _write_some(handle: int, plan: _Plan) -> None:
+    """Write chunks until none is left; the work of one thread."""
     room = None if isinstance(plan.source, memoryview) else allocate(min(CHUNK, plan.size))
     while (part := plan.next(room)) is not None:
         _write_all(handle, part[1], part[0])
 
 
 def _write_all(handle: int, data: memoryview, start: int) -> None:
+    """Write all of `data` at byte `start`, through the page cache where direct I/O is refused."""
     done, through_cache = 0, False
     while done < len(data):
         try:
@@ -199,7 +268,16 @@ def _write_all(handle: int, data: memoryview, start: int) -> None:
 
 
 def open_handle(path: Path, flags: int, direct: bool) -> int:
-    """A handle, for direct I/O where that is asked for and the file system has it."""
+    """Open a file, for direct I/O where that is asked for and the file system has it.
+
+    Args:
+        path: the file.
+        flags: of os.open.
+        direct: whether to ask for direct I/O.
+
+    Returns:
+        The open file descriptor; the caller closes it.
+    """
     if direct and hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT, 0o644)
@@ -212,14 +290,14 @@ def open_handle(path: Path, flags: int, direct: bool) -> int:
 
 
 def _go_through_cache(handle: int) -> bool:
-    """No direct I/O on this handle from here on: the file system took the flag and refuses the call."""
+    """Turn direct I/O off on an open handle: the file system took the flag and refuses the call."""
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
     fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~getattr(os, "O_DIRECT", 0))
     return True
 
 
 def _together(count: int, work: Callable[[], None], stop: Callable[[], None]) -> None:
-    """Run `work` in `count` threads (one of them this one) and raise the first error any had."""
+    """Run `work` in `count` threads, one of them this one, and raise the first error that any had."""
     errors: list[BaseException] = []
 
     def guarded() -> None:
@@ -239,51 +317,26 @@ def _together(count: int, work: Callable[[], None], stop: Callable[[], None]) ->
         raise errors[0]
 
 
-# -- NaN and Inf --------------------------------------------------------------------------------------------------
-
-# dtype -> bytes an element, the bits of infinity (of the least NaN where there is no infinity)
-_INFINITY = {
-    "F64": (8, 0x7FF0 << 48),
-    "F32": (4, 0x7F80 << 16),
-    "F16": (2, 0x7C00),
-    "BF16": (2, 0x7F80),
-    "F8_E5M2": (1, 0x7C),
-    "F8_E4M3": (1, 0x7F),
-    "C64": (4, 0x7F80 << 16),
-}
-_ONLY_NAN = {"F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80, "F8_E8M0": 0xFF}
-
-
-def all_finite(data: memoryview, dtype: str) -> bool:
-    """Whether raw little-endian floats hold neither NaN nor Inf; at memory speed, without a temporary.
-
-    Read as integers, every NaN and Inf is larger than any finite value of its sign: two maxima tell.
-    """
-    import numpy as np
-
-    if not len(data):
-        return True
-    if dtype in _ONLY_NAN:
-        return not bool((np.frombuffer(data, np.uint8) == _ONLY_NAN[dtype]).any())
-    if dtype not in _INFINITY:
-        return True
-    width, infinity = _INFINITY[dtype]
-    sign = 1 << (8 * width - 1)
-    positive = int(np.frombuffer(data, f"<i{width}").max())
-    return positive < infinity and int(np.frombuffer(data, f"<u{width}").max()) < sign | infinity
-
-
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
 def read_file(path: Path, size: int, digests: Sequence[str], image: memoryview | None = None) -> list[int]:
-    """Read a file of `size` bytes and compare every chunk; gives the chunks that differ.
+    """Read a file and compare the digest of every chunk.
 
     What lies in the page cache is taken from there, the rest is read past it at the disk's speed: a direct read of
     cached pages would have to write them back and drop them first.
 
-    `image` (from `allocate`) receives the bytes; without one they are compared and forgotten. A file that ends early
-    differs from there on. Raises OSError as the system gives it.
+    Args:
+        path: the file.
+        size: bytes it must have; a file that ends early differs from there on.
+        digests: xxh3_128 of every chunk of 16 MiB, in hex.
+        image: receives the bytes (from `allocate`); without one they are compared and forgotten.
+
+    Returns:
+        The numbers of the chunks that differ, sorted; empty where the file is whole.
+
+    Raises:
+        OSError: as the system gives it.
     """
     handle = open_handle(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, direct=size >= SMALL)
     cached = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -320,7 +373,7 @@ def read_file(path: Path, size: int, digests: Sequence[str], image: memoryview |
 
 
 def _from_cache(handle: int, target: memoryview, start: int) -> bool:
-    """Fill `target` from the page cache; False where some of it is not there, or the file system cannot say."""
+    """Fill `target` from the page cache; False where part of it is not there, or the file system cannot say."""
     try:
         return os.preadv(handle, [target], start, os.RWF_NOWAIT) == len(target)
     except OSError as error:
@@ -330,6 +383,7 @@ def _from_cache(handle: int, target: memoryview, start: int) -> bool:
 
 
 def _read_all(handle: int, target: memoryview, start: int, length: int) -> int:
+    """Read `length` bytes at byte `start` into `target`; return how many there were."""
     done, through_cache = 0, False
     while done < length:
         try:

@@ -1,4 +1,4 @@
-"""Files: ranged reads, names that stay in their folder, and the system's errors in words.
+"""Files as byte ranges, file names that must stay in their folder, and the system's errors in plain words.
 
 Temporary names end in TEMPORARY (`placement` makes them); left over, they are findings (F01) and never read.
 """
@@ -25,29 +25,50 @@ Progress = Callable[[str, int, int], None]  # called with what is being done, by
 
 
 class Folder(Protocol):
-    """Where the files of one checkpoint lie: a local folder, or a remote prefix."""
+    """Where the files of one checkpoint lie: a local folder, or a prefix in an object store.
+
+    `url` is the path or URL as messages show it.
+    """
 
     url: str
 
     def names(self) -> list[str]:
-        """Files directly inside, sorted."""
+        """List the files directly inside, sorted."""
         ...
 
-    def size(self, name: str) -> int: ...
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        ...
 
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes: ...
+    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes of a file from byte `start`, to its end where `length` is None.
+
+        A short file is an error.
+        """
+        ...
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `start`; a short file is an error."""
+        """Fill `buffer` from byte `start` of a file; a short file is an error."""
         ...
 
     def changed(self) -> list[str]:
-        """Files that are not what they were when first read (size or time), sorted."""
+        """List the files that are not what they were when first read (by size or time), sorted."""
         ...
 
 
 class LocalFolder:
-    """A folder on this machine, read with pread: no mapping, so that memory stays what the caller holds."""
+    """A folder on this machine, as a `Folder`.
+
+    Files are read with pread and not mapped, so that memory stays what the caller holds. A file's state is remembered
+    when it is first opened; one that has changed since is refused (TensorkeepError).
+
+    Args:
+        path: the folder.
+
+    Example:
+        >>> LocalFolder(Path("/models/llama")).read("config.json")           # doctest: +SKIP
+        b'{"model_type": "llama", ...'
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,12 +79,13 @@ class LocalFolder:
         self._first: dict[str, tuple[int, int, int]] = {}  # inode, size, time of change when first opened
 
     def names(self) -> list[str]:
+        """List the files directly inside, sorted."""
         with explained(self.path), os.scandir(self.path) as entries:
             return sorted(entry.name for entry in entries if not entry.is_dir())
 
     @contextlib.contextmanager
     def _handle(self, name: str) -> Iterator[int]:
-        """An open handle that stays open for the body, however many others are wanted meanwhile."""
+        """Lend an open handle, which stays open for the body however many other files are wanted meanwhile."""
         with self._lock:
             handle, readers = self._busy.get(name, (-1, 0))
             if not readers:
@@ -82,6 +104,7 @@ class LocalFolder:
                     os.close(self._idle.popitem(last=False)[1])
 
     def _open(self, name: str) -> int:
+        """Open a regular file that has not changed since it was first opened."""
         path = self.path / inside(name, self.url)
         with explained(path):
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a FIFO must not hang us
@@ -97,12 +120,14 @@ class LocalFolder:
         return handle
 
     def size(self, name: str) -> int:
+        """Return the size in bytes that a file had when it was first opened."""
         if name not in self._first:
             with self._handle(name):
                 pass
         return self._first[name][1]
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes of a file from byte `start`; F02 where it is shorter."""
         size = self.size(name)
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
@@ -112,6 +137,7 @@ class LocalFolder:
         return bytes(buffer)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` of a file; F02 where it is shorter."""
         done = 0
         with self._handle(name) as handle, explained(self.path / name):
             while done < len(buffer):
@@ -121,9 +147,11 @@ class LocalFolder:
                 done += got
 
     def changed(self) -> list[str]:
+        """List the files that are not what they were when first opened (inode, size or time), sorted."""
         return sorted(name for name, first in self._first.items() if _state_of(self.path / name) != first)
 
     def close(self) -> None:
+        """Close the handles that nobody uses."""
         with self._lock:
             while self._idle:
                 os.close(self._idle.popitem()[1])
@@ -133,6 +161,7 @@ class LocalFolder:
 
 
 def _state(found: os.stat_result) -> tuple[int, int, int]:
+    """What tells that a file was written to or replaced: inode, size in bytes, time of change in nanoseconds."""
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -144,7 +173,14 @@ def _state_of(path: Path) -> tuple[int, int, int] | None:
 
 
 def refuse_changed(folder: Folder) -> None:
-    """Stop where a source was written to while it was read: what came out of it would be a mixture."""
+    """Raise where a source was written to while it was read: what came out of it would be a mixture.
+
+    Args:
+        folder: the source, after the last byte was read.
+
+    Raises:
+        TensorkeepError: it names the first files that changed.
+    """
     changed = folder.changed()
     if changed:
         raise TensorkeepError(
@@ -155,7 +191,14 @@ def refuse_changed(folder: Folder) -> None:
 
 
 def short_file(where: object, start: int, length: int, size: int) -> TensorkeepError:
-    """The error for a byte range that ends beyond its file (F02)."""
+    """Make the error for a byte range that ends beyond its file (F02).
+
+    Args:
+        where: the file.
+        start: first byte asked for.
+        length: bytes asked for.
+        size: bytes that the file has.
+    """
     return TensorkeepError(
         f"truncated: bytes {start}..{start + length} are asked for, the file ends at {size}",
         where=where,
@@ -165,7 +208,18 @@ def short_file(where: object, start: int, length: int, size: int) -> TensorkeepE
 
 
 def inside(name: str, where: object) -> str:
-    """`name` if it stays in its folder; F06 otherwise. Names come out of untrusted metadata."""
+    """Return a file name from untrusted metadata if it stays inside its folder.
+
+    Args:
+        name: the name, relative to the folder.
+        where: the metadata file, for messages.
+
+    Returns:
+        `name` itself.
+
+    Raises:
+        TensorkeepError: F06 where it is absolute, climbs with `..`, or is no plain text.
+    """
     path = PurePosixPath(name)
     odd = not path.parts or "\0" in name or "\\" in name or any("\ud800" <= letter <= "\udfff" for letter in name)
     if odd or path.is_absolute() or ".." in path.parts:
@@ -179,7 +233,14 @@ def inside(name: str, where: object) -> str:
 
 
 def local_path(given: str | Path) -> Path:
-    """A path as somebody typed it, `~` expanded. Raises TensorkeepError where the system could never open it."""
+    """Turn a path that somebody typed into a Path, `~` expanded.
+
+    Args:
+        given: the path; it need not exist.
+
+    Raises:
+        TensorkeepError: the system could never open such a path.
+    """
     try:
         path = Path(given).expanduser()
         path.resolve()
@@ -192,7 +253,14 @@ def local_path(given: str | Path) -> Path:
 
 @contextlib.contextmanager
 def explained(path: object) -> Iterator[None]:
-    """Turn the operating system's errors into one that says what to do."""
+    """Turn the system's errors in the body into a TensorkeepError that says what to do.
+
+    Args:
+        path: the file or folder that the body works on, for messages.
+
+    Raises:
+        TensorkeepError: for every OSError of the body; F05 where the file is not there.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -220,6 +288,10 @@ _SPOKEN = {
 
 
 def left_over(folder: Path) -> list[str]:
-    """Temporary names an interrupted write left in a folder (F01)."""
+    """List the temporary names that an interrupted write left in a folder (F01), sorted.
+
+    Args:
+        folder: the folder to look into; one that does not exist has none.
+    """
     with explained(folder):
         return sorted(p.name for p in folder.iterdir() if p.name.endswith(TEMPORARY)) if folder.is_dir() else []

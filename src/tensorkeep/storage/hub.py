@@ -1,4 +1,4 @@
-"""Hub model ids as paths: the local Hugging Face cache first, a download only if it is allowed; never code.
+"""Find a model by its Hugging Face id: in the local cache first, by a download only where that is allowed; never code.
 
 The cache is read as files (`models--org--name/refs/main` names a commit, `snapshots/<commit>/` holds the files), so
 that an id works without huggingface_hub. Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
@@ -19,21 +19,27 @@ _MODEL_ID = re.compile(
     r"(?P<org>[A-Za-z0-9][\w.-]{0,95})/(?P<name>[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,200}))?", re.ASCII
 )
 _FILE_ENDINGS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".distcp", ".metadata")
-# best first; a repository with the first is not asked for the others
 _SECONDS = 10  # to wait for the Hub's first answer
 _BESIDE = (".json", ".jinja", "tokenizer.model", "vocab.txt", "merges.txt")
+# best first; of a repository that has the first kind the others are not downloaded
 _WEIGHT_ENDINGS = ((".safetensors", ".safetensors.index.json"), (".bin", ".bin.index.json"), (".gguf",))
 
 
 def cached_snapshot(path: str) -> Path:
-    """The folder of a Hub model id `org/name[@revision]`: from the cache, or downloaded where that is allowed.
+    """Return the folder of a model given by its id `org/name[@revision]`: from the cache, or downloaded.
 
     A download takes safetensors, JSON and tokenizer files of the top folder (.bin only where there are no
     safetensors) and never code; it needs huggingface_hub, and HF_HUB_OFFLINE unset.
-    Raises TensorkeepError: F05 for what is clearly a local path, and where the model is nowhere to be had.
 
-    >>> cached_snapshot("HuggingFaceTB/SmolLM2-135M")        # doctest: +SKIP
-    PosixPath('/home/me/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f...')
+    Args:
+        path: the id; a revision is a branch, a tag or a commit, `main` where there is none.
+
+    Raises:
+        TensorkeepError: F05 where this is clearly a local path, or the model is nowhere to be had.
+
+    Example:
+        >>> cached_snapshot("HuggingFaceTB/SmolLM2-135M")        # doctest: +SKIP
+        PosixPath('/home/me/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f...')
     """
     match = _MODEL_ID.fullmatch(path)
     # an id whose first part is a folder here was meant as a path
@@ -55,7 +61,7 @@ def cached_snapshot(path: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the Hub's cache is: HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub."""
+    """Return the folder of the Hugging Face cache: HF_HUB_CACHE, HF_HOME/hub, or ~/.cache/huggingface/hub."""
     for variable, below in (
         ("HF_HUB_CACHE", ""),
         ("HUGGINGFACE_HUB_CACHE", ""),
@@ -68,12 +74,14 @@ def cache_folder() -> Path:
 
 
 def _offline() -> bool:
+    """Tell whether the environment forbids downloads."""
     return any(
         os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
 
 
 def _missing(path: str, found: Path | None, hint: str) -> TensorkeepError:
+    """Make the error for a model that is not in the cache, or there without its weights."""
     what = (
         "is in the Hub cache without weights" if found else "no such file or folder, and no such model in the Hub cache"
     )
@@ -81,7 +89,7 @@ def _missing(path: str, found: Path | None, hint: str) -> TensorkeepError:
 
 
 def _snapshot(repository: Path, revision: str | None) -> Path | None:
-    """The snapshot of a branch, tag or commit; without a revision `main`, or the only one there."""
+    """Find the snapshot of a branch, tag or commit; without a revision that of `main`, or the only one there."""
     snapshots = repository / "snapshots"
     if not snapshots.is_dir() or ".." in Path(revision or "").parts:
         return None
@@ -104,7 +112,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def wanted_files(names: Iterable[str]) -> list[str]:
-    """What to fetch of a repository: its best weights and what belongs beside them, top folder only.
+    """Choose what to download of a repository: its best weights and what belongs beside them, top folder only.
 
     >>> wanted_files(["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.bin"])
     ['config.json', 'model.safetensors']
@@ -118,6 +126,7 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 
 
 def _download(huggingface_hub: Any, repository: str, revision: str | None, path: str) -> Path:
+    """Download the wanted files of a repository into the cache and return their folder."""
     try:
         # model_info asks once; listing calls retry for half a minute, too long for a mistyped path
         found = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=_SECONDS)

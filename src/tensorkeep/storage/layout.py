@@ -1,7 +1,7 @@
-"""Layouts: where every byte of a sink will lie, known before the first is written.
+"""File layouts: where every byte of the files to be written will lie, known before the first is written.
 
-A format turns a list of sink tensors into file layouts: fixed bytes, slots for tensor data, and trailers that need
-the data's checksums. So any number of threads may fill the slots, and a remote sink may be written front to back.
+A format turns a list of tensors into file layouts: fixed bytes, slots for tensor data, and trailers that need
+the data's checksums. So any number of threads may fill the slots, and an object store may be written front to back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ SHARD_SIZE = 5_000_000_000  # bytes of a file of weights where none is asked for
 
 
 class SinkTensor(NamedTuple):
-    """A tensor of the sink. `tied_to` names an untied one whose bytes it shares (formats that can, do)."""
+    """A tensor to be written.
+
+    Attributes:
+        name: its name in the new checkpoint.
+        dtype: its dtype as safetensors spells it.
+        shape: its sizes.
+        tied_to: name of another tensor to be written whose bytes it shares, where the format can share.
+    """
 
     name: str
     dtype: str
@@ -25,18 +32,30 @@ class SinkTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
         return nbytes(self.dtype, self.shape)
 
 
 class Fixed(NamedTuple):
-    """Bytes known beforehand."""
+    """Bytes that are known beforehand.
+
+    Attributes:
+        start: first byte in the file.
+        data: the bytes.
+    """
 
     start: int
     data: bytes
 
 
 class Slot(NamedTuple):
-    """Room for one tensor's raw bytes."""
+    """Room for one tensor's raw bytes.
+
+    Attributes:
+        start: first byte in the file.
+        nbytes: number of bytes.
+        tensor: name of the tensor.
+    """
 
     start: int
     nbytes: int
@@ -44,7 +63,13 @@ class Slot(NamedTuple):
 
 
 class Trailer(NamedTuple):
-    """Bytes that depend on the CRC-32 of tensors: `make({name: crc})` gives exactly `size` bytes."""
+    """Bytes that depend on the CRC-32 of tensors.
+
+    Attributes:
+        start: first byte in the file.
+        size: number of bytes.
+        make: gives exactly `size` bytes from {tensor name: CRC-32}.
+    """
 
     start: int
     size: int
@@ -53,13 +78,20 @@ class Trailer(NamedTuple):
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One file of a sink, its segments in order of their place and without gaps."""
+    """One file to be written: its name, and its segments in order of position and without gaps.
+
+    Example:
+        >>> layout = FileLayout("w.bin", [Fixed(0, b"head"), Slot(4, 12, "weight")])
+        >>> layout.size, layout.wants_crc
+        (16, False)
+    """
 
     name: str
     segments: Sequence[Fixed | Slot | Trailer]
 
     @property
     def size(self) -> int:
+        """Bytes of the whole file."""
         last = self.segments[-1] if self.segments else None
         if last is None:
             return 0
@@ -73,15 +105,34 @@ class FileLayout:
 
     @property
     def slots(self) -> list[Slot]:
+        """The segments that take tensor data."""
         return [s for s in self.segments if isinstance(s, Slot)]
 
 
 def small_file(name: str, data: bytes) -> FileLayout:
+    """Lay out a file whose bytes are all known.
+
+    Args:
+        name: its name.
+        data: its bytes.
+    """
     return FileLayout(name, [Fixed(0, data)])
 
 
 def shards(tensors: Sequence[SinkTensor], size: int) -> list[list[SinkTensor]]:
-    """Fill shards of at most `size` bytes in the order given; a larger tensor gets one of its own."""
+    """Spread tensors over files of at most `size` bytes, in the order given.
+
+    Args:
+        tensors: the tensors to be written.
+        size: most bytes of tensor data per file; a larger tensor gets a file of its own.
+
+    Returns:
+        The tensors of each file; one empty list where there are no tensors.
+
+    Example:
+        >>> [[t.name for t in part] for part in shards([SinkTensor(n, "U8", (4,)) for n in "abc"], 8)]
+        [['a', 'b'], ['c']]
+    """
     out: list[list[SinkTensor]] = []
     room = 0
     for tensor in tensors:

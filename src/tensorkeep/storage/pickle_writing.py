@@ -1,18 +1,28 @@
-"""Pickles written from plain data: the few opcodes that torch's own files need, always the same bytes."""
+"""Write pickles from plain data: the few opcodes that torch's own files need, always the same bytes."""
 
 from __future__ import annotations
 
 import struct
 from typing import Any
 
-from tensorkeep.storage.pickles import Global, Object, Persistent
+from tensorkeep.storage.pickle_values import Global, Object, Persistent
 
 
 def emit(value: Any) -> bytes:
-    """A protocol-2 pickle of plain data, `Global` and `Object`, the same bytes every time.
+    r"""Pickle plain data with protocol 2, the same bytes every time.
 
     Protocol 2 is what every torch that reads DCP understands. Objects with `state` become NEWOBJ + BUILD, others a
     call. No memo: the files are small and the opcodes stay readable with `python -m pickletools`.
+
+    Args:
+        value: None, bool, int, float, str, tuple, list, dict, `Global`, `Object`, `Persistent`, nested as you like.
+
+    Raises:
+        TypeError: for any other type.
+
+    Example:
+        >>> emit([1, "a"])
+        b'\x80\x02](K\x01X\x01\x00\x00\x00ae.'
     """
     out = bytearray(b"\x80\x02")
     _emit(value, out)

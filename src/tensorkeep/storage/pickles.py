@@ -1,4 +1,4 @@
-"""Pickle opcodes as plain data: nothing is imported, called or executed.
+"""Read pickles as plain data: nothing is imported, called or executed.
 
 `.pth` files and DCP's `.metadata` are pickles, and unpickling runs whatever they name. Here the opcodes are
 walked by hand: a global becomes a `Global` (two strings), a call becomes an inert `Object` (what would have been
@@ -13,52 +13,20 @@ from __future__ import annotations
 import codecs
 import struct
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.pickle_values import Global, Object, Persistent
 
 LARGEST_PICKLE = 1 << 30  # bytes; each makes at most one small object, so this bounds memory and time
 _LONGEST_NUMBER = 4096  # bytes of one whole number
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A class or function that the pickle names: `torch.Size` is Global("torch", "Size")."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False, slots=True, repr=False)  # a repr of what a hostile file nests and shares may never end
-class Object:
-    """What the pickle wanted to build: `call` applied to `args`, then given `state` and `items`."""
-
-    call: Global
-    args: tuple[Any, ...] = ()
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    entries: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def is_mapping(self) -> bool:
-        return self.call.name in ("OrderedDict", "defaultdict", "dict")
-
-
-@dataclass(frozen=True, eq=False, slots=True, repr=False)
-class Persistent:
-    """A persistent id, as torch uses for storages."""
-
-    value: Any
 
 
 _MARK = object()  # what the opcode "(" puts on the stack; later opcodes take everything above it
 
 
 def _fail(what: str, where: object) -> TensorkeepError:
+    """Make the error for a damaged pickle (F02)."""
     return TensorkeepError(
         f"damaged pickle: {what}",
         where=where,
@@ -68,7 +36,7 @@ def _fail(what: str, where: object) -> TensorkeepError:
 
 
 class _Reader:
-    """The pickle machine: a stack, a memo, a position. Each opcode is one entry of OPCODES."""
+    """The machine that pickle opcodes run on: a stack, a memo, a position; each opcode is one entry of _OPCODES."""
 
     def __init__(self, data: bytes, start: int, where: object) -> None:
         self.data, self.at, self.where = data, start, where
@@ -78,6 +46,7 @@ class _Reader:
         self.known: dict[tuple[str, str], Global] = {}
 
     def take(self, count: int) -> bytes:
+        """Read the next `count` bytes."""
         end = self.at + count
         if count < 0 or end > len(self.data):
             raise _fail(f"needs {count} bytes at {self.at}, has {len(self.data) - self.at}", self.where)
@@ -86,6 +55,7 @@ class _Reader:
         return piece
 
     def raw_line(self) -> bytes:
+        """Read up to the next line's end, as bytes."""
         end = self.data.find(b"\n", self.at)
         if end < 0:
             raise _fail("a line without its end", self.where)
@@ -94,16 +64,19 @@ class _Reader:
         return piece
 
     def line(self) -> str:
+        """Read a name or a number that ends with its line."""
         piece = self.raw_line()
         if len(piece) > _LONGEST_NUMBER:  # names and numbers; text has the V opcode
             raise _fail(f"a name or number of {len(piece)} letters", self.where)
         return piece.decode("utf-8")
 
     def number(self, form: str) -> int:
+        """Read one number of a struct format."""
         value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
         return value
 
     def since_mark(self) -> list[Any]:
+        """Take everything above the latest mark off the stack, and the mark too."""
         stack = self.stack
         at = len(stack) - 1
         while stack[at] is not _MARK:
@@ -115,6 +88,7 @@ class _Reader:
         return items
 
     def found(self, module: str, name: str) -> Global:
+        """Note that the pickle names a global; equal names give the same `Global`."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise _fail("a global that is not named by text", self.where)
         known = self.known.get((module, name))
@@ -124,12 +98,14 @@ class _Reader:
         return known
 
     def call(self, function: Any, args: Any) -> None:
+        """Put an `Object` on the stack in place of calling `function`."""
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise _fail("a call of something that is not a global", self.where)
         self.stack.append(Object(function, args))
 
 
 def _key(value: Any) -> Any:
+    """Return a dict key of a harmless type."""
     # hashing a deeply nested tuple overflows the C stack; state dicts are keyed by text, numbers and small indices
     if value is None or isinstance(value, (str, int, float, bool, bytes, Object, Global)):
         return value
@@ -139,6 +115,7 @@ def _key(value: Any) -> Any:
 
 
 def _set_items(target: Any, pairs: list[Any]) -> None:
+    """Put keys and values, alternating in `pairs`, into a dict or an `Object`."""
     entries = target.entries if isinstance(target, Object) else target
     if not isinstance(entries, dict) or len(pairs) % 2:
         raise TypeError("items for something that is not a dict")
@@ -156,6 +133,7 @@ def _extend(target: Any, values: list[Any]) -> None:
 
 
 def _build(r: _Reader) -> None:
+    """Give the object on top of the stack its state (opcode BUILD)."""
     state = r.stack.pop()
     target = r.stack[-1]
     if not isinstance(target, Object):
@@ -164,23 +142,27 @@ def _build(r: _Reader) -> None:
 
 
 def _long(data: bytes) -> int:
+    """Read a whole number from its little-endian bytes."""
     if len(data) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(data)} bytes")
     return int.from_bytes(data, "little", signed=True)
 
 
 def _old_string(text: bytes) -> str:
-    """The S opcode: a Python 2 string literal."""
+    """Read the S opcode's text: a Python 2 string literal."""
     if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
         raise ValueError("a string without its quotes")
     return codecs.escape_decode(text[1:-1])[0].decode("latin-1")
 
 
 def _push(read: Callable[[_Reader], Any]) -> Callable[[_Reader], None]:
+    """Make an opcode that puts what `read` gives on the stack."""
     return lambda r: r.stack.append(read(r))
 
 
 def _tuple(size: int) -> Callable[[_Reader], None]:
+    """Make an opcode that gathers the top `size` values into a tuple."""
+
     def run(r: _Reader) -> None:
         if len(r.stack) < size:
             raise IndexError
@@ -207,6 +189,8 @@ def _memoize(r: _Reader) -> None:
 
 
 def _put(read: Callable[[_Reader], int]) -> Callable[[_Reader], None]:
+    """Make an opcode that stores the top of the stack in the memo under the number that `read` gives."""
+
     def run(r: _Reader) -> None:
         r.memo[read(r)] = r.stack[-1]
 
@@ -332,13 +316,23 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
 
 
 def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) -> tuple[Any, int]:
-    """The value a pickle describes, as plain data, and the position behind its STOP.
+    r"""Read the value that a pickle describes, as plain data.
 
-    `allowed` holds the globals that may occur, as `module.name`; an entry ending in `.*` allows a module.
-    Raises TensorkeepError F04 naming every refused global, F02 for a damaged stream.
+    Args:
+        data: bytes that hold the pickle.
+        allowed: the globals that may occur, as `module.name`; an entry ending in `.*` allows a whole module.
+        where: the file, for messages.
+        start: byte at which the pickle begins.
 
-    >>> parse(b"\\x80\\x02]q\\x00(K\\x01K\\x02e.", (), "example")[0]
-    [1, 2]
+    Returns:
+        The value, and the position behind the pickle's end.
+
+    Raises:
+        TensorkeepError: F04 naming every global that is not allowed, F02 for a damaged pickle, F07 for a huge one.
+
+    Example:
+        >>> parse(b"\x80\x02]q\x00(K\x01K\x02e.", (), "example")[0]
+        [1, 2]
     """
     if len(data) - start > LARGEST_PICKLE:
         raise TensorkeepError(
@@ -358,6 +352,7 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
 
 
 def _run(reader: _Reader) -> Any:
+    """Carry out opcodes until STOP and return the top of the stack."""
     while True:
         code = reader.take(1)[0]
         if code == 0x2E:
@@ -369,12 +364,13 @@ def _run(reader: _Reader) -> Any:
 
 
 def _refuse(found: Collection[Global], allowed: Collection[str], where: object) -> None:
+    """Raise F04 where the pickle names globals outside the allow-list."""
     refused = sorted(str(g) for g in found if str(g) not in allowed and f"{g.module}.*" not in allowed)
     if refused:
         more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
         raise TensorkeepError(
-            f"the pickle inside names {', '.join(r[:120] for r in refused[:8])}{more}, which loading it would import and "
-            "may run; nothing was run",
+            f"the pickle inside names {', '.join(r[:120] for r in refused[:8])}{more}, which loading it would import "
+            "and may run; nothing was run",
             where=where,
             code="F04",
             hint="do not load this file with torch.load(weights_only=False) or dcp.load; "

@@ -1,4 +1,4 @@
-"""Placement: a file or folder is put in its place whole or not at all.
+"""Put a file or folder in its place whole or not at all.
 
 It is written under a temporary name beside its place, every file and folder fsynced, proven by the caller, and only
 then renamed. What stood there before goes away last, and comes back where anything fails.
@@ -19,7 +19,17 @@ from tensorkeep.storage.files import TEMPORARY, explained
 
 
 def refuse_existing(final: Path, overwrite: bool) -> None:
-    """Stop before any work when `final` is taken. An empty folder counts as free; a link to a folder never does."""
+    """Raise before any work is done where the place is taken.
+
+    An empty folder counts as free; a link to a folder never does.
+
+    Args:
+        final: the path to be written.
+        overwrite: whether what stands there may be replaced.
+
+    Raises:
+        TensorkeepError: it exists and `overwrite` is not set, or it is a link to a folder.
+    """
     with explained(final):
         if final.is_symlink() and final.is_dir():
             raise TensorkeepError(
@@ -37,15 +47,24 @@ def refuse_existing(final: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def replacing(final: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary sibling of `final`; on a clean exit put it in place, on any other remove it.
+    """Give a temporary path beside `final`; put it in place when the body ends well, remove it otherwise.
 
     The body writes there (a file, or a folder with its files) and proves what it wrote. Every file and folder is
     fsynced before the rename, the parent after it. `final` is never seen half-written.
 
-    Raises TensorkeepError where `final` exists and `overwrite` is not set, or the disk fails.
+    Args:
+        final: the file or folder to be written.
+        overwrite: whether what stands there may be replaced.
 
-    >>> with replacing(Path("model.pth"), overwrite=False) as temporary:        # doctest: +SKIP
-    ...     write_bytes(temporary, data)
+    Yields:
+        The temporary path, which does not exist yet.
+
+    Raises:
+        TensorkeepError: `final` exists and `overwrite` is not set, or the disk fails.
+
+    Example:
+        >>> with replacing(Path("model.pth"), overwrite=False) as temporary:        # doctest: +SKIP
+        ...     write_bytes(temporary, data)
     """
     with replacing_all([final], [overwrite]) as temporaries:
         yield temporaries[0]
@@ -53,7 +72,18 @@ def replacing(final: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator[list[Path]]:
-    """`replacing` for several paths: where one cannot be put in place, those before it go back to what they were."""
+    """Do what `replacing` does for several paths at once: all are put in place, or all stay as they were.
+
+    Args:
+        finals: the files or folders to be written.
+        overwrite: for each, whether what stands there may be replaced.
+
+    Yields:
+        A temporary path for each.
+
+    Raises:
+        TensorkeepError: one of them exists and may not be replaced, or the disk fails.
+    """
     finals = [_named(final) for final in finals]
     for final, may in zip(finals, overwrite):
         refuse_existing(final, may)
@@ -82,12 +112,16 @@ def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator
 
 
 def temporary_name(final: Path) -> Path:
-    """A fresh name beside `final`, never longer than a file system takes."""
+    """Make a fresh temporary name beside `final`, never longer than a file system takes.
+
+    Args:
+        final: the path that the temporary one stands for.
+    """
     return final.with_name(f".{final.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _named(final: Path) -> Path:
-    """`final` by a name of its own, which `.` and `x/..` lack; a link at its end stays a link."""
+    """Give `final` a name of its own, which `.` and `x/..` lack; a link at its end stays a link."""
     with explained(final):
         final = final.resolve() if final.name in ("", "..") else final.parent.resolve() / final.name
         here = final.is_dir() and final.samefile(".")
@@ -98,7 +132,7 @@ def _named(final: Path) -> Path:
 
 
 def _put_in_place(temporary: Path, final: Path, overwrite: bool) -> Callable[[], None]:
-    """Rename `temporary` to `final`; what stood there takes its name. Gives back the way to undo that."""
+    """Rename `temporary` to `final` and return the way to undo that; what stood there takes the temporary name."""
     refuse_existing(final, overwrite)  # somebody may have come between
     if os.path.lexists(final) and not (final.is_dir() and temporary.is_dir() and not any(final.iterdir())):
         swap_names(temporary, final)
@@ -115,6 +149,7 @@ def _rename(one: Path, other: Path) -> None:
 
 
 def _link(temporary: Path, final: Path) -> None:
+    """Give a file its final name, which must be free."""
     try:
         os.link(temporary, final)  # link refuses a name that is taken; rename would replace it
     except OSError as error:
@@ -127,7 +162,15 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def swap_names(one: Path, other: Path) -> None:
-    """Swap two names. In one step where the kernel and the file system can, so that a kill at any instant leaves both."""
+    """Swap two names, in one step where the kernel can, so that a kill at any instant leaves both.
+
+    Args:
+        one: an existing file or folder, as an absolute path.
+        other: another one on the same file system.
+
+    Raises:
+        OSError: as the system gives it; both names are then what they were.
+    """
     import ctypes
 
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -153,7 +196,7 @@ def swap_names(one: Path, other: Path) -> None:
 
 
 def _sync_tree(path: Path) -> None:
-    """fsync a file, or every file and folder of a tree."""
+    """Flush a file, or every file and folder of a tree, to the disk."""
     if path.is_file():
         sync_file(path)
         return
@@ -164,7 +207,16 @@ def _sync_tree(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """fsync; a failure is fatal, since the kernel may have dropped the pages and would not say so twice."""
+    """Flush a file or a folder to the disk (fsync).
+
+    A failure is final, since the kernel may have dropped the data and would not say so twice.
+
+    Args:
+        path: the file, or the folder whose names are to last.
+
+    Raises:
+        TensorkeepError: the disk failed.
+    """
     with explained(path):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -177,7 +229,11 @@ sync_folder = sync_file  # the same calls: a folder opens read-only and fsyncs l
 
 
 def remove(path: Path) -> None:
-    """Delete a file or tree if it is there. What cannot be deleted stays: it bears a temporary name (F01)."""
+    """Delete a file or a folder with all in it, if it is there; what cannot be deleted stays.
+
+    Args:
+        path: a temporary name, so that what stays is reported (F01) and never read.
+    """
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -186,6 +242,14 @@ def remove(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole; the caller's `replacing` makes it durable."""
+    """Write a small new file whole; the caller's `replacing` makes it durable.
+
+    Args:
+        path: the file to make; it must not exist.
+        data: its bytes.
+
+    Raises:
+        TensorkeepError: the file exists, or the disk fails.
+    """
     with explained(path), path.open("xb") as file:
         file.write(data)

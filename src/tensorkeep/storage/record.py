@@ -1,7 +1,7 @@
-"""Tensor records: what a checkpoint says of a tensor, without its data.
+"""Tensor records: what a checkpoint says about a tensor, without its data.
 
-A record is a name, a dtype (in safetensors' spelling), a shape and the places of its bytes. Most tensors lie in one
-place; a sharded DCP tensor lies in several blocks, each a rectangle of the whole.
+A record is a name, a dtype (in safetensors' spelling), a shape and the positions of its bytes. Most tensors lie in
+one place; a sharded DCP tensor lies in several blocks, each a rectangle of the whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 
 class Dtype(NamedTuple):
-    """One element type: bits per element, torch's name, numpy's (or ml_dtypes') name; None where there is none."""
+    """One element type.
+
+    Attributes:
+        bits: bits per element.
+        torch: its name in torch; None where torch has none.
+        numpy: its name in numpy or ml_dtypes; None where they have none.
+        floating: whether it is a real floating-point type.
+    """
 
     bits: int
     torch: str | None
@@ -66,9 +73,15 @@ SPELLINGS = {  # what people type after --dtype
 class Block(NamedTuple):
     """A stored rectangle of a tensor.
 
-    `start`, `nbytes`: bytes in `file`. `offsets`, `shape`: where the rectangle lies in the whole tensor. `strides`
-    (in elements) is None for row-major data. `archive`: the range holds a whole torch.save archive, not raw bytes.
-    `crc`: CRC-32 of exactly these bytes, where the file holds one.
+    Attributes:
+        file: name of the file that holds it.
+        start: its first byte there.
+        nbytes: its number of bytes there.
+        offsets: index of its first element in the whole tensor, one number per dimension.
+        shape: its sizes.
+        strides: steps between neighbours, in elements; None for row-major data.
+        archive: the byte range holds a whole torch.save archive, not raw bytes.
+        crc: CRC-32 of exactly these bytes, where the file holds one.
     """
 
     file: str
@@ -83,10 +96,20 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """Name, dtype, shape and place of one stored tensor; no data.
+    """Name, dtype, shape and position of one stored tensor; no data.
 
-    `encoding` is "plain" or the block-quantized type of a GGUF tensor ("Q4_1"), whose `dtype` is what it decodes to.
-    `tied_to` names another tensor that lies in the very same bytes.
+    Attributes:
+        name: its name in the checkpoint.
+        dtype: its dtype as safetensors spells it, e.g. "BF16"; for an encoded tensor what it decodes to.
+        shape: its sizes.
+        blocks: where its bytes lie; several for a sharded tensor.
+        tied_to: name of another tensor that lies in the very same bytes.
+        encoding: "plain", or the block-quantized type of a GGUF tensor, e.g. "Q4_1".
+
+    Example:
+        >>> record = TensorRecord("w", "BF16", (2, 3), (Block("model.safetensors", 64, 12, (0, 0), (2, 3)),))
+        >>> record.nbytes, record.file
+        (12, 'model.safetensors')
     """
 
     name: str
@@ -98,26 +121,34 @@ class TensorRecord:
 
     @property
     def elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data in row-major order."""
+        """Bytes of the tensor's data in row-major order, decoded."""
         return nbytes(self.dtype, self.shape)
 
     @property
     def file(self) -> str:
+        """The file that holds its first block; empty where it has none."""
         return self.blocks[0].file if self.blocks else ""
 
     def renamed(self, name: str) -> TensorRecord:
+        """Return the same record under another name."""
         return replace(self, name=name)
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a dense tensor; packed sub-byte types round up.
+    """Return the bytes of a dense tensor; types below one byte are packed, rounded up.
 
-    >>> nbytes("BF16", (2, 3))
-    12
+    Args:
+        dtype: a dtype as safetensors spells it.
+        shape: sizes of the tensor.
+
+    Example:
+        >>> nbytes("BF16", (2, 3))
+        12
     """
     return (math.prod(shape) * DTYPES[dtype].bits + 7) // 8
 
@@ -127,10 +158,18 @@ _LARGEST_SIZE = 1 << 62  # bytes, as if no dimension were empty: what numpy and 
 
 
 def checked_shape(value: Any, dtype: str | None = None) -> tuple[int, ...] | None:
-    """Sizes out of an untrusted file as a shape, or None where they are no whole numbers or nothing could hold them.
+    """Turn sizes from an untrusted file into a shape.
 
-    >>> checked_shape([2, 3]), checked_shape([2, -1]), checked_shape([1 << 40, 1 << 40])
-    ((2, 3), None, None)
+    Args:
+        value: what the file gives.
+        dtype: the tensor's dtype; where it is not known, the widest one is assumed.
+
+    Returns:
+        The shape; None where the sizes are no whole numbers, or no machine could hold such a tensor.
+
+    Example:
+        >>> checked_shape([2, 3]), checked_shape([2, -1]), checked_shape([1 << 40, 1 << 40])
+        ((2, 3), None, None)
     """
     if not isinstance(value, (tuple, list)) or len(value) > MOST_DIMENSIONS:
         return None
@@ -141,10 +180,14 @@ def checked_shape(value: Any, dtype: str | None = None) -> tuple[int, ...] | Non
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a row-major tensor.
+    """Return the strides of a row-major tensor, in elements.
 
-    >>> row_major((2, 3, 4))
-    (12, 4, 1)
+    Args:
+        shape: sizes of the tensor.
+
+    Example:
+        >>> row_major((2, 3, 4))
+        (12, 4, 1)
     """
     strides, step = [], 1
     for size in reversed(shape):
@@ -154,7 +197,16 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def same_layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether these strides mean row-major order (sizes of 1 and empty tensors do not care)."""
+    """Tell whether these strides mean row-major order (dimensions of size 1 and empty tensors do not care).
+
+    Args:
+        shape: sizes of the tensor.
+        strides: its strides, in elements.
+
+    Example:
+        >>> same_layout((2, 3), (3, 1)), same_layout((2, 3), (1, 2))
+        (True, False)
+    """
     return math.prod(shape) == 0 or all(
         size == 1 or stride == want for size, stride, want in zip(shape, strides, row_major(shape))
     )

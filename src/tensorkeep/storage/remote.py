@@ -1,6 +1,6 @@
-"""Remote checkpoints through fsspec: `s3://`, `memory://` and whatever else it knows, read by ranges.
+"""Read checkpoints from object stores through fsspec (`s3://`, `memory://` and others), by byte ranges.
 
-Writing is `remote_sinks`.
+Writing to a store is in `conversion`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ _BLOCK, _BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the 
 
 
 def open_remote(url: str) -> tuple[Folder, str | None]:
-    """The remote folder a URL stands for, and the file in it where the URL names a file.
+    """Open the remote folder that a URL stands for.
 
-    >>> open_remote("s3://bucket/llama/model.safetensors")        # doctest: +SKIP
-    (<RemoteFolder s3://bucket/llama>, 'model.safetensors')
+    Args:
+        url: a folder or a file, in any scheme that fsspec knows.
+
+    Returns:
+        The folder, and the file's name where the URL names a file, else None.
+
+    Raises:
+        TensorkeepError: F05 where nothing is there; without a code where fsspec is missing or the store refuses.
+
+    Example:
+        >>> open_remote("s3://bucket/llama/model.safetensors")        # doctest: +SKIP
+        (<RemoteFolder s3://bucket/llama>, 'model.safetensors')
     """
     system, path = connect(url)
     with explained_store(url):
@@ -35,7 +45,7 @@ def open_remote(url: str) -> tuple[Folder, str | None]:
 
 
 class RemoteFolder:
-    """Files under one prefix, listed once and read by ranges; the listing and a few blocks are kept."""
+    """The files under one prefix of a store, as a `Folder`; the listing and the last few blocks read are kept."""
 
     def __init__(self, system: Any, path: str, url: str) -> None:
         self.system, self.path, self.url = system, path, url
@@ -48,6 +58,7 @@ class RemoteFolder:
         return f"<RemoteFolder {self.url}>"
 
     def _files(self) -> dict[str, dict[str, Any]]:
+        """Return the listing by name; the store is asked once."""
         with self._lock:
             if self._listing is None:
                 self._listing = self._list()
@@ -62,9 +73,11 @@ class RemoteFolder:
         return {name: e for name, e in files.items() if name and e["name"].strip("/") != self.path.strip("/")}
 
     def names(self) -> list[str]:
+        """List the files directly inside, sorted."""
         return sorted(self._files())
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes; F05 where it is not there."""
         entry = self._files().get(inside(name, self.url))
         if entry is None:
             raise TensorkeepError(
@@ -74,6 +87,7 @@ class RemoteFolder:
         return int(entry["size"])
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes of a file from byte `start`; F02 where it is shorter."""
         where, size = f"{self.url}/{name}", self.size(name)
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
@@ -85,7 +99,7 @@ class RemoteFolder:
         return blocks[start - first : start - first + length]
 
     def _block(self, name: str, at: int, size: int) -> bytes:
-        """A block of a file; the last few stay, for headers and pickles are read in many small pieces."""
+        """Return a block of a file; the last few are kept, for headers and pickles are read in many small pieces."""
         with self._lock:
             if (name, at) in self._blocks:
                 self._blocks.move_to_end((name, at))
@@ -98,6 +112,7 @@ class RemoteFolder:
         return data
 
     def _fetch(self, name: str, start: int, length: int) -> bytes:
+        """Ask the store for a byte range."""
         where = f"{self.url}/{name}"
         with explained_store(where):
             data = bytes(self.system.cat_file(f"{self.path}/{name}", start=start, end=start + length))
@@ -106,20 +121,30 @@ class RemoteFolder:
         return data
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` of a file; F02 where it is shorter."""
         buffer[:] = self.read(name, start, len(buffer))
 
     def changed(self) -> list[str]:
+        """List the files that are not what they were when first listed (size, tag or time), sorted."""
         now = self._list()
         before = self._files()
         return sorted(n for n in self._read if n not in now or _version(now[n]) != _version(before[n]))
 
 
 def _version(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What tells that an object was written again: size, tags and times, as far as the store gives them."""
     return tuple(str(entry.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created"))
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path on it."""
+    """Return fsspec's file system for a URL, and the path on it.
+
+    Args:
+        url: in any scheme that fsspec knows.
+
+    Raises:
+        TensorkeepError: fsspec, or the package that the scheme needs, is not installed.
+    """
     try:
         import fsspec
     except ImportError:
@@ -136,7 +161,14 @@ def connect(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def explained_store(where: object) -> Iterator[None]:
-    """Turn what a store's client raises into one error that says what to do."""
+    """Turn what a store's client raises in the body into a TensorkeepError that says what to do.
+
+    Args:
+        where: the URL that the body works on, for messages.
+
+    Raises:
+        TensorkeepError: for every failure of the store; F05 where the object is not there.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -151,7 +183,7 @@ def explained_store(where: object) -> Iterator[None]:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What clients raise: the built-in errors, and those of the libraries that are loaded."""
+    """List the exception types that stores' clients raise: built-in ones, and those of the libraries loaded."""
     found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, NotImplementedError, EOFError]
     for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
         if module in sys.modules:
@@ -160,5 +192,13 @@ def failures() -> tuple[type[BaseException], ...]:
 
 
 def parent_of(url: str) -> str:
-    """The URL of the folder that holds this one."""
+    """Return the URL of the folder that holds a file or folder.
+
+    Args:
+        url: the URL of the latter.
+
+    Example:
+        >>> parent_of("s3://bucket/llama/model.pth")
+        's3://bucket/llama'
+    """
     return url.rstrip("/").rpartition("/")[0]

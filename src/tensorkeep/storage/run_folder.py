@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: `RUN/checkpoints/step-000123/`, `latest`, `best`, and a lock for the one who writes.
+"""The checkpoints of a training run on disk: `RUN/checkpoints/step-000123/`, `latest`, `best`, and a lock.
 
 A step folder comes into being by a rename and goes by one, so it is never seen half-written or half-deleted. `latest`
 names a step for people; readers take the highest one that is valid, whatever `latest` says.
@@ -40,11 +40,25 @@ LATEST, BEST, _LOCK = "latest", "best", ".lock"
 
 
 def folder_of(run: Path, step: int) -> Path:
+    """Return the folder of one step of a run, there or not.
+
+    Args:
+        run: the run's folder.
+        step: the optimizer step.
+
+    Example:
+        >>> str(folder_of(Path("out"), 123))
+        'out/checkpoints/step-000123'
+    """
     return run / CHECKPOINTS / step_name(step)
 
 
 def steps(run: Path) -> list[int]:
-    """Steps that have a folder, newest first; whether they are whole is another question."""
+    """List the steps of a run that have a folder, newest first; whether they are whole is another question.
+
+    Args:
+        run: the run's folder; one without checkpoints has no steps.
+    """
     place = run / CHECKPOINTS
     with explained(place):
         if not place.is_dir():
@@ -53,7 +67,14 @@ def steps(run: Path) -> list[int]:
 
 
 class OpenedCheckpoint(NamedTuple):
-    """A checkpoint of a run as `view.read` opens it: its folder, the files to read as one view, what was passed over."""
+    """A checkpoint of a run, ready to be read.
+
+    Attributes:
+        path: its step folder.
+        files: names of the files to read as one view.
+        passed: findings about newer steps that were passed over because they are not whole.
+        run: its position in the run as state.json has it: step, samples, epoch, world_size, those that are there.
+    """
 
     path: Path
     files: list[str]
@@ -62,7 +83,17 @@ class OpenedCheckpoint(NamedTuple):
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[Finding]] | None:
-    """The checkpoint that a path means: a step folder itself, or the newest complete one of a run; None for neither."""
+    """Find the checkpoint that a path means: a step folder itself, or the newest complete one of a run.
+
+    Args:
+        path: a step folder, a run's folder, or its `checkpoints` folder.
+
+    Returns:
+        The step folder and findings about newer steps that are not whole; None where the path is neither.
+
+    Raises:
+        TensorkeepError: none of the run's checkpoints is whole; the code says what is wrong with the newest.
+    """
     run = path.parent if path.name == CHECKPOINTS else path
     with explained(run):
         has = (run / CHECKPOINTS).is_dir()
@@ -74,9 +105,18 @@ def find_checkpoint(path: Path) -> tuple[Path, list[Finding]] | None:
 
 
 def open_checkpoint(path: Path) -> OpenedCheckpoint | None:
-    """Look at a checkpoint without its data: manifest, sizes, the header's chunk, the position. None where it is none.
+    """Open the checkpoint that a path means, reading everything but the tensors' data.
 
-    Raises TensorkeepError with an F code where one of these is not whole.
+    Manifest, file sizes, the weights' header and the position in the run are checked.
+
+    Args:
+        path: a step folder, or a run's folder.
+
+    Returns:
+        What to read of it; None where the path is neither.
+
+    Raises:
+        TensorkeepError: F01, F02, F03, F05 or F07 where one of these is not whole.
     """
     found = find_checkpoint(path.resolve())
     if found is None:
@@ -97,21 +137,25 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint | None:
 
 
 def _is_step(folder: Path, names: Sequence[str]) -> bool:
-    """Whether a folder with these files is a checkpoint of ours, finished or not."""
+    """Tell whether a folder with these files is a checkpoint of a run, finished or not."""
     return (MANIFEST in names and STATE in names) or (
         step_of(folder.name) is not None and folder.parent.name == CHECKPOINTS and ".metadata" not in names
     )
 
 
 def weights_file(names: Sequence[str]) -> str | None:
-    """The file of a checkpoint that holds the weights; None where they lie in another format (DCP)."""
+    """Return the file of a checkpoint that holds the weights; None where they lie in another format (DCP).
+
+    Args:
+        names: the files of the checkpoint.
+    """
     return next((n for n in (MODEL, ADAPTER) if n in names), None)
 
 
 def _newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
-    """The newest checkpoint whose manifest and sizes are right, and what was passed over; None where `run` is no run.
+    """Find the newest checkpoint whose manifest and sizes are right, and say what was passed over.
 
-    Content is not read: `verify` and a resume do that.
+    None where `run` has no step. Content is not read: `verify` and a resume do that.
     """
     found, skipped = steps(run), []
     for step in found:
@@ -132,11 +176,15 @@ def _newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
 
 
 def remains(run: Path) -> list[str]:
-    """Temporary names that an interrupted save left in a run."""
+    """List the temporary names that an interrupted save left in a run, sorted.
+
+    Args:
+        run: the run's folder.
+    """
     return left_over(run / CHECKPOINTS)
 
 
-# -- latest, best, pruning ------------------------------------------------------------------------------------------
+# -- latest, best, pruning ----------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,6 +192,13 @@ def write_text(path: Path, text: str) -> None:
 
     `best` needs the last fsync: who is told that a step is the best one counts on it. `latest` could do without, since
     no reader relies on it; its fsync runs beside training.
+
+    Args:
+        path: the file, there or not.
+        text: its new content.
+
+    Raises:
+        OSError: as the system gives it; the old file is then untouched.
     """
     temporary = temporary_name(path)
     try:
@@ -156,7 +211,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def named_step(run: Path, which: str) -> int | None:
-    """The step that `latest` or `best` names; None where there is no such file. F07 where it names no step."""
+    """Return the step that `latest` or `best` names; None where there is no such file.
+
+    Args:
+        run: the run's folder.
+        which: LATEST or BEST.
+
+    Raises:
+        TensorkeepError: F07 where the file names no step.
+    """
     path = run / CHECKPOINTS / which
     with explained(path):
         if not path.is_file():
@@ -175,19 +238,36 @@ def named_step(run: Path, which: str) -> int | None:
 
 
 def unwanted(found: Sequence[int], last: int, every: int | None, kept: set[int]) -> list[int]:
-    """Steps to delete: not among the `last` newest, no multiple of `every`, not in `kept`.
+    """Choose the steps to delete.
 
-    >>> unwanted([50, 40, 30, 20, 10], last=2, every=20, kept={10})
-    [30]
+    Args:
+        found: the steps that are there.
+        last: how many of the newest to keep, at least 1.
+        every: keep multiples of this number too; None for no more.
+        kept: steps to keep in any case.
+
+    Returns:
+        The steps that nothing asks to keep.
+
+    Example:
+        >>> unwanted([50, 40, 30, 20, 10], last=2, every=20, kept={10})
+        [30]
     """
     newest = sorted(found, reverse=True)[: max(last, 1)]
     return [s for s in found if s not in newest and s not in kept and not (every and s % every == 0)]
 
 
 def delete(run: Path, gone: Sequence[int]) -> list[Path]:
-    """Delete steps: renamed away first, durably, so that no reader ever finds a half of one.
+    """Delete steps of a run; they are renamed away first, durably, so that no reader ever finds half of one.
 
     Journals keep the order of a rename and what follows; POSIX does not promise it, hence the fsync between them.
+
+    Args:
+        run: the run's folder.
+        gone: the steps to delete.
+
+    Returns:
+        The folders that are gone.
     """
     paths = [folder_of(run, step) for step in gone]
     aside = []
@@ -201,17 +281,23 @@ def delete(run: Path, gone: Sequence[int]) -> list[Path]:
     return paths
 
 
-# -- one writer a run ------------------------------------------------------------------------------------------------
+# -- one writer a run ---------------------------------------------------------------------------------------------
 
 _held: dict[tuple[int, str], None] = {}  # (pid, run): a record lock does not keep its own process out
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold RUN/.lock for the body. Raises TensorkeepError that names the process which holds it.
+    """Hold RUN/.lock for the body, so that one process at a time saves into a run.
 
     A record lock (`lockf`), not `flock`: data-loading processes inherit the latter when they are forked, and would
     hold it on after a kill of the run itself.
+
+    Args:
+        run: the run's folder; made where it is not there.
+
+    Raises:
+        TensorkeepError: another process, which is named, or this one holds the lock.
     """
     path, mine = run / _LOCK, (os.getpid(), str(run.resolve()))
     if mine in _held:
@@ -242,7 +328,11 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; each that is new is made known to its parent on the disk."""
+    """Make a folder and those above it, durably.
+
+    Args:
+        folder: the folder; it may exist.
+    """
     new = [p for p in (folder, *folder.parents) if not p.is_dir()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(new):
@@ -250,7 +340,15 @@ def make_folder(folder: Path) -> None:
 
 
 def room_for(run: Path, needed: int) -> None:
-    """Raise where the file system has no `needed` bytes left, before anything is written."""
+    """Raise where the file system has too little room, before anything is written.
+
+    Args:
+        run: the run's folder.
+        needed: bytes to be written.
+
+    Raises:
+        TensorkeepError: the disk is full.
+    """
     with explained(run):
         free = free_bytes(run)
     if free < needed:
@@ -258,6 +356,13 @@ def room_for(run: Path, needed: int) -> None:
 
 
 def disk_full(run: Path, needed: int, free: int) -> TensorkeepError:
+    """Make the error for a checkpoint that does not fit on the disk.
+
+    Args:
+        run: the run's folder.
+        needed: bytes to be written.
+        free: bytes that are left.
+    """
     return TensorkeepError(
         f"the disk is full: a checkpoint needs {needed:,} bytes, {free:,} are free",
         where=run,
@@ -266,6 +371,10 @@ def disk_full(run: Path, needed: int, free: int) -> TensorkeepError:
 
 
 def free_bytes(run: Path) -> int:
-    """Bytes left on the file system; part of it is the superuser's alone."""
+    """Return the bytes left on a folder's file system; a part of it is the superuser's alone.
+
+    Args:
+        run: the folder.
+    """
     system = os.statvfs(run)
     return system.f_frsize * (system.f_bfree if os.geteuid() == 0 else system.f_bavail)

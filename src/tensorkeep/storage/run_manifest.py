@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: sizes and digests that cover every byte of it, written last.
 
-It holds the size and the xxh3_128 of every 16 MiB of every file, the place and the xxh3_128 of every tensor, and a
-digest of itself; its text is canonical (what `dump` makes), so that no flipped bit in it can go unseen.
+It holds the size and the xxh3_128 of every 16 MiB of every file, the position and the xxh3_128 of every tensor, and a
+digest of itself; its text is canonical (what `manifest_bytes` makes), so that no flipped bit in it can go unseen.
 
 `{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
 {NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
@@ -29,17 +29,27 @@ from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 256 << 20  # bytes; a hundred thousand tensors need 20 MB
+_BEFORE = "use the checkpoint before it"
 _STEP = re.compile(r"step-(\d{6,})\Z")
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 
 
 class FileEntry(NamedTuple):
+    """A file of the checkpoint: its size in bytes, and the xxh3_128 of every 16 MiB of it, in hex."""
+
     size: int
     chunks: list[str]
 
 
 class TensorEntry(NamedTuple):
-    """A tensor in a file: its first byte there, and the xxh3_128 of its raw bytes."""
+    """A tensor in a file.
+
+    Attributes:
+        dtype: its dtype as safetensors spells it.
+        shape: its sizes.
+        start: its first byte in the file.
+        digest: xxh3_128 of its raw bytes, in hex.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,12 +58,21 @@ class TensorEntry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
         return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. `tensors`: file -> name -> entry; `base`: the frozen weights under an adapter."""
+    """What a checkpoint holds.
+
+    Attributes:
+        step: the optimizer step it was saved at.
+        files: file name -> size and digests.
+        tensors: file name -> tensor name -> position and digest.
+        base: what identifies the frozen weights under an adapter; None where everything is in the checkpoint.
+        not_captured: names of what the run could not save.
+    """
 
     step: int
     files: dict[str, FileEntry]
@@ -63,21 +82,38 @@ class Manifest:
 
 
 def step_name(step: int) -> str:
+    """Return the name of a step's folder.
+
+    Args:
+        step: the optimizer step.
+
+    Example:
+        >>> step_name(123)
+        'step-000123'
+    """
     return f"step-{step:06}"
 
 
 def step_of(name: str) -> int | None:
-    """The step a folder's name stands for, None for any other name.
+    """Return the step that a folder's name stands for, None for any other name.
 
-    >>> step_of("step-000123"), step_of("step-123"), step_of("step-0000123")
-    (123, None, None)
+    Args:
+        name: the folder's name, without its path.
+
+    Example:
+        >>> step_of("step-000123"), step_of("step-123"), step_of("step-0000123")
+        (123, None, None)
     """
     match = _STEP.match(name)
     return int(match[1]) if match and len(match[1]) < 19 and step_name(int(match[1])) == name else None
 
 
 def manifest_bytes(document: Mapping[str, Any]) -> bytes:
-    """The one spelling of a manifest, its own digest at the end."""
+    """Write a manifest in its one spelling, with its own digest at the end.
+
+    Args:
+        document: the manifest; a digest in it is replaced.
+    """
     body = {k: v for k, v in document.items() if k != "xxh3_128"}
     return _text({**body, "xxh3_128": xxhash.xxh3_128(_text(body)).hexdigest()})
 
@@ -93,7 +129,18 @@ def make_manifest(
     base: Mapping[str, Any] | None = None,
     not_captured: Sequence[str] = (),
 ) -> bytes:
-    """The manifest of files just written. `tensors`: file -> name -> (dtype, shape, first byte)."""
+    """Make the manifest of files that were just written.
+
+    Args:
+        step: the optimizer step.
+        files: file name -> what `durable.write_file` gave.
+        tensors: file name -> tensor name -> (dtype, shape, first byte in the file).
+        base: what identifies the frozen weights under an adapter.
+        not_captured: names of what could not be saved.
+
+    Returns:
+        The bytes of the manifest file.
+    """
     return manifest_bytes(
         {
             "schema": SCHEMA,
@@ -114,20 +161,19 @@ def make_manifest(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, its own digest compared and every entry checked.
+    """Read the manifest of a checkpoint, compare its own digest and check every entry.
 
-    Raises TensorkeepError: F01 where there is none, F03 where it was changed, F06/F07 where what it says cannot be.
+    Args:
+        folder: the step folder.
+
+    Raises:
+        TensorkeepError: F01 where there is none, F03 where it was changed, F06 or F07 where what it says cannot be.
     """
     path = folder / MANIFEST
     if not path.is_file():
         with explained(folder):
             folder.stat()
-        raise TensorkeepError(
-            f"has no {MANIFEST}: the save was interrupted",
-            where=folder,
-            code="F01",
-            hint="use the checkpoint before it",
-        )
+        raise TensorkeepError(f"has no {MANIFEST}: the save was interrupted", where=folder, code="F01", hint=_BEFORE)
     with explained(path):
         if path.stat().st_size > LARGEST_MANIFEST:
             raise _odd(path, f"is no manifest: {path.stat().st_size} bytes")
@@ -138,17 +184,17 @@ def read_manifest(folder: Path) -> Manifest:
     except (TensorkeepError, RecursionError, ValueError):  # ValueError: numbers too long to be written again
         same = False
     if not same:
-        raise TensorkeepError(
-            "was changed or damaged after it was written", where=path, code="F03", hint="use the checkpoint before it"
-        )
+        raise TensorkeepError("was changed or damaged after it was written", where=path, code="F03", hint=_BEFORE)
     return _checked(document, path)
 
 
 def _odd(path: Path, what: str) -> TensorkeepError:
-    return TensorkeepError(what, where=path, code="F07", hint="use the checkpoint before it")
+    """Make the error for a manifest that says what cannot be (F07)."""
+    return TensorkeepError(what, where=path, code="F07", hint=_BEFORE)
 
 
 def _checked(document: dict[str, Any], path: Path) -> Manifest:
+    """Turn a parsed manifest into a `Manifest`, every entry checked."""
     step, files, tensors = document.get("step"), document.get("files"), document.get("tensors")
     if document.get("schema") != SCHEMA or document.get("chunk") != durable.CHUNK:
         raise _odd(path, f"is of schema {shown(document.get('schema'))}, this version reads {SCHEMA}")
@@ -167,12 +213,14 @@ def _checked(document: dict[str, Any], path: Path) -> Manifest:
 
 
 def _plain(name: str, path: Path) -> str:
+    """Check that a name is that of a file directly in the checkpoint."""
     if "/" in inside(name, path) or name in (".", MANIFEST):
         raise _odd(path, f"names {shown(name)} as a file of its own")
     return name
 
 
 def _file(name: str, entry: Any, path: Path) -> FileEntry:
+    """Check one file's entry."""
     size, chunks = (entry.get("bytes"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(chunks, list):
         raise _odd(path, f"{shown(name)} has no size or no digests")
@@ -182,6 +230,7 @@ def _file(name: str, entry: Any, path: Path) -> FileEntry:
 
 
 def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
+    """Check one tensor's entry; it must lie within its file of `size` bytes."""
     if isinstance(entry, dict):
         dtype, start, digest = entry.get("dtype"), entry.get("start"), entry.get("xxh3_128")
         shape = checked_shape(entry.get("shape"))
@@ -199,11 +248,20 @@ def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
     raise _odd(path, f"the entry of {shown(name)} cannot be")
 
 
-# -- is it what the manifest says? ----------------------------------------------------------------------------------
+# -- is it what the manifest says? --------------------------------------------------------------------------------
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raise F05 for a file that is not there, F02/F07 for one of another size, F07 for a folder of another step."""
+    """Check that every file of a checkpoint is there and has its size; content is not read.
+
+    Args:
+        folder: the step folder.
+        manifest: its manifest.
+
+    Raises:
+        TensorkeepError: F05 for a file that is not there, F02 or F07 for one of another size, F07 for a folder of
+            another step.
+    """
     named = step_of(folder.name)
     if named is not None and named != manifest.step:
         raise _odd(folder, f"holds step {manifest.step}: the folder was renamed")
@@ -211,9 +269,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         path = folder / name
         tensors = manifest.tensors.get(name, {})
         if not path.is_file():
-            raise TensorkeepError(
-                f"{name} is missing", where=folder, code="F05", hint="use the checkpoint before it", tensors=tensors
-            )
+            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=tensors)
         with explained(path):
             size = path.stat().st_size
         if size != entry.size:
@@ -222,15 +278,22 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 f"has {size} bytes, {entry.size} were written" + (f"; {_listed(gone)} reach beyond" if gone else ""),
                 where=path,
                 code="F02" if size < entry.size else "F07",
-                hint="use the checkpoint before it",
+                hint=_BEFORE,
                 tensors=gone,
             )
 
 
 def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | None = None) -> None:
-    """Read one file of a checkpoint and compare every byte's digest; `image` receives it.
+    """Read one file of a checkpoint and compare the digests of every byte.
 
-    Raises TensorkeepError F03 that names the damaged tensors.
+    Args:
+        folder: the step folder.
+        name: the file.
+        manifest: the checkpoint's manifest.
+        image: receives the bytes (from `durable.allocate`); without one they are only compared.
+
+    Raises:
+        TensorkeepError: F03 naming the damaged tensors.
     """
     entry, path = manifest.files[name], folder / name
     try:
@@ -250,16 +313,12 @@ def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | 
         tensors = _differing(path, manifest.tensors.get(name, {}), wrong)
         what = _listed(tensors) if tensors else "its header" if manifest.tensors.get(name) else "its content"
         raise TensorkeepError(
-            f"damaged since it was written: {what}",
-            where=path,
-            code="F03",
-            hint="use the checkpoint before it",
-            tensors=tensors,
+            f"damaged since it was written: {what}", where=path, code="F03", hint=_BEFORE, tensors=tensors
         )
 
 
 def check_head(folder: Path, name: str, manifest: Manifest) -> None:
-    """Compare the first chunk of a file, where its header lies, before the header is believed. Raises F03."""
+    """Compare the first 16 MiB of a file before its header is believed; F03 where they differ."""
     with explained(folder / name), (folder / name).open("rb") as file:
         head = file.read(durable.CHUNK)
     if manifest.files[name].chunks and durable.digest(head) != manifest.files[name].chunks[0]:
@@ -267,14 +326,12 @@ def check_head(folder: Path, name: str, manifest: Manifest) -> None:
 
 
 def _differing(path: Path, tensors: Mapping[str, TensorEntry], wrong: Sequence[int]) -> list[str]:
-    """Tensors in the damaged chunks whose own digest differs."""
+    """Name the tensors in the damaged chunks whose own digest differs."""
     bad, found = set(wrong), []
     with explained(path), path.open("rb") as file:
         for name, tensor in tensors.items():
-            touched = range(
-                tensor.start // durable.CHUNK, max(tensor.start + tensor.nbytes - 1, 0) // durable.CHUNK + 1
-            )
-            if not tensor.nbytes or bad.isdisjoint(touched):
+            last = max(tensor.start + tensor.nbytes - 1, 0) // durable.CHUNK
+            if not tensor.nbytes or bad.isdisjoint(range(tensor.start // durable.CHUNK, last + 1)):
                 continue
             file.seek(tensor.start)
             running, left = xxhash.xxh3_128(), tensor.nbytes
@@ -287,11 +344,20 @@ def _differing(path: Path, tensors: Mapping[str, TensorEntry], wrong: Sequence[i
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Spell at most four names for a message."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def findings(folder: Path, progress: Progress | None = None) -> list[Finding]:
-    """Everything wrong with a checkpoint of a run: one finding a file, naming tensors. Reads every byte."""
+    """Check every byte of a run's checkpoint.
+
+    Args:
+        folder: the step folder.
+        progress: called after each file with ("verify", bytes done, bytes in all).
+
+    Returns:
+        One finding per damaged file, naming tensors; empty where the checkpoint is whole.
+    """
     try:
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
@@ -310,7 +376,15 @@ def findings(folder: Path, progress: Progress | None = None) -> list[Finding]:
 
 
 def as_finding(error: TensorkeepError, severity: Any = "error") -> Finding:
-    """The finding of an error with an F code; other errors are raised on: they say nothing about the checkpoint."""
+    """Turn an error with an F code into a finding.
+
+    Args:
+        error: the error.
+        severity: of the finding, "error" or "warning".
+
+    Raises:
+        TensorkeepError: the error itself where its code is another: it says nothing about the checkpoint.
+    """
     if error.code is None or not error.code.startswith("F"):
         raise error
     return Finding(error.code, severity, f"{error.where}: {error.what}", error.tensors, fix=error.hint)

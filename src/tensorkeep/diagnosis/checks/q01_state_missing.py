@@ -108,7 +108,7 @@ def _fills_range(case: Case, name: str) -> bool:
 
 
 def _dtype(case: Case, name: str) -> np.dtype[np.generic]:
-    from tensorkeep.formats.view import np_dtype
+    from tensorkeep.formats.arrays import np_dtype
 
     assert case.view is not None
     return np_dtype(case.view[name].dtype)

@@ -22,7 +22,8 @@ from tensorkeep.diagnosis import comparison
 from tensorkeep.diagnosis.evidence.survey import SAME, Sight, size_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
-from tensorkeep.formats.view import StateView, np_dtype
+from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.record import DTYPES
 
 Array = np.ndarray[Any, Any]

@@ -18,7 +18,7 @@ from tensorkeep.diagnosis.comparison import hub_bytes
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.statistics import Relation, correlation, relation
 from tensorkeep.diagnosis.evidence.survey import bits_equal
-from tensorkeep.formats.view import np_dtype, np_frombuffer
+from tensorkeep.formats.arrays import np_dtype, np_frombuffer
 
 _PRINT = 1024  # elements of a fingerprint
 OWN = 0.999  # a tensor that correlates this well with its own reference holds it

@@ -18,7 +18,8 @@ import numpy as np
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.comparison import aligned, hub_bytes, width
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import StateView, np_dtype
+from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.record import DTYPES
 
