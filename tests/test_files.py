@@ -236,7 +236,7 @@ def failing(number: int, patch: pytest.MonkeyPatch, names: list[tuple[Any, str]]
     return calls
 
 
-STEPS = [(os, "fsync"), (os, "link"), (os, "rename"), (Path, "rename"), (Path, "replace"), (placement, "exchange")]
+STEPS = [(os, "fsync"), (os, "link"), (os, "rename"), (Path, "rename"), (Path, "replace"), (placement, "swap_names")]
 
 
 @pytest.mark.parametrize("swap", ["in one step", "in three"])

@@ -65,4 +65,5 @@ def verdict_of(findings: Sequence[Finding], inconclusive: bool = False) -> Verdi
     return "inconclusive" if inconclusive else "ok"
 
 
+# exit status of a command by verdict; 2 is for errors
 EXIT = {"ok": 0, "findings": 1, "inconclusive": 3}

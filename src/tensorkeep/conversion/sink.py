@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +16,11 @@ from tensorkeep.conversion.streams import Cast
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import FORMATS, StateView
 from tensorkeep.storage.files import CERTIFICATE, LocalFolder, explained, local_path
+from tensorkeep.storage.files import Progress as Progress
 from tensorkeep.storage.layout import FileLayout, small_file
 from tensorkeep.storage.placement import replacing_all
 
 THREADS = min(4, os.cpu_count() or 1)
-
-
-Progress = Callable[[str, int, int], None]  # what is done, bytes done, bytes in all
 
 
 def quiet(_what: str, _done: int, _total: int) -> None:

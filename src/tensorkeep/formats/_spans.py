@@ -23,7 +23,7 @@ def row_spans(record: TensorRecord, blocks: list[Block]) -> list[Span] | None:
     return spans
 
 
-def cut_spans(spans: list[Span], first: int, last: int) -> Iterator[Span]:
+def cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
     """Give the part of consecutive spans between two byte positions of the tensor."""
     at = 0
     for file, start, length, crc in spans:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats._spans import Span, cut_spans, row_spans
+from tensorkeep.formats._spans import Span, cut, row_spans
 from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.companions import Companion, find_companions
 from tensorkeep.storage.certificate import parse_json
@@ -156,7 +156,7 @@ class StateView(Mapping[str, TensorRecord]):
             step = max(chunk // granule, 1) * granule
             yield from (whole[at : at + step] for at in range(0, len(whole), step))
             return
-        spans = list(cut_spans(spans, first * row_bytes, last * row_bytes))
+        spans = list(cut(spans, first * row_bytes, last * row_bytes))
         total = sum(length for _, _, length, _ in spans)
         step = min(max(chunk // granule, 1) * granule, total)
         buffer = memoryview(bytearray(step))
