@@ -13,7 +13,8 @@ from typing import Any
 import xxhash
 
 from tensorkeep.conversion.plan import Part, Plan, RowPermutation, Step
-from tensorkeep.formats.view import StateView, np_dtype
+from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.record import DTYPES, nbytes
 
 
