@@ -30,17 +30,10 @@ from typing import Any, get_args
 
 import torch
 
-from tensorkeep.detection.model.adapters import LoraConfig
-from tensorkeep.detection.model.detector import (
-    BackboneConfig,
-    Detector,
-    DetectorConfig,
-    build_detector,
-    read_detector_config,
-)
+from tensorkeep.detection.model.config import BackboneConfig, Checkpointing, DetectorConfig, LoraConfig
+from tensorkeep.detection.model.detector import Detector, build_detector, read_detector_config
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
-from tensorkeep.detection.model.vit import Checkpointing
 from tensorkeep.training._graphs import capture_step, make_capturable
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.schema import read_section

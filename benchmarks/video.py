@@ -25,9 +25,9 @@ from torch.nn import functional as F
 
 from benchmarks.measure import versions
 from tensorkeep.detection.data.augment import AugmentConfig, augment, draw_augmentation
-from tensorkeep.detection.data.containers import frame_table
+from tensorkeep.detection.data.containers import frame_table, probe
 from tensorkeep.detection.data.synthetic import write_video
-from tensorkeep.detection.data.video import decode, probe
+from tensorkeep.detection.data.video import decode
 from tensorkeep.errors import TensorkeepError
 
 SIDE = 160

@@ -158,7 +158,7 @@ def test_the_guides_parameter_table_is_what_the_recipes_build() -> None:
     from dataclasses import replace
 
     from tensorkeep.detection import Detector, count_parameters, read_detector_config
-    from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+    from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
 
     text = (ROOT / "docs/guides/qlora.md").read_text()
     for size in ("S", "B", "L", "H", "v2-g"):

@@ -5,19 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tensorkeep.detection.model.adapters import (
-    Adapter,
-    AdapterConfig,
-    LoraConfig,
-    LoRALinear,
-    PlainAdapter,
-    QLoRAAdapter,
-    VisionTransformerAdapter,
-    VisionTransformerQLoRA,
-    add_lora,
-    cast_frozen,
-)
-from tensorkeep.detection.model.vit import VideoShape, VisionTransformer
+from tensorkeep.detection.model.adapters import Adapter, LoRALinear, PlainAdapter, QLoRAAdapter, add_lora, cast_frozen
+from tensorkeep.detection.model.backbones import VisionTransformerAdapter, VisionTransformerQLoRA
+from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.layers import VideoShape
+from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tensorkeep.detection.model._chain import HostStore, group_starts
-from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.detector import video_features
+from tensorkeep.detection.model.layers import VideoShape
 from tensorkeep.detection.model.quantization import quantize_backbone
-from tensorkeep.detection.model.vit import Block, VideoShape, VisionTransformer
+from tensorkeep.detection.model.vit import Block, VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training._graphs import capture_step
 from tests.detection import tiny

@@ -19,10 +19,10 @@ from tensorkeep.detection.data.clips import (
     WindowConfig,
     collate,
     draw_truncation,
-    find_items,
     make_clips,
 )
 from tensorkeep.detection.data.features import count_features, read_features
+from tensorkeep.detection.data.items import find_items
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
 from tensorkeep.detection.data.video import decode
 from tensorkeep.errors import TensorkeepError

@@ -15,13 +15,16 @@ from torch import Tensor
 from tensorkeep.conversion.naming import identify, opentad, videomae
 from tensorkeep.conversion.naming.opentad_recipe import read_off
 from tensorkeep.conversion.planning import make_plan
-from tensorkeep.detection.model.detector import Detector, DetectorConfig, read_detector_config
+from tensorkeep.detection.model.config import DetectorConfig
+from tensorkeep.detection.model.detector import Detector, read_detector_config
 from tensorkeep.detection.model.vit import VisionTransformer
-from tensorkeep.detection.model.weights import load_detector, load_videomae, to_opentad
+from tensorkeep.detection.model.weights import load_videomae
+from tensorkeep.detection.start import load_detector
 from tensorkeep.formats.view import read
 from tensorkeep.training.schema import from_mapping
 from tests.detection import tiny
 from tests.helpers import assert_same, held, refused, to
+from tests.opentad_names import to_opentad
 
 
 def checkpoint(path: Path, average: bool = True, **more: Any) -> Detector:
@@ -138,7 +141,7 @@ def test_a_tensor_of_another_detector_is_named(tmp_path: Path) -> None:
 
 
 def test_lora_has_no_place_in_opentad(tmp_path: Path) -> None:
-    from tensorkeep.detection.model.adapters import LoraConfig
+    from tensorkeep.detection.model.config import LoraConfig
     from tests.helpers import write_hf
 
     write_hf(tmp_path, tiny.detector(lora=LoraConfig(lora_r=2)).state_dict())

@@ -12,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
-from tensorkeep.detection.model.detector import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DetectorConfig,
+    HeadConfig,
+    LoraConfig,
+    ProjectionConfig,
+    VitConfig,
+)
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
-from tensorkeep.detection.model.head import HeadConfig
-from tensorkeep.detection.model.projection import ProjectionConfig
 from tensorkeep.detection.model.schedule import ScheduleConfig
-from tensorkeep.detection.model.vit import VitConfig
 from tensorkeep.detection.recipe.schema import (
     ClassifierConfig,
     DataConfig,

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tensorkeep.detection.model._attention import attend, attend_backward, choose_kernel
-from tensorkeep.detection.model._frozen import _Frozen
-from tensorkeep.detection.model._fused import add_branch, add_norm, norm_backward
+from tensorkeep.detection.model._frozen import _Frozen, add_branch, add_norm, norm_backward
 from tensorkeep.detection.model._time_mix import time_mix
 from tensorkeep.detection.model.detector import video_features
 from tests.detection import tiny

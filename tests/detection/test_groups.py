@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer, parameter_groups
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny

@@ -7,7 +7,8 @@ import torch
 
 from tensorkeep.detection.model._losses import diou_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.assignment import assign_targets, make_points
-from tensorkeep.detection.model.head import Head, HeadConfig, Predictions, valid_proposals
+from tensorkeep.detection.model.config import HeadConfig
+from tensorkeep.detection.model.head import Head, Predictions, valid_proposals
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 

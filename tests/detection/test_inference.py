@@ -16,7 +16,6 @@ from tensorkeep import cli
 from tensorkeep.detection.data.clips import Clips
 from tensorkeep.detection.evaluate_run import evaluate_checkpoint
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection, decode_predictions, detect, table_of
-from tensorkeep.detection.model.weights import to_opentad
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
 from tensorkeep.detection.results.evaluation import evaluate
@@ -28,6 +27,7 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
 from tensorkeep.training.recipe import to_yaml
 from tests.detection import runs
+from tests.opentad_names import to_opentad
 from tests.training import ranks
 
 LOOSE = Selection(0.0, 60, Suppression(limit=60))

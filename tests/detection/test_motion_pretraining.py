@@ -15,7 +15,7 @@ from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.detection import pretraining as motion_pretraining
 from tensorkeep.detection.data.synthetic import TINY
-from tensorkeep.detection.model.vit import VitConfig
+from tensorkeep.detection.model.config import VitConfig
 from tensorkeep.detection.pretraining import MotionClips, PretrainingConfig, build, pretrain
 from tensorkeep.detection.start import make_detector
 from tensorkeep.errors import TensorkeepError

@@ -16,12 +16,11 @@ import torch
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.detection.job import build
-from tensorkeep.detection.model.adapters import AdapterConfig, LoraConfig
+from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.detection.model.schedule import ScheduleConfig
-from tensorkeep.detection.model.weights import to_opentad
 from tensorkeep.detection.opentad.resume import continue_from, optimizer_orders
 from tensorkeep.formats.view import read
 from tensorkeep.quantization.linear import QuantLinear
@@ -31,6 +30,7 @@ from tensorkeep.training.live_state import put_optimizer, put_tensors, stored_te
 from tensorkeep.training.loop import fit
 from tests.detection import runs, tiny
 from tests.helpers import refused
+from tests.opentad_names import to_opentad
 from tests.tools import ROOT
 
 CONFIG, SCHEDULE = OptimizerConfig(), ScheduleConfig(1, 4)

@@ -14,11 +14,10 @@ av = pytest.importorskip("av")
 
 from tensorkeep.cli import main  # noqa: E402
 from tensorkeep.detection.data.clips import Item, VideoReader, WindowConfig, make_clips  # noqa: E402
+from tensorkeep.detection.data.containers import frame_table, probe  # noqa: E402
 from tensorkeep.detection.data.synthetic import write_video  # noqa: E402
-from tensorkeep.detection.data.video import frame_table, probe  # noqa: E402
 from tensorkeep.detection.inference import Selection, detect  # noqa: E402
 from tensorkeep.detection.model.head import Predictions  # noqa: E402
-from tensorkeep.detection.model.weights import to_opentad  # noqa: E402
 from tensorkeep.detection.predict import (  # noqa: E402
     UNNAMED,
     Predictor,
@@ -34,6 +33,7 @@ from tensorkeep.detection.results.timeline import STRIP  # noqa: E402
 from tensorkeep.detection.start import open_detector  # noqa: E402
 from tensorkeep.errors import TensorkeepError  # noqa: E402
 from tensorkeep.training.recipe import to_yaml  # noqa: E402
+from tests.opentad_names import to_opentad  # noqa: E402
 
 from . import runs  # noqa: E402
 from .tiny import detector  # noqa: E402

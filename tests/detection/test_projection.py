@@ -4,14 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tensorkeep.detection.model.projection import (
-    Projection,
-    ProjectionConfig,
-    banded_attention,
-    global_attention,
-    halve_mask,
-    halve_max,
-)
+from tensorkeep.detection.model.config import ProjectionConfig
+from tensorkeep.detection.model.layers import halve_mask
+from tensorkeep.detection.model.projection import Projection, banded_attention, global_attention, halve_max
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 
@@ -77,8 +72,8 @@ def test_features_behind_the_mask_do_not_matter() -> None:
 
 
 def test_positions_are_interpolated_beyond_their_table() -> None:
+    from tensorkeep.detection.model._positions import sinusoid_table
     from tensorkeep.detection.model.projection import _positions
-    from tensorkeep.detection.model.vit import sinusoid_table
 
     table = sinusoid_table(8, 4).transpose(1, 2) / 2
     assert torch.equal(_positions(8, 4, 6, torch.device("cpu")), table[..., :6])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tensorkeep.detection.model.adapters import LoraConfig, VisionTransformerAdapter, VisionTransformerQLoRA
+from tensorkeep.detection.model.backbones import VisionTransformerAdapter, VisionTransformerQLoRA
+from tensorkeep.detection.model.config import LoraConfig, VitConfig
 from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
-from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
+from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.loading import load_quantized

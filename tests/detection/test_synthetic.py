@@ -7,6 +7,7 @@ pytest.importorskip("av")
 
 from tensorkeep.detection.data.annotation_checks import check_annotations
 from tensorkeep.detection.data.annotations import read_annotations, read_class_map
+from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.data.synthetic import (
     CLASSES,
     MOTIONS,
@@ -21,7 +22,8 @@ from tensorkeep.detection.data.synthetic import (
     make_video,
     write_video,
 )
-from tensorkeep.detection.data.video import check_video, decode, probe
+from tensorkeep.detection.data.video import decode
+from tensorkeep.detection.data.video_checks import check_video
 from tensorkeep.errors import TensorkeepError
 
 SHORT = SyntheticConfig(seconds=(6.0, 9.0), actions=(2, 4), action_seconds=(1.0, 2.0), size=48, fps=8)

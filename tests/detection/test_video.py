@@ -10,8 +10,10 @@ av = pytest.importorskip("av")
 
 from tensorkeep.detection.data import containers, video  # noqa: E402
 from tensorkeep.detection.data.annotations import Video  # noqa: E402
+from tensorkeep.detection.data.containers import frame_table, probe  # noqa: E402
 from tensorkeep.detection.data.synthetic import write_video  # noqa: E402
-from tensorkeep.detection.data.video import check_video, decode, frame_table, probe, stream_windows  # noqa: E402
+from tensorkeep.detection.data.video import decode, stream_windows  # noqa: E402
+from tensorkeep.detection.data.video_checks import check_video  # noqa: E402
 from tensorkeep.errors import TensorkeepError  # noqa: E402
 
 FRAMES, GOP, RATE = 50, 12, 10

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tensorkeep.detection.model.adapters import LoraConfig
+from tensorkeep.detection.model.config import LoraConfig, VitConfig
 from tensorkeep.detection.model.detector import build_backbone, video_features
-from tensorkeep.detection.model.vit import PatchEmbed, VideoShape, VisionTransformer, VitConfig, add_kept, draw_kept
+from tensorkeep.detection.model.layers import VideoShape, add_kept, draw_kept
+from tensorkeep.detection.model.vit import PatchEmbed, VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 

@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 
 from tensorkeep.conversion.naming import opentad, videomae
-from tensorkeep.detection.model.adapters import LoraConfig
+from tensorkeep.detection.model.config import LoraConfig
 from tensorkeep.detection.model.detector import video_features
-from tensorkeep.detection.model.vit import VideoShape, VisionTransformer
-from tensorkeep.detection.model.weights import load_opentad, load_videomae, to_opentad
+from tensorkeep.detection.model.layers import VideoShape
+from tensorkeep.detection.model.vit import VisionTransformer
+from tensorkeep.detection.model.weights import load_videomae
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
+from tests.opentad_names import load_opentad, to_opentad
 
 
 def test_opentad_names_are_the_originals_and_come_back() -> None:

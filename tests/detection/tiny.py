@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from tensorkeep.detection.model.adapters import AdapterConfig
-from tensorkeep.detection.model.detector import BackboneConfig, Detector, DetectorConfig
-from tensorkeep.detection.model.head import HeadConfig
-from tensorkeep.detection.model.projection import ProjectionConfig
-from tensorkeep.detection.model.vit import VitConfig
+from tensorkeep.detection.model.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DetectorConfig,
+    HeadConfig,
+    ProjectionConfig,
+    VitConfig,
+)
+from tensorkeep.detection.model.detector import Detector
 
 VIT = VitConfig(image_size=32, embed_dim=32, depth=2, heads=2, mlp_dim=64, chunk_frames=4, drop_path=0.0)
 HEAD = HeadConfig(classes=3, channels=16, strides=(1, 2, 4), ranges=((0, 4), (4, 8), (8, 99)))

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 
 from tensorkeep.conversion.naming import opentad
-from tensorkeep.detection.model.adapters import AdapterConfig
-from tensorkeep.detection.model.detector import BackboneConfig, Detector, DetectorConfig, count_parameters
+from tensorkeep.detection.model.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DetectorConfig,
+    HeadConfig,
+    ProjectionConfig,
+    VitConfig,
+)
+from tensorkeep.detection.model.detector import Detector, count_parameters
 from tensorkeep.detection.model.groups import parameter_groups
-from tensorkeep.detection.model.head import HeadConfig
-from tensorkeep.detection.model.projection import ProjectionConfig
-from tensorkeep.detection.model.vit import VitConfig
 from tests.parity.opentad_fixtures import Case, Fixture
 from tests.parity.opentad_training import group_cases, optimizer_of
 

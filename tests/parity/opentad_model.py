@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from tensorkeep.conversion.naming import opentad, videomae
 from tensorkeep.detection.model._losses import diou_loss, focal_loss, giou_loss
+from tensorkeep.detection.model._positions import sinusoid_table
 from tensorkeep.detection.model.assignment import assign_targets, make_points
-from tensorkeep.detection.model.detector import Detector, DetectorConfig, build_backbone, padded_length, video_features
+from tensorkeep.detection.model.config import DetectorConfig, VitConfig
+from tensorkeep.detection.model.detector import Detector, build_backbone, padded_length, video_features
 from tensorkeep.detection.model.head import valid_proposals
+from tensorkeep.detection.model.layers import VideoShape
 from tensorkeep.detection.model.schedule import learning_rate
-from tensorkeep.detection.model.vit import VideoShape, VisionTransformer, VitConfig, sinusoid_table
-from tensorkeep.detection.model.weights import load_exactly, load_opentad, load_videomae, to_opentad
+from tensorkeep.detection.model.vit import VisionTransformer
+from tensorkeep.detection.model.weights import load_exactly, load_videomae
 from tensorkeep.detection.opentad._model_section import backbone_config, detector_config
 from tensorkeep.training.ema import Ema
+from tests.opentad_names import load_opentad, to_opentad
 from tests.parity import opentad_keys, opentad_training
 from tests.parity.opentad_fixtures import Capture, Case, Fixture, difference, read_fixtures, relative, unequal
 

@@ -14,9 +14,9 @@ from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.head import valid_proposals
 from tensorkeep.detection.model.schedule import learning_rate
-from tensorkeep.detection.model.weights import load_opentad
 from tensorkeep.detection.opentad._model_section import detector_config
 from tensorkeep.training.ema import Ema
+from tests.opentad_names import load_opentad
 from tests.parity.opentad_fixtures import Case, Fixture, difference, relative
 
 

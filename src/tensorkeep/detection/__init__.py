@@ -14,16 +14,15 @@ if TYPE_CHECKING:
     from tensorkeep.detection.data.annotations import Annotations as Annotations
     from tensorkeep.detection.data.annotations import read_annotations as read_annotations
     from tensorkeep.detection.job import build as build
-    from tensorkeep.detection.model.adapters import VisionTransformerAdapter as VisionTransformerAdapter
-    from tensorkeep.detection.model.adapters import VisionTransformerQLoRA as VisionTransformerQLoRA
+    from tensorkeep.detection.model.backbones import VisionTransformerAdapter as VisionTransformerAdapter
+    from tensorkeep.detection.model.backbones import VisionTransformerQLoRA as VisionTransformerQLoRA
+    from tensorkeep.detection.model.config import DetectorConfig as DetectorConfig
     from tensorkeep.detection.model.detector import Detector as Detector
-    from tensorkeep.detection.model.detector import DetectorConfig as DetectorConfig
     from tensorkeep.detection.model.detector import build_detector as build_detector
     from tensorkeep.detection.model.detector import count_parameters as count_parameters
     from tensorkeep.detection.model.detector import read_detector_config as read_detector_config
     from tensorkeep.detection.model.quantization import quantize_backbone as quantize_backbone
     from tensorkeep.detection.model.vit import VisionTransformer as VisionTransformer
-    from tensorkeep.detection.model.weights import load_detector as load_detector
     from tensorkeep.detection.model.weights import load_videomae as load_videomae
     from tensorkeep.detection.recipe.schema import DetectionRecipe as DetectionRecipe
     from tensorkeep.detection.recipe.text import read_recipe as read_recipe
@@ -32,16 +31,17 @@ if TYPE_CHECKING:
     from tensorkeep.detection.results.evaluation import evaluate_files as evaluate_files
     from tensorkeep.detection.results.results import read_detections as read_detections
     from tensorkeep.detection.results.results import write_detections as write_detections
+    from tensorkeep.detection.start import load_detector as load_detector
     from tensorkeep.detection.start import open_detector as open_detector
 
 _WHERE = {
     "Annotations": "data.annotations",
     "DetectionRecipe": "recipe.schema",
     "Detector": "model.detector",
-    "DetectorConfig": "model.detector",
+    "DetectorConfig": "model.config",
     "VisionTransformer": "model.vit",
-    "VisionTransformerAdapter": "model.adapters",
-    "VisionTransformerQLoRA": "model.adapters",
+    "VisionTransformerAdapter": "model.backbones",
+    "VisionTransformerQLoRA": "model.backbones",
     "analyse_errors": "results.error_analysis",
     "build": "job",
     "build_detector": "model.detector",
@@ -49,7 +49,7 @@ _WHERE = {
     "count_parameters": "model.detector",
     "evaluate": "results.evaluation",
     "evaluate_files": "results.evaluation",
-    "load_detector": "model.weights",
+    "load_detector": "start",
     "load_videomae": "model.weights",
     "open_detector": "start",
     "quantize_backbone": "model.quantization",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.data.clips import collate
 from tensorkeep.detection.model.assignment import assign_batch, make_points
-from tensorkeep.detection.model.detector import Detector, DetectorConfig, padded_length
-from tensorkeep.detection.model.projection import halve_mask
+from tensorkeep.detection.model.config import DetectorConfig
+from tensorkeep.detection.model.detector import Detector, padded_length
+from tensorkeep.detection.model.layers import halve_mask
 from tensorkeep.detection.model.schedule import ScheduleConfig, learning_rate
 from tensorkeep.errors import TensorkeepError
 

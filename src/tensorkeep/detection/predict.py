@@ -24,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tensorkeep.detection.data.annotation_checks import Problem
 from tensorkeep.detection.data.augment import centre_crop
-from tensorkeep.detection.data.clips import VIDEO_SUFFIXES, VideoReader, WindowConfig
-from tensorkeep.detection.data.containers import FrameTable, VideoInfo, frame_table, probe
+from tensorkeep.detection.data.clips import VideoReader, WindowConfig
+from tensorkeep.detection.data.containers import VIDEO_SUFFIXES, FrameTable, VideoInfo, frame_table, probe
+from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.video import stream_windows
 from tensorkeep.detection.data.windows import count_snippets, make_window, place_windows, resized_frames
 from tensorkeep.detection.inference import Selection, decode_predictions

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.detection.data.synthetic import TINY, SyntheticConfig, make_clip
+from tensorkeep.detection.model.config import VitConfig
 from tensorkeep.detection.model.schedule import learning_rate
-from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
+from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.output import Output
 from tensorkeep.storage.durable import digest
 from tensorkeep.training.ema import Ema

@@ -13,15 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from tensorkeep.detection.data.annotations import Annotations, read_annotations, read_class_map
-from tensorkeep.detection.data.clips import (
-    Clips,
-    FeatureReader,
-    Item,
-    VideoReader,
-    WindowConfig,
-    find_items,
-    make_clips,
-)
+from tensorkeep.detection.data.clips import Clips, FeatureReader, Item, VideoReader, WindowConfig, make_clips
+from tensorkeep.detection.data.items import find_items
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection
 from tensorkeep.detection.recipe.schema import DataConfig, DetectionRecipe, SplitConfig
 from tensorkeep.detection.results.classifiers import read_classifier

@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from tensorkeep.detection.model.detector import Detector
+from tensorkeep.conversion.naming.opentad_recipe import FILE
+from tensorkeep.conversion.plan import Plan
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.streams import write_tensor
+from tensorkeep.detection.model.config import DetectorConfig
+from tensorkeep.detection.model.detector import Detector, read_detector_config
 from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
-from tensorkeep.detection.model.weights import load_detector, load_videomae
+from tensorkeep.detection.model.weights import load_exactly, load_videomae
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
 from tensorkeep.errors import TensorkeepError
@@ -26,6 +32,7 @@ from tensorkeep.formats.view import read
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.storage.record import DTYPES
 from tensorkeep.training import distributed
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
@@ -33,6 +40,7 @@ from tensorkeep.training.ema import Ema
 from tensorkeep.training.live_state import put_tensors
 from tensorkeep.training.randomness import derive
 from tensorkeep.training.saver import State
+from tensorkeep.training.schema import from_mapping
 
 Remark = Callable[[str], None]
 BASE, _FROZEN, RECIPE = "base", "frozen.safetensors", "recipe.yaml"
@@ -229,3 +237,48 @@ def _from_elsewhere(
     if detector.backbone is not None and made.training.quantize_backbone is not None:
         quantize_backbone(detector.backbone, made.training.quantize_backbone)
     return Opened(detector.to(world.device).eval(), made, None, averaged)
+
+
+def load_detector(path: str | Path, recipe: str | Path | None = None, average: bool = False) -> Detector:
+    """The detector of a checkpoint of any format and naming, OpenTAD's included, on the CPU and in evaluation mode.
+
+    Without `recipe` it is built after the `recipe.yaml` beside the weights, or what their shapes say. `average` takes
+    the EMA of an OpenTAD checkpoint, which is what OpenTAD evaluates. Raises TensorkeepError for whatever does not fit.
+
+    >>> detector = load_detector("epoch_59.pth", "adatad_thumos_videomae_s.yaml", average=True)  # doctest: +SKIP
+    """
+    plan = make_plan([read(path)], "hf", drop=["state_dict.*"] if average else [])
+    config = read_detector_config(recipe) if recipe is not None else _own_config(plan, str(path))
+    detector = Detector(config)
+    load_exactly(detector, _tensors(plan), str(path))
+    return detector.eval()
+
+
+def _own_config(plan: Plan, where: str) -> DetectorConfig:
+    found = next((c for c in plan.companions if c.name == FILE), None)
+    if found is None:
+        raise TensorkeepError(
+            "no recipe.yaml lies beside the weights", where=where, hint="give the recipe they were trained with"
+        )
+    try:
+        document = yaml.safe_load(found.data)
+    except yaml.YAMLError as error:
+        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=found.where) from error
+    section = document.get("model") if isinstance(document, Mapping) else None
+    return from_mapping(DetectorConfig, {} if section is None else section, f"{found.where}: model")
+
+
+def _tensors(plan: Plan) -> dict[str, Tensor]:
+    """Every tensor that the plan makes, in memory."""
+    made: dict[str, Tensor] = {}
+    for step in plan.steps:
+        if step.sink is None:
+            continue
+        dtype = getattr(torch, str(DTYPES[step.sink.dtype].torch), None)
+        if dtype is None:
+            raise TensorkeepError(f"torch has no dtype for {step.sink.dtype}", where=step.sink.name)
+        data = bytearray()
+        write_tensor(step, plan.sources, data.extend)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        made[step.sink.name] = flat.reshape(step.sink.shape)
+    return made

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tensorkeep.conversion.naming.opentad import backbone_segments
 from tensorkeep.detection.model import quantization
-from tensorkeep.detection.model.adapters import AdapterConfig, VisionTransformerAdapter
-from tensorkeep.detection.model.vit import VideoShape, VitConfig
+from tensorkeep.detection.model.backbones import VisionTransformerAdapter
+from tensorkeep.detection.model.config import AdapterConfig, VitConfig
+from tensorkeep.detection.model.layers import VideoShape
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped
 from tensorkeep.quantization.linear import QuantLinear

@@ -17,7 +17,8 @@ import torch
 
 from tensorkeep.conversion.naming.opentad import from_hf
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
-from tensorkeep.detection.model.vit import VisionTransformer, VitConfig
+from tensorkeep.detection.model.config import VitConfig
+from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.detection.results.evaluation import evaluate_files
 from tensorkeep.diagnosis.verification import verify
 from tensorkeep.formats.view import read

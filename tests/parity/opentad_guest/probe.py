@@ -15,7 +15,7 @@ from opentad.datasets import build_dataloader, build_dataset
 from opentad.models import build_detector
 
 from tensorkeep.conversion.naming import opentad
-from tensorkeep.detection.model.adapters import AdapterConfig
+from tensorkeep.detection.model.config import AdapterConfig
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.quantization import quantize_adapters
 from tensorkeep.detection.opentad._model_section import detector_config

@@ -1,44 +1,41 @@
-"""What is wrong with an annotation file, said so that its author can mend it.
+"""Check an annotation file and describe each problem so that its author can mend it.
 
-The questions behind it are those that users of detection code bases ask: mAP is nan (unknown subset, no ground
-truth), training crashes (label not in the map), detections stop early (frame count against duration), figures differ
-between evaluators (repeated segments, segments without length). Needs numpy only.
+The checks answer what users of detection code bases ask: why mAP is nan (unknown subset, no ground truth), why training
+crashes (label not in the class map), why detections stop early (frame count against duration), why two evaluators give
+different figures (repeated segments, segments without length). Needs numpy only.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, Video, unique_segments
+from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import near_misses
 
 _END_TOLERANCE = 0.05  # seconds; annotations are commonly given to a tenth of a second
 _FRAME_RATES = (5.0, 125.0)  # outside of it a frame count and a duration do not belong together
 
 
-class Problem(NamedTuple):
-    """One thing wrong: severity `error` (results would be wrong or missing), `warning` or `info`, and where."""
-
-    severity: str
-    kind: str
-    video: str | None
-    message: str
-
-
 def check_annotations(
     annotations: Annotations, *, subsets: Sequence[str] = (), class_map: Sequence[str] | None = None
 ) -> list[Problem]:
-    """Everything odd in the annotations, errors first.
+    """List everything odd in the annotations, errors first.
 
-    subsets: those that training or evaluation will ask for. class_map: the names that the model knows, in label order;
-    without it the file's own.
+    Args:
+        annotations: as `read_annotations` gives them.
+        subsets: names of the subsets that training or evaluation will ask for.
+        class_map: class names that the model knows, in label order; None: the file's own.
 
-    >>> check_annotations(read_annotations("anno.json"), subsets=["training", "validation"])  # doctest: +SKIP
-    [Problem(severity='error', kind='unknown subset', video=None, message="no video of subset 'validation': ...")]
+    Returns:
+        One problem for each thing found; none where the annotations can be used as they are.
+
+    Example:
+        >>> check_annotations(read_annotations("anno.json"), subsets=["training", "validation"])  # doctest: +SKIP
+        [Problem(severity='error', kind='unknown subset', video=None, message="no video of subset 'validation': ...")]
     """
     known = annotations.classes if class_map is None else tuple(class_map)
     problems = [*_check_subsets(annotations, subsets), *_check_classes(annotations, known)]
@@ -49,6 +46,7 @@ def check_annotations(
 
 
 def _check_subsets(annotations: Annotations, subsets: Sequence[str]) -> Iterator[Problem]:
+    """Look for subsets that are asked for and not there, and for videos without ground truth or subset."""
     there = annotations.subsets()
     for subset in subsets:
         if subset not in there:
@@ -66,6 +64,7 @@ def _check_subsets(annotations: Annotations, subsets: Sequence[str]) -> Iterator
 
 
 def _check_classes(annotations: Annotations, known: Sequence[str]) -> Iterator[Problem]:
+    """Look for labels outside the class map, and for classes without segments, in all or in one subset."""
     used: Counter[str] = Counter()
     where: dict[str, str] = {}
     by_subset: dict[str, set[str]] = {}
@@ -93,6 +92,7 @@ def _check_classes(annotations: Annotations, known: Sequence[str]) -> Iterator[P
 
 
 def _check_length(video: Video) -> Iterator[Problem]:
+    """Compare a video's duration, frame count and frame rate."""
     if video.duration is not None and video.duration <= 0:
         yield Problem("error", "no duration", video.name, f"duration is {video.duration:g} s")
         return
@@ -114,6 +114,7 @@ def _check_length(video: Video) -> Iterator[Problem]:
 
 
 def _check_segments(video: Video) -> Iterator[Problem]:
+    """Look for segments that are reversed, without length, outside the video or given twice."""
     for (start, end), label in zip(video.segments.tolist(), video.labels, strict=True):
         what = f"{label!r} [{start:g}, {end:g}]"
         if end < start:

@@ -1,4 +1,4 @@
-"""Ground truth of temporal action detection: which segments of which videos show which class.
+"""Read ground truth of temporal action detection: which segments of which videos show which class.
 
 Three layouts are read into one structure, chosen by content:
 
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.data.reading import parse_number, parse_segment, read_json, read_text
 from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.storage.documents import parse_number, parse_segment, read_json, read_text
 
 AMBIGUOUS = "Ambiguous"  # THUMOS'14 marks segments with it that are neither right nor wrong: never a class
 CLASS_LIST = "detclasslist.txt"
@@ -30,7 +30,17 @@ _THUMOS_SUBSETS = {"test": "test", "val": "validation"}
 
 @dataclass(frozen=True)
 class Video:
-    """One annotated video: `segments` [N, 2] in seconds, one label each, and what is known of its length."""
+    """One annotated video.
+
+    Attributes:
+        name: name of the video, without a file's ending.
+        subset: the part of the data set that it belongs to, such as "training".
+        segments: [N, 2], start and end in seconds.
+        labels: N class names.
+        duration: seconds; None where the file does not say.
+        frames: number of frames; None where the file does not say.
+        fps: frames per second as stated; None where the file does not say.
+    """
 
     name: str
     subset: str
@@ -41,7 +51,7 @@ class Video:
     fps: float | None = None
 
     def frame_rate(self) -> float | None:
-        """Frames per second: frames over duration where both are known, else the stated rate."""
+        """Return frames per second: frames over duration where both are known, else the stated rate (or None)."""
         if self.frames and self.duration:
             return self.frames / self.duration
         return self.fps
@@ -49,7 +59,14 @@ class Video:
 
 @dataclass(frozen=True)
 class Annotations:
-    """All videos of one annotation file by name, and the class map it carries (label order, `Ambiguous` left out)."""
+    """All videos of one annotation file.
+
+    Attributes:
+        videos: name -> video, in file order.
+        classes: class names in label order, `Ambiguous` left out.
+        layout: "opentad", "mmaction", "actionformer" or "thumos".
+        source: path of the file or folder, for error messages.
+    """
 
     videos: Mapping[str, Video]
     classes: tuple[str, ...]
@@ -57,13 +74,14 @@ class Annotations:
     source: str
 
     def subsets(self) -> tuple[str, ...]:
-        """The subset names, sorted."""
+        """Return the names of the subsets, sorted."""
         return tuple(sorted({video.subset for video in self.videos.values()}))
 
     def of_subset(self, subset: str) -> list[Video]:
-        """The videos of one subset, in file order.
+        """Return the videos of one subset, in file order.
 
-        Raises `TensorkeepError` for a subset that the file does not have: names are compared whole, never as parts.
+        Raises:
+            TensorkeepError: The file has no such subset; names are compared whole, never as parts.
         """
         found = [video for video in self.videos.values() if video.subset == subset]
         if not found:
@@ -74,12 +92,21 @@ class Annotations:
 
 
 def read_annotations(path: str | Path) -> Annotations:
-    """Read ground truth in any of the three layouts (see the module).
+    """Read ground truth in any of the three layouts that the module describes.
 
-    Raises `TensorkeepError` for a file that is missing, is no JSON, or whose structure is of no known layout; odd
-    *content* (a segment past the end, a zero length) is read as it is and left to `check_annotations`.
+    Odd *content* (a segment past the end, a zero length) is read as it is and left to `check_annotations`.
 
-    >>> read_annotations("thumos_14_anno.json").of_subset("validation")[0].segments  # doctest: +SKIP
+    Args:
+        path: a JSON file, or a folder of THUMOS text files.
+
+    Returns:
+        All videos with their segments in seconds, and the class names in label order.
+
+    Raises:
+        TensorkeepError: The file is missing, is no JSON, or has none of the known layouts.
+
+    Example:
+        >>> read_annotations("thumos_14_anno.json").of_subset("validation")[0].segments  # doctest: +SKIP
     """
     path = Path(path)
     if path.is_dir():
@@ -88,7 +115,7 @@ def read_annotations(path: str | Path) -> Annotations:
 
 
 def parse_annotations(document: object, source: str = "annotations") -> Annotations:
-    """Annotations from an already parsed JSON document; `source` names it in errors."""
+    """Return the annotations of an already parsed JSON document; `source` names it in errors."""
     database = document.get("database") if isinstance(document, dict) else None
     layout = "opentad"
     if database is None and isinstance(document, dict) and document and all(map(_is_entry, document.values())):
@@ -109,12 +136,14 @@ def parse_annotations(document: object, source: str = "annotations") -> Annotati
 
 
 def read_class_map(path: str | Path) -> tuple[str, ...]:
-    """Class names in label order from a text file: one name a line, or `id name` as THUMOS writes it.
+    """Read class names in label order from a text file: one name a line, or `id name` as THUMOS writes it.
 
-    Raises `TensorkeepError` for an empty file and for a name given twice.
+    Raises:
+        TensorkeepError: The file is empty or gives a name twice.
 
-    >>> read_class_map("category_idx.txt")  # doctest: +SKIP
-    ('BaseballPitch', 'BasketballDunk')
+    Example:
+        >>> read_class_map("category_idx.txt")  # doctest: +SKIP
+        ('BaseballPitch', 'BasketballDunk')
     """
     path = Path(path)
     rows = [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -129,9 +158,10 @@ def read_class_map(path: str | Path) -> tuple[str, ...]:
 
 
 def read_class_ids(path: str | Path) -> dict[int, str]:
-    """Class names by number from a THUMOS `detclasslist.txt` (`id name` a line).
+    """Read class names by number from a THUMOS `detclasslist.txt` (`id name` a line).
 
-    Raises `TensorkeepError` for a line of another form.
+    Raises:
+        TensorkeepError: A line has another form.
     """
     ids: dict[int, str] = {}
     for number, line in enumerate(read_text(Path(path)).splitlines(), 1):
@@ -147,12 +177,16 @@ def read_class_ids(path: str | Path) -> dict[int, str]:
 def unique_segments(
     segments: NDArray[np.float64], labels: Iterable[object], tolerance: float = 1e-3
 ) -> NDArray[np.intp]:
-    """Indices of the segments that are no repetition of an earlier one, in order.
+    """Return the indices of segments that do not repeat an earlier one, in order.
 
-    A repetition has the same label and both ends within `tolerance` seconds (OpenTAD's evaluator uses 1e-3).
+    Args:
+        segments: [N, 2] in seconds.
+        labels: N class names or numbers.
+        tolerance: seconds; a repetition has the same label and both ends this close (OpenTAD's evaluator uses 1e-3).
 
-    >>> unique_segments(np.array([[1.0, 2.0], [1.0004, 2.0], [1.0, 3.0]]), ["a", "a", "a"])
-    array([0, 2])
+    Example:
+        >>> unique_segments(np.array([[1.0, 2.0], [1.0004, 2.0], [1.0, 3.0]]), ["a", "a", "a"])
+        array([0, 2])
     """
     kept: list[int] = []
     by_label: dict[object, list[tuple[float, float]]] = {}
@@ -165,12 +199,21 @@ def unique_segments(
 
 
 def number_segments(video: Video, classes: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """A video's segments [N, 2] in seconds and their class numbers [N]: exact repetitions once, `Ambiguous` left out.
+    """Return a video's segments with class numbers; exact repetitions come once, `Ambiguous` segments are left out.
 
-    Raises `TensorkeepError` for a label that `classes` does not have.
+    Args:
+        video: the annotated video.
+        classes: class names in label order.
 
-    >>> number_segments(Video("v", "train", np.array([[1.0, 2.0]] * 2), ("dive", "dive")), ["dive"])[1]
-    array([0])
+    Returns:
+        Segments [N, 2] in seconds and their class numbers [N].
+
+    Raises:
+        TensorkeepError: A label is not among `classes`.
+
+    Example:
+        >>> number_segments(Video("v", "train", np.array([[1.0, 2.0]] * 2), ("dive", "dive")), ["dive"])[1]
+        array([0])
     """
     kept = [index for index in unique_segments(video.segments, video.labels, 0.0) if video.labels[index] != AMBIGUOUS]
     for index in kept:
@@ -182,11 +225,12 @@ def number_segments(video: Video, classes: Sequence[str]) -> tuple[NDArray[np.fl
 
 
 def _is_entry(value: object) -> bool:
+    """Return whether a JSON value looks like one annotated video."""
     return isinstance(value, dict) and "annotations" in value
 
 
 def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> Video:
-    """One entry of the database; `ids` gathers the label ids that ActionFormer's files carry."""
+    """Read one entry of the database; label ids, which ActionFormer's files carry, are added to `ids`."""
     if not isinstance(entry, dict):
         raise TensorkeepError(f"video {name!r} is not an object", where=source)
     rows = entry.get("annotations", [])
@@ -221,12 +265,13 @@ def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> 
 
 
 def _note_id(ids: dict[str, int], label: str, number: int, what: str, source: str) -> None:
+    """Remember a label's id; a second, different id is an error."""
     if ids.setdefault(label, number) != number:
         raise TensorkeepError(f"{what}: label {label!r} has id {number}, elsewhere {ids[label]}", where=source)
 
 
 def _read_thumos_folder(folder: Path) -> Annotations:
-    """All `CLASS_test.txt` / `CLASS_val.txt` of a folder; file order inside a class is kept, the kit depends on it."""
+    """Read all `CLASS_test.txt` and `CLASS_val.txt` of a folder; the THUMOS kit depends on the order within a file."""
     files = [(path, *path.stem.rpartition("_")[::2]) for path in sorted(folder.glob("*.txt"))]
     files = [entry for entry in files if entry[2] in _THUMOS_SUBSETS and entry[1]]
     if not files:

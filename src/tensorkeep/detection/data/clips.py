@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,11 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.detection.data.annotation_checks import Problem
-from tensorkeep.detection.data.annotations import Annotations, Video, number_segments
 from tensorkeep.detection.data.augment import AugmentConfig, augment, centre_crop, draw_augmentation
-from tensorkeep.detection.data.features import SUFFIXES, count_features, read_features
-from tensorkeep.detection.data.video import check_video, decode, probe
+from tensorkeep.detection.data.features import read_features
+from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.video import decode
 from tensorkeep.detection.data.windows import (
     Window,
     clip_to_window,
@@ -47,7 +45,6 @@ from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.errors import TensorkeepError
 
 Broken = Literal["error", "skip", "keep"]
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts")
 _TRIES = 200  # as the original
 
 
@@ -122,68 +119,6 @@ class Place(NamedTuple):
     item: int
     first: int
     stop: int
-
-
-def find_items(
-    annotations: Annotations,
-    subset: str,
-    folder: str | Path,
-    reader: VideoReader | FeatureReader,
-    classes: Sequence[str] | None = None,
-) -> tuple[list[Item], list[Problem]]:
-    """The videos (or feature files) of a subset in `folder`, found by name, and what is odd about them.
-
-    With the reader's `broken="error"` a missing, unreadable or truncated file raises TensorkeepError that names them
-    all; otherwise such files are left out (truncated ones stay under "keep") and each is a problem.
-    """
-    classes = annotations.classes if classes is None else classes
-    items, problems = [], []
-    for video in annotations.of_subset(subset):
-        found, odd = _find_item(video, Path(folder), reader, classes)
-        problems += odd
-        if found is not None:
-            items.append(found)
-    errors = [problem for problem in problems if problem.severity == "error" and problem.kind != "duration"]
-    if errors and reader.broken == "error":
-        more = f", and {len(errors) - 3} more" if len(errors) > 3 else ""
-        what = "; ".join(f"{problem.video}: {problem.message}" for problem in errors[:3])
-        hint = "mend or remove them, or leave them out: broken: skip"
-        raise TensorkeepError(f"{what}{more}", where=folder, hint=hint)
-    if not items:
-        raise TensorkeepError(f"none of the videos of subset {subset!r} can be read", where=folder)
-    return items, problems
-
-
-def _find_item(
-    video: Video, folder: Path, reader: VideoReader | FeatureReader, classes: Sequence[str]
-) -> tuple[Item | None, list[Problem]]:
-    suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
-    path = next(
-        (folder / (video.name + suffix) for suffix in suffixes if (folder / (video.name + suffix)).exists()), None
-    )
-    if path is None:
-        return None, [Problem("error", "no file", video.name, f"no {video.name} with one of {', '.join(suffixes)}")]
-    segments, labels = number_segments(video, classes)
-    steps, problems = 0, []
-    if isinstance(reader, FeatureReader):
-        try:
-            steps = count_features(path, reader.channels, channels_first=reader.channels_first)
-        except TensorkeepError as error:
-            return None, [Problem("error", "unreadable features", video.name, error.line)]
-        frames, duration = video.frames or 0, video.duration or 0.0
-        if not frames and duration and video.fps:
-            frames = round(duration * video.fps)
-        if not frames or not duration:
-            message = "features need the annotation's 'duration' and 'frame' (or 'fps')"
-            return None, [Problem("error", "no duration", video.name, message)]
-    else:
-        problems = check_video(path, video)
-        lost = [p for p in problems if p.kind in ("unreadable video", "truncated video")]
-        if any(p.kind == "unreadable video" for p in lost) or (lost and reader.broken != "keep"):
-            return None, problems
-        info = probe(path)
-        frames, duration = info.frames, info.duration
-    return Item(video.name, str(path), frames, duration, path.stat().st_size, steps, segments, labels), problems
 
 
 @dataclass(frozen=True, eq=False)

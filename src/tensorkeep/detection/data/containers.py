@@ -1,4 +1,4 @@
-"""What a video file holds, without decoding it: its length, rate, size, and when each of its frames is shown.
+"""Look into a video file without decoding it: its length, frame rate, size, and when each of its frames is shown.
 
 Frame i is the i-th picture in the order of presentation: what decoding the whole file and counting gives. Presentation
 times come from the packets, so i means the same picture whatever the frame rate does, wherever decoding starts, and
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import explained
 
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts")
 MEND = "play it, or write it anew: ffmpeg -i FILE -c:v libx264 NEW.mp4"
 _UNTRUSTED = {"vp8"}  # its packets need not show a picture
 _ATTACHED = 1024  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a cover, no video
@@ -34,8 +35,20 @@ _LATE = 0.02  # a file whose pictures end this part of its stated length too ear
 
 
 class VideoInfo(NamedTuple):
-    """What a file holds. `frames` can be read; `stated` is its header's count, 0 for none. `width`, `height`: as shown,
-    after `rotation` (degrees counterclockwise). `fps` = frames / duration. `problem`: how the file is incomplete."""
+    """Size, rate and length of a video file.
+
+    Attributes:
+        path: the file.
+        frames: how many can be read.
+        fps: frames / duration.
+        duration: seconds.
+        width: pixels, as shown after rotation.
+        height: pixels, as shown after rotation.
+        rotation: degrees counterclockwise.
+        codec: FFmpeg's name of it.
+        stated: the header's number of frames, 0 where it has none.
+        problem: how the file is incomplete; None where it is whole.
+    """
 
     path: str
     frames: int
@@ -50,8 +63,14 @@ class VideoInfo(NamedTuple):
 
 
 class FrameTable(NamedTuple):
-    """Presentation times `pts` [N], rising, in units of `time_base` seconds; those of keyframes, `key_pts` [K].
-    `counted`: times are of no use, frames are found by counting."""
+    """When each frame of a video is shown, and from which frames decoding may start.
+
+    Attributes:
+        pts: [N] presentation times, rising, in units of `time_base`.
+        key_pts: [K] those of the keyframes.
+        time_base: seconds.
+        counted: whether the times are of no use, so that frames are found by counting pictures.
+    """
 
     pts: NDArray[np.int64]
     key_pts: NDArray[np.int64]
@@ -60,13 +79,22 @@ class FrameTable(NamedTuple):
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Size, rotation, rate and number of frames of a video; decodes one frame.
+    """Find out a video's size, rotation, rate and number of frames; one frame is decoded.
 
-    A header's count is taken where the index has as many entries within the file; else packets are counted.
-    Raises TensorkeepError for a file that is missing, is no video or gives no picture.
+    The header's number of frames is taken where the file's index has as many entries; else packets are counted.
 
-    >>> probe("v_001.mp4").frames  # doctest: +SKIP
-    5172
+    Args:
+        path: a video file.
+
+    Returns:
+        What the file holds; `problem` tells whether it was cut short.
+
+    Raises:
+        TensorkeepError: The file is missing, is no video or gives no picture, or PyAV is not installed.
+
+    Example:
+        >>> probe("v_001.mp4").frames  # doctest: +SKIP
+        5172
     """
     with opened(path) as (container, stream):
         first = next(container.decode(stream), None)
@@ -93,9 +121,12 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def frame_table(path: str | Path) -> FrameTable:
-    """When each frame is shown and where decoding may start, from the packets; kept for the last 64 files.
+    """Find out when each frame is shown and where decoding may start, from the packets alone.
 
-    A packet that is cut short is no frame. Raises TensorkeepError for a file that cannot be read or has no frame.
+    A packet that is cut short is no frame. The tables of the last 64 files are kept in memory.
+
+    Raises:
+        TensorkeepError: The file cannot be read or has no frame.
     """
     state = _state(path)
     return _frame_table(str(path), state.st_size, state.st_mtime_ns)
@@ -103,7 +134,8 @@ def frame_table(path: str | Path) -> FrameTable:
 
 @lru_cache(maxsize=64)
 def _frame_table(path: str, length: int, changed: int) -> FrameTable:
-    del length, changed  # the file's state is part of the key
+    """Make the table of a file; its length and time of change make a changed file another one to the cache."""
+    del length, changed
     with opened(path) as (container, stream):
         codec, kind, unit = stream.codec_context.name, container.format.name, float(stream.time_base or 1)
         rows = [
@@ -123,7 +155,7 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
 
 
 def _counted_table(path: str, unit: float) -> FrameTable:
-    """The table of a file without usable times: as many frames as decoding gives, damaged ones at its end left out."""
+    """Make the table of a file without usable times by decoding it; damaged frames at its end are left out."""
     number = count = 0
     with opened(path) as (container, stream):
         for packet in container.demux(stream):
@@ -138,14 +170,14 @@ def _counted_table(path: str, unit: float) -> FrameTable:
 
 
 def _stated_seconds(container: Any, stream: Any) -> float:
-    """The length that the header gives, 0 without one."""
+    """Return the length in seconds that the header gives, 0 where it gives none."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return container.duration / 1e6 if container.duration else 0.0
 
 
 def _indexed_frames(stream: Any, length: int) -> int:
-    """The header's count where its index has an entry for each, all within the file's `length` bytes; else 0."""
+    """Return the header's number of frames where the index has each of them within `length` bytes; else 0."""
     entries = stream.index_entries
     if not stream.frames or len(entries) != stream.frames:
         return 0
@@ -155,7 +187,11 @@ def _indexed_frames(stream: Any, length: int) -> int:
 
 @contextlib.contextmanager
 def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
-    """The container and its first stream of moving pictures; FFmpeg's errors become ours."""
+    """Open a video file; gives PyAV's container and its first stream of moving pictures.
+
+    Raises:
+        TensorkeepError: The file is no video or has no video stream, in place of FFmpeg's own errors.
+    """
     av = import_av()
     _state(path)
     with explained(path):
@@ -175,17 +211,18 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
 
 
 def quarter_turn(degrees: int) -> int:
-    """The nearest multiple of 90 in [0, 360); pictures are never turned by less."""
+    """Return the nearest multiple of 90 degrees in [0, 360): pictures are never turned by less."""
     return round(degrees / 90) * 90 % 360
 
 
 def _state(path: str | Path) -> os.stat_result:
+    """Return size and time of change of a file; a missing file is a TensorkeepError."""
     with explained(path):
         return Path(path).stat()
 
 
 def import_av() -> Any:
-    """PyAV, or the one error that says how to get it."""
+    """Import PyAV; raises TensorkeepError that says how to install it where it is missing."""
     try:
         return importlib.import_module("av")
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""Features that somebody computed before: one file a video, `.npy` or `.pt`, rows of `[T, C]`.
+"""Read features of videos that were computed earlier: one file a video, an array `[T, C]`.
 
-No file can run code: `.npy` is read without pickle, `.pt` as any other checkpoint of one tensor (`view.read`).
+No file can run code: `.npy` is read without pickle, `.pt` and `.safetensors` as any other checkpoint (`view.read`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,23 @@ SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
 def read_features(
     path: str | Path, channels: int, rows: tuple[int, int] | None = None, *, channels_first: bool = False
 ) -> Tensor:
-    """Features `[C, T]` float32 of one file that holds `[T, C]` (or `[C, T]`); `rows` (first, stop) of T only.
+    """Read the features of one file.
 
-    Raises TensorkeepError for a file that is no array of numbers, or not of `channels` channels.
+    Args:
+        path: holds one array `[T, C]` (or `[C, T]`).
+        channels: C.
+        rows: first and one-past-last of T to read; None: all.
+        channels_first: whether the file holds `[C, T]`.
 
-    >>> read_features("v_001.npy", 2048, (0, 100)).shape  # doctest: +SKIP
-    torch.Size([2048, 100])
+    Returns:
+        `[C, T]`, float32.
+
+    Raises:
+        TensorkeepError: The file is no array of numbers, or not of `channels` channels.
+
+    Example:
+        >>> read_features("v_001.npy", 2048, (0, 100)).shape  # doctest: +SKIP
+        torch.Size([2048, 100])
     """
     path = Path(path)
     array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
@@ -46,7 +57,7 @@ def read_features(
 
 
 def count_features(path: str | Path, channels: int, *, channels_first: bool = False) -> int:
-    """Number of rows T of a feature file; its data is not read from an `.npy`."""
+    """Return the number of time steps T of a feature file; of an `.npy` only the header is read."""
     path = Path(path)
     array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
     shape = tuple(array.shape)
@@ -57,6 +68,7 @@ def count_features(path: str | Path, channels: int, *, channels_first: bool = Fa
 
 
 def _numpy_rows(path: Path) -> NDArray[Any]:
+    """Map an `.npy` file of numbers into memory."""
     with explained(path):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -69,6 +81,7 @@ def _numpy_rows(path: Path) -> NDArray[Any]:
 
 
 def _tensor_rows(path: Path) -> Tensor:
+    """Read the only tensor of a checkpoint file."""
     view = read(path)
     if len(view) != 1:
         raise TensorkeepError(f"holds {len(view)} tensors, a feature file holds one", where=path)

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.detection.data.annotation_checks import Problem
-from tensorkeep.detection.data.annotations import Video
 from tensorkeep.detection.data.containers import (
     MEND,
     FrameTable,
@@ -34,14 +32,14 @@ from tensorkeep.detection.data.containers import (
     probe,
     quarter_turn,
 )
+from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import TensorkeepError
 
-__all__ = ["Broken", "Size", "VideoInfo", "check_video", "decode", "frame_table", "probe", "stream_windows"]
+__all__ = ["Broken", "Size", "VideoInfo", "decode", "frame_table", "probe", "stream_windows"]
 
 Broken = Literal["error", "keep"]
 Picture = NDArray[np.uint8]  # [3, H, W]
 Size = int | tuple[int, int] | None  # short side, or (height, width), or as stored
-_DRIFT = 0.5  # seconds
 _DISPOSABLE = {"h264", "mpeg4"}  # HEVC's "non-reference" pictures may serve a higher temporal layer
 
 
@@ -120,53 +118,12 @@ def stream_windows(
             lacking = set(lists[k]) - held.keys()
 
 
-def check_video(path: str | Path, video: Video | None = None, *, thorough: bool = False) -> list[Problem]:
-    """What is odd about a file, and about the annotation that goes with it; `thorough` decodes all of it and looks at every frame's time.
-
-    A file that cannot be read is one error in the list.
-
-    >>> check_video("v_001.mp4", annotations.videos["v_001"])  # doctest: +SKIP
-    [Problem(severity='warning', kind='frame count', video='v_001', message='...')]
-    """
-    name = video.name if video is not None else Path(path).stem
+def find_damage(path: str | Path, frames: int) -> list[Problem]:
+    """Decode all `frames` frames of a video once and list those that are damaged or lacking."""
     problems: list[Problem] = []
-    try:
-        info = probe(path)
-        if thorough:
-            for _ in _pictures(path, np.arange(info.frames), None, 1, "keep", problems):
-                pass
-            problems += _unsteady(path, info)
-    except TensorkeepError as error:
-        return [Problem("error", "unreadable video", name, error.line)]
-    if info.problem:
-        problems.append(Problem("error", "truncated video", name, info.problem))
-    if video is not None:
-        problems += _disagreements(info, video)
-    return [problem._replace(video=name) for problem in problems]
-
-
-def _unsteady(path: str | Path, info: VideoInfo) -> Iterator[Problem]:
-    """A variable frame rate: seconds of the annotation are turned into frames as if it were constant."""
-    table = frame_table(path)
-    if table.counted:
-        return
-    shown = (table.pts - table.pts[0]) * table.time_base
-    drift = float(np.abs(shown - np.arange(len(shown)) / info.fps).max())
-    if drift > _DRIFT:
-        message = (
-            f"its frame rate varies: frames are shown up to {drift:.2f} s away from where {info.fps:.3f} a second puts"
-        )
-        yield Problem("warning", "variable frame rate", None, f"{message} them (ffmpeg -i FILE -vf fps=30 NEW.mp4)")
-
-
-def _disagreements(info: VideoInfo, video: Video) -> Iterator[Problem]:
-    if video.frames and video.frames != info.frames:
-        message = f"the annotation counts {video.frames} frames, the file has {info.frames}"
-        away = abs(video.frames - info.frames) / info.fps
-        yield Problem("warning" if away > 1 else "info", "frame count", video.name, message)
-    if video.duration and abs(video.duration - info.duration) > max(1.0, 0.01 * info.duration):
-        message = f"the annotation says {video.duration:.2f} s, the file lasts {info.duration:.2f} s"
-        yield Problem("error", "duration", video.name, f"{message}: segments will lie elsewhere")
+    for _ in _pictures(path, np.arange(frames), None, 1, "keep", problems):
+        pass
+    return problems
 
 
 def _own(number: int, shape: tuple[int, int]) -> Picture:

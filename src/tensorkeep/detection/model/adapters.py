@@ -8,9 +8,7 @@ Trainable weights are float32 and are cast to the activations' dtype at use, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +16,10 @@ from torch import Tensor, nn
 
 from tensorkeep.adapters.lora import low_rank
 from tensorkeep.detection.model._time_mix import time_mix
-from tensorkeep.detection.model.vit import Checkpointing, VideoShape, VisionTransformer, VitConfig
+from tensorkeep.detection.model.config import LORA_TARGETS, AdapterConfig, LoraConfig, Tuning, VitConfig
+from tensorkeep.detection.model.layers import VideoShape
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.quantization.linear import QuantLinear
-
-Tuning = Literal["adapter", "all", "none"]
-LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Which adapter, in which blocks (None: all). The `lora_*` and `quantize_bits` fields act on `qlora` only."""
-
-    kind: Literal["tia", "plain", "qlora"] = "tia"
-    ratio: float = 0.25
-    blocks: tuple[int, ...] | None = None
-    lora_r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.1
-    quantize_bits: Literal[4, 8] = 4
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank updates on linears of every block; `targets` are names inside a block."""
-
-    lora_r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    targets: tuple[str, ...] = LORA_TARGETS
 
 
 def _linear(x: Tensor, layer: nn.Linear, factor: Tensor | None = None) -> Tensor:
@@ -209,7 +182,14 @@ def _start_as_identity(down: nn.Linear, up: nn.Linear) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def add_adapters(vit: VisionTransformer, config: AdapterConfig) -> None:
+class AdaptedTransformer(Protocol):
+    """A video transformer as far as adapters need to know it: its sizes and its blocks."""
+
+    config: VitConfig
+    blocks: nn.ModuleList
+
+
+def add_adapters(vit: AdaptedTransformer, config: AdapterConfig) -> None:
     """Hang an adapter on the chosen blocks of `vit`, in place.
 
     Raises TensorkeepError where a block index does not exist.
@@ -230,7 +210,7 @@ def _make_adapter(config: AdapterConfig, dim: int, width: int) -> nn.Module:
     return QLoRAAdapter(dim, width, config.lora_r, config.lora_alpha, config.lora_dropout, config.quantize_bits)
 
 
-def add_lora(vit: VisionTransformer, config: LoraConfig) -> None:
+def add_lora(vit: AdaptedTransformer, config: LoraConfig) -> None:
     """Wrap the named linears of every block with `LoRALinear`, in place; the q and v biases stay outside and survive.
 
     Raises TensorkeepError for a name that is no linear of a block.
@@ -250,7 +230,7 @@ def add_lora(vit: VisionTransformer, config: LoraConfig) -> None:
             setattr(parent, name, linear)
 
 
-def set_trainable(vit: VisionTransformer, tuning: Tuning) -> None:
+def set_trainable(vit: nn.Module, tuning: Tuning) -> None:
     """Decide once which backbone weights train: `adapter` (adapters and LoRA), `all`, or `none`.
 
     `fc_norm` never trains: no feature map passes through it. The frozen bases under LoRA stay frozen in each case.
@@ -268,48 +248,3 @@ def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-class VisionTransformerAdapter(VisionTransformer):
-    """VideoMAE ViT with temporal-informative adapters, everything else frozen (AdaTAD's backbone)."""
-
-    def __init__(
-        self,
-        config: VitConfig,
-        adapter: AdapterConfig | None = None,
-        checkpointing: Checkpointing = "none",
-        lora: LoraConfig | None = None,
-        tuning: Tuning = "adapter",
-    ) -> None:
-        super().__init__(config, checkpointing)
-        add_adapters(self, adapter or AdapterConfig())
-        if lora is not None:
-            add_lora(self, lora)
-        set_trainable(self, tuning)
-
-
-class VisionTransformerQLoRA(VisionTransformerAdapter):
-    """VideoMAE ViT with the seeds' `QLoRAAdapter` in the chosen blocks (None: all), everything else frozen.
-
-    `use_plain_adapter=True` takes `PlainAdapter` instead: no temporal convolution, nothing quantized.
-
-    >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
-    >>> type(VisionTransformerQLoRA(config, lora_r=4).blocks[0].adapter).__name__
-    'QLoRAAdapter'
-    """
-
-    def __init__(
-        self,
-        config: VitConfig,
-        lora_r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.1,
-        quantize_bits: Literal[4, 8] = 4,
-        use_plain_adapter: bool = False,
-        blocks: Sequence[int] | None = None,
-        checkpointing: Checkpointing = "none",
-    ) -> None:
-        chosen = None if blocks is None else tuple(blocks)
-        kind: Literal["plain", "qlora"] = "plain" if use_plain_adapter else "qlora"
-        adapter = AdapterConfig(kind, 0.25, chosen, lora_r, lora_alpha, lora_dropout, quantize_bits)
-        super().__init__(config, adapter, checkpointing)

@@ -3,63 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.model.adapters import (
-    AdapterConfig,
-    LoraConfig,
-    Tuning,
-    add_adapters,
-    add_lora,
-    cast_frozen,
-    set_trainable,
-)
-from tensorkeep.detection.model.head import Head, HeadConfig, Losses, Neck, Predictions
-from tensorkeep.detection.model.projection import Projection, ProjectionConfig
+from tensorkeep.detection.model.adapters import add_adapters, add_lora, cast_frozen, set_trainable
+from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.head import Head, Losses, Neck, Predictions
+from tensorkeep.detection.model.projection import Projection
 from tensorkeep.detection.model.resize import linear_resize
-from tensorkeep.detection.model.vit import Checkpointing, VisionTransformer, VitConfig
+from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.schema import from_mapping, read_section
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """A VideoMAE ViT and what of it trains. `output_length`: grid steps of a window; `frozen_dtype`: how frozen
-    weights are held and computed."""
-
-    vit: VitConfig = field(default_factory=VitConfig)
-    adapter: AdapterConfig | None = None
-    lora: LoraConfig | None = None
-    tuning: Tuning = "adapter"
-    checkpointing: Checkpointing = "segments"
-    output_length: int = 768
-    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-
-
-@dataclass(frozen=True)
-class DetectorConfig:
-    """Everything that decides the shape of a detector. Without `backbone` it reads features `[B, C, T]`."""
-
-    projection: ProjectionConfig
-    head: HeadConfig
-    backbone: BackboneConfig | None = None
-
-    def __post_init__(self) -> None:
-        levels = 1 + self.projection.branch_layers
-        if len(self.head.strides) != levels:
-            what = f"the head has {len(self.head.strides)} levels, the projection {levels}"
-            raise TensorkeepError(what, where="detector", hint="strides need one entry for each level")
-        if self.backbone is not None and self.backbone.vit.embed_dim != self.projection.in_channels:
-            what = (
-                f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
-            )
-            raise TensorkeepError(what, where="detector")
 
 
 def read_detector_config(path: str | Path) -> DetectorConfig:

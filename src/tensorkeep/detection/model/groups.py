@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorkeep.detection.model.head import LevelScale
-from tensorkeep.detection.model.projection import ScaledPath
+from tensorkeep.detection.model.layers import LevelScale, ScaledPath
 from tensorkeep.errors import TensorkeepError
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,36 +12,8 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.model._losses import diou_loss, focal_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.assignment import assign_batch, make_points
-from tensorkeep.detection.model.projection import ConvModule, channel_norm
-from tensorkeep.errors import TensorkeepError
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """`ranges`: shortest and longest distance (grid units) that each level regresses. `centre_radius` in strides;
-    None: no centre sampling. `loss_weight <= 0` weighs the regression by the ratio of the two losses."""
-
-    classes: int = 20
-    channels: int = 512
-    convs: int = 2
-    prior: float = 0.01
-    strides: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    ranges: tuple[tuple[float, float], ...] = ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 10000))
-    point_offset: bool = False
-    centre_radius: float | None = 1.5
-    near_ties: bool = True
-    loss_normalizer: float = 100.0
-    loss_normalizer_momentum: float = 0.9
-    label_smoothing: float = 0.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    regression: Literal["diou", "giou"] = "diou"
-    loss_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if len(self.strides) != len(self.ranges):
-            what = f"{len(self.strides)} strides but {len(self.ranges)} ranges"
-            raise TensorkeepError(what, where="head", hint="give one range for each level")
+from tensorkeep.detection.model.config import HeadConfig
+from tensorkeep.detection.model.layers import ConvModule, LevelScale, channel_norm
 
 
 class Predictions(NamedTuple):
@@ -61,18 +32,6 @@ class Losses(NamedTuple):
     reg_loss: Tensor
     cost: Tensor
     positives: Tensor
-
-
-class LevelScale(nn.Module):
-    """One learned factor for a level's offsets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, 2, T] -> [B, 2, T]`."""
-        return x * self.scale
 
 
 class Neck(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -10,65 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.detection.model._positions import sinusoid_table
+from tensorkeep.detection.model.config import ProjectionConfig
+from tensorkeep.detection.model.layers import ConvModule, ScaledPath, channel_norm, halve_mask
 from tensorkeep.detection.model.resize import linear_resize
-from tensorkeep.detection.model.vit import draw_kept
-from tensorkeep.errors import TensorkeepError
-
-
-@dataclass(frozen=True)
-class ProjectionConfig:
-    """`windows`: attention window per level, stem first (odd; 1 or less: global); a single number serves every level.
-
-    `layer_scale` gives each residual branch a per-channel scale that starts at 1e-4. `max_length` is the padded
-    length in grid steps, and of the position table.
-    """
-
-    in_channels: int = 384
-    channels: int = 512
-    embed_layers: int = 2
-    stem_layers: int = 2
-    branch_layers: int = 5
-    kernel_size: int = 3
-    heads: int = 4
-    windows: tuple[int, ...] = (-1,)
-    drop_path: float = 0.1
-    layer_scale: bool = True
-    input_dropout: float = 0.0
-    proj_dropout: float = 0.0
-    positions: bool = False
-    max_length: int = 768
-
-    def __post_init__(self) -> None:
-        if self.channels % self.heads:
-            what = f"channels {self.channels} is not a multiple of heads {self.heads}"
-            raise TensorkeepError(what, where="projection")
-        if len(self.windows) not in (1, 1 + self.branch_layers):
-            what = f"windows has {len(self.windows)} entries, the pyramid {1 + self.branch_layers} levels"
-            raise TensorkeepError(what, where="projection", hint="give one window, or one for each level")
-
-    @property
-    def level_windows(self) -> tuple[int, ...]:
-        """The window of each level, stem first."""
-        return self.windows if len(self.windows) > 1 else self.windows * (1 + self.branch_layers)
-
-
-def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Layer norm over the channels of `[B, C, T]`."""
-    out: Tensor = norm(x.transpose(1, 2)).transpose(1, 2)
-    return out
-
-
-def halve_mask(mask: Tensor) -> Tensor:
-    """Validity `[B, T]` at stride 2: `[B, ceil(T / 2)]`, nearest with floor (`mask[:, ::2]` for even T).
-
-    >>> halve_mask(torch.tensor([[True, False, True]]))
-    tensor([[ True, False]])
-    """
-    length = mask.shape[1]
-    half = (length + 1) // 2
-    if length % 2 == 0:
-        return mask[:, ::2]
-    return mask[:, torch.arange(half, device=mask.device) * length // half]
 
 
 def halve_max(x: Tensor) -> Tensor:
@@ -121,21 +64,6 @@ def _with_neighbours(x: Tensor, reach: int) -> Tensor:
     return torch.cat([before, x, after], 3)
 
 
-class ConvModule(nn.Module):
-    """Convolution, mask, layer norm (eps 1e-6), ReLU, mask."""
-
-    def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [B, C, T]`, `mask [B, T]` -> `[B, C', T]`."""
-        keep = mask[:, None].to(x.dtype)
-        x = channel_norm(self.conv(x) * keep, self.norm)
-        return F.relu(x) * keep
-
-
 class DepthwiseConv(nn.Module):
     """Depthwise convolution of width 3 over time, without bias, then the mask."""
 
@@ -170,21 +98,6 @@ class ConvAttention(nn.Module):
         out = global_attention(q, k, v, mask) if self.window <= 1 else banded_attention(q, k, v, mask, self.window)
         out = self.proj(out.transpose(2, 3).flatten(1, 2))  # [B, C, T']
         return F.dropout(out, self.proj_dropout, self.training) * mask[:, None].to(out.dtype)
-
-
-class ScaledPath(nn.Module):
-    """Per-channel layer scale (from 1e-4) and stochastic depth on a residual branch; without scale a plain drop path."""
-
-    def __init__(self, channels: int, rate: float, scaled: bool) -> None:
-        super().__init__()
-        self.rate = rate
-        self.scale = nn.Parameter(torch.full((1, channels, 1), 1e-4)) if scaled else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, T] -> [B, C, T]`."""
-        x = x if self.scale is None else self.scale * x
-        kept = draw_kept(x, self.rate, self.training)
-        return x if kept is None else x * kept
 
 
 class TransformerBlock(nn.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from tensorkeep.detection.model.adapters import LORA_TARGETS, LoRALinear, QLoRAAdapter
+from tensorkeep.detection.model.adapters import LoRALinear, QLoRAAdapter
+from tensorkeep.detection.model.config import LORA_TARGETS
 from tensorkeep.detection.model.vit import Block, VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear

@@ -8,9 +8,8 @@ Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16, v2-g 1408/40/16 with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,62 +21,12 @@ from tensorkeep.detection.model._chain import HostStore, Kept, run_chain
 from tensorkeep.detection.model._frozen import FrozenTrunk, Segment, attention_kept, run_frozen
 from tensorkeep.detection.model._positions import normalise_frames, resize_positions, sinusoid_table
 from tensorkeep.detection.model._recompute import Link, Stages, part_size, run_segment
+from tensorkeep.detection.model.config import Checkpointing, VitConfig
+from tensorkeep.detection.model.layers import VideoShape, add_kept, draw_kept
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 
-Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
 _EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
-
-
-@dataclass(frozen=True)
-class VitConfig:
-    """Shape of a VideoMAE ViT. `image_size` [pixels] only sizes the stored position table; any grid can be fed.
-
-    `mean` and `std` are per channel, RGB, on the 0..255 scale.
-    """
-
-    image_size: int = 224
-    patch_size: int = 16
-    embed_dim: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_dim: int = 1536
-    chunk_frames: int = 16
-    tubelet: int = 2
-    drop_path: float = 0.1
-    eps: float = 1e-6
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-
-    def __post_init__(self) -> None:
-        if self.embed_dim % self.heads:
-            raise TensorkeepError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}", where="vit")
-        if self.chunk_frames % self.tubelet:
-            what = f"chunk_frames {self.chunk_frames} is not a multiple of tubelet {self.tubelet}"
-            raise TensorkeepError(what, where="vit")
-
-
-class VideoShape(NamedTuple):
-    """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w."""
-
-    videos: int
-    t: int
-    h: int
-    w: int
-
-
-def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
-    """Stochastic depth for `x [N, ...]`: a factor `[N, 1, ...]`, 0 or `1 / (1 - rate)` a sample; None: keep all."""
-    if rate == 0.0 or not training:
-        return None
-    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate).div_(1 - rate)
-
-
-def add_kept(x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
-    """`x + branch * kept` in one pass over memory; shapes as in `draw_kept`."""
-    if kept is None:
-        return x + branch
-    return torch.addcmul(x, branch, kept.to(branch.dtype)) if x.dtype == branch.dtype else x + branch * kept
 
 
 class PatchEmbed(nn.Module):

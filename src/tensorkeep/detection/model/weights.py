@@ -9,19 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from tensorkeep.conversion.naming import identify, opentad, videomae
-from tensorkeep.conversion.naming.opentad_recipe import FILE
-from tensorkeep.conversion.plan import Plan
-from tensorkeep.conversion.planning import make_plan
-from tensorkeep.conversion.streams import write_tensor
-from tensorkeep.detection.model.detector import Detector, DetectorConfig, read_detector_config
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
-from tensorkeep.storage.record import DTYPES
-from tensorkeep.training.schema import from_mapping
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, absent: Iterable[str] = ()) -> None:
@@ -44,78 +36,6 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, a
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-
-
-def load_detector(path: str | Path, recipe: str | Path | None = None, average: bool = False) -> Detector:
-    """The detector of a checkpoint of any format and naming, OpenTAD's included, on the CPU and in evaluation mode.
-
-    Without `recipe` it is built after the `recipe.yaml` beside the weights, or what their shapes say. `average` takes
-    the EMA of an OpenTAD checkpoint, which is what OpenTAD evaluates. Raises TensorkeepError for whatever does not fit.
-
-    >>> detector = load_detector("epoch_59.pth", "adatad_thumos_videomae_s.yaml", average=True)  # doctest: +SKIP
-    """
-    plan = make_plan([read(path)], "hf", drop=["state_dict.*"] if average else [])
-    config = read_detector_config(recipe) if recipe is not None else _own_config(plan, str(path))
-    detector = Detector(config)
-    load_exactly(detector, _tensors(plan), str(path))
-    return detector.eval()
-
-
-def _own_config(plan: Plan, where: str) -> DetectorConfig:
-    found = next((c for c in plan.companions if c.name == FILE), None)
-    if found is None:
-        raise TensorkeepError(
-            "no recipe.yaml lies beside the weights", where=where, hint="give the recipe they were trained with"
-        )
-    try:
-        document = yaml.safe_load(found.data)
-    except yaml.YAMLError as error:
-        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=found.where) from error
-    section = document.get("model") if isinstance(document, Mapping) else None
-    return from_mapping(DetectorConfig, {} if section is None else section, f"{found.where}: model")
-
-
-def _tensors(plan: Plan) -> dict[str, Tensor]:
-    """Every tensor that the plan makes, in memory."""
-    made: dict[str, Tensor] = {}
-    for step in plan.steps:
-        if step.sink is None:
-            continue
-        dtype = getattr(torch, str(DTYPES[step.sink.dtype].torch), None)
-        if dtype is None:
-            raise TensorkeepError(f"torch has no dtype for {step.sink.dtype}", where=step.sink.name)
-        data = bytearray()
-        write_tensor(step, plan.sources, data.extend)
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        made[step.sink.name] = flat.reshape(step.sink.shape)
-    return made
-
-
-def load_opentad(detector: nn.Module, tensors: Mapping[str, Tensor], where: str = "OpenTAD checkpoint") -> None:
-    """A `state_dict` (or `state_dict_ema`) of OpenTAD, with or without `module.`, into a detector of the same recipe."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        ours = opentad.to_hf(opentad.strip_wrapper(name))
-        if ours is None:
-            raise TensorkeepError(f"unknown tensor {name!r}", where=where, hint="is this an ActionFormer detector?")
-        renamed[ours] = tensor
-    load_exactly(detector, renamed, where)
-
-
-def to_opentad(detector: nn.Module) -> dict[str, Tensor]:
-    """The detector's tensors under OpenTAD's names, sharing storage; OpenTAD loads them strictly.
-
-    Raises TensorkeepError for a tensor that OpenTAD has no name for.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in detector.state_dict().items():
-        theirs = opentad.from_hf(name)
-        if theirs is None:
-            raise TensorkeepError(
-                f"OpenTAD has no tensor for {name!r}", where="detector", hint="merge LoRA into the weights first"
-            )
-        renamed[theirs] = tensor
-    return renamed
 
 
 def load_videomae(

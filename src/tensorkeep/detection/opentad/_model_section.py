@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tensorkeep.detection.model.adapters import AdapterConfig, Tuning
-from tensorkeep.detection.model.detector import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DetectorConfig,
+    HeadConfig,
+    ProjectionConfig,
+    Tuning,
+    VitConfig,
+)
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
-from tensorkeep.detection.model.head import HeadConfig
-from tensorkeep.detection.model.projection import ProjectionConfig
 from tensorkeep.detection.model.schedule import ScheduleConfig
-from tensorkeep.detection.model.vit import VitConfig
 from tensorkeep.errors import TensorkeepError
 
 Section = Mapping[str, Any]

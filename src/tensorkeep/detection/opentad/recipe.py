@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorkeep.detection.model.detector import DetectorConfig
+from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.opentad._config_file import Left, read_config, unread
 from tensorkeep.detection.opentad._literals import Section, Unknown
 from tensorkeep.detection.opentad._model_section import detector_config, optimizer_config, schedule_config

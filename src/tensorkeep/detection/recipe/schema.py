@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.detection.model.detector import DetectorConfig
+from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
 from tensorkeep.detection.model.schedule import ScheduleConfig
-from tensorkeep.detection.results.evaluation import PROTOCOLS
 from tensorkeep.detection.results.nms import Suppression
+from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.errors import TensorkeepError, near_misses
 
 Range = tuple[float, float]

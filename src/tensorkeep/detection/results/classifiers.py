@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.data.reading import parse_number, read_json
 from tensorkeep.detection.results.results import THUMOS_CLASS_IDS
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.documents import parse_number, read_json
 
 
 class VideoClasses(NamedTuple):

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, unique_segments
-from tensorkeep.detection.data.reading import read_json, read_text
 from tensorkeep.detection.results.matching import Floats, Ints
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.documents import read_json, read_text
 
 
 class Columns(NamedTuple):

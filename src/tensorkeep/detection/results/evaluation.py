@@ -24,13 +24,9 @@ from numpy.typing import NDArray
 from tensorkeep.detection.data.annotations import CLASS_LIST, Annotations, read_annotations, read_class_ids
 from tensorkeep.detection.results.columns import Columns, align_names, gather_columns, guess_subset, read_blocked
 from tensorkeep.detection.results.matching import Floats, Ints, Pairs, match_greedily, overlaps
+from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.detection.results.results import DetectionTable, read_detections
 from tensorkeep.errors import TensorkeepError, near_misses
-
-PROTOCOLS = {
-    "activitynet": tuple(round(0.5 + 0.05 * step, 2) for step in range(10)),
-    "thumos14": tuple(round(0.1 * step, 1) for step in range(1, 8)),
-}
 
 
 @dataclass(frozen=True)

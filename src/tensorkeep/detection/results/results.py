@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.data.reading import parse_number, parse_segment, read_json, read_text
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.documents import parse_number, parse_segment, read_json, read_text
 from tensorkeep.storage.placement import replacing, write_bytes
 
 # the ids that the THUMOS'14 kit gives its 20 detection classes: their places in the list of UCF101

@@ -1,4 +1,4 @@
-"""JSON and text from files nobody vouches for: a value of the right kind, or one error that says where it is not."""
+"""Read JSON and text files that may hold anything: the value asked for, or one error that says where it is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from tensorkeep.storage.files import explained
 
 
 def read_json(path: Path) -> object:
-    """A JSON file's content; anything else is one `TensorkeepError` that says where it stops being JSON."""
+    """Read a JSON file.
+
+    Raises:
+        TensorkeepError: The file is missing or no JSON; the error says at which line and column it stops being JSON.
+    """
     try:
         document: object = json.loads(read_text(path))
     except json.JSONDecodeError as problem:
@@ -26,7 +30,11 @@ def read_json(path: Path) -> object:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file's content, or one `TensorkeepError`."""
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        TensorkeepError: The file is missing or holds bytes that are no UTF-8.
+    """
     try:
         with explained(path):
             return path.read_text(encoding="utf-8-sig")
@@ -35,7 +43,16 @@ def read_text(path: Path) -> str:
 
 
 def parse_number(value: object, what: str, where: str) -> float:
-    """A finite float from a JSON value or a word of text, or a `TensorkeepError` naming `what`."""
+    """Return a JSON value or a word of text as a finite float.
+
+    Args:
+        value: what stands in the file.
+        what: what the number means there, for the error.
+        where: the file, for the error.
+
+    Raises:
+        TensorkeepError: The value is not a finite number.
+    """
     number = math.nan
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
@@ -48,7 +65,11 @@ def parse_number(value: object, what: str, where: str) -> float:
 
 
 def parse_segment(value: object, what: str, where: str) -> tuple[float, float]:
-    """`(start, end)` from a JSON list of two numbers, or a `TensorkeepError` naming `what`."""
+    """Return the start and end that a JSON list `[start, end]` of two numbers gives.
+
+    Raises:
+        TensorkeepError: The value is no such list; the error names `what` and `where`.
+    """
     if not isinstance(value, list) or len(value) != 2:
         raise TensorkeepError(f"{what} is not [start, end]: {str(value)[:60]}", where=where)
     return parse_number(value[0], f"start of {what}", where), parse_number(value[1], f"end of {what}", where)

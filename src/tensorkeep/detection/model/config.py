@@ -1,0 +1,162 @@
+"""Shapes and settings of a detector's parts, as frozen dataclasses: what a recipe's `model` section holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tensorkeep.errors import TensorkeepError
+
+Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
+Tuning = Literal["adapter", "all", "none"]
+LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Shape of a VideoMAE ViT. `image_size` [pixels] only sizes the stored position table; any grid can be fed.
+
+    `mean` and `std` are per channel, RGB, on the 0..255 scale.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_dim: int = 1536
+    chunk_frames: int = 16
+    tubelet: int = 2
+    drop_path: float = 0.1
+    eps: float = 1e-6
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.heads:
+            raise TensorkeepError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}", where="vit")
+        if self.chunk_frames % self.tubelet:
+            what = f"chunk_frames {self.chunk_frames} is not a multiple of tubelet {self.tubelet}"
+            raise TensorkeepError(what, where="vit")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which adapter, in which blocks (None: all). The `lora_*` and `quantize_bits` fields act on `qlora` only."""
+
+    kind: Literal["tia", "plain", "qlora"] = "tia"
+    ratio: float = 0.25
+    blocks: tuple[int, ...] | None = None
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    quantize_bits: Literal[4, 8] = 4
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates on linears of every block; `targets` are names inside a block."""
+
+    lora_r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """`windows`: attention window per level, stem first (odd; 1 or less: global); a single number serves every level.
+
+    `layer_scale` gives each residual branch a per-channel scale that starts at 1e-4. `max_length` is the padded
+    length in grid steps, and of the position table.
+    """
+
+    in_channels: int = 384
+    channels: int = 512
+    embed_layers: int = 2
+    stem_layers: int = 2
+    branch_layers: int = 5
+    kernel_size: int = 3
+    heads: int = 4
+    windows: tuple[int, ...] = (-1,)
+    drop_path: float = 0.1
+    layer_scale: bool = True
+    input_dropout: float = 0.0
+    proj_dropout: float = 0.0
+    positions: bool = False
+    max_length: int = 768
+
+    def __post_init__(self) -> None:
+        if self.channels % self.heads:
+            what = f"channels {self.channels} is not a multiple of heads {self.heads}"
+            raise TensorkeepError(what, where="projection")
+        if len(self.windows) not in (1, 1 + self.branch_layers):
+            what = f"windows has {len(self.windows)} entries, the pyramid {1 + self.branch_layers} levels"
+            raise TensorkeepError(what, where="projection", hint="give one window, or one for each level")
+
+    @property
+    def level_windows(self) -> tuple[int, ...]:
+        """The window of each level, stem first."""
+        return self.windows if len(self.windows) > 1 else self.windows * (1 + self.branch_layers)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """`ranges`: shortest and longest distance (grid units) that each level regresses. `centre_radius` in strides;
+    None: no centre sampling. `loss_weight <= 0` weighs the regression by the ratio of the two losses."""
+
+    classes: int = 20
+    channels: int = 512
+    convs: int = 2
+    prior: float = 0.01
+    strides: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ranges: tuple[tuple[float, float], ...] = ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 10000))
+    point_offset: bool = False
+    centre_radius: float | None = 1.5
+    near_ties: bool = True
+    loss_normalizer: float = 100.0
+    loss_normalizer_momentum: float = 0.9
+    label_smoothing: float = 0.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    regression: Literal["diou", "giou"] = "diou"
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.strides) != len(self.ranges):
+            what = f"{len(self.strides)} strides but {len(self.ranges)} ranges"
+            raise TensorkeepError(what, where="head", hint="give one range for each level")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A VideoMAE ViT and what of it trains. `output_length`: grid steps of a window; `frozen_dtype`: how frozen
+    weights are held and computed."""
+
+    vit: VitConfig = field(default_factory=VitConfig)
+    adapter: AdapterConfig | None = None
+    lora: LoraConfig | None = None
+    tuning: Tuning = "adapter"
+    checkpointing: Checkpointing = "segments"
+    output_length: int = 768
+    frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Everything that decides the shape of a detector. Without `backbone` it reads features `[B, C, T]`."""
+
+    projection: ProjectionConfig
+    head: HeadConfig
+    backbone: BackboneConfig | None = None
+
+    def __post_init__(self) -> None:
+        levels = 1 + self.projection.branch_layers
+        if len(self.head.strides) != levels:
+            what = f"the head has {len(self.head.strides)} levels, the projection {levels}"
+            raise TensorkeepError(what, where="detector", hint="strides need one entry for each level")
+        if self.backbone is not None and self.backbone.vit.embed_dim != self.projection.in_channels:
+            what = (
+                f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
+            )
+            raise TensorkeepError(what, where="detector")

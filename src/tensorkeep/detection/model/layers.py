@@ -1,0 +1,93 @@
+"""Small layers and functions that several parts of the detector share: stochastic depth, masked convolutions, norms."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VideoShape(NamedTuple):
+    """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w."""
+
+    videos: int
+    t: int
+    h: int
+    w: int
+
+
+def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
+    """Stochastic depth for `x [N, ...]`: a factor `[N, 1, ...]`, 0 or `1 / (1 - rate)` a sample; None: keep all."""
+    if rate == 0.0 or not training:
+        return None
+    return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate).div_(1 - rate)
+
+
+def add_kept(x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
+    """`x + branch * kept` in one pass over memory; shapes as in `draw_kept`."""
+    if kept is None:
+        return x + branch
+    return torch.addcmul(x, branch, kept.to(branch.dtype)) if x.dtype == branch.dtype else x + branch * kept
+
+
+def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Layer norm over the channels of `[B, C, T]`."""
+    out: Tensor = norm(x.transpose(1, 2)).transpose(1, 2)
+    return out
+
+
+def halve_mask(mask: Tensor) -> Tensor:
+    """Validity `[B, T]` at stride 2: `[B, ceil(T / 2)]`, nearest with floor (`mask[:, ::2]` for even T).
+
+    >>> halve_mask(torch.tensor([[True, False, True]]))
+    tensor([[ True, False]])
+    """
+    length = mask.shape[1]
+    half = (length + 1) // 2
+    if length % 2 == 0:
+        return mask[:, ::2]
+    return mask[:, torch.arange(half, device=mask.device) * length // half]
+
+
+class ConvModule(nn.Module):
+    """Convolution, mask, layer norm (eps 1e-6), ReLU, mask."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x [B, C, T]`, `mask [B, T]` -> `[B, C', T]`."""
+        keep = mask[:, None].to(x.dtype)
+        x = channel_norm(self.conv(x) * keep, self.norm)
+        return F.relu(x) * keep
+
+
+class ScaledPath(nn.Module):
+    """Per-channel layer scale (from 1e-4) and stochastic depth on a residual branch; without scale a plain drop path."""
+
+    def __init__(self, channels: int, rate: float, scaled: bool) -> None:
+        super().__init__()
+        self.rate = rate
+        self.scale = nn.Parameter(torch.full((1, channels, 1), 1e-4)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, T] -> [B, C, T]`."""
+        x = x if self.scale is None else self.scale * x
+        kept = draw_kept(x, self.rate, self.training)
+        return x if kept is None else x * kept
+
+
+class LevelScale(nn.Module):
+    """One learned factor for a level's offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 2, T] -> [B, 2, T]`."""
+        return x * self.scale
