@@ -128,7 +128,7 @@ def test_two_level_keeps_the_inputs_of_few_blocks_alive(monkeypatch: pytest.Monk
     most = {}
     for mode in ("two_level", "offload"):  # without a GPU `offload` keeps all
         backbone, calls = _backbone(mode, vit=vit), []
-        monkeypatch.setattr("tensorkeep.detection.model._chain.Kept.get", _watch(calls))
+        monkeypatch.setattr("tensorkeep.detection.model._chain.KeptInputs.get", _watch(calls))
         _gradients(backbone)
         monkeypatch.undo()
         most[mode] = max(calls)
@@ -136,11 +136,11 @@ def test_two_level_keeps_the_inputs_of_few_blocks_alive(monkeypatch: pytest.Monk
 
 
 def _watch(calls: list[int]):  # type: ignore[no-untyped-def]
-    from tensorkeep.detection.model._chain import Kept
+    from tensorkeep.detection.model._chain import KeptInputs
 
-    get = Kept.get
+    get = KeptInputs.get
 
-    def watched(self: Kept, index: int, again):  # type: ignore[no-untyped-def]
+    def watched(self: KeptInputs, index: int, again):  # type: ignore[no-untyped-def]
         x = get(self, index, again)
         calls.append(len(self.inputs) + 1)
         return x

@@ -28,7 +28,7 @@ from tensorkeep.detection.predict import (  # noqa: E402
 from tensorkeep.detection.results.classifiers import VideoClasses  # noqa: E402
 from tensorkeep.detection.results.nms import Suppression  # noqa: E402
 from tensorkeep.detection.results.results import read_detections  # noqa: E402
-from tensorkeep.detection.results.subtitles import Row  # noqa: E402
+from tensorkeep.detection.results.subtitles import NamedDetection  # noqa: E402
 from tensorkeep.detection.results.timeline import STRIP  # noqa: E402
 from tensorkeep.detection.start import open_detector  # noqa: E402
 from tensorkeep.errors import TensorkeepError  # noqa: E402
@@ -245,7 +245,7 @@ def test_a_class_agnostic_detection_has_a_name_where_the_classifier_knows_the_vi
 
 
 def test_the_file_reads_back_to_the_millisecond(tmp_path: Path) -> None:
-    rows = [Row(1.23449, 5.0, "dive", 0.1234567), Row(0.0, 0.5, "jump", 1e-4)]
+    rows = [NamedDetection(1.23449, 5.0, "dive", 0.1234567), NamedDetection(0.0, 0.5, "jump", 1e-4)]
     write_predictions(tmp_path / "d.json", {"v": rows, "empty": []}, "a run", pretrained=True)
     table = read_detections(tmp_path / "d.json")
     assert table.video_names == ("v", "empty") and [table.label_names[i] for i in table.labels] == ["dive", "jump"]

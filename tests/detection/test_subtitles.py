@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorkeep.detection.results.subtitles import Cue, Row, best_rows, make_cues, to_srt, to_webvtt
+from tensorkeep.detection.results.subtitles import Cue, NamedDetection, best_rows, make_cues, to_srt, to_webvtt
 
 SECONDS = st.integers(0, 400_000).map(lambda ms: ms / 1000)
 LABELS = st.text(max_size=12) | st.sampled_from(["a --> b", "<i>x</i>", "\n\n7\n00:00:01,000", "{\\an8}", "&amp;"])
-ROWS = st.lists(st.builds(Row, SECONDS, SECONDS, LABELS, st.floats(0, 1)), max_size=12)
+ROWS = st.lists(st.builds(NamedDetection, SECONDS, SECONDS, LABELS, st.floats(0, 1)), max_size=12)
 WEBVTT = re.compile(r"(\d+):(\d\d):(\d\d)\.(\d{3}) --> (\d+):(\d\d):(\d\d)\.(\d{3}) line:(-\d+)\n(.+)")
 SUBRIP = re.compile(r"(\d+)\n(\d+):(\d\d):(\d\d),(\d{3}) --> (\d+):(\d\d):(\d\d),(\d{3})\n(.+)", re.DOTALL)
 
@@ -47,13 +47,13 @@ def from_srt(text: str) -> list[tuple[int, int, list[str]]]:
 
 
 @given(ROWS)
-def test_webvtt_holds_every_cue_to_the_millisecond(rows: list[Row]) -> None:
+def test_webvtt_holds_every_cue_to_the_millisecond(rows: list[NamedDetection]) -> None:
     cues = make_cues(rows)
     assert from_webvtt(to_webvtt(cues)) == cues
 
 
 @given(ROWS)
-def test_subrip_shows_at_every_moment_what_goes_on_then(rows: list[Row]) -> None:
+def test_subrip_shows_at_every_moment_what_goes_on_then(rows: list[NamedDetection]) -> None:
     cues = make_cues(rows)
     parsed = from_srt(to_srt(cues))
     assert all(end <= start for (_, end, _), (start, _, _) in pairwise(parsed)), "cues overlap"
@@ -64,7 +64,9 @@ def test_subrip_shows_at_every_moment_what_goes_on_then(rows: list[Row]) -> None
 
 
 @given(ROWS, st.integers(1, 4))
-def test_a_line_shows_one_detection_at_a_time_and_the_best_have_the_choice(rows: list[Row], lines: int) -> None:
+def test_a_line_shows_one_detection_at_a_time_and_the_best_have_the_choice(
+    rows: list[NamedDetection], lines: int
+) -> None:
     cues = make_cues(rows, lines)
     assert all(0 <= cue.line < lines and cue.start < cue.end for cue in cues)
     for one in cues:
@@ -75,12 +77,17 @@ def test_a_line_shows_one_detection_at_a_time_and_the_best_have_the_choice(rows:
 
 
 def test_one_detection_after_another_shares_a_line_and_the_worst_of_a_crowd_is_left_out() -> None:
-    rows = [Row(0, 4, "a", 0.9), Row(4, 6, "b", 0.8), Row(3.999, 5, "c", 0.7), Row(1, 5, "d", 0.6)]
+    rows = [
+        NamedDetection(0, 4, "a", 0.9),
+        NamedDetection(4, 6, "b", 0.8),
+        NamedDetection(3.999, 5, "c", 0.7),
+        NamedDetection(1, 5, "d", 0.6),
+    ]
     assert [(cue.text[0], cue.line) for cue in make_cues(rows, lines=2)] == [("a", 0), ("c", 1), ("b", 0)]
 
 
 @given(ROWS)
-def test_where_lines_suffice_no_detection_is_left_out(rows: list[Row]) -> None:
+def test_where_lines_suffice_no_detection_is_left_out(rows: list[NamedDetection]) -> None:
     wanted = sorted(
         (round(r.start * 1000), round(r.end * 1000)) for r in rows if round(r.start * 1000) < round(r.end * 1000)
     )
@@ -88,7 +95,9 @@ def test_where_lines_suffice_no_detection_is_left_out(rows: list[Row]) -> None:
 
 
 @given(ROWS, st.floats(0, 1), st.integers(1, 5))
-def test_the_best_rows_are_above_the_score_and_no_other_is_better(rows: list[Row], least: float, top: int) -> None:
+def test_the_best_rows_are_above_the_score_and_no_other_is_better(
+    rows: list[NamedDetection], least: float, top: int
+) -> None:
     kept = best_rows(rows, least, top)
     assert [row.start for row in kept] == sorted(row.start for row in kept)
     scores = sorted((row.score for row in rows if row.score >= least), reverse=True)
@@ -98,7 +107,13 @@ def test_the_best_rows_are_above_the_score_and_no_other_is_better(rows: list[Row
 @pytest.mark.parametrize("kind", ["srt", "vtt"])
 def test_ffmpeg_reads_the_same_times(kind: str, tmp_path: Path) -> None:
     av = pytest.importorskip("av")
-    cues = make_cues([Row(0.5, 2.25, "dive", 0.9), Row(3.0, 4.001, "a <b> & c", 0.5), Row(3601.0, 3602.5, "late", 0.7)])
+    cues = make_cues(
+        [
+            NamedDetection(0.5, 2.25, "dive", 0.9),
+            NamedDetection(3.0, 4.001, "a <b> & c", 0.5),
+            NamedDetection(3601.0, 3602.5, "late", 0.7),
+        ]
+    )
     path = tmp_path / f"x.{kind}"
     path.write_text(to_srt(cues) if kind == "srt" else to_webvtt(cues), encoding="utf-8")
     with av.open(str(path)) as container:

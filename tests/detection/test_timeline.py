@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorkeep.detection.results import timeline as module
-from tensorkeep.detection.results.subtitles import Row
+from tensorkeep.detection.results.subtitles import NamedDetection
 from tensorkeep.detection.results.timeline import (
     LEFT,
     WIDTH,
@@ -26,13 +26,15 @@ DURATIONS = st.floats(0.04, 200_000) | st.sampled_from([119.99, 120.0, 120.01, 2
 
 
 @st.composite
-def scenes(draw: st.DrawFn) -> tuple[float, list[Row], list[Row]]:
+def scenes(draw: st.DrawFn) -> tuple[float, list[NamedDetection], list[NamedDetection]]:
     duration = draw(DURATIONS)
     share = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0])
 
-    def row() -> Row:
+    def row() -> NamedDetection:
         start, end = sorted((draw(share) * duration, draw(share) * duration))
-        return Row(start, end, draw(st.sampled_from(["dive", "jump <b>", "é & \x00", "x" * 40])), draw(st.floats(0, 1)))
+        return NamedDetection(
+            start, end, draw(st.sampled_from(["dive", "jump <b>", "é & \x00", "x" * 40])), draw(st.floats(0, 1))
+        )
 
     return duration, [row() for _ in range(draw(st.integers(0, 6)))], [row() for _ in range(draw(st.integers(0, 3)))]
 
@@ -49,7 +51,9 @@ def rectangles(svg: str, kind: str) -> list[tuple[float, float, float, str]]:
 
 @settings(max_examples=150, deadline=None)
 @given(scenes())
-def test_every_segment_lies_where_its_times_put_it(scene: tuple[float, list[Row], list[Row]]) -> None:
+def test_every_segment_lies_where_its_times_put_it(
+    scene: tuple[float, list[NamedDetection], list[NamedDetection]],
+) -> None:
     duration, rows, true = scene
     svg, length = timeline(duration, rows, true), row_seconds(duration)
     expected = []
@@ -71,7 +75,7 @@ def test_every_segment_lies_where_its_times_put_it(scene: tuple[float, list[Row]
 
 @settings(max_examples=60, deadline=None)
 @given(scenes())
-def test_segments_never_cover_one_another(scene: tuple[float, list[Row], list[Row]]) -> None:
+def test_segments_never_cover_one_another(scene: tuple[float, list[NamedDetection], list[NamedDetection]]) -> None:
     duration, rows, true = scene
     drawn = [r for kind in "pt" for r in rectangles(timeline(duration, rows, true), kind)]
     for i, (x, width, y, _) in enumerate(drawn):
@@ -81,7 +85,7 @@ def test_segments_never_cover_one_another(scene: tuple[float, list[Row], list[Ro
 
 
 def test_hovering_tells_class_score_and_time() -> None:
-    svg = timeline(60, [Row(7.25, 9.5, "high <jump>", 0.874)], [Row(7, 9, "high <jump>", 1.0)])
+    svg = timeline(60, [NamedDetection(7.25, 9.5, "high <jump>", 0.874)], [NamedDetection(7, 9, "high <jump>", 1.0)])
     assert rectangles(svg, "p")[0][3] == "high <jump> · 0.87 · 0:07.25 to 0:09.50 (2.25 s)"
     assert rectangles(svg, "t")[0][3] == "high <jump> · true · 0:07.00 to 0:09.00 (2.00 s)"
 
@@ -129,7 +133,7 @@ def test_a_thumbnail_is_the_picture_made_small(shape: tuple[int, int]) -> None:
 
 def test_a_page_loads_nothing_and_runs_nothing() -> None:
     bad = '"><script>alert(1)</script>\x1b'
-    rows = [Row(1, 2, bad, 0.5)]
+    rows = [NamedDetection(1, 2, bad, 0.5)]
     text = page(bad, bad, timeline(10, rows, rows), rows, with_true=True)
     assert "<script" not in text and "\x1b" not in text
     assert "default-src 'none'" in text

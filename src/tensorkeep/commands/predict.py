@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tensorkeep.detection.inference import Selection
     from tensorkeep.detection.predict import Film, Predicted, Predictor
     from tensorkeep.detection.recipe.schema import DetectionRecipe
-    from tensorkeep.detection.results.subtitles import Row
+    from tensorkeep.detection.results.subtitles import NamedDetection
     from tensorkeep.detection.start import Opened
 
 _DETECTIONS = "detections.json"
@@ -213,13 +213,13 @@ def _all(
     details: str,
     opened: Opened,
     say: Output,
-) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+) -> tuple[dict[str, list[NamedDetection]], list[dict[str, Any]]]:
     """Rows by video, and what is told of each; a video whose pictures are damaged joins `broken`. The JSON is written
     at the end, interrupted or not."""
     from tensorkeep.detection.predict import write_predictions
     from tensorkeep.detection.results.timeline import picture_times
 
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[NamedDetection]] = {}
     told: list[dict[str, Any]] = []
     status = say.status()
     total, done, started = sum(len(film.windows) for film in films), 0, time.monotonic()
@@ -301,9 +301,9 @@ def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: O
     }
 
 
-def _true(name: str, truth: Annotations | None, say: Output) -> list[Row]:
+def _true(name: str, truth: Annotations | None, say: Output) -> list[NamedDetection]:
     """The annotated segments of a video; ActivityNet's `v_` before a name makes no difference."""
-    from tensorkeep.detection.results.subtitles import Row
+    from tensorkeep.detection.results.subtitles import NamedDetection
 
     if truth is None:
         return []
@@ -313,7 +313,7 @@ def _true(name: str, truth: Annotations | None, say: Output) -> list[Row]:
         say.remark(f"{name}: the annotations do not have it")
         return []
     pairs = zip(video.segments.tolist(), video.labels, strict=True)
-    return [Row(start, end, label, 1.0) for (start, end), label in pairs]
+    return [NamedDetection(start, end, label, 1.0) for (start, end), label in pairs]
 
 
 def _show(out: Output, document: Mapping[str, Any], annotations: Path | None) -> None:

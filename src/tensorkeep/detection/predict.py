@@ -33,7 +33,7 @@ from tensorkeep.detection.data.windows import count_snippets, make_window, place
 from tensorkeep.detection.inference import Selection, decode_predictions
 from tensorkeep.detection.results.decode import fuse_classes, merge_windows
 from tensorkeep.detection.results.nms import Detections
-from tensorkeep.detection.results.subtitles import Row
+from tensorkeep.detection.results.subtitles import NamedDetection
 from tensorkeep.detection.results.timeline import jpeg
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import explained
@@ -59,7 +59,7 @@ class Film(NamedTuple):
 class Predicted(NamedTuple):
     """`rows` by falling score, `pictures` (seconds, JPEG), what was odd about the file."""
 
-    rows: list[Row]
+    rows: list[NamedDetection]
     pictures: list[tuple[float, bytes]]
     problems: list[str]
 
@@ -71,7 +71,7 @@ class Predictor:
 
     >>> predictor = Predictor(detector, classes, WindowConfig("sliding"), VideoReader(160), Selection())  # doctest: +SKIP
     >>> predictor.run(predictor.open("holiday.mp4")).rows[0]                              # doctest: +SKIP
-    Row(start=12.4, end=15.9, label='Diving', score=0.83)
+    NamedDetection(start=12.4, end=15.9, label='Diving', score=0.83)
     """
 
     detector: nn.Module
@@ -180,7 +180,7 @@ class Predictor:
     def _merged(self, found: list[Detections]) -> Detections:
         return found[0] if self.window.method == "resize" else merge_windows(found, self.selection.nms)
 
-    def _named(self, film: Film, found: Detections) -> list[Row]:
+    def _named(self, film: Film, found: Detections) -> list[NamedDetection]:
         classes, selection = self.classes, self.selection
         if selection.classifier is not None:
             try:
@@ -192,7 +192,9 @@ class Predictor:
         order = np.argsort(-found.scores, kind="stable")
         segments = self._shown(film, found.segments.astype(np.float64))
         return [
-            Row(float(segments[i, 0]), float(segments[i, 1]), classes[found.labels[i]], float(found.scores[i]))
+            NamedDetection(
+                float(segments[i, 0]), float(segments[i, 1]), classes[found.labels[i]], float(found.scores[i])
+            )
             for i in order
         ]
 
@@ -239,12 +241,17 @@ def find_videos(places: Sequence[str | Path]) -> list[Path]:
 
 
 def write_predictions(
-    path: str | Path, found: Mapping[str, Sequence[Row]], details: str, *, pretrained: bool, overwrite: bool = False
+    path: str | Path,
+    found: Mapping[str, Sequence[NamedDetection]],
+    details: str,
+    *,
+    pretrained: bool,
+    overwrite: bool = False,
 ) -> None:
     """Rows by video as ActivityNet's JSON; milliseconds and six decimals of the score are kept. `details`, `pretrained`:
     what the layout asks for under `external_data`.
 
-    >>> write_predictions("detections.json", {"v": [Row(0.5, 2.25, "Diving", 0.9)]}, "runs/one", pretrained=True)  # doctest: +SKIP
+    >>> write_predictions("detections.json", {"v": [NamedDetection(0.5, 2.25, "Diving", 0.9)]}, "runs/one", pretrained=True)  # doctest: +SKIP
     """
     results = {
         video: [

@@ -11,7 +11,7 @@ import numpy as np
 from tensorkeep.detection.data.annotations import Annotations, Video, read_annotations
 from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.results.results import DetectionTable, read_detections
-from tensorkeep.detection.results.subtitles import Row, best_rows
+from tensorkeep.detection.results.subtitles import NamedDetection, best_rows
 from tensorkeep.detection.results.timeline import STRIP, jpeg, picture_times, timeline
 from tensorkeep.errors import TensorkeepError, printable
 
@@ -54,7 +54,7 @@ def _sources(run: Path) -> tuple[Sources | None, str]:
         return None, f"without true segments and pictures: {getattr(error, 'line', error)}"
 
 
-def _one(name: str, rows: list[Row], sources: Sources | None) -> list[str]:
+def _one(name: str, rows: list[NamedDetection], sources: Sources | None) -> list[str]:
     """Draw the timeline of one video."""
     video = None if sources is None else sources.annotations.videos.get(name)
     true = _true(video) if video else []
@@ -72,17 +72,18 @@ def _one(name: str, rows: list[Row], sources: Sources | None) -> list[str]:
     ]
 
 
-def _rows(table: DetectionTable, number: int) -> list[Row]:
+def _rows(table: DetectionTable, number: int) -> list[NamedDetection]:
     """Return a video's detections as rows of a timeline."""
     own = (table.videos == number).nonzero()[0]
     names, scores = [table.label_names[i] for i in table.labels[own]], table.scores[own].tolist()
-    return [Row(*row) for row in zip(*table.segments[own].T.tolist(), names, scores, strict=True)]
+    return [NamedDetection(*row) for row in zip(*table.segments[own].T.tolist(), names, scores, strict=True)]
 
 
-def _true(video: Video) -> list[Row]:
+def _true(video: Video) -> list[NamedDetection]:
     """Return a video's true segments as rows of a timeline."""
     return [
-        Row(start, end, label, 1.0) for (start, end), label in zip(video.segments.tolist(), video.labels, strict=True)
+        NamedDetection(start, end, label, 1.0)
+        for (start, end), label in zip(video.segments.tolist(), video.labels, strict=True)
     ]
 
 

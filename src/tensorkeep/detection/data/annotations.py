@@ -7,7 +7,7 @@ Three layouts are read into one structure, chosen by content:
 - ActionFormer: the same with `fps` and `label_id`, whose ids give the class map,
 - THUMOS: a folder of `CLASS_test.txt` or `CLASS_val.txt` with lines `video start end`, beside `detclasslist.txt`.
 
-Segments are seconds everywhere. Needs numpy only. `annotation_checks.check_annotations` explains what a file gets wrong.
+Segments are seconds everywhere. `annotation_checks.check_annotations` explains what is wrong with a file. Numpy only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Augmentation of clips: one draw for all frames of a clip, in plain tensor operations.
+"""Augment clips of a video: one random draw for all frames of a clip, in plain tensor operations.
 
 `draw_augmentation` takes every random number from the generator it is given, `augment` is a pure function of the
 frames and the draw. So a sample is the same wherever it is made, whichever process makes it and however many threads
@@ -10,7 +10,7 @@ differ: signs are drawn for each clip, where the original draws them once a run;
 autocontrast look at the whole clip, where the original looks at each frame and makes it flicker; hue turns the
 chroma plane of YIQ, so that all of colour jitter is one 3 x 3 matrix.
 
-Frames are uint8 `[T, 3, H, W]`, RGB. Normalisation belongs to the backbone (`vit.normalise_frames`), which takes 0..255.
+Frames are uint8 `[T, 3, H, W]`, RGB. Normalisation belongs to the backbone, which takes 0..255.
 """
 
 from __future__ import annotations
@@ -35,11 +35,18 @@ _CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """AdaTAD's values for THUMOS. `short_side`: what videos are decoded to; `size`: side of the square that comes out.
+    """How training clips are changed at random; the defaults are AdaTAD's for THUMOS.
 
-    `crop`: a random area of random shape, a random place at full size, or the centre. `area`, `aspect`: of the first
-    kind. `flip`: its probability. `operations`, `magnitude` (0 to 10): RandAugment. `jitter`: brightness, contrast,
-    saturation (largest part by which each changes) and hue (largest part of a full turn).
+    Attributes:
+        size: pixels of each side of the square that comes out.
+        short_side: pixels of the shorter side that videos are decoded to.
+        crop: a random area of random shape ("resized"), a random place at full size ("random"), or the centre.
+        area: range of the part of a frame that a "resized" crop takes.
+        aspect: range of width / height of a "resized" crop.
+        flip: probability of mirroring.
+        operations: number of RandAugment's operations for a clip.
+        magnitude: their strength, 0 to 10.
+        jitter: largest part by which brightness, contrast and saturation change, and the hue in parts of a full turn.
     """
 
     size: int = 160
@@ -64,8 +71,15 @@ class AugmentConfig:
 
 
 class Draw(NamedTuple):
-    """All that is random about one clip. `box`: top, left, height, width. `operations`: names and signed strengths in
-    0..1, with two numbers for a place. `jitter`: the four factors; `order`: in which they are applied."""
+    """All that is random about one clip.
+
+    Attributes:
+        box: top, left, height and width of the crop in pixels.
+        flip: whether the clip is mirrored.
+        operations: name, signed strength (-1 to 1), and a place (down, right, each 0 to 1) of each operation.
+        jitter: factors of brightness, contrast and saturation, and the turn of the hue.
+        order: the order in which the four of `jitter` are applied.
+    """
 
     box: tuple[int, int, int, int]
     flip: bool
@@ -75,11 +89,15 @@ class Draw(NamedTuple):
 
 
 def draw_augmentation(config: AugmentConfig, height: int, width: int, generator: torch.Generator) -> Draw:
-    """One clip's draw, for frames of `height` x `width`.
+    """Draw what is random about one clip, for frames of `height` x `width` pixels.
 
-    >>> key = torch.Generator().manual_seed(0)
-    >>> draw_augmentation(AugmentConfig(size=8, short_side=8, crop="centre"), 8, 12, key).box
-    (0, 2, 8, 8)
+    Raises:
+        TensorkeepError: The frames are smaller than the crop.
+
+    Example:
+        >>> key = torch.Generator().manual_seed(0)
+        >>> draw_augmentation(AugmentConfig(size=8, short_side=8, crop="centre"), 8, 12, key).box
+        (0, 2, 8, 8)
     """
 
     def uniform(low: float, high: float) -> float:
@@ -100,7 +118,7 @@ def draw_augmentation(config: AugmentConfig, height: int, width: int, generator:
 
 
 def augment(frames: Tensor, drawn: Draw, size: int) -> Tensor:
-    """Frames `[T, 3, H, W]` uint8 as drawn: `[T, 3, size, size]` uint8. No random number is taken here."""
+    """Apply a draw to frames `[T, 3, H, W]` uint8: `[T, 3, size, size]` uint8. No random number is taken here."""
     _check_frames(frames)
     top, left, height, width = drawn.box
     out = _resized(frames[:, :, top : top + height, left : left + width], size)
@@ -112,10 +130,14 @@ def augment(frames: Tensor, drawn: Draw, size: int) -> Tensor:
 
 
 def centre_crop(frames: Tensor, size: int) -> Tensor:
-    """The middle `size` x `size` of frames `[T, 3, H, W]`, as in evaluation.
+    """Cut the middle `size` x `size` pixels out of frames `[T, 3, H, W]`, as evaluation does.
 
-    >>> centre_crop(torch.zeros(2, 3, 8, 13, dtype=torch.uint8), 8).shape
-    torch.Size([2, 3, 8, 8])
+    Raises:
+        TensorkeepError: The frames are smaller than `size`.
+
+    Example:
+        >>> centre_crop(torch.zeros(2, 3, 8, 13, dtype=torch.uint8), 8).shape
+        torch.Size([2, 3, 8, 8])
     """
     _check_frames(frames)
     height, width = frames.shape[2:]
@@ -128,6 +150,7 @@ def centre_crop(frames: Tensor, size: int) -> Tensor:
 def _draw_box(
     config: AugmentConfig, height: int, width: int, uniform: Callable[[float, float], float]
 ) -> tuple[int, int, int, int]:
+    """Draw the crop: top, left, height, width. The centre square is taken where no random area fits."""
     size = config.size
     if config.crop != "resized":
         if min(height, width) < size:
@@ -146,13 +169,14 @@ def _draw_box(
 
 
 def _resized(frames: Tensor, size: int) -> Tensor:
+    """Scale frames to `size` x `size`, bilinearly."""
     if frames.shape[2:] == (size, size):
         return frames.contiguous()
     return F.interpolate(frames.contiguous(), (size, size), mode="bilinear", antialias=True)
 
 
 def _by_chunks(frames: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of float frames, rounded and clamped to uint8, a few frames at a time."""
+    """Apply `function` to the frames as floats, a few at a time, and round the result to uint8."""
     out = torch.empty_like(frames)
     for part, place in zip(torch.split(frames, CHUNK), torch.split(out, CHUNK)):
         # by way of int16: torch's own way from floats to bytes takes five times as long
@@ -161,7 +185,7 @@ def _by_chunks(frames: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _recoloured(frames: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """`matrix [3, 3] @ rgb + offset [3]` at every pixel."""
+    """Compute `matrix [3, 3] @ rgb + offset [3]` at every pixel."""
     rows, added = matrix.tolist(), offset.tolist()
 
     def recolour(x: Tensor) -> Tensor:
@@ -177,19 +201,20 @@ def _recoloured(frames: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 
 
 def _means(frames: Tensor) -> Tensor:
-    """Mean of each channel over the clip, float64 `[3]`; sums of whole numbers, so that no split of the work can change it."""
+    """Return the mean of each channel over the clip, float64 `[3]`: exact sums, so that threads cannot change it."""
     # a row of up to 65,793 bytes adds up exactly in float32, in any order, and much faster than in int32
     sums = [part.float().sum(-1).double().sum((0, 2)) for part in torch.split(frames, CHUNK)]
     return torch.stack(sums).sum(0) / (frames.numel() // 3)
 
 
 def _saturation(factor: float) -> Tensor:
+    """Return the matrix `[3, 3]` that mixes each colour with its grey."""
     grey = torch.tensor(_LUMA, dtype=torch.float64).expand(3, 3)
     return torch.eye(3, dtype=torch.float64) * factor + grey * (1 - factor)
 
 
 def _hue(turn: float) -> Tensor:
-    """Rotation of the chroma plane of YIQ by `turn` of a full turn."""
+    """Return the matrix `[3, 3]` that rotates the chroma plane of YIQ by `turn` of a full turn."""
     to_yiq = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
     c, s = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     rotation = torch.tensor([(1.0, 0.0, 0.0), (0.0, c, -s), (0.0, s, c)], dtype=torch.float64)
@@ -198,7 +223,7 @@ def _hue(turn: float) -> Tensor:
 
 
 def _jittered(frames: Tensor, jitter: tuple[float, float, float, float], order: tuple[int, ...]) -> Tensor:
-    """Brightness, contrast (about the clip's mean grey), saturation and hue in `order`, as one matrix and offset."""
+    """Change brightness, contrast (about the mean grey), saturation and hue in `order`, by one matrix and offset."""
     brightness, contrast, saturation, hue = jitter
     if jitter == (1.0, 1.0, 1.0, 0.0):
         return frames
@@ -213,7 +238,10 @@ def _jittered(frames: Tensor, jitter: tuple[float, float, float, float], order: 
 
 
 def _warped(frames: Tensor, matrix: tuple[float, float, float, float], shift: tuple[float, float] = (0, 0)) -> Tensor:
-    """Content moved by `matrix` (xx, xy, yx, yy) about the centre, then by `shift` (x, y) of the size; black around it."""
+    """Move the content by `matrix` (xx, xy, yx, yy) about the centre, then by `shift` (x, y) in parts of the size.
+
+    What comes from outside the frame is black.
+    """
     height, width = frames.shape[2:]
     xx, xy, yx, yy = matrix
     det = xx * yy - xy * yx
@@ -227,31 +255,37 @@ def _warped(frames: Tensor, matrix: tuple[float, float, float, float], shift: tu
 
 
 def _shear(frames: Tensor, level: float, along_x: bool) -> Tensor:
+    """Shear by up to 17.19 degrees."""
     slope = math.tan(math.radians(17.19 * level))
     return _warped(frames, (1.0, slope, 0.0, 1.0) if along_x else (1.0, 0.0, slope, 1.0))
 
 
 def _rotate(frames: Tensor, level: float, down: float, right: float) -> Tensor:
+    """Rotate by up to 30 degrees."""
     c, s = math.cos(math.radians(30 * level)), math.sin(math.radians(30 * level))
     return _warped(frames, (c, -s, s, c))
 
 
 def _posterize(frames: Tensor, level: float, down: float, right: float) -> Tensor:
+    """Keep the highest 1 to 4 bits of each value."""
     bits = max(1, int(4 * abs(level)))
     return frames & (256 - (1 << (8 - bits)))
 
 
 def _solarize(frames: Tensor, level: float, down: float, right: float) -> Tensor:
+    """Invert the values from a threshold on."""
     return torch.where(frames < 256 * abs(level), frames, 255 - frames)
 
 
 def _contrast(frames: Tensor, level: float, down: float, right: float) -> Tensor:
+    """Move every value towards the clip's mean grey, or away from it."""
     factor = 1.8 * abs(level) + 0.1
     grey = float(_means(frames) @ torch.tensor(_LUMA, dtype=torch.float64))
     return _recoloured(frames, torch.eye(3) * factor, torch.full((3,), grey * (1 - factor)))
 
 
 def _sharpness(frames: Tensor, level: float, down: float, right: float) -> Tensor:
+    """Move every pixel towards the smoothed frame, or away from it."""
     factor = 1.8 * abs(level) + 0.1
 
     def sharpen(x: Tensor) -> Tensor:
@@ -264,13 +298,14 @@ def _sharpness(frames: Tensor, level: float, down: float, right: float) -> Tenso
 
 
 def _autocontrast(frames: Tensor, level: float, down: float, right: float) -> Tensor:
+    """Stretch each channel so that the clip's darkest value becomes 0 and its brightest 255."""
     low, high = frames.amin((0, 2, 3)).double(), frames.amax((0, 2, 3)).double()
     scale = torch.where(high > low, 255 / (high - low).clamp(min=1), 1.0)
     return _recoloured(frames, torch.diag(scale), torch.where(high > low, -low * scale, 0.0))
 
 
 def _equalize(frames: Tensor, level: float, down: float, right: float) -> Tensor:
-    """Each channel's values spread so that the clip's cumulative histogram is straight."""
+    """Spread each channel's values so that the clip's cumulative histogram becomes a straight line."""
     out = torch.empty_like(frames)
     for channel in range(3):
         counts = torch.bincount(frames[:, channel].flatten(), minlength=256)
@@ -286,7 +321,7 @@ def _equalize(frames: Tensor, level: float, down: float, right: float) -> Tensor
 
 
 def _cutout(frames: Tensor, level: float, down: float, right: float) -> Tensor:
-    """A grey square, its centre anywhere."""
+    """Paint a grey square whose centre may lie anywhere."""
     height, width = frames.shape[2:]
     half = max(1, round(0.2 * abs(level) * min(height, width))) / 2
     out = frames.clone()
@@ -295,7 +330,7 @@ def _cutout(frames: Tensor, level: float, down: float, right: float) -> Tensor:
     return out
 
 
-Operation = Callable[[Tensor, float, float, float], Tensor]
+Operation = Callable[[Tensor, float, float, float], Tensor]  # frames, strength, place down and right -> frames
 _EYE, _NOTHING = torch.eye(3), torch.zeros(3)
 OPERATIONS: dict[str, Operation] = {
     "shear_x": lambda x, level, _, __: _shear(x, level, True),
@@ -317,6 +352,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def _check_frames(frames: Tensor) -> None:
+    """Raise TensorkeepError for anything but uint8 frames `[T, 3, H, W]`."""
     if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
         what = f"frames are {frames.dtype} {tuple(frames.shape)}"
         raise TensorkeepError(what, where="augment", hint="uint8 [T, 3, H, W]")

@@ -1,4 +1,4 @@
-"""What training and testing read: annotated videos (or features of them) cut into windows, one sample at a time.
+"""Cut annotated videos (or features of them) into windows: the samples that training and testing read.
 
 A data set is a list of places and a pure function `sample(index, generator)`: same index and same generator state, same
 tensors, in any process. Windows are placed in three ways, named as OpenTAD names them:
@@ -45,16 +45,24 @@ from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.errors import TensorkeepError
 
 Broken = Literal["error", "skip", "keep"]
-_TRIES = 200  # as the original
+_TRIES = 200  # places tried for a random window, as in OpenTAD
 
 
 @dataclass(frozen=True)
 class WindowConfig:
     """How windows are placed and segments kept; names and values of OpenTAD's AdaTAD configs.
 
-    `crop_ratio`: part of a video shorter than a window that is kept in training, None for all. `ioa_thresh`: part of a
-    segment that must lie in a sliding window to count (for a validation loss). `offset_frames`: frame that grid step 0
-    stands for (half a clip, for features of clips).
+    Attributes:
+        method: how windows are placed (see the module).
+        window_size: grid steps of a window.
+        feature_stride: frames between two features (or snippets).
+        sample_stride: every so many features are a grid step.
+        scale_factor: frames decoded for each grid step.
+        offset_frames: frame that grid step 0 stands for (half a clip, for features of clips).
+        window_overlap_ratio: part of a sliding window that the next one repeats.
+        trunc_thresh: part of a segment that must lie in a random window for it to be ground truth there.
+        crop_ratio: range of the part of a video shorter than a window that is kept in training; None: all of it.
+        ioa_thresh: part of a segment that must lie in a sliding window to count there (for a validation loss).
     """
 
     method: Literal["random_trunc", "sliding", "resize"] = "random_trunc"
@@ -70,16 +78,20 @@ class WindowConfig:
 
     @property
     def snippet_stride(self) -> int:
-        """Frames from one grid step to the next."""
+        """Number of frames from one grid step to the next."""
         return self.feature_stride * self.sample_stride
 
 
 @dataclass(frozen=True)
 class VideoReader:
-    """Frames from video files: augmented for training, else short side `size` and the middle square of it.
+    """How frames are read from video files.
 
-    broken: a file or picture that cannot be decoded stops everything (`error`), leaves an empty, masked sample that
-    counts for nothing (`skip`), or is replaced by the picture before it (`keep`).
+    Attributes:
+        size: pixels of the shorter side, and of the square cut out of its middle, where nothing is augmented.
+        augment: random changes for training; None: none.
+        broken: a file or picture that cannot be decoded stops everything ("error"), leaves an empty, masked sample that
+            counts for nothing ("skip"), or is replaced by the picture before it ("keep").
+        threads: of the decoder.
     """
 
     size: int = 160
@@ -90,7 +102,13 @@ class VideoReader:
 
 @dataclass(frozen=True)
 class FeatureReader:
-    """Features `[T, C]` (or `[C, T]`) from files instead of frames."""
+    """How features are read from files, in place of frames.
+
+    Attributes:
+        channels: C.
+        channels_first: whether files hold `[C, T]` instead of `[T, C]`.
+        broken: as in `VideoReader`.
+    """
 
     channels: int
     channels_first: bool = False
@@ -98,9 +116,17 @@ class FeatureReader:
 
 
 class Item(NamedTuple):
-    """One video: what it holds, where it lies, and its ground truth: `segments` [N, 2] in seconds, `labels` [N].
+    """One video (or feature file) of a data set with its ground truth.
 
-    `steps`: grid steps of a feature file, 0 for a video.
+    Attributes:
+        name: name of the video.
+        path: its file.
+        frames: number of frames.
+        duration: seconds.
+        size: bytes of the file.
+        steps: time steps of a feature file, 0 for a video.
+        segments: [N, 2] in seconds.
+        labels: [N] class numbers.
     """
 
     name: str
@@ -114,7 +140,10 @@ class Item(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which item a sample comes from, and its window: grid steps `first` to `stop` (0, 0 where it is drawn or whole)."""
+    """Where a sample comes from: a position in `Clips.items`, and the grid steps `first` to `stop` of its window.
+
+    Both are 0 where the window is drawn anew each time, or shows the whole video.
+    """
 
     item: int
     first: int
@@ -123,7 +152,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """A data set: `len`, `sample(index, generator)`, `fingerprint()`. Made by `make_clips`."""
+    """A data set of windows, as `make_clips` makes it: `len`, `sample(index, generator)`, `fingerprint()`."""
 
     items: tuple[Item, ...]
     window: WindowConfig
@@ -134,8 +163,19 @@ class Clips:
         return len(self.places)
 
     def sample(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """`inputs`, `mask [window_size]`, `segments [N, 2]` (grid steps), `labels [N]`, `meta`: a pure function of
-        `index` and the state of `generator`."""
+        """Make one sample, a pure function of `index` and the state of `generator`.
+
+        Args:
+            index: number of the window, below `len(self)`.
+            generator: source of all that is random about the sample.
+
+        Returns:
+            `inputs` (frames `[3, T, H, W]` uint8, or features `[C, T]`), `mask [window_size]`, `segments [N, 2]` in
+            grid steps, `labels [N]`, and `meta`, which turns grid steps back into seconds.
+
+        Raises:
+            TensorkeepError: The file cannot be decoded and the reader's `broken` is "error".
+        """
         place = self.places[index]
         item, config = self.items[place.item], self.window
         problems: list[Problem] = []
@@ -177,7 +217,7 @@ class Clips:
         }
 
     def fingerprint(self) -> str:
-        """What the samples depend on, as 32 hexadecimal digits: names, sizes and ground truth of the items, settings.
+        """Return 32 hexadecimal digits that change with the items' names, sizes and ground truth, and the settings.
 
         Paths and thread numbers do not count: the data may move.
         """
@@ -191,7 +231,7 @@ class Clips:
     def _cut(
         self, item: Item, place: Place, generator: torch.Generator
     ) -> tuple[Window, NDArray[np.float64], NDArray[np.int64]]:
-        """The window, the segments in it (grid steps) and which of the item's these are."""
+        """Return the window, its segments [M, 2] in grid steps, and their numbers [M] among the item's segments."""
         config, stride = self.window, self.window.snippet_stride
         grid = segment_frames(item.segments, duration=item.duration, frames=item.frames)
         frames = item.steps * stride if item.steps else item.frames
@@ -208,10 +248,16 @@ class Clips:
 
 
 def make_clips(items: Sequence[Item], window: WindowConfig, reader: VideoReader | FeatureReader) -> Clips:
-    """The data set of `items`. For training (`random_trunc`) videos without a segment are left out, as in OpenTAD.
+    """Make the data set of `items`.
 
-    >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
-    >>> data = make_clips(items, WindowConfig(), VideoReader(augment=AugmentConfig()))  # doctest: +SKIP
+    For training on random windows, videos without a segment are left out, as in OpenTAD.
+
+    Raises:
+        TensorkeepError: No video has a segment to train on, or a grid step's frames are no multiple of `scale_factor`.
+
+    Example:
+        >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
+        >>> data = make_clips(items, WindowConfig(), VideoReader(augment=AugmentConfig()))  # doctest: +SKIP
     """
     if window.snippet_stride % window.scale_factor:
         what = f"a stride of {window.snippet_stride} frames is no multiple of scale_factor {window.scale_factor}"
@@ -224,13 +270,17 @@ def make_clips(items: Sequence[Item], window: WindowConfig, reader: VideoReader 
 
 
 def most_segments(clips: Clips) -> int:
-    """The most segments that a sample of these can hold."""
+    """Return the largest number of segments that a sample can hold."""
     return max(len(item.labels) for item in clips.items)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples as a batch for `Detector`: `inputs` `[B, 3, T, H, W]` uint8 or `[B, C, T]`, `masks` `[B, T']` bool, `segments`
-    and `labels` lists of tensors, `meta` a list."""
+    """Put B samples together into a batch for `Detector`.
+
+    Returns:
+        `inputs` (`[B, 3, T, H, W]` uint8, or `[B, C, T]`), `masks` `[B, T']` bool, and lists of length B: `segments`,
+        `labels`, `meta`.
+    """
     return {
         "inputs": torch.stack([sample["inputs"] for sample in samples]),
         "masks": torch.stack([sample["mask"] for sample in samples]),
@@ -243,9 +293,18 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def draw_truncation(
     steps: int, segments: NDArray[np.float64], config: WindowConfig, generator: torch.Generator
 ) -> tuple[int, int]:
-    """First and one-past-last grid step of a random window over `steps` steps, `segments` [N, 2] in grid steps.
+    """Draw a random window that shows a segment.
 
-    The last place tried is taken where none of 200 holds a segment by `trunc_thresh`, as in OpenTAD.
+    The last place tried is taken where none of 200 shows one by `trunc_thresh`, as in OpenTAD.
+
+    Args:
+        steps: grid steps of the video.
+        segments: [N, 2] in grid steps.
+        config: `window_size`, `trunc_thresh` and `crop_ratio` count.
+        generator: source of the random numbers.
+
+    Returns:
+        First and one-past-last grid step of the window.
     """
 
     def draw(low: int, high: int) -> int:
@@ -268,7 +327,7 @@ def draw_truncation(
 
 
 def _inside(segments: NDArray[np.float64], first: int, stop: int) -> NDArray[np.float64]:
-    """Part of each segment that lies between two grid steps; 0 for one without length."""
+    """Return the part of each segment that lies between two grid steps; 0 for one without length."""
     cut = np.clip(segments, first, stop)
     length = segments[:, 1] - segments[:, 0]
     inside: NDArray[np.float64] = (cut[:, 1] - cut[:, 0]) / np.where(length > 0, length, 1)
@@ -276,10 +335,12 @@ def _inside(segments: NDArray[np.float64], first: int, stop: int) -> NDArray[np.
 
 
 def _steps(item: Item, config: WindowConfig) -> int:
+    """Return the grid steps of an item."""
     return item.steps or count_snippets(item.frames, config.snippet_stride)
 
 
 def _places(items: Sequence[Item], config: WindowConfig) -> Iterator[Place]:
+    """List the windows of all items: every sliding one, else one for each item."""
     for number, item in enumerate(items):
         if config.method != "sliding":
             yield Place(number, 0, 0)
@@ -302,7 +363,7 @@ def _read(
     generator: torch.Generator,
     problems: list[Problem],
 ) -> Tensor:
-    """The inputs of one sample; `cut` None: the whole video, resized."""
+    """Read the inputs of one sample: of the window `cut`, or with None the whole video, resized."""
     length = config.window_size
     if isinstance(reader, FeatureReader):
         rows = None if cut is None else (cut.first, cut.last + 1)
@@ -329,7 +390,7 @@ def _read(
 
 
 def _nothing(reader: VideoReader | FeatureReader, config: WindowConfig) -> Tensor:
-    """Zeros in the shape of a sample."""
+    """Make zeros in the shape of a sample's inputs."""
     if isinstance(reader, FeatureReader):
         return torch.zeros(reader.channels, config.window_size)
     size = reader.size if reader.augment is None else reader.augment.size

@@ -21,10 +21,24 @@ def find_items(
     reader: VideoReader | FeatureReader,
     classes: Sequence[str] | None = None,
 ) -> tuple[list[Item], list[Problem]]:
-    """The videos (or feature files) of a subset in `folder`, found by name, and what is odd about them.
+    """Find the videos (or feature files) of a subset in `folder` by name, and check them.
 
-    With the reader's `broken="error"` a missing, unreadable or truncated file raises TensorkeepError that names them
-    all; otherwise such files are left out (truncated ones stay under "keep") and each is a problem.
+    Args:
+        annotations: the ground truth.
+        subset: name of the subset.
+        folder: holds one file for each video, called as the video is.
+        reader: with `broken="error"` a missing, unreadable or truncated file is an error; with "skip" such files are
+            left out; with "keep" truncated ones stay. Each of them is a problem.
+        classes: class names in label order; None: those of the annotations.
+
+    Returns:
+        The items in file order, and what is odd about them.
+
+    Raises:
+        TensorkeepError: A file cannot be used and the reader does not allow it, or none can be used.
+
+    Example:
+        >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
     """
     classes = annotations.classes if classes is None else classes
     items, problems = [], []
@@ -47,6 +61,7 @@ def find_items(
 def _find_item(
     video: Video, folder: Path, reader: VideoReader | FeatureReader, classes: Sequence[str]
 ) -> tuple[Item | None, list[Problem]]:
+    """Find and check the file of one video; no item where it cannot be used."""
     suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
     path = next(
         (folder / (video.name + suffix) for suffix in suffixes if (folder / (video.name + suffix)).exists()), None

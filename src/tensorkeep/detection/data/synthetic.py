@@ -1,4 +1,4 @@
-"""Real video files with scripted motions and their annotations, for trying everything anywhere.
+"""Make video files with scripted motions and their annotations, so that everything can be tried without a data set.
 
 Shapes of random form, colour, size and place stand on a textured, slowly drifting background. Now and then one of them
 acts: it slides to and fro, pulses, blinks, spins or hops. The class lies in the motion alone: any single frame of an
@@ -37,9 +37,19 @@ _GAP = 1.0  # least seconds between two actions of one actor
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What the videos are like. `size`: side in pixels, even. `seconds`, `actions`, `action_seconds`: ranges of a video's
-    length, of its number of actions and of theirs. `distractors`: shapes that move without meaning. `calm`: bright shapes
-    on a dark ground of little contrast."""
+    """What the videos are like.
+
+    Attributes:
+        classes: names of the motions shown, some of `MOTIONS`.
+        size: side in pixels, even and at least 16.
+        fps: frames per second.
+        seconds: range of a video's length.
+        actions: range of the number of actions in a video.
+        action_seconds: range of an action's length.
+        actors: shapes that act.
+        distractors: shapes that move without meaning.
+        calm: whether bright shapes stand on a dark ground of little contrast.
+    """
 
     classes: tuple[str, ...] = CLASSES
     size: int = 64
@@ -80,7 +90,7 @@ TINY = SyntheticConfig(  # what a ViT of two blocks learns on one core: four mot
 
 
 class Action(NamedTuple):
-    """Actor `actor` does `label` from `start` to `end` (seconds)."""
+    """What one actor does: the motion `label` from `start` to `end` (seconds)."""
 
     actor: int
     label: str
@@ -89,7 +99,16 @@ class Action(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Form (number of arms), colour [3] 0..255, radius and home in parts of the side, drift (parts a second)."""
+    """A star on the canvas.
+
+    Attributes:
+        arms: number of arms.
+        colour: [3], 0 to 255.
+        radius: in parts of the canvas' side.
+        home: [2], place (y, x) in parts of the side.
+        drift: [2], parts of the side a second.
+        turn: angle in radians.
+    """
 
     arms: int
     colour: Floats
@@ -108,13 +127,28 @@ def make_dataset(
     config: SyntheticConfig | None = None,
     overwrite: bool = False,
 ) -> Annotations:
-    """Write `videos` training and `held_out` validation videos and their annotations into `folder`; give them back.
+    """Write a data set into `folder`: video files, their annotations and the class names.
 
     The folder holds `videos/*.mp4`, `annotations.json` (OpenTAD's layout, subsets `training` and `validation`) and
-    `category_idx.txt`. Raises TensorkeepError where it exists (unless `overwrite`) or PyAV is missing.
+    `category_idx.txt`.
 
-    >>> make_dataset("synthetic", videos=2, held_out=1, seed=7).classes  # doctest: +SKIP
-    ('blink', 'pulse', 'slide', 'spin')
+    Args:
+        folder: made anew.
+        videos: number of training videos.
+        held_out: number of validation videos.
+        seed: the same seed gives the same pixels.
+        config: what the videos are like.
+        overwrite: whether a folder that exists is replaced.
+
+    Returns:
+        The annotations.
+
+    Raises:
+        TensorkeepError: The folder exists and `overwrite` is not set, or PyAV is missing.
+
+    Example:
+        >>> make_dataset("synthetic", videos=2, held_out=1, seed=7).classes  # doctest: +SKIP
+        ('blink', 'pulse', 'slide', 'spin')
     """
     config = config or SyntheticConfig()
     if videos < 1 or held_out < 0:
@@ -140,15 +174,14 @@ def make_dataset(
 
 
 def make_video(config: SyntheticConfig, rng: np.random.Generator) -> tuple[NDArray[np.uint8], list[Action]]:
-    """One video: frames `[T, H, W, 3]` and what happens in it, by time."""
+    """Draw one video: frames `[T, H, W, 3]`, and what happens in it in order of time."""
     length = round(float(rng.uniform(*config.seconds)) * config.fps)
     actions = _script(config, length / config.fps, rng)
     return _film(config, length, actions, rng), actions
 
 
 def make_clip(config: SyntheticConfig, label: str | None, length: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A clip of `length` frames `[T, H, W, 3]` in which one actor does `label` from before its start until after its end
-    and the others rest; None: all of them rest."""
+    """Draw a clip `[length, H, W, 3]` in which one actor does `label` all the time; with None all actors rest."""
     seconds = length / config.fps
     actor, before = int(rng.integers(config.actors)), float(rng.uniform(0, 3))
     actions = [] if label is None else [Action(actor, label, -before, seconds + 1)]
@@ -158,7 +191,7 @@ def make_clip(config: SyntheticConfig, label: str | None, length: int, rng: np.r
 def _film(
     config: SyntheticConfig, length: int, actions: Sequence[Action], rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """The frames in which `actions` happen; who acts, and where, is drawn."""
+    """Draw the frames in which `actions` happen; how the actors look and where they stand is random."""
     shapes = [_draw_shape(config, rng, place) for place in range(config.actors)]
     others = [_draw_shape(config, rng, None) for _ in range(config.distractors)]
     speeds = {action: MOTIONS[action.label] * float(rng.uniform(0.85, 1.15)) for action in actions}
@@ -182,10 +215,15 @@ def _film(
 def write_video(
     path: str | Path, frames: Iterable[NDArray[np.uint8]], fps: int, *, codec: str = "libx264", **options: Any
 ) -> None:
-    """Frames `[H, W, 3]` uint8 as a video file; the container follows the file's name.
+    """Write frames to a video file, on one thread so that the same frames give the same bytes.
 
-    One thread, so that the same frames give the same bytes. `options`: attributes of PyAV's codec context
-    (`gop_size=12`), or `times=` a list of milliseconds, one a frame, for a variable rate.
+    Args:
+        path: the file; its ending chooses the container.
+        frames: `[H, W, 3]` uint8, RGB.
+        fps: frames per second.
+        codec: FFmpeg's name of it.
+        **options: attributes of PyAV's codec context (`gop_size=12`), or `times=`, a list of milliseconds, one a frame,
+            for a variable rate.
     """
     av = import_av()
     times: Sequence[int] | None = options.pop("times", None)
@@ -212,7 +250,7 @@ def write_video(
 
 
 def _script(config: SyntheticConfig, duration: float, rng: np.random.Generator) -> list[Action]:
-    """Actions at random, each actor's own apart by a gap; as many as fit."""
+    """Draw actions, with a gap between two of the same actor; as many as fit."""
     wanted = int(rng.integers(config.actions[0], config.actions[1] + 1))
     actions: list[Action] = []
     for _ in range(100):
@@ -230,7 +268,7 @@ def _script(config: SyntheticConfig, duration: float, rng: np.random.Generator) 
 
 
 def _draw_shape(config: SyntheticConfig, rng: np.random.Generator, place: int | None) -> Shape:
-    """A shape; actors stand side by side, distractors (`place` None) are smaller and drift."""
+    """Draw a shape: actors stand side by side, distractors (`place` None) are smaller and drift."""
     if config.calm:
         colour = rng.uniform(190, 255, 3)
     else:
@@ -253,7 +291,7 @@ def _draw_shape(config: SyntheticConfig, rng: np.random.Generator, place: int | 
 
 
 def _wander(shape: Shape, now: float) -> Floats:
-    """Where a shape is by itself: it drifts, and turns back at the edges."""
+    """Return where a drifting shape is at time `now`; it turns back at the edges."""
     there = (shape.home + shape.drift * now) % 2
     place: Floats = np.where(there > 1, 2 - there, there)
     return place
@@ -262,7 +300,7 @@ def _wander(shape: Shape, now: float) -> Floats:
 def _pose(
     shape: Shape, action: Action | None, now: float, speeds: dict[Action, float]
 ) -> tuple[Floats, float, float, float]:
-    """Centre (y, x), scale, angle and opacity of an actor."""
+    """Return centre (y, x), scale, angle (radians) and opacity of an actor at time `now` (seconds)."""
     centre, scale, angle, opacity = shape.home + 0.02 * np.sin(shape.drift * 40 * now), 1.0, shape.turn, 1.0
     if action is None:
         return centre, scale, angle, opacity
@@ -281,7 +319,7 @@ def _pose(
 
 
 def _paint(canvas: Floats, shape: Shape, centre: Floats, scale: float, angle: float, opacity: float) -> None:
-    """A star of `arms` arms over `canvas` [H, W, 3], in place."""
+    """Paint a shape over `canvas` [H, W, 3], in place."""
     size = len(canvas)
     middle, reach = centre * size, shape.radius * scale * size
     top, left = np.maximum(np.floor(middle - 1.2 * reach), 0).astype(int)
@@ -296,7 +334,7 @@ def _paint(canvas: Floats, shape: Shape, centre: Floats, scale: float, angle: fl
 
 
 def _texture(size: int, greys: tuple[float, float], rng: np.random.Generator) -> Floats:
-    """A smooth grey pattern `[size, size, 3]` with a tint, repeating every half, for a background that pans."""
+    """Draw a smooth, tinted grey pattern `[size, size, 3]` that repeats after half its size: a panning background."""
     half = size // 2
     coarse = np.kron(rng.uniform(*greys, (8, 8)), np.ones((half // 8 + 1, half // 8 + 1)))[:half, :half]
     for _ in range(3):

@@ -1,9 +1,9 @@
-"""Frames out of video files: exactly those asked for, decoding no more than they need.
+"""Decode frames of video files: exactly those asked for, and no more of the file than they need.
 
 Frame i is the i-th picture shown, whatever the frame rate does (see `containers`). Reading starts at the last keyframe
-before a frame; pictures that nobody asked for and no other picture refers to are not decoded at all (H.264, MPEG-4);
-scaling and conversion to RGB are one step. A picture that does not come out as the table says is looked for again from
-the first frame on, with every picture decoded.
+before a frame; pictures that are not asked for and that no other picture refers to are not decoded (H.264, MPEG-4);
+scaling and conversion to RGB are one step. A picture that does not come out where the frame table says is looked for
+again from the first frame on, with every picture decoded.
 
 Nothing is decoded at a lower resolution inside the codec: H.264, HEVC, VP9 and AV1 cannot, and MPEG-4's way of it
 drifts away from the pictures. Needs PyAV (`pip install tensorkeep[detection]`); torchcodec is used on request.
@@ -22,20 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.detection.data.containers import (
-    MEND,
-    FrameTable,
-    VideoInfo,
-    frame_table,
-    import_av,
-    opened,
-    probe,
-    quarter_turn,
-)
+from tensorkeep.detection.data.containers import MEND, FrameTable, frame_table, import_av, opened, quarter_turn
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import TensorkeepError
-
-__all__ = ["Broken", "Size", "VideoInfo", "decode", "frame_table", "probe", "stream_windows"]
 
 Broken = Literal["error", "keep"]
 Picture = NDArray[np.uint8]  # [3, H, W]
@@ -53,16 +42,27 @@ def decode(
     problems: list[Problem] | None = None,
     decoder: Literal["pyav", "torchcodec"] = "pyav",
 ) -> Tensor:
-    """Frames `indices` (any order, repetitions allowed) of a video: uint8 `[T, 3, H, W]`, RGB, as shown (rotated).
+    """Decode chosen frames of a video.
 
-    size: short side or (height, width), bilinear over the whole footprint; as stored without it. threads: 1, or 0 for
-    as many as the codec can use; a loader with several processes wants 1. A picture that is damaged or does not come
-    raises TensorkeepError naming file and frame; with `broken="keep"` damaged pictures stay, lacking ones repeat the
-    one before (the one after at the start), and each is said in `problems`. decoder: torchcodec gives the same frames
-    at the same size, equal but for the rounding of colours; it knows nothing of damaged pictures.
+    Args:
+        path: a video file.
+        indices: numbers of T frames, in any order; repetitions are allowed.
+        size: pixels of the shorter side, or (height, width), scaled bilinearly; None: as stored.
+        threads: 1, or 0 for as many as the codec can use; a loader with several processes wants 1.
+        broken: "error" raises for a damaged or lacking picture; "keep" keeps damaged ones and puts the picture before
+            in the place of lacking ones (at the start of the file the one after).
+        problems: gets one entry for each picture that is damaged or lacking.
+        decoder: "torchcodec" gives the same frames but for the rounding of colours, and notices no damage.
 
-    >>> decode("v_001.mp4", range(0, 3072, 4), size=160).shape  # doctest: +SKIP
-    torch.Size([768, 3, 160, 284])
+    Returns:
+        uint8 `[T, 3, H, W]`, RGB, turned as they are meant to be seen.
+
+    Raises:
+        TensorkeepError: The file has no such frames, or one of them cannot be decoded; file and frame are named.
+
+    Example:
+        >>> decode("v_001.mp4", range(0, 3072, 4), size=160).shape  # doctest: +SKIP
+        torch.Size([768, 3, 160, 284])
     """
     wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
     if decoder == "torchcodec":
@@ -72,13 +72,13 @@ def decode(
     bounds = np.searchsorted(place[order], np.arange(len(unique) + 1))
     out: list[NDArray[np.uint8]] = []
 
-    def room(k: int, shape: tuple[int, int]) -> Picture:
+    def memory_for(k: int, shape: tuple[int, int]) -> Picture:
         if not out:
             out.append(np.empty((len(wanted), 3, *shape), dtype=np.uint8))
-        place: Picture = out[0][order[bounds[k]]]
-        return place
+        slot: Picture = out[0][order[bounds[k]]]
+        return slot
 
-    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems, room)):
+    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems, memory_for)):
         for slot in order[bounds[k] + 1 : bounds[k + 1]].tolist():
             out[0][slot] = picture
     if not out:
@@ -95,12 +95,23 @@ def stream_windows(
     broken: Broken = "error",
     problems: list[Problem] | None = None,
 ) -> Iterator[Tensor]:
-    """The frames of each window of a video in turn, uint8 `[T, 3, H, W]`; arguments as in `decode`.
+    """Decode a video window by window; each picture is decoded once, however many windows show it.
 
-    `windows`: frame indices of each, in rising order of their last frames. Every picture is decoded once; memory holds
-    one window and what the next ones share with it, however long the video is.
+    Memory holds one window and what the next ones share with it, however long the video is.
 
-    >>> for frames in stream_windows("long.mp4", [w.frames for w in windows], size=160): ...  # doctest: +SKIP
+    Args:
+        path: a video file.
+        windows: frame numbers of each window, in rising order of their last frames.
+        size, threads, broken, problems: as in `decode`.
+
+    Yields:
+        The frames of each window, uint8 `[T, 3, H, W]`.
+
+    Raises:
+        TensorkeepError: As `decode` does.
+
+    Example:
+        >>> for frames in stream_windows("long.mp4", [w.frames for w in windows], size=160): ...  # doctest: +SKIP
     """
     lists = [np.asarray(window, dtype=np.int64).reshape(-1).tolist() for window in windows]
     last_use = {index: k for k, window in enumerate(lists) for index in window}
@@ -126,7 +137,8 @@ def find_damage(path: str | Path, frames: int) -> list[Problem]:
     return problems
 
 
-def _own(number: int, shape: tuple[int, int]) -> Picture:
+def _new_memory(number: int, shape: tuple[int, int]) -> Picture:
+    """Make memory of its own for a picture of `shape` (height, width)."""
     return np.empty((3, *shape), dtype=np.uint8)
 
 
@@ -137,17 +149,17 @@ def _pictures(
     threads: int,
     broken: Broken,
     problems: list[Problem] | None,
-    room: Callable[[int, tuple[int, int]], Picture] = _own,
+    memory_for: Callable[[int, tuple[int, int]], Picture] = _new_memory,
 ) -> Iterator[tuple[int, Picture]]:
-    """`(index, [3, H, W])` for every one of `indices` (rising, no repetition), in this order; none is left out.
+    """Give `(index, picture [3, H, W])` for each of `indices` (rising, no repetition), in this order; none is left out.
 
-    `room(k, (H, W))`: memory for the k-th.
+    `memory_for(k, (H, W))` gives the memory that the k-th picture is written to.
     """
     table = frame_table(path)
     if len(indices) and not 0 <= indices[0] <= indices[-1] < len(table.pts):
         what = f"frames {indices[0]} to {indices[-1]} were asked for, it has {len(table.pts)}"
         raise TensorkeepError(what, where=path, hint="frame counts of the annotation and the file differ")
-    said = problems if problems is not None else []
+    found = problems if problems is not None else []
     # one for all frames: setting one up costs more than using it
     reformatter = import_av().video.reformatter.VideoReformatter()
     last: Picture | None = None
@@ -158,19 +170,19 @@ def _pictures(
             what = f"frame {index} {'cannot be decoded' if frame is None else 'is damaged'}"
             if broken == "error":
                 raise TensorkeepError(what, where=path, hint=MEND)
-            said.append(Problem("warning", "damaged video", Path(path).stem, what))
+            found.append(Problem("warning", "damaged video", Path(path).stem, what))
         if frame is None and last is None:
             waiting.append(index)
             continue
         shape = shape or _target(frame, size)
-        made = room(k, shape)
+        made = memory_for(k, shape)
         if frame is not None:
             _paint(reformatter, frame, made)
         elif last is not None:
             made[...] = last
         last = made
         for number, early in enumerate(waiting):
-            repeated = room(number, shape)
+            repeated = memory_for(number, shape)
             repeated[...] = last
             yield early, repeated
         waiting = []
@@ -182,7 +194,10 @@ def _pictures(
 def _frames(
     path: str | Path, table: FrameTable, indices: NDArray[np.int64], threads: int, broken: Broken
 ) -> Iterator[tuple[int, Any, bool]]:
-    """`(index, PyAV frame or None, damaged)` in rising order. What does not come is looked for once more from the start."""
+    """Give `(index, PyAV frame or None, damaged)` in rising order.
+
+    A frame that does not come out is looked for once more from the start of the file.
+    """
     tries = 3  # a file in which this many searches were in vain is damaged; it is not searched again and again
     with opened(path, threads) as (container, stream):
         for index, frame, damaged in _reach(container, stream, table, indices, broken, path):
@@ -204,7 +219,7 @@ def _reach(
     *,
     from_start: bool = False,
 ) -> Iterator[tuple[int, Any, bool]]:
-    """As `_frames`, once: keyframe by keyframe, or `from_start` with every picture decoded."""
+    """Go through the file once, as `_frames`: from keyframe to keyframe, or `from_start` with every picture decoded."""
     simple = from_start or table.counted
     runs = [(-1, indices.tolist())] if simple else _runs(table, indices)
     skips = not simple and stream.codec_context.name in _DISPOSABLE
@@ -216,9 +231,8 @@ def _reach(
         place, damaged = 0, False
         for count, frame in enumerate(_decoded(container, stream, wanted, skips, broken, path)):
             stamp = count if table.counted else frame.pts
-            if since is None or (
-                stamp is not None and stamp >= since
-            ):  # pictures before the keyframe lack what they need
+            # pictures before the keyframe lack what they refer to
+            if since is None or (stamp is not None and stamp >= since):
                 damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
             index = wanted.get(stamp)
             if index is None or index < run[place]:
@@ -237,7 +251,10 @@ def _reach(
 def _decoded(
     container: Any, stream: Any, wanted: dict[int, int], skips: bool, broken: Broken, path: str | Path
 ) -> Iterator[Any]:
-    """Pictures from here on, in the order of presentation; those not wanted and not referred to may be left out."""
+    """Decode pictures from here on, in the order they are shown.
+
+    With `skips` those that are neither wanted nor referred to by others may be left out.
+    """
     av, context, skipping = import_av(), stream.codec_context, False
     for packet in container.demux(stream):
         skip = skips and packet.pts is not None and packet.pts not in wanted
@@ -251,8 +268,10 @@ def _decoded(
 
 
 def _runs(table: FrameTable, indices: NDArray[np.int64]) -> list[tuple[int, list[int]]]:
-    """`(keyframe, frames)`: frames that are decoded in one go from a keyframe on; a gap of whole keyframe intervals
-    starts the next run."""
+    """Split frames into runs `(keyframe, frames)`, each decoded in one go from its keyframe on.
+
+    A gap of whole keyframe intervals starts the next run.
+    """
     keys = np.maximum(np.searchsorted(table.key_pts, table.pts[indices], side="right") - 1, 0)
     runs: list[tuple[int, list[int]]] = []
     previous = -2
@@ -265,6 +284,7 @@ def _runs(table: FrameTable, indices: NDArray[np.int64]) -> list[tuple[int, list
 
 
 def _torchcodec_frames(path: str | Path, wanted: NDArray[np.int64], size: Size, threads: int) -> Tensor:
+    """Decode frames with torchcodec: uint8 `[T, 3, H, W]`."""
     try:
         decoders = importlib.import_module("torchcodec.decoders")
     except (ImportError, RuntimeError, OSError) as error:  # it fails in each of these ways where FFmpeg does not fit
@@ -280,16 +300,17 @@ def _torchcodec_frames(path: str | Path, wanted: NDArray[np.int64], size: Size, 
 
 
 def _target(frame: Any, size: Size) -> tuple[int, int]:
-    """Height and width as shown, after rotation."""
+    """Return height and width of a frame as it will be shown, after rotation and scaling."""
     height, width = frame.height, frame.width
     return fitted(width, height, size) if quarter_turn(frame.rotation) % 180 else fitted(height, width, size)
 
 
 def fitted(height: int, width: int, size: Size) -> tuple[int, int]:
-    """Height and width of a picture whose short side becomes `size`, its shape kept; or `size` itself, or as it was.
+    """Return the height and width that a picture gets: `size` for its shorter side, or `size` itself, or as it was.
 
-    >>> fitted(180, 320, 90)
-    (90, 160)
+    Example:
+        >>> fitted(180, 320, 90)
+        (90, 160)
     """
     if size is None:
         return height, width
@@ -300,7 +321,7 @@ def fitted(height: int, width: int, size: Size) -> tuple[int, int]:
 
 
 def _paint(reformatter: Any, frame: Any, out: Picture) -> None:
-    """The frame into `out [3, H, W]`, scaled to its size, turned as it is meant to be seen."""
+    """Write a frame to `out [3, H, W]`, scaled to its size and turned as it is meant to be seen."""
     turn = quarter_turn(frame.rotation)
     height, width = out.shape[1:] if turn % 180 == 0 else out.shape[:0:-1]
     # libswscale's unscaled way to planes leaves the last columns of widths that are no multiple of 8 unwritten

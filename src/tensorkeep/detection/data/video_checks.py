@@ -17,12 +17,19 @@ _DRIFT = 0.5  # seconds
 
 
 def check_video(path: str | Path, video: Video | None = None, *, thorough: bool = False) -> list[Problem]:
-    """What is odd about a file, and about the annotation that goes with it; `thorough` decodes all of it and looks at every frame's time.
+    """List what is odd about a video file and about the annotation that goes with it.
 
-    A file that cannot be read is one error in the list.
+    Args:
+        path: a video file; one that cannot be read is one error in the list.
+        video: its annotation, to be compared with the file; None: only the file is looked at.
+        thorough: also decode every frame, and look at when each is shown.
 
-    >>> check_video("v_001.mp4", annotations.videos["v_001"])  # doctest: +SKIP
-    [Problem(severity='warning', kind='frame count', video='v_001', message='...')]
+    Returns:
+        One problem for each thing found; none where the file is sound.
+
+    Example:
+        >>> check_video("v_001.mp4", annotations.videos["v_001"])  # doctest: +SKIP
+        [Problem(severity='warning', kind='frame count', video='v_001', message='...')]
     """
     name = video.name if video is not None else Path(path).stem
     problems: list[Problem] = []
@@ -40,7 +47,7 @@ def check_video(path: str | Path, video: Video | None = None, *, thorough: bool 
 
 
 def _unsteady(path: str | Path, info: VideoInfo) -> Iterator[Problem]:
-    """A variable frame rate: seconds of the annotation are turned into frames as if it were constant."""
+    """Look for a variable frame rate; annotated seconds are turned into frames as if the rate were constant."""
     table = frame_table(path)
     if table.counted:
         return
@@ -54,6 +61,7 @@ def _unsteady(path: str | Path, info: VideoInfo) -> Iterator[Problem]:
 
 
 def _disagreements(info: VideoInfo, video: Video) -> Iterator[Problem]:
+    """Compare the frame count and the duration of a file with those of its annotation."""
     if video.frames and video.frames != info.frames:
         message = f"the annotation counts {video.frames} frames, the file has {info.frames}"
         away = abs(video.frames - info.frames) / info.fps

@@ -1,4 +1,4 @@
-"""Where the windows of a long video lie, which frames they show, and what of the annotation falls into them.
+"""Place windows over a long video: which frames each shows, and which annotated segments fall into it.
 
 A *snippet* is one step of the feature grid: snippets start at frames 0, s, 2s, ... (s = `snippet_stride`). A window
 covers `size` snippets; the next begins (1 - overlap) * size later; the one that would pass the end is moved back so
@@ -21,7 +21,15 @@ Ints = NDArray[np.int64]
 
 
 class Window(NamedTuple):
-    """`size` snippets from `first` (`valid` of them real): `frames` [size * scale] to decode, `mask` [size]."""
+    """One window over a video.
+
+    Attributes:
+        first: its first snippet.
+        last: its last snippet that lies in the video.
+        start_frame: the frame at which it begins.
+        frames: [size * scale] numbers of the frames to decode.
+        mask: [size], True for snippets that lie in the video, False for padding.
+    """
 
     first: int
     last: int
@@ -31,10 +39,11 @@ class Window(NamedTuple):
 
 
 def count_snippets(frames: int, snippet_stride: int) -> int:
-    """Number of snippets of a video of `frames` frames: a last, shorter one counts.
+    """Return the number of snippets of a video of `frames` frames; a last, shorter one counts.
 
-    >>> count_snippets(9, 4)
-    3
+    Example:
+        >>> count_snippets(9, 4)
+        3
     """
     if frames < 1 or snippet_stride < 1:
         raise TensorkeepError(f"frames {frames} and snippet stride {snippet_stride} must be at least 1")
@@ -42,10 +51,22 @@ def count_snippets(frames: int, snippet_stride: int) -> int:
 
 
 def place_windows(snippets: int, size: int, overlap: float) -> list[tuple[int, int]]:
-    """First and one-past-last snippet of every window over `snippets` snippets.
+    """Place windows of `size` snippets over a video of `snippets` snippets.
 
-    >>> place_windows(100, 40, 0.5)
-    [(0, 40), (20, 60), (40, 80), (60, 100)]
+    Args:
+        snippets: length of the video.
+        size: length of a window.
+        overlap: part of a window that the next one repeats, in [0, 1).
+
+    Returns:
+        First and one-past-last snippet of each window.
+
+    Raises:
+        TensorkeepError: The numbers leave no window, or no step from one to the next.
+
+    Example:
+        >>> place_windows(100, 40, 0.5)
+        [(0, 40), (20, 60), (40, 80), (60, 100)]
     """
     if snippets < 1 or size < 1 or not 0 <= overlap < 1:
         raise TensorkeepError(
@@ -63,13 +84,23 @@ def place_windows(snippets: int, size: int, overlap: float) -> list[tuple[int, i
 
 
 def make_window(bounds: tuple[int, int], frames: int, *, size: int, snippet_stride: int, scale: int = 1) -> Window:
-    """The window that covers snippets `bounds`, padded to `size` by repeating its last frame.
+    """Make the window that covers snippets `bounds`, padded to `size` by repeating its last frame.
 
-    `scale` frames are decoded for every snippet, snippet_stride / scale frames apart. A video's last snippet may be
-    cut: its frames past the end are the last sampled frame again.
+    A video's last snippet may be cut: its frames past the end are the last sampled frame again.
 
-    >>> make_window((0, 3), 10, size=4, snippet_stride=4).frames
-    array([0, 4, 8, 8])
+    Args:
+        bounds: first and one-past-last snippet.
+        frames: number of frames of the video.
+        size: snippets of a window.
+        snippet_stride: frames from one snippet to the next.
+        scale: frames decoded for every snippet, snippet_stride / scale frames apart.
+
+    Raises:
+        TensorkeepError: `scale` does not divide `snippet_stride`.
+
+    Example:
+        >>> make_window((0, 3), 10, size=4, snippet_stride=4).frames
+        array([0, 4, 8, 8])
     """
     first, stop = bounds
     if snippet_stride % scale:
@@ -82,10 +113,13 @@ def make_window(bounds: tuple[int, int], frames: int, *, size: int, snippet_stri
 
 
 def segment_frames(segments: Floats, *, duration: float, frames: int) -> Floats:
-    """Frame numbers [N, 2] of segments in seconds: floor(seconds / duration * frames), as OpenTAD counts for THUMOS.
+    """Turn segments [N, 2] in seconds into frame numbers [N, 2]: floor(seconds / duration * frames).
 
-    >>> segment_frames(np.array([[1.0, 2.5]]), duration=10, frames=25)
-    array([[2., 6.]])
+    This is how OpenTAD counts for THUMOS. `duration` is in seconds.
+
+    Example:
+        >>> segment_frames(np.array([[1.0, 2.5]]), duration=10, frames=25)
+        array([[2., 6.]])
     """
     if duration <= 0 or frames < 1:
         raise TensorkeepError(f"duration {duration} and frames {frames} must be above 0")
@@ -95,13 +129,22 @@ def segment_frames(segments: Floats, *, duration: float, frames: int) -> Floats:
 def clip_to_window(
     segments: Floats, window: Window, *, snippet_stride: int, completeness: float = 0.75, offset: float = 0.0
 ) -> tuple[Floats, Ints]:
-    """What of segments [N, 2] in frames lies in a window: [M, 2] in its grid steps, and which of the N these are.
+    """Keep the segments that lie in a window, cut to it.
 
-    A segment stays if more than `completeness` of it lies between the first frames of the first and the last snippet;
-    it is cut to these.
+    Args:
+        segments: [N, 2] in frames of the video.
+        window: the window; it reaches from the first frame of its first snippet to that of its last.
+        snippet_stride: frames from one snippet (grid step) to the next.
+        completeness: a segment stays if more than this part of it lies in the window.
+        offset: frame that grid step 0 stands for.
 
-    >>> clip_to_window(np.array([[4.0, 8.0]]), make_window((0, 8), 32, size=8, snippet_stride=4), snippet_stride=4)[0]
-    array([[1., 2.]])
+    Returns:
+        [M, 2] in grid steps of the window, and the indices [M] of these segments among the N.
+
+    Example:
+        >>> window = make_window((0, 8), 32, size=8, snippet_stride=4)
+        >>> clip_to_window(np.array([[4.0, 8.0]]), window, snippet_stride=4)[0]
+        array([[1., 2.]])
     """
     low, high = window.start_frame, window.last * snippet_stride
     cut = np.clip(segments, low, high)
@@ -112,12 +155,13 @@ def clip_to_window(
 
 
 def resized_frames(frames: int, length: int, scale: int = 1) -> Ints:
-    """The `length * scale` frames, evenly spread, that show a whole video of `frames` frames.
+    """Choose `length * scale` evenly spread frames that show a whole video of `frames` frames.
 
     Frame i is round((i + 0.5) * step - 0.5), half to even, with step = frames / (length * scale).
 
-    >>> resized_frames(8, 4)
-    array([0, 2, 4, 6])
+    Example:
+        >>> resized_frames(8, 4)
+        array([0, 2, 4, 6])
     """
     if frames < 1 or length < 1 or scale < 1:
         raise TensorkeepError(f"frames {frames}, length {length}, scale {scale} must be at least 1")
@@ -126,10 +170,11 @@ def resized_frames(frames: int, length: int, scale: int = 1) -> Ints:
 
 
 def resized_segments(segments: Floats, *, duration: float, length: int) -> NDArray[np.float32]:
-    """Grid steps [N, 2] of segments in seconds, for a video resized to `length` steps.
+    """Turn segments [N, 2] in seconds into grid steps [N, 2] of a video resized to `length` steps.
 
-    >>> resized_segments(np.array([[2.5, 20.0]]), duration=10, length=16)
-    array([[ 4., 16.]], dtype=float32)
+    Example:
+        >>> resized_segments(np.array([[2.5, 20.0]]), duration=10, length=16)
+        array([[ 4., 16.]], dtype=float32)
     """
     if duration <= 0 or length < 1:
         raise TensorkeepError(f"duration {duration} must be above 0 and length {length} at least 1")

@@ -1,4 +1,4 @@
-"""Attention as two functions, so that a hand-written backward can keep its output and skip the second forward.
+"""Attention as a forward and a backward function, so that a backward written by hand need not run the forward again.
 
 Floors for n chunks of L tokens and width C: 4 n L^2 C FLOPs forward and 10 n L^2 C backward, at 790 TFLOP/s.
 Kernels: flash everywhere it can run, cuDNN's on Hopper unless deterministic algorithms are asked for; where neither
@@ -17,19 +17,25 @@ _ATEN = torch.ops.aten
 
 
 class Attended(NamedTuple):
-    """Output `[n, heads, L, d]` and what else the kernel's backward reads."""
+    """The result of attention, with what the kernel's backward reads.
+
+    Attributes:
+        kernel: as `choose_kernel` names it.
+        out: `[n, heads, L, d]`.
+        rest: what else the kernel gave for its backward.
+    """
 
     kernel: str
     out: Tensor
     rest: tuple[Any, ...]
 
     def tensors(self) -> list[Tensor]:
-        """What must be kept for the backward."""
+        """Return the tensors that must be kept for the backward."""
         return [self.out, *(x for x in self.rest if isinstance(x, Tensor))]
 
 
 def choose_kernel(q: Tensor) -> str:
-    """`cudnn`, `flash`, `cpu` or `any`, for `q [n, heads, L, d]`."""
+    """Choose the kernel for `q [n, heads, L, d]`: "cudnn", "flash", "cpu" or "any"."""
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return "cpu"
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 128:
@@ -39,7 +45,7 @@ def choose_kernel(q: Tensor) -> str:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Attended:
-    """Attention without gradient tracking; `q, k, v [n, heads, L, d]`, any strides."""
+    """Compute attention without tracking gradients; `q, k, v [n, heads, L, d]`, any strides."""
     if kernel == "cpu":
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return Attended(kernel, out, (lse,))
@@ -53,7 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Attended:
 
 
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, done: Attended) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v, each `[n, heads, L, d]`, from `grad` at the output."""
     if done.kernel == "cpu":
         found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, done.out, done.rest[0], 0.0, False

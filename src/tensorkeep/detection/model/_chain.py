@@ -1,10 +1,11 @@
-"""A whole ViT as one operation of autograd, so that what lives on the GPU, and how long, is decided here.
+"""Run a whole ViT as one operation of autograd, so that this module decides what lives on the GPU, and how long.
 
 Floor, with u = the bytes of one stream `[N, L, C]` and d blocks, for a step that trains adapters over a frozen trunk:
 20 bytes a trainable parameter (weight, gradient, two moments, average), the frozen weights (2 bytes each, 0.52 in
 nf4, and one block's dense copy), the block inputs that are kept, and the working set of one block's backward: its
 input, the gradient that flows, the adapter's output and three quarter-width tensors of it, one gradient (5 u), with
-one piece of some chunks inside attention and MLP (`recompute.SEGMENT_ELEMENTS`, about 32 bytes an element). Kept are
+one piece of some chunks inside attention and MLP (`_recompute.SEGMENT_ELEMENTS`, about 32 bytes an element).
+Which block inputs are kept depends on `checkpointing`:
 
 * `segments`: d u, and no forward twice but what the backward reads;
 * `two_level`: m u with m (m + 1) / 2 >= d - 1, so 9 u of 40: the inputs of the groups whose lengths fall from the
@@ -37,10 +38,11 @@ Again = Callable[[int, Tensor], Tensor]  # runs link i again from its input
 
 
 def group_starts(count: int) -> list[int]:
-    """First links of the groups of `two_level`: lengths 1, 2, 3, .. from the back, the rest in front.
+    """Return the first link of each group of `two_level`: groups of 1, 2, 3, .. links from the back, the rest in front.
 
-    >>> group_starts(11)
-    [0, 1, 5, 8, 10]
+    Example:
+        >>> group_starts(11)
+        [0, 1, 5, 8, 10]
     """
     starts, length = [], 1
     while count > 0:
@@ -51,9 +53,9 @@ def group_starts(count: int) -> list[int]:
 
 
 class HostStore:
-    """Pinned main memory and the stream that copies to and from it; reused from step to step.
+    """Pinned main memory, and the CUDA stream that copies to and from it; reused from step to step.
 
-    A copy or a pickle of it is a fresh one. Memory is mapped and registered here: torch's own pinned memory is
+    A copy or a pickle of it starts empty. Memory is mapped and registered here: torch's own pinned memory is
     rounded up to a power of two, which would double it.
     """
 
@@ -67,7 +69,11 @@ class HostStore:
         return HostStore, ()
 
     def take(self, size: int) -> Tensor:
-        """At least `size` pinned bytes, with anything in them. Raises TensorkeepError where none can be had."""
+        """Return at least `size` pinned bytes, with anything in them.
+
+        Raises:
+            TensorkeepError: No more memory can be pinned.
+        """
         for index, buffer in enumerate(self.free):
             if buffer.nbytes >= size:
                 return self.free.pop(index)
@@ -82,7 +88,7 @@ class HostStore:
         return buffer
 
     def side(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream of the copies."""
+        """Return the stream that the copies run on."""
         if self.stream is None or self.stream.device != device:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self.stream
@@ -98,14 +104,16 @@ def _unregister(buffers: list[Tensor]) -> None:
 
 
 def _no_memory(size: int, why: str) -> TensorkeepError:
+    """Make the error for memory that cannot be pinned."""
     what = f"{size / 2**20:.0f} MiB of main memory cannot be pinned for a block's input ({why})"
     return TensorkeepError(what, where="vit.checkpointing", hint="checkpointing: two_level keeps less, and on the GPU")
 
 
-class Kept:
-    """The inputs of a chain's links between forward and backward: of groups, or with a `host` of all, there.
+class KeptInputs:
+    """The inputs of a chain's links that are kept between forward and backward.
 
-    Without a GPU there is nowhere to put anything: a `host` then means that all stay where they are.
+    Without a `host` they are those of each group's first link, on the GPU; with one they are all, in main memory.
+    Without a GPU there is nothing to move: a `host` then means that all are kept where they are.
     """
 
     def __init__(self, host: HostStore | None) -> None:
@@ -117,14 +125,14 @@ class Kept:
         self.moving: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
     def begin(self, count: int, x: Tensor) -> None:
-        """Before the forward of `count` links, all with inputs of the form of `x`."""
+        """Get ready for the forward of `count` links, whose inputs all have the shape and dtype of `x`."""
         self.like = torch.empty_like(x, device="meta")
         self.device = x.device
         self.host = self.host if x.is_cuda else None
         self.starts = set(range(count) if self.everything else group_starts(count))
 
     def put(self, index: int, x: Tensor) -> None:
-        """Keep the input of link `index`, or do not, as is the plan."""
+        """Keep the input of link `index` where the plan says so."""
         if self.host is None:
             if index in self.starts:
                 self.inputs[index] = x
@@ -136,13 +144,16 @@ class Kept:
         self.moving[index] = (x, event)
 
     def settle(self) -> None:
-        """What was on its way to main memory is there, for all that comes later on this stream."""
+        """Let the current stream wait until all that is on its way to main memory has arrived."""
         for x, event in self.moving.values():
             torch.cuda.current_stream(x.device).wait_event(event)
         self.moving.clear()
 
     def get(self, index: int, again: Again) -> Tensor:
-        """The input of link `index`, given up; called from the last link to the first, in the backward."""
+        """Hand over the input of link `index`, which is then no longer kept.
+
+        Called in the backward, from the last link to the first. `again(i, x)` runs link i from its input.
+        """
         if self.host is not None:
             self._fetch(index, self.host)
             x, event = self.moving.pop(index)
@@ -158,6 +169,7 @@ class Kept:
         return self.inputs.pop(index)
 
     def _fetch(self, index: int, host: HostStore) -> None:
+        """Begin to copy the input of link `index` back to the GPU."""
         if index in self.moving:
             return
         if index not in self.buffers:
@@ -167,6 +179,7 @@ class Kept:
         host.free.append(buffer)  # whoever takes it writes on the same stream, later
 
     def _copy(self, host: HostStore, to: Tensor, x: Tensor) -> torch.cuda.Event:
+        """Begin to copy `x` to `to` on the side stream; the event tells when it is done."""
         side = host.side(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -175,6 +188,7 @@ class Kept:
         return event
 
     def _form(self, buffer: Tensor) -> Tensor:
+        """Return bytes as a tensor of the inputs' shape and dtype."""
         return buffer[: self.like.nbytes].view(self.like.dtype).view(self.like.shape)
 
     def __del__(self) -> None:
@@ -184,15 +198,21 @@ class Kept:
 
 
 def _gone() -> TensorkeepError:
+    """Make the error for a second backward through the same graph."""
     hint = "run the forward again, or use checkpointing: segments with retain_graph"
     return TensorkeepError("a backward went through this graph already", where="vit.checkpointing", hint=hint)
 
 
-def run_chain(links: Sequence[Bound], stream: list[Tensor], kept: Kept, own: bool) -> Tensor:
-    """The tensor in `stream`, `[N, L, C]`, through `links` in order; `stream` is emptied, so that it can be freed.
+def run_chain(links: Sequence[Bound], stream: list[Tensor], kept: KeptInputs, own: bool) -> Tensor:
+    """Run the tensor in `stream`, `[N, L, C]`, through `links` in order.
 
-    Links in front of all that trains run forward only. `own`: the gradient that comes back is nobody else's and may
-    be overwritten.
+    Links in front of all that trains run forward only.
+
+    Args:
+        links: the parts, each with those of its parameters that train.
+        stream: a list of one tensor; it is emptied, so that the tensor can be freed.
+        kept: decides which inputs are kept.
+        own: whether the gradient that comes back belongs to nobody else and may be overwritten.
     """
     x = stream.pop()
     first = 0
@@ -213,11 +233,13 @@ def run_chain(links: Sequence[Bound], stream: list[Tensor], kept: Kept, own: boo
 
 
 class _Chain(torch.autograd.Function):
+    """Links in a row as one operation: the forward keeps some inputs, the backward runs link by link from the end."""
+
     @staticmethod
     def forward(
         ctx: Any,
         links: Sequence[Bound],
-        kept: Kept,
+        kept: KeptInputs,
         own: bool,
         box: list[Tensor],
         _lead: Tensor | None,

@@ -1,4 +1,4 @@
-"""Segments of a ViT whose linears are frozen, with a backward written by hand.
+"""Parts of a ViT whose linears are frozen, with a backward written by hand.
 
 A frozen linear needs its weight for the backward, not its input. So nothing is kept of a block but the input of the
 adapter before it (and, where memory allows, the attention output), and the backward recomputes only what it reads:
@@ -9,8 +9,8 @@ read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all t
 Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
 n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m). The row operations and
 GELU move about 68 n C elements more, at 4.3 TB/s, adapter included. For a whole ViT-L (24 blocks, n = 76,800) that is
-197 + 60 ms; measured on an H200 (2026-11-21, torch 2.11): about 340 ms. Of the 83 ms between, attention is 50 (cuDNN's kernel
-reaches 290 TFLOP/s at L = 800, d = 64), the matrix products 20 (690 TFLOP/s).
+197 + 60 ms; measured on an H200 (2026-11-21, torch 2.11): about 340 ms. Of the 83 ms between, attention is 50 (cuDNN's
+kernel reaches 290 TFLOP/s at L = 800, d = 64), the matrix products 20 (690 TFLOP/s).
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ Branch = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FrozenTrunk:
-    """Attention and MLP of one block, none of whose weights train; `qkv`, `proj`, `fc1`, `fc2`: weight and bias."""
+    """Attention and MLP of one block, none of whose weights train.
+
+    Attributes:
+        norm1, norm2: the layer norms before attention and MLP.
+        qkv, proj, fc1, fc2: weight and bias of the linears.
+        heads: of the attention.
+    """
 
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
@@ -44,7 +50,7 @@ class FrozenTrunk:
     heads: int
 
     def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[n, L, C]` to q, k, v, each `[n, heads, L, d]`, views of one tensor."""
+        """Return q, k and v of `[n, L, C]`, each `[n, heads, L, d]`, views of one tensor."""
         n, length, _ = normed.shape
         q, k, v = F.linear(normed, *self.qkv).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return q, k, v
@@ -52,7 +58,10 @@ class FrozenTrunk:
     def forward(
         self, x: Tensor, branch: Tensor | None, kept: Sequence[Tensor | None], out: Tensor, keep: bool
     ) -> Attended | None:
-        """Writes the block of `x + branch` to `out`; returns the attention's part where asked. All `[n, L, C]`."""
+        """Write the block's output for the input `x + branch` to `out`; all are `[n, L, C]`.
+
+        `kept`: drop path's factors `[n, 1, 1]` of attention and MLP. Returns the attention where `keep` asks for it.
+        """
         x, normed = add_norm(x, branch, None, self.norm1)
         q, k, v = self.heads_of(normed)
         done = attend(q, k, v, choose_kernel(q))
@@ -74,8 +83,10 @@ class FrozenTrunk:
         grad: Tensor,
         out: Tensor,
     ) -> None:
-        """Writes the gradient with respect to `x + branch` to `out`, from `grad` at the block's output; `out` may be
-        `grad`."""
+        """Write the gradient of `x + branch` to `out`, from `grad` at the block's output; all are `[n, L, C]`.
+
+        `done`: the attention that the forward kept, or None. `out` may be `grad`.
+        """
         x, first = add_norm(x, branch, None, self.norm1)
         heads = None
         if done is None:
@@ -100,24 +111,30 @@ class FrozenTrunk:
 
 
 def attention_kept(width: int) -> float:
-    """Part of the blocks whose attention output is kept: of all tensors it saves the most time for its bytes.
+    """Return the part of the blocks whose attention output is kept, for a ViT of this width.
 
-    A narrow ViT keeps none: there it saves little, and the head already takes most of the memory.
+    Of all tensors the attention output saves the most time for its bytes. A narrow ViT keeps none: there it saves
+    little, and the head already takes most of the memory.
     """
     return 0.6 if width > 512 else 0.0
 
 
 def _joined(x: Tensor) -> Tensor:
-    """`[n, heads, L, d] -> [n, L, C]`, without a copy for the layout that the kernels write."""
+    """Join the heads, `[n, heads, L, d] -> [n, L, C]`, without a copy for the layout that the kernels write."""
     return x.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True)
-class Segment:
-    """What hangs between two kept tensors: `x + branch(x)` over all chunks, then `trunk`, `size` chunks at a time.
+class FrozenLink:
+    """An adapter and the frozen attention and MLP after it: `trunk(x + branch(x))`, as a `Link` with its own backward.
 
-    `trunk`: makes the weights ready, for one pass; None: there is nothing after the branch. `keep`: whether the
-    attention output is kept; `random`: whether `branch` draws random numbers.
+    Attributes:
+        branch: what the adapter adds, over all chunks at once; None: no adapter.
+        trunk: makes the block's weights ready for one pass; None: nothing comes after the adapter.
+        kept: drop path's factors `[N, 1, 1]` of attention and MLP.
+        size: chunks that go through the trunk at a time.
+        keep: whether the attention output is kept for the backward.
+        random: whether `branch` draws random numbers.
     """
 
     branch: Branch | None
@@ -128,7 +145,7 @@ class Segment:
     random: bool
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Attended]]:
-        """`[N, L, C] -> [N, L, C]`, and each piece's attention where it is to be kept."""
+        """Return the output `[N, L, C]` for `x [N, L, C]`, and each piece's attention where it is to be kept."""
         branch = self.branch(x) if self.branch is not None else None
         if self.trunk is None:
             return x if branch is None else x + branch, []
@@ -142,7 +159,7 @@ class Segment:
     def backward(
         self, x: Tensor, parameters: Sequence[Tensor], held: Sequence[Attended], grad: Tensor, wants_x: bool, own: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """See `Link.backward`."""
+        """Return the gradients of `x` and `parameters`, as `Link.backward` says."""
         with torch.autocast(x.device.type, enabled=False):
             if self.branch is None:
                 return self._below(x, None, held, grad, own), []
@@ -160,7 +177,7 @@ class Segment:
         return (back.add_(lead) if own or back is not grad else lead.add_(back)), found
 
     def _below(self, x: Tensor, branch: Tensor | None, held: Sequence[Attended], grad: Tensor, own: bool) -> Tensor:
-        """Gradient with respect to `x + branch`; written over `grad` where that is allowed."""
+        """Return the gradient of `x + branch`; it overwrites `grad` where that is allowed."""
         if self.trunk is None:
             return grad
         trunk, out = self.trunk(), grad if own else torch.empty_like(x)
@@ -170,6 +187,7 @@ class Segment:
         return out
 
     def _kept(self, part: slice) -> list[Tensor | None]:
+        """Return drop path's factors of some chunks."""
         return [_cut(factor, part) for factor in self.kept]
 
 
@@ -177,23 +195,25 @@ def _cut(x: Tensor | None, part: slice) -> Tensor | None:
     return None if x is None else x[part]
 
 
-def run_frozen(segment: Segment, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """`x [N, L, C]` through `segment`; `parameters` are those of its branch that may train."""
+def run_frozen(link: FrozenLink, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Run `x [N, L, C]` through `link`; `parameters` are those of its adapter that may train."""
     trainable = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
         with torch.no_grad():
-            return segment.forward(x)[0]
-    out: Tensor = _Frozen.apply(segment, x, *trainable)  # type: ignore[no-untyped-call]
+            return link.forward(x)[0]
+    out: Tensor = _Frozen.apply(link, x, *trainable)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Frozen(torch.autograd.Function):
+    """A `FrozenLink` as one operation of autograd."""
+
     @staticmethod
-    def forward(ctx: Any, segment: Segment, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.segment = segment
-        ctx.random = random_state(x) if segment.random else None
+    def forward(ctx: Any, link: FrozenLink, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.link = link
+        ctx.random = random_state(x) if link.random else None
         ctx.save_for_backward(x, *parameters)
-        out, ctx.held = segment.forward(x)
+        out, ctx.held = link.forward(x)
         return out
 
     @staticmethod
@@ -201,7 +221,7 @@ class _Frozen(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         with replay(x, ctx.random):
             grad = grads[0].contiguous()
-            lead, found = ctx.segment.backward(x, parameters, ctx.held, grad, ctx.needs_input_grad[1], False)
+            lead, found = ctx.link.backward(x, parameters, ctx.held, grad, ctx.needs_input_grad[1], False)
         return (None, lead, *found)
 
 
@@ -218,13 +238,13 @@ def _has_triton() -> bool:
 
 
 def _on_gpu(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these: rows side by side, on a GPU that has Triton."""
+    """Return whether the Triton kernels take these tensors: contiguous, on a GPU, with Triton installed."""
     present = [t for t in tensors if t is not None]
     return all(t.is_cuda and t.is_contiguous() for t in present) and _has_triton()
 
 
 def add_norm(x: Tensor, branch: Tensor | None, kept: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """`total = x + kept * branch` and `norm(total)`, each `[n, L, C]`; `kept [n, 1, 1]` or None: all."""
+    """Return `total = x + kept * branch` and `norm(total)`, each `[n, L, C]`; `kept [n, 1, 1]`, None: 1."""
     if _on_gpu(x, branch):
         from tensorkeep.detection.model import _row_kernels as row_kernels
 
@@ -238,7 +258,7 @@ def add_norm(x: Tensor, branch: Tensor | None, kept: Tensor | None, norm: nn.Lay
 
 
 def add_branch(x: Tensor, branch: Tensor, kept: Tensor | None, out: Tensor) -> None:
-    """`out = x + kept * branch`, each `[n, L, C]`; `kept [n, 1, 1]` or None: all."""
+    """Write `x + kept * branch` to `out`, each `[n, L, C]`; `kept [n, 1, 1]`, None: 1."""
     if _on_gpu(x, branch, out):
         from tensorkeep.detection.model import _row_kernels as row_kernels
 
@@ -252,9 +272,10 @@ def add_branch(x: Tensor, branch: Tensor, kept: Tensor | None, out: Tensor) -> N
 def norm_backward(
     grad: Tensor, x: Tensor, norm: nn.LayerNorm, residual: Tensor, kept: Tensor | None, out: Tensor
 ) -> None:
-    """`out = residual + kept * (gradient of norm at x, from grad)`; the weights of `norm` get none.
+    """Write `residual + kept * (gradient of norm at x, from grad)` to `out`; the weights of `norm` get no gradient.
 
-    `out` may be `residual`. Drop path's factor stands here, at the end of a branch's backward, which is linear.
+    All are `[n, L, C]`, `kept [n, 1, 1]`; `out` may be `residual`. Drop path's factor may stand here, at the end of a
+    branch's backward, since the backward is linear.
     """
     if _on_gpu(grad, x, residual, out):
         from tensorkeep.detection.model import _row_kernels as row_kernels

@@ -1,4 +1,4 @@
-"""Losses of the detection head, element by element: nothing is paired with everything, nothing is indexed away."""
+"""Losses of the detection head, each computed element by element on aligned predictions and targets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from torch import Tensor
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss, unreduced, float32: `alpha_t (1 - p_t)^gamma * BCE` (Lin et al. 2017, eq. 5).
+    """Return the sigmoid focal loss of every element: `alpha_t (1 - p_t)^gamma * BCE` (Lin et al. 2017, eq. 5).
 
-    `logits` and `targets` have one shape; targets may be soft (label smoothing): `p_t = p y + (1 - p)(1 - y)`.
+    Args:
+        logits: any shape.
+        targets: of the same shape, 0 to 1; soft ones (label smoothing) give `p_t = p y + (1 - p)(1 - y)`.
+        alpha: weight of the positive side.
+        gamma: how much well-classified elements are weighed down.
 
-    >>> focal_loss(torch.zeros(1), torch.ones(1))
-    tensor([0.0433])
+    Returns:
+        float32, of the same shape.
+
+    Example:
+        >>> focal_loss(torch.zeros(1), torch.ones(1))
+        tensor([0.0433])
     """
     logits, targets = logits.float(), targets.float()
     p = logits.sigmoid()
@@ -24,17 +32,18 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: floa
 
 
 def smooth_targets(targets: Tensor, smoothing: float) -> Tensor:
-    """`y (1 - e) + e / (K + 1)` for class targets `[..., K]`."""
+    """Smooth class targets `[..., K]`: `y (1 - e) + e / (K + 1)` with e = `smoothing`."""
     return targets * (1 - smoothing) + smoothing / (targets.shape[-1] + 1)
 
 
 def diou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
-    """`1 - DIoU` of aligned segments `[..., 2]`, unreduced, in `[0, 2)`; units cancel.
+    """Return `1 - DIoU` of aligned segments `[..., 2]`: `[...]`, in `[0, 2)`, without a unit.
 
     `DIoU = inter / max(union, eps) - d^2 / max(enclosing^2, eps)`, d the distance of the centres (Zheng et al. 2020).
 
-    >>> diou_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 2.0]]))
-    tensor([0.])
+    Example:
+        >>> diou_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor([0.])
     """
     inter, union, enclosing = _overlap(predicted, target)
     distance = (target.sum(-1) - predicted.sum(-1)) / 2
@@ -42,14 +51,14 @@ def diou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def giou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
-    """`1 - GIoU` of aligned segments `[..., 2]`, unreduced, in `[0, 2)` (Rezatofighi et al. 2019)."""
+    """Return `1 - GIoU` of aligned segments `[..., 2]`: `[...]`, in `[0, 2)` (Rezatofighi et al. 2019)."""
     inter, union, enclosing = _overlap(predicted, target)
     enclosing = enclosing.clamp(min=1e-7)  # with OpenTAD's own guards, so that degenerate segments agree too
     return 1 - (inter / union.clamp(min=eps) - (enclosing - union) / (enclosing + eps))
 
 
 def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths of intersection, union and enclosing segment, each `[...]`."""
+    """Return the lengths of intersection, union and enclosing segment, each `[...]`."""
     inter = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inter
     enclosing = torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])

@@ -1,4 +1,4 @@
-"""What a video transformer adds to pixels before its first block: normalised colours and the table of positions."""
+"""What comes before a video transformer's first block: normalised colours, and the table of positions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from tensorkeep.errors import TensorkeepError
 
 
 def sinusoid_table(length: int, channels: int) -> Tensor:
-    """Fixed position table `[1, length, channels]`, float32, computed in float64.
+    """Compute a fixed position table `[1, length, channels]`, float32, by way of float64.
 
     Angle `n / 10000^((j - j mod 2) / channels)`; even j sine, odd j cosine ("Attention is all you need", 3.5).
 
-    >>> sinusoid_table(2, 4)[0, 1]
-    tensor([0.8415, 0.5403, 0.0100, 0.9999])
+    Example:
+        >>> sinusoid_table(2, 4)[0, 1]
+        tensor([0.8415, 0.5403, 0.0100, 0.9999])
     """
     j = torch.arange(channels, dtype=torch.float64, device="cpu")
     n = torch.arange(length, dtype=torch.float64, device="cpu")
@@ -26,9 +27,20 @@ def sinusoid_table(length: int, channels: int) -> Tensor:
 
 
 def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
-    """Table `[1, t*g*g, C]` of grid `stored` resized to `grid`, each time slice bicubic (align_corners False).
+    """Resize a position table to another grid, each time slice bicubically (align_corners False).
 
     Runs without gradients: the table is fixed, and bicubic has no deterministic backward on CUDA.
+
+    Args:
+        table: `[1, t * h' * w', C]`.
+        stored: its grid (t, h', w').
+        grid: the grid (t, h, w) that is wanted.
+
+    Returns:
+        `[1, t * h * w, C]`.
+
+    Raises:
+        TensorkeepError: The two grids differ in t.
     """
     if stored == grid:
         return table
@@ -45,12 +57,13 @@ def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[in
 
 
 def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """`(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
+    """Return `(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
     centre, spread = _channel_constants(mean, std, frames.device)
     return (frames.float() - centre) / spread
 
 
 @lru_cache(maxsize=8)
 def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation as tensors `[3, 1, 1, 1]` on a device."""
     values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
     return values[0], values[1]

@@ -1,11 +1,12 @@
-"""Recomputation in segments: keep one tensor per block, and never hold a whole block's activations.
+"""Recompute a ViT in links: keep one tensor per block, and never hold a whole block's activations.
 
 The usual checkpoint of a block recomputes all of it at once, and those activations (a four times wider MLP, q, k, v)
 are then the memory peak. Attention and MLP of a chunk of frames do not depend on other chunks, only the adapter
-does. So a segment is an adapter with the attention and MLP that *follow* it: its input is all that is kept, and in
+does. So a *link* is an adapter with the attention and MLP that *follow* it: its input is all that is kept, and in
 the backward the adapter is recomputed once, the rest a few chunks at a time.
 
-`Link` is what such a segment offers, be it this general one or the hand-written one of `frozen`; `chain` runs many.
+`Link` is what each link offers: the general one here, and the one of `_frozen`, whose backward is written by hand;
+`_chain` runs many of them as one operation.
 """
 
 from __future__ import annotations
@@ -26,22 +27,32 @@ SEGMENT_COPIES = 20  # as many times the recomputed part is alive then, generous
 
 
 class Link(Protocol):
-    """A part of a network that can be run again from its input; `random`: whether it draws random numbers."""
+    """A part of a network that can be run again from its input."""
 
     @property
-    def random(self) -> bool: ...
+    def random(self) -> bool:
+        """Whether it draws random numbers."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Without gradients: the output, and what `backward` may be given to save it work."""
+        """Return the output `[N, L, C]` without gradients, and what `backward` may be given to save it work."""
 
     def backward(
         self, x: Tensor, parameters: Sequence[Tensor], held: Any, grad: Tensor, wants_x: bool, own: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of `x` (None unless wanted) and of `parameters`; `own`: `grad` may be overwritten."""
+        """Return the gradients of `x` and of `parameters`.
+
+        Args:
+            x: the input `[N, L, C]`.
+            parameters: those of the link that train.
+            held: what `forward` gave beside its output, or None.
+            grad: the gradient of the output.
+            wants_x: whether the gradient of `x` is wanted; else it is None.
+            own: whether `grad` may be overwritten.
+        """
 
 
 def part_size(x: Tensor, left: int) -> int:
-    """Chunks of `x [N, L, C]` recomputed at a time in a block with `left` blocks from it to the end.
+    """Return how many chunks of `x [N, L, C]` are recomputed at a time in a block with `left` blocks to the end.
 
     Large parts fill the GPU better. By the backward of an early block what the later ones kept is gone: one `x` each.
     """
@@ -50,14 +61,22 @@ def part_size(x: Tensor, left: int) -> int:
 
 
 def _autocast_state(device: str) -> tuple[bool, torch.dtype]:
-    """Whether autocast is on, and its dtype."""
+    """Return whether autocast is on, and its dtype."""
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 @dataclass(frozen=True)
-class Stages:
-    """`parts(whole(x))` by autograd. `whole` sees all chunks, `parts` treats the first axis item by item, `size` at a
-    time; autocast is that of the moment this is made."""
+class AutogradLink:
+    """The general link `parts(whole(x))`, whose backward is autograd's.
+
+    Attributes:
+        whole: sees all chunks.
+        parts: treats every chunk by itself, some at a time.
+        size: chunks that go through `parts` at a time.
+        random: whether it draws random numbers.
+        device: type of the device.
+        autocast: whether autocast was on when this was made, and its dtype.
+    """
 
     whole: Stage
     parts: Cut
@@ -70,7 +89,7 @@ class Stages:
         object.__setattr__(self, "autocast", _autocast_state(self.device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """`[N, L, C] -> [N, L, C]`."""
+        """Return the output for `x`, both `[N, L, C]`; nothing is kept for the backward."""
         with self._casting():
             middle = self.whole(x)
             pieces = [self.parts(middle[part], part) for part in slices(len(middle), self.size)]
@@ -79,7 +98,7 @@ class Stages:
     def backward(
         self, x: Tensor, parameters: Sequence[Tensor], held: None, grad: Tensor, wants_x: bool, own: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """See `Link.backward`."""
+        """Return the gradients of `x` and `parameters`, as `Link.backward` says."""
         leaf = x.detach().requires_grad_(wants_x)
         sums: list[Tensor | None] = [None] * len(parameters)
         with torch.enable_grad():
@@ -108,25 +127,28 @@ class Stages:
         return lead, sums
 
     def _casting(self) -> torch.autocast:
+        """Return the autocast that was on when this was made."""
         enabled, dtype = self.autocast
         return torch.autocast(self.device, dtype=dtype, enabled=enabled)
 
 
 def slices(count: int, size: int) -> list[slice]:
-    """`range(count)` cut into pieces of `size`; the last may be shorter."""
+    """Cut `range(count)` into pieces of `size`; the last may be shorter."""
     return [slice(start, min(count, start + size)) for start in range(0, count, size)]
 
 
 def run_segment(link: Link, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """`x [N, L, C]` through `link`, keeping nothing but `x` for the backward; `parameters`: those that may train."""
+    """Run `x [N, L, C]` through `link` and keep nothing but `x` for the backward; `parameters`: those that may train."""
     trainable = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
         return link.forward(x)[0]
-    out: Tensor = _Segment.apply(link, x, *trainable)  # type: ignore[no-untyped-call]
+    out: Tensor = _Recomputed.apply(link, x, *trainable)  # type: ignore[no-untyped-call]
     return out
 
 
-class _Segment(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
+    """A link as one operation of autograd."""
+
     @staticmethod
     def forward(ctx: Any, link: Link, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.link = link
@@ -143,6 +165,7 @@ class _Segment(torch.autograd.Function):
 
 
 def _add(sums: list[Tensor | None], found: Iterable[Tensor | None]) -> None:
+    """Add gradients to `sums`, in place; None stands for zero."""
     for index, grad in enumerate(found):
         if grad is not None:
             known = sums[index]
@@ -153,13 +176,13 @@ RandomState = tuple[Tensor, Tensor | None]
 
 
 def random_state(x: Tensor) -> RandomState:
-    """State of the generators that a computation on `x` draws from."""
+    """Return the state of the generators that a computation on `x` draws from."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
 
 
 @contextmanager
 def replay(x: Tensor, state: RandomState | None) -> Iterator[None]:
-    """Within it the generators are at `state` (None: untouched); afterwards where they were."""
+    """Set the generators to `state` for the body of the `with`, and back afterwards; with None they are left alone."""
     with torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=state is not None):
         if state is not None:
             torch.set_rng_state(state[0])

@@ -2,7 +2,7 @@
 """Triton kernels over the rows of `[rows, C]`: residual add with layer norm, and the backward of both.
 
 Each program holds some whole rows in registers and reads and writes every element once, with sums in float32 in a
-fixed order: equal inputs give equal bits. Imported by `fused` only where there is a GPU.
+fixed order: equal inputs give equal bits. Imported by `_frozen` only where there is a GPU.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def _norm_backward(
 
 
 def _grid(x: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
+    """Return the grid of programs, the number of rows, and the kernel's constants for `x [.., C]`."""
     width = x.shape[-1]
     columns = triton.next_power_of_2(width)
     rows = x.numel() // width
@@ -108,7 +109,10 @@ def add_norm(
     total: Tensor | None,
     normed: Tensor | None,
 ) -> None:
-    """`total = x + kept * branch`; `normed = norm(total)`; None leaves out the branch, its factor, or the norm."""
+    """Write `x + kept * branch` to `total` and `norm(total)` to `normed`, all `[n, L, C]`, `kept [n, 1, 1]`.
+
+    None leaves out the branch, its factor, or the norm.
+    """
     grid, rows, sizes = _grid(x)
     weight, bias, eps = (x, x, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     with torch.cuda.device(x.device):
@@ -133,7 +137,7 @@ def add_norm(
 def norm_backward(
     grad: Tensor, x: Tensor, norm: nn.LayerNorm, residual: Tensor, kept: Tensor | None, out: Tensor
 ) -> None:
-    """`out = residual + kept * d norm(x) / dx (grad)`."""
+    """Write `residual + kept * (gradient of norm at x, from grad)` to `out`, all `[n, L, C]`."""
     grid, rows, sizes = _grid(x)
     with torch.cuda.device(x.device):
         _norm_backward[grid](

@@ -1,4 +1,4 @@
-"""A convolution over time on the token layout: `z + sum_k W_k z[t + k - middle] + b`, by matrix products alone.
+"""Convolve tokens over time, `z + sum_k W_k z[t + k - middle] + b`, by matrix products alone.
 
 Steps of time lie S rows apart, so a tap is one product of shifted rows, added in place: no transpose, no windows. With
 u the bytes of `z`, forward and backward move about 11 u each; the arithmetic is 2 k r FLOPs an element and direction.
@@ -14,12 +14,23 @@ from torch import Tensor
 
 
 def time_mix(z: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """`z [V, T, S, r]`, `taps [k, r, r]` (k odd), `bias [r]` -> same shape as `z`; zeros outside the video."""
+    """Return `z + sum_k taps[k] z[t + k - middle] + bias`, where z is zero before and after the video.
+
+    Args:
+        z: `[V, T, S, r]`: videos, time steps, places, channels.
+        taps: `[k, r, r]`, k odd: the matrix of each time step.
+        bias: `[r]`.
+
+    Returns:
+        `[V, T, S, r]`.
+    """
     out: Tensor = _TimeMix.apply(z.flatten(1, 2), taps, bias, z.shape[2])  # type: ignore[no-untyped-call]
     return out.view(z.shape)
 
 
 class _TimeMix(torch.autograd.Function):
+    """`time_mix` on `[V, T * S, r]`, with a backward of matrix products in a fixed order."""
+
     @staticmethod
     def forward(ctx: Any, z: Tensor, taps: Tensor, bias: Tensor, space: int) -> Tensor:
         ctx.save_for_backward(z, taps)
@@ -45,7 +56,7 @@ class _TimeMix(torch.autograd.Function):
 
 
 def _shifts(taps: Tensor, rows: int, space: int) -> list[tuple[int, slice, slice]]:
-    """For each tap but the middle one: its index, the rows that have such a neighbour, and those neighbours."""
+    """List for each tap but the middle one its index, the rows that have such a neighbour, and those neighbours."""
     found = []
     for k in range(len(taps)):
         by = (k - len(taps) // 2) * space

@@ -1,8 +1,8 @@
-"""Adapters for the video transformer, and the two backbones users look for by name.
+"""Adapters for the video transformer: three kinds for the end of a block, and LoRA on its pretrained linears.
 
-`VisionTransformerAdapter` is OpenTAD's: temporal-informative adapters (TIA) in chosen blocks, the rest frozen.
-`VisionTransformerQLoRA` puts `QLoRAAdapter` there. LoRA on the pretrained linears themselves is `add_lora`.
-Trainable weights are float32 and are cast to the activations' dtype at use, so a bf16 backbone needs no autocast.
+`Adapter` is OpenTAD's temporal-informative adapter (TIA); `QLoRAAdapter` is the same with frozen, quantized projections
+under LoRA; `PlainAdapter` looks at no other time step. Trainable weights are float32 and are cast to the activations'
+dtype at use, so a bf16 backbone needs no autocast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tensorkeep.quantization.linear import QuantLinear
 
 
 def _linear(x: Tensor, layer: nn.Linear, factor: Tensor | None = None) -> Tensor:
-    """`factor * layer(x)` in the dtype of `x`; the factor `[1]` goes into the weights, which are smaller."""
+    """Return `factor * layer(x)` in the dtype of `x`; the factor `[1]` goes into the weights, which are smaller."""
     if factor is None:
         return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
     return F.linear(x, (layer.weight * factor).to(x.dtype), (layer.bias * factor).to(x.dtype))
@@ -39,6 +39,7 @@ class TemporalConv(nn.Module):
     conv: nn.Conv1d
 
     def _make_temporal(self, width: int, kernel_size: int) -> None:
+        """Make the two convolutions over time; `width` is r."""
         self.dwconv = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
         self.conv = nn.Conv1d(width, width, 1)
         nn.init.normal_(self.dwconv.weight, std=math.sqrt(2.0 / kernel_size))
@@ -48,7 +49,7 @@ class TemporalConv(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def temporal(self, z: Tensor, shape: VideoShape) -> Tensor:
-        """`z + conv(dwconv(z))` for `z [videos * chunks, t*h*w, r]`, over all chunks of a video."""
+        """Return `z + conv(dwconv(z))` for `z [videos * chunks, t*h*w, r]`, over all chunks of a video."""
         depthwise, pointwise = self.dwconv.weight, self.conv.weight.squeeze(-1)  # [r, 1, k], [r, r]
         assert self.dwconv.bias is not None and self.conv.bias is not None
         # both convolutions are linear: each time step has one matrix
@@ -59,7 +60,7 @@ class TemporalConv(nn.Module):
 
 
 class Adapter(TemporalConv):
-    """Temporal-informative adapter (AdaTAD): identity at the start, since `up_proj` is zero.
+    """AdaTAD's temporal-informative adapter; it starts as the identity, since `up_proj` is zero.
 
     `z = GELU(down x)`; `y = x + gamma * up(z + conv(dwconv_k3(z)))`, both convolutions over the time of the whole
     video. Parameters per block: `2 C r + r^2 + 6 r + C + 1`.
@@ -74,17 +75,17 @@ class Adapter(TemporalConv):
         _start_as_identity(self.down_proj, self.up_proj)
 
     def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        """Return what is added to `x [videos * chunks, t*h*w, C]`."""
         z = F.gelu(_linear(x, self.down_proj))  # [N, L, r]
         return _linear(self.temporal(z, shape), self.up_proj, self.gamma)  # [N, L, C]
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """`x [videos * chunks, t*h*w, C]` -> same shape."""
-        return x + self.branch(x, shape)
+        """Return `x` plus the branch."""
+        return x + self.branch(x, shape)  # [videos * chunks, t*h*w, C]
 
 
 class PlainAdapter(nn.Module):
-    """Bottleneck without the temporal convolution: `y = x + gamma * up(GELU(down x))`."""
+    """A bottleneck without a temporal convolution: `y = x + gamma * up(GELU(down x))`."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -94,12 +95,12 @@ class PlainAdapter(nn.Module):
         _start_as_identity(self.down_proj, self.up_proj)
 
     def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """What is added to `x [videos * chunks, t*h*w, C]`."""
-        return _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj, self.gamma)
+        """Return what is added to `x [videos * chunks, t*h*w, C]`."""
+        return _linear(F.gelu(_linear(x, self.down_proj)), self.up_proj, self.gamma)  # [N, L, C]
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """`x [videos * chunks, t*h*w, C]` -> same shape."""
-        return x + self.branch(x, shape)
+        """Return `x` plus the branch."""
+        return x + self.branch(x, shape)  # [videos * chunks, t*h*w, C]
 
 
 class LoRALinear(nn.Module):
@@ -108,9 +109,19 @@ class LoRALinear(nn.Module):
     The base is a child of its own, as detection's files name it (`X.base.weight`); the arithmetic is `lora.low_rank`.
     `lora_B` starts at zero, so the first forward equals the base bitwise where the base has no dropout of its own.
 
-    >>> layer = LoRALinear(nn.Linear(8, 4), r=2, alpha=4)
-    >>> sorted(n for n, p in layer.named_parameters() if p.requires_grad)
-    ['lora_A', 'lora_B']
+    Args:
+        base: the linear; its parameters stop training.
+        r: rank.
+        alpha: scale of the update times the rank.
+        dropout: rate before the update.
+
+    Raises:
+        TensorkeepError: `r` is below 1.
+
+    Example:
+        >>> layer = LoRALinear(nn.Linear(8, 4), r=2, alpha=4)
+        >>> sorted(n for n, p in layer.named_parameters() if p.requires_grad)
+        ['lora_A', 'lora_B']
     """
 
     base: nn.Linear | QuantLinear
@@ -130,12 +141,12 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in] -> [..., out]`."""
+        """Return the sum of base and update, `[..., out]`, for `x [..., in]`."""
         return low_rank(x, self.base, self.lora_A, self.lora_B, self.scale, self.dropout if self.training else 0.0)
 
 
 class QLoRAAdapter(TemporalConv):
-    """The seeds' adapter: frozen (quantizable) down and up projections with LoRA, and a trainable temporal convolution.
+    """An adapter for QLoRA: frozen, quantizable down and up projections under LoRA, and a trainable temporal convolution.
 
     The frozen projections hold no pretrained knowledge: `down_proj.base` is a random projection and `up_proj.base`
     is zero, so that training starts from the identity. At C=384, ratio 0.25, r=16: 98,785 parameters, 25,057 of
@@ -164,17 +175,18 @@ class QLoRAAdapter(TemporalConv):
         self.gamma = nn.Parameter(torch.ones(1))
 
     def branch(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """What is added to `x [videos * chunks, t*h*w, C]`."""
+        """Return what is added to `x [videos * chunks, t*h*w, C]`."""
         z = F.gelu(self.down_proj(x))  # [N, L, r]
         out: Tensor = self.up_proj(self.temporal(z, shape))  # [N, L, C]
         return out * self.gamma.to(out.dtype)
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """`x [videos * chunks, t*h*w, C]` -> same shape."""
-        return x + self.branch(x, shape)
+        """Return `x` plus the branch."""
+        return x + self.branch(x, shape)  # [videos * chunks, t*h*w, C]
 
 
 def _start_as_identity(down: nn.Linear, up: nn.Linear) -> None:
+    """Set an adapter's projections so that it adds nothing yet: `up` is zero."""
     nn.init.trunc_normal_(down.weight, std=0.02)
     nn.init.zeros_(up.weight)
     for layer in (down, up):
@@ -190,9 +202,10 @@ class AdaptedTransformer(Protocol):
 
 
 def add_adapters(vit: AdaptedTransformer, config: AdapterConfig) -> None:
-    """Hang an adapter on the chosen blocks of `vit`, in place.
+    """Put an adapter at the end of the chosen blocks of `vit`, in place.
 
-    Raises TensorkeepError where a block index does not exist.
+    Raises:
+        TensorkeepError: A block index does not exist.
     """
     dim, depth = vit.config.embed_dim, vit.config.depth
     width = int(dim * config.ratio)
@@ -203,6 +216,7 @@ def add_adapters(vit: AdaptedTransformer, config: AdapterConfig) -> None:
 
 
 def _make_adapter(config: AdapterConfig, dim: int, width: int) -> nn.Module:
+    """Make one adapter; `dim` is the ViT's width C, `width` the adapter's own r."""
     if config.kind == "tia":
         return Adapter(dim, width)
     if config.kind == "plain":
@@ -213,7 +227,8 @@ def _make_adapter(config: AdapterConfig, dim: int, width: int) -> nn.Module:
 def add_lora(vit: AdaptedTransformer, config: LoraConfig) -> None:
     """Wrap the named linears of every block with `LoRALinear`, in place; the q and v biases stay outside and survive.
 
-    Raises TensorkeepError for a name that is no linear of a block.
+    Raises:
+        TensorkeepError: A name is no linear of a block.
     """
     unknown = sorted(set(config.targets) - set(LORA_TARGETS))
     if unknown:
@@ -231,7 +246,7 @@ def add_lora(vit: AdaptedTransformer, config: LoraConfig) -> None:
 
 
 def set_trainable(vit: nn.Module, tuning: Tuning) -> None:
-    """Decide once which backbone weights train: `adapter` (adapters and LoRA), `all`, or `none`.
+    """Decide which backbone weights train: `adapter` (adapters and LoRA), `all`, or `none`.
 
     `fc_norm` never trains: no feature map passes through it. The frozen bases under LoRA stay frozen in each case.
     """
@@ -244,7 +259,7 @@ def set_trainable(vit: nn.Module, tuning: Tuning) -> None:
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the frozen floating parameters in `dtype`, in place: their compute dtype. Trainable ones and buffers stay."""
+    """Convert the frozen floating parameters to `dtype`, in place; they are computed with in it. Others stay."""
     for parameter in module.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

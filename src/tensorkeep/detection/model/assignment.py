@@ -1,4 +1,4 @@
-"""Points on the pyramid and which ground truth each of them learns (ActionFormer's assignment)."""
+"""Place points on the levels of the pyramid, and decide which annotated segment each learns, as ActionFormer does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NEAR_TIE = 1e-3  # grid units: segments this close to the shortest one share a point's classes
+_NEAR_TIE = 1e-3  # grid steps: segments no longer than the shortest one by more than this share a point's classes
 
 
 @lru_cache(maxsize=64)
@@ -20,13 +20,23 @@ def make_points(
     offset: bool = False,
     device: torch.device | None = None,
 ) -> tuple[Tensor, ...]:
-    """Points of each level, `[T_l, 4]` = (time, shortest, longest distance to regress, stride), in grid units.
+    """Place the points of each level.
 
-    `offset` moves every point by half a stride. The result is shared between calls: do not write to it.
+    Args:
+        lengths: number of points of each level.
+        strides: grid steps between two points of each level.
+        ranges: shortest and longest distance that points of each level regress, in grid steps.
+        offset: whether every point lies half a stride later.
+        device: where the points are wanted.
 
-    >>> make_points((2,), (4,), ((0, 8),))[0]
-    tensor([[0., 0., 8., 4.],
-            [4., 0., 8., 4.]])
+    Returns:
+        For each level `[T_l, 4]`: time, shortest and longest distance, stride, in grid steps. The tensors are shared
+        between calls: do not write to them.
+
+    Example:
+        >>> make_points((2,), (4,), ((0, 8),))[0]
+        tensor([[0., 0., 8., 4.],
+                [4., 0., 8., 4.]])
     """
     levels = []
     for length, stride, (low, high) in zip(lengths, strides, ranges):
@@ -41,21 +51,27 @@ def make_points(
 def assign_targets(
     points: Tensor, segments: Tensor, labels: Tensor, classes: int, radius: float | None = 1.5, near_ties: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Targets of every point for one video.
+    """Decide what every point learns from the segments of one video.
+
+    A point learns the shortest segment that fits it; of equal ones the first.
 
     Args:
         points: `[P, 4]`, all levels concatenated.
-        segments: `[N, 2]` start and end on the feature grid; `labels [N]` integer classes. N may be 0.
-        radius: centre sampling: a point counts as inside within `radius * stride` of the centre; None: anywhere inside.
-        near_ties: classes are the union over segments within `_NEAR_TIE` of the shortest (False: over all that fit).
+        segments: `[N, 2]`, start and end in grid steps; N may be 0.
+        labels: `[N]`, class numbers.
+        classes: number of classes K.
+        radius: a point fits a segment only within `radius * stride` of its centre; None: anywhere inside.
+        near_ties: whether a point learns only the classes of segments as long as the shortest one (to a thousandth of
+            a grid step); else of all that fit.
 
     Returns:
-        classes `[P, K]` of 0 and 1, and distances `[P, 2]` to start and end in strides, of the shortest segment that
-        fits (meaningful only where a class is set). Ties go to the segment listed first.
+        Classes `[P, K]` of 0 and 1, and distances `[P, 2]` to start and end in strides, which mean something only where
+        a class is set.
 
-    >>> points = make_points((4,), (1,), ((0, 8),))[0]
-    >>> assign_targets(points, torch.tensor([[0.0, 2.0]]), torch.tensor([1]), classes=2)[0].argmax(1)
-    tensor([0, 1, 0, 0])
+    Example:
+        >>> points = make_points((4,), (1,), ((0, 8),))[0]
+        >>> assign_targets(points, torch.tensor([[0.0, 2.0]]), torch.tensor([1]), classes=2)[0].argmax(1)
+        tensor([0, 1, 0, 0])
     """
     if len(segments) == 0:
         return points.new_zeros(len(points), classes), points.new_zeros(len(points), 2)
@@ -73,7 +89,7 @@ def assign_targets(
     fits = inside & (reach >= low) & (reach <= high)
     lengths = torch.where(fits, (end - start).expand_as(fits), torch.inf)  # [P, N]
     shortest = lengths.min(1, keepdim=True).values
-    # the first of equals: min's own index is not defined on ties
+    # the first of equals: which index `min` gives for them is not defined
     order = torch.arange(lengths.shape[1], device=points.device)
     chosen = torch.where(lengths == shortest, order, lengths.shape[1]).min(1).values  # [P]
     share = fits & (lengths <= shortest + _NEAR_TIE) if near_ties else fits
@@ -91,7 +107,7 @@ def assign_batch(
     radius: float | None = 1.5,
     near_ties: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`assign_targets` for each video of a batch, levels concatenated fine to coarse: `[B, P, K]`, `[B, P, 2]`."""
+    """Apply `assign_targets` to each video of a batch: classes `[B, P, K]` and distances `[B, P, 2]`, fine to coarse."""
     flat = torch.cat(list(points))
     pairs = [assign_targets(flat, s, y, classes, radius, near_ties) for s, y in zip(segments, labels)]
     return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])

@@ -11,7 +11,23 @@ from tensorkeep.detection.model.vit import VisionTransformer
 
 
 class VisionTransformerAdapter(VisionTransformer):
-    """VideoMAE ViT with temporal-informative adapters, everything else frozen (AdaTAD's backbone)."""
+    """VideoMAE ViT with temporal-informative adapters, everything else frozen: AdaTAD's backbone.
+
+    Args:
+        config: shape of the ViT.
+        adapter: which adapters; None: AdaTAD's in every block.
+        checkpointing: which activations are kept for the backward (see `VisionTransformer`).
+        lora: low-rank updates on the pretrained linears; None: none.
+        tuning: what trains: "adapter" (adapters and LoRA), "all" or "none".
+
+    Raises:
+        TensorkeepError: A block or a linear is named that does not exist.
+
+    Example:
+        >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
+        >>> type(VisionTransformerAdapter(config).blocks[0].adapter).__name__
+        'Adapter'
+    """
 
     def __init__(
         self,
@@ -29,13 +45,25 @@ class VisionTransformerAdapter(VisionTransformer):
 
 
 class VisionTransformerQLoRA(VisionTransformerAdapter):
-    """VideoMAE ViT with the seeds' `QLoRAAdapter` in the chosen blocks (None: all), everything else frozen.
+    """VideoMAE ViT with QLoRA adapters, everything else frozen: the QLoRA form of AdaTAD.
 
-    `use_plain_adapter=True` takes `PlainAdapter` instead: no temporal convolution, nothing quantized.
+    Args:
+        config: shape of the ViT.
+        lora_r: rank of the updates inside the adapters.
+        lora_alpha: their scale times the rank.
+        lora_dropout: rate before them.
+        quantize_bits: of the adapters' frozen projections, 4 or 8.
+        use_plain_adapter: whether `PlainAdapter` is taken instead: no temporal convolution, nothing quantized.
+        blocks: indices of the blocks that get an adapter; None: all.
+        checkpointing: which activations are kept for the backward (see `VisionTransformer`).
 
-    >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
-    >>> type(VisionTransformerQLoRA(config, lora_r=4).blocks[0].adapter).__name__
-    'QLoRAAdapter'
+    Raises:
+        TensorkeepError: A block is named that does not exist, or `quantize_bits` is neither 4 nor 8.
+
+    Example:
+        >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
+        >>> type(VisionTransformerQLoRA(config, lora_r=4).blocks[0].adapter).__name__
+        'QLoRAAdapter'
     """
 
     def __init__(

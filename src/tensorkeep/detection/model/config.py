@@ -14,9 +14,21 @@ LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 @dataclass(frozen=True)
 class VitConfig:
-    """Shape of a VideoMAE ViT. `image_size` [pixels] only sizes the stored position table; any grid can be fed.
+    """Shape of a VideoMAE ViT.
 
-    `mean` and `std` are per channel, RGB, on the 0..255 scale.
+    Attributes:
+        image_size: pixels; only sizes the stored position table, frames may have any size.
+        patch_size: pixels.
+        embed_dim: channels of a token.
+        depth: number of blocks.
+        heads: of the attention.
+        mlp_dim: channels inside the MLP.
+        chunk_frames: frames that attention sees together.
+        tubelet: frames of a token.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
+        eps: of the layer norms.
+        mean: per channel, RGB, on the 0..255 scale.
+        std: per channel, RGB, on the 0..255 scale.
     """
 
     image_size: int = 224
@@ -42,7 +54,18 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which adapter, in which blocks (None: all). The `lora_*` and `quantize_bits` fields act on `qlora` only."""
+    """Which adapter is put into which blocks.
+
+    Attributes:
+        kind: "tia" is AdaTAD's temporal-informative adapter, "plain" has no temporal convolution, "qlora" has frozen
+            projections under LoRA.
+        ratio: inner width of the adapter over the width of the ViT.
+        blocks: indices of the blocks; None: all.
+        lora_r: rank, "qlora" only.
+        lora_alpha: scale of the updates times the rank, "qlora" only.
+        lora_dropout: rate before the updates, "qlora" only.
+        quantize_bits: of the frozen projections, "qlora" only.
+    """
 
     kind: Literal["tia", "plain", "qlora"] = "tia"
     ratio: float = 0.25
@@ -55,7 +78,14 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank updates on linears of every block; `targets` are names inside a block."""
+    """Low-rank updates on the pretrained linears of every block.
+
+    Attributes:
+        lora_r: rank.
+        lora_alpha: scale of the updates times the rank.
+        lora_dropout: rate before the updates.
+        targets: names of the linears inside a block.
+    """
 
     lora_r: int = 16
     lora_alpha: float = 32
@@ -65,10 +95,24 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """`windows`: attention window per level, stem first (odd; 1 or less: global); a single number serves every level.
+    """Shape of ActionFormer's projection.
 
-    `layer_scale` gives each residual branch a per-channel scale that starts at 1e-4. `max_length` is the padded
-    length in grid steps, and of the position table.
+    Attributes:
+        in_channels: channels of the features.
+        channels: channels of every level.
+        embed_layers: convolutions before the blocks.
+        stem_layers: blocks at full length.
+        branch_layers: blocks that each halve the length.
+        kernel_size: of the convolutions before the blocks.
+        heads: of the attention.
+        windows: attention window of each level in its own steps, stem first (odd; 1 or less: global); a single number
+            serves every level.
+        drop_path: rate of stochastic depth.
+        layer_scale: whether each residual branch has a per-channel scale that starts at 1e-4.
+        input_dropout: rate on whole channels of the features.
+        proj_dropout: rate inside the blocks.
+        positions: whether a fixed position table is added.
+        max_length: grid steps that inputs are padded to, and of the position table.
     """
 
     in_channels: int = 384
@@ -96,14 +140,31 @@ class ProjectionConfig:
 
     @property
     def level_windows(self) -> tuple[int, ...]:
-        """The window of each level, stem first."""
+        """Attention window of each level, stem first."""
         return self.windows if len(self.windows) > 1 else self.windows * (1 + self.branch_layers)
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """`ranges`: shortest and longest distance (grid units) that each level regresses. `centre_radius` in strides;
-    None: no centre sampling. `loss_weight <= 0` weighs the regression by the ratio of the two losses."""
+    """Shape of the detection head, and how its loss is computed.
+
+    Attributes:
+        classes: number of classes.
+        channels: of the towers.
+        convs: layers of each tower.
+        prior: class probability that the head starts from.
+        strides: grid steps between two points, for each level.
+        ranges: shortest and longest distance in grid steps that each level regresses.
+        point_offset: whether points lie half a stride later.
+        centre_radius: a point learns a segment only this near its centre, in strides; None: anywhere inside it.
+        near_ties: whether a point learns only the classes of segments about as long as the shortest that fits it.
+        loss_normalizer: what the moving average of positive points, which divides the losses, starts from.
+        loss_normalizer_momentum: of that average.
+        label_smoothing: part of each class target that is spread.
+        focal_alpha, focal_gamma: of the focal loss.
+        regression: loss of the boundaries.
+        loss_weight: of the regression loss; 0 or less weighs it by the ratio of the two losses.
+    """
 
     classes: int = 20
     channels: int = 512
@@ -130,8 +191,17 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A VideoMAE ViT and what of it trains. `output_length`: grid steps of a window; `frozen_dtype`: how frozen
-    weights are held and computed."""
+    """A VideoMAE ViT as a detector's backbone, and what of it trains.
+
+    Attributes:
+        vit: its shape.
+        adapter: adapters in its blocks; None: none.
+        lora: low-rank updates on its linears; None: none.
+        tuning: what trains: "adapter" (adapters and LoRA), "all" or "none".
+        checkpointing: which activations are kept for the backward (see `VisionTransformer`).
+        output_length: grid steps of a window.
+        frozen_dtype: dtype in which frozen weights are held and computed.
+    """
 
     vit: VitConfig = field(default_factory=VitConfig)
     adapter: AdapterConfig | None = None
@@ -144,7 +214,16 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that decides the shape of a detector. Without `backbone` it reads features `[B, C, T]`."""
+    """Everything that decides the shape of a detector: the `model` section of a recipe.
+
+    Attributes:
+        projection: from features to a pyramid of levels.
+        head: from levels to predictions.
+        backbone: from frames to features; None: the detector reads features `[B, C, T]`.
+
+    Raises:
+        TensorkeepError: The parts do not fit each other.
+    """
 
     projection: ProjectionConfig
     head: HeadConfig

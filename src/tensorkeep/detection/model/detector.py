@@ -21,12 +21,26 @@ from tensorkeep.training.schema import from_mapping, read_section
 
 
 def read_detector_config(path: str | Path) -> DetectorConfig:
-    """The `model` section of a recipe; raises TensorkeepError naming the file and key of anything that does not fit."""
+    """Read the `model` section of a recipe.
+
+    Args:
+        path: a YAML file.
+
+    Returns:
+        The shape of a detector.
+
+    Raises:
+        TensorkeepError: The file cannot be read, or a value does not fit; file and key are named.
+
+    Example:
+        >>> read_detector_config("recipes/detection/adatad_thumos_videomae_s.yaml").head.classes  # doctest: +SKIP
+        20
+    """
     return read_section(path, "model", DetectorConfig)
 
 
 def build_backbone(config: BackboneConfig) -> VisionTransformer:
-    """ViT with its adapters and LoRA; what trains is decided here, once."""
+    """Build a ViT with its adapters and LoRA, and decide what of it trains."""
     vit = VisionTransformer(config.vit, config.checkpointing)
     if config.adapter is not None:
         add_adapters(vit, config.adapter)
@@ -37,10 +51,20 @@ def build_backbone(config: BackboneConfig) -> VisionTransformer:
 
 
 def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tensor:
-    """Frames `[B, 3, T, H, W]` (0..255) to features `[B, C, length]`, float32.
+    """Turn frames into features with a ViT.
 
-    Cut into chunks, encoded, averaged over space, joined in time and resampled linearly to `length` grid steps.
-    Raises TensorkeepError where T is no multiple of the chunk.
+    The frames are cut into chunks, encoded, averaged over space, joined in time and resampled linearly.
+
+    Args:
+        vit: the backbone.
+        frames: `[B, 3, T, H, W]`, 0..255.
+        length: grid steps that are wanted.
+
+    Returns:
+        `[B, C, length]`, float32.
+
+    Raises:
+        TensorkeepError: T is no multiple of the ViT's chunk of frames.
     """
     batch, channels, total, height, width = frames.shape
     size = vit.config.chunk_frames
@@ -55,7 +79,7 @@ def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tenso
 
 
 def padded_length(length: int, config: DetectorConfig) -> int:
-    """Grid steps after padding: `max_length`, or above it the next length that every level divides."""
+    """Return the grid steps after padding: `max_length`, or above it the next length that every level divides."""
     if length <= config.projection.max_length:
         return config.projection.max_length
     steps = zip(config.head.strides, config.projection.level_windows)
@@ -64,13 +88,17 @@ def padded_length(length: int, config: DetectorConfig) -> int:
 
 
 class Detector(nn.Module):
-    """Frames or features to raw predictions; `loss` on them.
+    """Temporal action detector: from frames or features to raw predictions, and the loss on them.
 
-    >>> config = DetectorConfig(ProjectionConfig(8, 16, branch_layers=1, max_length=16),
-    ...                         HeadConfig(2, 16, strides=(1, 2), ranges=((0, 4), (4, 99))))
-    >>> out = Detector(config).eval()(torch.zeros(1, 8, 12), torch.ones(1, 12, dtype=torch.bool))
-    >>> [x.shape[-1] for x in out.logits]
-    [16, 8]
+    Args:
+        config: shapes of its parts.
+
+    Example:
+        >>> config = DetectorConfig(ProjectionConfig(8, 16, branch_layers=1, max_length=16),
+        ...                         HeadConfig(2, 16, strides=(1, 2), ranges=((0, 4), (4, 99))))
+        >>> out = Detector(config).eval()(torch.zeros(1, 8, 12), torch.ones(1, 12, dtype=torch.bool))
+        >>> [x.shape[-1] for x in out.logits]
+        [16, 8]
     """
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -84,7 +112,7 @@ class Detector(nn.Module):
             cast_frozen(self.backbone, getattr(torch, config.backbone.frozen_dtype))
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Frames `[B, 3, T, H, W]` through the backbone, or features `[B, C, T]` as they are: `[B, C, T]` float32."""
+        """Return features `[B, C, T]`, float32, of frames `[B, 3, T, H, W]`; features `[B, C, T]` come back unchanged."""
         if self.backbone is None or self.config.backbone is None:
             return inputs
         backbone = self.config.backbone
@@ -94,19 +122,27 @@ class Detector(nn.Module):
             return video_features(self.backbone, inputs, backbone.output_length)
 
     def forward(self, inputs: Tensor, mask: Tensor) -> Predictions:
-        """`inputs` as in `features`, `mask [B, T]` True = valid grid step -> raw predictions per level."""
-        x = self.features(inputs)
+        """Predict from frames or features.
+
+        Args:
+            inputs: frames `[B, 3, T', H, W]` 0..255, or features `[B, C, T]`.
+            mask: `[B, T]`, True for valid grid steps.
+
+        Raises:
+            TensorkeepError: The mask is not as long as the features, or T' no multiple of the ViT's chunk.
+        """
+        x = self.features(inputs)  # [B, C, T]
         if mask.shape[-1] != x.shape[-1]:
             what = f"the mask has {mask.shape[-1]} steps, the features {x.shape[-1]}"
             raise TensorkeepError(what, where="detector", hint="a mask counts grid steps, not frames")
         more = padded_length(x.shape[-1], self.config) - x.shape[-1]
-        x, mask = F.pad(x, (0, more)), F.pad(mask.bool(), (0, more))
-        levels, masks = self.projection(x, mask)
+        x, mask = F.pad(x, (0, more)), F.pad(mask.bool(), (0, more))  # [B, C, T + more], [B, T + more]
+        levels, masks = self.projection(x, mask)  # per level [B, C', T_l], [B, T_l]
         predictions: Predictions = self.head(self.neck(levels), masks)
         return predictions
 
     def loss(self, predictions: Predictions, segments: list[Tensor], labels: list[Tensor]) -> Losses:
-        """See `Head.loss`."""
+        """Return the losses of one batch; arguments as in `Head.loss`."""
         return self.head.loss(predictions, segments, labels)
 
 
@@ -118,9 +154,17 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(module: nn.Module) -> dict[str, ParameterCount]:
-    """Parameters by part: each child of `module`, `backbone` split into `vit` and `adapter`, and `total`.
+    """Count parameters by part: each child of `module`, `backbone` split into `vit` and `adapter`, and `total`.
 
-    Works on the meta device: `with torch.device("meta"): count_parameters(Detector(config))`.
+    Args:
+        module: a detector, on any device.
+
+    Returns:
+        Part -> numbers of its elements, all and those that train.
+
+    Example:
+        >>> with torch.device("meta"):  # doctest: +SKIP
+        ...     count_parameters(Detector(config))["adapter"].trainable
     """
     counts: dict[str, list[int]] = {}
     for name, parameter in module.named_parameters():
@@ -135,7 +179,18 @@ def count_parameters(module: nn.Module) -> dict[str, ParameterCount]:
 
 
 def build_detector(config: DetectorConfig | Mapping[str, Any], device: str | torch.device = "cpu") -> Detector:
-    """A detector on `device`, from a config or the mapping of a recipe's `model` section."""
+    """Build a detector with random weights.
+
+    Args:
+        config: its shape, or a recipe's `model` section as nested dicts.
+        device: where it is to be.
+
+    Raises:
+        TensorkeepError: A value of `config` does not fit.
+
+    Example:
+        >>> detector = build_detector(read_detector_config("recipe.yaml"), "cuda")  # doctest: +SKIP
+    """
     if isinstance(config, Mapping):
         config = from_mapping(DetectorConfig, config, "model")
     with torch.device(device):

@@ -1,4 +1,4 @@
-"""Neck and head: pyramid levels to class logits and boundary offsets, and the loss on them."""
+"""Neck and head: from the levels of the pyramid to class logits and boundary offsets, and the loss on them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,30 @@ from tensorkeep.detection.model.layers import ConvModule, LevelScale, channel_no
 
 
 class Predictions(NamedTuple):
-    """Raw outputs per level, fine to coarse."""
+    """Raw outputs for each level l, fine to coarse.
 
-    logits: list[Tensor]  # [B, K, T_l]
-    offsets: list[Tensor]  # [B, 2, T_l], strides, not negative
-    masks: list[Tensor]  # [B, T_l], True = valid
-    points: tuple[Tensor, ...]  # [T_l, 4]: time, range low, range high, stride
+    Attributes:
+        logits: `[B, K, T_l]`.
+        offsets: `[B, 2, T_l]`, distances to start and end in strides, not negative.
+        masks: `[B, T_l]`, True where valid.
+        points: `[T_l, 4]`: time, shortest and longest distance, stride, in grid steps.
+    """
+
+    logits: list[Tensor]
+    offsets: list[Tensor]
+    masks: list[Tensor]
+    points: tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
-    """Scalars: `cost = cls_loss + reg_loss` is what is minimised; `positives` is the count behind it."""
+    """Losses of a batch as scalar tensors.
+
+    Attributes:
+        cls_loss: of the classes.
+        reg_loss: of the boundaries.
+        cost: the sum of both, which is minimised.
+        positives: number of points that learn a segment.
+    """
 
     cls_loss: Tensor
     reg_loss: Tensor
@@ -35,35 +49,41 @@ class Losses(NamedTuple):
 
 
 class Neck(nn.Module):
-    """A layer norm (eps 1e-6) per level; no mixing of levels."""
+    """A layer norm (eps 1e-6) for each level; levels are not mixed."""
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=1e-6) for _ in range(levels))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Per level `[B, C, T_l] -> [B, C, T_l]`."""
+        """Normalise each level `[B, C, T_l]`."""
         levels = []
         for x, norm in zip(features, self.norms):
             assert isinstance(norm, nn.LayerNorm)
-            levels.append(channel_norm(x, norm))
+            levels.append(channel_norm(x, norm))  # [B, C, T_l]
         return levels
 
 
 def refine_segments(points: Tensor, offsets: Tensor) -> Tensor:
-    """Segments `[..., P, 2]` on the feature grid from points `[P, 4]` and offsets `[..., P, 2]` in strides.
+    """Turn offsets at points into segments: `(t - left * stride, t + right * stride)`.
 
-    `(t - o_left * stride, t + o_right * stride)`.
+    Args:
+        points: `[P, 4]`, as `make_points` gives them.
+        offsets: `[..., P, 2]` (left, right) in strides.
 
-    >>> refine_segments(torch.tensor([[8.0, 0.0, 4.0, 2.0]]), torch.tensor([[1.0, 2.0]]))
-    tensor([[ 6., 12.]])
+    Returns:
+        `[..., P, 2]` in grid steps.
+
+    Example:
+        >>> refine_segments(torch.tensor([[8.0, 0.0, 4.0, 2.0]]), torch.tensor([[1.0, 2.0]]))
+        tensor([[ 6., 12.]])
     """
     time, stride = points[:, 0], points[:, 3]
     return torch.stack([time - offsets[..., 0] * stride, time + offsets[..., 1] * stride], -1)
 
 
 def valid_proposals(predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
-    """Per video segments `[M, 2]` (grid units) and sigmoid scores `[M, K]` of the valid points, fine to coarse."""
+    """Return for each video the segments `[M, 2]` in grid steps and scores `[M, K]` of its valid points, fine to coarse."""
     offsets = torch.cat(predictions.offsets, 2).transpose(1, 2)  # [B, P, 2]
     segments = refine_segments(torch.cat(predictions.points), offsets.float())
     scores = torch.cat(predictions.logits, 2).transpose(1, 2).float().sigmoid()  # [B, P, K]
@@ -72,12 +92,17 @@ def valid_proposals(predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
 
 
 class Head(nn.Module):
-    """Two towers shared by all levels, then class logits and offsets.
+    """Two towers of convolutions, shared by all levels: one for class logits, one for offsets.
 
-    >>> head = Head(HeadConfig(classes=3, channels=8, strides=(1,), ranges=((0, 10),)), in_channels=8)
-    >>> out = head([torch.zeros(1, 8, 4)], [torch.ones(1, 4, dtype=torch.bool)])
-    >>> out.logits[0].shape, out.offsets[0].shape
-    (torch.Size([1, 3, 4]), torch.Size([1, 2, 4]))
+    Args:
+        config: shape and loss.
+        in_channels: channels of the levels.
+
+    Example:
+        >>> head = Head(HeadConfig(classes=3, channels=8, strides=(1,), ranges=((0, 10),)), in_channels=8)
+        >>> out = head([torch.zeros(1, 8, 4)], [torch.ones(1, 4, dtype=torch.bool)])
+        >>> out.logits[0].shape, out.offsets[0].shape
+        (torch.Size([1, 3, 4]), torch.Size([1, 2, 4]))
     """
 
     def __init__(self, config: HeadConfig, in_channels: int) -> None:
@@ -96,10 +121,10 @@ class Head(nn.Module):
             nn.init.constant_(self.cls_head.bias, -math.log((1 - config.prior) / config.prior))
 
     def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Predictions:
-        """Per level `[B, C, T_l]` and `[B, T_l]` to raw predictions; only the towers are masked."""
+        """Predict from features `[B, C, T_l]` and masks `[B, T_l]` of each level; only the towers are masked."""
         logits, offsets = [], []
         for x, mask, scale in zip(features, masks, self.scale):
-            classify, regress = x, x
+            classify, regress = x, x  # [B, C, T_l]
             for cls_conv, reg_conv in zip(self.cls_convs, self.reg_convs):
                 classify, regress = cls_conv(classify, mask), reg_conv(regress, mask)
             logits.append(self.cls_head(classify))  # [B, K, T_l]
@@ -110,9 +135,12 @@ class Head(nn.Module):
         return Predictions(logits, offsets, list(masks), points)
 
     def loss(self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]) -> Losses:
-        """Losses of one batch, in float32; in training mode the normaliser moves first and is then used.
+        """Return the losses of one batch, in float32; in training mode the normalizer moves first and is then used.
 
-        `segments[b] [N, 2]` on the feature grid, `labels[b] [N]`; N may be 0.
+        Args:
+            predictions: of B samples.
+            segments: B tensors `[N, 2]` in grid steps; N may be 0.
+            labels: B tensors `[N]` of class numbers.
         """
         sums = self.loss_sums(predictions, segments, labels)
         return self.weigh(*sums, self.update_normalizer(sums[2]))
@@ -120,7 +148,10 @@ class Head(nn.Module):
     def loss_sums(
         self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the focal loss over valid points, of the regression loss over positives, and their count."""
+        """Return the sum of the focal loss over valid points, of the regression loss over positive ones, and their number.
+
+        Arguments as in `loss`; the results are scalar tensors.
+        """
         config = self.config
         with torch.autocast(predictions.logits[0].device.type, enabled=False):
             logits = torch.cat(predictions.logits, 2).transpose(1, 2).float()  # [B, P, K]
@@ -142,7 +173,10 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def update_normalizer(self, positives: Tensor) -> Tensor:
-        """Divisor of the losses: in training `n <- m n + (1 - m) max(positives, 1)`, kept as state; else the count."""
+        """Return the divisor of the losses: in training the moving average of the counts, which is updated; else the count.
+
+        The average n moves by `n <- m n + (1 - m) max(positives, 1)`, m being `loss_normalizer_momentum`.
+        """
         count = positives.clamp(min=1).float()
         if not self.training:
             return count
@@ -151,7 +185,10 @@ class Head(nn.Module):
         return state.clone()  # the state may move again before this step's backward
 
     def weigh(self, cls_sum: Tensor, reg_sum: Tensor, positives: Tensor, normalizer: Tensor) -> Losses:
-        """Sums to losses; call it with global counts where a batch is spread over ranks or accumulation steps."""
+        """Turn the sums of `loss_sums` into losses.
+
+        Where a batch is spread over ranks or accumulation steps, `normalizer` is that of the global batch.
+        """
         cls_loss, reg_loss = cls_sum / normalizer, reg_sum / normalizer
         if self.config.loss_weight > 0:
             reg_loss = reg_loss * self.config.loss_weight

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 
 class VideoShape(NamedTuple):
-    """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w."""
+    """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w.
+
+    Attributes:
+        videos: how many share the first axis; chunks of one video lie side by side.
+        t: time steps of a chunk.
+        h: rows of patches.
+        w: columns of patches.
+    """
 
     videos: int
     t: int
@@ -19,30 +26,31 @@ class VideoShape(NamedTuple):
 
 
 def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
-    """Stochastic depth for `x [N, ...]`: a factor `[N, 1, ...]`, 0 or `1 / (1 - rate)` a sample; None: keep all."""
+    """Draw stochastic depth's factors `[N, 1, ...]` for `x [N, ...]`: 0, or `1 / (1 - rate)`; None means 1 for all."""
     if rate == 0.0 or not training:
         return None
     return x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - rate).div_(1 - rate)
 
 
 def add_kept(x: Tensor, branch: Tensor, kept: Tensor | None) -> Tensor:
-    """`x + branch * kept` in one pass over memory; shapes as in `draw_kept`."""
+    """Return `x + branch * kept` in one pass over memory; shapes as in `draw_kept`."""
     if kept is None:
         return x + branch
     return torch.addcmul(x, branch, kept.to(branch.dtype)) if x.dtype == branch.dtype else x + branch * kept
 
 
 def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Layer norm over the channels of `[B, C, T]`."""
+    """Apply a layer norm to the channels of `[B, C, T]`."""
     out: Tensor = norm(x.transpose(1, 2)).transpose(1, 2)
     return out
 
 
 def halve_mask(mask: Tensor) -> Tensor:
-    """Validity `[B, T]` at stride 2: `[B, ceil(T / 2)]`, nearest with floor (`mask[:, ::2]` for even T).
+    """Resize a mask `[B, T]` of valid steps to `[B, ceil(T / 2)]`, nearest with floor (`mask[:, ::2]` for even T).
 
-    >>> halve_mask(torch.tensor([[True, False, True]]))
-    tensor([[ True, False]])
+    Example:
+        >>> halve_mask(torch.tensor([[True, False, True]]))
+        tensor([[ True, False]])
     """
     length = mask.shape[1]
     half = (length + 1) // 2
@@ -60,14 +68,14 @@ class ConvModule(nn.Module):
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [B, C, T]`, `mask [B, T]` -> `[B, C', T]`."""
-        keep = mask[:, None].to(x.dtype)
-        x = channel_norm(self.conv(x) * keep, self.norm)
-        return F.relu(x) * keep
+        """Return `[B, C', T]` for `x [B, C, T]` and `mask [B, T]`, zero where invalid."""
+        keep = mask[:, None].to(x.dtype)  # [B, 1, T]
+        x = channel_norm(self.conv(x) * keep, self.norm)  # [B, C', T]
+        return F.relu(x) * keep  # [B, C', T]
 
 
 class ScaledPath(nn.Module):
-    """Per-channel layer scale (from 1e-4) and stochastic depth on a residual branch; without scale a plain drop path."""
+    """A residual branch's per-channel scale (from 1e-4, or none) and stochastic depth."""
 
     def __init__(self, channels: int, rate: float, scaled: bool) -> None:
         super().__init__()
@@ -75,8 +83,8 @@ class ScaledPath(nn.Module):
         self.scale = nn.Parameter(torch.full((1, channels, 1), 1e-4)) if scaled else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, T] -> [B, C, T]`."""
-        x = x if self.scale is None else self.scale * x
+        """Scale `x [B, C, T]`, and drop whole samples in training."""
+        x = x if self.scale is None else self.scale * x  # [B, C, T]
         kept = draw_kept(x, self.rate, self.training)
         return x if kept is None else x * kept
 
@@ -89,5 +97,5 @@ class LevelScale(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, 2, T] -> [B, 2, T]`."""
+        """Scale offsets `[B, 2, T]`."""
         return x * self.scale

@@ -1,4 +1,4 @@
-"""ActionFormer's projection: features `[B, C, T]` to a pyramid of levels, by masked convolutions and attention."""
+"""ActionFormer's projection: from features `[B, C, T]` to a pyramid of levels, by masked convolutions and attention."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tensorkeep.detection.model.resize import linear_resize
 
 
 def halve_max(x: Tensor) -> Tensor:
-    """Max pooling of window 3, stride 2, padding 1 over time: `[B, C, T] -> [B, C, ceil(T / 2)]`.
+    """Pool the maximum over time, window 3, stride 2, padding 1: `[B, C, T] -> [B, C, ceil(T / 2)]`.
 
-    As selections, with the first of equals: CUDA's pooling backward adds with atomics.
+    Made of selections, which take the first of equals: CUDA's pooling has no deterministic backward.
     """
     padded = F.pad(x, (1, 1), value=-torch.inf)
     half = (x.shape[-1] + 1) // 2
@@ -27,13 +27,13 @@ def halve_max(x: Tensor) -> Tensor:
 
 
 def global_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention over valid keys. `q, k, v [B, heads, T, d]`, `mask [B, T]` True = valid -> `[B, heads, T, d]`."""
+    """Attend to all valid keys: `[B, heads, T, d]` for `q, k, v [B, heads, T, d]` and `mask [B, T]`, True where valid."""
     seen = mask | ~mask.any(1, keepdim=True)  # an item without a valid key would be NaN, and with it the whole loss
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> Tensor:
-    """Attention of each position to valid keys at most `window // 2` away, for any length.
+    """Let each position attend to valid keys at most `window // 2` away, for any length.
 
     Shapes as in `global_attention`. Queries are cut into blocks that see their own and the two neighbouring key
     blocks, so memory grows with T, not its square. Rows of invalid queries are finite but without meaning.
@@ -58,7 +58,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int)
 
 
 def _with_neighbours(x: Tensor, reach: int) -> Tensor:
-    """Blocks `[B, h, n, size, d]` with `reach` rows of the block before and after: `[B, h, n, size + 2 reach, d]`."""
+    """Add `reach` rows of the blocks before and after: `[B, h, n, size, d] -> [B, h, n, size + 2 reach, d]`."""
     before = F.pad(x[:, :, :-1, x.shape[3] - reach :], (0, 0, 0, 0, 1, 0))
     after = F.pad(x[:, :, 1:, :reach], (0, 0, 0, 0, 0, 1))
     return torch.cat([before, x, after], 3)
@@ -72,9 +72,9 @@ class DepthwiseConv(nn.Module):
         self.conv = nn.Conv1d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [B, C, T]`, `mask [B, T']` (already at the output's stride) -> `[B, C, T']`."""
-        out: Tensor = self.conv(x)
-        return out * mask[:, None].to(out.dtype)
+        """Return `[B, C, T']` for `x [B, C, T]` and `mask [B, T']`, which has the output's stride already."""
+        out: Tensor = self.conv(x)  # [B, C, T']
+        return out * mask[:, None].to(out.dtype)  # [B, C, T']
 
 
 class ConvAttention(nn.Module):
@@ -91,13 +91,13 @@ class ConvAttention(nn.Module):
         return x.view(x.shape[0], self.heads, -1, x.shape[2]).transpose(2, 3)  # [B, heads, T, d]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`x [B, C, T]`, `mask [B, T']` at the output's stride -> `[B, C, T']`, zero where invalid."""
-        q = self._heads(self.query(channel_norm(self.query_conv(x, mask), self.query_norm)))
+        """Return `[B, C, T']`, zero where invalid, for `x [B, C, T]` and `mask [B, T']` of the output's stride."""
+        q = self._heads(self.query(channel_norm(self.query_conv(x, mask), self.query_norm)))  # [B, heads, T', d]
         k = self._heads(self.key(channel_norm(self.key_conv(x, mask), self.key_norm)))
         v = self._heads(self.value(channel_norm(self.value_conv(x, mask), self.value_norm)))
         out = global_attention(q, k, v, mask) if self.window <= 1 else banded_attention(q, k, v, mask, self.window)
         out = self.proj(out.transpose(2, 3).flatten(1, 2))  # [B, C, T']
-        return F.dropout(out, self.proj_dropout, self.training) * mask[:, None].to(out.dtype)
+        return F.dropout(out, self.proj_dropout, self.training) * mask[:, None].to(out.dtype)  # [B, C, T']
 
 
 class TransformerBlock(nn.Module):
@@ -117,30 +117,32 @@ class TransformerBlock(nn.Module):
         self.drop_path_mlp = ScaledPath(channels, config.drop_path, config.layer_scale)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`x [B, C, T]`, `mask [B, T]` -> the same at this block's stride."""
-        out_mask = mask if self.stride == 1 else halve_mask(mask)
-        attended = self.attn(channel_norm(x, self.ln1), out_mask)
-        skip = x if self.stride == 1 else halve_max(x)
-        keep = out_mask[:, None].to(skip.dtype)
+        """Return `x [B, C, T]` and `mask [B, T]` at this block's stride."""
+        out_mask = mask if self.stride == 1 else halve_mask(mask)  # [B, T']
+        attended = self.attn(channel_norm(x, self.ln1), out_mask)  # [B, C, T']
+        skip = x if self.stride == 1 else halve_max(x)  # [B, C, T']
+        keep = out_mask[:, None].to(skip.dtype)  # [B, 1, T']
         x = skip * keep + self.drop_path_attn(attended)  # [B, C, T']
-        mixed = self.mlp(channel_norm(x, self.ln2))
+        mixed = self.mlp(channel_norm(x, self.ln2))  # [B, C, T']
         return x + self.drop_path_mlp(mixed * keep.to(mixed.dtype)), out_mask
 
 
 @lru_cache(maxsize=16)
 def _positions(max_length: int, channels: int, length: int, device: torch.device) -> Tensor:
+    """Return the position table `[1, C, length]`; beyond `max_length` it is stretched."""
     table = sinusoid_table(max_length, channels).transpose(1, 2) / channels**0.5  # [1, C, max_length]
     resized = linear_resize(table, length) if length > max_length else table[..., :length]
     return resized.to(device)
 
 
 class Projection(nn.Module):
-    """Embedding convolutions, stem blocks at full length, branch blocks halving it: one output per level.
+    """Embedding convolutions, stem blocks at full length, and branch blocks that halve it: one output for each level.
 
-    >>> config = ProjectionConfig(in_channels=8, channels=16, branch_layers=2, max_length=16)
-    >>> features, masks = Projection(config)(torch.zeros(1, 8, 16), torch.ones(1, 16, dtype=torch.bool))
-    >>> [f.shape[-1] for f in features]
-    [16, 8, 4]
+    Example:
+        >>> config = ProjectionConfig(in_channels=8, channels=16, branch_layers=2, max_length=16)
+        >>> features, masks = Projection(config)(torch.zeros(1, 8, 16), torch.ones(1, 16, dtype=torch.bool))
+        >>> [f.shape[-1] for f in features]
+        [16, 8, 4]
     """
 
     def __init__(self, config: ProjectionConfig) -> None:
@@ -156,11 +158,16 @@ class Projection(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """`x [B, C_in, T]`, `mask [B, T]` True = valid -> per level `[B, C, T_l]` and `[B, T_l]`, fine to coarse."""
+        """Return features `[B, C, T_l]` and masks `[B, T_l]` of each level l, fine to coarse.
+
+        Args:
+            x: `[B, C_in, T]`.
+            mask: `[B, T]`, True where valid.
+        """
         config = self.config
         x = F.dropout1d(x, config.input_dropout, self.training)
         for layer in self.embed:
-            x = layer(x, mask)
+            x = layer(x, mask)  # [B, C, T]
         if config.positions:
             table = _positions(config.max_length, config.channels, x.shape[-1], x.device)
             x = x + table.to(x.dtype) * mask[:, None].to(x.dtype)
@@ -168,7 +175,7 @@ class Projection(nn.Module):
             x, mask = block(x, mask)
         features, masks = [x], [mask]
         for block in self.branch:
-            x, mask = block(x, mask)
+            x, mask = block(x, mask)  # [B, C, T_l], [B, T_l]
             features.append(x)
             masks.append(mask)
         return features, masks

@@ -1,6 +1,6 @@
-"""Frozen linears of a backbone in 4 or 8 bits, in place, once their weights are loaded.
+"""Quantize the frozen linears of a backbone to 4 or 8 bits, in place, once their weights are loaded.
 
-What QLoRA is for: the pretrained linears hold the knowledge (97 % of the ViT), stay frozen and may be coarse, while
+This is QLoRA: the pretrained linears hold the knowledge (97 % of the ViT), stay frozen and may be coarse, while
 LoRA and adapters train in full precision beside them. The q and v biases are parameters of their own and stay as they
 are. The layers are `QuantLinear`, which needs no library and no GPU.
 """
@@ -18,10 +18,25 @@ from tensorkeep.quantization.packed import Kind, kind_of
 
 
 def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: bool = True) -> int:
-    """Store the frozen linears of every block (qkv, proj, fc1, fc2) as `kind`; returns how many.
+    """Quantize the frozen linears of every block (qkv, proj, fc1, fc2), in place.
 
-    Load float weights first, or a quantized checkpoint with `load_quantized`. Under LoRA the base is packed and the
-    update stays. Raises TensorkeepError, before anything is changed, where a linear still trains.
+    Load float weights first, or a quantized checkpoint with `load_quantized`. Under LoRA the base is quantized and the
+    update stays.
+
+    Args:
+        vit: the backbone.
+        kind: "nf4", "fp4" or "int8", or 4 or 8 bits.
+        double: whether the scales of 4-bit weights are quantized too.
+
+    Returns:
+        How many linears were quantized.
+
+    Raises:
+        TensorkeepError: A linear still trains; then nothing was changed.
+
+    Example:
+        >>> quantize_backbone(detector.backbone, "nf4")  # doctest: +SKIP
+        48
     """
     kind, places = kind_of(kind), []
     for index, block in enumerate(vit.blocks):
@@ -43,9 +58,9 @@ def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: 
 
 
 def quantize_adapters(vit: VisionTransformer, double: bool = True) -> int:
-    """Store the frozen projections of every `QLoRAAdapter` in its `quantize_bits`; returns how many.
+    """Quantize the frozen projections of every `QLoRAAdapter` to its `quantize_bits`, in place; returns how many.
 
-    4 bits are nf4; 8 bits are int8 without a float copy.
+    4 bits are nf4, 8 bits are int8. `double`: whether the scales of 4-bit weights are quantized too.
     """
     count = 0
     for index, block in enumerate(vit.blocks):
@@ -62,6 +77,7 @@ def quantize_adapters(vit: VisionTransformer, double: bool = True) -> int:
 
 
 def _dense(holder: nn.Module, name: str) -> nn.Linear:
+    """Return the plain linear under a name."""
     linear = getattr(holder, name)
     assert isinstance(linear, nn.Linear)
     return linear

@@ -1,4 +1,4 @@
-"""Linear resizing along the last axis, as fixed gathers, so that its backward is deterministic everywhere.
+"""Resize linearly along the last axis by fixed gathers, so that the backward is deterministic on every device.
 
 `torch.nn.functional.interpolate(mode="linear")` adds gradients with atomics on CUDA and refuses to run under
 `torch.use_deterministic_algorithms(True)`. Both directions of the same linear map are gathers here: the
@@ -20,8 +20,9 @@ def linear_resize(x: Tensor, length: int) -> Tensor:
     Equal to `F.interpolate(x, length, mode="linear", align_corners=False)` to rounding, for growing and
     shrinking; first derivatives only.
 
-    >>> linear_resize(torch.tensor([[0.0, 1.0]]), 4)
-    tensor([[0.0000, 0.2500, 0.7500, 1.0000]])
+    Example:
+        >>> linear_resize(torch.tensor([[0.0, 1.0]]), 4)
+        tensor([[0.0000, 0.2500, 0.7500, 1.0000]])
     """
     if x.shape[-1] == length:
         return x
@@ -30,6 +31,8 @@ def linear_resize(x: Tensor, length: int) -> Tensor:
 
 
 class _LinearResize(torch.autograd.Function):
+    """The resize as one operation of autograd, both directions by gathers."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, length: int) -> Tensor:
         ctx.sizes = (x.shape[-1], length)
@@ -41,7 +44,7 @@ class _LinearResize(torch.autograd.Function):
 
 
 def _gather(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """`y[..., j] = sum_k weight[k, j] * x[..., index[k, j]]`, summed in the fixed order of k."""
+    """Return `y[..., j] = sum_k weight[k, j] * x[..., index[k, j]]`, summed in the fixed order of k."""
     rows = [x[..., i] * w.to(x.dtype) for i, w in zip(index, weight)]
     total: Tensor = rows[0]
     for row in rows[1:]:
@@ -51,7 +54,7 @@ def _gather(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _tables(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index and weight `[2, target]` of the forward, `[K, source]` of its transpose (padded with weight 0)."""
+    """Return index and weight `[2, target]` of the forward, and `[K, source]` of its transpose (padded with weight 0)."""
     position = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).clamp_(min=0)
     low = position.floor().long().clamp_(max=source - 1)
     high = (low + 1).clamp_(max=source - 1)

@@ -1,8 +1,9 @@
-"""The VideoMAE vision transformer: frames in chunks of 16 to a feature map, with a hook for adapters.
+"""The VideoMAE vision transformer: frames in chunks of 16 become a feature map; adapters may be put on its blocks.
 
-Attention stays inside a chunk; only what hangs on `Block.adapter` sees a whole video. Weight names are those of
+Attention stays inside a chunk; only an adapter (`Block.adapter`) sees a whole video. Weight names are those of
 the original VideoMAE files (`patch_embed.proj`, `blocks.I.attn.{q_bias,v_bias,qkv,proj}`, `blocks.I.mlp.fc1`, ...).
-Sizes: S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16, v2-g 1408/40/16 with patch 14 and `mlp_dim` 6144.
+Sizes (`embed_dim`/`depth`/`heads`): S 384/12/6, B 768/12/12, L 1024/24/16, H 1280/32/16, v2-g 1408/40/16 with patch 14
+and `mlp_dim` 6144.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tensorkeep.detection.model._chain import HostStore, Kept, run_chain
-from tensorkeep.detection.model._frozen import FrozenTrunk, Segment, attention_kept, run_frozen
+from tensorkeep.detection.model._chain import HostStore, KeptInputs, run_chain
+from tensorkeep.detection.model._frozen import FrozenLink, FrozenTrunk, attention_kept, run_frozen
 from tensorkeep.detection.model._positions import normalise_frames, resize_positions, sinusoid_table
-from tensorkeep.detection.model._recompute import Link, Stages, part_size, run_segment
+from tensorkeep.detection.model._recompute import AutogradLink, Link, part_size, run_segment
 from tensorkeep.detection.model.config import Checkpointing, VitConfig
 from tensorkeep.detection.model.layers import VideoShape, add_kept, draw_kept
 from tensorkeep.errors import TensorkeepError
@@ -38,7 +39,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.embed_dim, self.kernel, stride=self.kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [N, 3, t, H, W]` normalised -> tokens `[N, t/2 * H/16 * W/16, C]`; a rest right and below is cut off."""
+        """Return tokens `[N, t/2 * H/16 * W/16, C]` for normalised `x [N, 3, t, H, W]`.
+
+        Pixels right and below that fill no patch are cut off.
+
+        Raises:
+            TensorkeepError: The frames are smaller than a patch.
+        """
         n, channels = x.shape[:2]
         a, p, q = self.kernel
         t, h, w = (size // step for size, step in zip(x.shape[2:], self.kernel))
@@ -65,11 +72,14 @@ class Attention(nn.Module):
         self.proj: nn.Module = nn.Linear(dim, dim)
 
     def qkv_bias(self) -> Tensor:
-        """`[3C]`."""
+        """Return the bias of q, k and v, `[3C]`."""
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
     def project(self, x: Tensor) -> Tensor:
-        """`[N, L, C] -> [N, L, 3C]`. A quantized or low-rank `qkv` is called as it is and gets the bias afterwards."""
+        """Return q, k and v of `x [N, L, C]` side by side, `[N, L, 3C]`.
+
+        A quantized or low-rank `qkv` is called as it is and gets the bias afterwards.
+        """
         bias = self.qkv_bias()
         if type(self.qkv) is nn.Linear:
             return F.linear(x, self.qkv.weight, bias)
@@ -77,11 +87,11 @@ class Attention(nn.Module):
         return out + bias.to(out.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, L, C] -> [N, L, C]`."""
+        """Return the attention of `x [N, L, C]` within each chunk, `[N, L, C]`."""
         n, length, _ = x.shape
-        qkv = self.project(x).view(n, length, 3, self.heads, -1)
+        qkv = self.project(x).view(n, length, 3, self.heads, -1)  # [N, L, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, d]
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, d]
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(n, length, -1))
         return mixed  # [N, L, C]
 
@@ -95,9 +105,9 @@ class Mlp(nn.Module):
         self.fc2: nn.Module = nn.Linear(config.mlp_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, L, C] -> [N, L, C]`."""
+        """Return `fc2(gelu(fc1(x)))` for `x [N, L, C]`."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+        return out  # [N, L, C]
 
 
 class Block(nn.Module):
@@ -113,18 +123,20 @@ class Block(nn.Module):
         self.adapter: nn.Module | None = None
 
     def trunk(self, x: Tensor) -> Tensor:
-        """Attention and MLP with their residuals: `[N, L, C] -> [N, L, C]`."""
+        """Apply attention and MLP with their residuals to `x [N, L, C]`."""
         kept = [draw_kept(x, self.drop_path, self.training) for _ in range(2)]
         return self.core(x, kept[0], kept[1])
 
     def core(self, x: Tensor, kept_attn: Tensor | None, kept_mlp: Tensor | None) -> Tensor:
-        """`trunk` with its random numbers given `[N, 1, 1]`: the part worth compiling."""
-        x = add_kept(x, self.attn(self.norm1(x)), kept_attn)
-        return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)
+        """Do what `trunk` does, with drop path's factors `[N, 1, 1]` given: the part worth compiling."""
+        x = add_kept(x, self.attn(self.norm1(x)), kept_attn)  # [N, L, C]
+        return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)  # [N, L, C]
 
     def frozen(self, x: Tensor) -> Callable[[], FrozenTrunk] | None:
-        """What makes attention and MLP ready for `run_frozen`; None where one of their weights trains, or computes
-        otherwise. Quantized weights are made numbers at each call."""
+        """Return a function that makes attention and MLP ready for `run_frozen`; it dequantizes weights at each call.
+
+        None where one of their weights trains, has another dtype than `x`, or is not a plain or quantized linear's.
+        """
         linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2]
         plain = all(type(linear) in (nn.Linear, QuantLinear) for linear in linears)
         if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
@@ -132,36 +144,46 @@ class Block(nn.Module):
         return partial(self._open, x.dtype)
 
     def _open(self, dtype: torch.dtype) -> FrozenTrunk:
+        """Gather the weights of attention and MLP, dequantized to `dtype`."""
         qkv, *linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         proj, fc1, fc2 = ((_numbers(linear, dtype), linear.get_parameter("bias")) for linear in linears)
         opened = (_numbers(qkv, dtype), self.attn.qkv_bias())
         return FrozenTrunk(self.norm1, self.norm2, opened, proj, fc1, fc2, self.attn.heads)
 
     def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """The adapter alone, or nothing: `[N, L, C] -> [N, L, C]`."""
+        """Apply the adapter, where there is one, to `x [N, L, C]`."""
         if self.adapter is None:
             return x
         out: Tensor = self.adapter(x, shape)
         return out
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
-        """`[N, L, C] -> [N, L, C]`."""
-        return self.adapt(self.trunk(x), shape)
+        """Apply attention, MLP and adapter to `x [N, L, C]`."""
+        return self.adapt(self.trunk(x), shape)  # [N, L, C]
 
 
 class VisionTransformer(nn.Module):
     """VideoMAE encoder, chunk by chunk.
 
-    `checkpointing`: `none` keeps every activation; `blocks` recomputes each block from its input; `attention` does
-    too, but keeps the attention outputs (more memory, no second attention kernel); `segments` keeps one tensor a
-    block, and in a wide ViT the attention output of some, and recomputes a part of the chunks at a time, with a
-    backward written by hand where attention and MLP are frozen (the fastest of them on an H200). `two_level` is
-    `segments` that keeps the input of only about sqrt(2 depth) blocks, and runs most of the forward twice; `offload`
-    keeps the inputs in pinned main memory (least memory, where the bus is fast enough no slower than `segments`).
+    Args:
+        config: its shape.
+        checkpointing: which activations are kept for the backward.
 
-    >>> vit = VisionTransformer(VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4))
-    >>> vit(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
-    torch.Size([2, 48, 2, 2, 2])
+            - `none` keeps every one.
+            - `blocks` recomputes each block from its input.
+            - `attention` does too, but keeps the attention outputs: more memory, no second attention kernel.
+            - `segments` keeps one tensor a block, and in a wide ViT the attention output of some; it recomputes a part
+              of the chunks at a time, with a backward written by hand where attention and MLP are frozen (the fastest
+              of those that recompute, on an H200).
+            - `two_level` is `segments` that keeps the input of only about sqrt(2 depth) blocks, and runs most of the
+              forward twice.
+            - `offload` keeps the inputs in pinned main memory: least GPU memory, and no slower than `segments` where
+              the bus is fast enough.
+
+    Example:
+        >>> config = VitConfig(image_size=32, embed_dim=48, depth=1, heads=3, mlp_dim=96, chunk_frames=4)
+        >>> VisionTransformer(config)(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8), videos=1).shape
+        torch.Size([2, 48, 2, 2, 2])
     """
 
     def __init__(self, config: VitConfig, checkpointing: Checkpointing = "none") -> None:
@@ -181,13 +203,13 @@ class VisionTransformer(nn.Module):
         self.apply(_initialise)
 
     def embed(self, chunks: Tensor) -> Tensor:
-        """Raw frames `[N, 3, t, H, W]` (0..255, uint8 or float) to tokens `[N, L, C]`, without positions."""
+        """Return tokens `[N, L, C]`, without positions, of raw frames `[N, 3, t, H, W]` (0..255, uint8 or float)."""
         mean, std = self.config.mean, self.config.std
         parts = [self.patch_embed(normalise_frames(part, mean, std)) for part in torch.split(chunks, _EMBED_CHUNKS)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def positions(self, shape: VideoShape) -> Tensor:
-        """Position table `[1, t*h*w, C]` for the grid of `shape`; resized once for each grid."""
+        """Return the position table `[1, t*h*w, C]` for the grid of `shape`; it is resized once for each grid."""
         table = self.get_buffer("pos_embed")
         grid = (shape.t, shape.h, shape.w)
         # loading writes in place and moving makes another tensor: both must be seen
@@ -197,7 +219,7 @@ class VisionTransformer(nn.Module):
         return self._resized[1]
 
     def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
-        """Tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
+        """Run tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         x = tokens + self.positions(shape).to(tokens.dtype)
         del tokens
@@ -212,9 +234,17 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward(self, chunks: Tensor, videos: int) -> Tensor:
-        """Raw frames `[videos * chunks, 3, t, H, W]`, chunks of one video side by side, to `[.., C, t/2, h, w]`.
+        """Encode raw frames.
 
-        Raises TensorkeepError where `videos` does not divide the chunks or a frame is smaller than a patch.
+        Args:
+            chunks: `[videos * chunks, 3, t, H, W]`, 0..255; chunks of one video lie side by side.
+            videos: how many videos share the first axis.
+
+        Returns:
+            Feature maps `[videos * chunks, C, t/2, h, w]`, with h and w in patches.
+
+        Raises:
+            TensorkeepError: `videos` does not divide the chunks, or a frame is smaller than a patch.
         """
         if chunks.shape[0] % videos:
             raise TensorkeepError(f"{chunks.shape[0]} chunks cannot belong to {videos} videos", where="vit")
@@ -223,30 +253,31 @@ class VisionTransformer(nn.Module):
         return x.transpose(1, 2).reshape(len(x), -1, t, h, w)  # [N, C, t, h, w]
 
     def _run_segments(self, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
-        """Segment i is the adapter of block i - 1 with the attention and MLP of block i: see `recompute`."""
+        """Run the blocks link by link: link i is the adapter of block i - 1 with the attention and MLP of block i."""
         for index, (before, after) in enumerate(zip([None, *blocks], [*blocks, None])):
             part = attention_kept(self.config.embed_dim)
             keep = int((index + 1) * part) > int(index * part)
             link, parameters = _link(before, after, x, shape, part_size(x, len(blocks) - index), keep)
-            if isinstance(link, Segment) and link.trunk is not None:
+            if isinstance(link, FrozenLink) and link.trunk is not None:
                 x = run_frozen(link, x, parameters)
             else:
                 x = run_segment(link, x, parameters)
         return x
 
     def _run_chain(self, blocks: list[Block], stream: list[Tensor], shape: VideoShape) -> Tensor:
-        """The same segments as one operation, but for the last adapter: see `chain`. `stream` is emptied."""
+        """Run the same links as one operation, but for the last adapter (see `_chain`); `stream` is emptied."""
         x = stream[0]
         size = part_size(x, 1)
         pairs = [_link(*pair, x, shape, size, False) for pair in zip([None, *blocks], blocks)]
         last, parameters = _link(blocks[-1], None, x, shape, size, False)
         del x
-        kept = Kept(self._host if self.checkpointing == "offload" else None)
+        kept = KeptInputs(self._host if self.checkpointing == "offload" else None)
         adapted = blocks[-1].adapter is not None
         out = run_chain(pairs, stream, kept, own=adapted)
         return run_segment(last, out, parameters) if adapted else out
 
     def _run(self, block: Block, x: Tensor, shape: VideoShape) -> Tensor:
+        """Run one block, recomputed in the backward as `checkpointing` says: `none`, `blocks` or `attention`."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             out: Tensor = block(x, shape)
             return out
@@ -257,6 +288,7 @@ class VisionTransformer(nn.Module):
         return self._checkpoint(block, x, shape)
 
     def _checkpoint(self, module: nn.Module, x: Tensor, shape: VideoShape) -> Tensor:
+        """Run a module by torch's checkpointing."""
         extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
         # random numbers are drawn in training only (drop path, LoRA dropout); saving their state costs a sync
         out: Tensor = checkpoint(module, x, shape, use_reentrant=False, preserve_rng_state=self.training, **extra)
@@ -268,13 +300,17 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _numbers(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return a linear's weight, dequantized to `dtype` where it is quantized."""
     return linear.dequantize(dtype) if isinstance(linear, QuantLinear) else linear.get_parameter("weight")
 
 
 def _link(
     before: Block | None, after: Block | None, x: Tensor, shape: VideoShape, size: int, keep: bool
 ) -> tuple[Link, list[nn.Parameter]]:
-    """The adapter of `before` with the attention and MLP of `after`, and the parameters of both that may train."""
+    """Make the link of `before`'s adapter and `after`'s attention and MLP, and list the parameters of both that train.
+
+    It is a `FrozenLink` where attention and MLP are frozen, the adapter offers its `branch` and autocast is off.
+    """
     adapter = None if before is None else before.adapter
     inner = () if after is None else _trunk_parameters(after)
     parameters = [p for p in [*_adapter_parameters(before), *inner] if p.requires_grad]
@@ -286,15 +322,15 @@ def _link(
     by_hand = (after is None or trunk is not None) and (adapter is None or branch is not None)
     if by_hand and not torch.is_autocast_enabled(x.device.type):
         bound = None if branch is None else partial(branch, shape=shape)
-        return Segment(bound, trunk, kept, size, keep, _draws(adapter)), parameters
+        return FrozenLink(bound, trunk, kept, size, keep, _draws(adapter)), parameters
     whole = _unchanged if before is None else partial(before.adapt, shape=shape)
     parts = _same_part if after is None else partial(_core_part, after, kept)
     modules = [adapter, *([] if after is None else [after.attn, after.mlp])]
-    return Stages(whole, parts, size, any(map(_draws, modules)), x.device.type), parameters
+    return AutogradLink(whole, parts, size, any(map(_draws, modules)), x.device.type), parameters
 
 
 def _draws(module: nn.Module | None) -> bool:
-    """Whether `module` draws random numbers: dropout, by the names of this package or torch's."""
+    """Return whether `module` draws random numbers: dropout, by the names of this package or torch's."""
     if module is None or not module.training:
         return False
     return any(getattr(m, "dropout", 0.0) or isinstance(m, _DropoutNd) for m in module.modules())
@@ -313,6 +349,7 @@ def _adapter_parameters(block: Block | None) -> Iterable[nn.Parameter]:
 
 
 def _trunk_parameters(block: Block) -> Iterable[nn.Parameter]:
+    """Return the parameters of a block but for its adapter's."""
     return (p for name, p in block.named_parameters() if not name.startswith("adapter."))
 
 
@@ -325,6 +362,7 @@ _ATTENTION_OPS = (
 
 
 def _attention_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Keep the outputs of attention, recompute everything else."""
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -1,6 +1,6 @@
-"""Weights into a detector or its backbone, strictly: nothing missing, unexpected or misshapen stays unnamed.
+"""Load weights into a backbone or detector strictly: all that is missing, unexpected or of another shape is an error.
 
-Files go through the same namings as `tensorkeep convert`, so any format and naming of a detector loads directly.
+Files go through the same namings as `tensorkeep convert`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from tensorkeep.formats.view import read
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, absent: Iterable[str] = ()) -> None:
-    """Copy `tensors`, by our names, into `module`; every tensor of both sides must meet, except the names in `absent`.
+    """Copy tensors into a module by name; each side must have all names of the other.
 
-    Raises TensorkeepError that names what is missing, unexpected or of another shape; then nothing was changed.
+    Args:
+        module: changed in place.
+        tensors: by the module's own names.
+        where: the file they come from, for errors.
+        absent: names of the module that `tensors` may lack.
+
+    Raises:
+        TensorkeepError: Tensors are missing, unexpected or of another shape; then nothing was changed.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - tensors.keys() - set(absent))
@@ -41,11 +48,25 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], where: str, a
 def load_videomae(
     vit: nn.Module, source: str | Path | Mapping[str, Tensor], where: str = "VideoMAE checkpoint"
 ) -> list[str]:
-    """Pretrained weights under VideoMAE's, VideoMAEv2's, mmaction's or transformers' names into a backbone.
+    """Load pretrained VideoMAE weights into a backbone.
 
-    `source`: a file or folder, or tensors by name. Adapters and LoRA weights are new and keep their values; so does
-    the fixed position table, and `fc_norm` where the file has none. Returns the names of the file that a backbone
-    has no place for (classifier, decoder).
+    Adapters and LoRA weights are new and keep their values; so do the fixed position table, and `fc_norm` where the
+    file has none.
+
+    Args:
+        vit: the backbone, changed in place.
+        source: a file or folder, or tensors by name, under VideoMAE's, VideoMAEv2's, mmaction's or transformers' names.
+        where: what tensors without a file are called in errors.
+
+    Returns:
+        Names of the file that a backbone has no place for (classifier, decoder).
+
+    Raises:
+        TensorkeepError: A tensor is unknown, missing or of another shape.
+
+    Example:
+        >>> load_videomae(detector.backbone, "vit-small-p16_videomae-k400.pth")  # doctest: +SKIP
+        ['cls_head.fc_cls.weight', 'cls_head.fc_cls.bias']
     """
     if not isinstance(source, Mapping):
         view, where = read(source), str(source)
@@ -79,7 +100,7 @@ def load_videomae(
 
 
 def _under_lora(name: str, own: Mapping[str, Tensor]) -> str:
-    """A linear under LoRA keeps its pretrained weight one level down."""
+    """Return the name that a weight has in the backbone: under LoRA a linear's own weight lies below `base`."""
     path, _, last = name.rpartition(".")
     wrapped = f"{path}.base.{last}"
     return wrapped if name not in own and wrapped in own else name

@@ -1,4 +1,7 @@
-"""The turns of non-maximum suppression on padded matrices: one row a group, one column a detection (see `nms`)."""
+"""Non-maximum suppression of many groups at once, on padded matrices: a row is a group, a column a detection.
+
+A group holds the detections that may suppress each other: those of one video and class (see `nms`).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,15 @@ _EMPTY = np.float32(-1)  # score of a padded column: below every real one
 
 
 @dataclass
-class Rows:
-    """G groups of at most W detections: float32 matrices [G, W], `index` [G, W] their positions, `count` [G]."""
+class PaddedGroups:
+    """G groups of at most W detections as matrices [G, W].
+
+    Attributes:
+        start, end, length: float32, in the unit of the segments; `length` is end - start + 1e-6.
+        score: float32; -1 where padded.
+        index: position of each detection among all that were given.
+        count: [G], how many of a row are real.
+    """
 
     start: Floats
     end: Floats
@@ -25,18 +35,17 @@ class Rows:
     count: Ints
 
     def matrices(self) -> list[NDArray[np.float32] | NDArray[np.int64]]:
-        """The five [G, W] matrices."""
+        """Return the five [G, W] matrices."""
         return [self.start, self.end, self.length, self.score, self.index]
 
-    def keep_rows(self, rows: NDArray[np.bool_]) -> Rows:
-        """The chosen rows alone."""
-        return Rows(
-            self.start[rows], self.end[rows], self.length[rows], self.score[rows], self.index[rows], self.count[rows]
-        )
+    def of(self, chosen: NDArray[np.bool_]) -> PaddedGroups:
+        """Return the chosen groups alone."""
+        start, end, length = self.start[chosen], self.end[chosen], self.length[chosen]
+        return PaddedGroups(start, end, length, self.score[chosen], self.index[chosen], self.count[chosen])
 
 
-def pad_groups(segments: Floats, scores: Floats, members: Ints, starts: Ints, sizes: Ints) -> Rows:
-    """Groups `members[starts[g] : starts[g] + sizes[g]]` as rows; padding has score -1 and meets nothing."""
+def pad_groups(segments: Floats, scores: Floats, members: Ints, starts: Ints, sizes: Ints) -> PaddedGroups:
+    """Put the groups `members[starts[g] : starts[g] + sizes[g]]` into rows; padding overlaps with nothing."""
     columns = np.arange(sizes.max())
     real = columns < sizes[:, None]
     index = members[np.where(real, starts[:, None] + columns, 0)]
@@ -44,16 +53,26 @@ def pad_groups(segments: Floats, scores: Floats, members: Ints, starts: Ints, si
     length = end - start + _EPSILON
     for matrix, filler in ((start, np.inf), (end, -np.inf), (length, 1)):
         matrix[~real] = filler
-    return Rows(start, end, length, np.where(real, scores[index], _EMPTY), index, sizes.copy())
+    return PaddedGroups(start, end, length, np.where(real, scores[index], _EMPTY), index, sizes.copy())
 
 
 def run_soft(
-    rows: Rows, method: str, shape: tuple[float, float, float, float], min_score: float, limit: int
+    rows: PaddedGroups, method: str, shape: tuple[float, float, float, float], min_score: float, limit: int
 ) -> tuple[Ints, Floats]:
-    """Soft-NMS of every row: indices and scores of what is kept, row by row in the order taken.
+    """Apply soft-NMS to every group.
 
-    shape: (sigma, iou, t1, t2). As in the C loops in use, the taken detection changes places with the one whose turn
-    it is and a dropped one with the last, since that order decides between equal scores.
+    As in the C loops of other libraries, the detection taken changes places with the one whose turn it is and a dropped
+    one with the last, since that order decides between equal scores.
+
+    Args:
+        rows: the groups, changed in place.
+        method: "gaussian", "linear", "hard" or "adaptive".
+        shape: (sigma, iou, t1, t2) of the method.
+        min_score: scores below it are dropped.
+        limit: most detections kept of a group.
+
+    Returns:
+        Indices and new scores of what is kept, group by group in the order taken.
     """
     turns = min(rows.start.shape[1], limit)
     taken = np.full((len(rows.count), turns), -1, dtype=np.int64)
@@ -63,7 +82,7 @@ def run_soft(
     for turn in range(turns):
         live = rows.count > turn
         if live.sum() < 0.8 * len(live):
-            rows, place = rows.keep_rows(live), place[live]
+            rows, place = rows.of(live), place[live]
             live = live[live]
         if not len(live):
             break
@@ -89,8 +108,8 @@ def run_soft(
     return taken[kept], scores[kept]
 
 
-def run_greedy(rows: Rows, iou: float, min_score: float, limit: int) -> tuple[Ints, Floats]:
-    """Classical NMS of every row: indices and (unchanged) scores of what is kept, row by row, highest first."""
+def run_greedy(rows: PaddedGroups, iou: float, min_score: float, limit: int) -> tuple[Ints, Floats]:
+    """Apply classical NMS to every group; gives indices and (unchanged) scores of what is kept, highest first."""
     order = np.argsort(-rows.score, axis=1, kind="stable")
     score, index = np.take_along_axis(rows.score, order, axis=1), np.take_along_axis(rows.index, order, axis=1)
     start, end, length = (np.take_along_axis(part, order, axis=1) for part in (rows.start, rows.end, rows.length))
@@ -111,8 +130,12 @@ def run_greedy(rows: Rows, iou: float, min_score: float, limit: int) -> tuple[In
     return index[alive], score[alive]
 
 
-def _take_best(rows: Rows, turn: int) -> tuple[Floats, Floats, Floats, Floats, Ints]:
-    """The best remaining detection of every row ([G, 1] start, end, length; [G] score, index); its place is refilled."""
+def _take_best(rows: PaddedGroups, turn: int) -> tuple[Floats, Floats, Floats, Floats, Ints]:
+    """Take the best remaining detection of every group; the one whose turn it is moves to its place.
+
+    Returns:
+        Start, end and length [G, 1], score and index [G].
+    """
     numbers = np.arange(len(rows.count))
     best = rows.score[:, turn:].argmax(axis=1) + turn
     start, end, length = rows.start[numbers, best], rows.end[numbers, best], rows.length[numbers, best]
@@ -125,7 +148,7 @@ def _take_best(rows: Rows, turn: int) -> tuple[Floats, Floats, Floats, Floats, I
 def _weight(
     overlap: Floats, scratch: Floats, length: Floats, method: str, shape: tuple[float, float, float, float]
 ) -> Floats:
-    """What the remaining scores are multiplied with; `overlap` is overwritten."""
+    """Return the factors [G, W'] of the remaining scores; `overlap` and `scratch` are overwritten."""
     sigma, iou, t1, t2 = (np.float32(value) for value in shape)
     if method == "hard":
         return (overlap < iou).astype(np.float32)
@@ -140,8 +163,8 @@ def _weight(
     return weight
 
 
-def _drop(rows: Rows, first: int, width: int, min_score: np.float32) -> None:
-    """Drop scores below `min_score` from columns first..width: survivors from the row's end fill the holes, in place."""
+def _drop(rows: PaddedGroups, first: int, width: int, min_score: np.float32) -> None:
+    """Drop scores below `min_score` in columns first to width, in place; others from the row's end fill the holes."""
     columns = np.arange(first, width)
     dropped = (rows.score[:, first:width] < min_score) & (columns < rows.count[:, None])
     hit = np.flatnonzero(dropped.any(axis=1))

@@ -1,4 +1,4 @@
-"""Class probabilities of whole videos from an external classifier, to name what a class-agnostic detector finds.
+"""Read class probabilities of whole videos, by which an external classifier names what a class-agnostic detector finds.
 
 Two layouts: the ActivityNet classifiers' JSON `{"results": {VIDEO: [p, ...]}, "class": [name, ...]}` (CUHK and others)
 and UntrimmedNet's array [videos, 101] for THUMOS (`.npy`), whose rows are the test videos by number and whose columns
@@ -20,13 +20,22 @@ from tensorkeep.storage.documents import parse_number, read_json
 
 
 class VideoClasses(NamedTuple):
-    """`classes` [K] names and, for each video, their probabilities [K] float64."""
+    """An external classifier's verdicts.
+
+    Attributes:
+        classes: K names.
+        probabilities: video -> probabilities [K], float64.
+    """
 
     classes: tuple[str, ...]
     probabilities: Mapping[str, NDArray[np.float64]]
 
     def of(self, video: str) -> NDArray[np.float64]:
-        """The probabilities of a video; ActivityNet's `v_` before a name makes no difference. Raises if unknown."""
+        """Return the probabilities [K] of a video; ActivityNet's `v_` before its name makes no difference.
+
+        Raises:
+            TensorkeepError: The classifier does not know the video.
+        """
         found = self.probabilities.get(video, self.probabilities.get(video.removeprefix("v_")))
         if found is None:
             raise TensorkeepError(f"the external classifier does not know video {video!r}")
@@ -34,16 +43,21 @@ class VideoClasses(NamedTuple):
 
 
 def read_classifier(path: str | Path) -> VideoClasses:
-    """Read either layout. Raises `TensorkeepError` for another one, or where the numbers do not fit the class names.
+    """Read a classifier's probabilities in either layout.
 
-    >>> read_classifier("cuhk_val_simp_share.json").of("v_0dkIbKXXFzI").shape  # doctest: +SKIP
-    (200,)
+    Raises:
+        TensorkeepError: The file has another layout, or its numbers do not fit the class names.
+
+    Example:
+        >>> read_classifier("cuhk_val_simp_share.json").of("v_0dkIbKXXFzI").shape  # doctest: +SKIP
+        (200,)
     """
     path = Path(path)
     return _read_untrimmednet(path) if path.suffix == ".npy" else _read_json_classifier(path)
 
 
 def _read_json_classifier(path: Path) -> VideoClasses:
+    """Read the ActivityNet classifiers' JSON."""
     document = read_json(path)
     results = document.get("results") if isinstance(document, dict) else None
     names = document.get("class") if isinstance(document, dict) else None
@@ -60,6 +74,7 @@ def _read_json_classifier(path: Path) -> VideoClasses:
 
 
 def _read_untrimmednet(path: Path) -> VideoClasses:
+    """Read UntrimmedNet's array for THUMOS."""
     try:
         table = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as problem:

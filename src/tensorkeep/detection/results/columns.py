@@ -1,6 +1,6 @@
-"""What an evaluation works on: annotated segments and detections as columns over the same video and class numbers.
+"""Bring annotations and detections into columns over the same video and class numbers, for an evaluation.
 
-Also the decisions before it: which subset is meant, which videos are left out, whose names only look different.
+Also decides what comes before: which subset is meant, which videos are left out, and which names mean the same video.
 Numpy only.
 """
 
@@ -35,12 +35,12 @@ class Columns(NamedTuple):
     ambiguous_videos: Ints  # [A]
 
     def true_groups(self) -> Ints:
-        """[G]: one number for each (video, class)."""
+        """Return [G] numbers that are equal where video and class are."""
         groups: Ints = self.true_videos * len(self.classes) + self.true_labels
         return groups
 
     def groups(self) -> Ints:
-        """[N]: the same numbers for the detections; negative for an unknown label."""
+        """Return the same numbers [N] for the detections; negative for an unknown label."""
         return np.where(self.labels < 0, -1, self.videos * len(self.classes) + self.labels)
 
 
@@ -53,10 +53,18 @@ def gather_columns(
     clean: bool = True,
     notes: list[str] | None = None,
 ) -> Columns:
-    """Annotated segments of a subset and the detections, as columns over common numbers.
+    """Bring the annotated segments of a subset and the detections into columns over common numbers.
 
-    `clean` drops segments without length and repetitions (the ActivityNet protocol). `Ambiguous` is never a class:
-    its segments are set aside. Raises `TensorkeepError` when no segment is left.
+    Args:
+        annotations: the ground truth; segments labelled `Ambiguous` are set aside, they are no class.
+        detections: what was found.
+        subset: whose segments count.
+        blocked: names of videos to leave out on both sides.
+        clean: whether segments without length and repetitions are dropped (the ActivityNet protocol).
+        notes: gets a sentence for all that has no counterpart on the other side.
+
+    Raises:
+        TensorkeepError: No annotated segment is left.
     """
     notes = [] if notes is None else notes
     left_out = set(blocked)
@@ -106,7 +114,11 @@ def gather_columns(
 
 
 def read_blocked(path: str | Path) -> tuple[str, ...]:
-    """Names of videos to leave out: a JSON list (OpenTAD's blocked.json) or one name a line (missing_files.txt)."""
+    """Read names of videos to leave out: a JSON list (OpenTAD's blocked.json) or one a line (missing_files.txt).
+
+    Raises:
+        TensorkeepError: A JSON file holds anything else than a list of names.
+    """
     path = Path(path)
     if path.suffix != ".json":
         return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
@@ -117,7 +129,11 @@ def read_blocked(path: str | Path) -> tuple[str, ...]:
 
 
 def guess_subset(annotations: Annotations, detections: DetectionTable) -> str:
-    """The subset that most of the detections' videos belong to; refuses to guess between equals."""
+    """Return the subset that most of the detections' videos belong to.
+
+    Raises:
+        TensorkeepError: No video of the detections is annotated, or two subsets have equally many.
+    """
     named = set(detections.video_names)
     count = {subset: 0 for subset in annotations.subsets()}
     for video in annotations.videos.values():
@@ -137,7 +153,7 @@ def guess_subset(annotations: Annotations, detections: DetectionTable) -> str:
 def align_names(
     annotations: Annotations, detections: DetectionTable, notes: list[str]
 ) -> tuple[Annotations, DetectionTable]:
-    """Both with names that can meet: ActivityNet's `v_` goes where only one side has it, and `notes` says so.
+    """Drop ActivityNet's `v_` before video names where only one side has it; `notes` gets a sentence that says so.
 
     Nothing changes when at least one name is common, or when dropping the prefix would make two names one.
     """
@@ -164,7 +180,7 @@ def _note_strangers(
     classes: tuple[str, ...],
     notes: list[str],
 ) -> None:
-    """Say what of the detections has no counterpart, since each of it costs precision or is silently ignored elsewhere."""
+    """Add to `notes` which detections and videos have no counterpart: each costs precision, or counts for nothing."""
     inside = {name for name, video in annotations.videos.items() if video.subset == subset}
     strange = [name for name in detections.video_names if name not in inside and name not in blocked]
     if strange:

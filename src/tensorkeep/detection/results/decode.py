@@ -1,6 +1,6 @@
-"""From a detector's outputs to detections in seconds: decoding, thresholds, clocks, window merge, classifier fusion.
+"""Turn a detector's outputs into detections in seconds: decode, select, convert times, merge windows, fuse classes.
 
-The way of a video: `decode_offsets` -> `select_candidates` -> (one clip a video: `nms.suppress` on the grid) ->
+The steps of a video: `decode_offsets` -> `select_candidates` -> (one clip a video: `nms.suppress` on the grid) ->
 `sliding_seconds` or `resized_seconds` -> (sliding windows: `merge_windows`) -> (class-agnostic head: `fuse_classes`).
 
 OpenTAD rounds times to 2 and scores to 4 decimals *before* windows are merged, which makes scores equal that were not
@@ -19,25 +19,41 @@ from tensorkeep.errors import TensorkeepError
 
 
 def decode_offsets(points: Floats, offsets: Floats) -> Floats:
-    """Segments [P, 2] on the grid from points [P, 4] (time, range low, range high, stride) and offsets [P, 2].
+    """Turn offsets at points into segments on the grid: start = time - stride * left, end = time + stride * right.
 
-    start = time - stride * left, end = time + stride * right.
+    Args:
+        points: [P, 4] (time, range low, range high, stride) in grid steps.
+        offsets: [P, 2] (left, right) in strides.
 
-    >>> decode_offsets(np.array([[8, 0, 4, 2]], np.float32), np.array([[1, 3]], np.float32))
-    array([[ 6., 14.]], dtype=float32)
+    Returns:
+        [P, 2] in grid steps.
+
+    Example:
+        >>> decode_offsets(np.array([[8, 0, 4, 2]], np.float32), np.array([[1, 3]], np.float32))
+        array([[ 6., 14.]], dtype=float32)
     """
     time, stride = points[:, :1], points[:, 3:4]
     return np.concatenate([time - stride * offsets[:, :1], time + stride * offsets[:, 1:]], axis=1)
 
 
 def select_candidates(proposals: Floats, scores: Floats, threshold: float = 1e-3, limit: int = 2000) -> Detections:
-    """Detections from proposals [N, 2] and scores [N, K]: every (proposal, class) above `threshold`, best `limit`.
+    """Make a detection of every (proposal, class) whose score is above `threshold`, and keep the best `limit`.
 
-    A head of one class (K = 1) names actions without telling them apart: all its N proposals are kept, in order and
+    A head of one class (K = 1) finds actions without telling them apart: all its N proposals are kept, in order and
     with label 0, as OpenTAD does. Otherwise the result falls in score; equal scores keep their order.
 
-    >>> select_candidates(np.array([[0, 4]], np.float32), np.array([[0.2, 0.0]], np.float32)).labels
-    array([0])
+    Args:
+        proposals: [N, 2] segments.
+        scores: [N, K].
+        threshold: least score, itself excluded.
+        limit: most detections.
+
+    Raises:
+        TensorkeepError: The shapes do not fit each other.
+
+    Example:
+        >>> select_candidates(np.array([[0, 4]], np.float32), np.array([[0.2, 0.0]], np.float32)).labels
+        array([0])
     """
     if proposals.shape != (len(scores), 2) or scores.ndim != 2:
         raise TensorkeepError(f"proposals {proposals.shape} and scores {scores.shape} are not [N, 2] and [N, K]")
@@ -59,12 +75,24 @@ def sliding_seconds(
     window_start: float = 0.0,
     offset: float = 0.0,
 ) -> Floats:
-    """Seconds [N, 2] from grid steps of a window: (step * snippet_stride + window_start + offset) / fps, within the video.
+    """Turn grid steps of a window into seconds within the video.
 
-    snippet_stride, window_start and offset are frames; fps is frames / duration of the annotation, duration seconds.
+    seconds = (step * snippet_stride + window_start + offset) / fps
 
-    >>> sliding_seconds(np.array([[0, 5]], np.float32), fps=10, duration=100, snippet_stride=4, window_start=20)
-    array([[2., 4.]], dtype=float32)
+    Args:
+        segments: [N, 2] in grid steps of the window.
+        fps: frames / duration of the annotation.
+        duration: seconds.
+        snippet_stride: frames of a grid step.
+        window_start: first frame of the window.
+        offset: frames by which grid step 0 lies after it.
+
+    Returns:
+        [N, 2] in seconds, float32.
+
+    Example:
+        >>> sliding_seconds(np.array([[0, 5]], np.float32), fps=10, duration=100, snippet_stride=4, window_start=20)
+        array([[2., 4.]], dtype=float32)
     """
     if fps <= 0 or duration <= 0:
         raise TensorkeepError(f"fps {fps} and duration {duration} must be above 0")
@@ -74,10 +102,11 @@ def sliding_seconds(
 
 
 def resized_seconds(segments: Floats, *, duration: float, length: int) -> Floats:
-    """Seconds [N, 2] from grid steps of a video resized to `length` steps: step / length * duration, within the video.
+    """Turn grid steps [N, 2] of a video resized to `length` steps into seconds: step / length * duration.
 
-    >>> resized_seconds(np.array([[48, 200]], np.float32), duration=10, length=96)
-    array([[ 5., 10.]], dtype=float32)
+    Example:
+        >>> resized_seconds(np.array([[48, 200]], np.float32), duration=10, length=96)
+        array([[ 5., 10.]], dtype=float32)
     """
     if length < 1 or duration <= 0:
         raise TensorkeepError(f"length {length} must be at least 1 and duration {duration} above 0")
@@ -87,7 +116,7 @@ def resized_seconds(segments: Floats, *, duration: float, length: int) -> Floats
 
 
 def round_detections(detections: Detections, time_decimals: int = 2, score_decimals: int = 4) -> Detections:
-    """Detections with rounded times and scores, for OpenTAD's published numbers only (see the module).
+    """Round times and scores, for OpenTAD's published numbers only (see the module).
 
     Half goes to the even digit of the exact float32 value, as Python's `round` does.
     """
@@ -99,7 +128,7 @@ def round_detections(detections: Detections, time_decimals: int = 2, score_decim
 
 
 def merge_windows(windows: Sequence[Detections], rule: Suppression) -> Detections:
-    """One video's detections from those of its windows (in seconds): concatenated, then suppressed together."""
+    """Put the detections of a video's windows (in seconds) together and suppress them as one."""
     if not windows:
         return Detections(
             np.zeros((0, 2), dtype=np.float32), np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
@@ -109,14 +138,25 @@ def merge_windows(windows: Sequence[Detections], rule: Suppression) -> Detection
 
 
 def fuse_classes(detections: Detections, probabilities: Floats, top: int, rule: str = "product") -> Detections:
-    """Detections of a class-agnostic head, one copy for each of the `top` classes of the video, class after class.
+    """Copy the detections of a class-agnostic head for each of the video's `top` classes, class after class.
 
-    probabilities [K]: a video classifier's, its order gives the labels. rule `product` (CUHK for ActivityNet,
-    UntrimmedNet for THUMOS): score * p; `geometric` (OpenTAD's Standard classifier): sqrt(score * p).
+    Args:
+        detections: N of one video.
+        probabilities: [K] of a video classifier, in label order.
+        top: number of classes.
+        rule: "product" (CUHK for ActivityNet, UntrimmedNet for THUMOS) gives score * p; "geometric" (OpenTAD's Standard
+            classifier) gives sqrt(score * p).
 
-    >>> one = Detections(np.zeros((1, 2), np.float32), np.array([0.5], np.float32), np.array([0]))
-    >>> fuse_classes(one, np.array([0.1, 0.9]), top=1).labels
-    array([1])
+    Returns:
+        top * N detections.
+
+    Raises:
+        TensorkeepError: The rule is unknown, or `top` is not between 1 and K.
+
+    Example:
+        >>> one = Detections(np.zeros((1, 2), np.float32), np.array([0.5], np.float32), np.array([0]))
+        >>> fuse_classes(one, np.array([0.1, 0.9]), top=1).labels
+        array([1])
     """
     if rule not in ("product", "geometric"):
         raise TensorkeepError(f"unknown fusion rule {rule!r}", hint="product or geometric")

@@ -1,4 +1,4 @@
-"""Why a detector's mAP is what it is: kinds of false positives, and what is missed by length, coverage and crowding.
+"""Explain a detector's mAP: which kinds of false positives there are, and which annotated segments are missed.
 
 After DETAD (Alwassel et al., "Diagnosing Error in Temporal Action Detectors", ECCV 2018). Looked at are, for each
 class, its G best detections times `best` (G annotated segments), matched as in the ActivityNet protocol at one IoU a.
@@ -28,6 +28,7 @@ from tensorkeep.detection.results.matching import Ints, Pairs, match_greedily, o
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError
 
+# what a detection can be
 KINDS = ("true positive", "double detection", "wrong label", "localisation", "confusion", "background")
 _COLOURS = ("#4c9f70", "#7aa6c2", "#d98c5f", "#e3c567", "#b07aa1", "#9a9a9a")
 _NAMES = ("XS", "S", "M", "L", "XL")
@@ -36,7 +37,14 @@ _LOOSE = 0.1  # below this overlap a detection is background
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """kinds [up to best, 6]: share of each of `KINDS` among the i-th G detections. missed: rows (what, bin, segments, share missed)."""
+    """What the detections are, and which annotated segments no detection meets.
+
+    Attributes:
+        tiou: the temporal IoU from which a detection meets a segment.
+        kinds: [blocks, 6], share of each of `KINDS` among the first, second, ... G detections of each class.
+        missed: rows (what, bin, annotated segments in it, share of them that is missed).
+        notes: sentences on what has no counterpart.
+    """
 
     tiou: float
     kinds: NDArray[np.float64]
@@ -44,7 +52,7 @@ class ErrorAnalysis:
     notes: tuple[str, ...] = ()
 
     def table(self) -> list[list[str]]:
-        """Rows of text: the kinds for each block of G detections, then what is missed; figures in percent."""
+        """Return rows of text: the kinds for each block of G detections, then what is missed; figures in percent."""
         rows = [["detections", *KINDS]]
         rows += [[f"{i + 1}G", *(f"{100 * share:.1f}" for share in row)] for i, row in enumerate(self.kinds)]
         rows.append(["missed", "bin", "segments", "share"])
@@ -52,7 +60,7 @@ class ErrorAnalysis:
         return rows
 
     def document(self) -> dict[str, object]:
-        """The same as plain lists and dicts, for JSON."""
+        """Return the same as plain lists and dicts, for JSON."""
         return {
             "tiou": self.tiou,
             "kinds": [dict(zip(KINDS, row.tolist(), strict=True)) for row in self.kinds],
@@ -61,7 +69,7 @@ class ErrorAnalysis:
         }
 
     def picture(self) -> str:
-        """SVG text: one stacked bar for each block of G detections."""
+        """Draw one stacked bar for each block of G detections, as SVG text."""
         width, height, gap = 34, 200, 12
         left, total = 40, 40 + len(self.kinds) * (width + gap)
         parts = [f'<text x="{left}" y="14">false positives at tIoU {self.tiou:g}, by rank</text>']
@@ -91,14 +99,26 @@ def analyse_errors(
     tiou: float = 0.5,
     best: int = 10,
 ) -> ErrorAnalysis:
-    """Kinds of errors of `detections` at one temporal IoU, and the share of annotated segments that they miss.
+    """Sort detections into kinds of errors at one temporal IoU, and count the annotated segments that they miss.
 
-    Lengths are binned by fifths of this subset's segments, so the bins suit any data set; coverage (length over the
-    video's duration) likewise, where durations are known; crowding is the number of segments of the same class in the
-    video (1, 2 to 4, 5 to 8, more). A segment is missed when no detection, of any rank, was matched to it.
-    Raises what `evaluation.evaluate` raises.
+    Missed segments are binned by length (fifths of this subset's segments, so that the bins suit any data set), by
+    coverage (length over the video's duration, likewise, where durations are known) and by the number of segments of
+    the same class in the video (1, 2 to 4, 5 to 8, more). A segment is missed when no detection, of any rank, was
+    matched to it.
 
-    >>> analyse_errors(read_annotations("gt.json"), read_detections("pred.json")).table()  # doctest: +SKIP
+    Args:
+        annotations: the ground truth.
+        detections: what was found.
+        subset: whose segments count; None: the one that most of the detections' videos belong to.
+        blocked: names of videos to leave out on both sides.
+        tiou: temporal IoU from which a detection meets a segment, 0.1 to 1.
+        best: how many times G detections of each class are looked at, G being its number of annotated segments.
+
+    Raises:
+        TensorkeepError: `tiou` is out of range, or there is nothing to score against, as in `evaluation.evaluate`.
+
+    Example:
+        >>> analyse_errors(read_annotations("gt.json"), read_detections("pred.json")).table()  # doctest: +SKIP
     """
     if not _LOOSE <= tiou <= 1:
         raise TensorkeepError(f"tiou {tiou} of an error analysis must lie between {_LOOSE} and 1")
@@ -126,7 +146,7 @@ def analyse_errors(
 
 
 def _best_detections(columns: Columns, best: int) -> tuple[Ints, Ints]:
-    """The `best` x G best detections of every class, and the block 0..best-1 in which each falls."""
+    """Return the `best` x G best detections of every class, and the block 0..best-1 in which each falls."""
     total = np.bincount(columns.true_labels, minlength=len(columns.classes))
     order = np.lexsort((-columns.scores, columns.labels))
     order = order[columns.labels[order] >= 0]
@@ -137,7 +157,10 @@ def _best_detections(columns: Columns, best: int) -> tuple[Ints, Ints]:
 
 
 def _kinds(columns: Columns, chosen: Ints, true: NDArray[np.bool_], tiou: float) -> Ints:
-    """Number in `KINDS` of each chosen detection: the segment of highest IoU decides, the right class between equals."""
+    """Return the place in `KINDS` of each chosen detection.
+
+    The segment of the highest IoU decides; of equal ones, that of the right class.
+    """
     pairs: Pairs = overlaps(
         columns.segments[chosen], columns.videos[chosen], columns.true_segments, columns.true_videos, _LOOSE
     )
@@ -155,7 +178,7 @@ def _kinds(columns: Columns, chosen: Ints, true: NDArray[np.bool_], tiou: float)
 def _missed(
     annotations: Annotations, subset: str, detections: DetectionTable, columns: Columns, met: NDArray[np.bool_]
 ) -> list[tuple[str, str, int, float]]:
-    """Rows (what, bin, segments, share missed) for length, coverage and crowding."""
+    """Return rows (what, bin, segments, share missed) for length, coverage and crowding."""
     length = columns.true_segments[:, 1] - columns.true_segments[:, 0]
     videos = annotations.of_subset(subset)
     numbered = sorted({*detections.video_names, *(video.name for video in videos)})

@@ -1,4 +1,4 @@
-"""Mean average precision of temporal action detection, under a protocol that the result names.
+"""Score detections: mean average precision (mAP) of temporal action detection, under one of two protocols.
 
 - `activitynet`: the ActivityNet evaluator's rule, which OpenTAD, mmaction and ActionFormer use. Detections choose, by
   falling score, the free annotated segment of the highest IoU if IoU >= threshold; AP is the area under the
@@ -31,10 +31,18 @@ from tensorkeep.errors import TensorkeepError, near_misses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """mAP and what it is made of; every figure is a fraction of 1.
+    """Mean average precision and what it is made of; every figure is a fraction of 1.
 
-    ap [C, T] by class and threshold, map [T] its mean over classes, average the mean of that; recall[k] [T] is the
-    recall when each video may give k detections for each annotated segment of a class.
+    Attributes:
+        protocol: "activitynet" or "thumos14".
+        subset: the subset that was scored.
+        thresholds: T temporal IoUs.
+        classes: C names.
+        ap: [C, T], average precision by class and threshold.
+        segments: number of annotated segments of each class.
+        detections: number of detections.
+        recall: k -> [T], recall when each video may give k detections for each annotated segment of a class.
+        notes: sentences on what has no counterpart.
     """
 
     protocol: str
@@ -49,17 +57,17 @@ class Evaluation:
 
     @property
     def map(self) -> Floats:
-        """[T]: mean over classes."""
+        """Mean of `ap` over classes, [T]."""
         mean: Floats = self.ap.mean(axis=0)
         return mean
 
     @property
     def average(self) -> float:
-        """Mean over thresholds and classes."""
+        """Mean of `ap` over thresholds and classes."""
         return float(self.map.mean())
 
     def document(self) -> dict[str, object]:
-        """The same as plain lists and dicts, for JSON."""
+        """Return the same as plain lists and dicts, for JSON."""
         return {
             "protocol": self.protocol,
             "subset": self.subset,
@@ -74,7 +82,7 @@ class Evaluation:
         }
 
     def table(self) -> list[list[str]]:
-        """Rows of text: a header, one row a class, the mean; figures in percent."""
+        """Return rows of text: a header, one row a class, the mean; figures in percent."""
         header = ["class", "segments", *(f"AP@{threshold:g}" for threshold in self.thresholds), "mean"]
         rows = [
             [name, str(count), *(f"{100 * value:.2f}" for value in row), f"{100 * row.mean():.2f}"]
@@ -99,9 +107,19 @@ def evaluate_files(
     blocked: str | Path | None = None,
     recall_at: Sequence[int] = (),
 ) -> Evaluation:
-    """`evaluate` for files: annotations of any layout, detections as JSON or THUMOS text, a blocked list as JSON or lines.
+    """Score a file of detections against a file of annotations, as `evaluate` does.
 
-    >>> evaluate_files("thumos_14_anno.json", "result.json", thresholds=[0.3, 0.5, 0.7]).average  # doctest: +SKIP
+    Args:
+        annotations: a file or folder that `read_annotations` can read.
+        detections: JSON, or the text of the THUMOS kit.
+        protocol, thresholds, subset, recall_at: as in `evaluate`.
+        blocked: file with the names of videos to leave out, a JSON list or one a line.
+
+    Raises:
+        TensorkeepError: A file cannot be read, or as `evaluate` does.
+
+    Example:
+        >>> evaluate_files("thumos_14_anno.json", "result.json", thresholds=[0.3, 0.5, 0.7]).average  # doctest: +SKIP
     """
     truth, found = read_files(annotations, detections)
     return evaluate(
@@ -116,7 +134,13 @@ def evaluate_files(
 
 
 def read_files(annotations: str | Path, detections: str | Path) -> tuple[Annotations, DetectionTable]:
-    """Annotations and detections; class ids in a THUMOS text file are those of the annotations' `detclasslist.txt`."""
+    """Read annotations and detections.
+
+    Class ids in a THUMOS text file of detections are those of the `detclasslist.txt` beside the annotations.
+
+    Raises:
+        TensorkeepError: A file cannot be read.
+    """
     listed = Path(annotations) / CLASS_LIST
     ids = read_class_ids(listed) if listed.is_file() else None
     return read_annotations(annotations), read_detections(detections, ids)
@@ -132,13 +156,27 @@ def evaluate(
     blocked: Sequence[str] = (),
     recall_at: Sequence[int] = (),
 ) -> Evaluation:
-    """Mean average precision of `detections` against one subset of `annotations`.
+    """Score detections against one subset of the annotations by mean average precision.
 
-    thresholds: temporal IoUs in (0, 1]; by default those of the protocol. subset: by default the one that most of the
-    detections' videos belong to. blocked: videos to leave out on both sides. Classes are those with an annotated
-    segment; detections of other classes are ignored, detections in videos without annotation count as false
-    positives (`notes` says how many). recall_at: k of "recall at k x", IoU strictly above the threshold, as ActionFormer.
-    Raises `TensorkeepError` for an unknown protocol or subset, a threshold out of range, and nothing to score against.
+    Classes are those with an annotated segment. Detections of other classes are ignored; detections in videos without
+    annotation count as false positives (the result's `notes` tell how many).
+
+    Args:
+        annotations: the ground truth.
+        detections: what was found.
+        protocol: "activitynet" or "thumos14" (see the module).
+        thresholds: temporal IoUs in (0, 1]; None: those of the protocol.
+        subset: name of the subset; None: the one that most of the detections' videos belong to.
+        blocked: names of videos to leave out on both sides.
+        recall_at: each k of "recall at k x"; IoU strictly above the threshold, as in ActionFormer.
+
+    Raises:
+        TensorkeepError: Protocol or subset are unknown, a threshold is out of range, or there is nothing to score
+            against.
+
+    Example:
+        >>> evaluate(read_annotations("gt.json"), read_detections("pred.json")).average  # doctest: +SKIP
+        0.61
     """
     if protocol not in PROTOCOLS:
         hint = near_misses(protocol, PROTOCOLS) or f"one of {', '.join(PROTOCOLS)}"
@@ -172,7 +210,7 @@ def evaluate(
 def _score_activitynet(
     columns: Columns, order: Ints, groups: Ints, pairs: Pairs, limits: Floats
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """True positives [N, T] and detections that count [N], in file order: detections choose."""
+    """Let detections choose segments; gives true positives [N, T] and which detections count [N, T], in file order."""
     chosen = match_greedily(
         pairs.left, pairs.right, pairs.iou, groups, limits, len(columns.true_segments), strict=False
     )
@@ -184,7 +222,10 @@ def _score_activitynet(
 def _score_thumos14(
     columns: Columns, order: Ints, groups: Ints, pairs: Pairs, limits: Floats
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """True positives [N, T] and detections that count [N, T]: annotated segments choose, `Ambiguous` forgives."""
+    """Let annotated segments choose detections; returns as `_score_activitynet`.
+
+    Detections that touch an `Ambiguous` segment and are no true positives do not count.
+    """
     late_first = np.lexsort((-pairs.left, pairs.right))  # of equal IoUs the earlier detection wins: it is listed last
     chosen = match_greedily(
         pairs.right[late_first],
@@ -209,7 +250,7 @@ def _score_thumos14(
 def _average_precision(
     columns: Columns, hit: NDArray[np.bool_], counted: NDArray[np.bool_], *, interpolate: bool
 ) -> Floats:
-    """[C, T]: precision at each true positive, summed over the number of annotated segments.
+    """Return [C, T]: precision at each true positive, summed and divided by the number of annotated segments.
 
     With `interpolate` the precision is the highest at this recall or beyond. Between equal scores file order decides;
     without `interpolate` the video's name first, since the kit goes through the videos by name.
@@ -222,8 +263,8 @@ def _average_precision(
         own = by_class[bounds[number] : bounds[number + 1]]
         if not len(own):
             continue
-        ties = np.zeros(len(own)) if interpolate else columns.videos[own]
-        own = own[np.lexsort((ties, -columns.scores[own]))]  # stable
+        between_equals = np.zeros(len(own)) if interpolate else columns.videos[own]
+        own = own[np.lexsort((between_equals, -columns.scores[own]))]  # stable
         for threshold in range(hit.shape[1]):
             found, counts = hit[own, threshold], counted[own, threshold]
             precision = np.cumsum(found) / np.maximum(np.cumsum(counts), 1)
@@ -234,7 +275,10 @@ def _average_precision(
 
 
 def _recall(columns: Columns, groups: Ints, pairs: Pairs, limits: Floats, ks: Sequence[int]) -> dict[int, Floats]:
-    """For each k, [T]: share of annotated segments met by the k x (their number) best detections of their video and class."""
+    """Return for each k the recall [T], as mean over classes.
+
+    Counted are segments met by the k x G best detections of their video and class, where G segments are annotated.
+    """
     total = np.bincount(columns.true_labels, minlength=len(columns.classes))
     sizes = np.unique(columns.true_groups(), return_counts=True)
     rank = np.arange(len(groups)) - np.searchsorted(groups, groups)  # groups is sorted

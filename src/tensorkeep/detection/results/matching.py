@@ -1,4 +1,4 @@
-"""Which detection meets which annotated segment: overlaps as a sparse list, and the greedy one-to-one matching.
+"""Match detections with annotated segments: overlaps as a sparse list, and the greedy one-to-one matching.
 
 Both evaluation protocols match greedily inside each (video, class) group. What one of them calls the *picker* (the
 detection in the ActivityNet protocol, the annotated segment in the THUMOS'14 kit) takes, in turn, the best still free
@@ -19,7 +19,13 @@ Ints = NDArray[np.int64]
 
 
 class Pairs(NamedTuple):
-    """Overlapping (left, right) segments as three columns of one length, ordered by left, then right."""
+    """Overlapping segments as three columns of one length, ordered by left, then right.
+
+    Attributes:
+        left: indices of the segments on one side.
+        right: indices of the segments on the other side.
+        iou: temporal IoU of the two.
+    """
 
     left: Ints
     right: Ints
@@ -29,14 +35,22 @@ class Pairs(NamedTuple):
 def overlaps(
     left: Floats, left_keys: Ints, right: Floats, right_keys: Ints, at_least: float, floor: float = 1e-8
 ) -> Pairs:
-    """All pairs of equal key whose temporal IoU is above 0 and at least `at_least`.
+    """Find all pairs of segments of equal key whose temporal IoU is above 0 and at least `at_least`.
 
-    left [N, 2] and right [M, 2] are `[start, end]` rows, the keys say which may meet (one key a video, or a video and
-    class). IoU = intersection / max(length + length - intersection, floor), in float64 and in this order of
-    operations, which the published evaluators share; the order decides cases that lie on a threshold.
+    IoU = intersection / max(length + length - intersection, floor), in float64 and in this order of operations, which
+    the published evaluators share; the order decides cases that lie on a threshold.
 
-    >>> overlaps(np.array([[0., 2.]]), np.array([0]), np.array([[1., 2.], [5., 6.]]), np.array([0, 0]), 0.1).iou
-    array([0.5])
+    Args:
+        left: [N, 2], start and end.
+        left_keys: [N] numbers; only segments of equal key may meet (one key a video, or a video and class).
+        right: [M, 2].
+        right_keys: [M].
+        at_least: least IoU.
+        floor: least union, so that segments of no length can be divided by it.
+
+    Example:
+        >>> overlaps(np.array([[0., 2.]]), np.array([0]), np.array([[1., 2.], [5., 6.]]), np.array([0, 0]), 0.1).iou
+        array([0.5])
     """
     order = np.argsort(right_keys, kind="stable")
     keys = right_keys[order]
@@ -75,11 +89,19 @@ def match_greedily(
     *,
     strict: bool,
 ) -> NDArray[np.int64]:
-    """The candidate that each picker takes at each threshold: [len(groups), T], -1 for none.
+    """Let each picker take the free candidate of the highest IoU, one after the other, at each of T thresholds.
 
-    `picker`, `candidate`, `iou`: the pairs. `groups` [P]: the group of every picker; inside a group pickers choose in
-    the order of their numbers. Each takes the free candidate of the highest IoU if that is >= the threshold (> with
-    `strict`); equal IoUs go to the candidate listed last among the picker's pairs.
+    Equal IoUs go to the candidate listed last among the picker's pairs.
+
+    Args:
+        picker, candidate, iou: columns of the overlapping pairs.
+        groups: [P], group of every picker; inside a group pickers choose in the order of their numbers.
+        thresholds: [T] least IoUs.
+        candidates: number of candidates.
+        strict: whether an IoU must lie above the threshold; else it may equal it.
+
+    Returns:
+        [P, T], the candidate taken, -1 for none.
     """
     taken = np.full((len(groups), len(thresholds)), -1, dtype=np.int64)
     if not len(picker):
@@ -109,7 +131,7 @@ def match_greedily(
 
 
 def _turns(groups: Ints) -> Ints:
-    """0, 1, 2, ... inside each group, in the order given."""
+    """Number the members of each group 0, 1, 2, ... in the order given."""
     order = np.argsort(groups, kind="stable")
     ordered = groups[order]
     heads = np.flatnonzero(np.diff(ordered, prepend=-1))

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.results._suppression import Rows, pad_groups, run_greedy, run_soft
+from tensorkeep.detection.results._suppression import PaddedGroups, pad_groups, run_greedy, run_soft
 from tensorkeep.errors import TensorkeepError, near_misses
 
 METHODS = ("gaussian", "linear", "hard", "adaptive", "greedy")
@@ -34,7 +34,13 @@ Ints = NDArray[np.int64]
 
 
 class Detections(NamedTuple):
-    """N detections: segments [N, 2] float32 (grid steps or seconds), scores [N] float32, labels [N] int64."""
+    """N detections of one video or window.
+
+    Attributes:
+        segments: [N, 2] float32, start and end in grid steps or seconds.
+        scores: [N] float32.
+        labels: [N] int64, class numbers.
+    """
 
     segments: Floats
     scores: Floats
@@ -43,12 +49,18 @@ class Detections(NamedTuple):
 
 @dataclass(frozen=True)
 class Suppression:
-    """How detections are suppressed.
+    """How detections are suppressed; the module gives the formulas.
 
-    method: see the module. sigma: width of the gaussian. iou: overlap from which `linear`, `hard` and `greedy` act.
-    t1, t2: see `adaptive`. min_score: scores below it are dropped. limit: most detections kept of a video.
-    multiclass: each class on its own, else all classes of a video together. voting: None, or the IoU from which the
-    original segments of the same group pull a kept one towards their score-weighted mean.
+    Attributes:
+        method: "gaussian", "linear", "hard", "adaptive" or "greedy".
+        sigma: width of the gaussian.
+        iou: overlap from which "linear", "hard" and "greedy" act.
+        t1, t2: of "adaptive".
+        min_score: scores below it are dropped.
+        limit: most detections kept of a video.
+        multiclass: whether each class is suppressed on its own, else all classes of a video together.
+        voting: IoU from which the original segments of the same group pull a kept one towards their score-weighted
+            mean; None: no voting.
     """
 
     method: str = "gaussian"
@@ -72,13 +84,17 @@ class Suppression:
 
 
 def from_opentad(config: Mapping[str, object]) -> Suppression:
-    """The rule that an OpenTAD `nms=dict(...)` asks for, with OpenTAD's defaults and *effects*.
+    """Return the rule that an OpenTAD `nms=dict(...)` asks for, with OpenTAD's defaults and *effects*.
 
     OpenTAD ignores `voting_thresh` when `multiclass` is on; so does the rule made here, while a `Suppression` with
-    both does vote within each class. Raises `TensorkeepError` for a key that is not OpenTAD's.
+    both does vote within each class.
 
-    >>> from_opentad({"use_soft_nms": True, "sigma": 0.7, "max_seg_num": 2000}).limit
-    2000
+    Raises:
+        TensorkeepError: A key or method is not OpenTAD's.
+
+    Example:
+        >>> from_opentad({"use_soft_nms": True, "sigma": 0.7, "max_seg_num": 2000}).limit
+        2000
     """
     defaults: dict[str, float] = {
         "iou_threshold": 0.0,
@@ -116,21 +132,32 @@ def from_opentad(config: Mapping[str, object]) -> Suppression:
 
 
 def suppress(detections: Detections, rule: Suppression) -> Detections:
-    """What is left of one video's detections, by falling score, at most `rule.limit`.
+    """Suppress one video's detections; those that are left come by falling score, at most `rule.limit`.
 
-    Raises `TensorkeepError` for columns that do not fit each other and for scores that are negative or no numbers.
+    Raises:
+        TensorkeepError: The columns do not fit each other, or a score is negative or no number.
 
-    >>> one = Detections(np.array([[0, 2], [0, 2]], np.float32), np.array([0.5, 0.25], np.float32), np.array([3, 3]))
-    >>> suppress(one, Suppression(method="greedy", iou=0.5)).scores
-    array([0.5], dtype=float32)
+    Example:
+        >>> one = Detections(np.array([[0, 2], [0, 2]], np.float32), np.array([0.5, 0.25], np.float32), np.array([3, 3]))
+        >>> suppress(one, Suppression(method="greedy", iou=0.5)).scores
+        array([0.5], dtype=float32)
     """
     return suppress_videos(detections, np.zeros(len(detections.scores), dtype=np.int64), rule)[0]
 
 
 def suppress_videos(detections: Detections, videos: Ints, rule: Suppression) -> tuple[Detections, Ints]:
-    """`suppress` for many videos at once: `videos` [N] numbers the video of every detection.
+    """Suppress the detections of many videos at once.
 
-    Returns the kept detections ordered by video, then falling score, and their video numbers.
+    Args:
+        detections: of all videos together.
+        videos: [N] number of the video of each detection.
+        rule: how they are suppressed.
+
+    Returns:
+        The kept detections by video, then falling score, and their video numbers.
+
+    Raises:
+        TensorkeepError: As `suppress` does.
     """
     segments = np.asarray(detections.segments, dtype=np.float32)
     scores = np.asarray(detections.scores, dtype=np.float32)
@@ -152,12 +179,14 @@ def suppress_videos(detections: Detections, videos: Ints, rule: Suppression) -> 
 
 
 def vote(kept: Floats, segments: Floats, scores: Floats, iou: float) -> Floats:
-    """Kept segments [K, 2] moved to the mean of all `segments` [N, 2] with IoU >= `iou`, weighted by `scores` [N].
+    """Move kept segments [K, 2] to the mean of all `segments` [N, 2] with IoU >= `iou`, weighted by `scores` [N].
 
     A kept segment without any neighbour (it has no length) stays where it is.
 
-    >>> vote(np.array([[0, 4]], np.float32), np.array([[0, 4], [1, 4]], np.float32), np.ones(2, np.float32), 0.5)
-    array([[0.5, 4. ]], dtype=float32)
+    Example:
+        >>> kept, segments = np.array([[0, 4]], np.float32), np.array([[0, 4], [1, 4]], np.float32)
+        >>> vote(kept, segments, np.ones(2, np.float32), 0.5)
+        array([[0.5, 4. ]], dtype=float32)
     """
     shared = np.minimum(kept[:, None, 1], segments[None, :, 1]) - np.maximum(kept[:, None, 0], segments[None, :, 0])
     shared = np.maximum(shared, 0, out=shared)
@@ -170,6 +199,7 @@ def vote(kept: Floats, segments: Floats, scores: Floats, iou: float) -> Floats:
 
 
 def _check_columns(segments: Floats, scores: Floats, labels: Ints, videos: Ints) -> None:
+    """Raise TensorkeepError where columns do not fit each other or hold what is no number."""
     number = len(scores)
     if segments.shape != (number, 2) or scores.ndim != 1 or labels.shape != (number,) or videos.shape != (number,):
         raise TensorkeepError(
@@ -182,7 +212,11 @@ def _check_columns(segments: Floats, scores: Floats, labels: Ints, videos: Ints)
 
 
 def _group(videos: Ints, labels: Ints | None) -> tuple[Ints, Ints, Ints]:
-    """Group of every detection [N]; the detections group by group [N], in order; sizes of the groups."""
+    """Group detections by video, and by class where `labels` are given.
+
+    Returns:
+        The group of each detection [N], the detections group by group [N] in their order, and the groups' sizes.
+    """
     keys = np.unique(videos, return_inverse=True)[1].ravel()
     if labels is not None:
         names, classes = np.unique(labels, return_inverse=True)
@@ -196,7 +230,7 @@ def _group(videos: Ints, labels: Ints | None) -> tuple[Ints, Ints, Ints]:
 
 
 def _run_groups(segments: Floats, scores: Floats, members: Ints, sizes: Ints, rule: Suppression) -> tuple[Ints, Floats]:
-    """Indices and new scores of the kept detections; groups of similar size share a padded matrix."""
+    """Return indices and new scores of the kept detections; groups of similar size share a padded matrix."""
     starts = np.cumsum(sizes) - sizes
     by_size = np.argsort(-sizes, kind="stable")
     kept: list[tuple[Ints, Floats]] = []
@@ -210,7 +244,8 @@ def _run_groups(segments: Floats, scores: Floats, members: Ints, sizes: Ints, ru
     return np.concatenate([index for index, _ in kept]), np.concatenate([score for _, score in kept])
 
 
-def _run_block(block: Rows, rule: Suppression) -> tuple[Ints, Floats]:
+def _run_block(block: PaddedGroups, rule: Suppression) -> tuple[Ints, Floats]:
+    """Suppress the groups of one padded matrix."""
     if rule.method == "greedy":
         return run_greedy(block, rule.iou, rule.min_score, rule.limit)
     return run_soft(block, rule.method, (rule.sigma, rule.iou, rule.t1, rule.t2), rule.min_score, rule.limit)
@@ -219,7 +254,7 @@ def _run_block(block: Rows, rule: Suppression) -> tuple[Ints, Floats]:
 def _vote(
     kept: Floats, index: Ints, segments: Floats, scores: Floats, groups: Ints, members: Ints, sizes: Ints, iou: float
 ) -> Floats:
-    """`vote` within each group."""
+    """Apply `vote` within each group."""
     ends = np.cumsum(sizes)
     moved = kept.copy()
     order = np.argsort(groups[index], kind="stable")

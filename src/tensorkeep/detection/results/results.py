@@ -1,4 +1,4 @@
-"""Detections of a whole data set as columns, read from and written to files. Needs numpy only.
+"""Read and write detections of a whole data set. Needs numpy only.
 
 Read: the ActivityNet/OpenTAD/mmaction JSON `{"results": {VIDEO: [{"segment", "label", "score"}]}}` (the outer
 `results` may be missing) and the text of the THUMOS'14 kit, `video start end class_id score` a line.
@@ -45,9 +45,16 @@ THUMOS_CLASS_IDS = {
 
 @dataclass(frozen=True)
 class DetectionTable:
-    """N detections as columns: `videos` and `labels` are positions in the two name lists.
+    """N detections of many videos as columns.
 
-    segments [N, 2] float64 seconds, scores [N] float64, videos [N] and labels [N] int64.
+    Attributes:
+        video_names: names of the videos.
+        label_names: names of the classes.
+        videos: [N] int64, positions in `video_names`.
+        labels: [N] int64, positions in `label_names`.
+        segments: [N, 2] float64, seconds.
+        scores: [N] float64.
+        source: where they come from, for error messages.
     """
 
     video_names: tuple[str, ...]
@@ -63,12 +70,20 @@ class DetectionTable:
 
 
 def read_detections(path: str | Path, class_ids: Mapping[int, str] | None = None) -> DetectionTable:
-    """Read detections from JSON or from the THUMOS kit's text; order in the file is kept (it decides between ties).
+    """Read detections from JSON or from the THUMOS kit's text.
 
-    `class_ids` names the numbers of a text file (`annotations.read_class_ids`); without it, or where a number is not
-    in it, the kit's own ids are taken if they explain every row. Raises `TensorkeepError` for anything else.
+    The order in the file is kept: it decides between equal scores.
 
-    >>> table = read_detections("results_detection.json")  # doctest: +SKIP
+    Args:
+        path: the file.
+        class_ids: class names by number for a text file (`annotations.read_class_ids`); without it, or where a number
+            is not in it, the kit's own ids are taken if they explain every row.
+
+    Raises:
+        TensorkeepError: The file cannot be read or has another layout.
+
+    Example:
+        >>> table = read_detections("results_detection.json")  # doctest: +SKIP
     """
     path = Path(path)
     text = read_text(path)
@@ -78,7 +93,7 @@ def read_detections(path: str | Path, class_ids: Mapping[int, str] | None = None
 
 
 def parse_detections(document: object, source: str = "detections") -> DetectionTable:
-    """Detections from an already parsed JSON document; `source` names it in errors."""
+    """Return the detections of an already parsed JSON document; `source` names it in errors."""
     results = document.get("results", document) if isinstance(document, dict) else None
     if not isinstance(results, dict) or not all(isinstance(rows, list) for rows in results.values()):
         raise TensorkeepError(
@@ -115,11 +130,22 @@ def write_detections(
     score_decimals: int = 4,
     overwrite: bool = False,
 ) -> None:
-    """Write `(start, end, label, score)` rows of each video as ActivityNet JSON; here, and only here, numbers are rounded.
+    """Write detections as ActivityNet JSON; here, and only here, numbers are rounded.
 
-    The file appears whole or not at all. Raises `TensorkeepError` where it exists and `overwrite` is not set.
+    The file appears whole or not at all.
 
-    >>> write_detections("out.json", {"v": [(0.5, 2.25, "Diving", 0.9)]})  # doctest: +SKIP
+    Args:
+        path: the file.
+        results: video -> rows (start in seconds, end in seconds, class name, score).
+        time_decimals: digits kept of times.
+        score_decimals: digits kept of scores.
+        overwrite: whether a file that exists is replaced.
+
+    Raises:
+        TensorkeepError: The file exists and `overwrite` is not set.
+
+    Example:
+        >>> write_detections("out.json", {"v": [(0.5, 2.25, "Diving", 0.9)]})  # doctest: +SKIP
     """
     rounded = {
         video: [
@@ -139,7 +165,7 @@ def write_detections(
 def _parse_rows(
     results: Mapping[str, Sequence[object]], source: str
 ) -> tuple[NDArray[np.float64], list[int], dict[str, int]]:
-    """Start, end and score [N, 3], label numbers and names, or an error that names the first bad detection."""
+    """Return start, end and score [N, 3], label numbers and names; the first bad detection is named in an error."""
     names: dict[str, int] = {}
     numbers, labels = [], []
     for video, rows in results.items():
@@ -154,7 +180,7 @@ def _parse_rows(
 
 
 def _parse_text(text: str, class_ids: Mapping[int, str], source: str) -> DetectionTable:
-    """Rows `video start end class_id score` of the THUMOS kit."""
+    """Read rows `video start end class_id score` of the THUMOS kit."""
     rows = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
         raise TensorkeepError("no detection in it", where=source)

@@ -1,4 +1,4 @@
-"""Detections as subtitles, so that any player shows what was found while it plays: SubRip (SRT) and WebVTT.
+"""Write detections as subtitles, SubRip (SRT) or WebVTT, so that any player shows what was found while it plays.
 
 Actions overlap, and players disagree about cues that do. So at most a few detections share the screen, the best ones,
 and each keeps its own line from its start to its end. WebVTT can say so: a cue is a detection, on its line. SubRip
@@ -14,8 +14,15 @@ from typing import NamedTuple
 LINES = 4  # detections on the screen at once
 
 
-class Row(NamedTuple):
-    """One detection: seconds, class name, score."""
+class NamedDetection(NamedTuple):
+    """One detection for people to read.
+
+    Attributes:
+        start: seconds.
+        end: seconds.
+        label: class name.
+        score: 0 to 1.
+    """
 
     start: float
     end: float
@@ -24,7 +31,14 @@ class Row(NamedTuple):
 
 
 class Cue(NamedTuple):
-    """One detection on the screen: milliseconds from the first picture, the line from below (0 is the lowest)."""
+    """One detection on the screen.
+
+    Attributes:
+        start: milliseconds from the first picture.
+        end: milliseconds from the first picture.
+        line: counted from below, 0 is the lowest.
+        text: what is shown.
+    """
 
     start: int
     end: int
@@ -32,23 +46,30 @@ class Cue(NamedTuple):
     text: str
 
 
-def best_rows(rows: Sequence[Row], min_score: float, top: int) -> list[Row]:
-    """The `top` best of the rows that score at least `min_score`, in order of time; of equal scores the earlier in
-    `rows`.
+def best_rows(rows: Sequence[NamedDetection], min_score: float, top: int) -> list[NamedDetection]:
+    """Return the `top` best rows that score at least `min_score`, in order of time.
 
-    >>> best_rows([Row(5, 6, "a", 0.9), Row(1, 2, "b", 0.5), Row(0, 9, "c", 0.1)], 0.3, 9)
-    [Row(start=1, end=2, label='b', score=0.5), Row(start=5, end=6, label='a', score=0.9)]
+    Of equal scores the earlier in `rows` is taken.
+
+    Example:
+        >>> rows = [NamedDetection(5, 6, "a", 0.9), NamedDetection(1, 2, "b", 0.5), NamedDetection(0, 9, "c", 0.1)]
+        >>> [row.label for row in best_rows(rows, 0.3, 9)]
+        ['b', 'a']
     """
     kept = sorted((row for row in rows if row.score >= min_score), key=lambda row: -row.score)[:top]
     return sorted(kept, key=lambda row: (row.start, row.end))
 
 
-def make_cues(rows: Sequence[Row], lines: int = LINES) -> list[Cue]:
-    """Cues in order of time. The best row chooses its line first; one that finds none free is left out, as is one
-    that is shorter than a millisecond.
+def make_cues(rows: Sequence[NamedDetection], lines: int = LINES) -> list[Cue]:
+    """Make cues, in order of time, of which at most `lines` are on the screen at once.
 
-    >>> [(cue.line, cue.text) for cue in make_cues([Row(0, 4, "a", 0.5), Row(2, 6, "b", 0.875), Row(4, 5, "c", 0.25)])]
-    [(1, 'a 0.50'), (0, 'b 0.88'), (1, 'c 0.25')]
+    The best row chooses its line first; one that finds none free is left out, as is one that is shorter than a
+    millisecond.
+
+    Example:
+        >>> rows = [NamedDetection(0, 4, "a", 0.5), NamedDetection(2, 6, "b", 0.875), NamedDetection(4, 5, "c", 0.25)]
+        >>> [(cue.line, cue.text) for cue in make_cues(rows)]
+        [(1, 'a 0.50'), (0, 'b 0.88'), (1, 'c 0.25')]
     """
     taken: list[list[Cue]] = [[] for _ in range(lines)]
     for row in sorted(rows, key=lambda row: -row.score):
@@ -62,7 +83,7 @@ def make_cues(rows: Sequence[Row], lines: int = LINES) -> list[Cue]:
 
 
 def to_webvtt(cues: Sequence[Cue]) -> str:
-    """A WebVTT file: one cue a detection, on its line."""
+    """Return the text of a WebVTT file: one cue for each detection, on its line."""
     parts = ["WEBVTT\n"]
     for cue in cues:
         text = cue.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -71,7 +92,7 @@ def to_webvtt(cues: Sequence[Cue]) -> str:
 
 
 def to_srt(cues: Sequence[Cue]) -> str:
-    """A SubRip file: cues follow one another, each with a line for every detection then; the lowest line comes last."""
+    """Return the text of a SubRip file: cues follow one another, each lists what goes on then, the lowest line last."""
     edges = sorted({cue.start for cue in cues} | {cue.end for cue in cues})
     parts: list[str] = []
     for start, end in pairwise(edges):
@@ -83,15 +104,16 @@ def to_srt(cues: Sequence[Cue]) -> str:
 
 
 def clock(milliseconds: int, mark: str) -> str:
-    """`HH:MM:SS` and the milliseconds after `mark`.
+    """Write milliseconds as `HH:MM:SS` with the rest after `mark`.
 
-    >>> clock(3_723_004, ",")
-    '01:02:03,004'
+    Example:
+        >>> clock(3_723_004, ",")
+        '01:02:03,004'
     """
     seconds, rest = divmod(milliseconds, 1000)
     return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{mark}{rest:03}"
 
 
 def _shown(label: str) -> str:
-    """A class name on one line of printable characters: an empty line would end the cue."""
+    """Bring a class name onto one line of printable characters: an empty line would end the cue."""
     return " ".join("".join(c if c.isprintable() else " " for c in label).split()) or "?"

@@ -1,8 +1,8 @@
-"""A video's detections as a picture: thumbnails in a strip, below it a lane for each class, predicted over true.
+"""Draw a video's detections: thumbnails in a strip, below it a lane for each class, true segments over predicted ones.
 
-A long video wraps like lines of text: each row shows an equal part of it, so a short action stays wide enough to be seen
-and nothing has to be scrolled sideways. One SVG, or a page around it that loads nothing from anywhere; hovering over a
-segment tells its class, score and time.
+A long video wraps like lines of text: each line of the picture shows an equal part of it, so a short action stays wide
+enough to be seen and nothing has to be scrolled sideways. The result is one SVG, or a page around it that loads nothing
+from anywhere; hovering over a segment tells its class, score and time.
 """
 
 from __future__ import annotations
@@ -18,37 +18,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorkeep.detection.data.containers import import_av
-from tensorkeep.detection.results.subtitles import Row
+from tensorkeep.detection.results.subtitles import NamedDetection
 
-LEFT, WIDTH, _RIGHT = 150, 1000, 14  # pixels: names of classes, a row's part of the video, margin
+LEFT, WIDTH, _RIGHT = 150, 1000, 14  # pixels: names of classes, a line's part of the video, margin
 STRIP, BAR, _GAP, _AXIS = 54, 12, 4, 22  # heights: thumbnails, a segment, between lanes, times
-ROWS = 24  # most rows before they cover longer parts
-_LENGTHS = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)  # seconds of a row
+ROWS = 24  # most lines of the picture before they cover longer parts
+_LENGTHS = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)  # seconds of a line
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)
-_CELLS = 10  # thumbnails of a row
-_STEADY = 6  # so many classes have a lane in every row; of more, those that occur in it
+_CELLS = 10  # thumbnails of a line
+_STEADY = 6  # up to so many classes have a lane in every line; of more, only those that occur in it
 
 STYLE = """
 .timeline { max-width: 100%; height: auto; font: 12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-.timeline, .key { --ink: #0b0b0b; --muted: #6f6e69; --line: #d5d4cc; --shade: #80808018; --predicted: #1c5cab; --true: #2e7d32; }
-@media (prefers-color-scheme: dark) { .timeline, .key { --ink: #fff; --muted: #9b9a93; --line: #3a3a38; --predicted: #6da7ec; --true: #6fce6f; } }
-.timeline text { fill: var(--ink); } .timeline .time { fill: var(--muted); font-size: 11px; } .timeline .tick { stroke: var(--line); }
+.timeline, .key { --ink: #0b0b0b; --muted: #6f6e69; --line: #d5d4cc; --shade: #80808018; }
+.timeline, .key { --predicted: #1c5cab; --true: #2e7d32; }
+@media (prefers-color-scheme: dark) {
+  .timeline, .key { --ink: #fff; --muted: #9b9a93; --line: #3a3a38; --predicted: #6da7ec; --true: #6fce6f; }
+}
+.timeline text { fill: var(--ink); } .timeline .time { fill: var(--muted); font-size: 11px; }
+.timeline .tick { stroke: var(--line); }
 .timeline .lane { fill: var(--shade); } .timeline .p { fill: var(--predicted); } .timeline .t { fill: var(--true); }
 .timeline .p:hover, .timeline .t:hover { stroke: var(--ink); stroke-width: 1.5; }
 """
 _PAGE = """
-:root { color-scheme: light dark; } body { margin: 0; padding: 24px; font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; } h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } p { color: #6f6e69; margin: 4px 0 12px; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; } td, th { text-align: left; padding: 2px 20px 2px 0; }
+:root { color-scheme: light dark; }
+body { margin: 0; padding: 24px; font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+main { max-width: 1200px; margin: 0 auto; } h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; }
+p { color: #6f6e69; margin: 4px 0 12px; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+td, th { text-align: left; padding: 2px 20px 2px 0; }
 .swatch { display: inline-block; width: 18px; height: 10px; border-radius: 2px; margin: 0 4px 0 10px; }
 """
 
 
 def row_seconds(duration: float) -> float:
-    """Seconds that a row of the timeline shows: all of a short video, else a round length that needs few rows.
+    """Return the seconds that a line shows: all of a short video, else a round length that needs few lines.
 
-    >>> row_seconds(42.5), row_seconds(1800), row_seconds(3 * 3600)
-    (42.5, 120.0, 600.0)
+    Example:
+        >>> row_seconds(42.5), row_seconds(1800), row_seconds(3 * 3600)
+        (42.5, 120.0, 600.0)
     """
     if duration <= _LENGTHS[1]:
         return max(duration, 1e-3)
@@ -57,27 +65,38 @@ def row_seconds(duration: float) -> float:
 
 
 def picture_times(duration: float) -> list[float]:
-    """Seconds of which a timeline shows a picture: the middles of equal parts of each row."""
+    """Return the seconds of which a timeline shows a thumbnail: the middles of equal parts of each line."""
     cell = row_seconds(duration) / _CELLS
     return [(number + 0.5) * cell for number in range(int(duration / cell + 0.5))]
 
 
 def place_of(seconds: float, duration: float) -> tuple[int, float]:
-    """Row (from 0) and x in pixels of a moment; the end of a row is its right edge.
+    """Return the line (from 0) and x in pixels of a moment; the end of a line is its right edge.
 
-    >>> place_of(132, 1800)
-    (1, 250.0)
+    Example:
+        >>> place_of(132, 1800)
+        (1, 250.0)
     """
     row = max(min(int(seconds / row_seconds(duration)), _rows(duration) - 1), 0)
     return row, _part(row, duration).x(seconds)
 
 
 def timeline(
-    duration: float, rows: Sequence[Row], true: Sequence[Row] = (), pictures: Iterable[tuple[float, bytes]] = ()
+    duration: float,
+    rows: Sequence[NamedDetection],
+    true: Sequence[NamedDetection] = (),
+    pictures: Iterable[tuple[float, bytes]] = (),
 ) -> str:
-    """The SVG: predicted `rows`, `true` ones (their score is not shown), JPEG pictures at their seconds.
+    """Draw a video's detections as SVG text.
 
-    A segment that goes on in the next row of the picture is drawn in both. The stronger the colour, the better the score.
+    A segment that goes on in the next line of the picture is drawn in both. The stronger the colour, the better the
+    score.
+
+    Args:
+        duration: seconds of the video.
+        rows: what was found.
+        true: annotated segments; their score is not shown.
+        pictures: thumbnails, each (seconds, JPEG file).
     """
     labels, held = _labels(rows, true), list(pictures)
     parts, y = [], 4.0
@@ -93,12 +112,18 @@ def timeline(
     )
 
 
-def page(title: str, facts: str, picture: str, rows: Sequence[Row], with_true: bool = False) -> str:
-    """An offline HTML page around a timeline: `facts` in a sentence, and the rows as a table."""
-    body = "".join(
-        f"<tr><td>{clock(row.start)}</td><td>{clock(row.end)}</td><td>{_text(row.label)}</td><td>{row.score:.3f}</td></tr>"
-        for row in rows
-    )
+def page(title: str, facts: str, picture: str, rows: Sequence[NamedDetection], with_true: bool = False) -> str:
+    """Write an HTML page around a timeline that loads nothing from anywhere.
+
+    Args:
+        title: heading.
+        facts: a sentence below it.
+        picture: what `timeline` gives.
+        rows: detections, listed in a table.
+        with_true: whether the picture shows annotated segments too.
+    """
+    cells = ((clock(row.start), clock(row.end), _text(row.label), f"{row.score:.3f}") for row in rows)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
     table = (
         f"<table><tr><th>from</th><th>to</th><th>class</th><th>score</th></tr>{body}</table>"
         if rows
@@ -106,17 +131,19 @@ def page(title: str, facts: str, picture: str, rows: Sequence[Row], with_true: b
     )
     key = '<span class="swatch" style="background:var(--predicted)"></span>predicted'
     key += '<span class="swatch" style="background:var(--true)"></span>true' if with_true else ""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<title>{_text(title)}</title><style>{_PAGE}</style></head><body><main><h1>{_text(title)}</h1><p>{_text(facts)}</p>"
-        f'<p class="key">{key}</p>{picture}<details open><summary>{len(rows)} detections</summary>{table}</details></main></body></html>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{_text(title)}</title><style>{_PAGE}</style></head>"
+        f'<body><main><h1>{_text(title)}</h1><p>{_text(facts)}</p><p class="key">{key}</p>{picture}'
+        f"<details open><summary>{len(rows)} detections</summary>{table}</details></main></body></html>\n"
     )
 
 
 def jpeg(picture: NDArray[np.uint8], height: int = STRIP) -> bytes:
-    """A picture `[3, H, W]`, scaled to `height`, as a JPEG file."""
+    """Encode a picture `[3, H, W]`, scaled to `height` pixels, as a JPEG file."""
     av: Any = import_av()
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture.transpose(1, 2, 0)), format="rgb24")
     width = max(round(frame.width * height / frame.height), 1)
@@ -129,10 +156,11 @@ def jpeg(picture: NDArray[np.uint8], height: int = STRIP) -> bytes:
 
 
 def clock(seconds: float) -> str:
-    """A moment for people.
+    """Write seconds as `[H:]M:SS` with hundredths.
 
-    >>> clock(7.25), clock(3723.04)
-    ('0:07.25', '1:02:03.04')
+    Example:
+        >>> clock(7.25), clock(3723.04)
+        ('0:07.25', '1:02:03.04')
     """
     hundredths = round(seconds * 100)
     whole, rest = divmod(hundredths, 100)
@@ -141,18 +169,25 @@ def clock(seconds: float) -> str:
 
 
 def _rows(duration: float) -> int:
+    """Return the number of lines of the picture."""
     return max(int(-(-duration // row_seconds(duration))), 1)
 
 
-def _labels(rows: Sequence[Row], true: Sequence[Row]) -> list[str]:
-    """Classes in the order of their first appearance, annotated ones first."""
+def _labels(rows: Sequence[NamedDetection], true: Sequence[NamedDetection]) -> list[str]:
+    """Return the classes in the order of their first appearance, annotated ones first."""
     ordered = [*sorted(true, key=lambda row: row.start), *sorted(rows, key=lambda row: row.start)]
     return list(dict.fromkeys(row.label for row in ordered))
 
 
 class _Part(NamedTuple):
-    """What a row of the picture shows: from `low` to `high`; `until`: infinite in the last row, at whose edge stays what
-    is annotated past the end or found just there."""
+    """The part of the video that a line of the picture shows.
+
+    Attributes:
+        low: seconds at which it begins.
+        high: seconds at which it ends.
+        until: equal to `high`, but infinite in the last line, at whose edge stays what is annotated past the end.
+        length: seconds of a whole line.
+    """
 
     low: float
     high: float
@@ -160,13 +195,16 @@ class _Part(NamedTuple):
     length: float
 
     def x(self, seconds: float) -> float:
+        """Return the place of a moment in pixels."""
         return LEFT + (min(max(seconds, self.low), self.high) - self.low) / self.length * WIDTH
 
-    def holds(self, row: Row) -> bool:
+    def holds(self, row: NamedDetection) -> bool:
+        """Return whether any of a detection lies in this part."""
         return row.start < self.until and (row.end > self.low or self.low <= row.start)
 
 
 def _part(number: int, duration: float) -> _Part:
+    """Return the part of the video that line `number` shows."""
     length, last = row_seconds(duration), number + 1 == _rows(duration)
     low = number * length
     return _Part(low, max(duration, 1e-3) if last else low + length, math.inf if last else low + length, length)
@@ -176,12 +214,12 @@ def _row(
     number: int,
     duration: float,
     labels: Sequence[str],
-    rows: Sequence[Row],
-    true: Sequence[Row],
+    rows: Sequence[NamedDetection],
+    true: Sequence[NamedDetection],
     pictures: Sequence[tuple[float, bytes]],
     top: float,
 ) -> tuple[list[str], float]:
-    """One row's elements and its height."""
+    """Draw one line of the picture: its elements and its height in pixels."""
     part = _part(number, duration)
     strip = [_image(part, seconds, data, top) for seconds, data in pictures if part.low <= seconds < part.until]
     first = y = top + (STRIP + _GAP if strip else 0)
@@ -195,36 +233,41 @@ def _row(
 
 
 def _image(part: _Part, seconds: float, data: bytes, top: float) -> str:
+    """Draw one thumbnail."""
     cell = WIDTH / _CELLS
     at = LEFT + int((part.x(seconds) - LEFT) / cell) * cell
     href = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
     return (
-        f'<image x="{at:.1f}" y="{top:.1f}" width="{cell - 2:.1f}" height="{STRIP}" preserveAspectRatio="xMidYMid slice" '
-        f'href="{href}"><title>{clock(seconds)}</title></image>'
+        f'<image x="{at:.1f}" y="{top:.1f}" width="{cell - 2:.1f}" height="{STRIP}" '
+        f'preserveAspectRatio="xMidYMid slice" href="{href}"><title>{clock(seconds)}</title></image>'
     )
 
 
 def _axis(part: _Part, top: float, bottom: float) -> list[str]:
+    """Draw the ticks of one line and their times."""
     step = next((step for step in _TICKS if part.length / step <= 12), part.length)
     marks = []
     for number in range(math.ceil(part.low / step - 1e-9), int(part.high / step + 1e-9) + 1):
-        at, said = part.x(number * step), clock(number * step)
-        said = said if step < 1 else said[:-3]
+        at, time = part.x(number * step), clock(number * step)
+        time = time if step < 1 else time[:-3]
         marks.append(
             f'<line class="tick" x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-            f'<text class="time" x="{at:.1f}" y="{bottom + 13:.1f}" text-anchor="middle">{said}</text>'
+            f'<text class="time" x="{at:.1f}" y="{bottom + 13:.1f}" text-anchor="middle">{time}</text>'
         )
     return marks
 
 
-def _lane(label: str, part: _Part, rows: Sequence[Row], true: Sequence[Row], top: float) -> tuple[list[str], float]:
-    """One class in one row: a line of true segments, below it as many of predicted ones as overlap."""
+def _lane(
+    label: str, part: _Part, rows: Sequence[NamedDetection], true: Sequence[NamedDetection], top: float
+) -> tuple[list[str], float]:
+    """Draw one class in one line of the picture: true segments on top, below them predicted ones in layers."""
     layers = [("t", layer) for layer in _layered(true, label, part) or ([[]] if true else [])]
     layers += [("p", layer) for layer in _layered(rows, label, part)]
     height = max(len(layers), 1) * (BAR + 2)
     parts = [
         f'<rect class="lane" x="{LEFT}" y="{top:.1f}" width="{part.x(part.high) - LEFT:.1f}" height="{height}"/>'
-        f'<text x="{LEFT - 8}" y="{top + BAR - 1:.1f}" text-anchor="end">{_short(label)}<title>{_text(label)}</title></text>'
+        f'<text x="{LEFT - 8}" y="{top + BAR - 1:.1f}" text-anchor="end">{_short(label)}'
+        f"<title>{_text(label)}</title></text>"
     ]
     for number, (kind, layer) in enumerate(layers):
         for row in layer:
@@ -239,9 +282,9 @@ def _lane(label: str, part: _Part, rows: Sequence[Row], true: Sequence[Row], top
     return parts, height + _GAP
 
 
-def _layered(rows: Sequence[Row], label: str, part: _Part) -> list[list[Row]]:
-    """A class's segments of a row in as few layers as keep them apart, in order of their starts."""
-    layers: list[list[Row]] = []
+def _layered(rows: Sequence[NamedDetection], label: str, part: _Part) -> list[list[NamedDetection]]:
+    """Put a class's segments of one line into as few layers as keep them apart, in order of their starts."""
+    layers: list[list[NamedDetection]] = []
     shown = (row for row in rows if row.label == label and part.holds(row))
     for row in sorted(shown, key=lambda row: (row.start, row.end)):
         fitting = next((layer for layer in layers if layer[-1].end <= row.start), None)
@@ -253,9 +296,10 @@ def _layered(rows: Sequence[Row], label: str, part: _Part) -> list[list[Row]]:
 
 
 def _text(text: str) -> str:
-    """Text of a file's or a class's name, for a page."""
+    """Make a file's or a class's name safe to stand in a page."""
     return escape("".join(c if c.isprintable() else "?" for c in text))
 
 
 def _short(label: str) -> str:
+    """Shorten a class name to 20 characters."""
     return _text(label if len(label) <= 20 else label[:19] + "…")
