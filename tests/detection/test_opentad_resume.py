@@ -21,7 +21,8 @@ from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.detection.model.schedule import ScheduleConfig
-from tensorkeep.detection.opentad.resume import continue_from, optimizer_orders
+from tensorkeep.detection.opentad._moments import optimizer_orders
+from tensorkeep.detection.opentad.resume import continue_from
 from tensorkeep.formats.view import read
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.training import saver as checkpoint

@@ -1,9 +1,9 @@
-"""What the training loop asks of a detector: what a batch counts, what its losses are divided by, and its losses.
+"""The parts of a detector's training that the loop calls: collate a batch, count its positive points, compute its loss.
 
-The divisor is ActionFormer's moving average of positive points. It moves once an update, by the count of the whole
-global batch, as in the original with one process and no accumulation; so the shares of micro-batches and ranks add up
-to the loss of the global batch, however it was split. Positives follow from the annotations alone: they are counted
-on the CPU, where batches are made, before any forward.
+The losses are divided by ActionFormer's moving average of positive points (points that learn a segment). It moves once
+an update, by the count of the whole global batch, as in the original with one process and no accumulation; so the
+shares of micro-batches and ranks add up to the loss of the global batch, however it was split. Positives follow from the
+annotations alone: they are counted on the CPU, where batches are made, before any forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from tensorkeep.errors import TensorkeepError
 
 
 def count_positives(masks: Tensor, segments: Sequence[Tensor], labels: Sequence[Tensor], config: DetectorConfig) -> int:
-    """Points that learn a segment: `masks [B, T]`, `segments[b] [N, 2]` and `labels[b] [N]` on the feature grid."""
+    """Count the points of a batch that learn a segment.
+
+    Args:
+        masks: `[B, T]`, True for valid grid steps.
+        segments: B tensors `[N, 2]` in grid steps.
+        labels: B tensors `[N]` of class numbers.
+        config: the detector's shape.
+    """
     head = config.head
     masks = F.pad(masks.bool(), (0, padded_length(masks.shape[-1], config) - masks.shape[-1]))
     levels = [masks]
@@ -40,8 +47,13 @@ def count_positives(masks: Tensor, segments: Sequence[Tensor], labels: Sequence[
 
 @dataclass(frozen=True)
 class Collate:
-    """`clips.collate`, and `positives`: what the batch adds to the count of its update. With `segments` every sample holds
-    so many, filled up with segments of no length, which no point learns: batches of one shape, and the same losses."""
+    """Put samples together as `clips.collate` does, and count their positive points.
+
+    Attributes:
+        config: the detector's shape.
+        segments: every sample is filled up to so many segments with ones of no length, which no point learns, so that
+            all batches have one shape and the same losses; None: they stay as they are.
+    """
 
     config: DetectorConfig
     segments: int | None = None
@@ -61,14 +73,16 @@ class Collate:
 
 
 def positives_of(batch: Mapping[str, Any]) -> float:
-    """What `Collate` counted."""
+    """Return the number of positive points that `Collate` counted."""
     return float(batch["positives"])
 
 
 @dataclass(frozen=True, eq=False)
 class Normalizer:
-    """The divisor of an update from its count of positives: moves the head's buffer, once. Gives a scalar tensor on the
-    head's device, so that nobody waits for it."""
+    """Turns an update's number of positives into the divisor of its losses, and moves the head's average, once.
+
+    The result is a scalar tensor on the head's device, so that nothing waits for it.
+    """
 
     detector: Detector
 
@@ -78,7 +92,7 @@ class Normalizer:
 
 @dataclass(frozen=True, eq=False)
 class DetectionLoss:
-    """Share of a micro-batch in the loss of its update: `loss` = `cls_loss` + `reg_loss`."""
+    """Computes the share of a micro-batch in the loss of its update: `loss` = `cls_loss` + `reg_loss`."""
 
     detector: Detector
 
@@ -92,7 +106,11 @@ class DetectionLoss:
 
 
 def refuse_split(config: DetectorConfig, parts: int) -> None:
-    """Raise where a global batch is split though its loss is no sum: the two losses are weighed by their ratio."""
+    """Refuse to split a batch whose two losses are weighed by their ratio: its loss is no sum over parts.
+
+    Raises:
+        TensorkeepError: The head weighs by the ratio (`loss_weight` 0 or less) and there is more than one part.
+    """
     if config.head.loss_weight <= 0 and parts > 1:
         raise TensorkeepError(
             f"loss_weight {config.head.loss_weight} weighs by the ratio of the losses of a whole batch, which is split "
@@ -104,8 +122,12 @@ def refuse_split(config: DetectorConfig, parts: int) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate of update 0, 1, ...: linear warm-up, then a cosine; `per_epoch`: updates an epoch, a fraction
-    where an epoch does not end with an update."""
+    """Gives the learning rate of update 0, 1, ...: a linear warm-up, then a cosine.
+
+    Attributes:
+        config: epochs of both, and the lowest rate.
+        per_epoch: updates of an epoch, a fraction where an epoch does not end with an update.
+    """
 
     config: ScheduleConfig
     per_epoch: float

@@ -1,4 +1,4 @@
-"""Scoring a trained detector on its recipe's test data."""
+"""Score a trained detector on its recipe's test data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ from tensorkeep.training.loop import DTYPES
 
 
 class Scored(NamedTuple):
-    """What was found, against what, and how good it is; `step`, `averaged`: which weights."""
+    """A detector's detections and their score.
+
+    Attributes:
+        annotations: the ground truth.
+        table: what was found.
+        result: how good it is.
+        blocked: names of the videos that were left out.
+        step: update of the run whose weights were taken; None: the weights are of no run of ours.
+        averaged: whether the averaged weights were taken.
+    """
 
     annotations: Annotations
     table: DetectionTable
@@ -39,11 +48,21 @@ def evaluate_checkpoint(
     changes: tuple[tuple[str, str], ...] = (),
     remark: Remark = lambda _: None,
 ) -> Scored:
-    """mAP of a run, a step folder or another checkpoint (see `open_detector`) on the test data of its recipe; every
-    rank of `world` takes its share of the videos and gets the same numbers.
+    """Score a run, a step folder or another checkpoint on the test data of its recipe.
 
-    >>> evaluate_checkpoint("runs/one").result.average                       # doctest: +SKIP
-    0.61
+    Every rank of `world` takes its share of the videos and gets the same numbers.
+
+    Args:
+        path, recipe, ema, best, changes: as in `open_detector`.
+        world: the processes that share the work; None: this one alone.
+        remark: gets a line for all that is odd.
+
+    Raises:
+        TensorkeepError: Checkpoint, recipe and data do not fit together.
+
+    Example:
+        >>> evaluate_checkpoint("runs/one").result.average  # doctest: +SKIP
+        0.61
     """
     world = world or World()
     opened = open_detector(path, recipe, ema, best, world, changes, remark)
@@ -62,10 +81,14 @@ def evaluate_checkpoint(
 
 
 def evaluate_untrained(recipe: DetectionRecipe) -> Evaluation:
-    """mAP of the detector that a run of the recipe would start from, on its test data, in float32.
+    """Score the detector that a run of the recipe would start from, on its test data, in float32.
 
-    >>> evaluate_untrained(read_recipe("recipes/detection/synthetic_tiny.yaml")).average      # doctest: +SKIP
-    0.0001
+    Raises:
+        TensorkeepError: Recipe, pretrained weights and data do not fit together.
+
+    Example:
+        >>> evaluate_untrained(read_recipe("recipes/detection/synthetic_tiny.yaml")).average  # doctest: +SKIP
+        0.0001
     """
     evaluation = evaluation_of(recipe, read_classes(recipe), World(), contextlib.nullcontext)
     return evaluation.score(evaluation.detections(make_detector(recipe, None)[0].eval()))

@@ -1,4 +1,4 @@
-"""A detector on data: windows to detections, windows of a video to detections of the video, videos to mAP.
+"""Run a detector on data: from windows to detections, from a video's windows to its detections, from videos to mAP.
 
 A video goes window by window, so memory does not grow with its length. Windows of different videos never share a
 batch: what a video gets does not depend on its neighbours, nor on how videos are spread over processes.
@@ -37,14 +37,21 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import leave_to_the_parent
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
-Seen = Callable[[Predictions, Mapping[str, Any]], None]
+SeePredictions = Callable[[Predictions, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """From raw predictions to detections: candidates above `threshold`, the best `limit` of them, `nms` a video.
+    """How raw predictions become detections.
 
-    classifier: names what a class-agnostic head finds, its `top` classes by `rule`. rounded: OpenTAD's roundings.
+    Attributes:
+        threshold: candidates must score above it.
+        limit: most candidates of a window.
+        nms: how a video's detections are suppressed.
+        classifier: names what a class-agnostic head finds; None: the head names it.
+        top: classes of a video that the classifier gives.
+        rule: how scores and class probabilities are fused, "product" or "geometric".
+        rounded: whether numbers are rounded where OpenTAD rounds them.
     """
 
     threshold: float = 1e-3
@@ -59,7 +66,13 @@ class Selection:
 def decode_predictions(
     predictions: Predictions, metas: Sequence[Mapping[str, Any]], selection: Selection
 ) -> list[Detections]:
-    """Detections in seconds of each sample of a batch; `metas` as `Clips.sample` gives them."""
+    """Turn the predictions of a batch into detections in seconds, one for each sample.
+
+    Args:
+        predictions: of B samples.
+        metas: B dicts, as `Clips.sample` gives them under "meta".
+        selection: thresholds and suppression.
+    """
     found = []
     for (segments, scores), meta in zip(valid_proposals(predictions), metas, strict=True):
         one = select_candidates(segments.cpu().numpy(), scores.cpu().numpy(), selection.threshold, selection.limit)
@@ -89,15 +102,29 @@ def detect(
     workers: int = 0,
     device: torch.device | str = "cpu",
     context: Context = contextlib.nullcontext,
-    seen: Seen | None = None,
+    seen: SeePredictions | None = None,
 ) -> Iterator[tuple[int, Detections]]:
-    """Number and detections (seconds, by falling score) of each video of `clips`, or of those in `videos`, in turn.
+    """Detect actions in each video of a data set, one video after the other.
 
-    `batch`: windows of one video in a forward. `context` wraps each forward (autocast). `seen` gets every batch's
-    predictions. The detector is used as it is: put it into evaluation mode first.
+    The detector is used as it is: put it into evaluation mode first.
 
-    >>> for number, found in detect(detector.eval(), clips, Selection()):       # doctest: +SKIP
-    ...     print(clips.items[number].name, len(found.scores))
+    Args:
+        detector: from inputs and masks to predictions.
+        clips: the windows of the videos.
+        selection: how predictions become detections.
+        videos: positions in `clips.items`; None: all.
+        batch: windows of one video in a forward.
+        workers: processes that decode.
+        device: where the detector is.
+        context: wraps each forward (autocast).
+        seen: gets the predictions of every batch, and the batch.
+
+    Yields:
+        Position and detections of each video, in seconds and by falling score.
+
+    Example:
+        >>> for number, found in detect(detector.eval(), clips, Selection()):  # doctest: +SKIP
+        ...     print(clips.items[number].name, len(found.scores))
     """
     groups = _batches_of(clips, videos, batch)
     loader = DataLoader(
@@ -106,7 +133,7 @@ def detect(
         collate_fn=collate,
         num_workers=workers,
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_alone,
+        worker_init_fn=_leave_interrupts,
     )
     windows: list[Detections] = []
     for (number, _, last), made in zip(groups, loader, strict=True):
@@ -121,7 +148,7 @@ def detect(
 
 
 def _of_video(windows: list[Detections], clips: Clips, number: int, selection: Selection) -> Detections:
-    """One video's detections from those of its windows."""
+    """Make one video's detections from those of its windows."""
     if clips.window.method == "resize":
         found = windows[0]
     else:
@@ -134,7 +161,7 @@ def _of_video(windows: list[Detections], clips: Clips, number: int, selection: S
 
 
 def _batches_of(clips: Clips, videos: Sequence[int] | None, batch: int) -> list[tuple[int, list[int], bool]]:
-    """Video, places of one forward, and whether these are the video's last."""
+    """List for each forward the video, its windows' numbers in `clips`, and whether these are the video's last."""
     of_video: dict[int, list[int]] = {}
     for index, place in enumerate(clips.places):
         of_video.setdefault(place.item, []).append(index)
@@ -147,7 +174,7 @@ def _batches_of(clips: Clips, videos: Sequence[int] | None, batch: int) -> list[
 
 
 class _Windows(Dataset[Any]):
-    """Windows by number. Nothing of a test window is drawn, so the generator does not matter."""
+    """Windows by number; nothing about a test window is random, so the generator does not matter."""
 
     def __init__(self, clips: Clips) -> None:
         self.clips = clips
@@ -156,12 +183,18 @@ class _Windows(Dataset[Any]):
         return self.clips.sample(index, torch.Generator().manual_seed(0))
 
 
-def _alone(_worker: int) -> None:
+def _leave_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C to the process that started this one."""
     leave_to_the_parent()
 
 
 def table_of(found: Mapping[str, Detections], classes: Sequence[str]) -> DetectionTable:
-    """Detections of videos by name as the evaluator's columns, nothing rounded; `classes`: names of the labels."""
+    """Bring detections of videos by name into the evaluator's columns; nothing is rounded.
+
+    Args:
+        found: video -> detections in seconds.
+        classes: class names in label order.
+    """
     parts = list(found.values()) or [
         Detections(np.zeros((0, 2), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     ]
@@ -179,10 +212,21 @@ def table_of(found: Mapping[str, Detections], classes: Sequence[str]) -> Detecti
 
 @dataclass(frozen=True, eq=False)
 class MeanAveragePrecision:
-    """An evaluation for the training loop: mAP of a detector on `clips`, the same numbers on every rank.
+    """Scores a detector on `clips` for the training loop; every rank gets the same numbers.
 
-    Each rank takes every W-th video; detections are gathered and scored once more on each. `protocol`, `thresholds`,
-    `subset`, `blocked` as in `evaluation.evaluate`. `loss`: the loss on the test windows too, by its own count.
+    Of W ranks each takes every W-th video; detections are gathered and scored on each rank.
+
+    Attributes:
+        clips: windows of the test videos.
+        annotations: the ground truth.
+        classes: names in label order.
+        selection: how predictions become detections.
+        protocol, thresholds, subset, blocked, recall_at: as in `evaluation.evaluate`; no thresholds: the protocol's.
+        batch: windows of one video in a forward.
+        workers: processes that decode.
+        world: the ranks.
+        context: wraps each forward (autocast).
+        loss: whether the loss on the test windows is computed too, divided by its own number of positives.
     """
 
     clips: Clips
@@ -210,11 +254,11 @@ class MeanAveragePrecision:
         return numbers
 
     def detections(self, detector: nn.Module) -> dict[str, Detections]:
-        """What is found in each video, by name, in the order of the data."""
+        """Return what is found in each video, by name, in the order of the data."""
         return self._gathered(detector)[0]
 
     def score(self, found: Mapping[str, Detections]) -> Evaluation:
-        """The whole evaluation of detections by video."""
+        """Score detections by video name."""
         return evaluate(
             self.annotations,
             table_of(found, self.classes),
@@ -226,7 +270,7 @@ class MeanAveragePrecision:
         )
 
     def _gathered(self, detector: nn.Module) -> tuple[dict[str, Detections], list[float]]:
-        """Detections by video and, where they are asked for, sums of the losses and positives, of all ranks."""
+        """Return the detections of all ranks by video and, where `loss` is set, sums of the losses and positives."""
         own = range(self.world.rank, len(self.clips.items), self.world.size)
         losses: list[list[float]] = []
 
@@ -260,8 +304,11 @@ class MeanAveragePrecision:
         return names, [math.fsum(row[at] for row in rows) for at in range(3)]  # exact, so in any order
 
     def _idle(self, detector: nn.Module) -> None:
-        """Forwards of nothing, for the sake of ranks that have more to do. How much follows from the data: were it asked for,
-        this rank would wait for an answer from those that wait for its forwards."""
+        """Run forwards on a dummy window while other ranks still have windows: in shards every rank takes part in each.
+
+        How many follows from the data: were it asked for, this rank would wait for an answer from ranks that wait for
+        its forwards.
+        """
         shares = (range(rank, len(self.clips.items), self.world.size) for rank in range(self.world.size))
         counts = [len(_batches_of(self.clips, share, self.batch)) for share in shares]
         lacking = max(counts) - counts[self.world.rank]

@@ -1,4 +1,4 @@
-"""A detector on any video file: window by window, every picture decoded once, memory independent of the length.
+"""Run a detector on any video file: window by window, every picture decoded once, memory independent of the length.
 
 Windows, pictures and suppression are those of an evaluation (`inference.detect`), the reading is not: an evaluation
 looks up the windows of annotated videos in any order, here a file streams from its start, and the next window is
@@ -43,21 +43,34 @@ UNNAMED = "action"  # what a class-agnostic detector finds in a video that its c
 
 
 class Film(NamedTuple):
-    """A video that can be read: what its file holds, its windows, when its frames are shown (None: evenly)."""
+    """A video that can be read.
+
+    Attributes:
+        name: the file's name without its ending.
+        info: what the file holds.
+        windows: for each its first frame, its frames [T], and its mask [window_size].
+        times: [frames + 1] seconds at which each frame is shown, and the end; None: they are evenly spread.
+    """
 
     name: str
     info: VideoInfo
-    windows: list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]  # first frame, frames [T], mask [window_size]
+    windows: list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]
     times: NDArray[np.float64] | None
 
     @property
     def seconds(self) -> float:
-        """How long it is shown."""
+        """Seconds for which it is shown."""
         return self.info.duration if self.times is None else float(self.times[-1])
 
 
 class Predicted(NamedTuple):
-    """`rows` by falling score, `pictures` (seconds, JPEG), what was odd about the file."""
+    """What a detector found in a video.
+
+    Attributes:
+        rows: detections by falling score.
+        pictures: thumbnails, each (seconds, JPEG file).
+        problems: sentences on what is odd about the file.
+    """
 
     rows: list[NamedDetection]
     pictures: list[tuple[float, bytes]]
@@ -66,12 +79,23 @@ class Predicted(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A detector in evaluation mode and all that belongs to it: `classes` names of its labels, `context` around each
-    forward (autocast). `batch`: windows of a video in a forward.
+    """Runs a detector on video files: `open` a file, then `run` the detector on it.
 
-    >>> predictor = Predictor(detector, classes, WindowConfig("sliding"), VideoReader(160), Selection())  # doctest: +SKIP
-    >>> predictor.run(predictor.open("holiday.mp4")).rows[0]                              # doctest: +SKIP
-    NamedDetection(start=12.4, end=15.9, label='Diving', score=0.83)
+    Attributes:
+        detector: in evaluation mode.
+        classes: names of its labels.
+        window: how windows are placed.
+        reader: how frames are read.
+        selection: how predictions become detections.
+        device: where the detector is.
+        context: wraps each forward (autocast).
+        batch: windows of a video in a forward.
+
+    Example:
+        >>> window = WindowConfig("sliding")  # doctest: +SKIP
+        >>> predictor = Predictor(detector, classes, window, VideoReader(160), Selection())  # doctest: +SKIP
+        >>> predictor.run(predictor.open("holiday.mp4")).rows[0]  # doctest: +SKIP
+        NamedDetection(start=12.4, end=15.9, label='Diving', score=0.83)
     """
 
     detector: nn.Module
@@ -84,8 +108,11 @@ class Predictor:
     batch: int = 1
 
     def open(self, path: str | Path) -> Film:
-        """What is to be done for a file. Raises TensorkeepError where it is broken: cut short counts unless the
-        reader's `broken` is "keep"."""
+        """Look into a video file and place its windows.
+
+        Raises:
+            TensorkeepError: The file cannot be read, or it is cut short and the reader's `broken` is not "keep".
+        """
         info = probe(path)
         if info.problem and self.reader.broken != "keep":
             raise TensorkeepError(info.problem, where=path, hint="--broken keep reads what is there")
@@ -94,8 +121,16 @@ class Predictor:
     def run(
         self, film: Film, pictures_at: Sequence[float] = (), progress: Callable[[int], None] = lambda _frames: None
     ) -> Predicted:
-        """What is found in a film, and small pictures of it at some seconds; `progress` gets the number of frames of
-        each window that was done. Raises TensorkeepError where a picture cannot be decoded."""
+        """Detect what happens in a film.
+
+        Args:
+            film: as `open` gives it.
+            pictures_at: seconds of which thumbnails are wanted.
+            progress: gets the number of frames of each window that is done.
+
+        Raises:
+            TensorkeepError: A picture cannot be decoded.
+        """
         problems: list[Problem] = []
         at = self._pictures_at(film, pictures_at)
         pictures: dict[int, bytes] = {}
@@ -118,6 +153,7 @@ class Predictor:
         return Predicted(named, [(float(s), data) for s, data in times], sorted({p.message for p in problems}))
 
     def _windows(self, info: VideoInfo) -> list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
+        """Place the windows: for each its first frame, its frames [T], and its mask [window_size]."""
         config = self.window
         if config.method == "resize":
             frames = resized_frames(info.frames, config.window_size, config.scale_factor)
@@ -130,6 +166,7 @@ class Predictor:
         return [(window.start_frame, window.frames, window.mask) for window in made]
 
     def _stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
+        """Decode the frames of each window, `[T, 3, H, W]`."""
         keep = self.reader.broken == "keep"
         return stream_windows(
             film.info.path,
@@ -141,7 +178,7 @@ class Predictor:
         )
 
     def _pictures_at(self, film: Film, seconds: Sequence[float]) -> NDArray[np.int64]:
-        """Of the frames that are decoded, the one nearest to each of `seconds`."""
+        """Return, of the frames that are decoded, the one nearest to each of `seconds`."""
         decoded = np.unique(np.concatenate([frames for _, frames, _ in film.windows]))
         wanted = np.asarray(seconds, dtype=np.float64)
         if film.times is None:
@@ -157,7 +194,7 @@ class Predictor:
         return chosen
 
     def _forward(self, film: Film, waiting: Sequence[tuple[Tensor, int]]) -> list[Detections]:
-        """Detections of windows, in seconds at the mean rate."""
+        """Detect in some windows, each (frames `[3, T, H, W]`, number); times are seconds at the mean rate."""
         config = self.window
         inputs = torch.stack([frames for frames, _ in waiting]).contiguous()  # [B, 3, T, H, W]
         masks = torch.stack([torch.from_numpy(film.windows[number][2]) for _, number in waiting])
@@ -178,9 +215,11 @@ class Predictor:
         return decode_predictions(predictions, metas, replace(self.selection, rounded=False))
 
     def _merged(self, found: list[Detections]) -> Detections:
+        """Merge the detections of all windows."""
         return found[0] if self.window.method == "resize" else merge_windows(found, self.selection.nms)
 
     def _named(self, film: Film, found: Detections) -> list[NamedDetection]:
+        """Name detections by class and turn their times into seconds at which the frames are shown."""
         classes, selection = self.classes, self.selection
         if selection.classifier is not None:
             try:
@@ -199,7 +238,7 @@ class Predictor:
         ]
 
     def _shown(self, film: Film, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Seconds at the mean rate to seconds at which the frames there are shown."""
+        """Turn seconds at the mean rate into seconds at which the frames there are shown."""
         if film.times is None:
             return seconds
         position = seconds * (film.info.frames / film.info.duration)
@@ -207,8 +246,16 @@ class Predictor:
 
 
 def shown_times(table: FrameTable, info: VideoInfo) -> NDArray[np.float64] | None:
-    """Seconds [frames + 1] after the first picture at which each frame is shown, and the end of the last one; None
-    where frames / duration puts each of them within half a frame of it."""
+    """Return when each frame is shown where the frame rate varies.
+
+    Args:
+        table: presentation times of the file.
+        info: what the file holds.
+
+    Returns:
+        [frames + 1] seconds after the first picture, the last of them the end; None where frames / duration puts every
+        frame within half a frame of its time.
+    """
     if table.counted or len(table.pts) < 2 or len(table.pts) != info.frames:
         return None
     shown = (table.pts - table.pts[0]) * table.time_base
@@ -218,8 +265,13 @@ def shown_times(table: FrameTable, info: VideoInfo) -> NDArray[np.float64] | Non
 
 
 def find_videos(places: Sequence[str | Path]) -> list[Path]:
-    """Files, and the video files (by their suffix, sorted) of folders. Raises TensorkeepError for a folder without one
-    and for two files that would get the same name in the results; a file that is not there is left to its reading."""
+    """List the files named, and the video files (by their ending, sorted) of folders.
+
+    A file that is not there is listed too: reading it will tell.
+
+    Raises:
+        TensorkeepError: A folder has no video, or two files would get the same name in the results.
+    """
     found: list[Path] = []
     for place in map(Path, places):
         if not place.is_dir():
@@ -248,10 +300,21 @@ def write_predictions(
     pretrained: bool,
     overwrite: bool = False,
 ) -> None:
-    """Rows by video as ActivityNet's JSON; milliseconds and six decimals of the score are kept. `details`, `pretrained`:
-    what the layout asks for under `external_data`.
+    """Write detections by video as ActivityNet's JSON; milliseconds and six decimals of the score are kept.
 
-    >>> write_predictions("detections.json", {"v": [NamedDetection(0.5, 2.25, "Diving", 0.9)]}, "runs/one", pretrained=True)  # doctest: +SKIP
+    Args:
+        path: the file; it appears whole or not at all.
+        found: video -> detections.
+        details: what was used, which the layout asks for under `external_data`.
+        pretrained: whether pretrained weights were used, which the layout asks for too.
+        overwrite: whether a file that exists is replaced.
+
+    Raises:
+        TensorkeepError: The file exists and `overwrite` is not set.
+
+    Example:
+        >>> found = {"v": [NamedDetection(0.5, 2.25, "Diving", 0.9)]}  # doctest: +SKIP
+        >>> write_predictions("detections.json", found, "runs/one", pretrained=True)  # doctest: +SKIP
     """
     results = {
         video: [
@@ -270,7 +333,7 @@ def write_predictions(
 
 
 def _ahead(windows: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same, each made while its predecessor is in use: one more window in memory, no waiting for the decoder."""
+    """Make each window while the one before is in use: one more window in memory, no waiting for the decoder."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, windows, None)
         while (window := coming.result()) is not None:

@@ -1,8 +1,8 @@
-"""A tiny ViT learns to name the motion in a clip: what a VideoMAE fine-tuned on Kinetics is to the real recipes.
+"""Pretrain a tiny ViT to name the motion in a synthetic clip, as VideoMAE is fine-tuned on Kinetics for real recipes.
 
-Clips with one motion, or none, are drawn as arrays; a linear classifier reads the mean of the features. Its run is one
-like any other, saved, killable and resumable, and `training.pretrained` of a detection recipe takes it: what is below
-`backbone.` is the ViT's, as in mmaction's files, and the classifier is left out.
+Clips with one motion, or none, are drawn as arrays; a linear classifier reads the mean of the features. The run is like
+any other, saved and resumable, and `training.pretrained` of a detection recipe takes it: names below `backbone.` are the
+ViT's, as in mmaction's files, and the classifier is left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,21 @@ MOTIONS = replace(TINY, classes=("pulse", "blink", "spin"))  # of the four that 
 
 @dataclass(frozen=True)
 class PretrainingConfig:
-    """`clips` to learn from, `held_out` ones to score on, all drawn from `seed`; `updates` of `batch` clips."""
+    """What is learned, from how many clips, and how.
+
+    Attributes:
+        vit: shape of the ViT.
+        motions: what the clips show.
+        clips: number of clips to learn from.
+        held_out: number of clips to score on.
+        updates: of the optimizer.
+        batch: clips of an update.
+        lr: learning rate.
+        weight_decay: of all weights.
+        ema: decay of the averaged weights.
+        save_every: updates between two checkpoints.
+        seed: of the clips and the weights.
+    """
 
     vit: VitConfig
     motions: SyntheticConfig = MOTIONS
@@ -53,8 +67,16 @@ class PretrainingConfig:
 
 @dataclass(frozen=True)
 class MotionClips:
-    """Clip `i` shows class `i % (K + 1)`, the last of which is rest. Drawn when first asked for, then held: uint8, 3 T H W
-    bytes each. `part`: which of several sets that share nothing."""
+    """Clips of motions: clip `i` shows class `i % (K + 1)`, the last of which is rest.
+
+    A clip is drawn when it is first asked for and then held, 3 T H W bytes each.
+
+    Attributes:
+        config: what they show.
+        number: how many there are.
+        part: which of several sets that share no clip.
+        held: those drawn so far.
+    """
 
     config: PretrainingConfig
     number: int
@@ -65,7 +87,7 @@ class MotionClips:
         return self.number
 
     def clip(self, index: int) -> tuple[Tensor, int]:
-        """Frames `[3, T, H, W]` uint8 and the class."""
+        """Return the frames `[3, T, H, W]` uint8 of a clip, and its class."""
         names = (*self.config.motions.classes, None)
         label = index % len(names)
         if index not in self.held:
@@ -75,21 +97,21 @@ class MotionClips:
         return self.held[index], label
 
     def sample(self, index: int, generator: torch.Generator) -> tuple[Tensor, int]:
-        """The clip, mirrored and run backwards by chance: neither changes what it shows."""
+        """Return a clip, mirrored and run backwards by chance: neither changes what it shows."""
         frames, label = self.clip(index)
         mirrored, backwards = (torch.rand(2, generator=generator) < 0.5).tolist()
         axes = [axis for axis, turned in ((3, mirrored), (1, backwards)) if turned]
         return frames.flip(axes), label
 
     def fingerprint(self) -> str:
-        """Of all that the clips follow from."""
+        """Return a digest of all that decides the clips."""
         return digest(
             repr((self.config.motions, self.config.vit.chunk_frames, self.config.seed, self.part, self.number)).encode()
         )
 
 
 class MotionClassifier(nn.Module):
-    """ViT, mean over a clip's tokens, norm, linear: VideoMAE's form for classification, under mmaction's names."""
+    """VideoMAE's classifier, under mmaction's names: ViT, mean over a clip's tokens, norm, linear."""
 
     def __init__(self, vit: VitConfig, classes: int) -> None:
         super().__init__()
@@ -97,24 +119,24 @@ class MotionClassifier(nn.Module):
         self.cls_head = nn.ModuleDict({"fc_cls": nn.Linear(vit.embed_dim, classes)})
 
     def forward(self, clips: Tensor) -> Tensor:
-        """`clips [N, 3, T, H, W]` uint8 -> logits `[N, K + 1]`."""
+        """Return logits `[N, K + 1]` of clips `[N, 3, T, H, W]` uint8."""
         pooled = self.backbone(clips, len(clips)).mean((2, 3, 4))  # [N, C]
         logits: Tensor = self.cls_head["fc_cls"](self.backbone.fc_norm(pooled))
-        return logits
+        return logits  # [N, K + 1]
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """`clips [N, 3, T, H, W]`, `labels [N]`."""
+    """Put N samples together: `clips [N, 3, T, H, W]`, `labels [N]`."""
     return {"clips": torch.stack([s[0] for s in samples]), "labels": torch.tensor([s[1] for s in samples])}
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], divisor: float) -> dict[str, Tensor]:
-    """Cross entropy, this micro-batch's share."""
+    """Return this micro-batch's share of the cross entropy."""
     return {"loss": F.cross_entropy(model(batch["clips"]), batch["labels"], reduction="sum") / divisor}
 
 
 def build(config: PretrainingConfig) -> tuple[Job, Loop]:
-    """The job on the CPU and how its loop is to go."""
+    """Make the job, on the CPU, and the settings of its loop."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(config.seed, 0))
         model = MotionClassifier(config.vit, len(config.motions.classes) + 1)
@@ -144,7 +166,7 @@ def build(config: PretrainingConfig) -> tuple[Job, Loop]:
 
 
 def accuracy(model: nn.Module, clips: MotionClips, batch: int = 50) -> float:
-    """Share of the clips that are named rightly."""
+    """Return the share of the clips that are named rightly."""
     right = 0
     for first in range(0, len(clips), batch):
         shown = collate([clips.clip(index) for index in range(first, min(first + batch, len(clips)))])
@@ -155,10 +177,19 @@ def accuracy(model: nn.Module, clips: MotionClips, batch: int = 50) -> float:
 def pretrain(
     config: PretrainingConfig, run: str | Path, tell: Callable[[dict[str, Any]], None] = lambda _row: None
 ) -> Outcome:
-    """Train in the folder `run`, or go on there; `tell` gets each row of metrics.
+    """Train in the folder `run`, or go on there.
 
-    >>> pretrain(PretrainingConfig(VitConfig(32, 16, 64, 2, 4, 192)), "runs/pretrained").evaluation  # doctest: +SKIP
-    {'accuracy': 0.97}
+    Args:
+        config: what is learned and how.
+        run: the run's folder.
+        tell: gets each row of metrics.
+
+    Returns:
+        How the run ended.
+
+    Example:
+        >>> pretrain(PretrainingConfig(VitConfig(32, 16, 64, 2, 4, 192)), "runs/pretrained").evaluation  # doctest: +SKIP
+        {'accuracy': 0.97}
     """
     job, loop = build(config)
     job.trackers = [tell]

@@ -1,8 +1,8 @@
-"""The detector of a recipe: built from a seed, pretrained weights put in, then quantized; and what of it is the base.
+"""Make the detector of a recipe, for training or from a checkpoint: build it, load weights, quantize.
 
-Where the backbone is frozen, checkpoints hold what trains and name the rest by digest. The rest comes from the
-pretrained file again at every start. What no file holds (a random backbone, the seeds' frozen projections) is written
-once into RUN/base, since a seed alone promises nothing across versions of torch.
+Where the backbone is frozen, checkpoints hold only what trains; the rest is their *base*, which they name by digest.
+It comes from the pretrained file again at every start. What no file holds (a random backbone, the frozen projections of
+QLoRA adapters) is written once into RUN/base, since random numbers may differ between versions of torch.
 """
 
 from __future__ import annotations
@@ -49,9 +49,21 @@ BASE, _FROZEN, RECIPE = "base", "frozen.safetensors", "recipe.yaml"
 def make_detector(
     recipe: DetectionRecipe, run: Path | None, world: World | None = None, remark: Remark = lambda _: None
 ) -> tuple[Detector, dict[str, Any] | None]:
-    """The detector a run starts from, on `world.device`, and its base: `{"digest", "path"}`, None where all is stored.
+    """Make the detector that a run starts from: random from the recipe's seed, pretrained weights, then quantized.
 
-    The process's random state is left alone. Raises TensorkeepError where the pretrained weights do not fit.
+    The process's random state is left alone.
+
+    Args:
+        recipe: the run's recipe.
+        run: the run's folder, where frozen weights that no file holds are read or written; None: nowhere.
+        world: the processes of the run; the detector is put on its device.
+        remark: gets a line about the pretrained weights.
+
+    Returns:
+        The detector, and its base `{"digest", "path"}`; None where checkpoints hold all weights.
+
+    Raises:
+        TensorkeepError: The pretrained weights do not fit, or the run's frozen weights are gone.
     """
     world = world or World()
     with torch.random.fork_rng(devices=[]):
@@ -70,12 +82,24 @@ def make_detector(
 
 
 def _few(names: list[str]) -> str:
+    """List the first three names in parentheses."""
     return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def load_pretrained(detector: Detector, path: str) -> list[str]:
-    """Weights into the backbone: a VideoMAE file in any of its dialects, a detector's file, or a run of ours, whose
-    average is taken where it has one. Returns the names that a backbone has no place for."""
+    """Load pretrained weights into the backbone, in place.
+
+    Args:
+        detector: one with a backbone.
+        path: a VideoMAE file in any of its namings, a detector's file, or a run of ours, whose average is taken where
+            it has one.
+
+    Returns:
+        Names of the file that a backbone has no place for.
+
+    Raises:
+        TensorkeepError: A weight is missing or of another shape, or the run's checkpoints hold adapters alone.
+    """
     assert detector.backbone is not None
     state = _state_of(Path(path), best=True)
     if state is None:
@@ -93,11 +117,11 @@ def load_pretrained(detector: Detector, path: str) -> list[str]:
     return sorted(n for n in tensors if not n.startswith("backbone."))
 
 
-# -- the base -----------------------------------------------------------------------------------------------------------
+# -- the base ----------------------------------------------------------------------------------------------------------
 
 
 def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: World) -> dict[str, Any] | None:
-    """What is frozen, by digest, after the part of it that no file holds was put back or written into RUN/base."""
+    """Return the base by digest, after the part of it that no file holds was read from or written into RUN/base."""
     backbone = recipe.model.backbone
     if backbone is None or backbone.tuning == "all":
         return None
@@ -116,12 +140,13 @@ def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: 
 
 
 def _is_new(name: str) -> bool:
-    """Whether a frozen weight of the backbone is in no pretrained file."""
+    """Return whether a frozen weight of the backbone is in no pretrained file."""
     parts = name.split(".")
     return "adapter" in parts or "fc_norm" in parts
 
 
 def _read_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:
+    """Read the run's frozen weights back into the detector."""
     if not place.is_file():
         hint = "copy it from where the run was started, with the rest of the run"
         raise TensorkeepError("the frozen weights of the run are gone", where=place, code="F05", hint=hint)
@@ -136,18 +161,25 @@ def _read_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:
 
 
 def _write_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:
+    """Write the run's frozen weights."""
     place.parent.mkdir(parents=True, exist_ok=True)
     data = save({name: p.detach().cpu().contiguous() for name, p in new.items()})
     with replacing(place, overwrite=True) as temporary:
         write_bytes(temporary, data)
 
 
-# -- from a checkpoint ----------------------------------------------------------------------------------------------------
+# -- from a checkpoint -------------------------------------------------------------------------------------------------
 
 
 class Opened(NamedTuple):
-    """A trained detector in evaluation mode, the recipe it belongs to, and what was taken: `step` of a run (None: no
-    run of ours), whether the average."""
+    """A trained detector and what it was made of.
+
+    Attributes:
+        detector: in evaluation mode.
+        recipe: the recipe it belongs to.
+        step: update of the run whose weights were taken; None: the weights are of no run of ours.
+        averaged: whether the averaged weights were taken.
+    """
 
     detector: Detector
     recipe: DetectionRecipe
@@ -164,13 +196,26 @@ def open_detector(
     changes: tuple[tuple[str, str], ...] = (),
     remark: Remark = lambda _: None,
 ) -> Opened:
-    """The detector of a run (its best checkpoint, or with `best=False` the newest), of one step folder, or of a
-    checkpoint from elsewhere (OpenTAD's too), for which `recipe` must be named.
+    """Open a trained detector.
 
-    `ema`: the averaged weights, where there are some. `changes` to the recipe, as on the command line.
+    Args:
+        path: a run, a step folder of a run, or a checkpoint from elsewhere (OpenTAD's too).
+        recipe: the recipe it belongs to; None: the run's own, while a checkpoint from elsewhere needs one.
+        ema: whether the averaged weights are taken, where there are some.
+        best: whether a run's best checkpoint is taken; else its newest.
+        world: the detector is put on its device; None: the CPU.
+        changes: (name, value) pairs to change in the recipe, as on the command line.
+        remark: gets a line for each checkpoint that was skipped.
 
-    >>> open_detector("runs/one").detector.training                       # doctest: +SKIP
-    False
+    Returns:
+        The detector in evaluation mode, and what it was made of.
+
+    Raises:
+        TensorkeepError: There is no checkpoint, or it and the recipe do not fit together (A04: another base).
+
+    Example:
+        >>> open_detector("runs/one").detector.training  # doctest: +SKIP
+        False
     """
     path, world = Path(path), world or World()
     run = run_of(path)
@@ -200,7 +245,7 @@ def open_detector(
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a path means: itself, or the one that a step folder lies in; None where it is no run of ours."""
+    """Return the run that a path means: itself, or the one that a step folder lies in; None where there is none."""
     for place in (path, path.parent.parent):
         if (place / run_folder.CHECKPOINTS).is_dir() and (place / RECIPE).is_file():
             return place
@@ -208,7 +253,7 @@ def run_of(path: Path) -> Path | None:
 
 
 def _state_of(path: Path, best: bool, remark: Remark = lambda _: None) -> State | None:
-    """The checkpoint that a path means; None where it is none of ours."""
+    """Load the checkpoint that a path means; None where it is none of ours."""
     run = run_of(path)
     if run is None:
         return None
@@ -228,6 +273,7 @@ def _state_of(path: Path, best: bool, remark: Remark = lambda _: None) -> State 
 def _from_elsewhere(
     path: Path, recipe: str | Path | None, ema: bool, world: World, changes: tuple[tuple[str, str], ...]
 ) -> Opened:
+    """Open a checkpoint that is no run of ours."""
     if recipe is None:
         hint = "--recipe RECIPE.yaml, e.g. of `tensorkeep recipe import`"
         raise TensorkeepError("is no run of ours: the recipe it belongs to must be named", where=path, hint=hint)
@@ -240,12 +286,21 @@ def _from_elsewhere(
 
 
 def load_detector(path: str | Path, recipe: str | Path | None = None, average: bool = False) -> Detector:
-    """The detector of a checkpoint of any format and naming, OpenTAD's included, on the CPU and in evaluation mode.
+    """Load the detector of a checkpoint of any format and naming, OpenTAD's included.
 
-    Without `recipe` it is built after the `recipe.yaml` beside the weights, or what their shapes say. `average` takes
-    the EMA of an OpenTAD checkpoint, which is what OpenTAD evaluates. Raises TensorkeepError for whatever does not fit.
+    Args:
+        path: the checkpoint.
+        recipe: tells the detector's shape; None: the `recipe.yaml` beside the weights does, or else their shapes.
+        average: whether the average of an OpenTAD checkpoint is taken, which is what OpenTAD evaluates.
 
-    >>> detector = load_detector("epoch_59.pth", "adatad_thumos_videomae_s.yaml", average=True)  # doctest: +SKIP
+    Returns:
+        The detector on the CPU, in evaluation mode.
+
+    Raises:
+        TensorkeepError: The checkpoint cannot be read, or does not fit the recipe.
+
+    Example:
+        >>> detector = load_detector("epoch_59.pth", "adatad_thumos_videomae_s.yaml", average=True)  # doctest: +SKIP
     """
     plan = make_plan([read(path)], "hf", drop=["state_dict.*"] if average else [])
     config = read_detector_config(recipe) if recipe is not None else _own_config(plan, str(path))
@@ -255,6 +310,7 @@ def load_detector(path: str | Path, recipe: str | Path | None = None, average: b
 
 
 def _own_config(plan: Plan, where: str) -> DetectorConfig:
+    """Return the shape that the plan's own recipe gives: the one beside the weights, or made from their shapes."""
     found = next((c for c in plan.companions if c.name == FILE), None)
     if found is None:
         raise TensorkeepError(
@@ -269,7 +325,7 @@ def _own_config(plan: Plan, where: str) -> DetectorConfig:
 
 
 def _tensors(plan: Plan) -> dict[str, Tensor]:
-    """Every tensor that the plan makes, in memory."""
+    """Make every tensor of the plan in memory."""
     made: dict[str, Tensor] = {}
     for step in plan.steps:
         if step.sink is None:

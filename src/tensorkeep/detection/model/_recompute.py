@@ -138,7 +138,7 @@ def slices(count: int, size: int) -> list[slice]:
 
 
 def run_segment(link: Link, x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Run `x [N, L, C]` through `link` and keep nothing but `x` for the backward; `parameters`: those that may train."""
+    """Run `x [N, L, C]` through `link` and keep only `x` for the backward; `parameters`: those that may train."""
     trainable = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
         return link.forward(x)[0]

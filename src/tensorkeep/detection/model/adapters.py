@@ -146,7 +146,7 @@ class LoRALinear(nn.Module):
 
 
 class QLoRAAdapter(TemporalConv):
-    """An adapter for QLoRA: frozen, quantizable down and up projections under LoRA, and a trainable temporal convolution.
+    """Adapter with frozen, quantizable down and up projections under LoRA, and a trainable temporal convolution.
 
     The frozen projections hold no pretrained knowledge: `down_proj.base` is a random projection and `up_proj.base`
     is zero, so that training starts from the identity. At C=384, ratio 0.25, r=16: 98,785 parameters, 25,057 of

@@ -107,7 +107,7 @@ def assign_batch(
     radius: float | None = 1.5,
     near_ties: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Apply `assign_targets` to each video of a batch: classes `[B, P, K]` and distances `[B, P, 2]`, fine to coarse."""
+    """Apply `assign_targets` to each video of a batch; gives classes `[B, P, K]` and distances `[B, P, 2]`."""
     flat = torch.cat(list(points))
     pairs = [assign_targets(flat, s, y, classes, radius, near_ties) for s, y in zip(segments, labels)]
     return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])

@@ -112,7 +112,7 @@ class Detector(nn.Module):
             cast_frozen(self.backbone, getattr(torch, config.backbone.frozen_dtype))
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Return features `[B, C, T]`, float32, of frames `[B, 3, T, H, W]`; features `[B, C, T]` come back unchanged."""
+        """Return features `[B, C, T]` float32 of frames `[B, 3, T', H, W]`; features `[B, C, T]` come back unchanged."""
         if self.backbone is None or self.config.backbone is None:
             return inputs
         backbone = self.config.backbone

@@ -83,7 +83,7 @@ def refine_segments(points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def valid_proposals(predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
-    """Return for each video the segments `[M, 2]` in grid steps and scores `[M, K]` of its valid points, fine to coarse."""
+    """Return for each video the segments `[M, 2]` (grid steps) and scores `[M, K]` of its valid points, fine to coarse."""
     offsets = torch.cat(predictions.offsets, 2).transpose(1, 2)  # [B, P, 2]
     segments = refine_segments(torch.cat(predictions.points), offsets.float())
     scores = torch.cat(predictions.logits, 2).transpose(1, 2).float().sigmoid()  # [B, P, K]
@@ -148,7 +148,7 @@ class Head(nn.Module):
     def loss_sums(
         self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sum of the focal loss over valid points, of the regression loss over positive ones, and their number.
+        """Sum the focal loss over valid points and the regression loss over positive ones; the third is their number.
 
         Arguments as in `loss`; the results are scalar tensors.
         """
@@ -173,7 +173,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def update_normalizer(self, positives: Tensor) -> Tensor:
-        """Return the divisor of the losses: in training the moving average of the counts, which is updated; else the count.
+        """Return the divisor of the losses: in training the moving average of counts, which is updated; else the count.
 
         The average n moves by `n <- m n + (1 - m) max(positives, 1)`, m being `loss_normalizer_momentum`.
         """

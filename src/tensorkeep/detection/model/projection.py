@@ -27,7 +27,7 @@ def halve_max(x: Tensor) -> Tensor:
 
 
 def global_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attend to all valid keys: `[B, heads, T, d]` for `q, k, v [B, heads, T, d]` and `mask [B, T]`, True where valid."""
+    """Attend to all valid keys; `q, k, v` and the result are `[B, heads, T, d]`, `mask [B, T]` is True where valid."""
     seen = mask | ~mask.any(1, keepdim=True)  # an item without a valid key would be NaN, and with it the whole loss
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])
 

@@ -54,7 +54,7 @@ def _gather(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _tables(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return index and weight `[2, target]` of the forward, and `[K, source]` of its transpose (padded with weight 0)."""
+    """Return index and weight `[2, target]` of the forward, `[K, source]` of its transpose (padded with weight 0)."""
     position = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).clamp_(min=0)
     low = position.floor().long().clamp_(max=source - 1)
     high = (low + 1).clamp_(max=source - 1)

@@ -1,6 +1,6 @@
-"""OpenTAD's (mmengine's) Python configs read as data: parsed, never executed.
+"""Read OpenTAD's (mmengine's) Python configs as data: they are parsed, never executed.
 
-A config is a module of assignments over `_base_` files. What is plainly a value becomes one (`literals`); whatever else
+A config is a module of assignments over `_base_` files. What is plainly a value becomes one (`_literals`); whatever else
 stands there (a call, an import, an `if`) becomes an `Unknown` with its file and line, and so does everything that it
 may have changed. Bases are merged as mmengine merges them: dictionaries key by key, `_delete_=True` starts afresh,
 anything else replaces. Standard library only.
@@ -24,15 +24,28 @@ _MOST_BYTES, _MOST_FILES, _DEEPEST = 1 << 20, 64, 16
 
 
 class PythonConfig(NamedTuple):
-    """A merged config: `values` by name, `unknown` whatever was not evaluated, `files` that were read, main one last."""
+    """A config merged with its bases.
+
+    Attributes:
+        values: what the names stand for.
+        unknown: whatever was not evaluated.
+        files: those that were read, the config itself last.
+    """
 
     values: Section
     unknown: list[Unknown]
     files: list[Path]
 
 
-class Left(NamedTuple):
-    """One value of a config: `path` like `dataset.train.fps`, `where` file:line, and `why` it is listed."""
+class Setting(NamedTuple):
+    """One setting of a config that an account lists.
+
+    Attributes:
+        path: like `dataset.train.fps`.
+        where: file:line.
+        value: what it is set to.
+        why: why it is listed.
+    """
 
     path: str
     where: str
@@ -41,26 +54,28 @@ class Left(NamedTuple):
 
 
 def read_config(path: str | Path) -> PythonConfig:
-    """The config with its bases merged, nothing executed.
+    """Read a config and merge it with its bases; nothing is executed.
 
-    Raises TensorkeepError, naming file and line, where a file cannot be read or is no Python, a base is missing,
-    a circle or nested too deep, two bases set the same name, or a value would expand beyond all use.
+    Raises:
+        TensorkeepError: A file cannot be read or is no Python; a base is missing, leads in a circle or is nested too
+            deep; two bases set the same name; or a value would expand beyond all use. File and line are named.
 
-    >>> read_config("configs/adatad/thumos/e2e_thumos_videomae_b_768x1_160_adapter.py").values["model"]  # doctest: +SKIP
+    Example:
+        >>> read_config("configs/adatad/thumos/e2e_thumos_videomae_b_768x1_160_adapter.py")  # doctest: +SKIP
     """
     files: list[Path] = []
     unknown: list[Unknown] = []
     return PythonConfig(_load(Path(path), (), files, unknown), unknown, files)
 
 
-def unread(section: Section, path: str = "") -> Iterator[Left]:
-    """Every value that was not read, outermost first: a section nobody asked for is one entry, and so is an unknown."""
+def unread(section: Section, path: str = "") -> Iterator[Setting]:
+    """List every setting that was not read; a section of which nothing was read is one entry, and so is an unknown."""
     for key, value in section.items():
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, Unknown):
-            yield Left(name, value.where, value.text, value.why)
+            yield Setting(name, value.where, value.text, value.why)
         elif key not in section.seen:
-            yield Left(name, section.lines.get(key, "config"), value, "nothing here has this setting")
+            yield Setting(name, section.lines.get(key, "config"), value, "nothing here has this setting")
         elif isinstance(value, Section):
             yield from unread(value, name)
         elif isinstance(value, list | tuple):
@@ -71,6 +86,7 @@ def unread(section: Section, path: str = "") -> Iterator[Left]:
 
 
 def _load(path: Path, above: tuple[Path, ...], files: list[Path], unknown: list[Unknown]) -> Section:
+    """Read one file and its bases; `above` are the files that led here."""
     with explained(path):
         real = path.resolve()
         if real in above:
@@ -95,6 +111,7 @@ def _load(path: Path, above: tuple[Path, ...], files: list[Path], unknown: list[
 
 
 def _parse(source: bytes, path: Path) -> ast.Module:
+    """Parse a file as Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in someone else's strings
@@ -106,6 +123,7 @@ def _parse(source: bytes, path: Path) -> ast.Module:
 
 
 def _bases(module: ast.Module, path: Path) -> list[str]:
+    """Return the files that `_base_` names."""
     for statement in module.body:
         if isinstance(statement, ast.Assign) and _target(statement) == BASE:
             try:
@@ -121,12 +139,13 @@ def _bases(module: ast.Module, path: Path) -> list[str]:
 
 
 def _target(statement: ast.Assign) -> str | None:
+    """Return the name that a simple assignment binds."""
     first = statement.targets[0]
     return first.id if len(statement.targets) == 1 and isinstance(first, ast.Name) else None
 
 
 def _merge(child: Section, base: Section) -> Section:
-    """mmengine's rule: `child` over `base`, dictionaries key by key."""
+    """Put `child` over `base` by mmengine's rule, dictionaries key by key."""
     merged = copy.deepcopy(base)
     for key, value in child.items():
         old = dict.get(merged, key)
@@ -144,13 +163,14 @@ def _merge(child: Section, base: Section) -> Section:
 
 
 def _without_delete(value: Any) -> Any:
+    """Return a value without mmengine's `_delete_` marks."""
     if isinstance(value, Section):
         return Section({k: _without_delete(v) for k, v in value.items() if k != _DELETE}, value.lines)
     return value
 
 
 def _run(module: ast.Module, path: Path, base: Section, unknown: list[Unknown]) -> Section:
-    """The names that the module's assignments bind."""
+    """Return what the names that a module assigns stand for."""
     names = Section({BASE: base})
     for statement in module.body:
         where = f"{path}:{statement.lineno}"
@@ -170,7 +190,7 @@ def _run(module: ast.Module, path: Path, base: Section, unknown: list[Unknown]) 
 
 
 def _assigned(statement: ast.stmt, names: Section, path: Path, unknown: list[Unknown]) -> dict[str, Any]:
-    """What one statement binds; raises NotPlain where it does anything but bind names to values."""
+    """Return what one statement binds; raises NotPlain where it does anything but bind names to values."""
     docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     if docstring or isinstance(statement, ast.Pass):
         return {}
@@ -196,7 +216,7 @@ def _assigned(statement: ast.stmt, names: Section, path: Path, unknown: list[Unk
 
 
 def _touched(statement: ast.stmt, names: Section) -> list[str]:
-    """Names that a statement binds, or holds a dictionary or list of that it may change."""
+    """List the names that a statement binds, and those of dictionaries and lists that it may change."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     found = [

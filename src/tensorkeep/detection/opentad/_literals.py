@@ -1,4 +1,4 @@
-"""Python expressions to values without executing anything: a syntax tree is walked, and only what is plainly a value is one.
+"""Evaluate Python expressions without executing anything: a walk over the syntax tree takes what is plainly a value.
 
 Plain are literals, names bound to values, `dict()`, `list()`, `tuple()`, `range()`, `+ - * / // %`, f-strings of those,
 subscripts and `_base_.name`. Everything else raises `NotPlain`, or becomes an `Unknown` inside a container. Sizes are
@@ -26,7 +26,13 @@ _FORMAT = re.compile(r"(0?\d{1,2})?(,)?(\.\d{1,2})?[sdfgex%]?")
 
 
 class Unknown(NamedTuple):
-    """What was not evaluated: `where` is file:line, `text` the source, `why` in words."""
+    """An expression that was not evaluated.
+
+    Attributes:
+        where: file:line.
+        text: its source.
+        why: the reason in words.
+    """
 
     where: str
     text: str
@@ -34,9 +40,12 @@ class Unknown(NamedTuple):
 
 
 class Section(dict[str, Any]):
-    """A dictionary of a config that knows where each key was written (`lines`: file:line).
+    """A dictionary of a config that notes what is read of it.
 
-    Which keys were read is in `seen`; which were asked for and not there in `missed`, with the default taken.
+    Attributes:
+        lines: key -> file:line where it was written.
+        seen: keys that were read.
+        missed: keys that were asked for and not there, with the default taken.
     """
 
     def __init__(self, values: dict[str, Any] | None = None, lines: dict[str, str] | None = None) -> None:
@@ -49,7 +58,7 @@ class Section(dict[str, Any]):
         return Section({key: copy.deepcopy(value, memo) for key, value in self.items()}, dict(self.lines))
 
     def __getitem__(self, key: str) -> Any:
-        """The value; raises TensorkeepError where it is missing or unknown, since there is no default."""
+        """Return a value that has no default; raises TensorkeepError where it is missing or unknown."""
         self.seen.add(key)
         if key not in self:
             raise TensorkeepError(f"lacks {key!r}", where=next(iter(self.lines.values()), "config"))
@@ -60,7 +69,7 @@ class Section(dict[str, Any]):
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value; where it is missing or unknown, `default` (an unknown one stays unread, so that it is reported)."""
+        """Return a value, or `default` where it is missing or unknown; an unknown one stays unread, so it is reported."""
         value = super().get(key, default)
         if key not in self:
             self.missed[key] = default
@@ -72,7 +81,7 @@ class Section(dict[str, Any]):
 
 
 class NotPlain(Exception):
-    """An expression that is no plain value."""
+    """Raised for an expression that is no plain value."""
 
     def __init__(self, node: ast.AST, why: str) -> None:
         super().__init__(why)
@@ -94,13 +103,13 @@ def weigh(value: Any, where: str) -> None:
 
 
 class Reader:
-    """Expressions to values. Inside a container an unknown part leaves the rest readable."""
+    """Evaluates expressions; inside a container an unknown part leaves the rest readable."""
 
     def __init__(self, names: Section, path: Path, unknown: list[Unknown]) -> None:
         self.names, self.path, self.unknown = names, path, unknown
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression; raises NotPlain."""
+        """Return the value of an expression; raises NotPlain where it is none."""
         readers: dict[type[ast.expr], Callable[[Any], Any]] = {
             ast.Constant: lambda n: n.value,
             ast.Name: self._name,
@@ -123,7 +132,7 @@ class Reader:
         return reader(node)
 
     def inside(self, node: ast.expr) -> Any:
-        """The value of a part of a container, or an Unknown in its place."""
+        """Return the value of a part of a container, or an Unknown in its place."""
         try:
             return self.value(node)
         except NotPlain as problem:
@@ -231,7 +240,7 @@ class Reader:
         return found
 
     def _attribute(self, node: ast.Attribute) -> Any:
-        """`_base_.model.head`: mmengine's way to a base's value."""
+        """Return what `_base_.model.head` stands for: mmengine's way to a base's value."""
         names: list[str] = []
         inner: ast.expr = node
         while isinstance(inner, ast.Attribute):
@@ -249,7 +258,7 @@ class Reader:
         return copy.deepcopy(found)
 
     def _template(self, node: ast.Set) -> Any:
-        """`{{_base_.name}}` is a set of a set to Python."""
+        """Return what `{{_base_.name}}` stands for, which to Python is a set of a set."""
         inner = node.elts[0]
         name = inner.elts[0] if isinstance(inner, ast.Set) and len(inner.elts) == 1 else None
         if len(node.elts) == 1 and isinstance(name, ast.Attribute):
@@ -257,14 +266,15 @@ class Reader:
         raise NotPlain(node, "a set is not evaluated")
 
 
-def _expect(value: Any, kinds: tuple[type, ...], node: ast.AST) -> Any:
-    if not isinstance(value, kinds) or isinstance(value, Unknown):
-        raise NotPlain(node, f"a {type(value).__name__} stands where {kinds[0].__name__} is expected")
+def _expect(value: Any, types: tuple[type, ...], node: ast.AST) -> Any:
+    """Return a value of one of `types`; raises NotPlain for others."""
+    if not isinstance(value, types) or isinstance(value, Unknown):
+        raise NotPlain(node, f"a {type(value).__name__} stands where {types[0].__name__} is expected")
     return value
 
 
 def _operate(sign: str, left: Any, right: Any, node: ast.BinOp) -> Any:
-    """Arithmetic on numbers, and `+ * %` on strings and lists, within bounds."""
+    """Do arithmetic on numbers, and `+ * %` on strings and lists, within bounds."""
     numbers = isinstance(left, int | float) and isinstance(right, int | float)
     if numbers and all(isinstance(x, float) or x.bit_length() < _MOST_BITS for x in (left, right)):
         work: dict[str, Callable[[Any, Any], Any]] = {

@@ -1,4 +1,4 @@
-"""OpenTAD's model, optimizer and scheduler sections (plain dicts) as our configs.
+"""Translate OpenTAD's model, optimizer and scheduler sections (plain dicts) into our settings.
 
 Only what changes a number is read; whatever we do not compute the same way is refused by name, not ignored.
 """
@@ -27,9 +27,10 @@ _BACKBONES = ("VisionTransformerAdapter", "VisionTransformer", "VisionTransforme
 
 
 def detector_config(model: Section) -> DetectorConfig:
-    """The `model` dict of an OpenTAD config, with its bases merged.
+    """Translate the `model` dict of an OpenTAD config.
 
-    Raises TensorkeepError for a model other than ActionFormer with an (optional) VideoMAE backbone.
+    Raises:
+        TensorkeepError: The model is not ActionFormer with or without a VideoMAE backbone.
     """
     _expect(model, "type", ("ActionFormer",), "model")
     neck = model.get("neck", {"type": "FPNIdentity"})
@@ -40,6 +41,7 @@ def detector_config(model: Section) -> DetectorConfig:
 
 
 def _projection(section: Section) -> ProjectionConfig:
+    """Translate the `projection` dict of a model."""
     where = "model.projection"
     _expect(section, "type", ("Conv1DTransformerProj",), where)
     _expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
@@ -66,6 +68,7 @@ def _projection(section: Section) -> ProjectionConfig:
 
 
 def _head(section: Section) -> HeadConfig:
+    """Translate the `rpn_head` dict of a model."""
     where = "model.rpn_head"
     _expect(section, "type", ("ActionFormerHead", "AnchorFreeHead"), where)
     points, loss = section["prior_generator"], section["loss"]
@@ -95,7 +98,7 @@ def _head(section: Section) -> HeadConfig:
 
 
 def backbone_config(section: Section) -> BackboneConfig:
-    """The `backbone` dict of an OpenTAD model: recogniser, pipelines and the ViT inside."""
+    """Translate the `backbone` dict of an OpenTAD model: recogniser, pipelines and the ViT inside."""
     where = "model.backbone"
     custom, inner = section.get("custom", {}), section["backbone"]
     _expect(inner, "type", _BACKBONES, f"{where}.backbone")
@@ -133,7 +136,7 @@ def backbone_config(section: Section) -> BackboneConfig:
 
 
 def _output_length(custom: Section, inner: Section, frames: int, where: str) -> int:
-    """Grid steps after the pipelines; checks that they are the ones computed here."""
+    """Return the grid steps after the pipelines, and refuse pipelines that are not computed the same way here."""
     steps = {step["type"]: step for step in custom.get("post_processing_pipeline", ())}
     chunks = steps.get("Rearrange", {}).get("t1")
     reduced = steps.get("Reduce", {}).get("reduction")
@@ -149,7 +152,7 @@ def _output_length(custom: Section, inner: Section, frames: int, where: str) -> 
 
 
 def optimizer_config(optimizer: Section, clip_norm: float = 1.0) -> OptimizerConfig:
-    """The `optimizer` dict of an OpenTAD config (AdamW with parameter-wise groups)."""
+    """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups."""
     _expect(optimizer, "type", ("AdamW",), "optimizer")
     backbone = optimizer.get("backbone", {})
     rules = [GroupRule(rule["name"], rule["lr"], rule["weight_decay"]) for rule in backbone.get("custom", ())]
@@ -166,13 +169,14 @@ def optimizer_config(optimizer: Section, clip_norm: float = 1.0) -> OptimizerCon
 
 
 def schedule_config(scheduler: Section, end_epoch: int | None = None) -> ScheduleConfig:
-    """The `scheduler` dict of an OpenTAD config; `end_epoch` is its workflow's."""
+    """Translate the `scheduler` dict of an OpenTAD config; `end_epoch` is its workflow's."""
     _expect(scheduler, "type", ("LinearWarmupCosineAnnealingLR",), "scheduler")
     floor = scheduler.get("eta_min", 1e-8)
     return ScheduleConfig(scheduler["warmup_epoch"], scheduler["max_epoch"], end_epoch, floor)
 
 
 def _expect(section: Section, key: str, known: tuple[str, ...], where: str) -> None:
+    """Raise TensorkeepError where a key holds none of the known values."""
     value = section.get(key)
     # mmaction's registry prefix
     bare = value.removeprefix("mmaction.") if isinstance(value, str) else value

@@ -1,6 +1,6 @@
-"""OpenTAD's `dataset` section as ours: what its pipelines do to frames and features, step by step.
+"""Translate OpenTAD's `dataset` section: what its pipelines do to frames and features, step by step.
 
-A step, a value or a combination that is not done the same way here is left unread, which lists it as lost.
+A step, a value or a combination that is not done the same way here stays unread, so that it is listed as lost.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.detection.opentad._config_file import Left
+from tensorkeep.detection.opentad._config_file import Setting
 from tensorkeep.detection.opentad._literals import Section, Unknown
 from tensorkeep.detection.recipe.schema import DataConfig, SplitConfig
 from tensorkeep.errors import TensorkeepError
 
 Found = dict[str, Any]
-KIND = re.compile(r"(\w*?)(Padding|Sliding|Resize)Dataset")
+DATASET_TYPE = re.compile(r"(\w*?)(Padding|Sliding|Resize)Dataset")
 MODES = {"Padding": "whole", "Sliding": "sliding", "Resize": "resized"}
 METHODS = {"sliding": ("random_trunc", "sliding_window"), "resized": ("resize", "resize")}
 _SHORTEST = {"AnetResize": 0.01}  # annotated actions not longer than this go, where `filter_gt` is set; else 0
@@ -24,30 +24,38 @@ _BOTH = ("feature_stride", "sample_stride", "offset_frames", "fps", "class_agnos
 SHARED = ("scale_factor", "file_pattern", "crop_size", "feature_layout", "feature_channels", "inputs")
 
 
-def data_config(dataset: Section, max_length: int, lost: list[Left]) -> DataConfig:
-    """The `dataset` dict of an OpenTAD config; what does not fit together is added to `lost`.
+def data_config(dataset: Section, max_length: int, lost: list[Setting]) -> DataConfig:
+    """Translate the `dataset` dict of an OpenTAD config.
 
-    `max_length`: grid steps that the detector pads to. Raises TensorkeepError for a data set class of unknown kind.
+    Args:
+        dataset: the section.
+        max_length: grid steps that the detector pads to.
+        lost: gets what does not fit together.
+
+    Raises:
+        TensorkeepError: The class of a data set is unknown, or frames are read by no known step.
     """
     train, test = dataset["train"], dataset["test"]
-    family, kind = _kind(train["type"], "dataset.train")
-    mode = MODES[_kind(test["type"], "dataset.test")[1]]
+    family, kind = _dataset_type(train["type"], "dataset.train")
+    mode = MODES[_dataset_type(test["type"], "dataset.test")[1]]
     if kind != ("Resize" if mode == "resized" else "Padding"):
-        lost.append(Left("dataset.train.type", "", train["type"], f"training is on random windows for {test['type']}"))
+        lost.append(
+            Setting("dataset.train.type", "", train["type"], f"training is on random windows for {test['type']}")
+        )
     shown, seen = _pipeline(train, max_length), _pipeline(test, max_length)
     for key in _BOTH:
         if train.get(key) != test.get(key):
             lost.append(
-                Left(f"dataset.train.{key}", train.lines.get(key, ""), train.get(key), "differs from the test part")
+                Setting(f"dataset.train.{key}", train.lines.get(key, ""), train.get(key), "differs from the test part")
             )
     for key in SHARED:
         if shown.get(key) != seen.get(key):
             why = f"is {shown.get(key)} in training and {seen.get(key)} in the test pipeline"
-            lost.append(Left("dataset.train.pipeline", train.lines.get("pipeline", ""), key, why))
+            lost.append(Setting("dataset.train.pipeline", train.lines.get("pipeline", ""), key, why))
     for found, part, method in zip((shown, seen), ("train", "test"), METHODS.get(mode, ())):
         if found["inputs"] == "video" and found.get("method") != method:
-            lost.append(Left(f"dataset.{part}.pipeline", "", found.get("method"), f"LoadFrames is {method} here"))
-    values = _of_kind(family, mode, train, test, shown, lost)
+            lost.append(Setting(f"dataset.{part}.pipeline", "", found.get("method"), f"LoadFrames is {method} here"))
+    values = _of_dataset_type(family, mode, train, test, shown, lost)
     values |= _pictures(shown, seen, lost) if shown["inputs"] == "video" else _features(shown)
     values |= {"class_map": train.get("class_map"), "class_agnostic": train.get("class_agnostic", False)}
     if mode != "resized":
@@ -62,8 +70,9 @@ def expected(section: Section, key: str, *values: object) -> None:
         section.seen.add(key)
 
 
-def _kind(name: Any, where: str) -> tuple[str, str]:
-    match = KIND.fullmatch(str(name))
+def _dataset_type(name: Any, where: str) -> tuple[str, str]:
+    """Split the class of a data set into its family ("Anet") and what it does ("Padding", "Sliding", "Resize")."""
+    match = DATASET_TYPE.fullmatch(str(name))
     if match is None:
         hint = "known: ...PaddingDataset, ...SlidingDataset, ...ResizeDataset"
         raise TensorkeepError(f"type {name!r} is not a data set that is read here", where=where, hint=hint)
@@ -71,6 +80,7 @@ def _kind(name: Any, where: str) -> tuple[str, str]:
 
 
 def _split(part: Section) -> SplitConfig:
+    """Translate where one part of the data lies."""
     subset = part["subset_name"]
     if isinstance(subset, list | tuple) and len(subset) == 1:
         subset = subset[0]
@@ -79,8 +89,8 @@ def _split(part: Section) -> SplitConfig:
     return SplitConfig(part["ann_file"], subset, part["data_path"], blocked)
 
 
-def _of_kind(family: str, mode: str, train: Section, test: Section, shown: Found, lost: list[Left]) -> Found:
-    """Window, clock and filters, which depend on the class of the data set."""
+def _of_dataset_type(family: str, mode: str, train: Section, test: Section, shown: Found, lost: list[Setting]) -> Found:
+    """Translate windows, frame rate and filters, which depend on the class of the data set."""
     expected(test, "test_mode", True)
     test.seen.add("filter_gt")  # test windows carry no annotation
     values: Found = {"trunc_thresh": None, "crop_ratio": None} | {
@@ -94,7 +104,7 @@ def _of_kind(family: str, mode: str, train: Section, test: Section, shown: Found
     values["window_size"] = lengths[mode]
     if shown.get("trunc_len", lengths[mode]) != lengths[mode]:
         why = f"the test window is {lengths[mode]}"
-        lost.append(Left("dataset.train.pipeline.trunc_len", "", shown["trunc_len"], why))
+        lost.append(Setting("dataset.train.pipeline.trunc_len", "", shown["trunc_len"], why))
     if mode == "sliding":
         values["window_overlap_ratio"] = test.get("window_overlap_ratio", 0.25)
     if family == "Anet":
@@ -108,16 +118,16 @@ def _of_kind(family: str, mode: str, train: Section, test: Section, shown: Found
         values["min_length"] = _SHORTEST.get(f"{family}{'Resize' if mode == 'resized' else ''}", 0.0)
         if family == "Anet" and mode != "resized":
             why = "actions that begin after the video, or end before it, stay in training here"
-            lost.append(Left("dataset.train.filter_gt", train.lines["filter_gt"], True, why))
+            lost.append(Setting("dataset.train.filter_gt", train.lines["filter_gt"], True, why))
     return values
 
 
-def _pictures(shown: Found, seen: Found, lost: list[Left]) -> Found:
-    """Sizes of frames, and what happens to them in training."""
+def _pictures(shown: Found, seen: Found, lost: list[Setting]) -> Found:
+    """Translate the sizes of frames, and what happens to them in training."""
     size = seen["crop_size"]
     if seen["short_side"] != size or seen.get("crop") != "centre":
         why = f"test frames are shown as the middle square, {size} pixels as their shorter side"
-        lost.append(Left("dataset.test.pipeline", "", seen["short_side"], why))
+        lost.append(Setting("dataset.test.pipeline", "", seen["short_side"], why))
     augment = AugmentConfig(
         size=shown["crop_size"],
         short_side=shown["short_side"],
@@ -133,12 +143,13 @@ def _pictures(shown: Found, seen: Found, lost: list[Left]) -> Found:
 
 
 def _features(shown: Found) -> Found:
+    """Translate how features are stored."""
     names = ("file_pattern", "feature_channels")
     return {"feature_layout": shown.get("feature_layout", "ct")} | {k: shown[k] for k in names if k in shown}
 
 
 def _pipeline(part: Section, max_length: int) -> Found:
-    """What the steps of a pipeline say."""
+    """Gather what the steps of a pipeline say."""
     found: Found = {"inputs": "features", "max_length": max_length}
     for step in part["pipeline"]:
         name = None if isinstance(step, Unknown) else str(step["type"]).removeprefix("mmaction.")
@@ -249,7 +260,7 @@ def _window_features(step: Section, found: Found) -> None:
 
 
 def _nothing(step: Section, found: Found) -> None:
-    """A step whose arguments change no number: decoding threads, which keys are collected."""
+    """Mark a step as read whose arguments change no number: decoding threads, which keys are collected."""
     step.seen.update(step)
 
 

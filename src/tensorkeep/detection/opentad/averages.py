@@ -1,4 +1,4 @@
-"""Averages out of other tools' files: OpenTAD and timm (`state_dict_ema`, `model_ema`), torch's AveragedModel.
+"""Read averaged weights out of other tools' files: OpenTAD and timm (`state_dict_ema`, `model_ema`), AveragedModel.
 
 Those tools average a copy of the whole state dict, frozen floats, counters and packed codes included. Only what trains
 in the model at hand is taken, by name; everything else is compared with the live copy in the same file, named in the
@@ -39,9 +39,14 @@ ROUNDING = 1e-5  # relative: what averaging a constant leaves of it
 
 @dataclass(frozen=True)
 class Averages:
-    """Averaged weights by the model's names, float32. `root`: the copy of the file they were taken from.
+    """Averaged weights of a file.
 
-    `decay` and `updates` where the file says them. `notes`: what else the average held, and what was wrong with it.
+    Attributes:
+        tensors: by the model's names, float32.
+        root: the part of the file that they were taken from.
+        decay: of the average; None where the file does not say.
+        updates: how often it was updated; None where the file does not say.
+        notes: what else the average held, and what was wrong with it.
     """
 
     tensors: dict[str, Tensor]
@@ -52,7 +57,14 @@ class Averages:
 
 
 class _Copies(NamedTuple):
-    """The averaged copy and the live one, stored names by the model's spelling; counters of the average by name."""
+    """The averaged copy of the weights in a file, and the live one.
+
+    Attributes:
+        root: the part of the file that holds the average.
+        averaged: name as the model spells it -> stored name, of the average.
+        live: the same of the live copy.
+        counters: name -> stored name of the average's own counters.
+    """
 
     root: str
     averaged: dict[str, str]
@@ -61,15 +73,23 @@ class _Copies(NamedTuple):
 
 
 def read_ema(source: str | Path | StateView, model: nn.Module | Iterable[str], root: str | None = None) -> Averages:
-    """The average of what trains in `model` (or of the names given), out of a checkpoint of OpenTAD, timm or torch.
+    """Read the average of what trains in a model out of a checkpoint of OpenTAD, timm or torch.
 
-    `root` chooses the copy where a file holds several or does not say: `""` is the file as a whole. Names are strict:
-    every trainable tensor must be averaged in its own shape, and nothing may be there that the model does not have.
-    Raises TensorkeepError K08 (no average in the file), K01, K02, S01, V01, and Q03 where what trains in the model is
-    packed codes in the file.
+    Names are strict: every trainable tensor must be averaged in its own shape, and nothing may be there that the model
+    does not have.
 
-    >>> averages = read_ema("epoch_59.pth", detector)                               # doctest: +SKIP
-    >>> ema.load_state_dict(averages.tensors, averages.updates or 0)                # doctest: +SKIP
+    Args:
+        source: the checkpoint.
+        model: a model, or the names of its trainable tensors.
+        root: the part of the file that holds the average, where it holds several or does not say; `""` is all of it.
+
+    Raises:
+        TensorkeepError: The file has no average (K08), lacks a tensor (K01), has one too many (K02), has one of another
+            shape (S01) or with NaN or Inf (V01), or holds packed codes where the model trains (Q03).
+
+    Example:
+        >>> averages = read_ema("epoch_59.pth", detector)  # doctest: +SKIP
+        >>> ema.load_state_dict(averages.tensors, averages.updates or 0)  # doctest: +SKIP
     """
     view = _opened(source)
     wanted = _wanted(model)
@@ -87,10 +107,11 @@ def read_ema(source: str | Path | StateView, model: nn.Module | Iterable[str], r
     return Averages(tensors, found.root, _decay(view), _updates(view, found), notes)
 
 
-# -- finding the copies -------------------------------------------------------------------------------------------------
+# -- finding the copies ------------------------------------------------------------------------------------------------
 
 
 def _opened(source: str | Path | StateView) -> StateView:
+    """Open the checkpoint; of a step folder of ours, the file with its average."""
     if isinstance(source, StateView):
         return source
     beside = Path(source) / run_folder.EMA
@@ -98,7 +119,7 @@ def _opened(source: str | Path | StateView) -> StateView:
 
 
 def _wanted(model: nn.Module | Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Name in the model -> (name without wrappers, shape)."""
+    """Map each name of the model that trains to its name without wrappers, and its shape."""
     if isinstance(model, nn.Module):
         wanted = {n: (unwrap(n)[0], tuple(p.shape)) for n, p in trainable(model).items()}
         return dict(wanted)
@@ -106,7 +127,7 @@ def _wanted(model: nn.Module | Iterable[str]) -> dict[str, tuple[str, tuple[int,
 
 
 def _under(view: StateView, root: str) -> dict[str, str]:
-    """Clean name -> stored name below a root. Wrappers stand before it, after it, or both."""
+    """Map names without wrappers to stored names below a root; wrappers stand before it, after it, or both."""
     out: dict[str, str] = {}
     for stored in view:
         rest = strip_root(stored, root) if root else stored
@@ -122,6 +143,7 @@ def _under(view: StateView, root: str) -> dict[str, str]:
 
 
 def _copies(view: StateView, root: str | None) -> _Copies:
+    """Find the averaged copy and the live one."""
     chosen = _root(view) if root is None else root
     names = _under(view, chosen)
     if not names:
@@ -134,7 +156,7 @@ def _copies(view: StateView, root: str | None) -> _Copies:
 
 
 def _root(view: StateView) -> str:
-    """The root of the only average in the file; the empty one where the whole file is an average."""
+    """Return the root of the only average in the file; "" where the whole file is an average."""
     found = [root for root in ROOTS if any(strip_root(unwrap(n)[0], root) is not None for n in view)]
     if len(found) == 1:
         return found[0]
@@ -157,7 +179,7 @@ def _root(view: StateView) -> str:
 
 
 def _spelled(found: _Copies, wanted: Mapping[str, tuple[str, object]]) -> _Copies:
-    """The copies in the model's spelling: as they are, or OpenTAD's names in ours where those meet the model better."""
+    """Spell the copies as the model does: as they are, or with OpenTAD's names in ours where those fit it better."""
     names = {name for name, _ in wanted.values()}
     ours = {n: opentad.to_hf(n) or n for n in {*found.averaged, *found.live}}
     if len(names & {ours[n] for n in found.averaged}) <= len(names & found.averaged.keys()):
@@ -166,7 +188,7 @@ def _spelled(found: _Copies, wanted: Mapping[str, tuple[str, object]]) -> _Copie
     return found._replace(averaged=averaged, live=live)
 
 
-# -- strictness ---------------------------------------------------------------------------------------------------------
+# -- strictness --------------------------------------------------------------------------------------------------------
 
 
 def _refuse(
@@ -176,7 +198,7 @@ def _refuse(
     own: Mapping[str, Tensor] | None,
     weights: Mapping[str, QuantizedWeight],
 ) -> None:
-    """Everything that does not fit, in one error, the gravest first."""
+    """Raise one error for everything that does not fit, the gravest first."""
     problems: list[tuple[str, str, str]] = []
     for name, shape in wanted.values():
         stored = found.averaged.get(name)
@@ -211,14 +233,16 @@ def _refuse(
     )
 
 
-# -- what else the average holds ----------------------------------------------------------------------------------------
+# -- what else the average holds ---------------------------------------------------------------------------------------
 
 
 def _packed(
     view: StateView, found: _Copies, weights: Mapping[str, QuantizedWeight], own: Mapping[str, Tensor] | None
 ) -> list[Finding]:
-    """Quantized weights in the average: whether arithmetic changed their codes, integer scales or state, told from the
-    live copy, from the model's own, or from what no sound quantization leaves."""
+    """Tell whether averaging changed the codes, integer scales or state of quantized weights in the average.
+
+    It shows against the live copy, against the model's own weights, or by what no sound quantization leaves.
+    """
     clean = {stored: name for name, stored in found.averaged.items()}
     shares = {
         clean.get(stored, stored): _changed(view, found, clean, weight, own) for stored, weight in weights.items()
@@ -227,28 +251,26 @@ def _packed(
     sound = sorted(n for n, share in shares.items() if share == 0)
     unknown = sorted(n for n, share in shares.items() if share is None)
     worst = f"up to {max(wrong.values(), default=0.0):.1%}"
-    told: tuple[tuple[str, Severity, list[str], str], ...] = (
-        (
-            "Q03",
-            "warning",
-            sorted(wrong),
-            f"quantized weights were averaged as if codes were numbers, {worst} of them changed: left out, take the base's own",
-        ),
-        ("E02", "info", sound, "quantized weights in the average are the base's, unchanged: left out"),
-        ("E02", "info", unknown, "quantized weights in the average have nothing to be compared with: left out"),
-    )
-    return [
-        Finding(code, kind, f"{len(n)} {text}", n, {"changed": wrong} if code == "Q03" else {})
-        for code, kind, n, text in told
-        if n
-    ]
+    findings = []
+    if wrong:
+        text = f"quantized weights were averaged as if codes were numbers, {worst} of them changed"
+        message = f"{len(wrong)} {text}: left out, take the base's own"
+        findings.append(Finding("Q03", "warning", message, sorted(wrong), {"changed": wrong}))
+    for names, text in (
+        (sound, "quantized weights in the average are the base's, unchanged: left out"),
+        (unknown, "quantized weights in the average have nothing to be compared with: left out"),
+    ):
+        findings += [Finding("E02", "info", f"{len(names)} {text}", names, {})] if names else []
+    return findings
 
 
 def _changed(
     view: StateView, found: _Copies, clean: Mapping[str, str], weight: QuantizedWeight, own: Mapping[str, Tensor] | None
 ) -> float | None:
-    """Share of a quantized weight's integer bytes (else of its blocks) that are not what they were; None where nothing
-    tells. A state that can no longer be read counts as all of it."""
+    """Return the share of a quantized weight's integer bytes (else of its blocks) that averaging changed.
+
+    None where there is nothing to tell it from; 1 where the weight's state can no longer be read.
+    """
     changed = total = 0
     for stored in (s for s in weight.stored if s in clean):
         integer = not DTYPES[view[stored].dtype].floating or stored == weight.name  # codes may be stored as floats
@@ -268,7 +290,7 @@ def _changed(
 def _before(
     view: StateView, found: _Copies, name: str, own: Mapping[str, Tensor] | None
 ) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None:
-    """The bytes that a tensor had before it was averaged: those of the live copy, or else the model's own."""
+    """Return the bytes that a tensor had before it was averaged: those of the live copy, or else the model's own."""
     if name in found.live:
         return np.frombuffer(view.bytes(found.live[name]), np.uint8)
     mine = (own or {}).get(name)
@@ -278,7 +300,7 @@ def _before(
 def _rest(
     view: StateView, found: _Copies, weights: Mapping[str, QuantizedWeight], names: Iterable[str]
 ) -> list[Finding]:
-    """Frozen floats, buffers and counters beside what trains: unchanged, or moved as only trained tensors move."""
+    """Tell whether frozen floats, buffers and counters in the average are unchanged, or moved as trained tensors do."""
     quantized = {stored for weight in weights.values() for stored in weight.stored}
     taken = set(names)
     left = {n: s for n, s in found.averaged.items() if s not in quantized and n not in taken}
@@ -290,21 +312,18 @@ def _rest(
     numbers = sorted(n for n, (a, _) in apart.items() if a > 0 and not DTYPES[view[left[n]].dtype].floating)
     still = sorted(apart.keys() - {*moved, *numbers})
     alone = sorted(left.keys() - pairs.keys())
-    told: tuple[tuple[Severity, list[str], str], ...] = (
-        (
-            "warning",
-            moved,
-            "tensors that do not train in the model were averaged and moved (another part trained, or running statistics): left out",
-        ),
+    because = "another part trained, or running statistics"
+    groups: tuple[tuple[Severity, list[str], str], ...] = (
+        ("warning", moved, f"tensors that do not train in the model were averaged and moved ({because}): left out"),
         ("info", numbers, "integers were averaged and truncated: left out"),
         ("info", still, "frozen tensors in the average repeat the live copy: left out"),
         ("info", alone, "further tensors in the average have no live copy to be compared with: left out"),
     )
-    return [Finding("E02", kind, f"{len(n)} {text}", n) for kind, n, text in told if n]
+    return [Finding("E02", severity, f"{len(n)} {text}", n) for severity, n, text in groups if n]
 
 
 def _taken(view: StateView, found: _Copies, names: list[str]) -> list[Finding]:
-    """What is odd about the averages that were taken: equal to the live weights, or kept in a narrow dtype."""
+    """Tell what is odd about the averages that were taken: equal to the live weights, or kept in a narrow dtype."""
     pairs = {n: (found.averaged[n], found.live[n]) for n in names if n in found.live}
     apart = copies.differences(copies.Average(view, found.root, pairs))
     notes = []
@@ -322,6 +341,7 @@ def _taken(view: StateView, found: _Copies, names: list[str]) -> list[Finding]:
 
 
 def _updates(view: StateView, found: _Copies) -> int | None:
+    """Return how often the average was updated, where the file says so."""
     stored = next((found.counters[n] for n in UPDATES if n in found.counters), None)
     if stored is not None:
         return int(tensor_of(view, stored).item())
@@ -329,4 +349,5 @@ def _updates(view: StateView, found: _Copies) -> int | None:
 
 
 def _decay(view: StateView) -> float | None:
+    """Return the average's decay, where the file says so."""
     return next((float(v) for _, v in copies.entries(view, *DECAY) if 0 <= v < 1), None)

@@ -1,8 +1,8 @@
-"""An OpenTAD config (AdaTAD or ActionFormer) as a recipe, and an account of what was not carried over.
+"""Translate an OpenTAD config (AdaTAD or ActionFormer) into a recipe, with an account of what was not carried over.
 
-Every key that is read is marked as read, so nothing is left out in silence: what nobody asked for is looked up in
+Every key that is read is marked as read, so nothing is left out in silence: what was not read is looked up in
 `HARMLESS`, and is *lost* (it may change the numbers) where it is not there. Keys that a config does not set are listed
-with the default taken. Models are mapped by `detection.opentad`, data pipelines by `opentad_pipelines`.
+with the default taken. Models are translated by `_model_section`, data pipelines by `_pipelines`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorkeep.detection.model.config import DetectorConfig
-from tensorkeep.detection.opentad._config_file import Left, read_config, unread
+from tensorkeep.detection.opentad._config_file import Setting, read_config, unread
 from tensorkeep.detection.opentad._literals import Section, Unknown
 from tensorkeep.detection.opentad._model_section import detector_config, optimizer_config, schedule_config
 from tensorkeep.detection.opentad._pipelines import data_config, expected
@@ -80,19 +80,24 @@ _LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "quantize_bits")
 
 
 class Imported(NamedTuple):
-    """A recipe and the account of it: `lost` may change the numbers, `left` does not, `defaults` the config leaves open.
+    """A recipe made of a config, and the account of it.
 
-    Entries are `Left`; the value of a default is the one taken.
+    Attributes:
+        recipe: the recipe.
+        source: the config's file.
+        lost: settings that were not carried over and may change the numbers.
+        left: settings that were not carried over and change no number.
+        defaults: settings that the config leaves open, with the value taken.
     """
 
     recipe: DetectionRecipe
     source: Path
-    lost: list[Left]
-    left: list[Left]
-    defaults: list[Left]
+    lost: list[Setting]
+    left: list[Setting]
+    defaults: list[Setting]
 
     def text(self) -> str:
-        """The recipe as YAML, headed by its source and ended by what was not carried over."""
+        """Write the recipe as YAML, headed by its source and ended by what was not carried over."""
         notes = [f"From the OpenTAD config {self.source.name}, by `tensorkeep recipe import`."]
         behind: list[str] = []
         for title, rows in (("Lost, and it may change the numbers", self.lost), ("Not carried over", self.left)):
@@ -109,15 +114,20 @@ class Imported(NamedTuple):
 def import_config(path: str | Path) -> Imported:
     """Read an OpenTAD config without executing it.
 
-    Raises TensorkeepError (naming file and line where it can) for a file that cannot be read, a method other than
-    ActionFormer on features or on a VideoMAE ViT, and a value that must be known and is not.
+    Args:
+        path: the Python file.
 
-    >>> import_config("configs/adatad/thumos/e2e_thumos_videomae_s_768x1_160_adapter.py").lost  # doctest: +SKIP
-    []
+    Raises:
+        TensorkeepError: The file cannot be read, its method is not ActionFormer on features or on a VideoMAE ViT, or a
+            value that must be known is not; file and line are named where they can be.
+
+    Example:
+        >>> import_config("configs/adatad/thumos/e2e_thumos_videomae_s_768x1_160_adapter.py").lost  # doctest: +SKIP
+        []
     """
     config = read_config(path)
-    lost: list[Left] = []
-    left: list[Left] = []
+    lost: list[Setting] = []
+    left: list[Setting] = []
     if absent := [name for name in _SECTIONS if name not in config.values]:
         hint = "is it a _base_ of another config? Give that one"
         raise TensorkeepError(f"has no {', '.join(absent)}", where=path, hint=hint)
@@ -137,31 +147,32 @@ def import_config(path: str | Path) -> Imported:
         why = harmless(row.path)
         (lost if why is None else left).append(row if why is None else row._replace(why=why))
     told = {row.where for row in (*lost, *left)}
-    left += [Left("", row.where, row.text, row.why) for row in config.unknown if row.where not in told]
+    left += [Setting("", row.where, row.text, row.why) for row in config.unknown if row.where not in told]
     return Imported(recipe, Path(path), lost, left, [*_defaults(config.values), *_fixed(recipe)])
 
 
 def harmless(path: str) -> str | None:
-    """Why a setting of OpenTAD changes no number here, or None where it may.
+    """Return why a setting of OpenTAD changes no number here, or None where it may.
 
-    >>> harmless("dataset.val.pipeline[2].scale")
-    'no loss is computed for evaluation, where detections are scored instead'
+    Example:
+        >>> harmless("dataset.val.pipeline[2].scale")
+        'no loss is computed for evaluation, where detections are scored instead'
     """
     bare = re.sub(r"\[\d+\]", "", path)
     return next((why for start, why in HARMLESS.items() if bare == start or bare.startswith(start + ".")), None)
 
 
 def shown(value: Any) -> str:
-    """A value on one line, shortened."""
+    """Write a value on one line, shortened to 60 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _defaults(section: Section, path: str = "") -> Iterator[Left]:
-    """What was asked for and is not in the config, with the default taken."""
+def _defaults(section: Section, path: str = "") -> Iterator[Setting]:
+    """List settings that were asked for and are not in the config, with the default taken."""
     for key, value in section.missed.items():
         if value not in (None, {}, (), "") and harmless(f"{path}{key}") is None:
-            yield Left(f"{path}{key}", "", value, "not in the config: OpenTAD's default")
+            yield Setting(f"{path}{key}", "", value, "not in the config: OpenTAD's default")
     for key, value in section.items():
         items = value if isinstance(value, list | tuple) and not isinstance(value, Unknown) else [value]
         for number, item in enumerate(items):
@@ -169,16 +180,17 @@ def _defaults(section: Section, path: str = "") -> Iterator[Left]:
                 yield from _defaults(item, f"{path}{key}." if item is value else f"{path}{key}[{number}].")
 
 
-def _fixed(recipe: DetectionRecipe) -> Iterator[Left]:
+def _fixed(recipe: DetectionRecipe) -> Iterator[Setting]:
+    """List settings that OpenTAD fixes in its code or on its command line."""
     for path, why in _FIXED.items():
         section, _, name = path.partition(".")
         value = getattr(getattr(recipe, section), name)
         if value is not None:
-            yield Left(path, "", value, why)
+            yield Setting(path, "", value, why)
 
 
-def _recipe(config: Section, lost: list[Left]) -> DetectionRecipe:
-    """All sections of a config."""
+def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
+    """Translate all sections of a config."""
     model = _model(config["model"], lost)
     solver, workflow = config["solver"], config["workflow"]
     data = data_config(config["dataset"], model.projection.max_length, lost)
@@ -187,7 +199,7 @@ def _recipe(config: Section, lost: list[Left]) -> DetectionRecipe:
     frozen = model.backbone is None or model.backbone.tuning == "none"
     expected(optimizer, "paramwise", True)
     if not optimizer.get("paramwise", False):
-        lost.append(Left("optimizer.paramwise", "", False, "biases, norms and scales do not decay here"))
+        lost.append(Setting("optimizer.paramwise", "", False, "biases, norms and scales do not decay here"))
     if model.backbone is not None and not frozen:
         _backbone_groups(optimizer["backbone"], lost)
     found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer, max(clip, 0.0))
@@ -206,7 +218,7 @@ def _recipe(config: Section, lost: list[Left]) -> DetectionRecipe:
         log_every=workflow.get("logging_interval", 50),
     )
     if workflow["val_eval_interval"] < 1:
-        lost.append(Left("workflow.val_eval_interval", "", workflow["val_eval_interval"], "evaluation is never off"))
+        lost.append(Setting("workflow.val_eval_interval", "", workflow["val_eval_interval"], "evaluation is never off"))
     return DetectionRecipe(
         model=model,
         data=data,
@@ -218,14 +230,14 @@ def _recipe(config: Section, lost: list[Left]) -> DetectionRecipe:
     )
 
 
-def _model(model: Section, lost: list[Left]) -> DetectorConfig:
-    """`detector_config`, with what the seeds' and AdaTAD's adapters say, and a check of the chunks."""
+def _model(model: Section, lost: list[Setting]) -> DetectorConfig:
+    """Translate the `model` section with its adapters, AdaTAD's or the QLoRA form's, and check the chunks of frames."""
     backbone = model.get("backbone")
     if backbone is None:
         return detector_config(model)
     inner = backbone["backbone"]
-    seeds = str(inner["type"]).removeprefix("mmaction.") == _LORA_BACKBONE
-    if seeds:
+    qlora = str(inner["type"]).removeprefix("mmaction.") == _LORA_BACKBONE
+    if qlora:
         inner = _same(inner, type="VisionTransformerAdapter")
         model = _same(model, backbone=_same(backbone, backbone=inner))
     expected(inner, "return_feat_map", True)
@@ -240,14 +252,14 @@ def _model(model: Section, lost: list[Left]) -> DetectorConfig:
     adapter = replace(adapter, ratio=inner.get("adapter_mlp_ratio", 0.25))
     if adapter.blocks is not None and sorted(set(adapter.blocks)) == list(range(depth)):
         adapter = replace(adapter, blocks=None)
-    if seeds:
+    if qlora:
         lora = {name: inner.get(name, getattr(adapter, name)) for name in _LORA_FIELDS}
         adapter = replace(adapter, kind="plain" if inner.get("use_plain_adapter", False) else "qlora", **lora)
     return replace(config, backbone=replace(config.backbone, adapter=adapter))
 
 
-def _check_chunks(custom: Section, frames: int, lost: list[Left]) -> None:
-    """Frames go in as chunks of 16 and features are joined in time: what both pipelines of the backbone must say."""
+def _check_chunks(custom: Section, frames: int, lost: list[Setting]) -> None:
+    """Check that the backbone's pipelines cut frames into chunks and join the features in time, as is done here."""
     chunks = next(
         (s.get("t1") for s in custom.get("post_processing_pipeline", ()) if dict.get(s, "type") == "Rearrange"), 1
     )
@@ -259,23 +271,24 @@ def _check_chunks(custom: Section, frames: int, lost: list[Left]) -> None:
         expected(step, "t1", chunks)
     if len(before) != 1:
         why = f"frames go through the backbone in chunks of {frames}"
-        lost.append(Left("model.backbone.custom.pre_processing_pipeline", "", len(before), why))
+        lost.append(Setting("model.backbone.custom.pre_processing_pipeline", "", len(before), why))
     for step in custom.get("post_processing_pipeline", ()):
         expected(step, "ops", "b n c t h w -> b c t", "(b t1) c t -> b c (t1 t)")
         expected(step, "keys", ["feats"])
 
 
-def _backbone_groups(section: Section, lost: list[Left]) -> None:
-    """OpenTAD leaves parameters whose name contains a word of `exclude` out of the rest: here all of them, or none."""
+def _backbone_groups(section: Section, lost: list[Setting]) -> None:
+    """Check `exclude`, whose words keep backbone parameters out of training: here it is all of them, or none."""
     words = section.get("exclude", [])
     if not section.get("lr") or "backbone" in words:
         section.seen.add("weight_decay")  # of a group that does not move, or is empty
     if words not in ([], ["backbone"]):
         why = "names that are left out of training are given by model.backbone.tuning"
-        lost.append(Left("optimizer.backbone.exclude", section.lines.get("exclude", ""), words, why))
+        lost.append(Setting("optimizer.backbone.exclude", section.lines.get("exclude", ""), words, why))
 
 
 def _post_processing(section: Section) -> PostProcessingConfig:
+    """Translate the `post_processing` section."""
     nms, external = section["nms"], section.get("external_cls")
     known = {key: nms.get(key) for key, value in nms.items() if not isinstance(value, Unknown)}
     if nms.get("multiclass", True) and nms.get("voting_thresh"):
@@ -296,6 +309,7 @@ def _post_processing(section: Section) -> PostProcessingConfig:
 
 
 def _evaluation(section: Section, test: SplitConfig) -> EvaluationConfig:
+    """Translate the `evaluation` section."""
     expected(section, "type", "mAP")
     truth, subset = section["ground_truth_filename"], section["subset"]
     return EvaluationConfig(
@@ -308,7 +322,7 @@ def _evaluation(section: Section, test: SplitConfig) -> EvaluationConfig:
 
 
 def _same(section: Section, **changes: Any) -> Section:
-    """The section with other values; what is read of it counts for the original."""
+    """Return a section with other values; what is read of it counts for the original."""
     copy = Section({**section, **changes}, section.lines)
     copy.seen, copy.missed = section.seen, section.missed
     return copy

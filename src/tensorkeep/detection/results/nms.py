@@ -138,7 +138,8 @@ def suppress(detections: Detections, rule: Suppression) -> Detections:
         TensorkeepError: The columns do not fit each other, or a score is negative or no number.
 
     Example:
-        >>> one = Detections(np.array([[0, 2], [0, 2]], np.float32), np.array([0.5, 0.25], np.float32), np.array([3, 3]))
+        >>> segments, scores = np.array([[0, 2], [0, 2]], np.float32), np.array([0.5, 0.25], np.float32)
+        >>> one = Detections(segments, scores, np.array([3, 3]))
         >>> suppress(one, Suppression(method="greedy", iou=0.5)).scores
         array([0.5], dtype=float32)
     """
