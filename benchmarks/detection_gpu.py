@@ -7,10 +7,11 @@ Synthetic videos are drawn first. Then, each in processes of its own and with a 
 
 - `busy` (first GPU): ViT-S + QLoRA by `train.fit` on decoded mp4 files, 768 frames of 160 x 160, batch 2: share of the
   time the GPU works, waits for decoding, what a checkpoint stalls, every loss.
-- `resume` (second GPU, beside it): deterministic kernels, killed by SIGKILL and gone on by the same call, to the bit; what
-  they cost; a CUDA graph against launches.
-- `scaling` (both, NCCL): frames a second of two processes against one, and the same updates from the same global batches.
-- `language` (both, NCCL): a tiny language model under DDP and FSDP2, saved, gone on, also on another number of processes.
+- `resume` (second GPU, beside it): deterministic kernels, killed by SIGKILL and resumed by the same call, to the bit;
+  what they cost; a CUDA graph against launches.
+- `scaling` (both, NCCL): frames a second of two processes against one; the same updates from the same global batches.
+- `language` (both, NCCL): a tiny language model under DDP and FSDP2, saved and resumed, also on another number of
+  processes.
 
 Each part writes OUT/PART.json after every figure, so that a cut loses only the rest; OUT/summary.md is made at the end,
 OUT/log.txt on the way. The parts themselves are in `detection_gpu_parts`.

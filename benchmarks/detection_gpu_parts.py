@@ -1,4 +1,4 @@
-"""The parts of `detection_gpu`, each in its own process: `python -m benchmarks.detection_gpu_parts PART OUT SCRATCH`."""
+"""Run one part of `detection_gpu` in its own process: `python -m benchmarks.detection_gpu_parts PART OUT SCRATCH`."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def kernel_share(bench: Bench, place: Path, held: Any, changes: dict[str, Any]) 
     }
 
 
-# -- scaling ------------------------------------------------------------------------------------------------------------
+# -- scaling ----------------------------------------------------------------------------------------------------------
 
 
 def scaling(bench: Bench) -> None:
@@ -314,7 +314,7 @@ def scaling(bench: Bench) -> None:
     distributed.stop()
 
 
-# -- language -----------------------------------------------------------------------------------------------------------
+# -- language ---------------------------------------------------------------------------------------------------------
 
 
 def language(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""What `detection_gpu_parts` works with: recipe and figures of a part, a loop that is watched, runs that are compared."""
+"""Tools of `detection_gpu_parts`: the recipe and figures of a part, a loop that is watched, runs that are compared."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ LIGHT = [("data.augment.operations", "0"), ("data.augment.jitter", "[0, 0, 0, 0]
 TINY = [
     (
         "model.backbone.vit",
-        "{image_size: 32, patch_size: 16, embed_dim: 32, depth: 2, heads: 2, mlp_dim: 64, chunk_frames: 16, tubelet: 2, drop_path: 0.1}",
+        "{image_size: 32, patch_size: 16, embed_dim: 32, depth: 2, heads: 2, mlp_dim: 64, chunk_frames: 16, "
+        "tubelet: 2, drop_path: 0.1}",
     ),
     ("model.projection.in_channels", "32"),
     ("model.projection.channels", "32"),
@@ -197,7 +198,7 @@ class Watch:
         return float(other - one if isinstance(one, float) else one.elapsed_time(other) / 1e3)
 
     def figures(self, skip: int) -> dict[str, Any]:
-        """Of the updates after the first `skip`. `working_share`: the device's time inside of updates over all of it."""
+        """Summarise the updates after the first `skip`; `working_share`: the device's time inside updates over all."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         skip = min(skip, len(self.marks) // 2)

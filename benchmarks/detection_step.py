@@ -10,10 +10,10 @@ A step is forward, loss, backward, gradient clipping, AdamW and EMA on 768 frame
 frozen weights in bfloat16 or (`--quantize`) codes, trainable ones in float32 (adapters, with `--lora` low-rank updates
 of every backbone linear too), recorded once as a CUDA graph and replayed (`--eager`: launched one by one). The
 peaks are torch's, recording included: what tensors took, and what the allocator held (on a small card set
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and the second comes within a tenth of the first). `--train` runs as many steps on
-the one batch and prints losses on the way. The figures of the original (fp16, activation checkpointing, same batch)
-are constants: it needs its own environment. Prints a row a size and way of checkpointing: seconds, peak GiB, both
-ratios, and the first three losses, with `--reference` beside those of the same steps in float32.
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and the second comes within a tenth of the first). `--train` runs as
+many steps on the one batch and prints losses on the way. The figures of the original (fp16, activation checkpointing,
+same batch) are constants: it needs its own environment. Prints a row a size and way of checkpointing: seconds, peak
+GiB, both ratios, and the first three losses, with `--reference` beside those of the same steps in float32.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """What does each way to train a frozen backbone give? mAP with the average and without, as means over seeds.
 
-A tiny ViT learns to name the motions in clips, then it is frozen, as a user would start from VideoMAE; adapters and head are
-trained on videos of which two motions are new to it, and scored on videos nobody has seen. `untrained` is the detector before
-its first update. Two rows are controls: the head alone on frozen features, and adapters on a backbone that learnt nothing
-before. The recipe is recipes/detection/synthetic_tiny.yaml; `--prepare` makes what it reads.
+A tiny ViT learns to name the motions in clips, then it is frozen, as a user would start from VideoMAE; adapters and
+head are trained on videos of which two motions are new to it, and scored on videos that no training has seen.
+`untrained` is the detector before its first update. Two rows are controls: the head alone on frozen features, and
+adapters on a backbone that learnt nothing. The recipe is recipes/detection/synthetic_tiny.yaml; `--prepare` makes
+what it reads.
 
     python -m benchmarks.detection_table [--out FOLDER] [--seeds 3] [--only NAME ...]
     python -m benchmarks.detection_table --prepare data/synthetic
@@ -128,7 +129,8 @@ def measure(out: Path, seeds: int, variants: Sequence[str]) -> None:
             for ema in figures:
                 figures[ema].append(evaluate_checkpoint(run, ema=ema, best=False).result.average)
             print(
-                f"{name}, seed {seed}: {figures[True][-1]:.3f}, live {figures[False][-1]:.3f}, {clock:.0f} s, {cpu:.0f} s of processor",
+                f"{name}, seed {seed}: {figures[True][-1]:.3f}, live {figures[False][-1]:.3f}, {clock:.0f} s, "
+                f"{cpu:.0f} s of processor",
                 flush=True,
             )
         backbone = make_detector(recipe, None)[0].backbone

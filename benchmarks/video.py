@@ -34,7 +34,7 @@ SIDE = 160
 
 
 def scenes(height: int, width: int, number: int) -> Iterator[np.ndarray]:
-    """A pan over a soft texture with moving squares and a little noise: about as hard to decode as a sports broadcast."""
+    """Draw a pan over a soft texture with moving squares and some noise: as hard to decode as a sports broadcast."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 215, (height // 8, width // 8, 3)).astype(np.uint8)
     texture = np.kron(coarse, np.ones((8, 8, 1), dtype=np.uint8))
@@ -123,7 +123,8 @@ def augmentation(repeat: int, frames: int = 256) -> None:
     print("\n| augmentation, frames out | frames/s |\n|---|---|")
     print(f"| crop, resize, flip | {rate(lambda: augment(clip, crop, config.size), frames, repeat):,.0f} |")
     print(
-        f"| and two operations and jitter: mean of {len(draws)} draws | {len(speeds) / sum(1 / s for s in speeds):,.0f} |"
+        f"| and two operations and jitter: mean of {len(draws)} draws "
+        f"| {len(speeds) / sum(1 / s for s in speeds):,.0f} |"
     )
 
 

@@ -12,7 +12,7 @@ from tensorkeep.errors import TensorkeepError
 
 
 def load_opentad(detector: nn.Module, tensors: Mapping[str, Tensor], where: str = "OpenTAD checkpoint") -> None:
-    """A `state_dict` (or `state_dict_ema`) of OpenTAD, with or without `module.`, into a detector of the same recipe."""
+    """Load a `state_dict` (or `state_dict_ema`) of OpenTAD into a detector of the same recipe."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         ours = opentad.to_hf(opentad.strip_wrapper(name))
@@ -23,9 +23,10 @@ def load_opentad(detector: nn.Module, tensors: Mapping[str, Tensor], where: str 
 
 
 def to_opentad(detector: nn.Module) -> dict[str, Tensor]:
-    """The detector's tensors under OpenTAD's names, sharing storage; OpenTAD loads them strictly.
+    """Return the detector's tensors under OpenTAD's names, sharing storage; OpenTAD loads them strictly.
 
-    Raises TensorkeepError for a tensor that OpenTAD has no name for.
+    Raises:
+        TensorkeepError: OpenTAD has no name for a tensor.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in detector.state_dict().items():

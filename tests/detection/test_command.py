@@ -84,13 +84,17 @@ def test_bad_input_is_one_line_and_a_hint(
 
 
 def test_evaluation_loads_no_torch(files: list[str]) -> None:
-    program = f"import sys; from tensorkeep.cli import main; main(['eval', 'detection', *{files!r}]); sys.exit('torch' in sys.modules)"
+    program = (
+        f"import sys; from tensorkeep.cli import main; main(['eval', 'detection', *{files!r}]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
 
 
 def test_public_names_are_found_without_loading_torch() -> None:
     program = (
-        "import sys, tensorkeep.detection as d; d.evaluate_files, d.read_annotations; assert 'torch' not in sys.modules\n"
+        "import sys, tensorkeep.detection as d\n"
+        "d.evaluate_files, d.read_annotations; assert 'torch' not in sys.modules\n"
         f"assert d.__all__ == {public!r} and all(getattr(d, n) for n in d.__all__)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

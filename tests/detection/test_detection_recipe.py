@@ -1,4 +1,4 @@
-"""A detection recipe reads strictly, writes back to itself, refuses contradictions, and takes the seeds' short names."""
+"""A detection recipe reads strictly, writes back to itself, refuses contradictions, and takes short names."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def nothing() -> Any:
     return contextlib.nullcontext()
 
 
-# -- windows and videos ---------------------------------------------------------------------------------------------------
+# -- windows and videos -----------------------------------------------------------------------------------------------
 
 
 def test_windows_are_read_and_videos_given_one_after_another(made: DetectionRecipe) -> None:
@@ -131,7 +131,7 @@ def test_a_window_in_the_middle_tells_the_time_of_the_video(made: DetectionRecip
     assert np.allclose(found.segments, [[start + 4 * step, start + 7 * step]], atol=1e-4)
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------------
+# -- scores -----------------------------------------------------------------------------------------------------------
 
 
 ALONE = World()
@@ -198,7 +198,7 @@ def test_an_opentad_file_is_scored_with_a_recipe_that_is_named(run: Path, tmp_pa
         assert theirs.averaged is ema and theirs.step is None
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_commands_train_go_on_and_evaluate(
@@ -233,7 +233,7 @@ def test_print_recipe_prints_what_would_run(made: DetectionRecipe, tmp_path: Pat
     assert read.data.window_size == 32 and read.training.quantize_backbone == "nf4"
 
 
-# -- data as recipes have it ------------------------------------------------------------------------------------------------
+# -- data as recipes have it ------------------------------------------------------------------------------------------
 
 
 def test_names_of_files_may_differ_from_those_of_videos(data: Path, tmp_path: Path) -> None:

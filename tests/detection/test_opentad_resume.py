@@ -111,7 +111,7 @@ def going_on(path: Path, detector: Detector, config: OptimizerConfig = CONFIG, *
     return continue_from(path, detector, config, SCHEDULE, 10, 2, **{"base": BASE, **options})
 
 
-# -- by name ------------------------------------------------------------------------------------------------------------
+# -- by name ----------------------------------------------------------------------------------------------------------
 
 
 def test_opentads_own_groups_come_out_of_its_own_names() -> None:
@@ -122,7 +122,7 @@ def test_opentads_own_groups_come_out_of_its_own_names() -> None:
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_every_tensor_of_a_checkpoint_reaches_its_name(tmp_path: Path, empty: bool) -> None:
-    """`empty`: the seeds' `lora` group behind `adapter`, which takes everything."""
+    """`empty`: a group `lora` listed after `adapter`, which takes everything, as in published QLoRA configs."""
     source, sink = ours(), ours()
     rules = (*CONFIG.backbone, *([GroupRule("no such name", 1e-4)] if empty else []))
     optimizer = optimizer_of(source, config=replace(CONFIG, backbone=rules))
@@ -195,7 +195,7 @@ def test_what_trains_on_one_side_alone_is_said(tmp_path: Path) -> None:
     assert any("R05 1 trained parameters have no moments in the file" in line for line in on.remarks)
 
 
-# -- what it stands on --------------------------------------------------------------------------------------------------
+# -- what it stands on ------------------------------------------------------------------------------------------------
 
 
 def test_other_frozen_weights_are_refused_with_the_way_to_take_the_files(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def _below(name: str) -> str:
     return name.replace("mlp.fc1.", "mlp.layers.0.0.").replace("mlp.fc2.", "mlp.layers.1.")
 
 
-# -- what is refused, and said ------------------------------------------------------------------------------------------
+# -- what is refused, and said ----------------------------------------------------------------------------------------
 
 
 def test_files_that_are_none_of_this_are_refused(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_what_the_file_and_the_recipe_disagree_on_is_said_line_by_line(tmp_path:
     assert "6 updates an epoch, its last one smaller" in text and "its average is left" in text
 
 
-# -- a whole run --------------------------------------------------------------------------------------------------------
+# -- a whole run ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ QLORA = {
     "model__projection__drop_path": 0.1,
     "optimizer__backbone": [{"name": "adapter", "lr": 2e-3}, {"name": "lora", "lr": 1e-3}],
 }
-SEEDS = {
+QLORA_ADAPTERS = {
     "model__backbone__adapter": {"kind": "qlora", "ratio": 0.5, "lora_r": 4, "lora_dropout": 0.1, "quantize_bits": 4}
 }
 
@@ -56,7 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.dataset(tmp_path_factory.mktemp("synthetic") / "data")
 
 
-# -- the loss -----------------------------------------------------------------------------------------------------------
+# -- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def masked_batch(most: int | None = None) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_sum_is_not_split(data: Path, tmp_path: Path) -> None:
         build(made, tmp_path)
 
 
-# -- runs ---------------------------------------------------------------------------------------------------------------
+# -- runs -------------------------------------------------------------------------------------------------------------
 
 
 def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_
     assert checkpoint.best(tmp_path) == max(evaluations, key=lambda step: (evaluations[step], -step))
 
 
-@pytest.mark.parametrize("changes", [{}, QLORA, SEEDS], ids=["adapters", "nf4 and LoRA", "the seeds' form"])
+@pytest.mark.parametrize("changes", [{}, QLORA, QLORA_ADAPTERS], ids=["adapters", "nf4 and LoRA", "QLoRA adapters"])
 def test_a_killed_run_ends_bitwise_where_it_would_have_ended(
     data: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -323,7 +323,7 @@ def features(folder: Path) -> Any:
     return from_mapping(DetectionRecipe, document, "recipe")
 
 
-# -- the base -----------------------------------------------------------------------------------------------------------
+# -- the base ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_trained_backbone_is_the_base_of_the_next_run(data: Path, tmp_path: Path) -> None:

@@ -228,8 +228,14 @@ def test_a_long_video_streams_in_the_memory_of_a_window(tmp_path, monkeypatch):
     path = tmp_path / "long.mp4"
     write_video(path, pictures(600), RATE)
     made: list[weakref.ref] = []
-    original = video._own
-    watched = functools.partial(video._pictures, room=lambda *a: (made.append(weakref.ref(p := original(*a))), p)[1])
+    original = video._new_memory
+
+    def memory_for(number, shape):
+        picture = original(number, shape)
+        made.append(weakref.ref(picture))
+        return picture
+
+    watched = functools.partial(video._pictures, memory_for=memory_for)
     monkeypatch.setattr(video, "_pictures", watched)
     size, most = 32, 0
     for frames in stream_windows(path, [np.arange(k, k + size) for k in range(0, 600 - size + 1, size // 2)]):

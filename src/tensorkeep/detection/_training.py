@@ -2,8 +2,8 @@
 
 The losses are divided by ActionFormer's moving average of positive points (points that learn a segment). It moves once
 an update, by the count of the whole global batch, as in the original with one process and no accumulation; so the
-shares of micro-batches and ranks add up to the loss of the global batch, however it was split. Positives follow from the
-annotations alone: they are counted on the CPU, where batches are made, before any forward.
+shares of micro-batches and ranks add up to the loss of the global batch, however it was split. Positives follow from
+the annotations alone: they are counted on the CPU, where batches are made, before any forward.
 """
 
 from __future__ import annotations

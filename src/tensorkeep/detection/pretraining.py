@@ -1,8 +1,8 @@
 """Pretrain a tiny ViT to name the motion in a synthetic clip, as VideoMAE is fine-tuned on Kinetics for real recipes.
 
 Clips with one motion, or none, are drawn as arrays; a linear classifier reads the mean of the features. The run is like
-any other, saved and resumable, and `training.pretrained` of a detection recipe takes it: names below `backbone.` are the
-ViT's, as in mmaction's files, and the classifier is left out.
+any other, saved and resumable, and `training.pretrained` of a detection recipe takes it: names below `backbone.` are
+the ViT's, as in mmaction's files, and the classifier is left out.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def pretrain(
         How the run ended.
 
     Example:
-        >>> pretrain(PretrainingConfig(VitConfig(32, 16, 64, 2, 4, 192)), "runs/pretrained").evaluation  # doctest: +SKIP
+        >>> config = PretrainingConfig(VitConfig(32, 16, 64, 2, 4, 192))
+        >>> pretrain(config, "runs/pretrained").evaluation  # doctest: +SKIP
         {'accuracy': 0.97}
     """
     job, loop = build(config)

@@ -117,7 +117,7 @@ def load_pretrained(detector: Detector, path: str) -> list[str]:
     return sorted(n for n in tensors if not n.startswith("backbone."))
 
 
-# -- the base ----------------------------------------------------------------------------------------------------------
+# -- the base ---------------------------------------------------------------------------------------------------------
 
 
 def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: World) -> dict[str, Any] | None:
@@ -168,7 +168,7 @@ def _write_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:
         write_bytes(temporary, data)
 
 
-# -- from a checkpoint -------------------------------------------------------------------------------------------------
+# -- from a checkpoint ------------------------------------------------------------------------------------------------
 
 
 class Opened(NamedTuple):

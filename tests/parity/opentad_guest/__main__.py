@@ -1,7 +1,7 @@
 """OpenTAD's unmodified `tools/train.py` and `tools/test.py` under `tensorkeep.integrations.opentad`, on a CPU.
 
-`python -m tests.parity.opentad_guest OPENTAD PYTHON DIR [--learn]`: its checkout, the interpreter of its environment, and
-a new folder for a dataset of synthetic videos and the runs. One line a case, PASS or FAIL; exit code 1 where any fails.
+`python -m tests.parity.opentad_guest OPENTAD PYTHON DIR [--learn]`: its checkout, the interpreter of its environment,
+and a new folder for synthetic videos and the runs. One line a case, PASS or FAIL; exit code 1 where any fails.
 The last cases are controls: the same runs of OpenTAD without us. `--learn` adds 2,100 updates (10 minutes).
 """
 
@@ -39,7 +39,7 @@ Case = tuple[str, bool, str]
 
 
 def trained_and_resumed(guest: Guest) -> Iterator[Case]:
-    """The seeds' 4-bit form through training, evaluation, SIGKILL and resume."""
+    """QLoRA adapters in 4 bits through training, evaluation, SIGKILL and resume."""
     whole = run(guest, TRAIN, configured(guest, "whole", QLORA))
     count, figures = whole.log.count(EVALUATED), re.findall(r"\[Val\].*Loss=([\d.]+)", whole.log)
     yield (

@@ -1,4 +1,4 @@
-"""What users built before: OpenTAD's adapters over bitsandbytes' 4-bit linears, with LoRA. Runs in OpenTAD's environment."""
+"""What users built before: OpenTAD's adapters over bitsandbytes' 4-bit linears, with LoRA; runs inside OpenTAD."""
 
 import bitsandbytes as bnb
 import torch

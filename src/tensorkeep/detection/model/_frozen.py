@@ -225,7 +225,7 @@ class _Frozen(torch.autograd.Function):
         return (None, lead, *found)
 
 
-# -- row operations: residual add, drop path and layer norm in one pass over memory -------------------------------------
+# -- row operations: residual add, drop path and layer norm in one pass over memory -----------------------------------
 #
 # The floor of each is its bytes: with u = the bytes of one `[N, L, C]`, `add_norm` moves 4 u, `add_branch` 3 u and
 # `norm_backward` 4 u; torch's separate operations move 6 u, 3 u and 6 to 8 u. The GPU kernels are in `_row_kernels`;

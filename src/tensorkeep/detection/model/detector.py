@@ -94,6 +94,7 @@ class Detector(nn.Module):
         config: shapes of its parts.
 
     Example:
+        >>> from tensorkeep.detection.model.config import HeadConfig, ProjectionConfig
         >>> config = DetectorConfig(ProjectionConfig(8, 16, branch_layers=1, max_length=16),
         ...                         HeadConfig(2, 16, strides=(1, 2), ranges=((0, 4), (4, 99))))
         >>> out = Detector(config).eval()(torch.zeros(1, 8, 12), torch.ones(1, 12, dtype=torch.bool))
@@ -112,7 +113,7 @@ class Detector(nn.Module):
             cast_frozen(self.backbone, getattr(torch, config.backbone.frozen_dtype))
 
     def features(self, inputs: Tensor) -> Tensor:
-        """Return features `[B, C, T]` float32 of frames `[B, 3, T', H, W]`; features `[B, C, T]` come back unchanged."""
+        """Return features `[B, C, T]` float32 of frames `[B, 3, T', H, W]`; features `[B, C, T]` stay as they are."""
         if self.backbone is None or self.config.backbone is None:
             return inputs
         backbone = self.config.backbone

@@ -83,7 +83,7 @@ def refine_segments(points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def valid_proposals(predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
-    """Return for each video the segments `[M, 2]` (grid steps) and scores `[M, K]` of its valid points, fine to coarse."""
+    """Return segments `[M, 2]` (grid steps) and scores `[M, K]` of each video's valid points, fine to coarse."""
     offsets = torch.cat(predictions.offsets, 2).transpose(1, 2)  # [B, P, 2]
     segments = refine_segments(torch.cat(predictions.points), offsets.float())
     scores = torch.cat(predictions.logits, 2).transpose(1, 2).float().sigmoid()  # [B, P, K]

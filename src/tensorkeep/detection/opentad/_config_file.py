@@ -1,8 +1,8 @@
 """Read OpenTAD's (mmengine's) Python configs as data: they are parsed, never executed.
 
-A config is a module of assignments over `_base_` files. What is plainly a value becomes one (`_literals`); whatever else
-stands there (a call, an import, an `if`) becomes an `Unknown` with its file and line, and so does everything that it
-may have changed. Bases are merged as mmengine merges them: dictionaries key by key, `_delete_=True` starts afresh,
+A config is a module of assignments over `_base_` files. What is plainly a value becomes one (`_literals`); whatever
+else stands there (a call, an import, an `if`) becomes an `Unknown` with its file and line, and so does everything that
+it may have changed. Bases are merged as mmengine merges them: dictionaries key by key, `_delete_=True` starts afresh,
 anything else replaces. Standard library only.
 """
 

@@ -69,7 +69,7 @@ class Section(dict[str, Any]):
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a value, or `default` where it is missing or unknown; an unknown one stays unread, so it is reported."""
+        """Return a value, or `default` where it is missing or unknown; an unknown one stays unread, to be reported."""
         value = super().get(key, default)
         if key not in self:
             self.missed[key] = default

@@ -41,8 +41,8 @@ def optimizer_orders(shapes: Mapping[str, Sequence[int]], rules: Sequence[str]) 
         rules: words of `backbone.custom`; a name goes to the first that it contains.
 
     Example:
-        >>> names = {"backbone.x.adapter.w": (2, 2), "rpn_head.b.bias": (2,), "neck.a.weight": (2, 2), "backbone.x.w": (2,)}
-        >>> next(optimizer_orders(names, ["adapter"]))
+        >>> names = {"backbone.x.adapter.w": (2, 2), "rpn_head.b.bias": (2,), "neck.a.weight": (2, 2)}
+        >>> next(optimizer_orders({**names, "backbone.x.w": (2,)}, ["adapter"]))
         [[], ['backbone.x.adapter.w'], ['neck.a.weight'], ['rpn_head.b.bias']]
     """
     backbone = [n for n in shapes if n.startswith("backbone")]

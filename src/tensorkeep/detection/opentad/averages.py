@@ -107,7 +107,7 @@ def read_ema(source: str | Path | StateView, model: nn.Module | Iterable[str], r
     return Averages(tensors, found.root, _decay(view), _updates(view, found), notes)
 
 
-# -- finding the copies ------------------------------------------------------------------------------------------------
+# -- finding the copies -----------------------------------------------------------------------------------------------
 
 
 def _opened(source: str | Path | StateView) -> StateView:
@@ -188,7 +188,7 @@ def _spelled(found: _Copies, wanted: Mapping[str, tuple[str, object]]) -> _Copie
     return found._replace(averaged=averaged, live=live)
 
 
-# -- strictness --------------------------------------------------------------------------------------------------------
+# -- strictness -------------------------------------------------------------------------------------------------------
 
 
 def _refuse(
@@ -233,7 +233,7 @@ def _refuse(
     )
 
 
-# -- what else the average holds ---------------------------------------------------------------------------------------
+# -- what else the average holds --------------------------------------------------------------------------------------
 
 
 def _packed(

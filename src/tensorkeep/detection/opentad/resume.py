@@ -89,13 +89,9 @@ def continue_from(
     moments, groups, remarks = read_moments(file, detector, optimizer)
     averages, updates, on_average = _average(file, detector, ema)
     samples = file.epoch * samples_per_epoch
-    parts = ["weights", *(["moments"] if moments else []), *(["average"] if averages else []), "epoch"]
-    level = f"{', '.join(parts[:-1])} and {parts[-1]} from OpenTAD"
     if rounded:
-        level += ", its frozen linears rounded"
-        remarks.append(
-            f"{rounded} frozen linears are rounded to codes here and were not there: expect a step in the loss"
-        )
+        text = "frozen linears are rounded to codes here and were not there: expect a step in the loss"
+        remarks.append(f"{rounded} {text}")
     document = {
         "schema": 1,
         "step": samples // batch,
@@ -103,7 +99,12 @@ def continue_from(
         "epoch": file.epoch,
         **({"optimizer": {"kind": "AdamW", "groups": [], "values": {}}} if moments else {}),
         **({"ema": {"updates": updates, "decay": None, "warmup": False}} if averages else {} if ema else {"ema": None}),
-        "foreign": {"from": "OpenTAD", "level": level, "file": Path(path).name, "epoch": file.epoch - 1},
+        "foreign": {
+            "from": "OpenTAD",
+            "level": _level(moments, averages, rounded),
+            "file": Path(path).name,
+            "epoch": file.epoch - 1,
+        },
     }
     remarks = [
         f"{file.epoch} epochs of OpenTAD are {samples} samples, {samples // batch} updates of {batch}",
@@ -114,6 +115,12 @@ def continue_from(
         "from here on",
     ]
     return Continuation(State(model, moments, averages, document, base), file.epoch, remarks)
+
+
+def _level(moments: dict[str, Tensor], averages: dict[str, Tensor], rounded: int) -> str:
+    """Say what a run takes over, for its checkpoints."""
+    parts = ["weights", *(["moments"] if moments else []), *(["average"] if averages else [])]
+    return f"{', '.join(parts)} and epoch from OpenTAD" + (", its frozen linears rounded" if rounded else "")
 
 
 def _weights(file: Checkpoint, detector: Detector, base: bool) -> dict[str, Tensor]:
@@ -192,7 +199,7 @@ def _codes(file: Checkpoint, stored: str, like: QuantLinear) -> Packed:
     )
 
 
-# -- average and schedule ----------------------------------------------------------------------------------------------
+# -- average and schedule ---------------------------------------------------------------------------------------------
 
 
 def _average(file: Checkpoint, detector: nn.Module, wanted: bool) -> tuple[dict[str, Tensor], int, list[str]]:
@@ -215,7 +222,7 @@ def _schedule(
     samples: int,
     batch: int,
 ) -> list[str]:
-    """List where the file's updates and rates differ from what the recipe makes of the same epochs; the recipe holds."""
+    """List where the file's updates and rates are not what the recipe makes of the same epochs; the recipe holds."""
     remarks = []
     done = whole_number(file.view, "scheduler.last_epoch")
     if done is None:

@@ -6,14 +6,14 @@ Numpy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, unique_segments
+from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, Video, unique_segments
 from tensorkeep.detection.results.matching import Floats, Ints
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError
@@ -71,17 +71,7 @@ def gather_columns(
     own_videos = [video for video in annotations.of_subset(subset) if video.name not in left_out]
     names_there = sorted({*detections.video_names, *(video.name for video in own_videos)})
     numbers = {name: number for number, name in enumerate(names_there)}  # sorted: the kit's order between equal scores
-    rows: list[tuple[float, float]] = []
-    owners: list[int] = []
-    names: list[str] = []
-    for video in own_videos:
-        chosen = np.arange(len(video.labels))
-        if clean:
-            proper = np.flatnonzero(video.segments[:, 1] > video.segments[:, 0])
-            chosen = proper[unique_segments(video.segments[proper], [video.labels[index] for index in proper])]
-        rows.extend((float(start), float(end)) for start, end in video.segments[chosen])
-        owners.extend([numbers[video.name]] * len(chosen))
-        names.extend(video.labels[index] for index in chosen)
+    segments, videos, names = _stack_segments(own_videos, numbers, clean)
     aside = np.array([name == AMBIGUOUS for name in names], dtype=bool)
     classes = tuple(sorted({name for name, out in zip(names, aside, strict=True) if not out}))
     if not classes:
@@ -92,7 +82,6 @@ def gather_columns(
         )
     place = {name: number for number, name in enumerate(classes)}
     labels = np.array([place.get(name, -1) for name in names], dtype=np.int64)
-    segments, videos = np.array(rows, dtype=np.float64).reshape(-1, 2), np.array(owners, dtype=np.int64)
     found_in = np.array([numbers[name] for name in detections.video_names], dtype=np.int64)[detections.videos]
     kept = ~np.isin(found_in, [numbers[name] for name in left_out if name in numbers])
     own = np.array([place.get(name, -1) for name in detections.label_names], dtype=np.int64)
@@ -111,6 +100,22 @@ def gather_columns(
         segments[aside],
         videos[aside],
     )
+
+
+def _stack_segments(videos: Sequence[Video], numbers: Mapping[str, int], clean: bool) -> tuple[Floats, Ints, list[str]]:
+    """Put the segments of some videos together: [N, 2] seconds, their videos' numbers [N], and N class names."""
+    rows: list[tuple[float, float]] = []
+    owners: list[int] = []
+    names: list[str] = []
+    for video in videos:
+        chosen = np.arange(len(video.labels))
+        if clean:
+            proper = np.flatnonzero(video.segments[:, 1] > video.segments[:, 0])
+            chosen = proper[unique_segments(video.segments[proper], [video.labels[index] for index in proper])]
+        rows.extend((float(start), float(end)) for start, end in video.segments[chosen])
+        owners.extend([numbers[video.name]] * len(chosen))
+        names.extend(video.labels[index] for index in chosen)
+    return np.array(rows, dtype=np.float64).reshape(-1, 2), np.array(owners, dtype=np.int64), names
 
 
 def read_blocked(path: str | Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What stands between OpenTAD's unmodified files and a machine without a GPU. Python imports it at start, by PYTHONPATH.
+"""Let OpenTAD's unmodified files run on a machine without a GPU; Python imports this at start, by PYTHONPATH.
 
 NCCL is gloo, a device number is the CPU, and packages that the tiny config never calls (torchvision, two CUDA
 extensions) are empty. Nothing of OpenTAD, mmengine or tensorkeep is touched.
