@@ -13,9 +13,8 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import OptimizerConfig
 from tensorkeep.detection.opentad._checkpoint import LIVE, Checkpoint
 from tensorkeep.formats.names import grouped, unwrap
@@ -59,7 +58,7 @@ def optimizer_orders(shapes: Mapping[str, Sequence[int]], rules: Sequence[str]) 
 
 
 def read_moments(
-    file: Checkpoint, detector: Detector, config: OptimizerConfig
+    file: Checkpoint, detector: nn.Module, config: OptimizerConfig
 ) -> tuple[dict[str, Tensor], list[Group], list[str]]:
     """Read AdamW's state under our parameter names.
 
