@@ -350,6 +350,7 @@ def _places(items: Sequence[Item], config: WindowConfig) -> Iterator[Place]:
 
 
 def _window(config: WindowConfig, bounds: tuple[int, int], frames: int) -> Window:
+    """Make the window that covers grid steps `bounds` of a video of `frames` frames."""
     return make_window(
         bounds, frames, size=config.window_size, snippet_stride=config.snippet_stride, scale=config.scale_factor
     )

@@ -95,10 +95,12 @@ class HostStore:
 
 
 def _cuda() -> Any:
+    """Return CUDA's runtime library."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _unregister(buffers: list[Tensor]) -> None:
+    """Give pinned memory back."""
     for buffer in buffers:
         _cuda().cudaHostUnregister(buffer.data_ptr())
 

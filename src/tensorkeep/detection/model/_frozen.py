@@ -192,6 +192,7 @@ class FrozenLink:
 
 
 def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    """Return some chunks of a tensor, or None."""
     return None if x is None else x[part]
 
 

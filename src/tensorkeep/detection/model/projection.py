@@ -88,6 +88,7 @@ class ConvAttention(nn.Module):
         self.key, self.query, self.value, self.proj = (nn.Conv1d(channels, channels, 1) for _ in range(4))
 
     def _heads(self, x: Tensor) -> Tensor:
+        """Split the heads, `[B, C, T] -> [B, heads, T, d]`."""
         return x.view(x.shape[0], self.heads, -1, x.shape[2]).transpose(2, 3)  # [B, heads, T, d]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

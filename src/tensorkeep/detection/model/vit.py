@@ -337,6 +337,7 @@ def _draws(module: nn.Module | None) -> bool:
 
 
 def _core_part(block: Block, kept: tuple[Tensor | None, Tensor | None], x: Tensor, part: slice) -> Tensor:
+    """Apply attention and MLP to some chunks."""
     return block.core(x, *(None if factor is None else factor[part] for factor in kept))
 
 
@@ -345,6 +346,7 @@ def _same_part(x: Tensor, _part: slice) -> Tensor:
 
 
 def _adapter_parameters(block: Block | None) -> Iterable[nn.Parameter]:
+    """Return the parameters of a block's adapter."""
     return () if block is None or block.adapter is None else block.adapter.parameters()
 
 
@@ -367,12 +369,13 @@ def _attention_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Ch
 
 
 def _keep_attention() -> Any:
+    """Make the contexts of a checkpoint that keeps attention outputs."""
     contexts: Any = create_selective_checkpoint_contexts
     return contexts(_attention_policy)
 
 
 def _initialise(module: nn.Module) -> None:
-    # as VideoMAE trains from scratch; pretrained weights overwrite it
+    """Set a linear's weights as VideoMAE trains from scratch; pretrained ones overwrite them."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

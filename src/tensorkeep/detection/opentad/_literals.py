@@ -141,6 +141,7 @@ class Reader:
             return found
 
     def _name(self, node: ast.Name) -> Any:
+        """Return what a name is bound to."""
         if node.id not in self.names or node.id == BASE:
             raise NotPlain(node, f"{node.id} is not bound to a value")
         value = dict.__getitem__(self.names, node.id)
@@ -149,6 +150,7 @@ class Reader:
         return value
 
     def _items(self, node: ast.List | ast.Tuple) -> list[Any]:
+        """Return the items of a list or tuple."""
         items: list[Any] = []
         for item in node.elts:
             if isinstance(item, ast.Starred):
@@ -158,6 +160,7 @@ class Reader:
         return items
 
     def _dict(self, node: ast.Dict) -> Section:
+        """Return a dictionary display as a section."""
         section = Section()
         for key, value in zip(node.keys, node.values):
             if key is None:
@@ -167,6 +170,7 @@ class Reader:
         return section
 
     def _call(self, node: ast.Call) -> Any:
+        """Return the value of `dict()`, `list()`, `tuple()` or `range()`."""
         name = node.func.id if isinstance(node.func, ast.Name) and node.func.id not in self.names else None
         if name == "dict" and len(node.args) <= 1:
             section = Section()
@@ -189,14 +193,17 @@ class Reader:
         raise NotPlain(node, f"the call of {ast.unparse(node.func)} is not executed")
 
     def _update(self, section: Section, node: ast.expr) -> None:
+        """Put the keys of another section into a section."""
         other = _expect(self.value(node), (Section,), node)
         section.update(other)
         section.lines.update(other.lines)
 
     def _put(self, section: Section, key: str, node: ast.expr) -> None:
+        """Put one value into a section and note its line."""
         section[key], section.lines[key] = self.inside(node), f"{self.path}:{node.lineno}"
 
     def _unary(self, node: ast.UnaryOp) -> Any:
+        """Return the value of `not x`, `-x` or `+x`."""
         value = self.value(node.operand)
         if isinstance(node.op, ast.Not):
             return not value
@@ -206,12 +213,14 @@ class Reader:
         raise NotPlain(node, "the operator is not evaluated")
 
     def _binary(self, node: ast.BinOp) -> Any:
+        """Return the value of an arithmetic expression."""
         sign = _OPERATORS.get(type(node.op))
         if sign is None:
             raise NotPlain(node, f"{type(node.op).__name__.lower()} is not evaluated")
         return _operate(sign, self.value(node.left), self.value(node.right), node)
 
     def _joined(self, node: ast.JoinedStr) -> str:
+        """Return the text of an f-string."""
         parts: list[str] = []
         for part in node.values:
             if isinstance(part, ast.Constant):
@@ -229,6 +238,7 @@ class Reader:
         return "".join(parts)
 
     def _subscript(self, node: ast.Subscript) -> Any:
+        """Return an item of a dictionary, list or tuple."""
         holder = _expect(self.value(node.value), (dict, list, tuple), node)
         key = _expect(self.value(node.slice), (str, int), node)
         try:

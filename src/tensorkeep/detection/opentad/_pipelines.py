@@ -168,17 +168,20 @@ def _pipeline(part: Section, max_length: int) -> Found:
 
 
 def _prepare_video(step: Section, found: Found) -> None:
+    """Read how a video's file is called."""
     expected(step, "modality", "RGB")
     found["file_pattern"] = f"{step.get('prefix', '')}{{video}}.{step.get('format', 'mp4')}"
 
 
 def _load_frames(step: Section, found: Found) -> None:
+    """Read which frames are decoded."""
     expected(step, "num_clips", 1)
     found |= {"inputs": "video", "method": step.get("method", "resize"), "scale_factor": step.get("scale_factor", 1)}
     _random_window(step, found)
 
 
 def _random_window(step: Section, found: Found) -> None:
+    """Read how a random training window is cut."""
     for key in ("trunc_len", "trunc_thresh", "crop_ratio"):
         value = step.get(key)
         if value is not None:
@@ -186,12 +189,14 @@ def _random_window(step: Section, found: Found) -> None:
 
 
 def _load_features(step: Section, found: Found) -> None:
+    """Read how a feature file is called."""
     expected(step, "feat_format", "npy", "pt")
     ending = dict.get(step, "feat_format", "npy")
     found["file_pattern"] = f"{step.get('prefix', '')}{{video}}{step.get('suffix', '')}.{ending}"
 
 
 def _resize(step: Section, found: Found) -> None:
+    """Read what frames are resized to, before or after a crop."""
     scale = dict.get(step, "scale")
     if isinstance(scale, list | tuple) and len(scale) == 2:
         if scale[0] == -1 and "crop" not in found:
@@ -205,30 +210,36 @@ def _resize(step: Section, found: Found) -> None:
 
 
 def _random_crop(step: Section, found: Found) -> None:
+    """Read a crop of random area and shape."""
     area, aspect = step.get("area_range", (0.08, 1.0)), step.get("aspect_ratio_range", (3 / 4, 4 / 3))
     found |= {"crop": "resized", "area": tuple(area), "aspect": tuple(aspect)}
 
 
 def _centre_crop(step: Section, found: Found) -> None:
+    """Read a crop of the middle."""
     found |= {"crop": "centre", "crop_size": step["crop_size"]}
 
 
 def _flip(step: Section, found: Found) -> None:
+    """Read how often clips are mirrored."""
     expected(step, "direction", "horizontal")
     found["flip"] = step.get("flip_ratio", 0.5)
 
 
 def _imgaug(step: Section, found: Found) -> None:
+    """Read RandAugment under imgaug's default policy."""
     expected(step, "transforms", "default")
     found["operations"] = AugmentConfig().operations if "transforms" in step.seen else 0
 
 
 def _jitter(step: Section, found: Found) -> None:
+    """Read colour jitter."""
     defaults = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
     found["jitter"] = tuple(step.get(key, default) for key, default in defaults.items())
 
 
 def _rearrange(step: Section, found: Found) -> None:
+    """Read the axes of a feature file."""
     expected(step, "keys", ["feats"])
     if re.sub(r"\s+", "", str(dict.get(step, "ops"))) == "tc->ct":
         step.seen.add("ops")
@@ -236,26 +247,31 @@ def _rearrange(step: Section, found: Found) -> None:
 
 
 def _pad(step: Section, found: Found) -> None:
+    """Check a padding, which the detector does anyway."""
     expected(step, "length", found["max_length"])  # the detector pads to it anyway
     expected(step, "pad_value", 0)
     expected(step, "channel_first", False)
 
 
 def _channels(step: Section, found: Found) -> None:
+    """Read which channels of a feature file are used."""
     step.seen.add("in_channels")
     found["feature_channels"] = tuple(step["index"])
 
 
 def _format(step: Section, found: Found) -> None:
+    """Check the axes of decoded frames."""
     expected(step, "input_format", "NCTHW")
 
 
 def _resize_features(step: Section, found: Found) -> None:
+    """Check how features of a whole video are resized."""
     expected(step, "tool", "torchvision_align")
     expected(step, "channel_first", False)
 
 
 def _window_features(step: Section, found: Found) -> None:
+    """Check how features of a sliding window are cut."""
     expected(step, "with_mask", True)
 
 
