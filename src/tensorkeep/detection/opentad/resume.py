@@ -99,12 +99,7 @@ def continue_from(
         "epoch": file.epoch,
         **({"optimizer": {"kind": "AdamW", "groups": [], "values": {}}} if moments else {}),
         **({"ema": {"updates": updates, "decay": None, "warmup": False}} if averages else {} if ema else {"ema": None}),
-        "foreign": {
-            "from": "OpenTAD",
-            "level": _level(moments, averages, rounded),
-            "file": Path(path).name,
-            "epoch": file.epoch - 1,
-        },
+        "foreign": _origin(path, file.epoch, moments, averages, rounded),
     }
     remarks = [
         f"{file.epoch} epochs of OpenTAD are {samples} samples, {samples // batch} updates of {batch}",
@@ -117,10 +112,13 @@ def continue_from(
     return Continuation(State(model, moments, averages, document, base), file.epoch, remarks)
 
 
-def _level(moments: dict[str, Tensor], averages: dict[str, Tensor], rounded: int) -> str:
-    """Say what a run takes over, for its checkpoints."""
+def _origin(
+    path: str | Path, epoch: int, moments: dict[str, Tensor], averages: dict[str, Tensor], rounded: int
+) -> dict[str, Any]:
+    """Say for the run's checkpoints where they began, and what was taken over."""
     parts = ["weights", *(["moments"] if moments else []), *(["average"] if averages else [])]
-    return f"{', '.join(parts)} and epoch from OpenTAD" + (", its frozen linears rounded" if rounded else "")
+    level = f"{', '.join(parts)} and epoch from OpenTAD" + (", its frozen linears rounded" if rounded else "")
+    return {"from": "OpenTAD", "level": level, "file": Path(path).name, "epoch": epoch - 1}
 
 
 def _weights(file: Checkpoint, detector: Detector, base: bool) -> dict[str, Tensor]:
