@@ -13,19 +13,23 @@ PAGES = Path(__file__).parent / "codes"
 
 
 def pages() -> dict[str, str]:
-    """Every page by file name, the index included."""
+    """Return every page by its file name, the index included."""
     out = {f"{code}.md": page(code) for code in CODES}
     rows = "\n".join(f"| [{code}]({code}.md) | {title(code)} |" for code in CODES)
     out["README.md"] = (
-        f"# Finding codes\n\nIn order of precedence. `tensorkeep explain CODE` prints the same pages.\n\n| code | says |\n|---|---|\n{rows}\n"
+        "# Finding codes\n\nIn order of precedence. `tensorkeep explain CODE` prints the same pages.\n\n"
+        f"| code | says |\n|---|---|\n{rows}\n"
     )
     return out
 
 
 def page(code: str) -> str:
-    """`explain CODE` as Markdown: its first line as the head, one paragraph a line that opens a new thought."""
+    """Return `explain CODE` as Markdown: the first line as the title, lines that are not indented as headings."""
     first, _, rest = explain(code).partition("\n")
-    return f"# {first.rstrip('.')}\n\n{rest.strip()}\n"
+    lines = [
+        line[4:] if line.startswith("    ") else f"## {line}\n" if line else "" for line in rest.strip().splitlines()
+    ]
+    return "\n".join([f"# {first.rstrip('.')}", "", *lines]) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Checks: one file a code. Its docstring is `tensorkeep explain CODE`; its `check(case)` yields findings.
+"""The checks, one file a code: its docstring is what `tensorkeep explain CODE` prints, its `check` yields findings.
 
-The order of CODES is the order in which codes speak where two could fit (design §6): a check claims the tensors that
-it explains, and later checks see only what is left. Within a letter the order is ours: what changes all names speaks
-before single names, what changes a shape on purpose before a shape that merely differs.
+The order of CODES is the order in which they run, and decides which code is named where two could fit: a check claims
+the tensors that it explains, and later checks see only what is left. So what changes all names comes before single
+names, and what changes a shape on purpose before a shape that merely differs.
 """
 
 from __future__ import annotations
@@ -78,15 +78,22 @@ LIVE = ("B01", "L01")
 
 
 def rank(code: str) -> int:
-    """The place of a code in the order of precedence; unknown codes come last."""
+    """Return the place of a code in the order of precedence; unknown codes come last."""
     return list(CODES).index(code) if code in CODES else len(CODES)
 
 
 def explain(code: str) -> str:
-    """The page of a code: the docstring of its check.
+    """Return the page of a code: what it means, how it happens, how it shows, what to do.
 
-    >>> explain("K01").splitlines()[0].split(":")[0]
-    'K01 missing tensor'
+    Args:
+        code: A code in upper or lower case, such as "K01".
+
+    Raises:
+        TensorkeepError: For a code that does not exist; the hint names similar ones.
+
+    Example:
+        >>> explain("K01").splitlines()[0].split(":")[0]
+        'K01 missing tensor'
     """
     wanted = code.upper()
     if wanted not in CODES:
@@ -97,10 +104,14 @@ def explain(code: str) -> str:
 
 
 def title(code: str) -> str:
-    """The few words that name a code, from the first line of its page.
+    """Return the few words that name a code, from the first line of its page.
 
-    >>> title("K01")
-    'missing tensor'
+    Args:
+        code: A code in upper case.
+
+    Example:
+        >>> title("K01")
+        'missing tensor'
     """
     first = explain(code).splitlines()[0]
     return first.removeprefix(code).partition(":")[0].strip()

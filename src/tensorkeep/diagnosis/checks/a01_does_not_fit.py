@@ -1,16 +1,19 @@
 """A01 adapter does not fit the base: modules that the base lacks, or of another shape.
 
-What it is
-    Every low-rank pair (A: rank x in, B: out x rank) names a module; the base must have a weight [out, in] there. The
-    same holds for DoRA's magnitudes (one an output) and for whole modules saved beside the pairs.
+What it means
+    Every low-rank pair of an adapter (A: rank x in, B: out x rank) names a module, and the base must have a weight
+    [out, in] there. The same holds for the magnitudes of DoRA (one for each output) and for whole modules that were
+    saved beside the pairs.
 
 How it happens
-    Another base of the same family (other width, fewer layers, fewer key/value heads), a base under other names
-    (`model.` or `module.` in front, fused or split projections), an adapter of a model with experts on a dense one.
+    The base is another model of the same family (other width, fewer layers, fewer key/value heads), or has other
+    names (`model.` or `module.` in front, fused or split projections); or the adapter of a model with experts meets a
+    dense one.
 
 How it shows
     PEFT raises for shapes. For names it only warns: pairs without a module are dropped, and modules without a pair
-    keep a fresh one that does nothing; half an adapter loads with one UserWarning. MiniMind's loader is silent.
+    keep a fresh one that does nothing, so that half an adapter loads with one UserWarning. MiniMind's loader says
+    nothing.
 
 What to do
     Load it on the base that it was trained on. `tensorkeep diff` shows how two bases differ in names and shapes.
@@ -20,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.diagnosis.evidence.adapters import Adapter, Base, checkpoint_adapter, sides
+from tensorkeep.adapters.reading import Adapter
+from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, checkpoint_adapter
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import near_misses
 from tensorkeep.findings import Finding
@@ -30,42 +34,35 @@ CODE = "A01"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Pairs without a module in the base, and shapes that differ. Says so where there is no base to look at."""
-    found = sides(case)
+    """Report pairs without a module in the base, and shapes that differ; an info where there is no base to compare."""
+    found = adapter_and_base(case)
     if found is None:
         if checkpoint_adapter(case) is not None:
-            yield Finding(
-                CODE,
-                "info",
-                "an adapter alone: whether it fits a base was not looked at; give the base with --reference",
-            )
+            message = "an adapter alone: whether it fits a base was not looked at; give the base with --reference"
+            yield Finding(CODE, "info", message)
         return
     adapter, base, _ = found
     missing, shapes = _compare(adapter, base)
     if missing:
         hint = near_misses(missing[0], base.hubs)
         total = len(adapter.pairs) + len(adapter.embeddings) + len(adapter.saved)
-        yield Finding(
-            CODE,
-            "error",
+        message = (
             f"{len(missing)} of the adapter's {total} modules are not in the base: {', '.join(grouped(missing)[:4])}"
-            + (f"; {hint}" if hint else ""),
-            missing,
-            {"missing": len(missing), "modules": total},
+            + (f"; {hint}" if hint else "")
         )
+        yield Finding(CODE, "error", message, missing, {"missing": len(missing), "modules": total})
     if shapes:
         name, (wanted, there) = next(iter(shapes.items()))
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(shapes)} modules have another shape in the base: {name} is {list(there)} there, the adapter was made for {list(wanted)}",
-            list(shapes),
-            {n: {"adapter": list(w), "base": list(t)} for n, (w, t) in list(shapes.items())[:32]},
+        message = (
+            f"{len(shapes)} modules have another shape in the base: {name} is {list(there)} there, the adapter was "
+            f"made for {list(wanted)}"
         )
+        evidence = {n: {"adapter": list(w), "base": list(t)} for n, (w, t) in list(shapes.items())[:32]}
+        yield Finding(CODE, "error", message, list(shapes), evidence)
 
 
 def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """Weights that the base lacks, and those of another shape with (the adapter's, the base's)."""
+    """Return the weights that the base lacks, and those of another shape with (the adapter's, the base's)."""
     missing: list[str] = []
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name, wanted in _wanted(adapter).items():
@@ -83,7 +80,7 @@ def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[t
 
 
 def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """The shape that each weight of the base must have, by name."""
+    """Return the shape that each weight of the base must have, by name."""
     out: dict[str, tuple[int, ...]] = {}
     for module, (a, b) in adapter.pairs.items():
         first, second = adapter.view[a].shape, adapter.view[b].shape

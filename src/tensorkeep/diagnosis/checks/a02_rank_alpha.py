@@ -1,27 +1,29 @@
 """A02 rank/alpha differ from the weights: adapter_config.json does not describe the tensors beside it.
 
-What it is
-    `r` and `rank_pattern` against the rows of A and the columns of B; halves without the other; `use_dora` against the
-    magnitude vectors; targets and saved modules without tensors; an alpha that is no number.
+What it means
+    Something in the config contradicts the tensors: `r` or `rank_pattern` is not the number of rows of A and columns
+    of B; one half of a pair is missing; `use_dora` does not fit the magnitude vectors; targets or saved modules have
+    no tensors; or alpha is no number.
 
 How it happens
-    A config edited or copied from another run; a file saved in part; MiniMind files, which hold no rank and no alpha,
-    loaded with another generation's default (rank 8 against 16).
+    The config was edited or copied from another run, or the file was saved in part. Files of MiniMind hold no rank
+    and no alpha, and were loaded with another version's default (rank 8 instead of 16).
 
 How it shows
-    A wrong rank raises in PEFT. A wrong alpha is silent: the update is scaled by another factor. rsLoRA scales by
+    PEFT raises for a wrong rank. A wrong alpha is silent: the update is scaled by another factor. rsLoRA scales by
     alpha / sqrt(r) instead of alpha / r, so a lost `use_rslora` is off by sqrt(r). A DoRA adapter read without
-    `use_dora` drops its magnitudes.
+    `use_dora` loses its magnitudes.
 
 What to do
-    Take the config that was saved with the weights. Rank is what the tensors say; alpha is in no tensor.
+    Take the config that was saved with the weights. The rank is what the tensors say; alpha is in no tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.diagnosis.evidence.adapters import Adapter, checkpoint_adapter, pattern
+from tensorkeep.adapters.reading import Adapter, pattern
+from tensorkeep.diagnosis.evidence.adapters import checkpoint_adapter
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import shown
 from tensorkeep.findings import Finding
@@ -30,7 +32,7 @@ CODE = "A02"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Errors for ranks and halves, warnings for what the config promises and no tensor holds."""
+    """Report wrong ranks and missing halves (errors) and what the config lists and no tensor holds (warnings)."""
     adapter = checkpoint_adapter(case)
     if adapter is None:
         return
@@ -45,22 +47,20 @@ def check(case: Case) -> Iterator[Finding]:
     }
     if uneven:
         module, (first, second) = next(iter(uneven.items()))
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(uneven)} pairs have no rank in common: {module} A {list(first)}, B {list(second)}",
-            list(uneven),
-        )
+        message = f"{len(uneven)} pairs have no rank in common: {module} A {list(first)}, B {list(second)}"
+        yield Finding(CODE, "error", message, list(uneven))
     if str(adapter.document.get("peft_type", "")).upper() == "LORA":
         yield from _against_config(adapter, set(uneven))
 
 
 def _even(adapter: Adapter, a: str, b: str) -> bool:
+    """Say whether the rows of A are as many as the columns of B."""
     first, second = adapter.view[a].shape, adapter.view[b].shape
     return len(first) >= 2 and len(second) >= 2 and first[0] == second[1]
 
 
 def _against_config(adapter: Adapter, uneven: set[str]) -> Iterator[Finding]:
+    """Report ranks, scales and DoRA's magnitudes that are not what the config says."""
     document, odd, scales = adapter.document, {}, []
     for module in adapter.pairs:
         if module in uneven:
@@ -72,20 +72,13 @@ def _against_config(adapter: Adapter, uneven: set[str]) -> Iterator[Finding]:
             scales.append(module)
     if odd:
         module, (said, there) = next(iter(odd.items()))
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(odd)} modules have another rank than the config says: {module} {there}, config {shown(said)}",
-            list(odd),
-            {"config": shown(said), "weights": there},
-        )
+        message = f"{len(odd)} modules have another rank than the config says: {module} {there}, config {shown(said)}"
+        yield Finding(CODE, "error", message, list(odd), {"config": shown(said), "weights": there})
     if scales:
-        yield Finding(
-            CODE,
-            "error",
-            f"lora_alpha {shown(document.get('lora_alpha'))} scales {len(scales)} modules by nothing or by no number",
-            scales,
+        message = (
+            f"lora_alpha {shown(document.get('lora_alpha'))} scales {len(scales)} modules by nothing or by no number"
         )
+        yield Finding(CODE, "error", message, scales)
     dora = bool(document.get("use_dora"))
     if dora != bool(adapter.magnitudes) and (dora or adapter.magnitudes):
         what = (
@@ -98,7 +91,7 @@ def _against_config(adapter: Adapter, uneven: set[str]) -> Iterator[Finding]:
 
 
 def _promised(adapter: Adapter) -> Iterator[Finding]:
-    """Targets and saved modules that the config lists and no tensor belongs to."""
+    """Report targets and saved modules that the config lists and no tensor belongs to."""
     present = [*adapter.pairs, *adapter.embeddings]
     for key, modules in (
         ("target_modules", present),
@@ -109,10 +102,5 @@ def _promised(adapter: Adapter) -> Iterator[Finding]:
             continue
         unused = [t for t in listed if isinstance(t, str) and not any(m == t or m.endswith(f".{t}") for m in modules)]
         if unused:
-            yield Finding(
-                CODE,
-                "warning",
-                f"{key} lists {', '.join(shown(u) for u in unused[:6])}, and no tensor belongs to it",
-                (),
-                {key: unused[:32]},
-            )
+            message = f"{key} lists {', '.join(shown(u) for u in unused[:6])}, and no tensor belongs to it"
+            yield Finding(CODE, "warning", message, (), {key: unused[:32]})

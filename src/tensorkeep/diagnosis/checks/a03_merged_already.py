@@ -1,25 +1,25 @@
 """A03 merged already (or twice): the weights hold the adapter's update, and loading it would add it again.
 
-What it is
-    A model into which an adapter was merged, kept or loaded together with that adapter; or a model that got the update
-    two times.
+What it means
+    An adapter was merged into the model, and the model is kept or loaded together with that adapter; or the model got
+    the update two times.
 
 How it happens
-    A merge that leaves the adapter in place (the patched forward still adds it), a merged checkpoint under the base's
-    name, a merge script run again on its own output.
+    A merge left the adapter in place, a merged checkpoint lies under the base's name, or a merge script ran again on
+    its own output.
 
 How it shows
-    Nothing complains. The update counts double: outputs off by about the adapter's whole effect (0.28 of an effect of
-    0.37 in one measured case).
+    Nothing complains. The update counts double: in one measured case outputs were off by 0.28, where the whole effect
+    of the adapter was 0.37.
 
-How it is proven
-    With adapter and model at hand (either as checkpoint, either as `--reference`, or both in one file): the
-    coefficient of the update in the weights is 0 before a merge, 1 after it, 2 after a second one, in every module,
-    with a noise that is known. DoRA rescales the weights, so it is left out. With a base as reference and no adapter,
+How it is found
+    With adapter and model at hand (either one as checkpoint and the other as `--reference`, or both in one file), the
+    coefficient of the update in the weights is measured in every module, with its noise: 0 before a merge, 1 after
+    it, 2 after a second one. DoRA rescales the weights, so it is left out. With a base as reference and no adapter,
     all that can be said is that the difference has low rank: an adapter was merged in (an info).
 
 What to do
-    Use the merged model without the adapter, or the adapter on the base it was trained on.
+    Use the merged model without the adapter, or the adapter on the base that it was trained on.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.diagnosis.evidence.adapters import Adapter, Base, Share, share, sides, times_merged
+from tensorkeep.adapters.reading import Adapter, Share, times_merged
+from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, share
+from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES
 
 CODE = "A03"
 _PROBES = 160  # random directions that a low-rank difference is caught with
-LOOKED_AT = 4  # matrices of which the rank is measured
+_LOOKED_AT = 4  # matrices of which the rank is measured
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """How often an adapter's update is in the weights; without the adapter, whether a difference has low rank."""
-    found = sides(case)
+    """Report how often the weights hold an adapter's update; without the adapter, whether a difference has low rank."""
+    found = adapter_and_base(case)
     if found is None:
         yield from _low_rank(case)
         return
@@ -50,33 +52,25 @@ def check(case: Case) -> Iterator[Finding]:
     # a merged model beside its adapter is what a merge makes; an adapter that is to be loaded onto one is the fault
     alone = adapter.view is not case.view
     if times == 2:
-        yield Finding(
-            CODE,
-            "error",
-            f"the weights hold this adapter's update twice (coefficient {figures['coefficient']})",
-            names,
-            figures,
-        )
+        message = f"the weights hold this adapter's update twice (coefficient {figures['coefficient']})"
+        yield Finding(CODE, "error", message, names, figures)
     elif times == 1 and not alone:
         where = "the reference" if model_is_reference else "the model in the same file"
-        yield Finding(
-            CODE,
-            "error",
-            f"{where} holds this adapter's update already (coefficient {figures['coefficient']}): loading it would add it again",
-            names,
-            figures,
+        message = (
+            f"{where} holds this adapter's update already (coefficient {figures['coefficient']}): loading it would "
+            "add it again"
         )
+        yield Finding(CODE, "error", message, names, figures)
     elif times == 1:
-        yield Finding(
-            CODE,
-            "info",
-            f"the adapter that stands as reference is merged into these weights, once (coefficient {figures['coefficient']})",
-            names,
-            figures,
+        message = (
+            "the adapter that stands as reference is merged into these weights, once (coefficient "
+            f"{figures['coefficient']})"
         )
+        yield Finding(CODE, "info", message, names, figures)
 
 
 def _shares(adapter: Adapter, base: Base) -> Iterator[Share]:
+    """Measure how much of its update each module's weight holds."""
     for module in adapter.pairs:
         name = f"{module}.weight"
         weight = base.quantized.get(name)
@@ -87,8 +81,10 @@ def _shares(adapter: Adapter, base: Base) -> Iterator[Share]:
 
 
 def _low_rank(case: Case) -> Iterator[Finding]:
-    """Against a base: several matrices moved, all of them by updates of low rank."""
-    moved = [n for n, seen in case.sights.items() if seen.status == "values" and case.claims.get(n) in (None, "V06")]
+    """Report several matrices that differ from the base, all of them by updates of low rank."""
+    moved = [
+        n for n, seen in case.comparisons.items() if seen.status == "values" and case.claims.get(n) in (None, "V06")
+    ]
     matrices = [
         n
         for n in moved
@@ -98,25 +94,20 @@ def _low_rank(case: Case) -> Iterator[Finding]:
     ]
     if len(matrices) < 2:
         return
-    chosen = sorted(matrices, key=lambda n: int(np.prod(case.tensors[n].shape)))[:: max(len(matrices) // LOOKED_AT, 1)][
-        :LOOKED_AT
-    ]
+    by_size = sorted(matrices, key=lambda n: elements(case.tensors[n]))
+    chosen = by_size[:: max(len(matrices) // _LOOKED_AT, 1)][:_LOOKED_AT]
     ranks = {n: _update_rank(case.values(n), case.reference_values(n)) for n in chosen}
     if all(r is not None for r in ranks.values()):
         most = max(r for r in ranks.values() if r is not None)
-        yield Finding(
-            CODE,
-            "info",
-            f"{len(matrices)} matrices differ from the reference by updates of rank {most} or less: an adapter was merged into them (once or more, "
-            "which only the adapter can tell)",
-            matrices,
-            {"ranks": ranks},
-            explains=("V06",),
+        message = (
+            f"{len(matrices)} matrices differ from the reference by updates of rank {most} or less: an adapter was "
+            "merged into them (once or more, which only the adapter can tell)"
         )
+        yield Finding(CODE, "info", message, matrices, {"ranks": ranks}, explains=("V06",))
 
 
 def _update_rank(now: Array, before: Array) -> int | None:
-    """The rank of a dense low-rank difference, None where it has none (or the rounding of the dtype hides it).
+    """Measure the rank of a difference of low rank; None where its rank is not low, or rounding hides it.
 
     Rounding is noise of standard deviation about 0.3 of the last place; the largest singular value of such a matrix
     [N, K] is near deviation · (sqrt(N) + sqrt(K)), and only what stands above it counts.
@@ -139,7 +130,7 @@ def _update_rank(now: Array, before: Array) -> int | None:
 
 
 def _step(values: Array) -> float:
-    """The spacing of a dtype's numbers just above 1."""
+    """Return the spacing of a dtype's numbers just above 1."""
     return {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(
         values.dtype.name, 2.0**-23 if values.dtype.itemsize >= 4 else 0.125
     )

@@ -1,24 +1,24 @@
 """A04 base is not the one it was trained on: the adapter fits in names and shapes, and belongs to other weights.
 
-What it is
-    An update learnt on one set of base weights, put onto another: another model of equal shapes, a later version, the
-    float original of a quantized base (or the other way round).
+What it means
+    An update learnt on one set of base weights is put onto another: another model of equal shapes, a later version,
+    or the float original of a quantized base (or the other way round).
 
 How it happens
-    An adapter config names a path or a Hub id, nothing else; what lies there may change. None of the loaders in use
+    An adapter's config names a path or a Hub id, nothing else, and what lies there may change. No loader in use
     compares contents.
 
 How it shows
-    No error at all. Measured on one adapter trained on an nf4 base: logits off by 0.30 on the float original, 0.49 on
-    an fp4 base, 1.4 on another model of equal shapes.
+    No error at all. For one adapter trained on an nf4 base, logits were off by 0.30 on the float original, 0.49 on an
+    fp4 base, and 1.4 on another model of equal shapes.
 
-How it is proven
-    By the base's digest, where the adapter carries one. A DoRA adapter also remembers the length of every weight row:
-    its magnitudes begin as these lengths and move little. A plain LoRA adapter from PEFT holds no trace of its base,
-    and then it is said that this cannot be known.
+How it is found
+    By the digest of the base, where the adapter carries one. A DoRA adapter also remembers the length of every weight
+    row: its magnitudes begin as these lengths and move little. A plain LoRA adapter from PEFT holds no trace of its
+    base, and then the finding says that it cannot be known.
 
 What to do
-    Take the base whose digest the adapter names; merge onto the weights it was trained on.
+    Take the base whose digest the adapter names; merge onto the weights that it was trained on.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from tensorkeep.adapters.reading import Adapter
 from tensorkeep.conversion.proof import read_certificate
-from tensorkeep.diagnosis.evidence.adapters import Adapter, Base, checkpoint_adapter, sides
+from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, checkpoint_adapter
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
@@ -43,8 +44,8 @@ STRANGE = 0.3  # correlation of magnitudes and row lengths; of other weights it 
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Digest, DoRA's memory of the rows, and the names given; an info where nothing can be known."""
-    adapter, found = checkpoint_adapter(case), sides(case)
+    """Compare the base's digest, or its row lengths with DoRA's magnitudes; an info where nothing can be known."""
+    adapter, found = checkpoint_adapter(case), adapter_and_base(case)
     if adapter is None or found is None or found[0] is not adapter:
         return
     _, base, model_is_reference = found
@@ -55,13 +56,8 @@ def check(case: Case) -> Iterator[Finding]:
     if isinstance(recorded, str):
         actual = base_digest(view)
         if recorded != actual and recorded != _certified(view):
-            yield Finding(
-                CODE,
-                "error",
-                f"the adapter was trained on the base {recorded}, this one is {actual}",
-                (),
-                {"trained_on": recorded, "here": actual},
-            )
+            message = f"the adapter was trained on the base {recorded}, this one is {actual}"
+            yield Finding(CODE, "error", message, (), {"trained_on": recorded, "here": actual})
         return
     rows = _rows(adapter, base)
     if rows:
@@ -72,33 +68,28 @@ def check(case: Case) -> Iterator[Finding]:
             "modules": len(rows),
         }
         if correlation < STRANGE or not 0.5 < ratio < 2:
-            yield Finding(
-                CODE,
-                "error",
-                f"DoRA's magnitudes are not the lengths of this base's rows (correlation {correlation:.2f}, ratio {ratio:.2f}): "
-                "it was trained on other weights",
-                list(adapter.magnitudes),
-                figures,
+            message = (
+                f"DoRA's magnitudes are not the lengths of this base's rows (correlation {correlation:.2f}, ratio "
+                f"{ratio:.2f}): it was trained on other weights"
             )
+            yield Finding(CODE, "error", message, list(adapter.magnitudes), figures)
         return
     evidence = {"base_model_name_or_path": named, "here": view.path}
     differs = isinstance(named, str) and named and PurePath(named).name != PurePath(view.path).name
-    yield Finding(
-        CODE,
-        "info",
+    message = (
         "the adapter carries no digest of its base, so whether this is the one it was trained on cannot be known"
-        + (f" (its config names {shown(named)})" if differs else ""),
-        (),
-        evidence,
+        + (f" (its config names {shown(named)})" if differs else "")
     )
+    yield Finding(CODE, "info", message, (), evidence)
 
 
 def base_digest(view: StateView) -> str:
-    """The digest of a base: over the names and bytes of all its stored tensors, as certificates have it."""
+    """Return the digest of a base over the names and bytes of all its stored tensors, as certificates have it."""
     return digest_of_all({name: view.digest(name) for name in view})
 
 
 def _certified(view: StateView) -> str | None:
+    """Return the digest in the base's certificate, where it has a readable one."""
     try:
         certificate = read_certificate(view)
     except TensorkeepError:
@@ -107,7 +98,7 @@ def _certified(view: StateView) -> str | None:
 
 
 def _rows(adapter: Adapter, base: Base) -> list[tuple[float, float]]:
-    """Correlation and ratio of DoRA's magnitudes and the row lengths of W + s·B·A, a module each.
+    """Compare DoRA's magnitudes with the row lengths of W + s·B·A: (correlation, ratio) of each module.
 
     DoRA (arXiv 2402.09353): W' = m · (W + s·B·A) / |W + s·B·A|, row by row, with m = |W| at the start.
     """

@@ -1,27 +1,28 @@
-"""B01 buffer uninitialised: a buffer that no checkpoint fills (RoPE's inv_freq, a mask, a table) is not what the config gives.
+"""B01 buffer uninitialised: a buffer that no checkpoint fills (RoPE's inv_freq, a mask) is not what the config gives.
 
-What it is
-    Non-persistent buffers are in no state_dict. A model built on the meta device gets them by `to_empty()` as whatever
-    lay in memory, and only code that computes them again makes them right. transformers 4 does not: `post_init()` leaves
-    RoPE's `inv_freq` alone (5 computes it). fla's and torchtitan's own models do, as long as their init is called.
+What it means
+    Non-persistent buffers are in no state_dict. A model built on the meta device gets them from `to_empty()` as
+    whatever lay in memory, and only code that computes them again makes them right. transformers 4 does not:
+    `post_init()` leaves RoPE's `inv_freq` alone (transformers 5 computes it). The models of fla and torchtitan do, as
+    long as their init is called.
 
 How it shows
-    Every tensor compares bit-equal with the file, strict loads pass, and the loss is far off: SmolLM2 goes from 3.0 to
-    5.4 - 9.9 or NaN, depending on what malloc returned. Zeros (fresh pages) mean no RoPE at all: 5.5, and the loss does
-    not fall with position. A frequency table cast to 16 bits is harmless on that model, and said as a warning.
+    Every tensor equals the file, strict loads pass, and the loss is far off: SmolLM2 goes from 3.0 to between 5.4 and
+    9.9 or NaN, depending on what lay in memory. Zeros (fresh pages) mean no RoPE at all: the loss is 5.5 and does not
+    fall along the text. A table of frequencies that was cast to 16 bits did no harm to that model, and is a warning.
 
 How it is found
-    Only a live process can be asked. After the load, on every process:
+    Only a running process can be asked. After the load, in every process:
 
         from tensorkeep import check_loaded, repair_buffers
         check_loaded(model, "checkpoint/step-0")      # names B01 and every other fault of the load
         repair_buffers(model)                         # recomputes them in place, in float32
 
-    The right values come from a second model of the same class and config, built with parameters on meta and buffers
-    for real; of other modules from their own methods (`_init_self_buffers`, `rope_init`, `reset_parameters` where
-    there are no parameters, `_precompute_...`). What nothing can compute is a warning, unless its values are impossible.
-    From a folder alone two things can be said: whether an old file's stored inv_freq is what its config gives, and
-    whether the checkpoint is meant for a loader that builds on meta.
+    The right values come from a second model of the same class and config, with parameters on the meta device and
+    buffers computed; those of other modules from their own methods (`_init_self_buffers`, `rope_init`,
+    `reset_parameters` where there are no parameters, `_precompute_...`). What nothing can compute is a warning,
+    unless its values are impossible. From a folder alone two things can be said: whether an inv_freq that is stored
+    there is what the config gives, and whether the checkpoint is meant for a loader that builds on the meta device.
 
 What to do
     Call `repair_buffers(model)` after the load and after any `.to(dtype)`, or move to transformers 5.
@@ -44,7 +45,7 @@ FIX = "from tensorkeep import repair_buffers; repair_buffers(model)  # after the
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What a folder alone tells: stored frequencies against the config, and a warning for flame under transformers 4."""
+    """Report what a folder alone shows: stored frequencies that are wrong, and flame under transformers 4."""
     config = case.model_config
     if case.view is None or config is None:
         return
@@ -52,29 +53,22 @@ def check(case: Case) -> Iterator[Finding]:
     stored = [n for n in case.view if n.endswith("rotary_emb.inv_freq")] if right is not None else []
     wrong = [n for n in stored if not _equal(case.view.array(n), right)]
     if wrong and right is not None:
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(wrong)} stored inv_freq are not what the config gives: programs that load them turn by other angles",
-            wrong,
-            {"holds": _first(case.view.array(wrong[0])), "expected": _first(right)},
-            fix="write it again without them: tensorkeep convert",
+        message = (
+            f"{len(wrong)} stored inv_freq are not what the config gives: programs that load them turn by other angles"
         )
+        evidence = {"holds": _first(case.view.array(wrong[0])), "expected": _first(right)}
+        yield Finding(CODE, "error", message, wrong, evidence, fix="write it again without them: tensorkeep convert")
     written = str(config.get("transformers_version", ""))
     if case.target == "flame" and written.startswith("4.") and right is not None:
-        yield Finding(
-            CODE,
-            "info",
-            f"flame builds on meta, and transformers {written} leaves RoPE's inv_freq uninitialised there: no checkpoint can "
-            "fill it; check the live model",
-            [],
-            {"transformers_version": written},
-            fix=FIX,
+        message = (
+            f"flame builds on meta, and transformers {written} leaves RoPE's inv_freq uninitialised there: no "
+            "checkpoint can fill it; check the live model"
         )
+        yield Finding(CODE, "info", message, [], {"transformers_version": written}, fix=FIX)
 
 
 def frequencies(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
-    """inv_freq (rotary/2,) of a config with plain RoPE; None where it scales or says nothing.
+    """Compute the inv_freq [rotary / 2] of a config with plain RoPE; None where it scales or says nothing.
 
     >>> frequencies({"rope_theta": 10000.0, "head_dim": 4}).tolist()
     [1.0, 0.01]
@@ -101,6 +95,7 @@ def frequencies(config: Mapping[str, Any]) -> np.ndarray[Any, Any] | None:
 
 
 def _equal(values: np.ndarray[Any, Any], right: np.ndarray[Any, Any] | None) -> bool:
+    """Say whether stored frequencies are right, up to rounding."""
     if right is None or values.shape != right.shape:
         return False
     # stored in 16 bits, it is rounded
@@ -109,5 +104,6 @@ def _equal(values: np.ndarray[Any, Any], right: np.ndarray[Any, Any] | None) -> 
 
 
 def _first(values: np.ndarray[Any, Any]) -> list[Any]:
+    """Return the first values as plain numbers, NaN and infinities as words."""
     numbers = [float(v) for v in values.reshape(-1)[:4]]
     return [float(f"{n:.4g}") if math.isfinite(n) else str(n) for n in numbers]

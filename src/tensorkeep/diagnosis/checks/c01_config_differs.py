@@ -1,12 +1,19 @@
 """C01 config differs: a field that changes what the model computes is not the reference's, or not the weights'.
 
-What it is: RoPE's theta or scaling, eps, heads, head size, activation, tie, vocabulary, experts chosen, windows.
-Spellings of both eras of transformers are brought together first; dtype, cache and version fields do not count.
-How it happens: a config of a sibling was copied; a program has its own table of sizes (torchtitan's llama3 1B and 3B
-have RoPE factor 8 where Llama 3.2 says 32); a default filled in what was not written.
-How it shows: every tensor is equal. theta 1e4 for 1e5: +0.1 of loss in short texts, more in long ones; linear scaling
-x4: +1.7; gelu for silu: +1.2; eps 1e-2: +0.4; heads regrouped: +6.
-What to do: take the reference's config.json, unless the change is meant.
+What it means
+    RoPE's theta or scaling, eps, heads, head size, activation, tie, vocabulary, number of experts used or attention
+    windows differ. Spellings of transformers 4 and 5 count as equal; dtype, cache and version fields do not count.
+
+How it happens
+    The config of a similar model was copied; a default filled in what was not written; a program has its own table of
+    sizes (torchtitan's llama3 1B and 3B have RoPE factor 8 where Llama 3.2 says 32).
+
+How it shows
+    Every tensor is equal, and the loss is not. Theta 1e4 for 1e5: +0.1 in short texts, more in long ones. Linear
+    scaling by 4: +1.7. gelu for silu: +1.2. eps 1e-2: +0.4. Another number of heads: +6.
+
+What to do
+    Take the reference's config.json, unless the change is meant.
 """
 
 from __future__ import annotations
@@ -22,8 +29,8 @@ CODE = "C01"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Fields beside the reference's; and a config that its own weights contradict."""
-    yield from case.told(CODE)
+    """Report fields that differ from the reference's config, and those that the weights contradict."""
+    yield from case.from_reading(CODE)
     if case.config is None or case.view is None:
         return
     found: dict[str, tuple[Any, Any]] = {}
@@ -46,16 +53,11 @@ def check(case: Case) -> Iterator[Finding]:
         if case.reference is not None and case.reference_config is not None
         else None
     )
-    yield Finding(
-        CODE,
-        "error",
-        f"config.json differs from {against} in {len(found)} fields: {shown}",
-        (),
-        {"fields": {k: {"config": mine, "expected": theirs} for k, (mine, theirs) in found.items()}},
-        explains=["C02"],
-        fix=copy,
-    )
+    message = f"config.json differs from {against} in {len(found)} fields: {shown}"
+    evidence = {"fields": {k: {"config": mine, "expected": theirs} for k, (mine, theirs) in found.items()}}
+    yield Finding(CODE, "error", message, (), evidence, explains=["C02"], fix=copy)
 
 
 def _explained(case: Case, field: str) -> bool:
+    """Say whether another check explains a difference in this field."""
     return f"config:{field}" in case.claims

@@ -1,11 +1,18 @@
 """C02 tokenizer does not fit: ids beyond the rows of the embedding, other ids than the reference's, dead rows.
 
-What it is: the tokenizer beside the weights can produce an id that has no row; or it gives known tokens other ids than
-the reference's tokenizer does.
-How it happens: tokens were added and the embedding was not resized; the tokenizer of a sibling was copied.
-How it shows: an index error, or on a GPU an assertion in a kernel; other ids: a loss of 10 and more. Rows that training
-never saw have tiny norms and large gradients when they are first used.
-What to do: take the tokenizer that was trained with, or resize the embedding.
+What it means
+    The tokenizer beside the weights can produce an id for which the embedding has no row; or it gives tokens other
+    ids than the reference's tokenizer; or, as a warning, the row of a token is all zeros.
+
+How it happens
+    Tokens were added and the embedding was not resized, or the tokenizer of a similar model was copied.
+
+How it shows
+    As an index error, on a GPU as an assertion in a kernel. Other ids: a loss of 10 and more. Rows that training
+    never used get large gradients when they are first used.
+
+What to do
+    Take the tokenizer that the model was trained with, or resize the embedding.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ _TOKENIZER = "tokenizer.json"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """The ids of tokenizer.json beside the rows of the embedding and beside the reference's ids."""
+    """Compare the ids in tokenizer.json with the rows of the embedding and with the reference's ids."""
     if case.view is None:
         return
     embed = case.tensors.get(hf.EMBEDDING)
@@ -39,30 +46,24 @@ def check(case: Case) -> Iterator[Finding]:
     beyond = {t: i for t, i in ids.items() if i >= embed.shape[0]}
     if beyond and "config:vocab_size" not in case.claims:
         shown = dict(list(beyond.items())[:8])
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(beyond)} tokens have ids beyond the {embed.shape[0]} rows of the embedding, the largest {max(beyond.values())}",
-            [hf.EMBEDDING],
-            {"rows": embed.shape[0], "largest_id": max(ids.values()), "tokens": shown},
-            explains=["C01"],
+        message = (
+            f"{len(beyond)} tokens have ids beyond the {embed.shape[0]} rows of the embedding, the largest "
+            f"{max(beyond.values())}"
         )
+        evidence = {"rows": embed.shape[0], "largest_id": max(ids.values()), "tokens": shown}
+        yield Finding(CODE, "error", message, [hf.EMBEDDING], evidence, explains=["C01"])
     theirs = _ids(case.reference) if case.reference is not None else {}
     other = {t: (i, theirs[t]) for t, i in ids.items() if t in theirs and theirs[t] != i}
     if other:
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(other)} of {len(ids)} tokens have another id than in the reference's tokenizer",
-            (),
-            {"tokens": {t: {"id": i, "reference": j} for t, (i, j) in list(other.items())[:8]}},
-        )
+        message = f"{len(other)} of {len(ids)} tokens have another id than in the reference's tokenizer"
+        evidence = {"tokens": {t: {"id": i, "reference": j} for t, (i, j) in list(other.items())[:8]}}
+        yield Finding(CODE, "error", message, (), evidence)
     if case.reference is None and not beyond:
         yield from _dead_rows(case, ids)
 
 
 def _same_as_reference(case: Case) -> bool:
-    """The reference's own tokenizer over as many rows: parsing megabytes of JSON would show nothing new."""
+    """Say whether tokenizer and rows are the reference's: then there is no need to parse megabytes of JSON."""
     if case.view is None or case.reference is None:
         return False
     mine, theirs = ({c.name: c.data for c in v.companions}.get(_TOKENIZER) for v in (case.view, case.reference))
@@ -73,24 +74,19 @@ def _same_as_reference(case: Case) -> bool:
 
 
 def _dead_rows(case: Case, ids: dict[str, int]) -> Iterator[Finding]:
-    """Rows of real tokens that are exactly zero."""
+    """Report tokens whose row in the embedding is exactly zero."""
     if hf.EMBEDDING in case.packed or hf.EMBEDDING in case.claims or hf.EMBEDDING in case.broken:
         return
     values = case.values(hf.EMBEDDING)
     used = np.asarray(sorted(set(ids.values())), np.int64)
     dead = int(np.count_nonzero(~np.asarray(values.any(axis=1))[used]))
     if dead:
-        yield Finding(
-            CODE,
-            "warning",
-            f"{dead} tokens have a row of zeros in the embedding",
-            [hf.EMBEDDING],
-            {"dead_rows": dead, "tokens": len(ids)},
-        )
+        message = f"{dead} tokens have a row of zeros in the embedding"
+        yield Finding(CODE, "warning", message, [hf.EMBEDDING], {"dead_rows": dead, "tokens": len(ids)})
 
 
 def _ids(view: StateView) -> dict[str, int]:
-    """Token -> id of tokenizer.json, its added tokens among them; empty where there is none or it says it otherwise."""
+    """Read the id of each token from tokenizer.json, added tokens included; {} where that is not possible."""
     companion = next((c for c in view.companions if c.name == _TOKENIZER), None)
     if companion is None:
         return {}

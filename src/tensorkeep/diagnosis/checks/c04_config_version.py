@@ -1,10 +1,17 @@
 """C04 config written for another transformers version: `rope_parameters` against `rope_theta`.
 
-What it is: transformers 5 writes theta into `rope_parameters`; transformers 4 reads `rope_theta` and knows nothing of
-the other, so it silently uses 10000. OLMo 2 needs 500000, Llama 3 too.
-How it happens: save_pretrained of transformers 5, loaded by a program that pins 4 (vLLM #42624, #44158).
-How it shows: +0.1 to +0.2 of loss in short texts, worse with length. No warning.
-What to do: write both fields; a config may hold them side by side.
+What it means
+    transformers 5 writes RoPE's theta into `rope_parameters`. transformers 4 reads `rope_theta` only, so it silently
+    uses 10,000 for such a config, where OLMo 2 and Llama 3 need 500,000.
+
+How it happens
+    A model saved by transformers 5 is loaded by a program that requires 4 (vLLM #42624, #44158).
+
+How it shows
+    +0.1 to +0.2 of loss in short texts, more in long ones. No warning.
+
+What to do
+    Write both fields: a config may have them side by side.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ CODE = "C04"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Where the two eras of transformers would read different thetas out of one config."""
+    """Report a config out of which transformers 4 and 5 would read different thetas."""
     if case.config is None or not case.tensors:
         return
     era, theta = _era(case.config)
@@ -32,26 +39,16 @@ def check(case: Case) -> Iterator[Finding]:
     evidence = {"era": era, "rope_theta": theta, "transformers_version": version or None, "reference_era": theirs}
     if era == 5 and theta not in (None, THETA):
         odd = version.startswith("4.") or theirs == 4
-        yield Finding(
-            CODE,
-            "warning" if odd else "info",
-            f"rope_theta {theta:g} stands in rope_parameters alone{written}: transformers 4 would use {THETA:g}",
-            (),
-            evidence,
-            fix=f'add "rope_theta": {theta} to config.json',
-        )
+        message = f"rope_theta {theta:g} stands in rope_parameters alone{written}: transformers 4 would use {THETA:g}"
+        fix = f'add "rope_theta": {theta} to config.json'
+        yield Finding(CODE, "warning" if odd else "info", message, (), evidence, fix=fix)
     elif era == 4 and (version.startswith("5.") or theirs == 5):
-        yield Finding(
-            CODE,
-            "info",
-            f"rope_theta {theta} in the words of transformers 4{written}; the other era reads it as well",
-            (),
-            evidence,
-        )
+        message = f"rope_theta {theta} in the words of transformers 4{written}; the other era reads it as well"
+        yield Finding(CODE, "info", message, (), evidence)
 
 
 def _era(config: dict[str, Any] | None) -> tuple[int | None, float | None]:
-    """Which era's words give theta: 4, 5, or None for both or neither; and the theta."""
+    """Return the major version of transformers in whose spelling theta is given (None: both or neither), and theta."""
     given = config or {}
     nested = given.get("rope_parameters")
     new = nested.get("rope_theta") if isinstance(nested, dict) else None

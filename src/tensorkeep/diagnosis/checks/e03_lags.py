@@ -1,19 +1,19 @@
 """E03 EMA lags (decay or steps): the average is still near where it began.
 
-What it is
-    After n updates at decay d the average still holds the share d^n of its start: 90 % after 1,000 updates at 0.9999.
-    Decay and length of the run do not fit, or the average was kept in a dtype that swallows small updates (a bf16
-    average moves 3.6 % of the way where fp32 moves 39 %).
+What it means
+    After n updates at decay d the average (EMA) still holds the share d^n of its start: 90 % after 1,000 updates at
+    0.9999. The decay does not fit the length of the run; or the average is kept in a dtype that loses small updates
+    (in one case a bf16 average moved 3.6 % of the way where fp32 moved 39 %).
 
 How it shows
     Evaluation with the average is far worse than without, most of all early in training and in short runs.
 
-How it is proven
-    Where the file says decay and updates, by arithmetic. With the initial weights as `--reference`, by the
+How it is found
+    Where the file says decay and number of updates, by arithmetic. With the initial weights as `--reference`, by the
     coefficient of (start - live) in (average - live). Otherwise by distance alone, as a warning.
 
 What to do
-    Warm the decay up, min(decay, (1 + n) / (10 + n)); choose it by the length of the run; keep the average in fp32.
+    Let the decay grow, min(decay, (1 + n) / (10 + n)); choose it by the length of the run; keep the average in fp32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.ema import Average, array, average, bare, entries, floating
+from tensorkeep.diagnosis.evidence.ema import Average, array, average, bare, entries, floating_distances
 from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES
 
@@ -34,11 +34,11 @@ _FAR = 0.3  # relative distance of averaged and live weights that no settled run
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """How much of its start the average still holds, by the best evidence there is."""
+    """Warn where the average still holds much of its start, by the best evidence there is."""
     found = average(case)
     if found is None:
         return
-    moved = {n: m for n, m in floating(case).items() if m[0] > 0}
+    moved = {n: m for n, m in floating_distances(case).items() if m[0] > 0}
     narrow = sorted(
         {found.view[found.pairs[n][0]].dtype for n in moved if DTYPES[found.view[found.pairs[n][0]].dtype].bits < 32}
     )
@@ -53,33 +53,18 @@ def check(case: Case) -> Iterator[Finding]:
     if left is None:
         left, how = _from_start(case, found, list(moved)), "the reference as its start"
     if left is not None and left > _TOO_MUCH:
-        yield Finding(
-            CODE,
-            "warning",
-            f"the average still holds {left:.0%} of its start ({how})",
-            sorted(moved),
-            {**figures, "share_of_start": round(left, 4)},
-        )
+        message = f"the average still holds {left:.0%} of its start ({how})"
+        yield Finding(CODE, "warning", message, sorted(moved), {**figures, "share_of_start": round(left, 4)})
     elif left is None and apart > _FAR:
-        yield Finding(
-            CODE,
-            "warning",
-            f"averaged and live weights are {apart:.0%} apart: the average lags, or is of another model",
-            sorted(moved),
-            figures,
-        )
+        message = f"averaged and live weights are {apart:.0%} apart: the average lags, or is of another model"
+        yield Finding(CODE, "warning", message, sorted(moved), figures)
     if narrow:
-        yield Finding(
-            CODE,
-            "info",
-            f"the average is kept in {', '.join(narrow)}, which swallows small updates; keep it in F32",
-            sorted(moved),
-            figures,
-        )
+        message = f"the average is kept in {', '.join(narrow)}, which swallows small updates; keep it in F32"
+        yield Finding(CODE, "info", message, sorted(moved), figures)
 
 
 def _left(found: Average) -> float | None:
-    """decay^updates, where the file holds both."""
+    """Return decay ** updates, where the file holds both."""
     decay = next((float(v) for n, v in entries(found.view, "decay", "ema_decay") if 0 < v < 1), None)
     updates = next(
         (v for n, v in entries(found.view, "updates", "num_updates", "n_averaged", "ema_updates") if 0 < v < 1e15), None
@@ -88,7 +73,7 @@ def _left(found: Average) -> float | None:
 
 
 def _from_start(case: Case, found: Average, names: list[str]) -> float | None:
-    """The coefficient of (start - live) in (average - live), over the tensors that the reference has."""
+    """Return the coefficient of (start - live) in (average - live), over the tensors that the reference has."""
     top = bottom = 0.0
     start_of = {bare(n): n for n in case.reference_tensors}
     for name in names:

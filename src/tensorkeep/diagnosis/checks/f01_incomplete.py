@@ -1,10 +1,18 @@
 """F01 incomplete: a save that was interrupted.
 
-What it is: a run's checkpoint folder without its manifest, a DCP folder with data and no `.metadata`, temporary files
-that an interrupted write left. A file of another program needs no manifest.
-How it happens: the job was killed, or the disk was full, while it saved.
-How it shows: DCP fails to open the folder; other loaders take the checkpoint before it without saying so.
-What to do: use the checkpoint before it and delete what was left over.
+What it means
+    The checkpoint was never finished: a run's folder without its manifest, a DCP folder (PyTorch's distributed
+    checkpoint) with data and no `.metadata`, or temporary files that an interrupted write left behind. Files of other
+    programs need no manifest.
+
+How it happens
+    The job was killed, or the disk was full, while it saved.
+
+How it shows
+    DCP cannot open the folder. Other loaders silently take the checkpoint before it.
+
+What to do
+    Use the checkpoint before it and delete what was left over.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ CODE = "F01"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What reading found, and temporary files beside the checkpoint."""
-    yield from case.told(CODE)
+    """Report what reading the checkpoint showed, and temporary files beside it."""
+    yield from case.from_reading(CODE)
     if "://" not in case.path:
         yield from interrupted(case.path)

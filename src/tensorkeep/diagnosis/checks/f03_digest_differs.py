@@ -1,10 +1,18 @@
 """F03 digest differs: content is not what its certificate, manifest or checksum says.
 
-What it is: the bytes of a tensor have another digest than `tensorkeep.json` recorded when they were written, or they do
-not fit the CRC-32 in their own torch.save archive (which torch writes and never checks).
-How it happens: a bad disk, cable or memory; a file edited or replaced after it was certified.
-How it shows: not at all. The checkpoint loads.
-What to do: copy it again from where it was certified. Other findings on the same tensors say what changed in them.
+What it means
+    The bytes of a tensor have another digest than was recorded when they were written: in `tensorkeep.json` (the
+    certificate of a conversion), in the manifest of a training run's checkpoint, or as the CRC-32 in the tensor's own
+    torch.save archive, which PyTorch writes and never checks.
+
+How it happens
+    A bad disk, cable or memory; or the file was edited or replaced after it was certified.
+
+How it shows
+    Not at all: the checkpoint loads.
+
+What to do
+    Copy it again from where it was certified. Other findings on the same tensors say what changed in them.
 """
 
 from __future__ import annotations
@@ -13,8 +21,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tensorkeep.conversion.proof import read_certificate
+from tensorkeep.diagnosis.evidence.bytewise import SAME
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.survey import SAME, THREADS
+from tensorkeep.diagnosis.evidence.survey import THREADS
 from tensorkeep.diagnosis.verification import against_crc
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import strip_root
@@ -25,11 +34,11 @@ CODE = "F03"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Digests of the certificate; where there is none, and no reference that shows more, the archives' own CRC-32.
+    """Compare tensors with the certificate; without it and without a reference, archives with their own CRC-32.
 
     With a reference, only tensors that differ from it are digested: the others are proven already.
     """
-    yield from case.told(CODE)
+    yield from case.from_reading(CODE)
     if case.view is None:
         return
     if "run" in case.view.metadata and isinstance(case.view.folder, LocalFolder):
@@ -40,7 +49,7 @@ def check(case: Case) -> Iterator[Finding]:
         if case.reference is None:
             yield from against_crc(case.view, case.progress)
         return
-    same = {case.stored(n) for n, sight in case.sights.items() if sight.status in SAME}
+    same = {case.stored(n) for n, found in case.comparisons.items() if found.status in SAME}
     tensors = certificate["tensors"]
     assert isinstance(tensors, dict)
     root = certificate.get("root")
@@ -61,5 +70,6 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _certified(stored: str, root: object, tensors: dict[str, object]) -> str | None:
+    """Return the certificate's name of a stored tensor; None where it does not list it."""
     bare = strip_root(stored, root) if isinstance(root, str) and root else None
     return next((n for n in (stored, bare) if n is not None and n in tensors), None)

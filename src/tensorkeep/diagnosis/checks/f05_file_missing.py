@@ -1,10 +1,18 @@
 """F05 file missing: an index or metadata names a file that is not there.
 
-What it is: a sharded checkpoint whose index (`model.safetensors.index.json`, `.metadata`) names a data file that the
-folder lacks; or a folder in which no checkpoint is recognised.
-How it happens: an incomplete download or rsync, a rank whose file stayed on another node.
-How it shows: a load error that names the file, or, with partial loading, a part of the model at its initial values.
-What to do: copy the missing file. Its tensors are in no other place.
+What it means
+    The list of files in a sharded checkpoint (`model.safetensors.index.json`, or `.metadata` in a DCP folder) names a
+    data file that the folder lacks; or nothing in the folder is recognised as a checkpoint.
+
+How it happens
+    A download or a copy was incomplete, or the file of one process stayed on another machine.
+
+How it shows
+    As an error that names the file; or, where partial loading is allowed, as a part of the model with its initial
+    values.
+
+What to do
+    Copy the missing file. Its tensors are nowhere else.
 """
 
 from __future__ import annotations
@@ -18,5 +26,5 @@ CODE = "F05"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What reading found."""
-    yield from case.told(CODE)
+    """Report what reading the checkpoint showed."""
+    yield from case.from_reading(CODE)

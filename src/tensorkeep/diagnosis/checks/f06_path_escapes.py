@@ -1,9 +1,16 @@
 """F06 path escapes: metadata points outside the checkpoint's folder.
 
-What it is: a file name in an index or in `.metadata` is absolute or climbs with `..`.
-How it happens: honest writers do not do this; it is a way to make a reader open files of yours.
-How it shows: torch's DCP reader follows such a path without a word.
-What to do: do not load it. If you made it yourself, write it again from its source.
+What it means
+    A file name in an index or in `.metadata` is absolute or climbs out of the folder with `..`.
+
+How it happens
+    Honest programs do not write such names. It is a way to make a reader open other files of yours.
+
+How it shows
+    Not at all: PyTorch's DCP reader follows such a path without a word.
+
+What to do
+    Do not load it. If you made it yourself, write it again from its source.
 """
 
 from __future__ import annotations
@@ -17,5 +24,5 @@ CODE = "F06"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What reading found."""
-    yield from case.told(CODE)
+    """Report what reading the checkpoint showed."""
+    yield from case.from_reading(CODE)

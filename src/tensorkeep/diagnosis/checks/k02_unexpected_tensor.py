@@ -1,10 +1,17 @@
 """K02 unexpected tensor: the checkpoint holds a name that neither the reference nor the config's architecture has.
 
-What it is: a tensor that no parameter or persistent buffer of the model is waiting for.
-How it happens: a non-persistent buffer was saved (`rotary_emb.inv_freq`, through named_buffers()); a layer or a head of
-another model was left in; a name was misspelt, and then the right one is missing (K01).
-How it shows: strict loads refuse it, DCP never asks for it, transformers warns.
-What to do: leave it out by name: `tensorkeep convert CKPT OUT --to hf --drop NAME`.
+What it means
+    No parameter and no persistent buffer of the model is waiting for this tensor.
+
+How it happens
+    A buffer that the model computes by itself was saved (`rotary_emb.inv_freq`, through named_buffers()); a layer or
+    a head of another model was left in; a name was misspelt, and then the right one is missing (K01).
+
+How it shows
+    Strict loads refuse it, transformers warns, PyTorch's DCP never asks for it.
+
+What to do
+    Leave it out by name: `tensorkeep convert CKPT OUT --to hf --drop NAME`.
 """
 
 from __future__ import annotations
@@ -20,8 +27,8 @@ CODE = "K02"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Names that nobody expects, computed buffers among them."""
-    yield from case.told(CODE)
+    """Report names that nothing asks for, buffers that the model computes among them."""
+    yield from case.from_reading(CODE)
     if case.view is None or not model_stored(case):
         return
     extra = [n for n in unexpected(case) if n not in case.claims]
@@ -38,20 +45,13 @@ def check(case: Case) -> Iterator[Finding]:
     }
     # a buffer that the model computes anew is harmless where nothing was said of what should be there
     severity: Severity = "error" if extra or case.reference is not None else "info"
-    to = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
     what = "buffers that the model computes from its config" if not extra else "tensors that nothing asks for"
-    yield Finding(
-        CODE,
-        severity,
-        f"{len(names)} {what}",
-        names,
-        evidence,
-        fix=f"tensorkeep convert {case.path} OUT --to {to} --drop '{_stored(case, names[0])}'",
-    )
+    fix = f"{case.convert_command()} --drop '{_stored(case, names[0])}'"
+    yield Finding(CODE, severity, f"{len(names)} {what}", names, evidence, fix=fix)
 
 
 def _buffers(case: Case) -> list[str]:
-    """Stored buffers that are no part of a model: surprising unless the reference has them, or the naming's era did."""
+    """Return stored buffers that the model computes by itself and that the reference does not store."""
     if case.identity is None or case.identity.naming not in (None, "hf"):
         return []
     clean = case.identity.names
@@ -62,5 +62,6 @@ def _buffers(case: Case) -> list[str]:
 
 
 def _stored(case: Case, name: str) -> str:
+    """Return the name under which the checkpoint stores a tensor or buffer."""
     names = case.identity.names if case.identity is not None else {}
     return next((stored for stored, clean in names.items() if clean == name), case.stored(name))

@@ -1,12 +1,20 @@
-"""K03 wrapper prefix: `module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`, `base_model.model.`
+"""K03 wrapper prefix: names carry `module.`, `_orig_mod.`, `base_model.model.` or what another wrapper adds.
 
-What it is: every name, or those of some modules, carries what DDP, torch.compile, FSDP1, activation checkpointing or
-PEFT put into the names of the modules that they wrap.
-How it happens: state_dict() of the wrapped model was saved instead of the model's own.
-How it shows: a strict load lists every tensor as missing and unexpected; with strict=False nothing is loaded and the
-loss starts at ln V.
-What to do: take the prefix off (the fix below does it for every tensor at once), and save `model.module` or
-`model._orig_mod` next time.
+What it means
+    All names, or those of some modules, carry what a wrapper puts into the names of the module that it wraps: DDP
+    (`module.`), torch.compile (`_orig_mod.`), FSDP1 (`_fsdp_wrapped_module.`), activation checkpointing
+    (`_checkpoint_wrapped_module.`) or PEFT (`base_model.model.`).
+
+How it happens
+    The state_dict() of the wrapped model was saved instead of the model's own.
+
+How it shows
+    A strict load lists every tensor as missing and as unexpected. With `strict=False` nothing is loaded, and training
+    starts from random weights.
+
+What to do
+    Take the prefix off; `tensorkeep convert` does it for every tensor at once. Next time save `model.module` or
+    `model._orig_mod`.
 """
 
 from __future__ import annotations
@@ -21,8 +29,8 @@ CODE = "K03"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Wrapped names, unless the reference is wrapped in the same way or PEFT's own adapter names are meant."""
-    yield from case.told(CODE)
+    """Report names with a wrapper's prefix, unless the reference has the same wrappers."""
+    yield from case.from_reading(CODE)
     if case.identity is None or case.view is None or not case.tensors:
         return
     same = case.reference_identity is not None and set(case.identity.wrappers) <= set(case.reference_identity.wrappers)
@@ -30,13 +38,8 @@ def check(case: Case) -> Iterator[Finding]:
         return
     wrapped = [n for n in case.identity.names if unwrap(n)[1]]
     found = ", ".join(case.identity.wrappers)
-    to = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
+    message = f"{len(wrapped)} of {len(case.identity.names)} names carry {found}: a strict load finds none of them"
+    evidence = {"wrappers": list(case.identity.wrappers), "wrapped": len(wrapped), "of": len(case.identity.names)}
     yield Finding(
-        CODE,
-        "error",
-        f"{len(wrapped)} of {len(case.identity.names)} names carry {found}: a strict load finds none of them",
-        wrapped,
-        {"wrappers": list(case.identity.wrappers), "wrapped": len(wrapped), "of": len(case.identity.names)},
-        explains=["K01", "K02", "K04", "K05"],
-        fix=f"tensorkeep convert {case.path} OUT --to {to}",
+        CODE, "error", message, wrapped, evidence, explains=["K01", "K02", "K04", "K05"], fix=case.convert_command()
     )

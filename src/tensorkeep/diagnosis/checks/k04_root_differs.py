@@ -1,13 +1,20 @@
 """K04 root differs: the tensors lie one level deeper, or shallower, than their loader looks.
 
-What it is: nested `{"model": state_dict}` where a flat state dict is asked for, or a prefix that all names have in
-excess or lack (`model.model.layers`, `layers` for `model.layers`).
-How it happens: flame's converter writes nested keys (`model.model.embed_tokens.weight`) while the torchtitan that it
-pins asks for flat keys at step 0; a base model was saved without its head's class around it.
-How it shows: "Missing key in checkpoint state_dict: lm_head.weight" from DCP; with strict=False or partial loading a
-fresh start. flame's own nested folders are sound for `--for flame`, and torch.save files are often nested: both are
-no errors.
-What to do: rewrite the names (the fix below). The other way round is `--root model`.
+What it means
+    The tensors are nested as `{"model": {...}}` where a flat list of names is asked for; or all names have one prefix
+    too much or too little (`model.model.layers`, or `layers` for `model.layers`).
+
+How it happens
+    flame's converter writes nested names (`model.model.embed_tokens.weight`) while the torchtitan that it uses asks
+    for flat ones at step 0. Or the inner model was saved without the class that adds the head.
+
+How it shows
+    DCP says "Missing key in checkpoint state_dict: lm_head.weight". With `strict=False` or partial loading, training
+    starts from random weights. flame's own nested folders are fine with `--for flame`, and torch.save files are often
+    nested: neither is reported as an error.
+
+What to do
+    Write it again under the right names with the command below the finding. `--root model` goes the other way.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ _EXPLAINS = ["K01", "K02", "K05"]
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """The root beside what the target asks for or the reference has; and prefixes that are nobody's root."""
+    """Report tensors nested otherwise than the target or the reference has them, and a prefix on all names."""
     if case.identity is None or case.view is None or not case.tensors:
         return
     root = case.identity.root
@@ -31,21 +38,15 @@ def check(case: Case) -> Iterator[Finding]:
         severity = _severity(case, root)
         names = sorted(case.identity.names)
         if severity is not None:
-            to = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
-            yield Finding(
-                CODE,
-                severity,
-                f"all {len(names)} tensors are nested under {root!r}; {_who(case)} asks for flat names",
-                names,
-                {"root": root, "wanted_root": None, "example": names[0] if names else None},
-                explains=_EXPLAINS,
-                fix=f"tensorkeep convert {case.path} OUT --to {to}",
-            )
+            message = f"all {len(names)} tensors are nested under {root!r}; {_who(case)} asks for flat names"
+            evidence = {"root": root, "wanted_root": None, "example": names[0] if names else None}
+            yield Finding(CODE, severity, message, names, evidence, explains=_EXPLAINS, fix=case.convert_command())
     if case.prefix is not None:
         yield _prefixed(case, *case.prefix)
 
 
 def _severity(case: Case, root: str) -> Severity | None:
+    """Say how bad a root is for the target or beside the reference; None where it is right."""
     if case.target == "flame":
         return None
     if case.target in ("hf", "torchtitan"):
@@ -57,26 +58,18 @@ def _severity(case: Case, root: str) -> Severity | None:
 
 
 def _who(case: Case) -> str:
+    """Name the program, or the reference, that asks for flat names."""
     return {"hf": "transformers", "torchtitan": "torchtitan"}.get(case.target or "", "the reference")
 
 
 def _prefixed(case: Case, kind: str, prefix: str) -> Finding:
+    """Report a prefix that all names have too much, or lack."""
     names = [h.parts[0].name for h in case.tensors.values()]
     # transformers itself puts a base model's missing prefix back
     mended = kind == "lost" and case.view is not None and case.view.format == "hf"
     what = f"carry {prefix!r} in excess" if kind == "extra" else f"lack {prefix!r}"
+    message = f"the names {what}: no loader would find these tensors"
+    evidence = {"prefix": prefix, "kind": kind}
     return Finding(
-        CODE,
-        "warning" if mended else "error",
-        f"the names {what}: no loader would find these tensors",
-        names,
-        {"prefix": prefix, "kind": kind},
-        explains=_EXPLAINS,
-        fix=_repair(case),
-    )
-
-
-def _repair(case: Case) -> str | None:
-    return (
-        f"tensorkeep repair {case.path} OUT --reference {case.reference.path}" if case.reference is not None else None
+        CODE, "warning" if mended else "error", message, names, evidence, explains=_EXPLAINS, fix=case.repair_command()
     )

@@ -1,10 +1,18 @@
 """K05 nothing would load: no name in common, or no tensor at all.
 
-What it is: every key of the file would be dropped by a load with strict=False, or the file holds nothing.
-How it happens: a checkpoint of another model; `dcp.load({})`, which loads nothing and raises nothing; an empty state
-dict that was saved.
-How it shows: "successful" load, loss ln V (10.8 for 49152 words).
-What to do: compare the names below with what the model asks for; give the right file.
+What it means
+    A load with `strict=False` would drop every tensor of the file, or the file holds none.
+
+How it happens
+    It is the checkpoint of another model; an empty state dict was saved; or it was made with `dcp.load({})`, which
+    loads nothing and raises nothing.
+
+How it shows
+    The load "succeeds", and the loss is that of random guessing: the logarithm of the vocabulary's size, 10.8 for
+    49,152 tokens.
+
+What to do
+    Compare the names in the finding with those that the model asks for, and give the right file.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ CODE = "K05"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """No tensor, or none of the expected names."""
+    """Report a file without tensors, or without any expected name."""
     if case.view is None or not model_stored(case) or any(code == "K08" for code in case.claims.values()):
         return
     if not case.view.records:
@@ -39,12 +47,7 @@ def check(case: Case) -> Iterator[Finding]:
         return
     case.claim([*case.tensors, *wanted.shapes], CODE)
     stored, asked = sorted(case.tensors)[:3], sorted(wanted.shapes)[:3]
-    yield Finding(
-        CODE,
-        "error",
-        f"none of its {len(case.tensors)} names is one of the {len(wanted.shapes)} that {wanted.by} has",
-        (),
-        {"stored": stored, "wanted": asked, "in_common": 0},
-        explains=["K01", "K02", "S01"],
-        fix="is this the checkpoint of another model? compare: tensorkeep inspect " + case.path,
-    )
+    message = f"none of its {len(case.tensors)} names is one of the {len(wanted.shapes)} that {wanted.by} has"
+    evidence = {"stored": stored, "wanted": asked, "in_common": 0}
+    fix = "is this the checkpoint of another model? compare: tensorkeep inspect " + case.path
+    yield Finding(CODE, "error", message, (), evidence, explains=["K01", "K02", "S01"], fix=fix)

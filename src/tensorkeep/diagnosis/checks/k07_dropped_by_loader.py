@@ -1,11 +1,18 @@
 """K07 dropped by the loader: the file holds tensors that the target's loader never asks for.
 
-What it is: torchtitan asks a file only for what its own model has. Attention biases, q/k norms of a llama, another
-head under a tied config are in the file and are never read, without a word.
-How it happens: the architecture in the file is richer than the program's model of that name.
-How it shows: no error; logits off by 0.86 (lost biases) or 4.6 (lost head), measured on tiny models.
-What to do: train with a program that has these tensors (flame, torchtitan's transformers backend), or drop them on
-purpose by name when converting.
+What it means
+    torchtitan asks a file only for what its own model has. Attention biases, norms of q and k in a llama, or a head
+    of its own under a config that ties it to the embedding are in the file and are never read.
+
+How it happens
+    The architecture in the file is richer than the program's model of that name.
+
+How it shows
+    No error. On tiny models logits are off by 0.86 (lost biases) or 4.6 (lost head).
+
+What to do
+    Train with a program that has these tensors (flame, torchtitan's transformers backend), or drop them on purpose,
+    by name, when you convert.
 """
 
 from __future__ import annotations
@@ -13,16 +20,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import hf, torchtitan
+from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.survey import bits_equal
 from tensorkeep.findings import Finding
 
 CODE = "K07"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What torchtitan's models have no place for, in its own files and in those meant for it."""
-    yield from case.told(CODE)
+    """Report tensors for which torchtitan's models have no place, in its own files and in those meant for it."""
+    yield from case.from_reading(CODE)
     own = case.identity is not None and case.identity.naming in ("torchtitan", "torchtitan-0.2")
     if not case.tensors or not (case.target == "torchtitan" or (own and case.target is None)):
         return
@@ -34,19 +41,15 @@ def check(case: Case) -> Iterator[Finding]:
     if family == "llama3":
         lost += [n for n in case.tensors if n.endswith(("q_norm.weight", "k_norm.weight"))]
     if lost:
-        yield Finding(
-            CODE,
-            "error",
-            f"torchtitan's {family or 'model'} has no place for {len(lost)} tensors and would not ask for them",
-            lost,
-            {"family": family},
-        )
-    if case.tie() and hf.HEAD in case.tensors and hf.HEAD not in case.tied and _conflict(case):
+        message = f"torchtitan's {family or 'model'} has no place for {len(lost)} tensors and would not ask for them"
+        yield Finding(CODE, "error", message, lost, {"family": family})
+    if case.config_ties() and hf.HEAD in case.tensors and hf.HEAD not in case.tied and _conflict(case):
         case.claim([hf.HEAD], CODE)
+        message = "the config ties the head to the embedding and the file holds another head: torchtitan overwrites it"
         yield Finding(
             CODE,
             "error",
-            "the config ties the head to the embedding and the file holds another head: torchtitan overwrites it",
+            message,
             [hf.HEAD],
             {"tied": True},
             explains=["T01"],
@@ -55,6 +58,7 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _conflict(case: Case) -> bool:
+    """Say whether the stored head is another matrix than the embedding."""
     head, embed = case.values(hf.HEAD), case.values(hf.EMBEDDING)
     if head.shape != embed.shape or head.dtype != embed.dtype:
         return True

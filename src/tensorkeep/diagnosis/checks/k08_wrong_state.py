@@ -1,11 +1,18 @@
 """K08 wrong state: optimizer-only, flat-parameter (FSDP1) or EMA state where a model is expected.
 
-What it is: the file holds training state, or the model in a form that no loader of models takes.
-How it happens: the optimizer's file was taken for the model's; FSDP1 saved LOCAL_STATE_DICT or flat parameters (one
-vector a layer, `_flat_param`); only the EMA copy was kept, under its own root.
-How it shows: no name is found; with strict=False everything stays at its initial values (loss ln V).
-What to do: take the model's own file. Flat parameters are gathered with the FSDP1 program that wrote them
-(FULL_STATE_DICT); an EMA copy is taken on purpose: `tensorkeep convert` reads it under its root.
+What it means
+    The file holds training state, or the model in a form that no loader of models takes.
+
+How it happens
+    The optimizer's file was taken for the model's; FSDP1 saved LOCAL_STATE_DICT or flat parameters (one vector for
+    each layer, `_flat_param`); or only the averaged copy (EMA) was kept, under a prefix of its own.
+
+How it shows
+    No name is found. With `strict=False` everything keeps its initial values.
+
+What to do
+    Give the model's own file. Flat parameters are gathered with the FSDP1 program that wrote them (FULL_STATE_DICT).
+    An averaged copy can be taken on purpose: `tensorkeep convert` reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "squar
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """No model in a file of tensors, or a model that is its EMA copy."""
+    """Report a file without a model in it, or with its averaged copy alone."""
     if case.view is None or case.identity is None or not case.view.records or case.adapter:
         return
     flat = [n for n in case.view if n.rpartition(".")[2].startswith(_FLAT)]
@@ -55,6 +62,7 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _wrong(case: Case, names: list[str], message: str, fix: str, claim: bool = True) -> Finding:
+    """Make the finding; `claim`: this explains every other finding about names and tensors."""
     if claim:
         case.claim([*case.reference_tensors, *case.tensors], CODE)
     return Finding(

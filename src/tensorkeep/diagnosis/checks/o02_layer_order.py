@@ -1,10 +1,17 @@
 """O02 layer order: layers were swapped, shifted, reversed or sorted as text.
 
-What it is: every tensor of a layer holds the content of another layer of the reference.
-How it happens: `sorted()` over names puts layers.10 before layers.2; a stack counted from 1 met one counted from 0;
-pipeline stages were gathered in the wrong order.
-How it shows: nothing by name or shape. Two neighbours in the middle: +0.1 of loss. Text order: +9. Shifted: +9.
-What to do: put them back; the fix below does where every layer of the reference is there once.
+What it means
+    Every tensor of a layer holds the content of another layer of the reference.
+
+How it happens
+    `sorted()` over names puts layers.10 before layers.2; a program that counts from 1 met one that counts from 0; the
+    stages of a pipeline were gathered in the wrong order.
+
+How it shows
+    Not in names or shapes. Two neighbouring layers swapped in the middle: +0.1 of loss. Text order or a shift: +9.
+
+What to do
+    Put them back: `tensorkeep repair` does it where every layer of the reference is there once.
 """
 
 from __future__ import annotations
@@ -13,8 +20,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.sources import layer_of, sources
-from tensorkeep.diagnosis.evidence.words import is_norm
+from tensorkeep.diagnosis.evidence.originals import originals
+from tensorkeep.diagnosis.evidence.tensor_names import is_norm, layer_of
 from tensorkeep.findings import Finding
 
 CODE = "O02"
@@ -22,7 +29,7 @@ _AGREED = 0.8  # part of a layer's differing matrices that must hold one and the
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Layers whose tensors, matched by content, belong to another layer."""
+    """Report layers whose tensors, matched by content, belong to another layer."""
     if case.reference is None:
         return
     layered = [n for n in case.differing() if layer_of(n)]
@@ -31,9 +38,9 @@ def check(case: Case) -> Iterator[Finding]:
     for name in layered:
         stack, layer, _ = _split(name)
         moved[stack, layer].append(name)
-    for name, source in sources(case, layered).items():
+    for name, original in originals(case, layered).items():
         stack, layer, kind = _split(name)
-        other = layer_of(source.name)
+        other = layer_of(original.name)
         if other is not None and other[0] == stack and other[2] == kind:
             votes[stack, layer][other[1]] += 1
     holds: dict[str, dict[int, int]] = defaultdict(dict)
@@ -52,39 +59,36 @@ def check(case: Case) -> Iterator[Finding]:
     if not names:
         return
     case.claim(names, CODE)
-    case.orders["layers"] = {stack: dict(found) for stack, found in holds.items()}
+    case.results["layers"] = {stack: dict(found) for stack, found in holds.items()}
     for stack, found in holds.items():
         yield _finding(case, stack, found, [n for n in names if _split(n)[0] == stack])
 
 
 def _split(name: str) -> tuple[str, int, str]:
+    """Split the name of a layer's tensor (see `layer_of`)."""
     found = layer_of(name)
     assert found is not None
     return found
 
 
 def _kinds(case: Case, stack: str, layer: int) -> int:
+    """Count the tensors of a layer."""
     return sum(n.startswith(f"{stack}{layer}.") for n in case.tensors)
 
 
 def _finding(case: Case, stack: str, found: Mapping[int, int], names: list[str]) -> Finding:
+    """Make the finding about one stack of layers."""
     layers = sorted({_split(n)[1] for n in case.tensors if layer_of(n) and _split(n)[0] == stack})
     order = [found.get(n, n) for n in layers]
     assert case.reference is not None
     lost = sorted(set(layers) - set(order))
-    return Finding(
-        CODE,
-        "error",
-        f"{len(found)} layers of {stack} hold other layers: {_rule(layers, order)}",
-        names,
-        {"permutation": order, "stack": stack, "rule": _rule(layers, order), **({"lost": lost} if lost else {})},
-        explains=["O03", "V06"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
-    )
+    message = f"{len(found)} layers of {stack} hold other layers: {_rule(layers, order)}"
+    evidence = {"permutation": order, "stack": stack, "rule": _rule(layers, order), **({"lost": lost} if lost else {})}
+    return Finding(CODE, "error", message, names, evidence, explains=["O03", "V06"], fix=case.repair_command())
 
 
 def _rule(layers: list[int], order: list[int]) -> str:
-    """The order in words.
+    """Describe an order of layers in words.
 
     >>> _rule([0, 1, 2], [2, 1, 0]), _rule([0, 1, 2], [1, 2, 0]), _rule([0, 1, 2, 3], [0, 2, 1, 3])
     ('reversed', 'shifted by 1', 'swapped 1 and 2')

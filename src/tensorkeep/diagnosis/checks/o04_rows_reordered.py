@@ -1,10 +1,19 @@
 """O04 rows reordered: the rows (or columns) are the reference's in another order.
 
-What it is: a vocabulary shifted by one, shards of a tensor joined in the wrong order, heads rolled, query heads grouped
-for another number of key/value heads; experts of a stacked tensor permuted.
-How it happens: an id map off by one, ranks sorted as text, a reshape with the groups in the wrong place.
-How it shows: nothing by name or shape. Vocabulary by one: +6 (tied) to +12 of loss; heads regrouped +9; shards +17.
-What to do: put them back; the fix below does, bit for bit, where every row is there once.
+What it means
+    The content is all there in the wrong order: a vocabulary shifted by one, the shards of a tensor joined in the
+    wrong order, heads moved along, query heads grouped for another number of key and value heads, experts of a
+    stacked tensor exchanged.
+
+How it happens
+    A map of ids is off by one, processes were sorted as text, or a reshape has its groups in the wrong place.
+
+How it shows
+    Not in names or shapes. Measured: vocabulary shifted by one +6 (tied) to +12 of loss, heads regrouped +9, shards
+    +17.
+
+What to do
+    Put them back: `tensorkeep repair` does it bit for bit where every row is there once.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ import numpy as np
 from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.orders import Order, describe, find_order, find_order_loosely
-from tensorkeep.diagnosis.evidence.sources import constant, relation_of
+from tensorkeep.diagnosis.evidence.originals import constant, relation_of
 from tensorkeep.findings import Finding
 
 CODE = "O04"
@@ -26,7 +35,7 @@ _LARGEST = 1 << 27  # elements beyond which columns are not searched: they need 
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Orders of rows, then of columns, that make the reference into the tensor; grouped by their rule."""
+    """Report tensors that hold the reference's rows, or else columns, in another order."""
     if case.reference is None:
         return
     found: dict[str, Order] = {}
@@ -37,7 +46,7 @@ def check(case: Case) -> Iterator[Finding]:
     if not found:
         return
     case.claim(found, CODE)
-    case.orders["rows"] = found
+    case.results["rows"] = found
     unit = architecture.head_dim(case.model_config or {})
     rules: dict[str, list[str]] = {}
     evidence: dict[str, object] = {}
@@ -46,18 +55,13 @@ def check(case: Case) -> Iterator[Finding]:
         rules.setdefault(words, []).append(name)
         evidence[name] = numbers
     lost = {n: o.unmatched for n, o in found.items() if not o.invertible}
-    yield Finding(
-        CODE,
-        "error",
-        "; ".join(f"{words} in {len(names)} tensors" for words, names in list(rules.items())[:3]),
-        list(found),
-        {"orders": dict(list(evidence.items())[:32]), **({"rows_not_found": lost} if lost else {})},
-        explains=["V06"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
-    )
+    message = "; ".join(f"{words} in {len(names)} tensors" for words, names in list(rules.items())[:3])
+    evidence = {"orders": dict(list(evidence.items())[:32]), **({"rows_not_found": lost} if lost else {})}
+    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command())
 
 
 def _order(case: Case, name: str) -> Order | None:
+    """Find the order of one tensor's rows or columns, by bytes first and then by direction."""
     mine, theirs = case.pair(name)
     if mine.ndim == 0 or constant(mine):
         return None
@@ -74,7 +78,7 @@ def _order(case: Case, name: str) -> Order | None:
 
 
 def _order_of_elements(mine: Array, theirs: Array) -> Order | None:
-    """A vector in another order: only where it holds the very same values, since single values say little."""
+    """Find the order of a vector, only where it holds the very same values, since single values prove little."""
     if len(mine) < 8 or not np.array_equal(
         np.sort(mine.view(f"u{mine.itemsize}")), np.sort(theirs.view(f"u{theirs.itemsize}"))
     ):
@@ -83,5 +87,6 @@ def _order_of_elements(mine: Array, theirs: Array) -> Order | None:
 
 
 def _mostly_equal_rows(mine: Array, theirs: Array) -> bool:
+    """Say whether at least two rows differ, and fewer than half."""
     rows = (mine != theirs).reshape(len(mine), -1).any(axis=1)
     return bool(rows.mean() < 0.5 and rows.sum() >= 2)

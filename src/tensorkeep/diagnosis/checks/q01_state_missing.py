@@ -1,22 +1,23 @@
 """Q01 quantization state missing: codes are there, the scales that give them a meaning are not.
 
-What it is
-    A quantized weight is stored as small integers and, beside them, its scales (`absmax`, `SCB`, `weight_scale`), the
-    value of each code and a short description (`quant_state`). Without them the codes cannot be turned into weights.
+What it means
+    A quantized weight is stored as small integers (codes) and, beside them, scales (`absmax`, `SCB`, `weight_scale`),
+    the value of each code and a short description (`quant_state`). Without these the codes cannot be turned into
+    weights.
 
 How it happens
-    bitsandbytes' 4-bit layers write their state but do not consume it when a state dict is loaded, so a strict load
-    of a model's own state dict fails with "Unexpected key(s) ... absmax, quant_map, quant_state". The usual "fix" is
-    to filter those keys out or to load with strict=False. A file saved from the filtered dict keeps the bytes alone.
+    4-bit layers of bitsandbytes write this state but do not read it when a state dict is loaded, so a model cannot
+    strictly load its own state dict: "Unexpected key(s) ... absmax, quant_map, quant_state". The usual "fix" is to
+    filter those keys out, or to load with `strict=False`. A file saved from the filtered dict has the codes alone.
 
 How it shows
-    Loading into a model that was quantized from other floats gives no error and weights that are wrong by 20 to 230 %
-    (measured); integer codes taken for floats are wrong by a factor of hundreds.
+    A model that was quantized from other floats loads it without an error, and its weights are wrong by 20 to 230 %.
+    Integer codes taken for floats are wrong by a factor of hundreds.
 
 What to do
     The scales are not in the file and cannot be computed from the codes. Take them from another save of the same
-    quantized model, or quantize the original float weights again. Save with the state (every key), and load with a
-    loader that consumes it.
+    quantized model, or quantize the original float weights again. Save every key, and load with a loader that reads
+    the state.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 from tensorkeep.diagnosis.evidence import quantized as quant_evidence
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
+from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.storage.record import DTYPES
 
@@ -38,7 +40,7 @@ _LARGEST_PLAIN = 100.0  # a weight above this was scaled to fill fp8's range; we
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Codes without scales, and incomplete states."""
+    """Report codes without scales, and incomplete states."""
     if case.view is None:
         return
     found = quant_evidence.weights(case)
@@ -55,31 +57,28 @@ def check(case: Case) -> Iterator[Finding]:
     names = [quant_evidence.hf_name(case, found[n]) if n in found else _clean(case, n) for n in broken]
     case.claim(names, CODE)
     reasons = sorted({m for messages in broken.values() for m in messages})
-    yield Finding(
-        CODE,
-        "error",
-        f"{len(names)} quantized weights cannot be dequantized: {'; '.join(reasons[:3])}",
-        names,
-        {
-            "reasons": reasons,
-            "quantized_weights": len(found),
-            "bytes_of_codes": sum(case.view[n].nbytes for n in broken if n in case.view),
-        },
-        explains=("S01", "S04", "K08"),
-    )
+    message = f"{len(names)} quantized weights cannot be dequantized: {'; '.join(reasons[:3])}"
+    evidence = {
+        "reasons": reasons,
+        "quantized_weights": len(found),
+        "bytes_of_codes": sum(case.view[n].nbytes for n in broken if n in case.view),
+    }
+    yield Finding(CODE, "error", message, names, evidence, explains=("S01", "S04", "K08"))
 
 
 def _settings(case: Case) -> Mapping[str, Any]:
+    """Return the config's `quantization_config`."""
     found = (case.config or {}).get("quantization_config")
     return found if isinstance(found, Mapping) else {}
 
 
 def _clean(case: Case, name: str) -> str:
+    """Return the Hugging Face name of a stored tensor."""
     return case.identity.names.get(name, name) if case.identity is not None else name
 
 
 def _float8(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
-    """fp8 weights without scales that are no plain cast: their siblings or the config have some, or they fill the range."""
+    """Find fp8 weights that lack scales: other weights or the config have some, or their values are scaled ones."""
     assert case.view is not None
     bare = [
         n
@@ -95,27 +94,15 @@ def _float8(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str
 
 
 def _fills_range(case: Case, name: str) -> bool:
+    """Say whether a tensor has values that only scaling to the range of fp8 gives."""
     assert case.view is not None
-    largest = max(
-        (
-            float(np.nanmax(np.abs(np.frombuffer(p, _dtype(case, name)).astype(np.float32))))
-            for p in case.view.stream(name)
-            if len(p)
-        ),
-        default=0.0,
-    )
-    return largest > _LARGEST_PLAIN
-
-
-def _dtype(case: Case, name: str) -> np.dtype[np.generic]:
-    from tensorkeep.formats.arrays import np_dtype
-
-    assert case.view is not None
-    return np_dtype(case.view[name].dtype)
+    dtype = np_dtype(case.view[name].dtype)
+    pieces = (np.frombuffer(p, dtype).astype(np.float32) for p in case.view.stream(name) if len(p))
+    return max((float(np.nanmax(np.abs(values))) for values in pieces), default=0.0) > _LARGEST_PLAIN
 
 
 def _typed_storage(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
-    """Packed codes stored as bf16, fp16 or fp32 (quant_storage): a column of floats where the model has a matrix."""
+    """Find packed codes stored as bf16, fp16 or fp32 (quant_storage): a column of floats where a matrix belongs."""
     assert case.view is not None
     settings = _settings(case)
     announced = settings.get("load_in_4bit") is True and settings.get("bnb_4bit_quant_storage", "uint8") != "uint8"

@@ -1,22 +1,22 @@
 """Q04 frozen quantized layer holds random values: what is quantized, and so can never be trained, was never trained.
 
-What it is
-    Quantized weights are frozen. That makes sense for pretrained weights. Where new layers (the down and up
-    projections of an adapter) are created, quantized and frozen at once, they keep their initialiser's values for ever
-    and only the low-rank pair beside them learns.
+What it means
+    Quantized weights are frozen, which makes sense for pretrained weights. Here new layers, such as the down and up
+    projections of an adapter, were created, quantized and frozen at once. They keep their random initial values for
+    ever, and only the low-rank pair beside them learns.
 
 How it happens
-    A "QLoRA adapter" whose own projections are quantized instead of the backbone's linears. Of such a ViT-S with
-    1,185,420 adapter parameters 884,736 are frozen at random and 300,684 train; the backbone stays in full precision,
-    so next to nothing is saved (3.1 MB of float32), where NF4 on the backbone itself takes 87.5 MB to 13.6 MB.
+    A "QLoRA adapter" quantizes its own projections instead of the linears of the backbone. In one such ViT-S, of
+    1,185,420 adapter parameters 884,736 are frozen at random and 300,684 train. The backbone stays in full precision,
+    so next to nothing is saved (3.1 MB of float32), where NF4 on the backbone turns 87.5 MB into 13.6 MB.
 
-How it is seen
-    Every value of torch's default Linear lies within 1/sqrt(in_features), evenly: the largest of each block comes
-    close to that bound, by a known law. Zeros stay zeros. A normal initialiser is only named where other quantized
-    weights of the same file are clearly trained.
+How it is found
+    The values of a new torch Linear lie evenly within 1/sqrt(in_features), so the largest of each block comes close
+    to that bound in a known way. Zeros stay zeros. A normal initialiser is named only where other quantized weights
+    of the same file are clearly trained.
 
 What to do
-    Quantize the pretrained linears (`--quantize-backbone nf4`), keep new layers in high precision and train them.
+    Quantize the pretrained linears (`--quantize-backbone nf4`); keep new layers in high precision and train them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WORDS = {
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """A warning for each kind of initialiser that quantized weights still hold."""
+    """Warn of quantized weights that still hold what an initialiser gave, once for each kind of initialiser."""
     if case.view is None:
         return
     known = {n for n, m in quant_evidence.matches(case).items() if m.verdict == "sound"}  # the reference's own values
@@ -55,17 +55,20 @@ def check(case: Case) -> Iterator[Finding]:
         names = [n for n, k in kinds.items() if k == word]
         if names:
             elements = sum(sound[n].elements for n in names)
-            yield Finding(
-                CODE,
-                "warning",
-                f"{len(names)} quantized (so frozen) weights were never trained: {WORDS[word]}; {elements:,} parameters that cannot learn",
-                [quant_evidence.hf_name(case, sound[n]) for n in names],
-                {"initialiser": word, "parameters": elements, "quantized_weights": len(quant_evidence.weights(case))},
+            message = (
+                f"{len(names)} quantized (so frozen) weights were never trained: {WORDS[word]}; {elements:,} "
+                "parameters that cannot learn"
             )
+            evidence = {
+                "initialiser": word,
+                "parameters": elements,
+                "quantized_weights": len(quant_evidence.weights(case)),
+            }
+            yield Finding(CODE, "warning", message, [quant_evidence.hf_name(case, sound[n]) for n in names], evidence)
 
 
 def kind(case: Case, weight: QuantizedWeight) -> str | None:
-    """The initialiser whose values a quantized weight still holds, or None."""
+    """Return the initialiser whose values a quantized weight still holds: a key of WORDS, or None."""
     assert case.view is not None and weight.shape is not None
     inputs = int(np.prod(weight.shape[1:]))
     peaks, reach = _peaks(case, weight)
@@ -80,7 +83,7 @@ def kind(case: Case, weight: QuantizedWeight) -> str | None:
 
 
 def _peaks(case: Case, weight: QuantizedWeight) -> tuple[Array, int]:
-    """The largest magnitude of each block or row, and how many values that is the largest of."""
+    """Return the largest magnitude of each block or row, and how many values it is the largest of."""
     assert case.view is not None
     if weight.kind in quant_codes.TABLES:
         assert isinstance(weight.block, int)
@@ -92,7 +95,7 @@ def _peaks(case: Case, weight: QuantizedWeight) -> tuple[Array, int]:
 
 
 def uniform(peaks: Array, reach: int, bound: float) -> bool:
-    """Whether block maxima are those of `reach` values uniform in [-bound, bound].
+    """Say whether block maxima are those of `reach` values uniform in [-bound, bound].
 
     The largest of n such magnitudes over the bound is Beta(n, 1): mean n/(n+1), variance n/((n+1)^2 (n+2)).
     """
@@ -103,7 +106,7 @@ def uniform(peaks: Array, reach: int, bound: float) -> bool:
 
 
 def normal(values: Array, spread: float) -> bool:
-    """Whether values are normal with this standard deviation, as far as their number and quantization allow to say."""
+    """Say whether values look normal with this standard deviation, as far as number and quantization allow."""
     if values.size < 1024:
         return False
     root = 4 / np.sqrt(2 * values.size)
@@ -113,5 +116,6 @@ def normal(values: Array, spread: float) -> bool:
 
 
 def _sample(case: Case, weight: QuantizedWeight) -> Array:
+    """Return the first values of a weight, dequantized."""
     assert case.view is not None
     return next((v for _, v in quantized.stream_values(case.view, weight)), np.zeros(0, np.float32))

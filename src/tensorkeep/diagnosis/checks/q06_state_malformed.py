@@ -1,21 +1,21 @@
 """Q06 quantization state malformed: the state contradicts its own description.
 
-What it is
-    `quant_state` says shape, block size, kind and dtype; from these follow the number of code bytes and the dtype and
-    shape of every scale and map. Something else is stored. Also: scales that are negative or not finite, a map that
-    is not the map of its kind, a shape that is not the reference's.
+What it means
+    `quant_state` says shape, block size, kind and dtype. The number of code bytes and the dtype and shape of every
+    scale and map follow from these, and something else is stored. Also reported: scales that are negative or not
+    finite, a map that is not the map of its kind, a shape that is not the reference's.
 
 How it happens
-    bitsandbytes' eval-mode forward on CPUs with AVX512-BF16 repacks a 4-bit layer in place; a save after that (and
-    without double quantization, the transformers default) writes `absmax` transposed and rounded to bf16:
-    [K/64, N] instead of [N*K/64]. `.half()` on codes that are stored as bf16 converts the bytes. A cast of a whole
-    state dict rounds the scales.
+    On CPUs with AVX512-BF16, a forward pass of bitsandbytes in eval mode rearranges a 4-bit layer in place. A save
+    after that (without double quantization, which is the default in transformers) writes `absmax` transposed and
+    rounded to bf16: [K/64, N] instead of [N*K/64]. `.half()` on codes that are stored as bf16 converts the bytes. A
+    cast of a whole state dict rounds the scales.
 
 How it shows
-    The transposed case loads without a word: weights wrong by 23 %, logits by 39 % (measured).
+    The transposed case loads without a word: weights are wrong by 23 %, logits by 39 %.
 
 What to do
-    Save again before any eval-mode forward on a CPU (or with `support_avx512bf16_for_cpu = False`), or quantize the
+    Save before any forward pass in eval mode on a CPU (or with `support_avx512bf16_for_cpu = False`), or quantize the
     float weights again. Where only the order of the scales is wrong they are still there, rounded to bf16.
 """
 
@@ -37,7 +37,7 @@ CODE = "Q06"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """States that contradict themselves, grouped by what is wrong."""
+    """Report states that contradict themselves, grouped by what is wrong."""
     if case.view is None:
         return
     groups: dict[str, list[str]] = {}
@@ -52,18 +52,12 @@ def check(case: Case) -> Iterator[Finding]:
             examples.setdefault(kind, f"{name}: {message}")
     for kind, names in groups.items():
         case.claim(names, CODE)
-        yield Finding(
-            CODE,
-            "error",
-            f"{len(names)} quantized weights are malformed: {examples[kind]}",
-            names,
-            {"example": examples[kind]},
-            explains=("S01", "S04", "V06", "L01"),
-        )
+        message = f"{len(names)} quantized weights are malformed: {examples[kind]}"
+        yield Finding(CODE, "error", message, names, {"example": examples[kind]}, explains=("S01", "S04", "V06", "L01"))
 
 
 def _values(view: StateView, weight: QuantizedWeight) -> Iterator[str]:
-    """Scales and maps by value."""
+    """Say what is wrong with the values of scales and maps."""
     if weight.kind in quant_codes.TABLES:
         table, scales = quantized.four_bit_state(view, weight)
         if not np.allclose(table, quant_codes.TABLES[weight.kind], atol=1e-6):
@@ -83,11 +77,12 @@ def _values(view: StateView, weight: QuantizedWeight) -> Iterator[str]:
 
 
 def _against_reference(case: Case, weight: QuantizedWeight) -> Iterator[str]:
+    """Say where the shape in the state is not the reference's."""
     wanted = case.reference_tensors.get(quant_evidence.hf_name(case, weight))
     if wanted is not None and _plain(wanted.dtype, wanted.shape) and wanted.shape != weight.shape:
         yield f"shape {list(weight.shape or ())} in the state, {list(wanted.shape)} in the reference"
 
 
 def _plain(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether the reference's own tensor is a float weight and no column of packed codes."""
+    """Say whether the reference's own tensor is a float weight and no column of packed codes."""
     return dtype in ("F64", "F32", "F16", "BF16") and shape[1:] != (1,)

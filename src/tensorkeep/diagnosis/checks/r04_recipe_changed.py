@@ -1,16 +1,16 @@
 """R04 recipe changed: the run's settings are not those the checkpoint was written with.
 
-What it is
-    The settings stored in a checkpoint (its recipe, its optimizer's groups) against the run's `recipe.yaml`, or
-    against those of the reference checkpoint.
+What it means
+    The settings stored in a checkpoint (its recipe, the groups of its optimizer) differ from the run's `recipe.yaml`,
+    or from those of the reference checkpoint.
 
 How it shows
-    A resumed run that is not a continuation: another schedule (more epochs move the learning rate up: 5.5 times in one
-    measured case), other betas over old moments, other data under an old position.
+    The resumed run is no continuation: another schedule (more epochs raised the learning rate 5.5 times in one case),
+    other betas over old moments, other data under an old position.
 
 What to do
-    Resume with the recipe that is stored, or say that the change is meant. Foreign checkpoints store little of their
-    settings: only what they store is compared.
+    Resume with the recipe that is stored, or say that the change is meant. Checkpoints of other programs store little
+    of their settings; only what they store is compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOST_SETTINGS = 10_000
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """A warning that lists the settings that differ."""
+    """Warn of settings that differ, and list them."""
     state, other = resume_state(case), reference_state(case)
     if state is None or case.view is None:
         return
@@ -49,6 +49,7 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _said(changed: dict[str, tuple[Any, Any]], where: str) -> Iterator[Finding]:
+    """Make the warning about settings that differ, (checkpoint's, other's) by name."""
     if changed:
         first = ", ".join(f"{k} {shown(a)} / {shown(b)}" for k, (a, b) in list(changed.items())[:4])
         evidence = {k: [shown(a), shown(b)] for k, (a, b) in list(changed.items())[:64]}
@@ -56,7 +57,7 @@ def _said(changed: dict[str, tuple[Any, Any]], where: str) -> Iterator[Finding]:
 
 
 def _recipe_beside(view: StateView) -> Any:
-    """The run's recipe.yaml, two folders above a step."""
+    """Read the run's recipe.yaml, two folders above a step; None where there is none to read."""
     if not isinstance(view.folder, LocalFolder):
         return None
     path = Path(view.folder.path).resolve().parent.parent / "recipe.yaml"
@@ -67,7 +68,7 @@ def _recipe_beside(view: StateView) -> Any:
 
 
 def _flat(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """Settings by dotted name; YAML's aliases can say much with little, so there is an end to it."""
+    """Return settings by dotted name, at most _MOST_SETTINGS: a few aliases in YAML can stand for endless ones."""
     out: dict[str, Any] = {}
     left: list[tuple[str, Any]] = [("", document)]
     while left and len(out) < _MOST_SETTINGS:
@@ -80,7 +81,7 @@ def _flat(document: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _groups(view: StateView) -> dict[str, Any]:
-    """Plain settings of optimizer groups; DCP's are opaque and left out."""
+    """Return the plain settings of optimizer groups; those in DCP are opaque and left out."""
     out: dict[str, Any] = {}
     for name, value in view.entries.items():
         if (
@@ -100,6 +101,7 @@ def _groups(view: StateView) -> dict[str, Any]:
 
 
 def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ; {} where either side has none."""
     if not a or not b:
         return {}
     return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}

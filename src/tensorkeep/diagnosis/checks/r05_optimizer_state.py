@@ -1,16 +1,16 @@
 """R05 optimizer state missing or by position: moments that are not there, or that only their number ties to a weight.
 
-What it is
-    torch's `optimizer.state_dict()` numbers its states in the order in which parameters were handed over. The names
-    are in another part of the file, or nowhere.
+What it means
+    torch's `optimizer.state_dict()` numbers its states in the order in which the parameters were given. The names of
+    the parameters are in another part of the file, or nowhere.
 
 How it shows
     Missing: Adam starts with zero moments, and its first steps are too large. By position: a model built in another
-    order (a new layer, another list of LoRA targets, groups sorted otherwise) takes the moments of other weights;
-    where shapes agree nothing complains (measured: a moment of 0.1 became 10.0).
+    order (a new layer, another list of LoRA targets, groups sorted otherwise) takes the moments of other weights, and
+    where shapes agree nothing complains (in one case a moment of 0.1 became 10.0).
 
 What to do
-    Save moments by parameter name. To continue such a file, build the model and its groups exactly as they were.
+    Save moments by parameter name. To continue from such a file, build the model and its groups exactly as they were.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADS = (hf.HEAD, "output.weight")
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Warnings, with the number of states and of weights, and whether their shapes fit in order."""
+    """Warn of missing optimizer state, and of states that go by position: do their shapes fit the weights in order?"""
     state = resume_state(case)
     if state is None:
         return
@@ -46,17 +46,12 @@ def check(case: Case) -> Iterator[Finding]:
             False: "their shapes do not fit the file's own order",
             None: "their number is not that of the weights",
         }
-        yield Finding(
-            CODE,
-            "warning",
-            f"{len(numbered)} optimizer states go by position, not by name; {order[fits]}",
-            (),
-            evidence,
-        )
+        message = f"{len(numbered)} optimizer states go by position, not by name; {order[fits]}"
+        yield Finding(CODE, "warning", message, (), evidence)
 
 
 def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
-    """Whether the moments' shapes are those of the weights (or of the adapter alone) in order; None for another count."""
+    """Say whether the moments have the shapes of the weights (or of the adapter) in order; None: another number."""
     assert case.view is not None and case.identity is not None
     shapes = [next((r.shape for r in s.values() if r.shape), ()) for _, s in sorted(state.by_position.items())]
     own = [n for n in case.identity.names if case.view[n].tied_to is None]
@@ -74,7 +69,7 @@ def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
 
 
 def _repeats_embedding(case: Case, stored: str) -> bool:
-    """Whether this is a head of the embedding's shape: tied, it has no state of its own, and files store it twice."""
+    """Say whether this is a head of the embedding's shape, which has no state of its own where it is tied."""
     assert case.view is not None and case.identity is not None
     shapes = {clean: case.view[n].shape for n, clean in case.identity.names.items()}
     embedding = next((shapes[n] for n in (hf.EMBEDDING, "tok_embeddings.weight") if n in shapes), None)

@@ -1,17 +1,17 @@
 """R06 weights narrower than trained: half-precision weights beside single-precision moments.
 
-What it is
-    The optimizer worked in float32, the weights were rounded to fp16 or bf16 when they were saved.
+What it means
+    The optimizer worked in float32, and the weights were rounded to fp16 or bf16 when they were saved.
 
 How it shows
-    A resume starts from rounded weights: 99.99 % of the parameters differ, the run drifts (measured: relative 2e-4
-    after some 80 steps, up to 3e-3 in the loss of a MoE). Small learning rates lose more: at 4e-8, 83 % of the weights
-    come back bit for bit as they were before training, and restarted nine times a run keeps a fifth of its movement.
-    fp16 also turns magnitudes above 65,504 into infinity.
+    A resume starts from rounded weights: 99.99 % of the parameters differ and the run drifts (measured: by 2e-4 of
+    its value after some 80 steps, up to 3e-3 in the loss of a model with experts). Small learning rates lose more: at
+    4e-8, 83 % of the weights come back exactly as they were before training, and a run that restarts nine times keeps
+    a fifth of its movement. fp16 also turns magnitudes above 65,504 into infinity.
 
 What to do
-    Save weights in the dtype they are trained in; export a narrow copy separately. From such a file an exact resume
-    is not possible, only one that continues nearby.
+    Save weights in the dtype they are trained in, and export a narrow copy beside. From such a file no exact resume
+    is possible, only one that continues nearby.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NARROW = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """A warning with the dtypes of weights and moments."""
+    """Warn of trained weights that are stored narrower than their moments."""
     state = resume_state(case)
     if state is None or case.view is None or case.identity is None:
         return
@@ -43,17 +43,16 @@ def check(case: Case) -> Iterator[Finding]:
     if narrow:
         dtypes = sorted({case.view[n].dtype for n in narrow})
         lost = 24 - min({"F16": 11, "BF16": 8}.get(d, 4) for d in dtypes)
-        yield Finding(
-            CODE,
-            "warning",
-            f"{len(narrow)} trained weights are stored as {', '.join(dtypes)}, their moments as F32: {lost} bits of every weight were rounded away",
-            [case.stored(n) for n in narrow],
-            {"weights": dtypes, "moments": sorted({r.dtype for r in wide.values()}), "tensors": len(narrow)},
+        message = (
+            f"{len(narrow)} trained weights are stored as {', '.join(dtypes)}, their moments as F32: {lost} bits of "
+            "every weight were rounded away"
         )
+        evidence = {"weights": dtypes, "moments": sorted({r.dtype for r in wide.values()}), "tensors": len(narrow)}
+        yield Finding(CODE, "warning", message, [case.stored(n) for n in narrow], evidence)
 
 
 def _trained(case: Case, state: ResumeState, wide: dict[str, TensorRecord]) -> list[str]:
-    """Stored names of the weights that the moments belong to: by name; all floating ones of those shapes otherwise."""
+    """Return the stored names of the weights that the moments belong to: by name, else all floats of their shapes."""
     view, identity = case.view, case.identity
     assert view is not None and identity is not None
     stored = {**{clean: n for n, clean in identity.names.items()}, **{unwrap(n)[0]: n for n in case.adapter}}
@@ -70,7 +69,7 @@ def _trained(case: Case, state: ResumeState, wide: dict[str, TensorRecord]) -> l
 
 
 def _tail(name: str, weights: dict[str, str]) -> str | None:
-    """The weight that a state's name ends with: `optimizer.state.layers.0.wq.weight` -> `layers.0.wq.weight`."""
+    """Return the weight that a state's name ends with: `optimizer.state.layers.0.wq.weight` -> `layers.0.wq.weight`."""
     segments = unwrap(name)[0].split(".")
     for at in range(len(segments)):
         tail = ".".join(segments[at:])

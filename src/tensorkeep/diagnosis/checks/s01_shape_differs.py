@@ -1,10 +1,17 @@
 """S01 shape differs: the tensor has another shape than the reference, or than the config's architecture asks for.
 
-What it is: neither a padded vocabulary (S02) nor a transposition (S03) says why.
-How it happens: another size of the same family, another number of heads or experts, a shard taken for the whole, a
-fused tensor taken for one of its parts.
-How it shows: a size mismatch when it is loaded.
-What to do: compare config.json with the weights; gather the shards before converting.
+What it means
+    The shape is wrong, and neither a padded vocabulary (S02) nor a transposition (S03) says why.
+
+How it happens
+    Another size of the same family; another number of heads or experts; a shard taken for the whole; a fused tensor
+    taken for one of its parts.
+
+How it shows
+    As a size mismatch when it is loaded.
+
+What to do
+    Compare config.json with the weights. Gather shards before you convert.
 """
 
 from __future__ import annotations
@@ -19,8 +26,8 @@ CODE = "S01"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Shapes that differ and that nothing explained."""
-    yield from case.told(CODE)
+    """Report shapes that differ and that no other check explained."""
+    yield from case.from_reading(CODE)
     wanted = expectation(case)
     if wanted is None:
         return
@@ -31,11 +38,8 @@ def check(case: Case) -> Iterator[Finding]:
     case.claim(names, CODE)
     shown = {n: {"shape": list(case.tensors[n].shape), "expected": list(wanted.shapes[n])} for n in names[:20]}
     first = names[0]
-    yield Finding(
-        CODE,
-        "error",
+    message = (
         f"{len(names)} tensors have another shape than {wanted.by} asks for, first {first}: "
-        f"{list(case.tensors[first].shape)}, expected {list(wanted.shapes[first])}",
-        names,
-        {"shapes": shown},
+        f"{list(case.tensors[first].shape)}, expected {list(wanted.shapes[first])}"
     )
+    yield Finding(CODE, "error", message, names, {"shapes": shown})

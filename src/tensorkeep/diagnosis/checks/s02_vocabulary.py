@@ -1,11 +1,19 @@
 """S02 vocabulary padded or cut: only the number of rows of embedding and head differs.
 
-What it is: the rows that both sides have are the same; some follow or lack at the end.
-How it happens: rows were padded to a multiple of 64 or 128 for speed; tokens were added; a loader took
-max(tokenizer, config) (flame does); padding was cut off again.
-How it shows: a size mismatch, loud. Forced through, ids beyond the rows crash, and padded rows take probability.
-What to do: cut or pad the rows to what the config says; the fix below takes the reference's number. If tokens were
-added on purpose, give the matching config beside the weights.
+What it means
+    The rows that both sides have are the same; at the end there are more, or some are missing.
+
+How it happens
+    Rows were padded to a multiple of 64 or 128 for speed; tokens were added; a loader took the larger of the
+    tokenizer's and the config's size (flame does); or padding was cut off again.
+
+How it shows
+    As a size mismatch. Where that is forced through, ids beyond the rows crash, and padded rows take probability away
+    from real tokens.
+
+What to do
+    Cut or pad the rows to what the config says; `tensorkeep repair` takes the reference's number. If tokens were
+    added on purpose, put the matching config beside the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ SAME = 0.99  # r of the rows in common: rounding and training keep it, another v
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Embedding and head with more or fewer rows, the common ones alike."""
+    """Report an embedding or head with more or fewer rows than expected, where the rows in common are alike."""
     wanted = expectation(case)
     if wanted is None:
         return
@@ -42,24 +50,26 @@ def check(case: Case) -> Iterator[Finding]:
     # rows that the checkpoint's own config asks for were added on purpose
     meant = case.config is not None and case.reference is not None and case.config.get("vocab_size") == mine
     word = "padded" if mine > theirs else "cut"
+    message = f"the vocabulary is {word}: {mine} rows, {wanted.by} has {theirs}"
+    evidence = {"rows": mine, "expected": theirs, "difference": mine - theirs}
     yield Finding(
         CODE,
         "warning" if meant else "error",
-        f"the vocabulary is {word}: {mine} rows, {wanted.by} has {theirs}",
+        message,
         names,
-        {"rows": mine, "expected": theirs, "difference": mine - theirs},
+        evidence,
         explains=["S01", "C01", "C02"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}"
-        if case.reference is not None
-        else None,
+        fix=case.repair_command(),
     )
 
 
 def _rows_differ(mine: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """Say whether two matrices have as many columns and other numbers of rows."""
     return len(mine) == len(theirs) == 2 and mine[1] == theirs[1] and mine[0] != theirs[0]
 
 
 def _common(case: Case, name: str) -> bool:
+    """Say whether the rows that both sides have are alike."""
     mine, theirs = case.pair(name)
     rows = min(len(mine), len(theirs))
     same = np.array_equal(mine[: min(rows, 64)].view(np.uint8), theirs[: min(rows, 64)].view(np.uint8))

@@ -1,55 +1,50 @@
 """S03 transposed: the tensor is the reference's with its two dimensions exchanged.
 
-What it is: rows are columns. Of a square matrix no shape shows it.
-How it happens: one library keeps weights as [in, out] (GPT-2's Conv1D, Flax, TensorFlow), another as [out, in].
-How it shows: a size mismatch for oblong matrices; nothing for square ones, and a loss 6 to 8 too high.
-What to do: transpose them back; the fix below does, bit for bit.
+What it means
+    Rows are columns. The shape shows it only where the matrix is not square.
+
+How it happens
+    One library keeps weights as [in, out] (GPT-2's Conv1D, Flax, TensorFlow), another as [out, in].
+
+How it shows
+    As a size mismatch where the matrix is not square. Square matrices load, and the loss is 6 to 8 too high.
+
+What to do
+    Transpose them back: `tensorkeep repair` does it bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation
-from tensorkeep.diagnosis.evidence.sources import ALIKE, relation_of
+from tensorkeep.diagnosis.evidence.originals import ALIKE, relation_of
 from tensorkeep.diagnosis.evidence.statistics import relation
-from tensorkeep.diagnosis.evidence.survey import bits_equal
 from tensorkeep.findings import Finding
 
 CODE = "S03"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Matrices that equal the reference after an exchange of their dimensions; by shape alone without a reference."""
+    """Report matrices that equal the reference transposed; without a reference, by shape alone."""
     names = _by_content(case) if case.reference is not None else _by_shape(case)
     if not names:
         return
     case.claim(names, CODE)
     square = [n for n in names if len(set(case.tensors[n].shape)) == 1]
-    yield Finding(
-        CODE,
-        "error",
-        f"{len(names)} matrices are transposed ({len(square)} of them square, which no shape shows)",
-        names,
-        {"square": len(square), "oblong": len(names) - len(square)},
-        explains=["S01"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}"
-        if case.reference is not None
-        else None,
-    )
+    message = f"{len(names)} matrices are transposed ({len(square)} of them square, which no shape shows)"
+    evidence = {"square": len(square), "oblong": len(names) - len(square)}
+    yield Finding(CODE, "error", message, names, evidence, explains=["S01"], fix=case.repair_command())
 
 
 def _by_content(case: Case) -> list[str]:
+    """Find matrices that equal the reference's transposed, up to rounding and training."""
     found = []
     for name in case.shared():
         mine, theirs = case.tensors[name].shape, case.reference_tensors[name].shape
-        if (
-            name in case.claims
-            or len(mine) != 2
-            or mine != theirs[::-1]
-            or case.sights[name].status in ("equal", "cast")
-        ):
+        if name in case.claims or len(mine) != 2 or mine != theirs[::-1] or case.comparisons[name].status in SAME:
             continue
         a, b = case.pair(name)
         if mine == theirs and relation_of(case, name).correlation > ALIKE:
@@ -60,6 +55,7 @@ def _by_content(case: Case) -> list[str]:
 
 
 def _by_shape(case: Case) -> list[str]:
+    """Find matrices whose shape is the expected one the other way round."""
     wanted = expectation(case)
     shapes = wanted.shapes if wanted is not None else {}
     turned = [

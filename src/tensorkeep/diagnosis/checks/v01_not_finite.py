@@ -1,11 +1,18 @@
 """V01 NaN or Inf: values that are no numbers.
 
-What it is: elements that are NaN or infinite where the reference's are finite.
-How it happens: training diverged and saved; a cast to fp16 overflowed (65504) or to fp8 e4m3 (448); uninitialised
-memory; a flipped exponent.
-How it shows: every loss is NaN, at once or at the first input that reaches the element.
-What to do: take an earlier checkpoint. Where the rest of the tensor is the reference's, the fix below takes the few
-lost elements from there.
+What it means
+    Elements are NaN or infinite where the reference's are finite.
+
+How it happens
+    Training diverged and saved; a cast to fp16 overflowed (beyond 65,504) or to fp8 e4m3 (beyond 448); memory was
+    never written; a bit of an exponent flipped.
+
+How it shows
+    The loss is NaN, at once or at the first input that reaches the element.
+
+What to do
+    Take an earlier checkpoint. Where the rest of the tensor is the reference's, `tensorkeep repair` takes the few
+    lost elements from there.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ CODE = "V01"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Counts of NaN and infinity that the reference does not have."""
+    """Report tensors with NaN or infinities that the reference does not have."""
     counts: dict[str, tuple[int, int]] = {}
     if case.reference is not None:
         for name in case.differing():
@@ -38,19 +45,11 @@ def check(case: Case) -> Iterator[Finding]:
     case.claim(counts, CODE)
     nan, infinite = (sum(c[i] for c in counts.values()) for i in (0, 1))
     elements = sum(int(np.prod(case.tensors[n].shape)) for n in counts)
-    yield Finding(
-        CODE,
-        "error",
-        f"{nan} NaN and {infinite} infinite values in {len(counts)} tensors",
-        list(counts),
-        {
-            "nan": nan,
-            "infinite": infinite,
-            "of": elements,
-            "tensors": {n: {"nan": c[0], "infinite": c[1]} for n, c in list(counts.items())[:32]},
-        },
-        explains=["V06", "V07"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}"
-        if case.reference is not None
-        else None,
-    )
+    message = f"{nan} NaN and {infinite} infinite values in {len(counts)} tensors"
+    evidence = {
+        "nan": nan,
+        "infinite": infinite,
+        "of": elements,
+        "tensors": {n: {"nan": c[0], "infinite": c[1]} for n, c in list(counts.items())[:32]},
+    }
+    yield Finding(CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command())

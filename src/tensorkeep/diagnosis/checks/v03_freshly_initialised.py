@@ -1,12 +1,19 @@
 """V03 freshly initialised: the tensor was never loaded; it holds what the initialiser drew.
 
-What it is: values that have nothing to do with the reference's (|r| < 0.05) and look drawn one by one: kurtosis of a
-normal or uniform, rows and columns all alike. Trained matrices have heavier tails and rows of very different norms.
-How it happens: the tensor was missing and strict=False hid it; the name did not match; a fused tensor was loaded into
-a copy; post_init() ran after the load.
-How it shows: it depends on the tensor. One q_proj of thirty: +0.03 of loss. One whole middle layer: +0.23. The last
-layer: +2.6. An untied head: +8, ln V.
-What to do: load or convert again. The values are not here.
+What it means
+    The values have nothing to do with the reference's (correlation below 0.05) and look drawn one by one from a
+    normal or uniform distribution. Trained matrices have more extreme values, and rows of very different norms.
+
+How it happens
+    The tensor was missing, or its name did not match, and `strict=False` hid it; a fused tensor was loaded into a
+    copy; post_init() ran after the load.
+
+How it shows
+    It depends on the tensor. One q_proj of thirty: +0.03 of loss. A whole middle layer: +0.23. The last layer: +2.6.
+    A head of its own: +8.
+
+What to do
+    Load or convert again. The values are not in this file.
 """
 
 from __future__ import annotations
@@ -14,21 +21,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.originals import constant, relation_of
 from tensorkeep.diagnosis.evidence.scan import scan
-from tensorkeep.diagnosis.evidence.sources import constant, relation_of
 from tensorkeep.diagnosis.evidence.statistics import Spread, rounded, spread
-from tensorkeep.diagnosis.evidence.words import is_norm
+from tensorkeep.diagnosis.evidence.tensor_names import is_norm
 from tensorkeep.findings import Finding
 
 CODE = "V03"
-# Without a reference, fresh means the facts' detector (§2.5: fresh 0.88 to 1.07, trained 1.23 and more), and trained
-# siblings must stand beside, or the whole model may be new on purpose.
+# without a reference the limits are narrow (`Spread` says what was measured), and there must be trained tensors beside
+# the fresh ones: a whole model may be new on purpose
 _FRESH_ROWS = 1.12
 _FRESH_KURTOSIS = (2.9, 3.1)
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Uncorrelated and independent values; without a reference, fresh statistics beside trained siblings."""
+    """Report tensors unrelated to the reference with random values; without one, random tensors beside trained ones."""
     if case.reference is None:
         yield from _alone(case)
         return
@@ -49,18 +56,16 @@ def check(case: Case) -> Iterator[Finding]:
         return
     case.claim(found, CODE)
     worst = max(abs(relation_of(case, n).correlation) for n in found)
-    yield Finding(
-        CODE,
-        "error",
-        f"{len(found)} tensors hold fresh random values, not the reference's (|r| at most {worst:.3f})",
-        list(found),
-        {"largest_correlation": rounded(worst), "statistics": {n: s.to_json() for n, s in list(found.items())[:16]}},
-        explains=["V06"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
-    )
+    message = f"{len(found)} tensors hold fresh random values, not the reference's (|r| at most {worst:.3f})"
+    evidence = {
+        "largest_correlation": rounded(worst),
+        "statistics": {n: s.to_json() for n, s in list(found.items())[:16]},
+    }
+    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command())
 
 
 def _alone(case: Case) -> Iterator[Finding]:
+    """Report random matrices beside at least as many trained ones, without a reference."""
     looked = {
         n: s.spread
         for n, s in scan(case).items()
@@ -70,18 +75,18 @@ def _alone(case: Case) -> Iterator[Finding]:
         n: s
         for n, s in looked.items()
         if s.count >= 4096
-        and s.rows < _FRESH_ROWS
-        and s.columns < _FRESH_ROWS
+        and s.row_spread < _FRESH_ROWS
+        and s.column_spread < _FRESH_ROWS
         and _FRESH_KURTOSIS[0] < s.kurtosis < _FRESH_KURTOSIS[1]
     }
-    trained = [n for n, s in looked.items() if s.count >= 4096 and n not in fresh and (s.rows > 1.2 or s.columns > 1.2)]
+    trained = [
+        n
+        for n, s in looked.items()
+        if s.count >= 4096 and n not in fresh and (s.row_spread > 1.2 or s.column_spread > 1.2)
+    ]
     if not fresh or len(trained) < len(fresh):
         return
     case.claim(fresh, CODE)
-    yield Finding(
-        CODE,
-        "error",
-        f"{len(fresh)} tensors look freshly initialised beside {len(trained)} trained ones",
-        list(fresh),
-        {"statistics": {n: s.to_json() for n, s in list(fresh.items())[:16]}, "trained_siblings": len(trained)},
-    )
+    message = f"{len(fresh)} tensors look freshly initialised beside {len(trained)} trained ones"
+    evidence = {"statistics": {n: s.to_json() for n, s in list(fresh.items())[:16]}, "trained_siblings": len(trained)}
+    yield Finding(CODE, "error", message, list(fresh), evidence)

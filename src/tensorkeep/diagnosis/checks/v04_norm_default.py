@@ -1,12 +1,19 @@
 """V04 norm at its default: a norm's gain is exactly one or zero, or off by one.
 
-What it is: the gain of a norm is what its module starts with (ones; zeros for norms that add one), all zeros, or the
-reference's plus or minus one: the two conventions of Gemma and of everybody else were mixed.
-How it happens: the norm's name did not match (input_layernorm, post_attention_layernorm and OLMo2's
-post_feedforward_layernorm are easily confused) and strict=False hid it.
-How it shows: ONE norm of a middle layer at one: +1.7 of loss, the "4 to 5 instead of 2". All of them: +12. Off by one:
-+11 to +21.
-What to do: load the norm from the source. Off by one is undone by the fix below.
+What it means
+    The gain of a norm is what its module starts with (one, or zero for norms that add one), or all zeros, or the
+    reference's plus or minus one: then the convention of Gemma, which stores gain - 1, was mixed with everybody
+    else's.
+
+How it happens
+    The norm's name did not match and `strict=False` hid it: input_layernorm, post_attention_layernorm and OLMo 2's
+    post_feedforward_layernorm are easily confused.
+
+How it shows
+    One norm of a middle layer at one: +1.7 of loss. All of them: +12. Off by one: +11 to +21.
+
+What to do
+    Load the norm from the source; `tensorkeep repair` takes it from the reference where that is the source.
 """
 
 from __future__ import annotations
@@ -18,14 +25,14 @@ import numpy as np
 from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.scan import scan
-from tensorkeep.diagnosis.evidence.words import is_norm
+from tensorkeep.diagnosis.evidence.tensor_names import is_norm
 from tensorkeep.findings import Finding
 
 CODE = "V04"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Constant norms, and norms that are the reference's off by one."""
+    """Report norms at their default, and norms that are the reference's off by one."""
     if case.reference is None:
         yield from _alone(case)
         return
@@ -33,22 +40,15 @@ def check(case: Case) -> Iterator[Finding]:
     if not found:
         return
     case.claim(found, CODE)
-    case.orders["norms"] = found
+    case.results["norms"] = found
     counts = {word: list(found.values()).count(word) for word in dict.fromkeys(found.values())}
     what = ", ".join(f"{count} {word}" for word, count in counts.items())
-    yield Finding(
-        CODE,
-        "error",
-        f"{len(found)} norms are not the reference's: {what}",
-        list(found),
-        {"states": counts},
-        explains=["V06"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
-    )
+    message = f"{len(found)} norms are not the reference's: {what}"
+    yield Finding(CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command())
 
 
 def _state(mine: Array, theirs: Array) -> str | None:
-    """ones, zeros, plus one, minus one; None for anything else."""
+    """Say in words how a norm differs from the reference's; None for any other difference."""
     a, b = mine.astype(np.float64), theirs.astype(np.float64)
     for value, word in ((1.0, "exactly one"), (0.0, "all zeros")):
         if (a == value).all() and not (b == value).all():
@@ -63,7 +63,7 @@ def _state(mine: Array, theirs: Array) -> str | None:
 
 
 def _alone(case: Case) -> Iterator[Finding]:
-    """A norm at its default beside norms that were trained."""
+    """Report norms at their default beside norms that were trained."""
     seen = scan(case)
     norms = [n for n in seen if is_norm(n) and n.endswith("weight") and len(case.tensors[n].shape) == 1]
     default = 0.0 if (case.config or {}).get("model_type") in architecture.OFFSET_BY_ONE else 1.0
@@ -71,10 +71,10 @@ def _alone(case: Case) -> Iterator[Finding]:
     if not stuck or len(norms) - len(stuck) < max(len(stuck), 1):
         return
     case.claim(stuck, CODE)
+    message = (
+        f"{len(stuck)} norms are exactly {seen[stuck[0]].constant:g} everywhere, {len(norms) - len(stuck)} others are "
+        "trained"
+    )
     yield Finding(
-        CODE,
-        "error",
-        f"{len(stuck)} norms are exactly {seen[stuck[0]].constant:g} everywhere, {len(norms) - len(stuck)} others are trained",
-        stuck,
-        {"value": seen[stuck[0]].constant, "trained_norms": len(norms) - len(stuck)},
+        CODE, "error", message, stuck, {"value": seen[stuck[0]].constant, "trained_norms": len(norms) - len(stuck)}
     )

@@ -1,10 +1,17 @@
 """V05 all zeros: the tensor was never written.
 
-What it is: every element is zero, and the reference's (or its siblings') are not.
-How it happens: memory from `to_empty` on fresh pages, a sparse file whose hole was never filled, torch's Hugging Face
-consolidation writing 0-d tensors as 0 (measured), a rank that saved before it had loaded.
-How it shows: a zero head gives a loss of exactly ln V; a zero projection drops its branch.
-What to do: convert or copy again. The values are not here.
+What it means
+    Every element is zero, and those of the reference, or of similar tensors, are not.
+
+How it happens
+    A model built on the meta device kept fresh memory; a hole in a sparse file was never filled; a process saved
+    before it had loaded; PyTorch's consolidation of Hugging Face shards writes tensors of one number as 0.
+
+How it shows
+    A zero head gives the loss of random guessing, to all digits. A zero projection switches its branch off.
+
+What to do
+    Convert or copy again. The values are not in this file.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ CODE = "V05"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Zero tensors that differ from the reference; without one, zero matrices of a model."""
+    """Report zero tensors that differ from the reference; without one, zero matrices."""
     if case.reference is not None:
         zero = [
             n for n in case.differing(floating=False) if not any(piece.any() for piece in pieces_of(case.values(n)))
@@ -38,14 +45,5 @@ def check(case: Case) -> Iterator[Finding]:
         return
     case.claim(zero, CODE)
     count = sum(int(np.prod(case.tensors[n].shape)) for n in zero)
-    yield Finding(
-        CODE,
-        "error",
-        f"{len(zero)} tensors are all zeros: never written",
-        zero,
-        {"elements": count},
-        explains=["V06"],
-        fix=f"tensorkeep repair {case.path} OUT --reference {case.reference.path}"
-        if case.reference is not None
-        else None,
-    )
+    message = f"{len(zero)} tensors are all zeros: never written"
+    yield Finding(CODE, "error", message, zero, {"elements": count}, explains=["V06"], fix=case.repair_command())

@@ -1,12 +1,19 @@
 """V06 values differ: scaled, drifted, noisy or trained; the evidence says which fits.
 
-What it is: tensors that differ from the reference and that no other check explains. An error where one simple
-operation (a factor, an offset) explains a few tensors, or where a few have moved and the rest has not; an info where
-they moved as training moves them: most tensors, the same kinds in every layer, or an adapter's low rank.
-How it happens: partial sums of tensor parallelism added twice (x2), an adapter merged into some layers only, an EMA
-taken for the weights, noise; or you simply trained.
-How it shows: x0.9 on all projections +0.09 of loss, o_proj and down_proj x2 +3.2, 10 % noise +0.7 (measured).
-What to do: a factor is divided out by the fix below. Anything else: compare with where the checkpoint came from.
+What it means
+    Tensors differ from the reference in a way that no other check explains. It is an error where one simple operation
+    (a factor, an offset) explains a few tensors, or where a few have moved and the rest has not. It is an info where
+    they moved as training moves them: most tensors, the same ones in every layer, or by an adapter's low rank.
+
+How it happens
+    Partial sums of tensor parallelism were added twice (a factor of 2); an adapter was merged into some layers only;
+    an averaged copy (EMA) was taken for the weights; noise; or you simply trained.
+
+How it shows
+    Measured: all projections times 0.9, +0.09 of loss; o_proj and down_proj doubled, +3.2; 10 % noise, +0.7.
+
+What to do
+    `tensorkeep repair` divides a factor out. For anything else compare with where the checkpoint came from.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.movement import KEPT, Fit, fit, structured, trained_further
 from tensorkeep.diagnosis.evidence.statistics import rounded
-from tensorkeep.diagnosis.evidence.words import is_norm
+from tensorkeep.diagnosis.evidence.tensor_names import is_norm
 from tensorkeep.findings import Finding
 
 CODE = "V06"
@@ -24,7 +31,7 @@ STRANGE = 0.2  # r below which a tensor among trained ones does not hold the ref
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """What is left, by the operation that fits it."""
+    """Report the tensors that no other check explained, by the operation that fits them."""
     if case.reference is None:
         return
     names = case.differing(floating=False)
@@ -35,7 +42,7 @@ def check(case: Case) -> Iterator[Finding]:
     simple = {n: f for n, f in fits.items() if f.simple}
     if trained and len(simple) < 0.5 * len(names):
         simple = _outliers(fits)
-    case.orders["fits"] = simple
+    case.results["fits"] = simple
     for kind, number in dict.fromkeys((f.kind, _short(f)) for f in simple.values()):
         same = {n: f for n, f in simple.items() if (f.kind, _short(f)) == (kind, number)}
         case.claim(same, CODE)
@@ -45,7 +52,7 @@ def check(case: Case) -> Iterator[Finding]:
             same,
             "error",
             f"{len(same)} tensors are the reference's with a {kind}{by}",
-            f"tensorkeep repair {case.path} OUT --reference {case.reference.path}",
+            case.repair_command(),
         )
     rest = {n: f for n, f in fits.items() if n not in simple}
     lost = {
@@ -63,13 +70,15 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _short(found: Fit) -> float | None:
-    """The factor to three digits: tensors of one fault were each rounded on their own."""
+    """Return the factor to three digits: tensors of one fault were each rounded on their own."""
     return None if found.number is None else float(f"{found.number:.3g}")
 
 
 def _outliers(fits: Mapping[str, Fit]) -> dict[str, Fit]:
-    """Tensors with a factor of their own among others that were only trained: training does not change the size of
-    one matrix by a fifth and leave its siblings."""
+    """Find tensors with a factor of their own among others that were only trained.
+
+    Training does not change the size of one matrix by a fifth and leave the others.
+    """
     scales = {n: f.relation.scale for n, f in fits.items() if not is_norm(n) and f.relation.correlation > KEPT}
     if not scales or abs(sorted(scales.values())[len(scales) // 2] - 1) > 0.05:
         return {}
@@ -78,6 +87,7 @@ def _outliers(fits: Mapping[str, Fit]) -> dict[str, Fit]:
 
 
 def _moved(case: Case, fits: Mapping[str, Fit], trained: bool) -> Finding:
+    """Make the finding about tensors that no simple operation explains: an info where training moves them so."""
     kinds = [f.kind for f in fits.values()]
     word = max(dict.fromkeys(kinds), key=kinds.count)
     alike = sum(f.relation.correlation > KEPT for f in fits.values()) >= 0.8 * len(fits)
@@ -90,6 +100,7 @@ def _moved(case: Case, fits: Mapping[str, Fit], trained: bool) -> Finding:
 
 
 def _finding(case: Case, fits: Mapping[str, Fit], severity: str, message: str, fix: str | None) -> Finding:
+    """Make a finding with the figures of each tensor."""
     relative = sorted(f.relation.relative for f in fits.values())
     evidence = {
         "median_relative_difference": rounded(relative[len(relative) // 2]),
