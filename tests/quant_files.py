@@ -180,7 +180,7 @@ def findings(
 ) -> tuple[list[Finding], set[str]]:
     """The findings of these checks, and the codes that could not be decided."""
     case = opening.open_case(str(checkpoint), None if reference is None else str(reference))
-    opening.look(case)
+    opening.compare_sides(case)
     out: list[Finding] = []
     undecided = set()
     for code in MINE:

@@ -64,7 +64,7 @@ def diagnose(
 def _with_forward(found: Diagnosis, text: Path) -> Diagnosis:
     """The same diagnosis with what one forward over the text shows, and L01's findings about it."""
     from tensorkeep.diagnosis.checks import l01_loss_too_high
-    from tensorkeep.diagnosis.diagnosis import judge
+    from tensorkeep.diagnosis.diagnosis import conclude
     from tensorkeep.diagnosis.live.forward import measure
     from tensorkeep.errors import Inconclusive
 
@@ -77,8 +77,8 @@ def _with_forward(found: Diagnosis, text: Path) -> Diagnosis:
         case.forward = measure(case.view, text, case.reference)
     except Inconclusive as why:
         note = Finding("L01", "info", f"could not be decided: {why.reason}", evidence={"inconclusive": True})
-        return judge(case, [*found.findings, note], True)
-    return judge(case, [*found.findings, *l01_loss_too_high.check(case)], open_before, case.forward.to_json())
+        return conclude(case, [*found.findings, note], True)
+    return conclude(case, [*found.findings, *l01_loss_too_high.check(case)], open_before, case.forward.to_json())
 
 
 def show(out: Output, found: Diagnosis) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, how two differ, what is wrong with one and how to undo it."""
+"""Say what a checkpoint holds, how two differ, what is wrong with one, and how to undo that."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Remedies: the inverse of each proven cause, as a recipe for every tensor it claimed.
+"""Find the inverse of each proven cause, as a recipe for every tensor that it claimed.
 
-A recipe gives a tensor in hf layout and the checkpoint's dtype when it is asked for; nothing is computed before. What
-a cause destroyed is `lost`: only the reference can hold it, and whether it may be taken from there is repair's to say.
+A recipe gives a tensor in Hugging Face layout and the checkpoint's dtype when it is asked for; nothing is computed
+before. What a cause destroyed is `lost`: only the reference can hold it, and `repairs` decides whether it may be
+taken from there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.diagnosis import Diagnosis
 from tensorkeep.diagnosis.evidence.case import Array, Case
-from tensorkeep.diagnosis.evidence.sources import layer_of
+from tensorkeep.diagnosis.evidence.tensor_names import layer_of
 from tensorkeep.formats.arrays import np_dtype
 
 Recipe = Callable[[], Array]
@@ -40,7 +41,7 @@ _NEEDS = {
 
 @dataclass
 class Remedies:
-    """What is to be done: recipes by hf name, names to leave out, names lost, companions to take from the reference."""
+    """What is to be done: recipes by name, names to leave out, names lost, files to take from the reference."""
 
     recipes: dict[str, Recipe] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Remedies:
 
 
 def remedies(diagnosis: Diagnosis) -> Remedies:
-    """The inverse of every error of a diagnosis made with a reference."""
+    """Collect the inverse of every error of a diagnosis that was made with a reference."""
     case = diagnosis.case
     assert case is not None
     out = Remedies()
@@ -111,15 +112,15 @@ def _tied_apart(case: Case, names: list[str], out: Remedies) -> None:
 
 
 def _turned(case: Case, names: list[str], out: Remedies) -> None:
-    turns = case.orders["turns"]
+    turns = case.results["turns"]
     for name in names:
-        back = np.argsort(np.asarray(turns[name].source))
+        back = np.argsort(np.asarray(turns[name].origin))
         out.recipes[name] = lambda name=name, back=back: case.values(name)[back]  # type: ignore[misc]
     out.done["O01"] = f"turned the rows of {len(names)} tensors back"
 
 
 def _layers(case: Case, names: list[str], out: Remedies) -> None:
-    for stack, holds in case.orders["layers"].items():
+    for stack, holds in case.results["layers"].items():
         mine = [n for n in names if (at := layer_of(n)) is not None and at[0] == stack]
         places = {content: layer for layer, content in holds.items()}
         for name in mine:
@@ -137,7 +138,7 @@ def _layers(case: Case, names: list[str], out: Remedies) -> None:
 
 
 def _swapped(case: Case, names: list[str], out: Remedies) -> None:
-    places = {content: name for name, content in case.orders["swaps"].items()}
+    places = {content: name for name, content in case.results["swaps"].items()}
     for name in names:
         if name in places:
             out.recipes[name] = lambda source=places[name]: case.values(source)  # type: ignore[misc]
@@ -148,7 +149,7 @@ def _swapped(case: Case, names: list[str], out: Remedies) -> None:
 
 def _rows(case: Case, names: list[str], out: Remedies) -> None:
     for name in names:
-        order = case.orders["rows"][name]
+        order = case.results["rows"][name]
         if not order.invertible:
             out.lose([name], "O04")
             continue
@@ -164,7 +165,7 @@ def _reordered(values: Array, back: Any, axis: int) -> Array:
 
 
 def _norms(case: Case, names: list[str], out: Remedies) -> None:
-    """A norm that is off by one was rounded there: what it was before is the reference's to say."""
+    """Take norms from the reference: one that is off by one was rounded there, so subtracting does not restore it."""
     out.lose(names, "V04")
 
 
@@ -178,7 +179,7 @@ def _elements(code: str) -> Callable[[Case, list[str], Remedies], None]:
 
 
 def _healed(case: Case, name: str) -> Array:
-    """Elements that are no numbers, or differ while nearly all others do not, from the reference."""
+    """Return a tensor with its damaged elements (not finite, or differing among equal ones) from the reference."""
     mine = case.values(name).copy()
     theirs = case.reference_values(name).astype(mine.dtype)
     word = f"u{mine.itemsize}"
@@ -193,7 +194,7 @@ def _healed(case: Case, name: str) -> Array:
 
 
 def _scaled(case: Case, names: list[str], out: Remedies) -> None:
-    fits: Mapping[str, Any] = case.orders.get("fits", {})
+    fits: Mapping[str, Any] = case.results.get("fits", {})
     for name in names:
         found = fits.get(name)
         if found is None or found.kind not in ("scale", "offset") or not found.number:
@@ -204,7 +205,7 @@ def _scaled(case: Case, names: list[str], out: Remedies) -> None:
 
 
 def _unscaled(case: Case, name: str, kind: str, number: float) -> Array:
-    """The reference's values where undoing the operation gives them up to rounding, so that nothing is rounded twice."""
+    """Undo a factor or an offset; return the reference's own values where they are that up to rounding."""
     mine = case.values(name)
     wide = mine.astype(np.float64)
     made: Array = (wide / number if kind == "scale" else wide - number).astype(np_dtype(case.tensors[name].dtype))

@@ -1,7 +1,7 @@
-"""Diff: two checkpoints of any format and naming, tensor by tensor, streamed.
+"""Compare two checkpoints of any format and naming, tensor by tensor, streamed.
 
-Both sides are brought to hf names and layout first, so a torchtitan DCP and a Hugging Face folder of the same model
-compare equal. Values are compared as stored bytes; only where those differ are numbers computed.
+Both sides are brought to Hugging Face names and layout first, so a torchtitan DCP and a Hugging Face folder of the
+same model compare equal. Values are compared as stored bytes; only where those differ are numbers computed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
-from tensorkeep.conversion.streams import pieces
+from tensorkeep.diagnosis.evidence.bytewise import aligned, as_float, hf_bytes, width
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -30,10 +31,11 @@ THREADS = min(4, os.cpu_count() or 1)
 
 @dataclass
 class Difference:
-    """One tensor of either side. `status`: equal, values, dtype, shape, only_a, only_b.
+    """How one tensor differs between two checkpoints, A and B.
 
-    `dtype` means that the dtypes differ; the numbers then say whether the values do. `max_difference` and
-    `relative` (Frobenius norm of the difference over that of B) are None where there is nothing to subtract.
+    `status` is equal, values, dtype, shape, only_a or only_b; with "dtype", the numbers say whether the values differ
+    too. `different` counts elements. `max_difference` is absolute, `relative` the Frobenius norm of the difference over
+    that of B; both are None where there is nothing to subtract. `same_rows`: the same rows in another order.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Difference:
     same_rows: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Return the entry of `tensorkeep diff --json`."""
         out: dict[str, Any] = {"name": self.name, "status": self.status}
         for side, hub in (("a", self.a), ("b", self.b)):
             out[side] = (
@@ -58,7 +61,7 @@ class Difference:
 
 @dataclass
 class Pairing:
-    """Two views side by side under hf names; `identities` says how each was read."""
+    """Two checkpoints side by side under Hugging Face names; `identities` says how each was read."""
 
     views: tuple[StateView, StateView]
     identities: tuple[namings.Identity, namings.Identity]
@@ -67,12 +70,13 @@ class Pairing:
 
     @property
     def names(self) -> list[str]:
+        """All names, those of A first."""
         a, b = self.hubs
         return [*a, *(n for n in b if n not in a)]
 
 
 def pair(a: StateView, b: StateView) -> Pairing:
-    """Bring both sides under hf names. A config on either side serves both: heads and ties are the model's."""
+    """Bring both sides under Hugging Face names; a config on either side serves both, since it is the model's."""
     config = a.config if a.config is not None else b.config
     identities = (namings.identify(a), namings.identify(b))
     if config is None and identities[0].naming == identities[1].naming:
@@ -91,11 +95,23 @@ def pair(a: StateView, b: StateView) -> Pairing:
     return pairing
 
 
-def compare(a: StateView, b: StateView, progress: Callable[[str, int, int], None] | None = None) -> list[Difference]:
-    """Every tensor of either side and how it differs, in natural order of A then B.
+def compare(a: StateView, b: StateView, progress: Progress | None = None) -> list[Difference]:
+    """Compare every tensor of two checkpoints.
 
-    >>> [d.status for d in compare(read("hf"), read("dcp"))]      # doctest: +SKIP
-    ['equal', 'equal', 'values']
+    Args:
+        a: One checkpoint.
+        b: The other, of any format and naming.
+        progress: Called with "compare", the bytes done and the bytes in all.
+
+    Returns:
+        One entry for each tensor of either side, in the order of A, then what only B has.
+
+    Raises:
+        TensorkeepError: Where a file is damaged, or names cannot be translated without the config.
+
+    Example:
+        >>> [d.status for d in compare(read("hf"), read("dcp"))]      # doctest: +SKIP
+        ['equal', 'equal', 'values']
     """
     pairing = pair(a, b)
     total = sum(
@@ -114,7 +130,7 @@ def compare(a: StateView, b: StateView, progress: Callable[[str, int, int], None
 
 
 def difference(name: str, pairing: Pairing) -> Difference:
-    """How one tensor differs between the sides."""
+    """Compare one tensor."""
     a, b = (side.get(name) for side in pairing.hubs)
     if a is None or b is None:
         return Difference(name, "only_b" if a is None else "only_a", a, b)
@@ -122,42 +138,17 @@ def difference(name: str, pairing: Pairing) -> Difference:
         return Difference(name, "shape", a, b)
     found = Difference(name, "equal" if a.dtype == b.dtype else "dtype", a, b)
     sums = _Sums()
-    for x, y in aligned(hub_bytes(a, pairing.views), hub_bytes(b, pairing.views), width(a.dtype), width(b.dtype)):
+    for x, y in aligned(hf_bytes(a, pairing.views), hf_bytes(b, pairing.views), width(a.dtype), width(b.dtype)):
         if a.dtype != b.dtype or not np.array_equal(np.frombuffer(x, np.uint8), np.frombuffer(y, np.uint8)):
             sums.add(x, a.dtype, y, b.dtype)
     if a.dtype == b.dtype and not sums.touched:
         found.max_difference = found.relative = 0.0
         return found
     found.status = found.status if found.status == "dtype" else "values"
-    found.different, found.max_difference, found.relative = sums.result(lambda: hub_bytes(b, pairing.views), b.dtype)
+    found.different, found.max_difference, found.relative = sums.result(lambda: hf_bytes(b, pairing.views), b.dtype)
     if found.status == "values" and len(a.shape) == 2 and a.dtype == b.dtype:
         found.same_rows = row_digests(a, pairing.views) == row_digests(b, pairing.views)
     return found
-
-
-def width(dtype: str) -> int:
-    return max(DTYPES[dtype].bits // 8, 1)
-
-
-def hub_bytes(hub: HfTensor, views: Sequence[StateView]) -> Iterator[memoryview]:
-    """The bytes of a tensor in hf layout."""
-    for part in hub.parts:
-        yield from pieces(part, views[part.source])
-
-
-def aligned(
-    a: Iterator[memoryview], b: Iterator[memoryview], width_a: int, width_b: int
-) -> Iterator[tuple[memoryview, memoryview]]:
-    """Two streams cut so that each pair holds the same elements. The pieces live until the next pair."""
-    x, y = memoryview(b""), memoryview(b"")
-    while True:
-        x = x if len(x) else next(a, x)
-        y = y if len(y) else next(b, y)
-        count = min(len(x) // width_a, len(y) // width_b)
-        if not count:
-            return
-        yield x[: count * width_a], y[: count * width_b]
-        x, y = x[count * width_a :], y[count * width_b :]
 
 
 @dataclass
@@ -170,6 +161,7 @@ class _Sums:
     squares: float = 0.0
 
     def add(self, x: memoryview, dtype_x: str, y: memoryview, dtype_y: str) -> None:
+        """Add pieces that hold the same elements of both sides."""
         self.touched = True
         if _np_dtype_or_none(dtype_x) is None or _np_dtype_or_none(dtype_y) is None:
             self.different += int(np.count_nonzero(np.frombuffer(x, np.uint8) != np.frombuffer(y, np.uint8)))
@@ -186,39 +178,29 @@ class _Sums:
             self.squares += float(np.square(delta).sum())
 
     def result(self, again: Callable[[], Iterator[memoryview]], dtype: str) -> tuple[int, float, float]:
+        """Return elements that differ, the largest difference and the relative one; `again` streams B once more."""
         norm = 0.0
         if _np_dtype_or_none(dtype) is not None:
             for piece in again():
                 with np.errstate(invalid="ignore", over="ignore"):
                     norm += float(np.square(as_float(piece, dtype)).sum())
-        relative = (
-            math.sqrt(self.squares / norm)
-            if norm > 0 and self.squares >= 0
-            else (0.0 if self.squares == 0 else math.inf)
-        )
-        return self.different, self.largest, relative
+        if norm > 0 and self.squares >= 0:
+            return self.different, self.largest, math.sqrt(self.squares / norm)
+        return self.different, self.largest, 0.0 if self.squares == 0 else math.inf
 
 
 def _np_dtype_or_none(dtype: str) -> np.dtype[Any] | None:
-    """numpy's dtype, or None for packed types that can only be copied."""
+    """Return numpy's dtype, or None for packed types that can only be copied."""
     return np_dtype(dtype) if DTYPES[dtype].numpy else None
 
 
-def as_float(data: memoryview, dtype: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Values as float64 (complex numbers as pairs), exact for everything but 64-bit integers beyond 2^53."""
-    values = np.frombuffer(data, np_dtype(dtype))
-    if dtype in ("C64", "C128"):
-        values = values.view(np.float32 if dtype == "C64" else np.float64)
-    return values.astype(np.float64)
-
-
 def row_digests(hub: HfTensor, views: Sequence[StateView]) -> list[int]:
-    """Sorted 64-bit digests of a matrix's rows: equal lists mean the same rows, in whatever order."""
+    """Return the sorted 64-bit digests of a matrix's rows: equal lists mean the same rows, in whatever order."""
     row = hub.shape[1] * width(hub.dtype)
     rest, out = b"", []
     if not row:
         return []
-    for piece in hub_bytes(hub, views):
+    for piece in hf_bytes(hub, views):
         data = memoryview(rest + bytes(piece))
         whole = len(data) // row * row
         out += [xxhash.xxh3_64_intdigest(data[at : at + row]) for at in range(0, whole, row)]

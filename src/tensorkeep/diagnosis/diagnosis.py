@@ -1,7 +1,7 @@
-"""Diagnose: run every check over a checkpoint (and a reference), and let causes absorb what they explain.
+"""Diagnose a checkpoint: run every check over it and separate causes from what they explain.
 
-Tools never import torch: names, bytes, configs and statistics are enough to name a cause. What needs a live model
-(B01, L01) is in `loaded.py` and `forward.py`.
+Nothing here imports torch: names, bytes, configs and statistics are enough to name a cause. What needs a model in
+memory (B01, L01) is in `live`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,28 @@ from typing import Any
 
 from tensorkeep.diagnosis.checks import CODES, LIVE, rank
 from tensorkeep.diagnosis.evidence import opening
-from tensorkeep.diagnosis.evidence.case import Case, Progress, Target, said
+from tensorkeep.diagnosis.evidence.case import Case, Target, message_of
 from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.findings import EXIT, Finding, Verdict, verdict_of
+from tensorkeep.storage.files import Progress
 
-__all__ = ["Case", "Diagnosis", "Inconclusive", "diagnose", "judge"]
-
-SEVERITIES = {"error": 0, "warning": 1, "info": 2}
+_SEVERITIES = {"error": 0, "warning": 1, "info": 2}
 
 
 @dataclass
 class Diagnosis:
-    """What was found, causes first. `totals`: parameters in the reference and in the checkpoint. `case` is not data."""
+    """The result of a diagnosis.
+
+    Attributes:
+        checkpoint: The path that was diagnosed.
+        reference: The path it was compared with, or None.
+        verdict: "findings" where there is an error, "inconclusive" where a check that matters could not run, else "ok".
+        causes: The codes of errors that no other error explains, in order of precedence.
+        findings: Everything found, causes first.
+        forward: What a forward pass showed, where one was asked for.
+        totals: Number of parameters in the "reference" and in the "checkpoint", None where unknown.
+        case: The opened checkpoint with all evidence, for repair; no part of the document.
+    """
 
     checkpoint: str
     reference: str | None
@@ -37,10 +47,11 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
+        """The exit code of `tensorkeep diagnose`: 0 ok, 1 findings, 3 inconclusive."""
         return EXIT[self.verdict]
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `diagnose --json` (design §5), without its schema number."""
+        """Return the document of `tensorkeep diagnose --json`, without its schema number."""
         return {
             "checkpoint": self.checkpoint,
             "reference": self.reference,
@@ -55,27 +66,36 @@ class Diagnosis:
 def diagnose(
     path: str, reference: str | None = None, target: Target | None = None, progress: Progress | None = None
 ) -> Diagnosis:
-    """Findings about the checkpoint at `path`, proven against `reference` where one is given.
+    """Find out what is wrong with a checkpoint, and what caused it.
 
-    `target` names the loader it is meant for: hf, flame or torchtitan. Raises TensorkeepError where a path is no
-    checkpoint at all, or the reference cannot be read; damage of the checkpoint itself is a finding.
+    Args:
+        path: The checkpoint, of any format and naming.
+        reference: A sound checkpoint to compare with: the original, or the model it was trained from. Without one,
+            only what the file itself shows is found.
+        target: The program that is to load it: "hf", "flame" or "torchtitan".
+        progress: Called with what is being done, the bytes done and the bytes in all.
 
-    >>> diagnose("out", "base").causes                      # doctest: +SKIP
-    ['O01']
+    Raises:
+        TensorkeepError: Where a path is no checkpoint at all, or the reference cannot be read. Damage of the
+            checkpoint itself is a finding.
+
+    Example:
+        >>> diagnose("out", "base").causes                      # doctest: +SKIP
+        ['O01']
     """
     case = opening.open_case(path, reference, target)
     case.progress = progress
-    opening.look(case)
+    opening.compare_sides(case)
     findings, open_questions = run_checks(case)
-    return judge(case, findings, open_questions)
+    return conclude(case, findings, open_questions)
 
 
 def run_checks(case: Case) -> tuple[list[Finding], bool]:
-    """The findings of every check in order of precedence, and whether one that matters could not run."""
+    """Run every check; return the findings in order of precedence, and whether a check that matters could not run."""
     findings: list[Finding] = []
     inconclusive = False
     for code, place in CODES.items():
-        if code in LIVE:  # these need a model: `loaded.py` and `--forward`
+        if code in LIVE:  # these need a model in memory: `check_loaded` and `--forward`
             continue
         check = importlib.import_module(place)
         try:
@@ -89,17 +109,28 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
             # data that turns out to be damaged while a check reads it
             if error.code is None:
                 raise
-            findings.append(Finding(error.code, "error", said(error), error.tensors, fix=error.hint))
+            findings.append(Finding(error.code, "error", message_of(error), error.tensors, fix=error.hint))
     stopped = case.read_error
     if stopped is not None and not any(f.code == stopped.code and f.severity == "error" for f in findings):
-        findings.insert(0, Finding(stopped.code or "F07", "error", said(stopped), stopped.tensors, fix=stopped.hint))
+        findings.insert(
+            0, Finding(stopped.code or "F07", "error", message_of(stopped), stopped.tensors, fix=stopped.hint)
+        )
     return findings, inconclusive
 
 
-def judge(
+def conclude(
     case: Case, findings: Sequence[Finding], inconclusive: bool, forward: dict[str, Any] | None = None
 ) -> Diagnosis:
-    """The verdict and the causes. A cause is an error that no other error explains; warnings, where there is no error."""
+    """Draw the verdict and the causes from findings.
+
+    A cause is an error that no other error explains; where there is no error, a warning that no other explains.
+
+    Args:
+        case: The case that was looked at.
+        findings: What the checks found.
+        inconclusive: Whether a check that matters could not run.
+        forward: What a forward pass showed, as a document.
+    """
     errors = [f for f in findings if f.severity == "error"] or [f for f in findings if f.severity == "warning"]
     explained = {code for f in errors for code in f.explains if code != f.code}
     causes = sorted(dict.fromkeys(f.code for f in errors if f.code not in explained), key=rank)
@@ -107,7 +138,7 @@ def judge(
         findings,
         key=lambda f: (
             f.code not in causes or f.severity == "info",
-            SEVERITIES[f.severity],
+            _SEVERITIES[f.severity],
             rank(f.code),
             -len(f.tensors),
         ),

@@ -1,24 +1,34 @@
-"""Inspect: what a checkpoint holds, as a document for programs and as lines for people."""
+"""Describe what a checkpoint holds, as a document for programs and as lines for people."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tensorkeep.conversion.naming import Identity
-from tensorkeep.formats.names import grouped, ranges
+from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import size
 from tensorkeep.quantization.stored import find_quantized
 from tensorkeep.quantization.stored import members as parts_of
 from tensorkeep.storage.archive import saved_value, zip_entries
+from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import TensorRecord
 
 
-def digests(view: StateView, names: Sequence[str], progress: Callable[[str, int, int], None]) -> dict[str, str]:
-    """xxh3_128 of each tensor's raw bytes."""
+def digests(view: StateView, names: Sequence[str], progress: Progress) -> dict[str, str]:
+    """Return the xxh3_128 digest of each tensor's raw bytes, as hexadecimal.
+
+    Args:
+        view: The checkpoint.
+        names: Stored names.
+        progress: Called with "digest", the bytes done and the bytes in all.
+
+    Raises:
+        TensorkeepError: Where a file is damaged.
+    """
     total, done, out = sum(view[n].nbytes for n in names), 0, {}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for name, digest in zip(names, pool.map(view.digest, names)):
@@ -29,7 +39,14 @@ def digests(view: StateView, names: Sequence[str], progress: Callable[[str, int,
 
 
 def document(view: StateView, identity: Identity, names: Sequence[str], found: dict[str, str]) -> dict[str, Any]:
-    """The document of `inspect --json`."""
+    """Return the document of `tensorkeep inspect --json`, without its schema number.
+
+    Args:
+        view: The checkpoint.
+        identity: Its naming, root and wrappers.
+        names: The stored names to list.
+        found: Digests by stored name, where they were asked for.
+    """
     tensors = []
     for name in names:
         record = view[name]
@@ -59,12 +76,12 @@ def document(view: StateView, identity: Identity, names: Sequence[str], found: d
 
 
 def _own(view: StateView) -> list[TensorRecord]:
-    """Records that hold bytes of their own: a tied tensor is counted once."""
+    """Return the records that hold bytes of their own: a tied tensor is counted once."""
     return [r for r in view.values() if r.tied_to is None]
 
 
 def parameters(view: StateView, identity: Identity) -> int:
-    """Elements of the model's tensors, tied ones once, training state not counted; quantized weights unpacked, without scales."""
+    """Count the parameters of the model: tied ones once, quantized weights unpacked, no scales, no training state."""
     weights = find_quantized(view, identity.names)
     beside = parts_of(weights)
     return sum(
@@ -75,7 +92,7 @@ def parameters(view: StateView, identity: Identity) -> int:
 
 
 def quantized(view: StateView) -> list[dict[str, Any]]:
-    """Weights stored as codes with their scales: GGUF blocks, bitsandbytes, fp8 and int8. Codes without scales too."""
+    """List the quantized weights: GGUF blocks, bitsandbytes, fp8 and int8, also those whose scales are missing."""
     out: list[dict[str, Any]] = [{"name": n, "kind": r.encoding} for n, r in view.items() if r.encoding != "plain"]
     for weight in find_quantized(view).values():
         entry: dict[str, Any] = {
@@ -99,7 +116,7 @@ _RUN_NAMES = {
 
 
 def _run_state(view: StateView) -> dict[str, int | None] | None:
-    """Step, epoch, samples and world size, where the file holds them as plain numbers, or our run's state does."""
+    """Return step, epoch, samples and world size where the checkpoint holds them as plain numbers; else None."""
     if "run" in view.metadata:
         return {field: view.metadata["run"].get(field) for field in _RUN_NAMES}
     found = {
@@ -110,7 +127,7 @@ def _run_state(view: StateView) -> dict[str, int | None] | None:
 
 
 def _whole(view: StateView, name: str) -> int | None:
-    """An entry that is a whole number. DCP keeps each entry as an archive of its own, read here without running it."""
+    """Return an entry that is a whole number, or None. DCP keeps each as an archive, read here without running it."""
     value = view.entries.get(name)
     if view.format == "dcp" and isinstance(value, tuple):
         file, start, length = value
@@ -119,7 +136,12 @@ def _whole(view: StateView, name: str) -> int | None:
 
 
 def summary(view: StateView, identity: Identity) -> list[str]:
-    """The head of the human output."""
+    """Return the lines at the head of `tensorkeep inspect`.
+
+    Args:
+        view: The checkpoint.
+        identity: Its naming, root and wrappers.
+    """
     naming = identity.naming or "not a known scheme"
     root = f", nested under {identity.root}" if identity.root else ""
     wrappers = f", wrapped in {' '.join(identity.wrappers)}" if identity.wrappers else ""
@@ -138,7 +160,8 @@ def summary(view: StateView, identity: Identity) -> list[str]:
     adapter = view.metadata.get("adapter")
     if adapter:
         lines.append(
-            f"adapter {adapter.get('peft_type')}: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, base {adapter.get('base_model_name_or_path')}"
+            f"adapter {adapter.get('peft_type')}: r {adapter.get('r')}, alpha {adapter.get('lora_alpha')}, "
+            f"base {adapter.get('base_model_name_or_path')}"
         )
     state = _run_state(view)
     if state:
@@ -147,18 +170,19 @@ def summary(view: StateView, identity: Identity) -> list[str]:
 
 
 def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered: bool) -> list[tuple[object, ...]]:
-    """Rows of the table; `gathered` folds layers that look alike into one row."""
+    """Return the rows of the table of `tensorkeep inspect`: name, dtype, shape, size, file and perhaps digest.
+
+    Args:
+        view: The checkpoint.
+        names: The stored names to list.
+        found: Digests by stored name, where they were asked for.
+        gathered: Put layers that look alike into one row.
+    """
     if not gathered:
         return [
-            (
-                n + _tie(view[n]),
-                view[n].dtype,
-                list(view[n].shape),
-                size(view[n].nbytes),
-                view[n].file,
-                *([found[n]] if found else []),
-            )
+            (n + _shared(r), r.dtype, list(r.shape), size(r.nbytes), r.file, *([found[n]] if found else []))
             for n in names
+            for r in (view[n],)
         ]
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
@@ -168,15 +192,13 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
     out: list[tuple[object, ...]] = []
     for alike in groups.values():
         records = [view[n] for n in alike]
-        label = ", ".join(grouped(alike)) + _tie(records[0])
+        label = ", ".join(grouped(alike)) + _shared(records[0])
         files = sorted({r.file for r in records})
         where = files[0] if len(files) == 1 else f"{len(files)} files"
         out.append((label, records[0].dtype, list(records[0].shape), size(sum(r.nbytes for r in records)), where))
     return out
 
 
-def _tie(record: TensorRecord) -> str:
+def _shared(record: TensorRecord) -> str:
+    """Return " = NAME" for a tensor that shares the bytes of another."""
     return f" = {record.tied_to}" if record.tied_to else ""
-
-
-__all__ = ["digests", "document", "parameters", "quantized", "ranges", "rows", "summary"]

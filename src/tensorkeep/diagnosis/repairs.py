@@ -1,4 +1,4 @@
-"""Repair: undo the proven causes, write a new checkpoint, diagnose it again.
+"""Repair a checkpoint: undo the proven causes, write a new one, diagnose it again.
 
 What was only moved, turned or renamed comes back bit for bit. What a cause destroyed is taken from the reference only
 where everything else shows that the checkpoint is a copy of it; a checkpoint that was trained further is refused then,
@@ -16,23 +16,27 @@ from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.sink import Result, quiet
 from tensorkeep.diagnosis._remedies import Recipe, Remedies, remedies
-from tensorkeep.diagnosis.diagnosis import Diagnosis, diagnose, judge, run_checks
+from tensorkeep.diagnosis.diagnosis import Diagnosis, conclude, diagnose, run_checks
 from tensorkeep.diagnosis.evidence import opening
-from tensorkeep.diagnosis.evidence.case import Array, Case, Progress, Target
-from tensorkeep.diagnosis.evidence.opening import elements
-from tensorkeep.diagnosis.evidence.survey import SAME
+from tensorkeep.diagnosis.evidence.bytewise import elements
+from tensorkeep.diagnosis.evidence.case import Array, Case, Target
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import STREAM_BYTES, StateView
+from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import TensorRecord, nbytes
 
-MOST = 0.5  # part of the elements that may come from the reference: beyond it, the reference is what you want
+_MOST_TAKEN = 0.5  # part of the elements that may come from the reference: beyond it, use the reference itself
 
 
 @dataclass
 class Repaired:
-    """What a repair did: the diagnosis before and after, what was done by code, what came from the reference."""
+    """What a repair did.
+
+    `before` and `after` are the diagnoses of the old and the new checkpoint, `done` says in words what was done for
+    each code, `taken` names the tensors that came from the reference, `result` is what the conversion wrote.
+    """
 
     before: Diagnosis
     after: Diagnosis
@@ -43,7 +47,7 @@ class Repaired:
 
 @dataclass(eq=False)
 class RepairedView(StateView):
-    """A checkpoint as it should have been: hf names and layout, some tensors made by recipes, the others streamed."""
+    """A checkpoint as it should have been, in Hugging Face names and layout: tensors as stored or made by recipes."""
 
     case: Case | None = None
     recipes: dict[str, Recipe] | None = None
@@ -51,17 +55,12 @@ class RepairedView(StateView):
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
     ) -> Iterator[memoryview]:
+        """Stream a tensor as it should be: from the file where it is stored so, else made in memory."""
         recipe = (self.recipes or {}).get(name)
         assert self.case is not None
-        hub = self.case.tensors.get(name)
-        if (
-            recipe is None
-            and hub is not None
-            and len(hub.parts) == 1
-            and not hub.parts[0].permutes
-            and hub.parts[0].rows is None
-        ):
-            yield from self.case.views[0].stream(hub.parts[0].name, rows, granule, chunk)
+        parts = self.case.tensors[name].parts if recipe is None else ()
+        if len(parts) == 1 and not parts[0].permutes and parts[0].rows is None:  # stored as it is wanted
+            yield from self.case.views[0].stream(parts[0].name, rows, granule, chunk)
             return
         values = np.ascontiguousarray(recipe() if recipe is not None else self.case.values(name))
         record = self.records[name]
@@ -80,13 +79,23 @@ def repair(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Repaired:
-    """Write to `out` what the checkpoint at `path` should have been, in its own format and naming.
+    """Write what a broken checkpoint should have been, in its own format and naming.
 
-    Raises TensorkeepError where there is nothing to repair, where something is lost or ambiguous (it says what is
-    needed), or where the result still has an error; then nothing is left at `out`.
+    Args:
+        path: The broken checkpoint; it is not changed.
+        out: Where to write the repaired one.
+        reference: The checkpoint it came from.
+        target: The program that is to load it: "hf", "flame" or "torchtitan".
+        overwrite: Replace what is at `out`.
+        progress: Called with what is being done, the bytes done and the bytes in all.
 
-    >>> repair("broken", "mended", "base").after.verdict              # doctest: +SKIP
-    'ok'
+    Raises:
+        TensorkeepError: Where there is nothing to repair, where something is lost or ambiguous (it says what is
+            needed), or where the result would still have an error. Nothing is left at `out` then.
+
+    Example:
+        >>> repair("broken", "mended", "base").after.verdict              # doctest: +SKIP
+        'ok'
     """
     before = diagnose(path, reference, target, progress)
     if before.verdict != "findings":
@@ -111,6 +120,7 @@ def repair(
 
 
 def _refuse(before: Diagnosis, plan: Remedies) -> None:
+    """Raise where a cause has no remedy, saying what it needs instead."""
     if plan.refused:
         code, need = next(iter(plan.refused.items()))
         more = f" ({len(plan.refused) - 1} more: {', '.join(list(plan.refused)[1:])})" if len(plan.refused) > 1 else ""
@@ -118,26 +128,23 @@ def _refuse(before: Diagnosis, plan: Remedies) -> None:
 
 
 def _take(case: Case, plan: Remedies) -> list[str]:
-    """Recipes for what was lost, out of the reference, where the rest of the checkpoint is the reference's bit for bit."""
+    """Plan to take what was lost from the reference; refuse where the rest of the checkpoint is not the reference's."""
     if not plan.lost:
         return []
     code = next(iter(plan.lost.values()))
     lost = ", ".join(grouped(plan.lost)[:3])
-    other = [
-        n
-        for n in case.shared()
-        if n not in plan.lost and n not in plan.recipes and case.sights[n].status not in (*SAME, "shape")
-    ]
+    other = [n for n in case.shared() if n not in plan.lost and n not in plan.recipes and case.changed(n)]
     if other:
         raise TensorkeepError(
-            f"the values of {lost} are lost, and the reference is not where this checkpoint came from: {other[0]} differs as well",
+            f"the values of {lost} are lost, and the reference is not where this checkpoint came from: "
+            f"{other[0]} differs as well",
             where=case.path,
             code=code,
             hint="it needs the checkpoint before the fault; the reference's values would not fit the trained ones",
         )
     total = sum(elements(h) for h in case.reference_tensors.values())
     count = sum(elements(case.reference_tensors[n]) for n in plan.lost if n in case.reference_tensors)
-    if count > MOST * total or any(n not in case.reference_tensors for n in plan.lost):
+    if count > _MOST_TAKEN * total or any(n not in case.reference_tensors for n in plan.lost):
         raise TensorkeepError(
             f"{count} of {total} values are lost ({lost})", where=case.path, code=code, hint="use the reference itself"
         )
@@ -149,17 +156,18 @@ def _take(case: Case, plan: Remedies) -> list[str]:
 
 
 def _borrowed(case: Case, name: str) -> Array:
+    """Return the reference's values, in the checkpoint's dtype where that is to be kept."""
     values = case.reference_values(name)
     return values.astype(case.values(name).dtype) if _stored_like(case, name) else values
 
 
 def _stored_like(case: Case, name: str) -> bool:
-    """Whether the checkpoint's own dtype for this tensor is to be kept: a plain float of another width."""
+    """Say whether the checkpoint's own dtype for this tensor is to be kept: a plain float of any width."""
     return name in case.tensors and case.tensors[name].dtype in ("F32", "F16", "BF16", "F64")
 
 
 def mended(case: Case, plan: Remedies) -> RepairedView:
-    """The view of the repaired checkpoint: nothing is computed before its tensors are read."""
+    """Return the repaired checkpoint as a view; nothing is computed before its tensors are read."""
     assert case.view is not None
     names = [n for n in case.tensors if n not in plan.dropped and n not in case.tied]
     names += [n for n in plan.recipes if n not in case.tensors]
@@ -190,7 +198,7 @@ def mended(case: Case, plan: Remedies) -> RepairedView:
 
 
 def _rehearse(case: Case, view: RepairedView, plan: Remedies) -> None:
-    """Diagnose the repaired view before a byte is written."""
+    """Diagnose the repaired checkpoint before a byte is written; raise where it would still have an error."""
     again = replace(
         case,
         view=view,
@@ -203,15 +211,15 @@ def _rehearse(case: Case, view: RepairedView, plan: Remedies) -> None:
         packed=frozenset(),
         adapter={},
         prefix=None,
-        sights={},
+        comparisons={},
         broken={},
         claims={},
-        orders={},
+        results={},
         progress=None,
         target=None if "K04" in plan.done or "K06" in plan.done else case.target,
     )
-    opening.look(again)
-    found = judge(again, *run_checks(again))
+    opening.compare_sides(again)
+    found = conclude(again, *run_checks(again))
     errors = [f for f in found.findings if f.severity == "error" and f.code not in ("K04", "F03", "F08")]
     if errors:
         raise TensorkeepError(

@@ -1,4 +1,4 @@
-"""Verify: is a checkpoint complete, and is every byte what its certificate says?
+"""Verify that a checkpoint is complete and that every byte is what its certificate says.
 
 Structure is checked by opening it. Content is checked against our certificate where there is one, and against the
 zip's own CRC-32 in torch.save archives, which torch writes and never reads.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,28 @@ from tensorkeep.formats.view import STREAM_BYTES, StateView, read
 from tensorkeep.storage import run_folder, run_manifest
 from tensorkeep.storage.archive import zip_entries
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.files import LocalFolder, left_over, local_path
-
-Progress = Callable[[str, int, int], None]
+from tensorkeep.storage.files import LocalFolder, Progress, left_over, local_path
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Finding], StateView | None, bool]:
-    """Findings of a checkpoint, its view (None where it cannot be read), and whether a certificate was compared.
+    """Check that a checkpoint is whole and unchanged.
 
-    Example: `findings, view, certified = verify("out")`
+    Its structure is checked by opening it. Its content is compared with the manifest of a run's checkpoint, or else
+    with its certificate (tensorkeep.json), or else with the CRC-32 in torch.save archives.
+
+    Args:
+        path: A checkpoint, or a run's folder: then its newest whole checkpoint.
+        progress: Called with what is being done, the bytes done and the bytes in all.
+
+    Returns:
+        The findings (F codes, K01 and K02), the checkpoint's view (None where it cannot be read), and whether there
+        was a manifest or certificate to compare with.
+
+    Raises:
+        TensorkeepError: Where `path` is no checkpoint at all.
+
+    Example:
+        >>> findings, view, certified = verify("out")              # doctest: +SKIP
     """
     if (step := _step(path)) is not None:
         return *_verify_step(*step, progress), True
@@ -54,12 +66,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
 
 
 def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
-    """The checkpoint of a run of ours that a path means, and newer ones that were passed over."""
+    """Find the checkpoint of one of our runs that a path means, and findings about newer ones; None for other paths."""
     if "://" in str(path) or not (folder := local_path(path)).is_dir():
         return None
     try:
         return run_folder.find_checkpoint(folder.resolve()) or ((folder, []) if _sealed(folder) else None)
-    except TensorkeepError as error:  # no step of the run is whole: say what ails each
+    except TensorkeepError as error:  # no step of the run is whole: say what is wrong with each
         if error.code is None:
             raise
         run = folder.parent if folder.name == run_folder.CHECKPOINTS else folder
@@ -68,7 +80,7 @@ def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
 
 
 def _sealed(folder: Path) -> bool:
-    """Whether a folder of another program (Trainer, accelerate, Lightning) carries a manifest of ours."""
+    """Say whether a folder of another program (Trainer, accelerate, Lightning) carries a manifest of ours."""
     path = folder / run_manifest.MANIFEST
     if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
         return False
@@ -79,14 +91,21 @@ def _sealed(folder: Path) -> bool:
 def _verify_step(
     folder: Path, passed: list[Finding], progress: Progress | None
 ) -> tuple[list[Finding], StateView | None]:
-    """Every byte of a run's checkpoint against its manifest: one finding a damaged file, naming the tensors (F03)."""
+    """Compare every byte of a run's checkpoint with its manifest; the view is None where an error was found."""
     findings = [*passed, *interrupted(folder), *run_manifest.findings(folder, progress)]
     whole = not any(f.severity == "error" for f in findings)
     return findings, read(folder) if whole else None
 
 
 def interrupted(path: str | Path) -> list[Finding]:
-    """Temporary files that an interrupted write left behind (F01): a warning, since no reader takes them."""
+    """Report temporary files that an interrupted write left behind.
+
+    Args:
+        path: A local checkpoint.
+
+    Returns:
+        One warning (F01) that lists them, since no reader takes them; [] where there is none.
+    """
     folder = Path(path)
     found = left_over(folder) + [n for n in left_over(folder.parent) if n.startswith(f".{folder.name}.")]
     if not found:
@@ -95,7 +114,7 @@ def interrupted(path: str | Path) -> list[Finding]:
 
 
 def _against_certificate(view: StateView, certificate: dict[str, Any], progress: Progress | None) -> list[Finding]:
-    """F03 for every tensor whose bytes, dtype or shape are not what the certificate says; K01/K02 for names."""
+    """Report tensors whose bytes, dtype or shape are not what the certificate says (F03), and names (K01, K02)."""
     wanted = {
         stored_name(n, certificate.get("root"), view.format): entry for n, entry in certificate["tensors"].items()
     }
@@ -133,7 +152,15 @@ def _against_certificate(view: StateView, certificate: dict[str, Any], progress:
 
 
 def against_crc(view: StateView, progress: Progress | None) -> list[Finding]:
-    """F03 for archive entries whose bytes do not fit the CRC-32 in the zip. Other formats have no checksum."""
+    """Report entries of torch.save archives whose bytes do not fit the CRC-32 in the zip.
+
+    Args:
+        view: The checkpoint. Only local archives have checksums; anything else gives no finding.
+        progress: Called with "verify", the bytes done and the bytes in all.
+
+    Returns:
+        One error (F03) that names the tensors, or [].
+    """
     if not isinstance(view.folder, LocalFolder):
         return []
     ranges = {}

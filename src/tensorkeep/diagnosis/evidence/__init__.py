@@ -1,1 +1,1 @@
-"""Evidence: what the checks measure, each module one kind of it; numpy only, streaming."""
+"""Measurements that the checks are built on, one kind a module; numpy only, tensors streamed."""

@@ -1,4 +1,4 @@
-"""Adapters beside the weights they belong to: pairs, scales, and whether a weight already holds an update.
+"""Lay an adapter beside the weights it belongs to, and measure whether they already hold its update.
 
 A weight W of a base and the update s·B·A of an adapter are independent of each other, as far as large matrices can
 be; so the coefficient c = <W, s·B·A> / |s·B·A|^2 of the update in W is near 0 before a merge, near 1 after it and near
@@ -14,41 +14,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter, Share, pattern, read_adapter, times_merged
+from tensorkeep.adapters.reading import Adapter, Share, read_adapter
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.codes import Array
 
-__all__ = [
-    "Adapter",
-    "Base",
-    "Share",
-    "base_of",
-    "checkpoint_adapter",
-    "pattern",
-    "read_adapter",
-    "share",
-    "sides",
-    "times_merged",
-]
-
 
 def checkpoint_adapter(case: Case) -> Adapter | None:
-    """The adapter of the checkpoint, read once."""
-    return _kept(case, "adapter", case.view)
+    """Return the adapter of the checkpoint, read once; None where it holds none."""
+    return _read_once(case, "adapter", case.view)
 
 
 def _reference_adapter(case: Case) -> Adapter | None:
-    """The adapter that stands as the reference, read once."""
-    return _kept(case, "reference adapter", case.reference)
+    """Return the adapter of the reference, read once; None where it holds none."""
+    return _read_once(case, "reference adapter", case.reference)
 
 
-def _kept(case: Case, key: str, view: StateView | None) -> Adapter | None:
-    if key not in case.orders:
-        case.orders[key] = read_adapter(view) if view is not None else None
-    found: Adapter | None = case.orders[key]
+def _read_once(case: Case, key: str, view: StateView | None) -> Adapter | None:
+    """Read an adapter and keep it under `key`."""
+    if key not in case.results:
+        case.results[key] = read_adapter(view) if view is not None else None
+    found: Adapter | None = case.results[key]
     return found
 
 
@@ -57,7 +45,7 @@ def _kept(case: Case, key: str, view: StateView | None) -> Adapter | None:
 
 @dataclass
 class Base:
-    """The model side of a case by hf name, quantized weights by what they stand for."""
+    """The model on one side of a case, by Hugging Face name; a quantized weight counts as the matrix it stands for."""
 
     case: Case
     reference: bool
@@ -65,13 +53,13 @@ class Base:
     quantized: dict[str, quantized.QuantizedWeight]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a weight, unpacked; () where it is quantized in a way that does not say."""
+        """Return the shape of a weight, unpacked: () where its quantization does not say, None where there is none."""
         if name in self.quantized:
             return self.quantized[name].shape or ()
         return self.hubs[name].shape if name in self.hubs else None
 
     def values(self, name: str) -> Array:
-        """float32 values of a weight, dequantized where it is quantized."""
+        """Return a weight as float32, dequantized where it is quantized."""
         weight = self.quantized.get(name)
         if weight is not None:
             view = self.case.reference if self.reference else self.case.view
@@ -82,7 +70,7 @@ class Base:
 
 
 def base_of(case: Case, reference: bool) -> Base | None:
-    """The model on one side of a case, without adapter tensors; None where that side holds no model."""
+    """Return the model on one side of a case, without adapter tensors; None where that side holds no model."""
     view = case.reference if reference else case.view
     hubs = {n: h for n, h in (case.reference_tensors if reference else case.tensors).items() if ".lora" not in n}
     if view is None or view.format == "peft" or not hubs:
@@ -92,8 +80,12 @@ def base_of(case: Case, reference: bool) -> Base | None:
     return Base(case, reference, hubs, found)
 
 
-def sides(case: Case) -> tuple[Adapter, Base, bool] | None:
-    """Adapter and model of a case, whichever way round; the last says whether the model is the reference."""
+def adapter_and_base(case: Case) -> tuple[Adapter, Base, bool] | None:
+    """Find the adapter of a case and the model that it may belong to, whichever side each is on.
+
+    Returns:
+        The adapter, the model, and whether the model is the reference; None where a case has not got both.
+    """
     mine, theirs = checkpoint_adapter(case), _reference_adapter(case)
     if mine is not None and not theirs and (base := base_of(case, True)):
         return mine, base, True
@@ -104,11 +96,21 @@ def sides(case: Case) -> tuple[Adapter, Base, bool] | None:
     return None
 
 
-# -- how much of an update a weight holds ---------------------------------------------------------------------------------
+# -- how much of an update a weight holds ----------------------------------------------------------------------------
 
 
 def share(adapter: Adapter, module: str, weight: Array) -> Share | None:
-    """How much of an update a weight already holds; None where shapes, scale or a variant forbid the figure."""
+    """Measure how much of an adapter's update a weight already holds.
+
+    Args:
+        adapter: The adapter.
+        module: The name of a module with a low-rank pair.
+        weight: The module's weight, float32, [out, in] (or [in, out] where the adapter says so).
+
+    Returns:
+        The coefficient of the update in the weight and its noise; None where shapes do not fit, there is no scale, or
+        a variant such as DoRA changes the weight in another way.
+    """
     a, b = (adapter.view.array(n).astype(np.float32) for n in adapter.pairs[module])
     scale = adapter.scale(module)
     if (

@@ -1,4 +1,4 @@
-"""Which tensors a config asks for, by name and shape, without torch: the decoder families that are in use.
+"""List the tensors that a config asks for, by name and shape, without torch, for the decoder families in use.
 
 What transformers would build on the meta device, written down as data. Checked against transformers itself in
 tests/test_architecture.py. An unknown model type gives None, and whoever asked says that it could not be decided.
@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Family(NamedTuple):
-    """How one model type differs from Llama. `norms`: those of a layer; `qk`: q/k norms per head or over the width."""
+    """How one model type differs from Llama. `norms`: those of a layer; `qk`: q/k norms by head or over the width."""
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     qk: str = ""  # "", "head", "full"
@@ -50,13 +50,20 @@ OFFSET_BY_ONE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "qwen3_n
 
 
 def expected(config: Mapping[str, Any] | None) -> Shapes | None:
-    """Names and shapes of every tensor the config's model has; None where the model type is not known here.
+    """Return the names and shapes of every tensor that the config's model has.
 
     A tied head is left out. Fields that the config does not give are transformers' defaults where those are common.
 
-    >>> sorted(expected({"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 0,
-    ...                  "num_attention_heads": 2, "vocab_size": 10, "tie_word_embeddings": True}))
-    ['model.embed_tokens.weight', 'model.norm.weight']
+    Args:
+        config: The contents of a config.json, or None.
+
+    Returns:
+        Shapes by Hugging Face name; None without a config, or for a model type or sizes that are not known here.
+
+    Example:
+        >>> sorted(expected({"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 0,
+        ...                  "num_attention_heads": 2, "vocab_size": 10, "tie_word_embeddings": True}))
+        ['model.embed_tokens.weight', 'model.norm.weight']
     """
     family = FAMILIES.get(str((config or {}).get("model_type")))
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
@@ -76,7 +83,7 @@ def expected(config: Mapping[str, Any] | None) -> Shapes | None:
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
-    """The size of a head: read where the config has it, derived otherwise; 0 where it cannot be."""
+    """Return the size of a head: as the config gives it, or hidden size over heads; 0 where it gives neither."""
     given, heads, hidden = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
     if isinstance(given, int) and given > 0:
         return given
@@ -84,12 +91,13 @@ def head_dim(config: Mapping[str, Any]) -> int:
 
 
 def kv_heads(config: Mapping[str, Any]) -> int:
-    """Heads of k and v: those of q where the config does not say."""
+    """Return the number of key and value heads: as many as query heads where the config does not say."""
     given = config.get("num_key_value_heads")
     return int(given if isinstance(given, int) and given > 0 else config.get("num_attention_heads") or 0)
 
 
 def _layer(config: Mapping[str, Any], family: Family, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of one layer."""
     hidden, dim = config["hidden_size"], head_dim(config)
     q, kv = config["num_attention_heads"] * dim, kv_heads(config) * dim
     bias = bool(config.get("attention_bias"))
@@ -109,6 +117,7 @@ def _layer(config: Mapping[str, Any], family: Family, layer: int) -> Iterator[tu
 
 
 def _mlp(config: Mapping[str, Any], family: Family, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of one layer's MLP, dense or of experts."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     count = next((config[k] for k in ("num_experts", "num_local_experts") if isinstance(config.get(k), int)), 0)
     step = config.get("decoder_sparse_step") or 1

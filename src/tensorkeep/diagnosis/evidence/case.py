@@ -1,15 +1,15 @@
-"""The case that checks look at: a checkpoint, an optional reference, their configs, and who has explained what.
+"""The case that the checks look at: a checkpoint, perhaps a reference, their configs, and what was found so far.
 
-Both sides are under hf names and in hf layout. `survey` compares them once, by bytes, in threads; everything dearer
-is computed when a check asks for it and only for tensors that differ. A check that explains a tensor claims it, and
-later checks see what is left: that is how causes absorb the findings they explain.
+Both sides are under Hugging Face names and in Hugging Face layout. `survey` compares them once, by bytes; anything
+slower is computed when a check asks for it, and only for tensors that differ. A check that explains a tensor claims
+it, and later checks see only what is left: so one fault gives one cause and not one finding for each check.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,23 +18,25 @@ import numpy as np
 from tensorkeep.conversion.adapters import Half
 from tensorkeep.conversion.naming import Identity, hf
 from tensorkeep.conversion.plan import HfTensor, Step
-from tensorkeep.diagnosis import comparison
-from tensorkeep.diagnosis.evidence.survey import SAME, Sight, size_of
+from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, size_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
 
 Array = np.ndarray[Any, Any]
-Target = Literal["hf", "flame", "torchtitan"]
-Progress = Callable[[str, int, int], None]
+Target = Literal["hf", "flame", "torchtitan"]  # the program that is to load the checkpoint
 CACHE = 128 << 20  # bytes of tensors kept between checks; one larger pair is held while it is looked at
 
 
 @dataclass
 class Case:
-    """One diagnosis at work. `tensors` and `reference_tensors` are by hf name; empty where a side is unreadable."""
+    """One diagnosis at work.
+
+    `tensors` and `reference_tensors` are by Hugging Face name, and empty where that side could not be read.
+    """
 
     path: str
     view: StateView | None = None
@@ -46,31 +48,30 @@ class Case:
     reference_tensors: dict[str, HfTensor] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     reference_config: dict[str, Any] | None = None
-    read_error: TensorkeepError | None = None
+    read_error: TensorkeepError | None = None  # why the checkpoint could not be read, or not to its end
     left_out: list[Step] = field(default_factory=list)  # stored tensors that are no part of the model, with reasons
     reference_left_out: list[Step] = field(default_factory=list)
     tied: frozenset[str] = frozenset()  # heads that stand for an embedding on the side that leaves them out
-    packed: frozenset[str] = frozenset()  # hf names that are codes, scales or the weight of a quantized tensor
+    packed: frozenset[str] = frozenset()  # names of quantized weights and of the tensors that describe them
     adapter: dict[str, Half] = field(default_factory=dict)  # stored name -> half of a low-rank pair
-    prefix: tuple[str, str] | None = None  # ("extra" or "lost", prefix): what the names differ by as a whole
-    sights: dict[str, Sight] = field(default_factory=dict)  # hf name -> what the survey saw
-    broken: dict[str, TensorkeepError] = field(default_factory=dict)  # hf name -> why its data cannot be read
-    claims: dict[str, str] = field(default_factory=dict)  # hf name -> code that explains it
-    orders: dict[str, Any] = field(default_factory=dict)  # what checks found out, for later checks and for repair
-    forward: Any = None  # what a forward pass showed (forward.Forward), where one was asked for
+    prefix: tuple[str, str] | None = None  # ("extra" or "lost", prefix) that all names have too much, or lack
+    comparisons: dict[str, Comparison] = field(default_factory=dict)  # name -> how it compares with the reference's
+    broken: dict[str, TensorkeepError] = field(default_factory=dict)  # name -> why its data cannot be read
+    claims: dict[str, str] = field(default_factory=dict)  # name (or config:FIELD) -> code of the check that explains it
+    results: dict[str, Any] = field(default_factory=dict)  # what a check worked out, for later checks and for repair
+    forward: Any = None  # what a forward pass showed (live.forward.Forward), where one was asked for
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._arrays: OrderedDict[tuple[int, str], Array] = OrderedDict()
         self._held = 0  # bytes of them
-        self._differences: dict[str, comparison.Difference] = {}
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
     @property
     def views(self) -> tuple[StateView, StateView]:
-        """Checkpoint and reference, as the parts of hubs number them; the checkpoint twice where there is no reference."""
+        """Checkpoint and reference, in the order of `Part.source`; the checkpoint twice where there is no reference."""
         assert self.view is not None
         return self.view, self.reference or self.view
 
@@ -80,47 +81,63 @@ class Case:
         return self.config if self.config is not None else self.reference_config
 
     @property
-    def compared(self) -> bool:
-        """Whether two models stand side by side (not an adapter, not a file without model tensors)."""
+    def two_models(self) -> bool:
+        """Whether both sides hold a model: not an adapter alone, not a file without model tensors."""
         return self.reference is not None and bool(self.tensors) and bool(self.reference_tensors)
 
-    def stored(self, name: str) -> str:
-        """The name under which the checkpoint stores (the first part of) an hf tensor; the name itself where it has none."""
-        hub = self.tensors.get(name) or self.reference_tensors.get(name)
-        return hub.parts[0].name if hub is not None and name in self.tensors else name
+    def config_ties(self) -> bool | None:
+        """Say whether the model's config ties head and embedding; None where nothing says."""
+        config = self.model_config
+        return hf.tied(dict(config)) if config is not None else None
 
-    def told(self, code: str) -> Iterator[Finding]:
-        """What reading already said with this code: the error that stopped it, tensors whose data is broken, notes."""
+    def stored(self, name: str) -> str:
+        """Return the name under which the checkpoint stores (the first part of) a tensor; `name` itself where none."""
+        return self.tensors[name].parts[0].name if name in self.tensors else name
+
+    def from_reading(self, code: str) -> Iterator[Finding]:
+        """Yield what reading showed under `code`: the error that stopped it, tensors with broken data, notes."""
         error = self.read_error
         if error is not None and error.code == code:
-            yield Finding(code, "error", said(error), error.tensors, fix=error.hint)
+            yield Finding(code, "error", message_of(error), error.tensors, fix=error.hint)
         broken = {n: e for n, e in self.broken.items() if e.code == code}
         if broken:
             first = next(iter(broken.values()))
             self.claim(broken, code)
-            yield Finding(code, "error", said(first), sorted(broken), {"count": len(broken)}, fix=first.hint)
+            yield Finding(code, "error", message_of(first), sorted(broken), {"count": len(broken)}, fix=first.hint)
         for note in self.view.notes if self.view is not None else ():
             if note.code == code:
                 yield Finding(code, "warning", note.message, note.names)
 
+    # -- commands that a finding can offer as its fix ----------------------------------------------------------------
+
+    def repair_command(self) -> str | None:
+        """Return the `tensorkeep repair` line for this case; None without a reference to repair from."""
+        return f"tensorkeep repair {self.path} OUT --reference {self.reference.path}" if self.reference else None
+
+    def convert_command(self) -> str:
+        """Return the `tensorkeep convert` line that writes this checkpoint again, in its own format where possible."""
+        form = self.view.format if self.view is not None and self.view.format in ("hf", "dcp", "pth") else "hf"
+        return f"tensorkeep convert {self.path} OUT --to {form}"
+
     # -- values --------------------------------------------------------------------------------------------------------
 
     def values(self, name: str) -> Array:
-        """A tensor of the checkpoint in hf layout and stored dtype."""
+        """Return a tensor of the checkpoint in Hugging Face layout and its stored dtype."""
         return self._array(0, name)
 
     def reference_values(self, name: str) -> Array:
-        """A tensor of the reference in hf layout and stored dtype."""
+        """Return a tensor of the reference in Hugging Face layout and its stored dtype."""
         return self._array(1, name)
 
     def _array(self, side: int, name: str) -> Array:
+        """Read a tensor of one side (0: checkpoint, 1: reference), or take it from the cache."""
         with self._lock:
             if (side, name) in self._arrays:
                 self._arrays.move_to_end((side, name))
                 return self._arrays[side, name]
         hub = (self.reference_tensors if side else self.tensors)[name]
         data, at = np.empty(size_of(hub), np.uint8), 0
-        for piece in comparison.hub_bytes(hub, self.views):
+        for piece in hf_bytes(hub, self.views):
             data[at : at + len(piece)] = piece
             at += len(piece)
         made = data.view(np_dtype(hub.dtype)).reshape(hub.shape)
@@ -132,9 +149,13 @@ class Case:
         return made
 
     def pair(self, name: str, other: str | None = None) -> tuple[Array, Array]:
-        """The checkpoint's `name` and the reference's `other` (the same name), both in the narrower dtype of the two.
+        """Return a tensor of the checkpoint and one of the reference, both in the narrower dtype of the two.
 
         A cast thus hides no permutation: what was permuted and then rounded equals the rounded reference, permuted.
+
+        Args:
+            name: The checkpoint's tensor.
+            other: The reference's; of the same name by default.
         """
         mine, theirs = self.values(name), self.reference_values(other or name)
         if mine.dtype == theirs.dtype:
@@ -145,38 +166,35 @@ class Case:
             return mine.astype(theirs.dtype), theirs
 
     def narrower(self, name: str, other: str) -> str:
+        """Return the dtype with fewer bits of the checkpoint's `name` and the reference's `other`."""
         mine, theirs = self.tensors[name].dtype, self.reference_tensors[other].dtype
         return mine if DTYPES[mine].bits <= DTYPES[theirs].bits else theirs
-
-    def difference(self, name: str) -> comparison.Difference:
-        """How a tensor differs from the reference's of its name, in exact numbers."""
-        if name not in self._differences:
-            pairing = comparison.Pairing(self.views, self._identities(), (self.tensors, self.reference_tensors))
-            self._differences[name] = comparison.difference(name, pairing)
-        return self._differences[name]
-
-    def _identities(self) -> tuple[Identity, Identity]:
-        assert self.identity is not None and self.reference_identity is not None
-        return self.identity, self.reference_identity
 
     # -- what is left to explain ---------------------------------------------------------------------------------------
 
     def shared(self) -> list[str]:
-        """Names on both sides whose values can be compared, in the reference's order."""
-        if not self.compared:
+        """Return the names on both sides whose values can be compared, in the reference's order."""
+        if not self.two_models:
             return []
         return [
             n for n in self.reference_tensors if n in self.tensors and n not in self.packed and n not in self.broken
         ]
 
+    def changed(self, name: str) -> bool:
+        """Say whether a tensor was compared, has the reference's shape, and differs in values beyond a cast."""
+        return name in self.comparisons and self.comparisons[name].status not in (*SAME, "shape")
+
     def differing(self, floating: bool = True) -> list[str]:
-        """Tensors of equal shape whose values differ from the reference and which nothing has explained yet."""
+        """Return the tensors that differ from the reference in values and that no check has explained yet.
+
+        Args:
+            floating: Leave integer tensors out.
+        """
         return [
             n
             for n in self.shared()
             if n not in self.claims
-            and n in self.sights
-            and self.sights[n].status not in (*SAME, "shape")
+            and self.changed(n)
             and np_dtype_known(self.tensors[n].dtype)
             and np_dtype_known(self.reference_tensors[n].dtype)
             and (not floating or DTYPES[self.tensors[n].dtype].floating)
@@ -187,20 +205,12 @@ class Case:
         for name in names:
             self.claims.setdefault(name, code)
 
-    def tie(self) -> bool | None:
-        """Whether the model's config ties head and embedding; None where nothing says."""
-        config = self.model_config
-        return hf.tied(dict(config)) if config is not None else None
 
-
-def said(error: TensorkeepError) -> str:
-    """The message of an error without its code, which the finding carries."""
+def message_of(error: TensorkeepError) -> str:
+    """Return the message of an error without its code, which the finding carries."""
     return error.line.removeprefix(f"{error.code} ")
 
 
 def np_dtype_known(dtype: str) -> bool:
-    """Whether values of this dtype can be computed with (packed 4- and 6-bit types can only be copied)."""
+    """Say whether values of this dtype can be computed with (packed 4- and 6-bit types can only be copied)."""
     return DTYPES[dtype].numpy is not None
-
-
-__all__ = ["Array", "Case", "Target", "np_dtype", "np_dtype_known", "said"]

@@ -1,4 +1,4 @@
-"""Casts and quantizations undone: which narrower grid a tensor's values went through before they were stored again."""
+"""Find the narrower dtype, or the quantization, that a tensor's values went through before they were stored again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.statistics import Array, largest, pieces_of, relation, sampled
-from tensorkeep.diagnosis.evidence.survey import bits_equal
 
+# the narrow formats by the words that findings use
 _GRIDS: dict[str, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
@@ -22,8 +23,11 @@ SCALED = {"fp8 e4m3": 448.0, "fp8 e5m2": 57344.0}  # largest values, which per-t
 _RESEMBLES = 0.9  # r that 4-bit quantization keeps with its source: 0.99 and more (8-bit: 0.9999)
 
 
-class Passage(NamedTuple):
-    """The grid that values went through; counts of what became infinite or NaN, and of what became zero."""
+class Cast(NamedTuple):
+    """What a tensor's values went through: a narrower dtype or a form of quantization, in words.
+
+    `overflowed` values became infinite or NaN, `vanished` ones zero. `exact`: casting the reference gives every value.
+    """
 
     grid: str
     overflowed: int
@@ -31,8 +35,16 @@ class Passage(NamedTuple):
     exact: bool
 
 
-def passage(mine: Array, theirs: Array) -> Passage | None:
-    """The cast that makes the reference into the tensor: exact for plain casts, by their grid for scaled ones."""
+def find_cast(mine: Array, theirs: Array) -> Cast | None:
+    """Find the cast that makes the reference into the tensor.
+
+    Args:
+        mine: The checkpoint's values.
+        theirs: The reference's, of the same shape and dtype.
+
+    Returns:
+        The cast, proven value by value for plain casts and by the grid of values for scaled ones; None where none fits.
+    """
     for name, dtype in _GRIDS.items():
         if dtype.itemsize > mine.dtype.itemsize or dtype == mine.dtype:
             continue
@@ -42,12 +54,12 @@ def passage(mine: Array, theirs: Array) -> Passage | None:
                 continue
             lost = _through(mine, theirs, dtype)
         if lost is not None:
-            return Passage(name, *lost, True)
+            return Cast(name, *lost, True)
     return _quantized(mine, theirs)
 
 
 def _through(mine: Array, theirs: Array, dtype: np.dtype) -> tuple[int, int] | None:
-    """How many values overflowed and vanished in a cast, if the cast explains every value."""
+    """Count the values that overflowed and vanished in a cast; None where the cast does not explain every value."""
     overflowed = vanished = 0
     for a, b in zip(pieces_of(mine), pieces_of(theirs)):
         made = b.astype(dtype).astype(a.dtype)
@@ -58,8 +70,8 @@ def _through(mine: Array, theirs: Array, dtype: np.dtype) -> tuple[int, int] | N
     return overflowed, vanished
 
 
-def _quantized(mine: Array, theirs: Array) -> Passage | None:
-    """Scaled grids: few distinct values by tensor, row or block of 64, where the reference has many."""
+def _quantized(mine: Array, theirs: Array) -> Cast | None:
+    """Find a scaled 8- or 4-bit grid: few distinct values a tensor, row or block of 32 where the reference has many."""
     if mine.size < 1024 or mine.ndim < 2 or relation(mine, theirs).correlation < _RESEMBLES:
         return None
     zeros = int(np.count_nonzero((sampled(theirs) != 0) & (sampled(mine) == 0)))
@@ -74,25 +86,26 @@ def _quantized(mine: Array, theirs: Array) -> Passage | None:
                 np.abs(made - a).max() <= 2.0**-7 * np.abs(a).max()
                 and np.mean(np.abs(made - a) <= 2.0**-8 * np.abs(made)) > 0.99
             ):
-                return Passage(f"{name}, scaled by tensor", 0, zeros, False)
+                return Cast(f"{name}, scaled by tensor", 0, zeros, False)
     for bits, per in ((4, "block"), (8, "row")):
         lines = [v.reshape(len(v), -1) for v in (a, b)]
         if per == "block":
             lines = [v[:, : v.shape[1] // 32 * 32].reshape(-1, 32) for v in lines]
         ours, wanted = (_distinct(v) for v in lines)
         if lines[0].shape[1] >= 32 and _fits(bits, ours, wanted, lines):
-            return Passage(f"{bits}-bit integers by {per}", 0, zeros, False)
+            return Cast(f"{bits}-bit integers by {per}", 0, zeros, False)
     return None
 
 
 def _fits(bits: int, ours: float, wanted: float, lines: list[Array]) -> bool:
+    """Say whether `lines` of the tensor and of the reference fit a quantization to so many bits."""
     if bits == 4:
         return ours <= 16 and wanted > 1.5 * ours
     return _on_row_grid(lines[0]) and not _on_row_grid(lines[1])
 
 
 def _on_row_grid(rows: Array) -> bool:
-    """Whether each row's values are whole multiples of its largest over 127, up to the rounding of a 16-bit float."""
+    """Say whether each row's values are whole multiples of its largest over 127, up to rounding to a 16-bit float."""
     top = np.abs(rows).max(axis=1, keepdims=True)
     rows = rows[(top > 0).ravel()]
     top = top[top > 0].reshape(-1, 1)
@@ -105,14 +118,15 @@ def _on_row_grid(rows: Array) -> bool:
 
 
 def _distinct(lines: Array) -> float:
+    """Return the mean number of distinct values in a line."""
     ordered = np.sort(lines[:4096], axis=1)
     return float((np.diff(ordered, axis=1) != 0).sum(axis=1).mean() + 1)
 
 
 def on_grid(values: Array) -> str | None:
-    """The 8-bit float grid that all values of a wider tensor lie on, without a reference; None where on none.
+    """Return the 8-bit float format whose grid all values of a wider tensor lie on; None for none.
 
-    Of the values of a bf16-trained tensor 0.08 lie on e4m3's grid by chance (facts §2.5).
+    Of the values of a tensor trained in bf16 about 8 % lie on the grid of e4m3 by chance.
     """
     some = sampled(values)
     if values.dtype.itemsize < 2 or some.size < 1024 or np.unique(some.astype(np.float32)).size < 8:

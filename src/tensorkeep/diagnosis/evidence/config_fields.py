@@ -1,4 +1,4 @@
-"""The fields of a config that change what a model computes, brought to one spelling for both eras of transformers."""
+"""Compare the config fields that change what a model computes, in one spelling for transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -11,49 +11,15 @@ from tensorkeep.diagnosis.evidence import architecture
 
 # fields compared as they stand: a difference changes shapes or results
 PLAIN = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "norm_epsilon",
-    "attention_bias",
-    "mlp_bias",
-    "qkv_bias",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "attention_multiplier",
-    "residual_multiplier",
-    "embedding_multiplier",
-    "logits_scaling",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "moe_intermediate_size",
-    "decoder_sparse_step",
-    "routed_scaling_factor",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "num_labels",
-    "embedding_size",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "d_model",
-    "num_layers",
-    "num_heads",
-)
+    "model_type hidden_size num_hidden_layers intermediate_size num_attention_heads vocab_size "
+    "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon attention_bias mlp_bias qkv_bias "
+    "sliding_window use_sliding_window max_window_layers layer_types "
+    "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping "
+    "attention_multiplier residual_multiplier embedding_multiplier logits_scaling "
+    "num_experts num_local_experts num_experts_per_tok norm_topk_prob moe_intermediate_size decoder_sparse_step "
+    "routed_scaling_factor image_size patch_size num_channels num_labels "
+    "embedding_size n_embd n_layer n_head d_model num_layers num_heads"
+).split()
 # what the config class fills in where the file says nothing
 _DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
@@ -67,22 +33,13 @@ _DEFAULTS: dict[str, Any] = {
 _ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new"}
 THETA = 10000.0  # the default of every RoPE model in transformers
 _SCALING = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "short_factor",
-    "long_factor",
-)
+    "factor low_freq_factor high_freq_factor original_max_position_embeddings beta_fast beta_slow "
+    "attention_factor mscale mscale_all_dim short_factor long_factor"
+).split()
 
 
 def fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config means, by one name a field; absent fields are left out unless their default is known.
+    """Return what a config means, by one name a field; absent fields are left out unless their default is known.
 
     >>> fields({"rope_theta": 5e5})["rope_theta"] == fields({"rope_parameters": {"rope_theta": 5e5}})["rope_theta"]
     True
@@ -91,14 +48,8 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
     out |= {k: v for k, v in _DEFAULTS.items() if k not in out}
     if architecture.head_dim(config):
         out["head_dim"], out["num_key_value_heads"] = architecture.head_dim(config), architecture.kv_heads(config)
-    act = next(
-        (
-            config[k]
-            for k in ("hidden_act", "hidden_activation", "activation_function", "hidden_activation_function")
-            if isinstance(config.get(k), str)
-        ),
-        None,
-    )
+    spellings = ("hidden_act", "hidden_activation", "activation_function", "hidden_activation_function")
+    act = next((config[k] for k in spellings if isinstance(config.get(k), str)), None)
     if act is not None:
         out["hidden_act"] = _ACTIVATIONS.get(act, act)
     tied = hf.tied(dict(config))
@@ -108,7 +59,7 @@ def fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE's theta, kind and factors: at the top and in rope_scaling (transformers 4), in rope_parameters (5)."""
+    """Return RoPE's theta, kind and factors: from the top and rope_scaling (transformers 4) or rope_parameters (5)."""
     nested = config.get("rope_parameters")
     new: Mapping[str, Any] = nested if isinstance(nested, Mapping) else {}
     if new and all(isinstance(v, Mapping) for v in new.values()):  # one a kind of layer (gemma3)
@@ -127,10 +78,18 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that mean something else: {field: (checkpoint's, reference's)}. A field on one side only says nothing.
+    """Find the fields in which two configs differ; a field on one side only counts as no difference.
 
-    >>> differences({"model_type": "llama", "rms_norm_eps": 1e-5}, {"model_type": "llama", "rms_norm_eps": 1e-6})
-    {'rms_norm_eps': (1e-05, 1e-06)}
+    Args:
+        mine: The checkpoint's config.
+        theirs: The reference's config.
+
+    Returns:
+        (checkpoint's value, reference's value) by field.
+
+    Example:
+        >>> differences({"model_type": "llama", "rms_norm_eps": 1e-5}, {"model_type": "llama", "rms_norm_eps": 1e-6})
+        {'rms_norm_eps': (1e-05, 1e-06)}
     """
     a, b = fields(mine), fields(theirs)
     return {k: (a[k], b[k]) for k in a if k in b and not _same(a[k], b[k])} | {
@@ -141,18 +100,22 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
 
 
 def _same(a: Any, b: Any) -> bool:
-    if (
-        isinstance(a, (int, float))
-        and isinstance(b, (int, float))
-        and not isinstance(a, bool)
-        and not isinstance(b, bool)
-    ):
-        return abs(a - b) <= 1e-6 * max(abs(a), abs(b))  # llama.cpp stores eps as fp32: 9.99999975e-06
+    """Say whether two values are equal, numbers up to rounding to float32."""
+    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (a, b)):
+        return bool(abs(a - b) <= 1e-6 * max(abs(a), abs(b)))  # llama.cpp stores eps as fp32: 9.99999975e-06
     return bool(a == b)
 
 
 def against_shapes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Any, Any]]:
-    """Fields that the weights contradict: {field: (the config's, the weights')}."""
+    """Find the fields that the shapes of the weights contradict.
+
+    Args:
+        config: The checkpoint's config.
+        shapes: Shapes of its tensors by Hugging Face name.
+
+    Returns:
+        (the config's value, what the weights say) by field.
+    """
     out: dict[str, tuple[Any, Any]] = {}
     embed = shapes.get(hf.EMBEDDING)
     if embed is not None and len(embed) == 2:

@@ -1,4 +1,4 @@
-"""Opening a case: both sides read, named, brought under hf names, and compared once.
+"""Open a case: read both sides, bring them under Hugging Face names, and compare them once.
 
 What cannot be read becomes the case's `read_error` and, through the F checks, a finding. Names that differ from the
 reference's by one prefix as a whole are matched without it, and the prefix is remembered for K04.
@@ -11,51 +11,40 @@ from dataclasses import replace
 
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
-from tensorkeep.conversion.naming import Identity, hf
+from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Case, Target
-from tensorkeep.diagnosis.evidence.survey import size_of, survey
+from tensorkeep.diagnosis.evidence.survey import survey
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.storage.files import local_path
 
-# segments that only tensors beside a quantized weight carry: bitsandbytes, fp8 and int8 scales, GPTQ/AWQ, torchao
-_PACKED_PARTS = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".SCB",
-    ".weight_format",
-    ".weight_scale",
-    ".weight_scale_inv",
-    ".weight_scale_2",
-    ".input_scale",
-    ".qweight",
-    ".qzeros",
-    ".g_idx",
-    ".scales",
-    ".weight_packed",
-    ".weight_shape",
-    ".weight_zero_point",
-    ".weight_blocks",
-    ".weight_scales",
-    "_blocks",
-    "_scales",
-    "_scale_inv",
+# ends of names that only the parts of quantized weights have
+_PACKED_PARTS = tuple(
+    ".absmax .quant_map .nested_absmax .nested_quant_map .SCB .weight_format "  # bitsandbytes
+    ".weight_scale .weight_scale_inv .weight_scale_2 .input_scale _scale_inv "  # fp8 and int8
+    ".qweight .qzeros .g_idx .scales "  # GPTQ and AWQ
+    ".weight_packed .weight_shape .weight_zero_point .weight_blocks .weight_scales _blocks _scales".split()  # others
 )
 _PACKED_MARK = ".quant_state."
-# how wrong a prefix may be: this part of the names must meet once it is taken away
-_MEETING = 0.5
+_MEETING = 0.5  # part of the names that must meet once a prefix is taken away, and must not meet before
 
 
 def open_case(path: str, reference: str | None, target: Target | None = None) -> Case:
-    """Read both sides. Damage of the checkpoint is kept for the F checks; damage of the reference is raised.
+    """Read a checkpoint and its reference.
 
-    Raises TensorkeepError for what is no checkpoint: a path that is not there, several steps in one folder.
+    Args:
+        path: The checkpoint. Damage is kept as `read_error`, for the F checks to report.
+        reference: The checkpoint to compare with, or None.
+        target: The program that is to load it.
+
+    Raises:
+        TensorkeepError: For what is no checkpoint at all (a path that is not there, several steps in one folder), and
+            for a reference that cannot be read.
     """
     case = Case(path, target=target)
     if reference is not None:
@@ -72,8 +61,12 @@ def open_case(path: str, reference: str | None, target: Target | None = None) ->
     return case
 
 
-def look(case: Case) -> None:
-    """Name both sides, match them and compare every shared tensor by its bytes."""
+def compare_sides(case: Case) -> None:
+    """Find the names of both sides, match them, and compare every shared tensor by its bytes; fills the case.
+
+    Raises:
+        TensorkeepError: Where the reference cannot be read to its end.
+    """
     if case.view is None:
         return
     try:
@@ -92,15 +85,15 @@ def look(case: Case) -> None:
             case.reference, 1, case.reference_identity, config, case.reference_left_out
         )
     _match_prefix(case)
-    case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors) | _members(case))
-    _stand_in(case)
-    if case.compared:
+    case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors) | _quantized_names(case))
+    _fill_in_tied_head(case)
+    if case.two_models:
         names = [n for n in case.reference_tensors if n in case.tensors and n not in case.packed]
-        case.sights, case.broken = survey(names, case.tensors, case.reference_tensors, case.views, case.progress)
+        case.comparisons, case.broken = survey(names, case.tensors, case.reference_tensors, case.views, case.progress)
 
 
 def _set_adapter_aside(case: Case) -> None:
-    """Low-rank pairs are no part of the model: A01 to A04 look at them, the comparison does not."""
+    """Keep low-rank pairs out of the comparison: they are no part of the model, and A01 to A04 look at them."""
     assert case.identity is not None and case.view is not None
     case.adapter = halves(case.identity)
     gone = set(case.identity.names) if case.view.format == "peft" else set(case.adapter)
@@ -111,9 +104,9 @@ def _set_adapter_aside(case: Case) -> None:
         )
 
 
-def _stand_in(case: Case) -> None:
-    """A tied head may be stored once or twice; where one side leaves it out, its embedding stands for it."""
-    if not case.compared or not case.tie():
+def _fill_in_tied_head(case: Case) -> None:
+    """Let the embedding stand for a tied head on the side that leaves it out: files store it once or twice."""
+    if not case.two_models or not case.config_ties():
         return
     for mine, other in ((case.tensors, case.reference_tensors), (case.reference_tensors, case.tensors)):
         if hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:
@@ -121,8 +114,8 @@ def _stand_in(case: Case) -> None:
             case.tied |= {hf.HEAD}
 
 
-def _members(case: Case) -> set[str]:
-    """The hf names of all that makes up quantized weights, on either side, as `quantized` groups them."""
+def _quantized_names(case: Case) -> set[str]:
+    """Return the Hugging Face names of all tensors that make up quantized weights, on either side."""
     out: set[str] = set()
     for view, hubs in ((case.view, case.tensors), (case.reference, case.reference_tensors)):
         if view is not None and hubs:
@@ -133,7 +126,7 @@ def _members(case: Case) -> set[str]:
 
 
 def packed(hubs: Mapping[str, HfTensor]) -> set[str]:
-    """Names that belong to quantized weights: the parts beside a weight, and the weights that have such parts.
+    """Find, by their names, the weights that have quantization parts beside them, and those parts.
 
     >>> sorted(packed({"a.weight": None, "a.weight.absmax": None, "b.weight": None}))
     ['a.weight', 'a.weight.absmax']
@@ -155,7 +148,7 @@ def packed(hubs: Mapping[str, HfTensor]) -> set[str]:
 
 
 def _match_prefix(case: Case) -> None:
-    """Take a prefix that the names have in excess, or lack, off the checkpoint's hf names; `case.prefix` keeps it."""
+    """Rename the checkpoint's tensors where all names have a prefix too much or lack one; kept as `case.prefix`."""
     wanted = set(case.reference_tensors) or set(architecture.expected(case.config) or ())
     found = _prefix(list(case.tensors), wanted)
     if found is None:
@@ -169,6 +162,7 @@ def _match_prefix(case: Case) -> None:
 
 
 def _prefix(names: Iterable[str], wanted: set[str]) -> tuple[str, str] | None:
+    """Find the prefix without ("extra") or with ("lost") which most names are wanted ones."""
     names = list(names)
     met = sum(n in wanted for n in names)
     if not names or not wanted or met > _MEETING * min(len(names), len(wanted)):
@@ -183,7 +177,7 @@ def _prefix(names: Iterable[str], wanted: set[str]) -> tuple[str, str] | None:
 
 
 def _leading(names: Iterable[str]) -> list[str]:
-    """Prefixes of one to three segments that occur, most frequent first."""
+    """Return the prefixes of one to three segments that occur, most frequent first."""
     counts: dict[str, int] = {}
     for name in names:
         segments = name.split(".")
@@ -194,19 +188,9 @@ def _leading(names: Iterable[str]) -> list[str]:
 
 
 def parameters(case: Case, side: int) -> int | None:
-    """Elements of one side's model, tied heads once; None where that side was not read."""
+    """Count the parameters of one side (0: checkpoint, 1: reference), tied heads once; None where it was not read."""
     hubs = case.reference_tensors if side else case.tensors
     if (case.reference if side else case.view) is None or (not hubs and case.read_error is not None and not side):
         return None
     own = {n: h for n, h in hubs.items() if h.tied_to is None and not (n in case.tied and h.name == hf.EMBEDDING)}
     return sum(elements(h) for h in own.values())
-
-
-def elements(hub: HfTensor) -> int:
-    count = 1
-    for side in hub.shape:
-        count *= side
-    return count
-
-
-__all__ = ["Identity", "elements", "look", "open_case", "packed", "parameters", "size_of"]

@@ -1,4 +1,4 @@
-"""Orders: which row of the reference each row holds, found by digests, and the simplest rule that says it."""
+"""Find which row of the reference each row of a tensor holds, and the simplest rule that describes it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ _MATCHED = 0.9  # part of the rows that must be found in the reference; a shift 
 
 @dataclass(frozen=True)
 class Order:
-    """`index[i]` is the reference's row in row i, -1 where none is; along the columns where `axis` is 1."""
+    """An order of rows (columns: `axis` 1): row i holds the reference's row `index[i]`, or none where that is -1."""
 
     axis: int
     index: Index
 
     @property
     def unmatched(self) -> int:
+        """The number of rows that are no row of the reference."""
         return int(np.count_nonzero(self.index < 0))
 
     @property
     def moved(self) -> int:
+        """The number of rows that are another row of the reference than their own."""
         known = self.index >= 0
         return int(np.count_nonzero(known & (self.index != np.arange(self.index.size))))
 
@@ -41,20 +43,29 @@ class Order:
 
     @property
     def inverse(self) -> Index:
+        """The row in which each row of the reference lies, for an invertible order."""
         return np.argsort(self.index, kind="stable")
 
 
 def row_digests(a: Array) -> list[int]:
-    """xxh3_64 of each row's bytes."""
+    """Return the xxh3_64 digest of each row's bytes."""
     matrix = np.ascontiguousarray(rows_of(a))
     data, width = matrix.view(np.uint8).reshape(-1).data, matrix.shape[1] * matrix.itemsize
     return [xxhash.xxh3_64_intdigest(data[at : at + width]) for at in range(0, len(data), width)] if width else []
 
 
 def find_order(mine: Array, theirs: Array, axis: int = 0) -> Order | None:
-    """The order of mine's rows (columns for `axis` 1) in theirs, or None where too few are found or none has moved.
+    """Find the rows of one tensor among those of another, by their bytes.
 
     Equal rows are interchangeable: a row stays where it is if it can, and twins are given out in order.
+
+    Args:
+        mine: The checkpoint's values.
+        theirs: The reference's values.
+        axis: 0 for rows, 1 for columns.
+
+    Returns:
+        The order; None where more than a tenth of the rows is not found, or no row has moved.
     """
     a, b = (rows_of(v).T if axis else v for v in (mine, theirs))
     ours, wanted = row_digests(a), row_digests(b)
@@ -79,7 +90,7 @@ def find_order(mine: Array, theirs: Array, axis: int = 0) -> Order | None:
 
 
 def find_order_loosely(mine: Array, theirs: Array) -> Order | None:
-    """The same for rows that were also rounded or trained: by direction, each row to its nearest.
+    """Find rows that were also rounded or trained among those of the reference, each by its nearest direction.
 
     All rows of small matrices; of large ones a sample, which can only show that all moved by one and the same number.
     """
@@ -108,13 +119,14 @@ def find_order_loosely(mine: Array, theirs: Array) -> Order | None:
 
 
 def _directions(rows: Array) -> Array:
+    """Return the rows scaled to length 1, in float32."""
     some = np.nan_to_num(rows.astype(np.float32))
     made: Array = some / np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-20)
     return made
 
 
 def describe(order: Order, unit: int = 0) -> tuple[str, dict[str, Any]]:
-    """The rule of an order in words and numbers. `unit`: the size of a head, where rows make up heads."""
+    """Describe an order in words and numbers. `unit`: the rows of a head, where rows make up heads."""
     index, count = order.index, order.index.size
     known = index >= 0
     here = np.arange(count)
@@ -135,6 +147,7 @@ def describe(order: Order, unit: int = 0) -> tuple[str, dict[str, Any]]:
 
 
 def _blocks(order: Order, unit: int, what: str, evidence: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Describe an order that is neither a roll, a shift nor a reversal."""
     index, count = order.index, order.index.size
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     block = math.gcd(count, *(int(b) for b in breaks[:100_000])) if breaks.size else count
@@ -159,4 +172,5 @@ def _blocks(order: Order, unit: int, what: str, evidence: dict[str, Any]) -> tup
 
 
 def _in_units(by: int, unit: int, what: str) -> str:
+    """Say a distance in heads where it is whole heads."""
     return f"{by // unit} heads" if unit and by % unit == 0 else f"{by} {what}"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides weights: optimizer state, position, random state, world size; from names and headers.
+"""Find what a checkpoint holds for resuming: optimizer state, position, random state, number of processes.
 
 Known layouts: a dict saved by torch.save (`model`, `optimizer`, `epoch`, `step`: MiniMind, OpenTAD, many others),
 torchtitan's and flame's DCP folders, transformers' Trainer and accelerate folders, and our own run folders. Values of
@@ -28,10 +28,12 @@ _OWN_STATE, _TRAINER_STATE = "state.json", "trainer_state.json"
 
 @dataclass
 class ResumeState:
-    """Facts about a resumable checkpoint. `layout`: dict, torchtitan, trainer or run.
+    """What a checkpoint holds besides weights.
 
-    `position` holds numbers by name (epoch, step, samples, ...), None where the value is opaque. `optimizer` is by
-    stored name; `world` is None where nothing says.
+    `layout` is dict (a dict saved by torch.save), torchtitan, trainer or run. `optimizer` holds its tensors by stored
+    name. `position` holds numbers by name (epoch, step, samples, ...), None where a number is there and cannot be read.
+    `rng` and `loader` are names of entries or files. `world` is the number of processes, None where nothing says.
+    `document` is the state.json or trainer_state.json beside the weights.
     """
 
     layout: str
@@ -44,9 +46,9 @@ class ResumeState:
 
     @property
     def by_position(self) -> dict[int, dict[str, TensorRecord]]:
-        """State that is keyed by number: index -> what -> record; of the model's optimizer, where there are several.
+        """The optimizer state of each parameter by its number: index -> name of the state -> record.
 
-        Empty where it goes by name.
+        Of the model's optimizer, where there are several; empty where states go by name.
         """
         all_of: dict[str, dict[int, dict[str, TensorRecord]]] = {}
         for name, record in self.optimizer.items():
@@ -55,47 +57,36 @@ class ResumeState:
         return all_of[min(all_of, key=lambda prefix: (len(prefix), prefix))] if all_of else {}
 
 
-_POSITIONS = (
-    "step",
-    "epoch",
-    "samples",
-    "global_step",
-    "iteration",
-    "iter",
-    "ntokens_seen",
-    "tokens",
-    "consumed_samples",
-)
+_POSITIONS = "step epoch samples global_step iteration iter ntokens_seen tokens consumed_samples".split()
 
 
 def resume_state(case: Case) -> ResumeState | None:
-    """The training state of the checkpoint, or None where it is a model alone."""
-    if "resume state" not in case.orders:
-        case.orders["resume state"] = find(case.view) if case.view is not None else None
-    found: ResumeState | None = case.orders["resume state"]
+    """Return the training state of the checkpoint, found once for all checks; None where it is a model alone."""
+    if "resume state" not in case.results:
+        case.results["resume state"] = find(case.view) if case.view is not None else None
+    found: ResumeState | None = case.results["resume state"]
     return found
 
 
 def reference_state(case: Case) -> ResumeState | None:
-    """The training state of the reference, likewise."""
-    if "reference resume state" not in case.orders:
-        case.orders["reference resume state"] = find(case.reference) if case.reference is not None else None
-    found: ResumeState | None = case.orders["reference resume state"]
+    """Return the training state of the reference, found once; None without a reference or where it is a model alone."""
+    if "reference resume state" not in case.results:
+        case.results["reference resume state"] = find(case.reference) if case.reference is not None else None
+    found: ResumeState | None = case.results["reference resume state"]
     return found
 
 
 def find(view: StateView) -> ResumeState | None:
-    """Training state in a view or in the files beside it. Step numbers alone make no resumable checkpoint."""
+    """Find training state in a checkpoint and in the files beside it.
+
+    Args:
+        view: The checkpoint.
+
+    Returns:
+        The state; None where there is no optimizer, no layout of a training program and no more than step numbers.
+    """
     names = view.folder.names() if view.format in ("hf", "dcp", "peft") else []
-    layout = (
-        "run"
-        if _OWN_STATE in names and "manifest.json" in names
-        else "trainer"
-        if _TRAINER_STATE in names
-        else "torchtitan"
-        if view.format == "dcp"
-        else "dict"
-    )
+    layout = _layout(view, names)
     state = ResumeState(layout)
     state.optimizer = {n: r for n, r in view.items() if _optimizer_name(n)}
     for file in _OPTIMIZER_FILES:
@@ -123,8 +114,17 @@ def find(view: StateView) -> ResumeState | None:
     return state if state.optimizer or layout in ("run", "trainer") or (beside and state.position) else None
 
 
+def _layout(view: StateView, names: list[str]) -> str:
+    """Say which kind of program wrote the checkpoint."""
+    if _OWN_STATE in names and "manifest.json" in names:
+        return "run"
+    if _TRAINER_STATE in names:
+        return "trainer"
+    return "torchtitan" if view.format == "dcp" else "dict"
+
+
 def _count_by_optimizer(view: StateView, state: ResumeState) -> None:
-    """The optimizer's own step counter, where nothing else says how far the run was."""
+    """Take the optimizer's own step counter as the position."""
     counter = next(
         (
             n
@@ -141,18 +141,18 @@ def _count_by_optimizer(view: StateView, state: ResumeState) -> None:
 
 
 def whole(value: float) -> int | None:
-    """A number out of a file as a whole one, None for what is no count."""
+    """Return a number out of a file as a whole one; None for what is no count."""
     return int(value) if 0 <= value < 1 << 62 else None
 
 
 def _optimizer_name(name: str) -> bool:
-    """Whether a stored name is optimizer state (also `critic_optimizer`, `optimizers_0`)."""
+    """Say whether a stored name is optimizer state (also `critic_optimizer`, `optimizers_0`)."""
     first = name.partition(".")[0]
     return OTHER_STATE.get(first) == "optimizer state" or re.fullmatch(r"optim(izer)?s?[-_]?\d*", first) is not None
 
 
 def _beside(view: StateView, file: str) -> dict[str, TensorRecord]:
-    """Headers of an optimizer file in the same folder; none where it cannot be read safely."""
+    """Read the headers of an optimizer file in the same folder; {} where it cannot be read safely."""
     try:
         return dict(read(f"{view.folder.url}/{file}"))
     except TensorkeepError:
@@ -160,6 +160,7 @@ def _beside(view: StateView, file: str) -> dict[str, TensorRecord]:
 
 
 def _read_documents(view: StateView, names: list[str], state: ResumeState) -> None:
+    """Add what state.json or trainer_state.json says."""
     for file in (_OWN_STATE, _TRAINER_STATE):
         if file not in names:
             continue
@@ -179,7 +180,7 @@ def _read_documents(view: StateView, names: list[str], state: ResumeState) -> No
 
 
 def moments(state: ResumeState) -> dict[str, TensorRecord]:
-    """First moments by stored name, whatever the optimizer calls them."""
+    """Return the optimizer's first moments by stored name, whatever it calls them."""
     return {
         n: r
         for n, r in state.optimizer.items()

@@ -1,4 +1,8 @@
-"""RoPE hypotheses: the two layouts of a head's rows, applied to the reference's q and k, and the residual measured."""
+"""Find rows of query and key projections that lie in the other RoPE layout: interleaved or half-split.
+
+RoPE turns the rows of a head in pairs. Half-split layout pairs row i with row i + rotary / 2, interleaved layout row
+2i with row 2i + 1. With a reference both rearrangements are tried on it; without one, the norms of the rows tell.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,15 @@ import numpy as np
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.orders import Index
-from tensorkeep.diagnosis.evidence.sources import ALIKE
+from tensorkeep.diagnosis.evidence.originals import ALIKE
 from tensorkeep.diagnosis.evidence.statistics import Array, relation
-from tensorkeep.diagnosis.evidence.survey import bits_equal
 
 _QUERY = re.compile(r"(?:^|[._])(q_proj|q_norm|query|wq|q)\.(weight|bias)\Z")
 KEY = re.compile(r"(?:^|[._])(k_proj|k_norm|key|wk|k)\.(weight|bias)\Z")
 _FUSED = re.compile(r"(?:^|[._])(qkv_proj|qkv|query_key_value|c_attn|wqkv)\.(weight|bias)\Z")
-WORDS = {
+DIRECTIONS = {
     "pairs": "interleaved, where half-split is expected",
     "half": "turned as if they had been interleaved (the wrong direction)",
 }
@@ -27,34 +31,45 @@ HEADS = (64, 128, 32, 80, 96, 256, 16, 48, 8, 4, 72, 112, 160, 192)  # sizes of 
 
 
 class Turn(NamedTuple):
-    """How the rows of q or k were turned: RowPermutation.to ("pairs" or "half"), size of a head, rows of it that RoPE turns."""
+    """How the rows of a query or key projection were rearranged.
+
+    `to` is "pairs" (interleaved) or "half" (the inverse); `head` the rows of a head, `rotary` those of them that RoPE
+    turns; `origin` the reference's row that each row holds. `exact`: the reference rearranged is the tensor, bit for
+    bit. `which`: of a fused tensor, the part that was rearranged: "q", "k" or "q and k".
+    """
 
     to: str
     head: int
     rotary: int
-    source: tuple[int, ...]  # reference row of each row
+    origin: tuple[int, ...]
     exact: bool
-    which: str = ""  # of a fused tensor: q, k or q and k
+    which: str = ""
 
 
 def part_of(name: str) -> str | None:
-    """q, k, qkv (fused) or None, by the module's name.
+    """Say by a tensor's name whether it is q, k or qkv (fused); None for anything else.
 
-    >>> part_of("model.layers.0.self_attn.q_proj.weight"), part_of("blocks.0.attn.qkv.weight"), part_of("a.v_proj.weight")
-    ('q', 'qkv', None)
+    >>> part_of("model.layers.0.self_attn.q_proj.weight"), part_of("blocks.0.attn.qkv.weight")
+    ('q', 'qkv')
     """
     return "q" if _QUERY.search(name) else "k" if KEY.search(name) else "qkv" if _FUSED.search(name) else None
 
 
 def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] | None) -> Turn | None:
-    """The turn that makes the reference's tensor into this one: exactly, or up to rounding and training."""
+    """Find the rearrangement that makes the reference's tensor into this one: exactly, or up to rounding and training.
+
+    Args:
+        name: The tensor's name; only query and key projections, their biases and norms can be rearranged.
+        mine: The checkpoint's values, [rows] or [rows, columns].
+        theirs: The reference's, of the same shape.
+        config: The model's config, which gives the size of a head; without it, sizes in use are tried.
+    """
     part, rows = part_of(name), mine.shape[0] if mine.ndim else 0
     if part is None or rows < 4 or mine.shape != theirs.shape:
         return None
     loose: Turn | None = None
-    own = (
-        mine.ndim > 1 and relation(mine, theirs).correlation > ALIKE
-    )  # then only a turn that fits exactly can be meant
+    # a tensor that resembles its own reference was rearranged only where a rearrangement fits exactly
+    own = mine.ndim > 1 and relation(mine, theirs).correlation > ALIKE
     for head, rotary in _sizes(rows, config):
         for to in ("pairs", "half"):
             for which, index in _indices(part, rows, RowPermutation(head, rotary, to), config):
@@ -69,12 +84,13 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
 
 
 def _same(a: Array, b: Array) -> bool:
-    """Equal; the first rows decide against nearly every wrong hypothesis."""
+    """Say whether two tensors are equal; the first rows rule out nearly every wrong rearrangement."""
     few = min(len(a), 8)
     return bits_equal(a[:few], b[:few]) and bits_equal(a, b)
 
 
 def _sizes(rows: int, config: Mapping[str, Any] | None) -> Iterator[tuple[int, int]]:
+    """Yield (rows of a head, rows of it that RoPE turns) to try: the config's first."""
     known = architecture.head_dim(config or {})
     part = partial_rotary(config or {})
     tried: set[tuple[int, int]] = set()
@@ -90,6 +106,7 @@ def _sizes(rows: int, config: Mapping[str, Any] | None) -> Iterator[tuple[int, i
 def _indices(
     part: str, rows: int, turn: RowPermutation, config: Mapping[str, Any] | None
 ) -> Iterator[tuple[str, Index]]:
+    """Yield the orders of rows that a rearrangement means, with the part of a fused tensor that it moves."""
     one = np.asarray(turn.order(), np.int64)
     if part != "qkv":
         yield "", (np.arange(0, rows, turn.block)[:, None] + one).ravel()
@@ -112,21 +129,27 @@ def _indices(
 # -- without a reference ----------------------------------------------------------------------------------------------
 
 
-def pairing(weight: Array, head: int, rotary: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean over heads of the log row norm at each of the first `rotary` places of a head.  [heads * head, in] -> [rotary]
+def norm_profile(weight: Array, head: int, rotary: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Average the log norm of the rows at each of the first `rotary` places of a head over the heads.
 
-    The two rows that RoPE turns together are alike in norm: at i and i + rotary / 2 in the half-split layout, at 2i
-    and 2i + 1 in the interleaved one (facts §2.5).
+    The two rows that RoPE turns together have nearly equal norms, which shows in which layout the rows lie.
+
+    [heads * head, in] -> [rotary]
     """
     norms = np.sqrt(np.square(weight.astype(np.float32)).sum(axis=1, dtype=np.float64)).reshape(-1, head)[:, :rotary]
     logs: np.ndarray[Any, np.dtype[np.float64]] = np.log(np.maximum(norms, 1e-12)).mean(axis=0)
     return logs
 
 
-def apart(profile: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
-    """How far apart the rows of a pair are (root mean square): as stored, and with either turn undone.
+def pair_distances(profile: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
+    """Measure how far apart the two rows of a RoPE pair are in log norm (root mean square over the pairs).
 
-    The key of a turn is what was done to the rows: "pairs" (interleaved), "half" (the wrong direction).
+    Args:
+        profile: Mean log norms of a head's rows, [rotary], from `norm_profile`.
+
+    Returns:
+        The distance of the rows as stored, under "", and with either rearrangement undone, under its name: "pairs"
+        (they had been interleaved), "half" (the inverse had been applied).
     """
     half = profile.size // 2
     undone = {"": profile} | {

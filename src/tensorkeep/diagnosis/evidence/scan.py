@@ -1,4 +1,4 @@
-"""Scan: one pass over a checkpoint that has no reference, for what its values alone can say."""
+"""Measure the values of a checkpoint that has no reference: NaN, constants, spread, traces of 8-bit floats."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tensorkeep.diagnosis.evidence.bytewise import size_of
 from tensorkeep.diagnosis.evidence.case import Array, Case, np_dtype_known
 from tensorkeep.diagnosis.evidence.casts import on_grid
 from tensorkeep.diagnosis.evidence.statistics import Spread, pieces_of, sampled, spread
-from tensorkeep.diagnosis.evidence.survey import THREADS, size_of
+from tensorkeep.diagnosis.evidence.survey import THREADS
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.record import DTYPES
 
@@ -23,8 +24,12 @@ _MASKS = {
 }
 
 
-class Seen(NamedTuple):
-    """One tensor: counts of NaN and infinity, the value it has everywhere (if it has one), its spread, its fp8 grid."""
+class Scanned(NamedTuple):
+    """What the values of one tensor show.
+
+    `nan` and `infinite` are counts. `constant`: the one value that all elements have, if they do; otherwise `spread`
+    and `grid` (the 8-bit float format whose grid all values lie on, None for none) are given.
+    """
 
     nan: int
     infinite: int
@@ -33,9 +38,16 @@ class Seen(NamedTuple):
     grid: str | None
 
 
-def scan(case: Case) -> dict[str, Seen]:
-    """What the values of each floating tensor say; kept, since several checks ask. Damaged data goes to `case.broken`."""
-    known: dict[str, Seen] | None = case.orders.get("scan")
+def scan(case: Case) -> dict[str, Scanned]:
+    """Measure each floating tensor of the checkpoint, once for all checks.
+
+    Args:
+        case: The case; tensors whose data is damaged are put into `case.broken`.
+
+    Returns:
+        The figures by Hugging Face name. Parts of quantized weights and a head tied to its embedding are left out.
+    """
+    known: dict[str, Scanned] | None = case.results.get("scan")
     if known is not None:
         return known
     names = [
@@ -46,7 +58,7 @@ def scan(case: Case) -> dict[str, Seen]:
     names = sorted(names, key=lambda n: -size_of(case.tensors[n]))
     total, done, seen = sum(size_of(case.tensors[n]) for n in names), 0, {}
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, found in zip(names, pool.map(lambda n: _see(case, n), names)):
+        for name, found in zip(names, pool.map(lambda n: _measure(case, n), names)):
             if isinstance(found, TensorkeepError):
                 case.broken[name] = found
             else:
@@ -54,11 +66,12 @@ def scan(case: Case) -> dict[str, Seen]:
             done += size_of(case.tensors[name])
             if case.progress:
                 case.progress("scan", done, total)
-    case.orders["scan"] = seen
+    case.results["scan"] = seen
     return seen
 
 
-def _see(case: Case, name: str) -> Seen | TensorkeepError:
+def _measure(case: Case, name: str) -> Scanned | TensorkeepError:
+    """Measure one tensor; an error of damaged data is returned, not raised."""
     try:
         values = case.values(name)
     except TensorkeepError as error:
@@ -66,12 +79,12 @@ def _see(case: Case, name: str) -> Seen | TensorkeepError:
             raise
         return error
     if values.size == 0:
-        return Seen(0, 0, None, None, None)
+        return Scanned(0, 0, None, None, None)
     nan, infinite = not_finite(values)
     first = values.reshape(-1)[0]
     constant = float(first) if not nan and values.size > 1 and bool((values == first).all()) else None
     some = sampled(values)
-    return Seen(
+    return Scanned(
         nan,
         infinite,
         constant,
@@ -81,7 +94,7 @@ def _see(case: Case, name: str) -> Seen | TensorkeepError:
 
 
 def not_finite(values: Array) -> tuple[int, int]:
-    """How many NaN and how many infinities; by bit pattern, which is quick for every float type."""
+    """Count NaN and infinities, by bit pattern, which is quick for every float type."""
     if values.dtype.name not in _MASKS:
         with np.errstate(invalid="ignore"):
             wide = values.astype(np.float32)

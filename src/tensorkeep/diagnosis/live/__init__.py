@@ -1,1 +1,1 @@
-"""Live: models in a running process, held against their checkpoints; the layer that imports torch."""
+"""Compare models in a running process with their checkpoints, and run them; this part imports torch."""

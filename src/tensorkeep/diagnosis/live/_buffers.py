@@ -1,4 +1,4 @@
-"""B01 on a live model: every non-persistent buffer against what the config gives, and the repair in place."""
+"""Compare every buffer that no checkpoint fills with what the config gives (B01)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ _FILLED = "no checkpoint fills it: meta construction and to_empty() leave whatev
 
 
 def buffer_findings(model: nn.Module, config: Mapping[str, Any] | None = None) -> Iterator[Finding]:
-    """B01 for every non-persistent buffer that is wrong, narrowed, or beyond what can be computed here."""
+    """Report the non-persistent buffers that are wrong, were cast to 16 bits, or cannot be recomputed here.
+
+    Args:
+        model: A model in memory.
+        config: The checkpoint's config, where it is known.
+
+    Returns:
+        At most one B01 for each of the three, and C01 for tables of angles with other frequencies than the config's.
+    """
     right = fresh(model, config)
     unknown: dict[str, str] = {}
     narrowed: list[Buffer] = []
@@ -51,30 +59,23 @@ def buffer_findings(model: nn.Module, config: Mapping[str, Any] | None = None) -
         )
     if narrowed:
         kinds = sorted({str(b.tensor.dtype).removeprefix("torch.") for b in narrowed})
-        yield Finding(
-            "B01",
-            "warning",
+        message = (
             f"{len(narrowed)} buffers of RoPE went through a cast to 16 bits (they are {', '.join(kinds)} now); "
-            "the class computes them in float32",
-            [b.name for b in narrowed],
-            {"dtypes": kinds},
-            fix=FIX,
+            "the class computes them in float32"
         )
+        yield Finding("B01", "warning", message, [b.name for b in narrowed], {"dtypes": kinds}, fix=FIX)
     if unknown:
         reasons = sorted(set(unknown.values()))
-        yield Finding(
-            "B01",
-            "warning",
+        message = (
             f"{len(unknown)} non-persistent buffers cannot be recomputed here, so nothing is said of their values: "
-            f"{'; '.join(reasons)}",
-            list(unknown),
-            {"reasons": unknown},
+            f"{'; '.join(reasons)}"
         )
+        yield Finding("B01", "warning", message, list(unknown), {"reasons": unknown})
     yield from _table_findings(model, config, {n for f in wrong for n in f.tensors})
 
 
 def impossible(buffer: Buffer) -> bool:
-    """Whether an inv_freq cannot be one: frequencies are finite, positive, and 1 at most (a little more with scaling)."""
+    """Say whether RoPE's inv_freq has impossible values: it is finite, positive, and hardly ever above 1."""
     if not buffer.key.endswith("inv_freq") or not buffer.tensor.is_floating_point():
         return False
     if buffer.tensor.is_meta:
@@ -84,6 +85,7 @@ def impossible(buffer: Buffer) -> bool:
 
 
 def _wrong(buffer: Buffer, right: Tensor | None, way: str) -> Finding:
+    """Make the finding about one wrong buffer. `way`: how the right values were found, or what is impossible."""
     live = buffer.tensor.detach()
     evidence: dict[str, Any] = {
         "shape": list(live.shape),
@@ -105,7 +107,7 @@ def _wrong(buffer: Buffer, right: Tensor | None, way: str) -> Finding:
 
 
 def _first(values: Tensor, count: int = 4) -> Any:
-    """The first few values for evidence, as plain numbers (NaN and infinities as words)."""
+    """Return the first few values as plain numbers, NaN and infinities as words."""
     flat = values.detach().cpu().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     numbers = [float(v) for v in flat[:count]]
@@ -113,6 +115,7 @@ def _first(values: Tensor, count: int = 4) -> Any:
 
 
 def _odd(values: Tensor) -> dict[str, int]:
+    """Count the values that are not finite or zero, for evidence."""
     flat = values.detach().cpu().reshape(-1)
     return {"not_finite": int((~flat.isfinite()).sum()), "zeros": int((flat == 0).sum()), "elements": flat.numel()}
 
@@ -123,7 +126,7 @@ def _odd(values: Tensor) -> dict[str, int]:
 def _table_findings(
     model: nn.Module, config: Mapping[str, Any] | None, known: Collection[str] = ()
 ) -> Iterator[Finding]:
-    """C01 where a table of angles (torchtitan's freqs_cis or cache) has other frequencies than the checkpoint's config.
+    """Report tables of angles (torchtitan's freqs_cis or cache) with other frequencies than the config's (C01).
 
     Architectures that come from a registry and not from config.json (torchtitan's flavours) go wrong in this way.
     """
@@ -139,24 +142,29 @@ def _table_findings(
         name, found = next(iter(odd.items()))
         which = ((found - right).abs() > 1e-3 * right).nonzero().reshape(-1)
         at = int(which[0])
+        message = (
+            f"{name} turns by other angles than the checkpoint's config says: frequency {at} is "
+            f"{float(found[at]):.6g} instead of {float(right[at]):.6g} ({len(which)} of {len(right)} differ, in "
+            f"{len(odd)} tables)"
+        )
+        evidence = {
+            "different": len(which),
+            "frequencies": len(right),
+            "holds": _first(found[which]),
+            "expected": _first(right[which]),
+        }
         yield Finding(
             "C01",
             "error",
-            f"{name} turns by other angles than the checkpoint's config says: frequency {at} is {float(found[at]):.6g} instead of "
-            f"{float(right[at]):.6g} ({len(which)} of {len(right)} differ, in {len(odd)} tables)",
+            message,
             list(odd),
-            {
-                "different": len(which),
-                "frequencies": len(right),
-                "holds": _first(found[which]),
-                "expected": _first(right[which]),
-            },
+            evidence,
             fix="set rope theta and scaling of the model as in the checkpoint's config.json",
         )
 
 
 def _table_frequencies(table: Tensor, half: int) -> Tensor | None:
-    """The frequencies in a table of angles: complex (positions, half), or cos and sin side by side (positions, 4 half)."""
+    """Read the frequencies from a table of angles: complex [positions, half], or cos and sin [positions, 4 * half]."""
     if table.is_meta or hasattr(table, "to_local") or table.ndim != 2 or len(table) < 2:
         return None
     row = table[1].detach().cpu()
@@ -165,6 +173,3 @@ def _table_frequencies(table: Tensor, half: int) -> Tensor | None:
     if table.is_floating_point() and table.shape[1] == 4 * half and table.dtype == torch.float32:
         return torch.atan2(row[2 * half : 3 * half], row[:half])
     return None
-
-
-# -- repair -----------------------------------------------------------------------------------------------------------

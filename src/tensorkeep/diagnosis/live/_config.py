@@ -1,4 +1,4 @@
-"""C01 and C04 on a live model: was it built from another config than the one the weights came with?"""
+"""Find out whether a model in memory was built from another config than its checkpoint's (C01, C04)."""
 
 from __future__ import annotations
 
@@ -11,37 +11,21 @@ from tensorkeep.findings import Finding
 from tensorkeep.models.buffers import transformers_roots
 
 # what changes the numbers a model computes while every tensor keeps its shape
-FIELDS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "sliding_window",
-    "num_experts_per_tok",
-    "norm_topk_prob",
-    "partial_rotary_factor",
-    "attention_multiplier",
-    "logit_scale",
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
-    "query_pre_attn_scalar",
-)
+_FIELDS = (
+    "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act rms_norm_eps layer_norm_eps tie_word_embeddings attention_bias sliding_window "
+    "num_experts_per_tok norm_topk_prob partial_rotary_factor attention_multiplier logit_scale "
+    "final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar"
+).split()
 
 
 def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that matter, spelled alike for transformers 4 and 5.
+    """Return the fields that change results, in one spelling for transformers 4 and 5.
 
-    >>> canonical({"rope_theta": 5e5})["rope_theta"] == canonical({"rope_parameters": {"rope_theta": 5e5}})["rope_theta"]
+    >>> canonical({"rope_theta": 5e5}) == canonical({"rope_parameters": {"rope_theta": 5e5}})
     True
     """
-    out = {f: config[f] for f in FIELDS if config.get(f) is not None}
+    out = {f: config[f] for f in _FIELDS if config.get(f) is not None}
     nested = config.get("rope_parameters") or config.get("rope_scaling")
     rope: dict[str, Any] = dict(nested) if isinstance(nested, Mapping) else {}
     if any(isinstance(v, Mapping) for v in rope.values()):
@@ -63,7 +47,7 @@ def canonical(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_findings(model: nn.Module, config: Mapping[str, Any] | None) -> Iterator[Finding]:
-    """Fields in which a transformers model's own config is not the checkpoint's."""
+    """Report the fields in which a transformers model's own config is not the checkpoint's."""
     own = next((getattr(root, "config", None) for _, root in transformers_roots(model)), None)
     if config is None or own is None or "model_type" not in config:
         return
@@ -78,25 +62,16 @@ def config_findings(model: nn.Module, config: Mapping[str, Any] | None) -> Itera
     said = ", ".join(f"{f} {a!r} instead of {b!r}" for f, (a, b) in odd.items())
     newer = "rope_parameters" in config and "rope_theta" not in config and not hasattr(own, "rope_parameters")
     if newer and "rope_theta" in odd:
-        yield Finding(
-            "C04",
-            "error",
-            f"the config was written by transformers 5 and read by 4, which does not know rope_parameters: {said}",
-            [],
-            {f: {"model": a, "checkpoint": b} for f, (a, b) in odd.items()},
-            explains=("C01",),
-        )
+        message = f"the config was written by transformers 5 and read by 4, which does not know rope_parameters: {said}"
+        evidence = {f: {"model": a, "checkpoint": b} for f, (a, b) in odd.items()}
+        yield Finding("C04", "error", message, [], evidence, explains=("C01",))
         return
-    yield Finding(
-        "C01",
-        "error",
-        f"the model was built from another config than the checkpoint's: {said}",
-        [],
-        {f: {"model": a, "checkpoint": b} for f, (a, b) in odd.items()},
-    )
+    message = f"the model was built from another config than the checkpoint's: {said}"
+    yield Finding("C01", "error", message, [], {f: {"model": a, "checkpoint": b} for f, (a, b) in odd.items()})
 
 
 def _alike(a: Any, b: Any) -> bool:
+    """Say whether two values are equal, numbers up to rounding."""
     if isinstance(a, (int, float)) and isinstance(b, (int, float)) and not isinstance(a, bool):
         return abs(a - b) <= 1e-5 * max(abs(a), abs(b))
     return bool(a == b)

@@ -1,6 +1,6 @@
-"""Findings about the tensors of a loaded model: missing, dropped, different, and why nearly all are.
+"""Report the tensors of a loaded model that are missing, dropped or different, and why, where nearly all are.
 
-`loaded_tensors` looks at one tensor; this gathers what it says by code.
+`_tensors` compares one tensor with the file; this gathers the results by code.
 """
 
 from __future__ import annotations
@@ -40,26 +40,37 @@ ORDER = ("K01", "S02", "S03", "S01", "T02", "O01", "O02", "O03", "V03", "V04", "
 
 
 def tensor_findings(model: nn.Module, tensors: list[Held], source: StoredModel) -> Iterator[Finding]:
-    asker = CounterpartFinder(model, tensors, source, renamed)
+    """Compare a model's parameters and persistent buffers with a checkpoint.
+
+    Args:
+        model: The model in memory.
+        tensors: Its tensors.
+        source: The checkpoint.
+
+    Raises:
+        TensorkeepError: Where most names cannot be translated, with what is missing for it.
+    """
+    finder = CounterpartFinder(model, tensors, source, renamed)
     found: list[Mismatch] = []
     missing: list[Held] = []
     skipped: list[str] = []
     compared = 0
     for item in tensors:
         if item.name.endswith("_flat_param"):
+            message = "FSDP1 keeps its parameters in flat tensors, which cannot be compared"
             yield Finding(
                 "K08",
                 "warning",
-                "FSDP1 keeps its parameters in flat tensors, which cannot be compared",
+                message,
                 [item.name],
                 fix="use FSDP2 (fully_shard), or call this within FullyShardedDataParallel.summon_full_params",
             )
             continue
-        pairs = [(name, p) for name in (item.name, *item.aliases) if (p := asker.parts(item, name))]
+        pairs = [(name, p) for name in (item.name, *item.aliases) if (p := finder.parts(item, name))]
         if packed(item.tensor):
             skipped.append(item.name)
         elif not pairs:
-            unpaired = list(_rearranged(model, item, asker))
+            unpaired = list(_rearranged(model, item, finder))
             found += [m for m in unpaired if m is not None]
             compared += len(unpaired)
             missing += [] if unpaired else [item]
@@ -73,44 +84,35 @@ def tensor_findings(model: nn.Module, tensors: list[Held], source: StoredModel) 
         raise source.problem
     if not compared and not skipped and tensors:
         theirs, mine = next(iter(source.stored), "nothing"), tensors[0].name
-        yield Finding(
-            "K05",
-            "error",
-            f"no tensor of the model has a counterpart in the file: {mine} against {theirs}; nothing was loaded",
-            [],
-            {"model": len(tensors), "file": len(source.view)},
-        )
+        message = f"no tensor of the model has a counterpart in the file: {mine} against {theirs}; nothing was loaded"
+        yield Finding("K05", "error", message, [], {"model": len(tensors), "file": len(source.view)})
         return
     if skipped:
-        yield Finding(
-            "Q02",
-            "info",
-            f"{len(skipped)} quantized tensors were not compared: the model holds codes, the file may not",
-            skipped,
-        )
+        message = f"{len(skipped)} quantized tensors were not compared: the model holds codes, the file may not"
+        yield Finding("Q02", "info", message, skipped)
     yield from _missing(missing, tensors, source)
     yield from _dropped(model, tensors, source, bool(missing))
     yield from _gathered(found)
     yield from _cause(model, found, compared, source)
 
 
-def _rearranged(model: nn.Module, item: Held, asker: CounterpartFinder) -> Iterator[Mismatch | None]:
-    """A tensor that transformers rearranges between file and memory, piece by piece as it would be saved.
+def _rearranged(model: nn.Module, item: Held, finder: CounterpartFinder) -> Iterator[Mismatch | None]:
+    """Compare a tensor that transformers rearranges between file and memory, piece by piece as it would be saved.
 
-    Of a sharded one only the names are settled: pieces of a shard are none of the file's.
+    Of a sharded one only the names are looked at, since pieces of a shard are none of the file's.
     """
     sharded = hasattr(item.tensor, "to_local")
     for name, piece in as_saved(
         model, item.name, item.tensor.detach().to("meta") if sharded else item.tensor.detach()
     ).items():
-        parts = asker.parts(Held(name, item.module, piece), name)
+        parts = finder.parts(Held(name, item.module, piece), name)
         if parts is not None:
             unread = Mismatch(name, "V06", "is rearranged by transformers, and sharded", {"compared": False})
-            yield unread if sharded else mismatch(Held(name, item.module, piece), parts, asker.source)
+            yield unread if sharded else mismatch(Held(name, item.module, piece), parts, finder.source)
 
 
 def _renamed(odd: Mismatch, item: Held, stored: str, source: StoredModel) -> Mismatch:
-    """Say where the values come from when they are another stored tensor's."""
+    """Give a mismatch the code that fits when the values are those of another stored tensor."""
     other = twin(item, source)
     if other is None or other == stored:
         return odd
@@ -121,15 +123,12 @@ def _renamed(odd: Mismatch, item: Held, stored: str, source: StoredModel) -> Mis
 
 
 def _missing(missing: list[Held], tensors: list[Held], source: StoredModel) -> Iterator[Finding]:
+    """Report tensors of the model that are not in the file."""
     adapters = [m for m in missing if ADAPTER.search(m.name)]
     rest = [m for m in missing if not ADAPTER.search(m.name)]
     if adapters:
-        yield Finding(
-            "K01",
-            "info",
-            f"{len(adapters)} adapter tensors are not in the file, as it should be for its base",
-            [m.name for m in adapters],
-        )
+        message = f"{len(adapters)} adapter tensors are not in the file, as it should be for its base"
+        yield Finding("K01", "info", message, [m.name for m in adapters])
     head = [m for m in rest if m.name == hf.HEAD and hf.tied(dict(source.config) if source.config else None)]
     for item in head:
         # meta construction breaks ties: the head is then a tensor of its own that no file fills
@@ -140,28 +139,20 @@ def _missing(missing: list[Held], tensors: list[Held], source: StoredModel) -> I
             if equal
             else "another tensor that nothing filled"
         )
-        yield Finding(
-            "T01",
-            "warning" if equal else "error",
+        message = (
             f"the config ties lm_head to the embedding, the file holds one tensor for both, and in "
-            f"the model the head is {said}",
-            [item.name],
-            fix="model.tie_weights()",
+            f"the model the head is {said}"
         )
+        yield Finding("T01", "warning" if equal else "error", message, [item.name], fix="model.tie_weights()")
     rest = [m for m in rest if m not in head]
     if rest:
         names = [m.name for m in rest]
-        yield Finding(
-            "K01",
-            "error",
-            f"{len(names)} tensors of the model are not in the file and hold what they held before: {_few(names)}",
-            names,
-            {"model": len(names), "file": len(source.view)},
-        )
+        message = f"{len(names)} tensors of the model are not in the file and hold what they held before: {_few(names)}"
+        yield Finding("K01", "error", message, names, {"model": len(names), "file": len(source.view)})
 
 
 def _dropped(model: nn.Module, tensors: list[Held], source: StoredModel, some_missing: bool) -> Iterator[Finding]:
-    """Model tensors of the file that nothing in the model asked for."""
+    """Report tensors of the file that nothing in the model asked for."""
     left = [s for s in source.stored.values() if s not in source.used and s not in source.computed]
     buffers = {n for n, _ in model.named_buffers()}
     left = [s for s in left if not any(b.endswith(s) or s.endswith(b) for b in buffers)]
@@ -173,17 +164,12 @@ def _dropped(model: nn.Module, tensors: list[Held], source: StoredModel, some_mi
         re.search(r"(^|\.)(lm_head|score|classifier|output)\.(weight|bias)$", s) for s in left
     )
     headless = heads and not any(re.search(r"(^|\.)(lm_head|score|classifier|output)\.", t.name) for t in tensors)
-    yield Finding(
-        "K07",
-        "warning" if headless else "error",
-        f"{len(left)} tensors of the file have no place in the model and were dropped: {_few(left)}",
-        left,
-        {"file": len(source.view)},
-    )
+    message = f"{len(left)} tensors of the file have no place in the model and were dropped: {_few(left)}"
+    yield Finding("K07", "warning" if headless else "error", message, left, {"file": len(source.view)})
 
 
 def _stands_for_embedding(head: str, source: StoredModel) -> bool:
-    """A head that the model ties away is no loss when the file's head equals its embedding."""
+    """Say whether the file's head equals its embedding, so that a model which ties them loses nothing."""
     names = [s for c, s in source.stored.items() if c.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
     record = source.view[head]
     return any(
@@ -192,7 +178,7 @@ def _stands_for_embedding(head: str, source: StoredModel) -> bool:
 
 
 def _gathered(found: Iterable[Mismatch]) -> Iterator[Finding]:
-    """One finding a code, with the figures of each tensor."""
+    """Make one finding for each code, with the figures of each tensor."""
     for code in ORDER:
         mine = [m for m in found if m.code == code]
         quiet = [m for m in mine if m.evidence.get("compared") is False]
@@ -210,7 +196,7 @@ def _gathered(found: Iterable[Mismatch]) -> Iterator[Finding]:
 
 
 def _cause(model: nn.Module, found: list[Mismatch], compared: int, source: StoredModel) -> Iterator[Finding]:
-    """Where nearly nothing was loaded and the file's names are not the model's: that is why."""
+    """Name the cause where nearly nothing was loaded and the file's names are not the model's."""
     if not compared or len(found) < 0.9 * compared:
         return
     raw = {*dict(model.named_parameters(remove_duplicate=False)), *model.state_dict()}
@@ -225,16 +211,11 @@ def _cause(model: nn.Module, found: list[Mismatch], compared: int, source: Store
     else:
         code, words = "K06", f"the file's names follow {identity.naming or 'a scheme of their own'}, the model's do not"
     example = f"{next(iter(raw))} against {next(iter(source.view))}"
-    yield Finding(
-        code,
-        "error",
-        f"{words}: the loader found none of these names and loaded nothing ({example})",
-        [],
-        {"differ": len(found), "compared": compared},
-        explains=codes,
-    )
+    message = f"{words}: the loader found none of these names and loaded nothing ({example})"
+    yield Finding(code, "error", message, [], {"differ": len(found), "compared": compared}, explains=codes)
 
 
 def _few(names: list[str]) -> str:
+    """List the first names, those of equal layers together."""
     shown = grouped(names)
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")

@@ -1,7 +1,7 @@
-"""A live tensor against its bytes in the file: equal, or which single fault explains the difference.
+"""Compare a tensor in memory with its bytes in the file, and find the one fault that explains a difference.
 
-Everything is measured on this process's rectangle of the tensor; whole-tensor hypotheses (transposed, rows permuted)
-are tried where the rectangle is the whole or whole rows of it.
+A process looks at its own shard of a tensor. Whether a tensor is transposed or its rows are permuted is looked at only
+where the shard is all of it, or whole rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHANCE = 4.0  # standard errors of the correlation of independent values, 1 / s
 
 @dataclass
 class Mismatch:
-    """One tensor of the model that is not what the file holds: the code that fits, a few words, numbers."""
+    """A tensor of the model that is not what the file holds: the code that fits, a few words, figures."""
 
     name: str
     code: str
@@ -37,7 +37,7 @@ class Mismatch:
 
 
 def packed(tensor: Tensor) -> bool:
-    """Whether a tensor's own values are codes (bitsandbytes, torchao) that cannot be compared with a weight."""
+    """Say whether a tensor's values are codes (bitsandbytes, torchao) that cannot be compared with a weight."""
     base = type(tensor).__module__
     plain = (
         type(tensor) in (Tensor, torch.nn.Parameter)
@@ -48,7 +48,16 @@ def packed(tensor: Tensor) -> bool:
 
 
 def mismatch(item: Held, parts: tuple[Part, ...], source: StoredModel) -> Mismatch | None:
-    """Compare one tensor bit by bit, after the cast that its dtype implies; None where it is equal."""
+    """Compare one tensor bit by bit, after the cast that its dtype implies.
+
+    Args:
+        item: The tensor in memory.
+        parts: The stored tensors, or rows of them, that it is made of.
+        source: The checkpoint.
+
+    Returns:
+        None where it is equal; otherwise what is wrong with it.
+    """
     shape = tuple(item.tensor.shape)
     if item.tensor.is_meta:
         return Mismatch(item.name, "K01", "is still on the meta device: nothing was loaded into it")
@@ -72,11 +81,11 @@ def mismatch(item: Held, parts: tuple[Part, ...], source: StoredModel) -> Mismat
     if same(mine, cast):
         return None
     complete = mine.shape == item.tensor.shape
-    return _name(item.name, mine, cast, stored, complete, source.config)
+    return _explained(item.name, mine, cast, stored, complete, source.config)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal in every bit, or in every value (NaN equals NaN, zero its negative)."""
+    """Say whether two tensors are equal in every bit, or in every value (NaN equals NaN, zero its negative)."""
     if a.shape != b.shape or a.dtype != b.dtype or a.numel() == 0:
         return a.shape == b.shape and a.dtype == b.dtype
     if torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)):
@@ -88,6 +97,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def _shapes(name: str, shape: tuple[int, ...], parts: tuple[Part, ...], source: StoredModel) -> Mismatch:
+    """Describe a difference in shape."""
     sizes = [list(source.view[p.name].shape) for p in parts]
     evidence = {"model": list(shape), "file": sizes[0] if len(sizes) == 1 else sizes[:4]}
     words = f"is {list(shape)} in the model and {evidence['file']} in the file"
@@ -96,10 +106,10 @@ def _shapes(name: str, shape: tuple[int, ...], parts: tuple[Part, ...], source: 
     return Mismatch(name, "S02" if vocabulary else "S01", words, evidence)
 
 
-def _name(
+def _explained(
     name: str, mine: Tensor, cast: Tensor, stored: Tensor, complete: bool, config: Mapping[str, Any] | None
 ) -> Mismatch:
-    """The code of a difference, in the order of precedence S, O, V04, V05, V03, V01, V07, V02, V06."""
+    """Find the code of a difference, trying S, O, V04, V05, V03, V01, V07, V02 and V06 in this order."""
     if not mine.dtype.is_floating_point:
         return Mismatch(name, "V06", "integers differ", {"different": int((mine != cast).sum())})
     found = _moved(name, mine, cast, complete, config)
@@ -117,12 +127,8 @@ def _name(
     if evidence["not_finite"]:
         return Mismatch(name, "V01", "holds values that are not finite", evidence)
     correlation = evidence.get("correlation")
-    if (
-        a.numel() >= 64
-        and not few
-        and correlation is not None
-        and abs(correlation) < max(_UNCORRELATED, _CHANCE / a.numel() ** 0.5)
-    ):
+    chance = max(_UNCORRELATED, _CHANCE / a.numel() ** 0.5)
+    if a.numel() >= 64 and not few and correlation is not None and abs(correlation) < chance:
         return Mismatch(
             name, "V03", "has nothing in common with the file: what an initialiser gave, or old memory", evidence
         )
@@ -138,7 +144,7 @@ def _name(
 
 
 def _moved(name: str, mine: Tensor, cast: Tensor, complete: bool, config: Mapping[str, Any] | None) -> Mismatch | None:
-    """Transposed, or rows in the other RoPE layout."""
+    """Say whether a tensor is transposed, or has its rows in the other RoPE layout; None otherwise."""
     if complete and mine.ndim == 2 and mine.shape[0] == mine.shape[1] and same(mine, cast.T):
         return Mismatch(name, "S03", "is transposed")
     if any(s in name for s in ("q_proj", "k_proj", ".wq.", ".wk.", "q_norm", "k_norm")) and mine.ndim:
@@ -154,7 +160,7 @@ def _moved(name: str, mine: Tensor, cast: Tensor, complete: bool, config: Mappin
 
 
 def _numbers(a: Tensor, b: Tensor) -> dict[str, Any]:
-    """Figures of a difference. a, b: (elements,) float64."""
+    """Measure a difference. a, b: [elements], float64."""
     bad = ~a.isfinite() & b.isfinite()
     both = a.isfinite() & b.isfinite()
     x, y = a[both], b[both]
@@ -175,7 +181,7 @@ def _numbers(a: Tensor, b: Tensor) -> dict[str, Any]:
 
 
 def twin(item: Held, source: StoredModel) -> str | None:
-    """Another stored tensor of the same shape whose values the model holds under this name; None where there is none.
+    """Find another stored tensor of the same shape whose values the model holds under this name; None for none.
 
     First rows are compared before whole tensors are read. Unsharded tensors only.
     """

@@ -1,10 +1,10 @@
-"""`check_loaded` and `repair_buffers`: one line in anyone's script, after the framework's own load and before training.
+"""Check a model that some framework has loaded, in one line of its script, before training.
 
     for finding in check_loaded(model, "checkpoint/step-0"):
         print(finding.severity, finding.code, finding.message)
 
-Every parameter and persistent buffer is compared with the file bit by bit, modulo names; every non-persistent buffer
-with what its config gives; what the file has and the model did not take is listed. The model is not changed.
+Every parameter and persistent buffer is compared bit by bit with the file, under whichever name it has there; every
+non-persistent buffer with what its config gives; what the file has and the model did not take is listed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,25 @@ from tensorkeep.storage.certificate import parse_json
 
 
 def check_loaded(model: nn.Module, checkpoint: str | Path | StateView, config: Any = None) -> list[Finding]:
-    """Findings about a model that some framework has loaded from `checkpoint` (any format and naming); errors first.
+    """Compare a model in memory with the checkpoint that it was loaded from.
 
-    `config` is the checkpoint's config (dict, file, folder or transformers config) where none lies beside it. Plain,
-    compiled, DDP and FSDP2 models; of a sharded model every process compares its own shards, so call it on every
-    process: the findings are exchanged, and are the same everywhere.
+    Works on plain, compiled, DDP and FSDP2 models. Of a sharded model each process compares its own shards, so call
+    it on every process: the findings are exchanged and are the same everywhere. The model is not changed.
 
-    Raises TensorkeepError where the checkpoint cannot be read at all.
+    Args:
+        model: The loaded model.
+        checkpoint: The checkpoint's path, of any format and naming, or its view.
+        config: The checkpoint's config (a dict, a file, a folder or a transformers config), where none lies beside it.
 
-    >>> [f.code for f in check_loaded(model, "out")]              # doctest: +SKIP
-    ['B01']
+    Returns:
+        What is wrong, errors first; [] where every tensor and buffer is right.
+
+    Raises:
+        TensorkeepError: Where the checkpoint or the config cannot be read at all.
+
+    Example:
+        >>> [f.code for f in check_loaded(model, "out")]              # doctest: +SKIP
+        ['B01']
     """
     view = checkpoint if isinstance(checkpoint, StateView) else read(checkpoint)
     given = _config(config) or view.config
@@ -50,12 +59,13 @@ def check_loaded(model: nn.Module, checkpoint: str | Path | StateView, config: A
 
 
 def _own(model: nn.Module) -> dict[str, Any] | None:
-    """The config of a transformers model: it tells the size of a head where no config lies beside the file."""
+    """Return a transformers model's own config: it gives the size of a head where no config lies beside the file."""
     own = next((getattr(root, "config", None) for _, root in transformers_roots(model)), None)
     return own.to_dict() if own is not None else None
 
 
 def _config(config: Any) -> dict[str, Any] | None:
+    """Read a config given as a dict, a path or a transformers config."""
     if config is None or isinstance(config, dict):
         return config
     if isinstance(config, (str, Path)):
@@ -73,11 +83,11 @@ def _config(config: Any) -> dict[str, Any] | None:
     )
 
 
-# -- processes ----------------------------------------------------------------------------------------------------------
+# -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def _shared(model: nn.Module, findings: list[Finding]) -> list[Finding]:
-    """Of a sharded model: the findings of all processes, merged by code; tensors in the order of the first that saw them."""
+    """Exchange the findings about a sharded model between all processes and merge them by code and severity."""
     sharded = any(hasattr(p, "to_local") for p in model.parameters())
     if not sharded or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return findings
@@ -97,12 +107,13 @@ def _shared(model: nn.Module, findings: list[Finding]) -> list[Finding]:
 
 
 def _ranks(finding: Finding) -> list[int]:
+    """Return the list of processes that have this finding, as it stands in its evidence."""
     ranks: list[int] = finding.evidence.setdefault("processes", [])
     return ranks
 
 
 def _one_code_each(findings: list[Finding]) -> list[Finding]:
-    """A tensor whose shards tell different stories keeps the code that speaks first."""
+    """Leave each tensor the code that comes first in ORDER, where its shards gave several."""
     seen: set[str] = set()
     out = []
     for finding in sorted(findings, key=lambda f: ORDER.index(f.code) if f.code in ORDER else -1):

@@ -1,4 +1,4 @@
-"""`explain_loss`: every tensor is equal, and still somebody's loss is off. Which way of computing it gives that number?
+"""Explain a wrong loss of a model whose tensors are all right: which way of computing it gives that number?
 
 The right loss and each known mistake are computed on one batch with the very same model; a mistake is named when it,
 and no other, gives the reported number to three digits. Otherwise the answer is Inconclusive, with all numbers.
@@ -20,8 +20,8 @@ from tensorkeep.errors import Inconclusive
 from tensorkeep.findings import Finding
 from tensorkeep.models.buffers import REFUSALS
 
-FITS = 1e-3  # of the larger number, or of 1
-IGNORED = -100
+_FITS = 1e-3  # of the right loss, or of 1
+_IGNORED = -100
 _ACCUMULATED = (2, 4, 8, 16, 32)
 
 _FIXES = {
@@ -37,13 +37,23 @@ _FIXES = {
 
 
 def explain_loss(model: nn.Module, batch: Mapping[str, Any] | Tensor, reported_loss: float) -> list[Finding]:
-    """L01 that says how `reported_loss` came about, or nothing where it is the right loss of `model` on `batch`.
+    """Find the mistake by which a training run computed a wrong loss on one batch.
 
-    `batch`: input_ids (batch, length), and where the run has them labels (shifted or not: both are recognised),
-    attention_mask, position_ids. Raises Inconclusive where no known mistake fits, or several do.
+    Args:
+        model: The language model, as the run has it.
+        batch: input_ids [batch, length] alone, or a dict with input_ids and, where the run has them, labels (shifted
+            or not: both are recognised), attention_mask and position_ids, of the same shape.
+        reported_loss: The loss that the run reports for this batch.
 
-    >>> explain_loss(model, batch, 9.66)[0].evidence["fits"]       # doctest: +SKIP
-    'labels shifted twice'
+    Returns:
+        [] where it is the right loss; otherwise one L01 that names the mistake, with all losses as evidence.
+
+    Raises:
+        Inconclusive: Where no known mistake gives that number to three digits, or several do.
+
+    Example:
+        >>> explain_loss(model, batch, 9.66)[0].evidence["fits"]       # doctest: +SKIP
+        'labels shifted twice'
     """
     given = (
         {"input_ids": batch} if isinstance(batch, Tensor) else {k: v for k, v in batch.items() if isinstance(v, Tensor)}
@@ -65,7 +75,8 @@ def explain_loss(model: nn.Module, batch: Mapping[str, Any] | Tensor, reported_l
         Finding(
             "L01",
             "error",
-            f"the reported loss {reported_loss:.4f} is what {name} gives ({value:.4f}); the model's loss on this batch is {right:.4f}",
+            f"the reported loss {reported_loss:.4f} is what {name} gives ({value:.4f}); the model's loss on this "
+            f"batch is {right:.4f}",
             [],
             {
                 "reported": reported_loss,
@@ -80,12 +91,13 @@ def explain_loss(model: nn.Module, batch: Mapping[str, Any] | Tensor, reported_l
 
 
 def _near(a: float, b: float) -> bool:
-    return abs(a - b) <= FITS * max(1.0, abs(b))
+    """Say whether two losses are equal to about three digits."""
+    return abs(a - b) <= _FITS * max(1.0, abs(b))
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and every module as it was afterwards."""
+    """Switch dropout off for a while."""
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -96,17 +108,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _candidates(model: Any, given: dict[str, Tensor]) -> tuple[float, dict[str, tuple[float, str]]]:
-    """The right loss, and (loss, kind of fix) of every mistake that this batch can show."""
+    """Compute the right loss, and for every mistake that this batch can show (loss, key of its fix)."""
     ids, mask = given["input_ids"], given.get("attention_mask")
     extra: dict[str, Tensor] = {k: given[k] for k in ("attention_mask", "position_ids") if k in given}
-    target, counts = targets(given)
+    labels, counts = _labels_of(given)
     logits = _run(model, ids, **extra)
-    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), target[:, 1:], reduction="none")
+    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
     counted = counts[:, 1:]
     right = float(losses[counted].mean())
     number = int(counted.sum())
     ways = {
-        f"labels {words}": (float(at_offset(logits, target, k)[_at(counts, k)].mean()), "shift")
+        f"labels {words}": (float(at_offset(logits, labels, k)[_at(counts, k)].mean()), "shift")
         for k, words in (
             (0, "not shifted"),
             (2, "shifted twice"),
@@ -114,7 +126,7 @@ def _candidates(model: Any, given: dict[str, Tensor]) -> tuple[float, dict[str, 
             (-1, "shifted backwards"),
         )
     }
-    flat, wanted = logits[:, :-1][counted], target[:, 1:][counted]
+    flat, wanted = logits[:, :-1][counted], labels[:, 1:][counted]
     ways["label smoothing 0.1"] = float(functional.cross_entropy(flat, wanted, label_smoothing=0.1)), "smoothing"
     ways["softmax applied twice"] = float(functional.cross_entropy(flat.softmax(-1), wanted)), "softmax"
     ways["the sum over tokens instead of the mean"] = right * number, "scale"
@@ -129,16 +141,16 @@ def _candidates(model: Any, given: dict[str, Tensor]) -> tuple[float, dict[str, 
         ways["the sum over real tokens, divided by all"] = right * number / counted.numel(), "scale"
         rows = [float(r[c].mean()) for r, c in zip(losses, counted) if bool(c.any())]
         ways["the mean over sequences of their means"] = sum(rows) / len(rows), "scale"
-    return right, ways | _other_inputs(model, ids, mask, extra, target, counts)
+    return right, ways | _other_inputs(model, ids, mask, extra, labels, counts)
 
 
-def targets(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The token at each position (batch, length) and whether its loss counts, from labels shifted or not."""
+def _labels_of(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the label of each position and whether its loss counts, [batch, length]; labels may be shifted or not."""
     ids, labels, mask = given["input_ids"], given.get("labels"), given.get("attention_mask")
     counts = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.ndim != 2 else mask.bool()
     if labels is None:
         return ids, counts
-    real = labels[:, :-1] != IGNORED
+    real = labels[:, :-1] != _IGNORED
     agree = (labels[:, :-1] == ids[:, 1:])[real]
     if (
         bool(real.any())
@@ -148,19 +160,19 @@ def targets(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         shifted = torch.ones_like(counts)
         shifted[:, 1:] = real
         return ids, counts & shifted  # the data has shifted them already: bring the marks back to their tokens
-    return ids, counts & (labels != IGNORED)
+    return ids, counts & (labels != _IGNORED)
 
 
 def _at(counts: Tensor, offset: int) -> Tensor:
-    """Which losses of `at_offset` count: those whose target does."""
+    """Cut `counts` to the losses of `at_offset`: a loss counts where its label does."""
     length = counts.shape[1]
     return counts[:, max(0, offset) : min(length, length + offset)] if offset < 0 else counts[:, offset:]
 
 
 def _other_inputs(
-    model: Any, ids: Tensor, mask: Tensor | None, extra: dict[str, Tensor], target: Tensor, counts: Tensor
+    model: Any, ids: Tensor, mask: Tensor | None, extra: dict[str, Tensor], labels: Tensor, counts: Tensor
 ) -> dict[str, tuple[float, str]]:
-    """Mistakes in what goes into the model: masks, BOS, positions. What the model refuses is left out."""
+    """Compute the losses of mistakes in the model's inputs: masks, BOS, positions; not what the model refuses."""
     ways: dict[str, tuple[float, str]] = {}
 
     def add(name: str, kind: str, inputs: Tensor, given: Mapping[str, Tensor], cut: int = 0) -> None:
@@ -168,7 +180,7 @@ def _other_inputs(
             logits = _run(model, inputs, **given)[:, cut:]
         except Inconclusive:
             return
-        at = target[:, target.shape[1] - logits.shape[1] :]
+        at = labels[:, labels.shape[1] - logits.shape[1] :]
         which = counts[:, counts.shape[1] - logits.shape[1] :]
         ways[name] = float(at_offset(logits, at, 1)[which[:, 1:]].mean()), kind
 
@@ -194,6 +206,7 @@ def _other_inputs(
 
 
 def _run(model: Any, ids: Tensor, **extra: Tensor) -> Tensor:
+    """Return the logits [batch, length, vocabulary] in float32."""
     try:
         made = model(input_ids=ids, **extra)
     except REFUSALS as error:
