@@ -1,4 +1,4 @@
-"""Who notices, who names: the faults of tests/faults.py given to what people use today, and to `tensorkeep diagnose`.
+"""Count who notices and who names the faults of tests/faults.py: what people use today, and `tensorkeep diagnose`.
 
     python -m benchmarks.diagnose [--kinds rope_q_only ...] [--models olmo2 qwen3 ...] [--no-time] [--rows]
 
@@ -8,8 +8,10 @@
 - allclose: every tensor of the reference against the file, by hand, `torch.allclose`
 
 `notices`: an error, or a report that is not empty. `names`: the words say what is wrong: a missing or unexpected
-name, a prefix (both lists of names show it), a shape, a file that is not there; that is generous. Everyone gets the model
-unwrapped from `{"model": ...}` and a tied head put in, as people do. Faults that run code are not given to the others.
+name, a prefix (both lists of names show it), a shape, a file that is not there; that is generous. Everyone gets the
+model unwrapped from `{"model": ...}` and a tied head put in, as people do. Faults that run code are not given to the
+others.
+
 Time: SmolLM2 (bf16) against a reference, beside reading both files once, page cache warm.
 """
 
@@ -42,37 +44,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES
 
 # what loaders raise at damaged or unfitting files; CheckpointException is no Exception
-RAISED = (
-    RuntimeError,
-    ValueError,
-    KeyError,
-    OSError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-    CheckpointException,
-    IndexError,
-    BadZipFile,
-    AssertionError,
-)
-SAID = {
-    "K01",
-    "K02",
-    "K03",
-    "K04",
-    "K05",
-    "K06",
-    "K08",
-    "S01",
-    "S02",
-    "F01",
-    "F05",
-}  # codes whose cause such a message shows
+RAISED = (AssertionError, AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+RAISED = (*RAISED, pickle.UnpicklingError, SafetensorError, CheckpointException, BadZipFile)
+SAID = set("K01 K02 K03 K04 K05 K06 K08 S01 S02 F01 F05".split())  # codes whose cause such a message shows
 DANGEROUS = {"F04"}
 TOOLS = ("strict", "report", "dcp", "allclose", "tensorkeep")
 State = dict[str, torch.Tensor]
@@ -84,19 +62,19 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["olmo2", "llama_mha", "qwen3", "llama_tied", "llama_bias"])
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--rows", action="store_true", help="a line for every fault")
-    words = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(60)
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as work:
-        table(list(faults(words.kinds, words.models, Path(work))), words.models, Path(work), words.rows)
-        if not words.no_time:
+        table(list(faults(args.kinds, args.models, Path(work))), args.models, Path(work), args.rows)
+        if not args.no_time:
             times(Path(work))
     return 0
 
 
 def faults(kinds: list[str], models: list[str], work: Path) -> Iterator[Fault]:
-    """One fault of each kind, on the first model (in turn) that can have it."""
+    """Yield one fault of each kind, on the first model (in turn) that can have it."""
     for number, kind in enumerate(kinds):
         turned = [*models[number % len(models) :], *models[: number % len(models)]]
         found = next((f for m in turned if (f := make(kind, m, 0, work)) is not None), None)
@@ -105,7 +83,7 @@ def faults(kinds: list[str], models: list[str], work: Path) -> Iterator[Fault]:
 
 
 def table(given: list[Fault], models: list[str], work: Path, rows: bool) -> None:
-    """Counts a tool: faults noticed, causes named, alarms on sound copies."""
+    """Print for each tool: faults noticed, causes named, alarms on sound copies."""
     notices: Counter[str] = Counter()
     names: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -135,21 +113,8 @@ def document_of(path: Path, reference: Path, target: Any) -> dict[str, Any]:
     try:
         found = diagnose(str(path), str(reference), target).to_json()
     except TensorkeepError as error:
-        found = {
-            "verdict": "findings",
-            "causes": [error.code],
-            "findings": [
-                {
-                    "code": error.code,
-                    "severity": "error",
-                    "tensors": [],
-                    "count": 0,
-                    "message": error.line,
-                    "evidence": {},
-                    "explains": [],
-                }
-            ],
-        }
+        said = Finding(error.code or "error", "error", error.line).to_json()
+        found = {"verdict": "findings", "causes": [error.code], "findings": [said]}
     parsed: dict[str, Any] = json.loads(json.dumps(found))
     return parsed
 
@@ -168,11 +133,11 @@ def alarms(tool: str, model: str, work: Path) -> bool:
     return bool(PEERS[tool](sound, sound))
 
 
-# -- what people use ----------------------------------------------------------------------------------------------------
+# -- what people use --------------------------------------------------------------------------------------------------
 
 
 def state_of(path: Path) -> State:
-    """The tensors of a checkpoint, as its own library reads them, out of `{"model": ...}`."""
+    """Read the tensors of a checkpoint with its own library, out of `{"model": ...}`."""
     if (path / ".metadata").exists() or list(path.glob("*.distcp")):
         with tempfile.TemporaryDirectory() as folder:
             dcp_to_torch_save(path, Path(folder) / "all.pt")
@@ -228,7 +193,7 @@ def report(path: Path, reference: Path) -> bool:
 
 
 def planned(path: Path, reference: Path) -> bool | None:
-    """dcp.load asks for the model's names, flat or nested as the folder is."""
+    """Load with dcp.load, which asks for the model's names, flat or nested as the folder is."""
     if not list(path.glob("*.distcp")) and not (path / ".metadata").exists():
         return None
     try:
@@ -261,11 +226,11 @@ PEERS: dict[str, Callable[[Path, Path], bool | None]] = {
 }
 
 
-# -- time -----------------------------------------------------------------------------------------------------------------
+# -- time -------------------------------------------------------------------------------------------------------------
 
 
 def times(work: Path, rounds: int = 5) -> None:
-    """Diagnosing SmolLM2 against an equal and a faulty copy, beside reading both files once; medians."""
+    """Time the diagnosis of SmolLM2 against an equal and a faulty copy, beside reading both files once; medians."""
     from importlib.util import find_spec
 
     from tensorkeep.conversion.execution import convert
@@ -318,7 +283,7 @@ def call(command: list[str]) -> None:
 
 
 def damage(folder: Path) -> None:
-    """q_proj of every layer into the interleaved layout, in the file itself."""
+    """Move the rows of every q_proj into the interleaved layout, in the file itself."""
     from tensorkeep.formats.view import read
 
     view = read(folder)

@@ -1,6 +1,7 @@
-"""Who is named: every kind of fault on every model and seed, and sound checkpoints, through `diagnose`.
+"""Count how many faults `diagnose` names: every kind on every model and seed; and false alarms on sound checkpoints.
 
-    python -m benchmarks.faults [--models llama_tied ...] [--kinds rope_q_only ...] [--seeds 2] [--json OUT.json] [--misses MISSES.txt]
+    python -m benchmarks.faults [--models llama_tied ...] [--kinds rope_q_only ...] [--seeds 2]
+                                [--json OUT.json] [--misses MISSES.txt]
 
 Prints a table kinds x named right / named wrong / missed, then the false alarms on sound checkpoints. `smol` (cut from
 a real model of 135 M parameters) is slower than the others and takes part only when it is named.
@@ -28,13 +29,17 @@ from tests.specimens import available
 
 from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.findings import Finding
 
+# what a bug in a check may raise
+CRASHES = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError)
+CRASHES = (*CRASHES, TypeError, ValueError)
 GOLDEN = Path(__file__).parents[2] / "shared/fixtures/conversion/open"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One checkpoint and what was said of it. `outcome`: named, wrong, missed; ok or alarm for a sound one."""
+class Outcome:
+    """One checkpoint and what was said of it. `outcome`: named, wrong or missed; ok or alarm for a sound one."""
 
     kind: str
     model: str
@@ -60,22 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--misses", type=Path, help="a line for each fault that was not named, with the command to see it again"
     )
-    words = parser.parse_args(argv)
-    seeds = range(words.first_seed, words.first_seed + words.seeds)
-    sick: list[Row] = []
-    sound: list[Row] = []
+    args = parser.parse_args(argv)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    sick: list[Outcome] = []
+    sound: list[Outcome] = []
     with tempfile.TemporaryDirectory() as work:
-        if not words.no_faults:
-            sick = list(shown(faults(words.kinds, words.models, seeds, Path(work), words.overlay)))
-        if not words.no_sound:
-            sound = list(shown(sounds(words.models, seeds, Path(work))))
+        if not args.no_faults:
+            sick = list(shown(faults(args.kinds, args.models, seeds, Path(work), args.overlay)))
+        if not args.no_sound:
+            sound = list(shown(sounds(args.models, seeds, Path(work))))
     print("\n".join(table(sick) + alarms(sound)))
-    if words.json:
-        words.json.write_text(
+    if args.json:
+        args.json.write_text(
             json.dumps({"faults": [asdict(r) for r in sick], "sound": [asdict(r) for r in sound]}, indent=1) + "\n"
         )
-    if words.misses:
-        words.misses.write_text(
+    if args.misses:
+        args.misses.write_text(
             "".join(
                 f"{r.outcome}: {r.kind} {r.model} {r.seed}: {r.why}\n    {r.command}\n"
                 for r in [*sick, *sound]
@@ -85,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(r.outcome not in ("named", "ok") for r in [*sick, *sound]) else 0
 
 
-def shown(rows: Iterable[Row]) -> Iterator[Row]:
-    """Pass rows on, and say on stderr where we are."""
+def shown(rows: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Pass outcomes on, and say on stderr how far it is."""
     for count, row in enumerate(rows, 1):
         if count % 50 == 0:
             print(f"{count} checkpoints, now {row.kind} {row.model}", file=sys.stderr, flush=True)
@@ -95,7 +100,7 @@ def shown(rows: Iterable[Row]) -> Iterator[Row]:
 
 def faults(
     kinds: Iterable[str], models: list[str], seeds: Iterable[int], work: Path, overlay: str | None
-) -> Iterator[Row]:
+) -> Iterator[Outcome]:
     for kind in kinds:
         for model in models:
             for seed in seeds:
@@ -107,19 +112,19 @@ def faults(
                 outcome, why = judge(fault, document)
                 more = f" --overlay {overlay}" if overlay else ""
                 command = f"python -m tests.faults {kind} {model} {seed} /tmp/faults{more}   # {fault.note}"
-                yield Row(kind, model, seed, outcome, why, command, time.perf_counter() - started)
+                yield Outcome(kind, model, seed, outcome, why, command, time.perf_counter() - started)
                 shutil.rmtree(work / f"{kind}-{model}-{seed}", ignore_errors=True)
                 shutil.rmtree(work / f"{kind}-{model}-{seed}-titan", ignore_errors=True)
 
 
-def sounds(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Row]:
+def sounds(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Outcome]:
     for model in models:
         for seed in seeds:
             yield from (judged(s, seed) for s in every(model, work, seed))
     yield from (judged(s, 0) for s in golden(GOLDEN))
 
 
-def judged(sound: Sound, seed: int) -> Row:
+def judged(sound: Sound, seed: int) -> Outcome:
     started = time.perf_counter()
     document = document_of(sound.path, sound.reference, sound.target)
     errors = [f"{f['code']} {f['message']}" for f in document["findings"] if f["severity"] == "error"]
@@ -129,7 +134,7 @@ def judged(sound: Sound, seed: int) -> Row:
     command = (
         f"python -m tests.sound {sound.variant} {sound.model} {seed} /tmp/sound   # diagnose {sound.path}{options}"
     )
-    return Row(
+    return Outcome(
         sound.variant,
         sound.model,
         seed,
@@ -141,50 +146,26 @@ def judged(sound: Sound, seed: int) -> Row:
 
 
 def document_of(path: Path, reference: Path | None, target: Any) -> dict[str, Any]:
-    """What `diagnose --json` says; an error that ends the command reads as a finding of its code."""
+    """Return what `diagnose --json` says; an error that ends the command becomes a finding of its code."""
     try:
         return diagnose(str(path), str(reference) if reference else None, target).to_json()
     except TensorkeepError as error:
-        said = {
-            "code": error.code or "error",
-            "severity": "error",
-            "tensors": [],
-            "count": 0,
-            "message": error.line,
-            "evidence": {},
-            "explains": [],
-            "fix": None,
-        }
-        return {"verdict": "findings", "causes": ["stopped"], "findings": [said]}
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        MemoryError,
-        OSError,
-        AssertionError,
-        RuntimeError,
-    ) as error:
-        said = {
-            "code": "crash",
-            "severity": "error",
-            "tensors": [],
-            "count": 0,
-            "message": f"{type(error).__name__}: {error}",
-            "evidence": {},
-            "explains": [],
-            "fix": None,
-        }
-        return {"verdict": "findings", "causes": ["crash"], "findings": [said]}
+        return stopped("stopped", error.code or "error", error.line)
+    except CRASHES as error:
+        return stopped("crash", "crash", f"{type(error).__name__}: {error}")
+
+
+def stopped(cause: str, code: str, message: str) -> dict[str, Any]:
+    """Return a document with one finding for a diagnosis that ended early."""
+    said = Finding(code, "error", message).to_json()
+    return {"verdict": "findings", "causes": [cause], "findings": [said]}
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row]) -> list[str]:
-    """Kinds by outcome, the sum, and what went wrong."""
+def table(rows: list[Outcome]) -> list[str]:
+    """Return the lines of the table: outcomes by kind of fault, their sums, and what went wrong."""
     if not rows:
         return []
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -194,16 +175,18 @@ def table(rows: list[Row]) -> list[str]:
     lines = [f"{'kind':<{width}}  {'codes':<12} named  wrong  missed"]
     for kind, count in counts.items():
         lines.append(
-            f"{kind:<{width}}  {'/'.join(KINDS[kind].codes):<12} {count['named']:>5}  {count['wrong'] or '-':>5}  {count['missed'] or '-':>6}"
+            f"{kind:<{width}}  {'/'.join(KINDS[kind].codes):<12} {count['named']:>5}  {count['wrong'] or '-':>5}  "
+            f"{count['missed'] or '-':>6}"
         )
     whole = Counter(r.outcome for r in rows)
     lines.append(
-        f"{len(counts)} kinds, {len(rows)} faults: {whole['named']} named right ({whole['named'] / len(rows):.1%}), {whole['wrong']} wrong, {whole['missed']} missed"
+        f"{len(counts)} kinds, {len(rows)} faults: {whole['named']} named right ({whole['named'] / len(rows):.1%}), "
+        f"{whole['wrong']} wrong, {whole['missed']} missed"
     )
     return lines + [f"  {r.outcome}: {r.kind} {r.model} seed {r.seed}: {r.why}" for r in rows if r.outcome != "named"]
 
 
-def alarms(rows: list[Row]) -> list[str]:
+def alarms(rows: list[Outcome]) -> list[str]:
     if not rows:
         return []
     false = [r for r in rows if r.outcome == "alarm"]

@@ -1,4 +1,4 @@
-"""Faults made on purpose: every kind on every model, seeded, with the diagnosis that is right.
+"""Make faulty checkpoints on purpose, every kind on every model, and judge whether a diagnosis is right.
 
     >>> fault = make("rope_q_only", "llama_tied", seed=3, folder=Path("/tmp/x"))      # doctest: +SKIP
     >>> fault.path, fault.reference, fault.codes, sorted(fault.tensors)               # doctest: +SKIP
@@ -30,7 +30,7 @@ Verdict = Literal["named", "wrong", "missed"]
 
 @dataclass(frozen=True)
 class Fault:
-    """A sick checkpoint on disk and what is right to say of it."""
+    """A faulty checkpoint on disk and what is right to say of it (see `fault_kinds.change.Change`)."""
 
     kind: str
     model: str
@@ -47,9 +47,9 @@ class Fault:
 
 
 def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = None) -> Fault | None:
-    """Write one fault under `folder`; None where this model cannot have it.
+    """Write a checkpoint with one fault under `folder`; return None where this model cannot have it.
 
-    `overlay`: the fault befalls another copy of the reference, see tests/overlays.py.
+    `overlay`: the fault is put into another copy of the reference, see tests/overlays.py.
     """
     rng = np.random.default_rng([seed, *kind.encode(), *model.encode()])
     m = overlaid(specimen(model), overlay, kind, rng)
@@ -81,14 +81,14 @@ def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = N
 
 
 def config_beside(m: Specimen, change: Change, form: str, rng: np.random.Generator) -> dict[str, Any] | None:
-    """The config that lies beside the weights; DCP folders often have none."""
+    """Return the config to write beside the weights; DCP folders often have none."""
     if not change.keep_config or (form not in ("hf", "hf-sharded") and rng.random() < 0.5):
         return None
     return change.config or m.config
 
 
 def reference(model: str, folder: Path) -> Path:
-    """The sound model as a Hugging Face folder, written once."""
+    """Write the sound model as a Hugging Face folder, once."""
     place = folder / f"reference-{model}"
     if not (place / "model.safetensors").exists():
         m = specimen(model)
@@ -100,7 +100,7 @@ def reference(model: str, folder: Path) -> Path:
 
 
 def judge(fault: Fault, document: Mapping[str, Any]) -> tuple[Verdict, str]:
-    """Whether a diagnosis (the JSON document) names the fault, names something else, or says nothing; and why."""
+    """Say whether a diagnosis (the JSON document) names the fault, something else, or nothing; and why."""
     findings = document["findings"]
     errors = [f for f in findings if f["severity"] == "error"]
     pool = findings if fault.lax else [f for f in findings if f["code"] in document["causes"]]
@@ -114,7 +114,8 @@ def judge(fault: Fault, document: Mapping[str, Any]) -> tuple[Verdict, str]:
         if odd and not (fault.lax and not named):
             return (
                 "wrong",
-                f"{right[0]['code']}: {len(odd)} tensors differ, first {odd[0]} ({'extra' if odd[0] in named else 'lacking'})",
+                f"{right[0]['code']}: {len(odd)} tensors differ, first {odd[0]} "
+                f"({'extra' if odd[0] in named else 'lacking'})",
             )
     if fault.layers is not None and not any(has_permutation(f["evidence"], fault.layers) for f in right):
         return (
@@ -128,14 +129,14 @@ def judge(fault: Fault, document: Mapping[str, Any]) -> tuple[Verdict, str]:
 
 
 def unexplained(document: Mapping[str, Any], expected: Collection[str]) -> list[str]:
-    """Codes of errors that are neither expected nor in some cause's `explains`."""
+    """Return the codes of errors that are neither expected nor in some cause's `explains`."""
     explained = {c for f in document["findings"] if f["code"] in document["causes"] for c in f["explains"]}
     codes = [f["code"] for f in document["findings"] if f["severity"] == "error"]
     return [c for c in dict.fromkeys(codes) if c not in explained and c not in expected]
 
 
 def has_permutation(evidence: Any, order: list[int]) -> bool:
-    """Whether evidence holds this order of layers, or its inverse, as a list, or as a mapping from layer to layer."""
+    """Say whether evidence holds this order of layers or its inverse, as a list or as a mapping."""
     inverse = [order.index(n) for n in range(len(order))] if sorted(order) == list(range(len(order))) else order
     if isinstance(evidence, list):
         return evidence in (order, inverse) or any(has_permutation(e, order) for e in evidence)
@@ -154,16 +155,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--overlay")
-    words = parser.parse_args(argv)
-    fault = make(words.kind, words.model, words.seed, words.folder, words.overlay)
+    args = parser.parse_args(argv)
+    fault = make(args.kind, args.model, args.seed, args.folder, args.overlay)
     if fault is None:
-        print(f"{words.model} cannot have {words.kind}")
+        print(f"{args.model} cannot have {args.kind}")
         return 1
     told = (f" --reference {fault.reference}" if fault.reference else "") + (
         f" --for {fault.target}" if fault.target else ""
     )
     print(
-        f"right: {'/'.join(fault.codes)} {sorted(fault.tensors) if fault.tensors is not None else fault.layers or ''} ({fault.note})"
+        f"right: {'/'.join(fault.codes)} {sorted(fault.tensors) if fault.tensors is not None else fault.layers or ''} "
+        f"({fault.note})"
     )
     print(f"tensorkeep diagnose {fault.path}{told} --json")
     return 0

@@ -1,4 +1,4 @@
-"""Sound checkpoints in many forms: whatever a diagnosis says of one as an error is a false alarm.
+"""Write sound checkpoints in many forms: every error that a diagnosis reports of one is a false alarm.
 
 Each variant is written by the library that people would use. `every` yields those that a model can have; `golden`
 yields sound checkpoints that flame, torchtitan and transformers wrote.
@@ -23,7 +23,7 @@ from tests.specimens import specimen
 
 @dataclass(frozen=True)
 class Sound:
-    """A checkpoint with nothing wrong, and how to ask about it."""
+    """A checkpoint with nothing wrong, and what to diagnose it with."""
 
     variant: str
     model: str
@@ -33,7 +33,7 @@ class Sound:
 
 
 def every(model: str, folder: Path, seed: int = 0, names: Collection[str] = ()) -> Iterator[Sound]:
-    """All sound variants of one model (or those named), written below `folder`."""
+    """Write all sound variants of one model (or those named) below `folder`."""
     m = specimen(model)
     for name, make in VARIANTS.items():
         if names and name not in names:
@@ -45,7 +45,7 @@ def every(model: str, folder: Path, seed: int = 0, names: Collection[str] = ()) 
 
 
 def golden(folder: Path) -> Iterator[Sound]:
-    """Sound folders of the conversion fixtures: what flame and torchtitan wrote from each model's own hf folder."""
+    """Yield the sound conversion fixtures: what flame and torchtitan wrote from each model's own hf folder."""
     for model in sorted(p for p in folder.glob("*") if (p / "hf").is_dir()):
         hf = model / "hf"
         yield Sound("golden_hf", model.name, hf, hf)
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
-    words = parser.parse_args(argv)
-    for found in every(words.model, words.folder, words.seed, [words.variant]):
+    args = parser.parse_args(argv)
+    for found in every(args.model, args.folder, args.seed, [args.variant]):
         options = (f" --reference {found.reference}" if found.reference else "") + (
             f" --for {found.target}" if found.target else ""
         )

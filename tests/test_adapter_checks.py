@@ -1,4 +1,4 @@
-"""Checks of adapters: fit, description, merged or not, the base they were trained on."""
+"""Checks of adapters: do they fit, does the config describe them, are they merged, is it the right base?"""
 
 from __future__ import annotations
 
@@ -140,17 +140,7 @@ JSON = st.recursive(
 @FAST
 @given(
     st.sampled_from(
-        [
-            "r",
-            "lora_alpha",
-            "rank_pattern",
-            "alpha_pattern",
-            "target_modules",
-            "modules_to_save",
-            "use_dora",
-            "use_rslora",
-            "base_digest",
-        ]
+        "r lora_alpha rank_pattern alpha_pattern target_modules modules_to_save use_dora use_rslora base_digest".split()
     ),
     JSON,
 )

@@ -1,4 +1,4 @@
-"""Laws of diagnosis: every fault of the kept fixtures by name, causes absorb, sound checkpoints raise nothing."""
+"""Diagnosis names every fault of the fixtures, reports causes once, and raises nothing of sound checkpoints."""
 
 from __future__ import annotations
 
@@ -47,15 +47,8 @@ NAMED = {
     "small_value_drift": "V06",
 }
 FEW = (
-    "rope_q_only",
-    "layers_reversed",
-    "gate_up_swapped",
-    "reinitialised_tensor",
-    "norm_ones",
-    "vocabulary_shifted",
-    "nested_root",
-    "nan",
-)
+    "rope_q_only layers_reversed gate_up_swapped reinitialised_tensor norm_ones vocabulary_shifted nested_root nan"
+).split()
 
 
 @pytest.mark.skipif(not SICK.exists(), reason="the conversion fixtures are not beside the checkout")
@@ -93,21 +86,10 @@ def test_a_made_fault_is_named(kind: str, model: str, tmp_path: Path) -> None:
 
 
 def test_sound_checkpoints_raise_no_error(tmp_path: Path) -> None:
-    names = [
-        n
-        for n in VARIANTS
-        if n
-        in (
-            "identical",
-            "dcp_flat",
-            "fine_tuned",
-            "bf16_copy",
-            "fp32_copy",
-            "adapter_merged",
-            "without_reference",
-            "torchtitan_names",
-        )
-    ]
+    names = (
+        "identical dcp_flat fine_tuned bf16_copy fp32_copy adapter_merged without_reference torchtitan_names"
+    ).split()
+    assert set(names) <= VARIANTS.keys()
     for sound in every("llama_tied", tmp_path, 3, names):
         found = diagnose(str(sound.path), str(sound.reference) if sound.reference else None, sound.target)  # type: ignore[arg-type]
         assert found.verdict == "ok", (sound, [(f.code, f.message) for f in found.findings])
@@ -120,7 +102,7 @@ def test_a_real_model_is_sound_without_a_reference() -> None:
 
 
 def sick(tmp_path: Path, **tensors: Any) -> tuple[Path, Path]:
-    """A llama and a copy with some tensors replaced (by name, dots as underscores are not guessed: pass a dict)."""
+    """Write a llama and a copy in which the given tensors are replaced; return the copy and the original."""
     m = specimen("llama_mha")
     reference = write("hf", m.tensors, tmp_path / "reference", m.config)
     return write("hf", {**m.tensors, **tensors}, tmp_path / "sick", m.config), reference
@@ -172,23 +154,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["diagnose", str(path), "--reference", str(reference), "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == 1 and document["verdict"] == "findings" and document["causes"] == ["V04"]
-    assert set(document["findings"][0]) == {
-        "code",
-        "severity",
-        "tensors",
-        "count",
-        "message",
-        "evidence",
-        "explains",
-        "fix",
-    }
+    fields = "code severity tensors count message evidence explains fix"
+    assert set(document["findings"][0]) == set(fields.split())
     assert main(["diagnose", str(path), "--reference", str(reference)]) == 1
-    words = capsys.readouterr().out
-    assert (
-        words.lstrip().startswith("parameters in the reference")
-        and "cause: V04" in words
-        and "fix: tensorkeep repair" in words
-    )
+    printed = capsys.readouterr().out
+    assert printed.lstrip().startswith("parameters in the reference")
+    assert "cause: V04" in printed and "fix: tensorkeep repair" in printed
     assert main(["diagnose", str(reference), "--reference", str(reference)]) == 0
     assert main(["explain", "v04"]) == 0
     assert main(["explain", "Z99"]) == 2

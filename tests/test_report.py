@@ -1,4 +1,4 @@
-"""The page of a diagnosis: whole, offline, and deaf to what names say."""
+"""The HTML page of a diagnosis is complete, loads nothing, and never takes a name from a file as markup."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def finding(code: str, tensors: list[str], **own: Any) -> dict[str, Any]:
 
 
 class Tags(HTMLParser):
-    """Every tag with its attributes; fails where tags do not nest."""
+    """All tags of a page with their attributes; fails where tags do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

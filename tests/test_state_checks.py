@@ -1,4 +1,4 @@
-"""Checks of averages and of training state: faults by code, imperfect foreign files without errors."""
+"""Checks of averages and of training state name faults by code; files of other programs give no errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_average_that_lags(tmp_path: Path) -> None:
     assert abs(next(f for f in found if f.code == "E03").evidence["share_of_start"] - 0.2) < 0.01
 
 
-# -- training state -------------------------------------------------------------------------------------------------------
+# -- training state ---------------------------------------------------------------------------------------------------
 
 
 @needs_minimind

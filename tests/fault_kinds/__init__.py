@@ -1,1 +1,1 @@
-"""The kinds of faults, a module a group: names, shapes, orders, values, configs, files."""
+"""The kinds of faults that tests put into checkpoints, one module a group: names, orders, values, configs, files."""

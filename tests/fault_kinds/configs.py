@@ -1,4 +1,4 @@
-"""Faults of what lies beside the weights: config.json and the tokenizer (C)."""
+"""Faults of the files beside the weights: config.json and the tokenizer (C)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of files (F): what no tensor shows. The checkpoint is written soundly and then damaged."""
+"""Faults of files (F), which no tensor shows: a sound checkpoint is written and then damaged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Payload:
-    """Pickles as a call of eval on a harmless sum; whoever unpickles it runs code."""
+    """An object that pickles as a call of eval on a harmless sum; whoever unpickles it runs code."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return eval, (HARMLESS,)
@@ -34,7 +34,7 @@ def damaged(m: Specimen, damage: Callable[[Path], Path | None], *forms: str, **m
 
 
 def largest(place: Path) -> Path:
-    """The largest data file below a folder."""
+    """Return the largest file below a folder."""
     return max((p for p in place.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
@@ -181,7 +181,7 @@ def malicious_pth(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("F08")
 def stale_step(m: Specimen, rng: Rng) -> Change | None:
-    """A first run left step-7 behind; the loader takes it instead of the step-0 converted afterwards."""
+    """Leave step-7 of a first run beside: loaders take it instead of the step-0 that was converted afterwards."""
     old = {n: (t.astype(FP32) * 0 + rng.normal(0, 0.02, t.shape)).astype(t.dtype) for n, t in m.tensors.items()}
     return (
         damaged(m, lambda place: write_dcp({"model": old}, place.parent / "step-7"), "flame", target="flame")
@@ -192,7 +192,7 @@ def stale_step(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("F03")
 def digest_differs(m: Specimen, rng: Rng) -> Change | None:
-    """Converted by us with its certificate, then one byte of a tensor changes on disk."""
+    """Convert with a certificate, then change one byte of a tensor on disk."""
     from tensorkeep.conversion.execution import convert
     from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
@@ -212,7 +212,7 @@ def digest_differs(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("K06")
 def other_naming(m: Specimen, rng: Rng) -> Change | None:
-    """torchtitan's names where Hugging Face's are asked for."""
+    """Write torchtitan's names where Hugging Face's are asked for."""
     from tensorkeep.conversion.execution import convert
     from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read

@@ -1,4 +1,4 @@
-"""Faults of shape and order: S (shapes, transposed), O01 RoPE, O02 layers, O03 swapped, O04 rows."""
+"""Faults of shape and order: shapes and transposition (S), RoPE (O01), layers (O02), swaps (O03), rows (O04)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.fault_kinds.change import Change, kind, moved, really, some, some_layers
+from tests.fault_kinds.change import Change, changed_names, kind, moved, some, some_layers
 from tests.fault_kinds.names import EMBEDDING, HEAD
 from tests.specimens import LAYER, Array, Specimen, State
 
@@ -73,12 +73,12 @@ def transposed_all(m: Specimen, rng: Rng) -> Change | None:
 
 
 def to_pairs(head_dim: int) -> Callable[[Array], Array]:
-    """Rows of each head from half-split to interleaved."""
+    """Return a function that moves the rows of each head from half-split to interleaved layout."""
     return lambda t: t.reshape(-1, 2, head_dim // 2, *t.shape[1:]).swapaxes(1, 2).reshape(t.shape)
 
 
 def to_halves(head_dim: int) -> Callable[[Array], Array]:
-    """Rows of each head as if they had been interleaved, to half-split: the wrong direction for hf weights."""
+    """Return a function that moves rows from interleaved to half-split layout: wrong for Hugging Face weights."""
     return lambda t: t.reshape(-1, head_dim // 2, 2, *t.shape[1:]).swapaxes(1, 2).reshape(t.shape)
 
 
@@ -129,14 +129,14 @@ def rope_with_norms(m: Specimen, rng: Rng) -> Change | None:
 
 
 def reordered(m: Specimen, order: list[int]) -> Change | None:
-    """Layer i of the checkpoint holds layer order[i] of the model."""
+    """Write layer order[i] of the model as layer i of the checkpoint."""
     if order == sorted(order):
         return None
     state: State = {}
     for name, tensor in m.tensors.items():
         found = LAYER.match(name)
-        source = f"{found['before']}{order[int(found['n'])]}.{found['rest']}" if found else name
-        state[name] = m.tensors[source] if found else tensor
+        original = f"{found['before']}{order[int(found['n'])]}.{found['rest']}" if found else name
+        state[name] = m.tensors[original] if found else tensor
     return Change(state, layers=order)
 
 
@@ -184,7 +184,7 @@ def swapped(m: Specimen, pairs: list[tuple[str, str]]) -> Change | None:
     fitting = [(a, b) for a, b in pairs if m.tensors[a].shape == m.tensors[b].shape]
     other = dict(fitting) | {b: a for a, b in fitting}
     state = {n: m.tensors[other.get(n, n)] for n in m.tensors}
-    names = really(m, state)
+    names = changed_names(m, state)
     return Change(state, names) if names else None
 
 
@@ -241,7 +241,7 @@ def one_role_swapped_between_layers(m: Specimen, rng: Rng) -> Change | None:
 
 def rearranged(m: Specimen, names: list[str], move: Callable[[Array], Array]) -> Change | None:
     state = moved(m, names, move)
-    return Change(state, really(m, state)) if really(m, state) else None
+    return Change(state, changed_names(m, state)) if changed_names(m, state) else None
 
 
 @kind("O04")

@@ -1,12 +1,11 @@
-"""Faults of values: fresh weights (V03), norms at a default (V04), zeros (V05), NaN (V01), casts (V02), scale and
-noise (V06), damaged elements (V07)."""
+"""Faults of values (V): fresh weights, norms at a default, zeros, NaN, casts, scale and noise, damaged elements."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
 
-from tests.fault_kinds.change import Change, edited, kind, moved, really, some, some_layers
+from tests.fault_kinds.change import Change, changed_names, edited, kind, moved, some, some_layers
 from tests.fault_kinds.names import EMBEDDING, HEAD
 from tests.specimens import BF16, FP32, Array, Specimen
 
@@ -14,7 +13,7 @@ Rng = np.random.Generator
 
 
 def fresh(rng: Rng, t: Array) -> Array:
-    """A matrix as some initialiser leaves it."""
+    """Return random values as some initialiser draws them."""
     fan = t.shape[1] if t.ndim > 1 else t.size
     way = int(rng.integers(0, 4))
     if way == 0:
@@ -54,7 +53,7 @@ def reinitialised_embedding(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("V03")
 def reinitialised_layer(m: Specimen, rng: Rng) -> Change | None:
-    """Everything of a layer fresh: matrices random, norms one, biases zero. Three facts of one cause."""
+    """Make a whole layer fresh: matrices random, norms one, biases zero; three findings of one cause are right."""
     inside = m.of_layer(int(rng.integers(0, m.layers)))
     weights = [n for n in inside if m.tensors[n].ndim == 2]
     norms = [n for n in inside if n in m.norms]
@@ -151,7 +150,7 @@ def nan_everywhere(m: Specimen, rng: Rng) -> Change | None:
 
 
 def flip(rng: Rng, t: Array, bits: list[int], count: int) -> Array:
-    """`count` elements with one bit of `bits` turned, never into NaN or infinity."""
+    """Flip one bit of `bits` in each of `count` elements, never into NaN or infinity."""
     word = np.dtype(f"u{t.dtype.itemsize}")
     out = t.copy().ravel()
     for at in rng.permutation(out.size):
@@ -189,7 +188,7 @@ def bit_flip_mantissa(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("V07")
 def damaged_block(m: Specimen, rng: Rng) -> Change | None:
-    """A run of elements overwritten: zeros (a lost page), one value, or rubbish."""
+    """Overwrite a run of elements with zeros (a lost page), one value, or rubbish."""
     names = some(rng, m.matrices)
     size = int(rng.integers(32, 1 + min(512, m.tensors[names[0]].size // 4)))
     way = int(rng.integers(0, 3))
@@ -221,7 +220,7 @@ def rows_lost(m: Specimen, rng: Rng) -> Change | None:
 def cast_and_back(m: Specimen, names: list[str], dtype: object) -> Change | None:
     with np.errstate(over="ignore", invalid="ignore"):
         state = edited(m, names, lambda t: t.astype(np.dtype(dtype)).astype(FP32))
-    changed = really(m, state)
+    changed = changed_names(m, state)
     finite = all(np.isfinite(state[n].astype(FP32)).all() for n in changed)
     return Change(state, changed) if changed and finite else None
 
@@ -264,19 +263,19 @@ def through_fp16(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("V02", "V06")
 def through_int8(m: Specimen, rng: Rng) -> Change | None:
-    """Quantized row by row to int8 and back."""
+    """Quantize row by row to int8 and back."""
 
     def quantize(t: Array) -> Array:
         scale = np.abs(t).max(1, keepdims=True) / 127
         return np.round(t / scale) * scale
 
     names = m.matrices
-    return Change(edited(m, names, quantize), really(m, edited(m, names, quantize)))
+    return Change(edited(m, names, quantize), changed_names(m, edited(m, names, quantize)))
 
 
 @kind("V02")
 def stored_narrower(m: Specimen, rng: Rng) -> Change | None:
-    """An fp32 model stored as fp8: the values overflow nowhere but three bits of mantissa are left."""
+    """Store the matrices as fp8: no value overflows, but three bits of mantissa are left."""
     state = {n: t.astype(ml_dtypes.float8_e4m3fn) if n in m.matrices else t for n, t in m.tensors.items()}
     return Change(state, codes=("V02", "Q01"), forms=("hf", "dcp"), also=("Q01", "V02"))
 
@@ -335,6 +334,6 @@ def noise_three_percent(m: Specimen, rng: Rng) -> Change | None:
 
 @kind("V06")
 def shards_summed_twice(m: Specimen, rng: Rng) -> Change | None:
-    """Partial sums of tensor parallelism added twice: o_proj and down_proj of every layer doubled."""
+    """Double o_proj and down_proj of every layer, as partial sums of tensor parallelism added twice."""
     names = [*m.role("o", None, "weight"), *m.role("down", None, "weight")]
     return Change(edited(m, names, lambda t: t * np.float32(2)), names)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, written by the libraries that people use: safetensors, torch.save, torch's DCP."""
+"""Write checkpoints with the libraries that people use: safetensors, torch.save, torch's DCP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAFETENSORS = {"hf", "hf-sharded"}
 
 
 def to_torch(array: Array) -> torch.Tensor:
-    """The same bits as a torch tensor."""
+    """Return the same bits as a torch tensor."""
     array = np.ascontiguousarray(array)
     name = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "bfloat16": torch.bfloat16}.get(
         array.dtype.name
@@ -31,8 +31,10 @@ def to_torch(array: Array) -> torch.Tensor:
 def write(
     form: str, state: State, folder: Path, config: dict[str, Any] | None, companions: dict[str, bytes] | None = None
 ) -> Path:
-    """Write `state` under `folder` and give the path to diagnose. Forms: hf, hf-sharded, dcp, dcp-nested (`flame`
-    is the same), pth, pth-nested."""
+    """Write `state` under `folder` and return the path to diagnose.
+
+    Forms: hf, hf-sharded, dcp, dcp-nested (`flame` is the same), pth, pth-nested.
+    """
     place = folder / ("checkpoint/step-0" if form == "flame" else "step-0" if form.startswith("dcp") else "")
     place.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -52,7 +54,7 @@ def write(
 
 
 def write_shards(state: State, place: Path, count: int) -> None:
-    """Safetensors shards with an index, as transformers writes them."""
+    """Write safetensors shards with an index, as transformers does."""
     names = sorted(state)
     files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     weight_map = {n: files[i * count // len(names)] for i, n in enumerate(names)}
@@ -63,7 +65,7 @@ def write_shards(state: State, place: Path, count: int) -> None:
 
 
 def write_dcp(state: dict[str, Any], place: Path, threads: int = 2) -> None:
-    """A DCP folder by torch's own writer."""
+    """Write a DCP folder with torch's own writer."""
     import torch.distributed.checkpoint as dcp
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""Sound variants, a module a group: stored otherwise, trained further, other things beside the weights."""
+"""Sound variants of a model, one module a group: stored in other ways, trained further, with other files beside."""

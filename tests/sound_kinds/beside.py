@@ -1,4 +1,4 @@
-"""Tokenizers, configs in other words, adapters, fp8 with its scales."""
+"""Sound variants with a tokenizer, another spelling of the config, an adapter, or fp8 with its scales."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer_beside(m: Specimen, place: Path, rng: Rng) -> Path | None:
 
 @variant
 def config_of_other_words(m: Specimen, place: Path, rng: Rng) -> Path:
-    """What programs change in a config without changing the model: dtype's old name, cache, version, id of padding."""
+    """Change what programs change in a config without changing the model: dtype's old name, cache, version, path."""
     config = {k: v for k, v in m.config.items() if k != "dtype"}
     config |= {
         "torch_dtype": m.config["dtype"],
@@ -41,7 +41,7 @@ def config_of_other_words(m: Specimen, place: Path, rng: Rng) -> Path:
 
 @variant
 def adapter_folder(m: Specimen, place: Path, rng: Rng) -> Path | None:
-    """An adapter as peft writes it, diagnosed against its base."""
+    """Write an adapter as peft does; it is diagnosed against its base."""
     from safetensors.numpy import save_file
 
     if not m.language:
@@ -70,7 +70,7 @@ def adapter_folder(m: Specimen, place: Path, rng: Rng) -> Path | None:
 
 @variant
 def fp8_with_scales(m: Specimen, place: Path, rng: Rng) -> Path | None:
-    """Block-quantized fp8 as DeepSeek and Qwen ship it, its scales beside, its config saying so. No reference values."""
+    """Write block-quantized fp8 as DeepSeek and Qwen ship it, with scales and a config that says so."""
     if m.name != "qwen3":
         return None
     state: State = {}

@@ -1,4 +1,4 @@
-"""The same values in other files, formats, namings and precisions."""
+"""Sound variants with the same values in other files, formats, namings and precisions."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def bare_file(m: Specimen, place: Path, rng: Rng) -> Path:
 
 
 def converted(m: Specimen, place: Path, to: str, **options: Any) -> Path:
-    """Through our own converter, certificate beside."""
+    """Write the model through our own converter, with its certificate."""
     from tensorkeep.conversion.execution import convert
     from tensorkeep.conversion.planning import make_plan
     from tensorkeep.formats.view import read
@@ -133,7 +133,7 @@ def hf_for_hf(m: Specimen, place: Path, rng: Rng) -> tuple[Path, str]:
 
 @variant
 def trainer_state_beside(m: Specimen, place: Path, rng: Rng) -> Path:
-    """A trainer's flat checkpoint: model, optimizer and step in one DCP."""
+    """Write a trainer's flat checkpoint: model, optimizer and step in one DCP."""
     state: dict[str, Any] = dict(m.tensors)
     for name, tensor in m.tensors.items():
         state[f"optimizer.state.{name}.exp_avg"] = np.zeros(tensor.shape, FP32)

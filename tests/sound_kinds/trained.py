@@ -1,4 +1,4 @@
-"""Models trained further: fine-tuned, merged, averaged."""
+"""Sound variants of a model that was trained further: fine-tuned, merged, averaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rng = np.random.Generator
 
 
 def trained(m: Specimen, rng: Rng, level: float, names: list[str] | None = None) -> State:
-    """Every (named) tensor moved as Adam moves it: by about the same amount everywhere, most in one direction."""
+    """Move every (named) tensor as Adam does: by about the same amount everywhere, mostly in one direction."""
 
     def step(t: np.ndarray) -> np.ndarray:
         size = level * max(float(np.abs(t).mean()), 1e-3)
@@ -71,7 +71,7 @@ def fine_tuned_bf16_of_fp32(m: Specimen, place: Path, rng: Rng) -> Path | None:
 
 @variant
 def adapter_merged(m: Specimen, place: Path, rng: Rng) -> Path:
-    """A low-rank update on q and v of every layer."""
+    """Add a low-rank update to q and v of every layer."""
     names = [*m.role("q", None, "weight"), *m.role("v", None, "weight")]
 
     def merge(t: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The table in which sound variants register."""
+"""The table of all sound variants."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ ALONE = {"without_reference", "fine_tuned_without_reference", "dcp_without_refer
 
 
 def variant(make: Write) -> Write:
-    """Register a writer under its name. It gives the path, and the loader to ask for where one is meant."""
+    """Register a writer under its name. It returns the path, and the target where it is meant for one."""
     VARIANTS[getattr(make, "__name__", "")] = make
     return make

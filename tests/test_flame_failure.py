@@ -1,8 +1,11 @@
-"""The failure this project began with, in stock calls: an EMA of a 4-bit model that will not load, and a "fix" with
-`strict=False` that loads, says nothing, and leaves wrong weights behind. Then the same training with ours.
+"""Reproduce the failure of a 4-bit model's EMA with stock calls, then train, save and restart the same model with ours.
 
-Measured before with bitsandbytes 0.50.2: weights wrong by 0.23 (another seed), 0.68 (heavy-tailed pretrained weights under
-the scales of a fresh nn.Linear), 2.1 (an nf4 file in an fp4 model), 0.185 (codes averaged at decay 0.9999).
+With stock calls the averaged model does not load, and a "fix" with `strict=False` loads it, says nothing, and leaves
+wrong weights behind.
+
+Measured before with bitsandbytes 0.50.2: weights wrong by 0.23 (another random seed), 0.68 (heavy-tailed pretrained
+weights under the scales of a fresh nn.Linear), 2.1 (an nf4 file in an fp4 model), 0.185 (codes averaged at decay
+0.9999).
 """
 
 from __future__ import annotations
@@ -35,8 +38,10 @@ STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_stat
 
 
 def stock(seed: int, kind: str = "nf4", init: str = "normal") -> nn.Sequential:
-    """Two frozen 4-bit linears of bitsandbytes and a head that trains, as the seed's model has them. Its weights are
-    normal, as a ViT's are drawn, heavy-tailed, as they become, or nn.Linear's own."""
+    """Make two frozen 4-bit linears of bitsandbytes and a head that trains.
+
+    `init`: "normal", as the weights of a ViT are drawn; "heavy"-tailed, as they become; or "linear", nn.Linear's own.
+    """
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(seed)
     packed = {"compress_statistics": True, "quant_type": kind}
@@ -65,18 +70,18 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def error(model: nn.Module, right: list[Tensor]) -> float:
-    """Relative Frobenius error of the 4-bit weights, the worst layer's."""
+    """Return the relative Frobenius error of the 4-bit weights, the worst layer's."""
     return max(float((w - r).norm() / r.norm()) for w, r in zip(weights(model), right))
 
 
 def filtered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The seed's fix: without the quantization state the load no longer complains."""
+    """Drop the quantization state, as the usual "fix" does: the load no longer complains then."""
     return {name: t for name, t in state.items() if not any(word in name for word in STATE)}
 
 
 def in_new_process(call: str) -> dict[str, Any]:
-    """What `call`, on this module's functions, prints as JSON in a process of its own."""
-    code = f"import json; from tests.test_seeds_failure import *; print(json.dumps({call}))"
+    """Evaluate `call`, an expression over this module's functions, in a process of its own."""
+    code = f"import json; from tests.test_flame_failure import *; print(json.dumps({call}))"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
@@ -85,7 +90,7 @@ def in_new_process(call: str) -> dict[str, Any]:
     return found
 
 
-# -- stock --------------------------------------------------------------------------------------------------------------
+# -- stock ------------------------------------------------------------------------------------------------------------
 
 
 def test_stock_a_4_bit_model_cannot_load_its_own_state() -> None:
@@ -119,7 +124,7 @@ def test_stock_the_fix_leaves_wrong_weights_after_a_restart_without_a_word(
 
 
 class CopyEma:
-    """OpenTAD's ModelEma and timm's V2, from their published behaviour: a deep copy, every value averaged."""
+    """An EMA as OpenTAD's ModelEma and timm's V2 make it: a deep copy in which every value is averaged."""
 
     def __init__(self, model: nn.Module) -> None:
         self.module = copy.deepcopy(model)
@@ -157,7 +162,7 @@ def test_stock_the_weights_cannot_be_put_back_after_evaluation() -> None:
         model.load_state_dict(current)
 
 
-# -- ours ---------------------------------------------------------------------------------------------------------------
+# -- ours -------------------------------------------------------------------------------------------------------------
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, number: int) -> None:
@@ -170,7 +175,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, number: i
 
 
 def outputs(model: nn.Module, ema: Ema) -> dict[str, Tensor]:
-    """Logits of the model and of its average, and every trained value."""
+    """Return the logits of the model and of its average, and every trained value."""
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(99))
     model.eval()
     with torch.no_grad():
@@ -183,10 +188,12 @@ def outputs(model: nn.Module, ema: Ema) -> dict[str, Tensor]:
 
 
 def dense() -> nn.Sequential:
+    """Make the same model in full precision."""
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 10))
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
+    """Put low-rank adapters on the 4-bit layers; return the model, its optimizer and its average."""
     add_lora(model, list(LAYERS), r=4)  # adopts bitsandbytes' linears
     model.get_submodule("3").requires_grad_(True)
     for layer in quantized_layers(model).values():
@@ -196,7 +203,7 @@ def adapted(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
 
 
 def ours_restart(folder: str) -> dict[str, Any]:
-    """A new process, another seed, a dense model: base from its file, the rest from the checkpoint; three more steps."""
+    """Restart with another random seed: the base from its file, the rest from the checkpoint; three more steps."""
     torch.manual_seed(12345)
     model: nn.Module = dense()
     base = load_quantized(model, Path(folder) / "base.safetensors")
