@@ -19,7 +19,7 @@ from tensorkeep.commands.generate import _decode_once, _plain
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
 from tensorkeep.language.export import exported
-from tensorkeep.language.generation import Stream, generate, prompt_ids
+from tensorkeep.language.generation import TextStream, generate, prompt_ids
 from tensorkeep.language.job import build, loop_of
 from tensorkeep.language.recipe_text import language_recipe
 from tensorkeep.output import Output
@@ -100,7 +100,7 @@ def test_the_text_is_streamed_and_whole(tmp_path: Path, capsys: Any) -> None:
 def test_half_a_character_waits_for_its_other_half() -> None:
     words, pieces = tokenizer(), []
     ids = words("é – ü")["input_ids"]
-    stream = Stream(words, pieces.append)
+    stream = TextStream(words, pieces.append)
     stream.put(torch.tensor([[1, 2, 3]]))
     for i in ids:
         stream.put(torch.tensor([i]))

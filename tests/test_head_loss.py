@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorkeep.language._head_loss import IGNORED, head_loss
+from tensorkeep.language._head_loss import head_loss
+from tensorkeep.language.data.batches import IGNORED
 
 
 def _case(

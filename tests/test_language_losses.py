@@ -11,18 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language._dpo import PreferenceLoss, answer_sums, with_reference
 from tensorkeep.language._schedules import Schedule, ScheduleConfig
+from tensorkeep.language.data.batches import Collate, block_mask, targets_of
 from tensorkeep.language.data.chat import Chat
 from tensorkeep.language.data.packing import plan
-from tensorkeep.language.data.preferences import (
-    CollatePairs,
-    Pairs,
-    PreferenceLoss,
-    answer_sums,
-    pairs_of,
-    with_reference,
-)
-from tensorkeep.language.data.rows import Collate, PackedData, block_mask, targets_of
+from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
+from tensorkeep.language.data.samples import PackedData
 from tensorkeep.language.data.texts import Preference, records
 from tensorkeep.language.data.tokens import Encoded, cached
 from tensorkeep.language.losses import TokenLoss, cross_entropy_sum, headless, plain_head, refuse_packing

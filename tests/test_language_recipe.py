@@ -16,9 +16,10 @@ from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
+from tensorkeep.language._optimizer import fits, parameter_groups
 from tensorkeep.language.evaluation import evaluate_checkpoint
 from tensorkeep.language.export import exported
-from tensorkeep.language.job import build, fits, loop_of, parameter_groups
+from tensorkeep.language.job import build, loop_of
 from tensorkeep.language.recipe import GroupRule, OptimizerConfig
 from tensorkeep.language.recipe_text import language_recipe, read_language
 from tensorkeep.training import metrics

@@ -154,7 +154,7 @@ def _decode_once(model: Any) -> None:
 
 def _run(path: str, ema: bool, best: bool, quantized: str | None, world: World, out: Output) -> _Opened | None:
     """A run of ours as its recipe builds it, with the state of the checkpoint meant; None where it is no run."""
-    from tensorkeep.language.evaluation import checkpoint_of, leans, put_state, run_of
+    from tensorkeep.language.checkpoints import checkpoint_of, needs_start_weights, put_state, run_of
     from tensorkeep.language.recipe_text import read_language
     from tensorkeep.language.start import start_of
 
@@ -164,7 +164,7 @@ def _run(path: str, ema: bool, best: bool, quantized: str | None, world: World, 
     if quantized is not None:
         raise TensorkeepError("a run says itself how it is quantized", where=path, hint="leave --quantize-backbone out")
     state, recipe = checkpoint_of(run, Path(path), best, out.remark), read_language(run / "recipe.yaml")
-    start = start_of(recipe, run, world, out.remark, weights=leans(recipe))
+    start = start_of(recipe, run, world, out.remark, weights=needs_start_weights(recipe))
     averaged = put_state(start, recipe, state, ema)
     kind = recipe.training.quantize_backbone if recipe.adapter is not None else None
     said = {"step": state.document["step"], "ema": ema and bool(state.ema), "quantize_backbone": kind}

@@ -1,4 +1,4 @@
-"""Cross-entropy through a language model's head without ever holding its logits.
+"""Cross-entropy through a language model's head, a chunk of tokens at a time, without holding all logits.
 
 A batch of 8192 tokens over a vocabulary of 128256 has 4.2 GB of float32 logits, and as much again of their gradient.
 Here they are made a chunk of tokens at a time, and the gradient of the hidden states (and of the head, where it
@@ -14,20 +14,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # a label that does not count, as everywhere in torch and transformers
+from tensorkeep.language.data.batches import IGNORED
+
 _CHUNK_BYTES = 256 << 20  # of float32 logits held at a time
 
 
 def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, chunk: int | None = None) -> Tensor:
-    """`sum of -log softmax(hidden W^T)[label] / divisor` over the labels that count: a float32 scalar.
+    """Compute the cross-entropy of hidden states under a head: the sum of -log softmax(hidden W^T)[label] / divisor.
 
-    `hidden [..., C]`, `weight [V, C]`, `labels [...]` (already shifted; -100 does not count), `chunk` tokens at a time
-    (None: as many as 256 MiB of logits). Products are made in the dtype of `hidden` or autocast's, sums in float32.
+    Products are made in the dtype of `hidden` or autocast's, sums in float32.
 
-    >>> h, w = torch.randn(3, 4), torch.randn(7, 4)
-    >>> torch.allclose(head_loss(h, w, torch.tensor([1, -100, 2]), 2.0),
-    ...                torch.nn.functional.cross_entropy(h @ w.T, torch.tensor([1, -100, 2])))
-    True
+    Args:
+        hidden: last hidden states `[..., C]`.
+        weight: the head's matrix `[V, C]`.
+        labels: wanted ids, already shifted, `[...]`; -100 does not count.
+        divisor: what the sum is divided by.
+        chunk: tokens at a time (None: as many as 256 MiB of logits).
+
+    Returns:
+        A float32 scalar.
+
+    Example:
+        >>> h, w = torch.randn(3, 4), torch.randn(7, 4)
+        >>> torch.allclose(head_loss(h, w, torch.tensor([1, -100, 2]), 2.0),
+        ...                torch.nn.functional.cross_entropy(h @ w.T, torch.tensor([1, -100, 2])))
+        True
     """
     width, kind = hidden.shape[-1], hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -38,7 +49,7 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, ch
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum over labels that count, with its gradients made beside it."""
+    """The sum over labels that count; the forward also makes the gradients, which the backward only scales."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What of a decoder layer's forward is kept for the backward, and whether the layer runs compiled.
+"""Gradient checkpointing of decoder layers: what of a forward is kept for the backward, compiled or not.
 
 The layer becomes a subclass of itself, so names stay and nothing is patched. Kept, from least to most (bytes a token
 of a Llama-3.1-8B layer in bf16): the `input` (8 kB), the products no wider than what they are made of (`narrow`,
@@ -44,7 +44,7 @@ def _policy(most: float, _context: Any, operation: Any, *args: Any, **_kwargs: A
 
 
 class Lean(nn.Module):
-    """What `lean` adds to a layer: `kept` and `compiled`, and a forward that obeys them."""
+    """The class `lean` puts over a layer's own: a forward that keeps only `kept`, and runs compiled if `compiled`."""
 
     kept: Kept
     compiled: bool
@@ -61,13 +61,13 @@ class Lean(nn.Module):
 
 @cache
 def _lean_class(kind: Any) -> Any:
-    """The subclass of a layer's class; one for all its instances, or each would be compiled on its own."""
+    """Make the subclass of a layer's class; one for all its instances, or each would be compiled on its own."""
     return type(f"Lean{kind.__name__}", (Lean, kind), {})
 
 
 @cache
 def _compiled_forward(kind: Any, kept: Kept) -> Any:
-    """The compiled forward of a class: its instances share one graph, their parameters are its inputs."""
+    """Compile the forward of a class: its instances share one graph, whose inputs are their parameters."""
     if kept == "all":
         return torch.compile(kind.forward, dynamic=False)
     most = 1.0 if kept == "narrow" else float("inf")
@@ -80,14 +80,26 @@ def _compiled_forward(kind: Any, kept: Kept) -> Any:
 
 
 def lean(layers: Iterable[nn.Module], kept: Kept = "input", compiled: bool = False) -> int:
-    """Make these layers keep no more than `kept` for the backward and, with `compiled`, run compiled; how many.
+    """Make these layers keep no more than `kept` for the backward and, with `compiled`, run compiled.
 
     Called again it changes both. Uncompiled, outputs and gradients are bitwise those of the plain layer; torch replays
-    dropout from the saved random state. Raises TensorkeepError for `narrow` and `products` without `compiled`.
+    dropout from the saved random state.
 
-    >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    >>> lean([block]), type(block).__name__, [name for name, _ in block.named_parameters()]
-    (1, 'LeanSequential', ['0.weight', '0.bias'])
+    Args:
+        layers: changed in place; their names and parameters stay.
+        kept: what is kept, from least to most: see the head of this module.
+        compiled: run the layers through torch.compile.
+
+    Returns:
+        How many layers there are.
+
+    Raises:
+        TensorkeepError: `narrow` or `products` without `compiled`.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        >>> lean([block]), type(block).__name__, [name for name, _ in block.named_parameters()]
+        (1, 'LeanSequential', ['0.weight', '0.bias'])
     """
     if kept in ("narrow", "products") and not compiled:
         raise TensorkeepError(

@@ -1,8 +1,7 @@
-"""Evaluating a checkpoint on files: of a run with its recipe, under its average; of any other as it is."""
+"""Evaluate a checkpoint on files: one of a run with its recipe and average, any other as it is."""
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,18 +11,15 @@ from typing import Any
 import torch
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.data.preferences import PreferenceLoss
-from tensorkeep.language.job import choose_trainable, evaluation_of
+from tensorkeep.language._dpo import PreferenceLoss
+from tensorkeep.language._held_out import evaluation_of
+from tensorkeep.language.checkpoints import checkpoint_of, needs_start_weights, put_state, run_of
+from tensorkeep.language.data.texts import objective_of
 from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe, TrainingConfig
 from tensorkeep.language.recipe_text import read_language
-from tensorkeep.language.start import Remark, Start, start_of
-from tensorkeep.storage import run_folder
-from tensorkeep.training import saver as checkpoint
+from tensorkeep.language.start import Remark, start_of
 from tensorkeep.training.distributed import World
-from tensorkeep.training.ema import Ema
-from tensorkeep.training.live_state import put_tensors
-from tensorkeep.training.saver import State
 
 
 def evaluate_checkpoint(
@@ -37,12 +33,29 @@ def evaluate_checkpoint(
     world: World | None = None,
     remark: Remark = lambda _: None,
 ) -> dict[str, Any]:
-    """`loss`, `perplexity`, `tokens` of a checkpoint on files (None: those its run evaluates on), and what was used.
+    """Measure the loss of a checkpoint on held-out files.
 
-    Raises TensorkeepError where there is neither a file nor a recipe that names one.
+    Args:
+        path: a run, a step folder in one, or any checkpoint that can be read.
+        files: the held-out files (none: those that the run evaluates on).
+        ema: use the averaged weights where there are some.
+        best: take the run's best checkpoint instead of its newest.
+        length: tokens of a row (None: the recipe's, or 512).
+        batch: rows of one forward on each rank.
+        tokenizer: folder or tokenizer.json, for a checkpoint without one.
+        world: this process among its peers (None: the only one, on the CPU).
+        remark: is told what was converted, passed over or left out.
 
-    >>> evaluate_checkpoint("runs/one", ["held-out.txt"])["perplexity"]           # doctest: +SKIP
-    8.1
+    Returns:
+        `checkpoint`, `step` (None outside a run), `data`, `ema`, then what the objective gives: `loss` in nats a
+        token, `perplexity` and `tokens`; for dpo `loss`, `accuracy` and `margin` a pair.
+
+    Raises:
+        TensorkeepError: there is neither a file nor a recipe that names one, or the checkpoint cannot be read.
+
+    Example:
+        >>> evaluate_checkpoint("runs/one", ["held-out.txt"])["perplexity"]           # doctest: +SKIP
+        8.1
     """
     world = world or World()
     run = run_of(Path(path))
@@ -55,7 +68,7 @@ def evaluate_checkpoint(
     recipe = replace(recipe, training=replace(recipe.training, batch=batch * world.size, micro_batch=batch))
     with tempfile.TemporaryDirectory() as scratch:  # tokens of an evaluation are not the run's
         place = Path(scratch)
-        start = start_of(recipe, run or place, world, remark, weights=state is None or leans(recipe))
+        start = start_of(recipe, run or place, world, remark, weights=state is None or needs_start_weights(recipe))
         averaged = put_state(start, recipe, state, ema)
         start.model.to(world.device).eval()
         plain = plain_head(start.model)
@@ -69,67 +82,8 @@ def evaluate_checkpoint(
     return {**named, "ema": ema and state is not None and bool(state.ema), **found, **tokens}
 
 
-def leans(recipe: LanguageRecipe) -> bool:
-    """Whether the checkpoint alone is not enough: a base under an adapter, a reference."""
-    return recipe.adapter is not None or recipe.objective == "dpo"
-
-
-def run_of(path: Path) -> Path | None:
-    """The run that a path means: itself, or the one that a step folder lies in; None where it is no run of ours."""
-    for place in (path, path.parent.parent):
-        if (place / run_folder.CHECKPOINTS).is_dir() and (place / "recipe.yaml").is_file():
-            return place
-    return None
-
-
-def checkpoint_of(run: Path, path: Path, best: bool, remark: Remark = lambda _: None) -> State:
-    """The checkpoint of a run that is meant: the one named, the best, or the newest valid one."""
-    if path.resolve() != run.resolve():
-        return checkpoint.load(path)
-    if best:
-        step = checkpoint.best(run)
-        if step is None:
-            raise TensorkeepError("no checkpoint was named the best", where=run, hint="leave --best out")
-        return checkpoint.load(run_folder.folder_of(run, step))
-    found = checkpoint.newest(run)
-    if found is None:
-        raise TensorkeepError("the run holds no checkpoint", where=run, hint="train it first")
-    for finding in found[2]:
-        remark(f"skipped: {finding.code} {finding.message}")
-    return found[0]
-
-
-def put_state(start: Start, recipe: LanguageRecipe, state: State | None, ema: bool) -> Any:
-    """Put a checkpoint into the model; returns what applies its average."""
-    if state is None:
-        return contextlib.nullcontext()
-    choose_trainable(start.model, recipe)
-    put_tensors(start.model, state.model, base=state.base is not None)
-    if not ema or not state.ema:
-        return contextlib.nullcontext()
-    average = Ema(start.model, recipe.training.ema or 0.0)
-    average.load_state_dict(state.ema, state.document["ema"]["updates"])
-    return _Applied(average, start)
-
-
-class _Applied(contextlib.AbstractContextManager[None]):
-    """The average on the model, entered after both went to their device."""
-
-    def __init__(self, average: Ema, start: Start) -> None:
-        self.average, self.start = average, start
-
-    def __enter__(self) -> None:
-        self.inner = self.average.applied(self.start.model)
-        self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.inner.__exit__(*error)
-
-
 def _bare(path: str, files: tuple[str, ...], length: int | None, tokenizer: str | None) -> LanguageRecipe:
-    """A recipe for a checkpoint that has none: what the files hold decides the objective."""
-    from tensorkeep.language.data.texts import objective_of
-
+    """Make a recipe for a checkpoint that has none: what the first file holds decides the objective."""
     if not files:
         raise TensorkeepError("nothing to evaluate on", where=path, hint="--data FILE")
     objective = objective_of(files[0])

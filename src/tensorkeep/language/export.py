@@ -1,4 +1,4 @@
-"""What a run made, for use elsewhere: an adapter folder with the base's digest, or an hf folder; the average on request.
+"""Export what a language run made: an adapter folder with the base's digest, or an hf folder, averaged or not.
 
 `tensorkeep convert RUN OUT --to hf` gives the plain weights of a full run; this is for adapters and averages.
 """
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tensorkeep.adapters.files import save_adapter
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import COMPANIONS
-from tensorkeep.language.evaluation import checkpoint_of, leans, put_state
+from tensorkeep.language.checkpoints import checkpoint_of, needs_start_weights, put_state
 from tensorkeep.language.recipe_text import read_language
 from tensorkeep.language.start import start_of
 from tensorkeep.storage import run_folder
@@ -23,31 +23,41 @@ from tensorkeep.training.distributed import World
 
 
 def exported(run: str | Path, out: str | Path, ema: bool = True, best: bool = False, overwrite: bool = False) -> Path:
-    """Write the newest valid (or the best) checkpoint of a language run to the folder `out`.
+    """Write the newest valid (or the best) checkpoint of a language run to a folder for use elsewhere.
 
-    Under an adapter: a PEFT folder (`adapter.safetensors`, `adapter_config.json`) that names its base by digest.
-    Otherwise an hf folder with config and tokenizer. `ema`: the averaged weights where there are some. Raises
-    TensorkeepError where the run holds no valid checkpoint, or `out` is there and `overwrite` is not set.
+    A run with an adapter gives a PEFT folder (`adapter.safetensors`, `adapter_config.json`) that names its base by
+    digest; any other an hf folder with config and tokenizer.
 
-    >>> exported("runs/one", "adapter")                                  # doctest: +SKIP
-    PosixPath('adapter')
+    Args:
+        run: the run's folder.
+        out: the folder to write.
+        ema: write the averaged weights where there are some.
+        best: take the run's best checkpoint instead of its newest.
+        overwrite: replace `out` where it is there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        TensorkeepError: the run holds no valid checkpoint, or `out` is there and `overwrite` is not set.
+
+    Example:
+        >>> exported("runs/one", "adapter")                                  # doctest: +SKIP
+        PosixPath('adapter')
     """
     run, out = Path(run), Path(out)
     if not (run / run_folder.CHECKPOINTS).is_dir() or not (run / "recipe.yaml").is_file():
         raise TensorkeepError("is no run: no recipe.yaml or no checkpoints", where=run)
     recipe, state = read_language(run / "recipe.yaml"), checkpoint_of(run, run, best)
-    start = start_of(recipe, run, World(), weights=leans(recipe))
+    start = start_of(recipe, run, World(), weights=needs_start_weights(recipe))
     with put_state(start, recipe, state, ema):
         if recipe.adapter is not None:
             digest = (state.base or {}).get("digest")
             save_adapter(start.model, out, digest, recipe.model, overwrite=overwrite)
             return out
         tied = state.document["ties"]
-        tensors = {
-            n: t.contiguous()
-            for n, t in start.model.state_dict().items()
-            if n not in tied and isinstance(t, torch.Tensor)
-        }
+        held = {n: t for n, t in start.model.state_dict().items() if isinstance(t, torch.Tensor)}
+        tensors = {n: t.contiguous() for n, t in held.items() if n not in tied}
         with replacing(out, overwrite) as temporary, explained(out):
             temporary.mkdir()
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with transformers' own `generate`: what a person hears of a checkpoint.
+"""Generate text with a model, piece by piece as it comes, through transformers' own `generate`.
 
 Greedy by default, so that two checkpoints differ by their weights alone; with a temperature every draw comes from the
 seed. The checkpoint's own sampling settings are left aside, its end tokens are kept.
@@ -23,8 +23,15 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What came out. `ids`: the new tokens, an end token included. `stopped_by`: `end` (the model ended it), `length`
-    (max_tokens), `context` (the model's longest row)."""
+    """A text that a model wrote.
+
+    Args:
+        prompt: what it was to go on from.
+        text: the new text, without special tokens.
+        ids: the new tokens, an end token included.
+        seconds: how long it took.
+        stopped_by: `end` (the model ended it), `length` (max_tokens) or `context` (the model takes no more tokens).
+    """
 
     prompt: str
     text: str
@@ -34,11 +41,12 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens a second."""
         return len(self.ids) / max(self.seconds, 1e-9)
 
 
-class Stream:
-    """Text as it comes: what is certain of it goes to `write`, a character's half waits for its other half.
+class TextStream:
+    """Passes text on to `write` as it comes; half a character waits for its other half.
 
     transformers gives `put` the prompt first, then the new ids one by one, and calls `end`.
     """
@@ -50,7 +58,7 @@ class Stream:
         self.prompt_is_next = True
 
     def put(self, value: torch.Tensor) -> None:
-        """Ids `[1, prompt]`, then `[1]` each."""
+        """Take ids: first the prompt's `[1, prompt]`, then `[1]` each."""
         if self.prompt_is_next:
             self.prompt_is_next = False
             return
@@ -61,21 +69,28 @@ class Stream:
             self.written = text
 
     def end(self) -> None:
+        """Write what was held back."""
         text = self.text()
         if text.startswith(self.written):
             self.write(text[len(self.written) :])
             self.written = text
 
     def text(self) -> str:
-        """All new tokens as text, without special ones."""
+        """Decode all new tokens, without special ones."""
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False, bos: int | None = None) -> list[int]:
-    """The prompt as tokens: as a question in the tokenizer's chat template, or as it is (`raw`, or no template).
+    """Tokenize a prompt: as a question in the tokenizer's chat template, or as it is.
 
-    An empty prompt is the token that begins a text (`bos`, where the tokenizer has none). Raises TensorkeepError where
-    nothing is left to begin with.
+    Args:
+        tokenizer: of transformers.
+        prompt: the text; an empty one is the token that begins a text.
+        raw: leave the chat template out.
+        bos: the id that begins a text, where the tokenizer names none.
+
+    Raises:
+        TensorkeepError: the prompt is empty, and no token begins a text.
     """
     if getattr(tokenizer, "chat_template", None) and not raw:
         text = Chat(tokenizer).render(Conversation([{"role": "user", "content": prompt}]), opening=True)
@@ -97,13 +112,27 @@ def generate(
     raw: bool = False,
     write: Write = lambda _: None,
 ) -> Generated:
-    """Go on from `prompt` for at most `max_tokens`, telling `write` each piece of text as it comes.
+    """Let a model go on from a prompt.
 
-    `temperature` 0 takes the likeliest token; above it, tokens are drawn from the whole distribution with `seed`, and
-    the process's random state stays as it was. Raises TensorkeepError where the prompt is longer than the model's rows.
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        prompt: a question for the chat template, where there is one, or the text to go on from.
+        max_tokens: at most so many new tokens.
+        temperature: 0 takes the likeliest token; above it tokens are drawn from the whole distribution.
+        seed: of the draws; the process's random state stays as it was.
+        raw: leave the chat template out.
+        write: is given each piece of text as it comes.
 
-    >>> generate(model, tokenizer, "Once upon a time", max_tokens=8).stopped_by           # doctest: +SKIP
-    'length'
+    Returns:
+        The text, its tokens, and why it ended.
+
+    Raises:
+        TensorkeepError: the prompt leaves no room for a token, or a number is out of range.
+
+    Example:
+        >>> generate(model, tokenizer, "Once upon a time", max_tokens=8).stopped_by           # doctest: +SKIP
+        'length'
     """
     if max_tokens < 1 or temperature < 0:
         raise TensorkeepError(f"max_tokens {max_tokens}, temperature {temperature}: at least 1 and 0", where="generate")
@@ -115,12 +144,10 @@ def generate(
         what = f"is {len(ids)} tokens, the model's rows hold {rows}"
         raise TensorkeepError(what, where="prompt", hint="a shorter one leaves room for an answer")
     device = next(model.parameters()).device
-    stream, ends = Stream(tokenizer, write), _end_tokens(live, tokenizer)
+    stream, ends = TextStream(tokenizer, write), _end_tokens(live, tokenizer)
     given = torch.tensor([ids], device=device)  # [1, prompt]
-    before, live.generation_config = (
-        live.generation_config,
-        _config(tokenizer, ends, min(room, max_tokens), temperature),
-    )
+    before = live.generation_config
+    live.generation_config = _config(tokenizer, ends, min(room, max_tokens), temperature)
     started = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -135,14 +162,14 @@ def generate(
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer, by the model's generation config, its config and the tokenizer."""
+    """Collect every token that ends an answer: by the model's generation config, its config and the tokenizer."""
     said = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id]
     flat = [i for one in said for i in (one if isinstance(one, (list, tuple)) else [one]) if i is not None]
     return sorted({int(i) for i in flat})
 
 
 def _config(tokenizer: Any, ends: list[int], tokens: int, temperature: float) -> Any:
-    """Settings that leave nothing to the checkpoint's: transformers fills what is unset from there."""
+    """Set every sampling option: transformers would take what is unset from the checkpoint."""
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id

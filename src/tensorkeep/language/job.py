@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.language._data import cache_of, make_data, pad_of
+from tensorkeep.language._dpo import PreferenceLoss, with_reference
+from tensorkeep.language._held_out import evaluation_of
+from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
 from tensorkeep.language._schedules import Schedule
-from tensorkeep.language.data.chat import Chat, tokenizer_settings
-from tensorkeep.language.data.packing import plan
-from tensorkeep.language.data.preferences import CollatePairs, Pairs, PreferenceLoss, pairs_of, with_reference
-from tensorkeep.language.data.rows import Collate, LiveConversations, PackedData, as_line, targets_of
-from tensorkeep.language.data.texts import Conversation, Objective, Preference, records
-from tensorkeep.language.data.tokens import Encoded, cached, fingerprint, in_batches
+from tensorkeep.language.data.batches import Collate, targets_of
+from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
 from tensorkeep.language.losses import TokenLoss, plain_head, refuse_packing
-from tensorkeep.language.recipe import DataConfig, GroupRule, LanguageRecipe, OptimizerConfig
-from tensorkeep.language.start import Remark, Start, start_of
-from tensorkeep.training import distributed, trackers
-from tensorkeep.training.batches import Data, to_device
+from tensorkeep.language.recipe import LanguageRecipe
+from tensorkeep.language.start import Remark, StartingModel, start_of
+from tensorkeep.training import trackers
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.job import Job, Loop, at_least_one
-from tensorkeep.training.loop import autocast
-from tensorkeep.training.randomness import derive
+from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.recipe import plain
 from tensorkeep.training.saver import Keep, State
 
-CACHE = "cache"
-# of a recipe, what may differ between two starts of a run: where its tokens are kept
+# fields of a recipe's data section that may differ between two starts of a run: where its tokens are kept
 FREE = ("cache",)
 
 
 def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, remark: Remark = lambda _: None) -> Job:
-    """The job of a recipe, its model on `world.device`; tokens, config and tokenizer go into the run folder.
+    """Make the job of a recipe: model, data, loss and optimizer, ready for `fit`.
 
-    Raises TensorkeepError where weights, tokenizer, data and recipe do not fit together.
+    Args:
+        recipe: what to train, on what, and how.
+        run: the run's folder; tokens, config and tokenizer are written there.
+        world: this process among its peers (None: the only one, on the CPU); the model goes to its device.
+        remark: is told what a person should know: conversions, records left out.
 
-    >>> job = build(read_language("recipes/language/smollm2_sft.yaml"), "runs/one")      # doctest: +SKIP
+    Returns:
+        The job; its loop comes from `loop_of`.
+
+    Raises:
+        TensorkeepError: weights, tokenizer, data and recipe do not fit together.
+
+    Example:
+        >>> recipe = read_language("recipes/language/smollm2_sft.yaml")                  # doctest: +SKIP
+        >>> job = build(recipe, "runs/one")                                              # doctest: +SKIP
+        >>> fit(job, "runs/one", loop_of(recipe, len(job.data)))                         # doctest: +SKIP
     """
     world, run = world or World(), Path(run)
     start = start_of(recipe, run, world, remark)
@@ -55,25 +62,24 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     choose_trainable(model, recipe)
     model.to(world.device)
     head = plain_head(model)
-    data = make_data(recipe, recipe.data, start, run, world, remark)
+    pad, dpo = pad_of(start.tokenizer), recipe.objective == "dpo"
+    data = make_data(recipe, recipe.data, start.tokenizer, start.vocabulary, run, world, remark)
     if isinstance(data, Pairs):
         micro = recipe.training.micro_batch or max(recipe.training.batch // world.size, 1)
-        data = with_reference(data, model, head, _cache(recipe, run), str(digest), world, _pad(start), micro, remark)
+        data = with_reference(data, model, head, cache_of(recipe, run), str(digest), world, pad, micro, remark)
     if recipe.training.gradient_checkpointing:
         lean(decoder_layers(model), recipe.training.kept, recipe.training.compile)
-    loss: Any = (
-        TokenLoss(head, router=_router(model)) if recipe.objective != "dpo" else PreferenceLoss(head, recipe.beta)
-    )
+    loss: Any = PreferenceLoss(head, recipe.beta) if dpo else TokenLoss(head, router=_router(model))
     document = plain(recipe)
     document["data"] = {k: v for k, v in document["data"].items() if k not in FREE}
     return Job(
         model=model,
         optimizer=make_optimizer(model, recipe.optimizer),
         data=data,
-        collate=CollatePairs(_pad(start)) if recipe.objective == "dpo" else Collate(_pad(start)),
+        collate=CollatePairs(pad) if dpo else Collate(pad),
         loss=loss,
-        count=pairs_of if recipe.objective == "dpo" else targets_of,
-        pace=("pairs" if recipe.objective == "dpo" else "tokens", None),
+        count=pairs_of if dpo else targets_of,
+        pace=("pairs" if dpo else "tokens", None),
         schedule=Schedule(recipe.schedule, _updates_of(recipe, len(data))),
         evaluate=_evaluation(recipe, start, run, world, loss, remark),
         ema=None if recipe.training.ema is None else Ema(model, recipe.training.ema),
@@ -83,13 +89,34 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     )
 
 
+def _evaluation(
+    recipe: LanguageRecipe, start: StartingModel, run: Path, world: World, loss: Any, remark: Remark
+) -> Callable[[nn.Module], Mapping[str, float]] | None:
+    """The evaluation that the recipe asks for, or None."""
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+    return evaluation_of(recipe, asked.files, asked.format, start, run, world, loss, remark, asked.rows)
+
+
 def continued(
     recipe: LanguageRecipe, path: str, job: Job, loop: Loop, remark: Remark = lambda _: None
 ) -> tuple[Job, Loop, State]:
-    """Job and loop that go on from MiniMind's resume file: its weights, moments, position, order and learning rates.
+    """Let a job go on from MiniMind's resume file: its weights, moments, position, order and learning rates.
 
-    The recipe's `micro_batch` (or `batch`) is MiniMind's --batch_size and its `epochs` --epochs; the accumulation is
-    read off the file. Raises TensorkeepError where the file does not belong to the model and data.
+    Args:
+        recipe: its `micro_batch` (or `batch`) is MiniMind's --batch_size, its `epochs` --epochs; how many
+            micro-batches make an update is read off the file.
+        path: the resume file, `*_resume.pth`.
+        job: the recipe's job; its order, schedule and optimizer settings are changed in place.
+        loop: the recipe's loop.
+        remark: is told where the file stands, and what it could not give.
+
+    Returns:
+        The job, the loop with the file's batch and end, and the state for `fit`'s `resume`.
+
+    Raises:
+        TensorkeepError: the file does not belong to the model and data.
     """
     from tensorkeep.language.minimind.continue_from import continue_from
 
@@ -106,11 +133,12 @@ def continued(
 
 
 def _tracker(name: str, run: Path) -> trackers.Tracker:
+    """The tracker of that name, for this run."""
     return trackers.tensorboard(run) if name == "tensorboard" else trackers.wandb(run, "tensorkeep")
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of a model of transformers, which keep only their input under gradient checkpointing."""
+    """List the layers of a transformers model that gradient checkpointing recomputes."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         what = f"{type(model).__name__} has no list of layers to recompute"
@@ -119,7 +147,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def _updates_of(recipe: LanguageRecipe, samples: int) -> int:
-    """Updates of the whole run, from `updates` or from `epochs` over so many samples."""
+    """Updates of the whole run, from `updates` or from `epochs` of so many samples each."""
     training = recipe.training
     if training.updates is not None:
         return training.updates
@@ -127,7 +155,12 @@ def _updates_of(recipe: LanguageRecipe, samples: int) -> int:
 
 
 def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
-    """How the loop is to go; `samples`: of one epoch."""
+    """Take a recipe's loop settings: how long, in what portions, when to save and evaluate.
+
+    Args:
+        recipe: its training section is read.
+        samples: samples of one epoch, which give the updates where the recipe counts epochs.
+    """
     t = recipe.training
     return Loop(
         updates=_updates_of(recipe, samples),
@@ -151,274 +184,6 @@ def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
 
 
 def _router(model: Any) -> float:
+    """Weight of the load-balancing loss, where the model's config asks for one; else 0."""
     on = getattr(model.config, "output_router_logits", False)
     return float(getattr(model.config, "router_aux_loss_coef", 0.0) or 0.0) if on else 0.0
-
-
-def _pad(start: Start) -> int:
-    pad = start.tokenizer.pad_token_id
-    return int(pad) if isinstance(pad, int) else 0
-
-
-def _cache(recipe: LanguageRecipe, run: Path) -> Path:
-    return Path(recipe.data.cache) if recipe.data.cache is not None else run / CACHE
-
-
-# -- what trains --------------------------------------------------------------------------------------------------------
-
-
-def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
-    """Freeze what the recipe does not train; put low-rank updates on, and codes under them."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in recipe.trainable:
-        if not any(fits(name, pattern) for name in names):
-            hint = near_misses(pattern, {*names, *(part for name in names for part in name.split("."))})
-            raise TensorkeepError(f"{pattern!r} fits no parameter", where="trainable", hint=hint or f"e.g. {names[0]}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fits(name, pattern) for pattern in recipe.trainable))
-    if recipe.adapter is None:
-        return
-    from tensorkeep.adapters.lora import add_lora
-    from tensorkeep.quantization.modules import quantize_, quantized_layers
-
-    model.requires_grad_(False)
-    if recipe.training.quantize_backbone and not quantized_layers(model):  # else they were on the way in
-        quantize_(model, recipe.training.quantize_backbone)
-    adapter = recipe.adapter
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
-        add_lora(model, adapter.targets, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a shell-style pattern fits a parameter's name, or a plain word is a part of it.
-
-    >>> fits("layers.0.q_proj.lora_A", "lora"), fits("layers.0.q_proj.weight", "layers.1.*")
-    (True, False)
-    """
-    return fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and pattern in name)
-
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups for the optimizer: one for each rule, in order, then what is left with and without decay.
-
-    Each has `params`, `label`, `lr`, `base_lr`, `weight_decay`. The first rule that fits a name takes it. Raises
-    TensorkeepError where a rule gets nothing, naming the rule that was first.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    taken: dict[str, str] = {}
-    groups = []
-    for rule in config.groups:
-        fitting = [name for name in trainable if fits(name, rule.pattern)]
-        own = [name for name in fitting if name not in taken]
-        if not own:
-            raise _empty(rule, fitting, taken, trainable)
-        taken |= dict.fromkeys(own, rule.pattern)
-        decay = config.weight_decay if rule.weight_decay is None else rule.weight_decay
-        groups.append(_group(rule.pattern, own, trainable, rule.lr, decay))
-    rest = [name for name in trainable if name not in taken]
-    decayed = [name for name in rest if trainable[name].ndim > 1 or config.decay_all]
-    plain_ones = [name for name in rest if name not in set(decayed)]
-    groups.append(_group("weights", decayed, trainable, config.lr, config.weight_decay))
-    groups.append(_group("norms and biases", plain_ones, trainable, config.lr, 0.0))
-    return [group for group in groups if group["params"]]
-
-
-def _group(
-    label: str, names: Iterable[str], parameters: Mapping[str, nn.Parameter], lr: float, decay: float
-) -> dict[str, Any]:
-    params = [parameters[name] for name in names]
-    return {"params": params, "label": label, "lr": lr, "base_lr": lr, "weight_decay": decay}
-
-
-def _empty(
-    rule: GroupRule, fitting: list[str], taken: Mapping[str, str], trainable: Mapping[str, Any]
-) -> TensorkeepError:
-    what = f"the rule {rule.pattern!r} gets no parameter"
-    if not fitting:
-        hint = f"no trainable parameter has that name; there are {', '.join(list(trainable)[:3])} ..."
-        return TensorkeepError(what, where="optimizer.groups", hint=hint)
-    first = taken[fitting[0]]
-    hint = (
-        f"{fitting[0]} and {len(fitting) - 1} more went to the earlier rule {first!r}: put {rule.pattern!r} before it"
-    )
-    return TensorkeepError(what, where="optimizer.groups", hint=hint)
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; the fused kernel where the parameters are on a GPU."""
-    groups = parameter_groups(model, config)
-    fused = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
-
-
-# -- data ---------------------------------------------------------------------------------------------------------------
-
-
-def make_data(recipe: LanguageRecipe, config: DataConfig, start: Start, run: Path, world: World, remark: Remark) -> Any:
-    """The data of a section: tokens from the cache (made by the first rank), then rows."""
-    settings = {
-        "objective": recipe.objective,
-        "format": config.format,
-        "cut": config.length if _cut(recipe, config) else None,
-        "bos": config.bos,
-        "eos": config.eos,
-        **tokenizer_settings(start.tokenizer),
-    }
-    live = config.augmentation is not None and config.augmentation.on
-    digest = fingerprint(config.files, settings | ({"lines": True} if live else {}))
-    rows, folder = start.rows, _cache(recipe, run)
-
-    def encoded() -> Iterator[Encoded]:
-        return (
-            _lines(config) if live else encode(recipe.objective, config, start.tokenizer, _cut(recipe, config), remark)
-        )
-
-    if world.first:
-        tokens = cached(folder, digest, encoded, max(rows, 256), remark)
-    distributed.gathered(world, None)
-    if not world.first:
-        tokens = cached(folder, digest, encoded, max(rows, 256), remark)
-    if live and config.augmentation is not None:
-        drawn = f"{digest} {config.length} {config.augmentation}"
-        return LiveConversations(tokens, Chat(start.tokenizer), config.augmentation, config.length, drawn)
-    if recipe.objective == "dpo":
-        return Pairs(tokens, None, str(config.length))
-    return PackedData(tokens, plan(tokens.offsets, config.length, config.packing), f"{config.packing} {config.length}")
-
-
-def _cut(recipe: LanguageRecipe, config: DataConfig) -> int | None:
-    """Tokens a document is cut at: conversations always, texts where each has a row of its own."""
-    return config.length if config.packing == "none" or recipe.objective != "pretrain" else None
-
-
-def encode(
-    objective: Objective, config: DataConfig, tokenizer: Any, cut: int | None, remark: Remark
-) -> Iterator[Encoded]:
-    """Every document as tokens; what has no target is left out, and counted."""
-    found = records(config.files, objective, config.format)
-    if objective == "pretrain":
-        yield from _encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut, remark)
-        return
-    chat, idle = Chat(tokenizer), 0
-    for record in found:
-        both = list(record) if isinstance(record, Preference) else [record]
-        made = [chat.encode(one) for one in both if isinstance(one, Conversation)]
-        short = [Encoded(ids[:cut], marks[:cut]) for ids, marks in made]
-        if not all(any((one.marks or [])[1:]) for one in short):
-            idle += 1
-            continue
-        yield from short
-    if idle:
-        remark(f"{idle} records hold no answer within {cut} tokens: left out")
-
-
-def _encode_texts(
-    texts: Iterable[str], tokenizer: Any, bos: bool, eos: bool, cut: int | None, remark: Remark = lambda _: None
-) -> Iterator[Encoded]:
-    """Texts as `[bos] tokens [eos]`, the tokens cut so that it fits into `cut` (MiniMind's rule); what is cut is told."""
-    begin, end = ([_special(tokenizer, name)] if on else [] for name, on in (("bos", bos), ("eos", eos)))
-    most = None if cut is None else cut - len(begin) - len(end)
-    lost = whole = 0
-    for batch in in_batches(texts):
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            whole, lost = whole + len(ids), lost + len(ids[most:] if most is not None else [])
-            yield Encoded([*begin, *ids[:most], *end])
-    if lost:
-        remark(
-            f"{lost:,} of {whole:,} tokens lie beyond a row of {cut} and are left out; data.packing: concatenate keeps them"
-        )
-
-
-def _special(tokenizer: Any, name: str) -> int:
-    found = getattr(tokenizer, f"{name}_token_id")
-    if found is None:
-        raise TensorkeepError(f"the tokenizer has no {name} token", where=f"data.{name}", hint=f"{name}: false")
-    return int(found)
-
-
-def _lines(config: DataConfig) -> Iterator[Encoded]:
-    for record in records(config.files, "sft", config.format):
-        if isinstance(record, Conversation):
-            yield Encoded(list(as_line(record)))
-
-
-# -- evaluation ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Loss over held-out rows: every rank takes its share, every rank gets the numbers."""
-
-    data: Data
-    collate: Callable[[list[Any]], Any]
-    loss: Callable[[nn.Module, Any, float], Mapping[str, torch.Tensor]]
-    count: Callable[[Any], float]
-    loop: Loop
-    world: World
-    perplexity: bool
-    rows: int
-
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        counted, micro = 0.0, self.loop.micro or max(self.loop.batch // self.world.size, 1)
-        every = self.world.size * micro
-        for at in range(self.world.rank * micro, math.ceil(self.rows / every) * every, every):
-            own = range(at, min(at + micro, self.rows))
-            indices = own or range(1)  # a rank without rows runs along: under FSDP a forward takes all of them
-            batch = self.collate([self.data.sample(i, torch.Generator().manual_seed(i)) for i in indices])
-            counted += self.count(batch) if own else 0.0
-            with autocast(self.loop, self.world):
-                for name, value in self.loss(model, to_device(batch, self.world.device), 1.0).items():
-                    sums[name] = sums.get(name, 0.0) + (float(value) if own else 0.0)
-        names = sorted({n for theirs in distributed.gathered(self.world, list(sums)) for n in theirs})
-        total, *values = distributed.total(self.world, counted, *(sums.get(n, 0.0) for n in names))
-        out = {name: value / at_least_one(total) for name, value in zip(names, values)}
-        if self.perplexity:
-            out |= {"perplexity": math.exp(min(out["loss"], 700.0)), "count": total}
-        return out
-
-
-def _evaluation(
-    recipe: LanguageRecipe, start: Start, run: Path, world: World, loss: Any, remark: Remark
-) -> Callable[[nn.Module], Mapping[str, float]] | None:
-    if recipe.evaluation is None:
-        return None
-    return evaluation_of(
-        recipe,
-        recipe.evaluation.files,
-        recipe.evaluation.format,
-        start,
-        run,
-        world,
-        loss,
-        remark,
-        recipe.evaluation.rows,
-    )
-
-
-def evaluation_of(
-    recipe: LanguageRecipe,
-    files: tuple[str, ...],
-    form: Any,
-    start: Start,
-    run: Path,
-    world: World,
-    loss: Any,
-    remark: Remark,
-    rows: int | None = None,
-) -> Evaluation:
-    """The evaluation of some files under a recipe, read like its training data but never augmented."""
-
-    config = replace(recipe.data, files=files, format=form, augmentation=None)
-    data = make_data(recipe, config, start, run, world, remark)
-    dpo = recipe.objective == "dpo"
-    if isinstance(data, Pairs):
-        digest, micro = str(start.digest()), recipe.training.micro_batch or recipe.training.batch
-        data = with_reference(
-            data, start.model, loss.plain, _cache(recipe, run), digest, world, _pad(start), micro, remark
-        )
-    count = min(len(data), rows) if rows is not None else len(data)
-    collate: Any = CollatePairs(_pad(start)) if dpo else Collate(_pad(start))
-    counter: Any = pairs_of if dpo else targets_of
-    return Evaluation(data, collate, loss, counter, loop_of(recipe, max(len(data), 1)), world, not dpo, count)

@@ -1,8 +1,9 @@
 """Next-token loss as a sum over targets, for models of transformers, without the logits of a whole batch.
 
 The head is applied to the targets alone, a chunk at a time (`head_loss`; a head that is no plain matrix is applied once
-more in the backward): what is held is one chunk of logits, not `batch x length x vocabulary`. That the head is a plain linear is proven on the model itself before
-it is relied on; where it is not (soft-capped or scaled logits), the model's own logits are taken.
+more in the backward): what is held is one chunk of logits, not `batch x length x vocabulary`. That the head is a plain
+linear is tried on the model itself before it is relied on; where it is not (soft-capped or scaled logits), the model's
+own logits are taken.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._head_loss import head_loss
-from tensorkeep.language.data.rows import IGNORED, block_mask, targets_of
+from tensorkeep.language.data.batches import IGNORED, block_mask, targets_of
 
 CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits
 
 
 def cross_entropy_sum(hidden: Tensor, head: nn.Module | None, targets: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Sum over targets of -log p, a float32 scalar. `hidden [n, width]`, `targets [n]`; `head` gives logits from hidden
-    (None: `hidden` is logits). Only one chunk of float32 logits exists at a time, also in the backward.
+    """Sum -log p over targets; only one chunk of float32 logits exists at a time, also in the backward.
+
+    Args:
+        hidden: last hidden state of each target `[n, width]`.
+        head: makes logits of hidden states (None: `hidden` is logits already).
+        targets: token ids, int64 `[n]`.
+        chunk: so many targets at a time.
+
+    Returns:
+        A float32 scalar.
     """
     total = hidden.new_zeros((), dtype=torch.float32)
     for at in range(0, len(targets), chunk):
@@ -40,12 +49,13 @@ def cross_entropy_sum(hidden: Tensor, head: nn.Module | None, targets: Tensor, c
 
 
 def _chunk_loss(hidden: Tensor, head: nn.Module | None, targets: Tensor) -> Tensor:
+    """Sum of -log p over one chunk of targets."""
     logits = hidden if head is None else head(hidden)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def log_probabilities(hidden: Tensor, head: nn.Module | None, targets: Tensor, chunk: int = CHUNK) -> Tensor:
-    """log p of each target, float32 `[n]`; chunked as `cross_entropy_sum`."""
+    """Compute log p of each target, float32 `[n]`, chunked as in `cross_entropy_sum`."""
     parts = []
     for at in range(0, len(targets), chunk):
         part, wanted = hidden[at : at + chunk], targets[at : at + chunk]
@@ -57,21 +67,25 @@ def log_probabilities(hidden: Tensor, head: nn.Module | None, targets: Tensor, c
 
 
 def _chunk_log(hidden: Tensor, head: nn.Module | None, targets: Tensor) -> Tensor:
+    """log p of each target of one chunk."""
     logits = hidden if head is None else head(hidden)
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-# -- models of transformers ---------------------------------------------------------------------------------------------
+# -- models of transformers -------------------------------------------------------------------------------------------
 
 
 def inner(model: nn.Module) -> Any:
-    """The transformers model under DDP."""
+    """Take DDP's wrapper off a transformers model, where there is one."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
 def headless(model: nn.Module, plain: bool) -> Iterator[nn.Module | None]:
-    """Within it the model gives what goes into its head as `logits`; yields the head. Does nothing unless `plain`."""
+    """Within it the model returns what goes into its head in place of logits; yields the head.
+
+    With `plain` false (or a model without a head) it yields None and changes nothing.
+    """
     owner = inner(model)
     head = owner.get_output_embeddings() if plain else None
     if head is None:
@@ -88,7 +102,7 @@ def headless(model: nn.Module, plain: bool) -> Iterator[nn.Module | None]:
 
 
 class _Through(nn.Module):
-    """In the place of a head; a copy, since FSDP2 wants no view of what it hooks."""
+    """Stands in the place of a head and returns its input: a copy, since FSDP2 wants no view of what it hooks."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden.clone()
@@ -99,7 +113,7 @@ _THROUGH = _Through()  # one object: a compiled model sees the same module each 
 
 @torch.no_grad()
 def plain_head(model: nn.Module) -> bool:
-    """Whether the model's logits are its head applied to its last hidden state and nothing more: tried on four tokens."""
+    """Try on four tokens whether the logits are the head applied to the last hidden state and nothing more."""
     owner, training = inner(model), model.training
     model.eval()
     try:
@@ -117,8 +131,8 @@ def plain_head(model: nn.Module) -> bool:
         model.train(training)
 
 
-def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """The model on a batch: packed documents see themselves only."""
+def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Run the model on a batch; documents packed into one row see themselves only."""
     extra: dict[str, Any] = {}
     if "segments" in batch:
         eager = getattr(inner(model).config, "_attn_implementation", "eager") == "eager"
@@ -131,8 +145,11 @@ def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 class TokenLoss:
     """The loss of `pretrain` and `sft`: -log p summed over targets, divided by the targets of the whole update.
 
-    `plain`: see `plain_head`. `router`: weight of the load-balancing loss of a mixture of experts that computes one
-    (`output_router_logits` in its config); it is a mean, so a micro-batch adds it by its share of the targets.
+    Args:
+        plain: whether the model's head is a plain linear (`plain_head`).
+        chunk: so many targets go at a time through a head that is a linear with a bias.
+        router: weight of the load-balancing loss of a mixture of experts that computes one (`output_router_logits` in
+            its config); it is a mean, so a micro-batch adds it by its share of the targets.
     """
 
     plain: bool
@@ -141,7 +158,7 @@ class TokenLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], divisor: float) -> dict[str, Tensor]:
         with headless(model, self.plain) as head:
-            out = run(model, batch)
+            out = forward(model, batch)
         labels = batch["labels"][:, 1:].flatten()
         counted = (labels != IGNORED).nonzero().squeeze(-1)
         hidden, wanted = out.logits[:, :-1].flatten(0, 1).index_select(0, counted), labels.index_select(0, counted)
@@ -158,7 +175,15 @@ class TokenLoss:
 
 
 def refuse_packing(config: Any, length: int) -> None:
-    """Stop where packed documents could see each other: layers without a mask, or with a window of their own."""
+    """Refuse packing for a model whose documents would see each other: layers without a mask or with a short window.
+
+    Args:
+        config: of the transformers model.
+        length: tokens of a row.
+
+    Raises:
+        TensorkeepError: the config names a kind of layer that takes no such mask, or a window below `length`.
+    """
     kinds = getattr(config, "layer_types", None)
     odd = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
     window = getattr(config, "sliding_window", None)

@@ -1,8 +1,8 @@
-"""The model a language run starts from: any checkpoint that can be read, or a config and nothing.
+"""Load the model a language run starts from: any checkpoint that can be read, or a config with random weights.
 
-What is not an hf folder is converted into the run's `base/` first, and proven; transformers then loads that and must
-report nothing missing and nothing unexpected. Config and tokenizer are copied into the run, so that its checkpoints
-can be read, evaluated and converted without the recipe.
+A checkpoint that is no hf folder is converted into the run's `base/` first, and proven; transformers then loads that
+and must report nothing missing and nothing unexpected. Config and tokenizer are copied into the run, so that its
+checkpoints can be read, evaluated and converted without the recipe.
 """
 
 from __future__ import annotations
@@ -38,30 +38,48 @@ Remark = Callable[[str], None]
 
 
 @dataclass
-class Start:
-    """A model and its tokenizer. `view`: the checkpoint the weights came from (None: drawn at random)."""
+class StartingModel:
+    """The model a run starts from, with its tokenizer.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: of transformers.
+        view: the checkpoint that the weights belong to (None: they were drawn at random from a config).
+    """
 
     model: nn.Module
     tokenizer: Any
     view: StateView | None
 
     @property
-    def rows(self) -> int:
-        """Tokens that the model knows."""
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
         config: Any = self.model.config
         return int(config.vocab_size)
 
     def digest(self) -> str | None:
-        """Of the weights it started from, as merges and adapters name a base."""
+        """Digest of the checkpoint's tensors, by which merges and adapters name a base; None without a checkpoint."""
         return digest_of_all({n: self.view.digest(n) for n in self.view}) if self.view is not None else None
 
 
 def start_of(
     recipe: LanguageRecipe, run: Path, world: World, remark: Remark = lambda _: None, weights: bool = True
-) -> Start:
-    """The model in float32 on the CPU, and the tokenizer; writes config, tokenizer and `base/` into the run.
+) -> StartingModel:
+    """Load or make the model and tokenizer a recipe starts from; write config, tokenizer and `base/` into the run.
 
-    `weights=False` draws them at random, for a run whose checkpoint holds them all.
+    Args:
+        recipe: `model` or `config`, `tokenizer`, `training.quantize_backbone` and `training.seed` are used.
+        run: the run's folder.
+        world: this process among its peers; the first rank converts and writes, the others wait.
+        remark: is told what was converted, and what a conversion noticed.
+        weights: False draws random weights, for a run whose checkpoint holds them all.
+
+    Returns:
+        The model in float32 on the CPU; with `quantize_backbone` its linears may be quantized and on the rank's device.
+
+    Raises:
+        TensorkeepError: the checkpoint cannot be read or loaded whole, or the tokenizer has more tokens than the model
+            (C02).
     """
     view = _hf_view(recipe, run, world, remark) if recipe.model is not None else None
     tokenizer = load_tokenizer(recipe.tokenizer or str(view.folder.url if view else ""))
@@ -71,10 +89,10 @@ def start_of(
         model = from_config(dict((view.config if view else recipe.config) or {}), derive(recipe.training.seed, 0))
     else:
         model = loaded(view)
-    rows = Start(model, tokenizer, view).rows
-    if len(tokenizer) > rows:
+    start = StartingModel(model, tokenizer, view)
+    if len(tokenizer) > start.vocabulary:
         raise TensorkeepError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows",
+            f"the tokenizer has {len(tokenizer)} tokens, the model {start.vocabulary} rows",
             where="tokenizer",
             code="C02",
             hint="take the tokenizer that belongs to the model",
@@ -82,11 +100,11 @@ def start_of(
     if world.first:
         _keep_companions(run, model, view, recipe)
     distributed.gathered(world, None)
-    return Start(model, tokenizer, view)
+    return start
 
 
 def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) -> StateView:
-    """The start checkpoint as an hf folder: itself, or converted into RUN/base and proven."""
+    """Open the starting checkpoint as an hf folder: itself, or converted into RUN/base and proven."""
     base = run / BASE
     source = str(recipe.model)
     if base.is_dir():  # made by an earlier start of this run; its certificate names what it was made from
@@ -107,7 +125,14 @@ def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) ->
 
 
 def loaded(view: StateView) -> nn.Module:
-    """A view's model for training. Raises K01/K02 where transformers reports anything missing or unexpected."""
+    """Load a checkpoint's model for training, in float32 on the CPU.
+
+    Args:
+        view: an hf folder, or what can be loaded as one.
+
+    Raises:
+        TensorkeepError: transformers cannot load it, or reports a tensor as missing (K01) or unexpected (K02).
+    """
     try:
         model, report = model_of(view)
     except Inconclusive as error:
@@ -126,7 +151,10 @@ def loaded(view: StateView) -> nn.Module:
 
 
 def packed(view: StateView, kind: Any, world: World) -> nn.Module:
-    """A view's model with its linears quantized as they are read: memory of the quantized model and one tensor."""
+    """Load a checkpoint's model, its linears quantized as they are read.
+
+    It takes the memory of the quantized model and one tensor.
+    """
     from tensorkeep.models.repair import repair_buffers
     from tensorkeep.quantization.loading import load_quantizing
 
@@ -141,18 +169,25 @@ def _plain_names(view: StateView) -> bool:
 
 
 def _skeleton(view: StateView) -> nn.Module:
-    """The model of a view's config without memory."""
+    """Make the model of a checkpoint's config on the meta device, without memory."""
     with torch.device("meta"):
         return from_config(dict(view.config or {}), 0)
 
 
 def from_config(config: dict[str, Any], seed: int) -> nn.Module:
-    """A model with random weights, the same for the same seed; the process's random state is left alone."""
+    """Make a model with random weights, the same for the same seed; the process's random state is left alone.
+
+    Args:
+        config: what config.json says, `model_type` included.
+        seed: of the weights.
+
+    Raises:
+        TensorkeepError: transformers cannot build such a model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = {
-        k: v for k, v in config.items() if k not in ("dtype", "torch_dtype", "transformers_version", "architectures")
-    }
+    ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    config = {k: v for k, v in config.items() if k not in ignored}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -167,7 +202,14 @@ def from_config(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def load_tokenizer(path: str) -> Any:
-    """A fast tokenizer from a folder, a Hub id or a tokenizer.json; no code of others runs."""
+    """Load a fast tokenizer from a folder, a Hub id or a tokenizer.json; no code of others runs.
+
+    Args:
+        path: the folder, id or file.
+
+    Raises:
+        TensorkeepError: nothing there can be loaded as a tokenizer.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     place = Path(path)
@@ -186,10 +228,9 @@ def load_tokenizer(path: str) -> Any:
 
 
 def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:
-    """Config and tokenizer into the run, where they are not there: what `read(run)` finds beside its checkpoints."""
-    found = [
-        c for c in (view.companions if view is not None else []) if c.name in COMPANIONS and c.name != "recipe.yaml"
-    ]
+    """Copy config and tokenizer into the run where they are not there, so that `read(run)` finds them."""
+    inherited = view.companions if view is not None else []
+    found = [c for c in inherited if c.name in COMPANIONS and c.name != "recipe.yaml"]
     if view is None:
         found = [configs.companion("config.json", model.config.to_dict())]
     if recipe.tokenizer is not None:

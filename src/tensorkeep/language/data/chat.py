@@ -1,7 +1,7 @@
 """Conversations as tokens, with a mark on every token of an answer: the loss is taken there and nowhere else.
 
-The tokenizer's own template renders. Where an answer begins is found by rendering what comes before it with the
-opening of an answer; where it ends, by rendering up to it, or by the mark the template puts after every answer. Both
+The tokenizer's own chat template renders. Where an answer begins is found by rendering what comes before it with the
+opening of an answer; where it ends, by rendering up to it, or by the text the template puts after every answer. Both
 must be prefixes of the whole rendering and fall between tokens, or the conversation is refused. On MiniMind's template
 this marks exactly what its own rule marks (`minimind_marks`): from after `<|im_start|>assistant\\n` to `<|im_end|>\\n`.
 """
@@ -34,8 +34,12 @@ _SYSTEM_PROMPTS = (
 class Augmentation:
     """MiniMind's two random changes of a conversation, drawn from the sample's own generator.
 
-    `system`: probability that one without a system message gets a random one; `empty_think`: probability that empty
-    thinking tags stay where the template wrote some (None: they always stay).
+    Args:
+        system: probability that a conversation without a system message gets a random one.
+        empty_think: probability that empty thinking tags stay where the template wrote some (None: they always stay).
+
+    Raises:
+        TensorkeepError: a value is no probability.
     """
 
     system: float = 0.0
@@ -48,12 +52,23 @@ class Augmentation:
 
     @property
     def on(self) -> bool:
+        """Whether anything can change."""
         return self.system > 0 or self.empty_think is not None
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with a chat template. `ending` is what the template puts after every answer."""
+    """A tokenizer with a chat template, which renders conversations and marks their answers.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+
+    Attributes:
+        ending: the text that the template puts after every answer.
+
+    Raises:
+        TensorkeepError: the tokenizer has no chat template, or does not tell where its tokens lie in the text.
+    """
 
     tokenizer: Any
     ending: str = field(init=False)
@@ -71,7 +86,7 @@ class Chat:
         object.__setattr__(self, "ending", self.render(Conversation(probe)).rpartition("\u2042")[2])
 
     def render(self, conversation: Conversation, opening: bool = False) -> str:
-        """The conversation as text; `opening` adds what comes before an answer."""
+        """Render the conversation as text; `opening` adds what the template puts before an answer."""
         from jinja2.exceptions import TemplateError
 
         try:
@@ -90,9 +105,18 @@ class Chat:
         augmentation: Augmentation | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[list[int], list[bool]]:
-        """Token ids and, for each, whether it belongs to an answer.
+        """Tokenize a conversation, and mark the tokens of its answers.
 
-        Raises TensorkeepError where the template does not render answers in a place that can be found.
+        Args:
+            conversation: messages and tools.
+            augmentation: random changes to make, None for none.
+            generator: the changes are drawn from it.
+
+        Returns:
+            Token ids, and for each of them whether it belongs to an answer.
+
+        Raises:
+            TensorkeepError: the template refuses the conversation, or its answers cannot be found in the text.
         """
         if augmentation is not None and augmentation.system > 0:
             conversation = _with_system(conversation, augmentation.system, generator)
@@ -107,7 +131,7 @@ class Chat:
         return list(encoded["input_ids"]), marks(encoded["offset_mapping"], spans, whole)
 
     def _tagged(self, conversation: Conversation, augmentation: Augmentation | None) -> tuple[list[int], list[bool]]:
-        """What stands between the template's own generation tags is marked, by transformers."""
+        """Let transformers mark what stands between the template's own generation tags."""
         if augmentation is not None and augmentation.empty_think is not None:
             raise TensorkeepError(
                 "cannot take thinking out of a template with generation tags", where="data.augmentation"
@@ -122,7 +146,7 @@ class Chat:
         return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
 
     def _spans(self, conversation: Conversation, whole: str) -> list[tuple[int, int]]:
-        """Character spans `[start, end)` of the answers in the rendered text."""
+        """Find the character spans `[start, end)` of the answers in the rendered text."""
         messages, tools = conversation
         spans: list[tuple[int, int]] = []
         for at, message in enumerate(messages):
@@ -133,6 +157,7 @@ class Chat:
         return spans
 
     def _start(self, before: Conversation, whole: str, after: int, at: int) -> int:
+        """The character at which the answer in message `at` begins; `after`: the end of the answer before it."""
         opening = self._opening(before)
         opened = (self.render(before) if at else "") + opening
         if whole.startswith(opened):
@@ -144,11 +169,11 @@ class Chat:
         return found + len(opening)
 
     def _is_mark(self, text: str) -> bool:
-        """Whether it holds a special token, which no content can forge by chance."""
+        """Whether a text holds a special token, which the text of a message does not hold by chance."""
         return any(token and token in text for token in self.tokenizer.all_special_tokens)
 
     def _opening(self, before: Conversation) -> str:
-        """What stands between the conversation so far and an answer; thinking tags count as the answer's."""
+        """The text between the conversation so far and an answer; thinking tags count as the answer's."""
         if not before.messages:
             before = Conversation([{"role": "user", "content": ""}], before.tools)
         plain, opened = self.render(before), self.render(before, opening=True)
@@ -157,6 +182,7 @@ class Chat:
         return opened[len(plain) :].partition("<think>")[0]
 
     def _end(self, upto: Conversation, whole: str, start: int, at: int) -> int:
+        """The character behind the answer in message `at`, which begins at `start`."""
         rendered = self.render(upto)
         if whole.startswith(rendered) and len(rendered) > start:
             return len(rendered)
@@ -167,6 +193,7 @@ class Chat:
 
 
 def _unplaced(at: int, verb: str) -> TensorkeepError:
+    """The error for an answer whose beginning or end cannot be found."""
     return TensorkeepError(
         f"where the answer in message {at} {verb} cannot be found in what the chat template renders",
         where="data",
@@ -175,7 +202,15 @@ def _unplaced(at: int, verb: str) -> TensorkeepError:
 
 
 def marks(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], text: str) -> list[bool]:
-    """For each token whether it lies in a span. Raises TensorkeepError where a token crosses the border of one.
+    """Say for each token whether it lies in a span.
+
+    Args:
+        offsets: characters `[start, end)` of each token, in order.
+        spans: characters `[start, end)` of each answer, in order.
+        text: what both point into, for the error.
+
+    Raises:
+        TensorkeepError: a token crosses the border of a span.
 
     >>> marks([(0, 2), (2, 4), (4, 5)], [(2, 5)], "abcde")
     [False, True, True]
@@ -197,7 +232,7 @@ def marks(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], 
 
 
 def without(text: str, spans: Sequence[tuple[int, int]], part: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text with every `part` taken out, and the spans moved along.
+    """Take every `part` out of a text, and move the spans along.
 
     >>> without("ab--cd", [(0, 6)], "--")
     ('abcd', [(0, 4)])
@@ -211,7 +246,7 @@ def without(text: str, spans: Sequence[tuple[int, int]], part: str) -> tuple[str
 
 
 def _with_system(conversation: Conversation, probability: float, generator: torch.Generator | None) -> Conversation:
-    """With a random system message in front, by chance, where there is none and no tools are given."""
+    """Put a random system message in front, by chance, where there is none and no tools are given."""
     messages, tools = conversation
     if messages[0]["role"] == "system" or tools:
         return conversation
@@ -222,7 +257,9 @@ def _with_system(conversation: Conversation, probability: float, generator: torc
 
 
 def minimind_marks(ids: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> list[bool]:
-    """MiniMind's rule: tokens after each `begin` (bos + "assistant\\n") up to and with the next `end` (eos + "\\n").
+    """Mark answers by MiniMind's rule: tokens after each `begin` up to and with the next `end`.
+
+    `begin` is the ids of bos + "assistant\\n", `end` those of eos + "\\n".
 
     >>> minimind_marks([9, 1, 5, 6, 2, 7], begin=[1], end=[2])
     [False, False, True, True, True, False]
@@ -242,7 +279,7 @@ def minimind_marks(ids: Sequence[int], begin: Sequence[int], end: Sequence[int])
 
 
 def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
-    """What decides the tokens of a text, as plain values for a fingerprint."""
+    """Collect what decides the tokens of a text, as plain values for a fingerprint."""
     backend = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(tokenizer)
     return {
         "tokenizer": backend,

@@ -1,7 +1,8 @@
-"""Text files as they lie about: JSON lines of MiniMind's three kinds, OpenAI-style messages, plain text.
+"""Read training texts: JSON lines with texts, conversations or preferences, and plain text files.
 
-A record is recognised by its own keys, so files of one kind need no setting. Lines that are no record are an error with
-their number: a file that is half read trains on half the data.
+Accepted are MiniMind's three kinds of JSON lines and OpenAI-style messages. A record is recognised by its own keys, so
+no setting says which kind a file holds. A line that is no record is an error with its number: a file that is half read
+would train on half the data.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
 
 
 class Conversation(NamedTuple):
-    """Messages (`role`, `content`, and what else the template knows), and the tools they were given."""
+    """Messages (each with `role`, `content` and what else the template knows), and the tools they may call."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
@@ -39,12 +40,19 @@ KINDS = {"text": "pretrain", "conversations": "sft", "messages": "sft", "chosen"
 
 
 def records(paths: Sequence[str | Path], objective: Objective, form: Format = "auto") -> Iterator[Record]:
-    """Every record of the files in their order: texts for `pretrain`, conversations for `sft`, preferences for `dpo`.
+    """Read every record of the files in their order; a plain text file is one text.
 
-    A plain text file is one text. Raises TensorkeepError with file and line for what is no such record.
+    Args:
+        paths: the files.
+        objective: decides what a record is: a text for `pretrain`, a conversation for `sft`, a preference for `dpo`.
+        form: `auto` goes by the file's ending.
 
-    >>> next(records(["stories.txt"], "pretrain"))[:16]                  # doctest: +SKIP
-    'Once upon a time'
+    Raises:
+        TensorkeepError: names file and line of what is no such record.
+
+    Example:
+        >>> next(records(["stories.txt"], "pretrain"))[:16]                  # doctest: +SKIP
+        'Once upon a time'
     """
     for path in map(Path, paths):
         as_json = path.suffix.lower() in _JSON_ENDINGS if form == "auto" else form == "jsonl"
@@ -56,7 +64,7 @@ def records(paths: Sequence[str | Path], objective: Objective, form: Format = "a
 
 
 def objective_of(path: str | Path) -> Objective:
-    """What a file's first record is for; plain text is for `pretrain`."""
+    """Guess the objective that a file's first record is for; plain text is for `pretrain`."""
     if Path(path).suffix.lower() not in _JSON_ENDINGS:
         return "pretrain"
     document: Any = next((d for _, d in _lines(Path(path))), {})
@@ -65,6 +73,7 @@ def objective_of(path: str | Path) -> Objective:
 
 
 def _plain(path: Path, objective: Objective) -> str:
+    """The text of a plain file, decoded as UTF-8."""
     if objective != "pretrain":
         raise TensorkeepError(
             f"is plain text, which {objective} cannot use",
@@ -80,6 +89,7 @@ def _plain(path: Path, objective: Objective) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and JSON value of every line that is not blank."""
     with explained(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -93,6 +103,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _record(document: Any, objective: Objective, where: str) -> Record:
+    """The record in one JSON value, checked against the objective."""
     if not isinstance(document, Mapping):
         raise TensorkeepError(f"is no object but {shown(document)}", where=where)
     kind = next((KINDS[key] for key in KINDS if key in document), None)
@@ -113,8 +124,11 @@ def _record(document: Any, objective: Objective, where: str) -> Record:
 
 
 def conversation(messages: Any, tools: Any, where: str) -> Conversation:
-    """A list of messages, checked. Tools may stand beside it, or in the system message as MiniMind has them; JSON text
-    in `tools` and `tool_calls` is read."""
+    """Check a list of messages and make it a conversation.
+
+    Tools may stand beside the list, or in the system message as MiniMind has them; JSON text in `tools` and
+    `tool_calls` is read.
+    """
     if not isinstance(messages, list) or not messages:
         raise TensorkeepError(f"is no list of messages but {shown(messages)}", where=where)
     out = []
@@ -134,6 +148,7 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
 
 
 def _parsed(text: str, where: str) -> Any:
+    """The value of a JSON text, None for a blank one."""
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Tokens on disk: every document tokenised once, memory-mapped afterwards, so that no run waits or holds them in memory.
+"""The token cache: every document is tokenized once and mapped from the disk afterwards.
 
 A cache is a folder named by its fingerprint: xxh3 over the bytes of the sources, the tokenizer and the settings. Other
 data gives another folder, so a stale one is never used; a damaged one is found by its digests and made again.
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 class Encoded(NamedTuple):
-    """One document: token ids, and which of them the loss counts (None: all)."""
+    """A tokenized document: its ids, and which of them the loss counts (None: all)."""
 
     ids: Sequence[int]
     marks: Sequence[bool] | None = None
@@ -33,7 +33,14 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Documents as memory maps: `ids [total]`, `marks [total]` (None: all count), `offsets [documents + 1]`."""
+    """The tokens of many documents, one after another, mapped from the disk.
+
+    Args:
+        ids: uint16 or uint32 `[tokens]`.
+        marks: uint8 `[tokens]`, 1 where the loss counts a token (None: it counts all).
+        offsets: document d is `ids[offsets[d] : offsets[d + 1]]`, uint64 `[documents + 1]`.
+        fingerprint: hex digest of the sources and settings.
+    """
 
     ids: np.ndarray[Any, Any]
     marks: np.ndarray[Any, Any] | None
@@ -45,12 +52,12 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]:
-        """Tokens of each document, int64 `[documents]`."""
+        """How many tokens each document has, int64 `[documents]`."""
         return np.diff(self.offsets.astype(np.int64))
 
 
 def fingerprint(files: Sequence[str | Path], settings: Mapping[str, Any]) -> str:
-    """xxh3_128 over the bytes of the files, in their order, and the settings, as hex."""
+    """Digest the settings and the bytes of the files in their order: xxh3_128 as hex."""
     state = xxhash.xxh3_128(json.dumps({"schema": SCHEMA, **settings}, sort_keys=True, default=str).encode())
     for path in map(Path, files):
         with explained(path), path.open("rb") as file:
@@ -69,10 +76,17 @@ def cached(
     vocabulary: int,
     remark: Callable[[str], None] = lambda _: None,
 ) -> Tokens:
-    """The tokens of `folder/digest`, made by `encode` where they are not there or not whole.
+    """Open the cache `folder/digest`, or make it where it is not there or damaged.
 
-    `vocabulary`: number of ids; up to 65,536 are stored in two bytes each. Raises TensorkeepError where `encode` gives
-    nothing at all, or an id beyond the vocabulary.
+    Args:
+        folder: holds one folder a cache.
+        digest: the fingerprint of sources and settings.
+        encode: gives the documents, tokenized.
+        vocabulary: number of ids; up to 65,536 are stored in two bytes each.
+        remark: is told when a damaged cache is made again.
+
+    Raises:
+        TensorkeepError: `encode` gives nothing at all, or an id beyond the vocabulary (C02).
     """
     place = Path(folder) / digest
     if place.is_dir():
@@ -91,6 +105,7 @@ def cached(
 
 
 def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: int) -> None:
+    """Stream the documents into a cache's files; the index comes last."""
     dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
     offsets = [0]
     sums = {name: xxhash.xxh3_128() for name in (TOKENS, MARKS, OFFSETS)}
@@ -132,14 +147,22 @@ def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: 
 
 
 def _append(file: Any, state: Any, data: bytes) -> None:
+    """Write bytes, and digest them on the way."""
     file.write(data)
     state.update(data)
 
 
 def opened(folder: Path, digest: str, proven: bool = False) -> Tokens:
-    """Map a cache, after every byte was compared with its digest (unless `proven`).
+    """Map a cache, after comparing every byte with its digest.
 
-    Raises TensorkeepError: F05 without index, F02 truncated, F03 damaged or another's.
+    Args:
+        folder: the cache.
+        digest: the fingerprint it must have.
+        proven: leave the comparison out, since it was just made.
+
+    Raises:
+        TensorkeepError: the index is missing (F05), a file is truncated (F02) or damaged, or the cache is another's
+            (F03).
     """
     with explained(folder):
         index = parse_json((folder / INDEX).read_bytes(), folder / INDEX)
@@ -168,6 +191,7 @@ def opened(folder: Path, digest: str, proven: bool = False) -> Tokens:
 
 
 def _digest(path: Path) -> str:
+    """xxh3_128 of a file, as hex."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(8 << 20):
@@ -176,7 +200,7 @@ def _digest(path: Path) -> str:
 
 
 def in_batches(texts: Iterable[str], size: int = 512) -> Iterator[list[str]]:
-    """Texts in lists: a fast tokenizer works on many at once."""
+    """Group texts into lists of `size`, since a fast tokenizer works on many at once."""
     held: list[str] = []
     for text in texts:
         held.append(text)

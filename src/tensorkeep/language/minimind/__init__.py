@@ -1,1 +1,1 @@
-"""MiniMind's resume files, read and written."""
+"""Go on from MiniMind's resume files, and write them."""

@@ -1,8 +1,8 @@
-"""MiniMind's resume files, `{stage}_{hidden_size}{_moe}_resume.pth`, as facts and records; no weight is read.
+"""Read what MiniMind's resume files (`{stage}_{hidden_size}{_moe}_resume.pth`) say, without reading a weight.
 
-What is special: optimizer state goes by position, so its names come from the order in which the generation's model
-registers its parameters; weights are fp16 whatever was trained; `step` counts micro-batches of one rank in one epoch
-(`minimind_position` turns it into samples).
+Three things are special. Optimizer state goes by position, so its names come from the order in which that generation's
+model registers its parameters. Weights are fp16 whatever was trained. `step` counts micro-batches of one rank in one
+epoch (`_position` turns it into samples).
 """
 
 from __future__ import annotations
@@ -47,12 +47,23 @@ GROUP = re.compile(r"optimizer\.param_groups\.(?P<group>\d{1,9})\.(?P<key>\w+)\Z
 
 @dataclass(frozen=True)
 class Resume:
-    """A resume file: which generation, where it stood, and the stored name of everything by parameter name.
+    """What a resume file says: where the run stood, and under which stored name each tensor lies.
 
-    `step`: micro-batches of one rank in `epoch`, from 1. `weights`: name -> stored name, wrappers taken off. `moments`:
-    name -> slot (`step`, `exp_avg`, `exp_avg_sq`) -> stored name. `groups`: hyper-parameters with `names`. `updates`:
-    optimizer steps that Adam counted, None before the first. `scaler`: {} unless the run was in float16. `extras`:
-    top-level keys that are none of the model's (schedules, PPO's critic) -> what is stored under them.
+    Args:
+        view: the file, opened.
+        generation: of MiniMind's model: `mm2` (2025) or `mm3` (2026).
+        epoch: from 0.
+        step: micro-batches of one rank in this epoch, from 1.
+        world_size: ranks.
+        wandb_id: the run's id at Weights & Biases.
+        weights: parameter name (wrappers taken off) -> stored name.
+        moments: parameter name -> slot (`step`, `exp_avg`, `exp_avg_sq`) -> stored name.
+        groups: hyper-parameters of each parameter group, with the `names` of its parameters.
+        updates: optimizer steps that Adam counted, None before the first.
+        tied: whether head and embedding are one parameter.
+        scaler: state of the gradient scaler, {} unless the run was in float16.
+        extras: top-level keys that are none of the model's (schedules, PPO's critic) -> what is stored under them.
+        notes: what a person should know.
     """
 
     view: StateView
@@ -77,14 +88,19 @@ class Resume:
 
 
 def read_resume(path: str | Path) -> Resume:
-    """Open a resume file: headers and plain values only.
+    """Open a resume file; headers and plain values are read, no weights.
 
-    Raises TensorkeepError where it is none, lacks a part (K01, R05), a shape is not its parameter's (S01), or head
-    and embedding differ though one optimizer state belongs to both (T01).
+    Args:
+        path: the file.
 
-    >>> resume = read_resume("checkpoints/pretrain_768_resume.pth")              # doctest: +SKIP
-    >>> resume.epoch, resume.step, list(resume.moments)[0]                       # doctest: +SKIP
-    (1, 2000, 'model.embed_tokens.weight')
+    Raises:
+        TensorkeepError: it is no resume file, lacks a part (K01, R05), a shape is not its parameter's (S01), or head
+            and embedding differ though one optimizer state belongs to both (T01).
+
+    Example:
+        >>> resume = read_resume("checkpoints/pretrain_768_resume.pth")              # doctest: +SKIP
+        >>> resume.epoch, resume.step, list(resume.moments)[0]                       # doctest: +SKIP
+        (1, 2000, 'model.embed_tokens.weight')
     """
     view = read(path)
     view.checked = True  # damage inside the archive is told where it is read
@@ -134,7 +150,7 @@ def read_resume(path: str | Path) -> Resume:
 
 
 def _weights(view: StateView) -> dict[str, str]:
-    """The model's tensors: clean name -> stored name."""
+    """Find the model's tensors: parameter name -> stored name."""
     lacking = [key for key in ("epoch", "step") if key not in view.entries]
     found: dict[str, str] = {}
     for stored in view:
@@ -157,6 +173,7 @@ def _weights(view: StateView) -> dict[str, str]:
 
 
 def _whole(view: StateView, key: str, default: int = 0) -> int:
+    """A plain value of the file that must be a whole number, not negative."""
     value = view.entries.get(key, default)
     if type(value) is not int or not 0 <= value < 1 << 40:
         raise TensorkeepError(f"{key} is {shown(value)}, not a count", where=view.path, code="F07")
@@ -167,24 +184,18 @@ def _whole(view: StateView, key: str, default: int = 0) -> int:
 
 
 def _groups(view: StateView) -> tuple[list[dict[str, Any]], int]:
-    """Parameter groups as saved, and how many parameters they have; torch numbers them in a row."""
+    """Read the parameter groups as saved, and how many parameters they have; torch numbers them in a row."""
     found: dict[int, dict[str, Any]] = {}
     for name, value in view.entries.items():
         if match := GROUP.match(name):
             plain = list(value) if isinstance(value, (tuple, list)) else value
-            if not all(
-                v is None or isinstance(v, (bool, int, float, str))
-                for v in (plain if isinstance(plain, list) else [plain])
-            ):
+            values = plain if isinstance(plain, list) else [plain]
+            if not all(v is None or isinstance(v, (bool, int, float, str)) for v in values):
                 raise TensorkeepError(f"{name} is {shown(value)}", where=view.path, code="F07")
             found.setdefault(int(match["group"]), {})[match["key"]] = plain
     groups = [found[i] for i in sorted(found)]
-    odd = [
-        k
-        for g in groups
-        for k in ("lr", "eps", "weight_decay", "betas")
-        if not _real(g.get(k), 2 if k == "betas" else 0)
-    ]
+    lengths = {"lr": 0, "eps": 0, "weight_decay": 0, "betas": 2}
+    odd = [key for group in groups for key, length in lengths.items() if not _real(group.get(key), length)]
     if odd:
         raise TensorkeepError(f"{odd[0]} of a parameter group is not AdamW's", where=view.path, code="R05")
     numbers = [i for group in groups for i in group.get("params") or ()]
@@ -199,14 +210,14 @@ def _groups(view: StateView) -> tuple[list[dict[str, Any]], int]:
 
 
 def _real(value: Any, count: int) -> bool:
-    """Whether a hyper-parameter is a finite number, or a list of `count` of them."""
+    """Whether a hyper-parameter is a finite number (`count` 0), or a list of `count` of them."""
     if count:
         return isinstance(value, list) and len(value) == count and all(_real(v, 0) for v in value)
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def _states(view: StateView, count: int) -> dict[int, dict[str, str]]:
-    """Optimizer state by position: index -> slot -> stored name."""
+    """Find the optimizer state by position: index -> slot -> stored name."""
     found: dict[int, dict[str, str]] = {}
     for stored in view:
         if match := STATE.match(stored):
@@ -232,7 +243,7 @@ def _trained(
     states: Mapping[int, Mapping[str, str]],
     notes: list[Note],
 ) -> tuple[list[str], bool]:
-    """The parameters that train, in the optimizer's order, and whether head and embedding are one of them."""
+    """List the parameters that train in the optimizer's order; also whether head and embedding are one of them."""
     lora = [n for n in weights if ".lora." in n]
     names = lora or list(weights)
     tied = hf.HEAD in weights and hf.EMBEDDING in weights
@@ -270,7 +281,7 @@ def _trained(
 
 
 def registered(names: Iterable[str], made: str) -> list[str]:
-    """Parameter names in the order in which a model of generation `made` registers them: `named_parameters()`.
+    """Sort parameter names as `named_parameters()` of a model of generation `made` gives them.
 
     >>> registered(["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"], "mm3")
     ['model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight']
@@ -279,7 +290,7 @@ def registered(names: Iterable[str], made: str) -> list[str]:
 
 
 def _place(name: str, made: str) -> tuple[int, ...]:
-    """Where a parameter stands among all others of its model."""
+    """Compute the key that sorts parameters in the order in which their model registers them."""
     match = NAME.match(name)
     module, lora = (match["module"], match["lora"] or "") if match else (name, "")
     part = (".lora.A", ".lora.B").index(lora) + 1 if lora else 0
@@ -289,8 +300,8 @@ def _place(name: str, made: str) -> tuple[int, ...]:
     rest = inside["rest"] if inside else ""
     expert = EXPERT.match(rest)
     kind, leaf = (expert["kind"], expert["leaf"]) if expert else (rest, "")
-    known = not match or inside is None or kind not in LAYER[made] or (bool(leaf) != kind.endswith("experts"))
-    if known or inside is None or (leaf and leaf not in _FORWARD):
+    unknown = not match or kind not in LAYER[made] or (bool(leaf) != kind.endswith("experts"))
+    if unknown or inside is None or (leaf and leaf not in _FORWARD):
         raise TensorkeepError(
             f"{name} has no place in a model of MiniMind ({made})",
             code="K02",
@@ -301,7 +312,7 @@ def _place(name: str, made: str) -> tuple[int, ...]:
 
 
 def _compare_shapes(view: StateView, weights: Mapping[str, str], moments: Mapping[str, Mapping[str, str]]) -> None:
-    """Every moment has its parameter's shape and a floating dtype; Adam's counter is one number."""
+    """Refuse moments that have not their parameter's shape and a floating dtype, and counters of several numbers."""
     for name, slots in moments.items():
         shape = view[weights[name]].shape
         for slot, stored in slots.items():
@@ -317,7 +328,7 @@ def _compare_shapes(view: StateView, weights: Mapping[str, str], moments: Mappin
 
 
 def _updates(view: StateView, moments: Mapping[str, Mapping[str, str]]) -> int | None:
-    """Optimizer steps so far, as Adam counted them."""
+    """Read how many optimizer steps Adam counted, None where it has no state."""
     counts = [float(view.array(slots["step"]).reshape(())) for slots in moments.values()]
     if any(not 0 <= c < 1 << 40 or c != int(c) for c in counts):
         raise TensorkeepError("Adam's counter is no count", where=view.path, code="F07")
@@ -327,24 +338,19 @@ def _updates(view: StateView, moments: Mapping[str, Mapping[str, str]]) -> int |
 def _remarks(
     view: StateView, weights: Mapping[str, str], moments: Mapping[str, Any], extras: Mapping[str, Sequence[str]]
 ) -> list[Note]:
+    """Note what the file lost or holds beside the model: rounding, other tensors, random states."""
     notes = []
     widths = {DTYPES[view[weights[n]].dtype].bits for n in weights}
     widest = {DTYPES[view[s["exp_avg"]].dtype].bits for s in moments.values()}
     dtypes = sorted({view[s].dtype for s in weights.values()})
     if widest and min(widths) < max(widest):
-        text = (
-            f"the weights are {', '.join(dtypes)} beside moments of {max(widest)} bits: they were rounded when saved, "
-        )
-        notes.append(Note("R06", text + "and what was lost stays lost"))
+        text = f"the weights are {', '.join(dtypes)} beside moments of {max(widest)} bits"
+        notes.append(Note("R06", f"{text}: they were rounded when saved, and what was lost stays lost"))
     if moments and (lost := [s for n, s in weights.items() if not DTYPES[view[s].dtype].floating]):
         raise TensorkeepError(f"{lost[0]} is {view[lost[0]].dtype}", where=view.path, code="S04")
     for key in sorted(extras, key=natural):
         stored = sum(n in view for n in extras[key])
-        notes.append(
-            Note(
-                "K08",
-                f"{key} is not the model's ({stored} tensors, {len(extras[key]) - stored} values): it stays in the file",
-            )
-        )
+        held = f"{stored} tensors, {len(extras[key]) - stored} values"
+        notes.append(Note("K08", f"{key} is not the model's ({held}): it stays in the file"))
     notes.append(Note("R01", "no state of any random generator is in the file"))
     return notes

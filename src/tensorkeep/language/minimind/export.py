@@ -1,8 +1,8 @@
-"""A checkpoint of ours as a resume file that MiniMind continues from with `--from_resume 1`.
+"""Write a checkpoint of a run as a resume file that MiniMind continues from with `--from_resume 1`.
 
-The same keys as its own: weights in fp16, head and embedding under both names, AdamW's state by position, epoch and
-step of one rank. It is a copy for use elsewhere: what fp16 and (epoch, step) cannot hold stays in the run. Written
-like every conversion: streamed, read back, compared, then renamed.
+The file has the same keys as MiniMind's own: weights in fp16, head and embedding under both names, AdamW's state by
+position, epoch and step of one rank. It is a copy for use elsewhere: what fp16 and (epoch, step) cannot hold stays in
+the run. It is written like every conversion: streamed, read back, compared, then renamed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ OURS = ("names", "params", "base_lr")  # keys of a parameter group that are not 
 
 @dataclass(frozen=True)
 class Exported:
-    """The file, where it says the run stood, and what it does not hold."""
+    """A resume file that was written.
+
+    Args:
+        path: the file.
+        epoch: from 0, as MiniMind counts.
+        step: micro-batches of one rank in this epoch.
+        world_size: ranks.
+        notes: what the file does not hold.
+    """
 
     path: str
     epoch: int
@@ -49,14 +57,22 @@ class Exported:
 def export_resume(
     run: str | Path, out: str | Path, batch: int | None = None, world_size: int | None = None, overwrite: bool = False
 ) -> Exported:
-    """Write the newest whole checkpoint of `run` (or the step folder named) as a MiniMind resume file.
+    """Write a checkpoint of a run as a MiniMind resume file; after an error nothing is left behind.
 
-    `batch`: MiniMind's `--batch_size`, samples a forward on one rank; it and `world_size` are the run's own unless
-    given. Raises TensorkeepError where the model is none of MiniMind's (K02, T01), the optimizer not AdamW (R05),
-    the run an adapter's, or a weight beyond fp16 (V02); nothing is left behind then.
+    Args:
+        run: a run, whose newest whole checkpoint is taken, or a step folder.
+        out: the file to write.
+        batch: MiniMind's --batch_size: samples a forward on one rank (None: the run's own).
+        world_size: ranks that are to go on (None: the run's own).
+        overwrite: replace `out` where it is there.
 
-    >>> export_resume("runs/one", "checkpoints/pretrain_768_resume.pth").step         # doctest: +SKIP
-    2000
+    Raises:
+        TensorkeepError: the model is none of MiniMind's (K02, T01), the optimizer not AdamW (R05), the run an
+            adapter's, or a weight beyond fp16 (V02).
+
+    Example:
+        >>> export_resume("runs/one", "checkpoints/pretrain_768_resume.pth").step         # doctest: +SKIP
+        2000
     """
     opened = run_folder.open_checkpoint(Path(run))
     if opened is None or run_folder.MODEL not in opened.files:
@@ -67,9 +83,8 @@ def export_resume(
         )
     document = parse_json((opened.path / run_folder.STATE).read_bytes(), opened.path / run_folder.STATE)
     weights = _unstacked(read(opened.path / run_folder.MODEL))
-    optimizer = (
-        _unstacked(read(opened.path / run_folder.OPTIMIZER)) if (opened.path / run_folder.OPTIMIZER).exists() else None
-    )
+    moments = opened.path / run_folder.OPTIMIZER
+    optimizer = _unstacked(read(moments)) if moments.exists() else None
     names = _names(weights, document, opened.path)
     made = minimind.generation(weights)
     notes: list[Note] = []
@@ -89,12 +104,8 @@ def export_resume(
     suffix = f"_{width}{'_moe' if any('.experts.' in n for n in names) else ''}_resume.pth"
     if not Path(out).name.endswith(suffix):
         notes.append(Note("K08", f"MiniMind ({made}) looks for a name that ends in {suffix}"))
-    notes.append(
-        Note(
-            "V02",
-            "weights are rounded to fp16, as MiniMind keeps them: the run itself goes on exactly from its own checkpoints",
-        )
-    )
+    rounded = "weights are rounded to fp16, as MiniMind keeps them"
+    notes.append(Note("V02", f"{rounded}: the run itself goes on exactly from its own checkpoints"))
     return Exported(str(out), epoch, step, batching.world_size, notes)
 
 
@@ -102,8 +113,11 @@ def export_resume(
 
 
 def _unstacked(view: StateView) -> StateView:
-    """The view with stacked experts taken apart, as files keep them: `experts.gate_up_proj [e, 2i, h]` is gate and up of
-    each expert, byte ranges of the same file. Optimizer state (`name/slot`) goes along; Adam's one counter is each's."""
+    """Take stacked experts apart, as MiniMind's files keep them.
+
+    `experts.gate_up_proj [e, 2i, h]` becomes gate and up of each expert, as byte ranges of the same file. Optimizer state
+    (`name/slot`) goes along; Adam's one counter becomes each expert's.
+    """
     records: dict[str, TensorRecord] = {}
     for name, record in view.records.items():
         base, _, slot = name.partition("/")
@@ -119,6 +133,7 @@ def _unstacked(view: StateView) -> StateView:
 def _pieces(
     match: re.Match[str], base: str, record: TensorRecord, view: StateView
 ) -> Iterator[tuple[str, TensorRecord]]:
+    """Name and record of each expert's part of a stacked tensor."""
     leaves = ("gate_proj", "up_proj") if match["what"] == "gate_up_proj" else ("down_proj",)
     if not record.shape:
         stacked = next((r for n, r in view.records.items() if n == f"{base}/exp_avg"), record)
@@ -139,7 +154,7 @@ def _pieces(
 
 
 def _names(weights: StateView, document: Mapping[str, Any], where: Path) -> list[str]:
-    """Parameter names in the order of MiniMind's optimizer. Its head and embedding are always one."""
+    """List parameter names in the order of MiniMind's optimizer; its head and embedding are always one."""
     if hf.HEAD in weights:
         raise TensorkeepError(
             "has a head of its own; MiniMind's is the embedding",
@@ -153,6 +168,7 @@ def _names(weights: StateView, document: Mapping[str, Any], where: Path) -> list
 
 
 def _weight(weights: StateView, name: str) -> Step:
+    """The step that writes one weight, rounded to fp16 where it is wider."""
     record = weights[name]
     cast = DTYPES[record.dtype].floating and record.dtype != "F16"
     sink = SinkTensor(f"model.{name}", "F16" if cast else record.dtype, record.shape)
@@ -160,7 +176,7 @@ def _weight(weights: StateView, name: str) -> Step:
 
 
 def _tied(steps: list[Step], names: list[str]) -> Step:
-    """The head: the embedding's bytes under its own name."""
+    """The step that puts the embedding's bytes under the head's name as well."""
     embedding = steps[names.index(hf.EMBEDDING)]
     assert embedding.sink is not None
     sink = embedding.sink._replace(name=f"model.{hf.HEAD}", tied_to=embedding.sink.name)
@@ -168,6 +184,7 @@ def _tied(steps: list[Step], names: list[str]) -> Step:
 
 
 def _state(optimizer: StateView | None, name: str, index: int) -> Iterator[Step]:
+    """The steps that write the optimizer state of one parameter, by its position."""
     for slot in SLOTS:
         if optimizer is not None and (record := optimizer.get(f"{name}/{slot}")) is not None:
             sink = SinkTensor(f"optimizer.state.{index}.{slot}", record.dtype, record.shape)
@@ -175,7 +192,7 @@ def _state(optimizer: StateView | None, name: str, index: int) -> Iterator[Step]
 
 
 def _document(steps: list[Step], count: int, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested value that torch.save would have pickled, tensors by storage key."""
+    """Build the nested value that torch.save would have pickled, with tensors by storage key."""
     keys = _keys(steps)
     model: dict[str, Any] = {}
     states: dict[int, dict[str, Any]] = {}
@@ -194,6 +211,7 @@ def _document(steps: list[Step], count: int, group: Mapping[str, Any]) -> dict[s
 
 
 def _keys(steps: list[Step]) -> dict[str, str]:
+    """Storage key of each tensor that has bytes of its own."""
     stored = [s.sink.name for s in steps if s.sink is not None and s.sink.tied_to is None]
     return {name: str(i) for i, name in enumerate(stored)}
 
@@ -202,7 +220,7 @@ def _keys(steps: list[Step]) -> dict[str, str]:
 
 
 def _group(document: Mapping[str, Any], notes: list[Note], where: Path) -> dict[str, Any]:
-    """AdamW's one parameter group; where ours are several, the largest one's settings, which is said."""
+    """Make AdamW's one parameter group; where ours are several, with the largest one's settings and a note."""
     kept = document.get("optimizer") or {}
     groups = [g for g in kept.get("groups") or () if isinstance(g, dict)]
     if kept.get("kind") != "AdamW" or not groups:
@@ -216,6 +234,7 @@ def _group(document: Mapping[str, Any], notes: list[Note], where: Path) -> dict[
 
 
 def _batching(document: Mapping[str, Any], batch: int | None, world_size: int | None) -> Batching:
+    """How MiniMind would cut the run's data."""
     world = world_size or document.get("world_size") or 1
     whole, length = document.get("batch"), (document.get("data") or {}).get("length")
     micro = batch or (document.get("facts") or {}).get("micro") or math.ceil((whole or 1) / world)
@@ -227,40 +246,30 @@ def _batching(document: Mapping[str, Any], batch: int | None, world_size: int | 
 
 
 def _position(document: Mapping[str, Any], batching: Batching, notes: list[Note]) -> tuple[int, int]:
-    """MiniMind's epoch and step, and what they cannot say."""
+    """Translate the run's position into MiniMind's epoch and step, noting what these cannot say."""
     epoch, step, rest = step_of(document["samples"], batching)
     if rest:
-        notes.append(
-            Note("R02", f"{rest} samples beyond step {step} come again: MiniMind counts micro-batches, the run samples")
-        )
+        again = f"{rest} samples beyond step {step} come again"
+        notes.append(Note("R02", f"{again}: MiniMind counts micro-batches, the run samples"))
     if step % batching.accumulation:
-        notes.append(
-            Note(
-                "R02",
-                f"step {step} is inside MiniMind's accumulation of {batching.accumulation}: its next step takes fewer samples",
-            )
-        )
+        inside = f"step {step} is inside MiniMind's accumulation of {batching.accumulation}"
+        notes.append(Note("R02", f"{inside}: its next step takes fewer samples"))
     theirs = (document.get("recipe") or {}).get("continued_from") or {}
     same = theirs.get("order") == ("sampler" if batching.world_size > 1 else "process")
     if step and not (same and type(theirs.get("samples")) is int and theirs["samples"] // batching.length == epoch):
         done = step * batching.batch * batching.world_size
-        notes.append(
-            Note(
-                "R02",
-                f"MiniMind shuffles this epoch its own way: of the {done} samples that were trained on some come again, and others never; export at an epoch's start to avoid that",
-            )
-        )
+        some = f"of the {done} samples that were trained on some come again, and others never"
+        avoid = "export at an epoch's start to avoid that"
+        notes.append(Note("R02", f"MiniMind shuffles this epoch its own way: {some}; {avoid}"))
     return epoch, step
 
 
 def _write(plan: Plan, value: dict[str, Any], out: Path, overwrite: bool) -> None:
-    """Stream, prove, rename."""
+    """Stream the file beside its place, prove it, rename it."""
     keys = _keys(plan.steps)
+    stored = [(keys[t.name], t) for t in plan.tensors if t.name in keys]
     with replacing(out, overwrite) as temporary:
-        layout = FileLayout(
-            temporary.name,
-            build_archive(0, value, [(keys[t.name], t) for t in plan.tensors if t.name in keys]).segments,
-        )
+        layout = FileLayout(temporary.name, build_archive(0, value, stored).segments)
         sums = write_files([layout], temporary.parent, plan, quiet)
         check_sources(plan, sums)
         lost = {n: s.cast.overflowed for n, s in sums.items() if s.cast.overflowed}

@@ -1,0 +1,143 @@
+"""The data section of a recipe as samples: documents read, tokenized once, cached, and laid out in rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.language.data.chat import Chat, tokenizer_settings
+from tensorkeep.language.data.packing import plan
+from tensorkeep.language.data.preferences import Pairs
+from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
+from tensorkeep.language.data.texts import Conversation, Preference, records
+from tensorkeep.language.data.tokens import Encoded, cached, fingerprint, in_batches
+from tensorkeep.language.recipe import DataConfig, LanguageRecipe
+from tensorkeep.training import distributed
+from tensorkeep.training.distributed import World
+
+Remark = Callable[[str], None]
+
+
+def cache_of(recipe: LanguageRecipe, run: Path) -> Path:
+    """The folder for cached tokens: the one the recipe names, or `cache` in the run."""
+    return Path(recipe.data.cache) if recipe.data.cache is not None else run / "cache"
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that fills rows up; 0 where the tokenizer names none."""
+    pad = tokenizer.pad_token_id
+    return int(pad) if isinstance(pad, int) else 0
+
+
+def make_data(
+    recipe: LanguageRecipe,
+    config: DataConfig,
+    tokenizer: Any,
+    vocabulary: int,
+    run: Path,
+    world: World,
+    remark: Remark,
+) -> PackedData | LiveConversations | Pairs:
+    """Make the samples of a data section; the first rank fills the token cache, the others wait for it.
+
+    Args:
+        recipe: its objective decides what a record is.
+        config: the section: the recipe's own, or one for other files.
+        tokenizer: of the model.
+        vocabulary: number of ids that the model knows.
+        run: the run's folder, which holds the cache unless the recipe names another.
+        world: this process among its peers.
+        remark: is told what was left out, and when a damaged cache is made again.
+
+    Returns:
+        `Pairs` (without a reference) for dpo, `LiveConversations` where they are augmented, else `PackedData`.
+
+    Raises:
+        TensorkeepError: a file cannot be read, a record does not fit the objective, or nothing is left.
+    """
+    live = config.augmentation is not None and config.augmentation.on
+    cut = _cut(recipe, config)
+    settings = {
+        "objective": recipe.objective,
+        "format": config.format,
+        "cut": config.length if cut else None,
+        "bos": config.bos,
+        "eos": config.eos,
+        **tokenizer_settings(tokenizer),
+    }
+    digest = fingerprint(config.files, settings | ({"lines": True} if live else {}))
+
+    def encoded() -> Iterator[Encoded]:
+        return _lines(config) if live else encode(recipe, config, tokenizer, cut, remark)
+
+    folder = cache_of(recipe, run)
+    if world.first:
+        tokens = cached(folder, digest, encoded, max(vocabulary, 256), remark)
+    distributed.gathered(world, None)
+    if not world.first:
+        tokens = cached(folder, digest, encoded, max(vocabulary, 256), remark)
+    if live and config.augmentation is not None:
+        drawn = f"{digest} {config.length} {config.augmentation}"
+        return LiveConversations(tokens, Chat(tokenizer), config.augmentation, config.length, drawn)
+    if recipe.objective == "dpo":
+        return Pairs(tokens, None, str(config.length))
+    return PackedData(tokens, plan(tokens.offsets, config.length, config.packing), f"{config.packing} {config.length}")
+
+
+def _cut(recipe: LanguageRecipe, config: DataConfig) -> int | None:
+    """Tokens a document is cut at: conversations always, texts where each has a row of its own; None: nowhere."""
+    return config.length if config.packing == "none" or recipe.objective != "pretrain" else None
+
+
+def encode(
+    recipe: LanguageRecipe, config: DataConfig, tokenizer: Any, cut: int | None, remark: Remark
+) -> Iterator[Encoded]:
+    """Tokenize every document of the files; a record without a token that counts is left out, and `remark` told."""
+    found = records(config.files, recipe.objective, config.format)
+    if recipe.objective == "pretrain":
+        yield from _encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut, remark)
+        return
+    chat, idle = Chat(tokenizer), 0
+    for record in found:
+        both = list(record) if isinstance(record, Preference) else [record]
+        made = [chat.encode(one) for one in both if isinstance(one, Conversation)]
+        short = [Encoded(ids[:cut], marks[:cut]) for ids, marks in made]
+        if not all(any((one.marks or [])[1:]) for one in short):
+            idle += 1
+            continue
+        yield from short
+    if idle:
+        remark(f"{idle} records hold no answer within {cut} tokens: left out")
+
+
+def _encode_texts(
+    texts: Iterable[str], tokenizer: Any, bos: bool, eos: bool, cut: int | None, remark: Remark = lambda _: None
+) -> Iterator[Encoded]:
+    """Tokenize texts as `[bos] tokens [eos]`, the tokens cut so that all fits into `cut` (MiniMind's rule)."""
+    begin, end = ([_special(tokenizer, name)] if on else [] for name, on in (("bos", bos), ("eos", eos)))
+    most = None if cut is None else cut - len(begin) - len(end)
+    lost = whole = 0
+    for batch in in_batches(texts):
+        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            whole, lost = whole + len(ids), lost + len(ids[most:] if most is not None else [])
+            yield Encoded([*begin, *ids[:most], *end])
+    if lost:
+        where = f"{lost:,} of {whole:,} tokens lie beyond a row of {cut} and are left out"
+        remark(f"{where}; data.packing: concatenate keeps them")
+
+
+def _special(tokenizer: Any, name: str) -> int:
+    """The id of the tokenizer's `bos` or `eos` token."""
+    found = getattr(tokenizer, f"{name}_token_id")
+    if found is None:
+        raise TensorkeepError(f"the tokenizer has no {name} token", where=f"data.{name}", hint=f"{name}: false")
+    return int(found)
+
+
+def _lines(config: DataConfig) -> Iterator[Encoded]:
+    """Conversations as bytes of JSON, kept in place of tokens where every visit renders them anew."""
+    for record in records(config.files, "sft", config.format):
+        if isinstance(record, Conversation):
+            yield Encoded(list(as_line(record)))
