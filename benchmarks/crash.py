@@ -51,7 +51,7 @@ from tensorkeep.training.saver import Keep
 Row = dict[str, Any]
 
 
-# -- children ---------------------------------------------------------------------------------------------------------------
+# -- children ---------------------------------------------------------------------------------------------------------
 
 
 def forked(work: Callable[[int], None]) -> tuple[int, int]:
@@ -106,7 +106,7 @@ def resumed(writer: Writer, place: Path) -> Row:
     return {**out, "skipped": skipped} if writer.name == "tensorkeep" else out
 
 
-# -- flips ------------------------------------------------------------------------------------------------------------------
+# -- flips ------------------------------------------------------------------------------------------------------------
 
 
 def flips(writer: Writer, count: int, place: Path, chance: random.Random) -> Row:
@@ -160,7 +160,7 @@ def flip(file: Path, at: int, bit: int) -> None:
         stream.write(bytes([byte ^ bit]))
 
 
-# -- cuts -------------------------------------------------------------------------------------------------------------------
+# -- cuts -------------------------------------------------------------------------------------------------------------
 
 
 def cuts(writer: Writer, count: int, place: Path, chance: random.Random) -> Row:
@@ -233,7 +233,7 @@ def outcome_of(got: Row, acknowledged: int) -> str:
     return "ok" if got["step"] >= acknowledged else "acked lost"
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def errors(place: Path, small: int, number: int) -> Row:
@@ -324,7 +324,7 @@ def aftermath(run: Path, told: str) -> list[str]:
     return [seen, *(["lost or torn"] if lost else [])]
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def all_errors(place: Path, levels: int) -> list[Row]:

@@ -41,7 +41,7 @@ from benchmarks.crash_writers import (
     write_torch,
 )
 
-# -- transformers ---------------------------------------------------------------------------------------------------------
+# -- transformers -----------------------------------------------------------------------------------------------------
 
 
 def trainer(place: Path, callback: Any) -> Any:
@@ -100,7 +100,7 @@ def resume_transformers(place: Path) -> Found | None:
     return out[0]
 
 
-# -- accelerate -----------------------------------------------------------------------------------------------------------
+# -- accelerate -------------------------------------------------------------------------------------------------------
 
 
 class Count:
@@ -143,7 +143,7 @@ def resume_accelerate(place: Path) -> Found | None:
     return captured(net, optimizer.optimizer, count.step, randomness())
 
 
-# -- pytorch-lightning ------------------------------------------------------------------------------------------------------
+# -- pytorch-lightning ------------------------------------------------------------------------------------------------
 
 
 def lightning(place: Path, keeper: Any, *callbacks: Any) -> None:
@@ -211,7 +211,7 @@ def resume_lightning(place: Path) -> Found | None:
     return out[0] if out[0].step else None  # without "last" it starts over and says so in a warning
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------------
+# -- all of them ------------------------------------------------------------------------------------------------------
 
 
 def within(pattern: str) -> Callable[[Path], list[Path]]:

@@ -48,7 +48,7 @@ class Writer(NamedTuple):
     imports: tuple[str, ...] = ()
 
 
-# -- the state ------------------------------------------------------------------------------------------------------------
+# -- the state --------------------------------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -133,7 +133,7 @@ class Enough(Exception):
     """Raised out of a tool's training loop once it has loaded what it resumes from."""
 
 
-# -- ours -----------------------------------------------------------------------------------------------------------------
+# -- ours -------------------------------------------------------------------------------------------------------------
 
 
 def state(step: int) -> State:
@@ -169,7 +169,7 @@ def files_ours(place: Path) -> list[Path]:
     return sorted(run_folder.folder_of(place, checkpoint.steps(place)[0]).iterdir())
 
 
-# -- one file, replaced ----------------------------------------------------------------------------------------------------
+# -- one file, replaced -----------------------------------------------------------------------------------------------
 
 
 def flat(step: int) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ def resume_safetensors(place: Path) -> Found | None:
         return Found(int(file.metadata()["step"]), {n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118  it is no mapping
 
 
-# -- DCP --------------------------------------------------------------------------------------------------------------------
+# -- DCP --------------------------------------------------------------------------------------------------------------
 
 
 def numbered(place: Path, pattern: str, needs: str = "") -> list[tuple[int, Path]]:

@@ -34,7 +34,7 @@ from tensorkeep.detection.model.config import BackboneConfig, Checkpointing, Det
 from tensorkeep.detection.model.detector import Detector, build_detector, read_detector_config
 from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
-from tensorkeep.training._graphs import capture_step, make_capturable
+from tensorkeep.training._graphs import capture_step
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.schema import read_section
 
@@ -152,7 +152,8 @@ def measure(size: str, mode: str, args: argparse.Namespace, half: bool) -> dict[
     batch = make_batch(detector.config, count, frames, side, device)
     recorded = cuda and half and not args.eager
     if recorded:
-        make_capturable(optimizer)
+        for group in optimizer.param_groups:
+            group |= {"capturable": True, "lr": torch.tensor(group["lr"], device=device)}
     if cuda:  # building and packing may take more than a step
         gc.collect()
         torch.cuda.empty_cache()

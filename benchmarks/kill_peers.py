@@ -66,7 +66,7 @@ def drop_by(pattern: str) -> Callable[[Path], None]:
     return lambda run: shutil.rmtree(numbered(run, pattern)[0][1])
 
 
-# -- transformers ---------------------------------------------------------------------------------------------------------
+# -- transformers -----------------------------------------------------------------------------------------------------
 
 
 def train_transformers(run: Path, marks: Marks, start: int) -> None:
@@ -105,7 +105,7 @@ def train_transformers(run: Path, marks: Marks, start: int) -> None:
     finish(run, net)
 
 
-# -- accelerate -----------------------------------------------------------------------------------------------------------
+# -- accelerate -------------------------------------------------------------------------------------------------------
 
 
 def train_accelerate(run: Path, marks: Marks, start: int) -> None:
@@ -144,7 +144,7 @@ def train_accelerate(run: Path, marks: Marks, start: int) -> None:
     finish(run, accelerator.unwrap_model(net))
 
 
-# -- pytorch-lightning ------------------------------------------------------------------------------------------------------
+# -- pytorch-lightning ------------------------------------------------------------------------------------------------
 
 
 def train_lightning(run: Path, marks: Marks, start: int) -> None:
@@ -204,7 +204,7 @@ def drop_lightning(run: Path) -> None:
     (run / "last.ckpt").unlink()
 
 
-# -- DCP --------------------------------------------------------------------------------------------------------------------
+# -- DCP --------------------------------------------------------------------------------------------------------------
 
 
 def train_dcp(run: Path, marks: Marks, start: int, needs: str = ".metadata") -> None:

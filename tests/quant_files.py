@@ -172,7 +172,7 @@ def write(
     return str(folder)
 
 
-# -- models and what the checks say of them -------------------------------------------------------------------------------
+# -- models and what the checks say of them ---------------------------------------------------------------------------
 
 
 def findings(

@@ -165,7 +165,7 @@ def test_a_model_trained_with_shifted_labels_or_without_a_mask_is_l01() -> None:
     assert list(l01.judge(Forward(5.4, offsets={"0": 11.3, "2": 9.66}, uniform=10.8))) == []
 
 
-# -- reported losses ------------------------------------------------------------------------------------------------------
+# -- reported losses --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_what_no_mistake_explains_is_inconclusive_and_the_model_is_left_as_it_wa
         explain_loss(model, {"labels": batch()["input_ids"]}, 1.0)
 
 
-# -- B01 from a folder ------------------------------------------------------------------------------------------------------
+# -- B01 from a folder ------------------------------------------------------------------------------------------------
 
 
 def test_stored_frequencies_are_checked_against_the_config(made: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tensorkeep.output import Output
 from tensorkeep.training import _graphs as graphs
 from tensorkeep.training import loop as train
-from tensorkeep.training._graphs import Recorded, capture_step, fill, make_capturable
+from tensorkeep.training._graphs import Recorded, capture_step, fill
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
@@ -36,12 +36,6 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(graphs, "capture_step", capture)
     monkeypatch.setattr(train, "_possible", lambda loop, *_: loop)
-
-
-def test_a_capturable_optimizer_holds_its_rates_in_tensors() -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=0.25)
-    make_capturable(optimizer)
-    assert optimizer.param_groups[0]["capturable"] and float(optimizer.param_groups[0]["lr"]) == 0.25
 
 
 @pytest.mark.parametrize("micro", [None, 2])
@@ -118,8 +112,7 @@ def test_a_recorded_step_trains_as_a_launched_one() -> None:
         detector = tiny.detector(checkpointing="segments").cuda().train()
         frames, mask, segments, labels = tiny.batch()
         moved = frames.cuda(), mask.cuda(), [s.cuda() for s in segments], [y.cuda() for y in labels]
-        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=1e-3)
-        make_capturable(optimizer)
+        optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=1e-3, capturable=True)
 
         def step() -> torch.Tensor:
             loss = detector.loss(detector(*moved[:2]), *moved[2:]).cost  # noqa: B023

@@ -147,7 +147,7 @@ def test_live_conversations_are_the_cached_ones_where_nothing_is_drawn(tmp_path:
         assert [label != -100 for label in sample["labels"].tolist()] == counted[:30]
 
 
-# -- tokens on disk -----------------------------------------------------------------------------------------------------
+# -- tokens on disk ---------------------------------------------------------------------------------------------------
 
 
 def documents() -> list[Encoded]:

@@ -154,7 +154,7 @@ def test_a_block_mask_is_causal_and_keeps_to_its_segment() -> None:
     assert torch.equal(added == 0, seen) and float(added.min()) == torch.finfo(torch.float32).min
 
 
-# -- schedules ----------------------------------------------------------------------------------------------------------
+# -- schedules --------------------------------------------------------------------------------------------------------
 
 
 def test_minimind_schedule_is_its_formula() -> None:
@@ -173,7 +173,7 @@ def test_wsd_is_stable_then_falls_in_a_straight_line() -> None:
         Schedule(ScheduleConfig("wsd", warmup=10, decay=15), 20)
 
 
-# -- preferences --------------------------------------------------------------------------------------------------------
+# -- preferences ------------------------------------------------------------------------------------------------------
 
 
 def pairs(tmp_path: Path) -> Pairs:

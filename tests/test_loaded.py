@@ -225,7 +225,7 @@ print([f.code for f in check_loaded(model, sys.argv[1])])
     assert done.returncode == 0 and done.stdout.strip() == "['V06']", done.stderr
 
 
-# -- tensors ------------------------------------------------------------------------------------------------------------
+# -- tensors ----------------------------------------------------------------------------------------------------------
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -308,7 +308,7 @@ def test_an_unreadable_checkpoint_is_an_error_and_not_a_finding(folder: Path, tm
         check_loaded(load(folder), tmp_path / "empty")
 
 
-# -- sharded --------------------------------------------------------------------------------------------------------------
+# -- sharded ----------------------------------------------------------------------------------------------------------
 
 SHARDED = """
 import json, sys
@@ -371,7 +371,7 @@ def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_
     assert first == [[], [["B01", buffers], ["V03", [up]]], buffers, ["V03"], ["V03"]]
 
 
-# -- torchtitan ---------------------------------------------------------------------------------------------------------
+# -- torchtitan -------------------------------------------------------------------------------------------------------
 
 
 def test_torchtitans_fused_weight_and_table_are_checked_against_hf_and_dcp(tmp_path: Path) -> None:

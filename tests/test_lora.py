@@ -67,7 +67,7 @@ def adapted(kind: str = "dense", seed: int = 0, wake: bool = True, **options: An
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
-# -- putting it on ------------------------------------------------------------------------------------------------------
+# -- putting it on ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -153,7 +153,7 @@ def test_deepcopy_pickle_and_one_compiled_graph(kind: str) -> None:
     assert torch.allclose(compiled(X), wanted, atol=1e-6)
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------
+# -- gradients --------------------------------------------------------------------------------------------------------
 
 
 def run(made: nn.Module, autocast: bool) -> list[Tensor]:
@@ -238,7 +238,7 @@ def test_a_linear_that_trains_beside_its_update_gets_both_gradients() -> None:
     assert made.layers[0].q_proj.weight.grad is not None and made.layers[0].q_proj.lora_A.grad is not None
 
 
-# -- merging ------------------------------------------------------------------------------------------------------------
+# -- merging ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,7 +275,7 @@ def test_quantizing_under_lora_keeps_the_update() -> None:
     assert all(torch.equal(v, state[k]) for k, v in adapter_state(made).items())
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,7 +27,7 @@ def notes(plan: Any) -> list[str]:
     return [n.code for n in plan.notes]
 
 
-# -- ties (a head and an embedding) ------------------------------------------------------------------------------------
+# -- ties (a head and an embedding) -----------------------------------------------------------------------------------
 
 
 def test_tied_and_equal_is_written_once_for_hf_and_twice_for_dcp(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_tie_that_a_permutation_breaks_is_stored_apart(tmp_path: Path) -> None
     assert_same(held(tmp_path / "back"), tensors)
 
 
-# -- coverage ----------------------------------------------------------------------------------------------------------
+# -- coverage ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_source_tensor_is_in_a_step(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:
         to(with_config(write_hf(tmp_path / "hf", with_buffer), LLAMA), tmp_path / "out", "hf", from_naming="torchtitan")
 
 
-# -- what the target's loader would drop (K07), what a writer dropped (K01) -----------------------------------------------
+# -- what the target's loader would drop (K07), what a writer dropped (K01) -------------------------------------------
 
 
 def test_biases_are_kept_and_said(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_missing_or_unlike_experts_are_refused(tmp_path: Path) -> None:
         )
 
 
-# -- dtypes and shapes ----------------------------------------------------------------------------------------------------
+# -- dtypes and shapes ------------------------------------------------------------------------------------------------
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
@@ -291,7 +291,7 @@ def test_config_says_the_dtype_that_is_there(tmp_path: Path) -> None:
     assert notes(plan) == []
 
 
-# -- bytes ----------------------------------------------------------------------------------------------------------------
+# -- bytes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def layer_of(kind: str, rows: int = 24, columns: int = 96, seed: int = 0, double
     return QuantLinear.of(linear(rows, columns, seed), kind_of(kind), double)
 
 
-# -- the codes ----------------------------------------------------------------------------------------------------------
+# -- the codes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,7 +157,7 @@ def test_what_is_no_weight_and_what_is_no_kind_are_refused() -> None:
         pack(torch.ones(4, 64), block=48)
 
 
-# -- the layer ----------------------------------------------------------------------------------------------------------
+# -- the layer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,7 +261,7 @@ def test_the_operation_has_the_shape_it_promises_under_tracing() -> None:
     assert dequantize_4bit(*arguments, 64, 256, 5, 33, torch.bfloat16).dtype == torch.bfloat16
 
 
-# -- state dicts --------------------------------------------------------------------------------------------------------
+# -- state dicts ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -358,7 +358,7 @@ def test_missing_and_unexpected_names_stay_errors() -> None:
         layer_of("nf4").load_state_dict({"bias": state["bias"]})
 
 
-# -- models -------------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
 
 def model() -> nn.Module:
@@ -421,7 +421,7 @@ def test_codes_that_changed_in_memory_are_found() -> None:
         check_ranks(made)
 
 
-# -- bitsandbytes -------------------------------------------------------------------------------------------------------
+# -- bitsandbytes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("fp4", False), ("int8", False)])

@@ -165,7 +165,7 @@ def test_extra_state_of_a_module_is_named_as_not_captured(tmp_path: Path) -> Non
     assert found is not None and found[0].not_captured == ("model (extra._extra_state)",)
 
 
-# -- between a checkpoint, its evaluation and its mark -----------------------------------------------------------------------
+# -- between a checkpoint, its evaluation and its mark ----------------------------------------------------------------
 
 
 class Cut:
@@ -192,7 +192,7 @@ class Cut:
         "tensorkeep.training.metrics.append",
         "tensorkeep.training.metrics.sync",
         "tensorkeep.training.saver.mark_best",
-        "tensorkeep.training.loop.evaluated",
+        "tensorkeep.training._evaluating.evaluated",
         "tensorkeep.training.saver.Saver.save",
         "tensorkeep.training.metrics.rewind",
     ],
@@ -245,7 +245,7 @@ def test_a_gpu_promises_the_same_bits_only_with_deterministic_kernels(monkeypatc
         assert level == promised and bool(why) is not on
 
 
-# -- a run that is over, and one that is not the same ---------------------------------------------------------------------------
+# -- a run that is over, and one that is not the same -----------------------------------------------------------------
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_an_average_that_is_on_in_one_only_is_an_error(tmp_path: Path) -> None:
         fit(small_job(ema=False), tmp_path, LOOP)
 
 
-# -- where it starts from --------------------------------------------------------------------------------------------------------
+# -- where it starts from ---------------------------------------------------------------------------------------------
 
 
 def test_never_refuses_a_run_that_has_checkpoints(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def heard(lines: list[str]) -> Output:
     return Heard()
 
 
-# -- the proof ----------------------------------------------------------------------------------------------------------------------
+# -- the proof --------------------------------------------------------------------------------------------------------
 
 
 def proof(run: Path) -> list[tuple[int, int, str]]:

@@ -10,9 +10,9 @@ from torch import nn
 
 from tensorkeep.formats.safetensors import file_layout
 from tensorkeep.storage.layout import Slot
-from tensorkeep.training._staging import GATHERED, SCRATCH, Stage, raw, runs
+from tensorkeep.training._staging import GATHERED, SCRATCH, Stage, runs
 from tensorkeep.training.saver import Keep, Saver, State, load
-from tensorkeep.training.state_files import files_of
+from tensorkeep.training.state_files import files_of, raw
 from tests.run_states import equal, state
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
 from tensorkeep.training import saver as checkpoint
+from tensorkeep.training._evaluating import best_step, evaluated, stops_early
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.loop import best_step, evaluated, fit, stops_early
+from tensorkeep.training.loop import fit
 from tensorkeep.training.saver import Keep
 from tests.helpers import refused
 from tests.training import collate, dying, rows, small_job
@@ -33,7 +34,7 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-# -- an update ------------------------------------------------------------------------------------------------------------
+# -- an update --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 5])
@@ -92,7 +93,7 @@ def test_the_schedule_sets_each_group_from_its_own_base(tmp_path: Path) -> None:
     assert [r["lr"] for r in rows(tmp_path)] == [pytest.approx(1e-4 * k) for k in range(1, 7)]
 
 
-# -- what is written -------------------------------------------------------------------------------------------------------
+# -- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_rows_say_step_samples_and_numbers(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_evaluation_sees_the_average_and_changes_nothing(tmp_path: Path) -> None
     assert all(torch.equal(before[n], t) for n, t in job.model.state_dict().items())
 
 
-# -- what stops it -----------------------------------------------------------------------------------------------------------
+# -- what stops it ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -111,7 +111,7 @@ def small_job(
     )
 
 
-# -- dying and going on ---------------------------------------------------------------------------------------------------
+# -- dying and going on -----------------------------------------------------------------------------------------------
 
 
 class Died(BaseException):
@@ -160,7 +160,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert checkpoint.best(one) == checkpoint.best(other)
 
 
-# -- several processes ------------------------------------------------------------------------------------------------------
+# -- several processes ------------------------------------------------------------------------------------------------
 
 
 def ranks(size: int, work: Callable[[World], None], device: str = "cpu", seconds: float = 120.0) -> list[int]:

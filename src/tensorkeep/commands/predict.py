@@ -140,7 +140,7 @@ def _open(
     from tensorkeep.detection.recipe_data import window_of
     from tensorkeep.detection.start import open_detector
     from tensorkeep.training import distributed
-    from tensorkeep.training.loop import DTYPES
+    from tensorkeep.training.precision import HALF_DTYPES
 
     world = distributed.start(device)
     if world.size > 1:
@@ -155,7 +155,7 @@ def _open(
     selection, names = _naming(made, classes, say)
     precision = made.training.precision
     # half precision saves nothing on a CPU, and fp16 is slow there
-    half = None if precision == "fp32" or world.device.type == "cpu" else DTYPES[precision]
+    half = None if precision == "fp32" or world.device.type == "cpu" else HALF_DTYPES[precision]
     predictor = Predictor(
         opened.detector,
         tuple(names),

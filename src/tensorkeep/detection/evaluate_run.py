@@ -16,7 +16,7 @@ from tensorkeep.detection.results.evaluation import Evaluation
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.detection.start import make_detector, open_detector
 from tensorkeep.training.distributed import World
-from tensorkeep.training.loop import DTYPES
+from tensorkeep.training.precision import HALF_DTYPES
 
 
 class Scored(NamedTuple):
@@ -71,7 +71,7 @@ def evaluate_checkpoint(
     def context() -> contextlib.AbstractContextManager[None]:
         if precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(world.device.type, dtype=DTYPES[precision])
+        return torch.autocast(world.device.type, dtype=HALF_DTYPES[precision])
 
     evaluation = evaluation_of(opened.recipe, read_classes(opened.recipe), world, context, remark)
     found = evaluation.detections(opened.detector)

@@ -22,7 +22,8 @@ from tensorkeep.training.batches import parts_of
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.loop import Outcome, autocast, fit
+from tensorkeep.training.loop import Outcome, fit
+from tensorkeep.training.precision import autocast
 from tensorkeep.training.recipe import plain
 from tensorkeep.training.saver import Keep, State
 

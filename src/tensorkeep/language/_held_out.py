@@ -22,7 +22,7 @@ from tensorkeep.training import distributed
 from tensorkeep.training.batches import Data, to_device
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Loop, at_least_one
-from tensorkeep.training.loop import autocast
+from tensorkeep.training.precision import autocast
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
-"""A training step as a CUDA graph: a detector's head and losses are thousands of launches of microseconds each.
+"""Record forward and backward as a CUDA graph, and replay it for every batch.
 
-Launched one by one they leave the GPU idle for 10 to 30 ms a step (H200). A graph replays them from the GPU's side;
-the price is that nothing may change shape, and nothing may be read back by the host inside of what is recorded.
+A detector's head and losses are thousands of launches of microseconds each; made one by one they leave the GPU idle for
+10 to 30 ms a step (H200). A graph replays them from the GPU's side; the price is that nothing may change shape, and
+nothing may be read back by the host inside of what is recorded.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ T = TypeVar("T")
 Named = Mapping[str, Tensor]
 
 
-def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Let `optimizer` be recorded, before its first step: its learning rates become tensors, for a schedule to fill."""
-    for group in optimizer.param_groups:
-        group["capturable"] = True
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(group["params"][0].device)
-
-
 def capture_step(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
-    """Run `step` `warmup` times, record it once, and return what replays it; its result is overwritten each time.
+    """Run a step a few times, record it once, and make a function that replays it.
 
-    `step` reads the same tensors at each call: copy a new batch into them. Random numbers advance with each replay.
+    Args:
+        step: reads the same tensors at each call: a new batch must be copied into them.
+        warmup: so many plain calls come first.
+
+    Returns:
+        A function that replays the step. It returns the same tensors each time, overwritten; random numbers advance
+        with each replay.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -52,16 +52,24 @@ def capture_step(step: Callable[[], T], warmup: int = 3) -> Callable[[], T]:
 
 
 class Recorded:
-    """`work(batch, divisor)`, a micro-batch's forward and backward, recorded with the first batch and replayed for all.
+    """Forward and backward of a micro-batch, recorded with the first batch and replayed for all.
 
-    `work` adds to the gradients of `parameters`, changes nothing else, and gives named scalars. Recording rehearses it
-    twice; gradients and random states are put back, so every call is a replay and draws the numbers that a launched one
-    would. Gradients must keep their memory: `zero_grad(set_to_none=False)`. What in a batch is no tensor is that of the
-    first one for ever. Raises TensorkeepError where `work` cannot be recorded, or a later batch has another form.
+    Recording rehearses the work twice; gradients and random states are put back, so every call is a replay and draws
+    the numbers that a launched one would. Gradients must keep their memory: `zero_grad(set_to_none=False)`. What in a
+    batch is no tensor stays that of the first one for ever.
 
-    >>> forward_backward = Recorded(work, parameters)                    # doctest: +SKIP
-    >>> optimizer.zero_grad(set_to_none=False)                           # doctest: +SKIP
-    >>> forward_backward(batch, divisor)["loss"]                         # doctest: +SKIP
+    Args:
+        work: called with a batch and the divisor, it adds to the gradients of `parameters`, changes nothing else, and
+            returns named scalars.
+        parameters: whose gradients it adds to.
+
+    Raises:
+        TensorkeepError: `work` cannot be recorded, or a later batch has other shapes; raised by the call.
+
+    Example:
+        >>> forward_backward = Recorded(work, parameters)                    # doctest: +SKIP
+        >>> optimizer.zero_grad(set_to_none=False)                           # doctest: +SKIP
+        >>> forward_backward(batch, divisor)["loss"]                         # doctest: +SKIP
     """
 
     def __init__(self, work: Callable[[Any, Tensor], Named], parameters: Sequence[Tensor]) -> None:
@@ -70,7 +78,7 @@ class Recorded:
         self._replay: Callable[[], Named] | None = None
 
     def __call__(self, batch: Any, divisor: float | Tensor) -> dict[str, Tensor]:
-        """`batch` on the device; the losses are the caller's own."""
+        """Replay with a batch that is on the device; the scalars returned are copies."""
         if self._held is None or self._replay is None:
             device = self._parameters[0].device
             self._held = copy.deepcopy(batch), torch.as_tensor(divisor, dtype=torch.float32).to(device, copy=True)
@@ -80,6 +88,7 @@ class Recorded:
         return {name: value.clone() for name, value in self._replay().items()}
 
     def _recorded(self, batch: Any, divisor: Tensor) -> Callable[[], Named]:
+        """Record the work, and leave gradients and random states as they were."""
         before = randomness.capture()
         try:
             replay = capture_step(lambda: self._work(batch, divisor), warmup=2)
@@ -97,9 +106,10 @@ class Recorded:
 
 
 def fill(place: Any, batch: Any) -> None:
-    """Copy every tensor of `batch` (in dicts, lists and tuples) into its like in `place`.
+    """Copy every tensor of `batch` (in dicts, lists and tuples) into its counterpart in `place`.
 
-    Raises TensorkeepError where one has another shape or dtype.
+    Raises:
+        TensorkeepError: one has another shape or dtype.
 
     >>> held = {"x": torch.zeros(2), "name": "first"}
     >>> fill(held, {"x": torch.ones(2), "name": "second"})
@@ -123,4 +133,5 @@ def fill(place: Any, batch: Any) -> None:
 
 
 def _form(tensor: Tensor) -> str:
+    """Dtype and shape, for an error."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

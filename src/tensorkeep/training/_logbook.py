@@ -1,4 +1,4 @@
-"""What a run says of its updates: rows in `metrics.jsonl` and for trackers, and the line a person watches.
+"""Log updates: a row in `metrics.jsonl` and for every tracker, and the status line a person watches.
 
 Numbers leave the device only for updates that are logged, so the others wait for nothing.
 """
@@ -24,7 +24,13 @@ from tensorkeep.training.job import Job, Loop
 
 @dataclass(frozen=True)
 class Update:
-    """One update's numbers, still on the device: named losses (this rank's share), gradient norm, the count."""
+    """The numbers of one update, still on the device.
+
+    Args:
+        losses: this rank's share of each named loss.
+        norm: of all gradients, before clipping.
+        count: what the losses' sums were divided by (tokens, pairs, positives), over all ranks.
+    """
 
     losses: dict[str, Tensor]
     norm: Tensor
@@ -32,12 +38,12 @@ class Update:
 
 
 def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many updates happens after this one."""
+    """Whether what happens every `every` updates (None: never) happens after this one."""
     return every is not None and step % every == 0
 
 
 class Log:
-    """Notes updates; every rank calls `note`, the first one writes."""
+    """Writes the rows of a run; every rank calls `note`, the first one writes."""
 
     def __init__(self, run: Path, job: Job, loop: Loop, world: World, scaler: Any, say: Output) -> None:
         self.path, self.job, self.loop, self.world, self.scaler = run / metrics.METRICS, job, loop, world, scaler
@@ -45,7 +51,11 @@ class Log:
         self.status = say.status() if world.first else None
 
     def note(self, step: int, samples: int, made: Update) -> None:
-        """After update `step`. Raises TensorkeepError (V01) where the loss is not finite, on every rank alike."""
+        """Note update `step`, and write a row where one is due.
+
+        Raises:
+            TensorkeepError: the loss is not finite (V01), on every rank alike.
+        """
         self.steps, self.counted = self.steps + 1, self.counted + made.count
         if not (due(step, self.loop.log_every) or step == self.loop.updates or step == 1):
             return
@@ -79,20 +89,22 @@ class Log:
         self.since, self.steps, self.counted = now, 0, 0.0
 
     def write(self, row: dict[str, Any], durable: bool = False) -> None:
-        """A row to the file and to every tracker."""
+        """Write a row to the file and to every tracker; `durable` waits for the disk."""
         metrics.append(self.path, row, durable)
         for track in self.job.trackers:
             track(metrics.finite(row))
 
     def _scaler_helps(self) -> bool:
-        """In fp16 an overflow is no fault: the update is skipped and the scale halved; below 1 halving is over."""
+        """Whether an overflow is no fault: in fp16 the update is skipped and the scale halved, until it is below 1."""
         return bool(self.scaler.is_enabled()) and float(self.scaler.get_scale()) >= 1.0
 
     def _line(self, row: Mapping[str, Any], rate: str) -> str:
+        """The status line."""
         held = torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else 0
         memory = f"  {size(held)}" if held else ""
         return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3g}  {rate}{memory}"
 
     def close(self) -> None:
+        """End the status line."""
         if self.status:
             self.status.close()

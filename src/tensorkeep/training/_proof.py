@@ -1,7 +1,8 @@
-"""`checkpoints/proof.jsonl`: the losses of the two steps after each checkpoint, in hexadecimal, so that equal is equal.
+"""Prove that a resume was exact: compare the losses of the first two steps with those made before it.
 
-A run that goes on makes those steps again. Equal losses confirm that everything which matters came back; a difference
-is said with both numbers and what differs between the two starts.
+The losses of the two steps after each checkpoint are noted in `checkpoints/proof.jsonl`, in hexadecimal, so that no
+digit is lost. A run that goes on makes those steps again. Equal losses confirm that everything which matters came back;
+a difference is told with both numbers and what differs between the two starts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ STEPS = 2  # the first shows that weights and data came back, the second that th
 class Proof:
     """Notes losses after saves, and compares those that are made again with what was noted before.
 
-    `resumed`: the step the run goes on from. `say` None: a rank that only takes part in the sums.
+    Args:
+        run: the run's folder.
+        facts: what `_resume.facts` says of this start.
+        resumed: the step the run goes on from, None where it begins anew.
+        say: where the verdict goes; None on a rank that only takes part in the sums.
     """
 
     def __init__(self, run: Path, facts: dict[str, Any], resumed: int | None, say: Output | None) -> None:
@@ -37,13 +42,13 @@ class Proof:
             self.known = {row["step"]: row for row in metrics.rows(self.path)}  # the last word on a step counts
 
     def saved(self, step: int) -> None:
-        """The steps that follow are to be noted."""
+        """Begin to note the steps that follow a checkpoint."""
         self._confirm()
         self._write()
         self.since = step
 
     def note(self, step: int, loss: Tensor, world: World) -> None:
-        """After update `step`; every rank calls it. `loss`: this rank's share."""
+        """Note or compare the loss of update `step`, of which `loss` is this rank's share; every rank calls it."""
         if self.since is None or not self.since < step <= self.since + STEPS:
             return
         value = distributed.total(world, float(loss))[0].hex()
@@ -61,36 +66,35 @@ class Proof:
             self._differs(then, value)
 
     def close(self) -> None:
-        """The run ends; say what was confirmed so far."""
+        """Say what was confirmed so far, and write what was noted."""
         self._confirm()
         self._write()
 
     def _write(self) -> None:
+        """Append what was noted, once the folder is there."""
         if self.path.parent.is_dir():
             for row in self.waiting:
                 metrics.append(self.path, row)
             self.waiting.clear()
 
     def _confirm(self) -> None:
+        """Say for which steps the losses were equal."""
         if self.confirmed and self.say is not None:
             self.say.remark(f"exact resume confirmed for steps {', '.join(map(str, self.confirmed))}")
         self.confirmed = []
 
     def _differs(self, then: metrics.Row, value: str) -> None:
+        """Say that a loss is another, and what differs between the two starts."""
         assert self.say is not None
         before, after = float.fromhex(then["loss"]), float.fromhex(value)
-        noted = then.get("facts")
-        facts = [
-            f"{k} {v} -> {self.facts.get(k)}"
-            for k, v in (noted.items() if isinstance(noted, dict) else ())
-            if v != self.facts.get(k)
-        ]
+        noted = then["facts"] if isinstance(then.get("facts"), dict) else {}
+        facts = [f"{k} {v} -> {self.facts.get(k)}" for k, v in noted.items() if v != self.facts.get(k)]
         why = f"; differs in {', '.join(facts)}" if facts else "; nothing in torch, device, threads or split differs"
         self.say.remark(f"step {then['step']} is not bitwise what it was: loss {before!r}, now {after!r}{why}")
 
 
 def _sound(row: metrics.Row) -> bool:
-    """Whether a line is one of ours: the file lies outside every manifest."""
+    """Whether a row is one that this module wrote: no digest guards the file."""
     try:
         float.fromhex(row["loss"])
     except (KeyError, TypeError, ValueError, OverflowError):

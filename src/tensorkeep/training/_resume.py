@@ -1,8 +1,9 @@
-"""Resume: the newest valid checkpoint, compared with the job before anything is put back, and the level reached.
+"""Take a run's state, find the checkpoint to go on from, compare it with the job, and put it back.
 
-`exact`: the same machine facts, so every later number is bitwise what it would have been. `sample-exact`: the same
-samples in every global batch, other arithmetic. `weights only`: what it starts from held no optimizer state. A recipe,
-base or data that changed is an error that lists what did.
+How exact a resume is has three levels. `exact`: versions, device and split are the same, so every later number is
+bitwise what it would have been. `sample-exact`: the same samples in every global batch, other arithmetic.
+`weights only`: the checkpoint held no optimizer state. A recipe, base or data that changed is an error that lists what
+did.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 
 
 def facts(loop: Loop, world: World) -> dict[str, Any]:
-    """What must be equal for bitwise equality: versions, device, threads, kernels, and how a batch is split."""
+    """Collect what must be equal for equal bits: versions, device, threads, kernels, and how a batch is split."""
     on_gpu = world.device.type == "cuda"
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
@@ -70,8 +71,10 @@ def facts(loop: Loop, world: World) -> dict[str, Any]:
 
 
 def data_facts(job: Job) -> dict[str, Any]:
-    """What the data is: its fingerprint and length, and a digest of each order that comes from elsewhere. They may
-    take a while, so a run asks once."""
+    """Describe the data: its fingerprint and length, and a digest of each order that comes from elsewhere.
+
+    Fingerprints may take a while, so a run asks once.
+    """
     found: dict[str, Any] = {"fingerprint": job.data.fingerprint(), "length": len(job.data)}
     orders = {
         str(epoch): xxhash.xxh3_128(np.asarray(order, np.int64).tobytes()).hexdigest()
@@ -90,8 +93,20 @@ def snapshot(
     evaluations: list[dict[str, Any]],
     data: dict[str, Any],
 ) -> State:
-    """The run's state after update `step` (`data`: its `data_facts`); every rank calls it, since each has a random state of its own and, sharded,
-    a part of the tensors. What it gives is whole on the first rank."""
+    """Take the run's state after update `step`; every rank must call it.
+
+    Each rank has random states of its own and, sharded, a part of the tensors; what is returned is whole on the first.
+
+    Args:
+        job: the live objects.
+        loop: its settings are noted, to be compared on resume.
+        world: this process among its peers.
+        step: updates made.
+        samples: samples consumed by them, over all ranks.
+        scaler: torch's gradient scaler.
+        evaluations: what each evaluation gave.
+        data: what `data_facts` says.
+    """
     tensors, ties = stored_tensors(job.model, base=job.base is not None)
     optimizer, groups = optimizer_state(job.model, job.optimizer)
     averages: dict[str, Tensor] = {} if job.ema is None else job.ema.state_dict()
@@ -125,7 +140,7 @@ def snapshot(
 
 
 def _plain(recipe: Mapping[str, Any]) -> Any:
-    """A recipe as JSON gives it back."""
+    """Turn a recipe into what JSON gives back of it."""
     try:
         return json.loads(json.dumps(recipe))
     except (TypeError, ValueError) as error:
@@ -133,7 +148,7 @@ def _plain(recipe: Mapping[str, Any]) -> Any:
 
 
 def not_captured(job: Job) -> tuple[str, ...]:
-    """Parts of a job that may hold state and declare none; the manifest lists them."""
+    """List the parts of a job that may hold state and declare none; the manifest names them."""
     out = [f"model ({name})" for name in undeclared(job.model)]
     for name in ("data", "collate", "loss", "count", "schedule", "divisor", "evaluate"):
         part = getattr(job, name)
@@ -148,18 +163,27 @@ def not_captured(job: Job) -> tuple[str, ...]:
 
 
 def _callable_only(thing: Any) -> bool:
-    """A plain function, class or module: its attributes are not the run's state."""
+    """Whether something is a plain function, class or module, whose attributes are not the run's state."""
     return isinstance(thing, type) or type(thing).__name__ in ("function", "builtin_function_or_method", "module")
 
 
-# -- is it the same run? ------------------------------------------------------------------------------------------------
+# -- is it the same run? ----------------------------------------------------------------------------------------------
 
 
 def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tuple[str, ...] = ()) -> None:
-    """Stop where recipe, base, data, seed, global batch or length are not those of the checkpoint (R04).
+    """Refuse a job whose recipe, base, data, seed, global batch or length are not those of the checkpoint.
 
-    `allow` names fields, by pattern, that may differ on purpose. What a checkpoint from elsewhere does not say is not
-    compared.
+    What a checkpoint from elsewhere does not say is not compared.
+
+    Args:
+        job: the job as it is now.
+        loop: its settings now.
+        state: the checkpoint.
+        data: what `data_facts` says now.
+        allow: patterns of fields that may differ on purpose.
+
+    Raises:
+        TensorkeepError: lists the fields that differ (R04).
     """
     then = state.document
     now = {"seed": loop.seed, "batch": loop.batch, "updates": loop.updates, "data": data}
@@ -183,13 +207,14 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
 
 
 def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
-    """Whether a pattern names the field. The number of updates follows from that of epochs, so either word allows it."""
+    """Whether a pattern names the field; updates follow from epochs, so either word allows a longer run."""
     lengths = [f".{part}.{name}" for part in ("training", "schedule") for name in (*LENGTH, "stop_epoch")]
     spellings = lengths if key == "updates" else [f".{key}"]
     return any(fnmatchcase(s, pattern) for s in spellings for pattern in (*FREE, *(f"*.{name}" for name in allow)))
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a nested mapping."""
     for key, value in document.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -197,15 +222,27 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-# -- putting back -------------------------------------------------------------------------------------------------------
+# -- putting back -----------------------------------------------------------------------------------------------------
 
 
 def put_back(
     job: Job, loop: Loop, world: World, state: State, scaler: Any, adopt: bool = False
 ) -> tuple[str, list[str]]:
-    """Give every live object its state; random states last. Returns the level reached and why not more.
+    """Give every live object its state back, random states last.
 
-    `adopt`: nobody else holds the state's tensors, so the optimizer may keep them instead of copies.
+    Args:
+        job: its objects change in place.
+        loop: settings now, to compare with those of the checkpoint.
+        world: this process among its peers.
+        state: the checkpoint.
+        scaler: torch's gradient scaler.
+        adopt: nobody else holds the state's tensors, so the optimizer may keep them instead of copies.
+
+    Returns:
+        The level reached, and why it is not a higher one.
+
+    Raises:
+        TensorkeepError: average or further state are there on one side only (R04), or tensors differ (K01).
     """
     then = state.document
     if "ema" in then and (job.ema is None) != (then["ema"] is None):
@@ -233,7 +270,7 @@ def put_back(
 
 
 def _put_random(loop: Loop, world: World, then: Mapping[str, Any]) -> list[str]:
-    """Random states of this rank, or new ones that follow from the seed and the step; what could not come back."""
+    """Put back this rank's random states, or new ones made of seed and step; returns what could not come back."""
     states = then.get("rng") or []
     if len(states) == world.size and randomness.fits(states[world.rank]):
         randomness.restore(states[world.rank])
@@ -243,6 +280,7 @@ def _put_random(loop: Loop, world: World, then: Mapping[str, Any]) -> list[str]:
 
 
 def _level(loop: Loop, world: World, then: Mapping[str, Any], lost: list[str]) -> tuple[str, list[str]]:
+    """How exact the resume is, and why not more."""
     if "foreign" in then:  # who wrote it knows what it gives (MiniMind's weights are rounded to fp16)
         return then["foreign"]["level"], lost
     now, before = facts(loop, world), then.get("facts") or {}
@@ -258,11 +296,18 @@ def _level(loop: Loop, world: World, then: Mapping[str, Any], lost: list[str]) -
     return "sample-exact" if why or lost else "exact", [*why, *lost]
 
 
-# -- what there is to go on from ------------------------------------------------------------------------------------------
+# -- what there is to go on from --------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
-    """A state to go on from, where it came from, and what was passed over."""
+    """A checkpoint to go on from.
+
+    Args:
+        state: None where the run begins anew.
+        name: what to call it in a remark.
+        skipped: damaged checkpoints that were passed over.
+        place: its folder, None where it came from elsewhere.
+    """
 
     state: State | None
     name: str
@@ -271,9 +316,19 @@ class Found(NamedTuple):
 
 
 def find(run: Path, resume: str | Path | State, world: World) -> Found:
-    """What to go on from: the run's newest valid checkpoint, one that was named, or nothing. The first rank chooses.
+    """Find what to go on from: the run's newest valid checkpoint, one that was named, or nothing.
 
-    A run begun from elsewhere goes on from its own checkpoints, so that the same command may be given again.
+    The first rank chooses for all. A run begun from elsewhere goes on from its own checkpoints, so that the same
+    command may be given again.
+
+    Args:
+        run: the run's folder.
+        resume: as `fit` takes it.
+        world: this process among its peers.
+
+    Raises:
+        TensorkeepError: every checkpoint is damaged, the named one is not there, or going on from it would mix two
+            runs.
     """
     found = distributed.together(world, lambda: _choose(run, resume) if world.first else Found(None, "", []))
     chosen: Found = gathered(world, found._replace(state=None))[0]
@@ -289,6 +344,7 @@ def find(run: Path, resume: str | Path | State, world: World) -> Found:
 
 
 def _choose(run: Path, resume: str | Path | State) -> Found:
+    """Find what to go on from, on one rank."""
     own = checkpoint.steps(run)
     if isinstance(resume, State) or str(resume) not in ("auto", "never"):
         named = _named(run, resume, own)
@@ -309,7 +365,7 @@ def _choose(run: Path, resume: str | Path | State) -> Found:
 
 
 def _named(run: Path, resume: str | Path | State, own: list[int]) -> Found | None:
-    """The checkpoint that was named; None where the run has gone on from it already."""
+    """Load the checkpoint that was named; None where the run has gone on from it already."""
     if isinstance(resume, State):
         return None if own else Found(resume, "a file from elsewhere", [])
     folder = Path(resume)

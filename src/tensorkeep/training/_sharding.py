@@ -1,4 +1,4 @@
-"""FSDP2: parameters, moments and averages in shards over the ranks while training, whole tensors in the files.
+"""FSDP2: parameters, moments and averages lie in shards over the ranks while training, whole in the files.
 
 A checkpoint of a sharded run is the ordinary one: tensors are gathered one at a time, the first rank keeps them in main
 memory and writes them. So any number of ranks, one process or DDP goes on from it, its digests are those of the
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the children of every outermost list whose children are of one class.
+    """Find the repeated blocks of a model: the children of every outermost list whose children are of one class.
 
     >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
     >>> len(blocks(model))
@@ -47,7 +47,16 @@ def shard(
 ) -> None:
     """Shard a model in place, unit by unit and the rest as one; optimizer groups and averages follow by name.
 
-    The optimizer must be new: it holds no state yet. Raises TensorkeepError where it is not, or torch is older than 2.6.
+    Args:
+        model: on the rank's device.
+        optimizer: over the model's parameters, without state yet.
+        averages: averages by parameter name, replaced in the dict.
+        units: the modules whose parameters are gathered together.
+        world: this process among its peers.
+
+    Raises:
+        TensorkeepError: the optimizer holds state or other parameters, or torch is older than 2.6 (2.7 for a model with
+            scalar parameters).
     """
     try:
         from torch.distributed.fsdp import fully_shard
@@ -81,16 +90,19 @@ def shard(
 
 
 def exchange(model: nn.Module, last: bool) -> None:
-    """Reduce gradients in the last backward of an update only. Nothing for a model that is not sharded."""
+    """Let a sharded model exchange gradients in the `last` backward of an update only; else do nothing."""
     reduce = getattr(model, "set_requires_gradient_sync", None)
     if reduce is not None:
         reduce(last)
 
 
 def clipped(parameters: Sequence[Tensor], limit: float | None, world: World) -> Tensor:
-    """Clip the norm of all gradients to `limit` (None: leave them); gives the norm as it was, whole on every rank.
+    """Clip the norm of all gradients to `limit` (None: leave them).
 
     The gradients of scalars beside shards are made the mean over ranks first, as FSDP makes the others.
+
+    Returns:
+        The norm before clipping, over all shards, the same on every rank.
     """
     scalars = [p for p in parameters if not sharded([p])]
     if len(scalars) in (0, len(parameters)):
@@ -111,8 +123,11 @@ def clipped(parameters: Sequence[Tensor], limit: float | None, world: World) -> 
 
 
 def forget_whole(model: nn.Module) -> None:
-    """Let go of parameters gathered for a forward. FSDP keeps those of the root until a backward, so that after an
-    evaluation under the average the next forward would take the average's. Nothing for a model that is not sharded."""
+    """Drop the whole parameters that a sharded model gathered for a forward; else do nothing.
+
+    FSDP keeps those of the root until a backward, so that after an evaluation under the average the next forward would
+    take the average's.
+    """
     for module in model.modules():
         reshard = getattr(module, "reshard", None)
         if reshard is not None and hasattr(module, "set_requires_gradient_sync"):
@@ -120,13 +135,15 @@ def forget_whole(model: nn.Module) -> None:
 
 
 def sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is spread over ranks."""
+    """Whether any of these tensors is spread over ranks."""
     return any(hasattr(t, "full_tensor") for t in tensors)
 
 
 def whole(tensor: Tensor, keep: bool) -> Tensor:
-    """A sharded tensor in one piece in main memory on ranks that `keep` it; others take part and get an empty one.
-    Any other tensor as it is."""
+    """Gather a sharded tensor in main memory on ranks that `keep` it; any other tensor is returned as it is.
+
+    Every rank must take part; those that do not keep it get an empty tensor.
+    """
     gather = getattr(tensor, "full_tensor", None)
     if gather is None:
         return tensor
@@ -135,7 +152,7 @@ def whole(tensor: Tensor, keep: bool) -> Tensor:
 
 
 def like(value: Tensor, pattern: Tensor) -> Tensor:
-    """`value`, whole and the same on every rank, as `pattern` is spread: this rank's shard is cut from it."""
+    """Spread `value`, whole and the same on every rank, as `pattern` is spread; this rank gets its shard."""
     if not hasattr(pattern, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""Staging: a run's tensors copied out of the way of training, as images of the files they will become.
+"""Staging: copy a run's tensors out of the way of training, into images of the files they will become.
 
 On a GPU the copy goes into page-locked memory, allocated once, on a stream of its own: the caller gets back at once and
 the next optimizer step waits for the copy alone. Each image is laid out like its file, so that the writer puts it on
@@ -22,19 +22,14 @@ GATHERED = 1 << 20  # bytes; tensors up to this size are gathered on the device,
 SCRATCH = 64 << 20  # bytes of device memory for one gathering
 
 
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy; its shape and dtype do not matter."""
-    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
 class Stage:
-    """Page-locked images, one a file, kept from save to save. One save at a time may use them.
+    """Page-locked memory for the images, one a file, kept from save to save; one save at a time may use it.
 
-    >>> stage = Stage()
-    >>> staged = stage.copy([(layout, {"w": tensor})])          # doctest: +SKIP
-    >>> staged.before_step(); optimizer.step()                  # doctest: +SKIP
-    >>> images = staged.wait()                                  # doctest: +SKIP
+    Example:
+        >>> stage = Stage()
+        >>> staged = stage.copy([(layout, {"w": tensor})])          # doctest: +SKIP
+        >>> staged.before_step(); optimizer.step()                  # doctest: +SKIP
+        >>> images = staged.wait()                                  # doctest: +SKIP
     """
 
     def __init__(self) -> None:
@@ -43,10 +38,12 @@ class Stage:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, files: Sequence[tuple[FileLayout, Mapping[str, Tensor]]], steady: frozenset[str]) -> Staged:
-        """Copy these tensors. Returns when those on the CPU are copied and the others are on their way.
+        """Copy tensors into images; returns when those on the CPU are copied and the others are on their way.
 
-        `steady` names tensors of the first file that change in optimizer steps only. The current stream waits here
-        for all the others (running statistics change in the next forward), and for these in `before_step`.
+        Args:
+            files: each file's layout with its tensors by name.
+            steady: tensors of the first file that change in optimizer steps only. The current stream waits here for all
+                others of that file (running statistics change in the next forward), and for these in `before_step`.
         """
         staged = Staged()
         with torch.no_grad():
@@ -68,7 +65,7 @@ class Stage:
     def _enqueue(
         self, target: Tensor, tensors: Mapping[str, Tensor], slots: Sequence[Slot], staged: Staged
     ) -> list[torch.cuda.Event]:
-        """Copy some tensors into the image; an event for each device that they are copied from."""
+        """Copy some tensors into the image; returns an event for each GPU that they are copied from."""
         by_device: dict[torch.device, list[Slot]] = {}
         for slot in slots:
             if slot.nbytes:
@@ -91,7 +88,7 @@ class Stage:
         return events
 
     def _image(self, layout: FileLayout, cuda: bool) -> memoryview:
-        """Room for one file: what is there already, where that is large enough."""
+        """Give memory for one file: what is there already, where that is large enough."""
         room = self._images.get(layout.name)
         if room is None or len(room) < durable.padded(layout.size):
             self._forget(layout.name)
@@ -108,10 +105,11 @@ class Stage:
 
     @property
     def pinned(self) -> bool:
-        """Whether every image is page-locked; False means that each save stalls for the whole copy."""
+        """Whether every image is page-locked; if not, each save stalls for the whole copy."""
         return self._locked == set(self._images)
 
     def _forget(self, name: str) -> None:
+        """Let one image go."""
         room = self._images.pop(name, None)
         if room is not None and name in self._locked:
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -125,7 +123,7 @@ class Stage:
 
 
 class Staged:
-    """A copy under way. `sources` keeps the tensors alive until it is done."""
+    """A copy under way; it keeps the tensors alive until it is done."""
 
     def __init__(self) -> None:
         self.images: dict[str, memoryview] = {}
@@ -141,7 +139,7 @@ class Staged:
             torch.cuda.current_stream().wait_event(event)
 
     def wait(self) -> dict[str, memoryview]:
-        """The images, once every byte is in them."""
+        """Wait until every byte is copied; returns the images by file name."""
         for event in (*self.at_once, *self.later):
             event.synchronize()
         self.sources.clear()
@@ -150,7 +148,7 @@ class Staged:
 
 
 def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
-    """Neighbours of up to GATHERED bytes each in groups of up to SCRATCH bytes; every larger tensor by itself."""
+    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group."""
     group: list[Slot] = []
     for slot in slots:
         near = group and slot.start == group[-1].start + group[-1].nbytes
@@ -167,7 +165,7 @@ def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
 
 
 def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]) -> None:
-    """One tensor straight to the host; several through one scratch buffer on the device, dtype by dtype."""
+    """Copy one tensor straight to the host, several through one scratch buffer on the device, dtype by dtype."""
     if len(run) == 1:
         _view(target, run[0], tensors[run[0].tensor]).copy_(tensors[run[0].tensor], non_blocking=True)
         return
@@ -186,5 +184,5 @@ def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]
 
 
 def _view(target: Tensor, slot: Slot, like: Tensor) -> Tensor:
-    """The place of a tensor in an image, with the tensor's own dtype and shape."""
+    """Give the place of a tensor in an image, with the tensor's own dtype and shape."""
     return target[slot.start : slot.start + slot.nbytes].view(like.dtype).view(like.shape)

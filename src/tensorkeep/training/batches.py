@@ -1,8 +1,9 @@
-"""Which samples make up which global batch, and a loader that fetches them.
+"""Decide which samples make up which global batch, and fetch them.
 
-The position of a run is a number of samples. Sample p of the stream is entry p % N of epoch p // N, and a global
-batch is `batch` samples in a row, over the end of an epoch where it falls there: every sample comes once an epoch,
-whatever the world size, the split into micro-batches or the number of workers. Rank r takes every W-th from its r-th.
+The position of a run is a number of samples. Sample p of the stream is entry p % N of epoch p // N, N being the data's
+length, and a global batch is `batch` consecutive samples, over the end of an epoch where it falls there: every sample
+comes once an epoch, whatever the world size, the split into micro-batches or the number of workers. Of W ranks, rank r
+takes every W-th sample of a batch, from the r-th on.
 """
 
 from __future__ import annotations
@@ -28,27 +29,35 @@ Orders = Mapping[int, Sequence[int]]  # epoch -> its permutation, where it is no
 
 
 class Data(Protocol):
-    """What a job trains on. `sample` must draw from the generator it is given and from nothing else."""
+    """What a job trains on: so many samples, each by its number."""
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int, generator: torch.Generator) -> Any: ...
+    def sample(self, index: int, generator: torch.Generator) -> Any:
+        """Make sample `index`; random numbers must come from the generator and from nothing else."""
+        ...
 
     def fingerprint(self) -> str:
-        """A digest that changes when the data does."""
+        """Give a text that changes when the data does."""
         ...
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The endless stream of samples: `seed`, the data's length, and epochs whose order is given from outside."""
+    """The endless stream of samples, epoch after epoch.
+
+    Args:
+        seed: of the epochs' orders.
+        length: samples of an epoch.
+        orders: the order of those epochs whose order comes from outside.
+    """
 
     seed: int
     length: int
     orders: Orders = field(default_factory=dict)
 
     def keys(self, start: int, count: int) -> list[Key]:
-        """(epoch, index) of `count` samples from position `start`.
+        """List (epoch, index) of `count` samples from position `start`.
 
         >>> stream = Stream(seed=0, length=3)
         >>> sorted(index for _, index in stream.keys(3, 3))
@@ -66,19 +75,30 @@ class Stream:
         return out
 
     def _epoch(self, epoch: int) -> Any:
+        """The order of an epoch."""
         return self.orders[epoch] if epoch in self.orders else _order(self.seed, epoch, self.length)
 
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """`randomness.order`, kept for the epochs in use."""
     return order(seed, epoch, length)
 
 
 def micro_batches(keys: Sequence[Key], rank: int, world: int, micro: int) -> list[list[Key]]:
-    """One rank's part of a global batch, cut into at most `micro` samples each; every rank gets equally many parts.
+    """Cut one rank's part of a global batch into micro-batches; every rank gets equally many.
 
-    Parts differ by one sample at most; empty ones, where there are some, come first, since the last one carries the
-    exchange of gradients. Raises TensorkeepError where a rank would get nothing at all.
+    They differ by one sample at most; empty ones, where there are some, come first, since the last one carries the
+    exchange of gradients.
+
+    Args:
+        keys: the global batch.
+        rank: whose part is cut.
+        world: how many ranks there are.
+        micro: at most so many samples a micro-batch.
+
+    Raises:
+        TensorkeepError: a rank would get no sample at all.
 
     >>> [len(part) for part in micro_batches([(0, i) for i in range(8)], rank=2, world=3, micro=1)]
     [0, 1, 1]
@@ -96,7 +116,12 @@ def micro_batches(keys: Sequence[Key], rank: int, world: int, micro: int) -> lis
 
 
 def parts_of(batch: int, world: int, micro: int) -> int:
-    """Forward passes of a rank in one update.
+    """Count the forward passes of a rank in one update.
+
+    Args:
+        batch: samples of a global batch.
+        world: how many ranks there are.
+        micro: at most so many samples a forward.
 
     >>> parts_of(8, world=3, micro=1), parts_of(8, world=1, micro=4)
     (3, 2)
@@ -105,7 +130,7 @@ def parts_of(batch: int, world: int, micro: int) -> int:
 
 
 class _Keyed(Dataset[Any]):
-    """The data by (epoch, index): each sample with the generator that is its own."""
+    """The data as torch's loader wants it: a sample by (epoch, index), made with a generator of its own."""
 
     def __init__(self, data: Data, seed: int) -> None:
         self.data, self.seed = data, seed
@@ -115,7 +140,7 @@ class _Keyed(Dataset[Any]):
 
 
 class _Collate:
-    """Empty parts stay None; a module-level class, so that workers can be spawned too."""
+    """The job's collate, but None for an empty part; a class of the module, so that workers can be spawned too."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
@@ -137,9 +162,22 @@ def batches(
     workers: int = 0,
     pin: bool = False,
 ) -> Iterator[list[Any]]:
-    """The micro-batches of each update from position `start`, `updates` times; an empty part is None.
+    """Fetch one rank's micro-batches, update by update; an empty one is None.
 
-    Workers prefetch. Neither making the loader nor its workers touches the process's global generators.
+    Neither making the loader nor its workers touches the process's global random generators.
+
+    Args:
+        data: gives samples.
+        collate: makes a batch of a list of samples.
+        stream: the order of samples.
+        start: the position of the first update, in samples.
+        updates: for so many updates.
+        batch: samples of a global batch.
+        micro: at most so many samples a micro-batch.
+        rank: whose micro-batches are fetched.
+        world: how many ranks there are.
+        workers: processes that prefetch (0: none).
+        pin: put tensors into page-locked memory.
     """
 
     def keys() -> Iterator[list[Key]]:
@@ -166,7 +204,15 @@ def batches(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Every tensor of a batch (in dicts, lists and tuples) on the device; the rest as it is."""
+    """Move every tensor of a batch (in dicts, lists and tuples) to a device.
+
+    Args:
+        batch: nested values; what is no tensor stays as it is.
+        device: where to.
+
+    Returns:
+        A batch of the same form.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -178,11 +224,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _alone(_worker: int) -> None:
+    """Called in each worker as it starts."""
     leave_to_the_parent()
 
 
 class _Sampler:
-    """A batch sampler over a generator function, as DataLoader wants one: iterable anew."""
+    """A batch sampler over a generator function, since DataLoader wants one that can be iterated anew."""
 
     def __init__(self, keys: Callable[[], Iterator[list[Key]]]) -> None:
         self.keys = keys

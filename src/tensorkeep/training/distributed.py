@@ -1,4 +1,4 @@
-"""One process or many, by torchrun and torch.distributed: the same code, world size 1 included.
+"""Run as one process or as many under torchrun, with the same code.
 
 Nothing here launches or schedules. Small facts (counts, a request to stop, random states) travel between CPUs through
 gloo, so that no step waits for a GPU to tell them.
@@ -24,7 +24,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers: `rank` of `size`, and the device it computes on."""
+    """This process among its peers.
+
+    Args:
+        rank: from 0.
+        size: how many processes there are.
+        device: the device that this one computes on.
+    """
 
     rank: int = 0
     size: int = 1
@@ -32,14 +38,18 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """Whether this rank is the one that writes files and prints."""
         return self.rank == 0
 
 
 def start(device: str | None = None) -> World:
-    """Join the group that torchrun describes (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
+    """Join the group that torchrun describes (RANK, WORLD_SIZE, LOCAL_RANK), or be the only process.
 
-    `device`: cpu or cuda; by default a GPU where there is one. Raises TensorkeepError where it is not there.
+    Args:
+        device: `cpu`, `cuda` or `cuda:N` (None: a GPU where there is one).
+
+    Raises:
+        TensorkeepError: there is no such device.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
@@ -54,13 +64,21 @@ def start(device: str | None = None) -> World:
 
 
 def stop() -> None:
-    """Leave the group, where there is one."""
+    """Leave the group that `start` joined, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def total(world: World, *values: float) -> list[float]:
-    """Sums over all ranks, in float64, on the CPU."""
+    """Sum numbers over all ranks, in float64 on the CPU.
+
+    Args:
+        world: every rank must call this, with equally many values.
+        values: this rank's numbers.
+
+    Returns:
+        The sums, in the same order.
+    """
     if world.size == 1:
         return [float(v) for v in values]
     sums = torch.tensor(values, dtype=torch.float64)
@@ -69,7 +87,15 @@ def total(world: World, *values: float) -> list[float]:
 
 
 def gathered(world: World, value: Any) -> list[Any]:
-    """`value` of every rank, in their order; everybody gets the list."""
+    """Collect a value from every rank.
+
+    Args:
+        world: every rank must call this.
+        value: this rank's value, which must be picklable.
+
+    Returns:
+        The values in the order of the ranks, the same list on each.
+    """
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -78,7 +104,18 @@ def gathered(world: World, value: Any) -> list[Any]:
 
 
 def together(world: World, work: Callable[[], T]) -> T:
-    """`work()` of this rank. An error on one rank is raised on all of them, so that nobody waits for those who left."""
+    """Do this rank's work, and raise an error of any rank on all of them, so that none waits for one that left.
+
+    Args:
+        world: every rank must call this.
+        work: what this rank does.
+
+    Returns:
+        What `work` returned here.
+
+    Raises:
+        TensorkeepError: `work` raised it on this rank or another.
+    """
     result: T | None = None
     error: TensorkeepError | None = None
     try:
@@ -92,14 +129,14 @@ def together(world: World, work: Callable[[], T]) -> T:
 
 
 def same_start(world: World, tensors: Sequence[Tensor]) -> None:
-    """Give every rank the first one's values, in place, as DDP does when it is made."""
+    """Overwrite tensors with the first rank's values, as DDP does when it is made."""
     if world.size > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 def add_up(world: World, tensors: Sequence[Tensor]) -> None:
-    """Sums over all ranks, in place, exchanged as one; all are of one dtype, in the same order on each rank."""
+    """Sum tensors over all ranks in place, in one exchange; all have one dtype and the same order on each rank."""
     if world.size == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -109,8 +146,11 @@ def add_up(world: World, tensors: Sequence[Tensor]) -> None:
 
 
 def parallel(model: nn.Module, world: World) -> nn.Module:
-    """The model under DDP; alone, the model itself. Buffers are left alone in every forward: frozen codes need no trip,
-    and what a loss keeps in a buffer it must reduce itself. (Every rank starts from the same ones.)"""
+    """Put a model under DDP where there are several ranks.
+
+    Every rank starts from the same buffers, but DDP does not exchange them in a forward: frozen codes need no trip, and
+    what a loss keeps in a buffer it must reduce itself.
+    """
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None

@@ -1,6 +1,6 @@
 """Exponential moving average of a model's trainable weights, by name, in float32.
 
-Frozen, integer and quantized state is never averaged and never travels: evaluation under the average swaps exactly
+Frozen, integer and quantized tensors are never averaged and never moved: evaluation under the average swaps exactly
 the trainable tensors, by pointer, and puts the very same tensors back. An update reads the weights, reads and writes
 the average, and does nothing else: 12 bytes a trainable parameter, whatever the size of the frozen base.
 """
@@ -28,23 +28,33 @@ class _Pending(NamedTuple):
 
 
 class Ema:
-    """Average of the parameters that train when it is made.
+    """An exponential moving average of the parameters that train when it is made.
 
-    `decay` per update; `warmup=True` starts lower, `min(decay, (1 + n) / (10 + n))` at update n (0-based), so that
-    a short run is not dominated by its start. `device="cpu"` keeps the average off the GPU: weights are copied to
-    pinned memory without waiting, and averaged there at the next update or when the average is asked for.
-    Raises TensorkeepError where nothing trains, and where packed codes do.
+    Args:
+        model: its trainable parameters are the first average.
+        decay: share of the old average that stays at each update, in [0, 1).
+        warmup: begin with a lower decay, `min(decay, (1 + n) / (10 + n))` at update n (from 0), so that a short run is
+            not dominated by its start.
+        device: `cpu` keeps the average off the GPU: weights are copied to pinned memory without waiting, and averaged
+            there at the next update or when the average is asked for. None: the parameters' own device.
 
-    >>> model = nn.Linear(1, 1, bias=False)
-    >>> _ = model.weight.data.fill_(0.0)
-    >>> ema = Ema(model, decay=0.9)
-    >>> _ = model.weight.data.fill_(1.0)
-    >>> ema.update(model)
-    >>> with ema.applied(model):
-    ...     print(round(model.weight.item(), 3))
-    0.1
-    >>> model.weight.item()
-    1.0
+    Attributes:
+        updates: how many updates went in.
+
+    Raises:
+        TensorkeepError: nothing trains, packed codes train (Q03), or `decay` is out of range.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(0.0)
+        >>> ema = Ema(model, decay=0.9)
+        >>> _ = model.weight.data.fill_(1.0)
+        >>> ema.update(model)
+        >>> with ema.applied(model):
+        ...     print(round(model.weight.item(), 3))
+        0.1
+        >>> model.weight.item()
+        1.0
     """
 
     def __init__(
@@ -66,17 +76,21 @@ class Ema:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The averages by name, float32: the tensors themselves, with every update in them."""
+        """The averages by name, float32, with every update in them; not copies."""
         self._settle()
         return self._tensors
 
     def decay_at(self, update: int) -> float:
-        """Decay used by update `update` (0-based)."""
+        """Compute the decay of update `update`, from 0."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """`e <- d e + (1 - d) m` for every tensor; call it after the optimizer's step."""
+        """Average the model's weights in, `e <- d e + (1 - d) w`; call it after the optimizer's step.
+
+        Raises:
+            TensorkeepError: the average is applied, or a parameter is gone.
+        """
         if self._applied:
             raise TensorkeepError("cannot be updated while it is applied: the model holds the average", where="ema")
         parameters = self._parameters(model)
@@ -96,7 +110,7 @@ class Ema:
         self.updates += 1
 
     def _copied(self, name: str, value: Tensor) -> Tensor:
-        """A copy in pinned memory, made in the order of the current stream: the next optimizer step comes after it."""
+        """Copy weights into pinned memory, in the order of the current stream: the next optimizer step comes after."""
         if name not in self._staged:
             self._staged[name] = torch.empty_like(value, device="cpu", pin_memory=True)
         return self._staged[name].copy_(value, non_blocking=True)
@@ -111,11 +125,16 @@ class Ema:
 
     @contextmanager
     def applied(self, model: nn.Module, copy: bool = False) -> Iterator[None]:
-        """Within it the model's trainable weights are the average; afterwards, also after an error, they are
-        bitwise what they were.
+        """Within it the model's trainable weights are the average; afterwards they are bitwise what they were.
 
-        Parameters point to the average meanwhile. `copy=True` keeps their addresses and moves the values, which
-        recorded CUDA graphs need (`torch.compile(mode="reduce-overhead")`); shards of FSDP2 are always moved so.
+        Args:
+            model: the model the average was made of.
+            copy: keep the parameters' addresses and move the values, which recorded CUDA graphs need
+                (`torch.compile(mode="reduce-overhead")`); else parameters point to the average. Shards of FSDP2 are
+                always moved.
+
+        Raises:
+            TensorkeepError: the average is applied already, or a parameter is gone.
         """
         if self._applied:
             raise TensorkeepError("is applied already", where="ema")
@@ -136,31 +155,31 @@ class Ema:
             self._applied = False
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by name, float32, without copies; `updates` is the only other state."""
+        """Give the averages by name, float32, without copies; `updates` is the only other state."""
         return dict(self.tensors)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Take over saved averages; names and shapes must be exactly ours.
+        """Take over saved averages; names and shapes must be exactly those here.
 
-        Raises TensorkeepError that lists missing and unexpected names, shapes that differ, and whole tensors where
-        ours are sharded; then nothing was changed.
+        Args:
+            state: averages by name.
+            updates: how many updates went into them.
+
+        Raises:
+            TensorkeepError: lists missing and unexpected names, shapes that differ, and whole tensors where those here
+                are sharded; then nothing was changed.
         """
         own = self.tensors
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         both = {name: (mine, state[name]) for name, mine in own.items() if name in state}
-        shapes = [
-            f"{n} {tuple(t.shape)} instead of {tuple(m.shape)}" for n, (m, t) in both.items() if t.shape != m.shape
-        ]
+        other = {n: (mine.shape, theirs.shape) for n, (mine, theirs) in both.items() if theirs.shape != mine.shape}
+        shapes = [f"{n} {tuple(theirs)} instead of {tuple(mine)}" for n, (mine, theirs) in other.items()]
         whole = [n for n, (mine, theirs) in both.items() if hasattr(mine, "to_local") != hasattr(theirs, "to_local")]
-        problems = [
-            ("missing", missing),
-            ("unexpected", extra),
-            ("shape differs", shapes),
-            ("not sharded alike", whole),
-        ]
-        if any(names for _, names in problems):
-            what = "; ".join(f"{label}: {', '.join(names[:5])} ({len(names)})" for label, names in problems if names)
+        problems = {"missing": missing, "unexpected": extra, "shape differs": shapes, "not sharded alike": whole}
+        if any(problems.values()):
+            found = {label: names for label, names in problems.items() if names}
+            what = "; ".join(f"{label}: {', '.join(names[:5])} ({len(names)})" for label, names in found.items())
             hint = "the average must be of the same trainable tensors; was another part frozen?"
             raise TensorkeepError(what, where="ema", hint=hint)
         for mine, theirs in both.values():
@@ -168,6 +187,7 @@ class Ema:
         self.updates = updates
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Find the averaged parameters in the model, by name."""
         root, found = _unwrap(model), {}
         # by their paths: walking the whole of a large frozen model takes longer than averaging
         for name, (*path, key) in self._paths.items():
@@ -185,9 +205,13 @@ class Ema:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is averaged: parameters that train, without the wrappers of DDP and torch.compile in their names.
+    """List the parameters that train, by names without the wrappers of DDP and torch.compile.
 
-    Raises TensorkeepError where one of them is packed codes: bitsandbytes lets codes stored as floats require gradients.
+    Args:
+        model: perhaps wrapped.
+
+    Raises:
+        TensorkeepError: one of them is packed codes (Q03): bitsandbytes lets codes stored as floats require gradients.
     """
     found = {n: p for n, p in _unwrap(model).named_parameters() if p.requires_grad and p.is_floating_point()}
     codes = [name for name, parameter in found.items() if getattr(parameter, "quant_state", None) is not None]
@@ -198,7 +222,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The module under DDP and torch.compile: names must not depend on how it is run."""
+    """Take off the wrappers of DDP and torch.compile: names must not depend on how a model is run."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -207,17 +231,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _start(parameter: nn.Parameter, device: torch.device | str | None) -> Tensor:
+    """The first average of a parameter: a float32 copy, page-locked where it leaves the GPU."""
     average = parameter.detach().to(device=device, dtype=torch.float32, copy=True)
     pinned = parameter.is_cuda and not average.is_cuda and not hasattr(average, "to_local")
     return average.pin_memory() if pinned else average
 
 
 def _lerp(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
+    """Move all averages toward their values by `weight`, in place."""
     torch._foreach_lerp_(averages, [v if v.dtype == torch.float32 else v.to(torch.float32) for v in values], weight)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor (averaging works element by element), any other tensor as it is."""
+    """Take this process's part of a sharded tensor (averaging is element by element), any other tensor as it is."""
     # the kind first: a plain tensor asked for what it lacks takes as long as averaging it
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "to_local"):
         return tensor
@@ -227,16 +253,17 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _stays(parameter: nn.Parameter, copy: bool) -> bool:
-    """Whether values are moved: a sharded parameter's storage is known elsewhere, FSDP2 gathers from it."""
+    """Whether a parameter keeps its storage: a sharded one's is known elsewhere, FSDP2 gathers from it."""
     return copy or hasattr(parameter, "to_local")
 
 
 def _original(parameter: nn.Parameter, copy: bool) -> Tensor:
-    """What restores a parameter: a copy of its values where they will be moved, else its own tensor."""
+    """Keep what restores a parameter: a copy of its values where they will be overwritten, else its own tensor."""
     return _local(parameter.detach()).clone() if _stays(parameter, copy) else parameter.data
 
 
 def _put(parameter: nn.Parameter, average: Tensor, copy: bool) -> None:
+    """Let a parameter hold the average."""
     if _stays(parameter, copy):
         _local(parameter.detach()).copy_(_local(average), non_blocking=True)
     else:
@@ -244,6 +271,7 @@ def _put(parameter: nn.Parameter, average: Tensor, copy: bool) -> None:
 
 
 def _put_back(parameter: nn.Parameter, original: Tensor, copy: bool) -> None:
+    """Let a parameter hold its own values again."""
     if _stays(parameter, copy):
         _local(parameter.detach()).copy_(original)
     else:

@@ -1,7 +1,7 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask a run to save and leave; asked twice, it leaves at once.
+"""Let SIGTERM, SIGINT and SIGUSR1 ask a run to save and leave; asked twice, it leaves at once.
 
-A handler only notes the wish: an update is never cut in half. Inside `may_stop()` (evaluation, which changes nothing)
-it raises instead, since the checkpoint before it has been saved already.
+A handler only notes the wish: an update is never cut in half. Within `may_stop()` (an evaluation, which changes
+nothing) it raises instead, since the checkpoint before it has been saved already.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ ECHO = 1.0  # seconds; a terminal and a launcher both pass the same wish on, whi
 
 
 class Interrupted(BaseException):
-    """A signal came where the run may stop at once. No Exception: an evaluation that guards itself against faults
-    in its data must not swallow it."""
+    """A signal came where the run may stop at once.
+
+    It is no Exception: an evaluation that guards itself against faults in its data must not swallow it.
+    """
 
 
 class Wish:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Whether the run was asked to stop, and by which signal (`signal`, None where it was not)."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -33,7 +35,7 @@ class Wish:
 
     @contextmanager
     def may_stop(self) -> Iterator[None]:
-        """Within it a signal raises Interrupted; one that came before does so at once."""
+        """Within it a signal raises Interrupted; one that came before does so at once, too."""
         self._may_stop = True
         try:
             if self.signal is not None:
@@ -43,7 +45,7 @@ class Wish:
             self._may_stop = False
 
     def ask(self, number: int, _frame: FrameType | None = None) -> None:
-        """What the handler does."""
+        """Note a signal, as its handler."""
         if self.signal is not None:
             if time.monotonic() - self._since > ECHO:
                 os._exit(128 + number)  # half-written files bear a temporary name: nothing is lost by leaving now
@@ -55,7 +57,7 @@ class Wish:
 
 @contextmanager
 def listening() -> Iterator[Wish]:
-    """Listen for the signals that ask a run to stop; the former handlers come back afterwards.
+    """Within it the signals that ask a run to stop are noted; the former handlers come back afterwards.
 
     Outside the main thread Python cannot listen, and the wish stays empty.
     """
@@ -73,7 +75,10 @@ def listening() -> Iterator[Wish]:
 
 
 def leave_to_the_parent() -> None:
-    """For a process that fetches data: whoever stops a whole group of processes (a terminal, Slurm) asks the run, and
-    the run, still finishing its update, needs the samples; it ends its helpers itself."""
+    """Ignore the signals that ask a run to stop; for a process that fetches data.
+
+    A terminal or Slurm sends a signal to the whole group of processes. The run, still finishing its update, needs the
+    samples, and ends its helpers itself.
+    """
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)

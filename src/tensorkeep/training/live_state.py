@@ -1,7 +1,7 @@
-"""What a run is at an update boundary, taken from its live objects by name and put back by name.
+"""Take weights and optimizer state from live objects by name, and put them back by name.
 
-Weights in the dtype they are trained in, tied ones once; optimizer state by parameter name. Frozen weights are not
-stored where the job names its base: they are compared by digest instead.
+Weights keep the dtype they are trained in, tied ones are taken once; optimizer state goes by parameter name. Frozen
+weights are left out where the job names its base: they are compared by digest instead.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from tensorkeep.training import _sharding as sharding
 
 
 def stored_tensors(model: nn.Module, base: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a checkpoint keeps of a model: name -> tensor, and name -> the name of the tensor it is tied to.
+    """List the tensors of a model that a checkpoint keeps.
 
-    With `base` only what trains and the buffers that training changes; frozen parameters and the codes of quantized
-    modules (those that say `frozen_state`) belong to the base.
+    Args:
+        model: the live model.
+        base: keep only what trains and the buffers that training changes; frozen parameters and the codes of quantized
+            modules (those that say `frozen_state`) belong to the base.
+
+    Returns:
+        Tensors by name, not copied; and for each name that is tied to one of them, that one's name.
     """
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} if base else set()
     if base:
@@ -47,19 +52,26 @@ def stored_tensors(model: nn.Module, base: bool) -> tuple[dict[str, Tensor], dic
 
 
 def undeclared(model: nn.Module) -> list[str]:
-    """Entries of a model's state that are no tensors (extra state of a module): a checkpoint does not keep them."""
+    """List entries of a model's state that are no tensors (a module's extra state), which checkpoints leave out."""
     return [name for name, value in model.state_dict(keep_vars=True).items() if not isinstance(value, Tensor)]
 
 
 def _trainable(module: nn.Module, prefix: str) -> set[str]:
+    """Names of a module's parameters that train."""
     return {prefix + n for n, p in module.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> None:
-    """Copy saved tensors into the model, all or nothing: names, shapes and dtypes are compared first.
+    """Copy saved tensors into a model, all or nothing: names, shapes and dtypes are compared first.
 
-    Raises TensorkeepError that lists what is missing, unexpected or of another kind.
+    Args:
+        model: changed in place.
+        saved: tensors by name, as `stored_tensors` gave them.
+        base: whether the model's frozen parameters belong to a base.
+
+    Raises:
+        TensorkeepError: lists what is missing, unexpected or has another shape or dtype (K01).
     """
     mine, _ = stored_tensors(model, base)
     coded = _coded(model, mine)
@@ -82,7 +94,7 @@ def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> No
 
 
 def _coded(model: nn.Module, mine: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Modules whose stored state is not the tensors they hold (codes with a description), and their stored names."""
+    """Find modules that store other tensors than they hold (codes with a description), and the stored names."""
     own = nn.Module._save_to_state_dict
     found = {}
     for path, module in model.named_modules():
@@ -96,23 +108,31 @@ def _coded(model: nn.Module, mine: Mapping[str, Tensor]) -> dict[str, list[str]]
 
 
 def _kinds(tensors: Mapping[str, Tensor], free: set[str]) -> dict[str, str]:
-    """What each tensor is; of codes and their description the names alone, since a description's length may differ."""
+    """Describe each tensor, but not those named in `free`: a description of codes may differ in length."""
     return {n: "" if n in free else _kind(t) for n, t in tensors.items()}
 
 
 def _kind(tensor: Tensor) -> str:
+    """Dtype and shape of a tensor, as a text."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def refuse_difference(what: str, mine: Mapping[str, str], saved: Mapping[str, str]) -> None:
-    """One error that lists every name on one side only, and every pair that differs."""
+    """Raise one error that lists every name on one side only, and every pair that differs.
+
+    Args:
+        what: what is compared, for the error.
+        mine: name -> description of what the run has.
+        saved: name -> description of what the checkpoint has.
+
+    Raises:
+        TensorkeepError: the two differ (K01).
+    """
+    differing = [n for n in sorted(mine.keys() & saved.keys()) if mine[n] != saved[n]]
     lists = (
         ("missing from the checkpoint", sorted(mine.keys() - saved.keys())),
         ("not in the run", sorted(saved.keys() - mine.keys())),
-        (
-            "different",
-            [f"{n} ({saved[n]}, now {mine[n]})" for n in sorted(mine.keys() & saved.keys()) if mine[n] != saved[n]],
-        ),
+        ("different", [f"{n} ({saved[n]}, now {mine[n]})" for n in differing]),
     )
     parts = [f"{label}: {', '.join(names[:4])} ({len(names)})" for label, names in lists if names]
     if parts:
@@ -128,7 +148,7 @@ def refuse_difference(what: str, mine: Mapping[str, str], saved: Mapping[str, st
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
-    """Names of parameters by identity. Raises where the optimizer trains what is not in the model."""
+    """Name parameters by their `id`; refuse an optimizer that trains what is not in the model."""
     names = {id(p): n for n, p in model.named_parameters()}
     lost = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if lost:
@@ -141,8 +161,16 @@ def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimizer state as tensors `parameter/slot` and a plain document: values that are no tensors, and each group's
-    hyper-parameters with the names of its parameters."""
+    """Take an optimizer's state by name.
+
+    Args:
+        model: names the parameters.
+        optimizer: over parameters of the model.
+
+    Returns:
+        Tensors as `parameter/slot`, not copied; and a plain document with the optimizer's class (`kind`), each group's
+        hyper-parameters with the names of its parameters (`groups`), and state that is no tensor (`values`).
+    """
     names = _names(model, optimizer)
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -161,6 +189,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
 
 
 def _plain(value: Any) -> Any:
+    """A hyper-parameter as JSON keeps it."""
     return value.item() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
 
 
@@ -172,11 +201,17 @@ def put_optimizer(
     document: Mapping[str, Any],
     adopt: bool = False,
 ) -> None:
-    """Give every parameter its own state back, by name. Hyper-parameters stay the recipe's.
+    """Give every parameter its optimizer state back, by name; hyper-parameters stay as they are.
 
-    `adopt`: nobody else holds these tensors, so those that lie right already are taken as they are.
+    Args:
+        model: names the parameters.
+        optimizer: its state is replaced.
+        tensors: as `optimizer_state` gave them.
+        document: as `optimizer_state` gave it.
+        adopt: nobody else holds these tensors, so those that lie on the right device are kept, not copied.
 
-    Raises TensorkeepError where the optimizer is of another kind or holds state of other parameters.
+    Raises:
+        TensorkeepError: the optimizer is of another class (R04), or there is state of other parameters (K01).
     """
     if document["kind"] != type(optimizer).__name__:
         raise TensorkeepError(
@@ -192,9 +227,8 @@ def put_optimizer(
         by_name.setdefault(name, {})[slot] = value
     unknown = sorted(by_name.keys() - parameters.keys())
     if unknown:  # a parameter that never got a gradient has none, so less is no fault
-        refuse_difference(
-            "optimizer", dict.fromkeys(parameters.keys() & by_name, "state"), dict.fromkeys(by_name, "state")
-        )
+        known = dict.fromkeys(parameters.keys() & by_name, "state")
+        refuse_difference("optimizer", known, dict.fromkeys(by_name, "state"))
     optimizer.state.clear()
     for name, slots in by_name.items():
         parameter, group = parameters[name]
@@ -209,6 +243,7 @@ def put_optimizer(
 
 
 def _slot(value: Tensor, parameter: Tensor, to_device: bool, adopt: bool) -> Tensor:
+    """One state tensor, laid out and spread as its parameter is."""
     if value.shape == parameter.shape and sharding.sharded([parameter]):
         return sharding.like(value, parameter)
     if value.shape == parameter.shape and value.stride() != parameter.stride():  # as the optimizer would lay it out

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and `proof.jsonl`: what a run said, one JSON object a line, no line twice.
+"""Read and write the rows of a run (`metrics.jsonl`, `proof.jsonl`): one JSON object a line, no step twice.
 
 A row belongs to a step. After a resume from step k the rows of later steps are taken away before they are made again,
 and a last line that a kill or a power cut left in pieces goes with them.
@@ -22,16 +22,20 @@ Row = dict[str, Any]
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, oldest first; none where it is not there. A torn end is left out.
+    """Read the rows of a file, oldest first; what a crash left in pieces at its end is left out.
 
-    Raises TensorkeepError for a line amid others that is no row: somebody else wrote into it.
+    Args:
+        path: the file; where it is not there, there are no rows.
+
+    Raises:
+        TensorkeepError: a line amid others is no row, so somebody else wrote into the file.
     """
     for _line, row in _lines(path):
         yield row
 
 
 def _lines(path: Path) -> list[tuple[bytes, Row]]:
-    """Each whole line with its row, until the end or where only ruins follow.
+    """Read each whole line with its row, up to the last row.
 
     Rows are on the disk before the checkpoint of their step is, so what a crash ruins is always the end.
     """
@@ -49,7 +53,7 @@ def _lines(path: Path) -> list[tuple[bytes, Row]]:
 
 
 def _row(line: bytes) -> Row | None:
-    """A JSON object whose `step` is a whole number; None for anything else."""
+    """Read a line as a JSON object whose `step` is a whole number; None for anything else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -58,7 +62,7 @@ def _row(line: bytes) -> Row | None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for every float that JSON lacks, however deep.
+    """Replace every NaN and infinity in nested values by None, since JSON has none.
 
     >>> finite({"loss": float("nan"), "evaluation": {"mAP": 0.5}})
     {'loss': None, 'evaluation': {'mAP': 0.5}}
@@ -71,7 +75,7 @@ def finite(value: Any) -> Any:
 
 
 def append(path: Path, row: Mapping[str, Any], durable: bool = False) -> None:
-    """Add a row in one write; `durable` also waits for the disk."""
+    """Append a row in one write; `durable` also waits for the disk."""
     with explained(path), path.open("ab", buffering=0) as file:
         file.write((json.dumps(finite(row)) + "\n").encode())
         if durable:
@@ -86,8 +90,11 @@ def sync(path: Path) -> None:
 
 
 def rewind(path: Path, step: int) -> int:
-    """Take away what comes after `step` (and a torn end); returns how many lines went. The file changes in one step;
-    where there is none, an empty one is made and its name is put on the disk."""
+    """Delete the rows after `step` (and a torn end) in one step; where there is no file, make an empty one.
+
+    Returns:
+        How many lines were deleted.
+    """
     if not path.exists():
         with explained(path):
             path.touch()
@@ -97,7 +104,11 @@ def rewind(path: Path, step: int) -> int:
 
 
 def keep(path: Path, wanted: Callable[[Row], bool]) -> int:
-    """Take away the rows that are not wanted (and a torn end); returns how many lines went."""
+    """Delete the rows that are not wanted (and a torn end) in one step.
+
+    Returns:
+        How many lines were deleted.
+    """
     kept = b"".join(line + b"\n" for line, row in _lines(path) if wanted(row))
     with explained(path):
         before = path.read_bytes() if path.exists() else b""

@@ -1,6 +1,6 @@
-"""Randomness that a restart cannot change.
+"""Make randomness that a restart cannot change.
 
-Sample order and augmentation are pure functions of (seed, epoch, index), computed with integers here, so that neither
+Sample order and augmentation are pure functions of (seed, epoch, index), computed here with integers, so that neither
 worker count, world size nor a library's version can change them. What is left (dropout, sampling) draws from the
 process's own generators, whose states are captured as plain JSON and put back last.
 """
@@ -23,12 +23,17 @@ _MASK = (1 << 64) - 1
 
 
 def derive(seed: int, *keys: int) -> int:
-    """A 63-bit number for (seed, keys): the seed of whatever belongs to that sample, epoch or rank.
+    """Derive the seed of whatever belongs to a sample, epoch or rank: a 63-bit number.
 
     SplitMix64 (Steele, Lea and Flood 2014) over the keys in turn.
 
-    >>> derive(0, 1, 2) == derive(0, 1, 2), derive(0, 1, 2) == derive(0, 2, 1)
-    (True, False)
+    Args:
+        seed: the run's seed.
+        keys: numbers that say what the seed is for.
+
+    Example:
+        >>> derive(0, 1, 2) == derive(0, 1, 2), derive(0, 1, 2) == derive(0, 2, 1)
+        (True, False)
     """
     state = seed & _MASK
     for key in (len(keys), *keys):
@@ -37,13 +42,14 @@ def derive(seed: int, *keys: int) -> int:
 
 
 def _mix(z: int) -> int:
+    """The finalizer of SplitMix64."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
 
 
 def generator(seed: int, *keys: int) -> torch.Generator:
-    """A CPU generator that belongs to (seed, keys) alone; a sample's augmentation draws from its own.
+    """Make a CPU generator for (seed, keys) alone; a sample's augmentation draws from its own.
 
     >>> a, b = (torch.rand(2, generator=generator(0, 1, 5)) for _ in range(2))
     >>> bool((a == b).all())
@@ -53,7 +59,7 @@ def generator(seed: int, *keys: int) -> torch.Generator:
 
 
 def order(seed: int, epoch: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The permutation of `range(length)` in which an epoch visits its samples, int64 `[length]`.
+    """Compute the permutation of `range(length)` in which an epoch visits its samples, int64 `[length]`.
 
     Indices sorted by SplitMix64 of (seed, epoch, index): the same on every machine and in every version.
 
@@ -68,7 +74,7 @@ def order(seed: int, epoch: int, length: int) -> np.ndarray[Any, np.dtype[np.int
 
 
 def seed_process(seed: int, rank: int = 0) -> None:
-    """Seed python, numpy and torch (every device) for one rank; ranks draw different dropout masks."""
+    """Seed python, numpy and torch (every device) for one rank, so that ranks draw different dropout masks."""
     number = derive(seed, rank)
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
@@ -77,7 +83,7 @@ def seed_process(seed: int, rank: int = 0) -> None:
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Within it, with `on`, the same work gives the same bits each time; what has no such kernel raises RuntimeError.
+    """Within it, if `on`, the same work gives the same bits each time; work without such a kernel is an error of torch.
 
     cuBLAS wants CUBLAS_WORKSPACE_CONFIG in the environment, where it stays set; torch looks there at its first product,
     so a process that has multiplied on the GPU before must have set it (`:4096:8`) itself.
@@ -93,7 +99,11 @@ def deterministic(on: bool) -> Iterator[None]:
 
 
 def capture() -> dict[str, Any]:
-    """The states of python's, numpy's and torch's global generators (CPU and every CUDA device) as plain JSON."""
+    """Take the states of python's, numpy's and torch's global generators, of the CPU and every CUDA device.
+
+    Returns:
+        Plain JSON values.
+    """
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -107,13 +117,24 @@ def capture() -> dict[str, Any]:
 
 
 def fits(state: Mapping[str, Any]) -> bool:
-    """Whether captured states are of as many CUDA devices as are here."""
+    """Whether captured states are of as many CUDA devices as this process sees.
+
+    Args:
+        state: what `capture` gave.
+    """
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return len(state.get("cuda", ())) == here
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Put captured states back. Raises TensorkeepError where one is malformed or belongs to another set of devices."""
+    """Put captured states back.
+
+    Args:
+        state: what `capture` gave.
+
+    Raises:
+        TensorkeepError: a state is malformed, or they are of another number of CUDA devices (R01).
+    """
     try:
         version, words, gauss = state["python"]
         kind, keys, position, has_gauss, cached = state["numpy"]
@@ -131,8 +152,10 @@ def restore(state: Mapping[str, Any]) -> None:
 
 
 def _pack(numbers: np.ndarray[Any, Any]) -> str:
+    """Little-endian bytes of an array, as base64."""
     return base64.b64encode(np.ascontiguousarray(numbers).astype(numbers.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 def _unpack(text: str, dtype: type[np.generic]) -> np.ndarray[Any, Any]:
+    """The array that `_pack` made a text of."""
     return np.frombuffer(base64.b64decode(text, validate=True), np.dtype(dtype).newbyteorder("<")).astype(dtype)

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: everything training needs, by name, in the dtype it is trained in, written to be read back.
+"""Save and load a run's checkpoints: everything training needs, by name, in the dtype it is trained in.
 
 A save is a temporary folder on the same file system, every file digested and fsynced, the manifest last, then one
-rename; only when the folder it went into is on the disk as well does the caller hear of it, and only then do older
-checkpoints go. A load compares every byte with its digest in the pass that reads it. Killed, cut off or out of room at
-any instant, the newest checkpoint that was acknowledged is there and whole.
+rename; only when the folder it went into is on the disk as well is the save acknowledged, and only then are older
+checkpoints deleted. A load compares every byte with its digest in the pass that reads it. Killed, cut off or out of
+room at any instant, the newest checkpoint that was acknowledged is there and whole.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from tensorkeep.training.state_files import File, State, encoded, files_of, floa
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `last` newest, every `every`-th step for ever; the best and the newest valid always."""
+    """Which checkpoints of a run stay; the best and the newest valid one always do.
+
+    Args:
+        last: so many of the newest.
+        every: those whose step is a multiple of this, for ever (None: none).
+    """
 
     last: int = 3
     every: int | None = None
@@ -46,13 +51,23 @@ class Keep:
 
 
 def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
-    """Save one checkpoint; on the disk for good when this returns.
+    """Save one checkpoint; it is on the disk for good when this returns.
 
-    Raises TensorkeepError where the disk is full or fails, the run is read-only or saved into by another process, a
-    name or dtype cannot be stored, or weights are NaN or Inf (V01). What was there before is untouched by all of them.
+    Args:
+        run: the run's folder, made where it is not there.
+        state: what to save; `state.document["step"]` names the checkpoint.
+        keep: which older checkpoints stay.
 
-    >>> save(Path("run"), State({"w": torch.ones(2)}, {}, {}, {"step": 7}))      # doctest: +SKIP
-    PosixPath('run/checkpoints/step-000007')
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        TensorkeepError: the disk is full or fails, the run is read-only or saved into by another process, a name or
+            dtype cannot be stored, or weights are NaN or Inf (V01). What was there before is untouched.
+
+    Example:
+        >>> save(Path("run"), State({"w": torch.ones(2)}, {}, {}, {"step": 7}))      # doctest: +SKIP
+        PosixPath('run/checkpoints/step-000007')
     """
     saver = Saver(run, keep, background=False)
     try:
@@ -65,13 +80,25 @@ def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
 
 
 class Saver:
-    """Saves of one run, one in flight. Holds the run's lock from construction to `close`.
+    """Saves the checkpoints of one run, one at a time; holds the run's lock from construction to `close`.
 
-    In the background (the default where tensors are on a GPU) `save` returns once the copy is under way, otherwise when
-    the checkpoint is durable; what goes on after that (writing, deleting older ones) is over when `wait` returns, and
-    its errors are raised by the next `save`, `wait` or `close`. Optimizers of torch wait for the copy by themselves;
-    whatever else changes parameters, moments or averages in place (a replayed graph) calls `before_step` first.
-    `stalls`: seconds each save held the caller; `copies`: until the tensors were copied; `durations`: until durable.
+    In the background `save` returns once the copy is under way, otherwise when the checkpoint is durable. What goes on
+    after that (writing, deleting older ones) is over when `wait` returns, and its errors are raised by the next `save`,
+    `wait` or `close`. Optimizers of torch wait for the copy by themselves; whatever else changes parameters, moments or
+    averages in place (a replayed graph) calls `before_step` first.
+
+    Args:
+        run: the run's folder.
+        keep: which checkpoints stay.
+        background: write behind the training (None: where tensors are on a GPU).
+
+    Attributes:
+        stalls: seconds that each save held the caller.
+        copies: seconds until the tensors of each save were copied.
+        durations: seconds until each save was durable.
+
+    Raises:
+        TensorkeepError: another process saves into the run, or it cannot be written.
     """
 
     def __init__(self, run: Path, keep: Keep = Keep(), background: bool | None = None) -> None:
@@ -95,29 +122,28 @@ class Saver:
             raise
 
     def save(self, state: State) -> None:
-        """Save; waits for the save before it. See `save` of this module for errors."""
+        """Save a checkpoint, after waiting for the save before it; errors as those of the function `save`."""
         started = time.perf_counter()
         self.wait()
         files = files_of(state)
         on_device = any(t.is_cuda for _, tensors in files for t in tensors.values())
         background = on_device if self.background is None else self.background
         document = encoded(state.document)
-        run_folder.room_for(
-            self.run, sum(durable.padded(layout.size) for layout, _ in files) + len(document) + (1 << 20)
-        )
+        needed = sum(durable.padded(layout.size) for layout, _ in files) + len(document) + (1 << 20)
+        run_folder.room_for(self.run, needed)
         if on_device or background:
             steady = frozenset(name.rpartition("/")[0] for name in state.optimizer)
             self._staged = self._stage.copy(files, steady)
         work = _Work(
-            self.run,
-            self.keep,
-            state.document["step"],
-            copy.deepcopy(state.base),
-            tuple(state.not_captured),
-            files,
-            document,
-            self._staged,
-            started,
+            run=self.run,
+            keep=self.keep,
+            step=state.document["step"],
+            base=copy.deepcopy(state.base),
+            not_captured=tuple(state.not_captured),
+            files=files,
+            document=document,
+            staged=self._staged,
+            started=started,
         )
         if background:
             self._hook = self._hook or (register_optimizer_step_pre_hook(self._before) if on_device else None)
@@ -142,9 +168,11 @@ class Saver:
             staged.before_step()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Hook of torch's optimizers."""
         self.before_step()
 
     def _finish(self, work: _Work, tidy: bool = False) -> None:
+        """Write a checkpoint, note how long it took and, with `tidy`, delete older ones."""
         try:
             self._path = work.carry_out()
         finally:
@@ -155,7 +183,7 @@ class Saver:
             work.tidy()
 
     def _fly(self, work: Callable[[], None]) -> None:
-        """Do it in a thread; what goes wrong there is raised by the next call of the caller."""
+        """Work in a thread; an error there is raised by the caller's next call."""
 
         def guarded() -> None:
             try:
@@ -167,7 +195,11 @@ class Saver:
         self._flight.start()
 
     def wait(self) -> Path | None:
-        """Until the save in flight is durable; its folder, or that of the save before. Raises what went wrong in it."""
+        """Wait until the save in flight is durable, and raise what went wrong in it.
+
+        Returns:
+            The folder of the newest checkpoint saved here, None before the first.
+        """
         if self._flight is not None:
             self._flight.join()
             self._flight = None
@@ -177,7 +209,7 @@ class Saver:
         return self._path
 
     def close(self) -> None:
-        """Wait, give back memory and lock. Raises what went wrong in the last save."""
+        """Wait, give back memory and lock, and raise what went wrong in the last save."""
         try:
             self.wait()
         finally:
@@ -190,7 +222,7 @@ class Saver:
 
 @dataclass
 class _Work:
-    """One save on its way to the disk: nothing of it is the caller's, who may change the state meanwhile."""
+    """One save on its way to the disk; nothing in it is the caller's, who may change the state meanwhile."""
 
     run: Path
     keep: Keep
@@ -204,7 +236,10 @@ class _Work:
     seconds: float = field(default=0.0)
 
     def carry_out(self) -> Path:
-        """Write and put in place: durable when this returns. Errors of the system come out as TensorkeepErrors."""
+        """Write the checkpoint and put it in place; it is durable when this returns.
+
+        Errors of the system come out as TensorkeepErrors.
+        """
         final = run_folder.folder_of(self.run, self.step)
         temporary = temporary_name(final)
         try:
@@ -226,18 +261,20 @@ class _Work:
         return final
 
     def tidy(self) -> None:
-        """Name it the latest, and delete what need not stay: only after it is durable."""
+        """Name this checkpoint the latest and delete what need not stay; call it only after it is durable."""
         with explained(self.run / CHECKPOINTS):
             run_folder.write_text(self.run / CHECKPOINTS / LATEST, run_manifest.step_name(self.step) + "\n")
         _prune(self.run, self.keep, whole=self.step)
 
     def _told(self, error: TensorkeepError) -> TensorkeepError:
+        """The error as it is, but with the bytes needed and free where the disk is full."""
         if "disk is full" not in error.what:
             return error
         needed = sum(layout.size for layout, _ in self.files) + len(self.document)
         return run_folder.disk_full(self.run, needed, run_folder.free_bytes(self.run))
 
     def _write(self, folder: Path) -> None:
+        """Write every file of the checkpoint into a folder, the manifest last."""
         written: dict[str, durable.Written] = {}
         tensors: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {}
         images = self.staged.wait() if self.staged is not None else {}
@@ -257,6 +294,7 @@ class _Work:
 
 
 def _not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
+    """The error for tensors that hold NaN or Inf."""
     first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return TensorkeepError(
         f"NaN or Inf in {len(names)} tensors of {file}: {first}; not saved, the checkpoints before it stay",
@@ -268,10 +306,17 @@ def _not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
 
 
 def load(folder: Path) -> State:
-    """Read a checkpoint, every byte compared with its digest. Tensors are on the CPU, those of a file in one memory.
+    """Read a checkpoint, comparing every byte with its digest.
 
-    Raises TensorkeepError: F01 not finished, F02 truncated, F03 damaged (names the tensors), F05 a file is missing,
-    F06/F07 the manifest or a header cannot be.
+    Args:
+        folder: a step folder.
+
+    Returns:
+        The state; its tensors are on the CPU, those of one file in one piece of memory.
+
+    Raises:
+        TensorkeepError: the checkpoint is not finished (F01), truncated (F02), damaged (F03, names the tensors), lacks
+            a file (F05), or its manifest or a header makes no sense (F06, F07).
     """
     folder = Path(folder)
     manifest = run_manifest.read_manifest(folder)
@@ -302,14 +347,22 @@ def load(folder: Path) -> State:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps that have a folder in this run, newest first."""
+    """List the steps that have a folder in this run, newest first."""
     return run_folder.steps(Path(run))
 
 
 def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
-    """The newest valid checkpoint, its folder, and a finding for each newer one that is not; None where there is none.
+    """Load the newest valid checkpoint of a run.
 
-    Raises TensorkeepError where there are checkpoints and all of them are damaged.
+    Args:
+        run: the run's folder.
+
+    Returns:
+        The state, its folder, and a finding for each newer checkpoint that is damaged; None where there is no
+        checkpoint.
+
+    Raises:
+        TensorkeepError: there are checkpoints, and all of them are damaged.
     """
     run = Path(run)
     skipped: list[Finding] = []
@@ -334,7 +387,11 @@ def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
 
 
 def mark_best(run: Path, step: int) -> None:
-    """Name a step the best: it is never pruned. Raises where it has no folder."""
+    """Name a step the best, so that it is never deleted.
+
+    Raises:
+        TensorkeepError: the step has no folder (F05).
+    """
     folder = run_folder.folder_of(Path(run), step)
     if not folder.is_dir():
         raise TensorkeepError("no such checkpoint", where=folder, code="F05")
@@ -343,12 +400,26 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def best(run: Path) -> int | None:
-    """The step that `best` names, None where no step was named. Raises F07 where the file names no step."""
+    """Read which step was named the best.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        The step, None where none was named.
+
+    Raises:
+        TensorkeepError: the file `best` names no step (F07).
+    """
     return run_folder.named_step(Path(run), BEST)
 
 
 def prune(run: Path, keep: Keep) -> list[Path]:
-    """Delete what `keep` does not keep; the folders that went. Reads the newest ones until a valid one is found."""
+    """Delete the checkpoints that `keep` does not keep; the newest are read until a valid one is found.
+
+    Returns:
+        The folders that were deleted.
+    """
     run = Path(run)
     found = run_folder.steps(run)
     whole = next((s for s in found if not run_manifest.findings(run_folder.folder_of(run, s))), None)
@@ -356,7 +427,7 @@ def prune(run: Path, keep: Keep) -> list[Path]:
 
 
 def _prune(run: Path, keep: Keep, whole: int | None) -> list[Path]:
-    """`whole`: a step known to be valid, which stays. Without one, or where `best` cannot be read (F07), nothing goes."""
+    """Delete what need not stay beside `whole`, a step known to be valid; without one nothing is deleted."""
     if whole is None:
         return []
     kept = {whole, *([named] if (named := best(run)) is not None else [])}

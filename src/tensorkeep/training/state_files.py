@@ -1,4 +1,4 @@
-"""The state of a run by name, as the files of a checkpoint and back.
+"""Turn the state of a run into the files of a checkpoint, and back.
 
 Nothing is translated: a tensor keeps its dtype, shape and bits, a document its JSON values; what cannot be kept so is
 refused by name.
@@ -23,19 +23,21 @@ from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.record import DTYPES, FROM_TORCH
 from tensorkeep.storage.run_folder import ADAPTER, EMA, MODEL, OPTIMIZER, STATE
 from tensorkeep.storage.run_manifest import MANIFEST, Manifest
-from tensorkeep.training._staging import raw
 
 File = tuple[FileLayout, Mapping[str, Tensor]]
 
 
 @dataclass
 class State:
-    """Everything of a run at an optimizer-step boundary. Tensors may be on a device; they are not changed.
+    """Everything of a run between two updates; its tensors may be on any device, and are not changed.
 
-    `model`: trained parameters and persistent buffers by name (or the whole model, where there is no `base`).
-    `optimizer`: "<parameter>/<slot>", e.g. "layers.0.w/exp_avg". `document`: plain JSON values (step, samples, epoch,
-    world_size, rng, ...); tuples come back as lists. `base`: digest and path of frozen weights stored elsewhere.
-    `not_captured`: names of stateful objects that could not say their state.
+    Args:
+        model: trained parameters and persistent buffers by name (the whole model, where there is no `base`).
+        optimizer: `<parameter>/<slot>`, as in `layers.0.w/exp_avg`.
+        ema: averages by parameter name.
+        document: plain JSON values (step, samples, epoch, world_size, rng, ...); tuples come back as lists.
+        base: digest and path of frozen weights stored elsewhere.
+        not_captured: names of objects that hold state and could not give it.
     """
 
     model: dict[str, Tensor]
@@ -47,11 +49,26 @@ class State:
 
 
 def floating(dtype: str) -> bool:
+    """Whether a dtype can hold NaN or Inf.
+
+    Args:
+        dtype: as safetensors names it.
+    """
     return DTYPES[dtype].floating or dtype.startswith("C")
 
 
 def files_of(state: State) -> list[File]:
-    """The files of a checkpoint with their tensors. Raises where a tensor cannot be stored, by name."""
+    """Lay out the files of a checkpoint.
+
+    Args:
+        state: what to save.
+
+    Returns:
+        Each file's layout with its tensors.
+
+    Raises:
+        TensorkeepError: a tensor cannot be stored as it is, or the state has no step.
+    """
     step = state.document.get("step")
     if type(step) is not int or not 0 <= step < 1 << 62:
         raise TensorkeepError(f"the state's step is {step!r}, not a whole number", where="checkpoint")
@@ -69,6 +86,7 @@ def files_of(state: State) -> list[File]:
 
 
 def _sink(name: str, tensor: Tensor, file: str) -> SinkTensor:
+    """A tensor as the file's format describes it, or an error where it cannot be stored as it is."""
     dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     whole = tensor.layout == torch.strided and not tensor.is_meta and not hasattr(tensor, "full_tensor")
     if dtype is None or dtype == "C128" or not whole or tensor.is_quantized:
@@ -79,8 +97,20 @@ def _sink(name: str, tensor: Tensor, file: str) -> SinkTensor:
     return SinkTensor(name, dtype, tuple(tensor.shape))
 
 
+def raw(tensor: Tensor) -> memoryview:
+    """Give the bytes of a contiguous tensor on the CPU, of any shape and dtype, without a copy."""
+    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
 def source_of(tensors: Mapping[str, Tensor]) -> durable.Bytes:
-    """Bytes by name. Tensors that are not row-major are copied when their turn comes, and let go soon after."""
+    """Make a function that gives the bytes of a tensor by name.
+
+    Tensors that are not row-major are copied when their turn comes, and let go soon after.
+
+    Args:
+        tensors: on the CPU.
+    """
     copies: dict[str, Tensor] = {}
     lock = threading.Lock()
     views = {n: raw(t) for n, t in tensors.items() if t.is_contiguous() and not t.is_conj() and not t.is_neg()}
@@ -99,7 +129,7 @@ def source_of(tensors: Mapping[str, Tensor]) -> durable.Bytes:
 
 
 def encoded(document: Mapping[str, Any]) -> bytes:
-    """state.json. Raises by path where a value is none that JSON gives back."""
+    """Write the document of a state as state.json; a value that JSON does not give back is refused by its path."""
 
     def check(value: Any, at: str) -> None:
         if isinstance(value, dict):
@@ -117,12 +147,12 @@ def encoded(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1) + "\n").encode()
 
 
-# -- and back ----------------------------------------------------------------------------------------------------------
+# -- and back ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Image:
-    """A file already in memory, as the format's reader wants it."""
+    """A file that is in memory already, for the format's reader."""
 
     url: str
     data: memoryview
@@ -144,7 +174,17 @@ class _Image:
 
 
 def tensors_in(folder: Path, name: str, image: memoryview, manifest: Manifest) -> dict[str, Tensor]:
-    """Tensors in the memory of their file; the header must say what the manifest says."""
+    """Make tensors in the memory of their file, without a copy.
+
+    Args:
+        folder: the checkpoint, for errors.
+        name: the file's name.
+        image: its bytes.
+        manifest: of the checkpoint; the file's header must say the same.
+
+    Raises:
+        TensorkeepError: header and manifest differ (F07), or torch has no such dtype.
+    """
     records, _ = safetensors.read_header(_Image(str(folder), image), name)
     said = {n: (e.dtype, e.shape, e.start) for n, e in manifest.tensors.get(name, {}).items()}
     if {r.name: (r.dtype, r.shape, r.blocks[0].start) for r in records} != said:

@@ -1,4 +1,4 @@
-"""Trackers: callables for `Job.trackers` that pass rows on to TensorBoard or Weights & Biases.
+"""Pass a run's rows on to TensorBoard or Weights & Biases: functions for `Job.trackers`.
 
 A resumed run goes on in the same run of theirs, whose id lies in RUN/trackers.json, and no row comes twice: rows that
 were made again after a kill replace the old ones (TensorBoard purges them) or are left out (W&B, whose rows cannot be
@@ -22,12 +22,17 @@ Tracker = Callable[[dict[str, Any]], None]
 
 
 def tensorboard(run: Path, writer: Callable[..., Any] | None = None) -> Tracker:
-    """Scalars of every row into RUN/tensorboard.
+    """Make a tracker that writes the numbers of every row into RUN/tensorboard.
 
-    `writer`: what makes a SummaryWriter (torch.utils.tensorboard's by default). Raises TensorkeepError where
-    tensorboard is not installed.
+    Args:
+        run: the run's folder.
+        writer: makes a SummaryWriter (None: torch.utils.tensorboard's).
 
-    >>> job.trackers.append(tensorboard(Path("runs/one")))                        # doctest: +SKIP
+    Raises:
+        TensorkeepError: tensorboard is not installed.
+
+    Example:
+        >>> job.trackers.append(tensorboard(Path("runs/one")))                        # doctest: +SKIP
     """
     make: Callable[..., Any] = writer if writer is not None else _summary_writer()
     opened: list[Any] = []
@@ -43,11 +48,19 @@ def tensorboard(run: Path, writer: Callable[..., Any] | None = None) -> Tracker:
 
 
 def wandb(run: Path, project: str, module: Any = None, **options: Any) -> Tracker:
-    """Rows into a W&B run that goes on after a resume. `options` go to `wandb.init`; `module`: wandb itself by default.
+    """Make a tracker that logs every row to a W&B run, which goes on after a resume.
 
-    Raises TensorkeepError where wandb is not installed or RUN/trackers.json cannot be read.
+    Args:
+        run: the run's folder; the W&B run's id lies in its trackers.json.
+        project: of W&B.
+        module: what has wandb's `init` (None: wandb itself).
+        options: go to `wandb.init`.
 
-    >>> job.trackers.append(wandb(Path("runs/one"), project="mine", mode="offline"))  # doctest: +SKIP
+    Raises:
+        TensorkeepError: wandb is not installed, or RUN/trackers.json cannot be read.
+
+    Example:
+        >>> job.trackers.append(wandb(Path("runs/one"), project="mine", mode="offline"))  # doctest: +SKIP
     """
     library = module if module is not None else _wandb()
     state = _read(run)
@@ -71,7 +84,7 @@ def wandb(run: Path, project: str, module: Any = None, **options: Any) -> Tracke
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names and numbers of a row; evaluated ones under `evaluation/`, others under `train/`.
+    """List names and numbers of a row; evaluated ones under `evaluation/`, others under `train/`.
 
     >>> dict(scalars({"step": 3, "loss": 0.5, "lr": None})), dict(scalars({"step": 3, "evaluation": {"mAP": 0.5}}))
     ({'train/loss': 0.5}, {'evaluation/mAP': 0.5})
@@ -84,6 +97,7 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _summary_writer() -> Callable[..., Any]:
+    """torch's SummaryWriter."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -95,6 +109,7 @@ def _summary_writer() -> Callable[..., Any]:
 
 
 def _wandb() -> Any:
+    """The module wandb."""
     try:
         return importlib.import_module("wandb")
     except ImportError:
@@ -102,6 +117,7 @@ def _wandb() -> Any:
 
 
 def _read(run: Path) -> dict[str, Any]:
+    """What trackers.json holds; {} where it is not there."""
     path = run / TRACKERS
     if not path.exists():
         return {}
@@ -118,5 +134,6 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _write(run: Path, state: Mapping[str, Any]) -> None:
+    """Replace trackers.json in one step."""
     with replacing(run / TRACKERS, overwrite=True) as temporary:
         write_bytes(temporary, (json.dumps(state) + "\n").encode())

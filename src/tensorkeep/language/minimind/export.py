@@ -115,8 +115,8 @@ def export_resume(
 def _unstacked(view: StateView) -> StateView:
     """Take stacked experts apart, as MiniMind's files keep them.
 
-    `experts.gate_up_proj [e, 2i, h]` becomes gate and up of each expert, as byte ranges of the same file. Optimizer state
-    (`name/slot`) goes along; Adam's one counter becomes each expert's.
+    `experts.gate_up_proj [e, 2i, h]` becomes gate and up of each expert, as byte ranges of the same file. Optimizer
+    state (`name/slot`) goes along; Adam's one counter becomes each expert's.
     """
     records: dict[str, TensorRecord] = {}
     for name, record in view.records.items():

@@ -1,0 +1,55 @@
+"""A run under way: what `fit` was given, and where the run stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tensorkeep.output import Output
+from tensorkeep.training._graphs import Recorded
+from tensorkeep.training.distributed import World
+from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.saver import Saver
+
+
+@dataclass
+class Run:
+    """What `fit` was given and made for a run, and where the run stands.
+
+    Args:
+        job: the live objects.
+        folder: the run's folder.
+        loop: how long, in what portions.
+        world: this process among its peers.
+        say: where remarks go.
+        scaler: torch's gradient scaler, enabled for fp16 alone.
+        saver: writes checkpoints; the first rank's, None on the others.
+        data: what `_resume.data_facts` says of the data.
+        recorded: forward and backward of a micro-batch as a CUDA graph (None: they are launched kernel by kernel).
+        step: updates made.
+        samples: samples consumed by them, over all ranks.
+        evaluations: what each evaluation gave, `{"step": ..., name: value}`.
+        level: how exact the resume was, None where the run began anew.
+    """
+
+    job: Job
+    folder: Path
+    loop: Loop
+    world: World
+    say: Output
+    scaler: Any
+    saver: Saver | None
+    data: dict[str, Any]
+    recorded: Recorded | None = None
+    step: int = 0
+    samples: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    level: str | None = None
+
+
+def trained(job: Job) -> list[Tensor]:
+    """List the parameters that the optimizer changes."""
+    return [p for group in job.optimizer.param_groups for p in group["params"]]
