@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tensorkeep.training._retention import Keep
 from tensorkeep.training.batches import Data, Orders
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.saver import Keep
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -81,7 +81,7 @@ class Loop:
     save_every: int | None = None
     evaluate_every: int | None = None
     evaluate_from: int = 0
-    keep: Keep = Keep()  # noqa: RUF009 (frozen)
+    keep: Keep = Keep()
     best: str | None = None
     patience: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"

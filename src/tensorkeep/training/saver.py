@@ -9,12 +9,10 @@ room at any instant, the newest checkpoint that was acknowledged is there and wh
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +23,12 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.files import explained
-from tensorkeep.storage.placement import remove, swap_names, sync_folder, temporary_name
-from tensorkeep.storage.record import FROM_TORCH
-from tensorkeep.storage.run_folder import BEST, CHECKPOINTS, EMA, LATEST, MODEL, OPTIMIZER, STATE
-from tensorkeep.storage.run_manifest import MANIFEST
+from tensorkeep.storage.placement import remove
+from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, MODEL, OPTIMIZER, STATE
+from tensorkeep.training._retention import Keep, best, mark_best, prune
+from tensorkeep.training._save_work import Work
 from tensorkeep.training._staging import Stage, Staged
-from tensorkeep.training.state_files import File, State, encoded, files_of, floating, source_of, tensors_in
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints of a run stay; the best and the newest valid one always do.
-
-    Args:
-        last: so many of the newest.
-        every: those whose step is a multiple of this, for ever (None: none).
-    """
-
-    last: int = 3
-    every: int | None = None
-
-
-# -- saving -------------------------------------------------------------------------------------------------------
+from tensorkeep.training.state_files import State, encoded, files_of, tensors_in
 
 
 def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
@@ -134,7 +115,7 @@ class Saver:
         if on_device or background:
             steady = frozenset(name.rpartition("/")[0] for name in state.optimizer)
             self._staged = self._stage.copy(files, steady)
-        work = _Work(
+        work = Work(
             run=self.run,
             keep=self.keep,
             step=state.document["step"],
@@ -171,7 +152,7 @@ class Saver:
         """Hook of torch's optimizers."""
         self.before_step()
 
-    def _finish(self, work: _Work, tidy: bool = False) -> None:
+    def _finish(self, work: Work, tidy: bool = False) -> None:
         """Write a checkpoint, note how long it took and, with `tidy`, delete older ones."""
         try:
             self._path = work.carry_out()
@@ -218,91 +199,6 @@ class Saver:
                 self._hook = None
             self._stage.close()
             self._lock.close()
-
-
-@dataclass
-class _Work:
-    """One save on its way to the disk; nothing in it is the caller's, who may change the state meanwhile."""
-
-    run: Path
-    keep: Keep
-    step: int
-    base: dict[str, Any] | None
-    not_captured: tuple[str, ...]
-    files: list[File]
-    document: bytes
-    staged: Staged | None
-    started: float
-    seconds: float = field(default=0.0)
-
-    def carry_out(self) -> Path:
-        """Write the checkpoint and put it in place; it is durable when this returns.
-
-        Errors of the system come out as TensorkeepErrors.
-        """
-        final = run_folder.folder_of(self.run, self.step)
-        temporary = temporary_name(final)
-        try:
-            with explained(self.run):
-                run_folder.make_folder(final.parent)
-                os.mkdir(temporary)  # noqa: PTH102  the fault-injecting tests count os-level calls
-                self._write(temporary)
-                sync_folder(temporary)
-                if os.path.lexists(final):  # a damaged one that a resume passed over, or the same step again
-                    swap_names(temporary.resolve(), final.resolve())
-                else:
-                    os.rename(temporary, final)  # noqa: PTH104
-                sync_folder(final.parent)
-                self.seconds = time.perf_counter() - self.started
-        except TensorkeepError as error:
-            raise self._told(error) from None
-        finally:
-            remove(temporary)
-        return final
-
-    def tidy(self) -> None:
-        """Name this checkpoint the latest and delete what need not stay; call it only after it is durable."""
-        with explained(self.run / CHECKPOINTS):
-            run_folder.write_text(self.run / CHECKPOINTS / LATEST, run_manifest.step_name(self.step) + "\n")
-        _prune(self.run, self.keep, whole=self.step)
-
-    def _told(self, error: TensorkeepError) -> TensorkeepError:
-        """The error as it is, but with the bytes needed and free where the disk is full."""
-        if "disk is full" not in error.what:
-            return error
-        needed = sum(layout.size for layout, _ in self.files) + len(self.document)
-        return run_folder.disk_full(self.run, needed, run_folder.free_bytes(self.run))
-
-    def _write(self, folder: Path) -> None:
-        """Write every file of the checkpoint into a folder, the manifest last."""
-        written: dict[str, durable.Written] = {}
-        tensors: dict[str, dict[str, tuple[str, tuple[int, ...], int]]] = {}
-        images = self.staged.wait() if self.staged is not None else {}
-        for layout, own in self.files:
-            dtypes = {n: FROM_TORCH[str(t.dtype).removeprefix("torch.")] for n, t in own.items()}
-            source = images.get(layout.name) or source_of(own)
-            looked = {} if layout.name == OPTIMIZER else {n: d for n, d in dtypes.items() if floating(d)}
-            done = written[layout.name] = durable.write_file(folder / layout.name, layout, source, looked)
-            if done.unsound:
-                raise _not_finite(folder, layout.name, done.unsound)
-            tensors[layout.name] = {
-                s.tensor: (dtypes[s.tensor], tuple(own[s.tensor].shape), s.start) for s in layout.slots
-            }
-        written[STATE] = durable.write_small(folder / STATE, self.document)
-        manifest = run_manifest.make_manifest(self.step, written, tensors, self.base, self.not_captured)
-        durable.write_small(folder / MANIFEST, manifest)
-
-
-def _not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
-    """The error for tensors that hold NaN or Inf."""
-    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return TensorkeepError(
-        f"NaN or Inf in {len(names)} tensors of {file}: {first}; not saved, the checkpoints before it stay",
-        where=folder.parent,
-        code="V01",
-        hint="resume from the newest checkpoint with a lower learning rate or clipping",
-        tensors=names,
-    )
 
 
 def load(folder: Path) -> State:
@@ -381,59 +277,6 @@ def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
             tensors=skipped[0].tensors,
         )
     return None
-
-
-# -- best and pruning ---------------------------------------------------------------------------------------------
-
-
-def mark_best(run: Path, step: int) -> None:
-    """Name a step the best, so that it is never deleted.
-
-    Raises:
-        TensorkeepError: the step has no folder (F05).
-    """
-    folder = run_folder.folder_of(Path(run), step)
-    if not folder.is_dir():
-        raise TensorkeepError("no such checkpoint", where=folder, code="F05")
-    with explained(folder.parent):
-        run_folder.write_text(folder.parent / BEST, folder.name + "\n")
-
-
-def best(run: Path) -> int | None:
-    """Read which step was named the best.
-
-    Args:
-        run: the run's folder.
-
-    Returns:
-        The step, None where none was named.
-
-    Raises:
-        TensorkeepError: the file `best` names no step (F07).
-    """
-    return run_folder.named_step(Path(run), BEST)
-
-
-def prune(run: Path, keep: Keep) -> list[Path]:
-    """Delete the checkpoints that `keep` does not keep; the newest are read until a valid one is found.
-
-    Returns:
-        The folders that were deleted.
-    """
-    run = Path(run)
-    found = run_folder.steps(run)
-    whole = next((s for s in found if not run_manifest.findings(run_folder.folder_of(run, s))), None)
-    return _prune(run, keep, whole)
-
-
-def _prune(run: Path, keep: Keep, whole: int | None) -> list[Path]:
-    """Delete what need not stay beside `whole`, a step known to be valid; without one nothing is deleted."""
-    if whole is None:
-        return []
-    kept = {whole, *([named] if (named := best(run)) is not None else [])}
-    gone = run_folder.unwanted(run_folder.steps(run), keep.last, keep.every, kept)
-    with explained(run / CHECKPOINTS):
-        return run_folder.delete(run, gone)
 
 
 __all__ = ["Keep", "Saver", "State", "best", "load", "mark_best", "newest", "prune", "save", "steps"]

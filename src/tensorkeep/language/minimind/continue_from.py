@@ -129,17 +129,7 @@ def continue_from(
     under_way = begun == resume.epoch and where.samples + where.again > begun * length
     if under_way and resume.generation == "mm2" and not several:
         remarks.append(_OLD_SHUFFLE)
-    origin = {
-        "file": Path(path).name,
-        "generation": resume.generation,
-        "epoch": resume.epoch,
-        "step": resume.step,
-        "world_size": resume.world_size,
-        "batch": batch,
-        "accumulation": batching.accumulation,
-        "samples": where.samples,
-        "order": "sampler" if several else "process",
-    }
+    origin = _origin(Path(path).name, resume, batching, where, several)
     size, steps = global_batch or batching.update, resume.updates or 0
     return Continuation(
         state=State(weights, moments, {}, _document(resume, where, begun, bool(moments), origin), base),
@@ -154,6 +144,21 @@ def continue_from(
         origin=origin,
         remarks=[*remarks, *_said(resume, batching, where)],
     )
+
+
+def _origin(file: str, resume: Resume, batching: Batching, where: Position, several: bool) -> dict[str, Any]:
+    """What a run notes of the file it went on from."""
+    return {
+        "file": file,
+        "generation": resume.generation,
+        "epoch": resume.epoch,
+        "step": resume.step,
+        "world_size": resume.world_size,
+        "batch": batching.batch,
+        "accumulation": batching.accumulation,
+        "samples": where.samples,
+        "order": "sampler" if several else "process",
+    }
 
 
 def _document(resume: Resume, where: Position, epoch: int, moments: bool, origin: dict[str, Any]) -> dict[str, Any]:
