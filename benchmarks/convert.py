@@ -56,7 +56,8 @@ import os; os.unlink(sys.argv[2] + ".pt")
 STORAGE = """
 import sys, torch, json, os
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 src, out, way = sys.argv[1:4]
 reader = HuggingFaceStorageReader(src) if way == "hf-dcp" else FileSystemReader(src)
 md = reader.read_metadata().state_dict_metadata
@@ -143,7 +144,7 @@ def one(name: str, command: list[str], source: Path, sink: Path, cold: bool) -> 
 
 
 def jobs(source: Path, dcp: Path, sink: Path, peers: bool) -> dict[str, dict[str, list[str]]]:
-    """Commands by direction and row."""
+    """List the commands to measure: direction -> name of the row -> command."""
     py, tk = sys.executable, [sys.executable, "-m", "tensorkeep", "convert", "--quiet", "--json"]
     forth = {"cp": [py, "-c", CP, str(source), str(sink)], "tensorkeep": [*tk, str(source), str(sink), "--to", "dcp"]}
     back = {"cp": [py, "-c", CP, str(dcp), str(sink)], "tensorkeep": [*tk, str(dcp), str(sink), "--to", "hf"]}
@@ -166,9 +167,8 @@ def table(size: float, place: Path, rounds: int, peers: bool) -> None:
         run([sys.executable, "-m", "tensorkeep", "convert", "--quiet", str(source), str(dcp), "--to", "dcp"])
     largest = max(2 * int(np.prod(s)) for s in shapes(int(size * 1e9)).values())
     print(f"\n### {size} GB (largest tensor {largest / 1e6:.0f} MB), {rounds} rounds, median\n")
-    print(
-        "| direction | cache | way | wall s | x cp | CPU s | anonymous MB | proof s |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| direction | cache | way | wall s | x cp | CPU s | anonymous MB | proof s |")
+    print("|---|---|---|---|---|---|---|---|")
     for direction, rows in jobs(source, dcp, sink, peers).items():
         origin = source if direction.startswith("HF") else dcp
         for cold in (True, False):
@@ -179,16 +179,12 @@ def table(size: float, place: Path, rounds: int, peers: bool) -> None:
             floor = statistics.median(r.wall for r in found["cp"])
             for name, runs in found.items():
                 wall, cpu = statistics.median(r.wall for r in runs), statistics.median(r.cpu for r in runs)
-                proof = (
-                    statistics.median(json.loads(r.out)["seconds"]["prove"] for r in runs)
-                    if name == "tensorkeep"
-                    else None
-                )
-                shown = f"{proof:.2f}" if proof is not None else ""
-                print(
-                    f"| {direction} | {'cold' if cold else 'warm'} | {name} | {wall:.2f} | {wall / floor:.2f} | {cpu:.1f} | {max(r.anonymous for r in runs) / 1e6:.0f} | {shown} |",
-                    flush=True,
-                )
+                shown = ""
+                if name == "tensorkeep":
+                    shown = f"{statistics.median(json.loads(r.out)['seconds']['prove'] for r in runs):.2f}"
+                memory = max(r.anonymous for r in runs) / 1e6
+                cells = (f"{wall:.2f}", f"{wall / floor:.2f}", f"{cpu:.1f}", f"{memory:.0f}", shown)
+                print("|", " | ".join((direction, "cold" if cold else "warm", name, *cells)), "|", flush=True)
     shutil.rmtree(sink, ignore_errors=True)
 
 

@@ -1,19 +1,20 @@
-"""What is left of checkpoints after rot, power cuts and failing disks: ours beside what others do.
+"""Damage checkpoints by bit flips, power cuts and failing disks, and resume: ours beside other tools.
 
     python -m benchmarks.crash flips --count 1000 --peers 200
     python -m benchmarks.crash cuts --count 30 --peers 12         # root, on a loop-mounted ext4
     python -m benchmarks.crash errors                             # ours; the part on a full disk needs root
 
 flips: one random bit in a random byte of a random file of the newest checkpoint, then a resume by the tool's own rule.
-`detected`: it raised (ours: passed over and told); `named`: the tensor (in headers and JSON: the file) was named; `the one
-before`: the checkpoint before it was used; `harmless`: everything loaded was right; `silent`: it was not, without a word.
-cuts: a process saves as fast as it can and tells of each finished save through a pipe; after 0.5 to 4 s the file system is
-shut down without flushing its journal, mounted again, and resumed from. `ok`: what was acknowledged, or newer, bit for
-bit; `torn pick`: the tool's rule picks one that raises; `gone`: it finds none; `acked lost`: one older than acknowledged;
-`silent`: what it loaded was not what was saved.
+`detected`: it raised (ours: passed over and told); `named`: the tensor (in headers and JSON: the file) was named; `the
+one before`: the checkpoint before it was used; `harmless`: everything loaded was right; `silent`: it was not, without a
+word.
+cuts: a process saves as fast as it can and tells of each finished save through a pipe; after 0.5 to 4 s the file system
+is shut down without flushing its journal, mounted again, and resumed from. `ok`: what was acknowledged, or newer, bit
+for bit; `torn pick`: the tool's rule picks one that raises; `gone`: it finds none; `acked lost`: one older than
+acknowledged; `silent`: what it loaded was not what was saved.
 errors: ENOSPC, EDQUOT and EIO at every call of one save, and a disk with room for only a part of it (the check for room
-beforehand taken away). `said so`: the save raised and the checkpoint before it is right; `saved all the same`: it did not
-raise and the new one is right (a file of an older one could not be deleted); `goes on`: the next save works.
+beforehand taken away). `said so`: the save raised and the checkpoint before it is right; `saved all the same`: it did
+not raise and the new one is right (a file of an older one could not be deleted); `goes on`: the next save works.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def forked(work: Callable[[int], None]) -> tuple[int, int]:
 
 
 def asked(question: Callable[[], Row], seconds: float = 60) -> Row:
-    """The answer of a child: what it loads may hang, or take memory or process with it."""
+    """Do some work in a child and return its answer: what it loads may hang, exhaust memory or kill the process."""
 
     def answer(pipe: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
@@ -97,7 +98,7 @@ def asked(question: Callable[[], Row], seconds: float = 60) -> Row:
 
 
 def resumed(writer: Writer, place: Path) -> Row:
-    """What a resume gives: step, whether every tensor is right, the digest of the rest, what was passed over."""
+    """Resume: step, whether every tensor is right, the digest of the rest, what was passed over."""
     if writer.name == "tensorkeep":
         found = checkpoint.newest(place)
         skipped = [] if found is None else [{"message": f.message, "tensors": list(f.tensors)} for f in found[2]]
@@ -279,7 +280,7 @@ def full_disk(place: Path, levels: int) -> Row:
 
 
 def fill_up(filler: Path, spared: int) -> None:
-    """Take every block but `spared` bytes; what a file system keeps back for itself is not in its count of free ones."""
+    """Fill the disk but for `spared` bytes, by writing: the count of free ones leaves out what ext4 keeps back."""
     with filler.open("wb") as file:
         size = 0
         for step in (1 << 20, 1 << 12):
@@ -308,7 +309,7 @@ def tried(run: Path, step: int, keep: Keep) -> str:
 
 
 def left(run: Path) -> tuple[int, bool]:
-    """The step of the newest checkpoint, and whether it is right and nothing had to be passed over."""
+    """Find the step of the newest checkpoint, and whether it is right and nothing had to be passed over."""
     found = checkpoint.newest(run)
     assert found is not None
     step = int(found[0].document["step"])
@@ -362,8 +363,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads
-    head = f"{datetime.date.today()}, {versions('torch', 'transformers', 'accelerate', 'pytorch-lightning', 'safetensors')}"
-    head += f", Linux {platform.release()}"
+    libraries = versions("torch", "transformers", "accelerate", "pytorch-lightning", "safetensors")
+    head = f"{datetime.date.today()}, {libraries}, Linux {platform.release()}"
     if options.campaign == "cuts" and (why := ext4.missing()) is not None:
         sys.exit(f"cuts are not possible here: {why}")
     rows = []

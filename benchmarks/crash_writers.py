@@ -1,8 +1,8 @@
-"""What `benchmarks.crash` saves, a state whose every value follows from the step, and the plain ways of saving it.
+"""The state that `benchmarks.crash` saves (every value follows from the step), and the plain ways of saving it.
 
-Ours; `torch.save` and safetensors into one file that is replaced; DCP into a folder a step, resumed from the newest that
-has its `.metadata` (the rule of torchtitan). DCP saves the state twice, with 25 tensors and stacked into one: it fsyncs
-`.metadata` before Python's buffer is flushed, which leaves a small one (here below 4 KiB) empty.
+Ours; `torch.save` and safetensors into one file that is replaced; DCP into a folder a step, resumed from the newest
+that has its `.metadata` (the rule of torchtitan). DCP saves the state twice, with 25 tensors and stacked into one: it
+fsyncs `.metadata` before Python's buffer is flushed, which leaves a small one (here below 4 KiB) empty.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Told = Callable[[int], None]
 
 
 class Found(NamedTuple):
-    """What a resume came up with. `rest`: a digest of all that is loaded beside the tensors."""
+    """What a resume loaded. `rest`: a digest of all that is loaded beside the tensors."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -38,8 +38,11 @@ class Found(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """`save(place, steps, told)` saves steps 1, 2, ... and tells of each that is saved; `resume(place)` is the tool's own
-    rule and None where it finds nothing; `files(place)` are those of the newest checkpoint."""
+    """A way of saving and resuming.
+
+    `save(place, steps, told)` saves steps 1, 2, ... and tells of each that is saved; `resume(place)` is the tool's own
+    rule and None where it finds nothing; `files(place)` are those of the newest checkpoint.
+    """
 
     name: str
     save: Callable[[Path, int, Told], None]
@@ -97,7 +100,7 @@ def fill(net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def captured(net: nn.Module, optimizer: torch.optim.Optimizer, step: int, *rest: Any) -> Found:
-    """Everything a tool has loaded into these."""
+    """Collect everything a tool has loaded into these objects."""
     tensors, steps = {}, []
     for name, parameter in net.named_parameters():
         name = name[name.index("layers") :]
@@ -212,7 +215,8 @@ def resume_safetensors(place: Path) -> Found | None:
     if not (place / "last.safetensors").exists():
         return None
     with safe_open(place / "last.safetensors", "pt") as file:
-        return Found(int(file.metadata()["step"]), {n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118  it is no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        return Found(int(file.metadata()["step"]), tensors)
 
 
 # -- DCP --------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
     python -m benchmarks.ema [--rounds 5]
 
 Ours against torch's AveragedModel, ema-pytorch, timm's ModelEmaV3 and OpenTAD's ModelEma (written anew from what it
-does). ViT-L size: 24 blocks of width 1024. CPU time of one thread: what is measured is bytes and Python, not cores. The floor is
-what an update cannot avoid: weights read, average read and written, at the speed this machine copies memory.
+does). ViT-L size: 24 blocks of width 1024. CPU time of one thread: what is measured is bytes and Python, not cores. The
+floor is what an update cannot avoid: weights read, average read and written, at the speed this machine copies memory.
 
 Peers that cannot be imported are skipped and named. Beside an installed torch, without touching it:
-    pip download --no-deps ema-pytorch==0.8.3 timm==1.0.31 -d peers && for w in peers/*.whl; do unzip -qo $w -d peers; done
+    pip download --no-deps ema-pytorch==0.8.3 timm==1.0.31 -d peers
+    for w in peers/*.whl; do unzip -qo $w -d peers; done
     PYTHONPATH=peers python -m benchmarks.ema
 timm is loaded by the one file that has the class, since the package asks for torchvision.
 """
@@ -160,7 +161,7 @@ SUBJECTS = (ours, ours_copying, averaged_model, timm, ema_pytorch, opentad)
 
 
 def milliseconds(call: Callable[[], Any], rounds: int) -> float:
-    """Median CPU time after one call that is not counted: of one thread, so that other work on the machine tells less."""
+    """Measure the median CPU time of a call, after one that is not counted; other work on the machine adds little."""
     call()
     taken = []
     for _ in range(rounds):
@@ -207,9 +208,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = " ".join(f"{v:.1f}" for v in os.getloadavg())
-    print(
-        f"{versions('torch', 'ema-pytorch', 'timm')}; CPU time of one thread; load average {load}; median of {arguments.rounds}"
-    )
+    conditions = f"CPU time of one thread; load average {load}; median of {arguments.rounds}"
+    print(f"{versions('torch', 'ema-pytorch', 'timm')}; {conditions}")
     compare("frozen nf4 base, LoRA r 16 on all linears", True, arguments)
     compare("trained whole, float32", False, arguments)
 

@@ -1,8 +1,8 @@
 """An ext4 file system in a file, mounted by a loop device, whose power can be cut. Needs root, losetup and mkfs.ext4.
 
-The cut is the kernel's own: EXT4_IOC_SHUTDOWN with NOLOGFLUSH (what xfstests calls godown) stops the file system at once,
-with the journal as it is on the disk; the next mount replays that. What programs wrote and never fsynced is gone, apart
-from what the kernel had happened to write back.
+The cut is the kernel's own: EXT4_IOC_SHUTDOWN with NOLOGFLUSH (what xfstests calls godown) stops the file system at
+once, with the journal as it is on the disk; the next mount replays that. What programs wrote and never fsynced is gone,
+apart from what the kernel had happened to write back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHUTDOWN, NOLOGFLUSH = 0x8004587D, 2  # _IOR('X', 125, u32), fs/ext4/ext4.h
 
 
 def missing() -> str | None:
-    """Why there can be no such disk here; None where there can."""
+    """Say why there can be no such disk on this machine; None where there can."""
     if os.geteuid() != 0:
         return "only root mounts"
     for program in ("losetup", "mkfs.ext4", "mount", "umount"):

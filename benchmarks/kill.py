@@ -1,9 +1,10 @@
-"""What survives SIGKILL: a small language model, killed at random instants and started again by the same call until it ends.
+"""Kill the training of a small language model at random instants, start it again until it ends, and count losses.
 
     python -m benchmarks.kill --kills 200 --peers 40 --json kill.json
 
-Every update is saved, so that most kills land inside a save. Each start is a forked process (the imports are made once),
-killed after a random time since its start; what it saved and heard acknowledged lies in memory shared with the parent.
+Every update is saved, so that most kills land inside a save. Each start is a forked process (the imports are made
+once), killed after a random time since its start; what it saved and heard acknowledged lies in memory shared with the
+parent.
 Counted: kills; those inside a save; starts that could not resume although a whole checkpoint was there (`stuck`; the
 newest checkpoint is then removed by hand); acknowledged checkpoints that were lost; metric rows missing or twice; runs
 that ended with other weights, moments, average or rows than the run nobody killed. For us the data is augmented at
@@ -46,7 +47,7 @@ TEXT = " ".join(f"line {i}: {i * i % 997} follows {i * 7 % 101}." for i in range
 
 
 class Marks:
-    """What a child tells its parent without a system call: whether it trains, whether it saves, what was acknowledged."""
+    """Shared memory in which a child tells whether it trains, whether it saves, and what was acknowledged."""
 
     def __init__(self) -> None:
         self.room = mmap.mmap(-1, 64)
@@ -61,7 +62,7 @@ class Marks:
 
 @dataclass
 class System:
-    """One tool: how it trains (and resumes, by its own rule), what a finished run is, which step it would pick."""
+    """One tool: how it trains and resumes, how a finished run is digested, and which step it would resume from."""
 
     name: str
     train: Callable[[Path, Marks, int], None]  # folder, marks, number of the start
@@ -72,7 +73,7 @@ class System:
 
 @dataclass
 class Count:
-    """What happened to one tool."""
+    """Counts of what happened to one tool."""
 
     system: str
     kills: int = 0
@@ -89,7 +90,7 @@ class Count:
 
 
 class Text:
-    """Windows of a text; where one begins within its stretch is drawn anew in every epoch."""
+    """Windows of a text; each begins at a place within its stretch that is drawn anew in every epoch."""
 
     def __init__(self, shift: bool = True) -> None:
         self.ids, self.shift = torch.tensor(list(TEXT)), shift
@@ -256,7 +257,7 @@ def wait(pid: int, seconds: float | None) -> int | None:
 
 
 def campaign(system: System, kills: int, seed: int, longest: float) -> Count:
-    """Runs of one tool until it was killed so often; kills come up to `longest` seconds after a start begins to train."""
+    """Run one tool until it was killed so often; kills come up to `longest` seconds after a start begins to train."""
     chance, count = random.Random(seed), Count(system.name)
     with tempfile.TemporaryDirectory(prefix="kill-") as temporary:
         place = Path(temporary)

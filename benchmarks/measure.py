@@ -51,7 +51,7 @@ def anonymous(pid: int) -> int:
 
 
 def forget(path: Path) -> None:
-    """Push a tree out of the page cache: written back, then dropped."""
+    """Push a folder's files out of the page cache: written back, then dropped."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         handle = os.open(file, os.O_RDONLY)
         try:
@@ -62,7 +62,7 @@ def forget(path: Path) -> None:
 
 
 def remember(path: Path) -> None:
-    """Read a tree into the page cache."""
+    """Read a folder's files into the page cache."""
     for file in [p for p in path.rglob("*") if p.is_file()]:
         with file.open("rb") as stream:
             while stream.read(1 << 24):

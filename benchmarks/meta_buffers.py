@@ -1,10 +1,10 @@
-"""The failure that started this: meta construction under transformers 4.57, every tensor equal, the loss twice as high.
+"""Replay a load that doubles the loss although every tensor is equal: meta construction under transformers 4.57.
 
     python -m benchmarks.meta_buffers [--env build/env457]
 
-Builds an environment of its own (benchmarks/envs/transformers457.txt), writes SmolLM2 (and a small random Llama) as hf and as
-flame's nested DCP, and replays flame's construction there: meta, `to_empty`, `post_init`, `dcp.load`. Prints what
-the usual remedies and checks see, what `check_loaded` says, and the loss before and after `repair_buffers`.
+Builds an environment of its own (benchmarks/envs/transformers457.txt), writes SmolLM2 (and a small random Llama) as hf
+and as flame's nested DCP, and replays flame's construction there: meta, `to_empty`, `post_init`, `dcp.load`. Prints
+what the usual remedies and checks see, what `check_loaded` says, and the loss before and after `repair_buffers`.
 The model's memory is soiled before `to_empty` (malloc decides what it returns; a fresh page would be zeros).
 """
 
@@ -148,7 +148,7 @@ def run(python: Path, folder: Path) -> dict[str, Any]:
 
 
 def replay(folder: Path) -> dict[str, Any]:
-    """flame's construction, the remedies of the seed and ours, on one model."""
+    """Run flame's construction, the remedies that users tried and ours, on one model."""
     import torch
     import torch.distributed.checkpoint as dcp
     import transformers
@@ -183,7 +183,7 @@ def replay(folder: Path) -> dict[str, Any]:
 
 
 def construct(config: Any) -> Any:
-    """As flame's train.py: meta, `_is_hf_initialized` off, `to_empty`, `post_init`; memory soiled as a long process has it."""
+    """Build as flame's train.py: meta, `_is_hf_initialized` off, `to_empty`, `post_init`; in memory soiled before."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -208,7 +208,7 @@ def loss(model: Any, ids: Any) -> float:
 
 
 def remedies(model: Any, step: Path) -> dict[str, str]:
-    """The three "fixes" of the seed and its check, each done as written, and what they change or see."""
+    """Try the three "fixes" that users tried and their check, each done as written; what they change or see."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -253,9 +253,8 @@ def show(rows: list[tuple[str, dict[str, Any]]]) -> int:
         )
         failed |= not good
         print(f"{name}, transformers {row['transformers']}")
-        print(
-            f"  loss: reference {row['reference']:.4f}, after meta + to_empty + post_init + dcp.load {row['before']:.4f}"
-        )
+        loaded = f"after meta + to_empty + post_init + dcp.load {row['before']:.4f}"
+        print(f"  loss: reference {row['reference']:.4f}, {loaded}")
         print(f"  tensors that differ after the load: {row['unequal']} of {row['tensors']}")
         for remedy, said in row["remedies"].items():
             print(f"  {remedy:<46} {said}")
@@ -263,9 +262,8 @@ def show(rows: list[tuple[str, dict[str, Any]]]) -> int:
             print(f"  check_loaded: {severity} {code} {message}")
         print(f"  check_loaded on the reference: {row['clean'] or 'nothing'}")
         print(f"  repair_buffers: {', '.join(row['repaired'])}; then {row['left'] or 'nothing left'}")
-        print(
-            f"  loss after repair {row['after']:.4f}: {'bitwise the reference' if row['after'] == row['reference'] else 'NOT the reference'}"
-        )
+        verdict = "bitwise the reference" if row["after"] == row["reference"] else "NOT the reference"
+        print(f"  loss after repair {row['after']:.4f}: {verdict}")
     return int(failed)
 
 

@@ -49,15 +49,12 @@ def main() -> None:
         convert(make_plan([view], "dcp", root="model"), f"{place}/nested", "dcp")
         convert(make_plan([view], "pth"), f"{place}/model.pth", "pth")
         for python in sys.argv[1:] or [sys.executable]:
-            found = json.loads(
-                subprocess.run(
-                    [python, "-c", LOAD, place, json.dumps(shapes)], stdout=subprocess.PIPE, text=True, check=True
-                ).stdout
-            )
+            command = [python, "-c", LOAD, place, json.dumps(shapes)]
+            found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
             for kind in ("flat", "nested", "pth"):
-                print(
-                    f"torch {found['torch']}: {kind}: {'equal' if found[kind] == {n: wanted[n] for n in found[kind]} else 'DIFFERENT'}, {len(found[kind])} tensors"
-                )
+                equal = found[kind] == {n: wanted[n] for n in found[kind]}
+                verdict = "equal" if equal else "DIFFERENT"
+                print(f"torch {found['torch']}: {kind}: {verdict}, {len(found[kind])} tensors")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """QLoRA on a CPU: SmolLM2-135M's whole training step over nf4 and over full-precision weights, ours and PEFT's.
 
-Every linear but the head gets r 16; real text, one thread, AdamW on the low-rank weights, no recomputation. The ways take
-turns in one process, so that a busy machine slows all of them alike; memory is measured in a process of its own for each,
-as what it holds above one that has only imported everything.
+Every linear but the head gets r 16; real text, one thread, AdamW on the low-rank weights, no recomputation. The ways
+take turns in one process, so that a busy machine slows all of them alike; memory is measured in a process of its own
+for each, as what it holds above one that has only imported everything.
 
     python -m benchmarks.qlora_cpu [--rounds 5] [--rows 4] [--length 256]
 """
@@ -178,9 +178,8 @@ def measure(folder: Path, given: argparse.Namespace) -> None:
         "--only",
     ]
     idle = run([*command, "idle"]).anonymous
-    print(
-        f"{given.rows} x {given.length} tokens, {versions('torch', 'transformers', 'peft', 'bitsandbytes')}, load {os.getloadavg()[0]:.1f}"
-    )
+    libraries = versions("torch", "transformers", "peft", "bitsandbytes")
+    print(f"{given.rows} x {given.length} tokens, {libraries}, load {os.getloadavg()[0]:.1f}")
     print("| way | s a step | rate, of LoRA over float32 | peak memory MB | losses |\n|---|---|---|---|---|")
     for name in WAYS:
         # round by round beside the first way: both met the same load

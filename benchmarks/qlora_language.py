@@ -265,14 +265,14 @@ def main() -> None:
             }
             results.append(made)
             peer = next((r for r in results if r["mode"] == "peft" and r["shape"] == size), None)
-            ratios = (
-                ""
-                if peer is None or mode == "peft"
-                else (
-                    f"{made['tokens_per_s'] / peer['tokens_per_s']:.2f}x speed, {made['peak_gib'] / max(peer['peak_gib'], 1e-9):.0%} memory, "
-                    f"losses apart {max(abs(a - b) for a, b in zip(made['losses'], peer['losses'])):.4f}"
+            ratios = ""
+            if peer is not None and mode != "peft":
+                speed, memory = (
+                    made["tokens_per_s"] / peer["tokens_per_s"],
+                    made["peak_gib"] / max(peer["peak_gib"], 1e-9),
                 )
-            )
+                apart = max(abs(a - b) for a, b in zip(made["losses"], peer["losses"]))
+                ratios = f"{speed:.2f}x speed, {memory:.0%} memory, losses apart {apart:.4f}"
             print(
                 f"{size} {mode:5} {made['tokens_per_s']:8.0f} tokens/s {made['peak_gib']:6.2f} GiB "
                 f"{made['tokens_per_s'] / floor:.0%} of the floor  first step {made['first_step_s']:.1f} s  {ratios}",

@@ -151,11 +151,10 @@ def gpu_peak(device: str) -> int:
 def report(name: str, done: Run, idle: int) -> None:
     found = json.loads(done.out.strip().splitlines()[-1])
     above = done.anonymous - idle
-    print(
-        f"{name:14} {found['seconds']:8.1f} s  model {found['bytes'] / 1e9:6.2f} GB  peak {above / 1e9:6.2f} GB of host memory"
-        f" (model {'+' if above > found['bytes'] else '-'} {abs(above - found['bytes']) / 1e9:.2f})  GPU peak {found['gpu'] / 1e9:.2f} GB",
-        flush=True,
-    )
+    model, more = found["bytes"], above - found["bytes"]
+    host = f"peak {above / 1e9:6.2f} GB of host memory (model {'+' if more > 0 else '-'} {abs(more) / 1e9:.2f})"
+    gpu = f"GPU peak {found['gpu'] / 1e9:.2f} GB"
+    print(f"{name:14} {found['seconds']:8.1f} s  model {model / 1e9:6.2f} GB  {host}  {gpu}", flush=True)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""From the call of `fit` to the first forward of a resumed run, against reading the checkpoint's bytes.
+"""Time a resume, from the call of `fit` to the first forward, against reading the checkpoint's bytes.
 
     python -m benchmarks.resume [--gigabytes 1] [--times 5]
 
-The model is made before the clock starts. Warm: the checkpoint is in the page cache; cold: it is pushed out before every
-time. Reading: the same files through `read` into one buffer, and once more with the digests compared (`load`).
+The model is made before the clock starts. Warm: the checkpoint is in the page cache; cold: it is pushed out before
+every time. Reading: the same files through `read` into one buffer, and once more with the digests compared (`load`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def job(gigabytes: float, stop: bool) -> Job:
     def loss(model: nn.Module, batch: Tensor, divisor: float) -> dict[str, Tensor]:
         if stop:
             raise Begun
-        return {"loss": sum(((m.weight * 1e-3).sum() for m in model), batch.sum() * 0.0) / divisor}  # type: ignore[attr-defined]
+        total = sum(((layer.weight * 1e-3).sum() for layer in model.children()), batch.sum() * 0.0)
+        return {"loss": total / divisor}
 
     return Job(
         model=net,
@@ -96,9 +97,8 @@ def main() -> None:
         fit(job(options.gigabytes, stop=False), run, Loop(updates=1, batch=2))
         folder = run / "checkpoints/step-000001"
         size = sum(p.stat().st_size for p in folder.iterdir())
-        print(
-            f"{versions('torch')}; {size / 1e9:.2f} GB\n\n| cache | read s | load s | resume s | resume / read |\n|---|---|---|---|---|"
-        )
+        print(f"{versions('torch')}; {size / 1e9:.2f} GB\n")
+        print("| cache | read s | load s | resume s | resume / read |\n|---|---|---|---|---|")
         for name, prepare in (("warm", remember), ("cold", forget)):
             found: dict[str, list[float]] = {"read": [], "load": [], "resume": []}
             for _ in range(options.times):  # in turn, so that the machine's moods fall on all three

@@ -57,7 +57,7 @@ def lora_state(device: str) -> State:
 
 
 def _filled(shapes: dict[str, tuple[int, ...]], device: str) -> State:
-    """Every tensor starts at its own number; each update adds one, so that its value says at which step it was copied."""
+    """Make tensors that start at their own number; updates add one, so a value says at which step it was copied."""
     model = {n: torch.full(s, float(i), device=device) for i, (n, s) in enumerate(shapes.items())}
     moments = {
         f"{n}/{m}": torch.full(s, 0.0, device=device) for n, s in shapes.items() for m in ("exp_avg", "exp_avg_sq")
@@ -66,7 +66,7 @@ def _filled(shapes: dict[str, tuple[int, ...]], device: str) -> State:
 
 
 class Training:
-    """Steps of some 200 ms; `before_update` is what a way of saving wants done before the state changes."""
+    """A training with steps of some 200 ms; `before_update` is called before the state changes."""
 
     def __init__(self, state: State, device: str) -> None:
         self.state, self.cuda, self.updates = state, device == "cuda", 0
@@ -102,7 +102,7 @@ class Training:
 
 
 class Way:
-    """One way of saving. `start` begins a save and returns when training may go on; `done` tells its durable seconds."""
+    """A way of saving: `start` begins a save, `done` gives the seconds until it was durable."""
 
     def __init__(self, mode: str, folder: Path) -> None:
         self.mode, self.folder, self.copy = mode, folder, 0.0
@@ -223,7 +223,7 @@ def measure(mode: str, which: str, folder: Path, gigabytes: float, saves: int, d
 
 
 def read_back(folder: Path, step: int) -> bool:
-    """Whether the newest checkpoint is whole and holds every tensor as it was at this step."""
+    """Check that the newest checkpoint is whole and holds every tensor as it was at this step."""
     from tensorkeep.training.saver import newest
 
     found = newest(folder)
@@ -235,7 +235,7 @@ def read_back(folder: Path, step: int) -> bool:
 
 
 def _in_order(model: dict[str, torch.Tensor]) -> list[str]:
-    """Names in the order in which they were numbered: their first elements say it."""
+    """Sort names in the order in which they were numbered, which their first elements say."""
     return sorted(model, key=lambda n: float(model[n].flatten()[0]))
 
 
@@ -287,9 +287,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['state']} | {row['mode']} | - | {row['error'][:120]} | | | | |")
         for number, save in enumerate(row.get("saves", []), 1):
             times = save["durable"] / min(row["raw"])
+            seconds = f"{save['stall']:.3f} | {save['copy']:.2f} | {save['durable']:.2f}"
             lines.append(
-                f"| {row['state']} | {row['mode']} | {number} | {save['stall']:.3f} | {save['copy']:.2f} | {save['durable']:.2f}"
-                f" | {times:.2f} | {save['lost']:.2f} |"
+                f"| {row['state']} | {row['mode']} | {number} | {seconds} | {times:.2f} | {save['lost']:.2f} |"
             )
     for which in dict.fromkeys(row["state"] for row in rows):
         later = {

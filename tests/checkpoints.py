@@ -1,4 +1,4 @@
-"""Checkpoints for tests, written by others: models by transformers, DCP by torch, in flame's and torchtitan's layout.
+"""Write checkpoints with other libraries for tests: models by transformers, DCP by torch, as flame and torchtitan do.
 
 The torchtitan side is spelled out here once more, from the description of its adapter and not from our tables.
 """
@@ -86,7 +86,7 @@ def write_flame(folder: Path, state: dict[str, torch.Tensor], threads: int = 8) 
 
 
 def titan_state(tensors: dict[str, torch.Tensor], config: Any, biases: bool = False) -> dict[str, torch.Tensor]:
-    """hf tensors under torchtitan's names in fp32, as its adapter gives them: biases lost, a tied head from the embedding."""
+    """Rename hf tensors as torchtitan's adapter does, in fp32: biases lost, a tied head from the embedding."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     out = {}
     for name, tensor in tensors.items():

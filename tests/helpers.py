@@ -64,7 +64,7 @@ def refused(code: str | None, *words: str) -> Iterator[None]:
 
 
 def interleaved(tensor: torch.Tensor, dim: int, rotary: int | None = None) -> torch.Tensor:
-    """Rows of whole heads from half-split to interleaved RoPE; rows beyond `rotary` stay. The reference for our tables."""
+    """Move rows of whole heads from half-split to interleaved RoPE, up to `rotary`: the reference for our tables."""
     rotary = dim if rotary is None else rotary
     heads = tensor.reshape(-1, dim, *tensor.shape[1:])
     turned = heads[:, :rotary].reshape(heads.shape[0], 2, rotary // 2, *tensor.shape[1:]).transpose(1, 2)

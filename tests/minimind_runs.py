@@ -52,7 +52,7 @@ def held_of(
     prefix: str = "",
     **more: Any,
 ) -> dict[str, Any]:
-    """A resume file's content as MiniMind makes it."""
+    """Build a resume file's content as MiniMind makes it."""
     state = {prefix + n: t.detach().to(dtype).clone() for n, t in model.state_dict().items()}
     return {
         "model": state,
@@ -73,7 +73,7 @@ def save(folder: Path, held: dict[str, Any], name: str = "pretrain_16_resume.pth
 
 
 def trained(model: nn.Module, parameters: list[nn.Parameter] | None = None) -> torch.optim.Optimizer:
-    """AdamW with state that tells every parameter from every other."""
+    """Make an AdamW whose state differs from parameter to parameter."""
     optimizer = torch.optim.AdamW(parameters or model.parameters(), lr=1e-3)
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         p.grad = torch.full_like(p, 1.0 + i)
@@ -91,7 +91,7 @@ def stopped(
     dtype: torch.dtype = torch.float32,
     early: bool = False,
 ) -> tuple[Path, list[tuple[list[int], float]], MiniMind]:
-    """A run of MiniMind killed behind micro-batch `at`; its resume file, and what the run does uninterrupted."""
+    """Stop a run of MiniMind behind micro-batch `at`: its resume file, and what the run does uninterrupted."""
     whole, model, data = small(*kind), small(*kind), rows()
     after = replay(
         whole, torch.optim.AdamW(whole.parameters(), lr=2e-3), data, batch, accumulation, epochs, 2e-3, early=early

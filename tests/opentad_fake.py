@@ -1,4 +1,4 @@
-"""The least of OpenTAD: its engine's names and arguments, and a tool that binds them before it reads a config.
+"""A stand-in for OpenTAD: its engine's names and arguments, and a tool that binds them before it reads a config.
 
 `installed` puts them into `sys.modules`, made anew each time, since a test replaces them everywhere.
 """
@@ -45,7 +45,7 @@ def main(read_config, model, work_dir, epochs, logger, resume=None, evaluate=Tru
 
 
 class Net(nn.Module):
-    """The seeds' backbone under a head, with dropout and the buffer that becomes a float in training."""
+    """A backbone with adapters under a head, with dropout and the buffer that becomes a float in training."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -63,7 +63,17 @@ class Net(nn.Module):
 
 
 def engine() -> dict[str, dict[str, Any]]:
-    """Module -> name -> object, with OpenTAD's arguments; what must be replaced fails when it is called."""
+    """Make OpenTAD's engine anew: module -> name -> object; what must be replaced fails when it is called."""
+
+    def build_optimizer(cfg: Any, model: Any, logger: Any) -> Any:
+        groups = [[p for n, p in model.named_parameters() if ("adapter" in n) == adapter] for adapter in (True, False)]
+        return torch.optim.AdamW([{"params": group} for group in groups], lr=cfg["lr"])
+
+    return {**_saving(), **_epochs(), "cores.optimizer": {"build_optimizer": build_optimizer}}
+
+
+def _saving() -> dict[str, dict[str, Any]]:
+    """OpenTAD's average and its two ways of saving, none of which may be called."""
 
     class ModelEma:
         def __init__(self, model: Any, decay: float = 0.999, device: Any = None) -> None:
@@ -76,6 +86,15 @@ def engine() -> dict[str, dict[str, Any]]:
 
     def save_best_checkpoint(model: Any, model_ema: Any, epoch: Any, work_dir: Any = None) -> None:
         raise AssertionError("OpenTAD's own checkpoint")
+
+    return {
+        "utils.ema": {"ModelEma": ModelEma},
+        "utils.checkpoint": {"save_checkpoint": save_checkpoint, "save_best_checkpoint": save_best_checkpoint},
+    }
+
+
+def _epochs() -> dict[str, dict[str, Any]]:
+    """OpenTAD's loops over an epoch, with its arguments."""
 
     def train_one_epoch(
         train_loader: Any,
@@ -98,11 +117,6 @@ def engine() -> dict[str, dict[str, Any]]:
             scheduler.step()
             model_ema.update(model)
 
-    def seen(model: Any, model_ema: Any) -> dict[str, Any]:
-        model.eval()
-        torch.randn(random.randint(1, 9))  # a loader draws its seed
-        return {"model_ema": model_ema, "weights": {n: t.clone() for n, t in model.state_dict().items()}}
-
     def val_one_epoch(
         val_loader: Any,
         model: Any,
@@ -112,7 +126,7 @@ def engine() -> dict[str, dict[str, Any]]:
         model_ema: Any = None,
         use_amp: Any = False,
     ) -> dict[str, Any]:
-        return seen(model, model_ema)
+        return _seen(model, model_ema)
 
     def eval_one_epoch(
         test_loader: Any,
@@ -125,22 +139,22 @@ def engine() -> dict[str, dict[str, Any]]:
         world_size: Any = 0,
         not_eval: Any = False,
     ) -> dict[str, Any]:
-        found = seen(model, model_ema)
+        found = _seen(model, model_ema)
         if cfg is not None:
             raise cfg
         return found
 
-    def build_optimizer(cfg: Any, model: Any, logger: Any) -> Any:
-        groups = [[p for n, p in model.named_parameters() if ("adapter" in n) == adapter] for adapter in (True, False)]
-        return torch.optim.AdamW([{"params": group} for group in groups], lr=cfg["lr"])
-
     return {
-        "utils.ema": {"ModelEma": ModelEma},
-        "utils.checkpoint": {"save_checkpoint": save_checkpoint, "save_best_checkpoint": save_best_checkpoint},
         "cores.train_engine": {"train_one_epoch": train_one_epoch, "val_one_epoch": val_one_epoch},
         "cores.test_engine": {"eval_one_epoch": eval_one_epoch},
-        "cores.optimizer": {"build_optimizer": build_optimizer},
     }
+
+
+def _seen(model: Any, model_ema: Any) -> dict[str, Any]:
+    """Evaluate: what the evaluation is given, and the model's weights meanwhile."""
+    model.eval()
+    torch.randn(random.randint(1, 9))  # a loader draws its seed
+    return {"model_ema": model_ema, "weights": {n: t.clone() for n, t in model.state_dict().items()}}
 
 
 def installed(put: Callable[[str, Any], None], objects: dict[str, dict[str, Any]]) -> ModuleType:

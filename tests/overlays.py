@@ -1,4 +1,4 @@
-"""Overlays: the fault befalls another copy of the model than the reference, as it does in life.
+"""Apply a fault to another copy of the model than the reference, as it happens in practice.
 
 `narrow`: a bf16 copy of an fp32 model. `wide`: an fp32 copy of a bf16 model. `trained`: a fine-tuned copy, every tensor
 moved by 1 %. `titan`: written in torchtitan's names, its q/k rows interleaved on the way. `alone`: there is no

@@ -1,4 +1,4 @@
-"""Saves a few checkpoints under strace; a line in the file named second says which are acknowledged, and which as the best."""
+"""Save a few checkpoints (`power_child.py RUN LOG`); LOG lists those acknowledged and those named the best."""
 
 import os
 import sys

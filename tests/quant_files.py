@@ -1,4 +1,4 @@
-"""Quantized files for tests, written from the formats' descriptions with other code than the reader's.
+"""Write quantized files for tests from the formats' descriptions, with other code than the reader's.
 
 The tables are derived here once more: NF4 from the quantiles of the normal distribution (QLoRA, section 3), FP4 from
 the meaning of its bits. Codes are found by trying all sixteen.

@@ -1,4 +1,4 @@
-"""What two processes do with quantized models; run by test_quantize_ranks, one result a line from rank 0."""
+"""The two processes of test_quantize_ranks: they use quantized models, and rank 0 prints a result a line."""
 
 from __future__ import annotations
 

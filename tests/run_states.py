@@ -1,4 +1,4 @@
-"""States of a run for the tests of checkpoints, and a layer that makes the system's calls fail or kill."""
+"""Make states of a run for the tests of checkpoints, and let the system's calls fail or kill the process."""
 
 from __future__ import annotations
 

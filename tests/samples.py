@@ -20,7 +20,7 @@ CONFIG = {"model_type": "toy", "hidden_size": 4}
 
 
 def state() -> dict[str, torch.Tensor]:
-    """Every kind of tensor that is easy to lose: bf16, 0-d, empty, transposed, integer, bool."""
+    """Make tensors that are easily lost: bf16, 0-d, empty, transposed, integer, bool."""
     made = torch.Generator().manual_seed(0)
     return {
         "a.weight": torch.randn(6, 4, generator=made),

@@ -1,4 +1,4 @@
-"""What a program did to files, recorded by strace, and what a crash at any point of it may leave on the disk."""
+"""Record what a program did to files by strace, and rebuild what a crash at any point may leave on the disk."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class Disk:
 
 
 def build(left: dict[str, bytes | None], top: str, target: Path) -> None:
-    """Put what a crash left of the tree `top` into the empty folder `target`."""
+    """Write what a crash left of the tree `top` into the empty folder `target`."""
     for path, data in sorted(left.items()):
         if path == top or path.startswith(top + "/"):
             place = target / path[len(top) + 1 :]

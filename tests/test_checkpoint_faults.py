@@ -1,4 +1,4 @@
-"""A save that is killed, or whose disk is full or fails, at any call it makes: nothing that was acknowledged is lost."""
+"""A save is killed, or its disk is full or fails, at any call it makes: nothing that was acknowledged is lost."""
 
 from __future__ import annotations
 

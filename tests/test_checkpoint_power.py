@@ -57,7 +57,7 @@ def crash_everywhere(calls: list[Call], run: str, told: str, place: Path) -> tup
 
 
 def resumed(left: dict[str, bytes | None], run: str, place: Path) -> tuple[int | None, int | None]:
-    """The step that a resume takes, proven whole and right, and the best one; nothing that has a step's name may be torn."""
+    """Resume after a crash: the step taken, proven whole and right, and the best one; no step's folder may be torn."""
     shutil.rmtree(place, ignore_errors=True)
     build(left, run, place)
     found = newest(place)
@@ -72,7 +72,8 @@ def resumed(left: dict[str, bytes | None], run: str, place: Path) -> tuple[int |
 
 @needs_strace
 def test_the_model_finds_a_writer_that_does_not_fsync(tmp_path: Path) -> None:
-    source = f"import os; f = open('{tmp_path}/new', 'wb'); f.write(b'x' * 100); f.close(); os.rename('{tmp_path}/new', '{tmp_path}/old')"
+    new, old = tmp_path / "new", tmp_path / "old"
+    source = f"import os; f = open('{new}', 'wb'); f.write(b'x' * 100); f.close(); os.rename('{new}', '{old}')"
     calls = [c for c in record([sys.executable, "-c", source], tmp_path / "log") if str(tmp_path) in c.paths[0]]
     disk = Disk()
     for call in calls:

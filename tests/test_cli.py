@@ -147,7 +147,9 @@ def test_every_command_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_inspect_of_safetensors_imports_neither_torch_nor_numpy() -> None:
-    code = "import sys; from tensorkeep.cli import main; main(sys.argv[1:]); print([m for m in ('torch', 'numpy', 'gguf', 'transformers') if m in sys.modules])"
+    libraries = ("torch", "numpy", "gguf", "transformers")
+    code = "import sys; from tensorkeep.cli import main; main(sys.argv[1:]); "
+    code += f"print([m for m in {libraries} if m in sys.modules])"
     found = subprocess.run(
         [sys.executable, "-c", code, "inspect", str(TINY), "--json"], capture_output=True, text=True, check=True
     )

@@ -20,7 +20,7 @@ from tests.language_files import LINES, save_model
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool, list[str], list[Any]]:
-    """Folder, verdict, lines and the trained job of one telling."""
+    """Run the chapter once: its folder, verdict, lines and trained job."""
     place = tmp_path_factory.mktemp("qlora")
     base = save_model(place / "base", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
     for name in ("text.txt", "held-out.txt"):

@@ -1,4 +1,4 @@
-"""Chapter `resume`: what counts as killed inside a save, what counts as the same run, and the whole on a small model."""
+"""Chapter `resume` of the demo: what counts as killed inside a save and as the same run; all of it on a small model."""
 
 from __future__ import annotations
 

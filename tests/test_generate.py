@@ -1,4 +1,4 @@
-"""`tensorkeep generate`: what is heard is what the checkpoint holds, whatever its format, adapter or quantization."""
+"""`tensorkeep generate` writes what the checkpoint's weights give, whatever its format, adapter or quantization."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def by_hand(live: nn.Module, raw: bool = False, count: int = 12) -> list[int]:
 
 
 def trained(live: nn.Module, seed: int = 1) -> nn.Module:
-    """LoRA layers whose update is large enough to be heard."""
+    """Make LoRA layers whose update is large enough to change the text."""
     add_lora(live, ["q_proj", "down_proj"], r=4, alpha=8, rank_pattern={"layers.1.mlp.down_proj": 2})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Recorded steps. What makes them static is tried on any machine, with a capture that only runs; the graphs on a GPU."""
+"""Steps recorded as CUDA graphs; without a GPU a stand-in that only runs tries what keeps them static."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss through the head: the numbers of cross-entropy on whole logits, whatever the chunk."""
+"""The chunked loss through the head equals cross-entropy on whole logits, whatever the chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenTAD's tools under us: names that were bound before are taken over, evaluation puts every bit back, resume is strict.
+"""OpenTAD's tools under our integration: its names are replaced, evaluation puts every bit back, resume is strict.
 
 OpenTAD itself runs in `tests.parity.opentad_guest`; here its engine is a stand-in with the same names and arguments.
 """

@@ -26,9 +26,11 @@ SHARDED = """
     rank, folder = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    values = {"rows": (8, 6), "uneven": (5, 3), "one_row": (1, 4), "columns": (4, 8), "uneven_columns": (3, 5), "deep": (2, 3, 7), "whole": (3, 3)}
+    values = {"rows": (8, 6), "uneven": (5, 3), "one_row": (1, 4), "columns": (4, 8)}
+    values |= {"uneven_columns": (3, 5), "deep": (2, 3, 7), "whole": (3, 3)}
     places = {"columns": Shard(1), "uneven_columns": Shard(1), "deep": Shard(2), "whole": Replicate()}
-    full = {n: torch.arange(torch.Size(s).numel()).reshape(s).to(torch.bfloat16) + i for i, (n, s) in enumerate(values.items())}
+    counted = {n: torch.arange(torch.Size(s).numel()).reshape(s) for n, s in values.items()}
+    full = {n: t.to(torch.bfloat16) + i for i, (n, t) in enumerate(counted.items())}
     state = {n: distribute_tensor(t, mesh, [places.get(n, Shard(0))]) for n, t in full.items()}
     state |= {"plain": torch.full((2, 2), 7.0), "step": torch.tensor(4)}
     dcp.save({"model": state, "train": {"step": 4}}, checkpoint_id=f"{folder}/dcp")

@@ -1,5 +1,8 @@
-"""A run killed with SIGKILL at random instants, many inside a save, and started again until it ends: bitwise the run
-that nobody killed. The long form, with a language model and the peers, is `benchmarks/kill.py`."""
+"""A run is killed at random instants and started again until it ends; it must be bitwise the run that nobody killed.
+
+The kills are SIGKILLs, many of them inside a save. The long form, with a language model and other tools beside, is
+`benchmarks/kill.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts, conversations, tokens on disk and rows: what goes into training is what the files say, marked where it should be."""
+"""Texts, conversations, token caches and rows: what goes into training is what the files say, with the right marks."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_generation_tags_of_a_template_give_the_same_marks() -> None:
 
 
 def test_a_template_whose_answers_cannot_be_found_is_refused() -> None:
-    upper = "{% for m in messages %}{{ m.content }}{% if not loop.last %} | {% endif %}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    upper = "{% for m in messages %}{{ m.content }}{% if not loop.last %} | {% endif %}{% endfor %}"
+    upper += "{% if add_generation_prompt %}?{% endif %}"
     with pytest.raises(TensorkeepError, match="cannot be found"):
         Chat(tokenizer(upper)).encode(Conversation(CONVERSATIONS[0]))
     with pytest.raises(TensorkeepError, match="crosses the border"):

@@ -1,4 +1,4 @@
-"""Losses: packed documents are alone, the head is applied in chunks, preferences start at ln 2."""
+"""Losses: packed documents do not see each other, the head goes in chunks, preferences start at ln 2."""
 
 from __future__ import annotations
 

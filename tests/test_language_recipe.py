@@ -1,4 +1,4 @@
-"""A language run from its recipe: it builds, trains, is killed and goes on bitwise; any checkpoint can be its start."""
+"""A language run from its recipe builds, trains, is killed and goes on bitwise; it can start from any checkpoint."""
 
 from __future__ import annotations
 

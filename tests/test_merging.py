@@ -1,4 +1,4 @@
-"""Merges: one rounding of the exact sum, every variant against PEFT, refusals, and the originals' mistakes beside ours."""
+"""Merges: the exact sum rounded once, every variant against PEFT, refusals, and the mistakes of other mergers."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_float64_is_rounded_to_bf16_once() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_variant_of_an_odd_geometry_is_peft_s(tmp_path: Path) -> None:
-    """Patterns, rsLoRA, DoRA, embeddings, saved modules; on floats and on every quantized form; read, written, damaged."""
+    """Patterns, rsLoRA, DoRA, embeddings, saved modules, on floats and every quantized form; read, written, damaged."""
     be_quiet()
     place = variant.write(
         tmp_path / "odd", ("nf4_dq", "int8"), ("adapter_patterns", "adapter_rslora_dora"), num_hidden_layers=1

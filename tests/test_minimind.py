@@ -1,4 +1,4 @@
-"""MiniMind's files: every generation, prefix and nesting to hf, back, and to PEFT; nothing mixed, nothing assumed in silence.
+"""MiniMind's files of every generation, prefix and nesting go to hf, back and to PEFT; nothing is silently assumed.
 
 `data/minimind` was written by MiniMind's own code.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as MiniMind's resume file: it goes on there as it does here, but for fp16, and says what it cannot hold."""
+"""A checkpoint written as MiniMind's resume file goes on there as it does here, but for fp16; losses are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniMind's epochs and steps in samples: what optimizer steps have used, counted one by one; its orders and its rate."""
+"""MiniMind's epochs and steps in samples, compared with counting one by one; its orders and its learning rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ batching = st.builds(
 
 
 def walk(b: Batching, epoch: int, step: int) -> tuple[int, int, int]:
-    """Samples whose gradients an optimizer step has used by (epoch, step), those since, and the steps: counted one by one."""
+    """Count one by one: samples that optimizer steps have used by (epoch, step), samples since, and the steps."""
     used = since = updates = 0
     for e in range(epoch + 1):
         seen = 0

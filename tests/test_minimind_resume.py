@@ -346,7 +346,7 @@ def test_an_accumulation_that_adam_did_not_count_is_said_and_none_at_all_is_aske
 
 
 def test_the_parity_runner_on_a_folder_of_another_shape(tmp_path: Path) -> None:
-    """Stopped inside an accumulation in the first epoch: the runner goes back to the last step, and replays the rest."""
+    """Stopped inside an accumulation in the first epoch, it goes back to the last step and replays the rest."""
     place, kind, data = tmp_path / "mm2_other", ("mm2", 3), rows()
     file, _, _ = stopped(place / "checkpoints", (0, 5), accumulation=4, kind=kind, dtype=torch.float16)
     file.rename(file.with_name("pretrain_16_moe_resume.pth"))

@@ -1,4 +1,4 @@
-"""The parity runners on small folders of their layout, and on the full fixtures where those lie beside the repository."""
+"""The parity runners on small folders of their layout, and on the full fixtures where those are at hand."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def saved(folder: Path, model: nn.Module, dtype: torch.dtype = torch.float32) ->
 def on_meta(real_buffers: bool = True) -> Model:
     with torch.device("meta"):
         made = Model()
-    # said outright: where transformers was the first in the process to use a device context, torch remembers its patched
-    # linspace as the one to redirect, and the real one stays on the CPU
+    # the device is named: where transformers was the first in the process to use a device context, torch remembers its
+    # patched linspace as the one to redirect, and the real one stays on the CPU
     scale = torch.linspace(0.5, 1.5, 48) if real_buffers else torch.empty(48, device="meta")
     made.register_buffer("scale", scale, persistent=False)
     return made

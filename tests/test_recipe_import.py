@@ -1,4 +1,4 @@
-"""OpenTAD configs are read as data: equal to what Python would compute, nothing executed, nothing left out in silence."""
+"""OpenTAD configs are read as data: as Python would compute them, nothing executed, nothing silently left out."""
 
 from __future__ import annotations
 
@@ -303,7 +303,9 @@ LOSING = {
     "method='sliding_window'), dict(type='Resize', scale=(-1, 182)), dict(type='CenterCrop', crop_size=160)]))",
     "model.backbone.backbone.qk_scale": "model = dict(backbone=dict(backbone=dict(qk_scale=0.1)))",
     "model.backbone.backbone.return_feat_map": "model = dict(backbone=dict(backbone=dict(return_feat_map=False)))",
-    "model.backbone.custom.pre_processing_pipeline": "model = dict(backbone=dict(custom=dict(pre_processing_pipeline=[])))",
+    "model.backbone.custom.pre_processing_pipeline": (
+        "model = dict(backbone=dict(custom=dict(pre_processing_pipeline=[])))"
+    ),
     "model.rpn_head.surprise": "model = dict(rpn_head=dict(surprise=1))",
     "optimizer.paramwise": "optimizer = dict(paramwise=False)",
     "optimizer.backbone.exclude": "optimizer = dict(backbone=dict(exclude=['norm']))",
@@ -313,7 +315,9 @@ LOSING = {
     "workflow.val_eval_interval": "workflow = dict(val_eval_interval=-1)",
     "evaluation.type": "evaluation = dict(type='Recall')",
     "post_processing.external_cls.type": "post_processing = dict(external_cls=dict(type='Own', path='p', topk=2))",
-    "post_processing.external_cls.apply_softmax": "post_processing = dict(external_cls=dict(type='StandardClassifier', path='p', apply_softmax=True))",
+    "post_processing.external_cls.apply_softmax": (
+        "post_processing = dict(external_cls=dict(type='StandardClassifier', path='p', apply_softmax=True))"
+    ),
     "post_processing.nms.sigma": "post_processing = dict(nms=dict(sigma=choose()))",
 }
 

@@ -1,4 +1,4 @@
-"""A layer made lean computes what it computed, keeps its names, and keeps no more than it was told."""
+"""A layer under gradient checkpointing computes the same, keeps its names, and holds no more than it was told."""
 
 from __future__ import annotations
 

@@ -354,7 +354,7 @@ def test_a_state_from_elsewhere_starts_a_run_and_says_what_it_lacks(tmp_path: Pa
 
 
 def heard(lines: list[str]) -> Output:
-    """An output that only listens."""
+    """An output that only keeps what it is told."""
 
     class Heard(Output):
         def remark(self, text: str) -> None:

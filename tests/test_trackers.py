@@ -1,4 +1,4 @@
-"""Trackers go on in the same run and hear every row once, through kills."""
+"""Trackers go on in the same run and get every row once, through kills."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Board:
-    """As much of a SummaryWriter as counts: points by name, and a purge of what comes again."""
+    """A stand-in for SummaryWriter: points by name, and a purge of steps that come again."""
 
     points: ClassVar[dict[tuple[str, int], list[float]]] = {}
 
@@ -41,7 +41,7 @@ class Board:
 
 
 class Service:
-    """As much of wandb as counts: runs by id, each with the rows it was given."""
+    """A stand-in for wandb: runs by id, each with the rows it was given."""
 
     def __init__(self) -> None:
         self.runs: dict[str, list[dict[str, Any]]] = {}

@@ -1,5 +1,7 @@
-"""A small job with everything that can go wrong in a resume: dropout, random augmentation, a frozen part, an average;
-and ways to stop it, start it again and compare what came out."""
+"""A small job with everything that can go wrong in a resume, and ways to stop it, start it again and compare.
+
+The job has dropout, random augmentation, a frozen part and an average.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,7 @@ class Died(BaseException):
 
 
 def dying(job: Job, at: int) -> Job:
-    """The job, which dies in its `at`-th forward (from 1)."""
+    """Make the job die in its `at`-th forward (from 1)."""
     calls = 0
 
     def loss(model: nn.Module, batch: Any, divisor: float) -> dict[str, Tensor]:
@@ -133,7 +135,7 @@ def dying(job: Job, at: int) -> Job:
 
 
 def lived(make: Any, run: Path, loop: Loop, deaths: Sequence[int] = (), workers: Sequence[int] = ()) -> Outcome:
-    """Train to the end, dying once in each start but the last; other generators in every process, as in life."""
+    """Train to the end, dying once in each start but the last; the random generators differ in every start."""
     for number, death in enumerate((*deaths, 0)):
         torch.manual_seed(1000 + number)
         used = replace(loop, workers=workers[number % len(workers)]) if workers else loop
@@ -145,7 +147,7 @@ def lived(make: Any, run: Path, loop: Loop, deaths: Sequence[int] = (), workers:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """What a run said, without times."""
+    """Read the rows of a run, without times."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
 
 
@@ -215,7 +217,7 @@ def free_port() -> int:
 
 
 def relative_l2(one: Path, other: Path) -> float:
-    """Distance of the newest checkpoints' weights."""
+    """Measure how far the weights of the newest checkpoints are apart."""
     a, b = (checkpoint.newest(run) for run in (one, other))
     assert a is not None and b is not None and set(a[0].model) == set(b[0].model)
     x, y = (torch.cat([t.double().flatten() for _, t in sorted(f[0].model.items())]) for f in (a, b))

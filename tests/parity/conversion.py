@@ -65,7 +65,7 @@ class Model:
         return FROM_TORCH[str(kinds.pop()).removeprefix("torch.")] if len(kinds) == 1 else None
 
     def after(self, written: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What an hf sink holds once a writer has cast the model's tensors to its own dtypes, and we back to the file's."""
+        """Cast the model's tensors as a writer does to its own dtypes, and back to those of the file."""
         casts = {n: t.to(written[n].dtype) if n in written else t for n, t in self.wanted.items()}
         return {n: t.to(self.tensors[n].dtype) if self.dtype else t for n, t in casts.items()}
 
@@ -140,7 +140,7 @@ def flame_cases(model: Model, step: Path, name: str, work: Path) -> Iterator[Out
 
 
 def titan_cases(model: Model, titan: Path, work: Path) -> Iterator[Outcome]:
-    """torchtitan's DCP becomes hf; our DCP gives torchtitan's state dict the same bits; what its adapter loses stays."""
+    """Convert torchtitan's DCP to hf and back: its state dict gets the same bits, what its adapter loses stays."""
     name = f"{model.name}/titan030_dcp"
     original = torch_load(titan)
     lost = (

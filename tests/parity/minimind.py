@@ -191,7 +191,7 @@ def logits_cases(
 
 
 def compute(model: Any, expected: dict[str, torch.Tensor], key: str) -> float:
-    """The largest difference of the model's logits from the fixture's; padding is left out, a step decodes from the cache."""
+    """Measure the largest difference of the logits from the fixture's, without padding; steps decode from the cache."""
     ids, mask = expected["input_ids"], expected.get("attention_mask")
     with torch.no_grad():
         if key.endswith("_masked"):

@@ -1,4 +1,4 @@
-"""MiniMind's LoRA files merged: our merge against MiniMind's logits with the LoRA on, and against its own merged file."""
+"""Merge MiniMind's LoRA files, and compare with its logits under the LoRA and with its own merged file."""
 
 from __future__ import annotations
 

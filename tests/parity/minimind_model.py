@@ -186,5 +186,5 @@ def config_of(known: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the tokens of a micro-batch, `[b, t, vocab]` against `[b, t]`, the next token each; -100 is left out."""
+    """Average the next-token loss of a micro-batch, logits `[b, t, vocab]`, labels `[b, t]`; -100 is left out."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -152,7 +152,7 @@ def go_on(
 
 
 def trajectory_cases(file: Path, name: str) -> Iterator[Outcome]:
-    """What comes behind the file, through `fit`, against the original's own resumed run."""
+    """Go on from the file through `fit`, and compare with the original's own resumed run."""
     place = file.parent.parent
     traj, held = json.loads((place / "traj.json").read_text()), load_file(place / "data.safetensors")
     data = Rows(held["input_ids"], held["labels"])
@@ -168,12 +168,7 @@ def trajectory_cases(file: Path, name: str) -> Iterator[Outcome]:
     if ".experts." not in "".join(resume.weights):
         models.append((" in transformers", converted(file)))
     elif resume.generation == "mm3":  # there the balancing loss is another: the first loss must do
-        model = converted(file)
-        put_tensors(model, continue_from(file, model, len(data), batch, every).state.model, base=False)
-        rows, wanted = resumed[0]["idx"], resumed[0]["loss"]
-        with torch.no_grad():
-            first = cross_entropy(model(data.ids[rows]).logits, data.labels[rows])
-        yield Outcome(f"{name} in transformers, experts stacked, first loss", abs(float(first) - wanted), LOSS)
+        yield first_loss(file, name, data, batch, every, resumed[0])
     for label, model in models:
         on = continue_from(file, model, len(data), batch, every, epochs=epochs)
         before = start - on.position.again // batch
@@ -215,8 +210,17 @@ def trajectory_cases(file: Path, name: str) -> Iterator[Outcome]:
             )
 
 
+def first_loss(file: Path, name: str, data: Rows, batch: int, every: int, row: dict[str, Any]) -> Outcome:
+    """Compare the first loss of the file's weights in transformers, experts stacked, with the original's."""
+    model = converted(file)
+    put_tensors(model, continue_from(file, model, len(data), batch, every).state.model, base=False)
+    with torch.no_grad():
+        first = cross_entropy(model(data.ids[row["idx"]]).logits, data.labels[row["idx"]])
+    return Outcome(f"{name} in transformers, experts stacked, first loss", abs(float(first) - row["loss"]), LOSS)
+
+
 def accumulation_of(file: Path, data: Rows, batch: int, epochs: int, resumed: list[Any]) -> int:
-    """The accumulation, which the fixture does not tell: as Adam counted, and where that leaves several as they replay."""
+    """Find the accumulation, which the fixture does not tell: by Adam's counter, then by which one replays the run."""
     resume = read_resume(file)
     found = counted(resume, len(data), batch)
     if len(found) < 2:
@@ -346,7 +350,7 @@ def undo(model: nn.Module, resume: Resume) -> None:
         weight.copy_((weight + moved) / (1 - group["lr"] * group["weight_decay"]))
 
 
-# -- MiniMind's own loop, from its description ---------------------------------------------------------------------------
+# -- MiniMind's own loop, from its description ------------------------------------------------------------------------
 
 
 def load(held: dict[str, Any], model: MiniMind, rate: float) -> torch.optim.Optimizer:
@@ -369,8 +373,11 @@ def replay(
     stop: tuple[int, int] | None = None,
     early: bool = False,
 ) -> list[tuple[list[int], float]]:
-    """MiniMind's training on one process from (epoch, step): the rest of the epoch skipped by batches, the rate set each
-    micro-batch, a step every `accumulation`, what is left stepped after the epoch. `stop`: killed behind that one."""
+    """Train as MiniMind does on one process, from (epoch, step) on.
+
+    Batches before the step are skipped, the rate is set each micro-batch, a step is made every `accumulation`, and one of
+    what is left after the epoch. `stop`: killed behind that (epoch, step).
+    """
     iterations = math.ceil(len(data) / batch)
     seen: list[tuple[list[int], float]] = []
 

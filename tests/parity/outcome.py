@@ -28,7 +28,8 @@ class Outcome(NamedTuple):
     @property
     def line(self) -> str:
         passed = "PASS" if self.figure <= self.tolerance else "FAIL"  # NaN fails
-        return f"{passed} {self.name.replace(' ', '_')} {self.figure:.3g} {self.tolerance:.3g}{f'  ({self.more})' if self.more else ''}"
+        more = f"  ({self.more})" if self.more else ""
+        return f"{passed} {self.name.replace(' ', '_')} {self.figure:.3g} {self.tolerance:.3g}{more}"
 
 
 def report(outcomes: Iterable[Outcome]) -> int:

@@ -2,7 +2,8 @@
 
 DIR holds `sick_*` folders, each with `answers.json` beside its cases: the fault of every case, its tensors, and the
 sound model as `reference_hf`. A case passes when its code is among the causes, its tensors (where the answers list
-names) are exactly the finding's, and no other error stands that no cause explains. A healthy case passes without errors.
+names) are exactly the finding's, and no other error stands that no cause explains. A healthy case passes without
+errors.
 """
 
 from __future__ import annotations

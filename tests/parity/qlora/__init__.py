@@ -181,7 +181,7 @@ def merge_cases(
 
 
 def damaged_cases(place: Path, file: Path, name: str, adapters: list[Path]) -> Iterator[Outcome]:
-    """Named with the base as reference; without one never called sound; never merged in silence where it cannot be read."""
+    """A damaged file is named with the base as reference, not called sound without one, and not silently merged."""
     code = next((c for word, c in CODES.items() if word in file.stem), None)
     label = f"{name} damaged {file.stem}"
     if code is None:

@@ -93,7 +93,7 @@ def encoded(name: str, weight: np.ndarray, kind: Encoding) -> dict[str, np.ndarr
 def write(
     place: Path, kinds: Collection[str] = tuple(KINDS), adapters: Collection[str] = tuple(ADAPTERS), **geometry: Any
 ) -> Path:
-    """The whole set, or some of its quantized forms (nf4_dq among them) and adapters."""
+    """Write the whole set, or some of its quantized forms (nf4_dq among them) and adapters."""
     import transformers
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -115,9 +115,8 @@ def write(
         stored = {k: v for n, w in base.items() for k, v in (encoded(n, w, kind) if n in linears else {n: w}).items()}
         (place / f"quant_{name}").mkdir()
         save_file(stored, place / f"quant_{name}" / "model.safetensors", {"format": "pt"})
-        document = json.loads((place / "base" / "config.json").read_text()) | {
-            "quantization_config": {"quant_method": "bitsandbytes"}
-        }
+        document = json.loads((place / "base" / "config.json").read_text())
+        document["quantization_config"] = {"quant_method": "bitsandbytes"}
         (place / f"quant_{name}" / "config.json").write_text(json.dumps(document))
 
     def fresh(values: dict[str, np.ndarray]) -> Any:
@@ -134,12 +133,7 @@ def write(
     for label in adapters:
         options = ADAPTERS[label]
         tuned = get_peft_model(fresh({}), LoraConfig(task_type="CAUSAL_LM", **options))
-        for name, parameter in tuned.named_parameters():
-            if parameter.requires_grad:
-                with torch.no_grad():
-                    parameter.add_(
-                        torch.randn_like(parameter) * (0.02 if "magnitude" not in name else 0.1 * parameter.abs())
-                    )
+        _move(tuned)
         tuned.save_pretrained(place / label)
     for form, values in forms.items():
         io[f"logits.base.{form}"] = logits(fresh(values))
@@ -147,12 +141,20 @@ def write(
             stem = f"logits.{label.removeprefix('adapter_')}"
             tuned = PeftModel.from_pretrained(fresh(values), str(place / label)).eval()
             io[f"{stem}.adapted.{form}"] = logits(tuned)
-            io[f"{stem}.merged.fp32" if form == "fp32" else f"{stem}.dequant_merged.{form}"] = logits(
-                tuned.merge_and_unload()
-            )
+            merged = f"{stem}.merged.fp32" if form == "fp32" else f"{stem}.dequant_merged.{form}"
+            io[merged] = logits(tuned.merge_and_unload())
     save_file(io, place / "io.safetensors")
     _write_damaged(place, base, linears)
     return place
+
+
+@torch.no_grad()
+def _move(model: Any) -> None:
+    """Change an adapter's weights at random, as training would: a new adapter does nothing."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            size = 0.1 * parameter.abs() if "magnitude" in name else 0.02
+            parameter.add_(torch.randn_like(parameter) * size)
 
 
 def _write_damaged(place: Path, base: dict[str, np.ndarray], linears: list[str]) -> None:
