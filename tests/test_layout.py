@@ -131,7 +131,7 @@ def test_torch_and_safetensors_load_what_is_written(tmp_path: Path, to: str, nam
 
 
 class Sparse:
-    """A file whose tensor data is all zero and never stored: a folder for `archive.zip_entries`, a stream for zipfile."""
+    """A file whose tensor data is zero and never stored: a folder for `archive.zip_entries`, a stream for zipfile."""
 
     url = "sparse"
 

@@ -375,8 +375,8 @@ def replay(
 ) -> list[tuple[list[int], float]]:
     """Train as MiniMind does on one process, from (epoch, step) on.
 
-    Batches before the step are skipped, the rate is set each micro-batch, a step is made every `accumulation`, and one of
-    what is left after the epoch. `stop`: killed behind that (epoch, step).
+    Batches before the step are skipped, the rate is set each micro-batch, a step is made every `accumulation`, and one
+    of what is left after the epoch. `stop`: killed behind that (epoch, step).
     """
     iterations = math.ceil(len(data) / batch)
     seen: list[tuple[list[int], float]] = []
