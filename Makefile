@@ -7,13 +7,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorkeep demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# where there is a GPU: with this environment, or with one of your own by PYTHON_GPU=python3
+test-gpu:
+	PYTHONPATH=src $(or $(PYTHON_GPU),$(BIN)/python) -m pytest -m gpu -p no:cacheprovider
 
 lint: $(VENV)/.dev
 	@if $(BIN)/pip list 2>/dev/null | grep -i '^nvidia-'; then \

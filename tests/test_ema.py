@@ -9,6 +9,7 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.ema import Ema
+from tests.gpu import needs_gpu
 from tests.helpers import refused
 
 
@@ -193,7 +194,7 @@ def test_ddp_trains_on_as_without_a_swap(tmp_path: Path) -> None:
     assert "ema 2.weight" in finals[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_an_average_in_main_memory_is_that_of_the_gpu() -> None:
     model = _model().cuda()
     there, here = Ema(model), Ema(model, device="cpu")

@@ -18,10 +18,10 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
 from tests.detection import tiny
+from tests.gpu import needs_gpu
 from tests.helpers import refused
 from tests.training import assert_same_run, ranks, relative_l2, small_job
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 LOOP = Loop(updates=6, batch=4, log_every=1, save_every=2)
 
 
@@ -104,7 +104,7 @@ def test_a_batch_of_another_form_is_refused() -> None:
             fill(held, batch)
 
 
-@on_gpu
+@needs_gpu
 def test_a_recorded_step_trains_as_a_launched_one() -> None:
     losses = []
     for recorded in (False, True):
@@ -126,7 +126,7 @@ def test_a_recorded_step_trains_as_a_launched_one() -> None:
     assert losses[1] == pytest.approx(losses[0][2:], rel=1e-4)
 
 
-@on_gpu
+@needs_gpu
 def test_a_recorded_backward_adds_to_the_gradients_and_draws_anew() -> None:
     found = []
     for recorded in (False, True):

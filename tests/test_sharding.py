@@ -15,6 +15,7 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import fit
+from tests.gpu import needs_gpus
 from tests.training import Died, assert_same_run, dying, ranks, relative_l2, small_job
 
 LOOP = Loop(updates=8, batch=5, micro=1, log_every=1, save_every=2, evaluate_every=4, parallel="fsdp")
@@ -43,7 +44,7 @@ def train(
     assert ranks(size, work, device) == [0] * size
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_gpus(2)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_on_two_gpus_too(parallel: Any, tmp_path: Path) -> None:
     loop = replace(LOOP, parallel=parallel, batch=6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -13,9 +12,8 @@ from tensorkeep.storage.layout import Slot
 from tensorkeep.training._staging import GATHERED, SCRATCH, Stage, runs
 from tensorkeep.training.saver import Keep, Saver, State, load
 from tensorkeep.training.state_files import files_of, raw
+from tests.gpu import needs_gpu
 from tests.run_states import equal, state
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def test_an_image_is_the_file(tmp_path: Path) -> None:

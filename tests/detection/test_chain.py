@@ -15,9 +15,9 @@ from tensorkeep.detection.model.vit import Block, VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training._graphs import capture_step
 from tests.detection import tiny
+from tests.gpu import DEVICES, needs_gpu
 
 DEEP = replace(tiny.VIT, depth=5, drop_path=0.5)
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def _backbone(mode: str, quantized: bool = False, device: str = "cpu", **changes: object) -> VisionTransformer:
@@ -188,7 +188,7 @@ def test_a_copy_of_a_model_has_main_memory_of_its_own() -> None:
     assert copy.deepcopy(store).free == [] and isinstance(_backbone("offload").blocks[0], Block)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+@needs_gpu
 def test_main_memory_is_reused_from_step_to_step_and_after_a_forward_alone() -> None:
     backbone = _backbone("offload", device="cuda")
     _gradients(backbone)
@@ -198,7 +198,7 @@ def test_main_memory_is_reused_from_step_to_step_and_after_a_forward_alone() -> 
     assert held == len(backbone._host.free) == 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@needs_gpu
 @pytest.mark.parametrize("mode", ["two_level", "offload"])
 def test_a_recorded_step_gives_the_gradients_of_a_launched_one(mode: str) -> None:
     vit = replace(DEEP, image_size=64, drop_path=0.0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,14 @@ from tensorkeep.detection.model._attention import attend, attend_backward, choos
 from tensorkeep.detection.model._frozen import _Frozen, add_branch, add_norm, norm_backward
 from tensorkeep.detection.model._time_mix import time_mix
 from tensorkeep.detection.model.detector import video_features
+from tests import gpu
 from tests.detection import tiny
 
 # the kernels are checked where there is a GPU, the plain form everywhere
-PLACES = [("cpu", torch.float64, 1e-9)]
-if torch.cuda.is_available():
-    PLACES += [("cuda", torch.float32, 1e-5), ("cuda", torch.bfloat16, 4e-3)]
+GPU = [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)]
+PLACES: list[Any] = [("cpu", torch.float64, 1e-9)]
+if gpu.HERE:
+    PLACES += [pytest.param("cuda", d, t, marks=pytest.mark.gpu) for d, t in GPU]
 KEPT = torch.tensor([0.0, 2.0, 1.25]).view(3, 1, 1)
 
 
@@ -55,7 +59,9 @@ def test_fused_row_operations(
     assert max(_distance(f, w) for f, w in zip([*found, alone], [*wanted, total])) < tolerance
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "any"] + ["flash", "cudnn"] * torch.cuda.is_available())
+@pytest.mark.parametrize(
+    "kernel", ["cpu", "any", *(pytest.param(k, marks=pytest.mark.gpu) for k in ("flash", "cudnn") if gpu.HERE)]
+)
 def test_attention_by_hand_equals_autograd(kernel: str) -> None:
     device, dtype = ("cpu", torch.float64) if kernel in ("cpu", "any") else ("cuda", torch.bfloat16)
     qkv, grad = _random(2, 9, 3, 4, 16), _random(2, 4, 9, 16, seed=1)

@@ -66,18 +66,19 @@ class Piece(NamedTuple):
     fixed: bytes = b""
 
 
-def allocate(size: int) -> memoryview:
+def allocate(size: int, kind: type[mmap.mmap] = mmap.mmap) -> memoryview:
     """Get page-aligned memory for direct I/O; pages that are never touched cost nothing.
 
     Huge pages are not asked for: where memory is in pieces the kernel stops to gather them (seconds per gigabyte).
 
     Args:
         size: bytes wanted; rounded up to whole blocks of 4096.
+        kind: the class of the mapping; the view's `obj` is of it.
 
     Returns:
         Writable memory of at least `size` bytes, filled with zeros.
     """
-    return memoryview(mmap.mmap(-1, max(padded(size), DISK_BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return memoryview(kind(-1, max(padded(size), DISK_BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def padded(size: int) -> int:

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot
+from tensorkeep.training._pinned import PinnedPages, pinned_memory
 
 GATHERED = 1 << 20  # bytes; tensors up to this size are gathered on the device, thousands of copies become a few
 SCRATCH = 64 << 20  # bytes of device memory for one gathering
+SAMPLED = 64  # bytes of each copy off a device that are compared with what arrived, evenly spread
 
 
 class Stage:
@@ -34,7 +37,7 @@ class Stage:
 
     def __init__(self) -> None:
         self._images: dict[str, memoryview] = {}
-        self._locked: set[str] = set()  # images that CUDA knows
+        self.refused = ""  # why the newest image is not page-locked
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, files: Sequence[tuple[FileLayout, Mapping[str, Tensor]]], steady: frozenset[str]) -> Staged:
@@ -80,8 +83,10 @@ class Stage:
             stream.wait_stream(torch.cuda.current_stream(device))
             staged.sources += [tensors[slot.tensor] for slot in own]
             with torch.cuda.device(device), torch.cuda.stream(stream):
-                for run in runs(own):
-                    _copy_run(target, run, tensors)
+                samples = [_copy_run(target, run, tensors) for run in runs(own)]
+                staged.samples.append(
+                    Samples(target, [at for at, _ in samples], torch.cat([s for _, s in samples]), stream)
+                )
                 event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 event.record(stream)
             events.append(event)
@@ -90,15 +95,13 @@ class Stage:
     def _image(self, layout: FileLayout, cuda: bool) -> memoryview:
         """Give memory for one file: what is there already, where that is large enough."""
         room = self._images.get(layout.name)
-        if room is None or len(room) < durable.padded(layout.size):
-            self._forget(layout.name)
-            room = self._images[layout.name] = durable.allocate(layout.size)
-        if cuda and layout.name not in self._locked:
-            address = torch.frombuffer(room, dtype=torch.uint8).data_ptr()
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            # failing means a limit on locked memory: the copies then go through the driver's own buffers, slower
-            if int(cudart.cudaHostRegister(address, len(room), 0)) == 0:
-                self._locked.add(layout.name)
+        known = room is not None and isinstance(room.obj, PinnedPages)
+        if room is None or len(room) < durable.padded(layout.size) or (cuda and not known):
+            del room
+            self._images.pop(layout.name, None)
+            made, why = pinned_memory(layout.size) if cuda else (durable.allocate(layout.size), "")
+            room, self.refused = made, why or self.refused
+            self._images[layout.name] = room
         end = durable.padded(layout.size)
         room[layout.size : end] = bytes(end - layout.size)
         return room[:end]
@@ -106,20 +109,34 @@ class Stage:
     @property
     def pinned(self) -> bool:
         """Whether every image is page-locked; if not, each save stalls for the whole copy."""
-        return self._locked == set(self._images)
-
-    def _forget(self, name: str) -> None:
-        """Let one image go."""
-        room = self._images.pop(name, None)
-        if room is not None and name in self._locked:
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            cudart.cudaHostUnregister(torch.frombuffer(room, dtype=torch.uint8).data_ptr())
-            self._locked.discard(name)
+        return all(isinstance(i.obj, PinnedPages) and i.obj.registered for i in self._images.values())
 
     def close(self) -> None:
-        """Give the memory back; nothing may be on its way into it."""
-        for name in list(self._images):
-            self._forget(name)
+        """Give the memory back; it goes once nothing refers to it."""
+        self._images.clear()
+
+
+@dataclass
+class Samples:
+    """Bytes of what was copied off a device, taken there at the same time as the copy.
+
+    Attributes:
+        target: the image that the copies went into.
+        places: for each copy, where in the image its sampled bytes belong.
+        values: the bytes on the device, one copy's after another's.
+        stream: the stream of the copies.
+    """
+
+    target: Tensor
+    places: list[Tensor]
+    values: Tensor
+    stream: torch.cuda.Stream | None
+
+    def wrong(self) -> int:
+        """Count the bytes that are not what the device had; call it once the copies are done."""
+        with torch.cuda.stream(self.stream):
+            there = self.values.cpu()  # into ordinary memory: not the way that is being checked
+        return int((there != self.target[torch.cat(self.places)]).sum())
 
 
 class Staged:
@@ -130,6 +147,7 @@ class Staged:
         self.sources: list[Tensor] = []
         self.at_once: list[torch.cuda.Event] = []
         self.later: list[torch.cuda.Event] = []
+        self.samples: list[Samples] = []
         self.seconds = 0.0  # from the call until every byte was in the images
         self._started = time.perf_counter()
 
@@ -139,10 +157,22 @@ class Staged:
             torch.cuda.current_stream().wait_event(event)
 
     def wait(self) -> dict[str, memoryview]:
-        """Wait until every byte is copied; returns the images by file name."""
+        """Wait until every byte is copied, and compare a sample of them with the device's.
+
+        Returns:
+            The images by file name.
+
+        Raises:
+            TensorkeepError: bytes did not arrive; nothing may be made of the images then.
+        """
         for event in (*self.at_once, *self.later):
             event.synchronize()
+        wrong, looked = sum(s.wrong() for s in self.samples), sum(s.values.numel() for s in self.samples)
+        self.samples.clear()
         self.sources.clear()
+        if wrong:
+            what = f"the copy off the GPU did not arrive: {wrong} of {looked} sampled bytes differ; not saved"
+            raise TensorkeepError(what, where="checkpoint", hint="start again: the run goes on from the one before it")
         self.seconds = time.perf_counter() - self._started
         return self.images
 
@@ -164,12 +194,17 @@ def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
         yield group
 
 
-def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]) -> None:
-    """Copy one tensor straight to the host, several through one scratch buffer on the device, dtype by dtype."""
-    if len(run) == 1:
-        _view(target, run[0], tensors[run[0].tensor]).copy_(tensors[run[0].tensor], non_blocking=True)
-        return
+def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Copy one tensor straight to the host, several through one scratch buffer on the device, dtype by dtype.
+
+    Returns:
+        Where in the image the sampled bytes belong, and those bytes on the device.
+    """
     start, end = run[0].start, run[-1].start + run[-1].nbytes
+    if len(run) == 1:
+        source = tensors[run[0].tensor]
+        _view(target, run[0], source).copy_(source, non_blocking=True)
+        return _sample(source.contiguous().reshape(-1).view(torch.uint8), start)
     scratch = torch.empty(end - start, dtype=torch.uint8, device=tensors[run[0].tensor].device)
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for slot in run:
@@ -181,6 +216,25 @@ def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]
     for into, out in by_dtype.values():
         copy_all(into, out)
     target[start:end].copy_(scratch, non_blocking=True)
+    return _sample(scratch, start)
+
+
+def _sample(raw: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Take some bytes of a flat tensor on its device, the first and the last among them.
+
+    Args:
+        raw: shape (bytes,), uint8.
+        start: where its first byte lies in the image.
+
+    Returns:
+        Places in the image, on the CPU, and the bytes, on the device; both of shape (at most SAMPLED,).
+    """
+    count = min(SAMPLED, len(raw))
+
+    def places(device: torch.device) -> Tensor:  # made on the device: a copy to it would wait for the copies before
+        return torch.arange(count, device=device) * (len(raw) - 1) // max(count - 1, 1)
+
+    return places(torch.device("cpu")) + start, raw[places(raw.device)]
 
 
 def _view(target: Tensor, slot: Slot, like: Tensor) -> Tensor:
