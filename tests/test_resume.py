@@ -21,7 +21,7 @@ from tensorkeep.training.loop import fit
 from tensorkeep.training.saver import Keep, State
 from tests.gpu import needs_gpu
 from tests.helpers import refused
-from tests.training import Died, assert_same_run, dying, lived, rows, small_job
+from tests.training import Died, assert_same_run, dying, lived, relative_l2, rows, small_job
 
 
 @pytest.fixture(autouse=True)
