@@ -39,6 +39,10 @@ class PinnedPages(mmap.mmap):
             return 0
         address = torch.frombuffer(self, dtype=torch.uint8).data_ptr()
         code = int(_cudart().cudaHostRegister(address, len(self), 0))
+        if code == ALREADY_REGISTERED:  # these pages are new: what is registered here is memory that is gone
+            forget_last_error()
+            if int(_cudart().cudaHostUnregister(address)) == 0:
+                code = int(_cudart().cudaHostRegister(address, len(self), 0))
         if code == 0:
             self._address, self._process = address, os.getpid()
         else:
@@ -82,10 +86,9 @@ def pinned_memory(size: int) -> tuple[memoryview, str]:
 
 
 def forget_last_error() -> None:
-    """Clear CUDA's last error, which the next unrelated kernel would raise; torch clears it when it raises."""
-    for device in range(torch.cuda.device_count()):
-        with contextlib.suppress(RuntimeError), torch.cuda.device(device):
-            torch.zeros(1, device="cuda")
+    """Clear CUDA's last error, which the next unrelated kernel would raise: torch clears what it raises."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")  # a kernel of our own; zeros would be a memset, which looks at no earlier error
 
 
 def _cudart() -> Any:
