@@ -158,7 +158,7 @@ for step in (1, 2, 3):
     saver.save(state)
     torch.ones(9, device="cuda").sum().item()
     assert bool((load(saver.wait()).model["w"] == step).all())
-print("pinned" if saver._stage.pinned else saver._stage.refused)
+print("pinned" if saver._stage.pinned else saver.refusal())
 saver.close()
 """
 

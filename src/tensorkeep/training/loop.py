@@ -178,6 +178,8 @@ def _save(run: Run) -> None:
     if run.saver:
         metrics.sync(run.folder / metrics.METRICS)
         run.saver.save(state)
+        if why := run.saver.refusal():
+            run.say.remark(f"note: memory for saves is not page-locked ({why}): each save holds training for its copy")
 
 
 # -- start ------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,11 @@ class Saver:
         if staged is not None:
             staged.before_step()
 
+    def refusal(self) -> str:
+        """Tell once why copies off the GPU hold the training while they are made; "" where they do not."""
+        why, self._stage.refused = self._stage.refused, ""
+        return why
+
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Hook of torch's optimizers."""
         self.before_step()
