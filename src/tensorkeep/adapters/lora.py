@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import unwrap
+from tensorkeep.formats.names import matches, unwrap
+from tensorkeep.quantization.encoding import HEADS
 from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_linear
-from tensorkeep.quantization.modules import HEADS, adopted, check_patterns, fits, is_bitsandbytes, replace_modules
+from tensorkeep.quantization.modules import adopted, check_patterns, is_bitsandbytes, replace_modules
 
 ALL = "all-linear"
 _ELSEWHERE = ("dora", "adalora", "loha", "lokr", "ia3", "vera", "oft", "boft", "pissa", "olora", "loftq")
@@ -125,8 +126,7 @@ def add_lora(
 
     Args:
         model: its linears may be dense, quantized, or bitsandbytes', which are made ours on the way.
-        targets: patterns of module names, which fit a whole name or its end (`q_proj`, `layers.1.*`); "all-linear"
-            takes every linear but the heads.
+        targets: patterns of module names (docs/concepts/patterns.md); "all-linear" takes every linear but the heads.
         r: rank of the update.
         alpha: the update is scaled by alpha / r.
         dropout: probability with which an element of the update's input is zeroed while training, in [0, 1).
@@ -150,7 +150,7 @@ def add_lora(
     _refuse_other_kinds(kind)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     linears = {_clean(n): m for n, m in model.named_modules() if _adaptable(m)}
-    chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not any(fits(n, p) for p in exclude)]
+    chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not matches(n, exclude)]
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
     check_patterns(linears, exclude, "lora.exclude")
@@ -228,12 +228,12 @@ def _clean(name: str) -> str:
 
 def _fits(name: str, pattern: str) -> bool:
     """Whether a module's name fits a target; "all-linear" fits all but heads."""
-    return not any(fits(name, head) for head in HEADS) if pattern == ALL else fits(name, pattern)
+    return not matches(name, HEADS) if pattern == ALL else matches(name, [pattern])
 
 
 def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """Return the value of the first pattern that fits a name."""
-    return next((value for pattern, value in patterns.items() if fits(name, pattern)), default)
+    return next((value for pattern, value in patterns.items() if matches(name, [pattern])), default)
 
 
 # -- merging -------------------------------------------------------------------------------------------------------

@@ -23,13 +23,9 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
-from tensorkeep.quantization.encoding import Encoding, Forms, forms_of
+from tensorkeep.quantization.encoding import EXCLUDED, Encoding, Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.record import DTYPES
-
-# what quantization while loading leaves alone (`quantize.EXCLUDED`), unless the adapter's config lists the modules
-_HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")
-_KEPT_FLOAT = (*_HEADS, *(f"*.{h}" for h in _HEADS), "*embed*")
 
 
 @dataclass
@@ -253,7 +249,7 @@ def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Enco
         whole = len(item.parts) == 1 and item.parts[0].rows is None
         if last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
             continue
-        chosen = matches(module, forms.modules) if forms.modules else not matches(module, _KEPT_FLOAT)
+        chosen = matches(module, forms.modules) if forms.modules else not matches(module, EXCLUDED)
         kind = layers.get(module, forms.usual if chosen else None)
         if kind is not None:
             out[name] = kind

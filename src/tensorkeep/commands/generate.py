@@ -211,7 +211,7 @@ def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
     from tensorkeep.adapters.files import HALF, load_adapter
     from tensorkeep.adapters.lora import add_lora
     from tensorkeep.adapters.merging import base_digests
-    from tensorkeep.formats.names import unwrap
+    from tensorkeep.formats.names import exactly, unwrap
     from tensorkeep.formats.view import read
 
     view = read(path)
@@ -233,7 +233,14 @@ def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
         raise TensorkeepError(what, where=path, code="A01", hint=hint)
     alphas = {module: _of(config.get("alpha_pattern"), module, config.get("lora_alpha", 0)) for module in ranks}
     rslora = bool(config.get("use_rslora"))
-    add_lora(model, list(ranks), rslora=rslora, rank_pattern=ranks, alpha_pattern=alphas)
+    each = {name: exactly(name) for name in ranks}
+    add_lora(
+        model,
+        list(each.values()),
+        rslora=rslora,
+        rank_pattern={each[n]: r for n, r in ranks.items()},
+        alpha_pattern={each[n]: a for n, a in alphas.items()},
+    )
     saved = {clean for name, clean in names.items() if name not in halves}
     for name, parameter in model.named_parameters():
         if name in saved:  # PEFT's modules_to_save: whole tensors that were trained

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tensorkeep.commands.shared import Flag, Say
 from tensorkeep.conversion import naming as namings
-from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.formats.names import matches
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import matches, near_pattern
 from tensorkeep.formats.view import read
 
 
@@ -30,8 +30,7 @@ def inspect(checkpoint: str, /, *, tensors: str | None = None, digests: Flag = F
         raise TensorkeepError(
             f"no tensor fits {tensors!r}",
             where=checkpoint,
-            hint=near_misses(tensors.strip("*."), {s for n in view for s in n.split(".")})
-            or "list them all without --tensors",
+            hint=near_pattern(tensors, view) or "list them all without --tensors",
         )
     identity = namings.identify(view)
     found: dict[str, str] = {}

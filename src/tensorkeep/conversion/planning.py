@@ -18,7 +18,7 @@ from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import grouped, matches
+from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization.stored import find_quantized, members
 from tensorkeep.storage.layout import SinkTensor
@@ -104,7 +104,8 @@ def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[St
         raise TensorkeepError(
             f"--drop {unused[0]!r} fits no tensor",
             where=sources[0].path,
-            hint="quote the pattern, or list names with: tensorkeep inspect",
+            hint=near_pattern(unused[0], (n for view in sources for n in view))
+            or "quote the pattern, or list names with: tensorkeep inspect",
         )
     left = []
     for index, view in enumerate(sources):
@@ -154,7 +155,7 @@ def to_hf_tensors(
                 f"{stored} has no place in {(config or {}).get('model_type')}, as transformers has it",
                 where=view.path,
                 code="K07",
-                hint=f"leave it out by name: --drop '{stored}'",
+                hint=f"leave it out by name: --drop '{exactly(stored)}'",
             )
         if links is None:
             links = [Link(clean, clean)]
@@ -306,7 +307,7 @@ def _named(
             raise TensorkeepError(
                 f"{item.name} has no place in naming {target} ({family}): its loader would drop it",
                 code="K07",
-                hint=f"leave it out by name (--drop '{item.name}'), or keep the hf names (--naming hf)",
+                hint=f"leave it out by name (--drop '{exactly(item.name)}'), or keep the hf names (--naming hf)",
             )
         if link.rope:
             rows = rope_rows(config, "pairs", item.name, item.shape)

@@ -302,7 +302,7 @@ def load_detector(path: str | Path, recipe: str | Path | None = None, average: b
     Example:
         >>> detector = load_detector("epoch_59.pth", "adatad_thumos_videomae_s.yaml", average=True)  # doctest: +SKIP
     """
-    plan = make_plan([read(path)], "hf", drop=["state_dict.*"] if average else [])
+    plan = make_plan([read(path)], "hf", drop=["^state_dict"] if average else [])
     config = read_detector_config(recipe) if recipe is not None else _own_config(plan, str(path))
     detector = Detector(config)
     load_exactly(detector, _tensors(plan), str(path))

@@ -8,6 +8,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from tensorkeep.errors import near_misses
 
 # what DDP, torch.compile, FSDP1, activation checkpointing and PEFT put into the names of the modules they wrap
 WRAPPERS = (
@@ -85,8 +88,70 @@ def strip_root(name: str, root: str) -> str | None:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a shell-style pattern fits the whole name (`*` crosses dots)."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Return whether one of the patterns fits the name: the one rule for patterns (docs/concepts/patterns.md).
+
+    A pattern fits where it covers whole dotted segments, anywhere in the name. `*` stands for any characters, dots
+    included, `?` for one character, `[abc]` for one of these. `^` in front binds the pattern to the beginning of the
+    name, `$` behind it to the end. Case matters.
+
+    Args:
+        name: A dotted name, of a tensor, a module or a recipe's field.
+        patterns: Patterns; without any, nothing fits.
+
+    Returns:
+        Whether at least one pattern fits.
+
+    >>> matches("model.layers.0.self_attn.q_proj.weight", ["q_proj"]), matches("layers.10.w", ["layers.1"])
+    (True, False)
+    >>> matches("model.lm_head.weight", ["lm_head"]), matches("model.lm_head.weight", ["^lm_head"])
+    (True, False)
+    """
+    return _compiled(tuple(patterns)).match(f".{name}.") is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for names with a dot at both ends, so that every segment has one on either side."""
+    if not patterns:
+        return re.compile(r"(?!)")
+    return re.compile("|".join(fnmatch.translate(_with_borders(pattern)) for pattern in patterns))
+
+
+def _with_borders(pattern: str) -> str:
+    front = "." if pattern.startswith("^") else "*."
+    back = "." if pattern.endswith("$") else ".*"
+    return front + pattern.removeprefix("^").removesuffix("$") + back
+
+
+def exactly(name: str) -> str:
+    """Return the pattern that fits this one name and no other.
+
+    Args:
+        name: A dotted name, which may itself contain `*`, `?` or `[`.
+
+    Returns:
+        A pattern for `matches`.
+
+    >>> exactly("lm_head.weight"), exactly("odd[0]")
+    ('^lm_head.weight$', '^odd[[]0]$')
+    """
+    return "^" + re.sub(r"[*?[]", r"[\g<0>]", name) + "$"
+
+
+def near_pattern(pattern: str, names: Iterable[str]) -> str:
+    """Return a hint for a pattern that fits nothing: segments or names that are spelt like it.
+
+    Args:
+        pattern: The pattern as the user wrote it.
+        names: The names that were there to fit.
+
+    Returns:
+        The hint, e.g. `did you mean q_proj?`; empty where nothing is near.
+    """
+    names = list(names)
+    segments = {segment for name in names for segment in name.split(".")}
+    wanted = pattern.strip("^$*.")
+    return near_misses(wanted, {*segments, *names} if "." in wanted else segments)
 
 
 def grouped(names: Iterable[str]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import matches, near_pattern
 from tensorkeep.language.recipe import GroupRule, LanguageRecipe, OptimizerConfig
 from tensorkeep.training.randomness import derive
 
@@ -27,11 +27,11 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in recipe.trainable:
-        if not any(fits(name, pattern) for name in names):
-            hint = near_misses(pattern, {*names, *(part for name in names for part in name.split("."))})
+        if not any(matches(name, [pattern]) for name in names):
+            hint = near_pattern(pattern, names)
             raise TensorkeepError(f"{pattern!r} fits no parameter", where="trainable", hint=hint or f"e.g. {names[0]}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fits(name, pattern) for pattern in recipe.trainable))
+        parameter.requires_grad_(matches(name, recipe.trainable))
     if recipe.adapter is None:
         return
     from tensorkeep.adapters.lora import add_lora
@@ -44,15 +44,6 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
         add_lora(model, adapter.targets, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a shell-style pattern fits a parameter's name, or a plain word is a part of it.
-
-    >>> fits("layers.0.q_proj.lora_A", "lora"), fits("layers.0.q_proj.weight", "layers.1.*")
-    (True, False)
-    """
-    return fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and pattern in name)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -76,7 +67,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     taken: dict[str, str] = {}
     groups = []
     for rule in config.groups:
-        fitting = [name for name in trainable if fits(name, rule.pattern)]
+        fitting = [name for name in trainable if matches(name, [rule.pattern])]
         own = [name for name in fitting if name not in taken]
         if not own:
             raise _empty(rule, fitting, taken, trainable)
@@ -105,7 +96,8 @@ def _empty(
     """The error for a rule that gets no parameter: no name fits it, or earlier rules took them all."""
     what = f"the rule {rule.pattern!r} gets no parameter"
     if not fitting:
-        hint = f"no trainable parameter has that name; there are {', '.join(list(trainable)[:3])} ..."
+        some = f"there are {', '.join(list(trainable)[:3])} ..."
+        hint = f"no trainable parameter has that name; {near_pattern(rule.pattern, trainable) or some}"
         return TensorkeepError(what, where="optimizer.groups", hint=hint)
     first, more = taken[fitting[0]], len(fitting) - 1
     hint = f"{fitting[0]} and {more} more went to the earlier rule {first!r}: put {rule.pattern!r} before it"

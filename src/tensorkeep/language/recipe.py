@@ -54,7 +54,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Trainable parameters whose name fits `pattern` (shell-style, or a part of the name) get this rate and decay."""
+    """Trainable parameters whose name fits `pattern` (docs/concepts/patterns.md) get this rate and decay."""
 
     pattern: str
     lr: float

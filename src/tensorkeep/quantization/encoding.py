@@ -21,6 +21,10 @@ from tensorkeep.quantization.codes import NESTED_BLOCK, PER_127, SMALLEST_SCALE,
 
 LEVELS = {kind: table + np.float32(0) for kind, table in TABLES.items()}  # FP4's second zero is +0 in the files, too
 
+# modules that stay floats where nobody says otherwise: heads, by the end of their names, and embeddings
+HEADS = ("lm_head$", "head$", "embed_out$", "output$", "score$", "classifier$")
+EXCLUDED = (*HEADS, "*embed*")
+
 
 class Encoding(NamedTuple):
     """How a weight is quantized.

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.formats.names import unwrap
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import matches, near_pattern, unwrap
+from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, kind_of, packed_digest
 from tensorkeep.quantization.reading import read_packed
 
-HEADS = ("lm_head", "head", "embed_out", "output", "score", "classifier")  # by the end of their names
-EXCLUDED = (*HEADS, "*embed*")
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
 
 
@@ -35,8 +33,8 @@ def quantize_(
 ) -> list[str]:
     """Quantize the frozen linears of a loaded model, in place.
 
-    A linear that trains, or whose weight is tied to another module's, stays as it is. Patterns are shell-style and fit
-    a whole name or its end.
+    A linear that trains, or whose weight is tied to another module's, stays as it is. How patterns work:
+    docs/concepts/patterns.md.
 
     Args:
         model: the model; its linears are replaced by `QuantLinear`.
@@ -91,21 +89,16 @@ def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
     return made if put is None else put(made)
 
 
-def fits(name: str, pattern: str) -> bool:
-    """Whether a shell-style pattern fits a module's whole name or its end (`q_proj` fits `layers.0.q_proj`)."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    return any(fits(name, p) for p in include) and not any(fits(name, p) for p in exclude)
+    return matches(name, include) and not matches(name, exclude)
 
 
 def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:
     """Raise where a pattern fits no linear: a misspelt one would do less than was asked for."""
     for pattern in patterns:
-        if not any(fits(name, pattern) for name in names):
+        if not any(matches(name, [pattern]) for name in names):
             ends = sorted({name.rpartition(".")[2] for name in names})
-            hint = near_misses(pattern, {*names, *ends}) or f"linears here: {', '.join(ends[:12])}"
+            hint = near_pattern(pattern, names) or f"linears here: {', '.join(ends[:12])}"
             raise TensorkeepError(f"{pattern!r} fits no linear", where=field, hint=hint)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
+from tensorkeep.formats.names import matches
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, randomness
 from tensorkeep.training import saver as checkpoint
@@ -32,21 +32,19 @@ from tensorkeep.training.saver import State
 
 # what may differ between two starts of one run without changing what is computed
 FREE = (
-    "*.workers",
-    "*.micro",
-    "*.micro_batch",
-    "*.log_every",
-    "*.save_every",
-    "*.keep",
-    "*.keep.*",
-    "*.keep_last",
-    "*.keep_every",
-    "*.trackers",
-    "*.trackers.*",
-    "*.background",
-    "*.parallel",
-    "*.graph",
-    "*.deterministic",
+    "workers$",
+    "micro$",
+    "micro_batch$",
+    "log_every$",
+    "save_every$",
+    "keep",
+    "keep_last$",
+    "keep_every$",
+    "trackers",
+    "background$",
+    "parallel$",
+    "graph$",
+    "deterministic$",
 )
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 
@@ -208,9 +206,9 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
 
 def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
     """Whether a pattern names the field; updates follow from epochs, so either word allows a longer run."""
-    lengths = [f".{part}.{name}" for part in ("training", "schedule") for name in (*LENGTH, "stop_epoch")]
-    spellings = lengths if key == "updates" else [f".{key}"]
-    return any(fnmatchcase(s, pattern) for s in spellings for pattern in (*FREE, *(f"*.{name}" for name in allow)))
+    lengths = [f"{part}.{name}" for part in ("training", "schedule") for name in (*LENGTH, "stop_epoch")]
+    spellings = lengths if key == "updates" else [key]
+    return any(matches(name, (*FREE, *allow)) for name in spellings)
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

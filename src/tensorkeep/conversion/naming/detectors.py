@@ -17,6 +17,7 @@ from tensorkeep.conversion.naming import opentad_recipe as recipes
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.names import exactly
 from tensorkeep.formats.view import Note, StateView
 
 DETECTOR_NAMINGS = ("opentad", "videomae")
@@ -40,7 +41,7 @@ def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: lis
                 f"{stored} is no tensor of an ActionFormer detector on a VideoMAE backbone",
                 where=view.path,
                 code="K02",
-                hint=f"leave it out by name (--drop '{stored}'), or keep every name as it is (--from-naming hf)",
+                hint=f"leave it out by name (--drop '{exactly(stored)}'), or keep every name as it is (--from-naming hf)",
             )
         part = _third(scheme, clean)
         if name is None:
@@ -108,7 +109,7 @@ def average_notes(view: StateView, identity: Identity) -> list[Note]:
             Note(
                 "K08",
                 f"the weights under {identity.root} are taken; OpenTAD evaluates the average under {root}: to take "
-                f"that instead, --drop '{identity.root}.*'",
+                f"that instead, --drop '^{identity.root}'",
             )
         ]
     if identity.root in EMA_ROOTS:
@@ -152,7 +153,7 @@ def _way_out(name: str, target: str) -> str:
         return "transformers' VideoMAE: add --from-naming videomae"
     if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
         return f"{target} knows no LoRA: merge it into the weights first"
-    return f"leave it out by name (--drop '{name}'), or keep the hf names (--naming hf)"
+    return f"leave it out by name (--drop '{exactly(name)}'), or keep the hf names (--naming hf)"
 
 
 def nest_checkpoint(plan: Plan) -> None:

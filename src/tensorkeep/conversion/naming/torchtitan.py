@@ -82,7 +82,7 @@ def family(names: Iterable[str], config: dict[str, Any] | None) -> str:
         raise TensorkeepError(
             "q_norm/k_norm in a llama: torchtitan's llama3 has none and its loader would drop them",
             code="K07",
-            hint="keep the hf names (--naming hf), or leave them out by name with --drop '*_norm.weight'",
+            hint="keep the hf names (--naming hf), or leave them out by name with --drop '[qk]_norm'",
         )
     return named
 

@@ -167,7 +167,7 @@ def _compare_frozen(file: Checkpoint, detector: Detector) -> int:
                 differing.append(f"{path}.weight")
     if differing:
         few = ", ".join(grouped(differing)[:2])
-        drop = "" if any("adapter" in n.split(".") for n in differing) else " --drop '*.adapter.*'"
+        drop = "" if any("adapter" in n.split(".") for n in differing) else " --drop adapter"
         raise TensorkeepError(
             f"trained over other frozen weights than the run's: {few} ({len(differing)})",
             where=file.view.path,

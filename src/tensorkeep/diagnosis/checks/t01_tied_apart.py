@@ -24,6 +24,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.originals import relation_of
 from tensorkeep.diagnosis.evidence.statistics import relation, rounded
 from tensorkeep.findings import Finding
+from tensorkeep.formats.names import exactly
 
 CODE = "T01"
 
@@ -55,7 +56,7 @@ def check(case: Case) -> Iterator[Finding]:
     )
     evidence = {"correlation": r, "against_reference": own}
     fix = (
-        f"tensorkeep convert {case.path} OUT --to hf --drop '{case.stored(hf.HEAD)}'  # or set tie_word_embeddings to "
+        f"tensorkeep convert {case.path} OUT --to hf --drop '{exactly(case.stored(hf.HEAD))}'  # or set tie_word_embeddings to "
         "false"
     )
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
