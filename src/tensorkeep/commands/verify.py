@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tensorkeep.commands.shared import Say
 from tensorkeep.findings import EXIT, verdict_of
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import size
@@ -60,6 +61,6 @@ def _proven(checkpoint: str) -> str:
 
 
 def _unproven(view: StateView) -> str:
-    if view.format in ("dcp", "pth"):
+    if formats.fact(view.format, "CHECKSUMS"):
         return "every byte fits the file's own CRC-32 (no certificate)"
     return "no certificate, so the values themselves cannot be checked"

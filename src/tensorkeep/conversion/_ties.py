@@ -14,6 +14,7 @@ from typing import Any
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Step
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import Note, StateView
 
 _HEADS = (hf.HEAD, "output.weight")  # the head in every naming
@@ -55,7 +56,7 @@ def tie(
                 where=sources[0].path,
                 hint='get the full checkpoint, or set "tie_word_embeddings": true if the head is tied',
             )
-        if tied and (to == "dcp" or target != "hf"):
+        if tied and (formats.fact(to, "TIED") == "both" or target != "hf"):
             tensors[hf.HEAD] = replace(embed, name=hf.HEAD, actions=(*embed.actions, "tie"), tied_to=hf.EMBEDDING)
         return
     if not tied:
@@ -69,7 +70,7 @@ def tie(
                 (hf.HEAD, hf.EMBEDDING),
             )
         )
-    elif to == "hf":
+    elif formats.fact(to, "TIED") == "one":
         del tensors[hf.HEAD]
         dropped += [
             Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.naming import Identity, minimind
 from tensorkeep.conversion.naming.minimind_config import hf_config
 from tensorkeep.conversion.naming.table import from_own
@@ -34,7 +35,7 @@ def minimind_config(
 
     Args:
         view: the checkpoint.
-        identity: its naming and clean names; any naming but "minimind" leaves config and companions as they are.
+        identity: its naming and clean names; a naming that makes no config leaves config and companions as they are.
         config: what lies beside the weights; None for nothing.
         companions: the small files beside the weights.
         notes: gains what was assumed (C03), contradicted (C01) or has no transformers class (K07).
@@ -42,7 +43,7 @@ def minimind_config(
     Returns:
         The config, and the companions with config.json and generation_config.json made anew.
     """
-    if identity.naming != "minimind":
+    if identity.naming is None or not hasattr(namings.module(identity.naming), "MAKES_CONFIG"):
         return config, companions
     made = minimind.generation(identity.names.values())
     probe = {clean: view[stored] for stored, clean in identity.names.items()}

@@ -12,7 +12,7 @@ from typing import Any
 from tensorkeep.conversion import adapters, configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._ties import tie
-from tensorkeep.conversion.naming import Identity, minimind
+from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
@@ -81,16 +81,16 @@ def make_plan(
     target = naming or ("hf" if any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
-    if target in renaming.DETECTOR_NAMINGS:
+    if namings.renames(target):
         own = renaming.to_sink(list(hub.values()), str(target), dropped)
     else:
         own = _named(list(hub.values()), target, config, notes)
-    if any(i.naming in renaming.DETECTOR_NAMINGS for i in identities):
+    if any(namings.renames(i.naming) for i in identities):
         companions = renaming.with_recipe(hub, companions, notes)
     steps = _to_sink(own, _dtypes(sources, dtype))
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
-    if to == "pth" and target == "opentad" and root is None:
+    if to == "pth" and root is None and target and hasattr(namings.module(target), "CHECKPOINT_ROOTS"):
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
@@ -138,9 +138,10 @@ def to_hf_tensors(
             needs is missing or another model's (C01, C03).
     """
     dropped += [Step(("drop",), (Part(index, n),), None, what) for n, what in identity.other.items()]
-    if identity.naming in renaming.DETECTOR_NAMINGS:
+    if namings.renames(identity.naming):
         return renaming.detector_to_hf(view, index, identity, dropped)
-    table = _table(identity, config)
+    table = namings.rows(identity.naming, identity.names.values(), config)
+    complete = identity.naming is not None and hasattr(namings.module(identity.naming), "COMPLETE")
     out: dict[str, HfTensor] = {}
     for stored, clean in identity.names.items():
         record = view[stored]
@@ -150,7 +151,7 @@ def to_hf_tensors(
             )
             continue
         links = from_own(clean, table, experts=record.shape[0] if record.shape else 0) if table is not None else None
-        if links is None and identity.naming == "gguf":
+        if links is None and complete:
             raise TensorkeepError(
                 f"{stored} has no place in {(config or {}).get('model_type')}, as transformers has it",
                 where=view.path,
@@ -187,23 +188,11 @@ def _from_link(
     return HfTensor(link.hf, record.dtype, shape, (part,), actions, record.tied_to)
 
 
-def _table(identity: Identity, config: Mapping[str, Any] | None) -> Any:
-    """Return the table of a source's naming; None where its names are hf names or unknown."""
-    if identity.naming in (None, "hf"):
-        return None
-    scheme = namings.module(str(identity.naming))
-    if identity.naming == "minimind":
-        return scheme.FAMILIES["mm2a"] if minimind.generation(identity.names.values()) == "mm2a" else None
-    if identity.naming == "gguf":
-        return scheme.table(config)
-    return scheme.FAMILIES[scheme.family(identity.names.values(), config)]
-
-
 def _computed(name: str, scheme: str | None) -> bool:
     """Whether a stored tensor is a buffer that the model computes anew from its config, such as RoPE's frequencies."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
-    return scheme not in (None, "hf") and name in getattr(namings.module(str(scheme)), "COMPUTED", ())
+    return scheme is not None and name in getattr(namings.module(scheme), "COMPUTED", ())
 
 
 def _combine(hub: dict[str, HfTensor], found: dict[str, HfTensor], prefer: str | None, dropped: list[Step]) -> None:
@@ -288,17 +277,13 @@ def _named(
     items: list[HfTensor], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]
 ) -> list[HfTensor]:
     """Return the tensors under the output naming's names: renamed, rows permuted, experts stacked."""
-    made_as = (config or {}).get("minimind_generation")
-    if target in (None, "hf") or (target == "minimind" and made_as != "mm2a"):
+    scheme = namings.module(target) if target is not None else None
+    if scheme is not None and hasattr(scheme, "READ_ONLY"):
+        raise TensorkeepError(f"{target} is read-only", hint=scheme.READ_ONLY)
+    table = namings.rows(target, [i.name for i in items], config)
+    if scheme is None or table is None:
         return items
-    scheme = namings.module(str(target))
-    if target == "minimind":
-        table, family = scheme.FAMILIES["mm2a"], "mm2a"
-    elif target == "gguf":
-        raise TensorkeepError("gguf is read-only", hint="write hf, and convert with llama.cpp's own tools")
-    else:
-        family = scheme.family([i.name for i in items], dict(config or {}))
-        table = scheme.FAMILIES[family]
+    family = next((word for word, rows in scheme.FAMILIES.items() if rows is table), "")
     out: list[HfTensor] = []
     stacks: dict[str, dict[int, HfTensor]] = {}
     for item in items:
@@ -323,7 +308,7 @@ def _named(
         notes.append(
             Note(
                 "K07",
-                f"torchtitan's {family} has no place for {len(lost)} of these tensors and its loader would not ask for "
+                f"{scheme.LOADERS[0]}'s {family} has no place for {len(lost)} of these tensors and its loader would not ask for "
                 f"them, without a word: {', '.join(grouped(lost)[:4])}",
                 tuple(lost),
             )

@@ -14,6 +14,7 @@ from typing import Any
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Sums
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView, damaged, read
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.files import CERTIFICATE, refuse_changed
@@ -27,12 +28,12 @@ def stored_name(name: str, root: Any, form: str) -> str:
     Args:
         name: the tensor's name in the model.
         root: what the file nests its tensors under ("model"); None for nothing.
-        form: the format; "hf" (safetensors) knows no nesting.
+        form: the format; some know no nesting.
 
     Returns:
         `root.name`, or `name` alone.
     """
-    return f"{root}.{name}" if root and form != "hf" else name
+    return f"{root}.{name}" if root and formats.fact(form, "NESTS") else name
 
 
 def read_certificate(view: StateView) -> dict[str, Any] | None:

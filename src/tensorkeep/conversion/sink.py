@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorkeep.conversion.naming import minimind
+from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Cast
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import FORMATS, StateView
+from tensorkeep.formats import table as formats
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import CERTIFICATE, LocalFolder, explained, local_path
 from tensorkeep.storage.files import Progress as Progress
 from tensorkeep.storage.layout import FileLayout, small_file
@@ -44,14 +44,6 @@ class Result:
     digests: dict[str, str]
     casts: dict[str, Cast] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def _sink_format(to: str) -> Any:
-    """Return the module of a format that can be written."""
-    module = importlib.import_module(FORMATS[to]) if to in FORMATS else None
-    if module is None or not hasattr(module, "layout"):
-        raise TensorkeepError(f"cannot write {to!r}", hint="--to hf, dcp, pth or peft")
-    return module
 
 
 class Place(NamedTuple):
@@ -147,10 +139,8 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
     Raises:
         TensorkeepError: the format cannot be written, or is a folder where `name` is a file's.
     """
-    form = _sink_format(to)
-    single = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".ckpt"))
-    if single and to not in ("hf", "pth"):
-        raise TensorkeepError(f"{to} is a folder, {name} names a file", hint="leave the ending out")
+    form = formats.writer(to)
+    single = formats.names_a_file(to, name)
     options: dict[str, Any] = {
         "shard_size": shard_size,
         "root": plan.root,
@@ -160,14 +150,10 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
     }
     if single:
         options |= {"name": name, "shard_size": 1 << 62}
-    elif to == "pth" and plan.naming == "minimind":
-        embeddings = ("model.embed_tokens.weight", "tok_embeddings.weight")
-        width = next((t.shape[-1] for t in plan.tensors if t.name in embeddings), 0)  # where no config says it
-        options["name"] = minimind.file_name(
-            {"hidden_size": width, **(plan.config or {})},
-            [t.name for t in plan.tensors],
-            minimind.stage_of(plan.sources[0].path),
-        )
+    elif plan.naming and hasattr(scheme := namings.module(plan.naming), "sink_name"):
+        shapes = {t.name: t.shape for t in plan.tensors}
+        if name_there := scheme.sink_name(to, plan.config, shapes, plan.sources[0].path):
+            options["name"] = name_there
     layouts = form.layout(plan.tensors, **options)
     if not single:
         layouts = [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.sink import Result, quiet
@@ -21,6 +22,7 @@ from tensorkeep.diagnosis.evidence import opening
 from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Array, Case, Target
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import STREAM_BYTES, StateView
@@ -114,9 +116,15 @@ def repair(
     to = view.format
     naming = case.identity.naming if case.identity is not None and "K06" not in plan.done else "hf"
     root = case.identity.root if case.identity is not None and "K04" not in plan.done and to == "dcp" else None
-    made = make_plan([view], to, naming=naming if naming not in ("minimind", "gguf") else "hf", root=root)
+    made = make_plan([view], to, naming=_named_again(naming), root=root)
     result = convert(made, out, to, overwrite=overwrite, progress=progress or quiet)
     return Repaired(before, diagnose(out, reference, target, progress), plan.done, taken, result)
+
+
+def _named_again(naming: str | None) -> str | None:
+    """The naming of the mended copy: hf where the checkpoint's is only read, or its config was made anew."""
+    scheme = namings.module(naming) if naming is not None else None
+    return "hf" if hasattr(scheme, "READ_ONLY") or hasattr(scheme, "MAKES_CONFIG") else naming
 
 
 def _refuse(before: Diagnosis, plan: Remedies) -> None:
@@ -183,7 +191,7 @@ def mended(case: Case, plan: Remedies) -> RepairedView:
         if "config.json" not in {c.name for c in companions}:
             companions += [c for c in reference.companions if c.name == "config.json"]
     config = case.reference_config if "config.json" in plan.companions or case.config is None else case.config
-    form = case.view.format if case.view.format in ("hf", "dcp", "pth") else "hf"
+    form = formats.written_again(case.view.format)
     return RepairedView(
         case.view.path,
         form,

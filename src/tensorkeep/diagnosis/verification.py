@@ -15,6 +15,7 @@ from typing import Any
 from tensorkeep.conversion.proof import read_certificate, stored_name
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import STREAM_BYTES, StateView, read
 from tensorkeep.storage import run_folder, run_manifest
 from tensorkeep.storage.archive import zip_entries
@@ -168,7 +169,7 @@ def against_crc(view: StateView, progress: Progress | None) -> list[Finding]:
         for block in record.blocks:
             if block.archive:
                 ranges[block.file, block.start, block.nbytes] = record.name
-            elif view.format == "pth" and view.folder.read(block.file, 0, 2) == b"PK":
+            elif formats.fact(view.format, "ARCHIVED") and view.folder.read(block.file, 0, 2) == b"PK":
                 ranges[block.file, 0, view.folder.size(block.file)] = block.file
     damaged, done, total = [], 0, sum(length for _, _, length in ranges)
     for (file, start, length), name in ranges.items():

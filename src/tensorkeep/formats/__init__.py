@@ -9,12 +9,12 @@ from tensorkeep._face import lazy
 if TYPE_CHECKING:
     from tensorkeep.formats.names import grouped as grouped
     from tensorkeep.formats.names import matches as matches
-    from tensorkeep.formats.view import FORMATS as FORMATS
+    from tensorkeep.formats.table import FORMATS as FORMATS
     from tensorkeep.formats.view import StateView as StateView
     from tensorkeep.formats.view import read as read
 
 _WHERE = {
-    "FORMATS": "view",
+    "FORMATS": "table",
     "StateView": "view",
     "grouped": "names",
     "matches": "names",

@@ -32,6 +32,8 @@ from tensorkeep.storage.pickle_writing import emit
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
 
+LOOKS = "a DCP folder with .metadata"
+NESTS, CHECKSUMS, TIED = True, True, "both"
 METADATA = ".metadata"
 MODULE = "torch.distributed.checkpoint.metadata"
 _CLASSES = [
@@ -49,6 +51,12 @@ DCP_GLOBALS = TENSOR_GLOBALS | {
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     *(f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "channels_last")),
 }
+
+
+def unfinished(names: list[str]) -> str | None:
+    """Say what is wrong where data files are there and the file that is written last is not."""
+    torn = any(n.endswith(".distcp") for n in names)
+    return "DCP data without its .metadata: the save was interrupted" if torn else None
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:

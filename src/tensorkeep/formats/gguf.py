@@ -22,6 +22,7 @@ from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.files import Folder, short_file
 from tensorkeep.storage.record import Block, TensorRecord
 
+LOOKS = ".gguf"
 # ggml types that are stored as they are computed with; the others decode to F32
 PLAIN_TYPES = {word: word for word in ["F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"]}
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")

@@ -17,6 +17,8 @@ from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 
+LOOKS = "a PEFT adapter folder"
+ADAPTERS_ONLY = True
 CONFIG = "adapter_config.json"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")  # the last is ours
 

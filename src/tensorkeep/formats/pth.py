@@ -28,7 +28,10 @@ from tensorkeep.storage.pickle_values import Global, Object
 from tensorkeep.storage.pickles import parse
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, same_layout
 
-_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+LOOKS = ".pth/.pt/.bin"
+ENDINGS = (".pth", ".pt", ".bin", ".ckpt")
+NESTS, CHECKSUMS, ARCHIVED = True, True, True
+_ENDINGS = (*ENDINGS, ".tar")  # of files that are read
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this number, pickled
 
 

@@ -21,6 +21,9 @@ from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
 
+LOOKS = "*.safetensors"
+ENDINGS = (".safetensors",)
+TIED = "one"
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _INDEX = "model.safetensors.index.json"
 _NOT_IN_SAFETENSORS = ("C128",)  # ours, for torch's files; the safetensors library refuses the whole file

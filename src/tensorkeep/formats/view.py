@@ -19,6 +19,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._spans import Span, cut, row_spans
 from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.companions import Companion, find_companions
+from tensorkeep.formats.table import FORMATS, unrecognised
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 STREAM_BYTES = 4 << 20  # bytes a stream holds at a time
-
-# format word -> module; each has the verbs sniff, read and, unless read-only, layout. The first that recognises the
-# files reads them, and the commonest comes first: a module not asked is not imported.
-FORMATS = {
-    "run": "tensorkeep.formats.run",
-    "hf": "tensorkeep.formats.safetensors",
-    "dcp": "tensorkeep.formats.dcp",
-    "peft": "tensorkeep.formats.peft",
-    "gguf": "tensorkeep.formats.gguf",
-    "pth": "tensorkeep.formats.pth",
-}
 
 
 class Note(NamedTuple):
@@ -330,7 +320,7 @@ def recognised(
         if form is not None and form.sniff(folder, names, single=single):
             view: StateView = form.read(folder, names, path)
             return view
-    raise _unrecognised(folder, names, path)
+    raise unrecognised(folder, names, path)
 
 
 def _check_names(view: StateView) -> None:
@@ -352,28 +342,3 @@ def _add_companions(view: StateView) -> None:
     if view.config is None and config is not None:
         document = parse_json(config.data, config.where)
         view.config = document if isinstance(document, dict) else None
-
-
-def _unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError:
-    """Make the error for files that no format recognises, saying what they look like instead."""
-    steps = sorted(Path(folder.url).glob("step-*")) or sorted(Path(folder.url).glob("*/step-*"))
-    if steps:
-        return TensorkeepError(
-            f"holds {len(steps)} checkpoints, not one: {', '.join(s.name for s in steps[:6])}",
-            where=path,
-            hint=f"name one, e.g. {steps[-1]}",
-        )
-    if any(n.endswith(".distcp") for n in names):
-        return TensorkeepError(
-            "DCP data without its .metadata: the save was interrupted",
-            where=path,
-            code="F01",
-            hint="use the checkpoint before it",
-        )
-    seen = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
-    return TensorkeepError(
-        f"no checkpoint recognised{seen}",
-        where=path,
-        code="F05",
-        hint="expected *.safetensors, a DCP folder with .metadata, .pth/.pt/.bin, a PEFT adapter folder or .gguf",
-    )

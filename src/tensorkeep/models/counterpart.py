@@ -222,12 +222,13 @@ def _moved(name: str, cut: str, add: str) -> str:
 
 def _table(names: list[str], source: StoredModel) -> tuple[Any, bool]:
     """Return the table of the naming that the model's own names follow, and whether its q/k rows are interleaved."""
-    for word in ("torchtitan", "torchtitan-0.2"):
-        scheme = namings.module(word)
+    for scheme in [namings.module(word) for word in namings.NAMINGS]:
+        if not hasattr(scheme, "family"):
+            continue
         if sum(scheme.recognise(n) for n in names) * 2 > len(names):
             try:
                 family = scheme.family(names, dict(source.config) if source.config else None)
             except TensorkeepError:
                 return None, False
-            return scheme.FAMILIES[family], family == "llama3"
+            return scheme.FAMILIES[family], any(row.rope for row in scheme.FAMILIES[family])
     return None, False

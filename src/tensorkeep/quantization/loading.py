@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization._load import Load, Loaded, Repair, Settings
-from tensorkeep.quantization.modules import EXCLUDED
+from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.packed import Kind, kind_of
 
 CheckpointLike = Mapping[str, Tensor] | StateView | str | Path

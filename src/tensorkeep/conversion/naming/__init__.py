@@ -1,8 +1,25 @@
-"""Namings: the schemes by which programs name a model's tensors. Every one leads to the `hf` names and back.
+"""Namings: which scheme names the tensors. Every scheme leads to the `hf` names and back.
 
-A conversion renames from the source's naming to hf and from hf to the output's naming. A naming module has NAME,
-FAMILIES (tables of rows) and `recognise`, or functions in place of tables (see `detectors`), and `holds` where its
-names alone could be another's. Adding a naming is one file and one line in NAMINGS.
+Conversion goes source naming -> hf -> sink naming. A naming is one file and one line in NAMINGS:
+
+| name | says | without it |
+|---|---|---|
+| `NAME` | the word on the command line | needed |
+| `recognise(name)` | whether a tensor's name is one of this scheme | needed |
+| `FAMILIES` | tables of rows (own name, hf name, RoPE turned, stacked experts), by family | `to_hf` and `renamer` are needed |
+| `family(names, config)` | which family holds, by own or hf names | the first |
+| `table(names, config)` | the rows themselves, None where names are hf's | `FAMILIES[family(...)]` |
+| `to_hf`, `renamer`, `dropped` | functions in the place of tables (see `detectors`) | tables |
+| `holds(shapes)` | whether these tensors are really this scheme's | names alone decide |
+| `claims(view, naming)` | whether a file is this scheme's though its names are another's | names decide |
+| `COMPUTED` | buffers that are never written | none |
+| `COMPLETE` | whether a name without a row is an error | it keeps its name |
+| `READ_ONLY` | what to do instead of writing these names | they can be written |
+| `LOADERS` | programs (`--for`) that load these names, the first of them naming the scheme | none |
+| `dropped_by_loader(name, family)` | whether that program would leave a tensor out | it takes all |
+| `MAKES_CONFIG` | whether the config beside it is not transformers' and is made from the weights | `False` |
+| `sink_name(to, config, shapes, source)` | the name of the one file in a sink's folder | the format's own |
+| `CHECKPOINT_ROOTS` | roots under which its `.pth` holds the weights and their average | one state |
 """
 
 from __future__ import annotations
@@ -10,12 +27,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+from tensorkeep.conversion.naming.table import Row
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import strip_root, unwrap
 from tensorkeep.formats.view import StateView
@@ -84,14 +102,48 @@ def module(name: str) -> ModuleType:
     """Return the module of a naming.
 
     Args:
-        name: the naming's word on the command line.
+        name: The naming's word on the command line, a key of NAMINGS.
 
     Raises:
-        TensorkeepError: there is no naming of that word.
+        TensorkeepError: Where no naming has that word; the hint names the nearest.
     """
     if name not in NAMINGS:
         raise TensorkeepError(f"no naming {name!r}", hint=near_misses(name, NAMINGS) or f"known: {', '.join(NAMINGS)}")
     return importlib.import_module(NAMINGS[name])
+
+
+def renames(naming: str | None) -> bool:
+    """Return whether a naming is functions and not tables, as those of detectors are."""
+    return naming is not None and hasattr(module(naming), "to_hf")
+
+
+def rows(naming: str | None, names: Collection[str], config: Mapping[str, Any] | None) -> list[Row] | None:
+    """Return the table of a naming for one model.
+
+    Args:
+        naming: The naming's word; None where the names are nobody's.
+        names: The model's tensors, under their own names or hf's.
+        config: Its config, where one is there.
+
+    Returns:
+        The rows, or None where own names are hf's.
+
+    Raises:
+        TensorkeepError: Where the naming has no table for such a model.
+    """
+    scheme = module(naming) if naming is not None else None
+    if scheme is None or hasattr(scheme, "table"):
+        found: list[Row] | None = scheme.table(names, config) if scheme is not None else None
+        return found
+    tables: dict[str, list[Row]] = scheme.FAMILIES
+    return tables[scheme.family(names, config)] if hasattr(scheme, "family") else next(iter(tables.values()))
+
+
+def loaders() -> dict[str, list[str]]:
+    """Return the programs that load checkpoints (`--for`), each with the namings that it loads, its own first."""
+    of: dict[str, tuple[str, ...]] = {naming: getattr(module(naming), "LOADERS", ()) for naming in NAMINGS}
+    words = dict.fromkeys(word for loaded in of.values() for word in loaded)
+    return {word: sorted((n for n in of if word in of[n]), key=lambda n: of[n][0] != word) for word in words}
 
 
 def identify(view: StateView, naming: str | None = None) -> Identity:
@@ -126,7 +178,7 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
                 best = score, Identity(scheme.NAME, root, wrappers, clean, other)
     if best is not None:
         found = best[1]
-        return _generation(view, found) if naming is None else found
+        return _claimed(view, found) if naming is None else found
     if naming and naming != "hf":
         first = next(iter(view), "no tensor at all")
         raise TensorkeepError(
@@ -140,12 +192,12 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
     return Identity(naming, root, wrappers, clean, other)
 
 
-def _generation(view: StateView, found: Identity) -> Identity:
-    """Tell MiniMind's own files, which carry hf or Meta names, from others by the file's name."""
-    from tensorkeep.conversion.naming import minimind
-
-    if found.naming in ("hf", "torchtitan-0.2") and minimind.written_by_minimind(view, found.names.values()):
-        return Identity("minimind", found.root, found.wrappers, found.names, found.other)
+def _claimed(view: StateView, found: Identity) -> Identity:
+    """The identity under the scheme whose file it is, where the names alone are another scheme's."""
+    for naming in NAMINGS:
+        claims = getattr(module(naming), "claims", None)
+        if claims is not None and claims(view, str(found.naming)):
+            return replace(found, naming=naming)
     return found
 
 

@@ -20,8 +20,6 @@ from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import exactly
 from tensorkeep.formats.view import Note, StateView
 
-DETECTOR_NAMINGS = ("opentad", "videomae")
-
 
 def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: list[Step]) -> dict[str, HfTensor]:
     """Return one source's detector tensors under our names; what has no place in a detector goes to `dropped`.
@@ -101,7 +99,7 @@ def _refuse_averaged_codes(view: StateView, identity: Identity) -> None:
 def average_notes(view: StateView, identity: Identity) -> list[Note]:
     """Note whether the conversion takes an OpenTAD checkpoint's weights or their average, and how to get the other."""
     averages = [n for n, what in identity.other.items() if what.startswith("EMA copy") and view[n].tied_to is None]
-    if identity.naming != "opentad":
+    if identity.naming is None or not hasattr(namings.module(identity.naming), "CHECKPOINT_ROOTS"):
         return []
     if averages:
         root = averages[0].partition(".")[0]

@@ -17,6 +17,8 @@ from tensorkeep.formats.gguf_config import hf_config
 __all__ = ["COMPUTED", "FAMILIES", "NAME", "hf_config", "recognise", "table"]
 
 NAME = "gguf"
+COMPLETE = True
+READ_ONLY = "write hf, and convert with llama.cpp's own tools"
 # factors of RoPE's frequencies: read into the config when the file is opened
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LAYER = "model.layers.{n}."
@@ -73,7 +75,7 @@ def recognise(name: str) -> bool:
     return name.startswith("blk.") or name in COMPUTED or fits(name, _ALL)
 
 
-def table(config: Mapping[str, Any] | None) -> list[Row]:
+def table(_names: object, config: Mapping[str, Any] | None) -> list[Row]:
     """Return the table for a config's model type.
 
     Raises:

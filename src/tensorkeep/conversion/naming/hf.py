@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 NAME = "hf"
+LOADERS = ("hf", "flame", "torchtitan")
 
 # how transformers' models begin their names; a name that fits none may still be a Hugging Face model's
 KNOWN = re.compile(
@@ -35,6 +36,10 @@ _TIED_BY_DEFAULT = frozenset(
     xlm-roberta zamba zamba2
     """.split()
 )
+
+
+def table(_names: object, _config: object) -> None:
+    """Return no rows: these names are the hub's own."""
 
 
 def recognise(name: str) -> bool:

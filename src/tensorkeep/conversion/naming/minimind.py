@@ -8,14 +8,13 @@ the config. LoRA files (`X.lora.A.weight`) are adapters and treated as such, see
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.table import Row, fits
 from tensorkeep.conversion.naming.torchtitan import rows
-from tensorkeep.formats.view import StateView
 
 NAME = "minimind"
 FILE = re.compile(r"(?P<stage>.+)_(?P<hidden>\d+)(?P<moe>_moe)?(?P<resume>_resume)?\.pth\Z")
@@ -29,6 +28,7 @@ META = [
     ),
 ]
 FAMILIES = {"mm2a": META}
+MAKES_CONFIG = True
 COMPUTED = ("freqs_cos", "freqs_sin", "pos_cis")
 GENERATIONS = {"mm3": "qwen3", "mm2": "llama", "mm2a": "llama"}
 
@@ -38,10 +38,16 @@ def recognise(name: str) -> bool:
     return fits(name, META) or hf.recognise(name)
 
 
-def written_by_minimind(view: StateView, names: Iterable[str]) -> bool:
+def table(names: Collection[str], config: Mapping[str, Any] | None) -> list[Row] | None:
+    """Return Meta's rows for the oldest generation, by the names or by what the config was made as; None for others."""
+    made_as = (config or {}).get("minimind_generation")
+    return META if "mm2a" in (generation(names), made_as) else None
+
+
+def claims(view: StateView, naming: str) -> bool:
     """Whether the file is named as MiniMind names it, `{stage}_{hidden_size}[_moe].pth`, with its tensors' size."""
     match = FILE.match(PurePosixPath(view.path).name)
-    if view.format != "pth" or not match:
+    if naming not in ("hf", "torchtitan-0.2") or view.format != "pth" or not match:
         return False
     wanted = {"tok_embeddings.weight", hf.EMBEDDING}
     width = next((view[n].shape[-1] for n in view if n.endswith(tuple(wanted)) and view[n].shape), None)
@@ -67,6 +73,17 @@ def file_name(config: Mapping[str, Any] | None, names: Iterable[str], stage: str
     """Return the name that MiniMind will look for, `{stage}_{hidden_size}{_moe}.pth`."""
     moe = any(".experts." in n for n in names)
     return f"{stage}_{(config or {}).get('hidden_size', 0)}{'_moe' if moe else ''}.pth"
+
+
+def sink_name(
+    to: str, config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]], source: str
+) -> str | None:
+    """Return the file name that MiniMind looks for, the hidden size from the shapes where no config says it."""
+    if to != "pth":
+        return None
+    embeddings = ("model.embed_tokens.weight", "tok_embeddings.weight")
+    width = next((shapes[n][-1] for n in embeddings if n in shapes), 0)
+    return file_name({"hidden_size": width, **(config or {})}, shapes, stage_of(source))
 
 
 def stage_of(path: str) -> str:

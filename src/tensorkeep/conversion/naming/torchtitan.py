@@ -14,6 +14,7 @@ from tensorkeep.conversion.naming.table import Row, fits
 from tensorkeep.errors import TensorkeepError
 
 NAME = "torchtitan"
+LOADERS = ("torchtitan",)
 MODEL_TYPES = {"llama": "llama3", "qwen3": "qwen3", "qwen3_moe": "qwen3"}
 
 

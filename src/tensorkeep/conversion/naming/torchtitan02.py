@@ -5,9 +5,10 @@ from __future__ import annotations
 from tensorkeep.conversion.naming.table import fits
 from tensorkeep.conversion.naming.torchtitan import COMPUTED, dropped_by_loader, experts, family, rows
 
-__all__ = ["COMPUTED", "FAMILIES", "NAME", "dropped_by_loader", "family", "recognise"]
+__all__ = ["COMPUTED", "FAMILIES", "LOADERS", "NAME", "dropped_by_loader", "family", "recognise"]
 
 NAME = "torchtitan-0.2"
+LOADERS = ("torchtitan",)
 EXPERTS = experts("experts", "w1", "w2", "w3")
 FAMILIES = {"llama3": rows("", "output", [], rope=True), "qwen3": rows("", "output", EXPERTS, rope=False)}
 

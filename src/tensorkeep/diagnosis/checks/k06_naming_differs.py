@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.conversion.naming import torchtitan
+from tensorkeep.conversion.naming import loaders, torchtitan
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
+from tensorkeep.formats.table import read_only
 
 CODE = "K06"
-OWN = {"hf": ("hf",), "flame": ("hf",), "torchtitan": ("torchtitan", "torchtitan-0.2", "hf")}
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -34,9 +34,9 @@ def check(case: Case) -> Iterator[Finding]:
         return
     found = case.identity.naming
     folder = case.view.format == "hf" and case.config is not None and "model_type" in case.config
-    wanted = OWN.get(case.target or "", ("hf",) if folder else None)
+    wanted = loaders().get(case.target or "", ["hf"] if folder else None)
     names = sorted(case.identity.names)
-    if wanted is not None and found not in wanted and case.view.format != "gguf":
+    if wanted is not None and found not in wanted and not read_only(case.view.format):
         message = f"all {len(names)} names are {found}'s, {case.target or 'transformers'} loads {wanted[0]}'s"
         evidence = {"naming": found, "wanted": wanted[0]}
         fix = f"tensorkeep convert {case.path} OUT --to {'hf' if wanted[0] == 'hf' else 'dcp'} --naming {wanted[0]}"

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +22,13 @@ from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, s
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.table import written_again
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
 
 Array = np.ndarray[Any, Any]
-Target = Literal["hf", "flame", "torchtitan"]  # the program that is to load the checkpoint
+Target = str  # a program that loads checkpoints, as `namings.loaders` lists them
 CACHE = 128 << 20  # bytes of tensors kept between checks; one larger pair is held while it is looked at
 
 
@@ -116,7 +117,7 @@ class Case:
 
     def convert_command(self) -> str:
         """Return the `tensorkeep convert` line that writes this checkpoint again, in its own format where possible."""
-        form = self.view.format if self.view is not None and self.view.format in ("hf", "dcp", "pth") else "hf"
+        form = written_again(self.view.format) if self.view is not None else "hf"
         return f"tensorkeep convert {self.path} OUT --to {form}"
 
     # -- values --------------------------------------------------------------------------------------------------------
