@@ -6,12 +6,12 @@ memory (B01, L01) is in `live`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkeep.diagnosis.checks import CODES, LIVE, rank
+from tensorkeep.diagnosis import checks
+from tensorkeep.diagnosis.checks import CODES, rank
 from tensorkeep.diagnosis.evidence import opening
 from tensorkeep.diagnosis.evidence.case import Case, Target, message_of
 from tensorkeep.errors import Inconclusive, TensorkeepError
@@ -94,10 +94,10 @@ def run_checks(case: Case) -> tuple[list[Finding], bool]:
     """Run every check; return the findings in order of precedence, and whether a check that matters could not run."""
     findings: list[Finding] = []
     inconclusive = False
-    for code, place in CODES.items():
-        if code in LIVE:  # these need a model in memory: `check_loaded` and `--forward`
+    for code in CODES:
+        check = checks.module(code)
+        if hasattr(check, "LIVE"):  # these need a model in memory: `check_loaded` and `--forward`
             continue
-        check = importlib.import_module(place)
         try:
             findings += check.check(case)
         except Inconclusive as why:

@@ -16,11 +16,12 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.sink import Result, quiet
-from tensorkeep.diagnosis._remedies import Recipe, Remedies, remedies
+from tensorkeep.diagnosis._remedies import remedies
 from tensorkeep.diagnosis.diagnosis import Diagnosis, conclude, diagnose, run_checks
 from tensorkeep.diagnosis.evidence import opening
 from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Array, Case, Target
+from tensorkeep.diagnosis.evidence.remedy import Recipe, Remedies
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.companions import Companion

@@ -15,6 +15,7 @@ from typing import Any
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.table import Row, fits
 from tensorkeep.conversion.naming.torchtitan import rows
+from tensorkeep.formats.view import StateView
 
 NAME = "minimind"
 FILE = re.compile(r"(?P<stage>.+)_(?P<hidden>\d+)(?P<moe>_moe)?(?P<resume>_resume)?\.pth\Z")

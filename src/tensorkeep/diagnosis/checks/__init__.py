@@ -1,14 +1,25 @@
-"""The checks, one file a code: its docstring is what `tensorkeep explain CODE` prints, its `check` yields findings.
+"""Checks: one file and one line in the table a code.
 
-The order of CODES is the order in which they run, and decides which code is named where two could fit: a check claims
-the tensors that it explains, and later checks see only what is left. So what changes all names comes before single
-names, and what changes a shape on purpose before a shape that merely differs.
+| name | says | without it |
+|---|---|---|
+| the docstring | the page that `tensorkeep explain CODE` prints, its first line `CODE title: sentence` | needed |
+| `CODE` | the code | needed |
+| `check(case)` | yields findings | needed |
+| `repair(case, names, out)` | how `tensorkeep repair` undoes it, or that it is lost | it is refused |
+| `NEEDS` | what a refused repair needs | the finding's fix |
+| `ALWAYS` | that it is repaired though another cause explains it | causes alone are repaired |
+| `LIVE` | that it is about a process or a forward, and others call it | `diagnose` calls it |
+
+The order of CODES is the order in which codes speak where two could fit: a check claims the tensors that it explains,
+and later checks see only what is left. Within a letter, what changes all names speaks before single names, and what
+changes a shape on purpose before a shape that merely differs.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from types import ModuleType
 
 from tensorkeep.errors import TensorkeepError, near_misses
 
@@ -73,8 +84,23 @@ _WORDS = {
     "L01": "loss_too_high",
 }
 CODES: dict[str, str] = {code: f"tensorkeep.diagnosis.checks.{code.lower()}_{word}" for code, word in _WORDS.items()}
-# codes of live processes and of a forward: their modules explain, and others call them
-LIVE = ("B01", "L01")
+
+
+def module(code: str) -> ModuleType:
+    """Return the module of a code's check.
+
+    Args:
+        code: A finding code, in either case.
+
+    Raises:
+        TensorkeepError: Where there is no such code; the hint names the nearest.
+    """
+    wanted = code.upper()
+    if wanted not in CODES:
+        raise TensorkeepError(
+            f"no code {code!r}", hint=near_misses(wanted, CODES) or f"known: {', '.join(sorted(CODES))}"
+        )
+    return importlib.import_module(CODES[wanted])
 
 
 def rank(code: str) -> int:
@@ -95,12 +121,7 @@ def explain(code: str) -> str:
         >>> explain("K01").splitlines()[0].split(":")[0]
         'K01 missing tensor'
     """
-    wanted = code.upper()
-    if wanted not in CODES:
-        raise TensorkeepError(
-            f"no code {code!r}", hint=near_misses(wanted, CODES) or f"known: {', '.join(sorted(CODES))}"
-        )
-    return inspect.cleandoc(importlib.import_module(CODES[wanted]).__doc__ or "")
+    return inspect.cleandoc(module(code).__doc__ or "")
 
 
 def title(code: str) -> str:

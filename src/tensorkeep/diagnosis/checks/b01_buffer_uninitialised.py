@@ -41,6 +41,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "B01"
+LIVE = True  # about live processes and forwards: others call it
 FIX = "from tensorkeep import repair_buffers; repair_buffers(model)  # after the load"
 
 

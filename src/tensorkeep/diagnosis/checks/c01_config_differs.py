@@ -23,6 +23,7 @@ from typing import Any
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.config_fields import against_shapes, differences
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 
 CODE = "C01"
@@ -61,3 +62,9 @@ def check(case: Case) -> Iterator[Finding]:
 def _explained(case: Case, field: str) -> bool:
     """Say whether another check explains a difference in this field."""
     return f"config:{field}" in case.claims
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Take the reference's config."""
+    out.companions.add("config.json")
+    out.done[CODE] = "took the reference's"

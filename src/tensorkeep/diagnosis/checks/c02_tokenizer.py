@@ -24,6 +24,7 @@ import numpy as np
 
 from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.view import StateView
@@ -102,3 +103,9 @@ def _ids(view: StateView) -> dict[str, int]:
     added = document.get("added_tokens") if isinstance(document, dict) else None
     pairs += [(t.get("content"), t.get("id")) for t in added if isinstance(t, dict)] if isinstance(added, list) else []
     return {t: i for t, i in pairs if isinstance(t, str) and type(i) is int}
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Take the reference's tokenizer."""
+    out.companions |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    out.done[CODE] = "took the reference's"

@@ -24,6 +24,7 @@ from tensorkeep.diagnosis.verification import interrupted
 from tensorkeep.findings import Finding
 
 CODE = "F01"
+NEEDS = "a complete checkpoint"
 
 
 def check(case: Case) -> Iterator[Finding]:

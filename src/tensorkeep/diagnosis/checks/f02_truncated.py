@@ -22,6 +22,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "F02"
+NEEDS = "the whole file: its end is missing"
 
 
 def check(case: Case) -> Iterator[Finding]:

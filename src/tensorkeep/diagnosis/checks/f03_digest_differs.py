@@ -31,6 +31,7 @@ from tensorkeep.storage import run_manifest
 from tensorkeep.storage.files import LocalFolder
 
 CODE = "F03"
+NEEDS = "the file as it was certified"
 
 
 def check(case: Case) -> Iterator[Finding]:

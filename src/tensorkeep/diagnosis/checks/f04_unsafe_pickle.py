@@ -24,6 +24,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "F04"
+NEEDS = "a file without code in it"
 
 
 def check(case: Case) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "F05"
+NEEDS = "the missing file"
 
 
 def check(case: Case) -> Iterator[Finding]:

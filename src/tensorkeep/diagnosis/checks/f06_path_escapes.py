@@ -21,6 +21,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "F06"
+NEEDS = "a checkpoint written by an honest program"
 
 
 def check(case: Case) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "F07"
+NEEDS = "a save whose metadata and data agree"
 
 
 def check(case: Case) -> Iterator[Finding]:

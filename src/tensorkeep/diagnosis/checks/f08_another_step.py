@@ -24,6 +24,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding, Severity
 
 CODE = "F08"
+NEEDS = "your decision which step is meant: move the others away"
 # torchtitan looks for the pattern anywhere in the name: `old-step-9` counts too
 STEP = re.compile(r"step-(\d+)")
 _COMPLETE = (".metadata", "model.safetensors.index.json")

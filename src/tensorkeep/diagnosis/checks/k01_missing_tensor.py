@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation, missing, model_stored, unexpected
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.errors import Inconclusive
 from tensorkeep.findings import Finding
 
@@ -57,3 +58,8 @@ def _unknown(case: Case) -> str:
     kind = (case.config or {}).get("model_type")
     what = "there is no config" if case.config is None else f"tensorkeep has no table of the architecture {kind!r}"
     return f"{what}, so which tensors belong to the model is unknown; give --reference"
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """What was destroyed is lost."""
+    out.lose(names, CODE)

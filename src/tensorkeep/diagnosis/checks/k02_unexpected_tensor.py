@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import missing, model_stored, unexpected
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding, Severity
 from tensorkeep.formats.names import exactly
 
@@ -66,3 +67,9 @@ def _stored(case: Case, name: str) -> str:
     """Return the name under which the checkpoint stores a tensor or buffer."""
     names = case.identity.names if case.identity is not None else {}
     return next((stored for stored, clean in names.items() if clean == name), case.stored(name))
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Leave out what the model does not have."""
+    out.dropped |= set(names)
+    out.done[CODE] = f"left out {len(names)} tensors"

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import unwrap
 
@@ -43,3 +44,8 @@ def check(case: Case) -> Iterator[Finding]:
     yield Finding(
         CODE, "error", message, wrapped, evidence, explains=["K01", "K02", "K04", "K05"], fix=case.convert_command()
     )
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Reading already took the names apart; nothing is left to do."""
+    out.done[CODE] = "names"

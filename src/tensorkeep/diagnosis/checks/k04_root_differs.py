@@ -23,6 +23,7 @@ from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import EMA_ROOTS
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding, Severity
 
 CODE = "K04"
@@ -73,3 +74,8 @@ def _prefixed(case: Case, kind: str, prefix: str) -> Finding:
     return Finding(
         CODE, "warning" if mended else "error", message, names, evidence, explains=_EXPLAINS, fix=case.repair_command()
     )
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Reading already took the names apart; nothing is left to do."""
+    out.done[CODE] = "names"

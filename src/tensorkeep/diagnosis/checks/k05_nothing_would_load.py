@@ -24,6 +24,7 @@ from tensorkeep.diagnosis.evidence.expectation import expectation, model_stored
 from tensorkeep.findings import Finding
 
 CODE = "K05"
+NEEDS = "the checkpoint of this model"
 
 
 def check(case: Case) -> Iterator[Finding]:

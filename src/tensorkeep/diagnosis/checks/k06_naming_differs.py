@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import loaders, torchtitan
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 from tensorkeep.formats.table import read_only
 
@@ -51,3 +52,8 @@ def check(case: Case) -> Iterator[Finding]:
         yield Finding(
             CODE, "error", message, names, {"model_type": kind}, fix=f"tensorkeep diagnose {case.path} --for flame"
         )
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Reading already took the names apart; nothing is left to do."""
+    out.done[CODE] = "names"

@@ -25,6 +25,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "K07"
+NEEDS = "a program that has these tensors, or your --drop"
 
 
 def check(case: Case) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 
 CODE = "K08"
+NEEDS = "the model's own file"
 _FLAT = ("_flat_param", "flat_param")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "square_avg")
 

@@ -30,6 +30,7 @@ from typing import Any
 from tensorkeep.findings import Finding
 
 CODE = "L01"
+LIVE = True  # about live processes and forwards: others call it
 _LEAK = 1e-2  # standard deviations of a logit; causal models show 1e-6
 _BETTER = 1.0  # nats by which another label offset must beat the right one
 

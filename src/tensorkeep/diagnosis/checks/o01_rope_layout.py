@@ -27,6 +27,7 @@ import numpy as np
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.rotations import DIRECTIONS, Turn, find_turn, norm_profile, pair_distances, part_of
 from tensorkeep.diagnosis.evidence.statistics import rounded
 from tensorkeep.findings import Finding
@@ -107,3 +108,12 @@ def _by_statistics(case: Case) -> Iterator[Finding]:
             }
             fix = f"tensorkeep repair {case.path} OUT --reference REF  # or convert again, with the permutation"
             yield Finding(CODE, "error", message, names, evidence, fix=fix)
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Turn the rows back into the layout that the model computes with."""
+    turns = case.results["turns"]
+    for name in names:
+        back = np.argsort(np.asarray(turns[name].origin))
+        out.recipes[name] = lambda name=name, back=back: case.values(name)[back]  # type: ignore[misc]
+    out.done[CODE] = f"turned the rows of {len(names)} tensors back"

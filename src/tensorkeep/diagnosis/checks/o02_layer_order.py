@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.originals import originals
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.tensor_names import is_norm, layer_of
 from tensorkeep.findings import Finding
 
@@ -112,3 +113,22 @@ def _rule(layers: list[int], order: list[int]) -> str:
     if len(changed) == 1:
         return f"layer {changed[0]} is a copy of layer {order[layers.index(changed[0])]}"
     return f"layers {order[:32]}{' ...' if count > 32 else ''}"
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Put every tensor back into its layer; one that was overwritten is lost."""
+    for stack, holds in case.results["layers"].items():
+        mine = [n for n in names if (at := layer_of(n)) is not None and at[0] == stack]
+        places = {content: layer for layer, content in holds.items()}
+        for name in mine:
+            found = layer_of(name)
+            assert found is not None
+            _, layer, kind = found
+            # a layer that was not overwritten may still be where it was
+            at = places.get(layer, layer if layer not in holds else None)
+            source = f"{stack}{at}.{kind}" if at is not None else None
+            if source is None or source not in case.tensors:
+                out.lose([name], CODE)
+            else:
+                out.recipes[name] = lambda source=source: case.values(source)  # type: ignore[misc]
+    out.done[CODE] = f"put {len(names)} tensors back into their layers"

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.originals import originals
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
 
@@ -56,3 +57,14 @@ def check(case: Case) -> Iterator[Finding]:
 def _short(pair: tuple[str, ...]) -> list[str]:
     """Return names without `.weight`."""
     return [n.removesuffix(".weight") for n in pair]
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Put tensors back under their names; one that was overwritten is lost."""
+    places = {content: name for name, content in case.results["swaps"].items()}
+    for name in names:
+        if name in places:
+            out.recipes[name] = lambda source=places[name]: case.values(source)  # type: ignore[misc]
+        else:
+            out.lose([name], CODE)
+    out.done[CODE] = f"put {len(names)} tensors back under their names"

@@ -19,6 +19,7 @@ What to do
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.orders import Order, describe, find_order, find_order_loosely
 from tensorkeep.diagnosis.evidence.originals import constant, relation_of
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 
 CODE = "O04"
@@ -90,3 +92,21 @@ def _mostly_equal_rows(mine: Array, theirs: Array) -> bool:
     """Say whether at least two rows differ, and fewer than half."""
     rows = (mine != theirs).reshape(len(mine), -1).any(axis=1)
     return bool(rows.mean() < 0.5 and rows.sum() >= 2)
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Put rows or columns back in order; an order that cannot be undone is lost."""
+    for name in names:
+        order = case.results["rows"][name]
+        if not order.invertible:
+            out.lose([name], CODE)
+            continue
+        out.recipes[name] = lambda name=name, order=order: _reordered(case.values(name), order.inverse, order.axis)  # type: ignore[misc]
+    out.done[CODE] = f"put the rows of {len(names)} tensors back"
+
+
+def _reordered(values: Array, back: Any, axis: int) -> Array:
+    if axis:
+        return np.ascontiguousarray(values.reshape(len(values), -1)[:, back]).reshape(values.shape)
+    made: Array = values[back]
+    return made

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 
 CODE = "S01"
@@ -43,3 +44,8 @@ def check(case: Case) -> Iterator[Finding]:
         f"{list(case.tensors[first].shape)}, expected {list(wanted.shapes[first])}"
     )
     yield Finding(CODE, "error", message, names, {"shapes": shown})
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """What was destroyed is lost."""
+    out.lose(names, CODE)

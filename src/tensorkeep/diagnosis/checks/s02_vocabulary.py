@@ -25,10 +25,12 @@ import numpy as np
 from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation
 from tensorkeep.findings import Finding
 
 CODE = "S02"
+ALWAYS = True  # its own repair, whatever explains it
 SAME = 0.99  # r of the rows in common: rounding and training keep it, another vocabulary has none
 
 
@@ -74,3 +76,15 @@ def _common(case: Case, name: str) -> bool:
     rows = min(len(mine), len(theirs))
     same = np.array_equal(mine[: min(rows, 64)].view(np.uint8), theirs[: min(rows, 64)].view(np.uint8))
     return same or relation(mine[:rows], theirs[:rows]).correlation > SAME
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Bring embedding and head to the reference's number of rows; rows that are missing are lost."""
+    for name in names:
+        rows = case.reference_tensors[name].shape[0]
+        if rows > case.tensors[name].shape[0]:
+            out.lose([name], CODE)
+        else:
+            out.recipes[name] = lambda name=name, rows=rows: case.values(name)[:rows]  # type: ignore[misc]
+            out.shapes[name] = case.reference_tensors[name].shape
+    out.done[CODE] = f"{len(names)} tensors to the reference's number of rows"

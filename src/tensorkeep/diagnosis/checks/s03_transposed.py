@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation
 from tensorkeep.diagnosis.evidence.originals import ALIKE, relation_of
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation
 from tensorkeep.findings import Finding
 
@@ -64,3 +67,11 @@ def _by_shape(case: Case) -> list[str]:
         if n in shapes and len(h.shape) == 2 and h.shape != shapes[n] and h.shape == shapes[n][::-1]
     ]
     return [n for n in turned if n not in case.claims and n not in case.packed]
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Transpose the matrices back."""
+    for name in names:
+        out.recipes[name] = lambda name=name: np.ascontiguousarray(case.values(name).T)  # type: ignore[misc]
+        out.shapes[name] = case.tensors[name].shape[::-1]
+    out.done[CODE] = f"transposed {len(names)} matrices"

@@ -22,6 +22,7 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.originals import relation_of
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation, rounded
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import exactly
@@ -60,3 +61,12 @@ def check(case: Case) -> Iterator[Finding]:
         "false"
     )
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Leave an odd head out where the config ties it; which of two is meant is the user's to say."""
+    if names == [hf.HEAD] and hf.HEAD in case.tensors:
+        out.dropped.add(hf.HEAD)
+        out.done[CODE] = "left the odd head out: the embedding is the reference's, and the config ties them"
+    else:
+        out.refused[CODE] = "your decision which of head and embedding is meant (--drop it when converting)"

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding
 
 CODE = "T02"
@@ -67,3 +68,8 @@ def _tied_there(case: Case) -> bool:
         and first.dtype == second.dtype
         and bits_equal(case.reference_values(hf.HEAD), case.reference_values(hf.EMBEDDING))
     )
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """A tensor that was overwritten by the other is lost."""
+    out.lose(names, CODE)

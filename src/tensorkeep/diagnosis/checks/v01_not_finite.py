@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies, heal
 from tensorkeep.diagnosis.evidence.scan import not_finite, scan
 from tensorkeep.findings import Finding
 
@@ -53,3 +54,8 @@ def check(case: Case) -> Iterator[Finding]:
         "tensors": {n: {"nan": c[0], "infinite": c[1]} for n, c in list(counts.items())[:32]},
     }
     yield Finding(CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command())
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Take the damaged elements from the reference."""
+    heal(case, names, out, CODE)

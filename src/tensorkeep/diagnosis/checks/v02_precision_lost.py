@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from tensorkeep.diagnosis.checks.s04_dtype_differs import lossy
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.casts import Cast, find_cast
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
 from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES
@@ -79,3 +80,8 @@ def _alone(case: Case) -> Iterator[Finding]:
         case.claim(names, CODE)
         message = f"all values of {len(names)} tensors lie on the grid of {grid}, without scales"
         yield Finding(CODE, "error", message, names, {"grid": grid})
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """What was destroyed is lost."""
+    out.lose(names, CODE)

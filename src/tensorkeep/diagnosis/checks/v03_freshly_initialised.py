@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.originals import constant, relation_of
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
 from tensorkeep.diagnosis.evidence.statistics import Spread, rounded, spread
 from tensorkeep.diagnosis.evidence.tensor_names import is_norm
@@ -90,3 +91,8 @@ def _alone(case: Case) -> Iterator[Finding]:
     message = f"{len(fresh)} tensors look freshly initialised beside {len(trained)} trained ones"
     evidence = {"statistics": {n: s.to_json() for n, s in list(fresh.items())[:16]}, "trained_siblings": len(trained)}
     yield Finding(CODE, "error", message, list(fresh), evidence)
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """What was destroyed is lost."""
+    out.lose(names, CODE)

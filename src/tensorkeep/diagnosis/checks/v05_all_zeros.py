@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
 from tensorkeep.diagnosis.evidence.statistics import pieces_of
 from tensorkeep.findings import Finding
@@ -47,3 +48,8 @@ def check(case: Case) -> Iterator[Finding]:
     count = sum(int(np.prod(case.tensors[n].shape)) for n in zero)
     message = f"{len(zero)} tensors are all zeros: never written"
     yield Finding(CODE, "error", message, zero, {"elements": count}, explains=["V06"], fix=case.repair_command())
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """What was destroyed is lost."""
+    out.lose(names, CODE)

@@ -19,12 +19,17 @@ What to do
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from tensorkeep.diagnosis.evidence.case import Case
+import numpy as np
+
+from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.movement import KEPT, Fit, fit, structured, trained_further
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import rounded
 from tensorkeep.diagnosis.evidence.tensor_names import is_norm
 from tensorkeep.findings import Finding
+from tensorkeep.formats.arrays import np_dtype
 
 CODE = "V06"
 STRANGE = 0.2  # r below which a tensor among trained ones does not hold the reference's content any more
@@ -109,3 +114,28 @@ def _finding(case: Case, fits: Mapping[str, Fit], severity: str, message: str, f
         "tensors": {n: f.to_json() for n, f in list(fits.items())[:32]},
     }
     return Finding(CODE, "error" if severity == "error" else "info", message, list(fits), evidence, fix=fix)
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Divide a factor out, or take an offset off; anything else is lost."""
+    fits: Mapping[str, Any] = case.results.get("fits", {})
+    for name in names:
+        found = fits.get(name)
+        if found is None or found.kind not in ("scale", "offset") or not found.number:
+            out.lose([name], CODE)
+            continue
+        out.recipes[name] = lambda name=name, found=found: _unscaled(case, name, found.kind, found.number)  # type: ignore[misc]
+    out.done[CODE] = "divided a factor out"
+
+
+def _unscaled(case: Case, name: str, kind: str, number: float) -> Array:
+    """Undo a factor or an offset; return the reference's own values where they are that up to rounding."""
+    mine = case.values(name)
+    wide = mine.astype(np.float64)
+    made: Array = (wide / number if kind == "scale" else wide - number).astype(np_dtype(case.tensors[name].dtype))
+    theirs = case.reference_values(name).astype(mine.dtype)
+    close = (
+        np.abs(made.astype(np.float64) - theirs.astype(np.float64))
+        <= 2.0**-7 * np.abs(theirs.astype(np.float64)) + 1e-30
+    )
+    return theirs if bool(close.all()) else made

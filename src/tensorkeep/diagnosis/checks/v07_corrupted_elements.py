@@ -25,6 +25,7 @@ import numpy as np
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.casts import find_cast
 from tensorkeep.diagnosis.evidence.movement import Changed, changed_elements, trained_further
+from tensorkeep.diagnosis.evidence.remedy import Remedies, heal
 from tensorkeep.diagnosis.evidence.statistics import largest, relation
 from tensorkeep.findings import Finding
 
@@ -88,3 +89,8 @@ def _evidence(case: Case, name: str, seen: Changed) -> dict[str, object]:
     shown = {"first": seen.first, "last": seen.last, "count": seen.count, "of": seen.of}
     value = {"stored": float(flat[seen.first]), "reference": float(wanted[seen.first])}
     return {**shown, **{k: v if np.isfinite(v) else str(v) for k, v in value.items()}}
+
+
+def repair(case: Case, names: list[str], out: Remedies) -> None:
+    """Take the damaged elements from the reference."""
+    heal(case, names, out, CODE)
