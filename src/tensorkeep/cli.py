@@ -6,15 +6,18 @@ are called, so that `tensorkeep inspect` starts fast.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
 
 # Each lives in a file of its name under commands/, as a function of that name, and is imported when it is called. Two
-# words: a command of a group. `tensorkeep --help` reads the first line of its docstring, without importing it.
+# words: a command of a group. Its help is its docstring; `tensorkeep --help` reads the first lines without importing.
 COMMANDS = {  # command -> the extra that holds all it can need; none where the core does
     "inspect": None,
     "diff": None,
@@ -114,11 +117,15 @@ def run(words: list[str], output: Output) -> int:
     for inner in groups.values():
         app.command(inner)
     asked = words[:1] in ([], ["--help"], ["-h"]) or words[0] in GROUPS
+    helping = not {"--help", "-h"}.isdisjoint(words)
     for command in COMMANDS:
         group, _, name = command.rpartition(" ")
         function = command.replace(" ", "_")
-        place = f"tensorkeep.commands.{function}:{function}"
-        groups.get(group, app).command(place, name=name, help=first_line(function) if asked else "")
+        place: Any = f"tensorkeep.commands.{function}:{function}"
+        if helping and words[: command.count(" ") + 1] == command.split():
+            groups.get(group, app).command(with_tables(function), name=name)
+        else:
+            groups.get(group, app).command(place, name=name, help=first_line(function) if asked else "")
     try:
         code = app(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -129,11 +136,28 @@ def run(words: list[str], output: Output) -> int:
     return int(code or 0)
 
 
+def with_tables(command: str) -> Callable[..., Any]:
+    """Return a command whose docstring names what the tables of formats, namings and loaders hold now.
+
+    Only its help is asked for: a call that does something takes the function itself and imports no table for this.
+    """
+    from tensorkeep.commands.shared import filled
+
+    function = getattr(importlib.import_module(f"tensorkeep.commands.{command}"), command)
+
+    @functools.wraps(function)
+    def shown(*positional: Any, **named: Any) -> Any:
+        return function(*positional, **named)
+
+    shown.__doc__ = filled(function.__doc__ or "")
+    return shown
+
+
 def first_line(command: str) -> str:
-    """The first line of a command's docstring, read from its source: nothing is imported.
+    """Return the first line of a command's docstring, read from its source: nothing is imported.
 
     >>> first_line("verify")
-    'Is it complete, is it undamaged: structure, digests of the certificate, CRCs.'
+    'Check that a checkpoint is complete and undamaged: structure, digests, checksums.'
     """
     import ast
     from importlib.resources import files

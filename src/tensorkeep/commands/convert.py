@@ -1,4 +1,4 @@
-"""One short function a command: read, call a tool, show. The docstrings are the help texts."""
+"""`tensorkeep convert`: checkpoints of any format and naming into one, proven by reading it back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, with_config
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import read
 from tensorkeep.output import Output, size
@@ -16,7 +17,7 @@ from tensorkeep.output import Output, size
 
 def convert(
     *paths: str,
-    to: Literal["hf", "dcp", "pth", "peft"],
+    to: str,
     naming: str | None = None,
     root: str | None = None,
     dtype: str | None = None,
@@ -30,47 +31,36 @@ def convert(
     overwrite: Flag = False,
     say: Say = Say(),
 ) -> int:
-    """Convert one or more checkpoints into one: SRC... OUT. The result is read back and proven.
+    """Convert one or more checkpoints into another format or naming: SRC... OUT.
 
-    Parameters
-    ----------
-    paths
-        The sources, then the sink: a folder, or a file ending in .safetensors or .pth.
-    to
-        The sink's format.
-    naming
-        The sink's names: hf, torchtitan, torchtitan-0.2, minimind, opentad, videomae. Default hf.
-    root
-        Nest the sink's names under this word (older flame: model), or none.
-    dtype
-        Cast every floating tensor (bf16, fp16, fp32, ...). Default: keep each as it is.
-    drop
-        Leave out tensors whose stored name fits this pattern; may be given several times.
-    prefer
-        Which source wins where two hold the same tensor.
-    from_naming
-        The sources' naming, where detection gets it wrong.
-    shard_size
-        Largest data file, e.g. 5GB.
-    config
-        A config.json (or a folder with one) for sources that bring none.
-    ema
-        Of a run: its averaged weights instead of the last (--to hf, or peft where it trained an adapter).
-    dry_run
-        Print the plan and write nothing.
-    overwrite
-        Replace an existing sink, once the new one is proven.
+    Tensors are streamed, and the result is read back and compared with the plan before it gets its name.
+
+    Args:
+        paths: The sources (files, folders, Hub model ids or URLs), then the sink: a folder, or a file ending in
+            .safetensors or .pth.
+        to: The sink's format: {formats}.
+        naming: The sink's names: {namings}. Default: hf, or as they are where nothing is recognised.
+        root: Nest the sink's names under this word (older versions of flame ask for `model`). Default: none.
+        dtype: Round every floating tensor to this dtype (bf16, fp16, fp32, ...). Default: each keeps its own.
+        drop: Leave out the tensors whose stored names fit this pattern, e.g. 'optimizer' or '^lm_head.weight$'; may be
+            given several times. How patterns work: docs/concepts/patterns.md.
+        prefer: Which source to take a tensor from where two hold it.
+        from_naming: The sources' naming, where it is not recognised by itself: {any_naming}.
+        shard_size: The largest data file to write, e.g. 5GB.
+        config: A config.json, or a folder with one, for sources that bring none.
+        ema: Take a run's averaged weights instead of its last ones (--to hf, or peft where it trained an adapter).
+        dry_run: Print the plan and write nothing.
+        overwrite: Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep.commands import export as commands_export
-    from tensorkeep.conversion import execution as conversion
+    from tensorkeep.commands.export import of_run
     from tensorkeep.conversion.planning import make_plan
-    from tensorkeep.conversion.sink import sink_files
 
     out = say.output()
+    formats.writer(to)
     if len(paths) < 2:
-        raise TensorkeepError("convert needs a source and a sink", hint="tensorkeep convert SRC... OUT --to dcp")
+        raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
     if len(paths) == 2 and not dry_run:
-        made = commands_export.of_run(out, paths[0], paths[1], to, naming, ema, overwrite)
+        made = of_run(out, paths[0], paths[1], to, naming, ema, overwrite)
         if made is not None:
             return made
     sources = [with_config(read(p), config) for p in paths[:-1]]
@@ -78,19 +68,26 @@ def convert(
         sources,
         to,
         naming=known_naming(naming),
-        root=None if root in (None, "none") else root,
+        root=None if root == "none" else root,
         dtype=known_dtype(dtype),
         drop=drop,
         prefer=prefer,
         from_naming=known_naming(from_naming),
     )
-    limit = parse_size(shard_size) if shard_size else None
+    return _carry_out(out, plan, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+
+
+def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
+    """Write what is planned, or show it alone."""
+    from tensorkeep.conversion import execution
+    from tensorkeep.conversion.sink import sink_files
+
     _announce(out, plan)
     if dry_run:
-        sink_files(plan, Path(paths[-1]).name, to, limit)  # refuses what could not be laid out
-        return _show_plan(out, plan, paths[-1], to)
+        sink_files(plan, Path(sink).name, to, limit)  # refuses what could not be laid out
+        return _show_plan(out, plan, sink, to)
     with out.progress() as progress:
-        result = conversion.convert(plan, paths[-1], to, limit, overwrite, progress)
+        result = execution.convert(plan, sink, to, limit, overwrite, progress)
     return _show_result(out, plan, result, to)
 
 

@@ -1,14 +1,14 @@
-"""The commands of diagnosis: diagnose, explain, repair."""
+"""`tensorkeep diagnose`: what is wrong with a checkpoint, proven and shown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Say
+from tensorkeep.commands.shared import Say, known_loader
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
@@ -23,7 +23,7 @@ def diagnose(
     /,
     *,
     reference: str | None = None,
-    for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
+    for_: Annotated[str | None, Parameter(name="--for")] = None,
     forward: Annotated[bool, Parameter(negative="")] = False,
     text: str | None = None,
     say: Say = Say(),
@@ -32,22 +32,17 @@ def diagnose(
 
     Exit code 0 when nothing is wrong, 1 with findings, 3 when a check that matters could not run.
 
-    Parameters
-    ----------
-    checkpoint
-        A file, a folder, a Hub model id or a URL.
-    reference
-        The checkpoint it should equal, or was trained from; any format, any naming.
-    for_
-        The loader it is meant for: hf (transformers), flame or torchtitan.
-    forward
-        Also load the model and measure its loss on a text (needs the [language] extra).
-    text
-        The text file for --forward.
+    Args:
+        checkpoint: A file, a folder, a Hub model id or a URL.
+        reference: The checkpoint that it should equal or was trained from, in any format and naming.
+        for_: The program that is to load it: {loaders} (hf is transformers).
+        forward: Also load the model and measure its loss on a text (needs the [language] extra).
+        text: The text file for --forward.
     """
     from tensorkeep.diagnosis.diagnosis import diagnose as run
 
     out = say.output()
+    known_loader(for_)
     if forward and text is None:
         raise TensorkeepError("--forward needs a text", hint=f"tensorkeep diagnose {checkpoint} --forward --text FILE")
     with out.progress() as progress:

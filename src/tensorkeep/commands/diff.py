@@ -1,4 +1,4 @@
-"""TODO."""
+"""`tensorkeep diff`: two checkpoints compared tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ def diff(a: str, b: str, /, *, config: str | None = None, say: Say = Say()) -> i
 
     Exit code 1 when they differ.
 
-    Parameters
-    ----------
-    a, b
-        Files, folders, Hub model ids or URLs.
-    config
-        A config.json (or a folder with one), where neither side brings its own and head sizes matter.
+    Args:
+        a: A file, a folder, a Hub model id or a URL.
+        b: The same, to compare with.
+        config: A config.json, or a folder with one, where neither side brings its own and head sizes matter.
     """
     from tensorkeep.diagnosis.comparison import compare
 

@@ -46,81 +46,87 @@ def eval_detection(
     device: str | None = None,
     say: Say = Say(),
 ) -> int:
-    """Mean average precision of a detector, or of detections, at each temporal IoU, by class.
+    """Measure the mean average precision of a detector, or of detections of any program, at each temporal IoU.
 
-    Why it is not higher with --errors.
+    With --errors it also says what keeps the figure from being higher.
 
-    Parameters
-    ----------
-    checkpoint
-        A run of `train detection`, a step folder of one, or an OpenTAD .pth with --recipe: its detector runs on the
-        recipe's test data. Without it, --annotations and --detections.
-    annotations
-        Ground truth: OpenTAD, ActivityNet, ActionFormer or mmaction JSON, or a folder of THUMOS'14 text files.
-    detections
-        ActivityNet JSON ({"results": {VIDEO: [{"segment", "label", "score"}]}}) or the THUMOS'14 kit's text.
-    protocol
-        activitynet (also OpenTAD's, ActionFormer's, mmaction's): interpolated, IoU >= threshold. thumos14: the
-        kit of 2015, not interpolated, IoU > threshold, Ambiguous forgiven. Default: the recipe's, or activitynet.
-    tiou
-        Thresholds, e.g. --tiou 0.3 0.4 0.5 0.6 0.7 for THUMOS'14. Default: those of the protocol.
-    subset
-        Which part of the annotations. Default: the one most of the detections belong to.
-    blocked
-        Videos to leave out on both sides: a JSON list or one name a line.
-    errors
-        Analyse the errors at this temporal IoU (0.5 is usual): kinds of false positives, what is missed.
-    picture
-        Write the error analysis there as an SVG picture too.
-    overwrite
-        Replace an existing picture.
-    recipe
-        With a checkpoint: another recipe than the run's. Needed where the checkpoint is of no run.
-    ema
-        With a checkpoint: use the averaged weights where there are some.
-    newest
-        With a run: its newest checkpoint instead of the best.
-    device
-        With a checkpoint: cpu or cuda. Default: a GPU where there is one.
+    Args:
+        checkpoint: A run of `train detection`, a step folder of one, or an OpenTAD .pth with --recipe: its detector
+            runs on the recipe's test data. Without it, --annotations and --detections.
+        annotations: Ground truth: JSON of OpenTAD, ActivityNet, ActionFormer or mmaction, or THUMOS'14's text files.
+        detections: ActivityNet's JSON, or the text of the THUMOS'14 kit.
+        protocol: How to count. activitynet (also OpenTAD's and ActionFormer's): interpolated, IoU >= threshold.
+            thumos14: not interpolated, IoU > threshold, Ambiguous forgiven. Default: the recipe's, or activitynet.
+        tiou: Thresholds, e.g. --tiou 0.3 0.4 0.5 0.6 0.7 for THUMOS'14. Default: those of the protocol.
+        subset: The part of the annotations to score. Default: the one most of the detections belong to.
+        blocked: A file of videos to leave out on both sides: a JSON list or one name a line.
+        errors: Analyse the errors at this temporal IoU (0.5 is usual): kinds of false positives, what is missed.
+        picture: Write the error analysis to this SVG file too.
+        overwrite: Replace an existing picture.
+        recipe: With a checkpoint: another recipe than the run's. Needed where the checkpoint is of no run.
+        ema: With a checkpoint: use the averaged weights where there are some.
+        newest: With a run: take its newest checkpoint instead of the best.
+        device: With a checkpoint: the device to run on, cpu or cuda. Default: a GPU where there is one.
     """
     out = say.output()
     names = read_blocked(blocked) if blocked else ()
     taken: dict[str, Any] = {}
+    if checkpoint is not None and (annotations or detections):
+        raise TensorkeepError("a checkpoint finds its own detections", where=checkpoint, hint="leave the files out")
     if checkpoint is not None:
-        if annotations or detections:
-            raise TensorkeepError("a checkpoint finds its own detections", where=checkpoint, hint="leave the files out")
         changes = _changes(protocol, tiou, subset, blocked)
         truth, found, result, taken = _of_checkpoint(checkpoint, recipe, changes, ema, newest, device, out)
         names = taken.pop("blocked")
         if result is None:  # another rank tells
             return 0
-    elif annotations is None or detections is None:
-        hint = "tensorkeep eval detection RUN, or --annotations GT --detections PRED"
-        raise TensorkeepError("nothing to evaluate", hint=hint)
     else:
-        truth, found = read_files(annotations, detections)
-        result = evaluate(
-            truth, found, protocol=protocol or "activitynet", thresholds=tiou or None, subset=subset, blocked=names
-        )
+        truth, found, result = _of_files(annotations, detections, protocol, tiou, subset, names)
     analysis = None
     if errors is not None or picture is not None:
-        at = 0.5 if errors is None else errors
-        analysis = analyse_errors(truth, found, subset=result.subset, blocked=names, tiou=at)
-    if picture is not None and analysis is not None:
-        with replacing(picture, overwrite) as temporary:
-            write_bytes(temporary, analysis.picture().encode())
-    problems = _problems(truth, result.subset)
+        analysis = analyse_errors(truth, found, subset=result.subset, blocked=names, tiou=errors or 0.5)
+        _draw(analysis, picture, overwrite)
+    _tell(out, taken, result, analysis, _problems(truth, result.subset))
+    return 0
+
+
+def _tell(
+    out: Output, taken: dict[str, Any], result: Evaluation, analysis: ErrorAnalysis | None, problems: list[str]
+) -> None:
+    """The document, or tables and notes for people."""
     if out.json:
         more = {"errors": analysis.document()} if analysis is not None else {}
         out.document({**taken, **result.document(), "annotation_problems": problems, **more})
-        return 0
+        return
     if taken:
         step = "" if taken["step"] is None else f", step {taken['step']}"
         out.line(f"{taken['checkpoint']}{step}, {'averaged' if taken['ema'] else 'live'} weights")
     _show(out, result, analysis)
     for note in (*result.notes, *problems):
         out.remark(f"note: {note}")
-    return 0
+
+
+def _of_files(
+    annotations: Path | None,
+    detections: Path | None,
+    protocol: Literal["activitynet", "thumos14"] | None,
+    tiou: tuple[float, ...],
+    subset: str | None,
+    blocked: Sequence[str],
+) -> tuple[Annotations, Any, Evaluation]:
+    """Annotations and detections out of files, and their evaluation."""
+    if annotations is None or detections is None:
+        hint = "tensorkeep eval detection RUN, or --annotations GT --detections PRED"
+        raise TensorkeepError("nothing to evaluate", hint=hint)
+    truth, found = read_files(annotations, detections)
+    how = protocol or "activitynet"
+    return truth, found, evaluate(truth, found, protocol=how, thresholds=tiou or None, subset=subset, blocked=blocked)
+
+
+def _draw(analysis: ErrorAnalysis, picture: Path | None, overwrite: bool) -> None:
+    """The picture of an error analysis, where one is wanted."""
+    if picture is not None:
+        with replacing(picture, overwrite) as temporary:
+            write_bytes(temporary, analysis.picture().encode())
 
 
 def _changes(protocol: str | None, tiou: Sequence[float], subset: str | None, blocked: Path | None) -> Changes:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""`tensorkeep eval language`: loss and perplexity of a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,26 +27,18 @@ def eval_language(
     device: str | None = None,
     say: Say = Say(),
 ) -> int:
-    """Loss and perplexity of a checkpoint on text, conversations or preferences.
+    """Measure a checkpoint's loss and perplexity on text, conversations or preferences.
 
-    Parameters
-    ----------
-    checkpoint
-        A run (its newest valid checkpoint), a step folder of one, or any checkpoint with config and tokenizer.
-    data
-        A file: JSON lines or plain text; may be given several times. Default: what the run's recipe evaluates on.
-    ema
-        Use the averaged weights where there are some.
-    best
-        Of a run, the best checkpoint instead of the newest.
-    length
-        Tokens of a row. Default: the recipe's, or 512.
-    batch
-        Rows of one forward.
-    tokenizer
-        Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
-    device
-        cpu or cuda. Default: a GPU where there is one.
+    Args:
+        checkpoint: A run (its newest valid checkpoint), a step folder of one, or any checkpoint with config and
+            tokenizer.
+        data: A file of JSON lines or plain text; may be given several times. Default: what the run's recipe evaluates on.
+        ema: Use the averaged weights where there are some.
+        best: Take a run's best checkpoint instead of its newest.
+        length: Tokens in a row. Default: the recipe's, or 512.
+        batch: Rows in one forward.
+        tokenizer: Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
+        device: The device to run on, cpu or cuda. Default: a GPU where there is one.
     """
     from tensorkeep.language.evaluation import evaluate_checkpoint
     from tensorkeep.training import distributed

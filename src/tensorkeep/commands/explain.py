@@ -1,22 +1,15 @@
-"""TODO."""
+"""`tensorkeep explain`: the page of a finding code."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tensorkeep.commands.shared import Say
-
-if TYPE_CHECKING:
-    pass
 
 
 def explain(code: str, /, *, say: Say = Say()) -> int:
-    """What a finding code means: how it happens, how it shows, what to do.
+    """Explain a finding code: what it is, how it happens, how it shows, what to do.
 
-    Parameters
-    ----------
-    code
-        A code such as K04 or O01.
+    Args:
+        code: A code that `diagnose` or `verify` printed, such as K04 or O01.
     """
     from tensorkeep.diagnosis.checks import explain as page
 

@@ -1,4 +1,4 @@
-"""`tensorkeep generate`: hear a model, before and after training, with an adapter and quantized as said."""
+"""`tensorkeep generate`: let a model continue a prompt, before or after training."""
 
 from __future__ import annotations
 
@@ -36,36 +36,23 @@ def generate(
     device: str | None = None,
     say: Say = Say(),
 ) -> int:
-    """Continue a prompt, token by token. A run is heard as it is evaluated: under its adapter and its average.
+    """Continue a prompt with a language model. A run answers as it is evaluated: with its adapter and its average.
 
-    Parameters
-    ----------
-    checkpoint
-        A run, a step folder of one, or any checkpoint with config and tokenizer: hf, DCP, .pth, GGUF, a Hub id.
-    prompt
-        What to go on from; a question, where the tokenizer has a chat template.
-    adapter
-        A LoRA adapter (ours or a PEFT folder) to put on the checkpoint.
-    max_tokens
-        Stop after so many.
-    temperature
-        0 takes the likeliest token each time; above, tokens are drawn.
-    seed
-        Of the drawing.
-    quantize_backbone
-        Hold the checkpoint's linears in 4 or 8 bits: nf4, fp4, int8. A run says this itself.
-    ema
-        Use a run's averaged weights where there are some.
-    best
-        Of a run, the best checkpoint instead of the newest.
-    raw
-        The prompt as it is, without the chat template.
-    tokenizer
-        Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
-    allow_other_base
-        Put the adapter on though it names another base by digest, or another quantization.
-    device
-        cpu or cuda. Default: a GPU where there is one.
+    Args:
+        checkpoint: A run, a step folder of one, or any checkpoint with config and tokenizer: hf, DCP, .pth, GGUF, a Hub
+            id.
+        prompt: The text to continue; a question, where the tokenizer has a chat template.
+        adapter: A LoRA adapter to put on the checkpoint: a folder of ours or of PEFT.
+        max_tokens: Stop after this many tokens.
+        temperature: 0 takes the likeliest token each time; above 0 tokens are drawn.
+        seed: The seed with which tokens are drawn.
+        quantize_backbone: Hold the checkpoint's linears in 4 or 8 bits. A run says this itself.
+        ema: Use a run's averaged weights where there are some.
+        best: Take a run's best checkpoint instead of its newest.
+        raw: Take the prompt as it is, without the chat template.
+        tokenizer: Another tokenizer than the checkpoint's: a folder or a tokenizer.json.
+        allow_other_base: Put the adapter on though it names another base by digest, or another quantization.
+        device: The device to run on, cpu or cuda. Default: a GPU where there is one.
     """
     from tensorkeep.language import generation
     from tensorkeep.training import distributed
@@ -73,27 +60,26 @@ def generate(
     out = say.output()
     world = distributed.start(device)
     try:
-        if adapter is None and (heard := _run(checkpoint, ema, best, quantize_backbone, world, out)) is not None:
-            opened = heard
-        else:
+        opened = None if adapter is not None else _run(checkpoint, ema, best, quantize_backbone, world, out)
+        if opened is None:
             opened = _bare(checkpoint, tokenizer, adapter, quantize_backbone, allow_other_base)
         if world.device.type == "cpu":
             _decode_once(opened.model)
         opened.model.to(world.device).eval()
         with opened.averaged:
+            how = (max_tokens, temperature, seed, raw)
             made = generation.generate(
-                opened.model,
-                opened.tokenizer,
-                prompt,
-                max_tokens,
-                temperature,
-                seed,
-                raw,
-                lambda piece: out.piece(_plain(piece)),
+                opened.model, opened.tokenizer, prompt, *how, lambda piece: out.piece(_plain(piece))
             )
         out.line()
     finally:
         distributed.stop()
+    _tell(out, {"checkpoint": checkpoint, "adapter": adapter, **opened.said, "prompt": prompt}, made)
+    return 0
+
+
+def _tell(out: Output, asked: dict[str, Any], made: Any) -> None:
+    """The document of what was asked and made, and a line about its speed."""
     if out.json:
         numbers = {
             "tokens": len(made.ids),
@@ -101,19 +87,8 @@ def generate(
             "seconds": made.seconds,
             "tokens_per_second": made.tokens_per_second,
         }
-        out.document(
-            {
-                "checkpoint": checkpoint,
-                "adapter": adapter,
-                **opened.said,
-                "prompt": prompt,
-                "text": made.text,
-                **numbers,
-                "stopped_by": made.stopped_by,
-            }
-        )
+        out.document({**asked, "text": made.text, **numbers, "stopped_by": made.stopped_by})
     out.remark(f"{len(made.ids)} tokens, {made.tokens_per_second:.1f} a second, stopped by {made.stopped_by}")
-    return 0
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""TODO."""
+"""`tensorkeep inspect`: what is in a checkpoint, from its headers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from tensorkeep.formats.view import read
 
 
 def inspect(checkpoint: str, /, *, tensors: str | None = None, digests: Flag = False, say: Say = Say()) -> int:
-    """What is in a checkpoint: format, naming, tensors, sizes, ties, quantization, step.
+    """Show what is in a checkpoint: format, naming, tensors, sizes, ties, quantization, step.
 
-    Parameters
-    ----------
-    checkpoint
-        A file, a folder, a Hub model id or a URL.
-    tensors
-        Show only tensors whose name fits this pattern, one line each ('*q_proj*').
-    digests
-        Read the data and give each tensor's xxh3_128 too.
+    Args:
+        checkpoint: A file, a folder, a Hub model id or a URL.
+        tensors: Show only the tensors whose names fit this pattern, one line each, e.g. 'q_proj' or 'layers.[0-3]'. How
+            patterns work: docs/concepts/patterns.md.
+        digests: Read the data too and show each tensor's digest (xxh3_128).
     """
     from tensorkeep.diagnosis import inspection
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, with_config
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.output import Output, size
@@ -17,7 +18,7 @@ _MOST_ROWS = 12  # of the human table; --json has all
 def merge(
     *paths: str,
     onto: Literal["trained", "original"] = "trained",
-    to: Literal["hf", "pth", "dcp"] = "hf",
+    to: str = "hf",
     naming: str | None = None,
     root: str | None = None,
     dtype: str | None = None,
@@ -29,42 +30,31 @@ def merge(
     overwrite: Flag = False,
     say: Say = Say(),
 ) -> int:
-    """Add adapters into their base: BASE ADAPTER[=WEIGHT]... OUT. The result is read back, computed again and proven.
+    """Add adapters into the weights they were trained on: BASE ADAPTER[=WEIGHT]... OUT.
 
-    Parameters
-    ----------
-    paths
-        The base, one or more adapters (PEFT folders, ours, MiniMind's LoRA files), the sink. ADAPTER=0.5 adds half of
-        it. Without an adapter, the one that lies in BASE's own file is merged.
-    onto
-        The weights to add to. trained: what the adapter was trained on, so a quantized base is dequantized. original:
-        the float weights, though the adapter was trained on a quantized form of them.
-    to
-        The sink's format.
-    naming
-        The sink's names: hf, torchtitan, minimind, ... Default hf.
-    root
-        Nest the sink's names under this word, or none.
-    dtype
-        Round every floating tensor to it (bf16, fp16, fp32). Default: the base's own.
-    shard_size
-        Largest data file, e.g. 5GB.
-    config
-        A config.json (or a folder with one) for a base that brings none.
-    untie
-        Write head and embedding as two tensors, where the adapter changes one of a tied pair.
-    allow_other_base
-        Merge though the adapter names another base by digest.
-    dry_run
-        Print the plan and write nothing.
-    overwrite
-        Replace an existing sink, once the new one is proven.
+    Tensors are streamed and rounded once; the result is computed a second time and read back before it gets its name.
+
+    Args:
+        paths: The base, one or more adapters (PEFT folders, ours, MiniMind's LoRA files), the sink. ADAPTER=0.5 adds
+            half of it. Without an adapter, the one that lies in BASE's own file is merged.
+        onto: The weights to add to. trained: what the adapter was trained on, so a quantized base is dequantized.
+            original: the float weights, though the adapter was trained on a quantized form of them.
+        to: The sink's format: {model_formats}.
+        naming: The sink's names: {namings}. Default: hf, or as they are where nothing is recognised.
+        root: Nest the sink's names under this word. Default: none.
+        dtype: Round every floating tensor to it (bf16, fp16, fp32). Default: the base's own.
+        shard_size: The largest data file to write, e.g. 5GB.
+        config: A config.json, or a folder with one, for a base that brings none.
+        untie: Write head and embedding as two tensors, where the adapter changes one of a tied pair.
+        allow_other_base: Merge though the adapter names another base by digest.
+        dry_run: Print the plan and write nothing.
+        overwrite: Replace an existing sink, once the new one is proven.
     """
     from tensorkeep.adapters import merging
     from tensorkeep.adapters.planning import plan_merge
-    from tensorkeep.conversion.sink import sink_files
 
     out = say.output()
+    formats.writer(to, models=True)
     if len(paths) < 2:
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
     base, sources = _opened(paths, config)
@@ -77,18 +67,25 @@ def merge(
         to,
         onto=onto,
         naming=known_naming(naming),
-        root=None if root in (None, "none") else root,
+        root=None if root == "none" else root,
         dtype=known_dtype(dtype),
         untie=untie,
     )
+    return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+
+
+def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
+    """Merge as planned, or show the plan alone."""
+    from tensorkeep.adapters import merging
+    from tensorkeep.conversion.sink import sink_files
+
     for note in job.plan.notes:
         out.remark(f"note: {note.code} {note.message}")
-    limit = parse_size(shard_size) if shard_size else None
     if dry_run:
-        sink_files(job.plan, Path(paths[-1]).name, to, limit)
-        return _show_plan(out, job, paths[-1], to)
+        sink_files(job.plan, Path(sink).name, to, limit)
+        return _show_plan(out, job, sink, to)
     with out.progress() as progress:
-        done = merging.merge(job, paths[-1], to, limit, overwrite, progress)
+        done = merging.merge(job, sink, to, limit, overwrite, progress)
     return _show(out, job, done, to)
 
 
@@ -108,7 +105,7 @@ def _opened(paths: tuple[str, ...], config: str | None) -> tuple[StateView, list
 def _split_weight(text: str) -> tuple[str, float]:
     """`ADAPTER=0.5` as path and weight; a path that exists as it stands is never taken apart.
 
-    >>> split_weight("runs/style=0.5"), _split_weight("runs/style")
+    >>> _split_weight("runs/style=0.5"), _split_weight("runs/style")
     (('runs/style', 0.5), ('runs/style', 1.0))
     """
     path, found, weight = text.rpartition("=")

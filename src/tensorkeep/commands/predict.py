@@ -45,49 +45,35 @@ def predict(
     overwrite: Flag = False,
     say: Say = Say(),
 ) -> int:
-    """Which actions happen when: detections of videos as JSON, subtitles and a timeline.
+    """Find which actions happen when in videos: as JSON, subtitles and a timeline.
 
     Writes detections.json, which `eval detection --detections` reads, and for each video NAME.html (a timeline with
     pictures), NAME.srt and NAME.vtt. Long videos stream: memory does not grow with their length. Exit code 1 where a
     video could not be read, 2 where none could.
 
-    Parameters
-    ----------
-    checkpoint
-        A run of `train detection` (its best checkpoint), a step folder of one, or an OpenTAD .pth with --recipe.
-    videos
-        Video files, or folders of them.
-    out
-        The folder to write into.
-    min_score
-        Detections below this score are neither in the subtitles nor in the picture. The JSON has all of them.
-    top
-        At most so many detections of a video in the subtitles and the picture, the best ones.
-    annotations
-        Ground truth of any layout that `eval detection` reads: the picture shows true segments too.
-    classes
-        Names of the classes, one a line in label order, where those of the recipe are not on this machine.
-    recipe
-        Another recipe than the run's. Needed where the checkpoint is of no run.
-    ema
-        Use the averaged weights where there are some.
-    newest
-        Of a run, the newest checkpoint instead of the best.
-    broken
-        A video that is cut short or damaged: leave it out, or keep what can be read.
-    device
-        cpu or cuda. Default: a GPU where there is one.
-    overwrite
-        Replace what earlier predictions left in the folder.
+    Args:
+        checkpoint: A run of `train detection` (its best checkpoint), a step folder of one, or an OpenTAD .pth with
+            --recipe.
+        videos: Video files, or folders of them.
+        out: The folder to write into.
+        min_score: The least score of a detection in subtitles and picture; the JSON has all of them.
+        top: How many detections of a video the subtitles and the picture show at most, the best ones.
+        annotations: Ground truth of any layout that `eval detection` reads; the picture then shows true segments too.
+        classes: A file with the names of the classes, one a line in label order, where the recipe's is not here.
+        recipe: Another recipe than the run's. Needed where the checkpoint is of no run.
+        ema: Use the averaged weights where there are some.
+        newest: Take a run's newest checkpoint instead of its best.
+        broken: What to do with a video that is cut short or damaged: leave it out, or keep what can be read.
+        device: The device to run on, cpu or cuda. Default: a GPU where there is one.
+        overwrite: Replace what earlier predictions left in the folder.
     """
     from tensorkeep.detection.data.annotations import read_annotations
     from tensorkeep.detection.predict import find_videos
 
     printer = say.output()
-    if not videos:
-        raise TensorkeepError("no video is named", hint=f"tensorkeep predict {checkpoint} VIDEO...")
-    if top < 1:
-        raise TensorkeepError(f"--top {top} must be at least 1")
+    if not videos or top < 1:
+        what = "no video is named" if not videos else f"--top {top} must be at least 1"
+        raise TensorkeepError(what, hint=f"tensorkeep predict {checkpoint} VIDEO... --top 100")
     paths = find_videos(videos)
     for name in (_DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
         refuse_existing(out / name, overwrite)
@@ -97,21 +83,21 @@ def predict(
     rules = _Rules(out, min_score, top, truth, overwrite)
     found, told = _all(predictor, films, broken_ones, rules, f"{checkpoint}, {_weights(opened)}", opened, printer)
     if not found:
-        what = "the video" if len(paths) == 1 else f"none of the {len(paths)} videos"
-        raise TensorkeepError(
-            f"{what} could be read" if len(paths) > 1 else f"{what} could not be read",
-            hint="the reasons are above; --broken keep reads what is there",
-        )
-    document = {
-        "checkpoint": str(checkpoint),
-        "step": opened.step,
-        "ema": opened.averaged,
-        "detections": str(out / _DETECTIONS),
-        "videos": told,
-        "broken": [{"path": str(path), "message": why} for path, why in broken_ones.items()],
-    }
-    _show(printer, document, annotations)
+        raise _nothing(len(paths))
+    document = {"checkpoint": str(checkpoint), "step": opened.step, "ema": opened.averaged, "videos": told}
+    _show(printer, document | _written(out, broken_ones), annotations)
     return 1 if broken_ones else 0
+
+
+def _written(out: Path, broken: Mapping[Path, str]) -> dict[str, Any]:
+    """What the document tells of the file of detections and of the videos that are not in it."""
+    lost = [{"path": str(path), "message": why} for path, why in broken.items()]
+    return {"detections": str(out / _DETECTIONS), "broken": lost}
+
+
+def _nothing(count: int) -> TensorkeepError:
+    what = "the video could not be read" if count == 1 else f"none of the {count} videos could be read"
+    return TensorkeepError(what, hint="the reasons are above; --broken keep reads what is there")
 
 
 class _Rules(NamedTuple):

@@ -1,17 +1,14 @@
-"""TODO."""
+"""`tensorkeep repair`: undo what a diagnosis proves, in a new checkpoint."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Say
+from tensorkeep.commands.shared import Say, known_loader
 from tensorkeep.formats.names import grouped
 from tensorkeep.output import size
-
-if TYPE_CHECKING:
-    pass
 
 
 def repair(
@@ -20,30 +17,25 @@ def repair(
     /,
     *,
     reference: str,
-    for_: Annotated[Literal["hf", "flame", "torchtitan"] | None, Parameter(name="--for")] = None,
+    for_: Annotated[str | None, Parameter(name="--for")] = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     say: Say = Say(),
 ) -> int:
-    """Undo the causes that a diagnosis proves, write a new checkpoint, and diagnose that.
+    """Undo what a diagnosis proves, write a new checkpoint, and diagnose that.
 
     Refuses what is ambiguous or lost, and says what it needs. The broken checkpoint stays as it is.
 
-    Parameters
-    ----------
-    checkpoint
-        The broken checkpoint.
-    out
-        The new one: a folder, or a file for a checkpoint that is one.
-    reference
-        The checkpoint that it should equal, or was trained from.
-    for_
-        The loader it is meant for.
-    overwrite
-        Replace an existing sink, once the new one is proven.
+    Args:
+        checkpoint: The broken checkpoint.
+        out: The new checkpoint: a folder, or a file where the broken one is a file.
+        reference: The checkpoint that it should equal, or was trained from.
+        for_: The program that is to load it: {loaders} (hf is transformers).
+        overwrite: Replace an existing checkpoint, once the new one is proven.
     """
     from tensorkeep.diagnosis.repairs import repair as run
 
     output = say.output()
+    known_loader(for_)
     with output.progress() as progress:
         made = run(checkpoint, out, reference, for_, overwrite, progress)
     if say.json:

@@ -1,7 +1,10 @@
-"""TODO."""
+"""What several commands share: the flags of all, words of the tables, configs, sizes."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +13,19 @@ from cyclopts import Parameter
 
 from tensorkeep.conversion import naming as namings
 from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import Output
 from tensorkeep.storage.record import SPELLINGS
 
+# words in braces in a command's help -> what stands there when the help is shown
+TABLES: dict[str, Callable[[], Iterable[str]]] = {
+    "formats": formats.writable,
+    "model_formats": lambda: formats.writable(models=True),
+    "namings": namings.writable,
+    "any_naming": lambda: namings.NAMINGS,
+    "loaders": namings.loaders,
+}
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 
 
@@ -22,12 +34,9 @@ Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 class Say:
     """Flags of every command.
 
-    Parameters
-    ----------
-    json
-        One JSON document on stdout.
-    quiet
-        Nothing on stderr but errors.
+    Args:
+        json: One JSON document on stdout.
+        quiet: Nothing on stderr but errors.
     """
 
     json: Flag = False
@@ -37,8 +46,18 @@ class Say:
         return Output(self.json, self.quiet)
 
 
+def filled(text: str) -> str:
+    """Return a docstring as help: words of the tables for `{formats}` and the like, a line for each option.
+
+    >>> filled("One of {model_formats}, not {this}.")
+    'One of hf, dcp, pth, not {this}.'
+    """
+    text = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(text))  # an option's second line goes on with the first
+    return re.sub(r"\{(\w+)\}", lambda m: ", ".join(TABLES[m[1]]()) if m[1] in TABLES else m[0], text)
+
+
 def with_config(view: StateView, config: str | None) -> StateView:
-    """The view with the config the user names; it also travels to the sink."""
+    """Return the view with the config that the user names; it also travels to the sink."""
     if config is None or view.config is not None:
         return view
     from tensorkeep.formats.companions import COMPANIONS, Companion
@@ -59,12 +78,23 @@ def with_config(view: StateView, config: str | None) -> StateView:
 
 
 def known_naming(naming: str | None) -> str | None:
+    """Return the naming that the user gave, once the table has it."""
     if naming is not None:
         namings.module(naming)
     return naming
 
 
+def known_loader(loader: str | None) -> str | None:
+    """Return the program that the user gave for --for, once some naming says that it loads its names."""
+    known = namings.loaders() if loader is not None else {}
+    if loader is not None and loader not in known:
+        hint = near_misses(loader, known) or f"known: {', '.join(known)}"
+        raise TensorkeepError(f"no loader {loader!r}", where="--for", hint=hint)
+    return loader
+
+
 def known_dtype(dtype: str | None) -> str | None:
+    """Return our word for the dtype that the user gave (bf16 is BF16)."""
     if dtype is None:
         return None
     if dtype.lower() not in SPELLINGS:
@@ -75,7 +105,7 @@ def known_dtype(dtype: str | None) -> str | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from `5GB`, `500MB`, `2GiB` or a plain number.
+    """Return bytes from `5GB`, `500MB`, `2GiB` or a plain number.
 
     >>> parse_size("5GB"), parse_size("2GiB")
     (5000000000, 2147483648)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""`tensorkeep verify`: whether a checkpoint is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from tensorkeep.output import size
 
 
 def verify(checkpoint: str, /, *, say: Say = Say()) -> int:
-    """Is it complete, is it undamaged: structure, digests of the certificate, CRCs.
+    """Check that a checkpoint is complete and undamaged: structure, digests, checksums.
 
-    Exit code 1 when something is wrong.
+    Digests are compared with those of its certificate or manifest, where one lies beside it; formats with checksums of
+    their own are compared with these. Exit code 1 when something is wrong.
 
-    Parameters
-    ----------
-    checkpoint
-        A file or folder.
+    Args:
+        checkpoint: A file, a folder or a run.
     """
     from tensorkeep.diagnosis.verification import verify as run
 

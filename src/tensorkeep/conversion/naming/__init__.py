@@ -139,6 +139,11 @@ def rows(naming: str | None, names: Collection[str], config: Mapping[str, Any] |
     return tables[scheme.family(names, config)] if hasattr(scheme, "family") else next(iter(tables.values()))
 
 
+def writable() -> list[str]:
+    """Return the words of the namings that a sink's tensors can be given."""
+    return [naming for naming in NAMINGS if not hasattr(module(naming), "READ_ONLY")]
+
+
 def loaders() -> dict[str, list[str]]:
     """Return the programs that load checkpoints (`--for`), each with the namings that it loads, its own first."""
     of: dict[str, tuple[str, ...]] = {naming: getattr(module(naming), "LOADERS", ()) for naming in NAMINGS}
