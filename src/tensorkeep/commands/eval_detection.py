@@ -83,7 +83,8 @@ def eval_detection(
         truth, found, result = _of_files(annotations, detections, protocol, tiou, subset, names)
     analysis = None
     if errors is not None or picture is not None:
-        analysis = analyse_errors(truth, found, subset=result.subset, blocked=names, tiou=errors or 0.5)
+        at = 0.5 if errors is None else errors
+        analysis = analyse_errors(truth, found, subset=result.subset, blocked=names, tiou=at)
         _draw(analysis, picture, overwrite)
     _tell(out, taken, result, analysis, _problems(truth, result.subset))
     return 0
