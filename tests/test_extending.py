@@ -1,0 +1,138 @@
+"""CONTRIBUTING's recipe: one file and one table line add a format, a naming, a check, a kind of adapter.
+
+The files are those in tests/extending; each test adds one line to a table, and every command that should knows it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tensorkeep.cli import main
+from tensorkeep.conversion.naming import NAMINGS
+from tensorkeep.diagnosis.checks import CODES
+from tensorkeep.formats.table import FORMATS
+from tensorkeep.formats.view import read
+from tests.tools import ROOT, TINY, flip_a_byte
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command as users call it: exit code, stdout without frames and line breaks, stderr."""
+
+    def called(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(w) for w in words])
+        shown = capsys.readouterr()
+        return code, re.sub(r"[\s│]+", " ", shown.out), shown.err
+
+    return called
+
+
+def known_to(run: Run, word: str, commands: dict[str, str]) -> None:
+    """The help of these commands shows the word in the line of the option, and does so from the table."""
+    for command, option in commands.items():
+        code, shown, _ = run(*command.split(), "--help")
+        entry = shown.partition(" Parameters ")[2].partition(f"{option} ")[2].partition(" --")[0]
+        assert code == 0 and word in entry, (command, option, entry)
+
+
+def test_a_format_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, back = tmp_path / "made", tmp_path / "back"
+    code, _, error = run("convert", TINY, made, "--to", "dummy")
+    assert code == 2 and "cannot write 'dummy'" in error
+
+    monkeypatch.setitem(FORMATS, "dummy", "tests.extending.dummy_format")
+
+    known_to(run, "dummy", {"convert": "--to", "merge": "--to"})
+    assert run("convert", TINY, made, "--to", "dummy")[0] == 0
+    assert {"weights.dummy", "weights.json", "config.json", "tensorkeep.json"} <= {p.name for p in made.iterdir()}
+    assert "format dummy, naming hf" in run("inspect", made)[1]
+    assert "equal: all 20 tensors" in run("diff", TINY, made)[1]
+    assert "every digest is the certificate's" in run("verify", made)[1]
+    assert run("diagnose", made, "--reference", TINY)[0] == 0
+    assert run("convert", made, back, "--to", "hf")[0] == 0
+    assert (back / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
+    assert "did you mean dummy?" in run("convert", TINY, tmp_path / "x", "--to", "dumy")[2]
+    assert "dummy is a folder" in run("convert", TINY, tmp_path / "x.safetensors", "--to", "dummy")[2]
+    (tmp_path / "nothing").mkdir()
+    assert "a folder with weights.dummy" in run("inspect", tmp_path / "nothing")[2]
+    (made / "tensorkeep.json").unlink()
+    assert "no certificate" in run("verify", made)[1]  # it says nothing of checksums, so it has none
+
+
+def test_a_broken_checkpoint_of_a_new_format_is_named_and_mended_in_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "dummy", "tests.extending.dummy_format")
+    assert run("convert", TINY, tmp_path / "made", "--to", "dummy")[0] == 0
+    flip_a_byte(tmp_path / "made" / "weights.dummy", 4097)
+    (tmp_path / "made" / "tensorkeep.json").unlink()
+    code, shown, _ = run("diagnose", tmp_path / "made", "--reference", TINY)
+    assert code == 1 and "V07" in shown
+    assert run("repair", tmp_path / "made", tmp_path / "mended", "--reference", TINY)[0] == 0
+    assert read(str(tmp_path / "mended")).format == "dummy"
+
+
+def test_a_naming_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, back = tmp_path / "made", tmp_path / "back"
+    assert "no naming 'dummy'" in run("convert", TINY, made, "--to", "hf", "--naming", "dummy")[2]
+    assert "no loader 'dummyloader'" in run("diagnose", TINY, "--for", "dummyloader")[2]
+
+    monkeypatch.setitem(NAMINGS, "dummy", "tests.extending.dummy_naming")
+
+    known_to(run, "dummy", {"convert": "--naming", "merge": "--naming"})
+    known_to(run, "dummy", {"convert": "--from-naming"})
+    known_to(run, "dummyloader", {"diagnose": "--for", "repair": "--for"})
+    assert run("convert", TINY, made, "--to", "hf", "--naming", "dummy")[0] == 0
+    names = set(load_bytes(made))
+    assert {"words.weight", "floor.1.query.weight", "roof.weight"} <= names
+    assert "format hf, naming dummy" in run("inspect", made)[1]
+    assert "equal: all" in run("diff", TINY, made)[1]
+    assert run("convert", made, back, "--to", "hf", "--from-naming", "dummy")[0] == 0
+    assert load_bytes(back) == load_bytes(TINY)
+    assert run("diagnose", made, "--for", "dummyloader")[0] in (0, 3)
+    code, shown, _ = run("diagnose", TINY, "--for", "dummyloader", "--reference", TINY)
+    assert code == 1 and "K06" in shown and "--naming dummy" in shown
+    assert "did you mean dummy?" in run("convert", TINY, tmp_path / "x", "--to", "hf", "--naming", "dumy")[2]
+
+
+def load_bytes(folder: Path) -> dict[str, bytes]:
+    view = read(str(folder))
+    return {name: bytes(view.bytes(name)) for name in view}
+
+
+def test_a_check_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sick = tmp_path / "sick"
+    sick.mkdir()
+    save_file({"model.norm.weight": np.ones(13, np.float32)}, sick / "model.safetensors")
+    assert "no code 'X99'" in run("explain", "X99")[2] and "X99" not in run("diagnose", sick)[1]
+
+    monkeypatch.setitem(CODES, "X99", "tests.extending.x99_dummy")
+
+    assert run("explain", "x99")[1].startswith("X99 unlucky tensor: a tensor has thirteen rows.")
+    code, shown, _ = run("diagnose", sick)
+    assert code == 1 and "X99 unlucky tensor: 1 tensors have thirteen rows" in shown and "take one row less" in shown
+    document = json.loads(run("diagnose", sick, "--json")[1])
+    assert [f["code"] for f in document["findings"] if f["severity"] == "error"][-1] == "X99"
+    code, _, error = run("repair", sick, tmp_path / "out", "--reference", sick)
+    assert code == 2 and "it needs a model without thirteen rows" in error
+    pages = runpy.run_path(str(ROOT / "docs" / "write_codes.py"))["pages"]()
+    assert "# X99 unlucky tensor" in pages["X99.md"] and "| [X99](X99.md) | unlucky tensor |" in pages["README.md"]
+
+
+def test_the_recipe_names_the_tables_and_their_files() -> None:
+    recipe = (ROOT / "CONTRIBUTING.md").read_text()
+    for place in re.findall(r"`(src/tensorkeep/[\w/.]+)`", recipe):
+        assert (ROOT / place).exists(), place
+    for word in ("FORMATS", "NAMINGS", "CODES", "ADAPTER_KINDS"):
+        assert word in recipe
