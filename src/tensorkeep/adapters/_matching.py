@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkeep.adapters._view import ComputedTensor, Term, checked_dtype
+from tensorkeep.adapters._terms import Term
+from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
@@ -98,9 +99,7 @@ def terms_of(state: MergeBase, number: int, source: WeightedAdapter) -> dict[str
         TensorkeepError: A01 where a module has no place in the base.
     """
     adapter = source.adapter
-    wanted: dict[str, tuple[str, str]] = {f"{m}.weight": ("pair", m) for m in adapter.pairs}
-    wanted |= {f"{m}.weight": ("embedding", m) for m in adapter.embeddings}
-    wanted |= {f"{m}.bias": ("bias", m) for m in adapter.biases}
+    wanted: dict[str, tuple[str, str]] = dict(adapter.plug.changes(adapter))
     saved = {n: ("saved", n) for n in adapter.saved}
     both = sorted(set(wanted) & set(saved))
     for name in both:  # PEFT keeps the base's own copy of an embedding beside the pair on it
@@ -162,28 +161,32 @@ def _term(state: MergeBase, number: int, source: WeightedAdapter, name: str, kin
     weight = state.weights.get(part.name)
     shape = weight.shape if weight is not None and weight.shape is not None else tensor.shape
     transposed = _orientation(state, source, name, kind, inner, shape)
+    plug = adapter.plug
     turn = (rope_rows(state.config, "half", name, tensor.shape),) if inner in adapter.turned else ()
     back = tuple(p.inverse() for p in reversed(part.permutes))
     permutes = () if turn and back and turn[0] == back[0].inverse() else (*turn, *back)
     rows = shape[0] if shape else 1
     first = part.rows[0] * rows if part.rows is not None else 0
-    scale = adapter.scale(inner) if kind in ("pair", "embedding") or inner in adapter.pairs else 1.0
-    return Term(number, adapter, kind, inner, source.weight, scale or 1.0, transposed, permutes, first, rows)
+    scale = plug.scale(adapter, kind, inner) if kind != "saved" and hasattr(plug, "scale") else 1.0
+    term = Term(number, adapter, kind, inner, source.weight, scale or 1.0, transposed, permutes, first, rows)
+    if kind != "saved" and hasattr(plug, "check"):
+        plug.check(term, shape)
+    return term
 
 
 def _orientation(
     state: MergeBase, source: WeightedAdapter, name: str, kind: str, inner: str, shape: tuple[int, ...]
 ) -> bool:
     """Whether the base keeps the weight transposed, [in, out]; stop (A01) where the shapes do not fit."""
-    adapter, view = source.adapter, source.adapter.view
-    if kind in ("saved", "bias"):
-        made = view[adapter.saved[inner] if kind == "saved" else adapter.biases[inner]].shape
-        fits = [made]
-    else:
-        a, b = (view[n].shape for n in (adapter.pairs if kind == "pair" else adapter.embeddings)[inner])
-        made = (a[1], b[0]) if kind == "embedding" else (b[0], *a[1:])
-        fits = [made[::-1], made] if adapter.document.get("fan_in_fan_out") and kind == "pair" else [made]
-    if shape not in fits:
+    adapter = source.adapter
+    fits = (
+        [(adapter.view[adapter.saved[inner]].shape, False)]
+        if kind == "saved"
+        else adapter.plug.shapes(adapter, kind, inner)
+    )
+    found = next((turned for made, turned in fits if made == shape), None)
+    if found is None:
+        made = fits[-1][0]
         hint = "is it an adapter of a larger or smaller model? tensorkeep diagnose ADAPTER --reference BASE lists all"
         if kind == "saved" and shape[1:] == made[1:]:
             hint = "its vocabulary was resized: resize the base's first, then merge"
@@ -193,12 +196,4 @@ def _orientation(
             code="A01",
             hint=hint,
         )
-    magnitude = adapter.magnitudes.get(inner) if kind in ("pair", "embedding") else None
-    if magnitude is not None and view[magnitude].elements != (shape[1] if kind == "embedding" else made[0]):
-        raise TensorkeepError(
-            f"{inner}: {view[magnitude].elements} magnitudes for {list(shape)}",
-            where=source.path,
-            code="A02",
-            hint="get the adapter again",
-        )
-    return kind == "embedding" or (len(fits) == 2 and shape == fits[0])  # square ones too, as the config says
+    return bool(found)

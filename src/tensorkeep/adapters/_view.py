@@ -1,7 +1,6 @@
 """A view of base weights with adapters added in, computed while it streams; a merge plans and writes from it.
 
-    W' = round(W + sum_i weight_i · (s_i · B_i A_i))              LoRA, rsLoRA
-    W' = round(W + sum_i weight_i · (m_i · V_i / |V_i| - W)),  V_i = W + s_i · B_i A_i      DoRA (arXiv 2402.09353)
+    W' = round(W + sum_i weight_i · change_i(W))      change: by the adapter's kind, see `kinds`
 
 Everything is float64 until the one rounding to the output's dtype, so the result does not depend on chunks, threads
 or the order of adapters (a product of two float32 is exact in float64). The sum of several DoRA updates is against
@@ -16,12 +15,12 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter, Share
-from tensorkeep.conversion.plan import RowPermutation
+from tensorkeep.adapters._terms import Term, whole
+from tensorkeep.adapters.reading import Share
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype, np_frombuffer
 from tensorkeep.formats.view import STREAM_BYTES, StateView
@@ -34,38 +33,6 @@ from tensorkeep.storage.record import DTYPES, TensorRecord
 
 _ELEMENTS = 1 << 17  # held at a time: 1 MB in float64, a few times over
 _ROUNDED = ("F64", "F32", "F16", "BF16")  # the dtypes a merged weight is rounded to
-
-
-class Term(NamedTuple):
-    """What one adapter does to some rows of one stored tensor of the base.
-
-    Args:
-        number: which adapter, by its place in the merge.
-        adapter: the adapter.
-        kind: "pair" (LoRA, DoRA), "embedding", "bias" (lora_bias) or "saved" (the tensor is replaced).
-        name: the adapter's module, or a whole tensor's clean name.
-        weight: what the whole adapter is multiplied by.
-        scale: what B A is multiplied by: alpha / r.
-        transposed: whether the base keeps [in, out].
-        permutes: bring the adapter's rows into the order of the base's file.
-        first, length: its rows of the stored tensor, in a stack of experts.
-    """
-
-    number: int
-    adapter: Adapter
-    kind: str
-    name: str
-    weight: float
-    scale: float
-    transposed: bool = False
-    permutes: tuple[RowPermutation, ...] = ()
-    first: int = 0
-    length: int = 0
-
-    @property
-    def magnitude(self) -> str | None:
-        """The stored name of DoRA's magnitudes; None without DoRA."""
-        return self.adapter.magnitudes.get(self.name) if self.kind in ("pair", "embedding") else None
 
 
 @dataclass
@@ -160,24 +127,24 @@ def _merged_rows(
     """Yield rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
     kind = made.requantized if moved is not None else None
     aligned = math.lcm(unit, _rows_of_whole_blocks(made, kind), _rows_of_whole_blocks(made, made.through))
-    parts = [(t, *_factors(t), _lengths(base, made, t)) for t in made.terms]
+    parts = [(t, _loaded(base, made, t)) for t in made.terms]
     for at, values in _base_rows(base, made, rows, aligned, moved):
         weights = values.astype(np.float64)
         total = weights.copy()
-        for term, left, right, magnitude, lengths in parts:
+        for term, loaded in parts:
             low, high = max(term.first, at), min(term.first + term.length, at + len(values))
             if low >= high:
                 continue
             here, mine = slice(low - at, high - at), slice(low - term.first, high - term.first)
             if term.kind == "saved":
-                change = left[mine] - weights[here]
-                total[here] = left[mine] if term.weight == 1 and len(parts) == 1 else total[here] + term.weight * change
+                change = loaded[mine] - weights[here]
+                alone = term.weight == 1 and len(parts) == 1
+                total[here] = loaded[mine] if alone else total[here] + term.weight * change
                 continue
-            change = left[mine] @ right
-            if moved is not None and magnitude is None and term.kind != "bias":
+            plug = term.adapter.plug
+            change = plug.change(term, loaded, weights[here], mine)
+            if moved is not None and hasattr(plug, "fixed") and plug.fixed(term):
                 _count_share(moved, term.number, weights[here], change)
-            if magnitude is not None:
-                change = _dora(weights[here], change, magnitude, lengths, mine, term.transposed)
             total[here] += change if term.weight == 1 else term.weight * change
         made_rows = round_to(total, dtype)
         if moved is not None:
@@ -185,14 +152,16 @@ def _merged_rows(
         yield made_rows
 
 
-def _dora(
-    weights: Array, change: Array, magnitude: Array, lengths: Array | None, mine: slice, transposed: bool
-) -> Array:
-    """Return m · V / |V| - W for some rows; `lengths` are |V| where they run over columns."""
-    grown = weights + change
-    if transposed:
-        return np.asarray(grown * (magnitude / lengths) - weights)
-    return np.asarray(grown * (magnitude[mine] / np.sqrt(np.sum(grown * grown, axis=1)))[:, None] - weights)
+def _loaded(base: StateView, made: ComputedTensor, term: Term) -> Any:
+    """Read what a term needs to change rows of its tensor."""
+
+    def base_rows() -> Iterator[tuple[int, Array]]:
+        """A pass of its own over all rows of the base's tensor."""
+        return _base_rows(base, made, (0, made.count), _rows_of_whole_blocks(made, made.through))
+
+    if term.kind == "saved":
+        return whole(term, term.adapter.saved[term.name])
+    return term.adapter.plug.load(term, base_rows)
 
 
 def round_to(values: Array, dtype: str) -> Array:
@@ -291,49 +260,6 @@ def _within(at: int, values: Array, rows: tuple[int, int]) -> Iterator[tuple[int
 def _rows_of_whole_blocks(made: ComputedTensor, kind: Encoding | None) -> int:
     """Return how many rows hold whole blocks of a 4-bit quantization, whose blocks lie flat over rows."""
     return kind.block // math.gcd(kind.block, made.width) if kind is not None and kind.kind in LEVELS else 1
-
-
-# -- the adapter's factors --------------------------------------------------------------------------------------------
-
-
-def _factors(term: Term) -> tuple[Array, Array, Array | None]:
-    """Return an update's factors in float64: left [rows, r] times the scale, right [r, width], and DoRA's magnitudes.
-
-    A whole tensor is returned as left. A of a convolution is [r, in, *kernel], B [out, r, 1...]; of an embedding A is
-    [r, rows], B [width, r].
-    """
-    view, none = term.adapter.view, np.zeros((1, 0))
-    if term.kind in ("saved", "bias"):
-        values = view.array(term.adapter.saved[term.name] if term.kind == "saved" else term.adapter.biases[term.name])
-        whole = permuted(values.astype(np.float64).reshape(values.shape[0] if values.ndim else 1, -1), term.permutes)
-        return (whole, none, None) if term.kind == "saved" else (whole * term.scale, np.ones((1, 1)), None)
-    pairs = term.adapter.embeddings if term.kind == "embedding" else term.adapter.pairs
-    a, b = (view.array(n).astype(np.float64) for n in pairs[term.name])
-    a, b = a.reshape(a.shape[0], -1), permuted(b.reshape(b.shape[0], -1), term.permutes)
-    left, right = (a.T, b.T) if term.transposed else (b, a)
-    magnitude = view.array(term.magnitude).astype(np.float64).reshape(-1) if term.magnitude else None
-    if magnitude is not None:
-        magnitude = permuted(magnitude[:, None], term.permutes)[:, 0]
-    return np.ascontiguousarray(left) * term.scale, np.ascontiguousarray(right), magnitude
-
-
-def permuted(values: Array, permutes: tuple[RowPermutation, ...]) -> Array:
-    """Reorder the rows of whole heads into another RoPE layout."""
-    for rows in permutes:
-        heads = values.reshape(-1, rows.block, *values.shape[1:])
-        values = heads[:, rows.order()].reshape(values.shape)
-    return values
-
-
-def _lengths(base: StateView, made: ComputedTensor, term: Term) -> Array | None:
-    """Return |V| by column, which needs a pass of its own: DoRA where the base keeps [in, out] (Conv1D, embeddings)."""
-    if term.magnitude is None or not term.transposed:
-        return None
-    left, right, _ = _factors(term)
-    squares = np.zeros(made.width)
-    for at, values in _base_rows(base, made, (0, made.count), _rows_of_whole_blocks(made, made.through)):
-        squares += np.sum(np.square(values.astype(np.float64) + left[at : at + len(values)] @ right), axis=0)
-    return np.sqrt(squares)
 
 
 # -- figures for the report -------------------------------------------------------------------------------------------

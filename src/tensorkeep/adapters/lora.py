@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorkeep.adapters import kinds
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.quantization.encoding import HEADS
@@ -23,7 +24,7 @@ from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_li
 from tensorkeep.quantization.modules import adopted, check_patterns, is_bitsandbytes, replace_modules
 
 ALL = "all-linear"
-_ELSEWHERE = ("dora", "adalora", "loha", "lokr", "ia3", "vera", "oft", "boft", "pissa", "olora", "loftq")
+TRAINED = ("lora", "rslora")
 
 
 class LowRank(nn.Module):
@@ -210,9 +211,8 @@ def adapted(
 
 def _refuse_other_kinds(kind: str) -> None:
     """Stop at a kind of adapter that is not trained here."""
-    if kind.lower() not in ("lora", "rslora"):
-        how = "train it through PEFT's get_peft_model; tensorkeep reads, merges and writes it"
-        hint = how if kind.lower() in _ELSEWHERE else "kinds: lora, rslora"
+    if kind.lower() not in TRAINED:
+        hint = f"kinds: {', '.join(TRAINED)}; others through PEFT's get_peft_model (merge adds {kinds.known()})"
         raise TensorkeepError(f"{kind!r} is not trained here", where="lora", hint=hint)
 
 

@@ -319,8 +319,7 @@ def figures(job: MergePlan, moved: dict[str, Moved]) -> list[dict[str, Any]]:
 
 def _spoken_kind(terms: Sequence[Any]) -> str:
     """Say how a tensor changes: LoRA, DoRA, replaced, bias."""
-    words = {"saved": "replaced", "bias": "bias", "pair": "LoRA", "embedding": "LoRA"}
-    return " + ".join(dict.fromkeys("DoRA" if t.magnitude else words[t.kind] for t in terms))
+    return " + ".join(dict.fromkeys("replaced" if t.kind == "saved" else t.adapter.plug.variant(t) for t in terms))
 
 
 def relative(moved: Moved) -> dict[str, float | None]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
-from tensorkeep.adapters._view import MergedView, Term
+from tensorkeep.adapters._terms import Term
+from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import TIED, read_adapter, refuse_unmergeable
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
@@ -137,10 +138,8 @@ def plan_merge(
 
 def _spoken(term: Term) -> str:
     """Say what a term adds, for the plan's line."""
-    what = {"saved": "replaced", "bias": "lora_bias"}.get(
-        term.kind
-    ) or f"r {term.adapter.rank(term.name)}, scale {term.scale:.6g}"
-    return what + (", DoRA" if term.magnitude else "") + (f", weight {term.weight:g}" if term.weight != 1 else "")
+    what = "replaced" if term.kind == "saved" else term.adapter.plug.told(term)
+    return what + (f", weight {term.weight:g}" if term.weight != 1 else "")
 
 
 def _gone(base: StateView, name: str) -> str:

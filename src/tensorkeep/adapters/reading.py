@@ -11,38 +11,23 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from tensorkeep.adapters import kinds
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves, hf_module
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.certificate import digest_of_all
 
-_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<half>[AB])(\.default)?\Z")
-_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?\Z")
-_LONE = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
-_BIAS = re.compile(r"(?P<module>.+)\.lora_B(\.default)?\.bias\Z")
 _SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<last>weight|bias)\Z")
 _FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tokens|token_adapter\.|[a-z0-9]+_lambda_)")
 
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
 TIED = "ensure_weight_tying"
-# fields of a LoRA config that change nothing about what is added to which weight, or that are read here
-_KNOWN = frozenset([TIED, DIGEST]) | frozenset(
-    """
-    alpha_pattern arrow_config auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out
-    inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_bias
-    lora_dropout megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r
-    rank_pattern revision target_modules task_type use_dora use_rslora runtime_config eva_config corda_config
-    lora_ga_config velora_config kind quantization modules_to_tie target_modules_to_tie enable_lora
-    target_parameters trainable_token_indices merge_weights
-    """.split()
-)
-# starts that take something out of the base: the adapter fits only the rest, which is not what a checkpoint holds
-_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -60,6 +45,7 @@ class Adapter:
         lone: stored names of halves without the other half.
         foreign: stored names that belong to another kind of adapter.
         turned: modules whose rows follow the other RoPE layout.
+        parts: module -> part -> stored name, of a kind that has no field of its own here.
     """
 
     view: StateView
@@ -72,6 +58,12 @@ class Adapter:
     lone: list[str] = field(default_factory=list)  # halves without the other
     foreign: list[str] = field(default_factory=list)  # parts of another kind of adapter
     turned: set[str] = field(default_factory=set)  # modules whose rows follow the other RoPE layout
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)  # of kinds other than LoRA
+
+    @property
+    def plug(self) -> ModuleType:
+        """The module of its kind, see `kinds`."""
+        return kinds.module(self.document)
 
     @property
     def rslora(self) -> bool:
@@ -94,15 +86,14 @@ class Adapter:
     @property
     def stored(self) -> list[str]:
         """The stored names of the adapter's tensors; a model in the same file is not its own."""
-        both = [n for pair in (*self.pairs.values(), *self.embeddings.values()) for n in pair]
-        return sorted([*both, *self.magnitudes.values(), *self.biases.values(), *self.saved.values(), *self.lone])
+        pairs = [n for pair in (*self.pairs.values(), *self.embeddings.values()) for n in pair]
+        lone = [*self.magnitudes.values(), *self.biases.values(), *self.saved.values(), *self.lone]
+        return sorted([*pairs, *lone, *(n for parts in self.parts.values() for n in parts.values())])
 
     @property
     def kind(self) -> str:
-        """The adapter's kind for people to read: LoRA, rsLoRA or DoRA, with its rank."""
-        ranks = sorted({self.rank(m) for m in (*self.pairs, *self.embeddings)})
-        name = ("rs" if self.rslora else "") + ("DoRA" if self.magnitudes else "LoRA")
-        return f"{name} r {ranks[0]}" if len(ranks) == 1 else f"{name} r {ranks[0]}..{ranks[-1]}" if ranks else name
+        """The adapter's kind for people to read, with its rank where it has one."""
+        return str(self.plug.spoken(self))
 
     def digest(self) -> str:
         """Return the digest over the names and bytes of the adapter's own tensors."""
@@ -163,29 +154,15 @@ def read_adapter(view: StateView) -> Adapter | None:
         modules.setdefault(module, {})[half.half] = stored
         out.turned |= {module} if turned else set()
     out.pairs = {m: (h["A"], h["B"]) for m, h in modules.items()}
-    embeddings: dict[str, dict[str, str]] = {}
     for stored, clean in identity.names.items():
-        if stored in found:
+        if stored in found or out.plug.take(out, stored, clean):
             continue
-        if match := _EMBEDDING.match(clean):
-            embeddings.setdefault(match["module"], {})[match["half"]] = stored
-        elif match := _MAGNITUDE.match(clean):
-            out.magnitudes[match["module"]] = stored
-        elif match := _BIAS.match(clean):
-            out.biases[match["module"]] = stored
-        elif _LONE.match(clean):
-            out.lone.append(stored)
-        elif view.format == "peft" and _FOREIGN.search(f".{clean}"):
-            out.foreign.append(stored)
-        elif view.format == "peft" and (match := _SAVED.match(clean)):
+        if view.format == "peft" and (match := _SAVED.match(clean)) and not _FOREIGN.search(f".{clean}"):
             out.saved[f"{match['module']}.{match['last']}"] = stored
         elif view.format == "peft":
             out.foreign.append(stored)
-    for module, both in embeddings.items():
-        if len(both) == 2:
-            out.embeddings[module] = (both["A"], both["B"])
-        else:
-            out.lone += both.values()
+    if hasattr(out.plug, "finish"):
+        out.plug.finish(out)
     return out
 
 
@@ -195,84 +172,26 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     Unknown fields of the config that are set to something count: an option not known here may change the sum.
 
     Raises:
-        TensorkeepError: A01 for another kind of adapter, A02 for damaged or contradictory pairs.
+        TensorkeepError: A01 for another kind of adapter, A02 for damaged or contradictory parts.
     """
-    given, where = adapter.document, adapter.view.path
-    kind = str(given.get("peft_type", "LORA")).upper()
-    unknown = {k: v for k, v in given.items() if k not in _KNOWN and v not in (None, False, [], {}, "", 0)}
-    start = str(given.get("init_lora_weights")).lower()
+    given, where, plug = adapter.document, adapter.view.path, adapter.plug
+    unknown = {
+        k for k, v in given.items() if k not in plug.FIELDS | {TIED, DIGEST} and v not in (None, False, [], {}, "", 0)
+    }
+    hint = "merge it with the library that trained it: PeftModel.merge_and_unload()"
     reason = None
-    if kind != "LORA":
-        reason = f"is a {kind} adapter"
-    elif start.startswith(_RESIDUAL) or given.get("loftq_config"):
-        reason = f"was started by {'loftq' if given.get('loftq_config') else start}, which changes the base too"
-    elif given.get("trainable_token_indices") is not None:
-        reason = "trains single rows of an embedding (trainable_token_indices)"
-    elif given.get("target_parameters"):
-        reason = "targets bare parameters (target_parameters)"
-    elif given.get("arrow_config"):
-        reason = "chooses between experts at run time (arrow_config)"
+    if kinds.word_of(given) not in kinds.ADAPTER_KINDS:
+        reason = f"is a {kinds.word_of(given)} adapter"
+    elif hasattr(plug, "reason") and (found := plug.reason(adapter)) is not None:
+        reason, hint = found[0], found[1] or hint
     elif unknown:
         reason = f"uses {', '.join(sorted(unknown)[:4])}"
     elif adapter.foreign:
-        reason = f"holds {adapter.foreign[0]}, which no LoRA has"
+        reason = f"holds {adapter.foreign[0]}, which no {plug.NAMES[0]} has"
     if reason:
-        hint = "merge it with the library that trained it: PeftModel.merge_and_unload()"
-        if start.startswith(_RESIDUAL):
-            hint = (
-                "convert it to a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-            )
-        raise TensorkeepError(f"{reason}: merge adds LoRA, rsLoRA and DoRA", where=where, code="A01", hint=hint)
-    _refuse_damaged_pairs(adapter)
-
-
-def _refuse_damaged_pairs(adapter: Adapter) -> None:
-    """Stop (A02) where pairs lack a half, a common rank or a scale, or their config says otherwise than the tensors."""
-    where = adapter.view.path
-    if adapter.lone:
-        raise TensorkeepError(
-            f"{len(adapter.lone)} halves of low-rank pairs lack the other half, first {adapter.lone[0]}",
-            where=where,
-            code="A02",
-            tensors=adapter.lone,
-            hint="get the adapter again: it was saved in part",
-        )
-    for module, (a, b) in {**adapter.pairs, **adapter.embeddings}.items():
-        first, second = adapter.view[a].shape, adapter.view[b].shape
-        if len(first) < 2 or len(second) < 2 or first[0] != second[1]:
-            raise TensorkeepError(
-                f"{module}: A {list(first)} and B {list(second)} have no rank in common",
-                where=where,
-                code="A02",
-                hint="get the adapter again; its tensors are not of one training",
-            )
-        said = pattern(adapter.document.get("rank_pattern"), module) or adapter.document.get("r", first[0])
-        if said != first[0]:
-            raise TensorkeepError(
-                f"{module} has rank {first[0]}, the config says {shown(said)}",
-                where=where,
-                code="A02",
-                hint="take the config that was saved with these weights: the scale depends on it",
-            )
-        if not adapter.scale(module):
-            raise TensorkeepError(
-                f"{module} is scaled by nothing: lora_alpha {shown(adapter.document.get('lora_alpha'))}",
-                where=where,
-                code="A02",
-                hint="take the config that was saved with these weights",
-            )
-    if adapter.document.get("use_dora") and not adapter.magnitudes:
-        raise TensorkeepError(
-            "the config says use_dora, and no magnitude is there", where=where, code="A02", hint="get the adapter again"
-        )
-    absent = sorted(set(adapter.magnitudes) - set(adapter.pairs) - set(adapter.embeddings))
-    if absent or (adapter.magnitudes and not adapter.document.get("use_dora", True)):
-        raise TensorkeepError(
-            f"DoRA magnitudes {'without a pair: ' + absent[0] if absent else 'beside use_dora: false'}",
-            where=where,
-            code="A02",
-            hint="take the config that was saved with these weights",
-        )
+        raise TensorkeepError(f"{reason}: merge adds {kinds.known()}", where=where, code="A01", hint=hint)
+    if hasattr(plug, "refuse"):
+        plug.refuse(adapter)
 
 
 # -- whether a weight holds an update already -----------------------------------------------------------------------
