@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tensorkeep.adapters import kinds
+from tensorkeep.adapters.kinds import ADAPTER_KINDS
 from tensorkeep.cli import main
 from tensorkeep.conversion.naming import NAMINGS
 from tensorkeep.diagnosis.checks import CODES
@@ -128,6 +130,33 @@ def test_a_check_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch:
     assert code == 2 and "it needs a model without thirteen rows" in error
     pages = runpy.run_path(str(ROOT / "docs" / "write_codes.py"))["pages"]()
     assert "# X99 unlucky tensor" in pages["X99.md"] and "| [X99](X99.md) | unlucky tensor |" in pages["README.md"]
+
+
+def test_a_kind_of_adapter_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, vector = "model.layers.1.self_attn.q_proj.weight", np.linspace(-1, 1, 32).astype(np.float32)
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    adapter.mkdir()
+    stored = f"base_model.model.{name.removesuffix('weight')}stretch_vector"
+    save_file({stored: vector}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "STRETCH", "target_modules": ["q_proj"]}))
+    error = run("merge", TINY, adapter, out)[2]
+    assert "is a STRETCH adapter: merge adds LoRA, rsLoRA and DoRA" in error
+
+    monkeypatch.setitem(ADAPTER_KINDS, "STRETCH", "tests.extending.dummy_kind")
+
+    assert "stretched" in run("merge", TINY, adapter, out, "--dry-run", "--dtype", "fp32")[1]
+    code, shown, _ = run("merge", TINY, adapter, out, "--dtype", "fp32")
+    assert code == 0 and "Stretch of 1 on 1 tensors" in shown and f"{name} Stretch" in shown
+    base, merged = read(str(TINY)), read(str(out))
+    before = base.array(name).astype(np.float64)
+    assert np.array_equal(merged.array(name), (before + vector[:, None].astype(np.float64) * before).astype(np.float32))
+    others = [n for n in merged if n != name]
+    assert len(others) == 19 and all(np.array_equal(merged.array(n), base.array(n).astype(np.float32)) for n in others)
+    assert run("inspect", adapter)[0] == 0 and run("verify", adapter)[0] == 0 and run("verify", out)[0] == 0
+    assert run("diagnose", adapter, "--reference", TINY)[0] == 0
+    assert "LoRA, rsLoRA, DoRA and Stretch" in kinds.known()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "STRETCH", "twisted": True}))
+    assert "uses twisted" in run("merge", TINY, adapter, tmp_path / "other")[2]
 
 
 def test_the_recipe_names_the_tables_and_their_files() -> None:

@@ -66,7 +66,7 @@ def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[WeightedAdap
     out = []
     for view, weight in views:
         adapter = read_adapter(view)
-        if adapter is None or not adapter.stored:
+        if adapter is None or not (adapter.stored or adapter.foreign):
             raise TensorkeepError(
                 "holds no adapter",
                 where=view.path,

@@ -45,7 +45,7 @@ def check(case: Case) -> Iterator[Finding]:
     missing, shapes = _compare(adapter, base)
     if missing:
         hint = near_misses(missing[0], base.hubs)
-        total = len(adapter.pairs) + len(adapter.embeddings) + len(adapter.saved)
+        total = len(adapter.pairs) + len(adapter.embeddings) + len(adapter.saved) + len(adapter.parts)
         message = (
             f"{len(missing)} of the adapter's {total} modules are not in the base: {', '.join(grouped(missing)[:4])}"
             + (f"; {hint}" if hint else "")
@@ -90,6 +90,9 @@ def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...]]:
         first, second = adapter.view[a].shape, adapter.view[b].shape
         if len(first) == 2 and len(second) == 2:
             out[f"{module}.weight"] = (first[1], second[0])
+    for name, (word, module) in adapter.plug.changes(adapter).items():
+        if module in adapter.parts:  # of a kind other than LoRA
+            out[name] = adapter.plug.shapes(adapter, word, module)[-1][0]
     for name, stored in adapter.saved.items():
         out[name] = adapter.view[stored].shape
     return out

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import EMA_ROOTS
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.expectation import is_adapter
 from tensorkeep.findings import Finding
 
 CODE = "K08"
@@ -31,7 +32,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq", "squar
 
 def check(case: Case) -> Iterator[Finding]:
     """Report a file without a model in it, or with its averaged copy alone."""
-    if case.view is None or case.identity is None or not case.view.records or case.adapter:
+    if case.view is None or case.identity is None or not case.view.records or is_adapter(case):
         return
     flat = [n for n in case.view if n.rpartition(".")[2].startswith(_FLAT)]
     moments = [n for n in case.view if n.rpartition(".")[2] in _MOMENTS]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.formats.table import fact
 from tensorkeep.storage.run_folder import ADAPTER
 
 
@@ -35,9 +36,14 @@ def expectation(case: Case) -> Expectation | None:
 
 def model_stored(case: Case) -> bool:
     """Say whether the checkpoint is meant to hold a whole model: not an adapter alone, nor a run over a frozen base."""
-    if case.view is None or case.read_error is not None or (case.adapter and not case.tensors):
+    if case.view is None or case.read_error is not None or (is_adapter(case) and not case.tensors):
         return False
     return "run" not in case.view.metadata or any(record.file != ADAPTER for record in case.view.values())
+
+
+def is_adapter(case: Case) -> bool:
+    """Whether the checkpoint holds an adapter, of whatever kind."""
+    return bool(case.adapter) or (case.view is not None and bool(fact(case.view.format, "ADAPTERS_ONLY")))
 
 
 def missing(case: Case) -> list[str]:
