@@ -37,6 +37,13 @@ def test_the_pages_of_the_codes_are_the_docstrings_of_the_checks() -> None:
     assert found == wanted, "run: python docs/write_codes.py"
 
 
+def test_the_tables_of_formats_and_namings_are_the_program_s() -> None:
+    writer = runpy.run_path(str(ROOT / "docs" / "write_codes.py"))
+    page = writer["FORMATS"].read_text()
+    assert page == writer["with_tables"](page), "run: python docs/write_codes.py"
+    assert page.count("<!-- end -->") == 2
+
+
 def dead_links(page: Path) -> list[str]:
     dead = []
     for link in LINK.findall(prose(page)):

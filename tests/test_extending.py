@@ -10,6 +10,7 @@ import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return called
 
 
+def writer() -> dict[str, Any]:
+    """What writes the pages that follow from the tables."""
+    return runpy.run_path(str(ROOT / "docs" / "write_codes.py"))
+
+
 def known_to(run: Run, word: str, commands: dict[str, str]) -> None:
     """The help of these commands shows the word in the line of the option, and does so from the table."""
     for command, option in commands.items():
@@ -68,6 +74,8 @@ def test_a_format_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch
     assert "dummy is a folder" in run("convert", TINY, tmp_path / "x.safetensors", "--to", "dummy")[2]
     (tmp_path / "nothing").mkdir()
     assert "a folder with weights.dummy" in run("inspect", tmp_path / "nothing")[2]
+    page = writer()["with_tables"]("<!-- formats -->\n<!-- end -->")
+    assert "| `dummy` | `dummy`: a folder of `weights.dummy`, the bytes of all tensors" in page
     (made / "tensorkeep.json").unlink()
     assert "no certificate" in run("verify", made)[1]  # it says nothing of checksums, so it has none
 
@@ -106,6 +114,7 @@ def test_a_naming_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch
     code, shown, _ = run("diagnose", TINY, "--for", "dummyloader", "--reference", TINY)
     assert code == 1 and "K06" in shown and "--naming dummy" in shown
     assert "did you mean dummy?" in run("convert", TINY, tmp_path / "x", "--to", "hf", "--naming", "dumy")[2]
+    assert "| `dummy` | `dummy`: names of a program" in writer()["with_tables"]("<!-- namings -->\n<!-- end -->")
 
 
 def load_bytes(folder: Path) -> dict[str, bytes]:
@@ -128,7 +137,7 @@ def test_a_check_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch:
     assert [f["code"] for f in document["findings"] if f["severity"] == "error"][-1] == "X99"
     code, _, error = run("repair", sick, tmp_path / "out", "--reference", sick)
     assert code == 2 and "it needs a model without thirteen rows" in error
-    pages = runpy.run_path(str(ROOT / "docs" / "write_codes.py"))["pages"]()
+    pages = writer()["pages"]()
     assert "# X99 unlucky tensor" in pages["X99.md"] and "| [X99](X99.md) | unlucky tensor |" in pages["README.md"]
 
 
