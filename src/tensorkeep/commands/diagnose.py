@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Say, known_loader
+from tensorkeep.commands.shared import Flag, Say, known_loader
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
@@ -24,7 +24,7 @@ def diagnose(
     *,
     reference: str | None = None,
     for_: Annotated[str | None, Parameter(name="--for")] = None,
-    forward: Annotated[bool, Parameter(negative="")] = False,
+    forward: Flag = False,
     text: str | None = None,
     say: Say = Say(),
 ) -> int:

@@ -45,7 +45,7 @@ def predict(
     overwrite: Flag = False,
     say: Say = Say(),
 ) -> int:
-    """Find which actions happen when in videos: as JSON, subtitles and a timeline.
+    """Find actions in videos, and when they happen: as JSON, subtitles and a timeline.
 
     Writes detections.json, which `eval detection --detections` reads, and for each video NAME.html (a timeline with
     pictures), NAME.srt and NAME.vtt. Long videos stream: memory does not grow with their length. Exit code 1 where a

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Say, known_loader
+from tensorkeep.commands.shared import Flag, Say, known_loader
 from tensorkeep.formats.names import grouped
 from tensorkeep.output import size
 
@@ -18,7 +18,7 @@ def repair(
     *,
     reference: str,
     for_: Annotated[str | None, Parameter(name="--for")] = None,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Flag = False,
     say: Say = Say(),
 ) -> int:
     """Undo what a diagnosis proves, write a new checkpoint, and diagnose that.
