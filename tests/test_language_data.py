@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,32 @@ from hypothesis import strategies as st
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data import tokens as token_files
 from tensorkeep.language.data.batches import Collate
-from tensorkeep.language.data.chat import Augmentation, Chat, marks, minimind_marks
+from tensorkeep.language.data.chat import Augmentation, Chat, marks
 from tensorkeep.language.data.packing import plan
 from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
 from tensorkeep.language.data.texts import Conversation, Preference, conversation, records
 from tensorkeep.language.data.tokens import Encoded, cached, fingerprint
 from tests.language_files import CHATML, CONVERSATIONS, TAGGED, THINKING, preferences, texts, tokenizer, write_jsonl
+
+
+def minimind_marks(ids: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> list[bool]:
+    """MiniMind's rule: tokens after each `begin` (bos + "assistant\\n") up to and with the next `end` (eos + "\\n").
+
+    >>> minimind_marks([9, 1, 5, 6, 2, 7], begin=[1], end=[2])
+    [False, False, True, True, True, False]
+    """
+    out, at = [False] * len(ids), 0
+    while at < len(ids):
+        if list(ids[at : at + len(begin)]) != list(begin):
+            at += 1
+            continue
+        start = stop = at + len(begin)
+        while stop < len(ids) and list(ids[stop : stop + len(end)]) != list(end):
+            stop += 1
+        stop = min(stop + len(end), len(ids))
+        out[start:stop] = [True] * (stop - start)
+        at = stop
+    return out
 
 
 def spans_of_minimind(made: Any, ids: list[int]) -> list[bool]:

@@ -462,3 +462,24 @@ def test_a_layer_repacked_for_one_kernel_is_not_adopted() -> None:
     theirs.weight.quant_state = state
     with pytest.raises(TensorkeepError, match="Q06 0"):
         adopt(nn.Sequential(theirs))
+
+
+def test_a_language_job_proves_its_codes_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from tensorkeep.language._optimizer import choose_trainable
+    from tensorkeep.quantization import modules
+
+    def damaging(model: nn.Module, kind: str) -> list[str]:
+        names = quantize_(model, kind)  # type: ignore[arg-type]
+        model.get_submodule(names[0]).SCB[2] *= 2  # type: ignore[operator]
+        return names
+
+    adapter = SimpleNamespace(targets=("all-linear",), lora_r=2, lora_alpha=4, lora_dropout=0.0, rslora=False)
+    training = SimpleNamespace(quantize_backbone="int8", seed=1)
+    recipe = cast(Any, SimpleNamespace(trainable=("*",), adapter=adapter, training=training))
+    choose_trainable(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)), recipe)
+    monkeypatch.setattr(modules, "quantize_", damaging)
+    with pytest.raises(TensorkeepError, match="Q02 0: codes and scales changed"):
+        choose_trainable(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)), recipe)

@@ -23,7 +23,8 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
             weights) are used.
 
     Raises:
-        TensorkeepError: a pattern of `trainable` fits no parameter, or an adapter's target no linear.
+        TensorkeepError: a pattern of `trainable` fits no parameter, or an adapter's target no linear; Q02 where the quantized weights are not
+            the same on every process.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in recipe.trainable:
@@ -35,7 +36,7 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     if recipe.adapter is None:
         return
     from tensorkeep.adapters.lora import add_lora
-    from tensorkeep.quantization.modules import quantize_, quantized_layers
+    from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
 
     model.requires_grad_(False)
     if recipe.training.quantize_backbone and not quantized_layers(model):  # they may be quantized as they were loaded
@@ -44,6 +45,7 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
         add_lora(model, adapter.targets, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
+    check_ranks(model)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 The tokenizer's own chat template renders. Where an answer begins is found by rendering what comes before it with the
 opening of an answer; where it ends, by rendering up to it, or by the text the template puts after every answer. Both
 must be prefixes of the whole rendering and fall between tokens, or the conversation is refused. On MiniMind's template
-this marks exactly what its own rule marks (`minimind_marks`): from after `<|im_start|>assistant\\n` to `<|im_end|>\\n`.
+this marks exactly what its own rule marks: from after `<|im_start|>assistant\\n` to `<|im_end|>\\n`.
 """
 
 from __future__ import annotations
@@ -254,28 +254,6 @@ def _with_system(conversation: Conversation, probability: float, generator: torc
         return conversation
     prompt = _SYSTEM_PROMPTS[int(torch.randint(len(_SYSTEM_PROMPTS), (), generator=generator))]
     return Conversation([{"role": "system", "content": prompt}, *messages], tools)
-
-
-def minimind_marks(ids: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> list[bool]:
-    """Mark answers by MiniMind's rule: tokens after each `begin` up to and with the next `end`.
-
-    `begin` is the ids of bos + "assistant\\n", `end` those of eos + "\\n".
-
-    >>> minimind_marks([9, 1, 5, 6, 2, 7], begin=[1], end=[2])
-    [False, False, True, True, True, False]
-    """
-    out, at = [False] * len(ids), 0
-    while at < len(ids):
-        if list(ids[at : at + len(begin)]) != list(begin):
-            at += 1
-            continue
-        start = stop = at + len(begin)
-        while stop < len(ids) and list(ids[stop : stop + len(end)]) != list(end):
-            stop += 1
-        stop = min(stop + len(end), len(ids))
-        out[start:stop] = [True] * (stop - start)
-        at = stop
-    return out
 
 
 def tokenizer_settings(tokenizer: Any) -> Mapping[str, Any]:
