@@ -110,7 +110,7 @@ def test_near_misses_are_segments_or_names() -> None:
     assert "lm_head.weight" in str(near_pattern("^lm_haed.weight$", there))
 
 
-# -- seven users, one answer --------------------------------------------------------------------------------------------
+# -- seven users, one answer ------------------------------------------------------------------------------------------
 
 MODULES = ["layers.0.q_proj", "layers.0.up", "layers.1.q_proj", "layers.10.q_proj", "q_proj_norm", "proj"]
 PATTERNS = ["q_proj", "layers.1", "*_proj", "^layers", "proj$", "layers.[01]", "layers.?.q_proj", "^proj$", "*0*"]

@@ -138,6 +138,6 @@ def _announce(out: Output, plan: Any) -> None:
     for step in plan.dropped:
         reasons.setdefault(step.reason, []).append(step.parts[0].name)
     for reason, names in reasons.items():
-        out.remark(
-            f"left out: {', '.join(grouped(names)[:3])}{' ...' if len(grouped(names)) > 3 else ''} ({len(names)}): {reason}"
-        )
+        groups = grouped(names)
+        more = " ..." if len(groups) > 3 else ""
+        out.remark(f"left out: {', '.join(groups[:3])}{more} ({len(names)}): {reason}")

@@ -158,10 +158,8 @@ def _of_checkpoint(
 
 
 def _show(out: Output, result: Evaluation, analysis: ErrorAnalysis | None) -> None:
-    segments = sum(result.segments)
-    out.line(
-        f"protocol {result.protocol}, subset {result.subset}: {result.detections:,} detections, {segments:,} segments, {len(result.classes)} classes"
-    )
+    counts = f"{result.detections:,} detections, {sum(result.segments):,} segments, {len(result.classes)} classes"
+    out.line(f"protocol {result.protocol}, subset {result.subset}: {counts}")
     header, *rows = result.table()
     out.table(header, rows, right=header[1:])
     if analysis is None:

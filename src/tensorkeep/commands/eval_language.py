@@ -32,7 +32,7 @@ def eval_language(
     Args:
         checkpoint: A run (its newest valid checkpoint), a step folder of one, or any checkpoint with config and
             tokenizer.
-        data: A file of JSON lines or plain text; may be given several times. Default: what the run's recipe evaluates on.
+        data: A file of JSON lines or plain text; may be given several times. Default: what the recipe evaluates on.
         ema: Use the averaged weights where there are some.
         best: Take a run's best checkpoint instead of its newest.
         length: Tokens in a row. Default: the recipe's, or 512.

@@ -1,4 +1,4 @@
-"""What `convert` makes of a run where more is asked for than its plain weights: an adapter, the average, a resume file."""
+"""What `convert` makes of a run besides its plain weights: an adapter, the average, a resume file of MiniMind."""
 
 from __future__ import annotations
 

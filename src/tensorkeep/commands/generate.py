@@ -107,7 +107,7 @@ def _plain(text: str) -> str:
 
 
 def _decode_once(model: Any) -> None:
-    """Codes as float32, which the model was loaded in anyway: the same numbers, without decoding them at every token."""
+    """Put float32 weights in the place of codes: the same numbers, which are then not decoded at every token."""
     from torch import nn
 
     from tensorkeep.adapters.lora import LoraQuantLinear, adapted
@@ -124,7 +124,7 @@ def _decode_once(model: Any) -> None:
         replace_modules(model, {layer: made})
 
 
-# -- opening ------------------------------------------------------------------------------------------------------------
+# -- opening ----------------------------------------------------------------------------------------------------------
 
 
 def _run(path: str, ema: bool, best: bool, quantized: str | None, world: World, out: Output) -> _Opened | None:

@@ -199,10 +199,8 @@ def _show(out: Output, job: Any, done: Any, to: str) -> int:
     if whole["kept"] is not None and whole["kept"] < 0.9:
         kind = f"Quantized to {job.kind} again, the merged weights would keep {share(whole['kept'])} of the update"
         out.line(f"{kind}: keep them as they are, or keep the adapter apart")
-    took = sum(done.seconds.values())
-    out.line(
-        f"{done.path}: {len(done.digests)} tensors, {size(done.nbytes)}, computed twice and read back equal ({took:.1f} s)"
-    )
+    took = f"computed twice and read back equal ({sum(done.seconds.values()):.1f} s)"
+    out.line(f"{done.path}: {len(done.digests)} tensors, {size(done.nbytes)}, {took}")
     return 0
 
 
@@ -215,7 +213,8 @@ def _onto(job: Any, whole: dict[str, float | None]) -> str:
     far = whole["original_distance"]
     if far is None:
         return f"onto the weights it was trained on: {job.kind}, dequantized"
-    return f"onto the weights it was trained on: {job.kind}, dequantized; they are {share(far)} away from the original ones"
+    away = f"they are {share(far)} away from the original ones"
+    return f"onto the weights it was trained on: {job.kind}, dequantized; {away}"
 
 
 def _rows(rows: list[dict[str, Any]], quantized: bool) -> list[list[object]]:

@@ -57,7 +57,6 @@ def repair(
         output.line(f"undone: {code} ({what})")
     if made.taken:
         output.line(f"from the reference: {', '.join(grouped(made.taken)[:6])}")
-    output.line(
-        f"{made.result.path}: {len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven; diagnosed again: {made.after.verdict}"
-    )
+    wrote = f"{len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven"
+    output.line(f"{made.result.path}: {wrote}; diagnosed again: {made.after.verdict}")
     return made.after.exit_code

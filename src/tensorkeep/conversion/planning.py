@@ -35,16 +35,13 @@ def make_plan(
     prefer: str | None = None,
     from_naming: str | None = None,
 ) -> Plan:
-    """Decide how every tensor of the sources reaches the output; only headers are read.
-
-    The one exception to "only headers": where the config ties head and embedding and both are stored, their bytes are
-    compared.
+    """Decide how every tensor of the sources reaches the output; only headers are read, and tied heads compared.
 
     Args:
         sources: opened checkpoints, usually one; several are combined.
-        to: the output's format, "hf", "dcp", "pth" or "peft".
+        to: the output's format, a word of `formats.table.writable`.
         naming: the output's naming; None for hf, or for the names as they are where the sources' naming is unknown.
-        root: the name to nest tensors under in a DCP or .pth.
+        root: the name to nest tensors under, in formats that know nesting.
         dtype: cast floats to this dtype ("BF16"); None keeps them, and makes quantized GGUF weights bfloat16.
         drop: patterns of stored names to leave out.
         prefer: "first" or "last", which source wins where two hold the same tensor.
@@ -75,22 +72,17 @@ def make_plan(
         notes += renaming.average_notes(view, identity)
         _combine(hub, to_hf_tensors(view, index, identity, config, dropped), prefer, dropped)
     if not hub:
-        raise TensorkeepError(
-            "no model tensor is left to convert", where=sources[0].path if sources else None, code="K05"
-        )
+        raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
     target = naming or ("hf" if any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
-    if namings.renames(target):
-        own = renaming.to_sink(list(hub.values()), str(target), dropped)
-    else:
-        own = _named(list(hub.values()), target, config, notes)
+    own = _renamed(list(hub.values()), target, config, dropped, notes)
     if any(namings.renames(i.naming) for i in identities):
         companions = renaming.with_recipe(hub, companions, notes)
     steps = _to_sink(own, _dtypes(sources, dtype))
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
-    if to == "pth" and root is None and target and hasattr(namings.module(target), "CHECKPOINT_ROOTS"):
+    if to == "pth" and root is None:
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
@@ -273,6 +265,19 @@ def _alike(tied: HfTensor, other: HfTensor | None) -> bool:
     return [(p.rows, p.permutes) for p in tied.parts] == [(p.rows, p.permutes) for p in other.parts]
 
 
+def _renamed(
+    items: list[HfTensor],
+    target: str | None,
+    config: Mapping[str, Any] | None,
+    dropped: list[Step],
+    notes: list[Note],
+) -> list[HfTensor]:
+    """Return the tensors under the output naming's names, by its functions or by its tables."""
+    if target is not None and namings.renames(target):
+        return renaming.to_sink(items, target, dropped)
+    return _named(items, target, config, notes)
+
+
 def _named(
     items: list[HfTensor], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]
 ) -> list[HfTensor]:
@@ -308,8 +313,8 @@ def _named(
         notes.append(
             Note(
                 "K07",
-                f"{scheme.LOADERS[0]}'s {family} has no place for {len(lost)} of these tensors and its loader would not ask for "
-                f"them, without a word: {', '.join(grouped(lost)[:4])}",
+                f"{scheme.LOADERS[0]}'s {family} has no place for {len(lost)} of these tensors and its loader would not "
+                f"ask for them, without a word: {', '.join(grouped(lost)[:4])}",
                 tuple(lost),
             )
         )

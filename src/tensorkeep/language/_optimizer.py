@@ -23,8 +23,8 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
             weights) are used.
 
     Raises:
-        TensorkeepError: a pattern of `trainable` fits no parameter, or an adapter's target no linear; Q02 where the quantized weights are not
-            the same on every process.
+        TensorkeepError: a pattern of `trainable` fits no parameter, an adapter's target no linear, or (Q02) the
+            quantized weights are not the same on every process.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in recipe.trainable:

@@ -5,12 +5,12 @@ A kind is a module under the word that PEFT's `adapter_config.json` has for it (
 | name | says | without it |
 |---|---|---|
 | `NAMES` | what people call it and its variants | needed |
-| `FIELDS` | fields of the config that are understood; another one that is set is a reason to refuse | needed |
-| `take(adapter, stored, clean)` | whether a tensor is a part of such an adapter, and puts it into `adapter.parts` | needed |
+| `FIELDS` | fields of the config that are understood; another that is set is refused | needed |
+| `take(adapter, stored, clean)` | whether a tensor is a part of it; puts it into `adapter.parts` | needed |
 | `finish(adapter)` | sorts the parts when all are taken | nothing is to sort |
 | `spoken(adapter)` | what to call this adapter, with its rank | needed |
 | `changes(adapter)` | which weights it changes: hf name -> (a word of its own, module) | needed |
-| `shapes(adapter, word, module)` | shapes of the weight that fit, each with whether the base keeps it transposed | needed |
+| `shapes(adapter, word, module)` | shapes of the weight that fit, each with whether it is transposed | needed |
 | `load(term, base_rows)` | what is needed to change rows, read once a tensor, in float64 | needed |
 | `change(term, loaded, weights, rows)` | what is added to some rows of the weight, in float64 | needed |
 | `told(term)` | the change in a few words, for a line of the plan | needed |
@@ -19,7 +19,7 @@ A kind is a module under the word that PEFT's `adapter_config.json` has for it (
 | `refuse(adapter)` | raises for damaged or contradictory parts | they are sound |
 | `check(term, shape)` | raises where a part does not fit a weight | shapes alone decide |
 | `scale(adapter, word, module)` | what a report says of its scale | 1 |
-| `fixed(term)` | whether the update is the same whatever the weight is, so that its share in the base can be told | it is not |
+| `fixed(term)` | whether the update is the same whatever the weight, so that its share can be told | it is not |
 
 Whole tensors that replace the base's (PEFT's `modules_to_save`) are of no kind: every adapter may have them.
 """

@@ -6,7 +6,7 @@ Conversion goes source naming -> hf -> sink naming. A naming is one file and one
 |---|---|---|
 | `NAME` | the word on the command line | needed |
 | `recognise(name)` | whether a tensor's name is one of this scheme | needed |
-| `FAMILIES` | tables of rows (own name, hf name, RoPE turned, stacked experts), by family | `to_hf` and `renamer` are needed |
+| `FAMILIES` | tables of `Row(own, hf, rope, stacked)`, by family | `to_hf` and `renamer` are needed |
 | `family(names, config)` | which family holds, by own or hf names | the first |
 | `table(names, config)` | the rows themselves, None where names are hf's | `FAMILIES[family(...)]` |
 | `to_hf`, `renamer`, `dropped` | functions in the place of tables (see `detectors`) | tables |

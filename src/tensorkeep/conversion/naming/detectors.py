@@ -39,7 +39,7 @@ def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: lis
                 f"{stored} is no tensor of an ActionFormer detector on a VideoMAE backbone",
                 where=view.path,
                 code="K02",
-                hint=f"leave it out by name (--drop '{exactly(stored)}'), or keep every name as it is (--from-naming hf)",
+                hint=f"leave it out (--drop '{exactly(stored)}'), or keep every name as it is (--from-naming hf)",
             )
         part = _third(scheme, clean)
         if name is None:
@@ -155,10 +155,13 @@ def _way_out(name: str, target: str) -> str:
 
 
 def nest_checkpoint(plan: Plan) -> None:
-    """Make the plan write a file that OpenTAD loads: a checkpoint for its test.py, or a backbone that it starts from.
+    """Make the plan of an OpenTAD sink write a file that OpenTAD loads; any other plan stays as it is.
 
-    test.py reads `epoch`, and `state_dict` or `state_dict_ema` by its config: both are there, over the same bytes.
+    The file is a checkpoint for its test.py, or a backbone that it starts from. test.py reads `epoch`, and `state_dict` or `state_dict_ema` by its config: both are there, over the same bytes.
     """
+    scheme = namings.module(plan.naming) if plan.naming is not None else None
+    if not hasattr(scheme, "CHECKPOINT_ROOTS"):
+        return
     pretrained = all(t.name.startswith("backbone.") and not t.name.startswith("backbone.model.") for t in plan.tensors)
     first, *copies = opentad.PRETRAINED_ROOTS if pretrained else opentad.CHECKPOINT_ROOTS
     steps = []

@@ -56,10 +56,8 @@ def check(case: Case) -> Iterator[Finding]:
         f"{', '.join(odd)}"
     )
     evidence = {"correlation": r, "against_reference": own}
-    fix = (
-        f"tensorkeep convert {case.path} OUT --to hf --drop '{exactly(case.stored(hf.HEAD))}'  # or set tie_word_embeddings to "
-        "false"
-    )
+    drop = f"tensorkeep convert {case.path} OUT --to hf --drop '{exactly(case.stored(hf.HEAD))}'"
+    fix = f"{drop}  # or set tie_word_embeddings to false"
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
 
 
