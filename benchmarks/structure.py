@@ -23,6 +23,9 @@ from typing import Any
 
 PACKAGE = "tensorkeep"
 Graph = dict[str, set[str]]
+ROOMS = (
+    "storage formats quantization conversion adapters models training diagnosis language detection integrations commands"
+).split()
 
 
 def modules(tree: Path) -> dict[str, Path]:
@@ -69,6 +72,12 @@ def grouped(between: Graph, unit: Any) -> Graph:
         if (mine := unit(name)) is not None:
             out.setdefault(mine, set()).update(u for t in targets if (u := unit(t)) not in (None, mine))
     return out
+
+
+def room(module: str) -> str | None:
+    """The room of a module: a package under the top one; None for what lies beside the rooms."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
 
 
 def components(between: Graph) -> list[list[str]]:
@@ -186,6 +195,7 @@ def measure(tree: Path) -> dict[str, Any]:
         "top-level units": len(tops),
         "arrows between units": sum(len(t) for t in units.values()),
         "longest chain between units": len(longest(units)),
+        "longest chain between rooms": len(longest(grouped(between, room))),
         "cycles between units": sum(len(p) > 1 for p in components(units)),
         "longest chain inside a room": f"{len(deepest[1])} ({deepest[0]})",
         "cycles between modules": sum(len(p) > 1 for p in components(between)),

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from tensorkeep.adapters._terms import Term, whole
 from tensorkeep.adapters.reading import Adapter
+from tensorkeep.adapters.terms import Term, whole
 from tensorkeep.quantization.codes import Array
 
 NAMES = ("Stretch",)

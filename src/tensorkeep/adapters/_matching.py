@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkeep.adapters._terms import Term
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
+from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.plan import HfTensor

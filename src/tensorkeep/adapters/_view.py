@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.adapters._terms import Term, whole
 from tensorkeep.adapters.reading import Share
+from tensorkeep.adapters.terms import Term, whole
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype, np_frombuffer
 from tensorkeep.formats.view import STREAM_BYTES, StateView

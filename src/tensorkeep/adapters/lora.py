@@ -21,7 +21,8 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.quantization.encoding import HEADS
 from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_linear
-from tensorkeep.quantization.modules import adopted, check_patterns, is_bitsandbytes, replace_modules
+from tensorkeep.quantization.modules import adopted, is_bitsandbytes
+from tensorkeep.quantization.replacing import check_patterns, replace_modules
 
 ALL = "all-linear"
 TRAINED = ("lora", "rslora")

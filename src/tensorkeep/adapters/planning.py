@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
-from tensorkeep.adapters._terms import Term
 from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import TIED, read_adapter, refuse_unmergeable
+from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves

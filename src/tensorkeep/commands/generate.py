@@ -111,7 +111,8 @@ def _decode_once(model: Any) -> None:
     from torch import nn
 
     from tensorkeep.adapters.lora import LoraQuantLinear, adapted
-    from tensorkeep.quantization.modules import quantized_layers, replace_modules
+    from tensorkeep.quantization.modules import quantized_layers
+    from tensorkeep.quantization.replacing import replace_modules
 
     for layer in quantized_layers(model).values():
         made: Any

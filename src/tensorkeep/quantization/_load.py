@@ -16,7 +16,9 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import HELD, QuantLinear
-from tensorkeep.quantization.modules import (
+from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
+from tensorkeep.quantization.reading import read_packed
+from tensorkeep.quantization.replacing import (
     check_patterns,
     over,
     quantizable,
@@ -24,8 +26,6 @@ from tensorkeep.quantization.modules import (
     selected,
     tied_parameters,
 )
-from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
-from tensorkeep.quantization.reading import read_packed
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.record import DTYPES, FROM_TORCH
 

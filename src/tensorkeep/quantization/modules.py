@@ -6,7 +6,7 @@ trains or is tied keep their floats, and every pattern must fit something. Loadi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches, near_pattern, unwrap
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, kind_of, packed_digest
 from tensorkeep.quantization.reading import read_packed
+from tensorkeep.quantization.replacing import (
+    check_patterns,
+    clean_name,
+    over,
+    quantizable,
+    replace_modules,
+    selected,
+    tied_parameters,
+)
 
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
 
@@ -56,7 +64,7 @@ def quantize_(
         ['0']
     """
     kind = kind_of(kind)
-    linears = {_clean(n): m for n, m in model.named_modules() if quantizable(m)}
+    linears = {clean_name(n): m for n, m in model.named_modules() if quantizable(m)}
     check_patterns(linears, include, "include")
     chosen = {n: m for n, m in linears.items() if selected(n, include, exclude)}
     tied = tied_parameters(model)
@@ -78,70 +86,13 @@ def quantize_(
     return names
 
 
-def quantizable(module: nn.Module) -> bool:
-    """Tell whether this is a plain dense linear, or one with our LoRA on it."""
-    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
-
-
-def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
-    """Return the quantized form to put in the place of `linear`: its LoRA, where it has one, goes on top."""
-    put: Any = getattr(linear, "over", None)
-    return made if put is None else put(made)
-
-
-def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    return matches(name, include) and not matches(name, exclude)
-
-
-def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:
-    """Raise where a pattern fits no linear: a misspelt one would do less than was asked for."""
-    for pattern in patterns:
-        if not any(matches(name, [pattern]) for name in names):
-            ends = sorted({name.rpartition(".")[2] for name in names})
-            hint = near_pattern(pattern, names) or f"linears here: {', '.join(ends[:12])}"
-            raise TensorkeepError(f"{pattern!r} fits no linear", where=field, hint=hint)
-
-
-def tied_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that more than one module, or one module twice, holds."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
-
-
-def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in the place of others, wherever they hang.
-
-    Args:
-        model: the model; the root itself cannot be replaced.
-        made: old module -> new one, which is set to train or evaluate as the old one.
-
-    Raises:
-        TensorkeepError: the root is to be replaced.
-    """
-    if model in made:
-        raise TensorkeepError("the model is itself the linear", where="model", hint="wrap it: nn.Sequential(linear)")
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and child in made:
-                parent._modules[key] = made[child].train(child.training)
-
-
-def _clean(name: str) -> str:
-    return unwrap(name)[0]
-
-
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Return the quantized linears of a model by name.
 
     Args:
         model: the model; wrappers of DDP, FSDP2 and torch.compile are left out of the names.
     """
-    return {_clean(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {clean_name(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
 # -- bitsandbytes -------------------------------------------------------------------------------------------------
@@ -172,7 +123,7 @@ def adopt(model: nn.Module) -> list[str]:
             (int8 with `has_fp16_weights`, Q01), or were repacked for one machine's kernel by a forward in
             evaluation mode (Q06).
     """
-    found = {_clean(n): m for n, m in model.named_modules() if is_bitsandbytes(m)}
+    found = {clean_name(n): m for n, m in model.named_modules() if is_bitsandbytes(m)}
     replace_modules(model, {module: adopted(module, name) for name, module in found.items()})
     return list(found)
 

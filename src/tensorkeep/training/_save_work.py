@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable, run_folder, run_manifest
@@ -16,8 +16,10 @@ from tensorkeep.storage.record import FROM_TORCH
 from tensorkeep.storage.run_folder import CHECKPOINTS, LATEST, OPTIMIZER, STATE
 from tensorkeep.storage.run_manifest import MANIFEST
 from tensorkeep.training._retention import Keep, delete_unwanted
-from tensorkeep.training._staging import Staged
 from tensorkeep.training.state_files import File, floating, source_of
+
+if TYPE_CHECKING:
+    from tensorkeep.training._staging import Staged
 
 
 @dataclass

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.adapters._terms import Term, permuted, whole
 from tensorkeep.adapters.reading import Adapter, pattern
+from tensorkeep.adapters.terms import Term, permuted, whole
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.quantization.codes import Array
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter
 from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.quantization.codes import Array
+
+if TYPE_CHECKING:
+    from tensorkeep.adapters.reading import Adapter
 
 
 class Term(NamedTuple):

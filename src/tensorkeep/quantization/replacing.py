@@ -1,0 +1,81 @@
+"""Choose the linears of a model by pattern and put other modules in their places, tied names together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import matches, near_pattern, unwrap
+
+if TYPE_CHECKING:
+    from tensorkeep.quantization.linear import QuantLinear
+
+
+def quantizable(module: nn.Module) -> bool:
+    """Tell whether this is a plain dense linear, or one with our LoRA on it."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
+
+
+def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
+    """Return the quantized form to put in the place of `linear`: its LoRA, where it has one, goes on top."""
+    put: Any = getattr(linear, "over", None)
+    return made if put is None else put(made)
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Tell whether one of the patterns fits a name and none of the others does."""
+    return matches(name, include) and not matches(name, exclude)
+
+
+def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:
+    """Raise where a pattern fits no linear: a misspelt one would do less than was asked for.
+
+    Args:
+        names: the linears by name.
+        patterns: patterns of names (see `formats.names.matches`).
+        field: the option that they come from, for the error.
+
+    Raises:
+        TensorkeepError: a pattern fits nothing; the nearest names are in the hint.
+    """
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            hint = near_pattern(pattern, names) or f"linears here: {', '.join(ends[:12])}"
+            raise TensorkeepError(f"{pattern!r} fits no linear", where=field, hint=hint)
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of parameters that more than one module, or one module twice, holds."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
+
+
+def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, wherever they hang.
+
+    Args:
+        model: the model; the root itself cannot be replaced.
+        made: old module -> new one, which is set to train or evaluate as the old one.
+
+    Raises:
+        TensorkeepError: the root is to be replaced.
+    """
+    if model in made:
+        raise TensorkeepError("the model is itself the linear", where="model", hint="wrap it: nn.Sequential(linear)")
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and child in made:
+                parent._modules[key] = made[child].train(child.training)
+
+
+def clean_name(name: str) -> str:
+    return unwrap(name)[0]
