@@ -156,5 +156,5 @@ def evaluation_of(
         workers=training.workers,
         world=world,
         context=context,
-        loss=training.best == "loss",
+        loss=training.best == "-loss",
     )

@@ -17,7 +17,8 @@ from tensorkeep.detection.model.projection import Projection
 from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.schema import from_mapping, read_section
+from tensorkeep.training.recipe import read_section
+from tensorkeep.training.schema import from_mapping
 
 
 def read_detector_config(path: str | Path) -> DetectorConfig:

@@ -1,8 +1,9 @@
 """The recipe of a detection run, section by section: everything that decides its numbers.
 
-`model`, `optimizer` and `schedule` are the dataclasses of the detector itself. Names are OpenTAD's and the seeds' where
-they mean the same thing (`window_size`, `feature_stride`, `trunc_thresh`, `lora_r`, `quantize_bits`). Paths are relative
-to the working directory. Defaults are AdaTAD's for THUMOS-14, except that nothing is quantized.
+`model` is the dataclass of the detector itself; `training`, `optimizer` and `schedule` are those of every run
+(`tensorkeep.training.sections`) with other defaults. Names are OpenTAD's where they mean the same thing (`window_size`,
+`feature_stride`, `trunc_thresh`, `lora_r`, `quantize_bits`). Paths are relative to the working directory. Defaults are
+AdaTAD's for THUMOS-14, except that nothing is quantized.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import Literal
 from tensorkeep.detection.data.augment import AugmentConfig
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
-from tensorkeep.detection.model.schedule import ScheduleConfig
 from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.training import sections
+from tensorkeep.training.migration import VERSION
 
+# fields of `training` that a detection run refuses, and why
+REFUSED = {
+    "gradient_checkpointing": "model.backbone.checkpointing says how a backbone is recomputed",
+    "kept": "model.backbone.checkpointing says what a backbone keeps",
+}
 Range = tuple[float, float]
 
 
@@ -108,51 +115,38 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How it is trained, saved and chosen.
+class TrainingConfig(sections.TrainingConfig):
+    """`training` with AdaTAD's defaults: what is counted on the way counts epochs."""
 
-    batch_size: samples of one update, over all processes. micro_batch: samples of one process in one forward pass
-    (None: its share of the batch). precision: of autocast. ema: decay of the averaged weights (None: no average).
-    pretrained: weights the backbone starts from (None: random). quantize_backbone: how its frozen linears are held.
-    graph: forward and backward as a CUDA graph, on GPUs: faster for small backbones.
-    deterministic: the same bits at every start, on a GPU too; slower. parallel: over several processes, copies (ddp) or
-    shards (fsdp) of the model, for a large backbone that trains whole.
-
-    save_every, evaluate_every: in `every` (epochs, or updates); evaluate_from: none in the first so many. keep_last:
-    checkpoints kept beside the best one. best: the figure that chooses it. workers: decoding processes of each
-    process. log_every: updates between two rows of metrics.
-    """
-
+    epochs: float | None = 100
     batch_size: int = 2
-    micro_batch: int | None = None
     seed: int = 42
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"
     ema: float | None = 0.999
-    pretrained: str | None = None
-    quantize_backbone: Literal["nf4", "fp4", "int8"] | None = None
-    graph: bool = False
-    deterministic: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    every: Literal["epochs", "updates"] = "epochs"
-    save_every: int = 2
-    evaluate_every: int = 2
-    evaluate_from: int = 0
+    unit: sections.Unit = "epochs"
+    save_every: int | None = 2
+    evaluate_every: int | None = 2
     keep_last: int = 2
-    best: Literal["average_mAP", "loss"] = "average_mAP"
+    best: str | None = "average_mAP"
     workers: int = 2
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "save_every", "evaluate_every", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="training")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+        super().__post_init__()
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
             what = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
             raise TensorkeepError(what, where="training", hint="batch_size counts all processes and accumulated steps")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise TensorkeepError(f"ema {self.ema} must be in [0, 1)", where="training", hint="null switches it off")
-        if self.workers < 0 or self.evaluate_from < 0:
-            raise TensorkeepError("workers and evaluate_from cannot be negative", where="training")
+        if self.best == "loss":
+            raise TensorkeepError("a larger loss is no better one", where="training.best", hint="best: -loss")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(sections.ScheduleConfig):
+    """`schedule` with AdaTAD's defaults, in epochs."""
+
+    kind: Literal["cosine", "constant", "wsd", "minimind", "opentad"] = "opentad"
+    unit: sections.Unit = "epochs"
+    warmup: float = 5
 
 
 @dataclass(frozen=True)
@@ -204,13 +198,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class DetectionRecipe:
-    """A whole run. Raises TensorkeepError where two sections contradict each other.
+    """A whole run.
+
+    Raises:
+        TensorkeepError: Where two sections contradict each other, or a field of `training` is refused.
 
     >>> from tensorkeep.detection.recipe.text import read_recipe
-    >>> read_recipe("recipes/detection/adatad_thumos_videomae_s.yaml").data.window_size  # doctest: +SKIP
+    >>> read_recipe("adatad_thumos_videomae_s").data.window_size
     768
     """
 
+    version: int = field(default=VERSION, kw_only=True)
     model: DetectorConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -220,6 +218,7 @@ class DetectionRecipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        sections.refuse(self.training, REFUSED)
         self._check_inputs()
         if self.data.class_agnostic and self.model.head.classes != 1:
             what = f"class_agnostic data, but head.classes is {self.model.head.classes}"
