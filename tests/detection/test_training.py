@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, count_positives, positives_of
 from tensorkeep.detection.data.clips import collate
 from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
 from tensorkeep.detection.job import build
-from tensorkeep.detection.model.schedule import ScheduleConfig, set_learning_rates
 from tensorkeep.detection.start import make_detector, open_detector
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import saver as checkpoint
@@ -148,14 +147,6 @@ def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypa
     assert np.allclose(one, other, rtol=1e-6) and len(one) == 8
 
 
-def test_rates_are_those_of_the_schedule_in_updates() -> None:
-    config = ScheduleConfig(warmup_epochs=2, epochs=5)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    optimizer.param_groups[0]["base_lr"] = 0.3
-    for update in range(50):
-        assert set_learning_rates(optimizer, config, update, 10) == [Schedule(config, 10.0)(update, 0.3)]
-
-
 def test_a_loss_that_is_no_sum_is_not_split(data: Path, tmp_path: Path) -> None:
     made = runs.recipe(data, model__head__loss_weight=-1.0, training__micro_batch=1)
     with pytest.raises(TensorkeepError, match="ratio"):
@@ -168,7 +159,7 @@ def test_a_loss_that_is_no_sum_is_not_split(data: Path, tmp_path: Path) -> None:
 def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_path: Path) -> None:
     outcome = runs.trained(
         runs.recipe(
-            data, optimizer__lr=5e-3, schedule__epochs=15, training__save_every=15, training__evaluate_every=15
+            data, optimizer__lr=5e-3, training__epochs=15, training__save_every=15, training__evaluate_every=15
         ),
         tmp_path,
     )
@@ -216,7 +207,7 @@ def names_of(batch: Any) -> list[str]:
 
 
 def test_two_ranks_train_as_one_process_does(data: Path, tmp_path: Path) -> None:
-    made = runs.recipe(data, schedule__epochs=10, training__evaluate_every=100)
+    made = runs.recipe(data, training__epochs=10, training__evaluate_every=100)
 
     def work(world: World) -> None:
         heard: list[list[str]] = []
@@ -238,7 +229,7 @@ WHOLE = {
     "model__backbone__adapter": None,
     "model__backbone__tuning": "all",
     "model__backbone__checkpointing": "blocks",
-    "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+    "optimizer__groups": [{"pattern": "^backbone", "lr": 1e-3, "weight_decay": 0.05}],
 }
 
 
@@ -316,11 +307,10 @@ def features(folder: Path) -> Any:
         "augment": None,
         "class_map": None,
     }
-    document["optimizer"]["backbone"] = []
-    from tensorkeep.detection.recipe.schema import DetectionRecipe
-    from tensorkeep.training.schema import from_mapping
+    document["optimizer"]["groups"] = []
+    from tensorkeep.detection.recipe.text import detection_recipe
 
-    return from_mapping(DetectionRecipe, document, "recipe")
+    return detection_recipe(document)
 
 
 # -- the base ---------------------------------------------------------------------------------------------------------
@@ -330,9 +320,9 @@ def test_a_trained_backbone_is_the_base_of_the_next_run(data: Path, tmp_path: Pa
     whole = {
         "model__backbone__adapter": None,
         "model__backbone__tuning": "all",
-        "schedule__epochs": 2,
-        "schedule__warmup_epochs": 0,
-        "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+        "training__epochs": 2,
+        "schedule__warmup": 0,
+        "optimizer__groups": [{"pattern": "^backbone", "lr": 1e-3, "weight_decay": 0.05}],
     }
     runs.trained(runs.recipe(data, **whole), tmp_path / "first")
     made = runs.recipe(data, training__pretrained=str(tmp_path / "first"), **QLORA)
@@ -352,9 +342,9 @@ def test_a_resume_on_another_base_is_refused(data: Path, tmp_path: Path) -> None
     whole = {
         "model__backbone__adapter": None,
         "model__backbone__tuning": "all",
-        "schedule__epochs": 1,
-        "schedule__warmup_epochs": 0,
-        "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+        "training__epochs": 1,
+        "schedule__warmup": 0,
+        "optimizer__groups": [{"pattern": "^backbone", "lr": 1e-3, "weight_decay": 0.05}],
     }
     for seed in (1, 2):
         runs.trained(runs.recipe(data, training__seed=seed, **whole), tmp_path / f"base{seed}")
