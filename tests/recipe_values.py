@@ -12,11 +12,12 @@ from tensorkeep.training.sections import GroupRule, OptimizerConfig, ScheduleCon
 
 T = TypeVar("T", bound=TrainingConfig)
 # what YAML takes for something else, or drops, unless it is written with care
-ODD = (
-    "", " ", " a", "a ", "\x85", "a\x85b", "\u2028", "a\u2029", "\ufeff", "\t", "\n", "a\nb", "a\n\n", "\r", "null", "~",
-    "yes", "No", "on", "true", "1e3", "1_000", "0x1f", "0o7", "1:30", ".inf", ".nan", "2024-01-01", "=", "<<", "*a",
-    "&a", "!a", "%a", "@a", "`a", "- a", "a: b", "a:", "a #b", "#", "'", '"', "\\", "{a", "[a", "|", ">", "?", "\U0001f600",
-)  # fmt: skip
+WORDS = (
+    "null ~ yes No on true 1e3 1_000 0x1f 0o7 1:30 .inf .nan 2024-01-01 = << *a &a !a %a @a `a a: # ' \" \\ {a [a | >"
+)
+SPACED = ("", " ", " a", "a ", "- a", "a: b", "a #b", "\t", "\n", "a\nb", "a\n\n", "\r", "a\r\nb")
+UNSEEN = ("\x85", "a\x85b", "\u2028", "a\u2029", "\ufeff", "\U0001f600")
+ODD = (*WORDS.split(), *SPACED, *UNSEEN)
 texts = st.one_of(st.sampled_from(ODD), st.text(st.characters(codec="utf-8"), max_size=12))
 counts = st.integers(1, 2**40)
 positive = st.floats(0, 1e300, exclude_min=True)

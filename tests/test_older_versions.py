@@ -1,4 +1,4 @@
-"""Runs and a certificate as tensorkeep 0.1.0 wrote them: each verifies, goes on, and gives the numbers that it would have."""
+"""Runs and a certificate that tensorkeep 0.1.0 wrote verify, go on, and give the numbers they would have given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One recipe system: every shared field means the same in both kinds or is refused by name; old words are still read."""
+"""Shared fields mean the same in both kinds of recipe or are refused by name, and old words are still read."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
 from tensorkeep.detection.job import build
 from tensorkeep.detection.start import make_detector, open_detector
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization.modules import quantized_layers
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.batches import Stream
 from tensorkeep.training.distributed import World
@@ -33,7 +34,7 @@ QLORA = {
     "model__backbone__lora": {"lora_r": 4, "lora_dropout": 0.1},
     "model__backbone__vit__drop_path": 0.2,
     "model__projection__drop_path": 0.1,
-    "optimizer__backbone": [{"name": "adapter", "lr": 2e-3}, {"name": "lora", "lr": 1e-3}],
+    "optimizer__groups": [{"pattern": "adapter", "lr": 2e-3}, {"pattern": "lora_*", "lr": 1e-3}],
 }
 QLORA_ADAPTERS = {
     "model__backbone__adapter": {"kind": "qlora", "ratio": 0.5, "lora_r": 4, "lora_dropout": 0.1, "quantize_bits": 4}
@@ -169,6 +170,26 @@ def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_
     assert checkpoint.best(tmp_path) == max(evaluations, key=lambda step: (evaluations[step], -step))
 
 
+def test_options_that_began_with_language_runs_are_carried_out_here_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    compiled: list[bool] = []
+    monkeypatch.setattr("tensorkeep.training.trackers.wandb", lambda run, project: told.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model.training))
+    options = {"best": "-loss", "patience": 1, "keep_last": 1, "keep_every": 2, "compile": True, "clip": None}
+    options |= {"trackers": ["wandb"], "evaluate_every": 1, "save_every": 1, "evaluate_from": 2, "background": False}
+    # nothing moves, so no evaluation is better than the first
+    still: dict[str, Any] = {"schedule__kind": "constant", "schedule__warmup": 0, "optimizer__lr": 0}
+    still |= {"optimizer__groups": [{"pattern": "adapter", "lr": 0}], "training__ema": None, "training__updates": 8}
+    made = runs.recipe(data, **still, **{f"training__{name}": value for name, value in options.items()})
+    outcome = runs.trained(made, tmp_path)
+    assert (outcome.reason, outcome.step) == ("stopped early", 3) and "loss" in outcome.evaluation
+    assert checkpoint.best(tmp_path) == 2 and checkpoint.steps(tmp_path) == [3, 2] and compiled == [True]
+    assert [row["step"] for row in told if "evaluation" in row] == [2, 3]
+    assert [row["step"] for row in told if "loss" in row] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("changes", [{}, QLORA, QLORA_ADAPTERS], ids=["adapters", "nf4 and LoRA", "QLoRA adapters"])
 def test_a_killed_run_ends_bitwise_where_it_would_have_ended(
     data: Path, tmp_path: Path, changes: dict[str, Any]
@@ -259,6 +280,15 @@ def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(tmp_path: Pa
     job, loop = build(made, tmp_path / "shards")
     on = fit(job, tmp_path / "shards", replace(loop, updates=6), allow=("updates",))
     assert on.level == "sample-exact" and on.step == 6
+
+
+def test_a_job_proves_its_codes_on_every_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proven: list[int] = []
+    monkeypatch.setattr(
+        "tensorkeep.detection.job.check_ranks", lambda model: proven.append(len(quantized_layers(model)))
+    )
+    build(runs.recipe(data, training__quantize_backbone="nf4"), tmp_path)
+    assert len(proven) == 1 and proven[0] > 0
 
 
 def test_shards_and_a_backbone_that_reaches_into_its_blocks_are_refused(data: Path) -> None:

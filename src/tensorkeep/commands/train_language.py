@@ -146,6 +146,3 @@ def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
         found.append((name, value))
         at += 1
     return found
-
-
-# -- eval ---------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tensorkeep.detection.recipe.text import kept_of
 from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
 from tensorkeep.detection.start import make_detector
 from tensorkeep.output import Output
+from tensorkeep.quantization.modules import check_ranks
 from tensorkeep.storage import run_folder
 from tensorkeep.training import job as training_job
 from tensorkeep.training import trackers
@@ -51,6 +52,7 @@ def build(
         remark("note: floor_frames: false is not carried out: annotated seconds become whole frames")
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
+    check_ranks(detector)
     frames = float(recipe.data.window_size * recipe.data.scale_factor)
     job = Job(
         model=detector,

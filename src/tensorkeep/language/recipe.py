@@ -24,11 +24,18 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on. files: JSON lines or plain text. length: tokens of a row. packing: `none` (a row a document),
-    `first_fit` (documents whole, rows filled up), `concatenate` (the stream cut every `length` tokens).
+    """What is trained on.
 
-    bos, eos: put around each text (pretrain). cache: folder for tokens (None: in the run). augmentation: MiniMind's
-    random changes of a conversation (sft; None: none), which need packing none.
+    Attributes:
+        files: JSON lines or plain text.
+        format: What the lines hold; `auto` finds out.
+        length: Tokens of a row.
+        packing: `none`: a row a document. `first_fit`: documents whole, rows filled up. `concatenate`: the stream cut
+            every `length` tokens.
+        bos: Whether a token for the beginning is put before each text, of objective pretrain.
+        eos: Whether one for the end is put behind it.
+        cache: Folder for tokens; null: in the run.
+        augmentation: MiniMind's random changes of a conversation, of objective sft and packing none; null: none.
     """
 
     files: tuple[str, ...]
@@ -51,7 +58,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Loss on other files, read like the training data. rows: at most so many (None: all)."""
+    """Which files the loss is measured on, read like the training data; `rows`: at most so many (null: all)."""
 
     files: tuple[str, ...]
     format: Format = "auto"
@@ -60,7 +67,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Low-rank updates on the linears that `targets` name (`all-linear`: all but the head); everything else freezes."""
+    """Low-rank updates of the linears that `targets` name (`all-linear`: all but the head); everything else freezes.
+
+    Attributes:
+        lora_r: Rank.
+        lora_alpha: Updates are scaled by `lora_alpha / lora_r`.
+        lora_dropout: Share of the inputs that is dropped on the way to an update.
+        targets: Patterns of names.
+        rslora: Whether updates are scaled by `lora_alpha / sqrt(lora_r)` instead.
+    """
 
     lora_r: int = 16
     lora_alpha: float = 32
@@ -71,11 +86,23 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class LanguageRecipe:
-    """A whole run.
+    """A whole language run.
 
-    `model`: a checkpoint of any format or a Hub id; or `config` (as config.json has it) to start from nothing.
-    `tokenizer`: a folder, a Hub id or a tokenizer.json (null: the model's). `trainable`: patterns of names that train.
-    `continued_from`: written by a run that goes on from MiniMind's resume file; says which.
+    Attributes:
+        version: Of the recipe's words.
+        data: What is trained on.
+        training: How long, in what portions, and what happens on the way.
+        model: A checkpoint of any format or a Hub id; or `config`, exactly one of them.
+        config: What config.json says, to start from nothing.
+        tokenizer: A folder, a Hub id or a tokenizer.json; null: the model's.
+        objective: `pretrain`, `sft` or `dpo`.
+        beta: How strongly `dpo` holds on to the reference.
+        trainable: Patterns of the names that train.
+        adapter: Low-rank updates; null: none.
+        evaluation: Files whose loss is measured; null: none.
+        optimizer: Rates and decays.
+        schedule: How the learning rate moves.
+        continued_from: Written by a run that goes on from MiniMind's resume file: which, and where it was.
 
     Raises:
         TensorkeepError: Where two sections contradict each other, or a field of `training` is refused.

@@ -22,25 +22,35 @@ _NOT_NEGATIVE = ("workers", "evaluate_from")
 class TrainingConfig:
     """How long a run trains, in what portions, and what happens on the way.
 
-    Length: `updates` or `epochs`, exactly one. An epoch is one pass over the training data, and need not be whole.
-
-    Portions: `batch_size` is the samples of one update, over all processes and accumulated steps; `micro_batch` the
-    samples of one forward pass of one process (null: its share of the batch). `seed` draws weights, order and dropout;
-    `workers` is the processes that load data.
-
-    Arithmetic: `precision` of a forward pass, `clip` of the gradient's norm (null: none), `ema` the decay of averaged
-    weights (null: no average), `quantize_backbone` how frozen linears are held, `pretrained` the weights a backbone
-    starts from. `gradient_checkpointing` recomputes each layer in the backward pass, keeping its input and what `kept`
-    says: nothing more, the matrix products no wider than it, or all of them. `compile` compiles the model; `graph`
-    records forward and backward passes as one CUDA graph, on GPUs; `deterministic` asks for the same bits at every start,
-    on a GPU too, and is slower. `parallel`: over several processes, copies of the model (ddp) or shards (fsdp).
-
-    On the way: `unit` is what `save_every`, `evaluate_every`, `evaluate_from` and `keep_every` count; null is "at the
-    end only". No evaluation before `evaluate_from`, but always one at the end. `log_every` counts updates. The newest
-    `keep_last` checkpoints stay, and for ever those of every `keep_every`; `background` saves while training goes on
-    (null: where the weights are on a GPU). `best` is the evaluated number whose best checkpoint stays, `-loss` where
-    smaller is better; the run stops after `patience` evaluations without a better one. `trackers` also get the rows of
-    metrics (wandb: under the project `tensorkeep`).
+    Attributes:
+        updates: How long, in updates; or `epochs`, exactly one of them.
+        epochs: How long, in passes over the training data, which need not be whole.
+        batch_size: Samples of one update, over all processes and accumulated steps.
+        micro_batch: Samples of one forward pass of one process; null: its share of the batch.
+        seed: What weights, order and dropout are drawn from.
+        workers: Processes that load data, of each training process.
+        precision: Of a forward pass.
+        clip: The largest norm of the gradient; null: any.
+        ema: Decay of the averaged weights; null: no average.
+        quantize_backbone: How frozen linears are held; null: as they are.
+        pretrained: Weights that a backbone starts from; null: random ones.
+        gradient_checkpointing: Whether each layer is computed again in the backward pass, from its input.
+        kept: What of a layer is kept besides its input: nothing, the matrix products no wider than it, or all of them.
+        compile: Whether the model is compiled.
+        graph: Whether forward and backward passes are recorded as one CUDA graph; on GPUs.
+        deterministic: The same bits at every start, on a GPU too; slower.
+        parallel: Over several processes, copies of the model (ddp) or shards of it (fsdp).
+        unit: What `save_every`, `evaluate_every`, `evaluate_from` and `keep_every` count.
+        log_every: Updates between two rows of metrics.
+        save_every: Null: at the end only, and before each evaluation.
+        evaluate_every: Null: at the end only.
+        evaluate_from: No evaluation before it, but always one at the end.
+        keep_last: How many of the newest checkpoints stay.
+        keep_every: Those of every such step stay for ever.
+        background: Save while training goes on; null: where the weights are on a GPU.
+        best: The evaluated number whose best checkpoint stays, with a minus where smaller is better: `-loss`.
+        patience: Evaluations without a better one before the run stops.
+        trackers: Who else gets the rows of metrics; wandb under the project `tensorkeep`.
     """
 
     updates: int | None = None
@@ -106,8 +116,13 @@ class GroupRule:
 class OptimizerConfig:
     """AdamW, in groups of parameters.
 
-    `groups` are tried in order, and the first whose pattern fits takes a parameter. What is left gets `lr` and
-    `weight_decay`; its norms and biases do not decay, unless `decay_all` says so.
+    Attributes:
+        lr: Learning rate of what no rule takes.
+        weight_decay: Decay of what no rule takes, and of rules that say none.
+        betas: Of the two moments.
+        eps: Beside the root of the second moment.
+        decay_all: Whether norms and biases decay, too.
+        groups: Rules, tried in order: the first whose pattern fits takes a parameter.
     """
 
     lr: float = 1e-5
@@ -120,15 +135,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate moves: `warmup`, then as `kind` says, over the run or up to `ends_at`.
+    """How the learning rate moves: a warm-up, then as `kind` says, over the run or up to `ends_at`.
 
-    `warmup`, `decay` and `ends_at` count what `unit` says; `warmup` and `decay` below 1 are shares of the whole. With
-    `ends_at` the schedule ends there and not with the run (AdaTAD stops at epoch 60 of a cosine of 100).
-
-    cosine: from the rate down to `final` times the rate. constant: the rate. wsd: the rate, and over the last `decay` in a
-    straight line down to `final` times it (warmup-stable-decay, arXiv 2404.06395). minimind:
-    `lr (0.1 + 0.45 (1 + cos(pi t / T)))`, t counted from 1, without warm-up. opentad: a cosine down to the rate
-    `floor`, after a warm-up whose first update has the rate 0.
+    Attributes:
+        kind: cosine: from the rate down to `final` times the rate. constant: the rate. wsd: the rate, and over the last
+            `decay` in a straight line down to `final` times it (warmup-stable-decay, arXiv 2404.06395). minimind:
+            `lr (0.1 + 0.45 (1 + cos(pi t / T)))`, t counted from 1, without warm-up. opentad: a cosine down to the rate
+            `floor`, after a warm-up whose first update has the rate 0.
+        unit: What `warmup`, `decay` and `ends_at` count; `warmup` and `decay` below 1 are shares of the whole.
+        warmup: How long the rate rises from 0.
+        decay: How long it falls, of kind wsd.
+        final: What it falls to, as a share of the rate, of kinds cosine and wsd.
+        floor: What it falls to, of kind opentad.
+        ends_at: Where the schedule ends; null: with the run. AdaTAD stops at epoch 60 of a cosine of 100.
     """
 
     kind: Literal["cosine", "constant", "wsd", "minimind", "opentad"] = "cosine"

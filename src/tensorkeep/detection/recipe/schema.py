@@ -32,7 +32,7 @@ Range = tuple[float, float]
 class SplitConfig:
     """One part of the data: the videos of `subset` in the file `annotations`, found in `folder`.
 
-    `blocked`: videos to leave out, a JSON list or one name a line (None: none).
+    `blocked`: videos to leave out, a JSON list or one name a line (null: none).
     """
 
     annotations: str
@@ -45,25 +45,32 @@ class SplitConfig:
 class DataConfig:
     """Which videos or features, how they become windows, and how frames become pictures.
 
-    train, test: the two parts. class_map: one class name a line, in label order (None: the annotations' own order).
-    inputs: video files, or features of a whole video in one file. file_pattern: the file of a video in its folder.
-    mode: `sliding` trains on random windows and tests on overlapping ones; `resized` shows a whole video as
-    `window_size` grid steps; `whole` (features) trains on random windows and tests on the whole video.
-
-    window_size: grid steps. feature_stride: frames between two features (or snippets), of which every `sample_stride`th
-    is a grid step. scale_factor: frames decoded for each grid step. offset_frames: where the first feature is centred.
-    fps: frames a second that annotations and features count in (None: frames / duration of each video).
-    window_overlap_ratio: of test windows. floor_frames: whether annotated seconds become whole frames.
-    trunc_thresh: share of an action that a training window must show for it to stay (None: no random window).
-    crop_ratio: a video shorter than a window is cut to a share in this range (None: never).
-    min_length: annotated actions not longer than this are left out of training: a share of the video in mode
-    `resized`, else frames (None: all stay). class_agnostic: one class stands for all, an external classifier names them.
-
-    crop_size: pixels of a test frame's shorter side, and of the square in its middle that is shown. augment: of
-    training frames (None: as test frames); its `size` must be crop_size. broken: what a file that cannot be decoded
-    does (see `tensorkeep.detection.data.clips`).
-    feature_layout: axes of the stored array, time and channels. feature_channels: first and one-past-last used (None:
-    all).
+    Attributes:
+        train: The part that is trained on.
+        test: The part that is evaluated on.
+        class_map: One class name a line, in label order; null: the annotations' own order.
+        inputs: Video files, or features of a whole video in one file.
+        file_pattern: The file of a video in its folder.
+        mode: `sliding` trains on random windows and tests on overlapping ones; `resized` shows a whole video as
+            `window_size` grid steps; `whole` (features) trains on random windows and tests on the whole video.
+        window_size: Grid steps of a window.
+        feature_stride: Frames between two features (or snippets), of which every `sample_stride`th is a grid step.
+        sample_stride: See `feature_stride`.
+        scale_factor: Frames decoded for each grid step.
+        offset_frames: Frame in which the first feature is centred.
+        fps: Frames a second that annotations and features count in; null: frames / duration of each video.
+        window_overlap_ratio: Of test windows.
+        floor_frames: Whether annotated seconds become whole frames.
+        trunc_thresh: Share of an action that a training window must show for it to stay; null: no random window.
+        crop_ratio: A video shorter than a window is cut to a share in this range; null: never.
+        min_length: Annotated actions not longer than this are left out of training: a share of the video in mode
+            `resized`, else frames; null: all stay.
+        class_agnostic: One class stands for all, an external classifier names them.
+        crop_size: Pixels of a test frame's shorter side, and of the square in its middle that is shown.
+        augment: Of training frames, its `size` being crop_size; null: as test frames.
+        broken: What a file that cannot be decoded does (see `tensorkeep.detection.data.clips`).
+        feature_layout: Axes of the stored array, time and channels.
+        feature_channels: First and one-past-last channel used; null: all.
     """
 
     train: SplitConfig
@@ -163,10 +170,14 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class PostProcessingConfig:
-    """From raw predictions to detections.
+    """How raw predictions become detections.
 
-    pre_nms_thresh, pre_nms_topk: candidates need a score above the one, and the best so many stay. nms: of a video;
-    sliding windows are merged under it. round_like_opentad: round before windows are merged, for its published digits.
+    Attributes:
+        pre_nms_thresh: The score that a candidate needs.
+        pre_nms_topk: How many candidates of a window stay, the best ones.
+        nms: Suppression within a video; sliding windows are merged under it.
+        classifier: What names the classes of a class-agnostic detector; null: nothing.
+        round_like_opentad: Whether numbers are rounded before windows are merged, for OpenTAD's published digits.
     """
 
     pre_nms_thresh: float = 0.001
@@ -178,8 +189,16 @@ class PostProcessingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How detections are scored. thresholds: temporal IoUs (empty: the protocol's). subset, annotations: None takes
-    those of `data.test`. blocked: videos left out on both sides. recall_at: k of "recall at k x"."""
+    """How detections are scored.
+
+    Attributes:
+        protocol: Whose rules.
+        thresholds: Temporal IoUs; empty: the protocol's.
+        subset: Null: that of `data.test`.
+        annotations: Null: those of `data.test`.
+        blocked: Videos left out on both sides.
+        recall_at: k of "recall at k x".
+    """
 
     protocol: str = "activitynet"
     thresholds: tuple[float, ...] = ()
@@ -198,7 +217,17 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class DetectionRecipe:
-    """A whole run.
+    """A whole detection run.
+
+    Attributes:
+        version: Of the recipe's words.
+        model: The detector.
+        data: Videos or features, and how they become windows.
+        optimizer: Rates and decays.
+        schedule: How the learning rate moves.
+        training: How long, in what portions, and what happens on the way.
+        post_processing: How raw predictions become detections.
+        evaluation: How detections are scored.
 
     Raises:
         TensorkeepError: Where two sections contradict each other, or a field of `training` is refused.
