@@ -34,7 +34,7 @@ def read_detector_config(path: str | Path) -> DetectorConfig:
         TensorkeepError: The file cannot be read, or a value does not fit; file and key are named.
 
     Example:
-        >>> read_detector_config("recipes/detection/adatad_thumos_videomae_s.yaml").head.classes  # doctest: +SKIP
+        >>> read_detector_config("adatad_thumos_videomae_s").head.classes  # doctest: +SKIP
         20
     """
     return read_section(path, "model", DetectorConfig)
