@@ -77,7 +77,7 @@ def busy(bench: Bench) -> None:
 
 # -- resume -----------------------------------------------------------------------------------------------------------
 
-EXACT = [("training.deterministic", "true"), ("schedule.warmup_epochs", "0"), *LIGHT]
+EXACT = [("training.deterministic", "true"), ("schedule.warmup", "0"), *LIGHT]
 
 
 def exact_run(bench: Bench, place: Path, die_at: int | None = None) -> train.Outcome:
@@ -122,7 +122,7 @@ def resume(bench: Bench) -> None:
 
     def timed(name: str, updates: int, place: Path, **loop_changes: Any) -> None:
         graph = json.dumps(bool(loop_changes.get("graph")))
-        changes = [("training.workers", "2"), ("training.graph", graph), ("schedule.warmup_epochs", "0")]
+        changes = [("training.workers", "2"), ("training.graph", graph), ("schedule.warmup", "0")]
         made = bench.recipe(*changes)
         world = World(device=bench.device)
         job, loop = build(made, place, world)
@@ -270,7 +270,7 @@ def scaling(bench: Bench) -> None:
             ("model.backbone.frozen_dtype", "float32"),
             ("training.batch_size", "4"),
             ("training.best", "loss"),
-            ("schedule.warmup_epochs", "0"),
+            ("schedule.warmup", "0"),
             ("data.feature_stride", "2"),
             ("window_size", "64" if bench.tiny else "192"),
             ("training.workers", "2" if bench.tiny else "6"),
@@ -337,12 +337,13 @@ def language(bench: Bench) -> None:
     def trained(name: str, who: World, parallel: str, updates: int, begin: str | None = None) -> train.Outcome:
         made = language_recipe(
             {
+                "version": 2,
                 "config": config(hidden_size=64, intermediate_size=128),
                 "tokenizer": str(folder / "tok"),
                 "data": {"files": str(folder / "a.jsonl"), "length": 32, "packing": "first_fit"},
                 "training": {
                     "updates": 12,
-                    "batch": 4,
+                    "batch_size": 4,
                     "log_every": 1,
                     "ema": 0.9,
                     "parallel": parallel,

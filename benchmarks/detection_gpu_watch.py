@@ -25,7 +25,7 @@ from tensorkeep.training import loop as train
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.job import Job, Loop
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "videomae_s_thumos_qlora.yaml"
+RECIPE = "videomae_s_thumos_qlora"
 LIGHT = [("data.augment.operations", "0"), ("data.augment.jitter", "[0, 0, 0, 0]"), ("data.feature_stride", "1")]
 TINY = [
     (

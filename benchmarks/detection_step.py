@@ -25,20 +25,18 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from tensorkeep.detection.model.config import BackboneConfig, Checkpointing, DetectorConfig, LoraConfig
 from tensorkeep.detection.model.detector import Detector, build_detector, read_detector_config
-from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
+from tensorkeep.detection.model.groups import OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.training._graphs import capture_step
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.schema import read_section
-
-RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
+from tensorkeep.training.recipe import read_section
+from tensorkeep.training.sections import GroupRule
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def make_step(detector: Detector, optimizer: torch.optim.Optimizer, ema: Ema, ba
 
 
 def configure(size: str, mode: str, args: argparse.Namespace, half: bool) -> DetectorConfig:
-    config = read_detector_config(RECIPES / f"adatad_thumos_videomae_{size}.yaml")
+    config = read_detector_config(f"adatad_thumos_videomae_{size}")
     config = shrink(config) if args.tiny else config
     assert config.backbone is not None
     changes: dict[str, Any] = {"checkpointing": mode, "frozen_dtype": "bfloat16" if half else "float32"}
@@ -119,8 +117,8 @@ def build(size: str, mode: str, args: argparse.Namespace, half: bool) -> tuple[D
     if args.quantize is not None:
         assert detector.backbone is not None
         quantize_backbone(detector.backbone, args.quantize)
-    options = read_section(RECIPES / f"adatad_thumos_videomae_{size}.yaml", "optimizer", OptimizerConfig)
-    options = replace(options, backbone=(GroupRule("", 1e-4),)) if args.lora else options
+    options = read_section(f"adatad_thumos_videomae_{size}", "optimizer", OptimizerConfig)
+    options = replace(options, groups=(GroupRule("^backbone", 1e-4, 0.05),)) if args.lora else options
     return detector, make_optimizer(detector, options)
 
 

@@ -3,7 +3,7 @@
 A tiny ViT learns to name the motions in clips, then it is frozen, as a user would start from VideoMAE; adapters and
 head are trained on videos of which two motions are new to it, and scored on videos that no training has seen.
 `untrained` is the detector before its first update. Two rows are controls: the head alone on frozen features, and
-adapters on a backbone that learnt nothing. The recipe is recipes/detection/synthetic_tiny.yaml; `--prepare` makes
+adapters on a backbone that learnt nothing. The recipe is the shipped `synthetic_tiny`; `--prepare` makes
 what it reads.
 
     python -m benchmarks.detection_table [--out FOLDER] [--seeds 3] [--only NAME ...]
@@ -30,7 +30,7 @@ from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
 from tensorkeep.detection.start import make_detector
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "detection" / "synthetic_tiny.yaml"
+RECIPE = "synthetic_tiny"
 VIDEOS, HELD_OUT, SEED = 24, 24, 0
 Changes = list[tuple[str, str]]
 FULL: Changes = [("training.quantize_backbone", "null")]
@@ -38,9 +38,9 @@ TIA: Changes = [("model.backbone.adapter", "{kind: tia, ratio: 0.25}")]
 LORA: Changes = [
     ("model.backbone.adapter", "null"),
     ("model.backbone.lora", "{lora_r: 8, lora_alpha: 16}"),
-    ("optimizer.backbone", "[{name: lora, lr: 0.01, weight_decay: 0.05}]"),
+    ("optimizer.groups", "[{pattern: lora_*, lr: 0.01, weight_decay: 0.05}]"),
 ]
-NONE: Changes = [("model.backbone.adapter", "null"), ("model.backbone.tuning", "none"), ("optimizer.backbone", "[]")]
+NONE: Changes = [("model.backbone.adapter", "null"), ("model.backbone.tuning", "none"), ("optimizer.groups", "[]")]
 VARIANTS: dict[str, Changes] = {
     "full adapter": FULL + TIA,
     "full adapter, nf4 backbone": TIA,

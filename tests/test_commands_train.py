@@ -26,10 +26,11 @@ from tests.language_files import config, save_tokenizer, texts
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     document = {
+        "version": 2,
         "config": config(),
         "tokenizer": str(save_tokenizer(tmp_path / "tok")),
         "data": {"files": str(texts(tmp_path / "a.jsonl")), "length": 32, "packing": "concatenate"},
-        "training": {"updates": 4, "batch": 4, "log_every": 1, "ema": 0.9, "save_every": 2},
+        "training": {"updates": 4, "batch_size": 4, "log_every": 1, "ema": 0.9, "save_every": 2},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(document))

@@ -20,7 +20,6 @@ from tensorkeep.storage import run_folder
 from tensorkeep.training import metrics
 from tensorkeep.training.recipe import plain, to_yaml
 from tests.detection import runs
-from tests.tools import ROOT
 
 
 def test_the_chapter_trains_the_recipe_that_the_docs_name(tmp_path: Path) -> None:
@@ -30,7 +29,7 @@ def test_the_chapter_trains_the_recipe_that_the_docs_name(tmp_path: Path) -> Non
             demo_detection.detection_recipe(Path("data/synthetic/detection"), Path("data/synthetic/pretrained"))
         )
     )
-    assert plain(read_recipe(path)) == plain(read_recipe(ROOT / "recipes" / "detection" / "synthetic_tiny.yaml"))
+    assert plain(read_recipe(path)) == plain(read_recipe("synthetic_tiny"))
 
 
 def test_a_run_that_is_over_before_the_signal_is_not_called_killed(
@@ -56,7 +55,7 @@ import time; time.sleep(0.3); open({str(proof)!r}, "a").write('{{"checkpoint": 7
 
 def test_a_detector_that_learned_too_little_fails_the_chapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = runs.dataset(tmp_path / "data", videos=2, held_out=1)
-    made = runs.recipe(data, training__evaluate_every=2, schedule__epochs=2)
+    made = runs.recipe(data, training__evaluate_every=2, training__epochs=2)
     run, said = tmp_path / "run", list[str]()
     runs.trained(made, run)
     recipe = tmp_path / "recipe.yaml"

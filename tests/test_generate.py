@@ -207,7 +207,7 @@ def run_of(tmp_path: Path, **training: Any) -> tuple[Path, Path]:
         "adapter": {"lora_r": 4},
         "optimizer": {"lr": 0.2},
         "data": {"files": [str(tmp_path / "c.jsonl")], "length": 64},
-        "training": {"updates": 4, "batch": 4, "ema": 0.5, "quantize_backbone": "nf4", **training},
+        "training": {"updates": 4, "batch_size": 4, "ema": 0.5, "quantize_backbone": "nf4", **training},
     }
     recipe = language_recipe(document)
     job = build(recipe, tmp_path / "run", World())

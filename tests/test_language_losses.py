@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._dpo import PreferenceLoss, answer_sums, with_reference
-from tensorkeep.language._schedules import Schedule, ScheduleConfig
 from tensorkeep.language.data.batches import Collate, block_mask, targets_of
 from tensorkeep.language.data.chat import Chat
 from tensorkeep.language.data.packing import plan
@@ -22,6 +21,8 @@ from tensorkeep.language.data.texts import Preference, records
 from tensorkeep.language.data.tokens import Encoded, cached
 from tensorkeep.language.losses import TokenLoss, cross_entropy_sum, headless, plain_head, refuse_packing
 from tensorkeep.training.distributed import World
+from tensorkeep.training.schedules import Schedule
+from tensorkeep.training.sections import ScheduleConfig
 from tests.language_files import model, preferences, tokenizer
 
 KINDS = ("llama", "qwen3", "olmo2")

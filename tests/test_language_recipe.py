@@ -16,17 +16,18 @@ from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
-from tensorkeep.language._optimizer import parameter_groups
+from tensorkeep.language._optimizer import make_optimizer
 from tensorkeep.language.evaluation import evaluate_checkpoint
 from tensorkeep.language.export import exported
 from tensorkeep.language.job import build, loop_of
-from tensorkeep.language.recipe import GroupRule, OptimizerConfig
 from tensorkeep.language.recipe_text import language_recipe, read_language
 from tensorkeep.training import metrics
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
 from tensorkeep.training.loop import fit
 from tensorkeep.training.recipe import to_yaml
+from tensorkeep.training.sections import GroupRule, OptimizerConfig
+from tensorkeep.training.shipped import shipped
 from tests.language_files import (
     THINKING,
     config,
@@ -38,7 +39,7 @@ from tests.language_files import (
     texts,
 )
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "language"
+RECIPES = [recipe.name for recipe in shipped() if recipe.kind == "language"]
 Document = dict[str, Any]
 
 
@@ -50,10 +51,11 @@ def recipe_of(tmp_path: Path, **sections: Any) -> Document:
         conversations(tmp_path / "c.jsonl")
         preferences(tmp_path / "p.jsonl")
     document: Document = {
+        "version": 2,
         "config": config(),
         "tokenizer": str(tmp_path / "tok"),
         "data": {"files": str(tmp_path / "a.jsonl"), "length": 32, "packing": "first_fit"},
-        "training": {"updates": 6, "batch": 4, "log_every": 1},
+        "training": {"updates": 6, "batch_size": 4, "log_every": 1},
         "optimizer": {"lr": 1e-3},
     }
     for name, section in sections.items():
@@ -309,19 +311,19 @@ def test_flags_change_any_field_and_short_names_stand_for_their_places(tmp_path:
 
 def test_groups_take_names_in_order_and_an_empty_one_is_explained() -> None:
     made = model("llama")
-    rules = (GroupRule("*embed*", 1e-4, 0.0), GroupRule("layers.11", 2e-4), GroupRule("model.layers.1.*", 3e-4))
-    groups = parameter_groups(made, OptimizerConfig(1e-3, 0.1, groups=(rules[0], rules[2])))
+    rules = (GroupRule("*embed*", 1e-4, 0.0), GroupRule("^layers.1", 2e-4), GroupRule("layers.1", 3e-4))
+    groups = make_optimizer(made, OptimizerConfig(1e-3, 0.1, groups=(rules[0], rules[2]))).param_groups
     assert [(g["label"], g["lr"], g["weight_decay"]) for g in groups] == [
         ("*embed*", 1e-4, 0.0),
-        ("model.layers.1.*", 3e-4, 0.1),
+        ("layers.1", 3e-4, 0.1),
         ("weights", 1e-3, 0.1),
         ("norms and biases", 1e-3, 0.0),
     ]
     assert sum(len(g["params"]) for g in groups) == len(list(made.parameters()))
     with pytest.raises(TensorkeepError, match="went to the earlier rule 'model'"):
-        parameter_groups(made, OptimizerConfig(groups=(GroupRule("model", 1.0), GroupRule("*embed*", 1.0))))
+        make_optimizer(made, OptimizerConfig(groups=(GroupRule("model", 1.0), GroupRule("*embed*", 1.0))))
     with pytest.raises(TensorkeepError, match="no trainable parameter has that name"):
-        parameter_groups(made, OptimizerConfig(groups=(rules[1],)))
+        make_optimizer(made, OptimizerConfig(groups=(rules[1],)))
 
 
 def test_only_named_parameters_train(tmp_path: Path) -> None:
@@ -335,19 +337,19 @@ def test_only_named_parameters_train(tmp_path: Path) -> None:
 
 SMALL = {
     "data.length": "48",
-    "training.batch": "4",
+    "training.batch_size": "4",
     "training.micro_batch": "2",
     "training.workers": "0",
     "training.updates": "1",
 }
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_builds_and_trains_at_a_tiny_size(tmp_path: Path, path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_trains_at_a_tiny_size(tmp_path: Path, name: str) -> None:
     recipe_of(tmp_path)
-    kind = {"olmo2_continue": "olmo2", "smollm2_sft": "llama"}.get(path.stem, "qwen3")
+    kind = {"olmo2_continue": "olmo2", "smollm2_sft": "llama"}.get(name, "qwen3")
     small = dict(SMALL)
-    written = read_language(path)
+    written = read_language(name)
     small["data.files"] = str(tmp_path / {"pretrain": "a.jsonl", "sft": "c.jsonl", "dpo": "p.jsonl"}[written.objective])
     if written.model is not None:
         small["model"] = str(
@@ -366,7 +368,7 @@ def test_every_recipe_builds_and_trains_at_a_tiny_size(tmp_path: Path, path: Pat
         small |= {f"config.{name}": str(size) for name, size in sizes.items()}
     if written.tokenizer is not None:
         small["tokenizer"] = str(tmp_path / "tok") if "augmentation" not in small else ""
-    made = read_language(path, small.items())
+    made = read_language(name, small.items())
     job = build(made, tmp_path / "run")
     outcome = fit(job, tmp_path / "run", loop_of(made, len(job.data)))
     assert outcome.reason == "done" and outcome.step == 1

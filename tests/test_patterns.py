@@ -23,10 +23,10 @@ from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import exactly, matches, near_pattern
 from tensorkeep.formats.view import read
-from tensorkeep.language._optimizer import choose_trainable, parameter_groups
-from tensorkeep.language.recipe import GroupRule, OptimizerConfig
+from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.quantization.modules import quantize_
 from tensorkeep.training._resume import _may_differ
+from tensorkeep.training.sections import GroupRule, OptimizerConfig
 
 PAGE = Path(__file__).parents[1] / "docs/concepts/patterns.md"
 
@@ -150,7 +150,7 @@ def _trainable(pattern: str, folder: Path) -> set[str]:
 
 def _groups(pattern: str, folder: Path) -> set[str]:
     model = Named()
-    groups = parameter_groups(model, OptimizerConfig(groups=(GroupRule(pattern, 1e-3),)))
+    groups = make_optimizer(model, OptimizerConfig(groups=(GroupRule(pattern, 1e-3),))).param_groups
     chosen = {id(p) for g in groups if g["label"] == pattern for p in g["params"]}
     return {name for name, p in model.named_parameters() if id(p) in chosen}
 

@@ -19,9 +19,10 @@ from tensorkeep.detection.opentad._literals import Section, Unknown
 from tensorkeep.detection.opentad.recipe import Imported, import_config
 from tensorkeep.detection.recipe.text import read_recipe
 from tensorkeep.errors import TensorkeepError
+from tests.tools import ROOT
 
 CONFIGS = Path(__file__).parent / "data" / "opentad_configs"
-RECIPES = Path(__file__).parents[1] / "recipes" / "detection"
+RECIPES = ROOT / "src" / "tensorkeep" / "recipes" / "detection"
 ADATAD = (CONFIGS / "adatad_s.py").as_posix()
 
 
@@ -240,13 +241,13 @@ def test_an_adatad_config_is_the_recipe_of_the_same_system(config: str, recipe: 
 def test_features_of_whole_videos_are_carried_over() -> None:
     imported = import_config(CONFIGS / "features.py")
     data, recipe = imported.recipe.data, imported.recipe
-    assert not imported.lost and recipe.model.backbone is None and recipe.optimizer.backbone == ()
+    assert not imported.lost and recipe.model.backbone is None and recipe.optimizer.groups == ()
     assert (data.inputs, data.mode, data.window_size, data.trunc_thresh) == ("features", "whole", 2304, 0.5)
     assert (data.file_pattern, data.feature_layout, data.offset_frames) == ("{video}_rgb.npy", "tc", 8)
     assert (data.test.subset, data.test.blocked, data.min_length) == ("validation", "data/own/missing.txt", 0.0)
     nms = recipe.post_processing.nms
     assert (nms.method, nms.iou, nms.limit, recipe.post_processing.pre_nms_topk) == ("greedy", 0.5, 200, 5000)
-    assert (recipe.training.precision, recipe.training.ema, recipe.optimizer.clip_norm) == ("fp32", None, 0.0)
+    assert (recipe.training.precision, recipe.training.ema, recipe.training.clip) == ("fp32", None, None)
     assert recipe.evaluation.recall_at == (1, 5) and recipe.evaluation.subset is None
 
 
@@ -278,7 +279,7 @@ dataset = dict(train=dict(pipeline=[
 """
     imported = child(tmp_path, text)
     assert imported.recipe.model.backbone is not None and imported.recipe.model.backbone.tuning == "none"
-    assert imported.recipe.optimizer.backbone == () and imported.recipe.data.augment is None
+    assert imported.recipe.optimizer.groups == () and imported.recipe.data.augment is None
     assert imported.recipe.data.crop_ratio is None and imported.recipe.data.trunc_thresh == 0.5
     assert [row.value for row in imported.lost] == ["file_pattern"]  # the base's own test videos are mp4
 
@@ -288,7 +289,7 @@ def test_a_rate_of_zero_is_a_frozen_backbone(tmp_path: Path) -> None:
     for rates, tuning, rules in (("lr=1e-5, weight_decay=0.05", "all", 1), ("lr=0, weight_decay=0", "none", 0)):
         found = child(tmp_path, f"{text}optimizer = dict(backbone=dict(_delete_=True, {rates}))")
         assert found.recipe.model.backbone is not None and found.recipe.model.backbone.adapter is None
-        assert (found.recipe.model.backbone.tuning, len(found.recipe.optimizer.backbone)) == (tuning, rules)
+        assert (found.recipe.model.backbone.tuning, len(found.recipe.optimizer.groups)) == (tuning, rules)
 
 
 STEP = "dataset = dict(train=dict(pipeline=_base_.dataset.train.pipeline + [dict(type='{}', p=1)]))"
@@ -419,6 +420,7 @@ def test_text_of_a_config_cannot_leave_its_comment(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(imported.text(), encoding="utf-8")
     assert read_recipe(tmp_path / "r.yaml") == imported.recipe
     assert set(yaml.safe_load(imported.text())) == {
+        "version",
         "model",
         "data",
         "optimizer",

@@ -33,6 +33,8 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "repair": None,
     "report": None,
     "recipe import": None,
+    "recipe list": None,
+    "recipe show": None,
     "train language": "language",
     "train detection": "detection",
     "generate": "language",
@@ -40,7 +42,7 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
 }
 GROUPS = {
     "eval": "Measure a model: loss and perplexity, or mean average precision.",
-    "recipe": "Make recipes from other frameworks' configs.",
+    "recipe": "List and show the recipes that are shipped; make some from other frameworks' configs.",
     "train": "Train from a recipe; the same command again goes on.",
 }
 

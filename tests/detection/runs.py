@@ -16,11 +16,9 @@ import torch
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
 from tensorkeep.detection.job import build
 from tensorkeep.detection.recipe.schema import DetectionRecipe
-from tensorkeep.detection.recipe.text import places
+from tensorkeep.detection.recipe.text import detection_recipe
 from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
-from tensorkeep.training.recipe import changed
-from tensorkeep.training.schema import from_mapping
 
 CLIPS = SyntheticConfig(
     classes=("slide", "blink"),
@@ -43,6 +41,7 @@ def document(data: Path) -> dict[str, Any]:
     """A recipe's document: adapters in a frozen ViT of two blocks, windows of 16 grid steps, two samples an update."""
     split = {"annotations": str(data / "annotations.json"), "folder": str(data / "videos")}
     return {
+        "version": 2,
         "model": {
             "backbone": {
                 "vit": {
@@ -81,8 +80,8 @@ def document(data: Path) -> dict[str, Any]:
                 "loss_normalizer": 10,
             },
         },
-        "optimizer": {"lr": 2e-3, "backbone": [{"name": "adapter", "lr": 2e-3}]},
-        "schedule": {"warmup_epochs": 1, "epochs": 4},
+        "optimizer": {"lr": 2e-3, "groups": [{"pattern": "adapter", "lr": 2e-3, "weight_decay": 0.05}]},
+        "schedule": {"warmup": 1},
         "data": {
             "train": {**split, "subset": "training"},
             "test": {**split, "subset": "validation"},
@@ -93,11 +92,12 @@ def document(data: Path) -> dict[str, Any]:
             "augment": {"size": 32, "short_side": 32, "crop": "centre", "operations": 0},
         },
         "training": {
+            "epochs": 4,
             "batch_size": 2,
             "seed": 3,
             "precision": "fp32",
             "ema": 0.9,
-            "every": "updates",
+            "unit": "updates",
             "save_every": 2,
             "evaluate_every": 4,
             "workers": 0,
@@ -114,7 +114,7 @@ def recipe(data: Path, **changes: Any) -> DetectionRecipe:
     import json
 
     pairs = [(name.replace("__", "."), v if isinstance(v, str) else json.dumps(v)) for name, v in changes.items()]
-    return from_mapping(DetectionRecipe, changed(document(data), pairs, places=places), "recipe")
+    return detection_recipe(document(data), pairs)
 
 
 def trained(made: DetectionRecipe, run: Path, **loop: Any) -> Any:

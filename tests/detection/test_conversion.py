@@ -25,6 +25,7 @@ from tensorkeep.training.schema import from_mapping
 from tests.detection import tiny
 from tests.helpers import assert_same, held, refused, to
 from tests.opentad_names import to_opentad
+from tests.tools import ROOT
 
 
 def checkpoint(path: Path, average: bool = True, **more: Any) -> Detector:
@@ -270,7 +271,7 @@ def test_other_models_are_not_taken_for_detectors(tmp_path: Path, names: dict[st
     assert set(held(tmp_path / "out")) == set(names) and not plan.dropped
 
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "detection"
+RECIPES = ROOT / "src" / "tensorkeep" / "recipes" / "detection"
 
 
 # LoRA is not read off, and the tiny one has another drop path than the published ones

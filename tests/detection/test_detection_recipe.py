@@ -21,14 +21,15 @@ from tensorkeep.detection.model.config import (
     ProjectionConfig,
     VitConfig,
 )
-from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
-from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.groups import OptimizerConfig
 from tensorkeep.detection.recipe.schema import (
+    REFUSED,
     ClassifierConfig,
     DataConfig,
     DetectionRecipe,
     EvaluationConfig,
     PostProcessingConfig,
+    ScheduleConfig,
     SplitConfig,
     TrainingConfig,
 )
@@ -37,30 +38,17 @@ from tensorkeep.detection.results.nms import METHODS, Suppression
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.recipe import changed, plain, to_yaml
 from tensorkeep.training.schema import from_mapping
+from tensorkeep.training.shipped import shipped, shipped_recipe
+from tests.recipe_values import counts, optimizers, optional, rates, schedules, several, shares, texts, trainings
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "detection").glob("*.yaml"))
-BY_NAME = {path.stem: path for path in RECIPES}
-BASE = BY_NAME["adatad_thumos_videomae_s"]
+NAMES = [recipe.name for recipe in shipped() if recipe.kind == "detection"]
+BASE = "adatad_thumos_videomae_s"
 
 # -- strategies: recipes that contradict nothing, with every field drawn ----------------------------------------------
 
-texts = st.text(st.characters(codec="utf-8"), max_size=12)
-counts = st.integers(1, 2**40)
 reals = st.floats(allow_nan=False, allow_infinity=False)
-shares = st.floats(0, 1)
 below_one = st.floats(0, 1, exclude_max=True)
-rates = st.floats(0, 1e3)
 ranges = st.tuples(st.floats(1e-300, 1), st.floats(1, 1e300))
-
-
-def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.one_of(st.none(), strategy)
-
-
-def several(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.lists(strategy, max_size=3).map(tuple)
-
-
 splits = st.builds(SplitConfig, texts, texts, texts, optional(texts))
 augments = st.builds(
     AugmentConfig,
@@ -96,35 +84,6 @@ nms = st.builds(
     counts,
     st.booleans(),
     optional(st.floats(1e-9, 1)),
-)
-trainings = st.integers(1, 64).flatmap(
-    lambda micro: st.builds(
-        TrainingConfig,
-        batch_size=counts.map(lambda n: n * micro),
-        micro_batch=optional(st.just(micro)),
-        seed=st.integers(),
-        precision=st.sampled_from(["fp32", "bf16", "fp16"]),
-        ema=optional(below_one),
-        pretrained=optional(texts),
-        quantize_backbone=st.sampled_from([None, "nf4", "fp4", "int8"]),
-        every=st.sampled_from(["epochs", "updates"]),
-        save_every=counts,
-        evaluate_every=counts,
-        evaluate_from=st.integers(0, 9),
-        keep_last=counts,
-        best=st.sampled_from(["average_mAP", "loss"]),
-        workers=st.integers(0, 99),
-        log_every=counts,
-    )
-)
-optimizers = st.builds(
-    OptimizerConfig,
-    rates,
-    rates,
-    several(st.builds(GroupRule, texts, rates, rates)),
-    st.tuples(shares, shares),
-    rates,
-    rates,
 )
 evaluations = st.builds(
     EvaluationConfig,
@@ -189,14 +148,14 @@ def recipes(draw: st.DrawFn) -> DetectionRecipe:
         ranges=tuple(draw(st.tuples(reals, reals)) for _ in range(levels + 1)),
         centre_radius=draw(optional(rates)),
     )
-    training = draw(trainings)
+    training = draw(trainings(TrainingConfig, tuple(REFUSED)))
     return DetectionRecipe(
         model=DetectorConfig(
             ProjectionConfig(in_channels=dim, branch_layers=levels), head, backbone if video else None
         ),
         data=data,
-        optimizer=draw(optimizers),
-        schedule=ScheduleConfig(draw(st.integers()), draw(st.integers()), draw(optional(st.integers())), draw(rates)),
+        optimizer=OptimizerConfig(**vars(draw(optimizers))),
+        schedule=ScheduleConfig(**vars(draw(schedules))),
         training=training if video else dataclasses.replace(training, quantize_backbone=None, pretrained=None),
         post_processing=PostProcessingConfig(
             draw(shares),
@@ -222,10 +181,10 @@ def test_reading_what_was_written_gives_the_same_recipe(tmp_path_factory: pytest
 # -- the recipes that come with it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_whole_and_reads_back(name: str, tmp_path: Path) -> None:
-    recipe = read_recipe(BY_NAME[name])
-    assert set(yaml.safe_load(BY_NAME[name].read_text())) == {f.name for f in dataclasses.fields(DetectionRecipe)}
+    recipe = read_recipe(name)
+    assert set(yaml.safe_load(shipped_recipe(name).text)) == {f.name for f in dataclasses.fields(DetectionRecipe)}
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     assert read_recipe(tmp_path / "again.yaml") == recipe
     assert recipe.model.backbone is not None and recipe.training.pretrained
@@ -233,8 +192,8 @@ def test_every_recipe_is_whole_and_reads_back(name: str, tmp_path: Path) -> None
 
 def test_the_seeds_form_and_a_quantized_backbone_differ_from_adatad_where_they_say() -> None:
     plain_recipe = read_recipe(BASE)
-    seeds = read_recipe(BY_NAME["adatad_thumos_videomae_s_qlora"])
-    nf4 = read_recipe(BY_NAME["videomae_s_thumos_qlora"])
+    seeds = read_recipe("adatad_thumos_videomae_s_qlora")
+    nf4 = read_recipe("videomae_s_thumos_qlora")
     assert dataclasses.replace(seeds, model=plain_recipe.model) == plain_recipe
     assert seeds.model.backbone is not None and seeds.model.backbone.adapter is not None
     assert (seeds.model.backbone.adapter.kind, seeds.model.backbone.adapter.quantize_bits) == ("qlora", 4)
@@ -298,15 +257,15 @@ def test_a_trained_backbone_is_not_quantized_and_class_agnostic_detections_need_
     with pytest.raises(TensorkeepError, match="trains cannot be quantized"):
         read_recipe(BASE, [("quantize_backbone", "nf4"), ("model.backbone.tuning", "all")])
     with pytest.raises(TensorkeepError, match="nothing names the classes"):
-        read_recipe(BY_NAME["adatad_anet_videomae_s"], [("post_processing.classifier", "null")])
+        read_recipe("adatad_anet_videomae_s", [("post_processing.classifier", "null")])
 
 
 # -- changes on the command line --------------------------------------------------------------------------------------
 
 
 def test_the_seeds_short_names_reach_what_they_mean() -> None:
-    seeds = read_recipe(BY_NAME["adatad_thumos_videomae_s_qlora"], [("lora_r", "4"), ("quantize_bits", "8")])
-    lora = read_recipe(BY_NAME["adatad_thumos_videomae_s_lora"], [("lora_r", "4"), ("lora_dropout", "0")])
+    seeds = read_recipe("adatad_thumos_videomae_s_qlora", [("lora_r", "4"), ("quantize_bits", "8")])
+    lora = read_recipe("adatad_thumos_videomae_s_lora", [("lora_r", "4"), ("lora_dropout", "0")])
     assert seeds.model.backbone is not None and seeds.model.backbone.adapter is not None
     assert (seeds.model.backbone.adapter.lora_r, seeds.model.backbone.adapter.quantize_bits) == (4, 8)
     assert lora.model.backbone is not None and lora.model.backbone.lora is not None and lora.model.backbone.adapter
@@ -328,12 +287,12 @@ def test_one_window_size_sets_the_three_lengths_that_must_agree() -> None:
 
 
 def test_changes_reach_into_lists_and_leave_the_document_alone() -> None:
-    document = {"optimizer": {"backbone": [{"name": "adapter", "lr": 1.0}]}}
-    assert changed(document, [("optimizer.backbone.0.lr", "2"), ("training.ema", "null")]) == {
-        "optimizer": {"backbone": [{"name": "adapter", "lr": 2}]},
+    document = {"optimizer": {"groups": [{"pattern": "adapter", "lr": 1.0}]}}
+    assert changed(document, [("optimizer.groups.0.lr", "2"), ("training.ema", "null")]) == {
+        "optimizer": {"groups": [{"pattern": "adapter", "lr": 2}]},
         "training": {"ema": None},
     }
-    assert document == {"optimizer": {"backbone": [{"name": "adapter", "lr": 1.0}]}}
+    assert document == {"optimizer": {"groups": [{"pattern": "adapter", "lr": 1.0}]}}
 
 
 @pytest.mark.parametrize(
@@ -342,21 +301,21 @@ def test_changes_reach_into_lists_and_leave_the_document_alone() -> None:
         ("adatad_thumos_videomae_s", "lora_r", "4", "nothing with lora_r"),
         ("adatad_thumos_videomae_s_lora", "quantize_bits", "8", "nothing with quantize_bits"),
         ("adatad_thumos_videomae_s", "use_plain_adapter", "yes please", "true or false"),
-        ("adatad_thumos_videomae_s", "optimizer.backbone.7.lr", "1", "has no '7'"),
+        ("adatad_thumos_videomae_s", "optimizer.groups.7.lr", "1", "has no '7'"),
         ("adatad_thumos_videomae_s", "training.seed.x", "1", "has no 'x'"),
         ("adatad_thumos_videomae_s", "training.seed", "[", "is no value"),
-        ("adatad_thumos_videomae_s", "trainng.seed", "1", "unknown key 'trainng'"),
+        ("adatad_thumos_videomae_s", "trainng.seed", "1", "no field 'trainng.seed'"),
     ],
 )
 def test_a_change_that_fits_nothing_is_one_error(recipe: str, name: str, text: str, what: str) -> None:
     with pytest.raises(TensorkeepError, match=what):
-        read_recipe(BY_NAME[recipe], [(name, text)])
+        read_recipe(recipe, [(name, text)])
 
 
 def test_a_name_that_could_mean_two_things_is_refused() -> None:
     both = [("model.backbone.adapter.kind", "qlora"), ("lora_r", "4")]
     with pytest.raises(TensorkeepError, match=r"could mean model\.backbone\.adapter\.lora_r or"):
-        read_recipe(BY_NAME["adatad_thumos_videomae_s_lora"], both)
+        read_recipe("adatad_thumos_videomae_s_lora", both)
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "model: [", "a: &a [*a]", "\x00", "1"])

@@ -13,14 +13,15 @@ from tensorkeep.detection.model.detector import (
     padded_length,
     read_detector_config,
 )
-from tensorkeep.detection.model.groups import OptimizerConfig, parameter_groups
-from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.groups import OptimizerConfig, detector_groups
+from tensorkeep.detection.recipe.schema import ScheduleConfig
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.schema import read_section
+from tensorkeep.training.recipe import read_section
 from tests.detection import tiny
+from tests.tools import ROOT
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "detection"
+RECIPES = ROOT / "src" / "tensorkeep" / "recipes" / "detection"
 # (ViT, adapters, whole detector) of the originals
 PUBLISHED = {
     "adatad_thumos_videomae_s": (21_879_936, 1_006_860, 49_582_504),
@@ -39,10 +40,10 @@ def test_each_recipe_builds_and_groups_all_that_trains(name: str) -> None:
     path = RECIPES / f"{name}.yaml"
     with torch.device("meta"):
         model = Detector(read_detector_config(path))
-    groups = parameter_groups(model, read_section(path, "optimizer", OptimizerConfig))
+    groups = detector_groups(model, read_section(path, "optimizer", OptimizerConfig))
     counts = count_parameters(model)
     assert sum(p.numel() for group in groups for p in group["params"]) == counts["total"].trainable
-    assert read_section(path, "schedule", ScheduleConfig).warmup_epochs == 5
+    assert read_section(path, "schedule", ScheduleConfig).warmup == 5
     if name in PUBLISHED:
         vit, adapter, total = PUBLISHED[name]
         assert (counts["vit"].total, counts["adapter"].total) == (vit, adapter)

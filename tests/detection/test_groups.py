@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
-from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer, parameter_groups
+from tensorkeep.detection.model.groups import OptimizerConfig, detector_groups, make_optimizer
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.sections import GroupRule
 from tests.detection import tiny
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     detector = tiny.detector()
-    groups = parameter_groups(detector, OptimizerConfig())
+    groups = detector_groups(detector, OptimizerConfig())
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in detector.named_parameters() if p.requires_grad)
     assert [group["label"] for group in groups] == [
@@ -25,28 +26,28 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
 
 def test_an_empty_rule_is_an_error_that_names_the_rule_before_it() -> None:
     detector = tiny.detector(adapter=AdapterConfig("qlora", lora_r=2))
-    config = OptimizerConfig(backbone=(GroupRule("adapter", 2e-4), GroupRule("lora", 1e-4)))
-    with pytest.raises(TensorkeepError, match="'adapter': put 'lora' before it"):
-        parameter_groups(detector, config)
-    turned = OptimizerConfig(backbone=config.backbone[::-1])
-    assert [group["label"] for group in parameter_groups(detector, turned)[:2]] == ["lora", "adapter"]
-    with pytest.raises(TensorkeepError, match="no trainable backbone parameter"):
-        parameter_groups(tiny.detector(), OptimizerConfig(backbone=(GroupRule("lora", 1e-4),)))
+    config = OptimizerConfig(groups=(GroupRule("adapter", 2e-4), GroupRule("lora_*", 1e-4)))
+    with pytest.raises(TensorkeepError, match="'adapter': put 'lora_\\*' before it"):
+        detector_groups(detector, config)
+    turned = OptimizerConfig(groups=config.groups[::-1])
+    assert [group["label"] for group in detector_groups(detector, turned)[:2]] == ["lora_*", "adapter"]
+    with pytest.raises(TensorkeepError, match="no trainable parameter has that name"):
+        detector_groups(tiny.detector(), OptimizerConfig(groups=(GroupRule("lora_*", 1e-4),)))
 
 
 def test_trainable_backbone_weights_outside_every_rule_are_an_error() -> None:
     detector = tiny.detector(lora=LoraConfig(lora_r=2))
     with pytest.raises(TensorkeepError, match="in no group"):
-        parameter_groups(detector, OptimizerConfig())
-    everything = OptimizerConfig(backbone=(GroupRule("", 1e-5),))
-    assert parameter_groups(tiny.detector(adapter=None, tuning="all"), everything)[0]["label"] == "backbone"
+        detector_groups(detector, OptimizerConfig())
+    everything = OptimizerConfig(groups=(GroupRule("^backbone", 1e-5),))
+    assert detector_groups(tiny.detector(adapter=None, tuning="all"), everything)[0]["label"] == "^backbone"
 
 
 def test_a_new_kind_of_layer_must_say_whether_it_decays() -> None:
     detector = tiny.detector()
     detector.neck.extra = torch.nn.Bilinear(2, 2, 2)
     with pytest.raises(TensorkeepError, match="no decay rule"):
-        parameter_groups(detector, OptimizerConfig())
+        detector_groups(detector, OptimizerConfig())
 
 
 def test_the_optimizer_keeps_names_beside_parameters() -> None:

@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(data: Path) -> DetectionRecipe:
-    return runs.recipe(data, training__ema=0.5, schedule__warmup_epochs=0, optimizer__lr=5e-3)
+    return runs.recipe(data, training__ema=0.5, schedule__warmup=0, optimizer__lr=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_commands_train_go_on_and_evaluate(
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == 4 and told["reason"] == "done"
     assert cli.main([*train, "--json"]) == 2  # longer than before, which was not said
-    assert "stop_epoch" in capsys.readouterr().err
+    assert "training.epochs was 2.0, is 4.0" in capsys.readouterr().err
     assert cli.main([*train, "--allow", "stop_epoch", "--allow", "updates", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["step"] == 8 and told["resumed"] == "exact"

@@ -18,23 +18,25 @@ from tensorkeep.conversion.planning import make_plan
 from tensorkeep.detection.job import build
 from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.detector import Detector
-from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
+from tensorkeep.detection.model.groups import OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
-from tensorkeep.detection.model.schedule import ScheduleConfig
 from tensorkeep.detection.opentad._moments import optimizer_orders
 from tensorkeep.detection.opentad.resume import continue_from
+from tensorkeep.detection.recipe.schema import ScheduleConfig, TrainingConfig
 from tensorkeep.formats.view import read
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.live_state import put_optimizer, put_tensors, stored_tensors
 from tensorkeep.training.loop import fit
+from tensorkeep.training.sections import GroupRule
 from tests.detection import runs, tiny
 from tests.helpers import refused
 from tests.opentad_names import to_opentad
 from tests.tools import ROOT
 
-CONFIG, SCHEDULE = OptimizerConfig(), ScheduleConfig(1, 4)
+CONFIG, SCHEDULE = OptimizerConfig(), ScheduleConfig(warmup=1)
+TRAINING = TrainingConfig(epochs=4, batch_size=2)
 BASE = {"digest": "of the frozen part", "path": "pretrained.pth"}
 
 
@@ -57,12 +59,15 @@ def optimizer_of(detector: Detector, rest: bool = False, config: OptimizerConfig
     own = dict(detector.named_parameters())
     theirs = {their: own[name] for name, their in theirs_of(detector).items()}
     backbone = {n: p for n, p in theirs.items() if n.startswith("backbone")}
-    custom = [[p for n, p in backbone.items() if rule.name in n] for rule in config.backbone if rule.name]
-    left = [p for n, p in backbone.items() if not any(r.name and r.name in n for r in config.backbone)]
+    words = [
+        (rule.pattern.removesuffix("_*").strip("*"), rule) for rule in config.groups if rule.pattern != "^backbone.*"
+    ]
+    custom = [[p for n, p in backbone.items() if word in n] for word, _ in words]
+    left = [p for n, p in backbone.items() if not any(word in n for word, _ in words)]
     other = {n: p for n, p in theirs.items() if n not in backbone}
     decayed = sorted(n for n, p in other.items() if n.endswith("weight") and p.ndim > 1)
     groups: list[dict[str, Any]] = [{"params": left, "lr": 1e-5}] if rest else []
-    groups += [{"params": p, "lr": r.lr, "weight_decay": r.weight_decay} for p, r in zip(custom, config.backbone)]
+    groups += [{"params": p, "lr": r.lr, "weight_decay": 0.05} for p, (_, r) in zip(custom, words)]
     groups += [{"params": [other[n] for n in decayed], "lr": config.lr, "weight_decay": 0.05}]
     groups += [{"params": [other[n] for n in sorted(set(other) - set(decayed))], "lr": config.lr, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.05)
@@ -108,7 +113,7 @@ def ours(**backbone: Any) -> Detector:
 
 
 def going_on(path: Path, detector: Detector, config: OptimizerConfig = CONFIG, **options: Any) -> Any:
-    return continue_from(path, detector, config, SCHEDULE, 10, 2, **{"base": BASE, **options})
+    return continue_from(path, detector, config, SCHEDULE, 10, TRAINING, **{"base": BASE, **options})
 
 
 # -- by name ----------------------------------------------------------------------------------------------------------
@@ -124,8 +129,8 @@ def test_opentads_own_groups_come_out_of_its_own_names() -> None:
 def test_every_tensor_of_a_checkpoint_reaches_its_name(tmp_path: Path, empty: bool) -> None:
     """`empty`: a group `lora` listed after `adapter`, which takes everything, as in published QLoRA configs."""
     source, sink = ours(), ours()
-    rules = (*CONFIG.backbone, *([GroupRule("no such name", 1e-4)] if empty else []))
-    optimizer = optimizer_of(source, config=replace(CONFIG, backbone=rules))
+    rules = (*CONFIG.groups, *([GroupRule("no such name", 1e-4)] if empty else []))
+    optimizer = optimizer_of(source, config=replace(CONFIG, groups=rules))
     stepped(source, optimizer)
     assert len(optimizer.param_groups) == 3 + empty
     on = going_on(saved(tmp_path, held_of(source, optimizer)), sink)
@@ -149,9 +154,9 @@ def test_every_tensor_of_a_checkpoint_reaches_its_name(tmp_path: Path, empty: bo
 
 
 def test_a_backbone_that_trained_whole_has_its_group_first(tmp_path: Path) -> None:
-    config = replace(CONFIG, backbone=(GroupRule("adapter", 2e-4), GroupRule("", 1e-5, 0.05)))
+    config = replace(CONFIG, groups=(GroupRule("adapter", 2e-4), GroupRule("^backbone.*", 1e-5, 0.05)))
     source = ours(tuning="all")
-    optimizer = optimizer_of(source, rest=True, config=replace(CONFIG, backbone=config.backbone[:1]))
+    optimizer = optimizer_of(source, rest=True, config=replace(CONFIG, groups=config.groups[:1]))
     stepped(source, optimizer)
     on = going_on(saved(tmp_path, held_of(source, optimizer)), ours(tuning="all"), config, base=None)
     for name, parameter in source.named_parameters():
@@ -281,7 +286,7 @@ def test_bitsandbytes_keys_stay_with_the_base(tmp_path: Path, averaged: bool) ->
 
 def test_seeds_adapters_and_lora_go_on_by_name(tmp_path: Path) -> None:
     for more in ({"adapter": AdapterConfig("qlora", lora_r=2)}, {"lora": LoraConfig(lora_r=2)}):
-        config = replace(CONFIG, backbone=(GroupRule("lora", 1e-4), GroupRule("adapter", 2e-4)))
+        config = replace(CONFIG, groups=(GroupRule("lora_*", 1e-4), GroupRule("adapter", 2e-4)))
         source = ours(**more)
         with pytest.raises(Exception, match="no tensor for"):
             to_opentad(source)  # upstream has no such names; the integration writes ours below OpenTAD's prefix
@@ -396,8 +401,10 @@ def test_what_the_file_and_the_recipe_disagree_on_is_said_line_by_line(tmp_path:
     optimizer = optimizer_of(source)
     stepped(source, optimizer)
     path = saved(tmp_path, held_of(source, optimizer, each=6))
-    other = replace(CONFIG, backbone=(GroupRule("adapter", 5e-4),))
-    text = "\n".join(continue_from(path, ours(), other, ScheduleConfig(2, 2), 10, 2, base=BASE).remarks)
+    other = replace(CONFIG, groups=(GroupRule("adapter", 5e-4),))
+    text = "\n".join(
+        continue_from(path, ours(), other, ScheduleConfig(warmup=2), 10, replace(TRAINING, epochs=2), base=BASE).remarks
+    )
     for said in (
         "2 epochs of OpenTAD are 20 samples, 10 updates of 2",
         "R02 OpenTAD made 6 updates an epoch, these data and this batch make 5",
@@ -407,7 +414,7 @@ def test_what_the_file_and_the_recipe_disagree_on_is_said_line_by_line(tmp_path:
         "R01 the file has no random states",
     ):
         assert said in text, said
-    text = "\n".join(continue_from(path, ours(), CONFIG, SCHEDULE, 11, 2, base=BASE, ema=False).remarks)
+    text = "\n".join(continue_from(path, ours(), CONFIG, SCHEDULE, 11, TRAINING, base=BASE, ema=False).remarks)
     assert "6 updates an epoch, its last one smaller" in text and "its average is left" in text
 
 
@@ -444,7 +451,7 @@ def test_a_run_that_went_through_an_opentad_file_ends_where_it_would_have_ended(
     )  # the frozen weights, as the hint says
     again = runs.recipe(data, training__pretrained=str(tmp_path / "base"))
     job, loop = build(again, after)
-    on = continue_from(path, job.model, again.optimizer, again.schedule, len(job.data), loop.batch, job.base)  # type: ignore[arg-type]
+    on = continue_from(path, job.model, again.optimizer, again.schedule, len(job.data), again.training, job.base)  # type: ignore[arg-type]
     outcome = fit(job, after, loop, resume=on.state)
     assert outcome.level == "weights, moments, average and epoch from OpenTAD" and outcome.step == 8
     wanted, found = (checkpoint.newest(folder) for folder in (straight, after))

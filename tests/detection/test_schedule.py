@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tensorkeep.detection.model.schedule import ScheduleConfig, learning_rate, set_learning_rates
+from tensorkeep.detection.recipe.schema import ScheduleConfig, TrainingConfig
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.schedules import learning_rate, schedule_of
 
 
 def test_warm_up_starts_at_zero_and_reaches_the_base_on_its_last_update() -> None:
@@ -18,12 +18,12 @@ def test_a_warm_up_of_one_or_none() -> None:
     assert learning_rate(0, 1.0, 0, 4) == 1
 
 
-def test_every_group_keeps_its_own_base() -> None:
-    optimizer = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))], "base_lr": b} for b in (2.0, 1.0)])
-    config = ScheduleConfig(warmup_epochs=1, epochs=3, stop_epoch=2)
-    assert set_learning_rates(optimizer, config, 10, 10) == [2.0, 1.0]
-    assert [group["lr"] for group in optimizer.param_groups] == [2.0, 1.0]
-    assert config.epochs_run == 2 and ScheduleConfig().epochs_run == 100
+def test_a_run_that_stops_before_its_cosine_has_the_rates_of_the_whole() -> None:
+    whole = schedule_of(ScheduleConfig(warmup=2), TrainingConfig(epochs=5), 20)
+    stopped = schedule_of(ScheduleConfig(warmup=2, ends_at=5), TrainingConfig(epochs=3), 20)
+    rates = [whole(update, 0.3) for update in range(50)]
+    assert rates == [learning_rate(update, 0.3, 20, 50) for update in range(50)]
+    assert rates == [stopped(update, 0.3) for update in range(50)]
 
 
 def test_a_warm_up_longer_than_the_schedule_is_refused() -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, Schedule, count_positives, positives_of
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, count_positives, positives_of
 from tensorkeep.detection.data.clips import collate
 from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
 from tensorkeep.detection.job import build
-from tensorkeep.detection.model.schedule import ScheduleConfig, set_learning_rates
 from tensorkeep.detection.start import make_detector, open_detector
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization.modules import quantized_layers
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.batches import Stream
 from tensorkeep.training.distributed import World
@@ -34,7 +34,7 @@ QLORA = {
     "model__backbone__lora": {"lora_r": 4, "lora_dropout": 0.1},
     "model__backbone__vit__drop_path": 0.2,
     "model__projection__drop_path": 0.1,
-    "optimizer__backbone": [{"name": "adapter", "lr": 2e-3}, {"name": "lora", "lr": 1e-3}],
+    "optimizer__groups": [{"pattern": "adapter", "lr": 2e-3}, {"pattern": "lora_*", "lr": 1e-3}],
 }
 QLORA_ADAPTERS = {
     "model__backbone__adapter": {"kind": "qlora", "ratio": 0.5, "lora_r": 4, "lora_dropout": 0.1, "quantize_bits": 4}
@@ -148,14 +148,6 @@ def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypa
     assert np.allclose(one, other, rtol=1e-6) and len(one) == 8
 
 
-def test_rates_are_those_of_the_schedule_in_updates() -> None:
-    config = ScheduleConfig(warmup_epochs=2, epochs=5)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    optimizer.param_groups[0]["base_lr"] = 0.3
-    for update in range(50):
-        assert set_learning_rates(optimizer, config, update, 10) == [Schedule(config, 10.0)(update, 0.3)]
-
-
 def test_a_loss_that_is_no_sum_is_not_split(data: Path, tmp_path: Path) -> None:
     made = runs.recipe(data, model__head__loss_weight=-1.0, training__micro_batch=1)
     with pytest.raises(TensorkeepError, match="ratio"):
@@ -168,7 +160,7 @@ def test_a_loss_that_is_no_sum_is_not_split(data: Path, tmp_path: Path) -> None:
 def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_path: Path) -> None:
     outcome = runs.trained(
         runs.recipe(
-            data, optimizer__lr=5e-3, schedule__epochs=15, training__save_every=15, training__evaluate_every=15
+            data, optimizer__lr=5e-3, training__epochs=15, training__save_every=15, training__evaluate_every=15
         ),
         tmp_path,
     )
@@ -176,6 +168,26 @@ def test_training_lowers_the_loss_and_marks_the_best_checkpoint(data: Path, tmp_
     assert outcome.step == 30 and np.mean(losses[-6:]) < 0.75 * np.mean(losses[:6])
     evaluations = {row["step"]: row["evaluation"]["average_mAP"] for row in rows(tmp_path) if "evaluation" in row}
     assert checkpoint.best(tmp_path) == max(evaluations, key=lambda step: (evaluations[step], -step))
+
+
+def test_options_that_began_with_language_runs_are_carried_out_here_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    compiled: list[bool] = []
+    monkeypatch.setattr("tensorkeep.training.trackers.wandb", lambda run, project: told.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model.training))
+    options = {"best": "-loss", "patience": 1, "keep_last": 1, "keep_every": 2, "compile": True, "clip": None}
+    options |= {"trackers": ["wandb"], "evaluate_every": 1, "save_every": 1, "evaluate_from": 2, "background": False}
+    # nothing moves, so no evaluation is better than the first
+    still: dict[str, Any] = {"schedule__kind": "constant", "schedule__warmup": 0, "optimizer__lr": 0}
+    still |= {"optimizer__groups": [{"pattern": "adapter", "lr": 0}], "training__ema": None, "training__updates": 8}
+    made = runs.recipe(data, **still, **{f"training__{name}": value for name, value in options.items()})
+    outcome = runs.trained(made, tmp_path)
+    assert (outcome.reason, outcome.step) == ("stopped early", 3) and "loss" in outcome.evaluation
+    assert checkpoint.best(tmp_path) == 2 and checkpoint.steps(tmp_path) == [3, 2] and compiled == [True]
+    assert [row["step"] for row in told if "evaluation" in row] == [2, 3]
+    assert [row["step"] for row in told if "loss" in row] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("changes", [{}, QLORA, QLORA_ADAPTERS], ids=["adapters", "nf4 and LoRA", "QLoRA adapters"])
@@ -216,7 +228,7 @@ def names_of(batch: Any) -> list[str]:
 
 
 def test_two_ranks_train_as_one_process_does(data: Path, tmp_path: Path) -> None:
-    made = runs.recipe(data, schedule__epochs=10, training__evaluate_every=100)
+    made = runs.recipe(data, training__epochs=10, training__evaluate_every=100)
 
     def work(world: World) -> None:
         heard: list[list[str]] = []
@@ -238,7 +250,7 @@ WHOLE = {
     "model__backbone__adapter": None,
     "model__backbone__tuning": "all",
     "model__backbone__checkpointing": "blocks",
-    "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+    "optimizer__groups": [{"pattern": "^backbone", "lr": 1e-3, "weight_decay": 0.05}],
 }
 
 
@@ -268,6 +280,15 @@ def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(tmp_path: Pa
     job, loop = build(made, tmp_path / "shards")
     on = fit(job, tmp_path / "shards", replace(loop, updates=6), allow=("updates",))
     assert on.level == "sample-exact" and on.step == 6
+
+
+def test_a_job_proves_its_codes_on_every_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proven: list[int] = []
+    monkeypatch.setattr(
+        "tensorkeep.detection.job.check_ranks", lambda model: proven.append(len(quantized_layers(model)))
+    )
+    build(runs.recipe(data, training__quantize_backbone="nf4"), tmp_path)
+    assert len(proven) == 1 and proven[0] > 0
 
 
 def test_shards_and_a_backbone_that_reaches_into_its_blocks_are_refused(data: Path) -> None:
@@ -316,11 +337,10 @@ def features(folder: Path) -> Any:
         "augment": None,
         "class_map": None,
     }
-    document["optimizer"]["backbone"] = []
-    from tensorkeep.detection.recipe.schema import DetectionRecipe
-    from tensorkeep.training.schema import from_mapping
+    document["optimizer"]["groups"] = []
+    from tensorkeep.detection.recipe.text import detection_recipe
 
-    return from_mapping(DetectionRecipe, document, "recipe")
+    return detection_recipe(document)
 
 
 # -- the base ---------------------------------------------------------------------------------------------------------
@@ -330,9 +350,9 @@ def test_a_trained_backbone_is_the_base_of_the_next_run(data: Path, tmp_path: Pa
     whole = {
         "model__backbone__adapter": None,
         "model__backbone__tuning": "all",
-        "schedule__epochs": 2,
-        "schedule__warmup_epochs": 0,
-        "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+        "training__epochs": 2,
+        "schedule__warmup": 0,
+        "optimizer__groups": [{"pattern": "^backbone", "lr": 1e-3, "weight_decay": 0.05}],
     }
     runs.trained(runs.recipe(data, **whole), tmp_path / "first")
     made = runs.recipe(data, training__pretrained=str(tmp_path / "first"), **QLORA)
@@ -352,9 +372,9 @@ def test_a_resume_on_another_base_is_refused(data: Path, tmp_path: Path) -> None
     whole = {
         "model__backbone__adapter": None,
         "model__backbone__tuning": "all",
-        "schedule__epochs": 1,
-        "schedule__warmup_epochs": 0,
-        "optimizer__backbone": [{"name": "", "lr": 1e-3}],
+        "training__epochs": 1,
+        "schedule__warmup": 0,
+        "optimizer__groups": [{"pattern": "^backbone", "lr": 1e-3, "weight_decay": 0.05}],
     }
     for seed in (1, 2):
         runs.trained(runs.recipe(data, training__seed=seed, **whole), tmp_path / f"base{seed}")

@@ -18,7 +18,7 @@ from tensorkeep.detection.model.config import (
     VitConfig,
 )
 from tensorkeep.detection.model.detector import Detector, count_parameters
-from tensorkeep.detection.model.groups import parameter_groups
+from tensorkeep.detection.model.groups import detector_groups
 from tests.parity.opentad_fixtures import Case, Fixture
 from tests.parity.opentad_training import group_cases, optimizer_of
 
@@ -49,7 +49,7 @@ def cases(fixture: Fixture) -> Iterator[Case]:
                 0,
             )
     if "optimizer_groups" in fixture.meta:
-        groups = parameter_groups(detector, optimizer_of({"groups": fixture.meta["optimizer_groups"]}))
+        groups = detector_groups(detector, optimizer_of({"groups": fixture.meta["optimizer_groups"]}))
         yield from group_cases(groups, fixture.meta["optimizer_groups"])
 
 

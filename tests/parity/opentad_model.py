@@ -19,11 +19,11 @@ from tensorkeep.detection.model.config import DetectorConfig, VitConfig
 from tensorkeep.detection.model.detector import Detector, build_backbone, padded_length, video_features
 from tensorkeep.detection.model.head import valid_proposals
 from tensorkeep.detection.model.layers import VideoShape
-from tensorkeep.detection.model.schedule import learning_rate
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.detection.model.weights import load_exactly, load_videomae
 from tensorkeep.detection.opentad._model_section import backbone_config, detector_config
 from tensorkeep.training.ema import Ema
+from tensorkeep.training.schedules import learning_rate
 from tests.opentad_names import load_opentad, to_opentad
 from tests.parity import opentad_keys, opentad_training
 from tests.parity.opentad_fixtures import Capture, Case, Fixture, difference, read_fixtures, relative, unequal

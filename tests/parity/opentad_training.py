@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tensorkeep.conversion.naming import opentad
 from tensorkeep.detection.model.detector import Detector
-from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig, make_optimizer
+from tensorkeep.detection.model.groups import OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.head import valid_proposals
-from tensorkeep.detection.model.schedule import learning_rate
 from tensorkeep.detection.opentad._model_section import detector_config
 from tensorkeep.training.ema import Ema
+from tensorkeep.training.migration import backbone_pattern
+from tensorkeep.training.schedules import learning_rate
+from tensorkeep.training.sections import GroupRule
 from tests.opentad_names import load_opentad
 from tests.parity.opentad_fixtures import Case, Fixture, difference, relative
 
@@ -41,13 +43,13 @@ def optimizer_of(section: dict[str, Any]) -> OptimizerConfig:
         lr = group.get("initial_lr", group.get("lr"))
         if all(name.startswith("backbone.") for name in group["names"]):
             word = "adapter" if all(".adapter." in name for name in group["names"]) else ""
-            rules.append(GroupRule(word, lr, group["weight_decay"]))
+            rules.append(GroupRule(backbone_pattern(word), lr, group["weight_decay"]))
         else:
             detector.append((lr, group["weight_decay"]))
     lr, decay = max(detector)
     settings = {**section["groups"][0], **section}
     betas, eps = tuple(settings.get("betas", (0.9, 0.999))), settings.get("eps", 1e-8)
-    return OptimizerConfig(lr, decay, tuple(rules), betas, eps)
+    return OptimizerConfig(lr, decay, betas, eps, groups=tuple(rules))
 
 
 def group_cases(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[Case]:

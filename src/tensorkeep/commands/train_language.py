@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -42,7 +42,8 @@ def train_language(
     Parameters
     ----------
     recipe
-        A recipe (YAML); a run's own recipe.yaml goes on with it.
+        A recipe (YAML), or the name of one that is shipped (`tensorkeep recipe list`); a run's own recipe.yaml goes
+        on with it.
     out
         The run's folder: recipe.yaml, metrics.jsonl, checkpoints.
     resume
@@ -57,16 +58,18 @@ def train_language(
     """
     from tensorkeep.language import job as language
     from tensorkeep.language.recipe_text import read_language
-    from tensorkeep.training.recipe import to_yaml
 
-    printer = say.output()
-    made = read_language(recipe, pairs_of(changes))
-    text = to_yaml(made)
+    printer, said = say.output(), list[str]()
+    made = read_language(recipe, pairs_of(changes), said.append)
     if print_recipe:
-        return _printed(printer, text)
+        return printed(made, said, printer)
 
     def start(run: Path, world: World) -> Start:
         remark = printer.remark if world.first else lambda _: None
+        say_old(said, remark)
+        if made.continued_from is not None and not resume.endswith(".pth"):
+            hint = "--resume NAME_resume.pth, with every start of the run"
+            raise TensorkeepError("the run goes on from MiniMind's resume file", where="continued_from", hint=hint)
         job = language.build(made, run, world, remark)
         loop = language.loop_of(made, len(job.data))
         return language.continued(made, resume, job, loop, remark) if resume.endswith(".pth") else (job, loop, resume)
@@ -74,12 +77,20 @@ def train_language(
     return trained(start, out, allow, device, printer)
 
 
-def _printed(printer: Output, text: str) -> int:
-    import yaml
+def say_old(said: Sequence[str], remark: Callable[[str], None]) -> None:
+    """Say what a recipe or a flag calls otherwise than this version does."""
+    for line in said:
+        remark(f"note: {line}")
 
+
+def printed(recipe: Any, said: Sequence[str], printer: Output) -> int:
+    """Print a recipe with every default, and say what it calls otherwise; for `--print-recipe`."""
+    from tensorkeep.training.recipe import plain, to_yaml
+
+    say_old(said, printer.remark)
     if printer.json:
-        printer.document({"recipe": yaml.safe_load(text)})
-    printer.line(text.rstrip("\n"))
+        printer.document({"recipe": plain(recipe)})
+    printer.line(to_yaml(recipe).rstrip("\n"))
     return 0
 
 
@@ -88,8 +99,8 @@ def trained(
 ) -> int:
     """What every `train` command does once its recipe is read: join the group, build, fit, tell.
 
-    `start(run, world)` makes job and loop, and says what to resume from; `fit` writes RUN/recipe.yaml from the job. Returns the exit code: 130 when
-    the run was interrupted and saved.
+    `start(run, world)` makes job and loop, and says what to resume from; `fit` writes RUN/recipe.yaml from the job.
+    Returns the exit code: 130 when the run was interrupted and saved.
     """
     from tensorkeep.training import distributed
     from tensorkeep.training.loop import fit
@@ -135,6 +146,3 @@ def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
         found.append((name, value))
         at += 1
     return found
-
-
-# -- eval ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from tensorkeep.detection.model.assignment import assign_batch, make_points
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.detector import Detector, padded_length
 from tensorkeep.detection.model.layers import halve_mask
-from tensorkeep.detection.model.schedule import ScheduleConfig, learning_rate
 from tensorkeep.errors import TensorkeepError
 
 
@@ -118,20 +117,3 @@ def refuse_split(config: DetectorConfig, parts: int) -> None:
             where="model.head.loss_weight",
             hint="a positive weight, or one process and no micro_batch",
         )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Gives the learning rate of update 0, 1, ...: a linear warm-up, then a cosine.
-
-    Attributes:
-        config: epochs of both, and the lowest rate.
-        per_epoch: updates of an epoch, a fraction where an epoch does not end with an update.
-    """
-
-    config: ScheduleConfig
-    per_epoch: float
-
-    def __call__(self, update: int, base: float) -> float:
-        warmup, total = (round(epochs * self.per_epoch) for epochs in (self.config.warmup_epochs, self.config.epochs))
-        return learning_rate(update, base, min(warmup, max(total, 1) - 1), max(total, 1), self.config.floor)

@@ -87,7 +87,7 @@ def evaluate_untrained(recipe: DetectionRecipe) -> Evaluation:
         TensorkeepError: Recipe, pretrained weights and data do not fit together.
 
     Example:
-        >>> evaluate_untrained(read_recipe("recipes/detection/synthetic_tiny.yaml")).average  # doctest: +SKIP
+        >>> evaluate_untrained(read_recipe("synthetic_tiny")).average  # doctest: +SKIP
         0.0001
     """
     evaluation = evaluation_of(recipe, read_classes(recipe), World(), contextlib.nullcontext)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, Schedule, positives_of, refuse_split
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, positives_of, refuse_split
 from tensorkeep.detection.data.clips import most_segments
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
 from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe.text import kept_of
 from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
 from tensorkeep.detection.start import make_detector
 from tensorkeep.output import Output
+from tensorkeep.quantization.modules import check_ranks
 from tensorkeep.storage import run_folder
+from tensorkeep.training import job as training_job
+from tensorkeep.training import trackers
 from tensorkeep.training.batches import parts_of
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
@@ -25,7 +28,8 @@ from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import Outcome, fit
 from tensorkeep.training.precision import autocast
 from tensorkeep.training.recipe import plain
-from tensorkeep.training.saver import Keep, State
+from tensorkeep.training.saver import State
+from tensorkeep.training.schedules import schedule_of
 
 Remark = Callable[[str], None]
 
@@ -37,7 +41,7 @@ def build(
 
     Raises TensorkeepError where data, weights and recipe do not fit together.
 
-    >>> job, loop = build(read_recipe("recipes/detection/own_data.yaml"), "runs/own")      # doctest: +SKIP
+    >>> job, loop = build(read_recipe("own_data"), "runs/own")      # doctest: +SKIP
     """
     world = world or World()
     classes = read_classes(recipe)
@@ -48,6 +52,7 @@ def build(
         remark("note: floor_frames: false is not carried out: annotated seconds become whole frames")
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
+    check_ranks(detector)
     frames = float(recipe.data.window_size * recipe.data.scale_factor)
     job = Job(
         model=detector,
@@ -57,11 +62,13 @@ def build(
         loss=DetectionLoss(detector),
         count=positives_of,
         divisor=Normalizer(detector),
-        schedule=Schedule(recipe.schedule, len(clips) / recipe.training.batch_size),
+        schedule=schedule_of(recipe.schedule, recipe.training, len(clips)),
         evaluate=evaluate,
         ema=None if recipe.training.ema is None else Ema(detector, recipe.training.ema),
         base=base,
         recipe=plain(recipe),
+        read_recipe=kept_of,
+        trackers=trackers.named(recipe.training.trackers, Path(run)) if world.first else [],
         shard=blocks_of,
         pace=("frames", frames) if recipe.data.inputs == "video" else ("samples", 1.0),
     )
@@ -75,32 +82,8 @@ def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
-    """How the loop is to go; `samples`: of one epoch. Epochs follow one another without a gap: an update may take its
-    last samples from the next one."""
-    t = recipe.training
-    per_epoch = samples / t.batch_size
-
-    def updates(number: int) -> int:
-        return max(round(number * per_epoch), 1) if t.every == "epochs" else number
-
-    return Loop(
-        updates=max(1, math.ceil(recipe.schedule.epochs_run * per_epoch)),
-        batch=t.batch_size,
-        micro=t.micro_batch,
-        seed=t.seed,
-        workers=t.workers,
-        clip=recipe.optimizer.clip_norm or None,
-        precision=t.precision,
-        graph=t.graph,
-        deterministic=t.deterministic,
-        parallel=t.parallel,
-        log_every=t.log_every,
-        save_every=updates(t.save_every),
-        evaluate_every=updates(t.evaluate_every),
-        evaluate_from=updates(t.evaluate_from) if t.evaluate_from else 0,
-        keep=Keep(t.keep_last),
-        best="average_mAP" if t.best == "average_mAP" else "-loss",
-    )
+    """Say how the loop is to go; `samples`: of one epoch."""
+    return training_job.loop_of(recipe.training, samples)
 
 
 def run_detection(
@@ -113,7 +96,7 @@ def run_detection(
 ) -> Outcome:
     """Train a recipe in the folder `run`, or go on with it: `build` and `train.fit`.
 
-    >>> run_detection(read_recipe("recipes/detection/synthetic_tiny.yaml"), "runs/tiny").evaluation   # doctest: +SKIP
+    >>> run_detection(read_recipe("synthetic_tiny"), "runs/tiny").evaluation   # doctest: +SKIP
     {'average_mAP': 0.6, ...}
     """
     say = say or Output(quiet=True)
@@ -138,7 +121,7 @@ def continued(
         recipe.optimizer,
         recipe.schedule,
         len(job.data),
-        recipe.training.batch_size,
+        recipe.training,
         job.base,
         averaged,
     )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.data.synthetic import TINY, SyntheticConfig, make_clip
 from tensorkeep.detection.model.config import VitConfig
-from tensorkeep.detection.model.schedule import learning_rate
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.output import Output
 from tensorkeep.storage.durable import digest
@@ -29,6 +28,7 @@ from tensorkeep.training.loop import Outcome, fit
 from tensorkeep.training.randomness import derive
 from tensorkeep.training.recipe import plain
 from tensorkeep.training.saver import Keep
+from tensorkeep.training.schedules import learning_rate
 
 _WARMUP = 40  # updates
 MOTIONS = replace(TINY, classes=("pulse", "blink", "spin"))  # of the four that TINY's videos show, two stay unseen

@@ -35,8 +35,9 @@ def read_classes(recipe: DetectionRecipe) -> tuple[str, ...]:
     data = recipe.data
     classes = read_class_map(data.class_map) if data.class_map else read_annotations(data.train.annotations).classes
     if not data.class_agnostic and len(classes) != recipe.model.head.classes:
+        few = ", ".join(classes[:4])
         raise TensorkeepError(
-            f"there are {len(classes)} classes ({', '.join(classes[:4])}, ...), the head has {recipe.model.head.classes}",
+            f"there are {len(classes)} classes ({few}, ...), the head has {recipe.model.head.classes}",
             where=data.class_map or data.train.annotations,
             hint=f"--model.head.classes {len(classes)}",
         )
@@ -156,5 +157,5 @@ def evaluation_of(
         workers=training.workers,
         world=world,
         context=context,
-        loss=training.best == "loss",
+        loss=training.best == "-loss",
     )

@@ -98,10 +98,10 @@ def evaluation_of(
     data = make_data(recipe, config, start.tokenizer, start.vocabulary, run, world, remark)
     pad, training = pad_of(start.tokenizer), recipe.training
     if isinstance(data, Pairs):
-        digest, micro = str(start.digest()), training.micro_batch or training.batch
+        digest, micro = str(start.digest()), training.micro_batch or training.batch_size
         folder = cache_of(recipe, run)
         data = with_reference(data, start.model, loss.plain, folder, digest, world, pad, micro, remark)
-    loop = Loop(updates=0, batch=training.batch, micro=training.micro_batch, precision=training.precision)
+    loop = Loop(updates=0, batch=training.batch_size, micro=training.micro_batch, precision=training.precision)
     count = min(len(data), rows) if rows is not None else len(data)
     if recipe.objective == "dpo":
         return Evaluation(data, CollatePairs(pad), loss, pairs_of, loop, world, False, count)

@@ -16,10 +16,11 @@ from tensorkeep.language._held_out import evaluation_of
 from tensorkeep.language.checkpoints import checkpoint_of, needs_start_weights, put_state, run_of
 from tensorkeep.language.data.texts import objective_of
 from tensorkeep.language.losses import TokenLoss, plain_head
-from tensorkeep.language.recipe import DataConfig, LanguageRecipe, TrainingConfig
+from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.language.recipe_text import read_language
 from tensorkeep.language.start import Remark, start_of
 from tensorkeep.training.distributed import World
+from tensorkeep.training.sections import TrainingConfig
 
 
 def evaluate_checkpoint(
@@ -65,7 +66,7 @@ def evaluate_checkpoint(
     if not files:
         raise TensorkeepError("nothing to evaluate on", where=path, hint="--data FILE")
     recipe = replace(recipe, data=replace(recipe.data, length=length or recipe.data.length))
-    recipe = replace(recipe, training=replace(recipe.training, batch=batch * world.size, micro_batch=batch))
+    recipe = replace(recipe, training=replace(recipe.training, batch_size=batch * world.size, micro_batch=batch))
     with tempfile.TemporaryDirectory() as scratch:  # tokens of an evaluation are not the run's
         place = Path(scratch)
         start = start_of(recipe, run or place, world, remark, weights=state is None or needs_start_weights(recipe))

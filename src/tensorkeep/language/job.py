@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +15,19 @@ from tensorkeep.language._dpo import PreferenceLoss, with_reference
 from tensorkeep.language._held_out import evaluation_of
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
-from tensorkeep.language._schedules import Schedule
 from tensorkeep.language.data.batches import Collate, targets_of
 from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
 from tensorkeep.language.losses import TokenLoss, plain_head, refuse_packing
 from tensorkeep.language.recipe import LanguageRecipe
+from tensorkeep.language.recipe_text import kept, kept_of
 from tensorkeep.language.start import Remark, StartingModel, start_of
+from tensorkeep.training import job as training_job
 from tensorkeep.training import trackers
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.recipe import plain
-from tensorkeep.training.saver import Keep, State
-
-# fields of a recipe's data section that may differ between two starts of a run: where its tokens are kept
-FREE = ("cache",)
+from tensorkeep.training.saver import State
+from tensorkeep.training.schedules import schedule_of
 
 
 def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, remark: Remark = lambda _: None) -> Job:
@@ -49,7 +46,7 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         TensorkeepError: weights, tokenizer, data and recipe do not fit together.
 
     Example:
-        >>> recipe = read_language("recipes/language/smollm2_sft.yaml")                  # doctest: +SKIP
+        >>> recipe = read_language("smollm2_sft")  # doctest: +SKIP
         >>> job = build(recipe, "runs/one")                                              # doctest: +SKIP
         >>> fit(job, "runs/one", loop_of(recipe, len(job.data)))                         # doctest: +SKIP
     """
@@ -65,13 +62,11 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     pad, dpo = pad_of(start.tokenizer), recipe.objective == "dpo"
     data = make_data(recipe, recipe.data, start.tokenizer, start.vocabulary, run, world, remark)
     if isinstance(data, Pairs):
-        micro = recipe.training.micro_batch or max(recipe.training.batch // world.size, 1)
+        micro = recipe.training.micro_batch or max(recipe.training.batch_size // world.size, 1)
         data = with_reference(data, model, head, cache_of(recipe, run), str(digest), world, pad, micro, remark)
     if recipe.training.gradient_checkpointing:
         lean(decoder_layers(model), recipe.training.kept, recipe.training.compile)
     loss: Any = PreferenceLoss(head, recipe.beta) if dpo else TokenLoss(head, router=_router(model))
-    document = plain(recipe)
-    document["data"] = {k: v for k, v in document["data"].items() if k not in FREE}
     return Job(
         model=model,
         optimizer=make_optimizer(model, recipe.optimizer),
@@ -80,12 +75,13 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         loss=loss,
         count=pairs_of if dpo else targets_of,
         pace=("pairs" if dpo else "tokens", None),
-        schedule=Schedule(recipe.schedule, _updates_of(recipe, len(data))),
+        schedule=schedule_of(recipe.schedule, recipe.training, len(data)),
         evaluate=_evaluation(recipe, start, run, world, loss, remark),
         ema=None if recipe.training.ema is None else Ema(model, recipe.training.ema),
-        recipe=document,
+        recipe=kept(recipe),
+        read_recipe=kept_of,
         base=None if recipe.adapter is None else {"digest": digest, "path": str(recipe.model)},
-        trackers=[_tracker(name, run) for name in recipe.training.trackers if world.first],
+        trackers=trackers.named(recipe.training.trackers, run) if world.first else [],
     )
 
 
@@ -105,7 +101,7 @@ def continued(
     """Let a job go on from MiniMind's resume file: its weights, moments, position, order and learning rates.
 
     Args:
-        recipe: its `micro_batch` (or `batch`) is MiniMind's --batch_size, its `epochs` --epochs; how many
+        recipe: its `micro_batch` (or `batch_size`) is MiniMind's --batch_size, its `epochs` --epochs; how many
             micro-batches make an update is read off the file.
         path: the resume file, `*_resume.pth`.
         job: the recipe's job; its order, schedule and optimizer settings are changed in place.
@@ -122,7 +118,7 @@ def continued(
 
     t = recipe.training
     epochs = int(t.epochs) if t.epochs is not None and float(t.epochs).is_integer() else None
-    on = continue_from(path, job.model, len(job.data), t.micro_batch or t.batch, epochs=epochs, base=job.base)
+    on = continue_from(path, job.model, len(job.data), t.micro_batch or t.batch_size, epochs=epochs, base=job.base)
     job.orders, job.recipe = on.orders, job.recipe | {"continued_from": on.origin}
     job.schedule = on.schedule or job.schedule
     for group in job.optimizer.param_groups:
@@ -130,11 +126,6 @@ def continued(
     for line in on.remarks:
         remark(line)
     return job, replace(loop, updates=on.updates or loop.updates, batch=on.batch, micro=on.micro), on.state
-
-
-def _tracker(name: str, run: Path) -> trackers.Tracker:
-    """The tracker of that name, for this run."""
-    return trackers.tensorboard(run) if name == "tensorboard" else trackers.wandb(run, "tensorkeep")
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -146,41 +137,15 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(layers)
 
 
-def _updates_of(recipe: LanguageRecipe, samples: int) -> int:
-    """Updates of the whole run, from `updates` or from `epochs` of so many samples each."""
-    training = recipe.training
-    if training.updates is not None:
-        return training.updates
-    return max(1, math.ceil(float(training.epochs or 0) * samples / training.batch))
-
-
 def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
     """Take a recipe's loop settings: how long, in what portions, when to save and evaluate.
 
     Args:
-        recipe: its training section is read.
+        recipe: its training section is read; layers that are recomputed are compiled one by one, not as a whole.
         samples: samples of one epoch, which give the updates where the recipe counts epochs.
     """
-    t = recipe.training
-    return Loop(
-        updates=_updates_of(recipe, samples),
-        batch=t.batch,
-        micro=t.micro_batch,
-        seed=t.seed,
-        workers=t.workers,
-        clip=t.clip,
-        precision=t.precision,
-        compile=t.compile and not t.gradient_checkpointing,
-        log_every=t.log_every,
-        save_every=t.save_every,
-        evaluate_every=t.evaluate_every,
-        evaluate_from=t.evaluate_from,
-        parallel=t.parallel,
-        deterministic=t.deterministic,
-        keep=Keep(t.keep_last, t.keep_every),
-        best=t.best,
-        patience=t.patience,
-    )
+    whole = recipe.training.compile and not recipe.training.gradient_checkpointing
+    return replace(training_job.loop_of(recipe.training, samples), compile=whole)
 
 
 def _router(model: Any) -> float:

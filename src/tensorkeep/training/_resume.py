@@ -28,6 +28,7 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World, gathered
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors, undeclared
+from tensorkeep.training.migration import names_now
 from tensorkeep.training.saver import State
 
 # what may differ between two starts of one run without changing what is computed
@@ -171,7 +172,8 @@ def _callable_only(thing: Any) -> bool:
 def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tuple[str, ...] = ()) -> None:
     """Refuse a job whose recipe, base, data, seed, global batch or length are not those of the checkpoint.
 
-    What a checkpoint from elsewhere does not say is not compared.
+    The checkpoint's recipe is read as the job says (`read_recipe`), so one of an older version is no other recipe. What
+    a checkpoint from elsewhere does not say is not compared.
 
     Args:
         job: the job as it is now.
@@ -189,7 +191,8 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     mine = dict(_flat({name: now[name] for name in parts})) | {"base.digest": (job.base or {}).get("digest")}
     theirs = dict(_flat({name: then[name] for name in parts})) | {"base.digest": (state.base or {}).get("digest")}
     if then.get("recipe") is not None:
-        mine, theirs = dict(_flat(_plain(job.recipe))) | mine, dict(_flat(then["recipe"])) | theirs
+        stored = _plain(job.read_recipe(then["recipe"]))
+        mine, theirs = dict(_flat(_plain(job.recipe))) | mine, dict(_flat(stored)) | theirs
     changed = [
         f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}"
         for key in sorted(mine.keys() | theirs.keys())
@@ -206,9 +209,9 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
 
 def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
     """Whether a pattern names the field; updates follow from epochs, so either word allows a longer run."""
-    lengths = [f"{part}.{name}" for part in ("training", "schedule") for name in (*LENGTH, "stop_epoch")]
-    spellings = lengths if key == "updates" else [key]
-    return any(matches(name, (*FREE, *allow)) for name in spellings)
+    spellings = [f"training.{name}" for name in LENGTH] if key == "updates" else [key]
+    allowed = [now for name in allow for now in names_now(name)]
+    return any(matches(name, (*FREE, *allowed)) for name in spellings)
 
 
 def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -106,7 +106,7 @@ def micro_batches(keys: Sequence[Key], rank: int, world: int, micro: int) -> lis
     if len(keys) < world:
         raise TensorkeepError(
             f"a global batch of {len(keys)} cannot be split over {world} ranks",
-            where="training.batch",
+            where="training.batch_size",
             hint="use fewer processes or a larger batch",
         )
     own = list(keys[rank::world])

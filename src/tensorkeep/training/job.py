@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from tensorkeep.training._retention import Keep
 from tensorkeep.training.batches import Data, Orders
 from tensorkeep.training.ema import Ema
+from tensorkeep.training.sections import TrainingConfig, counted, updates_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -31,8 +32,9 @@ class Job:
     `divisor` maps the count of the whole update to what sums are divided by. `schedule(update, base)` is the learning
     rate of update 0, 1, ... for a group whose `base_lr` is `base`. `evaluate(model)` runs on every rank, under the
     average where there is one (with equally many forwards on each where the model is sharded); what it gives on the
-    first rank counts. `state`: further objects with `state_dict` and
-    `load_state_dict` of plain JSON. `pace`: what is told a second, and how much of it is in a sample (None: what is counted).
+    first rank counts. `state`: further objects with `state_dict` and `load_state_dict` of plain JSON. `pace`: what is
+    told a second, and how much of it is in a sample (None: what is counted). `read_recipe` turns the recipe of a
+    checkpoint, written by this version or an older one, into what `recipe` would be for it.
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Job:
     ema: Ema | None = None
     base: dict[str, Any] | None = None  # {"digest": ..., "path": ...} of frozen weights that checkpoints leave out
     recipe: dict[str, Any] = field(default_factory=dict)  # plain values; compared on resume, written to recipe.yaml
+    read_recipe: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     orders: Orders = field(default_factory=dict)  # epochs whose order comes from elsewhere
     state: dict[str, Any] = field(default_factory=dict)
     pace: tuple[str, float | None] = ("samples", 1.0)
@@ -58,13 +61,9 @@ class Job:
 class Loop:
     """How long, in what portions, and what happens on the way. All counts are in updates.
 
-    `batch`: samples an update, over all ranks; `micro`: samples a forward on one rank (None: all of the rank's).
-    `best`: the evaluated number whose best checkpoint is kept, `-name` where smaller is better (`-loss`, `mAP`);
-    `patience`: evaluations without a better one before the run stops. `evaluate_every` and `save_every` None: at the
-    end only; no evaluation before update `evaluate_from`, but always one at the end. `parallel`: `fsdp` shards what
-    trains over the ranks, where there are several. `graph`: forward and backward of a micro-batch are recorded once as a
-    CUDA graph and replayed (see `graphs.Recorded`); on GPUs, elsewhere they are launched as ever.
-    `deterministic`: kernels that give the same bits each time, or an error where there is none.
+    `batch`: samples an update, over all ranks; `micro`: samples a forward on one rank (None: all of the rank's). The
+    rest means what the fields of that name in a recipe's section `training` mean (`TrainingConfig`); `keep` is its
+    `keep_last` and `keep_every`.
     """
 
     updates: int
@@ -86,3 +85,38 @@ class Loop:
     patience: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
     background: bool | None = None  # save behind the training; None: where the weights are on a GPU
+
+
+def loop_of(config: TrainingConfig, samples: int) -> Loop:
+    """Say how the loop is to go, from a recipe's section `training`.
+
+    Args:
+        config: The section. Every field of `Loop` follows from it.
+        samples: Samples of one epoch. Epochs follow one another without a gap: an update may take its last samples
+            from the next one.
+    """
+    save, evaluate, first, keep = (
+        counted(config, number, samples)
+        for number in (config.save_every, config.evaluate_every, config.evaluate_from, config.keep_every)
+    )
+    return Loop(
+        updates=updates_of(config, samples),
+        batch=config.batch_size,
+        micro=config.micro_batch,
+        seed=config.seed,
+        workers=config.workers,
+        clip=config.clip,
+        precision=config.precision,
+        compile=config.compile,
+        graph=config.graph,
+        deterministic=config.deterministic,
+        log_every=config.log_every,
+        save_every=save,
+        evaluate_every=evaluate,
+        evaluate_from=first,
+        keep=Keep(config.keep_last, keep),
+        best=config.best,
+        patience=config.patience,
+        parallel=config.parallel,
+        background=config.background,
+    )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import yaml
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
@@ -33,6 +32,7 @@ from tensorkeep.training.batches import Stream, batches
 from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import Interrupted, Wish, listening
 from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.recipe import to_yaml
 from tensorkeep.training.saver import Saver, State
 
 RECIPE = "recipe.yaml"
@@ -248,7 +248,7 @@ def _rewind(run: Run, say: Output) -> None:
     gone = metrics.rewind(run.folder / metrics.METRICS, run.step)
     if gone:
         say.remark(f"{gone} rows after step {run.step} are made again")
-    text = yaml.safe_dump(run.job.recipe, sort_keys=False, allow_unicode=True).encode() if run.job.recipe else b""
+    text = to_yaml(run.job.recipe).encode() if run.job.recipe else b""
     path = run.folder / RECIPE
     if text and not (path.exists() and path.read_bytes() == text):
         with replacing(path, overwrite=True) as temporary:

@@ -5,34 +5,26 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import yaml
 
 from tensorkeep.errors import TensorkeepError, near_misses
 
 T = TypeVar("T")
 
 
-def read_section(path: str | Path, section: str, kind: type[T]) -> T:
-    """One section of a recipe (YAML) as the dataclass `kind`.
-
-    Raises TensorkeepError naming the file and key of anything missing, unknown or unfit.
-    """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=path) from error
-    if not isinstance(document, Mapping) or section not in document:
-        raise TensorkeepError(f"has no section {section!r}", where=path)
-    return from_mapping(kind, document[section], f"{path}: {section}")
-
-
 def from_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build the dataclass `kind` from `values`, nested dataclasses and tuples included.
+    """Build a dataclass from plain values, nested dataclasses and tuples included.
 
-    Raises TensorkeepError that names the path of an unknown key or of a value that does not fit.
+    Args:
+        kind: A frozen dataclass; its field types decide what fits. A tuple of texts may be one text alone.
+        values: Field name -> plain value, as YAML and JSON have them.
+        where: What errors name, in front of the key.
+
+    Returns:
+        The dataclass, with defaults for what `values` leaves out.
+
+    Raises:
+        TensorkeepError: Naming the path of an unknown or missing key, or of a value that does not fit.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Size:
@@ -73,6 +65,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and arguments == (str, ...):
+        value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TensorkeepError(f"expected a list, got {value!r}", where=where)
     kinds = (arguments[0],) * len(value) if arguments[-1] is ... else arguments

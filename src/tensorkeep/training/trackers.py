@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from tensorkeep.storage.placement import replacing, write_bytes
 
 TRACKERS = "trackers.json"
 Tracker = Callable[[dict[str, Any]], None]
+
+
+def named(names: Iterable[str], run: Path) -> list[Tracker]:
+    """Make the trackers that a recipe names: `tensorboard`, and `wandb` under the project `tensorkeep`."""
+    return [tensorboard(run) if name == "tensorboard" else wandb(run, "tensorkeep") for name in names]
 
 
 def tensorboard(run: Path, writer: Callable[..., Any] | None = None) -> Tracker:

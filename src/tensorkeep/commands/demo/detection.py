@@ -36,6 +36,7 @@ from tensorkeep.detection.results.results import read_detections
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import run_folder
 from tensorkeep.training import metrics
+from tensorkeep.training.shipped import shipped_recipe
 
 VIDEOS, HELD_OUT, _SHOWN = 24, 16, 3
 UNTRAINED, LEARNED = 0.05, 0.5  # average mAP: at most before, at least afterwards
@@ -89,54 +90,9 @@ def single_threaded() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = named
 
 
-# recipes/detection/synthetic_tiny.yaml without its paths
-_RECIPE = """
-model:
-  backbone:
-    vit:
-      {image_size: 32, patch_size: 16, embed_dim: 64, depth: 2, heads: 4, mlp_dim: 192, chunk_frames: 32, tubelet: 2,
-       drop_path: 0.0, mean: [100, 100, 100], std: [50, 50, 50]}
-    adapter: {kind: qlora, ratio: 0.25, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1, quantize_bits: 4}
-    tuning: adapter
-    checkpointing: none
-    output_length: 64
-  projection:
-    {in_channels: 64, channels: 64, embed_layers: 1, stem_layers: 1, branch_layers: 3, heads: 4, windows: [-1],
-     drop_path: 0.0, max_length: 64}
-  head:
-    {classes: 4, channels: 64, convs: 2, strides: [1, 2, 4, 8], ranges: [[0, 4], [4, 8], [8, 16], [16, 10000]],
-     loss_normalizer: 15}
-optimizer:
-  lr: 0.002
-  weight_decay: 0.05
-  backbone:
-    - {name: adapter, lr: 0.01, weight_decay: 0.05}
-schedule: {warmup_epochs: 2, epochs: 24}
-data:
-  train: {annotations: "", folder: "", subset: training}
-  test: {annotations: "", folder: "", subset: validation}
-  class_map: ""
-  mode: sliding
-  window_size: 64
-  feature_stride: 2
-  scale_factor: 2
-  window_overlap_ratio: 0.5
-  trunc_thresh: 0.75
-  crop_ratio: [0.9, 1.0]
-  crop_size: 32
-  augment: {size: 32, short_side: 32, crop: centre, flip: 0.5, operations: 0, jitter: [0, 0, 0, 0]}
-training:
-  {batch_size: 2, seed: 0, precision: fp32, ema: 0.98, pretrained: "", quantize_backbone: nf4, save_every: 6,
-   evaluate_every: 6, workers: 0, log_every: 10}
-post_processing:
-  nms: {method: gaussian, sigma: 0.5, min_score: 0.001, limit: 200, multiclass: true}
-evaluation: {thresholds: [0.3, 0.4, 0.5, 0.6, 0.7]}
-"""
-
-
 def detection_recipe(data: Path, backbone: Path) -> dict[str, Any]:
-    """Return recipes/detection/synthetic_tiny.yaml for a data set and a pretrained backbone."""
-    recipe: dict[str, Any] = yaml.safe_load(_RECIPE)
+    """Return the shipped recipe `synthetic_tiny` for a data set and a pretrained backbone."""
+    recipe: dict[str, Any] = yaml.safe_load(shipped_recipe("synthetic_tiny").text)
     for split in ("train", "test"):
         recipe["data"][split] |= {"annotations": str(data / ANNOTATIONS), "folder": str(data / FILES)}
     recipe["data"]["class_map"] = str(data / CLASS_MAP)

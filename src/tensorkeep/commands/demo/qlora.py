@@ -67,6 +67,7 @@ def chapter_qlora(out: Path, show: Show) -> int:
 def qlora_recipe(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
     """Return a small `smollm2_qlora`: nf4 under an adapter of rank 16 on every linear, and an average."""
     return {
+        "version": 2,
         "model": str(base),
         "objective": "pretrain",
         "data": {"files": [str(text)], "length": LENGTH, "packing": "concatenate"},
@@ -76,7 +77,7 @@ def qlora_recipe(base: Path, text: Path, held_out: Path) -> dict[str, Any]:
         "schedule": {"kind": "cosine", "warmup": 0.1, "final": 0.1},
         "training": {
             "updates": UPDATES,
-            "batch": BATCH,
+            "batch_size": BATCH,
             "micro_batch": BATCH,
             "ema": 0.8,
             "quantize_backbone": "nf4",

@@ -118,6 +118,7 @@ def resume_recipe(base: Path, text: Path) -> dict[str, Any]:
     """Return a recipe that trains the last layers and the final norm on rows of LENGTH tokens, and keeps an average."""
     layers = int((read(base).config or {})["num_hidden_layers"])
     return {
+        "version": 2,
         "model": str(base),
         "objective": "pretrain",
         "trainable": [f"model.layers.{n}.*" for n in range(layers - _TRAINED, layers)] + ["model.norm.weight"],
@@ -126,7 +127,7 @@ def resume_recipe(base: Path, text: Path) -> dict[str, Any]:
         "schedule": {"kind": "cosine", "warmup": 0.1, "final": 0.1},
         "training": {
             "updates": UPDATES,
-            "batch": BATCH,
+            "batch_size": BATCH,
             "micro_batch": BATCH // 2,
             "ema": 0.9,
             "log_every": 1,

@@ -17,7 +17,8 @@ from tensorkeep.detection.model.projection import Projection
 from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.schema import from_mapping, read_section
+from tensorkeep.training.recipe import read_section
+from tensorkeep.training.schema import from_mapping
 
 
 def read_detector_config(path: str | Path) -> DetectorConfig:
@@ -33,7 +34,7 @@ def read_detector_config(path: str | Path) -> DetectorConfig:
         TensorkeepError: The file cannot be read, or a value does not fit; file and key are named.
 
     Example:
-        >>> read_detector_config("recipes/detection/adatad_thumos_videomae_s.yaml").head.classes  # doctest: +SKIP
+        >>> read_detector_config("adatad_thumos_videomae_s").head.classes  # doctest: +SKIP
         20
     """
     return read_section(path, "model", DetectorConfig)

@@ -17,9 +17,11 @@ from tensorkeep.detection.model.config import (
     Tuning,
     VitConfig,
 )
-from tensorkeep.detection.model.groups import GroupRule, OptimizerConfig
-from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.groups import OptimizerConfig
+from tensorkeep.detection.recipe.schema import ScheduleConfig
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.migration import backbone_pattern
+from tensorkeep.training.sections import GroupRule
 
 Section = Mapping[str, Any]
 _LOSSES = {"DIOULoss": "diou", "GIOULoss": "giou"}
@@ -151,28 +153,33 @@ def _output_length(custom: Section, inner: Section, frames: int, where: str) -> 
     return int(steps["Interpolate"]["size"]) if "Interpolate" in steps else own
 
 
-def optimizer_config(optimizer: Section, clip_norm: float = 1.0) -> OptimizerConfig:
+def optimizer_config(optimizer: Section) -> OptimizerConfig:
     """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups."""
     _expect(optimizer, "type", ("AdamW",), "optimizer")
     backbone = optimizer.get("backbone", {})
-    rules = [GroupRule(rule["name"], rule["lr"], rule["weight_decay"]) for rule in backbone.get("custom", ())]
+    custom = backbone.get("custom", ())
+    rules = [GroupRule(backbone_pattern(rule["name"]), rule["lr"], rule["weight_decay"]) for rule in custom]
     if backbone.get("lr") and "backbone" not in backbone.get("exclude", ()):
-        rules.append(GroupRule("", backbone["lr"], backbone["weight_decay"]))
+        rules.append(GroupRule(backbone_pattern(""), backbone["lr"], backbone["weight_decay"]))
     return OptimizerConfig(
         lr=optimizer["lr"],
         weight_decay=optimizer["weight_decay"],
-        backbone=tuple(rules),
         betas=tuple(optimizer.get("betas", (0.9, 0.999))),
         eps=optimizer.get("eps", 1e-8),
-        clip_norm=clip_norm,
+        groups=tuple(rules),
     )
 
 
-def schedule_config(scheduler: Section, end_epoch: int | None = None) -> ScheduleConfig:
-    """Translate the `scheduler` dict of an OpenTAD config; `end_epoch` is its workflow's."""
+def schedule_config(scheduler: Section, end_epoch: int | None = None) -> tuple[ScheduleConfig, int]:
+    """Translate the `scheduler` dict of an OpenTAD config; give also the epochs that are trained.
+
+    `end_epoch` is what the config's workflow says.
+    """
     _expect(scheduler, "type", ("LinearWarmupCosineAnnealingLR",), "scheduler")
     floor = scheduler.get("eta_min", 1e-8)
-    return ScheduleConfig(scheduler["warmup_epoch"], scheduler["max_epoch"], end_epoch, floor)
+    total, trained = scheduler["max_epoch"], end_epoch or scheduler["max_epoch"]
+    ends_at = None if total == trained else total
+    return ScheduleConfig("opentad", "epochs", scheduler["warmup_epoch"], floor=floor, ends_at=ends_at), trained
 
 
 def _expect(section: Section, key: str, known: tuple[str, ...], where: str) -> None:

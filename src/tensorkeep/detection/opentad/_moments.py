@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.detection.model.groups import OptimizerConfig
 from tensorkeep.detection.opentad._checkpoint import LIVE, Checkpoint
 from tensorkeep.formats.names import grouped, unwrap
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.record import DTYPES
+from tensorkeep.training.migration import backbone_word
+from tensorkeep.training.sections import OptimizerConfig
 
 _BUFFERS = ("pos_embed", "loss_normalizer")  # of a detector; everything else in its state is a parameter
 STATE = re.compile(r"optimizer\.state\.(?P<index>\d{1,9})\.(?P<slot>\w+)\Z")
@@ -108,7 +109,7 @@ def _order(
     sizes = [len(g["params"]) for g in groups if g["params"]]
     if blocks != sorted(blocks) or [i for g in groups for i in g["params"]] != list(range(sum(sizes))):
         return None  # somebody put the file in another order
-    for made in optimizer_orders(shapes, [rule.name for rule in config.backbone]):
+    for made in optimizer_orders(shapes, [backbone_word(rule.pattern) for rule in config.groups]):
         flat = [name for group in made for name in group]
         if [len(g) for g in made if g] == sizes and all(
             i < len(flat) and _fits(file.view, slots, shapes[flat[i]]) for i, slots in states.items()

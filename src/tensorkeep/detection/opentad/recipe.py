@@ -202,11 +202,14 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
         lost.append(Setting("optimizer.paramwise", "", False, "biases, norms and scales do not decay here"))
     if model.backbone is not None and not frozen:
         _backbone_groups(optimizer["backbone"], lost)
-    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer, max(clip, 0.0))
-    if not found.backbone and model.backbone is not None and not frozen:  # a rate of 0 everywhere
+    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer)
+    if not found.groups and model.backbone is not None and not frozen:  # a rate of 0 everywhere
         model = replace(model, backbone=replace(model.backbone, tuning="none"))
     custom = config["model"].get("backbone", Section()).get("custom", Section())
+    schedule, epochs = schedule_config(config["scheduler"], workflow.get("end_epoch"))
     training = TrainingConfig(
+        epochs=epochs,
+        clip=max(clip, 0.0) or None,
         batch_size=solver["train"]["batch_size"],
         workers=solver["train"].get("num_workers", 4),
         precision="fp16" if solver.get("amp", False) else "fp32",
@@ -223,7 +226,7 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
         model=model,
         data=data,
         optimizer=found,
-        schedule=schedule_config(config["scheduler"], workflow.get("end_epoch")),
+        schedule=schedule,
         training=training,
         post_processing=_post_processing(config["post_processing"]),
         evaluation=_evaluation(config["evaluation"], data.test),

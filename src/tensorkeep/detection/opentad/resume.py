@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.detection.model.detector import Detector
-from tensorkeep.detection.model.groups import OptimizerConfig, parameter_groups
-from tensorkeep.detection.model.schedule import ScheduleConfig
+from tensorkeep.detection.model.groups import detector_groups
 from tensorkeep.detection.opentad._checkpoint import Checkpoint, read_checkpoint, whole_number
 from tensorkeep.detection.opentad._moments import Group, read_moments
 from tensorkeep.detection.opentad.averages import read_ema
@@ -29,6 +28,7 @@ from tensorkeep.quantization.reading import take
 from tensorkeep.quantization.unpacking import unpack
 from tensorkeep.training.live_state import refuse_difference, stored_tensors
 from tensorkeep.training.saver import State
+from tensorkeep.training.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 _AVERAGE = "state_dict_ema"
 
@@ -54,7 +54,7 @@ def continue_from(
     optimizer: OptimizerConfig,
     schedule: ScheduleConfig,
     samples_per_epoch: int,
-    batch: int,
+    training: TrainingConfig,
     base: dict[str, Any] | None = None,
     ema: bool = True,
 ) -> Continuation:
@@ -68,7 +68,7 @@ def continue_from(
         optimizer: the recipe's optimizer.
         schedule: the recipe's schedule.
         samples_per_epoch: length of the training data.
-        batch: samples of an update.
+        training: how long the run is, and its batch.
         base: `Job.base`; where it is given, the run's frozen weights must be those of the file.
         ema: whether the run keeps an average.
 
@@ -77,8 +77,9 @@ def continue_from(
             (V01) or was trained on another base (A04, Q01), or its average cannot be used (Q03, see `read_ema`).
 
     Example:
-        >>> on = continue_from("epoch_41.pth", detector, config, schedule, len(data), 2)  # doctest: +SKIP
+        >>> on = continue_from("epoch_41.pth", detector, config, schedule, len(data), training)  # doctest: +SKIP
     """
+    batch = training.batch_size
     if min(samples_per_epoch, batch) < 1:
         raise TensorkeepError(f"{samples_per_epoch} samples, batch {batch}: at least 1", where="resume")
     file = read_checkpoint(path)
@@ -103,7 +104,7 @@ def continue_from(
         f"{file.epoch} epochs of OpenTAD are {samples} samples, {samples // batch} updates of {batch}",
         *remarks,
         *on_average,
-        *_schedule(file, groups, detector, optimizer, schedule, samples_per_epoch, batch),
+        *_schedule(file, groups, detector, optimizer, schedule, samples_per_epoch, training),
         "R01 the file has no random states and no fp16 loss scale: both begin anew, epochs come in this run's order "
         "from here on",
     ]
@@ -216,10 +217,15 @@ def _schedule(
     optimizer: OptimizerConfig,
     config: ScheduleConfig,
     samples: int,
-    batch: int,
+    training: TrainingConfig,
 ) -> list[str]:
     """List where the file's updates and rates are not what the recipe makes of the same epochs; the recipe holds."""
-    remarks = []
+    remarks, batch = [], training.batch_size
+    epochs = training.epochs if training.epochs is not None else (training.updates or 0) * batch / samples
+    warmup, ends = (
+        number if number is None or config.unit == "epochs" else number * batch / samples
+        for number in (config.warmup, config.ends_at)
+    )
     done = whole_number(file.view, "scheduler.last_epoch")
     if done is None:
         remarks.append("R02 the file has no schedule: the learning rates are the recipe's at this epoch")
@@ -236,19 +242,17 @@ def _schedule(
                 f"OpenTAD made {each:g} updates an epoch, its last one smaller; ours are all of {batch} "
                 f"({samples / batch:g})"
             )
-        for key, mine in (("warmup_epoch", config.warmup_epochs), ("max_epoch", config.epochs)):
+        for key, mine in (("warmup_epoch", warmup or 0.0), ("max_epoch", ends or epochs)):
             theirs = whole_number(file.view, f"scheduler.{key}")
             if theirs is not None and each and theirs / each != mine:
-                remarks.append(f"R04 {key} was {theirs / each:g} epochs, the recipe says {mine}: the recipe's holds")
-    rates = {n: (g["base_lr"], g["weight_decay"]) for g in parameter_groups(detector, optimizer) for n in g["names"]}
+                remarks.append(f"R04 {key} was {theirs / each:g} epochs, the recipe says {mine:g}: the recipe's holds")
+    rates = {n: (g["base_lr"], g["weight_decay"]) for g in detector_groups(detector, optimizer) for n in g["names"]}
     for number, group in enumerate(groups):
         then = (group.get("initial_lr", group.get("lr")), group.get("weight_decay"))
         changed = [n for n in group.get("names", ()) if n in rates and rates[n] != then]
         if changed:
             text = f"R04 group {number} ({changed[0]} ...) had lr {shown(then[0])}, decay {shown(then[1])}"
             remarks.append(f"{text}; the recipe's {rates[changed[0]]} hold")
-    if file.epoch >= config.epochs_run:
-        remarks.append(
-            f"the recipe ends after {config.epochs_run} epochs: nothing is left to train (--schedule.stop_epoch)"
-        )
+    if file.epoch >= epochs:
+        remarks.append(f"the recipe ends after {epochs:g} epochs: nothing is left to train (--training.epochs)")
     return remarks

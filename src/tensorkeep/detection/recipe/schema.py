@@ -1,8 +1,9 @@
 """The recipe of a detection run, section by section: everything that decides its numbers.
 
-`model`, `optimizer` and `schedule` are the dataclasses of the detector itself. Names are OpenTAD's and the seeds' where
-they mean the same thing (`window_size`, `feature_stride`, `trunc_thresh`, `lora_r`, `quantize_bits`). Paths are relative
-to the working directory. Defaults are AdaTAD's for THUMOS-14, except that nothing is quantized.
+`model` is the dataclass of the detector itself; `training`, `optimizer` and `schedule` are those of every run
+(`tensorkeep.training.sections`) with other defaults. Names are OpenTAD's where they mean the same thing (`window_size`,
+`feature_stride`, `trunc_thresh`, `lora_r`, `quantize_bits`). Paths are relative to the working directory. Defaults are
+AdaTAD's for THUMOS-14, except that nothing is quantized.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from typing import Literal
 from tensorkeep.detection.data.augment import AugmentConfig
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
-from tensorkeep.detection.model.schedule import ScheduleConfig
 from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.training import sections
+from tensorkeep.training.migration import VERSION
 
+# fields of `training` that a detection run refuses, and why
+REFUSED = {
+    "gradient_checkpointing": "model.backbone.checkpointing says how a backbone is recomputed",
+    "kept": "model.backbone.checkpointing says what a backbone keeps",
+}
 Range = tuple[float, float]
 
 
@@ -25,7 +32,7 @@ Range = tuple[float, float]
 class SplitConfig:
     """One part of the data: the videos of `subset` in the file `annotations`, found in `folder`.
 
-    `blocked`: videos to leave out, a JSON list or one name a line (None: none).
+    `blocked`: videos to leave out, a JSON list or one name a line (null: none).
     """
 
     annotations: str
@@ -38,25 +45,32 @@ class SplitConfig:
 class DataConfig:
     """Which videos or features, how they become windows, and how frames become pictures.
 
-    train, test: the two parts. class_map: one class name a line, in label order (None: the annotations' own order).
-    inputs: video files, or features of a whole video in one file. file_pattern: the file of a video in its folder.
-    mode: `sliding` trains on random windows and tests on overlapping ones; `resized` shows a whole video as
-    `window_size` grid steps; `whole` (features) trains on random windows and tests on the whole video.
-
-    window_size: grid steps. feature_stride: frames between two features (or snippets), of which every `sample_stride`th
-    is a grid step. scale_factor: frames decoded for each grid step. offset_frames: where the first feature is centred.
-    fps: frames a second that annotations and features count in (None: frames / duration of each video).
-    window_overlap_ratio: of test windows. floor_frames: whether annotated seconds become whole frames.
-    trunc_thresh: share of an action that a training window must show for it to stay (None: no random window).
-    crop_ratio: a video shorter than a window is cut to a share in this range (None: never).
-    min_length: annotated actions not longer than this are left out of training: a share of the video in mode
-    `resized`, else frames (None: all stay). class_agnostic: one class stands for all, an external classifier names them.
-
-    crop_size: pixels of a test frame's shorter side, and of the square in its middle that is shown. augment: of
-    training frames (None: as test frames); its `size` must be crop_size. broken: what a file that cannot be decoded
-    does (see `tensorkeep.detection.data.clips`).
-    feature_layout: axes of the stored array, time and channels. feature_channels: first and one-past-last used (None:
-    all).
+    Attributes:
+        train: The part that is trained on.
+        test: The part that is evaluated on.
+        class_map: One class name a line, in label order; null: the annotations' own order.
+        inputs: Video files, or features of a whole video in one file.
+        file_pattern: The file of a video in its folder.
+        mode: `sliding` trains on random windows and tests on overlapping ones; `resized` shows a whole video as
+            `window_size` grid steps; `whole` (features) trains on random windows and tests on the whole video.
+        window_size: Grid steps of a window.
+        feature_stride: Frames between two features (or snippets), of which every `sample_stride`th is a grid step.
+        sample_stride: See `feature_stride`.
+        scale_factor: Frames decoded for each grid step.
+        offset_frames: Frame in which the first feature is centred.
+        fps: Frames a second that annotations and features count in; null: frames / duration of each video.
+        window_overlap_ratio: Of test windows.
+        floor_frames: Whether annotated seconds become whole frames.
+        trunc_thresh: Share of an action that a training window must show for it to stay; null: no random window.
+        crop_ratio: A video shorter than a window is cut to a share in this range; null: never.
+        min_length: Annotated actions not longer than this are left out of training: a share of the video in mode
+            `resized`, else frames; null: all stay.
+        class_agnostic: One class stands for all, an external classifier names them.
+        crop_size: Pixels of a test frame's shorter side, and of the square in its middle that is shown.
+        augment: Of training frames, its `size` being crop_size; null: as test frames.
+        broken: What a file that cannot be decoded does (see `tensorkeep.detection.data.clips`).
+        feature_layout: Axes of the stored array, time and channels.
+        feature_channels: First and one-past-last channel used; null: all.
     """
 
     train: SplitConfig
@@ -108,51 +122,38 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How it is trained, saved and chosen.
+class TrainingConfig(sections.TrainingConfig):
+    """`training` with AdaTAD's defaults: what is counted on the way counts epochs."""
 
-    batch_size: samples of one update, over all processes. micro_batch: samples of one process in one forward pass
-    (None: its share of the batch). precision: of autocast. ema: decay of the averaged weights (None: no average).
-    pretrained: weights the backbone starts from (None: random). quantize_backbone: how its frozen linears are held.
-    graph: forward and backward as a CUDA graph, on GPUs: faster for small backbones.
-    deterministic: the same bits at every start, on a GPU too; slower. parallel: over several processes, copies (ddp) or
-    shards (fsdp) of the model, for a large backbone that trains whole.
-
-    save_every, evaluate_every: in `every` (epochs, or updates); evaluate_from: none in the first so many. keep_last:
-    checkpoints kept beside the best one. best: the figure that chooses it. workers: decoding processes of each
-    process. log_every: updates between two rows of metrics.
-    """
-
+    epochs: float | None = 100
     batch_size: int = 2
-    micro_batch: int | None = None
     seed: int = 42
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"
     ema: float | None = 0.999
-    pretrained: str | None = None
-    quantize_backbone: Literal["nf4", "fp4", "int8"] | None = None
-    graph: bool = False
-    deterministic: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    every: Literal["epochs", "updates"] = "epochs"
-    save_every: int = 2
-    evaluate_every: int = 2
-    evaluate_from: int = 0
+    unit: sections.Unit = "epochs"
+    save_every: int | None = 2
+    evaluate_every: int | None = 2
     keep_last: int = 2
-    best: Literal["average_mAP", "loss"] = "average_mAP"
+    best: str | None = "average_mAP"
     workers: int = 2
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "save_every", "evaluate_every", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="training")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch_size % self.micro_batch):
+        super().__post_init__()
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
             what = f"micro_batch {self.micro_batch} does not divide batch_size {self.batch_size}"
             raise TensorkeepError(what, where="training", hint="batch_size counts all processes and accumulated steps")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise TensorkeepError(f"ema {self.ema} must be in [0, 1)", where="training", hint="null switches it off")
-        if self.workers < 0 or self.evaluate_from < 0:
-            raise TensorkeepError("workers and evaluate_from cannot be negative", where="training")
+        if self.best == "loss":
+            raise TensorkeepError("a larger loss is no better one", where="training.best", hint="best: -loss")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(sections.ScheduleConfig):
+    """`schedule` with AdaTAD's defaults, in epochs."""
+
+    kind: Literal["cosine", "constant", "wsd", "minimind", "opentad"] = "opentad"
+    unit: sections.Unit = "epochs"
+    warmup: float = 5
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,14 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class PostProcessingConfig:
-    """From raw predictions to detections.
+    """How raw predictions become detections.
 
-    pre_nms_thresh, pre_nms_topk: candidates need a score above the one, and the best so many stay. nms: of a video;
-    sliding windows are merged under it. round_like_opentad: round before windows are merged, for its published digits.
+    Attributes:
+        pre_nms_thresh: The score that a candidate needs.
+        pre_nms_topk: How many candidates of a window stay, the best ones.
+        nms: Suppression within a video; sliding windows are merged under it.
+        classifier: What names the classes of a class-agnostic detector; null: nothing.
+        round_like_opentad: Whether numbers are rounded before windows are merged, for OpenTAD's published digits.
     """
 
     pre_nms_thresh: float = 0.001
@@ -184,8 +189,16 @@ class PostProcessingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How detections are scored. thresholds: temporal IoUs (empty: the protocol's). subset, annotations: None takes
-    those of `data.test`. blocked: videos left out on both sides. recall_at: k of "recall at k x"."""
+    """How detections are scored.
+
+    Attributes:
+        protocol: Whose rules.
+        thresholds: Temporal IoUs; empty: the protocol's.
+        subset: Null: that of `data.test`.
+        annotations: Null: those of `data.test`.
+        blocked: Videos left out on both sides.
+        recall_at: k of "recall at k x".
+    """
 
     protocol: str = "activitynet"
     thresholds: tuple[float, ...] = ()
@@ -204,13 +217,27 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class DetectionRecipe:
-    """A whole run. Raises TensorkeepError where two sections contradict each other.
+    """A whole detection run.
+
+    Attributes:
+        version: Of the recipe's words.
+        model: The detector.
+        data: Videos or features, and how they become windows.
+        optimizer: Rates and decays.
+        schedule: How the learning rate moves.
+        training: How long, in what portions, and what happens on the way.
+        post_processing: How raw predictions become detections.
+        evaluation: How detections are scored.
+
+    Raises:
+        TensorkeepError: Where two sections contradict each other, or a field of `training` is refused.
 
     >>> from tensorkeep.detection.recipe.text import read_recipe
-    >>> read_recipe("recipes/detection/adatad_thumos_videomae_s.yaml").data.window_size  # doctest: +SKIP
+    >>> read_recipe("adatad_thumos_videomae_s").data.window_size
     768
     """
 
+    version: int = field(default=VERSION, kw_only=True)
     model: DetectorConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -220,6 +247,7 @@ class DetectionRecipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        sections.refuse(self.training, REFUSED)
         self._check_inputs()
         if self.data.class_agnostic and self.model.head.classes != 1:
             what = f"class_agnostic data, but head.classes is {self.model.head.classes}"

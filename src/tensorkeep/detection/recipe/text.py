@@ -1,7 +1,7 @@
 """Recipes as text: read strictly, written so that reading gives the same recipe, changed by `--name value`.
 
-The seeds' short names stand for the places where a recipe keeps them: `--lora_r 8` is the rank of whatever low-rank
-updates the recipe has, `--window_size 1024` sets the three lengths that must agree.
+Short names stand for the places where a recipe keeps them: `--lora_r 8` is the rank of whatever low-rank updates the
+recipe has, `--window_size 1024` sets the three lengths that must agree.
 """
 
 from __future__ import annotations
@@ -10,32 +10,51 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training.recipe import changed
-from tensorkeep.training.schema import from_mapping
+from tensorkeep.training.migration import at
+from tensorkeep.training.recipe import Remark, plain, read_document, recipe_of
 
 ADAPTER, LORA = "model.backbone.adapter", "model.backbone.lora"
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout")
 SHORT = (*_OF_LORA, "quantize_bits", "quantize_backbone", "use_plain_adapter", "window_size", "crop_size")
 
 
-def read_recipe(path: str | Path, changes: Iterable[tuple[str, str]] = ()) -> DetectionRecipe:
-    """The recipe of a YAML file, with `changes` (see `changed`) made first.
+def read_recipe(
+    path: str | Path, changes: Iterable[tuple[str, str]] = (), remark: Remark = lambda _: None
+) -> DetectionRecipe:
+    """Read a detection recipe from a YAML file, or a shipped one by its name.
 
-    Raises TensorkeepError naming the file and the key of anything unknown, missing, unfit or contradictory.
+    Args:
+        path: The file, or the name.
+        changes: `(name, text)` made first: a dotted name or a short name, and YAML.
+        remark: Told once which fields are called otherwise now.
+
+    Raises:
+        TensorkeepError: Naming the file and the key of anything unknown, missing, unfit or contradictory.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=path) from error
-    return from_mapping(DetectionRecipe, changed(document, changes, str(path), places), str(path))
+    document, where = read_document(path, "detection")
+    return detection_recipe(document, changes, where, remark)
+
+
+def detection_recipe(
+    document: Any,
+    changes: Iterable[tuple[str, str]] = (),
+    where: str = "recipe",
+    remark: Remark = lambda _: None,
+) -> DetectionRecipe:
+    """Build a detection recipe from plain values; the arguments are those of `read_recipe`."""
+    return recipe_of(DetectionRecipe, document, changes, where, places, SHORT, remark)
+
+
+def kept_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a recipe that a checkpoint holds, of this version or an older one."""
+    made: dict[str, Any] = plain(detection_recipe(document, where="the checkpoint's recipe"))
+    return made
 
 
 def places(name: str, value: Any, document: Any, where: str) -> list[tuple[str, Any]]:
-    """Dotted paths that `name` stands for, each with what is to stand there."""
+    """Say which dotted paths `name` stands for, each with what is to stand there."""
     if name == "quantize_backbone":
         return [("training.quantize_backbone", value)]
     if name == "use_plain_adapter":
@@ -44,25 +63,19 @@ def places(name: str, value: Any, document: Any, where: str) -> list[tuple[str, 
         return [(f"{ADAPTER}.kind", "plain" if value else "qlora")]
     if name == "window_size":
         paths = ["data.window_size", "model.projection.max_length"]
-        paths += ["model.backbone.output_length"] if _at(document, "model.backbone") else []
+        paths += ["model.backbone.output_length"] if at(document, "model.backbone") else []
         return [(path, value) for path in paths]
     if name == "crop_size":
-        paths = ["data.crop_size"] + (["data.augment.size"] if _at(document, "data.augment") else [])
+        paths = ["data.crop_size"] + (["data.augment.size"] if at(document, "data.augment") else [])
         return [(path, value) for path in paths]
     if name not in SHORT:
         return [(name, value)]
-    seeds = _at(document, f"{ADAPTER}.kind") == "qlora"
-    lora = name in _OF_LORA and _at(document, LORA) is not None
-    if seeds is lora:
+    own = at(document, f"{ADAPTER}.kind") == "qlora"
+    lora = name in _OF_LORA and at(document, LORA) is not None
+    if own is lora:
         what = (
             f"--{name} could mean {ADAPTER}.{name} or {LORA}.{name}" if lora else f"the recipe has nothing with {name}"
         )
         hint = "write the whole name" if lora else f"add {LORA}, or use_plain_adapter: false"
         raise TensorkeepError(what, where=where, hint=hint)
-    return [(f"{ADAPTER if seeds else LORA}.{name}", value)]
-
-
-def _at(document: Any, path: str) -> Any:
-    for part in path.split("."):
-        document = document.get(part) if isinstance(document, Mapping) else None
-    return document
+    return [(f"{ADAPTER if own else LORA}.{name}", value)]

@@ -23,13 +23,15 @@ import yaml
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.resume_state import reference_state, resume_state
-from tensorkeep.errors import shown
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import LocalFolder
+from tensorkeep.training.migration import migrated
 
 CODE = "R04"
-_MOVING = ("lr", "initial_lr", "params", "step")  # of optimizer groups: these change in every run
+# of optimizer groups: these change in every run, and a label is a name
+_MOVING = ("lr", "initial_lr", "params", "step", "label")
 _LARGEST_RECIPE = 1 << 20
 _MOST_SETTINGS = 10_000
 
@@ -43,9 +45,21 @@ def check(case: Case) -> Iterator[Finding]:
     theirs = other.document.get("recipe") if other is not None else _recipe_beside(case.view)
     where = "the reference's" if other is not None else "recipe.yaml"
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        yield from _said(_different(_flat(mine), _flat(theirs)), where)
+        yield from _said(_differing(mine, theirs), where)
     if other is not None and case.reference is not None:
         yield from _said(_different(_groups(case.view), _groups(case.reference)), "the reference's optimizer groups")
+
+
+def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two recipes say differently. Of two versions both are read as today's, and what one did not know is left."""
+    if mine.get("version") == theirs.get("version"):
+        return _different(_flat(mine), _flat(theirs))
+    try:
+        one, other = (_flat(migrated(recipe)[0]) for recipe in (mine, theirs))
+    except TensorkeepError:  # a version from after this one, or no recipe of ours
+        return {"version": (mine.get("version"), theirs.get("version"))}
+    both = one.keys() & other.keys()
+    return _different({k: one[k] for k in both}, {k: other[k] for k in both})
 
 
 def _said(changed: dict[str, tuple[Any, Any]], where: str) -> Iterator[Finding]:
