@@ -24,7 +24,8 @@ from typing import Any
 PACKAGE = "tensorkeep"
 Graph = dict[str, set[str]]
 ROOMS = (
-    "storage formats quantization conversion adapters models training diagnosis language detection integrations commands"
+    "storage formats quantization conversion adapters models training diagnosis language detection integrations "
+    "commands"
 ).split()
 
 

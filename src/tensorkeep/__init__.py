@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tensorkeep._face import lazy
 from tensorkeep._moved import install
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "TensorkeepError": "tensorkeep.errors",

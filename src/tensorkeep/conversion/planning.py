@@ -313,8 +313,8 @@ def _named(
         notes.append(
             Note(
                 "K07",
-                f"{scheme.LOADERS[0]}'s {family} has no place for {len(lost)} of these tensors and its loader would not "
-                f"ask for them, without a word: {', '.join(grouped(lost)[:4])}",
+                f"{scheme.LOADERS[0]}'s {family} has no place for {len(lost)} of these tensors and its loader would "
+                f"not ask for them, without a word: {', '.join(grouped(lost)[:4])}",
                 tuple(lost),
             )
         )
