@@ -257,7 +257,7 @@ def test_where_any_step_fails_the_old_one_is_back_and_nothing_else_stays(
         with monkeypatch.context() as patch:
             calls = failing(number, patch, STEPS)
             try:
-                with replacing_all([final, other], [True, True]) as (one, two):
+                with replacing_all([final, other], [True, True], [None, None]) as (one, two):
                     make(one, kind, "new")
                     write_bytes(two, b"new")
             except TensorkeepError as error:

@@ -211,6 +211,19 @@ def test_nan_is_refused_and_what_was_there_stays(tmp_path: Path) -> None:
     assert seeded().resume(tmp_path).step == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["step_1", "step_2"]
 
 
+def test_a_folder_with_anything_else_in_it_is_not_saved_over(tmp_path: Path) -> None:
+    loop = seeded().run(1, tmp_path)
+    save_state(loop.accelerator, tmp_path / "step_1")  # over a sealed one
+    (tmp_path / "step_1" / "notes").mkdir()
+    (tmp_path / "step_1" / "notes" / "thesis.tex").write_text("years of work")
+    (tmp_path / "step_7").mkdir()
+    (tmp_path / "step_7" / "thesis.tex").write_text("years of work")
+    for name, inner in (("step_1", "notes/thesis.tex"), ("step_7", "thesis.tex")):
+        with pytest.raises(TensorkeepError, match="thesis"):
+            save_state(loop.accelerator, tmp_path / name)
+        assert (tmp_path / name / inner).read_text() == "years of work"
+
+
 def test_names_without_a_number_and_automatic_naming_are_refused(tmp_path: Path) -> None:
     loop = seeded()
     with pytest.raises(TensorkeepError, match="does not end in a number"):

@@ -1,11 +1,12 @@
 """The command line: the table of commands, what every command shares, exit codes.
 
-0 ok, 1 findings or differences, 2 usage or bad input, 3 inconclusive, 130 interrupted. Commands are loaded when they
-are called, so that `tensorkeep inspect` starts fast.
+0 ok, 1 findings or differences, 2 usage or bad input, 3 inconclusive; ended by a signal: 130 Ctrl-C, 143 SIGTERM,
+129 SIGHUP. Commands are loaded when they are called, so that `tensorkeep inspect` starts fast.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
+from tensorkeep.storage import signals
 
 # Each lives in a file of its name under commands/, as a function of that name, and is imported when it is called. Two
 # words: a command of a group. Its help is its docstring; `tensorkeep --help` reads the first lines without importing.
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(json="--json" in words, quiet="--quiet" in words)
     try:
-        return run(words, output)
+        with signals.answered():
+            return run(words, output)
     except TensorkeepError as error:
         if os.environ.get("TENSORKEEP_DEBUG") == "1":
             raise
@@ -64,9 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         output.error(needed)
         return needed.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signals.ENDING[0])
+        with contextlib.suppress(OSError):  # after a SIGHUP the terminal may be gone
+            sys.stderr.write("interrupted\n" if number == signals.ENDING[0] else f"ended by {error}\n")
+        return 128 + int(number)
     except BrokenPipeError:
         # the reader of our output has gone (`| head`); flushing at exit would complain again
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

@@ -369,8 +369,14 @@ def test_what_stands_in_the_folder_stays(place: Path, tmp_path: Path, capsys: py
     (tmp_path / "sound.srt").write_text("mine")
     code, _, err = command(capsys, place / "run", video, "-o", tmp_path)
     assert code == 2 and "exists already" in err and [p.name for p in tmp_path.iterdir()] == ["sound.srt"]
+    code, _, err = command(capsys, place / "run", video, "-o", tmp_path, "--overwrite")  # no predictions: they stay too
+    assert code == 2 and "sound.srt" in err and (tmp_path / "sound.srt").read_text() == "mine"
+    (tmp_path / "sound.srt").unlink()
+    assert command(capsys, place / "run", video, "-o", tmp_path)[0] == 0
+    (tmp_path / "detections.json").write_text('{"results": {}}')
+    assert command(capsys, place / "run", video, "-o", tmp_path)[0] == 2
     assert command(capsys, place / "run", video, "-o", tmp_path, "--overwrite")[0] == 0
-    assert "mine" not in (tmp_path / "sound.srt").read_text() and (tmp_path / "detections.json").exists()
+    assert "sound" in (tmp_path / "detections.json").read_text()
 
 
 def test_an_interruption_keeps_what_is_done(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tensorkeep.adapters.lora import LoraQuantLinear, layers
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import safetensors
+from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.memory import raw_bytes, tensor_of
 from tensorkeep.formats.names import unwrap
 from tensorkeep.formats.view import StateView, read
@@ -126,7 +127,7 @@ def save_adapter(
         base_digest: of the base's checkpoint (`Loaded.base_digest`), by which a later load knows it; None for unknown.
         base: the base's name, for people and PEFT.
         task: PEFT's task type.
-        overwrite: replace what is in `folder`.
+        overwrite: replace what is in `folder`, if it is a checkpoint and nothing else.
 
     Returns:
         The folder.
@@ -142,7 +143,7 @@ def save_adapter(
     state, config = adapter_state(model), adapter_config(model, base_digest, base, task)
     sinks = [SinkTensor(n, FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in state.items()]
     final = Path(folder)
-    with replacing(final, overwrite) as temporary:
+    with replacing(final, overwrite, CHECKPOINT) as temporary:
         temporary.mkdir()
         with (temporary / WEIGHTS).open("xb") as file:
             for segment in safetensors.file_layout(WEIGHTS, sinks).segments:

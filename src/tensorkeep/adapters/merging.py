@@ -25,11 +25,13 @@ from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse
 from tensorkeep.conversion.sink import Progress, placing, quiet, refuse_overlap, sink_files, stored
 from tensorkeep.conversion.streams import Cast, Sums, write_tensor
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import local_path, refuse_changed
-from tensorkeep.storage.placement import refuse_existing, write_bytes
+from tensorkeep.storage.overwriting import refuse_existing
+from tensorkeep.storage.placement import write_bytes
 
 
 @dataclass
@@ -177,7 +179,7 @@ def merge(
     for view in opened:
         view.checked = True
     refuse_overlap(final, opened)
-    refuse_existing(final, overwrite)
+    refuse_existing(final, overwrite, CHECKPOINT)
     layouts, single = sink_files(plan, final.name, to, shard_size)
     with one_thread(), placing(final, layouts, single, overwrite) as place:
         started = time.perf_counter()

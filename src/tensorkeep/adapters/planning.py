@@ -21,6 +21,7 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.companions import travelling
 from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
@@ -183,9 +184,9 @@ def _merged_view(
         base.folder,
         state.records,
         base.config,
-        list(base.companions),
+        travelling(base.companions),
         base.entries,
-        list(base.notes),
+        [*base.notes, *configs.left_behind(base)],
         base.metadata,
         computed=True,
         base=base,

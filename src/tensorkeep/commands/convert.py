@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, with_config
+from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -59,6 +59,8 @@ def convert(
     formats.writer(to)
     if len(paths) < 2:
         raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
+    if not dry_run:
+        prepare(out, paths[-1])
     if len(paths) == 2 and not dry_run:
         made = of_run(out, paths[0], paths[1], to, naming, ema, overwrite)
         if made is not None:
@@ -123,6 +125,8 @@ def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
                 "seconds": result.seconds,
             }
         )
+    if result.cleared:
+        out.remark(f"note: a command was killed there before; removed: {', '.join(result.cleared)}")
     took = sum(result.seconds.values())
     out.line(
         f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, proven equal to the plan ({took:.1f} s)"

@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.commands.shared import Flag, Say, prepare
 from tensorkeep.detection.data.annotation_checks import check_annotations
 from tensorkeep.detection.data.annotations import Annotations
 from tensorkeep.detection.results.columns import read_blocked
-from tensorkeep.detection.results.error_analysis import ErrorAnalysis, analyse_errors
+from tensorkeep.detection.results.error_analysis import PICTURE, ErrorAnalysis, analyse_errors
 from tensorkeep.detection.results.evaluation import Evaluation, evaluate, read_files
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
+from tensorkeep.storage.overwriting import refuse_existing
 from tensorkeep.storage.placement import replacing, write_bytes
 
 Changes = tuple[tuple[str, str], ...]
@@ -69,6 +70,9 @@ def eval_detection(
         device: With a checkpoint: the device to run on, cpu or cuda. Default: a GPU where there is one.
     """
     out = say.output()
+    if picture is not None:
+        prepare(out, picture)
+        refuse_existing(picture, overwrite, PICTURE)
     names = read_blocked(blocked) if blocked else ()
     taken: dict[str, Any] = {}
     if checkpoint is not None and (annotations or detections):
@@ -126,7 +130,7 @@ def _of_files(
 def _draw(analysis: ErrorAnalysis, picture: Path | None, overwrite: bool) -> None:
     """The picture of an error analysis, where one is wanted."""
     if picture is not None:
-        with replacing(picture, overwrite) as temporary:
+        with replacing(picture, overwrite, PICTURE) as temporary:
             write_bytes(temporary, analysis.picture().encode())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, with_config
+from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -84,6 +84,7 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
     if dry_run:
         sink_files(job.plan, Path(sink).name, to, limit)
         return _show_plan(out, job, sink, to)
+    prepare(out, sink)
     with out.progress() as progress:
         done = merging.merge(job, sink, to, limit, overwrite, progress)
     return _show(out, job, done, to)

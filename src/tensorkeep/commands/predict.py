@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.commands.shared import Flag, Say, prepare
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output, duration
-from tensorkeep.storage.placement import refuse_existing, replacing, write_bytes
+from tensorkeep.storage.overwriting import PAGE, Kind, refuse_existing
+from tensorkeep.storage.placement import replacing, write_bytes
 
 if TYPE_CHECKING:
     from tensorkeep.detection.data.annotations import Annotations
@@ -75,8 +76,9 @@ def predict(
         what = "no video is named" if not videos else f"--top {top} must be at least 1"
         raise TensorkeepError(what, hint=f"tensorkeep predict {checkpoint} VIDEO... --top 100")
     paths = find_videos(videos)
+    prepare(printer, out / _DETECTIONS)
     for name in (_DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
-        refuse_existing(out / name, overwrite)
+        refuse_existing(out / name, overwrite, _kind(name))
     truth = read_annotations(annotations) if annotations else None
     opened, predictor = _open(checkpoint, recipe, classes, ema, not newest, broken, device, printer)
     films, broken_ones = _films(predictor, paths, printer)
@@ -98,6 +100,14 @@ def _written(out: Path, broken: Mapping[Path, str]) -> dict[str, Any]:
 def _nothing(count: int) -> TensorkeepError:
     what = "the video could not be read" if count == 1 else f"none of the {count} videos could be read"
     return TensorkeepError(what, hint="the reasons are above; --broken keep reads what is there")
+
+
+def _kind(name: str) -> Kind:
+    """What a file of this name must be to be replaced."""
+    from tensorkeep.detection.results.results import DETECTIONS
+    from tensorkeep.detection.results.subtitles import SRT, VTT
+
+    return next((k for end, k in ((".html", PAGE), (".srt", SRT), (".vtt", VTT)) if name.endswith(end)), DETECTIONS)
 
 
 class _Rules(NamedTuple):
@@ -262,7 +272,7 @@ def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: O
     files = {}
     for end, text in zip(_BESIDE, texts, strict=True):
         files[end[1:]] = str(rules.out / (film.name + end))
-        with replacing(rules.out / (film.name + end), rules.overwrite) as temporary:
+        with replacing(rules.out / (film.name + end), rules.overwrite, _kind(end)) as temporary:
             write_bytes(temporary, text.encode())
     for problem in predicted.problems[:3]:
         say.remark(f"{film.name}: {problem}")

@@ -8,9 +8,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.commands.shared import Flag, Say, prepare, recipe_of_kind
 from tensorkeep.output import Output
-from tensorkeep.storage.placement import refuse_existing, replacing, write_bytes
+from tensorkeep.storage.overwriting import refuse_existing
+from tensorkeep.storage.placement import replacing, write_bytes
 
 
 def recipe_import(
@@ -38,9 +39,10 @@ def recipe_import(
     from tensorkeep.detection.opentad.recipe import Imported, import_config, shown
 
     printer = say.output()
-    refuse_existing(out, overwrite)
+    prepare(printer, out)
+    refuse_existing(out, overwrite, recipe_of_kind("detection"))
     imported: Imported = import_config(config)
-    with replacing(out, overwrite) as temporary:
+    with replacing(out, overwrite, recipe_of_kind("detection")) as temporary:
         write_bytes(temporary, imported.text().encode())
     accounts = {"lost": imported.lost, "left": imported.left, "defaults": imported.defaults}
     rows = {name: [(r.path, r.where, shown(r.value), r.why) for r in found] for name, found in accounts.items()}

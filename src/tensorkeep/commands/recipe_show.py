@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.commands.shared import Flag, Say, prepare, recipe_of_kind
 
 
 def recipe_show(
@@ -27,17 +27,19 @@ def recipe_show(
     out
         A file to write it to. Default: it is printed.
     overwrite
-        Replace an existing file.
+        Replace an existing recipe of that kind.
     """
     import yaml
 
-    from tensorkeep.storage.placement import refuse_existing, replacing, write_bytes
+    from tensorkeep.storage.overwriting import refuse_existing
+    from tensorkeep.storage.placement import replacing, write_bytes
     from tensorkeep.training.shipped import shipped_recipe
 
     printer, found = say.output(), shipped_recipe(name)
     if out is not None:
-        refuse_existing(out, overwrite)
-        with replacing(out, overwrite) as temporary:
+        prepare(printer, out)
+        refuse_existing(out, overwrite, recipe_of_kind(found.kind))
+        with replacing(out, overwrite, recipe_of_kind(found.kind)) as temporary:
             write_bytes(temporary, found.text.encode())
     if say.json:
         where = {} if out is None else {"out": str(out)}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say, known_loader
+from tensorkeep.commands.shared import Flag, Say, known_loader, prepare
 from tensorkeep.formats.names import grouped
 from tensorkeep.output import size
 
@@ -36,6 +36,7 @@ def repair(
 
     output = say.output()
     known_loader(for_)
+    prepare(output, out)
     with output.progress() as progress:
         made = run(checkpoint, out, reference, for_, overwrite, progress)
     if say.json:

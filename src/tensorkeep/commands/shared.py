@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import Output
+from tensorkeep.storage.overwriting import Kind, lone_file
 from tensorkeep.storage.record import SPELLINGS
 
 # words in braces in a command's help -> what stands there when the help is shown
@@ -58,9 +61,10 @@ def filled(text: str) -> str:
 
 def with_config(view: StateView, config: str | None) -> StateView:
     """Return the view with the config that the user names; it also travels to the sink."""
-    if config is None or view.config is not None:
+    linked = any(c.name == "config.json" and c.led_out for c in view.companions)
+    if config is None or (view.config is not None and not linked):
         return view
-    from tensorkeep.formats.companions import COMPANIONS, Companion
+    from tensorkeep.formats.companions import COMPANIONS, Companion, read_companion
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
 
@@ -72,9 +76,55 @@ def with_config(view: StateView, config: str | None) -> StateView:
         raise TensorkeepError("is not a config.json", where=path)
     present = folder.names() if path.is_dir() else []
     view.config = document
-    view.companions = [Companion("config.json", folder.read(name), f"{folder.url}/{name}"), *view.companions]
-    view.companions += [Companion(n, folder.read(n), f"{folder.url}/{n}") for n in COMPANIONS[1:] if n in present]
+    others = [c for c in view.companions if c.name != "config.json"]
+    view.companions = [Companion("config.json", folder.read(name), f"{folder.url}/{name}"), *others]
+    view.companions += [read_companion(folder, n) for n in COMPANIONS[1:] if n in present]
     return view
+
+
+def prepare(out: Output, sink: str | Path) -> None:
+    """Say where a local sink leads through links, and clear what killed commands left beside it."""
+    from tensorkeep.storage.files import local_path
+    from tensorkeep.storage.placement import clear_leftovers
+
+    if "://" in str(sink).removeprefix("file://"):
+        return
+    path = local_path(str(sink).removeprefix("file://"))
+    place = path.parent.resolve()
+    if place != Path(os.path.normpath(path.parent.absolute())):
+        out.remark(f"note: {path} lies through a link, in {place}")
+    cleared, stay = clear_leftovers(path)
+    if cleared:
+        out.remark(f"note: a command was killed here before; cleaned up: {', '.join(cleared)}")
+    if stay:
+        out.remark(f"note: {', '.join(stay)} stays: another command may be at work; if none is, delete it")
+
+
+def recipe_of_kind(word: str) -> Kind:
+    """What a file must be to be replaced by a recipe: one of the same kind that reads, or one that was imported."""
+    imported = lone_file(f"a recipe of the kind {word}", "# From the OpenTAD config " if word == "detection" else "$")
+
+    def strangers(path: Path) -> list[str]:
+        found = list(imported.strangers(path))
+        if found and path.is_file():
+            with contextlib.suppress(TensorkeepError):
+                _read_recipe(word, path)
+                return []
+        return found
+
+    return Kind(imported.word, strangers)
+
+
+def _read_recipe(word: str, path: Path) -> None:
+    """Read a recipe of one kind, strictly."""
+    if word == "detection":
+        from tensorkeep.detection.recipe.text import read_recipe
+
+        read_recipe(path)
+    else:
+        from tensorkeep.language.recipe_text import read_language
+
+        read_language(path)
 
 
 def known_naming(naming: str | None) -> str | None:

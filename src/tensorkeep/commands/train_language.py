@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.commands.shared import Flag, Say, prepare
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output, number
 
@@ -109,6 +109,8 @@ def trained(
         raise TensorkeepError("the run needs a folder", hint="--out RUN")
     world = distributed.start(device)
     try:
+        if world.first:
+            prepare(printer, out / "recipe.yaml")
         job, loop, resume = start(out, world)
         outcome = fit(job, out, loop, resume, world, tuple(allow), printer)
     finally:

@@ -24,9 +24,13 @@ from tensorkeep.conversion.proof import certify, check_sources, prove
 from tensorkeep.conversion.sink import THREADS, Progress, Result, quiet, sink_files, stored
 from tensorkeep.conversion.streams import Sums, with_ties, write_tensor
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.earlier import CHECKPOINT, certified, reads, strangers_in
 from tensorkeep.storage.files import CERTIFICATE, TEMPORARY, LocalFolder
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot
-from tensorkeep.storage.remote import connect, explained_store, failures, parent_of
+from tensorkeep.storage.leftovers import NAME
+from tensorkeep.storage.overwriting import refuse_strangers
+from tensorkeep.storage.remote import RemoteFolder, connect, explained_store, failures, parent_of
+from tensorkeep.storage.signals import held
 
 _MOST_PARTS = 9000  # S3 takes 10 000 parts of one object
 _PART = 16 << 20  # bytes held of each file while it is sent
@@ -49,7 +53,8 @@ def convert_remote(
             "is not a place to write to", where=out, hint="give a folder or file below a bucket: s3://bucket/name"
         )
     _refuse_overlap(out, plan)
-    present = _refuse_existing(system, final, out, overwrite)
+    stale = _stages(system, final, name)
+    present = _refuse_existing(system, final, out, overwrite, list(stale))
     layouts, single = sink_files(plan, name, to, shard_size)
     started = time.perf_counter()
     stage = f".{name}.{secrets.token_hex(4)}{TEMPORARY}"
@@ -71,11 +76,12 @@ def convert_remote(
         keep = False
     finally:
         if not keep:
-            with contextlib.suppress(*failures()):
+            with held(), contextlib.suppress(*failures()):
                 system.rm(staged, recursive=True)
+    cleared = _clear(system, final, name, stale)
     casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
-    return Result(out, stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds)
+    return Result(out, stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds, cleared)
 
 
 def _refuse_overlap(out: str, plan: Plan) -> None:
@@ -94,21 +100,59 @@ def _refuse_overlap(out: str, plan: Plan) -> None:
             raise TensorkeepError(f"the source {named} lies inside the sink", where=out, hint="write to another path")
 
 
-def _refuse_existing(system: Any, final: str, out: str, overwrite: bool) -> list[str]:
-    """Return the paths of the files that are at the place now; stop where there are some and `overwrite` is off."""
+def _refuse_existing(system: Any, final: str, out: str, overwrite: bool, stale: list[str]) -> list[str]:
+    """Return the paths of the files that are at the place now; stop where they may not be replaced.
+
+    What may be is what `storage.overwriting` says, for a store as for a disk. An overwrite that failed took the old
+    metadata away first: its proven copy, in one of the prefixes `stale`, then says that the place is ours.
+    """
     with explained_store(out):
         system.invalidate_cache()
         if not final.startswith("/") and not system.exists(final.partition("/")[0]):  # writing would create it
             raise TensorkeepError(
                 "no such bucket", where=out, hint="check the URL, or create the bucket first", code="F05"
             )
-        try:
-            found = [e["name"] for e in system.ls(final, detail=True) if e["type"] == "file"]
-        except FileNotFoundError:
-            found = []
+        # some tools mark a folder by an empty object of its own name
+        found = sorted(p for p in system.find(final) if not p.endswith("/"))
     if found and not overwrite:
         raise TensorkeepError("exists already", where=out, hint="choose another path, or add --overwrite")
+    parent, name = parent_of(out), out.rpartition("/")[2]
+    if [p.strip("/") for p in found] == [final.strip("/")]:
+        beside = RemoteFolder(system, final.rpartition("/")[0], parent)
+        others = [] if reads(out) or certified(beside, f"{name}.{CERTIFICATE}") else [name]
+    else:
+        inner = [p.strip("/").removeprefix(final.strip("/") + "/") for p in found]
+        ours = any(certified(RemoteFolder(system, s, parent), CERTIFICATE) for s in stale)
+        others = strangers_in(RemoteFolder(system, final, out), out, inner, ours) if found else []
+    refuse_strangers(CHECKPOINT.word, others, name, out)
     return found
+
+
+def _stages(system: Any, final: str, name: str) -> dict[str, list[tuple[str, Any]]]:
+    """List the temporary prefixes of this output that are there now, each with its objects and their sizes."""
+    found = {}
+    with contextlib.suppress(*failures()):
+        system.invalidate_cache()
+        for entry in system.ls(final.rpartition("/")[0], detail=True):
+            match = NAME.fullmatch(entry["name"].rstrip("/").rpartition("/")[2])
+            if entry["type"] == "directory" and match and match["sink"] == name:
+                inner = system.find(entry["name"], detail=True)
+                found[entry["name"]] = sorted((path, inner[path].get("size")) for path in inner)
+    return found
+
+
+def _clear(system: Any, final: str, name: str, stale: dict[str, list[tuple[str, Any]]]) -> list[str]:
+    """Remove the temporary prefixes that killed commands left, now that a whole output is in place.
+
+    A store has no locks: one that changed while this command ran is another's at work, and stays.
+    """
+    cleared = []
+    for place, objects in _stages(system, final, name).items():
+        if stale.get(place) == objects:
+            with contextlib.suppress(*failures()):
+                system.rm(place, recursive=True)
+                cleared.append(place.rstrip("/").rpartition("/")[2])
+    return cleared
 
 
 def write_files(

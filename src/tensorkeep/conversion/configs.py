@@ -11,7 +11,7 @@ from tensorkeep.conversion.naming import Identity, minimind
 from tensorkeep.conversion.naming.minimind_config import hf_config
 from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import Plan
-from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.layout import SinkTensor
@@ -22,10 +22,19 @@ def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Co
     """Return the first config found, and every companion file once, in the order of the sources."""
     companions: dict[str, Companion] = {}
     for view in sources:
-        for companion in view.companions:
+        for companion in travelling(view.companions):
             companions.setdefault(companion.name, companion)
     config = next((v.config for v in sources if v.config is not None), None)
     return config, list(companions.values())
+
+
+def left_behind(view: StateView) -> list[Note]:
+    """Note F06 for every small file beside the weights that is a link out of their folder: it is not copied."""
+    names = tuple(c.name for c in view.companions if c.led_out)
+    if not names:
+        return []
+    are = "is a link that leads" if len(names) == 1 else "are links that lead"
+    return [Note("F06", f"{', '.join(names)} {are} out of the folder: not copied; copy what you trust yourself", names)]
 
 
 def minimind_config(

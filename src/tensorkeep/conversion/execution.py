@@ -19,10 +19,12 @@ from tensorkeep.conversion.proof import certify, check_sources, prove
 from tensorkeep.conversion.sink import THREADS, Progress, Result, placing, quiet, refuse_overlap, sink_files, stored
 from tensorkeep.conversion.streams import Sums, with_ties, write_tensor
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import explained, local_path
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot, Trailer
-from tensorkeep.storage.placement import refuse_existing, write_bytes
+from tensorkeep.storage.overwriting import refuse_existing
+from tensorkeep.storage.placement import write_bytes
 
 
 def convert(
@@ -36,7 +38,7 @@ def convert(
             one file, any other a folder.
         to: the format, "hf", "dcp", "pth" or "peft".
         shard_size: largest size of one weight file in bytes; None for the format's usual one.
-        overwrite: replace what is there.
+        overwrite: replace what is there, if it is a checkpoint and nothing else.
         progress: called as `progress(what, done, total)` with bytes while it runs.
 
     Returns:
@@ -59,7 +61,7 @@ def convert(
         return convert_remote(plan, out, to, shard_size, overwrite, progress)
     final = local_path(out)
     refuse_overlap(final, plan.sources)
-    refuse_existing(final, overwrite)
+    refuse_existing(final, overwrite, CHECKPOINT)
     layouts, single = sink_files(plan, final.name, to, shard_size)
     with placing(final, layouts, single, overwrite) as place:
         started = time.perf_counter()

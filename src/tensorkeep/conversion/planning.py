@@ -57,7 +57,7 @@ def make_plan(
         >>> make_plan([read("model")], "dcp", naming="torchtitan").naming  # doctest: +SKIP
         'torchtitan'
     """
-    notes = [note for view in sources for note in view.notes]
+    notes = [note for view in sources for note in (*view.notes, *configs.left_behind(view))]
     config, companions = configs.gather(sources)
     dropped: list[Step] = []
     identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]

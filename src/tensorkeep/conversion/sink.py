@@ -14,6 +14,7 @@ from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Cast
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
+from tensorkeep.formats.earlier import CHECKPOINT, LONE_CERTIFICATE
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import CERTIFICATE, LocalFolder, explained, local_path
 from tensorkeep.storage.files import Progress as Progress
@@ -37,6 +38,7 @@ class Result:
         digests: xxh3_128 of each tensor's bytes in hex, by name.
         casts: what was lost, for each tensor whose cast lost something.
         seconds: how long each phase took ("write", "prove", "sync").
+        cleared: what killed commands had left beside the place in a store, and is gone now.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Result:
     digests: dict[str, str]
     casts: dict[str, Cast] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    cleared: list[str] = field(default_factory=list)
 
 
 class Place(NamedTuple):
@@ -70,13 +73,13 @@ def placing(final: Path, layouts: list[FileLayout], single: bool, overwrite: boo
         final: the path that the output gets.
         layouts: the files.
         single: whether the output is one file; its certificate then lies beside it, and otherwise in its folder.
-        overwrite: replace what is there.
+        overwrite: replace what is there, if it is a checkpoint.
 
     Raises:
         TensorkeepError: the place exists or cannot be written; then nothing of the output is left.
     """
     finals, over = ([final, beside(final)], [overwrite, True]) if single else ([final], [overwrite])
-    with replacing_all(finals, over) as temporaries:
+    with replacing_all(finals, over, [CHECKPOINT, LONE_CERTIFICATE][: len(finals)]) as temporaries:
         temporary = temporaries[0]
         if single:
             lone = [FileLayout(temporary.name, layouts[0].segments)]

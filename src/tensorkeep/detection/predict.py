@@ -33,6 +33,7 @@ from tensorkeep.detection.data.windows import count_snippets, make_window, place
 from tensorkeep.detection.inference import Selection, decode_predictions
 from tensorkeep.detection.results.decode import fuse_classes, merge_windows
 from tensorkeep.detection.results.nms import Detections
+from tensorkeep.detection.results.results import DETECTIONS
 from tensorkeep.detection.results.subtitles import NamedDetection
 from tensorkeep.detection.results.timeline import jpeg
 from tensorkeep.errors import TensorkeepError
@@ -328,7 +329,7 @@ def write_predictions(
         "results": results,
         "external_data": {"used": pretrained, "details": details},
     }
-    with replacing(Path(path), overwrite) as temporary:
+    with replacing(Path(path), overwrite, DETECTIONS) as temporary:
         write_bytes(temporary, json.dumps(document).encode())
 
 

@@ -24,7 +24,7 @@ from tensorkeep.diagnosis.evidence.case import Array, Case, Target
 from tensorkeep.diagnosis.evidence.remedy import Recipe, Remedies
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
-from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import STREAM_BYTES, StateView
 from tensorkeep.storage.files import Progress
@@ -188,9 +188,9 @@ def mended(case: Case, plan: Remedies) -> RepairedView:
     companions = [c for c in case.view.companions if c.name not in plan.companions]
     reference = case.reference
     if reference is not None:
-        companions += [c for c in reference.companions if c.name in plan.companions]
+        companions += [c for c in travelling(reference.companions) if c.name in plan.companions]
         if "config.json" not in {c.name for c in companions}:
-            companions += [c for c in reference.companions if c.name == "config.json"]
+            companions += [c for c in travelling(reference.companions) if c.name == "config.json"]
     config = case.reference_config if "config.json" in plan.companions or case.config is None else case.config
     form = formats.written_again(case.view.format)
     return RepairedView(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from tensorkeep.errors import TensorkeepError
@@ -28,6 +30,7 @@ COMPANIONS = tuple(
         "recipe.yaml",
     ]
 )
+_BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # git's name for a file, or its SHA-256
 _LARGEST = 256 << 20  # bytes; the largest tokenizers have 40 MB
 
 
@@ -38,11 +41,18 @@ class Companion(NamedTuple):
         name: its name.
         data: its bytes.
         where: where it came from, for messages.
+        led_out: it is a link out of its folder: read like any file, but never copied into a sink.
     """
 
     name: str
     data: bytes
     where: str
+    led_out: bool = False
+
+
+def travelling(companions: Iterable[Companion]) -> list[Companion]:
+    """Return those that are copied beside the weights: all but links that lead out of their folder."""
+    return [companion for companion in companions if not companion.led_out]
 
 
 def find_companions(folder: Folder, known: Sequence[Companion], described: bool) -> list[Companion]:
@@ -75,16 +85,42 @@ def find_companions(folder: Folder, known: Sequence[Companion], described: bool)
         if "config.json" not in present and place is not folder:
             continue
         have = {companion.name for companion in (*known, *found)}
-        found += [_read(place, name) for name in COMPANIONS if name in present - have]
+        found += [read_companion(place, name) for name in COMPANIONS if name in present - have]
         if "config.json" in present:
             break
     return found
 
 
-def _read(place: Folder, name: str) -> Companion:
+def read_companion(place: Folder, name: str) -> Companion:
+    """Read one small file beside the weights.
+
+    Args:
+        place: its folder.
+        name: its name.
+
+    Raises:
+        TensorkeepError: it is too large to be a config or a tokenizer, or cannot be read.
+    """
     where = f"{place.url}/{name}"
     if place.size(name) > _LARGEST:
         raise TensorkeepError(
             f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
         )
-    return Companion(name, place.read(name), where)
+    led_out = isinstance(place, LocalFolder) and leads_out(place.path / name)
+    return Companion(name, place.read(name), where, led_out)
+
+
+def leads_out(path: Path) -> bool:
+    """Tell whether a file is a link to one outside its folder.
+
+    The Hub's cache is made of such links, `snapshots/COMMIT/config.json` to `blobs/HASH` of the same model: those do
+    not lead out.
+
+    Args:
+        path: the file.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    if not path.is_symlink() or folder in target.parents:
+        return False
+    models = [place.parent for place in folder.parents if place.name == "snapshots"]
+    return not (target.parent in [model / "blobs" for model in models] and _BLOB.fullmatch(target.name))

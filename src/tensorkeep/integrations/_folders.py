@@ -21,6 +21,7 @@ from tensorkeep.formats import safetensors
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.files import TEMPORARY, LocalFolder, explained, left_over
 from tensorkeep.storage.finite import all_finite
+from tensorkeep.storage.overwriting import Kind, listed
 from tensorkeep.storage.placement import remove, replacing, sync_file, sync_folder, temporary_name, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
 from tensorkeep.storage.run_manifest import MANIFEST
@@ -30,6 +31,20 @@ from tensorkeep.training.state_files import files_of, floating, source_of, tenso
 
 _Numbered = tuple[int, Path]
 _Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, first byte
+
+
+def _not_sealed(path: Path) -> list[str]:
+    """List what in a folder our seal does not cover; all of it where there is no seal. A damaged one was ours."""
+    if not path.is_dir() or not (path / MANIFEST).is_file():
+        return listed(path) if path.is_dir() else [path.name]
+    try:
+        covered = run_manifest.read_manifest(path).files
+    except TensorkeepError:
+        return []
+    return [name for name in listed(path) if name != MANIFEST and name not in covered]
+
+
+SEALED = Kind("a sealed checkpoint", _not_sealed)
 
 
 # -- sealing ------------------------------------------------------------------------------------------------------

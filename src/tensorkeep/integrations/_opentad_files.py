@@ -98,7 +98,7 @@ def _write(path: Path, states: dict[str, Any]) -> None:
     if spoiled:
         raise not_finite(path, spoiled)
     clear_remains(path.parent, _FILES)
-    with replacing_all([path, beside(path)], [True, True]) as (temporary, certificate):
+    with replacing_all([path, beside(path)], [True, True], [None, None]) as (temporary, certificate):
         with explained(path), temporary.open("xb") as file:
             torch.save(states, file)
         view = read(temporary)

@@ -108,7 +108,7 @@ def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = Non
 
     Raises:
         TensorkeepError: NaN or Inf in weights (V01), a name without a number, automatic_checkpoint_naming, a full or
-            failing disk. What was there stays.
+            failing disk, a folder of that name that holds anything but a sealed checkpoint. What was there stays.
     """
     final, world = Path(folder), _world(accelerator)
     step = _number(final)
@@ -123,7 +123,7 @@ def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = Non
 
         def begin() -> Path:
             folders.clear_remains(final.parent, siblings)
-            return stack.enter_context(replacing(final, overwrite=True))
+            return stack.enter_context(replacing(final, overwrite=True, kind=folders.SEALED))
 
         made = distributed.together(world, lambda: begin() if world.first else None)
         temporary = distributed.gathered(world, made)[0]

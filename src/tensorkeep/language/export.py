@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from tensorkeep.adapters.files import save_adapter
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.companions import COMPANIONS
+from tensorkeep.formats.companions import find_companions, travelling
+from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.language.checkpoints import checkpoint_of, needs_start_weights, put_state
 from tensorkeep.language.recipe_text import read_language
 from tensorkeep.language.start import start_of
 from tensorkeep.storage import run_folder
-from tensorkeep.storage.files import explained
+from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.training.distributed import World
 
@@ -58,10 +59,9 @@ def exported(run: str | Path, out: str | Path, ema: bool = True, best: bool = Fa
         tied = state.document["ties"]
         held = {n: t for n, t in start.model.state_dict().items() if isinstance(t, torch.Tensor)}
         tensors = {n: t.contiguous() for n, t in held.items() if n not in tied}
-        with replacing(out, overwrite) as temporary, explained(out):
+        with replacing(out, overwrite, CHECKPOINT) as temporary, explained(out):
             temporary.mkdir()
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-            for name in COMPANIONS:
-                if (run / name).is_file():
-                    write_bytes(temporary / name, (run / name).read_bytes())
+            for companion in travelling(find_companions(LocalFolder(run), [], described=True)):
+                write_bytes(temporary / companion.name, companion.data)
     return out

@@ -21,7 +21,7 @@ from tensorkeep.conversion import execution as conversion
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import Inconclusive, TensorkeepError
-from tensorkeep.formats.companions import COMPANIONS, Companion
+from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.buffers import REFUSALS
@@ -229,14 +229,15 @@ def load_tokenizer(path: str) -> Any:
 
 def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:
     """Copy config and tokenizer into the run where they are not there, so that `read(run)` finds them."""
-    inherited = view.companions if view is not None else []
+    inherited = travelling(view.companions) if view is not None else []
     found = [c for c in inherited if c.name in COMPANIONS and c.name != "recipe.yaml"]
     if view is None:
         found = [configs.companion("config.json", model.config.to_dict())]
     if recipe.tokenizer is not None:
         place = Path(recipe.tokenizer)
         names = [c for c in COMPANIONS if c != "config.json" and c not in ("generation_config.json", "recipe.yaml")]
-        own = {"tokenizer.json": place} if place.is_file() else {n: place / n for n in names if (place / n).is_file()}
+        own = {n: place / n for n in names if (place / n).is_file() and not leads_out(place / n)}
+        own = {"tokenizer.json": place} if place.is_file() else own
         with explained(place):
             tokenizer = [Companion(name, path.read_bytes(), str(path)) for name, path in own.items()]
         found = [c for c in found if c.name not in own] + tokenizer

@@ -339,10 +339,10 @@ def read_file(path: Path, size: int, digests: Sequence[str], image: memoryview |
     Raises:
         OSError: as the system gives it.
     """
-    handle = open_handle(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, direct=size >= SMALL)
-    cached = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    turn, wrong = iter(range(len(digests))), []
-    lock = threading.Lock()
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
+    handle = open_handle(path, flags, direct=size >= SMALL)
+    cached = os.open(path, flags)
+    turn, wrong, lock = iter(range(len(digests))), list[int](), threading.Lock()
 
     def some() -> None:
         room = allocate(min(CHUNK, size)) if image is None else None

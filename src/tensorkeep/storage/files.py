@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import TensorkeepError, printable, shown
 
 TEMPORARY = ".tensorkeep-tmp"
 # a lone file (a .pth, a .safetensors) has no folder for its certificate: it lies beside under this ending
@@ -249,6 +249,37 @@ def local_path(given: str | Path) -> Path:
     except (ValueError, RuntimeError, OSError) as error:  # NUL, surrogates, no such user, a loop of links, too long
         raise TensorkeepError(f"is no path that can be opened: {error}", where=given, hint="check the path") from None
     return path
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Open a regular file that is no link; whatever a link would lead to is not touched.
+
+    Args:
+        path: the file.
+        flags: of os.open; with O_CREAT the file is made where there is none.
+
+    Returns:
+        The open file descriptor; the caller closes it.
+
+    Raises:
+        TensorkeepError: it is a symbolic link, no regular file, or to be written and the same file as another name.
+        OSError: as the system gives it.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        what = f"is a symbolic link to {printable(str(path.readlink()))}"
+        raise TensorkeepError(what, where=path, hint="links are not followed here: remove it") from error
+    state = os.fstat(handle)
+    what = "" if stat.S_ISREG(state.st_mode) else "is not a regular file"
+    if state.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR):
+        what = "is the same file as another name (a hard link), which would be written to"
+    if what:
+        os.close(handle)
+        raise TensorkeepError(what, where=path, hint="move it away")
+    return handle
 
 
 @contextlib.contextmanager

@@ -16,37 +16,13 @@ from pathlib import Path
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import TEMPORARY, explained
-
-
-def refuse_existing(final: Path, overwrite: bool) -> None:
-    """Raise before any work is done where the place is taken.
-
-    An empty folder counts as free; a link to a folder never does.
-
-    Args:
-        final: the path to be written.
-        overwrite: whether what stands there may be replaced.
-
-    Raises:
-        TensorkeepError: it exists and `overwrite` is not set, or it is a link to a folder.
-    """
-    with explained(final):
-        if final.is_symlink() and final.is_dir():
-            raise TensorkeepError(
-                f"is a symbolic link to {final.readlink()}",
-                where=final,
-                hint="name that folder itself, or remove the link",
-            )
-        if not overwrite and os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
-            raise TensorkeepError(
-                "exists already",
-                where=final,
-                hint="choose another path, or add --overwrite (the old one stays until the new one is proven)",
-            )
+from tensorkeep.storage.leftovers import BEFORE, KEPT, NAME, dead_names, writing_in
+from tensorkeep.storage.overwriting import Kind, refuse_existing
+from tensorkeep.storage.signals import held
 
 
 @contextlib.contextmanager
-def replacing(final: Path, overwrite: bool) -> Iterator[Path]:
+def replacing(final: Path, overwrite: bool, kind: Kind | None = None) -> Iterator[Path]:
     """Give a temporary path beside `final`; put it in place when the body ends well, remove it otherwise.
 
     The body writes there (a file, or a folder with its files) and proves what it wrote. Every file and folder is
@@ -55,28 +31,32 @@ def replacing(final: Path, overwrite: bool) -> Iterator[Path]:
     Args:
         final: the file or folder to be written.
         overwrite: whether what stands there may be replaced.
+        kind: what it must be to be replaced; None for a run's own file, which is known by its name alone.
 
     Yields:
         The temporary path, which does not exist yet.
 
     Raises:
-        TensorkeepError: `final` exists and `overwrite` is not set, or the disk fails.
+        TensorkeepError: `final` exists and may not be replaced (see `overwriting.refuse_existing`), or the disk fails.
 
     Example:
         >>> with replacing(Path("model.pth"), overwrite=False) as temporary:        # doctest: +SKIP
         ...     write_bytes(temporary, data)
     """
-    with replacing_all([final], [overwrite]) as temporaries:
+    with replacing_all([final], [overwrite], [kind]) as temporaries:
         yield temporaries[0]
 
 
 @contextlib.contextmanager
-def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator[list[Path]]:
+def replacing_all(
+    finals: Sequence[Path], overwrite: Sequence[bool], kinds: Sequence[Kind | None]
+) -> Iterator[list[Path]]:
     """Do what `replacing` does for several paths at once: all are put in place, or all stay as they were.
 
     Args:
         finals: the files or folders to be written.
         overwrite: for each, whether what stands there may be replaced.
+        kinds: for each, what that must be; None for a file that is known by its name alone.
 
     Yields:
         A temporary path for each.
@@ -85,39 +65,92 @@ def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator
         TensorkeepError: one of them exists and may not be replaced, or the disk fails.
     """
     finals = [_named(final) for final in finals]
-    for final, may in zip(finals, overwrite):
-        refuse_existing(final, may)
+    rules = list(zip(overwrite, kinds, strict=True))
+    for final, (may, kind) in zip(finals, rules, strict=True):
+        refuse_existing(final, may, kind)
         with explained(final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
     temporaries = [temporary_name(final) for final in finals]
+    with contextlib.ExitStack() as stack:
+        for parent in {final.parent for final in finals}:
+            stack.enter_context(writing_in(parent))
+        try:
+            try:
+                yield temporaries
+                for temporary in temporaries:
+                    _sync_tree(temporary)
+                with held():
+                    _put_all_in_place(temporaries, finals, rules)
+            finally:
+                _remove_all(temporaries)  # after a success this is what stood in place before
+        finally:
+            _remove_all(temporaries)  # a signal may have come just before: one raises, later ones do not
+
+
+def _remove_all(paths: Sequence[Path]) -> None:
+    with held():
+        for path in paths:
+            remove(path)
+
+
+def _put_all_in_place(
+    temporaries: Sequence[Path], finals: Sequence[Path], rules: Sequence[tuple[bool, Kind | None]]
+) -> None:
+    """Give every temporary its name; where one fails, all get back what they had."""
     undo: list[Callable[[], None]] = []
     try:
-        yield temporaries
-        for temporary in temporaries:
-            _sync_tree(temporary)
-        try:
-            for temporary, final, may in zip(temporaries, finals, overwrite):
-                with explained(final):
-                    undo.append(_put_in_place(temporary, final, may))
-            for parent in {final.parent for final in finals}:
-                sync_folder(parent)
-        except BaseException:
-            for back in reversed(undo):
-                with contextlib.suppress(OSError):
-                    back()
-            raise
-    finally:
-        for temporary in temporaries:
-            remove(temporary)  # after a success this is what stood in place before
+        for temporary, final, (may, kind) in zip(temporaries, finals, rules, strict=True):
+            with explained(final):
+                undo.append(_put_in_place(temporary, final, may, kind))
+        for parent in {final.parent for final in finals}:
+            sync_folder(parent)
+    except BaseException:
+        for back in reversed(undo):
+            with contextlib.suppress(OSError):
+                back()
+        raise
 
 
-def temporary_name(final: Path) -> Path:
+def temporary_name(final: Path, before: bool = False) -> Path:
     """Make a fresh temporary name beside `final`, never longer than a file system takes.
 
     Args:
         final: the path that the temporary one stands for.
+        before: it is for what stands at `final` now; after a kill that is put back and not removed.
     """
-    return final.with_name(f".{final.name[:40]}.{secrets.token_hex(4)}{TEMPORARY}")
+    return final.with_name(f".{final.name[:KEPT]}.{secrets.token_hex(4)}{BEFORE if before else ''}{TEMPORARY}")
+
+
+def clear_leftovers(final: Path) -> tuple[list[str], list[str]]:
+    """Clean up after commands that were killed while they wrote beside `final`.
+
+    What was written and never put in place is removed. What stood at `final`, and was moved aside when the kill came,
+    gets its name back.
+
+    Args:
+        final: the path that is about to be written.
+
+    Returns:
+        The names removed or put back, and the names for `final` that stay: a writer may be at work, or they cannot be
+        deleted.
+    """
+    final, done = _named(final), []
+    for path in dead_names(final.parent):
+        match = NAME.fullmatch(path.name)
+        assert match is not None
+        if match["old"] and match["sink"] != final.name[:KEPT]:
+            continue  # the next command on that sink knows its whole name
+        if match["old"] and not os.path.lexists(final):
+            with contextlib.suppress(OSError):
+                path.rename(final)
+        else:
+            remove(path)
+        done += [] if os.path.lexists(path) else [path.name]
+    try:
+        here = sorted(p.name for p in final.parent.iterdir())
+    except OSError:
+        here = []
+    return done, [n for n in here if (m := NAME.fullmatch(n)) and m["sink"] == final.name[:KEPT]]
 
 
 def _named(final: Path) -> Path:
@@ -131,9 +164,9 @@ def _named(final: Path) -> Path:
     return final
 
 
-def _put_in_place(temporary: Path, final: Path, overwrite: bool) -> Callable[[], None]:
+def _put_in_place(temporary: Path, final: Path, overwrite: bool, kind: Kind | None) -> Callable[[], None]:
     """Rename `temporary` to `final` and return the way to undo that; what stood there takes the temporary name."""
-    refuse_existing(final, overwrite)  # somebody may have come between
+    refuse_existing(final, overwrite, kind)  # somebody may have come between
     if os.path.lexists(final) and not (final.is_dir() and temporary.is_dir() and not any(final.iterdir())):
         swap_names(temporary, final)
         return lambda: swap_names(temporary, final)
@@ -181,7 +214,7 @@ def swap_names(one: Path, other: Path) -> None:
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise OSError(number, os.strerror(number), str(other))
-    aside = temporary_name(other)
+    aside = temporary_name(other, before=True)
     other.rename(aside)
     try:
         one.rename(other)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.files import explained, left_over
+from tensorkeep.storage.files import explained, left_over, open_plain
 from tensorkeep.storage.placement import remove, sync_folder, temporary_name
 from tensorkeep.storage.run_manifest import (
     MANIFEST,
@@ -34,6 +35,7 @@ from tensorkeep.storage.run_manifest import (
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 MODEL, ADAPTER, OPTIMIZER, EMA = "model.safetensors", "adapter.safetensors", "optimizer.safetensors", "ema.safetensors"
 LATEST, BEST, _LOCK = "latest", "best", ".lock"
+_PID = re.compile(rb"(\d{1,20}\n?)?")  # all that a lock file ever holds
 
 
 # -- names --------------------------------------------------------------------------------------------------------
@@ -127,7 +129,8 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint | None:
     document = {}
     if STATE in manifest.files:
         read_whole(folder, STATE, manifest)
-        document = parse_json((folder / STATE).read_bytes(), folder / STATE)
+        with explained(folder / STATE), os.fdopen(open_plain(folder / STATE, os.O_RDONLY), "rb") as file:
+            document = parse_json(file.read(), folder / STATE)
     numbers = ("step", "epoch", "samples", "world_size")
     run = {k: document[k] for k in numbers if isinstance(document, dict) and type(document.get(k)) is int}
     name = weights_file(list(manifest.files))
@@ -222,9 +225,9 @@ def named_step(run: Path, which: str) -> int | None:
     """
     path = run / CHECKPOINTS / which
     with explained(path):
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
             text = file.read(64).decode("utf-8", "replace").strip()
     step = step_of(text)
     if step is None:
@@ -297,16 +300,21 @@ def locked(run: Path) -> Iterator[None]:
         run: the run's folder; made where it is not there.
 
     Raises:
-        TensorkeepError: another process, which is named, or this one holds the lock.
+        TensorkeepError: another process, which is named, or this one holds the lock; or the file is a link or not ours,
+            and stays as it is.
     """
     path, mine = run / _LOCK, (os.getpid(), str(run.resolve()))
     if mine in _held:
         raise TensorkeepError("this process saves into it already", where=run, hint="close the other Saver first")
     with explained(run):
         make_folder(run)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with explained(path):
+        handle = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:
         with explained(path):
+            if not _PID.fullmatch(os.pread(handle, 64, 0)):
+                what = "is a file of somebody else's, where a run keeps its lock"
+                raise TensorkeepError(what, where=path, hint="move it away, or choose another --out")
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

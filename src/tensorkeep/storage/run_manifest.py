@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
@@ -24,7 +25,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import SCHEMA, parse_json
-from tensorkeep.storage.files import Progress, explained, inside
+from tensorkeep.storage.files import Progress, explained, inside, open_plain
 from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
 
 MANIFEST = "manifest.json"
@@ -170,14 +171,15 @@ def read_manifest(folder: Path) -> Manifest:
         TensorkeepError: F01 where there is none, F03 where it was changed, F06 or F07 where what it says cannot be.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         with explained(folder):
             folder.stat()
         raise TensorkeepError(f"has no {MANIFEST}: the save was interrupted", where=folder, code="F01", hint=_BEFORE)
-    with explained(path):
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise _odd(path, f"is no manifest: {path.stat().st_size} bytes")
-        data = path.read_bytes()
+    with explained(path), _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_MANIFEST:
+            raise _odd(path, f"is no manifest: {size} bytes")
+        data = file.read()
     try:
         document = parse_json(data, path)
         same = isinstance(document, dict) and manifest_bytes(document) == data
@@ -186,6 +188,14 @@ def read_manifest(folder: Path) -> Manifest:
     if not same:
         raise TensorkeepError("was changed or damaged after it was written", where=path, code="F03", hint=_BEFORE)
     return _checked(document, path)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file of a checkpoint for reading; F07 where it is a link or no file: a save makes neither."""
+    try:
+        return os.fdopen(open_plain(path, os.O_RDONLY), "rb")
+    except TensorkeepError as error:
+        raise _odd(path, error.what) from None
 
 
 def _odd(path: Path, what: str) -> TensorkeepError:
@@ -268,10 +278,10 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
         tensors = manifest.tensors.get(name, {})
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=tensors)
-        with explained(path):
-            size = path.stat().st_size
+        with explained(path), _opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
         if size != entry.size:
             gone = [n for n, t in tensors.items() if t.start + t.nbytes > size]
             raise TensorkeepError(
@@ -319,7 +329,7 @@ def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | 
 
 def check_head(folder: Path, name: str, manifest: Manifest) -> None:
     """Compare the first 16 MiB of a file before its header is believed; F03 where they differ."""
-    with explained(folder / name), (folder / name).open("rb") as file:
+    with explained(folder / name), _opened(folder / name) as file:
         head = file.read(durable.CHUNK)
     if manifest.files[name].chunks and durable.digest(head) != manifest.files[name].chunks[0]:
         read_whole(folder, name, manifest)
@@ -328,7 +338,7 @@ def check_head(folder: Path, name: str, manifest: Manifest) -> None:
 def _differing(path: Path, tensors: Mapping[str, TensorEntry], wrong: Sequence[int]) -> list[str]:
     """Name the tensors in the damaged chunks whose own digest differs."""
     bad, found = set(wrong), []
-    with explained(path), path.open("rb") as file:
+    with explained(path), _opened(path) as file:
         for name, tensor in tensors.items():
             last = max(tensor.start + tensor.nbytes - 1, 0) // durable.CHUNK
             if not tensor.nbytes or bad.isdisjoint(range(tensor.start // durable.CHUNK, last + 1)):

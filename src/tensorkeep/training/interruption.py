@@ -1,4 +1,4 @@
-"""Let SIGTERM, SIGINT and SIGUSR1 ask a run to save and leave; asked twice, it leaves at once.
+"""Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to save and leave; asked twice, it leaves at once.
 
 A handler only notes the wish: an update is never cut in half. Within `may_stop()` (an evaluation, which changes
 nothing) it raises instead, since the checkpoint before it has been saved already.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ECHO = 1.0  # seconds; a terminal and a launcher both pass the same wish on, which is not asking twice
 
 
@@ -65,7 +65,9 @@ def listening() -> Iterator[Wish]:
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
-    before = {number: signal.signal(number, wish.ask) for number in ASKING}
+    hung_up = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup: it goes on without the terminal
+    asking = [number for number in ASKING if number != signal.SIGHUP or not hung_up]
+    before = {number: signal.signal(number, wish.ask) for number in asking}
     try:
         yield wish
     finally:

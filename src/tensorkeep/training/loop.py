@@ -245,12 +245,16 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
 
 def _rewind(run: Run, say: Output) -> None:
     """Take away the rows of later steps, and write the recipe where it is another."""
-    gone = metrics.rewind(run.folder / metrics.METRICS, run.step)
+    text = to_yaml(run.job.recipe).encode() if run.job.recipe else b""
+    path, rows = run.folder / RECIPE, run.folder / metrics.METRICS
+    other = bool(text) and not (path.exists() and path.read_bytes() == text)
+    if other and path.exists() and not rows.exists():  # somebody's own: every run has rows before its recipe
+        what = "is no run's recipe, and training would replace it"
+        raise TensorkeepError(what, where=path, hint="choose another --out, or move the file out of it")
+    gone = metrics.rewind(rows, run.step)
     if gone:
         say.remark(f"{gone} rows after step {run.step} are made again")
-    text = to_yaml(run.job.recipe).encode() if run.job.recipe else b""
-    path = run.folder / RECIPE
-    if text and not (path.exists() and path.read_bytes() == text):
+    if other:
         with replacing(path, overwrite=True) as temporary:
             write_bytes(temporary, text)
 

@@ -10,11 +10,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
+from tensorkeep.storage.files import explained, open_plain
 from tensorkeep.storage.placement import replacing, sync_folder, write_bytes
 
 METRICS, PROOF = "metrics.jsonl", "proof.jsonl"
@@ -74,9 +75,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _opened(path: Path) -> RawIOBase:
+    """The file, made where there is none, to write at its end; never through a link."""
+    return os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab", buffering=0)
+
+
 def append(path: Path, row: Mapping[str, Any], durable: bool = False) -> None:
     """Append a row in one write; `durable` also waits for the disk."""
-    with explained(path), path.open("ab", buffering=0) as file:
+    with explained(path), _opened(path) as file:
         file.write((json.dumps(finite(row)) + "\n").encode())
         if durable:
             os.fsync(file.fileno())
@@ -85,7 +91,7 @@ def append(path: Path, row: Mapping[str, Any], durable: bool = False) -> None:
 def sync(path: Path) -> None:
     """Wait until every row is on the disk: a checkpoint must not be newer than the rows before it."""
     if path.exists():
-        with explained(path), path.open("ab") as file:
+        with explained(path), _opened(path) as file:
             os.fsync(file.fileno())
 
 
@@ -95,11 +101,12 @@ def rewind(path: Path, step: int) -> int:
     Returns:
         How many lines were deleted.
     """
-    if not path.exists():
-        with explained(path):
-            path.touch()
+    made = not os.path.lexists(path)
+    with explained(path):
+        _opened(path).close()  # makes it, and refuses a link
+        if made:
             sync_folder(path.parent)
-        return 0
+            return 0
     return keep(path, lambda row: bool(row["step"] <= step))
 
 

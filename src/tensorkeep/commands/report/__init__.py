@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Say
+from tensorkeep.commands.shared import Say, prepare
 
 
 def report(
@@ -30,6 +30,8 @@ def report(
     overwrite
         Replace an existing page.
     """
+    printer = say.output()
+    prepare(printer, out)
     if (Path(source) / "metrics.jsonl").is_file():
         from tensorkeep.commands.report.run import write_run_page
 
@@ -38,7 +40,6 @@ def report(
         from tensorkeep.commands.report._page import write_page
 
         write_page(source, out, diff, overwrite)
-    printer = say.output()
     if say.json:
         printer.document({"page": str(out)})
     printer.line(str(out))

@@ -19,6 +19,7 @@ from tensorkeep.errors import TensorkeepError, printable
 from tensorkeep.formats.names import grouped
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import explained
+from tensorkeep.storage.overwriting import PAGE
 from tensorkeep.storage.placement import replacing
 
 _VERDICTS = {"ok": "nothing wrong found", "findings": "something is wrong", "inconclusive": "could not be decided"}
@@ -62,7 +63,7 @@ def write_page(
     document = _document(Path(path_in), "findings", "tensorkeep diagnose CKPT --json > findings.json")
     diff = _document(Path(differences), "tensors", "tensorkeep diff A B --json > diff.json") if differences else None
     text = page(document, diff)
-    with replacing(Path(path_out), overwrite) as temporary, explained(path_out):
+    with replacing(Path(path_out), overwrite, PAGE) as temporary, explained(path_out):
         temporary.write_text(text, encoding="utf-8")
 
 

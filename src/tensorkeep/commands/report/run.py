@@ -15,6 +15,7 @@ from typing import Any
 from tensorkeep.commands.report._style import STYLE
 from tensorkeep.commands.report._timelines import timelines
 from tensorkeep.errors import TensorkeepError, printable
+from tensorkeep.storage.overwriting import PAGE
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.training import metrics
 
@@ -70,7 +71,7 @@ def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) ->
     >>> write_run_page("runs/one", "one.html")  # doctest: +SKIP
     """
     text = run_page(run)
-    with replacing(Path(out), overwrite) as temporary:
+    with replacing(Path(out), overwrite, PAGE) as temporary:
         write_bytes(temporary, text.encode())
 
 

@@ -12,6 +12,7 @@ The same arguments give the same pixels, and video `i` is the same however many 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.containers import import_av
 from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.storage.overwriting import Kind, listed
 from tensorkeep.storage.placement import replacing
 
 Floats = NDArray[np.float64]
@@ -33,6 +35,11 @@ ANNOTATIONS, CLASS_MAP, VIDEOS = "annotations.json", "category_idx.txt", "videos
 _BUSY, _CALM = (70.0, 180.0), (50.0, 90.0)  # greys of a background
 _EDGE = 0.7  # width, in pixels, over which a shape's edge fades
 _GAP = 1.0  # least seconds between two actions of one actor
+_OURS = re.compile(rf"{VIDEOS}/(training|validation)_\d{{4,}}\.mp4|{re.escape(ANNOTATIONS)}|{re.escape(CLASS_MAP)}")
+_DATASET = Kind(
+    "a data set made here",
+    lambda path: [n for n in listed(path) if not _OURS.fullmatch(n)] if path.is_dir() else [path.name],
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def make_dataset(
     if videos < 1 or held_out < 0:
         raise TensorkeepError(f"{videos} training and {held_out} validation videos", where="synthetic")
     database: dict[str, Any] = {}
-    with replacing(Path(folder), overwrite) as temporary:
+    with replacing(Path(folder), overwrite, _DATASET) as temporary:
         (temporary / VIDEOS).mkdir(parents=True)
         for subset, number in (("training", videos), ("validation", held_out)):
             for index in range(number):

@@ -27,11 +27,16 @@ from tensorkeep.detection.results.columns import Columns, align_names, gather_co
 from tensorkeep.detection.results.matching import Ints, Pairs, match_greedily, overlaps
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.overwriting import lone_file
 
 # what a detection can be
 KINDS = ("true positive", "double detection", "wrong label", "localisation", "confusion", "background")
 _COLOURS = ("#4c9f70", "#7aa6c2", "#d98c5f", "#e3c567", "#b07aa1", "#9a9a9a")
 _NAMES = ("XS", "S", "M", "L", "XL")
+PICTURE = lone_file(
+    "a picture of tensorkeep",
+    r'<svg xmlns="http://www.w3.org/2000/svg" width="[\d.]+" height="[\d.]+" font-family="sans-serif" font-size="12">',
+)
 _LOOSE = 0.1  # below this overlap a detection is background
 
 

@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.documents import parse_number, parse_segment, read_json, read_text
+from tensorkeep.storage.overwriting import lone_file
 from tensorkeep.storage.placement import replacing, write_bytes
 
 # the ids that the THUMOS'14 kit gives its 20 detection classes: their places in the list of UCF101
+# what `predict` and `write_detections` write
+DETECTIONS = lone_file("a file of detections", r'\{("version": "VERSION 1\.3", )?"results": \{')
 THUMOS_CLASS_IDS = {
     7: "BaseballPitch",
     9: "BasketballDunk",
@@ -158,7 +161,7 @@ def write_detections(
         ]
         for video, rows in results.items()
     }
-    with replacing(Path(path), overwrite) as temporary:
+    with replacing(Path(path), overwrite, DETECTIONS) as temporary:
         write_bytes(temporary, json.dumps({"results": rounded}).encode())
 
 

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from tensorkeep.storage.overwriting import lone_file
+
 LINES = 4  # detections on the screen at once
+_CLOCK, _SHOWN = r"\d{2,}:\d\d:\d\d[.,]\d{3}", r"[^\n]+ \d\.\d\d\n"
+# known by their first cue, which ends in a score: other subtitles of the same video do not
+SRT = lone_file("subtitles of tensorkeep", rf"1\n{_CLOCK} --> {_CLOCK}\n({_SHOWN})+(\n|$)")
+VTT = lone_file("subtitles of tensorkeep", rf"WEBVTT\n($|\n{_CLOCK} --> {_CLOCK} line:-\d+\n{_SHOWN}(\n|$))")
 
 
 class NamedDetection(NamedTuple):

@@ -20,6 +20,7 @@ from tensorkeep.conversion.plan import Part, Plan, Step
 from tensorkeep.conversion.proof import check_sources, prove
 from tensorkeep.conversion.sink import quiet
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.view import Note, StateView, read
 from tensorkeep.language.minimind._position import Batching, step_of
 from tensorkeep.language.minimind._resume_file import registered
@@ -268,7 +269,7 @@ def _write(plan: Plan, value: dict[str, Any], out: Path, overwrite: bool) -> Non
     """Stream the file beside its place, prove it, rename it."""
     keys = _keys(plan.steps)
     stored = [(keys[t.name], t) for t in plan.tensors if t.name in keys]
-    with replacing(out, overwrite) as temporary:
+    with replacing(out, overwrite, CHECKPOINT) as temporary:
         layout = FileLayout(temporary.name, build_archive(0, value, stored).segments)
         sums = write_files([layout], temporary.parent, plan, quiet)
         check_sources(plan, sums)
