@@ -112,7 +112,7 @@ def replacing_all(finals: Sequence[Path], overwrite: Sequence[bool]) -> Iterator
 
 
 def temporary_name(final: Path) -> Path:
-    """Make a fresh temporary name beside `final`, never longer than a file system takes.
+    """Return a fresh temporary name beside `final`, never longer than a file system takes.
 
     Args:
         final: the path that the temporary one stands for.

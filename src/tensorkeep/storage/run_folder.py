@@ -54,7 +54,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """List the steps of a run that have a folder, newest first; whether they are whole is another question.
+    """Return the steps of a run that have a folder, newest first; whether they are whole is another question.
 
     Args:
         run: the run's folder; one without checkpoints has no steps.
@@ -176,7 +176,7 @@ def _newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
 
 
 def remains(run: Path) -> list[str]:
-    """List the temporary names that an interrupted save left in a run, sorted.
+    """Return the temporary names that an interrupted save left in a run, sorted.
 
     Args:
         run: the run's folder.
@@ -296,6 +296,9 @@ def locked(run: Path) -> Iterator[None]:
     Args:
         run: the run's folder; made where it is not there.
 
+    Yields:
+        Nothing.
+
     Raises:
         TensorkeepError: another process, which is named, or this one holds the lock.
     """
@@ -356,7 +359,7 @@ def room_for(run: Path, needed: int) -> None:
 
 
 def disk_full(run: Path, needed: int, free: int) -> TensorkeepError:
-    """Make the error for a checkpoint that does not fit on the disk.
+    """Return the error for a checkpoint that does not fit on the disk.
 
     Args:
         run: the run's folder.

@@ -25,6 +25,12 @@ class Average:
 
     `root` is the prefix of its names. `pairs` holds the stored names (averaged, live) of each tensor by its name
     without roots and wrappers; `alone` the stored names of averaged tensors without a live one of their shape.
+
+    Args:
+        view: the checkpoint.
+        root: prefix of the averaged names.
+        pairs: name without roots and wrappers -> stored names (averaged, live).
+        alone: stored names of averaged tensors without a live one of their shape.
     """
 
     view: StateView
