@@ -100,7 +100,7 @@ def raises(node: Defined) -> bool:
 
 
 def missing(node: Defined) -> list[str]:
-    """What a docstring does not say of a function's or class's arguments, result and errors."""
+    """Return what a docstring does not say of arguments, result and errors."""
     text = ast.get_docstring(node) or ""
     if not text:
         return ["docstring"]

@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `tensorkeep`; None: those of this process.
 
     Returns:
-        0 where nothing is to report, 1 for findings, 2 for unusable input, 3 where nothing can be said, 130 after
-        Ctrl-C.
+        0 where nothing is to report, 1 for findings, 2 for unusable input, 3 where a check that matters could not
+        run, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(json="--json" in words, quiet="--quiet" in words)

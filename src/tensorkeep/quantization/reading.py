@@ -69,7 +69,7 @@ def take(view: StateView, weight: QuantizedWeight) -> Packed:
         weight: the weight's description.
 
     Returns:
-        The weight's tensors on the CPU, and their layout.
+        The weight's tensors by role, and their layout.
 
     Raises:
         TensorkeepError: Q01 or Q06 where the description has a problem, S01 where the weight is no matrix, without a

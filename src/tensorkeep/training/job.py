@@ -32,7 +32,7 @@ class Job:
 
     Args:
         model: the model, on its device.
-        optimizer: over the parameters that train; each group has a `base_lr`.
+        optimizer: over the parameters that train; a group without a `base_lr` gets its `lr` as one.
         data: the samples of an epoch, by number.
         collate: puts samples into one batch.
         loss: `loss(model, batch, divisor)` gives named scalars; `"loss"` is this micro-batch's *share*: sums divided by

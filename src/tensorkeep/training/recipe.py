@@ -234,7 +234,7 @@ def to_yaml(recipe: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return dataclasses as dictionaries and tuples as lists, which YAML and JSON have.
+    """Return a value with dictionaries for dataclasses and lists for tuples, as YAML and JSON have them.
 
     Args:
         value: Nested as you like; other values stay.

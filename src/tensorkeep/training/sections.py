@@ -107,7 +107,7 @@ class TrainingConfig:
 class GroupRule:
     """A learning rate and a decay for the trainable parameters whose name fits a pattern.
 
-    Args:
+    Attributes:
         pattern: What the names must fit, as `formats.names.matches` says.
         lr: Their learning rate.
         weight_decay: Their decay; null: the optimizer's.

@@ -188,7 +188,7 @@ def build_detector(config: DetectorConfig | Mapping[str, Any], device: str | tor
         device: where it is to be.
 
     Returns:
-        The detector, in training mode, all weights in float32.
+        The detector, in training mode.
 
     Raises:
         TensorkeepError: A value of `config` does not fit.

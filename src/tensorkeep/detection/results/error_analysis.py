@@ -115,7 +115,7 @@ def analyse_errors(
         best: how many times G detections of each class are looked at, G being its number of annotated segments.
 
     Returns:
-        The errors of each kind with what each costs, and the missed segments by bin.
+        The share of each kind of error, and of missed segments by bin.
 
     Raises:
         TensorkeepError: `tiou` is out of range, or there is nothing to score against, as in `evaluation.evaluate`.
