@@ -186,8 +186,10 @@ def cuts(writer: Writer, count: int, place: Path, chance: random.Random) -> Row:
 
 
 def cut_once(writer: Writer, disk: ext4.Disk, seconds: float) -> tuple[int, int]:
-    """Save into `disk.top/run` until the power goes, `seconds` after the first save; the newest step acknowledged, and
-    how the process ended (2: with our error)."""
+    """Save into `disk.top/run` until the power goes, `seconds` after the first save.
+
+    Returns the newest step acknowledged, and how the process ended (2: with our error).
+    """
     disk.fresh()
     run = disk.top / "run"
     run.mkdir()

@@ -126,8 +126,10 @@ def opentad(model: nn.Module) -> Subject:
 
 
 def _by_state(model: nn.Module, average: nn.Module) -> Callable[[], None]:
-    """The swap of OpenTAD's evaluation: a deep copy of the state dict, the average's loaded, the copy loaded. Not
-    strict, since bitsandbytes' layers refuse their own state: the packed weights that come back may be others."""
+    """The swap of OpenTAD's evaluation: a deep copy of the state dict, the average's loaded, the copy loaded.
+
+    Not strict, since bitsandbytes' layers refuse their own state: the packed weights that come back may be others.
+    """
 
     def swap() -> None:
         current = copy.deepcopy(model.state_dict())

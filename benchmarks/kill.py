@@ -53,7 +53,7 @@ class Marks:
         self.room = mmap.mmap(-1, 64)
 
     def get(self) -> tuple[int, int, int]:
-        """(training, saving, acknowledged step)"""
+        """Return (training, saving, acknowledged step)."""
         return struct.unpack_from("qqq", self.room)
 
     def set(self, index: int, value: int) -> None:
@@ -99,7 +99,7 @@ class Text:
         return 61
 
     def sample(self, index: int, generator: torch.Generator) -> Tensor:
-        """int64 [LENGTH]"""
+        """Return a sample, int64 [LENGTH]."""
         start = index * 100 + (int(torch.randint(60, (), generator=generator)) if self.shift else 0)
         return self.ids[start : start + LENGTH]
 

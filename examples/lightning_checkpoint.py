@@ -44,8 +44,11 @@ class Net(pl.LightningModule):
 
 
 class InOrder:
-    """Batches in an order that is a function of the epoch. Lightning tells it the epoch (it is its own sampler), and
-    saves where it is, as it does for every loader that has a state."""
+    """Batches in an order that is a function of the epoch.
+
+    Lightning tells it the epoch (it is its own sampler), and saves where it is, as it does for every loader that has a
+    state.
+    """
 
     def __init__(self) -> None:
         self.data = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(1))

@@ -82,8 +82,11 @@ class File:
     safe: bytes = b""
 
     def after(self, model: str) -> bytes:
-        """What a crash leaves: `kill` everything; `drop` what was fsynced; `zero` the length without the rest's data;
-        `half` of what was not fsynced."""
+        """Return what a crash leaves of the file.
+
+        `kill`: everything; `drop`: what was fsynced; `zero`: the length without the rest's data; `half` of what was not
+        fsynced.
+        """
         if model == "kill" or bytes(self.data) == self.safe:
             return bytes(self.data)
         if model in ("drop", "lost", "strict", "mixed"):

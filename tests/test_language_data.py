@@ -25,7 +25,7 @@ from tests.language_files import CHATML, CONVERSATIONS, TAGGED, THINKING, prefer
 
 
 def minimind_marks(ids: Sequence[int], begin: Sequence[int], end: Sequence[int]) -> list[bool]:
-    """MiniMind's rule: tokens after each `begin` (bos + "assistant\\n") up to and with the next `end` (eos + "\\n").
+    r"""MiniMind's rule: tokens after each `begin` (bos + "assistant\n") up to and with the next `end` (eos + "\n").
 
     >>> minimind_marks([9, 1, 5, 6, 2, 7], begin=[1], end=[2])
     [False, False, True, True, True, False]

@@ -79,7 +79,7 @@ class Net(nn.Module):
         self.leave = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 6] -> [B, 1]"""
+        """Compute [B, 6] -> [B, 1]."""
         x = self.enter(x)
         for block in self.blocks:
             x = x + block(x)

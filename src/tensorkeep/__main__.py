@@ -1,3 +1,5 @@
+"""Let `python -m tensorkeep` run a command."""
+
 import sys
 
 from tensorkeep.cli import main

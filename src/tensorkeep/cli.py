@@ -50,7 +50,15 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the console script and `python -m tensorkeep` call this."""
+    """Run one command and return its exit code; the console script and `python -m tensorkeep` call this.
+
+    Args:
+        arguments: the words after `tensorkeep`; None: those of this process.
+
+    Returns:
+        0 where nothing is to report, 1 for findings, 2 for unusable input, 3 where a check that matters could not
+        run, 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(json="--json" in words, quiet="--quiet" in words)
     try:
@@ -108,6 +116,7 @@ def command_of(words: Sequence[str]) -> str | None:
 
 
 def run(words: list[str], output: Output) -> int:
+    """Run one command and return its exit code; errors are the caller's."""
     from cyclopts import App, CycloptsError
 
     import tensorkeep

@@ -83,7 +83,7 @@ def printable(text: str, most: int = 2000) -> str:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Spell a value from an untrusted file for a message: short, whatever its size, depth and sharing.
+    """Return a value from an untrusted file as text for a message: short, whatever its size, depth and sharing.
 
     Args:
         value: anything.

@@ -125,7 +125,7 @@ class Status:
 
 
 def duration(seconds: float) -> str:
-    """Spell seconds for people.
+    """Return seconds in the units that people say them in.
 
     Args:
         seconds: the time.
@@ -183,7 +183,7 @@ def _escaped(cell: object) -> str:
 
 
 def size(count: float) -> str:
-    """Spell bytes for people, in decimal units.
+    """Return a number of bytes in decimal units.
 
     Args:
         count: number of bytes.
@@ -200,7 +200,7 @@ def size(count: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Spell a number for people: three digits, or a dash where there is none.
+    """Return a number as people read it: three digits, or a dash where there is none.
 
     Args:
         value: the number or None.

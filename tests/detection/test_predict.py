@@ -43,7 +43,9 @@ FRAMES, BRIGHT = 60, ((9, 17, 0), (28, 41, 1))  # frames of each action and its 
 
 class Light(nn.Module):
     """Finds what is light: a run of light grid steps is an action, of class 0 above the middle and of class 1 below.
-    Sure of it where it sees both of its ends."""
+
+    Sure of it where it sees both of its ends.
+    """
 
     def forward(self, inputs: Tensor, mask: Tensor) -> Predictions:
         batch, length = mask.shape

@@ -21,7 +21,7 @@ def moment(hours: str, minutes: str, seconds: str, rest: str) -> int:
 
 
 def blocks(text: str) -> list[str]:
-    """As a reader takes a file apart: lines end at \\n, an empty line ends a block."""
+    r"""As a reader takes a file apart: lines end at \n, an empty line ends a block."""
     return [block.strip("\n") for block in re.split(r"\n{2,}", text) if block.strip("\n")]
 
 

@@ -44,7 +44,7 @@ class LowRank(nn.Module):
 
     @property
     def scale(self) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tensorkeep.detection.data.annotations import Annotations
 from tensorkeep.detection.results.columns import read_blocked
 from tensorkeep.detection.results.error_analysis import PICTURE, ErrorAnalysis, analyse_errors
 from tensorkeep.detection.results.evaluation import Evaluation, evaluate, read_files
+from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
 from tensorkeep.storage.overwriting import refuse_existing
@@ -87,9 +88,7 @@ def eval_detection(
         truth, found, result = _of_files(annotations, detections, protocol, tiou, subset, names)
     analysis = None
     if errors is not None or picture is not None:
-        at = 0.5 if errors is None else errors
-        analysis = analyse_errors(truth, found, subset=result.subset, blocked=names, tiou=at)
-        _draw(analysis, picture, overwrite)
+        analysis = _analysed(truth, found, result.subset, names, errors, picture, overwrite)
     _tell(out, taken, result, analysis, _problems(truth, result.subset))
     return 0
 
@@ -127,11 +126,22 @@ def _of_files(
     return truth, found, evaluate(truth, found, protocol=how, thresholds=tiou or None, subset=subset, blocked=blocked)
 
 
-def _draw(analysis: ErrorAnalysis, picture: Path | None, overwrite: bool) -> None:
-    """The picture of an error analysis, where one is wanted."""
+def _analysed(
+    truth: Annotations,
+    found: DetectionTable,
+    subset: str,
+    blocked: Sequence[str],
+    tiou: float | None,
+    picture: Path | None,
+    overwrite: bool,
+) -> ErrorAnalysis:
+    """Return the error analysis at an IoU, 0.5 where none is given, once its picture is written where one is wanted."""
+    at = 0.5 if tiou is None else tiou
+    analysis = analyse_errors(truth, found, subset=subset, blocked=blocked, tiou=at)
     if picture is not None:
         with replacing(picture, overwrite, PICTURE) as temporary:
             write_bytes(temporary, analysis.picture().encode())
+    return analysis
 
 
 def _changes(protocol: str | None, tiou: Sequence[float], subset: str | None, blocked: Path | None) -> Changes:

@@ -210,8 +210,10 @@ def _all(
     opened: Opened,
     say: Output,
 ) -> tuple[dict[str, list[NamedDetection]], list[dict[str, Any]]]:
-    """Rows by video, and what is told of each; a video whose pictures are damaged joins `broken`. The JSON is written
-    at the end, interrupted or not."""
+    """Return rows by video, and what is told of each; a video whose pictures are damaged joins `broken`.
+
+    The JSON is written at the end, interrupted or not.
+    """
     from tensorkeep.detection.predict import write_predictions
     from tensorkeep.detection.results.timeline import picture_times
 

@@ -46,11 +46,15 @@ class Say:
     quiet: Flag = False
 
     def output(self) -> Output:
+        """Return what a command writes through."""
         return Output(self.json, self.quiet)
 
 
 def filled(text: str) -> str:
     """Return a docstring as help: words of the tables for `{formats}` and the like, a line for each option.
+
+    Args:
+        text: the docstring of a command.
 
     >>> filled("One of {model_formats}, not {this}.")
     'One of hf, dcp, pth, not {this}.'

@@ -30,7 +30,12 @@ _OURS = ("kind", "base_digest", "quantization")  # what our config says beside P
 
 
 class Half(NamedTuple):
-    """One half of a low-rank pair: the module that it belongs to, and "A" [rank, in] or "B" [out, rank]."""
+    """One half of a low-rank pair.
+
+    Args:
+        module: name of the module that is adapted.
+        half: "A" [rank, in] or "B" [out, rank].
+    """
 
     module: str
     half: str

@@ -18,6 +18,7 @@ from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization.stored import find_quantized, members
@@ -58,19 +59,13 @@ def make_plan(
         'torchtitan'
     """
     notes = [note for view in sources for note in (*view.notes, *configs.left_behind(view))]
-    config, companions = configs.gather(sources)
     dropped: list[Step] = []
     identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
     if adapters.wanted(identities, to, naming):
-        made = adapters.adapter_plan(sources, identities, to, config, dtype, dropped)
+        made = adapters.adapter_plan(sources, identities, to, configs.gather(sources)[0], dtype, dropped)
         _check_cover(made)
         return made
-    hub: dict[str, HfTensor] = {}
-    for index, (view, whole) in enumerate(zip(sources, identities)):
-        identity = adapters.set_aside(view, whole, to, notes)
-        config, companions = configs.minimind_config(view, identity, config, companions, notes)
-        notes += renaming.average_notes(view, identity)
-        _combine(hub, to_hf_tensors(view, index, identity, config, dropped), prefer, dropped)
+    hub, config, companions = _gathered(sources, identities, to, prefer, dropped, notes)
     if not hub:
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
     target = naming or ("hf" if any(i.naming for i in identities) else None)
@@ -87,6 +82,25 @@ def make_plan(
     _check_cover(plan)
     configs.match_dtype(plan)
     return plan
+
+
+def _gathered(
+    sources: Sequence[StateView],
+    identities: Sequence[Identity],
+    to: str,
+    prefer: str | None,
+    dropped: list[Step],
+    notes: list[Note],
+) -> tuple[dict[str, HfTensor], dict[str, Any] | None, list[Companion]]:
+    """Return the model's tensors of all sources by hf name, its config, and the small files beside it."""
+    config, companions = configs.gather(sources)
+    hub: dict[str, HfTensor] = {}
+    for index, (view, whole) in enumerate(zip(sources, identities)):
+        identity = adapters.set_aside(view, whole, to, notes)
+        config, companions = configs.minimind_config(view, identity, config, companions, notes)
+        notes += renaming.average_notes(view, identity)
+        _combine(hub, to_hf_tensors(view, index, identity, config, dropped), prefer, dropped)
+    return hub, config, companions
 
 
 def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[Step]) -> list[StateView]:

@@ -75,6 +75,9 @@ def placing(final: Path, layouts: list[FileLayout], single: bool, overwrite: boo
         single: whether the output is one file; its certificate then lies beside it, and otherwise in its folder.
         overwrite: replace what is there, if it is a checkpoint.
 
+    Yields:
+        Where to write.
+
     Raises:
         TensorkeepError: the place exists or cannot be written; then nothing of the output is left.
     """
@@ -167,7 +170,7 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
 
 
 def stored(layouts: Sequence[FileLayout]) -> int:
-    """Count the bytes of tensor data in these files; tensors that share a storage count once.
+    """Return the bytes of tensor data in these files; tensors that share a storage count once.
 
     Args:
         layouts: the files.

@@ -20,7 +20,12 @@ from tensorkeep.storage.record import DTYPES, nbytes
 
 @dataclass
 class Cast:
-    """What casting one tensor lost: finite values that became infinite or NaN, and non-zeros that became zero."""
+    """What casting one tensor lost.
+
+    Args:
+        overflowed: finite values that became infinite or NaN.
+        vanished: non-zeros that became zero.
+    """
 
     overflowed: int = 0
     vanished: int = 0

@@ -53,9 +53,16 @@ def evaluate_checkpoint(
     Every rank of `world` takes its share of the videos and gets the same numbers.
 
     Args:
-        path, recipe, ema, best, changes: as in `open_detector`.
+        path: a run, a step folder of a run, or a checkpoint from elsewhere (OpenTAD's too).
+        recipe: the recipe it belongs to; None: the run's own.
+        ema: whether the averaged weights are taken, where there are some.
+        best: whether a run's best checkpoint is taken; else its newest.
         world: the processes that share the work; None: this one alone.
+        changes: (name, value) pairs to change in the recipe, as on the command line.
         remark: gets a line for all that is odd.
+
+    Returns:
+        The score, the detections, and what they were compared with.
 
     Raises:
         TensorkeepError: Checkpoint, recipe and data do not fit together.
@@ -82,6 +89,12 @@ def evaluate_checkpoint(
 
 def evaluate_untrained(recipe: DetectionRecipe) -> Evaluation:
     """Score the detector that a run of the recipe would start from, on its test data, in float32.
+
+    Args:
+        recipe: of detection.
+
+    Returns:
+        The mean average precision, as `evaluate` gives it.
 
     Raises:
         TensorkeepError: Recipe, pretrained weights and data do not fit together.

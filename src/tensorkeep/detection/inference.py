@@ -245,6 +245,7 @@ class MeanAveragePrecision:
     loss: bool = False
 
     def __call__(self, detector: nn.Module) -> dict[str, float]:
+        """Return the scores of a detector by name, from its detections on all clips."""
         found, sums = self._gathered(detector)
         result = self.score(found)
         numbers = {"average_mAP": result.average}

@@ -37,11 +37,22 @@ Remark = Callable[[str], None]
 def build(
     recipe: DetectionRecipe, run: str | Path, world: World | None = None, remark: Remark = lambda _: None
 ) -> tuple[Job, Loop]:
-    """Job and loop of a recipe, the detector on `world.device`; frozen weights that no file holds go into RUN/base.
+    """Build the job and the loop of a recipe, the detector on `world.device`.
 
-    Raises TensorkeepError where data, weights and recipe do not fit together.
+    Args:
+        recipe: the recipe.
+        run: the run's folder; frozen weights that no file holds go into its `base`.
+        world: this process among its peers; None: the only one, on the CPU.
+        remark: gets a line for each thing worth knowing.
 
-    >>> job, loop = build(read_recipe("own_data"), "runs/own")      # doctest: +SKIP
+    Returns:
+        The job and the loop, for `fit`.
+
+    Raises:
+        TensorkeepError: data, weights and recipe do not fit together.
+
+    Example:
+        >>> job, loop = build(read_recipe("own_data"), "runs/own")      # doctest: +SKIP
     """
     world = world or World()
     classes = read_classes(recipe)
@@ -107,8 +118,20 @@ def run_detection(
 def continued(
     recipe: DetectionRecipe, path: str, run: str | Path, job: Job, remark: Callable[[str], None] = lambda _: None
 ) -> State | str:
-    """What to resume from where an OpenTAD checkpoint is named: its weights, average, moments and epoch; the run's own
-    checkpoints where it has some, so that the same command may be given again."""
+    """Read what to resume from where an OpenTAD checkpoint is named: its weights, average, moments and epoch.
+
+    A run that has checkpoints of its own goes on from those, so that the same command may be given again.
+
+    Args:
+        recipe: the recipe.
+        path: OpenTAD's checkpoint.
+        run: the run's folder.
+        job: the job that `build` made of the recipe.
+        remark: gets a line for each thing that is not as it was.
+
+    Returns:
+        What `fit` takes as `resume`: the state, or "auto" where the run has checkpoints.
+    """
     from tensorkeep.detection.opentad.resume import continue_from
 
     assert isinstance(job.model, Detector)

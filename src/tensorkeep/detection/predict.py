@@ -270,6 +270,12 @@ def find_videos(places: Sequence[str | Path]) -> list[Path]:
 
     A file that is not there is listed too: reading it will tell.
 
+    Args:
+        places: files and folders.
+
+    Returns:
+        The files, each once, in the order of `places`.
+
     Raises:
         TensorkeepError: A folder has no video, or two files would get the same name in the results.
     """

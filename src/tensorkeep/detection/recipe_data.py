@@ -28,9 +28,13 @@ WINDOWS = 4  # of one video in a forward of an evaluation: nothing that a start 
 
 
 def read_classes(recipe: DetectionRecipe) -> tuple[str, ...]:
-    """Class names in label order: of the class map, or of the training annotations.
+    """Return the class names in label order: of the class map, or of the training annotations.
 
-    Raises TensorkeepError where the head does not have as many classes.
+    Args:
+        recipe: its sections `data` and `model.head` count.
+
+    Raises:
+        TensorkeepError: the head does not have as many classes.
     """
     data = recipe.data
     classes = read_class_map(data.class_map) if data.class_map else read_annotations(data.train.annotations).classes
@@ -101,7 +105,16 @@ def _reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureRead
 
 
 def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:
-    """How windows are placed; `steps`: the longest feature file's, which mode `whole` tests in one window."""
+    """Return how windows are placed.
+
+    Args:
+        data: the recipe's section.
+        part: "train", or another part of the data.
+        steps: those of the longest feature file, which mode `whole` tests in one window.
+
+    Raises:
+        TensorkeepError: training needs `trunc_thresh` and has none.
+    """
     method: Literal["random_trunc", "sliding", "resize"] = "random_trunc" if part == "train" else "sliding"
     if data.mode == "resized":
         method = "resize"
@@ -123,7 +136,11 @@ def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:
 
 
 def selection_of(recipe: DetectionRecipe) -> Selection:
-    """How predictions become detections."""
+    """Return the rules by which predictions become detections.
+
+    Args:
+        recipe: its section `post_processing` counts; the classifier's scores are read.
+    """
     post = recipe.post_processing
     chosen: dict[str, Any] = {}
     if post.classifier is not None:

@@ -75,6 +75,9 @@ def diagnose(
         target: The program that is to load it: "hf", "flame" or "torchtitan".
         progress: Called with what is being done, the bytes done and the bytes in all.
 
+    Returns:
+        The verdict, the causes, and every finding.
+
     Raises:
         TensorkeepError: Where a path is no checkpoint at all, or the reference cannot be read. Damage of the
             checkpoint itself is a finding.
@@ -130,6 +133,9 @@ def conclude(
         findings: What the checks found.
         inconclusive: Whether a check that matters could not run.
         forward: What a forward pass showed, as a document.
+
+    Returns:
+        The diagnosis: causes first, then the other findings by severity.
     """
     errors = [f for f in findings if f.severity == "error"] or [f for f in findings if f.severity == "warning"]
     explained = {code for f in errors for code in f.explains if code != f.code}

@@ -92,6 +92,9 @@ def repair(
         overwrite: Replace what is at `out`.
         progress: Called with what is being done, the bytes done and the bytes in all.
 
+    Returns:
+        What was done, and the diagnoses before and after.
+
     Raises:
         TensorkeepError: Where there is nothing to repair, where something is lost or ambiguous (it says what is
             needed), or where the result would still have an error. Nothing is left at `out` then.

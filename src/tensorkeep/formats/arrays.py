@@ -34,7 +34,7 @@ def np_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def np_frombuffer(data: bytes | bytearray | memoryview, dtype: str) -> np.ndarray[Any, Any]:
-    """Make a flat numpy array over raw bytes, without a copy.
+    """Return a flat numpy array over raw bytes, without a copy.
 
     Args:
         data: the bytes.

@@ -17,7 +17,11 @@ from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord
 
 @dataclass(eq=False)
 class TensorView(StateView):
-    """A `StateView` over tensors in memory; nothing is copied before it is asked for."""
+    """A `StateView` over tensors in memory; nothing is copied before it is asked for.
+
+    Args:
+        tensors: name -> tensor, on any device.
+    """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -42,6 +46,9 @@ def view_of(tensors: Mapping[str, Tensor], path: str = "state dict") -> TensorVi
     Args:
         tensors: name -> tensor, on any device.
         path: what messages call them.
+
+    Returns:
+        The view; it holds the tensors themselves.
 
     Raises:
         TensorkeepError: a value is no tensor, or of a dtype that is not known here.

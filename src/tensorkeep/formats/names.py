@@ -23,7 +23,7 @@ WRAPPERS = (
 
 
 def natural(name: str) -> tuple[object, ...]:
-    """Make a sort key that puts layers.2 before layers.10.
+    """Return a sort key that puts layers.2 before layers.10.
 
     Args:
         name: a tensor's name.

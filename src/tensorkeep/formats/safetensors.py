@@ -330,6 +330,9 @@ def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
         name: name of the file.
         tensors: the tensors to be written.
 
+    Returns:
+        The header's bytes, then a slot for each tensor.
+
     Raises:
         TensorkeepError: a tensor is complex128, which safetensors does not have.
     """

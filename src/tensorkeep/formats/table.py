@@ -91,12 +91,19 @@ def writer(word: str, *, models: bool = False) -> ModuleType:
 
 
 def read_only(word: str) -> bool:
-    """Return whether tensorkeep reads a format and does not write it."""
+    """Return whether tensorkeep reads a format and does not write it.
+
+    Args:
+        word: the format, as FORMATS names it.
+    """
     return word in FORMATS and not hasattr(module(word), "layout")
 
 
 def written_again(word: str) -> str:
     """Return the format that a mended copy of a checkpoint is written in: its own where that is possible, else hf.
+
+    Args:
+        word: the checkpoint's format, as FORMATS names it.
 
     >>> written_again("dcp"), written_again("gguf")
     ('dcp', 'hf')

@@ -251,7 +251,7 @@ class StateView(Mapping[str, TensorRecord]):
 
 
 def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
-    """Make the error for bytes that are not what was written (F03).
+    """Return the error for bytes that are not what was written (F03).
 
     Args:
         where: the file.

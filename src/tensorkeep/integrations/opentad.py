@@ -1,4 +1,4 @@
-"""OpenTAD with a quantized backbone, our average and checkpoints that can be trusted. Two lines of a config:
+"""OpenTAD with a quantized backbone, our average and checkpoints that can be trusted, by two lines of a config.
 
     custom_imports = dict(imports=["tensorkeep.integrations.opentad"])
     model = dict(backbone=dict(backbone=dict(type="VisionTransformerQLoRA", lora_r=16, ...)))

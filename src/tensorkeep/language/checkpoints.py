@@ -18,7 +18,7 @@ from tensorkeep.training.saver import State
 
 
 def needs_start_weights(recipe: LanguageRecipe) -> bool:
-    """Whether a run's checkpoint is not enough without the weights it started from.
+    """Tell whether a run's checkpoint is not enough without the weights it started from.
 
     Args:
         recipe: with an adapter the checkpoint holds the adapter alone; dpo compares with the start weights.
@@ -49,6 +49,9 @@ def checkpoint_of(run: Path, path: Path, best: bool, remark: Remark = lambda _: 
         path: the run's folder again, or a step folder in it.
         best: take the best checkpoint of the run instead of the newest.
         remark: is told of damaged checkpoints that were passed over.
+
+    Returns:
+        The state, its tensors on the CPU.
 
     Raises:
         TensorkeepError: there is no such checkpoint, or it is damaged.

@@ -138,7 +138,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
-    """Take a recipe's loop settings: how long, in what portions, when to save and evaluate.
+    """Return a recipe's loop settings: how long, in what portions, when to save and evaluate.
 
     Args:
         recipe: its training section is read; layers that are recomputed are compiled one by one, not as a whole.

@@ -67,7 +67,7 @@ def log_probabilities(hidden: Tensor, head: nn.Module | None, targets: Tensor, c
 
 
 def _chunk_log(hidden: Tensor, head: nn.Module | None, targets: Tensor) -> Tensor:
-    """log p of each target of one chunk."""
+    """Return log p of each target of one chunk."""
     logits = hidden if head is None else head(hidden)
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -157,6 +157,7 @@ class TokenLoss:
     router: float = 0.0
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any], divisor: float) -> dict[str, Tensor]:
+        """Return this micro-batch's share of the loss, and its parts where a router adds to it."""
         with headless(model, self.plain) as head:
             out = forward(model, batch)
         labels = batch["labels"][:, 1:].flatten()

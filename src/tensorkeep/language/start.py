@@ -130,6 +130,9 @@ def loaded(view: StateView) -> nn.Module:
     Args:
         view: an hf folder, or what can be loaded as one.
 
+    Returns:
+        The model, as transformers builds it.
+
     Raises:
         TensorkeepError: transformers cannot load it, or reports a tensor as missing (K01) or unexpected (K02).
     """
@@ -206,6 +209,9 @@ def load_tokenizer(path: str) -> Any:
 
     Args:
         path: the folder, id or file.
+
+    Returns:
+        A fast tokenizer of transformers.
 
     Raises:
         TensorkeepError: nothing there can be loaded as a tokenizer.

@@ -136,7 +136,7 @@ def expected(parts: tuple[Part, ...], view: StateView, shape: tuple[int, ...], r
 
 
 def part_bytes(part: Part, view: StateView) -> int:
-    """Count the bytes of a part.
+    """Return the number of bytes of a part.
 
     Args:
         part: rows of a stored tensor.

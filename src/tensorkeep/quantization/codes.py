@@ -154,7 +154,7 @@ def nearest_codes(values: Array, scales: Array, block: int, table: Array) -> tup
 
 
 def full_scale_missing(bits: Array, table: Array, block: int) -> int:
-    """Count the blocks that hold no code of magnitude 1 although they hold something.
+    """Return how many blocks hold no code of magnitude 1 although they hold something.
 
     Absmax is the largest magnitude of a block, so that element's code is +-1: every block that is not all zeros has
     one. Bytes that were averaged, moved or repacked lose it.

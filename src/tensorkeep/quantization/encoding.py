@@ -71,6 +71,9 @@ def forms_of(document: object, where: object) -> Forms:
         document: the value of that key.
         where: the config, for messages.
 
+    Returns:
+        How the layers were quantized: the usual way, and the layers that differ.
+
     Raises:
         TensorkeepError: A02 where it is none that is known here.
 

@@ -99,7 +99,7 @@ class QuantLinear(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """ "nf4", "fp4" or "int8"."""
+        """Return "nf4", "fp4" or "int8"."""
         return self.layout.kind
 
     @property

@@ -104,6 +104,9 @@ def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 6
         block: number of flat elements that share a scale (nf4, fp4), a power of two from 32 on.
         name: what messages call the weight.
 
+    Returns:
+        The codes and scales, on the weight's device, and their layout.
+
     Raises:
         TensorkeepError: V01 for NaN and infinity; without a code for other shapes, dtypes and block sizes.
 

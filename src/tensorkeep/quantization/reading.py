@@ -68,6 +68,9 @@ def take(view: StateView, weight: QuantizedWeight) -> Packed:
         view: the checkpoint.
         weight: the weight's description.
 
+    Returns:
+        The weight's tensors by role, and their layout.
+
     Raises:
         TensorkeepError: Q01 or Q06 where the description has a problem, S01 where the weight is no matrix, without a
             code for a kind that cannot be trained on.

@@ -78,4 +78,5 @@ def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> No
 
 
 def clean_name(name: str) -> str:
+    """Return a module's name without the segments of wrappers (DDP, FSDP, torch.compile, PEFT)."""
     return unwrap(name)[0]

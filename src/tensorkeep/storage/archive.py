@@ -300,6 +300,9 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         file: its name.
         found: the archive's entries, from `zip_entries`.
 
+    Returns:
+        The value; tensors are `Object`s that name their storage.
+
     Raises:
         TensorkeepError: F04 where the pickle names something that a checkpoint does not need, F02 or F07 where it is
             damaged, and without a code where this is no archive of torch.save or a big-endian one.

@@ -120,6 +120,9 @@ def tensor_object(tensor: SinkTensor, key: str) -> Object:
         tensor: name, dtype and shape of the tensor; it is laid out row-major from the storage's first element.
         key: key of the storage, the `0` of the entry `data/0`.
 
+    Returns:
+        The call, for `emit` to pickle.
+
     Raises:
         TensorkeepError: torch has no such dtype.
     """

@@ -33,7 +33,7 @@ def digest_of_all(digests: dict[str, str]) -> str:
 
 
 def dump(document: dict[str, Any]) -> bytes:
-    r"""Write a document as JSON, indented, as UTF-8 bytes with a newline at the end.
+    r"""Return a document as JSON: indented, as UTF-8 bytes with a newline at the end.
 
     Args:
         document: anything that JSON can hold; keys stay in their order.
@@ -79,6 +79,9 @@ def parse_json(data: bytes, where: object) -> Any:
     Args:
         data: the file's bytes, UTF-8.
         where: the file, for messages.
+
+    Returns:
+        The value: dicts, lists, texts, numbers, booleans, None.
 
     Raises:
         TensorkeepError: it is not valid JSON, or nested too deeply to be read.

@@ -13,6 +13,12 @@ from tensorkeep.storage.files import explained
 def read_json(path: Path) -> object:
     """Read a JSON file.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The value: dicts, lists, texts, numbers, booleans, None.
+
     Raises:
         TensorkeepError: The file is missing or no JSON; the error says at which line and column it stops being JSON.
     """
@@ -30,7 +36,10 @@ def read_json(path: Path) -> object:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
+    """Return the text of a UTF-8 file, with or without a byte order mark.
+
+    Args:
+        path: the file.
 
     Raises:
         TensorkeepError: The file is missing or holds bytes that are no UTF-8.
@@ -66,6 +75,11 @@ def parse_number(value: object, what: str, where: str) -> float:
 
 def parse_segment(value: object, what: str, where: str) -> tuple[float, float]:
     """Return the start and end that a JSON list `[start, end]` of two numbers gives.
+
+    Args:
+        value: what the document holds.
+        what: what it is, for errors.
+        where: the document, for errors.
 
     Raises:
         TensorkeepError: The value is no such list; the error names `what` and `where`.

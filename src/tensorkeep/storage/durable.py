@@ -82,13 +82,10 @@ def allocate(size: int, kind: type[mmap.mmap] = mmap.mmap) -> memoryview:
 
 
 def padded(size: int) -> int:
-    """Round a size up to whole blocks of direct I/O.
+    """Return a size rounded up to whole blocks of direct I/O, 4096 bytes each.
 
     Args:
         size: number of bytes.
-
-    Returns:
-        The least multiple of 4096 that is not below it.
 
     Example:
         >>> padded(1), padded(4096)
@@ -185,6 +182,9 @@ def write_small(path: Path, data: bytes) -> Written:
     Args:
         path: the file to make; it must not exist.
         data: its bytes.
+
+    Returns:
+        Its size and digests.
 
     Raises:
         OSError: as the system gives it.

@@ -191,7 +191,7 @@ def refuse_changed(folder: Folder) -> None:
 
 
 def short_file(where: object, start: int, length: int, size: int) -> TensorkeepError:
-    """Make the error for a byte range that ends beyond its file (F02).
+    """Return the error for a byte range that ends beyond its file (F02).
 
     Args:
         where: the file.
@@ -233,7 +233,7 @@ def inside(name: str, where: object) -> str:
 
 
 def local_path(given: str | Path) -> Path:
-    """Turn a path that somebody typed into a Path, `~` expanded.
+    """Return a path that somebody typed as a Path, `~` expanded.
 
     Args:
         given: the path; it need not exist.
@@ -289,6 +289,9 @@ def explained(path: object) -> Iterator[None]:
     Args:
         path: the file or folder that the body works on, for messages.
 
+    Yields:
+        Nothing.
+
     Raises:
         TensorkeepError: for every OSError of the body; F05 where the file is not there.
     """
@@ -319,7 +322,7 @@ _SPOKEN = {
 
 
 def left_over(folder: Path) -> list[str]:
-    """List the temporary names that an interrupted write left in a folder (F01), sorted.
+    """Return the temporary names that an interrupted write left in a folder (F01), sorted.
 
     Args:
         folder: the folder to look into; one that does not exist has none.

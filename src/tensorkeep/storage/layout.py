@@ -78,7 +78,11 @@ class Trailer(NamedTuple):
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One file to be written: its name, and its segments in order of position and without gaps.
+    """One file to be written.
+
+    Args:
+        name: the file's name.
+        segments: what it is made of, in order of position and without gaps.
 
     Example:
         >>> layout = FileLayout("w.bin", [Fixed(0, b"head"), Slot(4, 12, "weight")])
@@ -110,7 +114,7 @@ class FileLayout:
 
 
 def small_file(name: str, data: bytes) -> FileLayout:
-    """Lay out a file whose bytes are all known.
+    """Return the layout of a file whose bytes are all known.
 
     Args:
         name: its name.

@@ -10,6 +10,10 @@ from typing import Any
 class Global:
     """A class or function that a pickle names; it is never looked up.
 
+    Args:
+        module: the module that is named.
+        name: the class or function in it.
+
     >>> str(Global("torch", "Size"))
     'torch.Size'
     """

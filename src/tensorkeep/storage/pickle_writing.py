@@ -9,7 +9,7 @@ from tensorkeep.storage.pickle_values import Global, Object, Persistent
 
 
 def emit(value: Any) -> bytes:
-    r"""Pickle plain data with protocol 2, the same bytes every time.
+    r"""Return the pickle of plain data in protocol 2, the same bytes every time.
 
     Protocol 2 is what every torch that reads DCP understands. Objects with `state` become NEWOBJ + BUILD, others a
     call. No memo: the files are small and the opcodes stay readable with `python -m pickletools`.

@@ -166,6 +166,9 @@ def explained_store(where: object) -> Iterator[None]:
     Args:
         where: the URL that the body works on, for messages.
 
+    Yields:
+        Nothing.
+
     Raises:
         TensorkeepError: for every failure of the store; F05 where the object is not there.
     """
@@ -183,7 +186,7 @@ def explained_store(where: object) -> Iterator[None]:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """List the exception types that stores' clients raise: built-in ones, and those of the libraries loaded."""
+    """Return the exception types that stores' clients raise: built-in ones, and those of the libraries loaded."""
     found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, NotImplementedError, EOFError]
     for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
         if module in sys.modules:

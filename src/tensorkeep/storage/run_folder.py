@@ -56,7 +56,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """List the steps of a run that have a folder, newest first; whether they are whole is another question.
+    """Return the steps of a run that have a folder, newest first; whether they are whole is another question.
 
     Args:
         run: the run's folder; one without checkpoints has no steps.
@@ -179,7 +179,7 @@ def _newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
 
 
 def remains(run: Path) -> list[str]:
-    """List the temporary names that an interrupted save left in a run, sorted.
+    """Return the temporary names that an interrupted save left in a run, sorted.
 
     Args:
         run: the run's folder.
@@ -299,6 +299,9 @@ def locked(run: Path) -> Iterator[None]:
     Args:
         run: the run's folder; made where it is not there.
 
+    Yields:
+        Nothing.
+
     Raises:
         TensorkeepError: another process, which is named, or this one holds the lock; or the file is a link or not ours,
             and stays as it is.
@@ -364,7 +367,7 @@ def room_for(run: Path, needed: int) -> None:
 
 
 def disk_full(run: Path, needed: int, free: int) -> TensorkeepError:
-    """Make the error for a checkpoint that does not fit on the disk.
+    """Return the error for a checkpoint that does not fit on the disk.
 
     Args:
         run: the run's folder.

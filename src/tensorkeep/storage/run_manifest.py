@@ -167,6 +167,9 @@ def read_manifest(folder: Path) -> Manifest:
     Args:
         folder: the step folder.
 
+    Returns:
+        The manifest, checked.
+
     Raises:
         TensorkeepError: F01 where there is none, F03 where it was changed, F06 or F07 where what it says cannot be.
     """
@@ -386,7 +389,7 @@ def findings(folder: Path, progress: Progress | None = None) -> list[Finding]:
 
 
 def as_finding(error: TensorkeepError, severity: Any = "error") -> Finding:
-    """Turn an error with an F code into a finding.
+    """Return an error with an F code as a finding.
 
     Args:
         error: the error.

@@ -116,7 +116,7 @@ def micro_batches(keys: Sequence[Key], rank: int, world: int, micro: int) -> lis
 
 
 def parts_of(batch: int, world: int, micro: int) -> int:
-    """Count the forward passes of a rank in one update.
+    """Return how many forward passes a rank makes in one update.
 
     Args:
         batch: samples of a global batch.

@@ -48,6 +48,9 @@ def start(device: str | None = None) -> World:
     Args:
         device: `cpu`, `cuda` or `cuda:N` (None: a GPU where there is one).
 
+    Returns:
+        This process among its peers, with the device it computes on.
+
     Raises:
         TensorkeepError: there is no such device.
     """

@@ -210,6 +210,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     Args:
         model: perhaps wrapped.
 
+    Returns:
+        Name -> parameter, in the model's order.
+
     Raises:
         TensorkeepError: one of them is packed codes (Q03): bitsandbytes lets codes stored as floats require gradients.
     """

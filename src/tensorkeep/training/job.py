@@ -18,7 +18,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def at_least_one(count: float) -> float:
-    """The usual divisor of a loss: the count itself, 1 for an update in which nothing counts."""
+    """Return the usual divisor of a loss: the count itself, 1 for an update in which nothing counts.
+
+    Args:
+        count: of the whole update.
+    """
     return max(count, 1.0)
 
 
@@ -26,15 +30,29 @@ def at_least_one(count: float) -> float:
 class Job:
     """What trains, on what, towards what.
 
-    `loss(model, batch, divisor)` gives named scalars; `"loss"` is this micro-batch's *share*: sums divided by the
-    divisor of the whole update, so that shares add up over micro-batches and ranks to the loss of the global batch.
-    `count(batch)` says what a micro-batch adds to that divisor (tokens, positive points) before any forward, and
-    `divisor` maps the count of the whole update to what sums are divided by. `schedule(update, base)` is the learning
-    rate of update 0, 1, ... for a group whose `base_lr` is `base`. `evaluate(model)` runs on every rank, under the
-    average where there is one (with equally many forwards on each where the model is sharded); what it gives on the
-    first rank counts. `state`: further objects with `state_dict` and `load_state_dict` of plain JSON. `pace`: what is
-    told a second, and how much of it is in a sample (None: what is counted). `read_recipe` turns the recipe of a
-    checkpoint, written by this version or an older one, into what `recipe` would be for it.
+    Args:
+        model: the model, on its device.
+        optimizer: over the parameters that train; a group without a `base_lr` gets its `lr` as one.
+        data: the samples of an epoch, by number.
+        collate: puts samples into one batch.
+        loss: `loss(model, batch, divisor)` gives named scalars; `"loss"` is this micro-batch's *share*: sums divided by
+            the divisor of the whole update, so that shares add up over micro-batches and ranks to the loss of the
+            global batch.
+        count: `count(batch)` says what a micro-batch adds to the divisor (tokens, positive points), before any forward.
+        schedule: `schedule(update, base)` is the learning rate of update 0, 1, ... for a group of this `base_lr`.
+        divisor: maps the count of the whole update to what sums are divided by.
+        evaluate: `evaluate(model)` gives numbers by name; it runs on every rank, under the average where there is one
+            (with equally many forwards on each where the model is sharded), and what the first rank gives counts.
+        ema: the averaged weights; None: no average.
+        base: `{"digest": ..., "path": ...}` of frozen weights that checkpoints leave out; None: they leave out nothing.
+        recipe: plain values; compared on resume, written to recipe.yaml.
+        read_recipe: turns the recipe of a checkpoint, written by this version or an older one, into what `recipe` would
+            be for it.
+        orders: epochs whose order comes from elsewhere.
+        state: further objects with `state_dict` and `load_state_dict` of plain JSON.
+        pace: what is told a second, and how much of it is in a sample (None: what is counted).
+        trackers: each is called once with every new row of metrics.
+        shard: gives the modules that FSDP shards as units; None: the repeated blocks.
     """
 
     model: nn.Module
@@ -47,23 +65,40 @@ class Job:
     divisor: Callable[[float], float] = at_least_one
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     ema: Ema | None = None
-    base: dict[str, Any] | None = None  # {"digest": ..., "path": ...} of frozen weights that checkpoints leave out
-    recipe: dict[str, Any] = field(default_factory=dict)  # plain values; compared on resume, written to recipe.yaml
+    base: dict[str, Any] | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
     read_recipe: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    orders: Orders = field(default_factory=dict)  # epochs whose order comes from elsewhere
+    orders: Orders = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     pace: tuple[str, float | None] = ("samples", 1.0)
-    trackers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)  # each gets every new row once
-    shard: Callable[[nn.Module], Iterable[nn.Module]] | None = None  # FSDP's units; None: the repeated blocks
+    trackers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    shard: Callable[[nn.Module], Iterable[nn.Module]] | None = None
 
 
 @dataclass(frozen=True)
 class Loop:
-    """How long, in what portions, and what happens on the way. All counts are in updates.
+    """How long, in what portions, and what happens on the way.
 
-    `batch`: samples an update, over all ranks; `micro`: samples a forward on one rank (None: all of the rank's). The
-    rest means what the fields of that name in a recipe's section `training` mean (`TrainingConfig`); `keep` is its
-    `keep_last` and `keep_every`.
+    Args:
+        updates: how long.
+        batch: samples of one update, over all ranks.
+        micro: samples of one forward on one rank; None: all of the rank's.
+        seed: what order and dropout are drawn from.
+        workers: processes that load data, of each rank.
+        clip: the largest norm of the gradient; None: any.
+        precision: of a forward pass.
+        compile: whether the model is compiled.
+        graph: whether forward and backward passes are recorded as one CUDA graph.
+        deterministic: the same bits at every start, on a GPU too; slower.
+        log_every: updates between two rows of metrics.
+        save_every: updates between two checkpoints; None: at the end only, and before each evaluation.
+        evaluate_every: updates between two evaluations; None: at the end only.
+        evaluate_from: the first update that is evaluated; the last one always is.
+        keep: which checkpoints stay.
+        best: the evaluated number whose best checkpoint stays, with a minus where smaller is better: `-loss`.
+        patience: evaluations without a better one before the run stops; None: it does not.
+        parallel: over several ranks, copies of the model (ddp) or shards of it (fsdp).
+        background: save behind the training; None: where the weights are on a GPU.
     """
 
     updates: int
@@ -84,11 +119,11 @@ class Loop:
     best: str | None = None
     patience: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    background: bool | None = None  # save behind the training; None: where the weights are on a GPU
+    background: bool | None = None
 
 
 def loop_of(config: TrainingConfig, samples: int) -> Loop:
-    """Say how the loop is to go, from a recipe's section `training`.
+    """Return how the loop is to go, from a recipe's section `training`.
 
     Args:
         config: The section. Every field of `Loop` follows from it.

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """Read the rows of a file, oldest first; what a crash left in pieces at its end is left out.
+    """Yield the rows of a file, oldest first; what a crash left in pieces at its end is left out.
 
     Args:
         path: the file; where it is not there, there are no rows.

@@ -64,7 +64,10 @@ def _backbone_rule(rule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def backbone_pattern(word: str) -> str:
-    """Write the pattern for every backbone parameter whose name holds `word` (empty: for all of them).
+    """Return the pattern for every backbone parameter whose name holds a word.
+
+    Args:
+        word: the word; empty for all parameters of the backbone.
 
     >>> backbone_pattern("adapter"), backbone_pattern("lora"), backbone_pattern("norm"), backbone_pattern("")
     ('adapter', 'lora_*', '^backbone.*norm*', '^backbone.*')
@@ -77,7 +80,10 @@ def backbone_pattern(word: str) -> str:
 
 
 def backbone_word(pattern: str) -> str:
-    """Give the word that `backbone_pattern` made a pattern of.
+    """Return the word that `backbone_pattern` made a pattern of.
+
+    Args:
+        pattern: what it made.
 
     >>> [backbone_word(backbone_pattern(word)) for word in ("adapter", "lora", "norm", "")]
     ['adapter', 'lora', 'norm', '']
@@ -198,7 +204,12 @@ def is_detection(document: Any) -> bool:
 
 
 def at(document: Any, path: str) -> Any:
-    """Find what stands at a dotted path through mappings; None where nothing does."""
+    """Return what stands at a dotted path through mappings; None where nothing does.
+
+    Args:
+        document: nested mappings.
+        path: keys, joined by dots: "model.head".
+    """
     for part in path.split("."):
         document = document.get(part) if isinstance(document, Mapping) else None
     return document

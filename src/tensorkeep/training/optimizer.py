@@ -72,6 +72,14 @@ def _empty(
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Make AdamW over groups of parameters; the fused kernel where the parameters are on a GPU."""
+    """Make AdamW over groups of parameters; the fused kernel where the parameters are on a GPU.
+
+    Args:
+        groups: parameter groups, as `torch.optim` takes them.
+        config: the rest: rate, betas and eps.
+
+    Returns:
+        The optimizer.
+    """
     fused = all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)

@@ -14,7 +14,7 @@ HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(loop: Loop, world: World) -> contextlib.AbstractContextManager[Any]:
-    """Within it forwards are computed in the run's precision.
+    """Return a context in which forwards are computed in the run's precision.
 
     Args:
         loop: its `precision` counts; with `fp32` the context does nothing.

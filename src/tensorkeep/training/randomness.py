@@ -31,6 +31,9 @@ def derive(seed: int, *keys: int) -> int:
         seed: the run's seed.
         keys: numbers that say what the seed is for.
 
+    Returns:
+        The seed, the same for the same numbers, on any machine.
+
     Example:
         >>> derive(0, 1, 2) == derive(0, 1, 2), derive(0, 1, 2) == derive(0, 2, 1)
         (True, False)
@@ -117,7 +120,7 @@ def capture() -> dict[str, Any]:
 
 
 def fits(state: Mapping[str, Any]) -> bool:
-    """Whether captured states are of as many CUDA devices as this process sees.
+    """Tell whether captured states are of as many CUDA devices as this process sees.
 
     Args:
         state: what `capture` gave.

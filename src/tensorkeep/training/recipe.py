@@ -54,6 +54,9 @@ def read_section(path: str | Path, section: str, kind: type[T]) -> T:
         section: The section's name.
         kind: Its dataclass.
 
+    Returns:
+        The section, checked.
+
     Raises:
         TensorkeepError: Naming the file and key of anything missing, unknown or unfit.
     """
@@ -83,6 +86,9 @@ def recipe_of(
         places: Which dotted paths a short name stands for, each with what is to stand there.
         short: The short names, for hints.
         remark: Told once what is called otherwise now.
+
+    Returns:
+        The recipe, checked.
 
     Raises:
         TensorkeepError: Naming the key of anything unknown, missing, unfit or contradictory.
@@ -217,14 +223,22 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def to_yaml(recipe: Any) -> str:
-    """Write a recipe as YAML, every value written out; reading it gives an equal recipe."""
+    """Return a recipe as YAML, every value written out; reading it gives an equal recipe.
+
+    Args:
+        recipe: A recipe's dataclass.
+    """
     return yaml.dump(
         plain(recipe), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
     )
 
 
 def plain(value: Any) -> Any:
-    """Turn dataclasses into dictionaries and tuples into lists, as YAML and JSON have them."""
+    """Return a value with dictionaries for dataclasses and lists for tuples, as YAML and JSON have them.
+
+    Args:
+        value: Nested as you like; other values stay.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return [plain(item) for item in value] if isinstance(value, tuple | list) else value

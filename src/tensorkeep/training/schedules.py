@@ -41,6 +41,7 @@ class Schedule:
         return round(value * self.per_epoch) if self.config.unit == "epochs" else int(value)
 
     def __call__(self, update: int, base: float) -> float:
+        """Return the learning rate of an update, from 0, for a group of this base rate."""
         config, warmup = self.config, self.warmup
         if config.kind == "opentad":
             total = max(self.total, 1)
@@ -67,6 +68,9 @@ def schedule_of(config: ScheduleConfig, training: TrainingConfig, samples: int) 
         training: Its section `training`: how long the run is, and its batch.
         samples: Samples of one epoch.
 
+    Returns:
+        A function of (update, base rate) that gives the rate.
+
     Raises:
         TensorkeepError: Where warm-up and decay are longer than the schedule.
     """
@@ -81,11 +85,19 @@ def schedule_of(config: ScheduleConfig, training: TrainingConfig, samples: int) 
 
 
 def learning_rate(update: int, base: float, warmup: int, total: int, floor: float = 1e-8, start: float = 0.0) -> float:
-    """Compute the learning rate of update `update` (0-based) under kind `opentad`; `warmup` and `total` count updates.
+    """Return the learning rate of an update under kind `opentad`.
 
     `update < warmup`: from `start` in equal steps, reaching `base` at `warmup - 1`. Then
     `floor + (base - floor) (1 + cos(pi (update - warmup) / (total - warmup))) / 2`, which is OpenTAD's chained form
     in closed form. Past `total` the cosine rises again, as there.
+
+    Args:
+        update: The update, from 0.
+        base: The rate after the warm-up.
+        warmup: Updates of the warm-up.
+        total: Updates of warm-up and cosine.
+        floor: The rate at the cosine's end.
+        start: The rate of update 0.
 
     Raises:
         TensorkeepError: For `total <= warmup`.

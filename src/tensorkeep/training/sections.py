@@ -105,7 +105,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Trainable parameters whose name fits `pattern` get this rate and decay (null: the optimizer's)."""
+    """A learning rate and a decay for the trainable parameters whose name fits a pattern.
+
+    Attributes:
+        pattern: What the names must fit, as `formats.names.matches` says.
+        lr: Their learning rate.
+        weight_decay: Their decay; null: the optimizer's.
+    """
 
     pattern: str
     lr: float

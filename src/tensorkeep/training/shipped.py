@@ -23,7 +23,7 @@ class Shipped(NamedTuple):
 
 
 def shipped() -> list[Shipped]:
-    """Read all shipped recipes, language first, by name."""
+    """Return all shipped recipes, language first, by name."""
     found = []
     for kind in KINDS:
         folder = files("tensorkeep") / "recipes" / kind
@@ -41,6 +41,13 @@ def _first_sentence(text: str) -> str:
 
 def shipped_recipe(name: str, kind: str | None = None) -> Shipped:
     """Find a shipped recipe by its name, of one kind or of any.
+
+    Args:
+        name: The recipe's name.
+        kind: "language" or "detection"; None: any.
+
+    Returns:
+        The recipe, as text.
 
     Raises:
         TensorkeepError: Where there is none, with those that are spelt like it.

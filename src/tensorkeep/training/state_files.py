@@ -49,7 +49,7 @@ class State:
 
 
 def floating(dtype: str) -> bool:
-    """Whether a dtype can hold NaN or Inf.
+    """Tell whether a dtype can hold NaN or Inf.
 
     Args:
         dtype: as safetensors names it.
@@ -104,7 +104,7 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def source_of(tensors: Mapping[str, Tensor]) -> durable.Bytes:
-    """Make a function that gives the bytes of a tensor by name.
+    """Return a function that gives the bytes of a tensor by name.
 
     Tensors that are not row-major are copied when their turn comes, and let go soon after.
 
@@ -181,6 +181,9 @@ def tensors_in(folder: Path, name: str, image: memoryview, manifest: Manifest) -
         name: the file's name.
         image: its bytes.
         manifest: of the checkpoint; the file's header must say the same.
+
+    Returns:
+        Name -> tensor on the CPU; all share the memory of `image`.
 
     Raises:
         TensorkeepError: header and manifest differ (F07), or torch has no such dtype.

@@ -22,7 +22,15 @@ Tracker = Callable[[dict[str, Any]], None]
 
 
 def named(names: Iterable[str], run: Path) -> list[Tracker]:
-    """Make the trackers that a recipe names: `tensorboard`, and `wandb` under the project `tensorkeep`."""
+    """Make the trackers that a recipe names: `tensorboard`, and `wandb` under the project `tensorkeep`.
+
+    Args:
+        names: of "tensorboard" and "wandb".
+        run: the run's folder.
+
+    Returns:
+        One tracker for each name; each takes rows of metrics.
+    """
     return [tensorboard(run) if name == "tensorboard" else wandb(run, "tensorkeep") for name in names]
 
 
@@ -102,7 +110,7 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _summary_writer() -> Callable[..., Any]:
-    """torch's SummaryWriter."""
+    """Return torch's SummaryWriter."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

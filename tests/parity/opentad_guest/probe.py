@@ -1,5 +1,8 @@
-"""Runs in OpenTAD's environment: `probe.py CONFIG CHECKPOINT`. OpenTAD's detector around our backbone against our own
-detector, both with the saved average, on every test window: the largest difference of logits and offsets as JSON."""
+"""Runs in OpenTAD's environment: `probe.py CONFIG CHECKPOINT`.
+
+OpenTAD's detector around our backbone against our own detector, both with the saved average, on every test window: the
+largest difference of logits and offsets as JSON.
+"""
 
 import json
 import sys

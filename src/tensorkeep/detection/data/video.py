@@ -102,7 +102,10 @@ def stream_windows(
     Args:
         path: a video file.
         windows: frame numbers of each window, in rising order of their last frames.
-        size, threads, broken, problems: as in `decode`.
+        size: pixels of the shorter side, or (height, width), scaled bilinearly; None: as stored.
+        threads: 1, or 0 for as many as the codec can use.
+        broken: "error", or "keep" for damaged and lacking pictures.
+        problems: gets one entry for each of those.
 
     Yields:
         The frames of each window, uint8 `[T, 3, H, W]`.

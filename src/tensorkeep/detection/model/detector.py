@@ -187,6 +187,9 @@ def build_detector(config: DetectorConfig | Mapping[str, Any], device: str | tor
         config: its shape, or a recipe's `model` section as nested dicts.
         device: where it is to be.
 
+    Returns:
+        The detector, in training mode.
+
     Raises:
         TensorkeepError: A value of `config` does not fit.
 

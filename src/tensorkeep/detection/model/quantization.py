@@ -58,9 +58,16 @@ def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: 
 
 
 def quantize_adapters(vit: VisionTransformer, double: bool = True) -> int:
-    """Quantize the frozen projections of every `QLoRAAdapter` to its `quantize_bits`, in place; returns how many.
+    """Quantize the frozen projections of every `QLoRAAdapter` to its `quantize_bits`, in place.
 
-    4 bits are nf4, 8 bits are int8. `double`: whether the scales of 4-bit weights are quantized too.
+    4 bits are nf4, 8 bits are int8.
+
+    Args:
+        vit: the backbone.
+        double: whether the scales of 4-bit weights are quantized too.
+
+    Returns:
+        The number of linears that were quantized.
     """
     count = 0
     for index, block in enumerate(vit.blocks):

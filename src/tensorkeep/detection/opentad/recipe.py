@@ -117,6 +117,9 @@ def import_config(path: str | Path) -> Imported:
     Args:
         path: the Python file.
 
+    Returns:
+        The recipe, and which settings it does not carry over.
+
     Raises:
         TensorkeepError: The file cannot be read, its method is not ActionFormer on features or on a VideoMAE ViT, or a
             value that must be known is not; file and line are named where they can be.
@@ -163,7 +166,11 @@ def harmless(path: str) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """Write a value on one line, shortened to 60 characters."""
+    """Return a value as text on one line, shortened to 60 characters.
+
+    Args:
+        value: of a config.
+    """
     text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 

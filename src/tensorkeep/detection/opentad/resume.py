@@ -31,6 +31,10 @@ from tensorkeep.training.saver import State
 from tensorkeep.training.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 _AVERAGE = "state_dict_ema"
+_ANEW = (
+    "R01 the file has no random states and no fp16 loss scale: both begin anew, epochs come in this run's order "
+    "from here on"
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,7 @@ def continue_from(
         *remarks,
         *on_average,
         *_schedule(file, groups, detector, optimizer, schedule, samples_per_epoch, training),
-        "R01 the file has no random states and no fp16 loss scale: both begin anew, epochs come in this run's order "
-        "from here on",
+        _ANEW,
     ]
     return Continuation(State(model, moments, averages, document, base), file.epoch, remarks)
 

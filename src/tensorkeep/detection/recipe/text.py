@@ -30,6 +30,9 @@ def read_recipe(
         changes: `(name, text)` made first: a dotted name or a short name, and YAML.
         remark: Told once which fields are called otherwise now.
 
+    Returns:
+        The recipe, checked.
+
     Raises:
         TensorkeepError: Naming the file and the key of anything unknown, missing, unfit or contradictory.
     """

@@ -121,6 +121,12 @@ def _stack_segments(videos: Sequence[Video], numbers: Mapping[str, int], clean: 
 def read_blocked(path: str | Path) -> tuple[str, ...]:
     """Read names of videos to leave out: a JSON list (OpenTAD's blocked.json) or one a line (missing_files.txt).
 
+    Args:
+        path: the file.
+
+    Returns:
+        The names, in the file's order.
+
     Raises:
         TensorkeepError: A JSON file holds anything else than a list of names.
     """

@@ -119,6 +119,9 @@ def analyse_errors(
         tiou: temporal IoU from which a detection meets a segment, 0.1 to 1.
         best: how many times G detections of each class are looked at, G being its number of annotated segments.
 
+    Returns:
+        The share of each kind of error, and of missed segments by bin.
+
     Raises:
         TensorkeepError: `tiou` is out of range, or there is nothing to score against, as in `evaluation.evaluate`.
 

@@ -112,8 +112,14 @@ def evaluate_files(
     Args:
         annotations: a file or folder that `read_annotations` can read.
         detections: JSON, or the text of the THUMOS kit.
-        protocol, thresholds, subset, recall_at: as in `evaluate`.
+        protocol: "activitynet" or "thumos14".
+        thresholds: temporal IoUs in (0, 1]; None: those of the protocol.
+        subset: name of the subset; None: the one that most of the detections' videos belong to.
         blocked: file with the names of videos to leave out, a JSON list or one a line.
+        recall_at: each k of "recall at k x".
+
+    Returns:
+        What `evaluate` returns.
 
     Raises:
         TensorkeepError: A file cannot be read, or as `evaluate` does.
@@ -137,6 +143,13 @@ def read_files(annotations: str | Path, detections: str | Path) -> tuple[Annotat
     """Read annotations and detections.
 
     Class ids in a THUMOS text file of detections are those of the `detclasslist.txt` beside the annotations.
+
+    Args:
+        annotations: a file or folder that `read_annotations` can read.
+        detections: JSON, or the text of the THUMOS kit.
+
+    Returns:
+        Ground truth and detections.
 
     Raises:
         TensorkeepError: A file cannot be read.
@@ -170,6 +183,9 @@ def evaluate(
         blocked: names of videos to leave out on both sides.
         recall_at: each k of "recall at k x"; IoU strictly above the threshold, as in ActionFormer.
 
+    Returns:
+        Average precision by class and threshold, and their means.
+
     Raises:
         TensorkeepError: Protocol or subset are unknown, a threshold is out of range, or there is nothing to score
             against.
@@ -178,12 +194,7 @@ def evaluate(
         >>> evaluate(read_annotations("gt.json"), read_detections("pred.json")).average  # doctest: +SKIP
         0.61
     """
-    if protocol not in PROTOCOLS:
-        hint = near_misses(protocol, PROTOCOLS) or f"one of {', '.join(PROTOCOLS)}"
-        raise TensorkeepError(f"unknown protocol {protocol!r}", hint=hint)
-    limits = np.array(PROTOCOLS[protocol] if thresholds is None else thresholds, dtype=np.float64)
-    if limits.ndim != 1 or not limits.size or not np.all((limits > 0) & (limits <= 1)):
-        raise TensorkeepError(f"temporal IoU thresholds must lie in (0, 1], got {limits.tolist()}")
+    limits = _limits(protocol, thresholds)
     notes: list[str] = []
     annotations, detections = align_names(annotations, detections, notes)
     subset = subset if subset is not None else guess_subset(annotations, detections)
@@ -205,6 +216,17 @@ def evaluate(
         recall=_recall(columns, groups[order], pairs, limits, recall_at),
         notes=tuple(notes),
     )
+
+
+def _limits(protocol: str, thresholds: Sequence[float] | None) -> NDArray[np.float64]:
+    """Return the temporal IoUs to score at, in (0, 1]: those given, or the protocol's."""
+    if protocol not in PROTOCOLS:
+        hint = near_misses(protocol, PROTOCOLS) or f"one of {', '.join(PROTOCOLS)}"
+        raise TensorkeepError(f"unknown protocol {protocol!r}", hint=hint)
+    limits = np.array(PROTOCOLS[protocol] if thresholds is None else thresholds, dtype=np.float64)
+    if limits.ndim != 1 or not limits.size or not np.all((limits > 0) & (limits <= 1)):
+        raise TensorkeepError(f"temporal IoU thresholds must lie in (0, 1], got {limits.tolist()}")
+    return limits
 
 
 def _score_activitynet(

@@ -48,6 +48,9 @@ def overlaps(
         at_least: least IoU.
         floor: least union, so that segments of no length can be divided by it.
 
+    Returns:
+        The pairs, K in all: indices into both sides, and IoUs.
+
     Example:
         >>> overlaps(np.array([[0., 2.]]), np.array([0]), np.array([[1., 2.], [5., 6.]]), np.array([0, 0]), 0.1).iou
         array([0.5])
@@ -94,7 +97,9 @@ def match_greedily(
     Equal IoUs go to the candidate listed last among the picker's pairs.
 
     Args:
-        picker, candidate, iou: columns of the overlapping pairs.
+        picker: [K], of each overlapping pair the one that chooses.
+        candidate: [K], the one that may be chosen.
+        iou: [K], their temporal IoU.
         groups: [P], group of every picker; inside a group pickers choose in the order of their numbers.
         thresholds: [T] least IoUs.
         candidates: number of candidates.

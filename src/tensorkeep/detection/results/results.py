@@ -82,6 +82,9 @@ def read_detections(path: str | Path, class_ids: Mapping[int, str] | None = None
         class_ids: class names by number for a text file (`annotations.read_class_ids`); without it, or where a number
             is not in it, the kit's own ids are taken if they explain every row.
 
+    Returns:
+        One row for each detection, times in seconds.
+
     Raises:
         TensorkeepError: The file cannot be read or has another layout.
 

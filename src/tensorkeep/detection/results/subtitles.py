@@ -57,6 +57,11 @@ def best_rows(rows: Sequence[NamedDetection], min_score: float, top: int) -> lis
 
     Of equal scores the earlier in `rows` is taken.
 
+    Args:
+        rows: detections of one video.
+        min_score: least score.
+        top: most rows.
+
     Example:
         >>> rows = [NamedDetection(5, 6, "a", 0.9), NamedDetection(1, 2, "b", 0.5), NamedDetection(0, 9, "c", 0.1)]
         >>> [row.label for row in best_rows(rows, 0.3, 9)]
@@ -71,6 +76,13 @@ def make_cues(rows: Sequence[NamedDetection], lines: int = LINES) -> list[Cue]:
 
     The best row chooses its line first; one that finds none free is left out, as is one that is shorter than a
     millisecond.
+
+    Args:
+        rows: detections of one video.
+        lines: most cues at a time.
+
+    Returns:
+        The cues, times in milliseconds.
 
     Example:
         >>> rows = [NamedDetection(0, 4, "a", 0.5), NamedDetection(2, 6, "b", 0.875), NamedDetection(4, 5, "c", 0.25)]
@@ -89,7 +101,11 @@ def make_cues(rows: Sequence[NamedDetection], lines: int = LINES) -> list[Cue]:
 
 
 def to_webvtt(cues: Sequence[Cue]) -> str:
-    """Return the text of a WebVTT file: one cue for each detection, on its line."""
+    """Return the text of a WebVTT file: one cue for each detection, on its line.
+
+    Args:
+        cues: of one video.
+    """
     parts = ["WEBVTT\n"]
     for cue in cues:
         text = cue.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -98,7 +114,11 @@ def to_webvtt(cues: Sequence[Cue]) -> str:
 
 
 def to_srt(cues: Sequence[Cue]) -> str:
-    """Return the text of a SubRip file: cues follow one another, each lists what goes on then, the lowest line last."""
+    """Return the text of a SubRip file: cues follow one another, each lists what goes on then, the lowest line last.
+
+    Args:
+        cues: of one video.
+    """
     edges = sorted({cue.start for cue in cues} | {cue.end for cue in cues})
     parts: list[str] = []
     for start, end in pairwise(edges):

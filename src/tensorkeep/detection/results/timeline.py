@@ -65,7 +65,11 @@ def row_seconds(duration: float) -> float:
 
 
 def picture_times(duration: float) -> list[float]:
-    """Return the seconds of which a timeline shows a thumbnail: the middles of equal parts of each line."""
+    """Return the seconds of which a timeline shows a thumbnail: the middles of equal parts of each line.
+
+    Args:
+        duration: seconds of the video.
+    """
     cell = row_seconds(duration) / _CELLS
     return [(number + 0.5) * cell for number in range(int(duration / cell + 0.5))]
 
@@ -97,6 +101,9 @@ def timeline(
         rows: what was found.
         true: annotated segments; their score is not shown.
         pictures: thumbnails, each (seconds, JPEG file).
+
+    Returns:
+        An `<svg>` element with its own style sheet.
     """
     labels, held = _labels(rows, true), list(pictures)
     parts, y = [], 4.0
@@ -113,7 +120,7 @@ def timeline(
 
 
 def page(title: str, facts: str, picture: str, rows: Sequence[NamedDetection], with_true: bool = False) -> str:
-    """Write an HTML page around a timeline that loads nothing from anywhere.
+    """Return an HTML page around a timeline that loads nothing from anywhere.
 
     Args:
         title: heading.
@@ -143,7 +150,12 @@ def page(title: str, facts: str, picture: str, rows: Sequence[NamedDetection], w
 
 
 def jpeg(picture: NDArray[np.uint8], height: int = STRIP) -> bytes:
-    """Encode a picture `[3, H, W]`, scaled to `height` pixels, as a JPEG file."""
+    """Return a picture, scaled, as a JPEG file.
+
+    Args:
+        picture: RGB, uint8 [3, H, W].
+        height: pixels of the result; its width keeps the proportions.
+    """
     av: Any = import_av()
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture.transpose(1, 2, 0)), format="rgb24")
     width = max(round(frame.width * height / frame.height), 1)

@@ -36,7 +36,14 @@ _BETTER = 1.0  # nats by which another label offset must beat the right one
 
 
 def check(case: Any) -> Iterator[Finding]:
-    """Report what the forward pass of this case shows, where one was asked for."""
+    """Report what the forward pass of this case shows, where one was asked for.
+
+    Args:
+        case: the checkpoint, with the figures of its forward pass in `forward`.
+
+    Yields:
+        The findings of `judge`.
+    """
     seen = getattr(case, "forward", None)
     if seen is not None:
         yield from judge(seen)

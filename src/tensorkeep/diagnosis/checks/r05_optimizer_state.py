@@ -27,7 +27,7 @@ HEADS = (hf.HEAD, "output.weight")
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Warn of missing optimizer state, and of states that go by position: do their shapes fit the weights in order?"""
+    """Warn of missing optimizer state, and of states by position whose shapes do not fit the weights in order."""
     state = resume_state(case)
     if state is None:
         return

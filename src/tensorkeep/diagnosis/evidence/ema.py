@@ -23,8 +23,11 @@ LIVE_ROOTS = ("state_dict", "model", "model_state_dict", "module", "net")
 class Average:
     """An averaged copy (EMA) of a model in a checkpoint.
 
-    `root` is the prefix of its names. `pairs` holds the stored names (averaged, live) of each tensor by its name
-    without roots and wrappers; `alone` the stored names of averaged tensors without a live one of their shape.
+    Args:
+        view: the checkpoint.
+        root: prefix of the averaged names.
+        pairs: name without roots and wrappers -> stored names (averaged, live).
+        alone: stored names of averaged tensors without a live one of their shape.
     """
 
     view: StateView

@@ -29,6 +29,7 @@ class Remedies:
     done: dict[str, str] = field(default_factory=dict)  # code -> what was done
 
     def lose(self, names: Iterable[str], code: str) -> None:
+        """Note tensors that cannot be had back, and the code that tells of them."""
         self.lost.update(dict.fromkeys(names, code))
 
 

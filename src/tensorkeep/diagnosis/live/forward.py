@@ -86,6 +86,9 @@ def measure(view: StateView, text: str | Path, reference: StateView | None = Non
         reference: A sound checkpoint of the same model, or None.
         tokens: At most this many tokens of the text are read.
 
+    Returns:
+        The figures of the forward pass, losses in nats a token.
+
     Raises:
         Inconclusive: Where there is no language model to run, no tokenizer, or too little text.
 

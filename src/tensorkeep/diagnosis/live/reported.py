@@ -1,4 +1,4 @@
-"""Explain a wrong loss of a model whose tensors are all right: which way of computing it gives that number?
+"""Explain a wrong loss of a model whose tensors are all right: find the way of computing it that gives that number.
 
 The right loss and each known mistake are computed on one batch with the very same model; a mistake is named when it,
 and no other, gives the reported number to three digits. Otherwise the answer is Inconclusive, with all numbers.

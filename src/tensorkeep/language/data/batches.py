@@ -48,6 +48,7 @@ class Collate:
     pad: int = 0
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of these samples."""
         longest = max(len(s["input_ids"]) for s in samples)
         ids = torch.full((len(samples), longest), self.pad, dtype=torch.int64)
         labels = torch.full((len(samples), longest), IGNORED, dtype=torch.int64)

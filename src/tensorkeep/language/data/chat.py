@@ -1,9 +1,9 @@
-"""Conversations as tokens, with a mark on every token of an answer: the loss is taken there and nowhere else.
+r"""Conversations as tokens, with a mark on every token of an answer: the loss is taken there and nowhere else.
 
 The tokenizer's own chat template renders. Where an answer begins is found by rendering what comes before it with the
 opening of an answer; where it ends, by rendering up to it, or by the text the template puts after every answer. Both
 must be prefixes of the whole rendering and fall between tokens, or the conversation is refused. On MiniMind's template
-this marks exactly what its own rule marks: from after `<|im_start|>assistant\\n` to `<|im_end|>\\n`.
+this marks exactly what its own rule marks: from after `<|im_start|>assistant\n` to `<|im_end|>\n`.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ class CollatePairs:
     pad: int = 0
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of these pairs."""
         rows = [s["chosen"] for s in samples] + [s["rejected"] for s in samples]
         return Collate(self.pad)(rows) | {"reference": torch.stack([s["reference"] for s in samples])}
 

@@ -67,6 +67,9 @@ def export_resume(
         world_size: ranks that are to go on (None: the run's own).
         overwrite: replace `out` where it is there.
 
+    Returns:
+        What was written, with notes on what the file does not hold.
+
     Raises:
         TensorkeepError: the model is none of MiniMind's (K02, T01), the optimizer not AdamW (R05), the run an
             adapter's, or a weight beyond fp16 (V02).
