@@ -117,7 +117,7 @@ def test_a_detection_run_loads_no_language(tmp_path: Path) -> None:
     from tests.detection.runs import dataset, document
 
     made = document(dataset(tmp_path / "data", videos=2, held_out=1))
-    made["schedule"] = {"warmup_epochs": 0, "epochs": 1}
+    made["training"]["epochs"], made["schedule"] = 1, {"warmup": 0}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
     loaded = loaded_by("train", "detection", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
     loaded |= loaded_by("eval", "detection", tmp_path / "run")

@@ -29,7 +29,11 @@ def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Co
 
 
 def left_behind(view: StateView) -> list[Note]:
-    """Note F06 for every small file beside the weights that is a link out of their folder: it is not copied."""
+    """Return note F06 on the small files beside the weights that are links out of their folder: they are not copied.
+
+    Args:
+        view: the checkpoint.
+    """
     names = tuple(c.name for c in view.companions if c.led_out)
     if not names:
         return []

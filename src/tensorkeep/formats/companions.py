@@ -51,7 +51,11 @@ class Companion(NamedTuple):
 
 
 def travelling(companions: Iterable[Companion]) -> list[Companion]:
-    """Return those that are copied beside the weights: all but links that lead out of their folder."""
+    """Return those that are copied beside the weights: all but links that lead out of their folder.
+
+    Args:
+        companions: the small files of a checkpoint.
+    """
     return [companion for companion in companions if not companion.led_out]
 
 
@@ -92,7 +96,7 @@ def find_companions(folder: Folder, known: Sequence[Companion], described: bool)
 
 
 def read_companion(place: Folder, name: str) -> Companion:
-    """Read one small file beside the weights.
+    """Return one small file beside the weights, read whole.
 
     Args:
         place: its folder.

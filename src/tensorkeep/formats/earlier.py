@@ -27,7 +27,7 @@ _WEIGHTS = re.compile(
 
 
 def strangers_in(folder: Folder, url: str, names: Sequence[str], ours: bool = False) -> list[str]:
-    """List the files of a folder that are no part of the checkpoint in it; all, where there is none.
+    """Return the files of a folder that are no part of the checkpoint in it; all, where there is none.
 
     Args:
         folder: where the files lie, local or in a store.
@@ -47,7 +47,12 @@ def strangers_in(folder: Folder, url: str, names: Sequence[str], ours: bool = Fa
 
 
 def certified(folder: Folder, name: str) -> bool:
-    """Tell whether a file is one of our certificates."""
+    """Tell whether a file is one of our certificates.
+
+    Args:
+        folder: where it lies.
+        name: its name there.
+    """
     try:
         return folder.size(name) <= _LARGEST and bool(parse_certificate(folder.read(name), name))
     except TensorkeepError:

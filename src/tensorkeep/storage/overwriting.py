@@ -89,7 +89,7 @@ def refuse_strangers(word: str, found: Sequence[str], name: str, where: object) 
 
 
 def listed(folder: Path) -> list[str]:
-    """List every file, link and empty folder below a folder, relative to it, sorted; links are not followed.
+    """Return every file, link and empty folder below a folder, relative to it, sorted; links are not followed.
 
     Args:
         folder: the folder.
@@ -108,7 +108,7 @@ def _raise(error: OSError) -> None:
 
 
 def lone_file(word: str, pattern: str) -> Kind:
-    """Make the kind of a file that is known by how it begins.
+    """Return the kind of a file that is known by how it begins.
 
     Args:
         word: what messages call it, "a page of tensorkeep".

@@ -112,7 +112,7 @@ def _put_all_in_place(
 
 
 def temporary_name(final: Path, before: bool = False) -> Path:
-    """Make a fresh temporary name beside `final`, never longer than a file system takes.
+    """Return a fresh temporary name beside `final`, never longer than a file system takes.
 
     Args:
         final: the path that the temporary one stands for.

@@ -45,7 +45,13 @@ def open_remote(url: str) -> tuple[Folder, str | None]:
 
 
 class RemoteFolder:
-    """The files under one prefix of a store, as a `Folder`; the listing and the last few blocks read are kept."""
+    """The files under one prefix of a store, as a `Folder`; the listing and the last few blocks read are kept.
+
+    Args:
+        system: the store's fsspec file system.
+        path: the prefix there.
+        url: the same as the user wrote it.
+    """
 
     def __init__(self, system: Any, path: str, url: str) -> None:
         self.system, self.path, self.url = system, path, url

@@ -46,6 +46,9 @@ def answered() -> Iterator[None]:
 
     A signal that is ignored stays so (nohup). Once one was raised, further SIGTERMs and SIGHUPs are let pass, so that
     cleaning up is not interrupted; a further Ctrl-C interrupts it.
+
+    Yields:
+        Nothing; the signals are answered while the body runs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -76,6 +79,9 @@ def _answer(number: int, _frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Let a signal that comes in the body wait until it is done.
+
+    Yields:
+        Nothing.
 
     Raises:
         Ended: one came; raised when the body is over, however it went.
