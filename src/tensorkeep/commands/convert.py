@@ -42,8 +42,7 @@ def convert(
         naming: The sink's names: {namings}. Default: hf, or as they are where nothing is recognised.
         root: Nest the sink's names under this word (older versions of flame ask for `model`). Default: none.
         dtype: Round every floating tensor to this dtype (bf16, fp16, fp32, ...). Default: each keeps its own.
-        drop: Leave out the tensors whose stored names fit this pattern, e.g. 'optimizer' or '^lm_head.weight$'; may be
-            given several times. How patterns work: docs/concepts/patterns.md.
+        drop: Leave out tensors whose stored names fit this pattern (docs/concepts/patterns.md); may be given repeatedly.
         prefer: Which source to take a tensor from where two hold it.
         from_naming: The sources' naming, where it is not recognised by itself: {any_naming}.
         shard_size: The largest data file to write, e.g. 5GB.
@@ -61,8 +60,7 @@ def convert(
         raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
     if not dry_run:
         prepare(out, paths[-1])
-    if len(paths) == 2 and not dry_run:
-        made = of_run(out, paths[0], paths[1], to, naming, ema, overwrite)
+        made = of_run(out, paths[0], paths[1], to, naming, ema, overwrite) if len(paths) == 2 else None
         if made is not None:
             return made
     sources = [with_config(read(p), config) for p in paths[:-1]]

@@ -50,8 +50,6 @@ def eval_detection(
 ) -> int:
     """Measure the mean average precision of a detector, or of detections of any program, at each temporal IoU.
 
-    With --errors it also says what keeps the figure from being higher.
-
     Args:
         checkpoint: A run of `train detection`, a step folder of one, or an OpenTAD .pth with --recipe: its detector
             runs on the recipe's test data. Without it, --annotations and --detections.

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: sizes and digests that cover every byte of it, written last.
 
-It holds the size of every file and the xxh3_128 of its every 16 MiB, place and xxh3_128 of every tensor, and a digest of
-itself; its text is canonical (what `manifest_bytes` makes), so that no flipped bit in it can go unseen.
+It holds the size of every file and the xxh3_128 of its every 16 MiB, place and xxh3_128 of every tensor, and a digest
+of itself; its text is canonical (what `manifest_bytes` makes), so that no flipped bit in it can go unseen.
 
 `{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
 {NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
