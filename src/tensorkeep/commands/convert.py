@@ -42,7 +42,7 @@ def convert(
         naming: The sink's names: {namings}. Default: hf, or as they are where nothing is recognised.
         root: Nest the sink's names under this word (older versions of flame ask for `model`). Default: none.
         dtype: Round every floating tensor to this dtype (bf16, fp16, fp32, ...). Default: each keeps its own.
-        drop: Leave out tensors whose stored names fit this pattern (docs/concepts/patterns.md); may be given repeatedly.
+        drop: Leave out tensors whose stored names fit this pattern (docs/concepts/patterns.md); may be repeated.
         prefer: Which source to take a tensor from where two hold it.
         from_naming: The sources' naming, where it is not recognised by itself: {any_naming}.
         shard_size: The largest data file to write, e.g. 5GB.
