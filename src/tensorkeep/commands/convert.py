@@ -73,6 +73,7 @@ def convert(
         drop=drop,
         prefer=prefer,
         from_naming=known_naming(from_naming),
+        ask=_asked,
     )
     return _carry_out(out, plan, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
 
@@ -89,6 +90,20 @@ def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dr
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
     return _show_result(out, plan, result, to)
+
+
+def _asked(config: Any, offers: Any) -> Any:
+    """What the config's model would miss or not expect: the table of architectures, and where it objects transformers."""
+    from tensorkeep.conversion.fit import by_table
+
+    found = by_table(config, offers)
+    if found is not None and not found.count:
+        return found
+    try:
+        from tensorkeep.models.loader import by_transformers
+    except ImportError:  # without torch the table's word is all there is
+        return found
+    return by_transformers(config, offers) or found
 
 
 def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:

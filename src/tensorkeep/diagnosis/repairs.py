@@ -120,7 +120,7 @@ def repair(
     to = view.format
     naming = case.identity.naming if case.identity is not None and "K06" not in plan.done else "hf"
     root = case.identity.root if case.identity is not None and "K04" not in plan.done and to == "dcp" else None
-    made = make_plan([view], to, naming=_named_again(naming), root=root)
+    made = make_plan([view], to, naming=_named_again(naming), root=root, ask=None)
     result = convert(made, out, to, overwrite=overwrite, progress=progress or quiet)
     return Repaired(before, diagnose(out, reference, target, progress), plan.done, taken, result)
 

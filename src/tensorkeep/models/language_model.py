@@ -59,7 +59,7 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
     options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
-        with torch.random.fork_rng(devices=[]), _silent():
+        with torch.random.fork_rng(devices=[]), silent():
             torch.default_generator.manual_seed(0)
             if (
                 view.format == "hf"
@@ -151,7 +151,7 @@ def _version(package: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Silence transformers' reports and bars inside the block: what they say is in the loading info."""
     from transformers.utils import logging as theirs
 

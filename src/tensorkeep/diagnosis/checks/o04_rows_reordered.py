@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.orders import Order, describe, find_order, find_order_loosely
 from tensorkeep.diagnosis.evidence.originals import constant, relation_of

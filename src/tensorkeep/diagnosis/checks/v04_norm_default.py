@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan

@@ -7,7 +7,7 @@ from typing import Any
 
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import partial_rotary
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.conversion import architecture
 
 # fields compared as they stand: a difference changes shapes or results
 PLAIN = (

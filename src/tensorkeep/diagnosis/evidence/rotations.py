@@ -14,7 +14,7 @@ import numpy as np
 
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.conversion.plan import RowPermutation
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.orders import Index
 from tensorkeep.diagnosis.evidence.originals import ALIKE
