@@ -174,7 +174,7 @@ def _set_aside(aside: list[HfTensor], prefix: str, sources: Sequence[StateView],
     if beside:
         names = [p.name for p in beside]
         raise TensorkeepError(
-            f"beside the model below {prefix.removesuffix('.')} lie {len(names)} tensors that it does not have: "
+            f"beside the model, which lies below {prefix.removesuffix('.')}, the same state dict has "
             f"{', '.join(grouped(names)[:3])}",
             where=sources[0].path,
             code="K02",
@@ -266,13 +266,14 @@ def _refusal(found: Misfit, prefix: str, hub: Mapping[str, HfTensor], where: obj
         return TensorkeepError(what, where=where, code="S01", hint="give the weights' own config: --config FOLDER")
     if not found.missing:
         names = [stored.get(n, n) for n in found.unexpected]
-        what = f"{len(names)} tensors are not of the model of {found.by}: {', '.join(grouped(names)[:3])}"
+        what = f"the model of {found.by} has no {', '.join(grouped(names)[:3])} ({len(names)} of {len(hub)} tensors)"
         hint = f"leave them out by name: {_drops(names, [stored[n] for n in stored if n not in found.unexpected])}"
         return TensorkeepError(what, where=where, code="K02", hint=hint)
     joined = [n for n in found.unexpected if re.search(r"qkv|gate_up|c_attn|Wqkv|fc1|w13", n)]
     also = f"; {joined[0]} may be several of them in one, in an order that nothing says" if joined else ""
-    extra = f", and {len(found.unexpected)} that it does not have, first {found.unexpected[0]}" * bool(found.unexpected)
-    what = f"{len(found.missing)} of the {found.asked} tensors of {found.by} are missing, first {found.missing[0]}"
+    others = found.unexpected
+    extra = f"; it has no {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "") if others else ""
+    what = f"{len(found.missing)} of the {found.asked} tensors that {found.by} asks for are missing, first {found.missing[0]}"
     how = "make an hf folder with the program that wrote it; for other names: --from-naming; for another model: --config"
     if program is not None:
         how = f"these are names of {program[0]}: make an hf folder with {program[1]}"

@@ -99,14 +99,19 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
         _check_index(view, weight_map, indices[0])
     strays = [n for n in names if n.endswith(".safetensors") and n not in files]
     if strays:
-        view.notes.append(
-            Note(
-                "F07",
-                f"{', '.join(strays)} beside the shards is in no index: torch's DCP reader would read it, we do not",
-                tuple(strays),
-            )
-        )
+        view.notes.append(Note("F07", _who_reads(strays, files, bool(indices)), tuple(strays)))
     return view
+
+
+def _who_reads(strays: list[str], files: list[str], indexed: bool) -> str:
+    """Say that files lie beside the ones that are read, and which of them other loaders would take."""
+    read = "the shards of the index" if indexed else ", ".join(files)
+    named = "model.safetensors" if "model.safetensors" in (*strays, *files) else read
+    vllm = read if indexed else "every .safetensors file"
+    return (
+        f"{', '.join(strays[:5])} beside {read}, which alone {'are' if indexed else 'is'} read here: transformers takes "
+        f"{named}, vLLM {vllm}, torchtitan (torch's DCP reader) every .safetensors file"
+    )
 
 
 def _files_without_index(names: list[str], path: str) -> list[str]:

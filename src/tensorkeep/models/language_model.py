@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,15 +64,11 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     try:
         with torch.random.fork_rng(devices=[]), silent():
             torch.default_generator.manual_seed(0)
-            if (
-                view.format == "hf"
-                and view.config is not None
-                and isinstance(view.folder, LocalFolder)
-                and "config.json" in view.folder.names()
-            ):
-                model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                    view.folder.path, local_files_only=True, **options
-                )
+            if view.format == "hf" and view.config is not None and isinstance(view.folder, LocalFolder):
+                with _own_files(view) as folder:
+                    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                        folder, local_files_only=True, **options
+                    )
             else:
                 config = transformers.AutoConfig.for_model(**document)
                 state = dict(_tensors(view, document))
@@ -84,6 +83,29 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
         ) from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
+
+
+@contextmanager
+def _own_files(view: StateView) -> Iterator[Path]:
+    """Give a folder of links to the files that the view reads, and of no others.
+
+    In the view's own folder transformers picks by name: model.safetensors before an index, whatever the user named.
+    """
+    assert isinstance(view.folder, LocalFolder)
+    stored = list(dict.fromkeys(record.file for record in view.records.values()))
+    several = len(stored) > 1
+    with tempfile.TemporaryDirectory(prefix="tensorkeep-") as made:
+        folder = Path(made)
+        for companion in view.companions:
+            (folder / companion.name).write_bytes(companion.data)
+        (folder / "config.json").write_text(json.dumps(view.config), encoding="utf-8")
+        own = {file: f"part-{i:05}.safetensors" if several else "model.safetensors" for i, file in enumerate(stored)}
+        for file, name in own.items():
+            (folder / name).symlink_to((view.folder.path / file).resolve())
+        if several:
+            index = {"metadata": {}, "weight_map": {n: own[r.file] for n, r in view.records.items()}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield folder
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -34,7 +34,8 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
 
     named = config.get("architectures")
     try:
-        made = transformers.AutoConfig.for_model(**config)
+        with silent():
+            made = transformers.AutoConfig.for_model(**config)
         kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
         if kind is None:
             kind = transformers.AutoModelForCausalLM._model_mapping[type(made)]
