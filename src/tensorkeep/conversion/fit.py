@@ -186,7 +186,11 @@ def _set_aside(aside: list[HfTensor], prefix: str, sources: Sequence[StateView],
 
 # programs whose names nobody here reads: how to tell them, and what makes hf files of theirs
 _FOREIGN = (
-    (r"blocks\.\d+\.(attention\.w_(q|k|v|out)|feed_forward\.w[123])\.", "OLMo-core", "its own convert_checkpoint_to_hf"),
+    (
+        r"blocks\.\d+\.(attention\.w_(q|k|v|out)|feed_forward\.w[123])\.",
+        "OLMo-core",
+        "its own convert_checkpoint_to_hf",
+    ),
     (r"\.(linear_qkv|linear_fc1|query_key_value)\.", "Megatron", "Megatron Bridge, or its tools/checkpoint/convert.py"),
     (r"\.pp_block\.|decoder\.\d+\.pp_block", "nanotron", "its examples/llama/convert_nanotron_to_hf.py"),
     (r"transformer\.h\.\d+\.(norm_1|attn\.qkv|mlp\.fc_1)\.", "LitGPT", "litgpt convert_from_litgpt"),
@@ -274,7 +278,9 @@ def _refusal(found: Misfit, prefix: str, hub: Mapping[str, HfTensor], where: obj
     others = found.unexpected
     extra = f"; it has no {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "") if others else ""
     what = f"{len(found.missing)} of the {found.asked} tensors that {found.by} asks for are missing, first {found.missing[0]}"
-    how = "make an hf folder with the program that wrote it; for other names: --from-naming; for another model: --config"
+    how = (
+        "make an hf folder with the program that wrote it; for other names: --from-naming; for another model: --config"
+    )
     if program is not None:
         how = f"these are names of {program[0]}: make an hf folder with {program[1]}"
     return TensorkeepError(what + extra + also, where=where, code="K01", hint=how)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tensorkeep.conversion import adapters, configs, fit
 from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._ties import tie
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
@@ -84,6 +85,7 @@ def make_plan(
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
+    carry(plan, to)
     return plan
 
 

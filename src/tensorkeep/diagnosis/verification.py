@@ -65,8 +65,8 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
         findings.append(Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint))
     hollow = [n for n, r in view.items() if 0 in r.shape]
     if len(hollow) * 2 > len(view):
-        error = fit.empty(hollow, len(view), path)
-        findings.append(Finding("K05", "error", error.what, hollow, fix=error.hint))
+        nothing = fit.empty(hollow, len(view), path)
+        findings.append(Finding("K05", "error", nothing.what, hollow, fix=nothing.hint))
     findings += damaged_files(view, whole=True)
     return findings, view, certificate is not None
 

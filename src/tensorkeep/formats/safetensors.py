@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
@@ -293,7 +293,12 @@ def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str
 
 
 def layout(
-    tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name: str = "model.safetensors", **_: Any
+    tensors: Sequence[SinkTensor],
+    *,
+    shard_size: int | None = None,
+    name: str = "model.safetensors",
+    header: Mapping[str, str] | None = None,
+    **_: Any,
 ) -> list[FileLayout]:
     """Lay out one file, or shards of at most `shard_size` bytes and an index.
 
@@ -301,22 +306,23 @@ def layout(
         tensors: the tensors to be written.
         shard_size: most bytes of tensor data per file; 5 GB where it is not given.
         name: name of the file, from which shards and index get theirs.
+        header: what each file's header says beside the tensors.
 
     Raises:
         TensorkeepError: a tensor's dtype is none that safetensors has.
     """
     parts = shards(tensors, shard_size or SHARD_SIZE)
     if len(parts) == 1:
-        return [file_layout(name, parts[0])]
+        return [file_layout(name, parts[0], header)]
     stem = name.removesuffix(".safetensors")
     names = [f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     weight_map = {t.name: file for file, part in zip(names, parts) for t in part}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
-    files = [file_layout(file, part) for file, part in zip(names, parts)]
+    files = [file_layout(file, part, header) for file, part in zip(names, parts)]
     return [*files, small_file(f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())]
 
 
-def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
+def file_layout(name: str, tensors: Sequence[SinkTensor], beside: Mapping[str, str] | None = None) -> FileLayout:
     """Lay out one safetensors file.
 
     Wider dtypes come first, so that every tensor is aligned to its element, and data starts at a multiple of 64 bytes.
@@ -324,6 +330,7 @@ def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
     Args:
         name: name of the file.
         tensors: the tensors to be written.
+        beside: what the header says beside the tensors.
 
     Returns:
         The header's bytes, then a slot for each tensor.
@@ -338,7 +345,7 @@ def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
             hint="keep it with --to dcp or pth, or leave it out with --drop",
         )
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].bits)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(beside or {})}}
     at = 0
     for tensor in ordered:
         header[tensor.name] = {

@@ -13,7 +13,15 @@ from torch import nn
 
 from tensorkeep.models.tensors import Held
 
-_ALWAYS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save", "ia3_l")
+_ALWAYS = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "modules_to_save",
+    "ia3_l",
+)
 _WHOLE = "modules_to_save"  # a copy of the layer itself, which files keep under the layer's own name
 
 

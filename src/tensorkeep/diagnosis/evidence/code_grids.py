@@ -81,12 +81,12 @@ def undecoded(case: Case) -> list[str]:
     known = {*described, *members(described)}
     out = []
     for name in sorted(case.packed & set(case.tensors)):
-        stored = case.tensors[name].parts[0].name
-        codes = not DTYPES[case.tensors[name].dtype].floating or DTYPES[case.tensors[name].dtype].bits < 8
-        if stored in known or not codes or len(case.tensors[name].shape) < 2:
+        mine, other = case.tensors[name], case.reference_tensors.get(name)
+        codes = not DTYPES[mine.dtype].floating or DTYPES[mine.dtype].bits < 8
+        if mine.parts[0].name in known or not codes or len(mine.shape) < 2:
             continue
-        other = case.reference_tensors.get(name)
-        same = other is not None and (other.dtype, other.shape) == (case.tensors[name].dtype, case.tensors[name].shape)
-        if not same or case.views[1].digest(other.parts[0].name) != case.view.digest(stored):
+        if other is None or (other.dtype, other.shape) != (mine.dtype, mine.shape):
+            out.append(name)
+        elif case.views[1].digest(other.parts[0].name) != case.view.digest(mine.parts[0].name):
             out.append(name)
     return out

@@ -98,7 +98,7 @@ class _Seen:
 def _compare_all(model: nn.Module, tensors: list[Held], source: StoredModel) -> _Seen:
     """Compare every tensor of the model with its counterpart in the file."""
     finder = CounterpartFinder(model, tensors, source, renamed)
-    described = find_quantized(source.view, source.view) if any(packed(t.tensor) for t in tensors) else {}
+    described = find_quantized(source.view) if any(packed(t.tensor) for t in tensors) else {}
     source.used.update(members(described))  # scales are no parameters of the model
     seen = _Seen()
     for item in tensors:

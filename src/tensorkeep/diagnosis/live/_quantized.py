@@ -64,7 +64,11 @@ def _judged(item: Held, mine: Array, theirs: Array, room: Array, what: str) -> M
     if not wrong:
         return True
     norm = float(np.linalg.norm(theirs))
-    evidence = {"different": wrong, "elements": mine.size, "relative": float(np.linalg.norm(apart)) / norm if norm else 0}
+    evidence = {
+        "different": wrong,
+        "elements": mine.size,
+        "relative": float(np.linalg.norm(apart)) / norm if norm else 0,
+    }
     words = f"stands for other values than {what}: {wrong} of {mine.size} elements"
     return Mismatch(item.name, "V06", words, evidence)
 
