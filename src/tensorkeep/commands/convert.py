@@ -93,17 +93,12 @@ def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dr
 
 
 def _asked(config: Any, offers: Any) -> Any:
-    """What the config's model would miss or not expect: the table of architectures, and where it objects transformers."""
-    from tensorkeep.conversion.fit import by_table
-
-    found = by_table(config, offers)
-    if found is not None and not found.count:
-        return found
+    """What transformers says of these tensors; None where it is not installed, so that the table's word is all."""
     try:
         from tensorkeep.models.loader import by_transformers
-    except ImportError:  # without torch the table's word is all there is
-        return found
-    return by_transformers(config, offers) or found
+    except ImportError:
+        return None
+    return by_transformers(config, offers)
 
 
 def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:

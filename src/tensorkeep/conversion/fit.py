@@ -105,7 +105,8 @@ def settle(
         config: of the model; None, or one whose model nobody knows, leaves everything as it is.
         sources: the checkpoints.
         dropped: what is left out so far; gains what lies beside a prefixed model in the file.
-        ask: who says which tensors the model has; None leaves everything as it is.
+        ask: who says which tensors the model has where the table of architectures does not say that all is well; None
+            leaves everything as it is.
 
     Returns:
         The tensors, and whether they are what the config's model asks for.
@@ -120,22 +121,35 @@ def settle(
         raise empty(hollow, len(hub), sources[0].path)
     if config is None or "quantization_config" in config:
         return hub, False
+    refused: tuple[Misfit, str] | None = None
+    for who in dict.fromkeys((by_table, ask)):
+        closest = _closest(hub, config, dropped, who)
+        if closest is not None and not closest[0].count:
+            prefix = closest[1]
+            _set_aside([h for n, h in hub.items() if not n.startswith(prefix)], prefix, sources, dropped)
+            return {n[len(prefix) :]: _without(h, prefix) for n, h in hub.items() if n.startswith(prefix)}, True
+        refused = closest or refused
+    if refused is None:
+        return hub, False
+    for view in sources:
+        refuse_undescribed(view, refused[0].by)
+    raise _refusal(*refused, hub, sources[0].path)
+
+
+def _closest(
+    hub: Mapping[str, HfTensor], config: Mapping[str, Any], dropped: Sequence[Step], ask: Asker
+) -> tuple[Misfit, str] | None:
+    """Return what fits least badly, and the prefix that is taken away for it; None where the model is not known."""
     offers = {n: Offer(h.dtype, h.shape) for n, h in hub.items()}
     found = ask(config, offers)
-    if found is None or not (found := _without_dropped(found, dropped)).count:
-        return hub, found is not None
-    for view in sources:
-        refuse_undescribed(view, found.by)
-    best, prefix = found, ""
-    for lead in _leading(hub) if len(found.missing) * 2 > found.asked else ():
-        inner = {n[len(lead) :]: o for n, o in offers.items() if n.startswith(lead)}
-        tried = ask(config, inner)
+    if found is None:
+        return None
+    best, prefix = _without_dropped(found, dropped), ""
+    for lead in _leading(hub) if len(best.missing) * 2 > best.asked else ():
+        tried = ask(config, {n[len(lead) :]: o for n, o in offers.items() if n.startswith(lead)})
         if tried is not None and (tried := _without_dropped(tried, dropped)).count < best.count:
             best, prefix = tried, lead
-    if best.count:
-        raise _refusal(best, prefix, hub, sources[0].path)
-    _set_aside([h for n, h in hub.items() if not n.startswith(prefix)], prefix, sources, dropped)
-    return {n[len(prefix) :]: _without(h, prefix) for n, h in hub.items() if n.startswith(prefix)}, True
+    return best, prefix
 
 
 def _without(tensor: HfTensor, prefix: str) -> HfTensor:
