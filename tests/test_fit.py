@@ -187,6 +187,17 @@ def test_codes_without_a_quantization_config_are_refused(tmp_path: Path) -> None
         make_plan([with_config(path, config)], "hf")
 
 
+def test_quantized_weights_in_other_modules_than_the_model_s_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", "Llama")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"quantization_config": {"bits": 4}}
+    packed = {n.replace("proj.weight", "proj.qweight"): t for n, t in hf_tensors(tmp_path / "base").items()}
+    path = saved(tmp_path / "x.pt", packed)
+    assert len(make_plan([with_config(path, config)], "hf").tensors) == len(packed)
+    saved(path, {f"engine.{n}": t for n, t in packed.items()})
+    with refused("K01", "model.embed_tokens.weight"):
+        make_plan([with_config(path, config)], "hf")
+
+
 def test_what_was_dropped_by_name_is_not_missed(tmp_path: Path) -> None:
     write_model(tmp_path / "base", "Llama")
     plan = make_plan([read(tmp_path / "base")], "hf", drop=["lm_head.weight"])

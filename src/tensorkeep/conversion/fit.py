@@ -119,7 +119,10 @@ def settle(
     hollow = [n for n, h in hub.items() if 0 in h.shape]
     if len(hollow) * 2 > len(hub):
         raise empty(hollow, len(hub), sources[0].path)
-    if config is None or "quantization_config" in config:
+    if config is None:
+        return hub, False
+    if "quantization_config" in config:
+        _refuse_strangers(hub, config, sources[0].path)
         return hub, False
     refused: tuple[Misfit, str] | None = None
     for who in dict.fromkeys((by_table, ask)):
@@ -134,6 +137,19 @@ def settle(
     for view in sources:
         refuse_undescribed(view, refused[0].by)
     raise _refusal(*refused, hub, sources[0].path)
+
+
+def _refuse_strangers(hub: Mapping[str, HfTensor], config: Mapping[str, Any], where: object) -> None:
+    """Stop where quantized tensors lie in other modules than the model has; in a module every layout has its own."""
+    asked = architecture.expected(config) or {}
+    segments = [n.split(".") for n in hub]
+    held = {".".join(s[:depth]) for s in segments for depth in range(1, len(s))}
+    missing = tuple(n for n in asked if n.rpartition(".")[0] not in held)
+    if len(missing) * 2 > len(asked):
+        unexpected = tuple(n for n in hub if n not in asked)
+        raise _refusal(
+            Misfit(f"its config ({config.get('model_type')})", len(asked), missing, unexpected), "", hub, where
+        )
 
 
 def _closest(
