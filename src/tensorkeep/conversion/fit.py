@@ -307,7 +307,8 @@ def _refusal(found: Misfit, prefix: str, hub: Mapping[str, HfTensor], where: obj
     also = f"; {joined[0]} may be several of them in one, in an order that nothing says" if joined else ""
     others = found.unexpected
     extra = f"; it has no {others[0]}" + (f" and {len(others) - 1} more" if others[1:] else "") if others else ""
-    what = f"{len(found.missing)} of the {found.asked} tensors that {found.by} asks for are missing, first {found.missing[0]}"
+    lost = f"{len(found.missing)} of the {found.asked} tensors that {found.by} asks for are missing"
+    what = f"{lost}, first {found.missing[0]}"
     how = (
         "make an hf folder with the program that wrote it; for other names: --from-naming; for another model: --config"
     )
@@ -317,7 +318,7 @@ def _refusal(found: Misfit, prefix: str, hub: Mapping[str, HfTensor], where: obj
 
 
 def _shards(found: Misfit) -> int:
-    """Return in how many equal parts the mismatched tensors were cut along one dimension each; 0 where they were not."""
+    """Return into how many equal parts the mismatched tensors were cut, along one dimension each; 0 for none."""
     counts = set()
     for mine, theirs in found.mismatched.values():
         odd = [(a, b) for a, b in zip(mine, theirs) if a != b]

@@ -26,16 +26,17 @@ from tensorkeep.storage.files import LocalFolder, Progress, left_over, local_pat
 def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Finding], StateView | None, bool]:
     """Check that a checkpoint is whole and unchanged.
 
-    Its structure is checked by opening it, and so are the files beside it that a resume reads. Its content is compared with the manifest of a run's checkpoint, or else
-    with its certificate (tensorkeep.json), or else with the CRC-32 in torch.save archives.
+    Its structure is checked by opening it, and so are the files beside it that a resume reads. Its content is compared
+    with the manifest of a run's checkpoint, or else with its certificate (tensorkeep.json), or else with the CRC-32 in
+    torch.save archives.
 
     Args:
         path: A checkpoint, or a run's folder: then its newest whole checkpoint.
         progress: Called with what is being done, the bytes done and the bytes in all.
 
     Returns:
-        The findings (F codes, K01, K02 and K05), the checkpoint's view (None where it cannot be read), and whether there
-        was a manifest or certificate to compare with.
+        The findings (F codes, K01, K02 and K05), the checkpoint's view (None where it cannot be read), and whether
+        there was a manifest or certificate to compare with.
 
     Raises:
         TensorkeepError: Where `path` is no checkpoint at all.

@@ -109,8 +109,8 @@ def _who_reads(strays: list[str], files: list[str], indexed: bool) -> str:
     named = "model.safetensors" if "model.safetensors" in (*strays, *files) else read
     vllm = read if indexed else "every .safetensors file"
     return (
-        f"{', '.join(strays[:5])} beside {read}, which alone {'are' if indexed else 'is'} read here: transformers takes "
-        f"{named}, vLLM {vllm}, torchtitan (torch's DCP reader) every .safetensors file"
+        f"{', '.join(strays[:5])} beside {read}, and nothing but {read} is read here: transformers takes {named}, "
+        f"vLLM {vllm}, torchtitan (torch's DCP reader) every .safetensors file"
     )
 
 

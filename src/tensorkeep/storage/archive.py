@@ -6,7 +6,6 @@ unpickling; `archive_writing` writes them in a fixed layout that torch 2.4 and l
 
 from __future__ import annotations
 
-import io
 import math
 import struct
 import zipfile
@@ -16,6 +15,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage._lazy_bits import refuse_lazy
+from tensorkeep.storage._range import Range
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
@@ -120,7 +121,7 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
         dtype = _STORAGES.get(identity[1].name)
     if dtype is None:
         raise wrong(f"a storage of type {shown(identity[1].name)}")
-    _refuse_bits(args[_METADATA_AT[name] :], where)
+    refuse_lazy(name, args, where)
     elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
     span = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
     if span and offset + span > elements:
@@ -128,22 +129,6 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
     if math.prod(shape) > max(span, _LARGEST_EXPANSION):
         raise wrong(f"it repeats {span} elements {math.prod(shape)} times")
     return Stored(dtype, shape, strides, offset, str(identity[2]), elements)
-
-
-# where `_rebuild_tensor*` takes what torch calls metadata: the bits of a lazy conjugate or a lazy minus
-_METADATA_AT = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
-
-
-def _refuse_bits(rest: tuple[Any, ...], where: object) -> None:
-    """Stop at a tensor whose values are not the stored numbers but their conjugate or negative."""
-    for bits in rest:
-        on = [k for k, v in bits.items() if v is not False] if isinstance(bits, dict) else [bits] * (bits is not None)
-        if on:
-            raise TensorkeepError(
-                f"a tensor is saved with torch's bit {shown(on[0])}: its values are not the stored numbers",
-                where=where,
-                hint="save it again after .resolve_conj().resolve_neg()",
-            )
 
 
 def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
@@ -194,33 +179,6 @@ def _strides(value: Any) -> tuple[int, ...] | None:
 # -- reading a zip ------------------------------------------------------------------------------------------------
 
 
-class _Range(io.RawIOBase):
-    """A part of a file as a seekable stream, which is what zipfile reads."""
-
-    def __init__(self, folder: Folder, file: str, start: int, length: int) -> None:
-        self.folder, self.file, self.first, self.length, self.at = folder, file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = max({0: 0, 1: self.at, 2: self.length}[whence] + offset, 0)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self.length - self.at, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        data = self.folder.read(self.file, self.first + self.at, size) if size else b""
-        self.at += size
-        return data
-
-
 class Entry(NamedTuple):
     """One uncompressed entry of a zip.
 
@@ -267,7 +225,7 @@ def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str,
     """
     where = f"{folder.url}/{file}"
     try:
-        with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
+        with zipfile.ZipFile(Range(folder, file, start, length)) as archive:
             infos = archive.infolist()
     except _ZIP_FAILURES as error:
         raise TensorkeepError(
@@ -323,8 +281,8 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         The value; tensors are `Object`s that name their storage.
 
     Raises:
-        TensorkeepError: F04 where the pickle names something that a checkpoint does not need, F02, F03 or F07 where it is
-            damaged, and without a code where this is no archive of torch.save or a big-endian one.
+        TensorkeepError: F04 where the pickle names what a checkpoint does not need, F02, F03 or F07 where it is damaged,
+            and without a code where this is no archive of torch.save or a big-endian one.
     """
     where = f"{folder.url}/{file}"
     pickle = found.get("data.pkl")

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.conversion import architecture
+from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.rotations import DIRECTIONS, Turn, find_turn, norm_profile, pair_distances, part_of

@@ -85,8 +85,10 @@ def undecoded(case: Case) -> list[str]:
         codes = not DTYPES[mine.dtype].floating or DTYPES[mine.dtype].bits < 8
         if mine.parts[0].name in known or not codes or len(mine.shape) < 2:
             continue
-        if other is None or (other.dtype, other.shape) != (mine.dtype, mine.shape):
-            out.append(name)
-        elif case.views[1].digest(other.parts[0].name) != case.view.digest(mine.parts[0].name):
+        if (
+            other is None
+            or (other.dtype, other.shape) != (mine.dtype, mine.shape)
+            or case.views[1].digest(other.parts[0].name) != case.view.digest(mine.parts[0].name)
+        ):
             out.append(name)
     return out

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import partial_rotary
-from tensorkeep.conversion import architecture
 
 # fields compared as they stand: a difference changes shapes or results
 PLAIN = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion import architecture
+from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
 from tensorkeep.storage.run_folder import ADAPTER

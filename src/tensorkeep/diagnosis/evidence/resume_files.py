@@ -1,7 +1,7 @@
 """Look at the files beside the weights that a resume reads: optimizer, schedule, random state, the trainer's own state.
 
-Nothing of them is unpickled. torch.save's archives are zips, whose directory lies at their end, so that a cut one shows,
-and whose entries have a CRC-32; JSON must be JSON.
+Nothing of them is unpickled. torch.save's archives are zips: their directory lies at the end, so that a cut one shows,
+and their entries have a CRC-32. JSON must be JSON.
 """
 
 from __future__ import annotations

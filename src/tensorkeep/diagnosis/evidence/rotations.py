@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.conversion.plan import RowPermutation
-from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.orders import Index
 from tensorkeep.diagnosis.evidence.originals import ALIKE
