@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import Note, StateView
-from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.certificate import parse_json, unique
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
@@ -208,7 +207,7 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
             hint="download it again",
         )
     try:
-        header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise TensorkeepError(
             f"the header is not valid: {error}", where=where, code="F07", hint="download it again"
@@ -222,15 +221,6 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
     records = [_record(name, entry, file, start, where) for name, entry in header.items()]
     _check_tiling(records, start, size, where)
     return records, {str(k): str(v) for k, v in metadata.items()}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of a JSON object's members; a name that occurs twice is an error."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the name {shown(twice)} occurs twice")
-    return made
 
 
 def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorRecord:

@@ -10,6 +10,7 @@ import io
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
@@ -92,7 +93,8 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
         The description with all sizes checked, or None where the object is no tensor.
 
     Raises:
-        TensorkeepError: F07 where the call cannot describe a tensor of its storage.
+        TensorkeepError: F07 where the call cannot describe a tensor of its storage, and without a code where its values
+            are the conjugate or the negative of what is stored.
     """
     call = _unwrapped(value)
     if call is None:
@@ -118,6 +120,7 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
         dtype = _STORAGES.get(identity[1].name)
     if dtype is None:
         raise wrong(f"a storage of type {shown(identity[1].name)}")
+    _refuse_bits(args[_METADATA_AT[name] :], where)
     elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
     span = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
     if span and offset + span > elements:
@@ -125,6 +128,22 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
     if math.prod(shape) > max(span, _LARGEST_EXPANSION):
         raise wrong(f"it repeats {span} elements {math.prod(shape)} times")
     return Stored(dtype, shape, strides, offset, str(identity[2]), elements)
+
+
+# where `_rebuild_tensor*` takes what torch calls metadata: the bits of a lazy conjugate or a lazy minus
+_METADATA_AT = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}
+
+
+def _refuse_bits(rest: tuple[Any, ...], where: object) -> None:
+    """Stop at a tensor whose values are not the stored numbers but their conjugate or negative."""
+    for bits in rest:
+        on = [k for k, v in bits.items() if v is not False] if isinstance(bits, dict) else [bits] * (bits is not None)
+        if on:
+            raise TensorkeepError(
+                f"a tensor is saved with torch's bit {shown(on[0])}: its values are not the stored numbers",
+                where=where,
+                hint="save it again after .resolve_conj().resolve_neg()",
+            )
 
 
 def _unwrapped(value: Object) -> tuple[str, tuple[Any, ...]] | None:
@@ -301,7 +320,7 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         found: the archive's entries, from `zip_entries`.
 
     Raises:
-        TensorkeepError: F04 where the pickle names something that a checkpoint does not need, F02 or F07 where it is
+        TensorkeepError: F04 where the pickle names something that a checkpoint does not need, F02, F03 or F07 where it is
             damaged, and without a code where this is no archive of torch.save or a big-endian one.
     """
     where = f"{folder.url}/{file}"
@@ -317,7 +336,10 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         )
     if pickle.size > LARGEST_PICKLE:
         raise _damaged_zip(f"data.pkl has {pickle.size} bytes, more than {LARGEST_PICKLE}", where)
-    value, _ = parse(folder.read(file, pickle.start, pickle.size), TENSOR_GLOBALS, where)
+    data = folder.read(file, pickle.start, pickle.size)
+    if pickle.crc and zlib.crc32(data) != pickle.crc:  # before a name in it is believed
+        raise _damaged_zip("data.pkl does not fit its own CRC-32", where, "F03")
+    value, _ = parse(data, TENSOR_GLOBALS, where)
     return value
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.certificate import unique
 from tensorkeep.storage.files import explained
 
 
@@ -17,7 +18,7 @@ def read_json(path: Path) -> object:
         TensorkeepError: The file is missing or no JSON; the error says at which line and column it stops being JSON.
     """
     try:
-        document: object = json.loads(read_text(path))
+        document: object = json.loads(read_text(path), object_pairs_hook=unique)
     except json.JSONDecodeError as problem:
         raise TensorkeepError(
             f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
