@@ -387,7 +387,7 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
 def _children(item: Any) -> list[tuple[str, Any]] | None:
     """Give the named parts of a dict, or of a list that holds more than plain values; None for a leaf."""
     if isinstance(item, Object) and item.is_mapping:
-        item = item.entries
+        item = item.entries or {}
     if isinstance(item, dict):
         return [(_spelled(key), child) for key, child in item.items()]
     if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):
