@@ -61,19 +61,23 @@ def with_config(view: StateView, config: str | None) -> StateView:
     if config is None or view.config is not None:
         return view
     from tensorkeep.formats.companions import COMPANIONS, Companion
+    from tensorkeep.storage.budget import read_small_from
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
 
     path = Path(config)
     folder = LocalFolder(path if path.is_dir() else path.parent)
     name = "config.json" if path.is_dir() else path.name
-    document = parse_json(folder.read(name), f"{folder.url}/{name}")
+    data = read_small_from(folder, name)
+    document = parse_json(data, f"{folder.url}/{name}")
     if not isinstance(document, dict):
         raise TensorkeepError("is not a config.json", where=path)
     present = folder.names() if path.is_dir() else []
     view.config = document
-    view.companions = [Companion("config.json", folder.read(name), f"{folder.url}/{name}"), *view.companions]
-    view.companions += [Companion(n, folder.read(n), f"{folder.url}/{n}") for n in COMPANIONS[1:] if n in present]
+    view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *view.companions]
+    view.companions += [
+        Companion(n, read_small_from(folder, n), f"{folder.url}/{n}") for n in COMPANIONS[1:] if n in present
+    ]
     return view
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.files import Folder, LocalFolder
 
 # what travels beside the weights, in the order in which it is written; nothing else in a folder is copied
@@ -28,7 +29,7 @@ COMPANIONS = tuple(
         "recipe.yaml",
     ]
 )
-_LARGEST = 256 << 20  # bytes; the largest tokenizers have 40 MB
+_LARGEST, _LARGEST_CONFIG = 256 << 20, 16 << 20  # bytes; the largest tokenizers have 40 MB, configs some 100 kB
 
 
 class Companion(NamedTuple):
@@ -83,8 +84,5 @@ def find_companions(folder: Folder, known: Sequence[Companion], described: bool)
 
 def _read(place: Folder, name: str) -> Companion:
     where = f"{place.url}/{name}"
-    if place.size(name) > _LARGEST:
-        raise TensorkeepError(
-            f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
-        )
-    return Companion(name, place.read(name), where)
+    most = _LARGEST_CONFIG if name.endswith("config.json") or name == "recipe.yaml" else _LARGEST
+    return Companion(name, read_small_from(place, name, most), where)

@@ -125,7 +125,9 @@ def too_large(size: int, most: int, where: object) -> TensorkeepError:
         most: bytes that are read.
         where: the file.
     """
-    return TensorkeepError(f"{size} bytes; the most read of such a file is {most}", where=where, hint="move it elsewhere")
+    return TensorkeepError(
+        f"{size} bytes; the most read of such a file is {most}", where=where, hint="move it elsewhere"
+    )
 
 
 # -- configs ------------------------------------------------------------------------------------------------------

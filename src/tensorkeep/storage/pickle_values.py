@@ -12,7 +12,9 @@ MEMORY = {
     **dict.fromkeys((0x8F, 0x91, ord("R"), 0x81, 0x92, ord("i"), ord("o")), REFERENCES + 72),  # an Object
     **dict.fromkeys((ord("]"), ord("l"), ord("t"), 0x85, 0x86, 0x87), REFERENCES + 56),
     **dict.fromkeys((ord("}"), ord("d")), REFERENCES + 64),
-    **dict.fromkeys((ord("X"), 0x8C, 0x8D, ord("V"), ord("U"), ord("T"), ord("S"), ord("B"), ord("C")), REFERENCES + 64),
+    **dict.fromkeys(
+        (ord("X"), 0x8C, 0x8D, ord("V"), ord("U"), ord("T"), ord("S"), ord("B"), ord("C")), REFERENCES + 64
+    ),
     **dict.fromkeys((ord("q"), ord("r"), ord("p"), 0x94), ENTRY),
     ord("Q"): REFERENCES + 48,
 }

@@ -323,7 +323,6 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
 }
 
 
-
 def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) -> tuple[Any, int]:
     r"""Read the value that a pickle describes, as plain data.
 

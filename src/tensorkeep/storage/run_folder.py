@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import explained, left_over
 from tensorkeep.storage.placement import remove, sync_folder, temporary_name
@@ -127,7 +128,7 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint | None:
     document = {}
     if STATE in manifest.files:
         read_whole(folder, STATE, manifest)
-        document = parse_json((folder / STATE).read_bytes(), folder / STATE)
+        document = parse_json(read_small(folder / STATE), folder / STATE)
     numbers = ("step", "epoch", "samples", "world_size")
     run = {k: document[k] for k in numbers if isinstance(document, dict) and type(document.get(k)) is int}
     name = weights_file(list(manifest.files))

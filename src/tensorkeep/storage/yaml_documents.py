@@ -86,9 +86,7 @@ def _check_written_out(root: yaml.Node) -> None:
 
     values, depth = measure(root)
     if values > _MOST_VALUES or depth > _DEEPEST:
-        raise yaml.YAMLError(
-            f"more than {_MOST_VALUES} values or {_DEEPEST} levels, with aliases written out"
-        )
+        raise yaml.YAMLError(f"more than {_MOST_VALUES} values or {_DEEPEST} levels, with aliases written out")
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:
@@ -97,6 +95,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
             yield from pair
     elif isinstance(node, yaml.SequenceNode):
         yield from node.value
+
 
 def read_yaml(path: str | Path) -> Any:
     """Read a YAML file.
