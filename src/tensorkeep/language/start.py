@@ -24,8 +24,9 @@ from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.formats.companions import COMPANIONS, Companion
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.buffers import REFUSALS
 from tensorkeep.models.language_model import model_of
+from tensorkeep.models.refusals import refusals, said
+from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -188,13 +189,14 @@ def from_config(config: dict[str, Any], seed: int) -> nn.Module:
 
     ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
     config = {k: v for k, v in config.items() if k not in ignored}
+    check_config(config, "config")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             made: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
-    except REFUSALS as error:
+    except refusals() as error:
         raise TensorkeepError(
-            f"transformers cannot build it: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            f"transformers cannot build it: {said(error)}",
             where="config",
             hint="config is what config.json says, with model_type",
         ) from None
@@ -222,8 +224,8 @@ def load_tokenizer(path: str) -> Any:
 
             place = cached_snapshot(path)
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    except (*REFUSALS, OSError) as error:
-        what = f"no tokenizer can be loaded: {' '.join(str(error).split())[:200]}"
+    except refusals() as error:
+        what = f"no tokenizer can be loaded: {said(error)}"
         raise TensorkeepError(what, where=path or "tokenizer", hint="tokenizer: FOLDER or tokenizer.json") from None
 
 

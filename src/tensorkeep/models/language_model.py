@@ -15,7 +15,8 @@ from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.formats.view import StateView
-from tensorkeep.models.buffers import REFUSALS
+from tensorkeep.models.refusals import refusals, said
+from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import DTYPES
 
@@ -53,6 +54,10 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     document = view.config or spare
     if document is None:
         raise Inconclusive("no config says which model this is")
+    try:
+        check_config(document, "config.json", sum(record.nbytes for record in view.records.values()))
+    except TensorkeepError as error:
+        raise Inconclusive(error.line) from None
     kind = document.get("model_type")
     if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
@@ -78,10 +83,8 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
                 )
                 del options["trust_remote_code"]
                 model, info = kept.from_pretrained(None, config=config, state_dict=state, **options)
-    except (*REFUSALS, OSError) as error:
-        raise Inconclusive(
-            f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except refusals() as error:
+        raise Inconclusive(f"transformers cannot load it: {said(error, 300)}") from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
 
