@@ -20,7 +20,7 @@ from tensorkeep.conversion import configs
 from tensorkeep.conversion import execution as conversion
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.planning import make_plan
-from tensorkeep.errors import Inconclusive, TensorkeepError
+from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
@@ -87,7 +87,10 @@ def start_of(
     if view is not None and weights and recipe.training.quantize_backbone and _plain_names(view):
         model = packed(view, recipe.training.quantize_backbone, world)
     elif view is None or not weights:
-        model = from_config(dict((view.config if view else recipe.config) or {}), derive(recipe.training.seed, 0))
+        stored = sum(record.nbytes for record in view.records.values()) if view is not None else None
+        model = from_config(
+            dict((view.config if view else recipe.config) or {}), derive(recipe.training.seed, 0), stored
+        )
     else:
         model = loaded(view)
     start = StartingModel(model, tokenizer, view)
@@ -144,7 +147,7 @@ def loaded(view: StateView) -> nn.Module:
             f"{kind.replace('_', ' ')}: {', '.join(found[:4])} ({len(found)})",
             where=view.path,
             code="K01" if kind == "missing_keys" else "K02",
-            hint=f"tensorkeep diagnose {view.path}",
+            hint=f"tensorkeep diagnose {word(view.path)}",
             tensors=found,
         )
     made: nn.Module = model
@@ -175,12 +178,13 @@ def _skeleton(view: StateView) -> nn.Module:
         return from_config(dict(view.config or {}), 0)
 
 
-def from_config(config: dict[str, Any], seed: int) -> nn.Module:
+def from_config(config: dict[str, Any], seed: int, stored: int | None = None) -> nn.Module:
     """Make a model with random weights, the same for the same seed; the process's random state is left alone.
 
     Args:
         config: what config.json says, `model_type` included.
         seed: of the weights.
+        stored: bytes of the weights that the config describes, where there are some: it may not ask for many more.
 
     Raises:
         TensorkeepError: transformers cannot build such a model.
@@ -189,7 +193,7 @@ def from_config(config: dict[str, Any], seed: int) -> nn.Module:
 
     ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
     config = {k: v for k, v in config.items() if k not in ignored}
-    check_config(config, "config")
+    check_config(config, "config", stored)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

@@ -26,7 +26,6 @@ from tensorkeep.models.refusals import REFUSALS as REFUSALS
 from tensorkeep.models.tensors import clean
 
 
-
 class Buffer(NamedTuple):
     """A non-persistent buffer of a live model, or a plain tensor that a module keeps beside one.
 

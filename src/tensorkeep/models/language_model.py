@@ -59,7 +59,10 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     except TensorkeepError as error:
         raise Inconclusive(error.line) from None
     kind = document.get("model_type")
-    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if (
+        not isinstance(kind, str)
+        or kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
         raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
     spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
     options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}

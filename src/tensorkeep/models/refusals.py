@@ -5,7 +5,16 @@ from __future__ import annotations
 import sys
 
 # what constructors of other people's classes raise of odd values, or when they are called out of their usual place
-_PLAIN = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError, AssertionError)
+_PLAIN = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+)
 REFUSALS = (*_PLAIN, NotImplementedError, MemoryError)
 
 

@@ -180,3 +180,16 @@ def _unbelievable(what: str, where: object) -> TensorkeepError:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def believable(config: Mapping[str, Any]) -> bool:
+    """Say whether a config's numbers are those of a model that somebody can have.
+
+    Args:
+        config: a model's config.
+    """
+    try:
+        check_config(config, "config")
+    except TensorkeepError:
+        return False
+    return True

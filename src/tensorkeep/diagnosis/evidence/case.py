@@ -19,7 +19,7 @@ from tensorkeep.conversion.adapters import Half
 from tensorkeep.conversion.naming import Identity, hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, size_of
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.table import written_again
@@ -113,12 +113,16 @@ class Case:
 
     def repair_command(self) -> str | None:
         """Return the `tensorkeep repair` line for this case; None without a reference to repair from."""
-        return f"tensorkeep repair {self.path} OUT --reference {self.reference.path}" if self.reference else None
+        return (
+            f"tensorkeep repair {word(self.path)} OUT --reference {word(self.reference.path)}"
+            if self.reference
+            else None
+        )
 
     def convert_command(self) -> str:
         """Return the `tensorkeep convert` line that writes this checkpoint again, in its own format where possible."""
         form = written_again(self.view.format) if self.view is not None else "hf"
-        return f"tensorkeep convert {self.path} OUT --to {form}"
+        return f"tensorkeep convert {word(self.path)} OUT --to {form}"
 
     # -- values --------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from tensorkeep.errors import TensorkeepError
@@ -106,13 +107,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             meter.allow(_filled(left, right if isinstance(right, tuple) else (right,)))
         return meter.weigh(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls, within bounds; named as Jinja names it, so that templates may use any keyword."""
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps str.format
         if isinstance(owner, str | bytes | int) and not isinstance(owner, bool):
             __self.meter.allow(_most_made(owner, args, kwargs))
         elif isinstance(__obj, type) or getattr(__obj, "__module__", None) != "jinja2.runtime":
-            __self.meter.allow(sum(abs(a) for a in (*args, *kwargs.values()) if type(a) is int and abs(a) < 1 << 40) // 64)
+            __self.meter.allow(
+                sum(abs(a) for a in (*args, *kwargs.values()) if type(a) is int and abs(a) < 1 << 40) // 64
+            )
         return __self.meter.weigh(super().call(__context, __obj, *args, **kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -178,7 +181,7 @@ class _Counting(NodeTransformer):
         return _filter(node, _WEIGHED) if node.ctx == "load" else node
 
 
-def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filter(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
@@ -255,7 +258,9 @@ def bounded_templates() -> Iterator[None]:
         finally:
             theirs._compile_jinja_template = compiled
     if not used:
-        raise TensorkeepError("this transformers renders chat templates in a way that is unknown here", where="tokenizer")
+        raise TensorkeepError(
+            "this transformers renders chat templates in a way that is unknown here", where="tokenizer"
+        )
 
 
 @functools.lru_cache(maxsize=8)
