@@ -61,6 +61,7 @@ def with_config(view: StateView, config: str | None) -> StateView:
     if config is None or view.config is not None:
         return view
     from tensorkeep.formats.companions import COMPANIONS, Companion
+    from tensorkeep.formats.config_types import believed
     from tensorkeep.storage.budget import read_small_from
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
@@ -73,7 +74,7 @@ def with_config(view: StateView, config: str | None) -> StateView:
     if not isinstance(document, dict):
         raise TensorkeepError("is not a config.json", where=path)
     present = folder.names() if path.is_dir() else []
-    view.config = document
+    view.config = believed(document)
     view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *view.companions]
     view.companions += [
         Companion(n, read_small_from(folder, n), f"{folder.url}/{n}") for n in COMPANIONS[1:] if n in present
