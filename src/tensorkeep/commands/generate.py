@@ -68,9 +68,7 @@ def generate(
         opened.model.to(world.device).eval()
         with opened.averaged:
             how = (max_tokens, temperature, seed, raw)
-            made = generation.generate(
-                opened.model, opened.tokenizer, prompt, *how, out.piece
-            )
+            made = generation.generate(opened.model, opened.tokenizer, prompt, *how, out.piece)
         out.line()
     finally:
         distributed.stop()

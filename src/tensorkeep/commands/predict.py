@@ -325,5 +325,6 @@ def _show(out: Output, document: Mapping[str, Any], annotations: Path | None) ->
         out.line(video["files"]["html"])
     if annotations is not None:
         out.remark(
-            f"mAP: tensorkeep eval detection --annotations {word(annotations)} --detections {word(document['detections'])}"
+            f"mAP: tensorkeep eval detection --annotations {word(annotations)} "
+            f"--detections {word(document['detections'])}"
         )

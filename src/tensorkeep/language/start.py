@@ -24,9 +24,8 @@ from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.language_model import model_of
+from tensorkeep.models.language_model import believable_config, model_of
 from tensorkeep.models.refusals import refusals, said
-from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -189,15 +188,15 @@ def from_config(config: dict[str, Any], seed: int, stored: int | None = None) ->
     Raises:
         TensorkeepError: transformers cannot build such a model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
     config = {k: v for k, v in config.items() if k not in ignored}
-    check_config(config, "config", stored)
+    believed = believable_config(transformers, config, stored)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            made: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+            made: nn.Module = transformers.AutoModelForCausalLM.from_config(believed, trust_remote_code=False)
     except refusals() as error:
         raise TensorkeepError(
             f"transformers cannot build it: {said(error)}",

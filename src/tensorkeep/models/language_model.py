@@ -54,10 +54,6 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     document = view.config or spare
     if document is None:
         raise Inconclusive("no config says which model this is")
-    try:
-        check_config(document, "config.json", sum(record.nbytes for record in view.records.values()))
-    except TensorkeepError as error:
-        raise Inconclusive(error.line) from None
     kind = document.get("model_type")
     if (
         not isinstance(kind, str)
@@ -66,6 +62,10 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
         raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
     spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
     options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    try:
+        believable_config(transformers, document, sum(record.nbytes for record in view.records.values()))
+    except TensorkeepError as error:
+        raise Inconclusive(error.line) from None
     try:
         with torch.random.fork_rng(devices=[]), _silent():
             torch.default_generator.manual_seed(0)
@@ -90,6 +90,28 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
         raise Inconclusive(f"transformers cannot load it: {said(error, 300)}") from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
+
+
+def believable_config(transformers: Any, document: dict[str, Any], stored: int | None) -> Any:
+    """Make transformers' config of a document, where it asks for a model that somebody can have.
+
+    Args:
+        transformers: the library.
+        document: what config.json says; where it says nothing, the library has values of its own.
+        stored: bytes of the weights beside it, where there are some.
+
+    Raises:
+        TensorkeepError: C01 for numbers out of all proportion, and where transformers refuses it.
+    """
+    check_config(document, "config.json", stored)
+    try:
+        with _silent():
+            config = transformers.AutoConfig.for_model(**document)
+    except refusals() as error:
+        what = f"transformers cannot build it: {said(error)}"
+        raise TensorkeepError(what, where="config", hint="config is what config.json says, with model_type") from None
+    check_config(config.to_dict(), "config.json", stored)
+    return config
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

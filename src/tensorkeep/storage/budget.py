@@ -1,8 +1,8 @@
 """What one untrusted file may cost to read: bytes of memory and processor seconds, in proportion to its size.
 
-Every reader of such files asks here: pickles, JSON, YAML (`yaml_documents`), GGUF vocabularies, configs. Reading a file of up to 1 MB takes
-at most 10 s and 500 MB, with the start of the program; more is allowed as the file is larger. `docs/reference/limits.md`
-lists the limits.
+Every reader of such files asks here: pickles, JSON, YAML (`yaml_documents`), GGUF vocabularies, configs. Reading a file
+of up to 1 MB takes at most 10 s and 500 MB, with the start of the program; more is allowed as the file is larger.
+`docs/reference/limits.md` lists the limits.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def check_config(config: Mapping[str, Any], where: object, stored: int | None = 
     Args:
         config: a model's config, with the configs inside it.
         where: the config's file, for messages.
-        stored: bytes of the weights beside it; embedding and feed-forward may not be larger by far.
+        stored: bytes of the weights beside it; what it asks for may not be larger by far.
 
     Raises:
         TensorkeepError: C01 naming the first such number.
@@ -152,19 +152,26 @@ def check_config(config: Mapping[str, Any], where: object, stored: int | None = 
     """
     layers = max((config[key] for key in _LAYERS if _whole(config.get(key))), default=1)
     for key, value in config.items():
-        most = _most(key, layers)
+        most = _most(str(key), layers)
         if isinstance(value, Mapping):
             check_config(value, where, stored)
         elif _whole(value) and value > most:
             raise _unbelievable(f"{key} is {shown(value)}; the most believed is {most}", where)
-    hidden = config.get("hidden_size")
-    if stored is None or not isinstance(hidden, int):
-        return
-    for key in ("vocab_size", "intermediate_size", "hidden_size"):
-        asked = config.get(key)
-        if isinstance(asked, int) and asked * hidden > _MORE_THAN_STORED * stored + _SMALL:
-            what = f"{key} {shown(asked)} and hidden_size {shown(hidden)} ask for more than {stored} bytes can hold"
-            raise _unbelievable(what, where)
+    asked = _elements(config, layers)
+    if stored is not None and asked > _MORE_THAN_STORED * stored + _SMALL:
+        raise _unbelievable(f"asks for some {shown(asked)} numbers; {stored} bytes are stored", where)
+
+
+def _elements(config: Mapping[str, Any], layers: int) -> int:
+    """Return how many elements embedding and layers of a config have, roughly; 0 where it does not say."""
+
+    def size(key: str) -> int:
+        value = config.get(key)
+        return value if isinstance(value, int) else 0
+
+    inner = size("hidden_size") + size("intermediate_size")
+    inner += max(size("num_experts"), size("num_local_experts")) * size("moe_intermediate_size")
+    return size("hidden_size") * (size("vocab_size") + layers * inner)
 
 
 def _most(key: str, layers: int) -> int:

@@ -336,8 +336,8 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
         The value, and the position behind the pickle's end.
 
     Raises:
-        TensorkeepError: F04 naming every global that is not allowed, F02 for a damaged pickle, F07 for a huge one or one
-            that makes more objects than a pickle of its size may.
+        TensorkeepError: F04 naming every global that is not allowed, F02 for a damaged pickle, F07 for a huge one
+            or one that makes more objects than a pickle of its size may.
 
     Example:
         >>> parse(b"\x80\x02]q\x00(K\x01K\x02e.", (), "example")[0]

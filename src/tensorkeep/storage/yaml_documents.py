@@ -1,4 +1,4 @@
-"""Read YAML that may hold anything: plain values within bounds, or one error. Aliases and merges count as written out."""
+"""Read YAML that may hold anything: plain values within bounds, or one error; aliases count as written out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.budget import read_small, too_large
 
-_LARGEST = 256 << 10  # bytes; PyYAML reads some 100 kB a second
+LARGEST = 256 << 10  # bytes; PyYAML reads some 100 kB a second
 _DEEPEST, _MOST_VALUES = 64, 50_000
 _LONGEST_NUMBER = 400  # letters
 
@@ -55,8 +55,8 @@ def parse_yaml(text: str | bytes, where: object) -> Any:
         >>> parse_yaml("a: &x [1, 2]\nb: *x", "recipe.yaml")
         {'a': [1, 2], 'b': [1, 2]}
     """
-    if len(text) > _LARGEST:
-        raise too_large(len(text), _LARGEST, where)
+    if len(text) > LARGEST:
+        raise too_large(len(text), LARGEST, where)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -106,4 +106,4 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         TensorkeepError: as `parse_yaml`, and where the file cannot be read.
     """
-    return parse_yaml(read_small(Path(path), _LARGEST), path)
+    return parse_yaml(read_small(Path(path), LARGEST), path)
