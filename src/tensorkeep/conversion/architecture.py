@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tensorkeep.conversion.naming import hf
+from tensorkeep.storage.budget import believable
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -69,7 +70,7 @@ def expected(config: Mapping[str, Any] | None) -> Shapes | None:
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     if family is None or config is None or not all(isinstance(config.get(k), int) and config[k] >= 0 for k in wanted):
         return None
-    if config["num_attention_heads"] < 1 or config["num_hidden_layers"] > 10_000:
+    if config["num_attention_heads"] < 1 or not believable(config):
         return None
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     out: Shapes = {hf.EMBEDDING: (vocab, hidden)}

@@ -26,7 +26,7 @@ from tensorkeep.diagnosis.evidence import opening
 from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Array, Case, Target, patterns_for
 from tensorkeep.diagnosis.evidence.remedy import Recipe, Remedies
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.names import exactly, grouped, matches
@@ -118,7 +118,7 @@ def repair(
         raise TensorkeepError(
             "nothing to repair: no error was found",
             where=path,
-            hint=f"tensorkeep diagnose {path} --reference {reference}",
+            hint=f"tensorkeep diagnose {word(path)} --reference {word(reference)}",
         )
     case = before.case
     assert case is not None

@@ -19,6 +19,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import run_folder, run_manifest
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import LocalFolder, Progress, left_over, local_path
 
@@ -91,7 +92,7 @@ def _sealed(folder: Path) -> bool:
     path = folder / run_manifest.MANIFEST
     if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
         return False
-    document = parse_json(path.read_bytes(), path)
+    document = parse_json(read_small(path), path)
     return isinstance(document, dict) and {"schema", "chunk", "files", "xxh3_128"} <= document.keys()
 
 

@@ -212,13 +212,14 @@ def layout(
     """
     keys: dict[str, str] = {}
     stored: list[tuple[str, SinkTensor]] = []
-    states = {r: Object(Global("collections", "OrderedDict")) for r in roots or (root or "",)}
+    entries: dict[str, dict[str, Object]] = {r: {} for r in roots or (root or "",)}
     for tensor in tensors:
         if tensor.tied_to is None:
             keys[tensor.name] = str(len(stored))
             stored.append((keys[tensor.name], tensor))
     for tensor in tensors:
         head, _dot, rest = tensor.name.partition(".") if roots else (root or "", "", tensor.name)
-        states[head].entries[rest] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
+        entries[head][rest] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
+    states = {r: Object(Global("collections", "OrderedDict"), entries=held) for r, held in entries.items()}
     value: Any = {**(beside or {}), **states} if root or roots else states[""]
     return [FileLayout(name, build_archive(0, value, stored).segments)]

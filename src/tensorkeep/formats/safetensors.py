@@ -15,6 +15,7 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import Note, StateView
+from tensorkeep.storage.budget import check_json, read_small_from
 from tensorkeep.storage.certificate import parse_json, unique
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
@@ -139,7 +140,7 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
     """Read an index: tensor name -> file."""
     where = f"{folder.url}/{name}"
-    document = parse_json(folder.read(name), where)
+    document = parse_json(read_small_from(folder, name), where)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise TensorkeepError(
@@ -211,8 +212,10 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
             code="F02",
             hint="download it again",
         )
+    data = folder.read(file, 8, length)
+    check_json(data, where)
     try:
-        header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise TensorkeepError(
             f"the header is not valid: {error}", where=where, code="F07", hint="download it again"

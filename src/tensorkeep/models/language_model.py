@@ -18,7 +18,8 @@ from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.formats.view import StateView
-from tensorkeep.models.buffers import REFUSALS
+from tensorkeep.models.refusals import refusals, said
+from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import DTYPES
 
@@ -57,10 +58,17 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     if document is None:
         raise Inconclusive("no config says which model this is")
     kind = document.get("model_type")
-    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if (
+        not isinstance(kind, str)
+        or kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
         raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
     spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
     options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    try:
+        believable_config(transformers, document, sum(record.nbytes for record in view.records.values()))
+    except TensorkeepError as error:
+        raise Inconclusive(error.line) from None
     try:
         with torch.random.fork_rng(devices=[]), silent():
             torch.default_generator.manual_seed(0)
@@ -77,10 +85,8 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
                 )
                 del options["trust_remote_code"]
                 model, info = kept.from_pretrained(None, config=config, state_dict=state, **options)
-    except (*REFUSALS, OSError) as error:
-        raise Inconclusive(
-            f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except refusals() as error:
+        raise Inconclusive(f"transformers cannot load it: {said(error, 300)}") from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
 
@@ -106,6 +112,28 @@ def _own_files(view: StateView) -> Iterator[Path]:
             index = {"metadata": {}, "weight_map": {n: own[r.file] for n, r in view.records.items()}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
         yield folder
+
+
+def believable_config(transformers: Any, document: dict[str, Any], stored: int | None) -> Any:
+    """Make transformers' config of a document, where it asks for a model that somebody can have.
+
+    Args:
+        transformers: the library.
+        document: what config.json says; where it says nothing, the library has values of its own.
+        stored: bytes of the weights beside it, where there are some.
+
+    Raises:
+        TensorkeepError: C01 for numbers out of all proportion, and where transformers refuses it.
+    """
+    check_config(document, "config.json", stored)
+    try:
+        with silent():
+            config = transformers.AutoConfig.for_model(**document)
+    except refusals() as error:
+        what = f"transformers cannot build it: {said(error)}"
+        raise TensorkeepError(what, where="config", hint="config is what config.json says, with model_type") from None
+    check_config(config.to_dict(), "config.json", stored)
+    return config
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -281,8 +281,8 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         The value; tensors are `Object`s that name their storage.
 
     Raises:
-        TensorkeepError: F04 where the pickle names what a checkpoint does not need, F02, F03 or F07 where it is damaged,
-            and without a code where this is no archive of torch.save or a big-endian one.
+        TensorkeepError: F04 where the pickle names what a checkpoint does not need, F02, F03 or F07 where it is
+            damaged, and without a code where this is no archive of torch.save or a big-endian one.
     """
     where = f"{folder.url}/{file}"
     pickle = found.get("data.pkl")
@@ -348,7 +348,7 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
 def _children(item: Any) -> list[tuple[str, Any]] | None:
     """Give the named parts of a dict, or of a list that holds more than plain values; None for a leaf."""
     if isinstance(item, Object) and item.is_mapping:
-        item = item.entries
+        item = item.entries or {}
     if isinstance(item, dict):
         return [(_spelled(key), child) for key, child in item.items()]
     if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):

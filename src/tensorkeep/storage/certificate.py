@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage.budget import check_json
 
 SCHEMA = 1
 
@@ -85,8 +86,10 @@ def parse_json(data: bytes, where: object) -> Any:
         The value: dicts, lists, texts, numbers, booleans, None.
 
     Raises:
-        TensorkeepError: it is not valid JSON, nested too deeply to be read, or names a member twice.
+        TensorkeepError: it is not valid JSON, nested too deeply to be read, names a member twice, or holds
+            more values than a file of its size may.
     """
+    check_json(data, where)
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

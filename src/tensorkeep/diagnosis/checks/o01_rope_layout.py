@@ -30,6 +30,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.rotations import DIRECTIONS, Turn, find_turn, norm_profile, pair_distances, part_of
 from tensorkeep.diagnosis.evidence.statistics import rounded
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 
 CODE = "O01"
@@ -127,7 +128,7 @@ def _by_statistics(case: Case) -> Iterator[Finding]:
                 "which": part,
                 "direction": to,
             }
-            fix = f"tensorkeep repair {case.path} OUT --reference REF  # or convert again, with the permutation"
+            fix = f"tensorkeep repair {word(case.path)} OUT --reference REF  # or convert again, with the permutation"
             yield Finding(CODE, "error", message, names, evidence, fix=fix)
 
 

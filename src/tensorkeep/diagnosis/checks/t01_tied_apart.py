@@ -25,6 +25,7 @@ from tensorkeep.diagnosis.evidence.expectation import same_tensor
 from tensorkeep.diagnosis.evidence.originals import relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation, rounded
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import exactly
 
@@ -57,7 +58,7 @@ def check(case: Case) -> Iterator[Finding]:
         f"{', '.join(odd)}"
     )
     evidence = {"correlation": r, "against_reference": own}
-    drop = f"tensorkeep convert {case.path} OUT --to hf --drop '{exactly(case.stored(hf.HEAD))}'"
+    drop = f"tensorkeep convert {word(case.path)} OUT --to hf --drop {word(exactly(case.stored(hf.HEAD)))}"
     fix = f"{drop}  # or set tie_word_embeddings to false"
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
 

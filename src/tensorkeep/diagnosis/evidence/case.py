@@ -8,7 +8,6 @@ it, and later checks see only what is left: so one fault gives one cause and not
 from __future__ import annotations
 
 import re
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from tensorkeep.conversion.adapters import Half
 from tensorkeep.conversion.naming import Identity, hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, size_of
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.table import written_again
@@ -121,13 +120,13 @@ class Case:
         """
         if self.reference is None:
             return None
-        asked = "".join(f" --take-from-reference {shlex.quote(p)}" for p in patterns_for(take))
-        return f"tensorkeep repair {self.path} OUT --reference {self.reference.path}{asked}"
+        asked = "".join(f" --take-from-reference {word(p)}" for p in patterns_for(take))
+        return f"tensorkeep repair {word(self.path)} OUT --reference {word(self.reference.path)}{asked}"
 
     def convert_command(self) -> str:
         """Return the `tensorkeep convert` line that writes this checkpoint again, in its own format where possible."""
         form = written_again(self.view.format) if self.view is not None else "hf"
-        return f"tensorkeep convert {self.path} OUT --to {form}"
+        return f"tensorkeep convert {word(self.path)} OUT --to {form}"
 
     # -- values --------------------------------------------------------------------------------------------------------
 
