@@ -36,8 +36,7 @@ def convert(
     Tensors are streamed, and the result is read back and compared with the plan before it gets its name.
 
     Args:
-        paths: The sources (files, folders, Hub model ids or URLs), then the sink: a folder, or a file ending in
-            .safetensors or .pth.
+        paths: The sources (files, folders, Hub ids, URLs), then the sink: a folder, or a .safetensors or .pth file.
         to: The sink's format: {formats}.
         naming: The sink's names: {namings}. Default: hf, or as they are where nothing is recognised.
         root: Nest the sink's names under this word (older versions of flame ask for `model`). Default: none.

@@ -25,8 +25,7 @@ def repair(
 ) -> int:
     """Undo what a diagnosis proves, write a new checkpoint, and diagnose that.
 
-    Moves the checkpoint's own values and takes nothing from the reference but what you name. Refuses what is ambiguous
-    or lost, and says what it needs. The broken checkpoint stays as it is.
+    Moves the checkpoint's own values, takes from the reference what you name alone, and refuses what is ambiguous.
 
     Args:
         checkpoint: The broken checkpoint.

@@ -25,7 +25,12 @@ Shape = tuple[int, ...]
 
 
 class Offer(NamedTuple):
-    """What a checkpoint has under one name: the dtype as safetensors spells it, and the shape."""
+    """What a checkpoint has under one name.
+
+    Args:
+        dtype: as safetensors spells it.
+        shape: of the tensor.
+    """
 
     dtype: str
     shape: Shape
@@ -229,7 +234,7 @@ _FOREIGN = (
 
 
 def empty(hollow: list[str], count: int, where: object) -> TensorkeepError:
-    """Make the error for a checkpoint of empty tensors, as each process of ZeRO-3 has them.
+    """Return the error for a checkpoint of empty tensors, as each process of ZeRO-3 has them.
 
     Args:
         hollow: names of the empty ones.

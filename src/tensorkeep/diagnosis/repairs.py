@@ -126,8 +126,7 @@ def repair(
     _refuse(before, plan)
     _find_under_other_names(case, plan)
     _take(case, plan, take)
-    lost = losses(case, plan)
-    view = mended(case, plan)
+    lost, view = losses(case, plan), mended(case, plan)
     _rehearse(case, view, plan)
     if lost and not yes:
         raise TensorkeepError(

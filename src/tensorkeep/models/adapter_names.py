@@ -26,7 +26,11 @@ _WHOLE = "modules_to_save"  # a copy of the layer itself, which files keep under
 
 
 def parts_of(model: nn.Module) -> frozenset[str]:
-    """Return the names of modules and dicts that hold adapters in this model."""
+    """Return the names of modules and dicts that hold adapters in this model.
+
+    Args:
+        model: the model, with PEFT's or our adapters on it.
+    """
     named = {
         str(n)
         for m in model.modules()
@@ -36,10 +40,15 @@ def parts_of(model: nn.Module) -> frozenset[str]:
 
 
 def is_adapter(name: str, parts: Collection[str]) -> bool:
-    """Say whether a live name lies in an adapter.
+    """Tell whether a live name lies in an adapter.
 
-    >>> is_adapter("layers.0.q_proj.lora_A.default.weight", {"lora_A"})
-    True
+    Args:
+        name: a parameter's or buffer's name.
+        parts: names of modules and dicts that hold adapters, from `parts_of`.
+
+    Example:
+        >>> is_adapter("layers.0.q_proj.lora_A.default.weight", {"lora_A"})
+        True
     """
     return any(segment in parts for segment in name.split("."))
 

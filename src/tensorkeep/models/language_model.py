@@ -115,7 +115,7 @@ def _own_files(view: StateView) -> Iterator[Path]:
 
 
 def believable_config(transformers: Any, document: dict[str, Any], stored: int | None) -> Any:
-    """Make transformers' config of a document, where it asks for a model that somebody can have.
+    """Return transformers' config of a document, where it asks for a model that somebody can have.
 
     Args:
         transformers: the library.

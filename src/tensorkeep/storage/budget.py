@@ -87,7 +87,7 @@ def check_json(data: bytes, where: object) -> None:
 
 
 def read_small(path: Path, most: int = LARGEST_JSON) -> bytes:
-    """Read a file that belongs in memory: JSON, a recipe, a tokenizer.
+    """Return a file that belongs in memory: JSON, a recipe, a tokenizer.
 
     Args:
         path: the file.
@@ -101,7 +101,7 @@ def read_small(path: Path, most: int = LARGEST_JSON) -> bytes:
 
 
 def read_small_from(folder: Folder, name: str, most: int = LARGEST_JSON) -> bytes:
-    """Read a file of a folder that belongs in memory.
+    """Return a file of a folder that belongs in memory.
 
     Args:
         folder: where it lies.
@@ -190,7 +190,7 @@ def _whole(value: object) -> bool:
 
 
 def believable(config: Mapping[str, Any]) -> bool:
-    """Say whether a config's numbers are those of a model that somebody can have.
+    """Tell whether a config's numbers are those of a model that somebody can have.
 
     Args:
         config: a model's config.

@@ -99,7 +99,7 @@ def parse_json(data: bytes, where: object) -> Any:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of a JSON object's members, of which no two may have one name: readers differ in which they take.
+    """Return a dict of a JSON object's members, of which no two may have one name: readers differ in which they take.
 
     Args:
         pairs: names and values, as `json.loads(..., object_pairs_hook=unique)` gives them.

@@ -41,7 +41,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse_yaml(text: str | bytes, where: object) -> Any:
-    r"""Parse YAML from an untrusted file: plain values only, aliases and merges within bounds.
+    r"""Return the YAML of an untrusted file: plain values only, aliases and merges within bounds.
 
     Args:
         text: the file's content.
@@ -98,7 +98,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file.
+    """Return the plain values of a YAML file.
 
     Args:
         path: the file.

@@ -58,6 +58,9 @@ def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | N
 
     Returns:
         The hf name, or one for each expert of a stacked tensor; None where no row fits.
+
+    Raises:
+        TensorkeepError: the name's numbers are out of all proportion.
     """
     for row in rows:
         match = _pattern(row.own, not row.stacked).match(name)
