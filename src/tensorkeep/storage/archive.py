@@ -281,7 +281,7 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         The value; tensors are `Object`s that name their storage.
 
     Raises:
-        TensorkeepError: F04 where the pickle names what a checkpoint does not need, F02, F03 or F07 where it is damaged,
+        TensorkeepError: F04 where the pickle names what no checkpoint needs, F02, F03 or F07 where it is damaged,
             and without a code where this is no archive of torch.save or a big-endian one.
     """
     where = f"{folder.url}/{file}"
