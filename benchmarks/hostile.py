@@ -168,8 +168,8 @@ def run(chosen: Iterable[Case], base: Path, verbose: bool = False) -> list[Outco
                 found.append(outcome)
                 if verbose or outcome.faults:
                     told = f"exit {outcome.exit} | {outcome.seconds:.1f} s {outcome.mb:.0f} MB"
-                    faults, words = " ".join(outcome.faults), repr(outcome.said[-160:])
-                    print(f"{outcome.case} | {outcome.command} | {told} | {faults} | {words}", flush=True)
+                    said = f"{' '.join(outcome.faults)} | {outcome.said[-160:]!r}"
+                    print(f"{outcome.case} | {outcome.command} | {told} | {said}", flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return found

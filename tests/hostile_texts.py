@@ -46,8 +46,7 @@ JSON_TEXTS: dict[str, str | bytes | int] = {
     "sparse": 6 << 30,
     "null": "null",
     "surrogates": '{"model_type": "\\ud800", "peft_type": "\\ud800", "weight_map": {"\\ud800": "\\ud800"}}',
-    "outside": '{"weight_map": {"a": "../../etc/passwd"}, "auto_map": {"AutoConfig": "x--y.Z"}, '
-    '"files": {"/etc/x": {}}}',
+    "outside": '{"weight_map": {"a": "../../etc/passwd"}, "auto_map": {"AutoConfig": "x--y.Z"}, "files": {"/x": {}}}',
 }
 
 CONFIG_VALUES: list[Any] = [

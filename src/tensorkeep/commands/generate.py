@@ -172,7 +172,7 @@ def _tokenizer(view: StateView, named: str | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for companion in view.companions:
             (Path(folder) / companion.name).write_bytes(companion.data)
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, view.path)
 
 
 def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:

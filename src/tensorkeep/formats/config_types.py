@@ -65,7 +65,7 @@ def _wanted(key: str, value: Any) -> str | None:
         return None
     plain = isinstance(value, int) and not isinstance(value, bool)
     if key in _WHOLE:  # some models have one for each layer
-        whole = plain or (isinstance(value, list) and all(type(v) is int for v in value))
+        whole = plain or (isinstance(value, list) and value and all(type(v) is int for v in value))
         return None if whole else "a whole number"
     if key in _NUMBER:
         return None if plain or isinstance(value, float) else "a number"

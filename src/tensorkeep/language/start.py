@@ -209,11 +209,12 @@ def from_config(config: dict[str, Any], seed: int, stored: int | None = None) ->
     return made.float()
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, where: str | None = None) -> Any:
     """Load a fast tokenizer from a folder, a Hub id or a tokenizer.json; no code of others runs.
 
     Args:
         path: the folder, id or file.
+        where: what errors call it, where that is not `path`.
 
     Returns:
         A fast tokenizer of transformers.
@@ -227,15 +228,20 @@ def load_tokenizer(path: str) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         if place.suffix == ".json" and place.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(place))
-        if not place.is_dir():
-            from tensorkeep.storage.hub import cached_snapshot
+            made: Any = PreTrainedTokenizerFast(tokenizer_file=str(place))
+        else:
+            if not place.is_dir():
+                from tensorkeep.storage.hub import cached_snapshot
 
-            place = cached_snapshot(path)
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+                place = cached_snapshot(path)
+            made = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        made("")  # settings of a wrong type are found only when it is used
+        return made
     except refusals() as error:
         what = f"no tokenizer can be loaded: {said(error)}"
-        raise TensorkeepError(what, where=path or "tokenizer", hint="tokenizer: FOLDER or tokenizer.json") from None
+        raise TensorkeepError(
+            what, where=where or path or "tokenizer", hint="tokenizer: FOLDER or tokenizer.json"
+        ) from None
 
 
 def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:

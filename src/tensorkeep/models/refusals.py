@@ -25,7 +25,8 @@ def refusals() -> tuple[type[BaseException], ...]:
     something was raised, so that no library is imported for it.
 
     Returns:
-        REFUSALS, system errors, huggingface_hub's own, and the panic of a Rust extension where one is being handled.
+        REFUSALS, system errors, huggingface_hub's own; and the panic or the bare `Exception` of a Rust extension, where
+        one is being handled.
     """
     found: list[type[BaseException]] = [*REFUSALS, OSError]
     hub = sys.modules.get("huggingface_hub.errors")
@@ -33,8 +34,9 @@ def refusals() -> tuple[type[BaseException], ...]:
         if hasattr(hub, name):
             found.append(getattr(hub, name))
     raised = sys.exc_info()[0]
-    if raised is not None and (raised.__module__, raised.__name__) == ("pyo3_runtime", "PanicException"):
-        found.append(raised)  # no Exception, and importable from nowhere
+    panic = raised is not None and (raised.__module__, raised.__name__) == ("pyo3_runtime", "PanicException")
+    if raised is not None and (panic or raised is Exception):
+        found.append(raised)  # tokenizers' Rust: a panic is no Exception and importable from nowhere, errors are bare
     return tuple(found)
 
 
