@@ -65,6 +65,6 @@ def repair(case: Case, names: list[str], out: Remedies) -> None:
     """Leave an odd head out where the config ties it; which of two is meant is the user's to say."""
     if names == [hf.HEAD] and hf.HEAD in case.tensors:
         out.dropped.add(hf.HEAD)
-        out.done[CODE] = "left the odd head out: the embedding is the reference's, and the config ties them"
+        out.done[CODE] = "left the odd head out: the config ties it to the embedding"
     else:
         out.refused[CODE] = "your decision which of head and embedding is meant (--drop it when converting)"
