@@ -25,6 +25,7 @@ from tensorkeep.diagnosis.checks.s04_dtype_differs import lossy
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.casts import Cast, find_cast
 from tensorkeep.diagnosis.evidence.remedy import Remedies
+from tensorkeep.diagnosis.evidence.originals import ALIKE, SMALLEST, relation_of
 from tensorkeep.diagnosis.evidence.scan import scan
 from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES
@@ -64,7 +65,12 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _encoded(case: Case, name: str) -> Cast | None:
-    """Return the GGUF encoding in which either side stores a tensor: its precision was given up openly."""
+    """Return the GGUF encoding in which either side stores a tensor: its precision was given up openly.
+
+    None where the tensor does not resemble the reference's: no encoding in use takes that much away.
+    """
+    if case.values(name).size >= SMALLEST and relation_of(case, name).correlation < ALIKE:
+        return None
     for hubs, view in ((case.tensors, case.views[0]), (case.reference_tensors, case.views[1])):
         encoding = view[hubs[name].parts[0].name].encoding
         if encoding != "plain":

@@ -13,7 +13,8 @@ How it shows
     One norm of a middle layer at one: +1.7 of loss. All of them: +12. Off by one: +11 to +21.
 
 What to do
-    Load the norm from the source; `tensorkeep repair` takes it from the reference where that is the source.
+    Load the norm from the source. Where the reference is the source, `tensorkeep repair --take-from-reference NAME`
+    takes it from there.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def check(case: Case) -> Iterator[Finding]:
     counts = {word: list(found.values()).count(word) for word in dict.fromkeys(found.values())}
     what = ", ".join(f"{count} {word}" for word, count in counts.items())
     message = f"{len(found)} norms are not the reference's: {what}"
-    yield Finding(CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command())
+    yield Finding(CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command(found))
 
 
 def _state(mine: Array, theirs: Array, bias: bool) -> str | None:

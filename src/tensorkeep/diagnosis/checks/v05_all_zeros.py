@@ -51,7 +51,7 @@ def check(case: Case) -> Iterator[Finding]:
     case.claim(zero, CODE)
     count = sum(int(np.prod(case.tensors[n].shape)) for n in zero)
     message = f"{len(zero)} tensors are all zeros: never written"
-    yield Finding(CODE, "error", message, zero, {"elements": count}, explains=["V06"], fix=case.repair_command())
+    yield Finding(CODE, "error", message, zero, {"elements": count}, explains=["V06"], fix=case.repair_command(zero))
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

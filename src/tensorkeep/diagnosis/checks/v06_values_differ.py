@@ -13,7 +13,8 @@ How it shows
     Measured: all projections times 0.9, +0.09 of loss; o_proj and down_proj doubled, +3.2; 10 % noise, +0.7.
 
 What to do
-    `tensorkeep repair` divides a factor out. For anything else compare with where the checkpoint came from.
+    `tensorkeep repair` divides a factor out where it is known beyond rounding. For anything else compare with where the
+    checkpoint came from.
 """
 
 from __future__ import annotations

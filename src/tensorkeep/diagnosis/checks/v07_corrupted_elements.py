@@ -12,8 +12,8 @@ How it shows
     have no checksum that anybody verifies.
 
 What to do
-    Copy the file again, and have the machine checked. `tensorkeep repair` takes the damaged elements from the
-    reference.
+    Copy the file again, and have the machine checked. `tensorkeep repair --take-from-reference NAME` takes the damaged
+    elements from the reference; not where the checkpoint was trained further, since it is unknown then what damage is.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check(case: Case) -> Iterator[Finding]:
         "flipped_bits": flips,
         "tensors": {n: _evidence(case, n, t) for n, t in list(found.items())[:16]},
     }
-    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command())
+    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command(found))
 
 
 def _rounded_away(case: Case, found: Mapping[str, Changed], names: Sequence[str]) -> set[str]:
