@@ -67,6 +67,10 @@ def unexpected(case: Case) -> list[str]:
 
 
 def _weights_of_parts(case: Case) -> list[str]:
-    """Return weights that a file holds under other names: `x.qweight` and its scales stand for `x.weight`."""
-    stems = {n.rpartition(".")[0] for n in case.packed if n in case.tensors}
-    return [f"{stem}.weight" for stem in stems]
+    """Return weights that a file holds under other names: `x.qweight` and its scales stand for `x.weight`.
+
+    Of experts in one tensor, `x_blocks` and `x_scales` stand for `x`.
+    """
+    parts = [n for n in case.packed if n in case.tensors]
+    stems = {n.removesuffix(end) for n in parts for end in ("_blocks", "_scales") if n.endswith(end)}
+    return [*stems, *(f"{n.rpartition('.')[0]}.weight" for n in parts)]
