@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--untrained", action="store_true", help="break copies of the reference instead of trained ones")
+    parser.add_argument(
+        "--untrained", action="store_true", help="break copies of the reference instead of trained ones"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     seeds = range(args.first_seed, args.first_seed + args.seeds)

@@ -81,7 +81,7 @@ def _same_bytes(case: Case, name: str) -> bool:
     mine, theirs = case.tensors[name], case.reference_tensors.get(name)
     if theirs is None or (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
         return False
-    return all(x == y for x, y in aligned(*(hf_bytes(h, case.views) for h in (mine, theirs)), 1, 1))
+    return all(x == y for x, y in aligned(hf_bytes(mine, case.views), hf_bytes(theirs, case.views), 1, 1))
 
 
 def _mixed(case: Case, off: list[Match]) -> Iterator[Finding]:

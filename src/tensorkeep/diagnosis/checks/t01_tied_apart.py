@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import hf
-from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
+from tensorkeep.diagnosis.evidence.bytewise import SAME
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.expectation import same_tensor
 from tensorkeep.diagnosis.evidence.originals import relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation, rounded
@@ -38,9 +39,9 @@ def check(case: Case) -> Iterator[Finding]:
         return
     if {hf.HEAD, hf.EMBEDDING} & (case.claims.keys() | case.broken.keys() | case.packed) or head.parts == embed.parts:
         return
-    mine, theirs = case.values(hf.HEAD), case.values(hf.EMBEDDING)
-    if head.shape == embed.shape and bits_equal(mine, theirs.astype(mine.dtype)):
+    if same_tensor(case):
         return
+    mine, theirs = case.values(hf.HEAD), case.values(hf.EMBEDDING)
     statuses = {n: case.comparisons[n].status for n in (hf.HEAD, hf.EMBEDDING) if n in case.comparisons}
     in_reference = case.reference is not None and hf.HEAD in case.reference_tensors and hf.HEAD not in case.tied
     if in_reference and all(s in SAME for s in statuses.values()):

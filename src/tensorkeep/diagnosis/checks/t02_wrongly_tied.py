@@ -59,7 +59,13 @@ def check(case: Case) -> Iterator[Finding]:
     message = f"{' and '.join(changed)} holds {other}'s values; in the reference they differ and are not tied"
     evidence = {"overwritten": changed, "by": other}
     yield Finding(
-        CODE, "error", message, changed, evidence, explains=["V06", "C01", "T01", "K01"], fix=case.repair_command(changed)
+        CODE,
+        "error",
+        message,
+        changed,
+        evidence,
+        explains=["V06", "C01", "T01", "K01"],
+        fix=case.repair_command(changed),
     )
 
 

@@ -53,7 +53,9 @@ def check(case: Case) -> Iterator[Finding]:
         "of": elements,
         "tensors": {n: {"nan": c[0], "infinite": c[1]} for n, c in list(counts.items())[:32]},
     }
-    yield Finding(CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command(counts))
+    yield Finding(
+        CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command(counts)
+    )
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

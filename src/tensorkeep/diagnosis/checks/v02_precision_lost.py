@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from tensorkeep.diagnosis.checks.s04_dtype_differs import lossy
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.casts import Cast, find_cast
-from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.originals import ALIKE, SMALLEST, relation_of
+from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
 from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES

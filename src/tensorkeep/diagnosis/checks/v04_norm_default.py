@@ -51,7 +51,9 @@ def check(case: Case) -> Iterator[Finding]:
     counts = {word: list(found.values()).count(word) for word in dict.fromkeys(found.values())}
     what = ", ".join(f"{count} {word}" for word, count in counts.items())
     message = f"{len(found)} norms are not the reference's: {what}"
-    yield Finding(CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command(found))
+    yield Finding(
+        CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command(found)
+    )
 
 
 def _state(mine: Array, theirs: Array, bias: bool) -> str | None:

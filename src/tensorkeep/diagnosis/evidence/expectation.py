@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
 from tensorkeep.storage.run_folder import ADAPTER
@@ -64,6 +67,15 @@ def unexpected(case: Case) -> list[str]:
     extra = [n for n in case.tensors if n not in wanted.shapes and n not in case.packed]
     # a tied head stored twice is no surprise; T01 looks whether both copies agree
     return [n for n in extra if n != hf.HEAD or not case.config_ties()]
+
+
+def same_tensor(case: Case) -> bool:
+    """Say whether the checkpoint's head holds the embedding's values, as stored or once cast to the narrower dtype."""
+    head, embed = case.values(hf.HEAD), case.values(hf.EMBEDDING)
+    if head.shape != embed.shape:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bits_equal(head, embed.astype(head.dtype)) or bits_equal(embed, head.astype(embed.dtype))
 
 
 def _weights_of_parts(case: Case) -> list[str]:
