@@ -3,8 +3,8 @@
     python -m benchmarks.repairs [--models llama_tied ...] [--kinds rope_q_only ...] [--seeds 2] [--first-seed 0]
                                  [--untrained] [--json OUT.json]
 
-Each broken copy is repaired twice: as it is, and with everything allowed (`--take-from-reference '*' --yes`). A result is
-right where each tensor is the trained one before the fault, bit for bit or within the rounding of an inverse; with
+Each broken copy is repaired twice: as it is, and with everything allowed (`--take-from-reference '*' --yes`). A result
+is right where each tensor is the trained one before the fault, bit for bit or within the rounding of an inverse; with
 everything allowed, but for the tensors that repair named as taken or lost. A refusal writes nothing. The last line says
 how often a trained value was lost without a word.
 """
