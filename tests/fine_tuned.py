@@ -59,16 +59,14 @@ def fine_tuned(model: str, seed: int = 0, ways: Iterable[Way] = WAYS) -> Iterato
 
 
 @cache
-def fine_tuned_copy(model: str, way: Way, seed: int = 0) -> Specimen:
+def fine_tuned_copy(model: str, way: Way, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Specimen:
     """Return a copy of a specimen, trained in one way; the others that come of the same training are kept too."""
-    like = (way.dtype, way.part, way.rate)
-    return _copies(model, like, seed)[way.steps]
+    return _copies(model, (way.dtype, way.part, way.rate), seed, steps)[way.steps]
 
 
 @cache
-def _copies(model: str, like: tuple[str, str, float], seed: int) -> dict[int, Specimen]:
-    ways = [Way(*like, steps) for steps in STEPS]
-    return {way.steps: copy for way, copy in fine_tuned(model, seed, ways)}
+def _copies(model: str, like: tuple[str, str, float], seed: int, steps: tuple[int, ...]) -> dict[int, Specimen]:
+    return {way.steps: copy for way, copy in fine_tuned(model, seed, [Way(*like, n) for n in steps])}
 
 
 def _trained(

@@ -116,14 +116,9 @@ def _quantized(mine: Array, theirs: Array) -> Cast | None:
 def _few_values(mine: Array, theirs: Array) -> bool:
     """Say whether square blocks hold no more values than 8 bits can tell apart, where the reference's hold more."""
     for side in _BLOCKS:
-        blocks = [
-            (v[at : at + side, at : at + side].astype(np.float32) for at in range(0, 4 * side, side))
-            for v in (mine, theirs)
-            if v.ndim == 2 and min(v.shape) >= side
-        ]
-        if not blocks:
-            continue
-        counts = [(np.unique(a).size, np.unique(b).size) for a, b in zip(*blocks) if a.size == side * side]
+        squares = [(slice(at, at + side), slice(at, at + side)) for at in range(0, 4 * side, side)]
+        squares = [s for s in squares if s[0].stop <= min(mine.shape)] if mine.ndim == 2 else []
+        counts = [tuple(np.unique(v[s].astype(np.float32)).size for v in (mine, theirs)) for s in squares]
         if counts and all(ours <= 256 and wanted > 1.5 * ours for ours, wanted in counts):
             return True
     return False
