@@ -66,7 +66,7 @@ def repair(
     if made.lost:
         output.line(f"lost: {'; '.join(f'{name} ({what})' for name, what in list(made.lost.items())[:6])}")
     else:
-        output.line("lost: nothing; every value of the broken checkpoint is in the new one, or was proven wrong")
+        output.line("lost: nothing")
     wrote = f"{len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven"
     output.line(f"{made.result.path}: {wrote}; diagnosed again: {made.after.verdict}")
     return made.after.exit_code

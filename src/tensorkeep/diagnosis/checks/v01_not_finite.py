@@ -11,7 +11,7 @@ How it shows
     The loss is NaN, at once or at the first input that reaches the element.
 
 What to do
-    Take an earlier checkpoint. `tensorkeep repair --take-from-reference NAME` takes the lost elements from the
+    Take an earlier checkpoint. With `--take-from-reference NAME`, `tensorkeep repair` takes the lost elements from the
     reference, and leaves every other one as it is.
 """
 

@@ -13,8 +13,8 @@ How it shows
     One norm of a middle layer at one: +1.7 of loss. All of them: +12. Off by one: +11 to +21.
 
 What to do
-    Load the norm from the source. Where the reference is the source, `tensorkeep repair --take-from-reference NAME`
-    takes it from there.
+    Load the norm from the source. Where the reference is the source, `tensorkeep repair` takes it from there with
+    `--take-from-reference NAME`.
 """
 
 from __future__ import annotations

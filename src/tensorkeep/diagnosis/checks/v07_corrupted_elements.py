@@ -12,8 +12,8 @@ How it shows
     have no checksum that anybody verifies.
 
 What to do
-    Copy the file again, and have the machine checked. `tensorkeep repair --take-from-reference NAME` takes the damaged
-    elements from the reference; not where the checkpoint was trained further, since it is unknown then what damage is.
+    Copy the file again, and have the machine checked. With `--take-from-reference NAME`, `tensorkeep repair` takes the
+    damaged elements from the reference; not where the checkpoint was trained further: which are damaged is unknown then.
 """
 
 from __future__ import annotations
