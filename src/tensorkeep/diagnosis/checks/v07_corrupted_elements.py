@@ -13,7 +13,7 @@ How it shows
 
 What to do
     Copy the file again, and have the machine checked. With `--take-from-reference NAME`, `tensorkeep repair` takes the
-    damaged elements from the reference; not where the checkpoint was trained further: none knows which are damaged then.
+    damaged elements from the reference; not where the checkpoint was trained further: nobody knows which they are then.
 """
 
 from __future__ import annotations
