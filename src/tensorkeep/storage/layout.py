@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from tensorkeep.storage.record import nbytes
@@ -103,7 +102,7 @@ class FileLayout:
         length = len(last.data) if isinstance(last, Fixed) else last.nbytes if isinstance(last, Slot) else last.size
         return last.start + length
 
-    @cached_property  # asked for at every tensor
+    @property
     def wants_crc(self) -> bool:
         """Whether a segment holds checksums of tensors (zips do, safetensors do not)."""
         return any(isinstance(s, Trailer) for s in self.segments)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.storage.budget import read_small
-from tensorkeep.storage.yaml_documents import LARGEST
+from tensorkeep.storage.files import explained
 
 KINDS = ("language", "detection")
 
@@ -77,6 +76,7 @@ def recipe_text(path: str | Path, kind: str) -> tuple[str, str]:
     if not place.exists():
         return shipped_recipe(str(path), kind).text, str(path)
     try:
-        return read_small(place, LARGEST).decode("utf-8"), str(path)
+        with explained(place):
+            return place.read_text(encoding="utf-8"), str(path)
     except ValueError as error:
         raise TensorkeepError(f"cannot be read as a recipe: {error}", where=path) from error
