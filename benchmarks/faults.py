@@ -1,10 +1,11 @@
 """Count how many faults `diagnose` names: every kind on every model and seed; and false alarms on sound checkpoints.
 
     python -m benchmarks.faults [--models llama_tied ...] [--kinds rope_q_only ...] [--seeds 2]
-                                [--json OUT.json] [--misses MISSES.txt]
+                                [--overlay fine_tuned] [--fine-tuned] [--json OUT.json] [--misses MISSES.txt]
 
 Prints a table kinds x named right / named wrong / missed, then the false alarms on sound checkpoints. `smol` (cut from
-a real model of 135 M parameters) is slower than the others and takes part only when it is named.
+a real model of 135 M parameters) is slower than the others and takes part only when it is named. `--fine-tuned` and
+`--overlay fine_tuned` train copies with AdamW, for hours on all models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.fault_kinds.change import KINDS
-from tests.faults import judge, make
+from tests.fault_kinds.writing import write
+from tests.faults import judge, make, reference
+from tests.fine_tuned import fine_tuned
 from tests.overlays import OVERLAYS
 from tests.sound import Sound, every, golden
 from tests.specimens import available
@@ -60,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "--overlay", choices=OVERLAYS, help="the faults befall another copy of the model than the reference"
     )
     parser.add_argument("--no-sound", action="store_true")
+    parser.add_argument("--fine-tuned", action="store_true", help="sound ones: 96 copies of each that AdamW trained")
     parser.add_argument("--no-faults", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -73,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.no_faults:
             sick = list(shown(faults(args.kinds, args.models, seeds, Path(work), args.overlay)))
         if not args.no_sound:
-            sound = list(shown(sounds(args.models, seeds, Path(work))))
+            made = trained if args.fine_tuned else sounds
+            sound = list(shown(made(args.models, seeds, Path(work))))
     print("\n".join(table(sick) + alarms(sound)))
     if args.json:
         args.json.write_text(
@@ -122,6 +127,16 @@ def sounds(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Outc
         for seed in seeds:
             yield from (judged(s, seed) for s in every(model, work, seed))
     yield from (judged(s, 0) for s in golden(GOLDEN))
+
+
+def trained(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Outcome]:
+    """Diagnose copies trained in every way: dtype, part of the model, rate, number of steps."""
+    for model in models:
+        for seed in seeds:
+            for number, (way, copy) in enumerate(fine_tuned(model, seed)):
+                path = write("hf", copy.tensors, work / f"trained-{model}-{seed}-{number}", copy.config)
+                yield judged(Sound(str(way), model, path, reference(model, work)), seed)
+                shutil.rmtree(path)
 
 
 def judged(sound: Sound, seed: int) -> Outcome:

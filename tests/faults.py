@@ -23,14 +23,17 @@ from tests.fault_kinds.change import KINDS, Change
 from tests.fault_kinds.names import EMBEDDING, HEAD
 from tests.fault_kinds.writing import write
 from tests.overlays import in_titan_names, overlaid
-from tests.specimens import Specimen, specimen
+from tests.specimens import Specimen, State, specimen
 
 Verdict = Literal["named", "wrong", "missed"]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A faulty checkpoint on disk and what is right to say of it (see `fault_kinds.change.Change`)."""
+    """A faulty checkpoint on disk and what is right to say of it (see `fault_kinds.change.Change`).
+
+    `before`: the tensors that it had before the fault.
+    """
 
     kind: str
     model: str
@@ -44,6 +47,7 @@ class Fault:
     also: frozenset[str]
     lax: bool
     note: str
+    before: State
 
 
 def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = None) -> Fault | None:
@@ -77,6 +81,7 @@ def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = N
         frozenset(change.also),
         change.lax,
         f"{form} {change.note}".strip(),
+        m.tensors,
     )
 
 

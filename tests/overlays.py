@@ -1,8 +1,10 @@
 """Apply a fault to another copy of the model than the reference, as it happens in practice.
 
-`narrow`: a bf16 copy of an fp32 model. `wide`: an fp32 copy of a bf16 model. `trained`: a fine-tuned copy, every tensor
-moved by 1 %. `titan`: written in torchtitan's names, its q/k rows interleaved on the way. `alone`: there is no
-reference, only the config beside. Only faults that stay what they are under the overlay take part.
+`narrow`: a bf16 copy of an fp32 model. `wide`: an fp32 copy of a bf16 model. `trained`: every tensor moved by 1 % of
+noise. `fine_tuned`: a copy that AdamW trained, in a way of `tests.fine_tuned` that the seed chooses; `fine_tuned_any`:
+the same for every kind of fault; `fine_tuned_briefly`: 20 steps of everything, which takes a second. `titan`: written
+in torchtitan's names, its q/k rows interleaved on the way. `alone`: there is no reference, only the config beside. Only
+faults that stay what they are under the overlay take part.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.fault_kinds.change import KINDS
+from tests.fine_tuned import DTYPES, WAYS, Way, fine_tuned_copy
 from tests.specimens import BF16, FP32, Specimen
 
-OVERLAYS = ("narrow", "wide", "trained", "titan", "alone")
+OVERLAYS = ("narrow", "wide", "trained", "fine_tuned", "fine_tuned_any", "fine_tuned_briefly", "titan", "alone")
 STRUCTURAL = {"K01", "K02", "K03", "S01", "S02", "S03", "O01", "O02", "O03", "O04", "V03", "V04", "V05", "V01", "T02"}
 # exactly: a factor, a cast and a flip are still themselves where the rest is equal up to a cast
 CASTABLE = STRUCTURAL | {"V06"}
@@ -79,6 +82,12 @@ def overlaid(m: Specimen, overlay: str | None, kind: str, rng: np.random.Generat
         )
     if overlay == "trained":
         return trained(m, rng) if codes <= STRUCTURAL else None
+    if overlay == "fine_tuned_briefly":
+        way = Way(str(rng.choice(list(DTYPES))), "all", 1e-3, 20)
+        return fine_tuned_copy(m.name, way, steps=(20,)) if codes <= STRUCTURAL else None
+    if overlay in ("fine_tuned", "fine_tuned_any"):
+        fitting = overlay == "fine_tuned_any" or codes <= STRUCTURAL
+        return fine_tuned_copy(m.name, WAYS[int(rng.integers(len(WAYS)))]) if fitting else None
     if m.config["model_type"] not in ("llama", "qwen3", "qwen3_moe") or any(n.endswith(".bias") for n in m.tensors):
         return None
     return m if codes <= TITAN and kind != "stored_narrower" else None

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tensorkeep.diagnosis.checks.a04_another_base import base_digest
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.formats.view import read
 from tests import quant_files as files
 from tests.quant_files import QLORA, Tensors, findings, gaussian, matrices, model, needs_qlora, said
@@ -151,3 +152,36 @@ def test_no_adapter_config_can_break_the_checks(tmp_path: Path, key: str, value:
         found, _ = findings(stored, reference, "A")
         assert said(found) <= {"A02", "A04"}
         json.dumps([f.to_json() for f in found])
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4", "corda"])
+def test_an_adapter_that_starts_as_a_part_of_its_base_is_not_merged_already(tmp_path: Path, start: str) -> None:
+    """PiSSA puts the largest singular directions of the weight into A and B, so the base holds their product once."""
+    tensors, adapter = model(3), {}
+    for name in matrices(tensors):
+        u, s, v = np.linalg.svd(tensors[name], full_matrices=False)
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        root = np.sqrt(s[:4] / 2)  # the scale is 2
+        adapter[f"{stem}.lora_A.weight"] = (root[:, None] * v[:4]).astype(np.float32)
+        adapter[f"{stem}.lora_B.weight"] = (u[:, :4] * root).astype(np.float32)
+    base = files.write(tmp_path / "base", tensors)
+    plain = write_adapter(tmp_path / "plain", adapter)
+    assert said(findings(plain, base)[0]) == {"A03"}
+    odd = write_adapter(tmp_path / "odd", adapter, init_lora_weights=start)
+    assert "A03" not in {f.code for f in findings(odd, base)[0]}
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_an_adapter_that_does_nothing_is_a_warning(tmp_path: Path, half: str) -> None:
+    tensors = model(4)
+    adapter = lora(tensors)
+    idle = {n: np.zeros_like(t) if f"lora_{half}" in n else t for n, t in adapter.items()}
+    path = write_adapter(tmp_path / "idle", idle)
+    base = files.write(tmp_path / "base", tensors)
+    for reference in (None, base):
+        found = diagnose(path, str(reference) if reference else None).findings
+        assert [f.severity for f in found if f.code == "V05"] == ["warning"]
+    one = next(n for n in idle if f"lora_{half}" in n)
+    assert not [
+        f for f in diagnose(write_adapter(tmp_path / "half", {**idle, one: adapter[one]})).findings if f.code == "V05"
+    ]

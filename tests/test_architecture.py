@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tensorkeep.diagnosis.evidence.architecture import FAMILIES, expected
+from tensorkeep.conversion.architecture import FAMILIES, expected
 
 SIZES = {
     "hidden_size": 64,

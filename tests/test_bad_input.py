@@ -181,7 +181,7 @@ def test_dcp_data_that_is_not_what_the_metadata_says_is_named(tmp_path: Path) ->
     data.write_bytes(whole.replace(b"FloatStorage", b"HalfStorage\n", 1))
     with pytest.raises(TensorkeepError) as error:
         read_all(folder)
-    assert error.value.code in ("F02", "F04", "F07") and str(folder) in error.value.line
+    assert error.value.code == "F03" and str(folder) in error.value.line  # the archive's CRC-32, before any name in it
     data.write_bytes(bytes(len(whole)))
     refused(lambda: read_all(folder), "F02", folder)
     data.unlink()
@@ -565,3 +565,60 @@ def test_legacy_files_that_lie_about_their_storages_are_named(tmp_path: Path) ->
         refused(lambda: read_all(path), "F02", path)
     path.write_bytes(data[:-1])
     refused(lambda: read_all(path), "F02", path)
+
+
+# -- what a file says of itself ----------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_tensors_name_does_not_rename_it(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3), "other": torch.zeros(2)}, tmp_path / "x.pth")
+    data = bytearray((tmp_path / "x.pth").read_bytes())
+    data[data.find(b"weight")] ^= 2
+    (tmp_path / "x.pth").write_bytes(data)
+    assert "CRC-32" in refused(lambda: read(tmp_path / "x.pth"), "F03", tmp_path / "x.pth").what
+
+
+@pytest.mark.parametrize("bit", ["conj", "neg"])
+def test_a_tensor_saved_lazily_conjugate_or_negative_is_refused(bit: str, tmp_path: Path) -> None:
+    plain = torch.tensor([1 + 2j, 3 - 4j])
+    lazy = plain.conj() if bit == "conj" else plain.conj().imag
+    assert lazy.is_conj() or lazy.is_neg()
+    torch.save({"a": lazy}, tmp_path / "x.pth")
+    with pytest.raises(TensorkeepError) as error:
+        read(tmp_path / "x.pth")
+    assert bit in error.value.what and "resolve_conj" in str(error.value.hint)
+    torch.save({"a": lazy.resolve_conj().resolve_neg()}, tmp_path / "y.pth")
+    assert torch.equal(read(tmp_path / "y.pth").tensor("a"), lazy)
+
+
+def test_a_name_that_json_gives_twice_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from tensorkeep.storage.certificate import parse_json
+    from tensorkeep.storage.documents import read_json
+
+    for text in ('{"a": 1, "a": 2}', '{"b": [{"a": 1, "a": 1}]}'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(TensorkeepError, match="twice"):
+            parse_json(text.encode(), "x")
+        with pytest.raises(TensorkeepError, match="twice"):
+            read_json(tmp_path / "x.json")
+    save_file({"a": torch.ones(2)}, tmp_path / "m-1.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "m-2.safetensors")
+    index = '{"weight_map": {"a": "m-2.safetensors", "a": "m-1.safetensors", "b": "m-2.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(TensorkeepError, match="twice"):
+        read(tmp_path)
+
+
+def test_which_of_two_models_in_a_folder_is_read_and_who_reads_another_is_said(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name, file in (("a", "m-1.safetensors"), ("b", "m-2.safetensors"), ("a", "model.safetensors")):
+        save_file({name: torch.ones(2)}, tmp_path / file)
+    index = '{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    view = read(tmp_path)
+    (note,) = view.notes
+    assert set(view) == {"a", "b"} and note.code == "F07" and note.names == ("model.safetensors",)
+    assert "transformers takes model.safetensors" in note.message and "torchtitan" in note.message

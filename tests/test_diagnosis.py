@@ -163,3 +163,58 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["diagnose", str(reference), "--reference", str(reference)]) == 0
     assert main(["explain", "v04"]) == 0
     assert main(["explain", "Z99"]) == 2
+
+
+# -- what is no fault -------------------------------------------------------------------------------------------------
+
+
+def test_a_head_in_another_precision_is_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+    m = specimen("llama_tied")
+    embedding = m.tensors["model.embed_tokens.weight"]
+    for dtype in (np.float32, embedding.dtype):
+        wide = (embedding.astype(np.float32) * np.float32(1.001)).astype(dtype)
+        state = {**m.tensors, "model.embed_tokens.weight": embedding, "lm_head.weight": wide}
+        state["model.embed_tokens.weight"] = wide.astype(embedding.dtype)
+        path = write("hf", state, tmp_path / np.dtype(dtype).name, m.config)
+        for target in (None, "torchtitan"):
+            codes = {f.code for f in diagnose(str(path), None, target).findings}  # type: ignore[arg-type]
+            assert not codes & {"T01", "K07"}, (dtype, target)
+
+
+def test_torchtitans_loader_is_judged_only_where_the_family_is_known(tmp_path: Path) -> None:
+    m = specimen("llama_bias")
+    for kind, named in (("llama", True), ("nobody_knows", False)):
+        path = write("hf", m.tensors, tmp_path / kind, {**m.config, "model_type": kind})
+        found = {f.code for f in diagnose(str(path), None, "torchtitan").findings}
+        assert ("K07" in found) is named
+
+
+def test_the_padding_tokens_row_may_be_zero_and_no_other(tmp_path: Path) -> None:
+    m = specimen("llama_mha")
+    embedding = m.tensors["model.embed_tokens.weight"].copy()
+    embedding[7] = 0
+    words = {"model": {"vocab": {f"w{i}": i for i in range(len(embedding))}}, "added_tokens": []}
+    for padding, named in ((7, False), (8, True), ([7], True)):
+        place = tmp_path / str(padding)
+        state = {**m.tensors, "model.embed_tokens.weight": embedding}
+        files = {"tokenizer.json": json.dumps(words).encode()}
+        path = write("hf", state, place, {**m.config, "pad_token_id": padding}, files)
+        assert ("C02" in {f.code for f in diagnose(str(path)).findings}) is named
+
+
+def test_packed_weights_that_are_not_decoded_here_are_undecided(tmp_path: Path) -> None:
+    """Random codes under GPTQ's names: nothing was found out about them, so nothing is ok."""
+    m, rng = specimen("llama_mha"), np.random.default_rng(0)
+    state = dict(m.tensors)
+    for name in [n for n in state if n.endswith("_proj.weight")]:
+        rows, columns = state.pop(name).shape
+        stem = name.removesuffix(".weight")
+        state[f"{stem}.qweight"] = rng.integers(-(2**31), 2**31, (columns // 8, rows), np.int64).astype(np.int32)
+        state[f"{stem}.scales"] = np.ones((1, rows), np.float16)
+    packed = write("hf", state, tmp_path / "packed", m.config)
+    base = write("hf", m.tensors, tmp_path / "base", m.config)
+    for reference in (None, base):
+        found = diagnose(str(packed), str(reference) if reference else None)
+        assert found.verdict == "inconclusive", [(f.code, f.message) for f in found.findings]
+        assert any(f.code == "Q02" and f.evidence.get("inconclusive") for f in found.findings)
+    assert diagnose(str(packed), str(packed)).verdict == "ok"

@@ -15,8 +15,8 @@ from tensorkeep import cli
 from tensorkeep.adapters.files import save_adapter
 from tensorkeep.adapters.lora import add_lora
 from tensorkeep.adapters.merging import base_digests
-from tensorkeep.commands.generate import _decode_once, _plain
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.commands.generate import _decode_once
+from tensorkeep.errors import TensorkeepError, visible
 from tensorkeep.formats.view import read
 from tensorkeep.language.export import exported
 from tensorkeep.language.generation import TextStream, generate, prompt_ids
@@ -89,9 +89,7 @@ def test_the_text_is_streamed_and_whole(tmp_path: Path, capsys: Any) -> None:
     document = told(capsys, str(hf))
     assert cli.main(["generate", str(hf), "--prompt", PROMPT, "--max-tokens", "12", "--device", "cpu", "--quiet"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.rstrip("\n") == "".join(
-        c if c.isprintable() or c in "\n\t" else "?" for c in document["text"]
-    ).rstrip("\n")
+    assert shown.out.rstrip("\n") == visible(document["text"]).rstrip("\n")
     pieces: list[str] = []
     made = generate(model().eval(), tokenizer(), PROMPT, 12, write=pieces.append)
     assert "".join(pieces) == made.text == document["text"] and len([p for p in pieces if p]) > 3
@@ -109,7 +107,7 @@ def test_half_a_character_waits_for_its_other_half() -> None:
 
 
 def test_text_of_a_model_is_no_control_sequence() -> None:
-    assert _plain("a\x1b[2Jb\ncd") == "a?[2Jb\ncd"
+    assert visible("a\x1b[2Jb\ncd\u202e") == "a\\x1b[2Jb\ncd\\u202e"
 
 
 def test_sampling_follows_its_seed_and_leaves_the_process_alone() -> None:

@@ -157,8 +157,9 @@ def test_diff_sees_through_names_and_permutation(tiny: Path, tmp_path: Path) -> 
 
 def test_only_the_llama_family_is_permuted(tmp_path: Path) -> None:
     kinds = {}
-    for arch in ("llama", "qwen2"):
-        source = view.read(write_model(tmp_path / f"{arch}.gguf", arch, "F32", shapes(bias=True)))
+    outs = {f"blk.{n}.attn_output.bias": (HIDDEN,) for n in range(LAYERS)}  # llama's attention_bias means four
+    for arch, tensors in (("llama", shapes(bias=True) | outs), ("qwen2", shapes(bias=True))):
+        source = view.read(write_model(tmp_path / f"{arch}.gguf", arch, "F32", tensors))
         kinds[arch] = {s.sink.name for s in make_plan([source], "hf").steps if s.sink and "permute" in s.actions}
     assert kinds["qwen2"] == set()
     assert kinds["llama"] == {
@@ -170,7 +171,7 @@ def test_only_the_llama_family_is_permuted(tmp_path: Path) -> None:
 
 
 def test_bias_rows_move_with_the_weight_rows(tmp_path: Path) -> None:
-    tensors = shapes(bias=True)
+    tensors = shapes(bias=True) | {f"blk.{n}.attn_output.bias": (HIDDEN,) for n in range(LAYERS)}
     source = write_model(tmp_path / "x.gguf", "llama", "F32", tensors)
     ours = to_hf(source, tmp_path / "hf")
     raw = view.read(source)

@@ -412,3 +412,71 @@ def test_the_examples_run(name: str) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- PEFT's adapters and quantized models ------------------------------------------------------------------------------
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"use_dora": True},
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "an embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "some tokens": {"trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_a_model_under_an_adapter_is_sound_against_base_and_adapter(folder: Path, kind: str, name: str) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj", "v_proj"], "r": 2, **ADAPTERS[kind]}
+    made = peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
+    made.save_pretrained(folder.parent / "adapter")
+    model = peft.PeftModel.from_pretrained(load(folder), folder.parent / "adapter", adapter_name=name)
+    for place in (folder, folder.parent / "adapter"):
+        found = check_loaded(model, place)
+        assert not codes(found) and not codes(found, "warning"), [f.message for f in found]
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if f"lora_B.{name}" in n).add_(0.1)
+    assert codes(check_loaded(model, folder.parent / "adapter")) == ["V06"]
+    assert not codes(check_loaded(model, folder))
+    with torch.no_grad():
+        model.base_model.model.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    assert codes(check_loaded(model, folder)) == ["V06"]
+
+
+def test_an_adapter_that_is_not_on_the_model_is_an_error(folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)
+    peft.get_peft_model(load(folder), config).save_pretrained(folder.parent / "adapter")
+    assert codes(check_loaded(load(folder), folder.parent / "adapter")) == ["K05"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4 twice", "int8"])
+def test_a_quantized_model_is_compared_with_floats_and_with_codes(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_model(tmp_path / "hf", "Llama", hidden_size=64, intermediate_size=128, initializer_range=0.3)
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": kind[:3], "bnb_4bit_use_double_quant": "twice" in kind}
+    options = {"load_in_8bit": True} if kind == "int8" else four
+    settings = transformers.BitsAndBytesConfig(**options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", quantization_config=settings)
+    model.save_pretrained(tmp_path / "codes")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "codes")
+    for live, place in ((model, "hf"), (loaded, "hf"), (loaded, "codes")):
+        found = check_loaded(live, tmp_path / place)
+        assert not codes(found) and not codes(found, "warning"), [f.message for f in found]
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.flip(0)  # another tensor of the same codes
+    for place in ("hf", "codes"):
+        found = [f for f in check_loaded(model, tmp_path / place) if f.severity == "error"]
+        assert [(f.code, list(f.tensors)) for f in found] == [("V06", ["model.layers.1.mlp.up_proj.weight"])]
+
+
+def test_a_quantized_model_that_shares_nothing_with_the_file_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    write_model(tmp_path / "hf", "Llama", hidden_size=64, intermediate_size=128)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", quantization_config=settings)
+    save_file({f"other.{n}": t for n, t in hf_tensors(tmp_path / "hf").items()}, tmp_path / "x.safetensors")
+    assert codes(check_loaded(model, tmp_path / "x.safetensors"))

@@ -1,4 +1,8 @@
-"""The one error that leaves this package, and how it reads.
+"""The one error that leaves this package, and how anything from a file or an argument is spelled for people.
+
+Names, configs and errors of other libraries come out of untrusted files. What reaches a terminal, a hint, a page or
+subtitles is spelled by `printable` (one line), `visible` (free text) or `shown` (a value), a command to be pasted with
+`word` around each path. `output.py`, the only file that prints, puts everything through `visible` once more.
 
 Whatever goes wrong with a file, a name or an argument reaches the user as a `TensorkeepError`: what
 happened and where in one line, then `hint:` with the next command. A finding code (F01, K04, ...) goes
@@ -8,6 +12,8 @@ along where one applies, so that `tensorkeep explain CODE` can say more.
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable
 
 
@@ -54,7 +60,7 @@ class TensorkeepError(Exception):
         return printable(f"{code}{where}{self.what}")
 
     def __str__(self) -> str:
-        return f"{self.line}\nhint: {self.hint}" if self.hint else self.line
+        return f"{self.line}\nhint: {visible(self.hint)}" if self.hint else self.line
 
     def __reduce__(self) -> tuple[object, ...]:
         # keyword-only arguments do not survive the default protocol, and errors cross process borders in tests
@@ -68,7 +74,7 @@ def _rebuild(
 
 
 def printable(text: str, most: int = 2000) -> str:
-    r"""Return text without control characters and lone surrogates, cut at `most`: names come out of untrusted files.
+    r"""Return text in one line without control characters and lone surrogates, URLs masked, cut at `most`.
 
     Args:
         text: any text.
@@ -78,8 +84,60 @@ def printable(text: str, most: int = 2000) -> str:
         >>> printable("a\x1b[2Jb")
         'a\\x1b[2Jb'
     """
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in masked(text[:most]))
     return plain + (f"... ({len(text)} characters)" if len(text) > most else "")
+
+
+def visible(text: str) -> str:
+    r"""Return free text in which a terminal finds no command: control and direction characters are spelled out.
+
+    Line ends, tabs, every kind of space and the joiners within words stay.
+
+    Args:
+        text: any text.
+
+    Example:
+        >>> visible("one\ntwo\x1b[2J\u202e")
+        'one\ntwo\\x1b[2J\\u202e'
+    """
+    text = masked(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _PLAIN else c.encode("unicode_escape").decode() for c in text)
+
+
+# line ends and tabs; spaces that Unicode calls unprintable, which Chinese and French texts are full of; joiners
+_PLAIN = frozenset("\n\t\xa0\u1680\u202f\u205f\u3000\u200c\u200d" + "".join(map(chr, range(0x2000, 0x200B))))
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,3})([^\s/?#'\"`]*@)?([^\s?'\"`]*)(\?[^\s'\"`]*)?")
+
+
+def masked(text: str) -> str:
+    """Return text with user names, passwords and query strings of URLs masked: they are often credentials.
+
+    Args:
+        text: any text.
+
+    Example:
+        >>> masked("s3://key:secret@host/a.pth?sig=1 is missing")
+        's3://***@host/a.pth?*** is missing'
+    """
+    if ":/" not in text:
+        return text
+    return _URL.sub(lambda m: f"{m[1]}{'***@' if m[2] else ''}{m[3]}{'?***' if m[4] else ''}", text)
+
+
+def word(value: object) -> str:
+    """Return a path or a name as one word of a shell, for a command that is printed to be pasted.
+
+    Args:
+        value: the path or name.
+
+    Example:
+        >>> word("runs/one"), word("a b; rm x"), word("-x")
+        ('runs/one', "'a b; rm x'", './-x')
+    """
+    text = str(value)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def shown(value: object, most: int = 80) -> str:

@@ -1,5 +1,7 @@
 """Everything that a person or a program sees is printed here: data on stdout, everything else on stderr.
 
+Whatever it is told, nothing that commands a terminal gets out (`errors.visible`), and no password in a URL.
+
 `--json` gives one document on stdout; `--quiet` leaves errors and data. Progress shows on a terminal only, with bytes
 and the time left. rich is imported when a table or a bar is drawn, not before.
 """
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, masked, printable, visible
 
 SCHEMA = 1
 
@@ -34,24 +36,24 @@ class Output:
 
     def document(self, document: dict[str, Any]) -> None:
         """Print the one document of `--json`."""
-        json.dump({"schema": SCHEMA, **document}, sys.stdout, ensure_ascii=True, allow_nan=False, default=str)
+        json.dump({"schema": SCHEMA, **_masked(document)}, sys.stdout, ensure_ascii=True, allow_nan=False)
         sys.stdout.write("\n")
 
     def line(self, text: str = "") -> None:
         """Print a line of data for people; silent under --json."""
         if not self.json:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(visible(text) + "\n")
 
     def piece(self, text: str) -> None:
         """Print a piece of data for people at once, without a line's end; silent under --json."""
         if not self.json:
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text))
             sys.stdout.flush()
 
     def remark(self, text: str) -> None:
         """Print a note, a warning or what was done on stderr."""
         if not self.quiet:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(visible(text) + "\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
         """Print a table on stdout; plain text where stdout is not a terminal, so that it can be piped."""
@@ -75,7 +77,7 @@ class Output:
         """Print an error and its hint on stderr, and as the document under --json."""
         sys.stderr.write(f"error: {error.line}\n")
         if error.hint:
-            sys.stderr.write(f"hint: {error.hint}\n")
+            sys.stderr.write(f"hint: {visible(error.hint)}\n")
         if self.json:
             self.document(
                 {"error": {"code": error.code, "message": error.what, "where": error.where, "hint": error.hint}}
@@ -114,7 +116,7 @@ class Status:
         self.last = now
         pace = (now - self.first[0]) / (done - self.first[1]) if done > self.first[1] else 0.0
         left = f"  {duration(pace * (total - done))} left" if pace and done < total else ""
-        line = f"step {done}/{total}  {text}{left}"
+        line = f"step {done}/{total}  {printable(text)}{left}"
         sys.stderr.write(f"\r\x1b[2K{line}" if self.terminal else line + "\n")
         sys.stderr.flush()
 
@@ -164,7 +166,7 @@ class _Bar:
             filled = int(24 * done / total) if total else 24
             bar = f"{'━' * filled}{'╌' * (24 - filled)}"
             spoken = f"{size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
-            sys.stderr.write(f"\r\x1b[2K{what:<8} {bar} {spoken}")
+            sys.stderr.write(f"\r\x1b[2K{printable(what, 80):<8} {bar} {spoken}")
             sys.stderr.flush()
 
     def close(self) -> None:
@@ -178,8 +180,18 @@ def _escaped(cell: object) -> str:
     """Make a table cell harmless: names come out of untrusted files."""
     from rich.markup import escape
 
-    # names come out of untrusted files: neither markup nor control characters may reach the terminal
-    return escape("".join(c if c.isprintable() else "?" for c in str(cell)))
+    return escape(printable(str(cell)))
+
+
+def _masked(value: Any) -> Any:
+    """Return a document with the URLs in its texts masked; JSON escapes the rest."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, dict):
+        return {k: _masked(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else masked(str(value))
 
 
 def size(count: float) -> str:

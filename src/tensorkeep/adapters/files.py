@@ -23,6 +23,7 @@ from tensorkeep.formats.memory import raw_bytes, tensor_of
 from tensorkeep.formats.names import unwrap
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import certificate as manifest
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
@@ -211,7 +212,7 @@ def _open(source: StateView | str | Path) -> tuple[StateView, dict[str, Any]]:
         config = view.metadata.get("adapter")
         beside = (path if path.is_dir() else path.parent) / CONFIG
         if config is None and beside.is_file():
-            config = manifest.parse_json(beside.read_bytes(), beside)
+            config = manifest.parse_json(read_small(beside), beside)
     if not isinstance(config, dict):
         hint = f"{CONFIG} says rank and alpha, without which the update's size is unknown"
         raise TensorkeepError(f"has no {CONFIG}", where=view.path, code="A02", hint=hint)

@@ -70,6 +70,12 @@ class Adapter:
         """Whether the scale is alpha / sqrt(r)."""
         return bool(self.document.get("use_rslora"))
 
+    @property
+    def residual_start(self) -> str | None:
+        """The start (PiSSA, OLoRA, LoftQ, ...) that took something out of the base; None for any other adapter."""
+        found: str | None = self.plug.residual_start(self) if hasattr(self.plug, "residual_start") else None
+        return found
+
     def rank(self, module: str) -> int:
         """Return the rank of a module's pair: the rows of A."""
         return self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape[0]

@@ -36,8 +36,7 @@ def convert(
     Tensors are streamed, and the result is read back and compared with the plan before it gets its name.
 
     Args:
-        paths: The sources (files, folders, Hub model ids or URLs), then the sink: a folder, or a file ending in
-            .safetensors or .pth.
+        paths: The sources (files, folders, Hub ids, URLs), then the sink: a folder, or a .safetensors or .pth file.
         to: The sink's format: {formats}.
         naming: The sink's names: {namings}. Default: hf, or as they are where nothing is recognised.
         root: Nest the sink's names under this word (older versions of flame ask for `model`). Default: none.
@@ -73,6 +72,7 @@ def convert(
         drop=drop,
         prefer=prefer,
         from_naming=known_naming(from_naming),
+        ask=_asked,
     )
     return _carry_out(out, plan, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
 
@@ -89,6 +89,15 @@ def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dr
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
     return _show_result(out, plan, result, to)
+
+
+def _asked(config: Any, offers: Any) -> Any:
+    """What transformers says of these tensors; None where it is not installed, so that the table's word is all."""
+    try:
+        from tensorkeep.models.loader import by_transformers
+    except ImportError:
+        return None
+    return by_transformers(config, offers)
 
 
 def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, known_loader
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
 from tensorkeep.output import Output
@@ -44,7 +44,9 @@ def diagnose(
     out = say.output()
     known_loader(for_)
     if forward and text is None:
-        raise TensorkeepError("--forward needs a text", hint=f"tensorkeep diagnose {checkpoint} --forward --text FILE")
+        raise TensorkeepError(
+            "--forward needs a text", hint=f"tensorkeep diagnose {word(checkpoint)} --forward --text FILE"
+        )
     with out.progress() as progress:
         found = run(checkpoint, reference, for_, progress)
         if forward:

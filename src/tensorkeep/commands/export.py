@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.output import Output
 from tensorkeep.storage import run_folder
 
@@ -24,7 +24,7 @@ def of_run(out: Output, source: str, sink: str, to: str, naming: str | None, ema
         return None
     if adapter != (to == "peft"):
         what = "holds an adapter" if adapter else "holds a whole model"
-        hint = f"tensorkeep convert {source} OUT --to {'peft' if adapter else 'hf'}" + (" --ema" if ema else "")
+        hint = f"tensorkeep convert {word(source)} OUT --to {'peft' if adapter else 'hf'}" + (" --ema" if ema else "")
         raise TensorkeepError(what, where=source, code="K08", hint=hint)
     from tensorkeep.language.export import exported
 
@@ -34,7 +34,7 @@ def of_run(out: Output, source: str, sink: str, to: str, naming: str | None, ema
         out.document({"sink": sink, "format": to, "averaged": averaged})
     out.line(f"{sink}: {'the adapter' if adapter else 'the model'}, {'averaged' if averaged else 'last'} weights")
     if adapter:
-        out.remark(f"merge it: tensorkeep merge BASE {sink} OUT")
+        out.remark(f"merge it: tensorkeep merge BASE {word(sink)} OUT")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tensorkeep.commands.shared import Flag, Say
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.output import Output
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def generate(
         opened.model.to(world.device).eval()
         with opened.averaged:
             how = (max_tokens, temperature, seed, raw)
-            made = generation.generate(
-                opened.model, opened.tokenizer, prompt, *how, lambda piece: out.piece(_plain(piece))
-            )
+            made = generation.generate(opened.model, opened.tokenizer, prompt, *how, out.piece)
         out.line()
     finally:
         distributed.stop()
@@ -99,11 +97,6 @@ class _Opened:
     tokenizer: Any
     averaged: contextlib.AbstractContextManager[Any]
     said: dict[str, Any]
-
-
-def _plain(text: str) -> str:
-    """What comes from a model is no control sequence for a terminal."""
-    return "".join(c if c.isprintable() or c in "\t\n" else "?" for c in text)
 
 
 def _decode_once(model: Any) -> None:
@@ -155,7 +148,7 @@ def _bare(path: str, tokenizer: str | None, adapter: str | None, quantized: Any,
 
     view = read(path)
     if view.format == "peft":
-        hint = f"tensorkeep generate BASE --adapter {path} --prompt TEXT"
+        hint = f"tensorkeep generate BASE --adapter {word(path)} --prompt TEXT"
         raise TensorkeepError("is an adapter and needs its base", where=path, code="K08", hint=hint)
     words = _tokenizer(view, tokenizer)
     model = loaded(view).requires_grad_(False)
@@ -179,7 +172,7 @@ def _tokenizer(view: StateView, named: str | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         for companion in view.companions:
             (Path(folder) / companion.name).write_bytes(companion.data)
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, view.path)
 
 
 def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
@@ -192,7 +185,7 @@ def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
 
     view = read(path)
     if view.format != "peft":
-        hint = f"MiniMind's LoRA files: tensorkeep convert {path} OUT --to peft"
+        hint = f"MiniMind's LoRA files: tensorkeep convert {word(path)} OUT --to peft"
         raise TensorkeepError("is no adapter folder", where=path, code="K08", hint=hint)
     config = view.metadata.get("adapter")
     config = config if isinstance(config, Mapping) else {}
@@ -205,7 +198,7 @@ def _put_adapter(model: Any, base: StateView, path: str, allow: bool) -> None:
     }
     if not ranks or config.get("use_dora"):
         what = "is a DoRA adapter" if ranks else "holds no LoRA pairs under PEFT's names"
-        hint = f"tensorkeep merge {base.path} {path} OUT, then: tensorkeep generate OUT --prompt TEXT"
+        hint = f"tensorkeep merge {word(base.path)} {word(path)} OUT, then: tensorkeep generate OUT --prompt TEXT"
         raise TensorkeepError(what, where=path, code="A01", hint=hint)
     alphas = {module: _of(config.get("alpha_pattern"), module, config.get("lora_alpha", 0)) for module in ranks}
     rslora = bool(config.get("use_rslora"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, prepare
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.output import Output, duration
 from tensorkeep.storage.overwriting import PAGE, Kind, refuse_existing
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -74,7 +74,7 @@ def predict(
     printer = say.output()
     if not videos or top < 1:
         what = "no video is named" if not videos else f"--top {top} must be at least 1"
-        raise TensorkeepError(what, hint=f"tensorkeep predict {checkpoint} VIDEO... --top 100")
+        raise TensorkeepError(what, hint=f"tensorkeep predict {word(checkpoint)} VIDEO... --top 100")
     paths = find_videos(videos)
     prepare(printer, out / _DETECTIONS)
     for name in (_DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
@@ -336,4 +336,7 @@ def _show(out: Output, document: Mapping[str, Any], annotations: Path | None) ->
     for video in document["videos"]:
         out.line(video["files"]["html"])
     if annotations is not None:
-        out.remark(f"mAP: tensorkeep eval detection --annotations {annotations} --detections {document['detections']}")
+        out.remark(
+            f"mAP: tensorkeep eval detection --annotations {word(annotations)} "
+            f"--detections {word(document['detections'])}"
+        )

@@ -19,11 +19,13 @@ def repair(
     reference: str,
     for_: Annotated[str | None, Parameter(name="--for")] = None,
     overwrite: Flag = False,
+    take_from_reference: Annotated[list[str] | None, Parameter(negative="")] = None,
+    yes: Flag = False,
     say: Say = Say(),
 ) -> int:
     """Undo what a diagnosis proves, write a new checkpoint, and diagnose that.
 
-    Refuses what is ambiguous or lost, and says what it needs. The broken checkpoint stays as it is.
+    Moves the checkpoint's own values, takes from the reference what you name alone, and refuses what is ambiguous.
 
     Args:
         checkpoint: The broken checkpoint.
@@ -31,6 +33,8 @@ def repair(
         reference: The checkpoint that it should equal, or was trained from.
         for_: The program that is to load it: {loaders} (hf is transformers).
         overwrite: Replace an existing checkpoint, once the new one is proven.
+        take_from_reference: Tensors or files (patterns) to fill with the reference's where the checkpoint's are lost.
+        yes: Go on where values of the checkpoint would be lost; without it they are listed.
     """
     from tensorkeep.diagnosis.repairs import repair as run
 
@@ -38,7 +42,7 @@ def repair(
     known_loader(for_)
     prepare(output, out)
     with output.progress() as progress:
-        made = run(checkpoint, out, reference, for_, overwrite, progress)
+        made = run(checkpoint, out, reference, for_, overwrite, progress, take_from_reference or (), yes)
     if say.json:
         output.document(
             {
@@ -48,6 +52,7 @@ def repair(
                 "causes": made.before.causes,
                 "done": made.done,
                 "taken_from_reference": made.taken,
+                "lost": made.lost,
                 "tensors": len(made.result.digests),
                 "bytes": made.result.nbytes,
                 "after": made.after.to_json(),
@@ -58,6 +63,10 @@ def repair(
         output.line(f"undone: {code} ({what})")
     if made.taken:
         output.line(f"from the reference: {', '.join(grouped(made.taken)[:6])}")
+    if made.lost:
+        output.line(f"lost: {'; '.join(f'{name} ({what})' for name, what in list(made.lost.items())[:6])}")
+    else:
+        output.line("lost: nothing")
     wrote = f"{len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven"
     output.line(f"{made.result.path}: {wrote}; diagnosed again: {made.after.verdict}")
     return made.after.exit_code

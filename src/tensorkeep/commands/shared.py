@@ -69,19 +69,22 @@ def with_config(view: StateView, config: str | None) -> StateView:
     if config is None or (view.config is not None and not linked):
         return view
     from tensorkeep.formats.companions import COMPANIONS, Companion, read_companion
+    from tensorkeep.formats.config_types import believed
+    from tensorkeep.storage.budget import read_small_from
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
 
     path = Path(config)
     folder = LocalFolder(path if path.is_dir() else path.parent)
     name = "config.json" if path.is_dir() else path.name
-    document = parse_json(folder.read(name), f"{folder.url}/{name}")
+    data = read_small_from(folder, name)
+    document = parse_json(data, f"{folder.url}/{name}")
     if not isinstance(document, dict):
         raise TensorkeepError("is not a config.json", where=path)
     present = folder.names() if path.is_dir() else []
-    view.config = document
+    view.config = believed(document)
     others = [c for c in view.companions if c.name != "config.json"]
-    view.companions = [Companion("config.json", folder.read(name), f"{folder.url}/{name}"), *others]
+    view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *others]
     view.companions += [read_companion(folder, n) for n in COMPANIONS[1:] if n in present]
     return view
 

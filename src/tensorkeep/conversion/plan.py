@@ -135,6 +135,7 @@ class Plan:
         notes: what the user should know: losses, assumptions, oddities.
         roots: first segments of the output's names that a .pth keeps as nested dicts.
         beside: plain values that a .pth keeps next to its tensors.
+        header: entries of the safetensors header beside `format`.
     """
 
     sources: list[StateView]
@@ -146,6 +147,7 @@ class Plan:
     notes: list[Note] = field(default_factory=list)
     roots: tuple[str, ...] = ()  # first segments of the sink's names that pth turns into dicts
     beside: dict[str, Any] = field(default_factory=dict)  # plain values that pth keeps next to them
+    header: dict[str, str] = field(default_factory=dict)  # what safetensors keeps in its header beside the tensors
 
     @property
     def tensors(self) -> list[SinkTensor]:

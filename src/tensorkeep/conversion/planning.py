@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tensorkeep.conversion import adapters, configs
+from tensorkeep.conversion import adapters, configs, fit
 from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._ties import tie
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
@@ -35,6 +36,7 @@ def make_plan(
     drop: Sequence[str] = (),
     prefer: str | None = None,
     from_naming: str | None = None,
+    ask: fit.Asker | None = fit.by_table,
 ) -> Plan:
     """Decide how every tensor of the sources reaches the output; only headers are read, and tied heads compared.
 
@@ -47,12 +49,13 @@ def make_plan(
         drop: patterns of stored names to leave out.
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
+        ask: who says which tensors an hf folder must have by its config; None where that is not compared.
 
     Returns:
         The plan, complete: every stored tensor is used or dropped with a reason.
 
     Raises:
-        TensorkeepError: a tensor would be lost, made twice or misread by its reader; a pattern fits no tensor.
+        TensorkeepError: a tensor would be lost, made twice, misread or not found by its reader; a pattern fits none.
 
     Example:
         >>> make_plan([read("model")], "dcp", naming="torchtitan").naming  # doctest: +SKIP
@@ -68,7 +71,8 @@ def make_plan(
     hub, config, companions = _gathered(sources, identities, to, prefer, dropped, notes)
     if not hub:
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
-    target = naming or ("hf" if any(i.naming for i in identities) else None)
+    hub, known = fit.settle(hub, config, sources, dropped, ask if to == "hf" and naming in (None, "hf") else None)
+    target = naming or ("hf" if known or any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
     own = _renamed(list(hub.values()), target, config, dropped, notes)
@@ -81,6 +85,7 @@ def make_plan(
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
+    carry(plan, to)
     return plan
 
 

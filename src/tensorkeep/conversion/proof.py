@@ -17,6 +17,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView, damaged, read
 from tensorkeep.storage import certificate as manifest
+from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.files import CERTIFICATE, refuse_changed
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -51,7 +52,11 @@ def read_certificate(view: StateView) -> dict[str, Any] | None:
     names = view.folder.names()
     lone = Path(view.path).name
     name = f"{lone}.{CERTIFICATE}" if lone in names else CERTIFICATE
-    return manifest.parse_certificate(view.folder.read(name), f"{view.folder.url}/{name}") if name in names else None
+    return (
+        manifest.parse_certificate(read_small_from(view.folder, name), f"{view.folder.url}/{name}")
+        if name in names
+        else None
+    )
 
 
 def check_sources(plan: Plan, sums: dict[str, Sums]) -> None:

@@ -153,6 +153,7 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
         "config": plan.config,
         "roots": plan.roots,
         "beside": plan.beside,
+        "header": plan.header,
     }
     if single:
         options |= {"name": name, "shard_size": 1 << 62}

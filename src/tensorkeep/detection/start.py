@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from safetensors.torch import save
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from tensorkeep.storage import run_folder
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.yaml_documents import parse_yaml
 from tensorkeep.training import distributed
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
@@ -316,10 +316,7 @@ def _own_config(plan: Plan, where: str) -> DetectorConfig:
         raise TensorkeepError(
             "no recipe.yaml lies beside the weights", where=where, hint="give the recipe they were trained with"
         )
-    try:
-        document = yaml.safe_load(found.data)
-    except yaml.YAMLError as error:
-        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=found.where) from error
+    document = parse_yaml(found.data, found.where)
     section = document.get("model") if isinstance(document, Mapping) else None
     return from_mapping(DetectorConfig, {} if section is None else section, f"{found.where}: model")
 

@@ -7,18 +7,19 @@ zip's own CRC-32 in torch.save archives, which torch writes and never reads.
 from __future__ import annotations
 
 import os
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tensorkeep.conversion import fit
 from tensorkeep.conversion.proof import read_certificate, stored_name
+from tensorkeep.diagnosis.evidence.resume_files import bad_entries, damaged_files
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats import table as formats
-from tensorkeep.formats.view import STREAM_BYTES, StateView, read
+from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import run_folder, run_manifest
-from tensorkeep.storage.archive import zip_entries
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import LocalFolder, Progress, left_over, local_path
 
@@ -26,16 +27,17 @@ from tensorkeep.storage.files import LocalFolder, Progress, left_over, local_pat
 def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Finding], StateView | None, bool]:
     """Check that a checkpoint is whole and unchanged.
 
-    Its structure is checked by opening it. Its content is compared with the manifest of a run's checkpoint, or else
-    with its certificate (tensorkeep.json), or else with the CRC-32 in torch.save archives.
+    Its structure is checked by opening it, and so are the files beside it that a resume reads. Its content is compared
+    with the manifest of a run's checkpoint, or else with its certificate (tensorkeep.json), or else with the CRC-32 in
+    torch.save archives.
 
     Args:
         path: A checkpoint, or a run's folder: then its newest whole checkpoint.
         progress: Called with what is being done, the bytes done and the bytes in all.
 
     Returns:
-        The findings (F codes, K01 and K02), the checkpoint's view (None where it cannot be read), and whether there
-        was a manifest or certificate to compare with.
+        The findings (F codes, K01, K02 and K05), the checkpoint's view (None where it cannot be read), and whether
+        there was a manifest or certificate to compare with.
 
     Raises:
         TensorkeepError: Where `path` is no checkpoint at all.
@@ -63,6 +65,11 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
         if error.code is None or not error.code.startswith("F"):
             raise
         findings.append(Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint))
+    hollow = [n for n, r in view.items() if 0 in r.shape]
+    if len(hollow) * 2 > len(view):
+        nothing = fit.empty(hollow, len(view), path)
+        findings.append(Finding("K05", "error", nothing.what, hollow, fix=nothing.hint))
+    findings += damaged_files(view, whole=True)
     return findings, view, certificate is not None
 
 
@@ -85,7 +92,7 @@ def _sealed(folder: Path) -> bool:
     path = folder / run_manifest.MANIFEST
     if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
         return False
-    document = parse_json(path.read_bytes(), path)
+    document = parse_json(read_small(path), path)
     return isinstance(document, dict) and {"schema", "chunk", "files", "xxh3_128"} <= document.keys()
 
 
@@ -173,13 +180,8 @@ def against_crc(view: StateView, progress: Progress | None) -> list[Finding]:
                 ranges[block.file, 0, view.folder.size(block.file)] = block.file
     damaged, done, total = [], 0, sum(length for _, _, length in ranges)
     for (file, start, length), name in ranges.items():
-        for entry_name, entry in zip_entries(view.folder, file, start, length).items():
-            crc, at = 0, 0
-            while at < entry.size:
-                piece = view.folder.read(file, entry.start + at, min(STREAM_BYTES, entry.size - at))
-                crc, at = zlib.crc32(piece, crc), at + len(piece)
-            if crc != entry.crc and entry.crc:  # some writers leave it 0
-                damaged.append(name if name != file else f"{file}: {entry_name}")
+        bad = bad_entries(view.folder, file, start, length)
+        damaged += [name if name != file else f"{file}: {entry}" for entry in bad]
         done += length
         if progress:
             progress("verify", done, total)

@@ -14,6 +14,7 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ggml's token types
+_LONGEST_TOKEN, _LETTERS_OF_MERGES = 1024, 16  # Llama 2: 61,249 merges of 32,000 tokens, twice the letters
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
@@ -186,14 +187,21 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], kinds: Se
     """
     rank = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind in (_NORMAL, _USER, _UNUSED)}
     longest = max((len(t) for t in rank), default=0)
-    if longest > 1024:
+    if longest > _LONGEST_TOKEN:
         raise TensorkeepError(f"a token of {longest} characters")
+    letters = sum(len(t) for t in rank)
+    most = _LETTERS_OF_MERGES * letters + (1 << 20)
     found = []
     for piece, i in rank.items():
         for at in range(1, len(piece)):
             left, right = piece[:at], piece[at:]
             if left in rank and right in rank:
                 found.append((-scores[i], i, rank[left], rank[right]))
+                most -= len(piece)
+                if most < 0:  # tokens that begin or end with each other: the merges outgrow the file without bound
+                    raise TensorkeepError(
+                        f"its {letters} letters of tokens make more than {_LETTERS_OF_MERGES} times as many of merges"
+                    )
     found.sort()
     return [[tokens[left], tokens[right]] for _, _, left, right in found]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.files import Folder, LocalFolder
 
 # what travels beside the weights, in the order in which it is written; nothing else in a folder is copied
@@ -31,7 +32,7 @@ COMPANIONS = tuple(
     ]
 )
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # git's name for a file, or its SHA-256
-_LARGEST = 256 << 20  # bytes; the largest tokenizers have 40 MB
+_LARGEST, _LARGEST_CONFIG = 256 << 20, 16 << 20  # bytes; the largest tokenizers have 40 MB, configs some 100 kB
 
 
 class Companion(NamedTuple):
@@ -106,12 +107,9 @@ def read_companion(place: Folder, name: str) -> Companion:
         TensorkeepError: it is too large to be a config or a tokenizer, or cannot be read.
     """
     where = f"{place.url}/{name}"
-    if place.size(name) > _LARGEST:
-        raise TensorkeepError(
-            f"{place.size(name)} bytes are no config and no tokenizer", where=where, hint="move it elsewhere"
-        )
+    most = _LARGEST_CONFIG if name.endswith("config.json") or name == "recipe.yaml" else _LARGEST
     led_out = isinstance(place, LocalFolder) and leads_out(place.path / name)
-    return Companion(name, place.read(name), where, led_out)
+    return Companion(name, read_small_from(place, name, most), where, led_out)
 
 
 def leads_out(path: Path) -> bool:

@@ -13,6 +13,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import pth, safetensors
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import FileLayout, SinkTensor
@@ -42,14 +43,15 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     weights = next(w for w in _WEIGHT_FILES if w in names)
     form = safetensors if weights.endswith(".safetensors") else pth
     view: StateView = form.read(folder, [weights], path)
-    config = parse_json(folder.read(CONFIG), f"{folder.url}/{CONFIG}")
+    data = read_small_from(folder, CONFIG)
+    config = parse_json(data, f"{folder.url}/{CONFIG}")
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise TensorkeepError(
             "names no peft_type", where=f"{folder.url}/{CONFIG}", hint="is this PEFT's adapter_config.json?"
         )
     view.format = "peft"
     view.metadata["adapter"] = config
-    view.companions.append(Companion(CONFIG, folder.read(CONFIG), f"{folder.url}/{CONFIG}"))
+    view.companions.append(Companion(CONFIG, data, f"{folder.url}/{CONFIG}"))
     return view
 
 

@@ -84,7 +84,7 @@ def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, En
     """Make the view of what a file's pickle describes; `places` says where each storage lies."""
     where = f"{folder.url}/{file}"
     records: dict[str, TensorRecord] = {}
-    view = StateView(path, "pth", folder, records)
+    view = StateView(path, "pth", folder, records, metadata={"containers": _containers(value)})
     seen: dict[tuple[Any, ...], str] = {}
     for name, item in iter_tensors(value, where):
         if name in records or name in view.entries:
@@ -124,6 +124,17 @@ def _view(folder: Folder, file: str, path: str, value: Any, places: dict[str, En
         tied = seen.setdefault(key, name) if size else name
         records[name] = TensorRecord(name, item.dtype, item.shape, (block,), tied if tied != name else None)
     return view
+
+
+def _containers(value: Any) -> tuple[str, ...]:
+    """Return the keys under which the file nests values, as training programs keep a model beside their own state."""
+    top = value.entries if isinstance(value, Object) and value.is_mapping else value
+    nests = (dict, list, tuple)
+    return tuple(
+        k
+        for k, v in (top.items() if isinstance(top, dict) else ())
+        if isinstance(k, str) and (isinstance(v, nests) or (isinstance(v, Object) and v.is_mapping))
+    )
 
 
 def _read_legacy(folder: Folder, file: str) -> tuple[Any, dict[str, Entry]]:
@@ -201,13 +212,14 @@ def layout(
     """
     keys: dict[str, str] = {}
     stored: list[tuple[str, SinkTensor]] = []
-    states = {r: Object(Global("collections", "OrderedDict")) for r in roots or (root or "",)}
+    entries: dict[str, dict[str, Object]] = {r: {} for r in roots or (root or "",)}
     for tensor in tensors:
         if tensor.tied_to is None:
             keys[tensor.name] = str(len(stored))
             stored.append((keys[tensor.name], tensor))
     for tensor in tensors:
         head, _dot, rest = tensor.name.partition(".") if roots else (root or "", "", tensor.name)
-        states[head].entries[rest] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
+        entries[head][rest] = tensor_object(tensor, keys[tensor.tied_to or tensor.name])
+    states = {r: Object(Global("collections", "OrderedDict"), entries=held) for r, held in entries.items()}
     value: Any = {**(beside or {}), **states} if root or roots else states[""]
     return [FileLayout(name, build_archive(0, value, stored).segments)]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import Note, StateView
-from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.budget import check_json, read_small_from
+from tensorkeep.storage.certificate import parse_json, unique
 from tensorkeep.storage.files import Folder, inside
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
@@ -100,14 +100,19 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
         _check_index(view, weight_map, indices[0])
     strays = [n for n in names if n.endswith(".safetensors") and n not in files]
     if strays:
-        view.notes.append(
-            Note(
-                "F07",
-                f"{', '.join(strays)} beside the shards is in no index: torch's DCP reader would read it, we do not",
-                tuple(strays),
-            )
-        )
+        view.notes.append(Note("F07", _who_reads(strays, files, bool(indices)), tuple(strays)))
     return view
+
+
+def _who_reads(strays: list[str], files: list[str], indexed: bool) -> str:
+    """Say that files lie beside the ones that are read, and which of them other loaders would take."""
+    read = "the shards of the index" if indexed else ", ".join(files)
+    named = "model.safetensors" if "model.safetensors" in (*strays, *files) else read
+    vllm = read if indexed else "every .safetensors file"
+    return (
+        f"{', '.join(strays[:5])} beside {read}, and nothing but {read} is read here: transformers takes {named}, "
+        f"vLLM {vllm}, torchtitan (torch's DCP reader) every .safetensors file"
+    )
 
 
 def _files_without_index(names: list[str], path: str) -> list[str]:
@@ -135,7 +140,7 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
     """Read an index: tensor name -> file."""
     where = f"{folder.url}/{name}"
-    document = parse_json(folder.read(name), where)
+    document = parse_json(read_small_from(folder, name), where)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise TensorkeepError(
@@ -207,8 +212,10 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
             code="F02",
             hint="download it again",
         )
+    data = folder.read(file, 8, length)
+    check_json(data, where)
     try:
-        header = json.loads(folder.read(file, 8, length).decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise TensorkeepError(
             f"the header is not valid: {error}", where=where, code="F07", hint="download it again"
@@ -222,15 +229,6 @@ def read_header(folder: Folder, file: str) -> tuple[list[TensorRecord], dict[str
     records = [_record(name, entry, file, start, where) for name, entry in header.items()]
     _check_tiling(records, start, size, where)
     return records, {str(k): str(v) for k, v in metadata.items()}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of a JSON object's members; a name that occurs twice is an error."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the name {shown(twice)} occurs twice")
-    return made
 
 
 def _record(name: str, entry: Any, file: str, start: int, where: str) -> TensorRecord:
@@ -298,7 +296,12 @@ def _check_tiling(records: list[TensorRecord], start: int, size: int, where: str
 
 
 def layout(
-    tensors: Sequence[SinkTensor], *, shard_size: int | None = None, name: str = "model.safetensors", **_: Any
+    tensors: Sequence[SinkTensor],
+    *,
+    shard_size: int | None = None,
+    name: str = "model.safetensors",
+    header: Mapping[str, str] | None = None,
+    **_: Any,
 ) -> list[FileLayout]:
     """Lay out one file, or shards of at most `shard_size` bytes and an index.
 
@@ -306,22 +309,23 @@ def layout(
         tensors: the tensors to be written.
         shard_size: most bytes of tensor data per file; 5 GB where it is not given.
         name: name of the file, from which shards and index get theirs.
+        header: what each file's header says beside the tensors.
 
     Raises:
         TensorkeepError: a tensor's dtype is none that safetensors has.
     """
     parts = shards(tensors, shard_size or SHARD_SIZE)
     if len(parts) == 1:
-        return [file_layout(name, parts[0])]
+        return [file_layout(name, parts[0], header)]
     stem = name.removesuffix(".safetensors")
     names = [f"{stem}-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     weight_map = {t.name: file for file, part in zip(names, parts) for t in part}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
-    files = [file_layout(file, part) for file, part in zip(names, parts)]
+    files = [file_layout(file, part, header) for file, part in zip(names, parts)]
     return [*files, small_file(f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())]
 
 
-def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
+def file_layout(name: str, tensors: Sequence[SinkTensor], beside: Mapping[str, str] | None = None) -> FileLayout:
     """Lay out one safetensors file.
 
     Wider dtypes come first, so that every tensor is aligned to its element, and data starts at a multiple of 64 bytes.
@@ -329,6 +333,7 @@ def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
     Args:
         name: name of the file.
         tensors: the tensors to be written.
+        beside: what the header says beside the tensors.
 
     Returns:
         The header's bytes, then a slot for each tensor.
@@ -343,7 +348,7 @@ def file_layout(name: str, tensors: Sequence[SinkTensor]) -> FileLayout:
             hint="keep it with --to dcp or pth, or leave it out with --drop",
         )
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].bits)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(beside or {})}}
     at = 0
     for tensor in ordered:
         header[tensor.name] = {

@@ -19,6 +19,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._spans import Span, cut, row_spans
 from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.companions import Companion, find_companions
+from tensorkeep.formats.config_types import believed
 from tensorkeep.formats.table import FORMATS, unrecognised
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
@@ -341,4 +342,4 @@ def _add_companions(view: StateView) -> None:
     config = next((c for c in view.companions if c.name == "config.json"), None)
     if view.config is None and config is not None:
         document = parse_json(config.data, config.where)
-        view.config = document if isinstance(document, dict) else None
+        view.config = believed(document) if isinstance(document, dict) else None

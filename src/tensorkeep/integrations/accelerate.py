@@ -22,6 +22,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.integrations import _folders as folders
 from tensorkeep.storage import run_manifest
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import digest_of_all, parse_json
 from tensorkeep.storage.placement import replacing
 from tensorkeep.storage.run_folder import ADAPTER, MODEL
@@ -166,7 +167,7 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
     accelerator.load_state(str(folder))
     name = _random(world.rank)
     if name in run_manifest.read_manifest(folder).files:
-        randomness.restore(parse_json((folder / name).read_bytes(), folder / name))
+        randomness.restore(parse_json(read_small(folder / name), folder / name))
     else:
         log.warning("%s: no random states of process %s: it draws other numbers than it would have", folder, world.rank)
     return folder

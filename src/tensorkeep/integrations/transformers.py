@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.integrations import _folders as folders
 from tensorkeep.storage import run_manifest
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.run_folder import EMA
 from tensorkeep.training import distributed
@@ -189,7 +190,7 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 hint="copy the checkpoint you resume from into output_dir; "
                 "without ema_decay training goes on without it",
             ) from None
-        document = parse_json((folder / _EMA_STATE).read_bytes(), folder / _EMA_STATE)
+        document = parse_json(read_small(folder / _EMA_STATE), folder / _EMA_STATE)
         if document["decay"] != self.ema.decay:
             log.warning("ema_decay was %s, from here it is %s", document["decay"], self.ema.decay)
         self.ema.load_state_dict(tensors, int(document["updates"]))

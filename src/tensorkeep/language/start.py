@@ -20,12 +20,12 @@ from tensorkeep.conversion import configs
 from tensorkeep.conversion import execution as conversion
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.planning import make_plan
-from tensorkeep.errors import Inconclusive, TensorkeepError
+from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.buffers import REFUSALS
-from tensorkeep.models.language_model import model_of
+from tensorkeep.models.language_model import believable_config, model_of
+from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -86,7 +86,10 @@ def start_of(
     if view is not None and weights and recipe.training.quantize_backbone and _plain_names(view):
         model = packed(view, recipe.training.quantize_backbone, world)
     elif view is None or not weights:
-        model = from_config(dict((view.config if view else recipe.config) or {}), derive(recipe.training.seed, 0))
+        stored = sum(record.nbytes for record in view.records.values()) if view is not None else None
+        model = from_config(
+            dict((view.config if view else recipe.config) or {}), derive(recipe.training.seed, 0), stored
+        )
     else:
         model = loaded(view)
     start = StartingModel(model, tokenizer, view)
@@ -146,7 +149,7 @@ def loaded(view: StateView) -> nn.Module:
             f"{kind.replace('_', ' ')}: {', '.join(found[:4])} ({len(found)})",
             where=view.path,
             code="K01" if kind == "missing_keys" else "K02",
-            hint=f"tensorkeep diagnose {view.path}",
+            hint=f"tensorkeep diagnose {word(view.path)}",
             tensors=found,
         )
     made: nn.Module = model
@@ -177,38 +180,41 @@ def _skeleton(view: StateView) -> nn.Module:
         return from_config(dict(view.config or {}), 0)
 
 
-def from_config(config: dict[str, Any], seed: int) -> nn.Module:
+def from_config(config: dict[str, Any], seed: int, stored: int | None = None) -> nn.Module:
     """Make a model with random weights, the same for the same seed; the process's random state is left alone.
 
     Args:
         config: what config.json says, `model_type` included.
         seed: of the weights.
+        stored: bytes of the weights that the config describes, where there are some: it may not ask for many more.
 
     Raises:
         TensorkeepError: transformers cannot build such a model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
     config = {k: v for k, v in config.items() if k not in ignored}
+    believed = believable_config(transformers, config, stored)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            made: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
-    except REFUSALS as error:
+            made: nn.Module = transformers.AutoModelForCausalLM.from_config(believed, trust_remote_code=False)
+    except refusals() as error:
         raise TensorkeepError(
-            f"transformers cannot build it: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            f"transformers cannot build it: {said(error)}",
             where="config",
             hint="config is what config.json says, with model_type",
         ) from None
     return made.float()
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, where: str | None = None) -> Any:
     """Load a fast tokenizer from a folder, a Hub id or a tokenizer.json; no code of others runs.
 
     Args:
         path: the folder, id or file.
+        where: what errors call it, where that is not `path`.
 
     Returns:
         A fast tokenizer of transformers.
@@ -222,15 +228,20 @@ def load_tokenizer(path: str) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         if place.suffix == ".json" and place.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(place))
-        if not place.is_dir():
-            from tensorkeep.storage.hub import cached_snapshot
+            made: Any = PreTrainedTokenizerFast(tokenizer_file=str(place))
+        else:
+            if not place.is_dir():
+                from tensorkeep.storage.hub import cached_snapshot
 
-            place = cached_snapshot(path)
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    except (*REFUSALS, OSError) as error:
-        what = f"no tokenizer can be loaded: {' '.join(str(error).split())[:200]}"
-        raise TensorkeepError(what, where=path or "tokenizer", hint="tokenizer: FOLDER or tokenizer.json") from None
+                place = cached_snapshot(path)
+            made = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        made("")  # settings of a wrong type are found only when it is used
+        return made
+    except refusals() as error:
+        what = f"no tokenizer can be loaded: {said(error)}"
+        raise TensorkeepError(
+            what, where=where or path or "tokenizer", hint="tokenizer: FOLDER or tokenizer.json"
+        ) from None
 
 
 def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:

@@ -22,11 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.conversion.naming.rope import partial_rotary
+from tensorkeep.models.refusals import REFUSALS as REFUSALS
 from tensorkeep.models.tensors import clean
-
-# what constructors of other people's classes raise when they are called out of their usual place
-_WRONG_USE = (TypeError, ValueError, AttributeError, KeyError)
-REFUSALS = (*_WRONG_USE, RuntimeError, ImportError, AssertionError, NotImplementedError)
 
 
 class Buffer(NamedTuple):

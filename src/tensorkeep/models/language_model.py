@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,8 @@ from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.formats.view import StateView
-from tensorkeep.models.buffers import REFUSALS
+from tensorkeep.models.refusals import refusals, said
+from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import DTYPES
 
@@ -54,22 +58,25 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     if document is None:
         raise Inconclusive("no config says which model this is")
     kind = document.get("model_type")
-    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if (
+        not isinstance(kind, str)
+        or kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
         raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
     spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
     options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
-        with torch.random.fork_rng(devices=[]), _silent():
+        believable_config(transformers, document, sum(record.nbytes for record in view.records.values()))
+    except TensorkeepError as error:
+        raise Inconclusive(error.line) from None
+    try:
+        with torch.random.fork_rng(devices=[]), silent():
             torch.default_generator.manual_seed(0)
-            if (
-                view.format == "hf"
-                and view.config is not None
-                and isinstance(view.folder, LocalFolder)
-                and "config.json" in view.folder.names()
-            ):
-                model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                    view.folder.path, local_files_only=True, **options
-                )
+            if view.format == "hf" and view.config is not None and isinstance(view.folder, LocalFolder):
+                with _own_files(view) as folder:
+                    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                        folder, local_files_only=True, **options
+                    )
             else:
                 config = transformers.AutoConfig.for_model(**document)
                 state = dict(_tensors(view, document))
@@ -78,12 +85,55 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
                 )
                 del options["trust_remote_code"]
                 model, info = kept.from_pretrained(None, config=config, state_dict=state, **options)
-    except (*REFUSALS, OSError) as error:
-        raise Inconclusive(
-            f"transformers cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from None
+    except refusals() as error:
+        raise Inconclusive(f"transformers cannot load it: {said(error, 300)}") from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
+
+
+@contextmanager
+def _own_files(view: StateView) -> Iterator[Path]:
+    """Give a folder of links to the files that the view reads, and of no others.
+
+    In the view's own folder transformers picks by name: model.safetensors before an index, whatever the user named.
+    """
+    assert isinstance(view.folder, LocalFolder)
+    stored = list(dict.fromkeys(record.file for record in view.records.values()))
+    several = len(stored) > 1
+    with tempfile.TemporaryDirectory(prefix="tensorkeep-") as made:
+        folder = Path(made)
+        for companion in view.companions:
+            (folder / companion.name).write_bytes(companion.data)
+        (folder / "config.json").write_text(json.dumps(view.config), encoding="utf-8")
+        own = {file: f"part-{i:05}.safetensors" if several else "model.safetensors" for i, file in enumerate(stored)}
+        for file, name in own.items():
+            (folder / name).symlink_to((view.folder.path / file).resolve())
+        if several:
+            index = {"metadata": {}, "weight_map": {n: own[r.file] for n, r in view.records.items()}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield folder
+
+
+def believable_config(transformers: Any, document: dict[str, Any], stored: int | None) -> Any:
+    """Return transformers' config of a document, where it asks for a model that somebody can have.
+
+    Args:
+        transformers: the library.
+        document: what config.json says; where it says nothing, the library has values of its own.
+        stored: bytes of the weights beside it, where there are some.
+
+    Raises:
+        TensorkeepError: C01 for numbers out of all proportion, and where transformers refuses it.
+    """
+    check_config(document, "config.json", stored)
+    try:
+        with silent():
+            config = transformers.AutoConfig.for_model(**document)
+    except refusals() as error:
+        what = f"transformers cannot build it: {said(error)}"
+        raise TensorkeepError(what, where="config", hint="config is what config.json says, with model_type") from None
+    check_config(config.to_dict(), "config.json", stored)
+    return config
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,7 +201,7 @@ def _version(package: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Silence transformers' reports and bars inside the block: what they say is in the loading info."""
     from transformers.utils import logging as theirs
 

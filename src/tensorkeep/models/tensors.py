@@ -36,7 +36,7 @@ class Held(NamedTuple):
 
 
 def clean(name: str) -> str:
-    """Remove wrappers from a parameter's name, and the segment that PEFT puts before a wrapped layer's own.
+    """Remove wrappers from a parameter's name, and the segments that PEFT puts before a wrapped layer's own.
 
     Args:
         name: as `named_parameters` gives it.
@@ -48,7 +48,8 @@ def clean(name: str) -> str:
         >>> clean("base_model.model.layers.0.q_proj.base_layer.weight")
         'layers.0.q_proj.weight'
     """
-    return ".".join(s for s in unwrap(name)[0].split(".") if s != "base_layer")
+    bare = unwrap(name)[0].replace(".token_adapter.base_layer.", ".base_layer.")
+    return ".".join(s for s in bare.split(".") if s not in ("base_layer", "original_module"))
 
 
 def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:

@@ -95,7 +95,18 @@ def scaled(values: Array, scales: Array, block: int) -> Array:
 
 
 def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block: int) -> Iterator[tuple[int, Array]]:
-    """Decode packed 4-bit codes piece by piece, as (first element, float32 values); blocks lie in flat order."""
+    """Decode packed 4-bit codes piece by piece.
+
+    Args:
+        codes: shape (bytes,), uint8: two codes a byte.
+        table: shape (16,), the values of the codes.
+        scales: shape (blocks,), one a block in flat order.
+        count: elements in all.
+        block: elements of a block.
+
+    Yields:
+        The first element's place and the float32 values of each piece.
+    """
     step = max(ELEMENTS_AT_ONCE // (2 * block), 1) * 2 * block
     for at in range(0, count, step):
         some = min(step, count - at)
@@ -104,7 +115,15 @@ def four_bit_values(codes: Array, table: Array, scales: Array, count: int, block
 
 
 def nested_scales(codes: Array, table: Array, absmax: Array, block: int, offset: float) -> Array:
-    """Return the scales that double quantization stands for: table[code] · absmax[block] + offset."""
+    """Return the scales that double quantization stands for: table[code] · absmax[block] + offset.
+
+    Args:
+        codes: shape (scales,), uint8.
+        table: shape (256,), the values of the codes.
+        absmax: shape (blocks,), one a block of scales.
+        block: scales of a block.
+        offset: the mean that was taken off.
+    """
     return np.asarray(scaled(table[codes], absmax, block) + np.float32(offset), np.float32)
 
 

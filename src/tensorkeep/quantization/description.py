@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tensorkeep.errors import shown
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.certificate import unique
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, TensorRecord, checked_shape
 
 FOUR_BITS = ("nf4", "fp4")
@@ -145,7 +146,7 @@ def _state(reading: _Reading, name: str) -> dict[str, Any]:
         reading.wrong(f"its quant_state is {record.dtype}{list(record.shape)}, not a short text in bytes")
         return {}
     try:
-        found = json.loads(bytes(reading.view.bytes(name)).decode("utf-8"))
+        found = json.loads(bytes(reading.view.bytes(name)).decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError):
         reading.wrong("its quant_state is not JSON")
         return {}

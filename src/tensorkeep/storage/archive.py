@@ -6,15 +6,17 @@ unpickling; `archive_writing` writes them in a fixed layout that torch 2.4 and l
 
 from __future__ import annotations
 
-import io
 import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage._lazy_bits import refuse_lazy
+from tensorkeep.storage._range import Range
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
@@ -92,7 +94,8 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
         The description with all sizes checked, or None where the object is no tensor.
 
     Raises:
-        TensorkeepError: F07 where the call cannot describe a tensor of its storage.
+        TensorkeepError: F07 where the call cannot describe a tensor of its storage, and without a code where its values
+            are the conjugate or the negative of what is stored.
     """
     call = _unwrapped(value)
     if call is None:
@@ -118,6 +121,7 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
         dtype = _STORAGES.get(identity[1].name)
     if dtype is None:
         raise wrong(f"a storage of type {shown(identity[1].name)}")
+    refuse_lazy(name, args, where)
     elements = identity[4] if name != "_rebuild_tensor_v3" else identity[4] * 8 // DTYPES[dtype].bits
     span = sum((n - 1) * s for n, s in zip(shape, strides)) + 1 if 0 not in shape else 0
     if span and offset + span > elements:
@@ -175,33 +179,6 @@ def _strides(value: Any) -> tuple[int, ...] | None:
 # -- reading a zip ------------------------------------------------------------------------------------------------
 
 
-class _Range(io.RawIOBase):
-    """A part of a file as a seekable stream, which is what zipfile reads."""
-
-    def __init__(self, folder: Folder, file: str, start: int, length: int) -> None:
-        self.folder, self.file, self.first, self.length, self.at = folder, file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = max({0: 0, 1: self.at, 2: self.length}[whence] + offset, 0)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self.length - self.at, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        data = self.folder.read(self.file, self.first + self.at, size) if size else b""
-        self.at += size
-        return data
-
-
 class Entry(NamedTuple):
     """One uncompressed entry of a zip.
 
@@ -248,7 +225,7 @@ def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str,
     """
     where = f"{folder.url}/{file}"
     try:
-        with zipfile.ZipFile(_Range(folder, file, start, length)) as archive:
+        with zipfile.ZipFile(Range(folder, file, start, length)) as archive:
             infos = archive.infolist()
     except _ZIP_FAILURES as error:
         raise TensorkeepError(
@@ -304,7 +281,7 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         The value; tensors are `Object`s that name their storage.
 
     Raises:
-        TensorkeepError: F04 where the pickle names something that a checkpoint does not need, F02 or F07 where it is
+        TensorkeepError: F04 where the pickle names what a checkpoint does not need, F02, F03 or F07 where it is
             damaged, and without a code where this is no archive of torch.save or a big-endian one.
     """
     where = f"{folder.url}/{file}"
@@ -320,7 +297,10 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
         )
     if pickle.size > LARGEST_PICKLE:
         raise _damaged_zip(f"data.pkl has {pickle.size} bytes, more than {LARGEST_PICKLE}", where)
-    value, _ = parse(folder.read(file, pickle.start, pickle.size), TENSOR_GLOBALS, where)
+    data = folder.read(file, pickle.start, pickle.size)
+    if pickle.crc and zlib.crc32(data) != pickle.crc:  # before a name in it is believed
+        raise _damaged_zip("data.pkl does not fit its own CRC-32", where, "F03")
+    value, _ = parse(data, TENSOR_GLOBALS, where)
     return value
 
 
@@ -368,7 +348,7 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
 def _children(item: Any) -> list[tuple[str, Any]] | None:
     """Give the named parts of a dict, or of a list that holds more than plain values; None for a leaf."""
     if isinstance(item, Object) and item.is_mapping:
-        item = item.entries
+        item = item.entries or {}
     if isinstance(item, dict):
         return [(_spelled(key), child) for key, child in item.items()]
     if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):

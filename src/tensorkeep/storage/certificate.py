@@ -7,9 +7,11 @@ source gives the same bytes.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.storage.budget import check_json
 
 SCHEMA = 1
 
@@ -84,11 +86,29 @@ def parse_json(data: bytes, where: object) -> Any:
         The value: dicts, lists, texts, numbers, booleans, None.
 
     Raises:
-        TensorkeepError: it is not valid JSON, or nested too deeply to be read.
+        TensorkeepError: it is not valid JSON, nested too deeply to be read, names a member twice, or holds
+            more values than a file of its size may.
     """
+    check_json(data, where)
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise TensorkeepError(
             f"is not valid JSON: {error}", where=where, hint="the file is damaged; copy it again"
         ) from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a dict of a JSON object's members, of which no two may have one name: readers differ in which they take.
+
+    Args:
+        pairs: names and values, as `json.loads(..., object_pairs_hook=unique)` gives them.
+
+    Raises:
+        ValueError: a name occurs twice.
+    """
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the name {shown(twice)} occurs twice")
+    return made

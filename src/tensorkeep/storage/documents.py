@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
+from tensorkeep.storage.budget import check_json, read_small
+from tensorkeep.storage.certificate import unique
 
 
 def read_json(path: Path) -> object:
@@ -23,7 +24,9 @@ def read_json(path: Path) -> object:
         TensorkeepError: The file is missing or no JSON; the error says at which line and column it stops being JSON.
     """
     try:
-        document: object = json.loads(read_text(path))
+        text = read_text(path)
+        check_json(text.encode(), path)
+        document: object = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as problem:
         raise TensorkeepError(
             f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}",
@@ -45,8 +48,7 @@ def read_text(path: Path) -> str:
         TensorkeepError: The file is missing or holds bytes that are no UTF-8.
     """
     try:
-        with explained(path):
-            return path.read_text(encoding="utf-8-sig")
+        return read_small(path).decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise TensorkeepError("not a text file (bytes that are no UTF-8)", where=path) from problem
 

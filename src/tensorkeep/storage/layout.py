@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from tensorkeep.storage.record import nbytes
@@ -102,7 +103,7 @@ class FileLayout:
         length = len(last.data) if isinstance(last, Fixed) else last.nbytes if isinstance(last, Slot) else last.size
         return last.start + length
 
-    @property
+    @cached_property  # asked for at every tensor
     def wants_crc(self) -> bool:
         """Whether a segment holds checksums of tensors (zips do, safetensors do not)."""
         return any(isinstance(s, Trailer) for s in self.segments)

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+# bytes of memory that an opcode takes in CPython; those not listed make at most a small number
+REFERENCES = 16 + 32  # on the stack, and later in a container; a small number
+ENTRY = 100  # of a dict, on average
+MEMORY = {
+    **dict.fromkeys((0x8F, 0x91, ord("R"), 0x81, 0x92, ord("i"), ord("o")), REFERENCES + 72),  # an Object
+    **dict.fromkeys((ord("]"), ord("l"), ord("t"), 0x85, 0x86, 0x87), REFERENCES + 56),
+    **dict.fromkeys((ord("}"), ord("d")), REFERENCES + 64),
+    **dict.fromkeys(
+        (ord("X"), 0x8C, 0x8D, ord("V"), ord("U"), ord("T"), ord("S"), ord("B"), ord("C")), REFERENCES + 64
+    ),
+    **dict.fromkeys((ord("q"), ord("r"), ord("p"), 0x94), ENTRY),
+    ord("Q"): REFERENCES + 48,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +47,15 @@ class Object:
         call: the class or function that would have been called.
         args: its arguments.
         state: what the new object's attributes would have been set to.
-        items: what would have been appended to it.
-        entries: keys and values that would have been put into it.
+        items: what would have been appended to it; None where nothing was (a list for each would be much memory).
+        entries: keys and values that would have been put into it; None where none were.
     """
 
     call: Global
     args: tuple[Any, ...] = ()
     state: Any = None
-    items: list[Any] = field(default_factory=list)
-    entries: dict[Any, Any] = field(default_factory=dict)
+    items: list[Any] | None = None
+    entries: dict[Any, Any] | None = None
 
     @property
     def is_mapping(self) -> bool:

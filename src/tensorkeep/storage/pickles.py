@@ -16,10 +16,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.pickle_values import Global, Object, Persistent
+from tensorkeep.storage.budget import Budget
+from tensorkeep.storage.pickle_values import ENTRY, MEMORY, REFERENCES, Global, Object, Persistent
 
-LARGEST_PICKLE = 1 << 30  # bytes; each makes at most one small object, so this bounds memory and time
+LARGEST_PICKLE = 1 << 30  # bytes
 _LONGEST_NUMBER = 4096  # bytes of one whole number
+_PER_LOOK = 256  # opcodes between looks at the budget
+_LONGEST_KEY = 64  # parts of a tuple that is a dict's key: it is hashed again each time
 
 
 _MARK = object()  # what the opcode "(" puts on the stack; later opcodes take everything above it
@@ -44,6 +47,7 @@ class _Reader:
         self.memo: dict[int, Any] = {}
         self.globals: set[Global] = set()
         self.known: dict[tuple[str, str], Global] = {}
+        self.budget = Budget(len(data) - start, where)
 
     def take(self, count: int) -> bytes:
         """Read the next `count` bytes."""
@@ -109,22 +113,26 @@ def _key(value: Any) -> Any:
     # hashing a deeply nested tuple overflows the C stack; state dicts are keyed by text, numbers and small indices
     if value is None or isinstance(value, (str, int, float, bool, bytes, Object, Global)):
         return value
-    if isinstance(value, tuple) and all(isinstance(part, (str, int, float)) for part in value):
+    if isinstance(value, tuple) and len(value) <= _LONGEST_KEY and all(isinstance(p, (str, int, float)) for p in value):
         return value
     raise TypeError(f"a dict key of type {type(value).__name__}")
 
 
-def _set_items(target: Any, pairs: list[Any]) -> None:
+def _set_items(target: Any, pairs: list[Any], budget: Budget) -> None:
     """Put keys and values, alternating in `pairs`, into a dict or an `Object`."""
+    if isinstance(target, Object) and target.entries is None:
+        target.entries = {}
     entries = target.entries if isinstance(target, Object) else target
     if not isinstance(entries, dict) or len(pairs) % 2:
         raise TypeError("items for something that is not a dict")
     for key, value in zip(pairs[::2], pairs[1::2]):
+        budget.spend(ENTRY, steps=16)  # looks at the clock often: keys of one hash take quadratic time
         entries[_key(key)] = value
 
 
 def _extend(target: Any, values: list[Any]) -> None:
     if isinstance(target, Object):
+        target.items = target.items or []
         target.items.extend(values)
     elif isinstance(target, list):
         target.extend(values)
@@ -214,18 +222,18 @@ def _appends(r: _Reader) -> None:
 
 def _set_item(r: _Reader) -> None:
     value, key = r.stack.pop(), r.stack.pop()
-    _set_items(r.stack[-1], [key, value])
+    _set_items(r.stack[-1], [key, value], r.budget)
 
 
 def _set_many(r: _Reader) -> None:
     pairs = r.since_mark()
-    _set_items(r.stack[-1], pairs)
+    _set_items(r.stack[-1], pairs, r.budget)
 
 
 def _dict(r: _Reader) -> None:
     pairs = r.since_mark()
     made: dict[Any, Any] = {}
-    _set_items(made, pairs)
+    _set_items(made, pairs, r.budget)
     r.stack.append(made)
 
 
@@ -328,7 +336,8 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
         The value, and the position behind the pickle's end.
 
     Raises:
-        TensorkeepError: F04 naming every global that is not allowed, F02 for a damaged pickle, F07 for a huge one.
+        TensorkeepError: F04 naming every global that is not allowed, F02 for a damaged pickle, F07 for a huge one
+            or one that makes more objects than a pickle of its size may.
 
     Example:
         >>> parse(b"\x80\x02]q\x00(K\x01K\x02e.", (), "example")[0]
@@ -353,6 +362,7 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
 
 def _run(reader: _Reader) -> Any:
     """Carry out opcodes until STOP and return the top of the stack."""
+    memory = steps = 0
     while True:
         code = reader.take(1)[0]
         if code == 0x2E:
@@ -361,6 +371,11 @@ def _run(reader: _Reader) -> Any:
         if operation is None:
             raise _fail(f"opcode {code:#04x} at {reader.at - 1}", reader.where)
         operation(reader)
+        memory += MEMORY.get(code, REFERENCES)
+        steps += 1
+        if steps == _PER_LOOK:
+            reader.budget.spend(memory, steps)
+            memory = steps = 0
 
 
 def _refuse(found: Collection[Global], allowed: Collection[str], where: object) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import TensorkeepError, shown, word
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import parse_json
@@ -235,7 +235,7 @@ def named_step(run: Path, which: str) -> int | None:
             f"names no step: {shown(text)}",
             where=path,
             code="F07",
-            hint=f"write the name of a step into it, or rm {path}",
+            hint=f"write the name of a step into it, or rm {word(path)}",
         )
     return step
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.files import explained, open_plain
 from tensorkeep.storage.placement import replacing, sync_folder, write_bytes
 
 METRICS, PROOF = "metrics.jsonl", "proof.jsonl"
+_LARGEST = 1 << 30  # bytes; a million updates write some 300 MB
 Row = dict[str, Any]
 
 
@@ -42,8 +44,7 @@ def _lines(path: Path) -> list[tuple[bytes, Row]]:
     """
     if not path.exists():
         return []
-    with explained(path):
-        lines = path.read_bytes().split(b"\n")
+    lines = read_small(path, _LARGEST).split(b"\n")
     read = [(line, _row(line)) for line in lines[:-1]]
     sound = [index for index, (_, row) in enumerate(read) if row is not None]
     end = sound[-1] + 1 if sound else 0
@@ -118,7 +119,7 @@ def keep(path: Path, wanted: Callable[[Row], bool]) -> int:
     """
     kept = b"".join(line + b"\n" for line, row in _lines(path) if wanted(row))
     with explained(path):
-        before = path.read_bytes() if path.exists() else b""
+        before = read_small(path, _LARGEST) if path.exists() else b""
     if kept != before:
         with replacing(path, overwrite=True) as temporary:
             write_bytes(temporary, kept)

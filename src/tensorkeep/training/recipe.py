@@ -10,7 +10,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.errors import TensorkeepError, near_misses, shown
+from tensorkeep.storage.yaml_documents import parse_yaml
 from tensorkeep.training import migration
 from tensorkeep.training.migration import Placed
 from tensorkeep.training.schema import from_mapping
@@ -40,10 +41,7 @@ def read_document(path: str | Path, kind: str) -> tuple[Any, str]:
         TensorkeepError: Where there is no such file or name, or where the text is no YAML.
     """
     text, where = recipe_text(path, kind)
-    try:
-        return yaml.safe_load(text), where
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise TensorkeepError(f"cannot be read as a recipe: {error}", where=where) from error
+    return parse_yaml(text, where), where
 
 
 def read_section(path: str | Path, section: str, kind: type[T]) -> T:
@@ -183,9 +181,9 @@ def changed(
     document = copy.deepcopy(document)
     for name, text in changes:
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise TensorkeepError(f"--{name} {text!r} is no value: {error}", where=where) from error
+            value = parse_yaml(text, where)
+        except TensorkeepError as error:
+            raise TensorkeepError(f"--{name} {shown(text)} is no value: {error.what}", where=where) from None
         for path, meant in places(name, value, document, where):
             _put(document, path.split("."), meant, f"{where}: {name}")
     return document

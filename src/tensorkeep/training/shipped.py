@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.storage.files import explained
+from tensorkeep.storage.budget import read_small
+from tensorkeep.storage.yaml_documents import LARGEST
 
 KINDS = ("language", "detection")
 
@@ -76,7 +77,6 @@ def recipe_text(path: str | Path, kind: str) -> tuple[str, str]:
     if not place.exists():
         return shipped_recipe(str(path), kind).text, str(path)
     try:
-        with explained(place):
-            return place.read_text(encoding="utf-8"), str(path)
+        return read_small(place, LARGEST).decode("utf-8"), str(path)
     except ValueError as error:
         raise TensorkeepError(f"cannot be read as a recipe: {error}", where=path) from error

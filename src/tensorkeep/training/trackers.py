@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.placement import replacing, write_bytes
 
 TRACKERS = "trackers.json"
@@ -134,8 +134,7 @@ def _read(run: Path) -> dict[str, Any]:
     path = run / TRACKERS
     if not path.exists():
         return {}
-    with explained(path):
-        text = path.read_bytes()
+    text = read_small(path)
     try:
         state = json.loads(text)
     except ValueError:

@@ -77,11 +77,10 @@ def spoken(adapter: Adapter) -> str:
 def reason(adapter: Adapter) -> tuple[str, str | None] | None:
     """Return why what the adapter does is no sum that can be added into weights, with a hint; None where it is one."""
     given = adapter.document
-    start = str(given.get("init_lora_weights")).lower()
-    if start.startswith(_RESIDUAL) or given.get("loftq_config"):
-        began = "loftq" if given.get("loftq_config") else start
+    start = residual_start(adapter)
+    if start is not None:
         plain = "convert it to a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        return f"was started by {began}, which changes the base too", plain if start.startswith(_RESIDUAL) else None
+        return f"was started by {start}, which changes the base too", None if given.get("loftq_config") else plain
     if given.get("trainable_token_indices") is not None:
         return "trains single rows of an embedding (trainable_token_indices)", None
     if given.get("target_parameters"):
@@ -89,6 +88,14 @@ def reason(adapter: Adapter) -> tuple[str, str | None] | None:
     if given.get("arrow_config"):
         return "chooses between experts at run time (arrow_config)", None
     return None
+
+
+def residual_start(adapter: Adapter) -> str | None:
+    """Return the start that took something out of the base, so that the update holds it from the first step on."""
+    if adapter.document.get("loftq_config"):
+        return "loftq"
+    start = str(adapter.document.get("init_lora_weights")).lower()
+    return start if start.startswith(_RESIDUAL) else None
 
 
 def refuse(adapter: Adapter) -> None:

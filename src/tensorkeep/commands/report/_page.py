@@ -17,6 +17,7 @@ from tensorkeep.commands.report import _heatmap as heatmap
 from tensorkeep.commands.report._style import STYLE
 from tensorkeep.errors import TensorkeepError, printable
 from tensorkeep.formats.names import grouped
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.overwriting import PAGE
@@ -71,8 +72,7 @@ def _document(path: Path, wanted: str, hint: str) -> dict[str, Any]:
     """Read a JSON document that must have a list under `wanted`."""
     if path.is_dir():
         raise TensorkeepError("is a folder, not the document of a diagnosis", where=path, hint=hint)
-    with explained(path):
-        found = parse_json(path.read_bytes(), path)
+    found = parse_json(read_small(path), path)
     if not isinstance(found, dict) or not isinstance(found.get(wanted), list):
         raise TensorkeepError(f"has no list of {wanted}", where=path, hint=hint)
     if found.get("schema", 1) != 1:

@@ -12,6 +12,10 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
+from tensorkeep.errors import TensorkeepError
+
+_MOST_EXPERTS = 100_000
+
 
 class Row(NamedTuple):
     """One row of a naming's table: its own name, the hf name, and how the tensors differ."""
@@ -54,6 +58,9 @@ def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | N
 
     Returns:
         The hf name, or one for each expert of a stacked tensor; None where no row fits.
+
+    Raises:
+        TensorkeepError: the name's numbers are out of all proportion.
     """
     for row in rows:
         match = _pattern(row.own, not row.stacked).match(name)
@@ -61,6 +68,10 @@ def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | N
             found = match.groupdict()
             if not row.stacked:
                 return [Link(name, _fill(row.hf, found, True), row.rope)]
+            if experts > _MOST_EXPERTS:  # an empty tensor may have any number of rows
+                raise TensorkeepError(
+                    f"{name} stacks {experts} experts; the most believed is {_MOST_EXPERTS}", code="F07"
+                )
             return [
                 Link(name, _fill(row.hf, {**found, "e": str(e), "leaf": "weight"}, True), row.rope, e)
                 for e in range(experts)

@@ -27,7 +27,7 @@ from tensorkeep.detection.recipe.schema import (
     TrainingConfig,
 )
 from tensorkeep.detection.results.nms import from_opentad
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, printable
 from tensorkeep.training.recipe import plain, to_yaml
 from tensorkeep.training.schema import from_mapping
 
@@ -104,10 +104,7 @@ class Imported(NamedTuple):
             behind += [f"{title}:"] if rows else []
             behind += [f"  {row.path or Path(row.where).name} = {shown(row.value)}: {row.why}" for row in rows]
         # a line of a comment must stay one
-        head, tail = (
-            ["# " + "".join(c if c.isprintable() else " " for c in row) + "\n" for row in part]
-            for part in (notes, behind)
-        )
+        head, tail = (["# " + printable(row) + "\n" for row in part] for part in (notes, behind))
         return "".join([*head, to_yaml(self.recipe), *tail])
 
 

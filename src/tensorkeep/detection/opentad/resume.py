@@ -20,7 +20,7 @@ from tensorkeep.detection.model.groups import detector_groups
 from tensorkeep.detection.opentad._checkpoint import Checkpoint, read_checkpoint, whole_number
 from tensorkeep.detection.opentad._moments import Group, read_moments
 from tensorkeep.detection.opentad.averages import read_ema
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import TensorkeepError, shown, word
 from tensorkeep.formats.names import grouped
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.packed import Packed, pack
@@ -177,7 +177,7 @@ def _compare_frozen(file: Checkpoint, detector: Detector) -> int:
             where=file.view.path,
             code="A04",
             tensors=differing,
-            hint=f"tensorkeep convert {file.view.path} BASE --to hf{drop}, then --training.pretrained BASE",
+            hint=f"tensorkeep convert {word(file.view.path)} BASE --to hf{drop}, then --training.pretrained BASE",
         )
     return rounded
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from tensorkeep.errors import printable
 from tensorkeep.storage.overwriting import lone_file
 
 LINES = 4  # detections on the screen at once
@@ -142,4 +143,4 @@ def clock(milliseconds: int, mark: str) -> str:
 
 def _shown(label: str) -> str:
     """Bring a class name onto one line of printable characters: an empty line would end the cue."""
-    return " ".join("".join(c if c.isprintable() else " " for c in label).split()) or "?"
+    return " ".join(printable(" ".join(label.split())).split()) or "?"

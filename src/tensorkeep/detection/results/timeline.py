@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tensorkeep.detection.data.containers import import_av
 from tensorkeep.detection.results.subtitles import NamedDetection
+from tensorkeep.errors import printable
 
 LEFT, WIDTH, _RIGHT = 150, 1000, 14  # pixels: names of classes, a line's part of the video, margin
 STRIP, BAR, _GAP, _AXIS = 54, 12, 4, 22  # heights: thumbnails, a segment, between lanes, times
@@ -309,7 +310,7 @@ def _layered(rows: Sequence[NamedDetection], label: str, part: _Part) -> list[li
 
 def _text(text: str) -> str:
     """Make a file's or a class's name safe to stand in a page."""
-    return escape("".join(c if c.isprintable() else "?" for c in text))
+    return escape(printable(text))
 
 
 def _short(label: str) -> str:

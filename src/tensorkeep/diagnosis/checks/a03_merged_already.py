@@ -15,8 +15,9 @@ How it shows
 How it is found
     With adapter and model at hand (either one as checkpoint and the other as `--reference`, or both in one file), the
     coefficient of the update in the weights is measured in every module, with its noise: 0 before a merge, 1 after
-    it, 2 after a second one. DoRA rescales the weights, so it is left out. With a base as reference and no adapter,
-    all that can be said is that the difference has low rank: an adapter was merged in (an info).
+    it, 2 after a second one. DoRA rescales the weights, so it is left out; so are adapters that start as a part of
+    the base (PiSSA, OLoRA, CorDA, LoftQ), which every base holds once. With a base as reference and no adapter, all
+    that can be said is that the difference has low rank: an adapter was merged in (an info).
 
 What to do
     Use the merged model without the adapter, or the adapter on the base that it was trained on.
@@ -47,6 +48,8 @@ def check(case: Case) -> Iterator[Finding]:
         yield from _low_rank(case)
         return
     adapter, base, model_is_reference = found
+    if adapter.residual_start is not None:
+        return
     times, figures = times_merged(list(_shares(adapter, base)))
     names = [f"{m}.weight" for m in adapter.pairs]
     # a merged model beside its adapter is what a merge makes; an adapter that is to be loaded onto one is the fault

@@ -24,7 +24,11 @@ from typing import Any
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.config_fields import against_shapes, differences
 from tensorkeep.diagnosis.evidence.remedy import Remedies
+from tensorkeep.errors import shown, word
 from tensorkeep.findings import Finding
+from tensorkeep.formats.config_types import odd_fields
+from tensorkeep.formats.view import StateView
+from tensorkeep.storage.certificate import parse_json
 
 CODE = "C01"
 
@@ -32,6 +36,8 @@ CODE = "C01"
 def check(case: Case) -> Iterator[Finding]:
     """Report fields that differ from the reference's config, and those that the weights contradict."""
     yield from case.from_reading(CODE)
+    if case.view is not None:
+        yield from _odd(case.view)
     if case.config is None or case.view is None:
         return
     found: dict[str, tuple[Any, Any]] = {}
@@ -48,15 +54,26 @@ def check(case: Case) -> Iterator[Finding]:
         found |= {k: v for k, v in differences(case.config, case.reference_config).items() if not _explained(case, k)}
     if not found:
         return
-    shown = ", ".join(f"{k} {mine!r} (is {theirs!r})" for k, (mine, theirs) in list(found.items())[:4])
+    told = ", ".join(f"{k} {shown(mine)} (is {shown(theirs)})" for k, (mine, theirs) in list(found.items())[:4])
     copy = (
-        f"cp {case.reference.path}/config.json {case.path}/"
+        f"cp {word(case.reference.path + '/config.json')} {word(case.path)}/"
         if case.reference is not None and case.reference_config is not None
         else None
     )
-    message = f"config.json differs from {against} in {len(found)} fields: {shown}"
+    message = f"config.json differs from {against} in {len(found)} fields: {told}"
     evidence = {"fields": {k: {"config": mine, "expected": theirs} for k, (mine, theirs) in found.items()}}
     yield Finding(CODE, "error", message, (), evidence, explains=["C02"], fix=copy)
+
+
+def _odd(view: StateView) -> Iterator[Finding]:
+    """Report fields of a type that they cannot have; nothing here believed them."""
+    config = next((c for c in view.companions if c.name == "config.json"), None)
+    document = parse_json(config.data, config.where) if config is not None else {}
+    odd = list(odd_fields(document)) if isinstance(document, dict) else [("all of it", document, "an object")]
+    if odd:
+        told = ", ".join(f"{name} is {shown(value)}, not {wanted}" for name, value, wanted in odd[:4])
+        evidence = {"fields": {name: {"config": shown(value), "expected": wanted} for name, value, wanted in odd}}
+        yield Finding(CODE, "error", f"config.json cannot be loaded: {told}", (), evidence)
 
 
 def _explained(case: Case, field: str) -> bool:

@@ -79,7 +79,9 @@ def _dead_rows(case: Case, ids: dict[str, int]) -> Iterator[Finding]:
     if hf.EMBEDDING in case.packed or hf.EMBEDDING in case.claims or hf.EMBEDDING in case.broken:
         return
     values = case.values(hf.EMBEDDING)
-    used = np.asarray(sorted(set(ids.values())), np.int64)
+    # torch keeps the row of the padding token at zero
+    padding = (case.config or {}).get("pad_token_id")
+    used = np.asarray(sorted({i for i in ids.values() if i != padding}), np.int64)
     dead = int(np.count_nonzero(~np.asarray(values.any(axis=1))[used]))
     if dead:
         message = f"{dead} tokens have a row of zeros in the embedding"

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 
 CODE = "C03"
@@ -31,7 +32,7 @@ def check(case: Case) -> Iterator[Finding]:
         return
     if case.reference_config is not None:
         message = "no config.json beside the weights; the reference's is used"
-        yield Finding(CODE, "info", message, fix=f"cp {_folder(case)}/config.json {case.path}/")
+        yield Finding(CODE, "info", message, fix=f"cp {word(_folder(case) + '/config.json')} {word(case.path)}/")
         return
     message = "no config.json beside the weights: RoPE, eps and head sizes are unknown"
     yield Finding(CODE, "warning", message, fix="copy config.json from the source")

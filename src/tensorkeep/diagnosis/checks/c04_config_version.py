@@ -1,17 +1,19 @@
-"""C04 config written for another transformers version: `rope_parameters` against `rope_theta`.
+"""C04 config written for another transformers version: `rope_parameters` against `rope_theta` and `rope_scaling`.
 
 What it means
     transformers 5 writes RoPE's theta into `rope_parameters`. transformers 4 reads `rope_theta` only, so it silently
-    uses 10,000 for such a config, where OLMo 2 and Llama 3 need 500,000.
+    uses 10,000 for such a config, where OLMo 2 and Llama 3 need 500,000. Where both places are there and say different
+    things, the two versions make two models of one file: an error, since one of them is wrong.
 
 How it happens
-    A model saved by transformers 5 is loaded by a program that requires 4 (vLLM #42624, #44158).
+    A model saved by transformers 5 is loaded by a program that requires 4 (vLLM #42624, #44158). A config of one
+    version was edited, or merged with another's, and only one place was changed.
 
 How it shows
     +0.1 to +0.2 of loss in short texts, more in long ones. No warning.
 
 What to do
-    Write both fields: a config may have them side by side.
+    Write both fields: a config may have them side by side, if they agree.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.config_fields import THETA
+from tensorkeep.diagnosis.evidence.config_fields import THETA, said_twice
 from tensorkeep.findings import Finding
 
 CODE = "C04"
@@ -30,6 +32,12 @@ def check(case: Case) -> Iterator[Finding]:
     """Report a config out of which transformers 4 and 5 would read different thetas."""
     if case.config is None or not case.tensors:
         return
+    apart = said_twice(case.config)
+    if apart:
+        said = ", ".join(f"{field} {old!r} and {new!r}" for field, (old, new) in list(apart.items())[:3])
+        message = f"config.json says {said}: transformers 4 reads the first, 5 the second (in rope_parameters)"
+        shown = {field: {"transformers 4": old, "transformers 5": new} for field, (old, new) in apart.items()}
+        yield Finding(CODE, "error", message, (), {"fields": shown}, fix="correct one place or take it out")
     era, theta = _era(case.config)
     if era is None:
         return

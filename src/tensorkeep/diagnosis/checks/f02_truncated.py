@@ -1,7 +1,8 @@
 """F02 truncated: a byte range ends beyond its file.
 
 What it means
-    The header or the metadata says that a tensor's bytes lie at a place that the file does not reach.
+    The header or the metadata says that a tensor's bytes lie at a place that the file does not reach; or a file beside
+    the weights that a resume reads (optimizer, schedule, random state, trainer_state.json) was cut or is empty.
 
 How it happens
     A download or a copy stopped, a disk was full, or a job was killed while it wrote.
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.resume_files import damaged_files
 from tensorkeep.findings import Finding
 
 CODE = "F02"
@@ -26,5 +28,7 @@ NEEDS = "the whole file: its end is missing"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Report what reading the checkpoint showed."""
+    """Report what reading the checkpoint showed, and files of a resume that were cut (F07: that hold nothing of it)."""
     yield from case.from_reading(CODE)
+    if case.view is not None:
+        yield from damaged_files(case.view, whole=False)

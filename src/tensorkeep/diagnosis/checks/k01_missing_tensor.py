@@ -13,8 +13,9 @@ How it shows
     a missing layer +9, but one missing projection of many +0.03, which no look at the loss reveals.
 
 What to do
-    Convert again from the source with a tool that covers every tensor. The values are nowhere else in this
-    checkpoint.
+    Convert again from the source with a tool that covers every tensor. Where the values are in this checkpoint under
+    another name, or fused with others, `tensorkeep repair` gives them their names back; it fills with the reference's
+    only what you name with `--take-from-reference`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def check(case: Case) -> Iterator[Finding]:
     near = {n: close for n in lost[:20] if (close := difflib.get_close_matches(n, extra, 2, 0.75))}
     message = f"{len(lost)} of {len(wanted.shapes)} tensors of {wanted.by} are missing"
     evidence = {"expected": len(wanted.shapes), "missing": len(lost), **({"near": near} if near else {})}
-    fix = f"convert again from the source, or: {case.repair_command()}" if case.reference is not None else None
+    fix = f"convert again from the source, or: {case.repair_command(lost)}" if case.reference is not None else None
     yield Finding(CODE, "error", message, lost, evidence, fix=fix)
 
 

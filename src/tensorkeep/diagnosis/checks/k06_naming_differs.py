@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from tensorkeep.conversion.naming import loaders, torchtitan
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.table import read_only
 
@@ -40,7 +41,9 @@ def check(case: Case) -> Iterator[Finding]:
     if wanted is not None and found not in wanted and not read_only(case.view.format):
         message = f"all {len(names)} names are {found}'s, {case.target or 'transformers'} loads {wanted[0]}'s"
         evidence = {"naming": found, "wanted": wanted[0]}
-        fix = f"tensorkeep convert {case.path} OUT --to {'hf' if wanted[0] == 'hf' else 'dcp'} --naming {wanted[0]}"
+        fix = (
+            f"tensorkeep convert {word(case.path)} OUT --to {'hf' if wanted[0] == 'hf' else 'dcp'} --naming {wanted[0]}"
+        )
         yield Finding(CODE, "error", message, names, evidence, explains=["K01", "K02", "K05", "O01"], fix=fix)
         return
     kind = (case.model_config or {}).get("model_type")
@@ -50,7 +53,12 @@ def check(case: Case) -> Iterator[Finding]:
             f"torchtitan has no model for {kind!r} (it has {known}); its transformers backend and flame load hf names"
         )
         yield Finding(
-            CODE, "error", message, names, {"model_type": kind}, fix=f"tensorkeep diagnose {case.path} --for flame"
+            CODE,
+            "error",
+            message,
+            names,
+            {"model_type": kind},
+            fix=f"tensorkeep diagnose {word(case.path)} --for flame",
         )
 
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import hf, torchtitan
-from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.expectation import same_tensor
 from tensorkeep.findings import Finding
 
 CODE = "K07"
@@ -36,15 +36,14 @@ def check(case: Case) -> Iterator[Finding]:
         return
     kind = (case.model_config or {}).get("model_type")
     family = torchtitan.MODEL_TYPES.get(kind) if isinstance(kind, str) else None
-    if family is None and not own:
-        return
-    lost = [n for n in case.tensors if torchtitan.dropped_by_loader(n, family or "llama3")]
+    lost = [n for n in case.tensors if family is not None and torchtitan.dropped_by_loader(n, family)]
     if family == "llama3":
         lost += [n for n in case.tensors if n.endswith(("q_norm.weight", "k_norm.weight"))]
     if lost:
-        message = f"torchtitan's {family or 'model'} has no place for {len(lost)} tensors and would not ask for them"
+        message = f"torchtitan's {family} has no place for {len(lost)} tensors and would not ask for them"
         yield Finding(CODE, "error", message, lost, {"family": family})
-    if case.config_ties() and hf.HEAD in case.tensors and hf.HEAD not in case.tied and _conflict(case):
+    both = hf.HEAD in case.tensors and hf.EMBEDDING in case.tensors and hf.HEAD not in case.tied
+    if (own or family is not None) and case.config_ties() and both and not same_tensor(case):
         case.claim([hf.HEAD], CODE)
         message = "the config ties the head to the embedding and the file holds another head: torchtitan overwrites it"
         yield Finding(
@@ -56,11 +55,3 @@ def check(case: Case) -> Iterator[Finding]:
             explains=["T01"],
             fix='set "tie_word_embeddings": false in config.json if the head is meant',
         )
-
-
-def _conflict(case: Case) -> bool:
-    """Say whether the stored head is another matrix than the embedding."""
-    head, embed = case.values(hf.HEAD), case.values(hf.EMBEDDING)
-    if head.shape != embed.shape or head.dtype != embed.dtype:
-        return True
-    return not bits_equal(head, embed)

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from tensorkeep.conversion.naming import EMA_ROOTS
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import is_adapter
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 
 CODE = "K08"
@@ -58,7 +59,7 @@ def check(case: Case) -> Iterator[Finding]:
             case,
             sorted(case.identity.names),
             message,
-            f"tensorkeep convert {case.path} OUT --to hf  # takes the EMA copy as the model",
+            f"tensorkeep convert {word(case.path)} OUT --to hf  # takes the EMA copy as the model",
             claim=False,
         )
 

@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming.rope import partial_rotary
-from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.rotations import DIRECTIONS, Turn, find_turn, norm_profile, pair_distances, part_of
 from tensorkeep.diagnosis.evidence.statistics import rounded
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 
 CODE = "O01"
@@ -53,9 +54,30 @@ def check(case: Case) -> Iterator[Finding]:
                 turns[name] = found
     if not turns:
         return
+    turns |= _following(case, turns)
     case.claim(turns, CODE)
     case.results["turns"] = turns
     yield _finding(case, turns)
+
+
+def _following(case: Case, turns: Mapping[str, Turn]) -> dict[str, Turn]:
+    """Find biases and norms that were turned as the matrix of their layer was, and trained further.
+
+    So few values prove no rearrangement by themselves; here only one is asked about.
+    """
+    of_part = {(n.rsplit(".", 2)[0], part_of(n)): t for n, t in turns.items() if len(case.tensors[n].shape) > 1}
+    out = {}
+    for name in case.differing():
+        turn = of_part.get((name.rsplit(".", 2)[0], part_of(name)))
+        mine, theirs = (v.astype(np.float64) for v in case.pair(name))
+        if turn is None or name in turns or mine.ndim != 1 or len(turn.origin) % mine.size:
+            continue
+        origin = turn.origin[: mine.size]
+        if max(origin) < mine.size and np.linalg.norm(mine - theirs[list(origin)]) < 0.5 * np.linalg.norm(
+            mine - theirs
+        ):
+            out[name] = turn._replace(origin=origin, exact=False)
+    return out
 
 
 def _finding(case: Case, turns: Mapping[str, Turn]) -> Finding:
@@ -106,7 +128,7 @@ def _by_statistics(case: Case) -> Iterator[Finding]:
                 "which": part,
                 "direction": to,
             }
-            fix = f"tensorkeep repair {case.path} OUT --reference REF  # or convert again, with the permutation"
+            fix = f"tensorkeep repair {word(case.path)} OUT --reference REF  # or convert again, with the permutation"
             yield Finding(CODE, "error", message, names, evidence, fix=fix)
 
 

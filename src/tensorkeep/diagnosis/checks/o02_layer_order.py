@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.originals import originals
 from tensorkeep.diagnosis.evidence.remedy import Remedies
-from tensorkeep.diagnosis.evidence.tensor_names import is_norm, layer_of
+from tensorkeep.diagnosis.evidence.tensor_names import layer_of
 from tensorkeep.findings import Finding
 
 CODE = "O02"
@@ -48,12 +48,12 @@ def check(case: Case) -> Iterator[Finding]:
     names: list[str] = []
     for (stack, layer), counted in votes.items():
         other_layer, times = counted.most_common(1)[0]
-        # norms that were trained cannot be matched by content; they follow their layer
+        # norms and biases that were trained cannot be matched by content; they follow their layer
         if (
             times >= 2
             and times >= _AGREED * sum(counted.values())
-            and times >= _AGREED * len([n for n in moved[stack, layer] if not is_norm(n)])
-            and times >= 0.4 * _kinds(case, stack, layer)
+            and times >= _AGREED * len([n for n in moved[stack, layer] if len(case.tensors[n].shape) > 1])
+            and times >= 0.5 * _matrices(case, stack, layer)
         ):
             holds[stack][layer] = other_layer
             names += moved[stack, layer]
@@ -72,9 +72,9 @@ def _split(name: str) -> tuple[str, int, str]:
     return found
 
 
-def _kinds(case: Case, stack: str, layer: int) -> int:
-    """Count the tensors of a layer."""
-    return sum(n.startswith(f"{stack}{layer}.") for n in case.tensors)
+def _matrices(case: Case, stack: str, layer: int) -> int:
+    """Count the matrices of a layer."""
+    return sum(n.startswith(f"{stack}{layer}.") and len(h.shape) > 1 for n, h in case.tensors.items())
 
 
 def _finding(case: Case, stack: str, found: Mapping[int, int], names: list[str]) -> Finding:

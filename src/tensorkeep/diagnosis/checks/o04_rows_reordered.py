@@ -23,16 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.orders import Order, describe, find_order, find_order_loosely
-from tensorkeep.diagnosis.evidence.originals import constant, relation_of
+from tensorkeep.diagnosis.evidence.originals import constant, fits_better, relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
+from tensorkeep.diagnosis.evidence.statistics import relation
 from tensorkeep.findings import Finding
 
 CODE = "O04"
 _LIKELY = 0.98  # r above which no order of many rows can have changed; fewer rows are looked for where most are equal
-LOOSE = 0.5  # r below which rows are looked for by direction: they may have been rounded or trained as well
+LOOSE = 0.8  # r below which rows are looked for by direction: they may have been rounded or trained as well
 _LARGEST = 1 << 27  # elements beyond which columns are not searched: they need a transposed copy
 
 
@@ -45,6 +46,7 @@ def check(case: Case) -> Iterator[Finding]:
         order = _order(case, name)
         if order is not None:
             found[name] = order
+    found |= _follow(case, found)
     if not found:
         return
     case.claim(found, CODE)
@@ -76,7 +78,28 @@ def _order(case: Case, name: str) -> Order | None:
         order = find_order(mine, theirs, axis=1)
     if order is None and relation_of(case, name).correlation < LOOSE:
         order = find_order_loosely(mine, theirs)
+        if order is None and mine.size <= _LARGEST:
+            order = find_order_loosely(mine, theirs, axis=1)
     return order
+
+
+def _follow(case: Case, found: dict[str, Order]) -> dict[str, Order]:
+    """Find biases that lie in the order of their weight's rows: so few trained values prove no order by themselves."""
+    out = {}
+    for name in case.differing():
+        order = found.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        if (
+            name in found
+            or order is None
+            or order.axis
+            or order.unmatched
+            or case.tensors[name].shape != order.index.shape
+        ):
+            continue
+        mine, theirs = (v.astype(np.float64) for v in case.pair(name))
+        if fits_better(relation(mine, theirs[order.index]).correlation, relation_of(case, name).correlation):
+            out[name] = order
+    return out
 
 
 def _order_of_elements(mine: Array, theirs: Array) -> Order | None:

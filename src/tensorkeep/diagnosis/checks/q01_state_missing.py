@@ -18,6 +18,12 @@ What to do
     The scales are not in the file and cannot be computed from the codes. Take them from another save of the same
     quantized model, or quantize the original float weights again. Save every key, and load with a loader that reads
     the state.
+
+Also found
+    Codes that were read as floats and saved in a float dtype: every value lies on the grid of one code and the largest
+    fills its range, which no trained weight does. Codes whose scales are there while the config has no
+    `quantization_config`, so that a loader takes them for weights. Packed codes of layouts that nothing here can decode
+    (GPTQ, AWQ) are said to be undecided unless they are the reference's, byte by byte.
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ from typing import Any
 
 import numpy as np
 
+from tensorkeep.diagnosis.evidence import code_grids
 from tensorkeep.diagnosis.evidence import quantized as quant_evidence
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.errors import Inconclusive
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.quantization import stored as quantized
@@ -40,9 +48,49 @@ _LARGEST_PLAIN = 100.0  # a weight above this was scaled to fill fp8's range; we
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Report codes without scales, and incomplete states."""
+    """Report codes without scales, incomplete states, codes that pass for floats and codes without a config."""
     if case.view is None:
         return
+    yield from _without_scales(case)
+    yield from _as_floats(case)
+    yield from _without_config(case)
+    unknown = code_grids.undecoded(case)
+    if unknown:
+        raise Inconclusive(
+            f"{len(unknown)} tensors hold packed codes of a layout that is not decoded here, first {unknown[0]}: "
+            "nothing was said of their values; give the same file from where it is whole with --reference"
+        )
+
+
+def _as_floats(case: Case) -> Iterator[Finding]:
+    """Report codes that were read as numbers and saved in a float dtype, their scales gone."""
+    found = code_grids.codes_as_floats(case)
+    for kind in dict.fromkeys(found.values()):
+        names = [n for n, k in found.items() if k == kind]
+        case.claim(names, CODE)
+        message = f"{len(names)} weights hold {kind} codes as {case.tensors[names[0]].dtype}: read as numbers, without"
+        explains = ("V02", "V06", "V07", "L01")
+        yield Finding(CODE, "error", f"{message} their scales", names, {"codes": kind}, explains=explains)
+
+
+def _without_config(case: Case) -> Iterator[Finding]:
+    """Report codes with their scales where the config does not say that there are any."""
+    config = case.config or {}
+    found = [w for w in quant_evidence.weights(case).values() if w.parts and not w.problems]
+    assert case.view is not None
+    if not found or case.view.format != "hf" or "model_type" not in config or _settings(case):
+        return
+    names = [quant_evidence.hf_name(case, w) for w in found]
+    message = (
+        f"{len(names)} weights are stored as {found[0].kind} codes with their scales, and config.json has no "
+        "quantization_config: a loader takes the codes for weights"
+    )
+    yield Finding(CODE, "error", message, names, {"kind": found[0].kind}, fix="put the quantization_config back")
+
+
+def _without_scales(case: Case) -> Iterator[Finding]:
+    """Report codes without scales, and incomplete states."""
+    assert case.view is not None
     found = quant_evidence.weights(case)
     broken = {n: [p.message for p in w.problems if p.code == CODE] for n, w in found.items()}
     broken = {n: messages for n, messages in broken.items() if messages}

@@ -19,20 +19,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.resume_state import reference_state, resume_state
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import LocalFolder
+from tensorkeep.storage.yaml_documents import read_yaml
 from tensorkeep.training.migration import migrated
 
 CODE = "R04"
 # of optimizer groups: these change in every run, and a label is a name
 _MOVING = ("lr", "initial_lr", "params", "step", "label")
-_LARGEST_RECIPE = 1 << 20
 _MOST_SETTINGS = 10_000
 
 
@@ -76,8 +74,8 @@ def _recipe_beside(view: StateView) -> Any:
         return None
     path = Path(view.folder.path).resolve().parent.parent / "recipe.yaml"
     try:
-        return yaml.safe_load(path.read_bytes()) if path.is_file() and path.stat().st_size <= _LARGEST_RECIPE else None
-    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        return read_yaml(path) if path.is_file() else None
+    except (OSError, TensorkeepError):
         return None
 
 

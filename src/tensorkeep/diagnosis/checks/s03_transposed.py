@@ -22,7 +22,7 @@ import numpy as np
 from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation
-from tensorkeep.diagnosis.evidence.originals import ALIKE, relation_of
+from tensorkeep.diagnosis.evidence.originals import ALIKE, fits_better, relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation
 from tensorkeep.findings import Finding
@@ -50,9 +50,10 @@ def _by_content(case: Case) -> list[str]:
         if name in case.claims or len(mine) != 2 or mine != theirs[::-1] or case.comparisons[name].status in SAME:
             continue
         a, b = case.pair(name)
-        if mine == theirs and relation_of(case, name).correlation > ALIKE:
+        own = relation_of(case, name).correlation if mine == theirs else 0.0
+        if own > ALIKE:
             continue
-        if (bits_equal(a[0], b[:, 0]) and bits_equal(a, b.T)) or relation(a, b.T).correlation > ALIKE:
+        if (bits_equal(a[0], b[:, 0]) and bits_equal(a, b.T)) or fits_better(relation(a, b.T).correlation, own):
             found.append(name)
     return found
 

@@ -19,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import hf
-from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
+from tensorkeep.diagnosis.evidence.bytewise import SAME
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.expectation import same_tensor
 from tensorkeep.diagnosis.evidence.originals import relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation, rounded
+from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import exactly
 
@@ -38,9 +40,9 @@ def check(case: Case) -> Iterator[Finding]:
         return
     if {hf.HEAD, hf.EMBEDDING} & (case.claims.keys() | case.broken.keys() | case.packed) or head.parts == embed.parts:
         return
-    mine, theirs = case.values(hf.HEAD), case.values(hf.EMBEDDING)
-    if head.shape == embed.shape and bits_equal(mine, theirs.astype(mine.dtype)):
+    if same_tensor(case):
         return
+    mine, theirs = case.values(hf.HEAD), case.values(hf.EMBEDDING)
     statuses = {n: case.comparisons[n].status for n in (hf.HEAD, hf.EMBEDDING) if n in case.comparisons}
     in_reference = case.reference is not None and hf.HEAD in case.reference_tensors and hf.HEAD not in case.tied
     if in_reference and all(s in SAME for s in statuses.values()):
@@ -56,7 +58,7 @@ def check(case: Case) -> Iterator[Finding]:
         f"{', '.join(odd)}"
     )
     evidence = {"correlation": r, "against_reference": own}
-    drop = f"tensorkeep convert {case.path} OUT --to hf --drop '{exactly(case.stored(hf.HEAD))}'"
+    drop = f"tensorkeep convert {word(case.path)} OUT --to hf --drop {word(exactly(case.stored(hf.HEAD)))}"
     fix = f"{drop}  # or set tie_word_embeddings to false"
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
 
@@ -65,6 +67,6 @@ def repair(case: Case, names: list[str], out: Remedies) -> None:
     """Leave an odd head out where the config ties it; which of two is meant is the user's to say."""
     if names == [hf.HEAD] and hf.HEAD in case.tensors:
         out.dropped.add(hf.HEAD)
-        out.done[CODE] = "left the odd head out: the embedding is the reference's, and the config ties them"
+        out.done[CODE] = "left the odd head out: the config ties it to the embedding"
     else:
         out.refused[CODE] = "your decision which of head and embedding is meant (--drop it when converting)"

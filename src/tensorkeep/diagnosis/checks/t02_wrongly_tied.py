@@ -23,9 +23,11 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
+from tensorkeep.diagnosis.evidence.statistics import relation
 from tensorkeep.findings import Finding
 
 CODE = "T02"
+_APART = 0.2  # difference of r that says which of two trained tensors is where it was
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -49,12 +51,21 @@ def check(case: Case) -> Iterator[Finding]:
         return
     if head.parts != embed.parts and not bits_equal(case.values(hf.HEAD), case.values(hf.EMBEDDING)):
         return
+    if len(changed) == 2:  # trained further: the one that was overwritten resembles the other's reference
+        own = {n: relation(*case.pair(n)).correlation for n in changed}
+        changed = [min(changed, key=own.__getitem__)] if abs(own[hf.HEAD] - own[hf.EMBEDDING]) > _APART else changed
     case.claim(changed, CODE)
     other = hf.EMBEDDING if changed == [hf.HEAD] else hf.HEAD
     message = f"{' and '.join(changed)} holds {other}'s values; in the reference they differ and are not tied"
     evidence = {"overwritten": changed, "by": other}
     yield Finding(
-        CODE, "error", message, changed, evidence, explains=["V06", "C01", "T01", "K01"], fix=case.repair_command()
+        CODE,
+        "error",
+        message,
+        changed,
+        evidence,
+        explains=["V06", "C01", "T01", "K01"],
+        fix=case.repair_command(changed),
     )
 
 

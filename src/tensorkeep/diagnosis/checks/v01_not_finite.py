@@ -11,8 +11,8 @@ How it shows
     The loss is NaN, at once or at the first input that reaches the element.
 
 What to do
-    Take an earlier checkpoint. Where the rest of the tensor is the reference's, `tensorkeep repair` takes the few
-    lost elements from there.
+    Take an earlier checkpoint. With `--take-from-reference NAME`, `tensorkeep repair` takes the lost elements from the
+    reference, and leaves every other one as it is.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def check(case: Case) -> Iterator[Finding]:
         "of": elements,
         "tensors": {n: {"nan": c[0], "infinite": c[1]} for n, c in list(counts.items())[:32]},
     }
-    yield Finding(CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command())
+    yield Finding(
+        CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command(counts)
+    )
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

@@ -1,7 +1,9 @@
 """V02 precision lost: the values went through fp16, bf16, fp8 or a quantized form and back.
 
 What it means
-    Every value is one that a narrower type can hold, although the file stores a wider type.
+    Every value is one that a narrower type can hold, or an 8- or 4-bit code times a factor, although the file stores
+    a wider type and the reference has other values. Values that were trained and merely round to the reference's are
+    none of this: nothing was lost there.
 
 How it happens
     A tool "saved memory" on the way; a quantized model was dequantized and saved as the original; a cast to fp8
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 from tensorkeep.diagnosis.checks.s04_dtype_differs import lossy
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.casts import Cast, find_cast
+from tensorkeep.diagnosis.evidence.originals import ALIKE, SMALLEST, relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
 from tensorkeep.findings import Finding
@@ -37,7 +40,7 @@ def check(case: Case) -> Iterator[Finding]:
         return
     found: dict[str, Cast] = {}
     for name in case.differing():
-        through = _encoded(case, name) or find_cast(*case.pair(name))
+        through = _encoded(case, name) or find_cast(*case.own_pair(name))
         if through is not None:
             found[name] = through
     for name in case.shared():
@@ -62,7 +65,12 @@ def check(case: Case) -> Iterator[Finding]:
 
 
 def _encoded(case: Case, name: str) -> Cast | None:
-    """Return the GGUF encoding in which either side stores a tensor: its precision was given up openly."""
+    """Return the GGUF encoding in which either side stores a tensor: its precision was given up openly.
+
+    None where the tensor does not resemble the reference's: no encoding in use takes that much away.
+    """
+    if case.values(name).size >= SMALLEST and relation_of(case, name).correlation < ALIKE:
+        return None
     for hubs, view in ((case.tensors, case.views[0]), (case.reference_tensors, case.views[1])):
         encoding = view[hubs[name].parts[0].name].encoding
         if encoding != "plain":

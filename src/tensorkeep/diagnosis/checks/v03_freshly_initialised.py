@@ -62,7 +62,7 @@ def check(case: Case) -> Iterator[Finding]:
         "largest_correlation": rounded(worst),
         "statistics": {n: s.to_json() for n, s in list(found.items())[:16]},
     }
-    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command())
+    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command(found))
 
 
 def _alone(case: Case) -> Iterator[Finding]:

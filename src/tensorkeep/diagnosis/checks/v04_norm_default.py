@@ -13,7 +13,8 @@ How it shows
     One norm of a middle layer at one: +1.7 of loss. All of them: +12. Off by one: +11 to +21.
 
 What to do
-    Load the norm from the source; `tensorkeep repair` takes it from the reference where that is the source.
+    Load the norm from the source. Where the reference is the source, `tensorkeep repair` takes it from there with
+    `--take-from-reference NAME`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
@@ -30,6 +31,7 @@ from tensorkeep.diagnosis.evidence.tensor_names import is_norm
 from tensorkeep.findings import Finding
 
 CODE = "V04"
+_TRAINED = 0.1  # how far training moves the gains of a norm, as a whole and among themselves
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -37,7 +39,11 @@ def check(case: Case) -> Iterator[Finding]:
     if case.reference is None:
         yield from _alone(case)
         return
-    found = {n: state for n in case.differing() if is_norm(n) and (state := _state(*case.pair(n))) is not None}
+    found = {
+        n: state
+        for n in case.differing()
+        if is_norm(n) and (state := _state(*case.pair(n), bias=n.endswith((".bias", ".beta")))) is not None
+    }
     if not found:
         return
     case.claim(found, CODE)
@@ -45,20 +51,23 @@ def check(case: Case) -> Iterator[Finding]:
     counts = {word: list(found.values()).count(word) for word in dict.fromkeys(found.values())}
     what = ", ".join(f"{count} {word}" for word, count in counts.items())
     message = f"{len(found)} norms are not the reference's: {what}"
-    yield Finding(CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command())
+    yield Finding(
+        CODE, "error", message, list(found), {"states": counts}, explains=["V06"], fix=case.repair_command(found)
+    )
 
 
-def _state(mine: Array, theirs: Array) -> str | None:
-    """Say in words how a norm differs from the reference's; None for any other difference."""
+def _state(mine: Array, theirs: Array, bias: bool) -> str | None:
+    """Say in words how a norm differs from the reference's; None for any other difference, and for a bias of zeros."""
     a, b = mine.astype(np.float64), theirs.astype(np.float64)
     for value, word in ((1.0, "exactly one"), (0.0, "all zeros")):
-        if (a == value).all() and not (b == value).all():
+        if (a == value).all() and not (b == value).all() and not (bias and value == 0):
             return word
-    step = 2.0**-7 if mine.itemsize <= 2 else 2.0**-20
+    if not np.isfinite(a).all() or not a.size:
+        return None
+    apart, size = a - b, max(1.0, float(np.abs(a).max()), float(np.abs(b).max()))
+    step = (2.0**-7 if mine.itemsize <= 2 else 2.0**-20) * size
     for by, word in ((1.0, "one too large"), (-1.0, "one too small")):
-        if np.isfinite(a).all() and np.abs(a - b - by).max(initial=0.0) <= step * max(
-            1.0, float(np.abs(a).max(initial=0.0)), float(np.abs(b).max(initial=0.0))
-        ):
+        if np.abs(apart - by).max() <= step or (abs(apart.mean() - by) < _TRAINED and apart.std() < _TRAINED):
             return word
     return None
 

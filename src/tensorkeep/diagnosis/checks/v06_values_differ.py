@@ -13,7 +13,8 @@ How it shows
     Measured: all projections times 0.9, +0.09 of loss; o_proj and down_proj doubled, +3.2; 10 % noise, +0.7.
 
 What to do
-    `tensorkeep repair` divides a factor out. For anything else compare with where the checkpoint came from.
+    `tensorkeep repair` divides a factor out where it is known beyond rounding. For anything else compare with where the
+    checkpoint came from.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from tensorkeep.diagnosis.evidence.case import Array, Case
-from tensorkeep.diagnosis.evidence.movement import KEPT, Fit, fit, structured, trained_further
-from tensorkeep.diagnosis.evidence.remedy import Remedies
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.movement import KEPT, Fit, barely_moved, fit, resembles, structured, trained_further
+from tensorkeep.diagnosis.evidence.remedy import Recipe, Remedies
 from tensorkeep.diagnosis.evidence.statistics import rounded
 from tensorkeep.diagnosis.evidence.tensor_names import is_norm
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
 
 CODE = "V06"
+_NEAR_POWER = 0.02  # how far training may move the measured factor from the power of two that it is
 STRANGE = 0.2  # r below which a tensor among trained ones does not hold the reference's content any more
 
 
@@ -44,7 +47,8 @@ def check(case: Case) -> Iterator[Finding]:
         return
     trained = trained_further(case)
     fits = {n: fit(case, n, closely=not trained) for n in names}
-    simple = {n: f for n, f in fits.items() if f.simple}
+    # the few values of a norm may move alike by chance
+    simple = {n: f for n, f in fits.items() if f.simple and not (is_norm(n) and barely_moved(case, n))}
     if trained and len(simple) < 0.5 * len(names):
         simple = _outliers(fits)
     case.results["fits"] = simple
@@ -82,12 +86,17 @@ def _short(found: Fit) -> float | None:
 def _outliers(fits: Mapping[str, Fit]) -> dict[str, Fit]:
     """Find tensors with a factor of their own among others that were only trained.
 
-    Training does not change the size of one matrix by a fifth and leave the others.
+    Training does not change the size of one matrix by a fifth and leave the others; and what it changes is not the
+    matrix's own direction for the most part.
     """
     scales = {n: f.relation.scale for n, f in fits.items() if not is_norm(n) and f.relation.correlation > KEPT}
     if not scales or abs(sorted(scales.values())[len(scales) // 2] - 1) > 0.05:
         return {}
-    odd = {n: s for n, s in scales.items() if abs(s - 1) > 0.2 and fits[n].relation.correlation > 0.8}
+    odd = {
+        n: s
+        for n, s in scales.items()
+        if abs(s - 1) > 0.2 and fits[n].relation.correlation > 0.8 and fits[n].relation.residual < 0.5 * abs(s - 1)
+    }
     return {n: Fit("scale", s, fits[n].relation) for n, s in odd.items()} if len(odd) < 0.5 * len(scales) else {}
 
 
@@ -95,9 +104,12 @@ def _moved(case: Case, fits: Mapping[str, Fit], trained: bool) -> Finding:
     """Make the finding about tensors that no simple operation explains: an info where training moves them so."""
     kinds = [f.kind for f in fits.values()]
     word = max(dict.fromkeys(kinds), key=kinds.count)
-    alike = sum(f.relation.correlation > KEPT for f in fits.values()) >= 0.8 * len(fits)
-    as_training = alike and (trained or kinds.count("low rank") >= 0.8 * len(fits) or structured(case, list(fits)))
-    if as_training:
+    alike = sum(resembles(f.relation) for f in fits.values()) >= 0.8 * len(fits)
+    low_rank = kinds.count("low rank") >= 0.8 * len(fits)
+    far = [n for n in fits if not barely_moved(case, n)]
+    # gains of norms are large and few: of their training most rounds away, so several that moved are enough
+    few = far if len(fits) == 1 else [n for n in far if not is_norm(n)]
+    if alike and (trained or low_rank or structured(case, list(fits)) or structured(case, few)):
         return _finding(case, fits, "info", f"{len(fits)} tensors moved as in training ({word})", None)
     return _finding(
         case, fits, "error", f"{len(fits)} tensors differ from the reference ({word}), the others do not", None
@@ -117,25 +129,48 @@ def _finding(case: Case, fits: Mapping[str, Fit], severity: str, message: str, f
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:
-    """Divide a factor out, or take an offset off; anything else is lost."""
+    """Undo a factor or an offset that is known beyond rounding; anything else is lost."""
     fits: Mapping[str, Any] = case.results.get("fits", {})
     for name in names:
         found = fits.get(name)
-        if found is None or found.kind not in ("scale", "offset") or not found.number:
+        undone = _undone(case, name, found.kind, found.number) if found is not None and found.number else None
+        if undone is None:
             out.lose([name], CODE)
             continue
-        out.recipes[name] = lambda name=name, found=found: _unscaled(case, name, found.kind, found.number)  # type: ignore[misc]
-    out.done[CODE] = "divided a factor out"
+        out.recipes[name] = undone
+        out.inverted.add(name)
+    if out.inverted:
+        out.done[CODE] = f"undid a factor or an offset in {len(out.inverted)} tensors"
 
 
-def _unscaled(case: Case, name: str, kind: str, number: float) -> Array:
-    """Undo a factor or an offset; return the reference's own values where they are that up to rounding."""
-    mine = case.values(name)
-    wide = mine.astype(np.float64)
-    made: Array = (wide / number if kind == "scale" else wide - number).astype(np_dtype(case.tensors[name].dtype))
-    theirs = case.reference_values(name).astype(mine.dtype)
-    close = (
-        np.abs(made.astype(np.float64) - theirs.astype(np.float64))
-        <= 2.0**-7 * np.abs(theirs.astype(np.float64)) + 1e-30
-    )
-    return theirs if bool(close.all()) else made
+def _undone(case: Case, name: str, kind: str, number: float) -> Recipe | None:
+    """Return the inverse of a factor or an offset, where it is known beyond rounding; None where it is not.
+
+    It is where the reference's values give the tensor's bits with it, or come within two roundings. A tensor that was
+    trained further was measured with its training in the figure, and only a power of two is told apart from it.
+    """
+    mine, theirs = case.own_pair(name)
+    wide, wanted = mine.astype(np.float64), theirs.astype(np.float64)
+    with np.errstate(all="ignore"):
+        for digits in range(1, 9):
+            by = np.float32(f"{number:.{digits}g}")
+            made = (theirs.astype(np.float32) * by if kind == "scale" else theirs.astype(np.float32) + by).astype(
+                mine.dtype
+            )
+            if np.array_equal(made, mine):
+                return lambda: case.own_pair(name)[1]
+        back = wide / number if kind == "scale" else wide - number
+        eps = float(ml_dtypes.finfo(np_dtype(case.narrower(name, name))).eps)
+        if (np.abs(back - wanted) <= 2 * eps * np.abs(wanted)).all() and not _trained_beside(case):
+            return lambda: case.own_pair(name)[1]
+        power = float(np.copysign(2.0 ** np.round(np.log2(abs(number))), number))
+        if kind == "scale" and abs(number / power - 1) < _NEAR_POWER and power != 1:
+            made = (wide / power).astype(mine.dtype)
+            if np.array_equal((made.astype(np.float64) * power).astype(mine.dtype), mine):
+                return lambda: made
+    return None
+
+
+def _trained_beside(case: Case) -> bool:
+    """Say whether tensors that no error explains differ from the reference: the checkpoint was trained further."""
+    return any(case.changed(n) and n not in case.results.get("fits", {}) for n in case.shared())

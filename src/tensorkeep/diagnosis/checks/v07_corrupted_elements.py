@@ -12,21 +12,23 @@ How it shows
     have no checksum that anybody verifies.
 
 What to do
-    Copy the file again, and have the machine checked. `tensorkeep repair` takes the damaged elements from the
-    reference.
+    Copy the file again, and have the machine checked. With `--take-from-reference NAME`, `tensorkeep repair` takes the
+    damaged elements from the reference; not where the checkpoint was trained further: nobody knows which they are then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.casts import find_cast
-from tensorkeep.diagnosis.evidence.movement import Changed, changed_elements, trained_further
+from tensorkeep.diagnosis.evidence.movement import Changed, barely_moved, changed_elements, trained_further
 from tensorkeep.diagnosis.evidence.remedy import Remedies, heal
 from tensorkeep.diagnosis.evidence.statistics import largest, relation
+from tensorkeep.diagnosis.evidence.tensor_names import layer_of
 from tensorkeep.findings import Finding
 
 CODE = "V07"
@@ -45,6 +47,8 @@ def check(case: Case) -> Iterator[Finding]:
         seen = changed_elements(case, name)
         if seen.count > 0 and seen.share < PART and _damaged(case, name, seen):
             found[name] = seen
+    trained = _rounded_away(case, found, names)
+    found = {n: seen for n, seen in found.items() if n not in trained}
     if not found:
         return
     case.claim(found, CODE)
@@ -57,17 +61,38 @@ def check(case: Case) -> Iterator[Finding]:
         "flipped_bits": flips,
         "tensors": {n: _evidence(case, n, t) for n, t in list(found.items())[:16]},
     }
-    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command())
+    yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command(found))
+
+
+def _rounded_away(case: Case, found: Mapping[str, Changed], names: Sequence[str]) -> set[str]:
+    """Find tensors of which few elements moved because training in 16 bits rounds most of its steps away.
+
+    Several tensors that barely moved are that, and tensors whose like in other layers moved as well. One tensor alone
+    is not, where every element that differs does so by one bit.
+    """
+    barely = {n for n in found if barely_moved(case, n)}
+    if len(barely) == 1 and set(found[min(barely)].bits) == {1}:
+        barely.clear()
+    kinds = Counter(_kind(n) for n in names)
+    alike = {n for n in found if kinds[_kind(n)] > 1 and not _destroyed(*case.own_pair(n))}
+    return barely | alike
+
+
+def _kind(name: str) -> str:
+    """Return a name without its layer."""
+    found = layer_of(name)
+    return name if found is None else f"{found[0]}*.{found[2]}"
 
 
 def _damaged(case: Case, name: str, seen: Changed) -> bool:
     """Say whether the elements that differ were damaged, and not cast or trained."""
-    mine, theirs = case.pair(name)
+    mine, theirs = case.own_pair(name)
     if find_cast(mine, theirs) is not None and seen.count > 1:
         return False
-    if trained_further(case):
-        return _destroyed(mine, theirs)
-    return seen.count <= FEW or seen.count <= 1e-3 * seen.of or _destroyed(mine, theirs)
+    if _destroyed(mine, theirs):
+        return True
+    few = min(FEW, max(3, seen.of // 16))
+    return not trained_further(case) and (seen.count <= few or seen.count <= 1e-3 * seen.of)
 
 
 def _destroyed(mine: Array, theirs: Array) -> bool:
@@ -84,7 +109,7 @@ def _destroyed(mine: Array, theirs: Array) -> bool:
 
 def _evidence(case: Case, name: str, seen: Changed) -> dict[str, object]:
     """Return where a tensor differs, with the first pair of values."""
-    mine, theirs = case.pair(name)
+    mine, theirs = case.own_pair(name)
     flat, wanted = mine.reshape(-1), theirs.reshape(-1)
     shown = {"first": seen.first, "last": seen.last, "count": seen.count, "of": seen.of}
     value = {"stored": float(flat[seen.first]), "reference": float(wanted[seen.first])}

@@ -7,6 +7,7 @@ it, and later checks see only what is left: so one fault gives one cause and not
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from tensorkeep.conversion.adapters import Half
 from tensorkeep.conversion.naming import Identity, hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, size_of
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.table import written_again
@@ -111,14 +112,21 @@ class Case:
 
     # -- commands that a finding can offer as its fix ----------------------------------------------------------------
 
-    def repair_command(self) -> str | None:
-        """Return the `tensorkeep repair` line for this case; None without a reference to repair from."""
-        return f"tensorkeep repair {self.path} OUT --reference {self.reference.path}" if self.reference else None
+    def repair_command(self, take: Iterable[str] = ()) -> str | None:
+        """Return the `tensorkeep repair` line for this case; None without a reference to repair from.
+
+        Args:
+            take: Tensors or files that only the reference has any more: the line asks for them by name.
+        """
+        if self.reference is None:
+            return None
+        asked = "".join(f" --take-from-reference {word(p)}" for p in patterns_for(take))
+        return f"tensorkeep repair {word(self.path)} OUT --reference {word(self.reference.path)}{asked}"
 
     def convert_command(self) -> str:
         """Return the `tensorkeep convert` line that writes this checkpoint again, in its own format where possible."""
         form = written_again(self.view.format) if self.view is not None else "hf"
-        return f"tensorkeep convert {self.path} OUT --to {form}"
+        return f"tensorkeep convert {word(self.path)} OUT --to {form}"
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -166,6 +174,15 @@ class Case:
                 return mine, theirs.astype(mine.dtype)
             return mine.astype(theirs.dtype), theirs
 
+    def own_pair(self, name: str) -> tuple[Array, Array]:
+        """Return a tensor of the checkpoint as stored, and the reference's of that name in the checkpoint's dtype.
+
+        What was trained in a wider dtype than the reference's is seen so: in the narrower one it may round away.
+        """
+        mine, theirs = self.values(name), self.reference_values(name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return mine, theirs if mine.dtype == theirs.dtype else theirs.astype(mine.dtype)
+
     def narrower(self, name: str, other: str) -> str:
         """Return the dtype with fewer bits of the checkpoint's `name` and the reference's `other`."""
         mine, theirs = self.tensors[name].dtype, self.reference_tensors[other].dtype
@@ -205,6 +222,19 @@ class Case:
         """Say that `code` explains these tensors (or config fields, as `config:FIELD`); the first claim stays."""
         for name in names:
             self.claims.setdefault(name, code)
+
+
+def patterns_for(names: Iterable[str], most: int = 4) -> list[str]:
+    """Return patterns for a command line that fit these names: the names while they are few, else how they end.
+
+    >>> patterns_for([f"model.layers.{n}.mlp.up_proj.weight" for n in range(9)])
+    ['*.mlp.up_proj.weight']
+    """
+    names = list(dict.fromkeys(names))
+    if len(names) <= most:
+        return [re.sub(r"[*?[]", r"[\g<0>]", n) for n in names]
+    ends = (re.split(r"\.\d+\.", n)[-1] for n in names)
+    return list(dict.fromkeys(end if end in names else f"*.{end}" for end in ends))
 
 
 def message_of(error: TensorkeepError) -> str:

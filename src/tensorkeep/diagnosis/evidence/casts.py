@@ -20,13 +20,15 @@ _GRIDS: dict[str, np.dtype] = {
     "fp8 e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
 SCALED = {"fp8 e4m3": 448.0, "fp8 e5m2": 57344.0}  # largest values, which per-tensor scaling maps the largest weight to
+_BLOCKS = (32, 64, 128)  # sides of blocks with a factor of their own: smaller ones hold too few values to tell
 _RESEMBLES = 0.9  # r that 4-bit quantization keeps with its source: 0.99 and more (8-bit: 0.9999)
 
 
 class Cast(NamedTuple):
     """What a tensor's values went through: a narrower dtype or a form of quantization, in words.
 
-    `overflowed` values became infinite or NaN, `vanished` ones zero. `exact`: casting the reference gives every value.
+    `overflowed` values became infinite or NaN, `vanished` ones zero. `exact`: casting the reference gives every value,
+    so that the reference holds all that the tensor holds and more.
     """
 
     grid: str
@@ -39,11 +41,11 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
     """Find the cast that makes the reference into the tensor.
 
     Args:
-        mine: The checkpoint's values.
-        theirs: The reference's, of the same shape and dtype.
+        mine: The checkpoint's values, as stored.
+        theirs: The reference's, of the same shape, in the same dtype.
 
     Returns:
-        The cast, proven value by value for plain casts and by the grid of values for scaled ones; None where none fits.
+        The cast, proven value by value for plain casts and by the grid of values for others; None where none fits.
     """
     for name, dtype in _GRIDS.items():
         if dtype.itemsize > mine.dtype.itemsize or dtype == mine.dtype:
@@ -55,7 +57,21 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
             lost = _through(mine, theirs, dtype)
         if lost is not None:
             return Cast(name, *lost, True)
-    return _quantized(mine, theirs)
+    codes = _codes(mine, theirs)
+    return Cast(codes, 0, 0, False) if codes else _quantized(mine, theirs)
+
+
+def _codes(mine: Array, theirs: Array) -> str | None:
+    """Find codes of 8 bits taken for values: all of the tensor's lie on their grid, and the reference's do not."""
+    if mine.size < 1024 or mine.ndim < 2:
+        return None
+    grid = on_grid(mine)
+    if grid is not None:
+        return f"{grid}, without scales" if on_grid(theirs) is None else None
+    a, b = (sampled(v).astype(np.float32) for v in (mine, theirs))
+    with np.errstate(invalid="ignore"):
+        whole, wanted = (bool((v == np.round(v)).all()) for v in (a, b))
+    return "8-bit integers, without scales" if whole and not wanted and 1 < np.abs(a).max() <= 255 else None
 
 
 def _through(mine: Array, theirs: Array, dtype: np.dtype) -> tuple[int, int] | None:
@@ -94,7 +110,18 @@ def _quantized(mine: Array, theirs: Array) -> Cast | None:
         ours, wanted = (_distinct(v) for v in lines)
         if lines[0].shape[1] >= 32 and _fits(bits, ours, wanted, lines):
             return Cast(f"{bits}-bit integers by {per}", 0, zeros, False)
-    return None
+    return Cast("8-bit codes by block", 0, zeros, False) if _few_values(mine, theirs) else None
+
+
+def _few_values(mine: Array, theirs: Array) -> bool:
+    """Say whether square blocks hold no more values than 8 bits can tell apart, where the reference's hold more."""
+    for side in _BLOCKS:
+        squares = [(slice(at, at + side), slice(at, at + side)) for at in range(0, 4 * side, side)]
+        squares = [s for s in squares if s[0].stop <= min(mine.shape)] if mine.ndim == 2 else []
+        counts = [tuple(np.unique(v[s].astype(np.float32)).size for v in (mine, theirs)) for s in squares]
+        if counts and all(ours <= 256 and wanted > 1.5 * ours for ours, wanted in counts):
+            return True
+    return False
 
 
 def _fits(bits: int, ours: float, wanted: float, lines: list[Array]) -> bool:

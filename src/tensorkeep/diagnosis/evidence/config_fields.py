@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import partial_rotary
-from tensorkeep.diagnosis.evidence import architecture
 
 # fields compared as they stand: a difference changes shapes or results
 PLAIN = (
@@ -75,6 +75,34 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "default":
         out |= {f"rope_{k}": both[k] for k in _SCALING if both.get(k) is not None}
     return out
+
+
+def said_twice(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Find what a config says of RoPE in transformers 4's place and otherwise in transformers 5's.
+
+    Args:
+        config: The contents of a config.json; the configs inside it (`text_config`) are looked at as well.
+
+    Returns:
+        (transformers 4's value, transformers 5's) by field; a field that stands in one place only is no contradiction.
+
+    Example:
+        >>> said_twice({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+        {'rope_theta': (10000.0, 500000.0)}
+    """
+    out: dict[str, tuple[Any, Any]] = {}
+    nested, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    new: Mapping[str, Any] = nested if isinstance(nested, Mapping) else {}
+    if not any(isinstance(v, Mapping) for v in new.values()):  # one a kind of layer (gemma3) has no older spelling
+        old = {k: config[k] for k in ("rope_theta", "partial_rotary_factor") if k in config}
+        old |= scaling if isinstance(scaling, Mapping) else {}
+        kinds = [s.get("rope_type", s.get("type")) for s in (old, new)]
+        if None not in kinds and kinds[0] != kinds[1]:
+            out["rope_type"] = kinds[0], kinds[1]
+        same = ("rope_theta", "partial_rotary_factor", *_SCALING)
+        out |= {k: (old[k], new[k]) for k in same if k in old and k in new and not _same(old[k], new[k])}
+    inner = {k: said_twice(v) for k, v in config.items() if k.endswith("_config") and isinstance(v, Mapping)}
+    return out | {f"{k}.{field}": sides for k, found in inner.items() for field, sides in found.items()}
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
-from tensorkeep.diagnosis.evidence import architecture
+from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
 from tensorkeep.storage.run_folder import ADAPTER
@@ -66,7 +69,20 @@ def unexpected(case: Case) -> list[str]:
     return [n for n in extra if n != hf.HEAD or not case.config_ties()]
 
 
+def same_tensor(case: Case) -> bool:
+    """Say whether the checkpoint's head holds the embedding's values, as stored or once cast to the narrower dtype."""
+    head, embed = case.values(hf.HEAD), case.values(hf.EMBEDDING)
+    if head.shape != embed.shape:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bits_equal(head, embed.astype(head.dtype)) or bits_equal(embed, head.astype(embed.dtype))
+
+
 def _weights_of_parts(case: Case) -> list[str]:
-    """Return weights that a file holds under other names: `x.qweight` and its scales stand for `x.weight`."""
-    stems = {n.rpartition(".")[0] for n in case.packed if n in case.tensors}
-    return [f"{stem}.weight" for stem in stems]
+    """Return weights that a file holds under other names: `x.qweight` and its scales stand for `x.weight`.
+
+    Of experts in one tensor, `x_blocks` and `x_scales` stand for `x`.
+    """
+    parts = [n for n in case.packed if n in case.tensors]
+    stems = {n.removesuffix(end) for n in parts for end in ("_blocks", "_scales") if n.endswith(end)}
+    return [*stems, *(f"{n.rpartition('.')[0]}.weight" for n in parts)]

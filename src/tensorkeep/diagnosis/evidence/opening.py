@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.conversion.planning import to_hf_tensors
-from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Case, Target
 from tensorkeep.diagnosis.evidence.survey import survey

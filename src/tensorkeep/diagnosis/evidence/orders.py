@@ -14,7 +14,7 @@ from tensorkeep.diagnosis.evidence.statistics import Array, rows_of
 
 Index = np.ndarray[Any, np.dtype[np.int64]]
 _SEARCHED = 4096  # rows of a matrix up to which each is looked for among all
-_NEAR = 0.9  # cosine of a row with itself after rounding or training
+_NEAR = 0.5  # cosine of a row with itself after rounding or training: every other row is twice as far or further
 _MATCHED = 0.9  # part of the rows that must be found in the reference; a shift by one loses a row
 
 
@@ -89,33 +89,37 @@ def find_order(mine: Array, theirs: Array, axis: int = 0) -> Order | None:
     return order if order.moved and order.unmatched <= (1 - _MATCHED) * len(ours) else None
 
 
-def find_order_loosely(mine: Array, theirs: Array) -> Order | None:
+def find_order_loosely(mine: Array, theirs: Array, axis: int = 0) -> Order | None:
     """Find rows that were also rounded or trained among those of the reference, each by its nearest direction.
 
     All rows of small matrices; of large ones a sample, which can only show that all moved by one and the same number.
     """
-    a, b = rows_of(mine), rows_of(theirs)
+    a, b = (rows_of(v).T if axis else rows_of(v) for v in (mine, theirs))
     rows = len(b)
     if a.shape != b.shape or a.shape[1] < 32 or rows < 8:
         return None
     asked = np.arange(rows) if rows <= _SEARCHED else np.linspace(0, rows - 1, 128).astype(np.int64)
     wanted = _directions(a[asked])
     best, nearest = np.full(len(asked), -1.0, np.float32), np.zeros(len(asked), np.int64)
+    second = best.copy()
     for at in range(0, rows, 4096):
         alike = wanted @ _directions(b[at : at + 4096]).T
         found = alike.argmax(axis=1)
         value = alike[np.arange(len(asked)), found]
+        alike[np.arange(len(asked)), found] = -1
+        second = np.maximum(np.maximum(second, alike.max(axis=1)), np.minimum(value, best))
         nearest, best = np.where(value > best, found + at, nearest), np.maximum(value, best)
-    if np.mean(best > _NEAR) < _MATCHED:
+    sure = (best > _NEAR) & (1 - best < 0.5 * (1 - second))
+    if np.mean(sure) < _MATCHED:
         return None
     if rows <= _SEARCHED:
-        order = Order(0, np.where(best > _NEAR, nearest, -1))
-        return order if order.moved else None
+        order = Order(axis, np.where(sure, nearest, -1))
+        return order if order.moved > 0.5 * rows or (order.moved and order.invertible) else None
     offsets, times = np.unique((asked - nearest) % rows, return_counts=True)
     by = int(offsets[times.argmax()])
     if times.max() < _MATCHED * len(asked) or by == 0:
         return None
-    return Order(0, (np.arange(rows) - by) % rows)
+    return Order(axis, (np.arange(rows) - by) % rows)
 
 
 def _directions(rows: Array) -> Array:

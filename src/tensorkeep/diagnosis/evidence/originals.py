@@ -16,12 +16,13 @@ from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal, hf_bytes
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.statistics import Relation, correlation, relation
+from tensorkeep.diagnosis.evidence.tensor_names import layer_of
 from tensorkeep.formats.arrays import np_dtype, np_frombuffer
 
 _PRINT = 1024  # elements of a fingerprint
 OWN = 0.999  # a tensor that correlates this well with its own reference holds it
 ALIKE = 0.9  # r above which rounded or trained content is still the same content
-SMALLEST = 4096  # elements below which correlation decides nothing (norm gains of all layers resemble each other)
+SMALLEST = 256  # elements of a matrix below which correlation decides nothing
 
 
 class Original(NamedTuple):
@@ -38,6 +39,15 @@ def relation_of(case: Case, name: str) -> Relation:
     if name not in found:
         found[name] = relation(*case.pair(name))
     return found[name]
+
+
+def fits_better(other: float, own: float) -> bool:
+    """Say by two correlations whether a tensor holds other content than its own name's.
+
+    Training takes a tensor away from where it started, and not towards another one: what was trained far, and then
+    moved, still resembles its origin far more than what it should be.
+    """
+    return other > 0.5 and 1 - other < 0.5 * (1 - own)
 
 
 def constant(a: Array) -> bool:
@@ -76,14 +86,39 @@ def _original(case: Case, name: str) -> Original | None:
         theirs = _fingerprint(case, other, case.tensors[name].dtype)
         if np.array_equal(first, theirs) and bits_equal(*case.pair(name, other)):
             return Original(other, True, 1.0)
-        if mine.size >= SMALLEST:
+        if mine.ndim > 1 and mine.size >= SMALLEST:
             r = correlation(first, theirs)
             best = max(best or (r, other), (r, other))
     own = relation_of(case, name).correlation
-    if best is None or best[0] < ALIKE - 0.1 or own > 0.5:
+    if mine.ndim == 1:
+        return _exchanged(case, name)
+    if best is None or not fits_better(best[0], own):
         return None
     r = relation(*case.pair(name, best[1])).correlation
-    return Original(best[1], False, r) if r > ALIKE else None
+    return Original(best[1], False, r) if fits_better(r, own) else None
+
+
+def _exchanged(case: Case, name: str) -> Original | None:
+    """Find the vector of the same layer that changed places with this one: each is far nearer to the other's original.
+
+    Gains of norms resemble each other, so correlation does not tell them apart, and one alone proves nothing.
+    """
+    layer = layer_of(name)
+    for other in _candidates(case)[case.tensors[name].shape]:
+        if other == name or other not in case.tensors or case.tensors[other].shape != case.tensors[name].shape:
+            continue
+        beside = layer_of(other)
+        if layer is None or beside is None or beside[:2] != layer[:2]:
+            continue
+        if all(_distance(case, a, b) < 0.5 * _distance(case, a, a) for a, b in ((name, other), (other, name))):
+            return Original(other, False, relation(*case.pair(name, other)).correlation)
+    return None
+
+
+def _distance(case: Case, name: str, other: str) -> float:
+    """Return the distance of a vector from the reference's vector of a name."""
+    mine, theirs = case.pair(name, other)
+    return float(np.linalg.norm(_finite(mine) - _finite(theirs)))
 
 
 def _candidates(case: Case) -> dict[tuple[int, ...], list[str]]:

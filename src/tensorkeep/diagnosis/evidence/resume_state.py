@@ -15,6 +15,7 @@ from tensorkeep.conversion.naming import OTHER_STATE
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.record import TensorRecord
 
@@ -165,7 +166,7 @@ def _read_documents(view: StateView, names: list[str], state: ResumeState) -> No
         if file not in names:
             continue
         try:
-            document = parse_json(view.folder.read(file), f"{view.folder.url}/{file}")
+            document = parse_json(read_small_from(view.folder, file), f"{view.folder.url}/{file}")
         except TensorkeepError:
             continue
         if not isinstance(document, dict):

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.conversion.plan import RowPermutation
-from tensorkeep.diagnosis.evidence import architecture
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.orders import Index
-from tensorkeep.diagnosis.evidence.originals import ALIKE
+from tensorkeep.diagnosis.evidence.originals import ALIKE, fits_better
 from tensorkeep.diagnosis.evidence.statistics import Array, relation
 
 _QUERY = re.compile(r"(?:^|[._])(q_proj|q_norm|query|wq|q)\.(weight|bias)\Z")
@@ -69,7 +69,8 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
         return None
     loose: Turn | None = None
     # a tensor that resembles its own reference was rearranged only where a rearrangement fits exactly
-    own = mine.ndim > 1 and relation(mine, theirs).correlation > ALIKE
+    own = relation(mine, theirs).correlation
+    best = own
     for head, rotary in _sizes(rows, config):
         for to in ("pairs", "half"):
             for which, index in _indices(part, rows, RowPermutation(head, rotary, to), config):
@@ -78,8 +79,11 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
                 turned = theirs[index]
                 if _same(mine, turned):
                     return Turn(to, head, rotary, tuple(index.tolist()), True, which)
-                if loose is None and mine.ndim > 1 and not own and relation(mine, turned).correlation > ALIKE:
-                    loose = Turn(to, head, rotary, tuple(index.tolist()), False, which)
+                if own > ALIKE or best > ALIKE or mine.ndim < 2:
+                    continue
+                r = relation(mine, turned).correlation
+                if r > best and fits_better(r, own):
+                    best, loose = r, Turn(to, head, rotary, tuple(index.tolist()), False, which)
     return loose
 
 

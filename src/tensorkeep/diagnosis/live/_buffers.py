@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
+from tensorkeep.models.adapter_names import is_adapter, parts_of
 from tensorkeep.models.buffers import Buffer, buffers, fresh, rope_frequencies
 from tensorkeep.models.repair import judge, without_dynamic
 from tensorkeep.models.tensors import local
@@ -28,7 +29,7 @@ def buffer_findings(model: nn.Module, config: Mapping[str, Any] | None = None) -
     Returns:
         At most one B01 for each of the three, and C01 for tables of angles with other frequencies than the config's.
     """
-    right = fresh(model, config)
+    right, adapters = fresh(model, config), parts_of(model)
     unknown: dict[str, str] = {}
     narrowed: list[Buffer] = []
     wrong: list[Finding] = []
@@ -38,7 +39,7 @@ def buffer_findings(model: nn.Module, config: Mapping[str, Any] | None = None) -
         if value is None:
             if impossible(buffer):
                 wrong.append(_wrong(buffer, None, "its values are none that RoPE can have"))
-            else:
+            elif not is_adapter(buffer.name, adapters):  # PEFT fills its own
                 unknown[buffer.name] = way
             continue
         state = judge(buffer.tensor, value)

@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from tensorkeep.conversion.naming import hf
+from tensorkeep.diagnosis.live import _quantized
 from tensorkeep.diagnosis.live._tensors import Mismatch, mismatch, packed, same, twin
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
+from tensorkeep.models import adapter_names
 from tensorkeep.models.counterpart import CounterpartFinder, StoredModel
 from tensorkeep.models.saved_names import as_saved, renamed
 from tensorkeep.models.tensors import Held, local
+from tensorkeep.quantization.stored import find_quantized, members
 
-ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|ia3_l)\b")
 _TITLES = {
     "K01": "have nothing in the file",
     "V03": "hold what an initialiser gave",
@@ -50,50 +53,79 @@ def tensor_findings(model: nn.Module, tensors: list[Held], source: StoredModel) 
     Raises:
         TensorkeepError: Where most names cannot be translated, with what is missing for it.
     """
-    finder = CounterpartFinder(model, tensors, source, renamed)
-    found: list[Mismatch] = []
-    missing: list[Held] = []
-    skipped: list[str] = []
-    compared = 0
-    for item in tensors:
-        if item.name.endswith("_flat_param"):
-            message = "FSDP1 keeps its parameters in flat tensors, which cannot be compared"
-            yield Finding(
-                "K08",
-                "warning",
-                message,
-                [item.name],
-                fix="use FSDP2 (fully_shard), or call this within FullyShardedDataParallel.summon_full_params",
-            )
-            continue
-        pairs = [(name, p) for name in (item.name, *item.aliases) if (p := finder.parts(item, name))]
-        if packed(item.tensor):
-            skipped.append(item.name)
-        elif not pairs:
-            unpaired = list(_rearranged(model, item, finder))
-            found += [m for m in unpaired if m is not None]
-            compared += len(unpaired)
-            missing += [] if unpaired else [item]
-        for name, parts in pairs if not packed(item.tensor) else ():
-            compared += 1
-            odd = mismatch(item, parts, source)
-            if odd is not None:
-                odd.name = name
-                found.append(_renamed(odd, item, parts[0].name, source) if odd.code in ("V03", "V06") else odd)
-    if source.problem is not None and len(missing) > compared:
+    if source.view.format == "peft":
+        tensors = adapter_names.in_files(model, tensors, source.stored)
+    flat = [t.name for t in tensors if t.name.endswith("_flat_param")]
+    for name in flat:
+        message = "FSDP1 keeps its parameters in flat tensors, which cannot be compared"
+        fix = "use FSDP2 (fully_shard), or call this within FullyShardedDataParallel.summon_full_params"
+        yield Finding("K08", "warning", message, [name], fix=fix)
+    seen = _compare_all(model, [t for t in tensors if t.name not in flat], source)
+    if source.problem is not None and len(seen.missing) > seen.compared:
         raise source.problem
-    if not compared and not skipped and tensors:
-        theirs, mine = next(iter(source.stored), "nothing"), tensors[0].name
+    if not seen.compared and not seen.skipped and (tensors or source.view.format == "peft"):
+        theirs, mine = next(iter(source.stored), "nothing"), tensors[0].name if tensors else "no adapter"
         message = f"no tensor of the model has a counterpart in the file: {mine} against {theirs}; nothing was loaded"
         yield Finding("K05", "error", message, [], {"model": len(tensors), "file": len(source.view)})
         return
-    if skipped:
-        message = f"{len(skipped)} quantized tensors were not compared: the model holds codes, the file may not"
-        yield Finding("Q02", "info", message, skipped)
-    yield from _missing(missing, tensors, source)
-    yield from _dropped(model, tensors, source, bool(missing))
-    yield from _gathered(found)
-    yield from _cause(model, found, compared, source)
+    if seen.skipped:
+        message = f"{len(seen.skipped)} quantized tensors were not compared: the model holds codes, the file may not"
+        yield Finding("Q02", "info", message, seen.skipped)
+    if seen.within:
+        message = f"{len(seen.within)} quantized tensors are the file's within their quantization; less is not seen"
+        yield Finding("Q02", "info", message, seen.within)
+    yield from _missing(seen.missing, tensors, source, adapter_names.parts_of(model))
+    yield from _dropped(model, tensors, source, bool(seen.missing))
+    yield from _gathered(seen.found)
+    yield from _cause(model, seen.found, seen.compared, source)
+
+
+@dataclass
+class _Seen:
+    """What a comparison of all tensors gave.
+
+    `within`: quantized ones that agree with the file's floats as far as quantization allows; `skipped`: quantized ones
+    that could not be compared.
+    """
+
+    compared: int = 0
+    found: list[Mismatch] = field(default_factory=list)
+    missing: list[Held] = field(default_factory=list)
+    within: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def _compare_all(model: nn.Module, tensors: list[Held], source: StoredModel) -> _Seen:
+    """Compare every tensor of the model with its counterpart in the file."""
+    finder = CounterpartFinder(model, tensors, source, renamed)
+    described = find_quantized(source.view) if any(packed(t.tensor) for t in tensors) else {}
+    source.used.update(members(described))  # scales are no parameters of the model
+    seen = _Seen()
+    for item in tensors:
+        pairs = [(name, p) for name in (item.name, *item.aliases) if (p := finder.parts(item, name))]
+        if not pairs:
+            unpaired = list(_rearranged(model, item, finder)) if not packed(item.tensor) else []
+            seen.found += [m for m in unpaired if m is not None]
+            seen.compared += len(unpaired)
+            seen.missing += [] if unpaired else [item]
+        elif packed(item.tensor):
+            odd = _quantized.compare(item, pairs[0][1], source, described)
+            seen.compared += odd is not False
+            if isinstance(odd, Mismatch):
+                seen.found.append(odd)
+            elif odd is False:
+                seen.skipped.append(item.name)
+            elif pairs[0][1][0].name not in described:
+                seen.within.append(item.name)
+        else:
+            for name, parts in pairs:
+                seen.compared += 1
+                differs = mismatch(item, parts, source)
+                if differs is not None:
+                    differs.name = name
+                    again = differs.code in ("V03", "V06")
+                    seen.found.append(_renamed(differs, item, parts[0].name, source) if again else differs)
+    return seen
 
 
 def _rearranged(model: nn.Module, item: Held, finder: CounterpartFinder) -> Iterator[Mismatch | None]:
@@ -122,10 +154,13 @@ def _renamed(odd: Mismatch, item: Held, stored: str, source: StoredModel) -> Mis
     return Mismatch(odd.name, code, f"holds {other} of the file", {**odd.evidence, "holds": other})
 
 
-def _missing(missing: list[Held], tensors: list[Held], source: StoredModel) -> Iterator[Finding]:
-    """Report tensors of the model that are not in the file."""
-    adapters = [m for m in missing if ADAPTER.search(m.name)]
-    rest = [m for m in missing if not ADAPTER.search(m.name)]
+def _missing(
+    missing: list[Held], tensors: list[Held], source: StoredModel, parts: Collection[str]
+) -> Iterator[Finding]:
+    """Report tensors of the model that are not in the file. `parts`: what adapters are called in this model."""
+    own = source.view.format == "peft"
+    adapters = [m for m in missing if not own and adapter_names.is_adapter(m.name, parts)]
+    rest = [m for m in missing if own or not adapter_names.is_adapter(m.name, parts)]
     if adapters:
         message = f"{len(adapters)} adapter tensors are not in the file, as it should be for its base"
         yield Finding("K01", "info", message, [m.name for m in adapters])

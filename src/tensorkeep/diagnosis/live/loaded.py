@@ -24,6 +24,7 @@ from tensorkeep.formats.view import StateView, read
 from tensorkeep.models.buffers import transformers_roots
 from tensorkeep.models.counterpart import StoredModel
 from tensorkeep.models.tensors import held
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 
 
@@ -70,10 +71,7 @@ def _config(config: Any) -> dict[str, Any] | None:
         return config
     if isinstance(config, (str, Path)):
         path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
-        try:
-            document = parse_json(path.read_bytes(), path)
-        except OSError as error:
-            raise TensorkeepError(f"the config cannot be read: {error.strerror}", where=path) from None
+        document = parse_json(read_small(path), path)
         return document if isinstance(document, dict) else None
     if hasattr(config, "to_dict"):
         made: dict[str, Any] = config.to_dict()

@@ -17,6 +17,7 @@ import torch
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.language.data.texts import Conversation
+from tensorkeep.models.refusals import REFUSALS, said
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -87,17 +88,22 @@ class Chat:
 
     def render(self, conversation: Conversation, opening: bool = False) -> str:
         """Render the conversation as text; `opening` adds what the template puts before an answer."""
+        text: str = self._applied(conversation, tokenize=False, add_generation_prompt=opening)
+        return text
+
+    def _applied(self, conversation: Conversation, **options: Any) -> Any:
+        """Return what transformers makes of a conversation, within the bounds of templates."""
         from jinja2.exceptions import TemplateError
 
+        from tensorkeep.language.data.template import bounded_templates
+
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                conversation.messages, tools=conversation.tools, tokenize=False, add_generation_prompt=opening
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TensorkeepError(
-                f"the chat template refuses it: {' '.join(str(error).split())[:200]}", where="data"
-            ) from None
-        return text
+            with bounded_templates():
+                return self.tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, **options)
+        # a template is a program: besides Jinja's own, it raises what Python does of what it computes
+        except (TemplateError, *REFUSALS, SyntaxError) as error:
+            what = f"the chat template refuses it: {said(error)}"
+            raise TensorkeepError(what, where="data") from None
 
     def encode(
         self,
@@ -136,13 +142,8 @@ class Chat:
             raise TensorkeepError(
                 "cannot take thinking out of a template with generation tags", where="data.augmentation"
             )
-        encoded = self.tokenizer.apply_chat_template(
-            conversation.messages,
-            tools=conversation.tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = self._applied(conversation, **options)
         return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
 
     def _spans(self, conversation: Conversation, whole: str) -> list[tuple[int, int]]:

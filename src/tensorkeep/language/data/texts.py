@@ -17,6 +17,7 @@ from tensorkeep.storage.files import explained
 
 Format = Literal["auto", "jsonl", "text"]
 Objective = Literal["pretrain", "sft", "dpo"]
+_LONGEST_LINE = 64 << 20  # bytes of one record
 _JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
 
 
@@ -91,7 +92,7 @@ def _plain(path: Path, objective: Objective) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Number (from 1) and JSON value of every line that is not blank."""
     with explained(path), path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
             if not line.strip():
                 continue
             try:

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -164,8 +165,7 @@ def opened(folder: Path, digest: str, proven: bool = False) -> Tokens:
         TensorkeepError: the index is missing (F05), a file is truncated (F02) or damaged, or the cache is another's
             (F03).
     """
-    with explained(folder):
-        index = parse_json((folder / INDEX).read_bytes(), folder / INDEX)
+    index = parse_json(read_small(folder / INDEX), folder / INDEX)
     try:
         dtype, documents, total = np.dtype(index["dtype"]), int(index["documents"]), int(index["tokens"])
         files = {str(n): (int(entry["bytes"]), str(entry["xxh3_128"])) for n, entry in index["files"].items()}

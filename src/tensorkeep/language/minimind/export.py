@@ -26,6 +26,7 @@ from tensorkeep.language.minimind._position import Batching, step_of
 from tensorkeep.language.minimind._resume_file import registered
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.archive_writing import build_archive, tensor_object
+from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.placement import replacing
@@ -85,7 +86,7 @@ def export_resume(
         raise TensorkeepError(
             what, where=run, hint="weights go with: tensorkeep convert RUN OUT --to pth --naming minimind"
         )
-    document = parse_json((opened.path / run_folder.STATE).read_bytes(), opened.path / run_folder.STATE)
+    document = parse_json(read_small(opened.path / run_folder.STATE), opened.path / run_folder.STATE)
     weights = _unstacked(read(opened.path / run_folder.MODEL))
     moments = opened.path / run_folder.OPTIMIZER
     optimizer = _unstacked(read(moments)) if moments.exists() else None

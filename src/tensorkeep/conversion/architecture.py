@@ -10,20 +10,31 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tensorkeep.conversion.naming import hf
+from tensorkeep.storage.budget import believable
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 class Family(NamedTuple):
-    """How one model type differs from Llama. `norms`: those of a layer; `qk`: q/k norms by head or over the width."""
+    """How one model type differs from Llama.
+
+    Args:
+        norms: the norms of a layer.
+        qk: norms of q and k: "" for none, "head" for one a head, "full" over the whole width.
+        qkv_bias: whether q, k and v have a bias; None takes the config's attention_bias.
+        o_bias: the same of the output projection.
+        experts: how the experts' projections are named: "", "qwen" or "mixtral".
+        gain: whether norms have a weight (OLMo 1 has none).
+        mlp_bias: whether the class knows the config's mlp_bias at all.
+    """
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
-    qk: str = ""  # "", "head", "full"
-    qkv_bias: bool | None = None  # None: the config's attention_bias
-    o_bias: bool | None = None  # None: the config's attention_bias
-    experts: str = ""  # name of the expert module's projections: "", "qwen", "mixtral"
-    gain: bool = True  # norms have a weight (OLMo 1 has none)
-    mlp_bias: bool = False  # whether the class knows the config's mlp_bias at all
+    qk: str = ""
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    experts: str = ""
+    gain: bool = True
+    mlp_bias: bool = False
 
 
 POST = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -69,7 +80,7 @@ def expected(config: Mapping[str, Any] | None) -> Shapes | None:
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     if family is None or config is None or not all(isinstance(config.get(k), int) and config[k] >= 0 for k in wanted):
         return None
-    if config["num_attention_heads"] < 1 or config["num_hidden_layers"] > 10_000:
+    if config["num_attention_heads"] < 1 or not believable(config):
         return None
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     out: Shapes = {hf.EMBEDDING: (vocab, hidden)}
@@ -83,7 +94,11 @@ def expected(config: Mapping[str, Any] | None) -> Shapes | None:
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
-    """Return the size of a head: as the config gives it, or hidden size over heads; 0 where it gives neither."""
+    """Return the size of a head: as the config gives it, or hidden size over heads; 0 where it gives neither.
+
+    Args:
+        config: a model's config.
+    """
     given, heads, hidden = (config.get(k) for k in ("head_dim", "num_attention_heads", "hidden_size"))
     if isinstance(given, int) and given > 0:
         return given
@@ -91,7 +106,11 @@ def head_dim(config: Mapping[str, Any]) -> int:
 
 
 def kv_heads(config: Mapping[str, Any]) -> int:
-    """Return the number of key and value heads: as many as query heads where the config does not say."""
+    """Return the number of key and value heads: as many as query heads where the config does not say.
+
+    Args:
+        config: a model's config.
+    """
     given = config.get("num_key_value_heads")
     return int(given if isinstance(given, int) and given > 0 else config.get("num_attention_heads") or 0)
 
