@@ -1,6 +1,6 @@
 """Run every command on a counted corpus of hostile inputs, and count executions, hangs, tracebacks and excess.
 
-    python -m benchmarks.hostile [--kinds pickle ...] [--every N] [--seed S] [--json OUT.json] [--verbose]
+    python -m benchmarks.hostile [--kinds pickle ...] [--every N] [--seed S] [--json OUT.json] [--hangs S] [--verbose]
 
 Each command runs in a process of its own, forked from one that has imported what all of them import, in the case's
 folder, offline and without standard input. Seconds are processor time of the command; MB are its private memory
@@ -67,15 +67,15 @@ def warm() -> None:
     torch.set_num_threads(1)
 
 
-def run_case(case: Case, folder: Path, base: Path) -> Iterator[Outcome]:
+def run_case(case: Case, folder: Path, base: Path, hangs: float = HANGS) -> Iterator[Outcome]:
     """Write a case into an empty folder and run its commands there."""
     commands = case.make(folder, base)
     for command in commands:
         words = [w for part in command for w in (part.split() if part.startswith("generate --") else [part])]
-        yield _run(f"{case.kind}: {case.name}", words, folder)
+        yield _run(f"{case.kind}: {case.name}", words, folder, hangs)
 
 
-def _run(case: str, words: list[str], folder: Path) -> Outcome:
+def _run(case: str, words: list[str], folder: Path, hangs: float) -> Outcome:
     """Run one command in a forked process and look at what it left."""
     before = set(_canaries(folder))
     read, write = os.pipe()
@@ -93,7 +93,7 @@ def _run(case: str, words: list[str], folder: Path) -> Outcome:
         done, code, usage = os.wait4(child, os.WNOHANG)
         if done:
             status = code
-        elif time.monotonic() - started > HANGS or peak > 8 * MEGABYTES:
+        elif time.monotonic() - started > hangs or peak > 8 * MEGABYTES:
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
         else:
@@ -158,13 +158,13 @@ def _child(words: list[str], folder: Path, write: int) -> None:
         os._exit(code)
 
 
-def run(chosen: Iterable[Case], base: Path, verbose: bool = False) -> list[Outcome]:
+def run(chosen: Iterable[Case], base: Path, verbose: bool = False, hangs: float = HANGS) -> list[Outcome]:
     """Run cases one after another."""
     found = []
     for case in chosen:
         folder = Path(tempfile.mkdtemp(prefix="hostile-"))
         try:
-            for outcome in run_case(case, folder, base):
+            for outcome in run_case(case, folder, base, hangs):
                 found.append(outcome)
                 if verbose or outcome.faults:
                     told = f"exit {outcome.exit} | {outcome.seconds:.1f} s {outcome.mb:.0f} MB"
@@ -203,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="*")
     parser.add_argument("--every", type=int, default=1, help="take one case in so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hangs", type=float, default=HANGS, help="seconds of the clock that end a command")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args(argv)
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         base = make_base(Path(scratch))
         warm()
         chosen = [c for c in cases(given.seed) if not given.kinds or c.kind in given.kinds][:: given.every]
-        found = run(chosen, base, given.verbose)
+        found = run(chosen, base, given.verbose, given.hangs)
     print(table(found))
     other = Counter(f for o in found for f in o.faults if f in ("control", "password", "exit"))
     print(
