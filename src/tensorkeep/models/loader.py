@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from tensorkeep.conversion.fit import Misfit, Offer
-from tensorkeep.models.buffers import REFUSALS
+from tensorkeep.models.refusals import refusals
+from tensorkeep.storage.budget import believable
 from tensorkeep.storage.record import DTYPES
-
-_MOST = 4096  # layers or experts of a model that is built to be asked; a hostile config says 1e9
 
 
 def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit | None:
@@ -28,7 +27,7 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
         import transformers
     except ImportError:
         return None
-    if _too_large(config):
+    if not believable(config):
         return None
     from tensorkeep.models.language_model import silent
 
@@ -51,7 +50,7 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
                 ignore_mismatched_sizes=True,  # they are reported, and refused by whoever asked
                 output_loading_info=True,
             )
-    except (*REFUSALS, OSError):
+    except refusals():
         return None
     return Misfit(
         f"its config ({config.get('model_type')})",
@@ -68,13 +67,3 @@ def _hollow(offer: Offer) -> Any:
     if spelled is None or not hasattr(torch, spelled):
         return None
     return torch.empty(offer.shape, dtype=getattr(torch, spelled), device="meta")
-
-
-def _too_large(config: Mapping[str, Any], depth: int = 0) -> bool:
-    """Say whether a config asks for more layers or experts than any model has."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and depth < 3 and _too_large(value, depth + 1):
-            return True
-        if type(value) is int and value > _MOST and any(w in key for w in ("layer", "expert", "depth", "block")):
-            return True
-    return False
