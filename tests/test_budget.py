@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorkeep.diagnosis.evidence.architecture import expected
 
+from tensorkeep.conversion.architecture import expected
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._gguf_tokenizer import merges_from_scores
 from tensorkeep.formats.config_types import believed, odd_fields

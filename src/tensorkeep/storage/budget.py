@@ -19,8 +19,8 @@ _MB = 1_000_000
 _SECONDS = 5.0  # of processor time for a file of up to 1 MB, and for each MB more
 _MEMORY, _MEMORY_PER_BYTE = 128 * _MB, 24  # bytes of objects: this much, and so many for each byte of the file
 LARGEST_JSON = 256 << 20  # bytes; the largest indices and tokenizers known have 40 MB
-_MOST_LAYERS = 10_000
-_MOST_PARTS = 1_000_000  # experts of all layers together; the largest models known have 30,000
+_MOST_LAYERS = 1024
+_MOST_PARTS = 1 << 17  # experts of all layers together; the largest models known have 50,000
 _MOST_SIZE = 1 << 31  # any other number that sizes a tensor
 _MORE_THAN_STORED, _SMALL = 16, 1 << 26  # elements for each stored byte (2 bits hold 4), and so many more
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
@@ -147,7 +147,7 @@ def check_config(config: Mapping[str, Any], where: object, stored: int | None = 
     Example:
         >>> check_config({"num_hidden_layers": 10**9}, "config.json")
         Traceback (most recent call last):
-        tensorkeep.errors.TensorkeepError: C01 config.json: num_hidden_layers is 1000000000; the most believed is 10000
+        tensorkeep.errors.TensorkeepError: C01 config.json: num_hidden_layers is 1000000000; the most believed is 1024
         hint: correct the config, or take the one of these weights
     """
     layers = max((config[key] for key in _LAYERS if _whole(config.get(key))), default=1)

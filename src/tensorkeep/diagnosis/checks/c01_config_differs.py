@@ -3,6 +3,8 @@
 What it means
     RoPE's theta or scaling, eps, heads, head size, activation, tie, vocabulary, number of experts used or attention
     windows differ. Spellings of transformers 4 and 5 count as equal; dtype, cache and version fields do not count.
+    Or a field has a type that it cannot have (text for a number): transformers refuses to load it, and nothing is
+    computed with it here.
 
 How it happens
     The config of a similar model was copied; a default filled in what was not written; a program has its own table of
