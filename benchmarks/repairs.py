@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.fault_kinds.change import KINDS
+from tests.fault_kinds.names import EMBEDDING, HEAD
 from tests.fault_kinds.writing import write
 from tests.faults import Fault, make
 from tests.specimens import available
@@ -29,7 +30,7 @@ from tests.specimens import available
 from tensorkeep.diagnosis.comparison import Difference, compare
 from tensorkeep.diagnosis.repairs import Repaired, repair
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches
+from tensorkeep.formats.names import exactly, matches
 from tensorkeep.formats.view import read
 
 # twice the distance of a dtype's numbers: an inverse rounds once, and undoes one rounding
@@ -101,7 +102,7 @@ def repaired(fault: Fault, out: Path, allowed: bool) -> tuple[str, str]:
         return ("LOST", f"refused, and wrote {out}") if out.exists() else ("refused", error.line)
     truth = write("hf", dict(fault.before), out.parent / "truth", None)
     try:
-        return judge(compare(read(str(out)), read(str(truth))), done)
+        return judge(compare(read(str(out)), read(str(truth))), done, HEAD not in fault.before)
     finally:
         shutil.rmtree(truth)
         shutil.rmtree(out) if out.is_dir() else out.unlink()
@@ -120,14 +121,15 @@ def attempt(fault: Fault, out: Path, allowed: bool) -> Repaired | None:
     return repair(*paths, fault.target, yes=True)  # type: ignore[arg-type]
 
 
-def judge(differences: list[Difference], done: Repaired) -> tuple[str, str]:
-    """Say what became of the values that the copy had before the fault."""
+def judge(differences: list[Difference], done: Repaired, tied: bool) -> tuple[str, str]:
+    """Say what became of the values that the copy had before the fault; a tied head is its embedding."""
     named = [n for n in (*done.taken, *done.lost)]
     outcome = "kept"
     for d in differences:
         if d.status == "equal" or d.status == "only_a":
             continue
-        if any(matches(d.name, [n]) for n in named):
+        name = EMBEDDING if tied and d.name == HEAD else d.name
+        if any(matches(name, [exactly(n)]) for n in named):
             outcome = "announced"
         elif d.status == "values" and d.relative is not None and d.b and d.relative <= ROUNDING.get(d.b.dtype, 0):
             outcome = "rounded" if outcome == "kept" else outcome

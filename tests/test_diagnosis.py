@@ -216,5 +216,5 @@ def test_packed_weights_that_are_not_decoded_here_are_undecided(tmp_path: Path) 
     for reference in (None, base):
         found = diagnose(str(packed), str(reference) if reference else None)
         assert found.verdict == "inconclusive", [(f.code, f.message) for f in found.findings]
-        assert any(f.code == "Q02" and f.evidence.get("inconclusive") for f in found.findings)
+        assert any(f.code == "Q01" and f.evidence.get("inconclusive") for f in found.findings)
     assert diagnose(str(packed), str(packed)).verdict == "ok"

@@ -89,7 +89,9 @@ def test_a_broken_checkpoint_of_a_new_format_is_named_and_mended_in_it(
     (tmp_path / "made" / "tensorkeep.json").unlink()
     code, shown, _ = run("diagnose", tmp_path / "made", "--reference", TINY)
     assert code == 1 and "V07" in shown
-    assert run("repair", tmp_path / "made", tmp_path / "mended", "--reference", TINY)[0] == 0
+    words = ["repair", tmp_path / "made", tmp_path / "mended", "--reference", TINY]
+    assert run(*words)[0] == 2  # what was flipped is only in the reference any more
+    assert run(*words, "--take-from-reference", "*")[0] == 0
     assert read(str(tmp_path / "mended")).format == "dummy"
 
 

@@ -183,7 +183,8 @@ def test_merge_and_repair_leave_it_too(precious: Path, tmp_path: Path, capsys: p
     document = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**document, "num_attention_heads": 1}))
     (broken / "merges.txt").symlink_to(precious)
-    main(["repair", str(broken), str(tmp_path / "mended"), "--reference", str(base)])
+    words = ["repair", str(broken), str(tmp_path / "mended"), "--reference", str(base)]
+    assert main([*words, "--take-from-reference", "config.json"]) == 0
     assert (tmp_path / "mended").is_dir() and not holding_the_secret(tmp_path / "mended")
 
 

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorkeep.diagnosis.evidence import quantized as quant_evidence
-from tensorkeep.diagnosis.evidence.bytewise import aligned, hf_bytes
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.quantized import Match
 from tensorkeep.diagnosis.evidence.quantized_digests import against_record, undecided
@@ -42,7 +41,6 @@ def check(case: Case) -> Iterator[Finding]:
     """Report weights whose codes and scales do not belong together."""
     sound = {n: w for n, w in quant_evidence.model_weights(case).items() if not w.problems}
     if not sound:
-        _undecoded(case)
         return
     found = quant_evidence.matches(case)
     yield from _mixed(case, [m for m in found.values() if m.verdict in ("scales", "codes")])
@@ -64,24 +62,6 @@ def check(case: Case) -> Iterator[Finding]:
     left = set(sound) - set(found) - set(recorded)
     if left:
         raise Inconclusive(undecided(case, len(left)))
-
-
-def _undecoded(case: Case) -> None:
-    """Raise where weights are packed in a form that is not decoded here, and not in the reference byte for byte."""
-    foreign = [n for n in sorted(case.packed) if n in case.tensors and not _same_bytes(case, n)]
-    if foreign:
-        raise Inconclusive(
-            f"{len(foreign)} tensors are quantized weights and their parts in a form that is not decoded here, first "
-            f"{foreign[0]}: nothing was found out about their values"
-        )
-
-
-def _same_bytes(case: Case, name: str) -> bool:
-    """Say whether the reference stores the same bytes under this name."""
-    mine, theirs = case.tensors[name], case.reference_tensors.get(name)
-    if theirs is None or (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
-        return False
-    return all(x == y for x, y in aligned(hf_bytes(mine, case.views), hf_bytes(theirs, case.views), 1, 1))
 
 
 def _mixed(case: Case, off: list[Match]) -> Iterator[Finding]:

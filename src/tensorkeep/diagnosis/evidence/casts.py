@@ -57,21 +57,16 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
             lost = _through(mine, theirs, dtype)
         if lost is not None:
             return Cast(name, *lost, True)
-    codes = _codes(mine, theirs)
-    return Cast(codes, 0, 0, False) if codes else _quantized(mine, theirs)
+    narrow = _narrow(mine, theirs)
+    return Cast(narrow, 0, 0, False) if narrow else _quantized(mine, theirs)
 
 
-def _codes(mine: Array, theirs: Array) -> str | None:
-    """Find codes of 8 bits taken for values: all of the tensor's lie on their grid, and the reference's do not."""
+def _narrow(mine: Array, theirs: Array) -> str | None:
+    """Return the 8-bit float on whose grid all of a tensor lies and the reference does not: it was rounded there."""
     if mine.size < 1024 or mine.ndim < 2:
         return None
     grid = on_grid(mine)
-    if grid is not None:
-        return f"{grid}, without scales" if on_grid(theirs) is None else None
-    a, b = (sampled(v).astype(np.float32) for v in (mine, theirs))
-    with np.errstate(invalid="ignore"):
-        whole, wanted = (bool((v == np.round(v)).all()) for v in (a, b))
-    return "8-bit integers, without scales" if whole and not wanted and 1 < np.abs(a).max() <= 255 else None
+    return grid if grid is not None and on_grid(theirs) is None else None
 
 
 def _through(mine: Array, theirs: Array, dtype: np.dtype) -> tuple[int, int] | None:
