@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hostile_texts import CONFIG_VALUES, JSON_TEXTS, OPENTAD, PICKLES, RECIPES, TEMPLATES
@@ -62,6 +63,8 @@ def cases(seed: int = 0) -> Iterator[Case]:
         yield Case("tokenizer", str(number), lambda d, b, n=number: _tokenizer(d, b, seed * 100 + n))
     for name, header in HEADERS.items():
         yield Case("safetensors", name, lambda d, b, h=header: _safetensors(d, h))
+    for name in ("x.pth", "x.bin", "x.gguf", "x.safetensors", "x/.metadata", "x/adapter_config.json"):
+        yield Case("sparse file", name, lambda d, b, n=name: _sparse(d, n))
     for name, build in GGUF.items():
         yield Case("gguf", name, lambda d, b, g=build: _gguf(d, g))
     for name, text in RECIPES.items():
@@ -217,6 +220,17 @@ def _safetensors(folder: Path, header: Callable[[], bytes]) -> list[Command]:
     found = [[*c, "x.safetensors"] for c in commands] + [["diff", "x.safetensors", "y.safetensors"]]
     found += [["diagnose", "x.safetensors", "--reference", "y.safetensors"]]
     return found + [["convert", "x.safetensors", f"o-{t}", "--to", t] for t in ("hf", "pth", "dcp")]
+
+
+def _sparse(folder: Path, name: str) -> list[Command]:
+    """6 GB that take no room on the disk, behind a sound beginning."""
+    _write(folder / name, 6 << 30)
+    path = name.partition("/")[0]
+    if "/" in name:
+        save_file({"base_model.model.q.lora_A.weight": torch.ones(2, 2)}, folder / path / "adapter_model.safetensors")
+    with (folder / name).open("r+b") as file:
+        file.write({"x.gguf": b"GGUF\x03\0\0\0", "x.pth": b"PK\x03\x04", "x.bin": b"\x80\x02"}.get(name, b"{"))
+    return [["inspect", path], ["verify", path], ["diagnose", path], ["convert", path, "o", "--to", "pth"]]
 
 
 def _text(value: str | bytes) -> bytes:

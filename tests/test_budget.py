@@ -156,6 +156,8 @@ def test_json_of_more_values_than_its_size_allows_is_refused() -> None:
         {"num_hidden_layers": 94, "num_experts": 10**9},
         {"num_hidden_layers": 94, "n_routed_experts": 10**5},
         {"max_position_embeddings": 10**12},
+        {"head_dim": 10**9},
+        {"qk_rope_head_dim": 10**6},
     ],
 )
 def test_a_config_of_a_size_that_nobody_has_is_refused(config: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from tensorkeep.conversion.fit import Misfit, Offer
 from tensorkeep.models.refusals import refusals
 from tensorkeep.storage.budget import believable
-from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.record import DTYPES, nbytes
 
 
 def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit | None:
@@ -27,7 +27,7 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
         import transformers
     except ImportError:
         return None
-    if not believable(config):
+    if not believable(config, sum(nbytes(offer.dtype, offer.shape) for offer in offers.values())):
         return None
     from tensorkeep.models.language_model import silent
 

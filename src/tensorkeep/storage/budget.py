@@ -21,9 +21,11 @@ _MEMORY, _MEMORY_PER_BYTE = 128 * _MB, 24  # bytes of objects: this much, and so
 LARGEST_JSON = 256 << 20  # bytes; the largest indices and tokenizers known have 40 MB
 _MOST_LAYERS = 1024
 _MOST_PARTS = 1 << 17  # experts of all layers together; the largest models known have 50,000
+_MOST_OF_HEAD, _MOST_POSITIONS = 1 << 16, 1 << 25  # tables are computed of these, whatever is stored
 _MOST_SIZE = 1 << 31  # any other number that sizes a tensor
 _MORE_THAN_STORED, _SMALL = 16, 1 << 26  # elements for each stored byte (2 bits hold 4), and so many more
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _CHECK_EVERY = 1024  # steps between looks at the clock
 
 
@@ -178,7 +180,11 @@ def _most(key: str, layers: int) -> int:
     """Return the largest number that a config's key may have."""
     if "experts" in key:
         return _MOST_PARTS // max(layers, 1)
-    return _MOST_LAYERS if key in _LAYERS else _MOST_SIZE
+    if "head_dim" in key:
+        return _MOST_OF_HEAD
+    if key in _LAYERS:
+        return _MOST_LAYERS
+    return _MOST_POSITIONS if key in _POSITIONS else _MOST_SIZE
 
 
 def _unbelievable(what: str, where: object) -> TensorkeepError:
@@ -189,14 +195,15 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def believable(config: Mapping[str, Any]) -> bool:
+def believable(config: Mapping[str, Any], stored: int | None = None) -> bool:
     """Tell whether a config's numbers are those of a model that somebody can have.
 
     Args:
         config: a model's config.
+        stored: bytes of the weights beside it, where there are some.
     """
     try:
-        check_config(config, "config")
+        check_config(config, "config", stored)
     except TensorkeepError:
         return False
     return True

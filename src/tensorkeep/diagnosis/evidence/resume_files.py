@@ -18,6 +18,7 @@ from tensorkeep.formats.companions import COMPANIONS
 from tensorkeep.formats.safetensors import read_header
 from tensorkeep.formats.view import STREAM_BYTES, StateView, read
 from tensorkeep.storage.archive import zip_entries
+from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder
 
@@ -83,7 +84,7 @@ def _check(folder: Folder, name: str, known: bool, whole: bool) -> None:
         read_header(folder, name)
         return
     if name.endswith(".json"):
-        document = parse_json(folder.read(name), where)
+        document = parse_json(read_small_from(folder, name), where)
         if not isinstance(document, dict) or (name == "trainer_state.json" and "global_step" not in document):
             raise TensorkeepError("holds no trainer's state", where=where, code="F07")
         return
