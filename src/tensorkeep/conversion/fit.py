@@ -17,7 +17,7 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Step
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import grouped
+from tensorkeep.formats.names import grouped, matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization.stored import find_quantized
 
@@ -99,6 +99,7 @@ def settle(
     sources: Sequence[StateView],
     dropped: list[Step],
     ask: Asker | None,
+    left_out: Sequence[str] = (),
 ) -> tuple[dict[str, HfTensor], bool]:
     """Return the tensors under the names that the config's model asks for, or refuse the conversion.
 
@@ -112,6 +113,7 @@ def settle(
         dropped: what is left out so far; gains what lies beside a prefixed model in the file.
         ask: who says which tensors the model has where the table of architectures does not say that all is well; None
             leaves everything as it is.
+        left_out: patterns of hf names that the program that wrote the checkpoint never writes.
 
     Returns:
         The tensors, and whether they are what the config's model asks for.
@@ -131,7 +133,7 @@ def settle(
         return hub, False
     refused: tuple[Misfit, str] | None = None
     for who in dict.fromkeys((by_table, ask)):
-        closest = _closest(hub, config, dropped, who)
+        closest = _closest(hub, config, dropped, left_out, who)
         if closest is not None and not closest[0].count:
             prefix = closest[1]
             _set_aside([h for n, h in hub.items() if not n.startswith(prefix)], prefix, sources, dropped)
@@ -158,17 +160,21 @@ def _refuse_strangers(hub: Mapping[str, HfTensor], config: Mapping[str, Any], wh
 
 
 def _closest(
-    hub: Mapping[str, HfTensor], config: Mapping[str, Any], dropped: Sequence[Step], ask: Asker
+    hub: Mapping[str, HfTensor],
+    config: Mapping[str, Any],
+    dropped: Sequence[Step],
+    left_out: Sequence[str],
+    ask: Asker,
 ) -> tuple[Misfit, str] | None:
     """Return what fits least badly, and the prefix that is taken away for it; None where the model is not known."""
     offers = {n: Offer(h.dtype, h.shape) for n, h in hub.items()}
     found = ask(config, offers)
     if found is None:
         return None
-    best, prefix = _without_dropped(found, dropped), ""
+    best, prefix = _without_dropped(found, dropped, left_out), ""
     for lead in _leading(hub) if len(best.missing) * 2 > best.asked else ():
         tried = ask(config, {n[len(lead) :]: o for n, o in offers.items() if n.startswith(lead)})
-        if tried is not None and (tried := _without_dropped(tried, dropped)).count < best.count:
+        if tried is not None and (tried := _without_dropped(tried, dropped, left_out)).count < best.count:
             best, prefix = tried, lead
     return best, prefix
 
@@ -179,10 +185,12 @@ def _without(tensor: HfTensor, prefix: str) -> HfTensor:
     return replace(tensor, name=tensor.name[len(prefix) :], tied_to=tied)
 
 
-def _without_dropped(found: Misfit, dropped: Iterable[Step]) -> Misfit:
-    """Return the misfit without names that are missing because the user left them out."""
+def _without_dropped(found: Misfit, dropped: Iterable[Step], left_out: Sequence[str]) -> Misfit:
+    """Return the misfit without names that are missing because the user, or the program that wrote it, left them out."""
     gone = {p.name for s in dropped if s.reason == BY_USER for p in s.parts}
-    left = tuple(n for n in found.missing if not any(g == n or g.endswith(f".{n}") for g in gone))
+    left = tuple(
+        n for n in found.missing if not matches(n, left_out) and not any(g == n or g.endswith(f".{n}") for g in gone)
+    )
     return replace(found, missing=left)
 
 

@@ -71,7 +71,10 @@ def make_plan(
     hub, config, companions = _gathered(sources, identities, to, prefer, dropped, notes)
     if not hub:
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
-    hub, known = fit.settle(hub, config, sources, dropped, ask if to == "hf" and naming in (None, "hf") else None)
+    asker = ask if to == "hf" and naming in (None, "hf") else None
+    # torchtitan's adapter drops biases without a word; `configs.missing_biases` notes them
+    left_out = ("*.bias",) if any(i.naming == "torchtitan" for i in identities) else ()
+    hub, known = fit.settle(hub, config, sources, dropped, asker, left_out)
     target = naming or ("hf" if known or any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
