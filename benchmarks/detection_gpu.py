@@ -39,7 +39,7 @@ import numpy as np
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_video, write_video
 
 PARTS = ("busy", "resume", "scaling", "language")
-LIMITS = {"busy": 120.0, "resume": 150.0, "scaling": 160.0, "language": 60.0}  # seconds from its turn on
+LIMITS = {"busy": 120.0, "resume": 150.0, "scaling": 260.0, "language": 60.0}  # seconds from its turn on
 BEGAN = time.monotonic()
 CLASSES = ("blink", "slide", "spin")
 

@@ -253,11 +253,11 @@ def scaling(bench: Bench) -> None:
         seconds = float(watch.figures(min(15, len(watch.marks) // 2))["seconds_an_update"])
         return batch * made.data.window_size / seconds
 
-    def weak(graph: bool) -> None:
-        found = speed("one", alone, 2, graph) if world.first else 0.0
+    def weak(graph: bool, each: int = 2) -> None:
+        found = speed(f"one-{each}", alone, each, graph) if world.first else 0.0
         distributed.gathered(world, None)
-        two = speed("two", world, 4, graph)
-        name = "frames_a_second_recorded" if graph else "frames_a_second_launched"
+        two = speed(f"two-{each}", world, 2 * each, graph)
+        name = f"frames_a_second_{'recorded' if graph else 'launched'}_batch_{each}"
         if world.first:
             bench.tell(**{name: {"one": found, "two": two, "scaling": two / found}})
 
@@ -309,8 +309,9 @@ def scaling(bench: Bench) -> None:
         )
 
     bench.attempt(lambda: weak(True))
-    bench.attempt(lambda: weak(False))
+    bench.attempt(lambda: weak(True, 8))
     bench.attempt(equal)
+    bench.attempt(lambda: weak(False))
     distributed.stop()
 
 

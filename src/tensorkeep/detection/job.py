@@ -63,7 +63,7 @@ def build(
         remark("note: floor_frames: false is not carried out: annotated seconds become whole frames")
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
-    check_ranks(detector)
+    check_ranks(detector, peers=world.size > 1)
     frames = float(recipe.data.window_size * recipe.data.scale_factor)
     job = Job(
         model=detector,

@@ -13,13 +13,14 @@ from tensorkeep.training.randomness import derive
 from tensorkeep.training.sections import OptimizerConfig
 
 
-def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
+def choose_trainable(model: nn.Module, recipe: LanguageRecipe, peers: bool = False) -> None:
     """Freeze every parameter the recipe does not train, in place; with an adapter, put it on and quantize under it.
 
     Args:
         model: the whole model; with `quantize_backbone` its linears may be quantized already.
         recipe: `trainable`, `adapter`, `training.quantize_backbone` and `training.seed` (of the adapter's first
             weights) are used.
+        peers: other processes build the same model, and quantized weights are compared with theirs.
 
     Raises:
         TensorkeepError: a pattern of `trainable` fits no parameter, an adapter's target no linear, or (Q02) the
@@ -44,7 +45,7 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
         add_lora(model, adapter.targets, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
-    check_ranks(model)
+    check_ranks(model, peers)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -56,7 +56,7 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     if recipe.data.packing != "none":
         refuse_packing(model.config, recipe.data.length)
     digest = start.digest() if recipe.adapter is not None or recipe.objective == "dpo" else None
-    choose_trainable(model, recipe)
+    choose_trainable(model, recipe, peers=world.size > 1)
     model.to(world.device)
     head = plain_head(model)
     pad, dpo = pad_of(start.tokenizer), recipe.objective == "dpo"

@@ -166,7 +166,7 @@ def adopted(module: Any, name: str = "linear") -> QuantLinear:
 # -- processes ----------------------------------------------------------------------------------------------------
 
 
-def check_ranks(model: nn.Module) -> None:
+def check_ranks(model: nn.Module, peers: bool = True) -> None:
     """Prove that codes and scales belong together and are the same on every process; call it before the first step.
 
     DDP sends buffers when it wraps a model, unless it is told not to (`broadcast_buffers=False`, which spares sending
@@ -174,6 +174,7 @@ def check_ranks(model: nn.Module) -> None:
 
     Args:
         model: the model, on every rank.
+        peers: compare with the other processes of the group, where there is one; all of them must then call this.
 
     Raises:
         TensorkeepError: Q02 with the first layer that differs and the ranks that hold something else.
@@ -183,7 +184,7 @@ def check_ranks(model: nn.Module) -> None:
         if found[name] != bytes(layer.get_buffer(WEIGHT_DIGEST).cpu().tolist()).hex():
             what = "codes and scales changed since they were quantized or loaded"
             raise TensorkeepError(what, where=name, code="Q02", hint="load the checkpoint again")
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not peers or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, found)
