@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +49,24 @@ def train(
 
 @needs_gpus(2)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_on_two_gpus_too(parallel: Any, tmp_path: Path) -> None:
-    loop = replace(LOOP, parallel=parallel, batch=6)
-    train(tmp_path / "alone", 1, replace(loop, updates=8), device="cuda")
-    train(tmp_path / "whole", 2, loop, device="cuda")
-    train(tmp_path / "parts", 2, loop, death=14, device="cuda")
-    train(tmp_path / "parts", 2, loop, device="cuda")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert relative_l2(tmp_path / "alone", tmp_path / "whole") < 1e-5
+def test_on_two_gpus_too(parallel: str, tmp_path: Path) -> None:
+    """In a process that has not looked at a device: one that has cannot fork others that use one."""
+    code = "import sys; from tests.test_sharding import on_two_gpus; on_two_gpus(*sys.argv[1:])"
+    clean = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, parallel, str(tmp_path)], env=clean, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def on_two_gpus(parallel: Any, folder: str) -> None:
+    loop, place = replace(LOOP, parallel=parallel, batch=6), Path(folder)
+    train(place / "alone", 1, replace(loop, updates=8), device="cuda")
+    train(place / "whole", 2, loop, device="cuda")
+    train(place / "parts", 2, loop, death=14, device="cuda")
+    train(place / "parts", 2, loop, device="cuda")
+    assert_same_run(place / "whole", place / "parts")
+    assert relative_l2(place / "alone", place / "whole") < 1e-5
 
 
 def test_a_sharded_run_is_the_replicated_run(tmp_path: Path) -> None:
