@@ -19,7 +19,7 @@ from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import Output
 from tensorkeep.storage.overwriting import Kind, lone_file
-from tensorkeep.storage.record import SPELLINGS
+from tensorkeep.storage.record import BLOCK_TYPES, SPELLINGS
 
 # words in braces in a command's help -> what stands there when the help is shown
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
@@ -154,6 +154,8 @@ def known_dtype(dtype: str | None) -> str | None:
     """Return our word for the dtype that the user gave (bf16 is BF16)."""
     if dtype is None:
         return None
+    if dtype.upper() in BLOCK_TYPES:
+        return dtype.upper()
     if dtype.lower() not in SPELLINGS:
         raise TensorkeepError(
             f"no dtype {dtype!r}", hint=near_misses(dtype.lower(), SPELLINGS) or "e.g. --dtype bf16, fp16, fp32"

@@ -56,7 +56,7 @@ def tie(
                 where=sources[0].path,
                 hint='get the full checkpoint, or set "tie_word_embeddings": true if the head is tied',
             )
-        if tied and (formats.fact(to, "TIED") == "both" or target != "hf"):
+        if tied and (formats.fact(to, "TIED") == "both" or target not in ("hf", "gguf")):
             tensors[hf.HEAD] = replace(embed, name=hf.HEAD, actions=(*embed.actions, "tie"), tied_to=hf.EMBEDDING)
         return
     if not tied:

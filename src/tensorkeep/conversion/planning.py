@@ -17,6 +17,7 @@ from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
+from tensorkeep.conversion.gguf_types import gguf_steps
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
@@ -24,7 +25,7 @@ from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization.stored import find_quantized, members
 from tensorkeep.storage.layout import SinkTensor
-from tensorkeep.storage.record import DTYPES, TensorRecord
+from tensorkeep.storage.record import BLOCK_TYPES, DTYPES, TensorRecord
 
 
 def make_plan(
@@ -45,7 +46,8 @@ def make_plan(
         to: the output's format, a word of `formats.table.writable`.
         naming: the output's naming; None for hf, or for the names as they are where the sources' naming is unknown.
         root: the name to nest tensors under, in formats that know nesting.
-        dtype: cast floats to this dtype ("BF16"); None keeps them, and makes quantized GGUF weights bfloat16.
+        dtype: cast floats to this dtype ("BF16"); None keeps them, and makes quantized GGUF weights bfloat16. For
+            `gguf` also a block-quantized type ("Q8_0").
         drop: patterns of stored names to leave out.
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
@@ -71,17 +73,23 @@ def make_plan(
     hub, config, companions = _gathered(sources, identities, to, prefer, dropped, notes)
     if not hub:
         raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
-    asker = ask if to == "hf" and naming in (None, "hf") else None
+    if to == "gguf" and naming not in (None, "gguf"):
+        raise TensorkeepError(f"a GGUF file has llama.cpp's names, not {naming}'s", hint="leave --naming out")
+    asker = ask if to == "gguf" or (to == "hf" and naming in (None, "hf")) else None
     # torchtitan's adapter drops biases without a word; `configs.missing_biases` notes them
     left_out = ("*.bias",) if any(i.naming == "torchtitan" for i in identities) else ()
     hub, known = fit.settle(hub, config, sources, dropped, asker, left_out)
-    target = naming or ("hf" if known or any(i.naming for i in identities) else None)
+    target = "gguf" if to == "gguf" else naming or ("hf" if known or any(i.naming for i in identities) else None)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
-    own = _renamed(list(hub.values()), target, config, dropped, notes)
+    own = _renamed(list(hub.values()), target, config, dropped, notes, to)
     if any(namings.renames(i.naming) for i in identities):
         companions = renaming.with_recipe(hub, companions, notes)
-    steps = _to_sink(own, _dtypes(sources, dtype))
+    blocks = dtype if dtype in BLOCK_TYPES else None
+    if blocks and to != "gguf":
+        raise TensorkeepError(f"{blocks} is a type of GGUF's", hint="--to gguf, or another --dtype")
+    steps = _to_sink(own, _dtypes(sources, None if blocks else dtype))
+    steps = gguf_steps(steps, blocks, notes) if to == "gguf" else steps
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
     if to == "pth" and root is None:
@@ -293,10 +301,13 @@ def _renamed(
     config: Mapping[str, Any] | None,
     dropped: list[Step],
     notes: list[Note],
+    to: str,
 ) -> list[HfTensor]:
     """Return the tensors under the output naming's names, by its functions or by its tables."""
     if target is not None and namings.renames(target):
         return renaming.to_sink(items, target, dropped)
+    if target is not None and target != to and hasattr(scheme := namings.module(target), "READ_ONLY"):
+        raise TensorkeepError(f"{target} is read-only", hint=scheme.READ_ONLY)
     return _named(items, target, config, notes)
 
 
@@ -305,8 +316,6 @@ def _named(
 ) -> list[HfTensor]:
     """Return the tensors under the output naming's names: renamed, rows permuted, experts stacked."""
     scheme = namings.module(target) if target is not None else None
-    if scheme is not None and hasattr(scheme, "READ_ONLY"):
-        raise TensorkeepError(f"{target} is read-only", hint=scheme.READ_ONLY)
     table = namings.rows(target, [i.name for i in items], config)
     if scheme is None or table is None:
         return items

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Sums
 from tensorkeep.errors import TensorkeepError
@@ -113,14 +114,16 @@ def prove(sink: str | Path, plan: Plan, sums: dict[str, Sums], progress: Callabl
     """
     view = read(sink)
     wanted = {stored_name(t.name, plan.root, view.format): t for t in plan.tensors}
-    if set(view) != set(wanted):
-        odd = sorted(set(view) ^ set(wanted))
+    computed = namings.computed(plan.naming)
+    if set(view) - set(computed) != set(wanted):
+        odd = sorted(set(view) - set(computed) ^ set(wanted))
         raise TensorkeepError(f"read back, the sink differs in names: {', '.join(odd[:5])}", where=sink, code="F03")
     total, done = plan.nbytes, 0
     with ThreadPoolExecutor(THREADS) as pool:
         for name, digest in zip(wanted, pool.map(view.digest, wanted)):
             tensor, record = wanted[name], view[name]
-            if (record.dtype, record.shape) != (tensor.dtype, tensor.shape) or digest != sums[tensor.name].digest:
+            made, asked = (record.dtype, record.shape, record.encoding), (tensor.dtype, tensor.shape, tensor.encoding)
+            if made != asked or digest != sums[tensor.name].digest:
                 raise TensorkeepError(
                     f"read back, {name} is not what the plan made",
                     where=sink,

@@ -151,6 +151,7 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
         "shard_size": shard_size,
         "root": plan.root,
         "config": plan.config,
+        "companions": plan.companions,
         "roots": plan.roots,
         "beside": plan.beside,
         "header": plan.header,

@@ -14,6 +14,7 @@ import xxhash
 
 from tensorkeep.conversion.plan import Part, Plan, RowPermutation, Step
 from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.gguf import encoded
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.record import DTYPES, nbytes
 
@@ -48,20 +49,21 @@ class Sums:
     cast: Cast
 
 
-def pieces(part: Part, view: StateView, source: Any = None) -> Iterator[memoryview]:
+def pieces(part: Part, view: StateView, source: Any = None, whole_rows: bool = False) -> Iterator[memoryview]:
     """Read the bytes of one part in chunks of whole elements (of whole heads where rows are permuted).
 
     Args:
         part: which rows of which stored tensor, and how they are permuted.
         view: the checkpoint that holds it.
         source: a running digest that is fed the bytes as they are stored; None for none.
+        whole_rows: whether chunks end where rows end.
 
     Returns:
         The chunks in order; each is valid until the next is asked for.
     """
     record = view[part.name]
     row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
-    element = max(DTYPES[record.dtype].bits // 8, 1)
+    element = row if whole_rows else max(DTYPES[record.dtype].bits // 8, 1)
     for piece in view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element)):
         if source is not None:
             source.update(piece)
@@ -82,23 +84,26 @@ def write_tensor(
         crc_wanted: whether to take the CRC-32 too, which is a third of the work of a plain copy.
 
     Returns:
-        The checksums of what was written and of what was read.
+        The checksums of what was written and of what was read; of a block-quantized tensor the digest is that of the
+        values which it decodes to, as a reader of the file sees them.
 
     Example:
         >>> write_tensor(step, views, lambda piece: out.extend(piece)).digest  # doctest: +SKIP
         '5b1c2d9c1c6a3f0e9d5a3c1f7e2b4a60'
     """
     assert step.sink is not None
-    crc, state, cast = 0, xxhash.xxh3_128(), Cast()
+    crc, state, cast, encoding = 0, xxhash.xxh3_128(), Cast(), step.sink.encoding
     digests: dict[tuple[int, str], str] = {}
     for part in step.parts:
         dtype = sources[part.source][part.name].dtype
-        same = dtype == step.sink.dtype and not part.permutes and len(step.parts) == 1
+        same = dtype == step.sink.dtype and not part.permutes and len(step.parts) == 1 and encoding == "plain"
         source = xxhash.xxh3_128()
-        for piece in pieces(part, sources[part.source], None if same else source):
+        for piece in pieces(part, sources[part.source], None if same else source, encoding != "plain"):
             made = piece if dtype == step.sink.dtype else _cast(piece, dtype, step.sink.dtype, cast)
+            if encoding != "plain":
+                made, decoded = encoded(made, encoding)
             crc = zlib.crc32(made, crc) if crc_wanted else 0
-            state.update(made)
+            state.update(made if encoding == "plain" else decoded)
             write(made)
         key = part.name if part.rows is None else f"{part.name}[{part.rows[0]}:{part.rows[1]}]"
         digests[part.source, key] = (state if same else source).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ggml's token types
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ggml's token types
 _LONGEST_TOKEN, _LETTERS_OF_MERGES = 1024, 16  # Llama 2: 61,249 merges of 32,000 tokens, twice the letters
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,7 +40,7 @@ PRE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _split(_LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _split(_QWEN2)),
 }
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # words that are in the vocabulary are not taken apart
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # words that are in the vocabulary are not taken apart
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
@@ -67,7 +67,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
         raise TensorkeepError(f"{len(tokens) - len(vocabulary)} tokens occur twice in the vocabulary")
     kinds = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        kinds = [_NORMAL] * len(tokens)
+        kinds = [NORMAL] * len(tokens)
     remark = ""
     if model == "gpt2" and isinstance(pre, str) and pre in PRE:
         document = _byte_level_bpe(metadata, vocabulary, pre)
@@ -82,7 +82,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, dict[str, An
         raise TensorkeepError(f"model {str(model)[:40]!r} with pre-tokenizer {str(pre)[:40]!r} is not known")
     special = _special(metadata, tokens)
     document["added_tokens"] = [
-        _added(i, tokens[i], kind) for i, kind in enumerate(kinds) if kind in (_UNKNOWN, _CONTROL, _USER)
+        _added(i, tokens[i], kind) for i, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL, USER)
     ]
     document["post_processor"] = _post_processor(metadata, str(pre), special, vocabulary)
     return {
@@ -147,7 +147,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], pre
     if odd is not None:
         raise TensorkeepError(f"the merge {' '.join(odd)[:40]!r} does not fit the vocabulary")
     normalizer = {"type": "NFC"} if pre in ("qwen2", "deepseek-r1-qwen") else None
-    model = {"vocab": vocabulary, "merges": merges, "ignore_merges": pre in _WHOLE_WORDS}
+    model = {"vocab": vocabulary, "merges": merges, "ignore_merges": pre in WHOLE_WORDS}
     return _document(model, normalizer, PRE[pre], _byte_level(True))
 
 
@@ -163,7 +163,7 @@ def _sentencepiece(
     ):
         raise TensorkeepError("the file has no tokenizer.ggml.scores for its tokens")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
-    unknown = next((t for t, kind in zip(tokens, kinds) if kind == _UNKNOWN), None)
+    unknown = next((t for t, kind in zip(tokens, kinds) if kind == UNKNOWN), None)
     to_piece = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     to_text = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     ahead = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
@@ -185,7 +185,7 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float], kinds: Se
     >>> merges_from_scores(["a", "b", "ab"], [0, -1, -2], [1, 1, 1])
     [['a', 'b']]
     """
-    rank = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind in (_NORMAL, _USER, _UNUSED)}
+    rank = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds)) if kind in (NORMAL, USER, UNUSED)}
     longest = max((len(t) for t in rank), default=0)
     if longest > _LONGEST_TOKEN:
         raise TensorkeepError(f"a token of {longest} characters")
@@ -218,7 +218,7 @@ def _special(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, st
 
 def _added(i: int, token: str, kind: int) -> dict[str, Any]:
     """Make an entry of tokenizer.json's added_tokens."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": kind != _USER}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": kind != USER}
     return {"id": i, "content": token, **flags}
 
 
@@ -226,7 +226,7 @@ def _post_processor(
     metadata: Mapping[str, Any], pre: str, special: Mapping[str, str], vocabulary: Mapping[str, int]
 ) -> dict[str, Any] | None:
     """Describe what is put around the ids; without a flag llama.cpp adds bos for SentencePiece and Llama 3."""
-    by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in _WHOLE_WORDS
+    by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in WHOLE_WORDS
     ahead = special.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", by_default) is True else None
     behind = special.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token") is True else None
     if ahead is None and behind is None:

@@ -1,8 +1,9 @@
-"""Read GGUF: llama.cpp's single files and their numbered splits (`gguf`; cannot be written).
+"""Read and write GGUF (`gguf`): llama.cpp's single files, and reading also their numbered splits.
 
 Block-quantized tensors appear as what they decode to, F32, with `encoding` naming the stored type; they are decoded
 row by row while they are streamed. Config and tokenizer stand in the file's metadata: they become the companions that
-the other formats have as files. Decoding is the gguf package's, which is imported here and nowhere else.
+the other formats have as files, and the other way round (`gguf_metadata`). Decoding, encoding and the header's bytes
+are the gguf package's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+import struct
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
@@ -18,13 +22,18 @@ from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, 
 from tensorkeep.formats._gguf_tokenizer import tokenizer_files
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.gguf_config import companions, hf_config
+from tensorkeep.formats.gguf_metadata import FACTORS, metadata_of, put_metadata
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.files import Folder, short_file
-from tensorkeep.storage.record import Block, TensorRecord
+from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer
+from tensorkeep.storage.record import BLOCK_TYPES, Block, TensorRecord
 
 LOOKS = ".gguf"
+ENDINGS = (".gguf",)
+TIED = "one"
 # ggml types that are stored as they are computed with; the others decode to F32
 PLAIN_TYPES = {word: word for word in ["F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"]}
+_ALIGNMENT = 32  # bytes; GGUF's default, which no metadata needs to say
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
 
 
@@ -180,6 +189,82 @@ def decode(record: TensorRecord, raw: memoryview) -> memoryview:
         ) from None
     made: memoryview = np.ascontiguousarray(values, dtype="<f4").view(np.uint8).reshape(-1).data
     return made
+
+
+def encoded(values: memoryview, encoding: str) -> tuple[memoryview, memoryview]:
+    """Quantize whole rows of float32 to blocks.
+
+    Args:
+        values: any number of whole blocks, little-endian float32. Formulas: gguf.quants, which follows ggml-quants.c.
+        encoding: the ggml type, a key of `storage.record.BLOCK_TYPES`.
+
+    Returns:
+        The bytes to store, and those of the float32 values that they decode to.
+    """
+    import numpy as np
+
+    gguf = package()
+    kind = gguf.GGMLQuantizationType[encoding]
+    elements, block_bytes = BLOCK_TYPES[encoding]
+    blocks = np.frombuffer(values, "<f4")
+    wide = next(n for n in (256, 64, 16, 4, 1) if blocks.size % (elements * n) == 0)
+    with np.errstate(all="ignore"):  # a block that holds an infinity has no scale; its values are said by the cast
+        made = gguf.quantize(blocks.reshape(-1, elements * wide), kind)
+        back = gguf.dequantize(made, kind)
+    stored = np.ascontiguousarray(made).reshape(-1).view(np.uint8)
+    return stored.data, np.ascontiguousarray(back, dtype="<f4").reshape(-1).view(np.uint8).data
+
+
+def layout(
+    tensors: Sequence[SinkTensor],
+    *,
+    name: str = "model.gguf",
+    config: Mapping[str, Any] | None = None,
+    companions: Sequence[Companion] = (),
+    **_: Any,
+) -> list[FileLayout]:
+    """Lay out one file: the metadata of config and tokenizer, then the tensors at multiples of 32 bytes.
+
+    Args:
+        tensors: the tensors to be written, under llama.cpp's names.
+        name: name of the file.
+        config: the model's config.
+        companions: the files beside the source; tokenizer.json and its neighbours become metadata.
+
+    Raises:
+        TensorkeepError: C03 where the metadata cannot say what config and tokenizer say.
+    """
+    import numpy as np
+
+    gguf = package()
+    entries, factors = metadata_of(config, companions, tensors)
+    kinds = {t.name: t.dtype if t.encoding == "plain" else t.encoding for t in tensors}
+    sizes = {t.name: (t.shape, t.nbytes) for t in tensors}
+    if factors:
+        kinds[FACTORS], sizes[FACTORS] = "F32", ((len(factors),), 4 * len(factors))
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder) / "header", entries["general.architecture"])
+        put_metadata(writer, entries)
+        for tensor, (shape, nbytes) in sizes.items():
+            kind = gguf.GGMLQuantizationType[kinds[tensor]]
+            writer.add_tensor_info(tensor, shape, np.dtype("f4"), nbytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = (Path(folder) / "header").read_bytes()
+    at = -(-len(header) // _ALIGNMENT) * _ALIGNMENT
+    segments: list[Fixed | Slot | Trailer] = [Fixed(0, header.ljust(at, b"\0"))]
+    for tensor, (_shape, nbytes) in sizes.items():
+        segments.append(
+            Fixed(at, struct.pack(f"<{len(factors)}f", *factors)) if tensor == FACTORS else Slot(at, nbytes, tensor)
+        )
+        at += nbytes
+        room = -at % _ALIGNMENT
+        if room:
+            segments.append(Fixed(at, b"\0" * room))
+            at += room
+    return [FileLayout(name, segments)]
 
 
 def _describe(view: StateView, metadata: dict[str, Any]) -> None:

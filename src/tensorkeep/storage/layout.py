@@ -6,12 +6,13 @@ the data's checksums. So any number of threads may fill the slots, and an object
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from tensorkeep.storage.record import nbytes
+from tensorkeep.storage.record import BLOCK_TYPES, nbytes
 
 SHARD_SIZE = 5_000_000_000  # bytes of a file of weights where none is asked for; transformers' default
 
@@ -24,17 +25,22 @@ class SinkTensor(NamedTuple):
         dtype: its dtype as safetensors spells it.
         shape: its sizes.
         tied_to: name of another tensor to be written whose bytes it shares, where the format can share.
+        encoding: "plain", or the block-quantized type of a GGUF tensor; `dtype` is then what it decodes to.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     tied_to: str | None = None
+    encoding: str = "plain"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return nbytes(self.dtype, self.shape)
+        """Bytes of the tensor's data, as they are stored."""
+        if self.encoding == "plain":
+            return nbytes(self.dtype, self.shape)
+        elements, size = BLOCK_TYPES[self.encoding]
+        return math.prod(self.shape) // elements * size
 
 
 class Fixed(NamedTuple):

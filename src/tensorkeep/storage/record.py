@@ -70,6 +70,10 @@ SPELLINGS = {  # what people type after --dtype
 }
 
 
+# ggml's block-quantized types that are written here: elements of a block, and its bytes (ggml-common.h)
+BLOCK_TYPES = {"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18)}
+
+
 class Block(NamedTuple):
     """A stored rectangle of a tensor.
 

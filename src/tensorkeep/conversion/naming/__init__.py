@@ -139,6 +139,11 @@ def rows(naming: str | None, names: Collection[str], config: Mapping[str, Any] |
     return tables[scheme.family(names, config)] if hasattr(scheme, "family") else next(iter(tables.values()))
 
 
+def computed(naming: str | None) -> tuple[str, ...]:
+    """Return the names of buffers that a naming's files hold and no model stores."""
+    return getattr(module(naming), "COMPUTED", ()) if naming is not None else ()
+
+
 def writable() -> list[str]:
     """Return the words of the namings that a sink's tensors can be given."""
     return [naming for naming in NAMINGS if not hasattr(module(naming), "READ_ONLY")]

@@ -18,7 +18,7 @@ __all__ = ["COMPUTED", "FAMILIES", "NAME", "hf_config", "recognise", "table"]
 
 NAME = "gguf"
 COMPLETE = True
-READ_ONLY = "write hf, and convert with llama.cpp's own tools"
+READ_ONLY = "these names go with the format: --to gguf"
 # factors of RoPE's frequencies: read into the config when the file is opened
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 LAYER = "model.layers.{n}."
@@ -57,6 +57,7 @@ _QWEN_EXPERTS = _experts("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "
 _MIXTRAL_EXPERTS = _experts("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"})
 FAMILIES = {
     "llama": _rows(True, _PRE),
+    "mistral": _rows(True, _PRE),
     "mixtral": _rows(True, _PRE, [Row("blk.{n}.ffn_gate_inp", f"{LAYER}block_sparse_moe.gate"), *_MIXTRAL_EXPERTS]),
     "qwen2": _rows(False, _PRE),
     "qwen3": _rows(False, {**_PRE, **_QK}),

@@ -1,0 +1,250 @@
+"""Say a model's config and tokenizer as GGUF metadata, and check that reading it gives the same model.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and the values that llama.cpp's own converter writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.gguf_config import LLAMA3, hf_config, llama3_factors, shortest
+from tensorkeep.formats.gguf_vocabulary import vocabulary_of
+from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.storage.record import TensorRecord
+
+FACTORS = "rope_freqs.weight"
+# transformers' model type -> llama.cpp's architecture
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "olmo2": "olmo2",
+}
+# llama.cpp's LLAMA_FTYPE_*, which a file names for people: what most matrices are
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+# what the metadata of these architectures cannot say: key -> the value that a reader assumes
+_ASSUMED = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "partial_rotary_factor": 1.0,
+    "clip_qkv": None,
+}
+# what a config read back need not repeat: who loads it, how it is initialised or trained, how RoPE is spelled
+_NOT_COMPARED = {
+    "architectures",
+    "model_type",
+    "dtype",
+    "initializer_range",
+    "use_cache",
+    "attention_dropout",
+    "rope_theta",
+    "rope_scaling",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+}
+
+
+def metadata_of(
+    config: Mapping[str, Any] | None, companions: Sequence[Companion], tensors: Sequence[SinkTensor]
+) -> tuple[dict[str, Any], list[float]]:
+    """Say config and tokenizer as the metadata of a GGUF file.
+
+    Args:
+        config: as config.json has it.
+        companions: the files beside the weights; of these tokenizer.json, its configs and the chat template are used.
+        tensors: the tensors to be written, under llama.cpp's names.
+
+    Returns:
+        The entries by key, and the factors that divide RoPE's frequencies ([head_dim / 2]; none where all are 1).
+
+    Raises:
+        TensorkeepError: C03 where the metadata cannot say what config or tokenizer say, so that llama.cpp would compute
+            another model.
+
+    Example:
+        >>> metadata_of(config, companions, tensors)[0]["llama.block_count"]  # doctest: +SKIP
+        30
+    """
+    if config is None:
+        raise TensorkeepError("no config.json says which model this is", code="C03", hint="give one: --config FOLDER")
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise TensorkeepError(
+            f"no GGUF metadata is known here for the model type {str(kind)[:40]!r}",
+            code="C03",
+            hint=f"known are {', '.join(ARCHITECTURES)}; others: llama.cpp's convert_hf_to_gguf.py",
+        )
+    _refuse_unsaid(config)
+    entries, factors = _model(config, ARCHITECTURES[str(kind)])
+    records = {t.name: TensorRecord(t.name, t.dtype, t.shape, (), encoding=t.encoding) for t in tensors}
+    _compare(config, hf_config(entries, records, factors))
+    matrices = [t.dtype if t.encoding == "plain" else t.encoding for t in tensors if len(t.shape) > 1]
+    most = max(sorted(set(matrices)), key=matrices.count) if matrices else "F32"
+    entries["general.file_type"] = _FILE_TYPES[most]
+    if any(t.encoding != "plain" for t in tensors):
+        entries["general.quantization_version"] = 2
+    return entries | vocabulary_of(_documents(companions), _whole(config, "vocab_size")), factors
+
+
+def put_metadata(writer: Any, entries: Mapping[str, Any]) -> None:
+    """Give entries to the gguf package's writer: whole numbers as uint32, others as float32.
+
+    Args:
+        writer: a `gguf.GGUFWriter`, which has its architecture already.
+        entries: from `metadata_of`.
+    """
+    for key, value in entries.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+
+
+def _documents(companions: Sequence[Companion]) -> dict[str, Any]:
+    """Return the companions that describe a tokenizer, by file name: JSON as data, text as text."""
+    out: dict[str, Any] = {}
+    for companion in companions:
+        if companion.name in ("tokenizer.json", "tokenizer_config.json"):
+            try:
+                out[companion.name] = json.loads(companion.data)
+            except (ValueError, RecursionError):
+                raise TensorkeepError("is not valid JSON", where=companion.where, code="C03") from None
+        elif companion.name in ("chat_template.jinja", "tokenizer.model", "vocab.json"):
+            out[companion.name] = companion.data.decode("utf-8", "replace") if "jinja" in companion.name else ""
+    return out
+
+
+def _model(config: Mapping[str, Any], architecture: str) -> tuple[dict[str, Any], list[float]]:
+    """Say what the model computes; the factors of RoPE's frequencies are a tensor and no entry."""
+    heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
+    head_dim = _whole(config, "head_dim", hidden // heads)
+    said = {
+        "vocab_size": _whole(config, "vocab_size"),
+        "context_length": _whole(config, "max_position_embeddings"),
+        "embedding_length": hidden,
+        "block_count": _whole(config, "num_hidden_layers"),
+        "feed_forward_length": _whole(config, "intermediate_size"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": _whole(config, "num_key_value_heads", heads),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": _number(config, "rms_norm_eps"),
+        "rope.dimension_count": head_dim,
+    }
+    experts = config.get("num_local_experts", config.get("num_experts"))
+    if config.get("model_type") in ("mixtral", "qwen3_moe"):
+        said["expert_count"] = _whole({"experts": experts}, "experts")
+        said["expert_used_count"] = _whole(config, "num_experts_per_tok")
+    if config.get("model_type") == "qwen3_moe":
+        said["expert_feed_forward_length"] = _whole(config, "moe_intermediate_size")
+    rope = _rope(config)
+    theta = float(rope["rope_theta"])
+    said["rope.freq_base"] = theta
+    factors: list[float] = []
+    if rope["rope_type"] == "llama3":
+        factors = llama3_factors(theta, head_dim, rope)
+    elif rope["rope_type"] in ("linear", "yarn"):
+        said["rope.scaling.type"] = rope["rope_type"]
+        said["rope.scaling.factor"] = float(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            said["rope.scaling.original_context_length"] = _whole(rope, "original_max_position_embeddings")
+    entries = {"general.architecture": architecture, "general.type": "model"}
+    return {**entries, **{f"{architecture}.{key}": value for key, value in said.items()}}, factors
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config's RoPE as transformers 5 spells it, from either version's spelling."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise TensorkeepError("config.json: its RoPE parameters are no mapping", code="C03")
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **found}
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    known = {"rope_type", "rope_theta", "type", "factor", "original_max_position_embeddings", *LLAMA3}
+    odd = sorted(set(rope) - known)
+    if rope["rope_type"] not in ("default", "llama3", "linear", "yarn") or odd:
+        what = f"RoPE of the type {str(rope['rope_type'])[:40]!r}" + (f" with {', '.join(odd)[:80]}" if odd else "")
+        raise _unsaid(what)
+    for key in known & set(rope) - {"rope_type", "type"}:
+        _number(rope, key)
+    return rope
+
+
+def _refuse_unsaid(config: Mapping[str, Any]) -> None:
+    """Stop where the config asks for what the metadata cannot say."""
+    for key, assumed in _ASSUMED.items():
+        if config.get(key, assumed) not in (assumed, None) and not (key == "mlp_only_layers" and not config[key]):
+            raise _unsaid(f"{key} {json.dumps(config[key])[:60]}")
+    layers = config.get("layer_types")
+    window = config.get("sliding_window") if config.get("model_type") in ("mistral", "mixtral") else None
+    if isinstance(layers, list) and any(kind != "full_attention" for kind in layers):
+        raise _unsaid("layers with sliding attention")
+    longest = config.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(longest, int) and window < longest:
+        raise _unsaid(f"a sliding window of {window} in a context of {longest}")
+
+
+def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:
+    """Stop where the config that our reader makes of the metadata is another model's."""
+    wrong = [
+        f"{key} {json.dumps(config[key])[:40]} comes back as {json.dumps(value)[:40]}"
+        for key, value in back.items()
+        if key in config and key not in _NOT_COMPARED | {"rope_parameters"} and config[key] not in (value, None)
+    ]
+    mine, theirs = _rope(config), _rope(back)
+    wrong += [
+        f"{key} {mine.get(key)} comes back as {theirs.get(key)}"
+        for key in sorted({*mine, *theirs} - {"type"})
+        if mine.get(key) != theirs.get(key)
+        and (mine["rope_type"] != "llama3" or key not in LLAMA3 or mine.get(key) != LLAMA3[key])
+    ]
+    if wrong:
+        raise _unsaid("; ".join(wrong[:3]))
+
+
+def _unsaid(what: str) -> TensorkeepError:
+    return TensorkeepError(
+        f"config.json asks for {what}, which GGUF's metadata cannot say for this model type",
+        code="C03",
+        hint="llama.cpp would compute another model; keep hf, dcp or pth",
+    )
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive whole number of the config, which must be there where nothing stands for it."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise TensorkeepError(f"config.json gives {str(value)[:40]} for {key}", code="C03")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    """Return a number of the config that float32 can hold."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise TensorkeepError(f"config.json gives {str(value)[:40]} for {key}", code="C03")
+    if shortest(float(value)) != float(value):
+        raise TensorkeepError(f"config.json gives {value} for {key}, which float32 cannot hold", code="C03")
+    return float(value)
