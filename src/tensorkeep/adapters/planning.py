@@ -27,7 +27,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.encoding import EXCLUDED, Encoding, Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
-from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.record import BLOCK_TYPES, DTYPES
 
 
 @dataclass
@@ -115,7 +115,8 @@ def plan_merge(
         TensorkeepError: a pair fits no weight of the base (A01), an adapter was trained on another form of it (A04),
             or a tie would be broken without `untie` (T01).
     """
-    view, kind = _merged_view(base, sources, onto, dtype, untie)
+    exact = "F32" if dtype in BLOCK_TYPES else dtype  # blocks are made of the sums, in float32
+    view, kind = _merged_view(base, sources, onto, exact, untie)
     plan = make_plan([view], to, naming=naming, root=root, dtype=dtype)
     terms: dict[str, list[Term]] = {}
     steps = []

@@ -126,6 +126,8 @@ def torch_dtype(records: Iterable[TensorRecord | SinkTensor]) -> str:
 
 def match_dtype(plan: Plan) -> None:
     """Correct the dtype that config.json names to that of the weights, or float32 files would be loaded as bfloat16."""
+    if plan.naming == "gguf":  # such a file names no dtype
+        return
     spelled = torch_dtype(plan.tensors)
     for at, stored in enumerate(plan.companions):
         if stored.name != "config.json":

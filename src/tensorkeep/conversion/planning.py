@@ -12,12 +12,13 @@ from typing import Any
 from tensorkeep.conversion import adapters, configs, fit
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._header import carry
+from tensorkeep.conversion._stacking import stacked
 from tensorkeep.conversion._ties import tie
+from tensorkeep.conversion.gguf_types import gguf_steps, refuse_types
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
-from tensorkeep.conversion.gguf_types import gguf_steps
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
@@ -46,8 +47,8 @@ def make_plan(
         to: the output's format, a word of `formats.table.writable`.
         naming: the output's naming; None for hf, or for the names as they are where the sources' naming is unknown.
         root: the name to nest tensors under, in formats that know nesting.
-        dtype: cast floats to this dtype ("BF16"); None keeps them, and makes quantized GGUF weights bfloat16. For
-            `gguf` also a block-quantized type ("Q8_0").
+        dtype: cast floats to this dtype ("BF16", for gguf also "Q8_0"); None keeps them, and makes quantized GGUF
+            weights bfloat16.
         drop: patterns of stored names to leave out.
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
@@ -63,6 +64,7 @@ def make_plan(
         >>> make_plan([read("model")], "dcp", naming="torchtitan").naming  # doctest: +SKIP
         'torchtitan'
     """
+    refuse_types(to, naming, dtype)
     notes = [note for view in sources for note in (*view.notes, *configs.left_behind(view))]
     dropped: list[Step] = []
     identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
@@ -71,25 +73,14 @@ def make_plan(
         _check_cover(made)
         return made
     hub, config, companions = _gathered(sources, identities, to, prefer, dropped, notes)
-    if not hub:
-        raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
-    if to == "gguf" and naming not in (None, "gguf"):
-        raise TensorkeepError(f"a GGUF file has llama.cpp's names, not {naming}'s", hint="leave --naming out")
-    asker = ask if to == "gguf" or (to == "hf" and naming in (None, "hf")) else None
-    # torchtitan's adapter drops biases without a word; `configs.missing_biases` notes them
-    left_out = ("*.bias",) if any(i.naming == "torchtitan" for i in identities) else ()
-    hub, known = fit.settle(hub, config, sources, dropped, asker, left_out)
-    target = "gguf" if to == "gguf" else naming or ("hf" if known or any(i.naming for i in identities) else None)
+    asker = ask if _target(to, naming, True, identities) in ("hf", "gguf") and to in ("hf", "gguf") else None
+    hub, known = fit.settle(hub, config, sources, dropped, asker, _left_out(identities))
+    target = _target(to, naming, known, identities)
     tie(hub, to, target, config, sources, dropped, notes)
     notes += configs.missing_biases(config, hub)
     own = _renamed(list(hub.values()), target, config, dropped, notes, to)
-    if any(namings.renames(i.naming) for i in identities):
-        companions = renaming.with_recipe(hub, companions, notes)
-    blocks = dtype if dtype in BLOCK_TYPES else None
-    if blocks and to != "gguf":
-        raise TensorkeepError(f"{blocks} is a type of GGUF's", hint="--to gguf, or another --dtype")
-    steps = _to_sink(own, _dtypes(sources, None if blocks else dtype))
-    steps = gguf_steps(steps, blocks, notes) if to == "gguf" else steps
+    companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions
+    steps = gguf_steps(_to_sink(own, _dtypes(sources, dtype)), to, dtype, notes)
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
     if to == "pth" and root is None:
@@ -116,7 +107,25 @@ def _gathered(
         config, companions = configs.minimind_config(view, identity, config, companions, notes)
         notes += renaming.average_notes(view, identity)
         _combine(hub, to_hf_tensors(view, index, identity, config, dropped), prefer, dropped)
+    if not hub:
+        raise TensorkeepError("no model tensor is left to convert", where=sources[0].path, code="K05")
     return hub, config, companions
+
+
+def _target(to: str, naming: str | None, known: bool, identities: Sequence[Identity]) -> str | None:
+    """Return the output's naming; None where the names stay as they are because nobody knows them."""
+    if to == "gguf":
+        return "gguf"
+    return naming or ("hf" if known or any(i.naming for i in identities) else None)
+
+
+def _renames(identities: Sequence[Identity]) -> bool:
+    return any(namings.renames(i.naming) for i in identities)
+
+
+def _left_out(identities: Sequence[Identity]) -> tuple[str, ...]:
+    """Return what the programs that wrote the sources never write; `configs.missing_biases` notes it."""
+    return ("*.bias",) if any(i.naming == "torchtitan" for i in identities) else ()
 
 
 def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[Step]) -> list[StateView]:
@@ -285,7 +294,8 @@ def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]
     dtype.
     """
     quantized = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
-    return [dtype or ("BF16" if found else None) for found in quantized]
+    wanted = None if dtype in BLOCK_TYPES else dtype
+    return [wanted or ("BF16" if found else None) for found in quantized]
 
 
 def _alike(tied: HfTensor, other: HfTensor | None) -> bool:
@@ -338,7 +348,7 @@ def _named(
         else:
             tied = from_hf(item.tied_to, table) if item.tied_to else None
             out.append(replace(item, name=link.own, tied_to=tied.own if tied else item.tied_to))
-    out += [_stack(name, members, config) for name, members in stacks.items()]
+    out += [stacked(name, members, config) for name, members in stacks.items()]
     lost = [h.name for h in out if hasattr(scheme, "dropped_by_loader") and scheme.dropped_by_loader(h.name, family)]
     if lost:
         notes.append(
@@ -350,29 +360,6 @@ def _named(
             )
         )
     return out
-
-
-def _stack(name: str, members: dict[int, HfTensor], config: Mapping[str, Any] | None) -> HfTensor:
-    """Stack the experts of one layer as the slices of one tensor."""
-    count = len(members)
-    wanted = (config or {}).get("num_experts") or (config or {}).get("num_local_experts") or count
-    first = members[min(members)]
-    if sorted(members) != list(range(count)) or count != wanted:
-        raise TensorkeepError(
-            f"{name}: experts {sorted(members)} of {wanted}", code="K01", hint="the source is incomplete"
-        )
-    if any(m.shape != first.shape or m.dtype != first.dtype for m in members.values()):
-        raise TensorkeepError(f"{name}: its experts differ in shape or dtype", code="S01")
-    parts = tuple(part for e in range(count) for part in members[e].parts)
-    whole = _contiguous(parts, count)
-    return HfTensor(name, first.dtype, (count, *first.shape), whole, ("fuse",) if len(whole) > 1 else ())
-
-
-def _contiguous(parts: tuple[Part, ...], count: int) -> tuple[Part, ...]:
-    """Return one whole part where the slices are all those of one stacked tensor, in order."""
-    if len({(p.source, p.name) for p in parts}) == 1 and [p.rows for p in parts] == [(e, e + 1) for e in range(count)]:
-        return (parts[0]._replace(rows=None),)
-    return parts
 
 
 # -- proof of the plan ----------------------------------------------------------------------------------------------

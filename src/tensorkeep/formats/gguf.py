@@ -205,7 +205,7 @@ def encoded(values: memoryview, encoding: str) -> tuple[memoryview, memoryview]:
 
     gguf = package()
     kind = gguf.GGMLQuantizationType[encoding]
-    elements, block_bytes = BLOCK_TYPES[encoding]
+    elements = BLOCK_TYPES[encoding][0]
     blocks = np.frombuffer(values, "<f4")
     wide = next(n for n in (256, 64, 16, 4, 1) if blocks.size % (elements * n) == 0)
     with np.errstate(all="ignore"):  # a block that holds an infinity has no scale; its values are said by the cast

@@ -40,7 +40,9 @@ def vocabulary_of(documents: Mapping[str, Any], size: int) -> dict[str, Any]:
     document = documents.get("tokenizer.json")
     if document is None:
         if any(name in documents for name in ("tokenizer.model", "vocab.json")):
-            raise _refused("there is no tokenizer.json", "load and save the tokenizer with transformers, which makes one")
+            raise _refused(
+                "there is no tokenizer.json", "load and save the tokenizer with transformers, which makes one"
+            )
         return {"tokenizer.ggml.model": "no_vocab"}
     model = document.get("model") if isinstance(document, Mapping) else None
     if not isinstance(model, Mapping) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):

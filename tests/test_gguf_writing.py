@@ -1,0 +1,317 @@
+"""What is written as GGUF is the same model to llama.cpp's own package, to transformers and to our reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tensorkeep.cli import main
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.fit import by_table
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats._gguf_tokenizer import PRE, WHOLE_WORDS
+from tensorkeep.formats.gguf_vocabulary import vocabulary_of
+from tensorkeep.formats.view import read
+from tensorkeep.storage.record import BLOCK_TYPES
+from tests.gguf_files import write_model
+
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "max_position_embeddings": 65536},
+    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None, "head_dim": 32},
+    "qwen2": {"tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen3": {"head_dim": 32},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+}
+IDS = torch.arange(2, 34)[None] * 2 % 96
+
+
+def model(folder: Path, name: str, **changes: Any) -> torch.Tensor:
+    """A tiny model with loud biases and norms in a folder, and its logits."""
+    torch.manual_seed(3)
+    kind = MODELS[name].get("model_type", name.split()[0])
+    settings = {**SIZES, **MODELS[name], **changes}
+    settings.pop("model_type", None)
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                parameter += torch.randn_like(parameter) * 0.2
+            else:
+                parameter *= 4
+        logits: torch.Tensor = made(IDS).logits
+    made.save_pretrained(folder)
+    return logits
+
+
+def logits_of(folder: Path, **options: Any) -> torch.Tensor:
+    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, **options
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    with torch.no_grad():
+        found: torch.Tensor = loaded.eval()(IDS).logits
+    return found
+
+
+def written(source: Path, out: Path, dtype: str | None = None) -> Path:
+    convert(make_plan([read(source)], "gguf", dtype=dtype), str(out), "gguf")
+    return out
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_comes_back_bitwise(name: str, tmp_path: Path) -> None:
+    logits = model(tmp_path / "hf", name)
+    out = written(tmp_path / "hf", tmp_path / "m.gguf")
+    convert(make_plan([read(out)], "hf"), str(tmp_path / "back"), "hf")
+    first, again = read(tmp_path / "hf"), read(tmp_path / "back")
+    assert set(first) == set(again) and all(first.digest(n) == again.digest(n) for n in first)
+    assert torch.equal(logits, logits_of(tmp_path / "back"))
+    reader = gguf.GGUFReader(out)
+    assert {t.name for t in reader.tensors} == set(read(out))
+
+
+@pytest.mark.parametrize("name", ["llama with biases", "mistral", "qwen2"])
+def test_transformers_reads_it_as_the_model(name: str, tmp_path: Path) -> None:
+    """Not qwen3, whose heads transformers takes for 128 wide whatever the file says."""
+    changes = {"attention_bias": False, "mlp_bias": False} if name.startswith("llama") else {}
+    changes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    changes |= {"head_dim": 16} if name == "mistral" else {}
+    logits = model(tmp_path / "hf", name, **changes)
+    written(tmp_path / "hf", tmp_path / "m.gguf")
+    found = logits_of(tmp_path, gguf_file="m.gguf")
+    assert float((found - logits).norm() / logits.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_blocks_are_those_of_the_gguf_package(kind: str, tmp_path: Path) -> None:
+    logits = model(tmp_path / "hf", "qwen3")
+    out = written(tmp_path / "hf", tmp_path / "m.gguf", kind)
+    stored = {t.name: t for t in gguf.GGUFReader(out).tensors}
+    source = read(tmp_path / "hf")
+    weight = source.array("model.layers.1.mlp.down_proj.weight")
+    found = stored["blk.1.ffn_down.weight"]
+    assert found.tensor_type.name == kind and stored["blk.1.attn_norm.weight"].tensor_type.name == "F32"
+    assert np.array_equal(found.data, gguf.quantize(weight, found.tensor_type))
+    convert(make_plan([read(out)], "hf", dtype="F32"), str(tmp_path / "back"), "hf")
+    # half a step of the type, over weights of a normal distribution
+    most = {"Q8_0": 0.02, "Q5_1": 0.15, "Q5_0": 0.2, "Q4_1": 0.3, "Q4_0": 0.4}[kind]
+    assert 0 < float((logits_of(tmp_path / "back") - logits).norm() / logits.norm()) < most
+
+
+def test_rows_that_are_no_whole_blocks_are_said(tmp_path: Path) -> None:
+    model(tmp_path / "hf", "qwen3", intermediate_size=80)
+    plan = make_plan([read(tmp_path / "hf")], "gguf", dtype="Q4_0")
+    assert [n.names for n in plan.notes if n.code == "Q06"] == [("blk.0.ffn_down.weight", "blk.1.ffn_down.weight")]
+    convert(plan, str(tmp_path / "m.gguf"), "gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("mistral", {"sliding_window": 64}, "a sliding window of 64"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob false"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}, "Llama 3"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        ("llama", {"rms_norm_eps": 1.23456789012e-5}, "float32 cannot hold"),
+    ],
+)
+def test_what_the_metadata_cannot_say_is_refused(
+    name: str, change: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model(tmp_path / "hf", name, **change)
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.gguf"), "--to", "gguf"]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "m.gguf").exists()
+
+
+def test_only_gguf_has_its_types_and_names(tmp_path: Path) -> None:
+    model(tmp_path / "hf", "qwen3")
+    for options in ({"to": "hf", "dtype": "Q8_0"}, {"to": "gguf", "naming": "hf"}, {"to": "pth", "naming": "gguf"}):
+        with pytest.raises(TensorkeepError):
+            make_plan([read(tmp_path / "hf")], **options)  # type: ignore[arg-type]
+
+
+def test_a_missing_tensor_is_refused_before_writing(tmp_path: Path) -> None:
+    model(tmp_path / "hf", "qwen3")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TensorkeepError, match="K01"):
+        make_plan([read(tmp_path / "hf")], "gguf", ask=by_table)
+
+
+def test_base_and_adapter_become_one_file(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model(tmp_path / "base", "llama")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(5)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        logits = adapted.eval()(IDS).logits
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "m.gguf"), "--to", "gguf"]
+    assert main(command) == 0
+    convert(make_plan([read(tmp_path / "m.gguf")], "hf"), str(tmp_path / "back"), "hf")
+    assert float((logits_of(tmp_path / "back") - logits).norm() / logits.norm()) < 1e-5
+    assert main([*command[:3], str(tmp_path / "q.gguf"), "--to", "gguf", "--dtype", "q8_0"]) == 0
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def byte_level(pre: str) -> dict[str, Any]:
+    """A tokenizer.json of 256 bytes, a few merges and two special tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    merges = ["h e", "l l", "he ll", "Ġ w", "1 2", "1 23"][:5]
+    words = [*letters, *("".join(m.split()) for m in merges)]
+    vocabulary = {t: i for i, t in enumerate(dict.fromkeys(words))}
+    special = [
+        {"id": len(vocabulary) + i, "content": t, "special": True, "single_word": False, "lstrip": False}
+        | {"rstrip": False, "normalized": False}
+        for i, t in enumerate(("<s>", "</s>"))
+    ]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre in WHOLE_WORDS}
+    return {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": PRE[pre],
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": model,
+    }
+
+
+@pytest.mark.parametrize("pre", sorted(set(PRE) - {"default"}))
+def test_a_tokenizer_cuts_text_as_before(pre: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    document = byte_level(pre)
+    size = len(document["model"]["vocab"]) + 8
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ messages }}"}
+    entries = vocabulary_of({"tokenizer.json": document, "tokenizer_config.json": settings}, size)
+
+    def extra(writer: Any) -> None:
+        from tensorkeep.formats.gguf_metadata import put_metadata
+
+        put_metadata(writer, entries)
+
+    companions = {c.name: c.data for c in read(write_model(tmp_path / "m.gguf", extra=extra)).companions}
+    again = Tokenizer.from_str(companions["tokenizer.json"].decode())
+    first = Tokenizer.from_str(json.dumps(document))
+    for text in ("hello world", " 1234 héllo\n\n  x", "<s>don't</s>", "", "你好 12"):
+        assert again.encode(text).ids == first.encode(text).ids
+    assert json.loads(companions["tokenizer_config.json"])["chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "cuts text"),
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+        ({"post_processor": {"type": "BertProcessing"}}, "BertProcessing"),
+        ({"added_tokens": [{"id": 3, "content": "<s>"}]}, "the id 3"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(TensorkeepError, match=says) as caught:
+        vocabulary_of({"tokenizer.json": {**byte_level("gpt-2"), **change}}, 400)
+    assert caught.value.code == "C03"
+
+
+def test_more_tokens_than_rows_are_refused() -> None:
+    with pytest.raises(TensorkeepError, match="the model 200 rows"):
+        vocabulary_of({"tokenizer.json": byte_level("gpt-2")}, 200)
+
+
+def sentencepiece() -> dict[str, Any]:
+    """A tokenizer.json as transformers makes one of SentencePiece's BPE: ▁ for spaces, bytes for the unknown."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    merges = ["h e", "l o", "▁ he", "l lo", "▁he llo"]
+    pieces = ["he", "lo", "▁he", "llo", "▁hello", "▁", "h", "e", "l", "o"]
+    names = [{"id": i, "content": tokens[i], "special": True} for i in range(3)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    around = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*around, {"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    ahead = {"type": "Prepend", "prepend": "▁"}
+    spell = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    return {
+        "version": "1.0",
+        "added_tokens": [{**n, **flags} for n in names],
+        "normalizer": {"type": "Sequence", "normalizers": [ahead, spell]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": around,
+            "pair": pair,
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "vocab": {t: i for i, t in enumerate([*tokens, *pieces])},
+            "merges": merges,
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+
+
+def test_a_sentencepiece_tokenizer_cuts_text_as_before(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from tensorkeep.formats._gguf_tokenizer import tokenizer_files
+
+    document = sentencepiece()
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    entries = vocabulary_of({"tokenizer.json": document, "tokenizer_config.json": settings}, 272)
+    files, _ = tokenizer_files(entries | {"general.architecture": "llama"})
+    first, again = (Tokenizer.from_str(json.dumps(d)) for d in (document, files["tokenizer.json"]))
+    for text in ("hello", " hello llo", "hé", ""):
+        assert again.encode(text).ids == first.encode(text).ids
+    assert entries["tokenizer.ggml.add_bos_token"] is True and entries["tokenizer.ggml.model"] == "llama"
+
+
+def test_merges_that_no_scores_can_say_are_refused() -> None:
+    document = sentencepiece()
+    document["model"]["merges"] = document["model"]["merges"][:-1]
+    with pytest.raises(TensorkeepError, match="scores"):
+        vocabulary_of({"tokenizer.json": document}, 272)
