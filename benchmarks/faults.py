@@ -25,7 +25,7 @@ from typing import Any
 from tests.fault_kinds.change import KINDS
 from tests.fault_kinds.writing import write
 from tests.faults import judge, make, reference
-from tests.fine_tuned import fine_tuned
+from tests.fine_tuned import WAYS, fine_tuned_copy
 from tests.overlays import OVERLAYS
 from tests.sound import Sound, every, golden
 from tests.specimens import available
@@ -133,7 +133,8 @@ def trained(models: list[str], seeds: Iterable[int], work: Path) -> Iterator[Out
     """Diagnose copies trained in every way: dtype, part of the model, rate, number of steps."""
     for model in models:
         for seed in seeds:
-            for number, (way, copy) in enumerate(fine_tuned(model, seed)):
+            for number, way in enumerate(WAYS):
+                copy = fine_tuned_copy(model, way, seed)
                 path = write("hf", copy.tensors, work / f"trained-{model}-{seed}-{number}", copy.config)
                 yield judged(Sound(str(way), model, path, reference(model, work)), seed)
                 shutil.rmtree(path)

@@ -56,7 +56,7 @@ def make(kind: str, model: str, seed: int, folder: Path, overlay: str | None = N
     `overlay`: the fault is put into another copy of the reference, see tests/overlays.py.
     """
     rng = np.random.default_rng([seed, *kind.encode(), *model.encode()])
-    m = overlaid(specimen(model), overlay, kind, rng)
+    m = overlaid(specimen(model), overlay, kind, rng, seed)
     change = KINDS[kind].make(m, rng) if m is not None else None
     if m is None or change is None:
         return None
