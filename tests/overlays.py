@@ -3,8 +3,8 @@
 `narrow`: a bf16 copy of an fp32 model. `wide`: an fp32 copy of a bf16 model. `trained`: every tensor moved by 1 % of
 noise. `fine_tuned`: a copy that AdamW trained, in a way of `tests.fine_tuned` that the seed chooses; `fine_tuned_any`:
 the same for every kind of fault; `fine_tuned_briefly`: 20 steps of everything, which takes a second. The seed of the
-fault is that of the training. `titan`: written in torchtitan's names, its q/k rows interleaved on the way. `alone`: there
-is no reference, only the config beside. Only faults that stay what they are under the overlay take part.
+fault is that of the training. `titan`: written in torchtitan's names, its q/k rows interleaved on the way. `alone`:
+there is no reference, only the config beside. Only faults that stay what they are under the overlay take part.
 """
 
 from __future__ import annotations

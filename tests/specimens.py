@@ -125,7 +125,10 @@ def decoder(
     qk: str = "",
     experts: int = 0,
 ) -> Iterator[tuple[str, Array]]:
-    """Tensors of a decoder. `bias`: letters of q, k, v, o that have one. `qk`: "" no norm on q/k, "head" one a head, "full" over the whole width."""
+    """Tensors of a decoder. `bias`: which of q, k, v and o have one.
+
+    `qk`: "" no norm on q/k, "head" one a head, "full" over the whole width.
+    """
     hidden, inter, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or hidden // heads
@@ -389,11 +392,11 @@ VIT = {
 
 @cache
 def specimen(name: str, seed: int = 0) -> Specimen:
-    """A model by name; see CONFIGS and OTHERS, and `vit`, `stories` (a real model, where its file is at hand), `smol`."""
+    """A model by name: of CONFIGS or OTHERS, `vit`, `stories` (a real model, where its file is at hand), `smol`."""
     if name in REAL_MODELS:
         return REAL_MODELS[name]()
     rng = np.random.default_rng([seed, *name.encode()])
-    config, options, dtype = (CONFIGS | OTHERS).get(name, (VIT, {}, FP32))
+    config, options, dtype = (CONFIGS | OTHERS | {"vit": (VIT, {}, FP32)})[name]
     made = vit(rng, config) if name == "vit" else decoder(rng, config, **options)
     words = {BF16: "bfloat16", FP32: "float32"}
     return Specimen(name, {**config, "dtype": words[dtype]}, {n: t.astype(dtype) for n, t in made})
