@@ -110,6 +110,8 @@ def judge(fault: Fault, document: Mapping[str, Any]) -> tuple[Verdict, str]:
     errors = [f for f in findings if f["severity"] == "error"]
     pool = findings if fault.lax else [f for f in findings if f["code"] in document["causes"]]
     right = [f for f in pool if f["code"] in fault.codes]
+    if not fault.lax:  # beside the error an info of the same code may say what training moved
+        right = [f for f in right if f["severity"] == "error"] or right
     if not right:
         said = ", ".join(f"{f['code']}({f['count']})" for f in errors) or document["verdict"]
         return ("wrong" if errors else "missed"), f"wanted {'/'.join(fault.codes)}, got {said}"

@@ -50,7 +50,8 @@ def check(case: Case) -> Iterator[Finding]:
     # the few values of a norm may move alike by chance
     simple = {n: f for n, f in fits.items() if f.simple and not (is_norm(n) and barely_moved(case, n))}
     if trained and len(simple) < 0.5 * len(names):
-        simple = _outliers(fits)
+        simple = {}
+    simple |= _outliers({n: f for n, f in fits.items() if n not in simple})
     case.results["fits"] = simple
     for kind, number in dict.fromkeys((f.kind, _short(f)) for f in simple.values()):
         same = {n: f for n, f in simple.items() if (f.kind, _short(f)) == (kind, number)}
@@ -87,16 +88,18 @@ def _outliers(fits: Mapping[str, Fit]) -> dict[str, Fit]:
     """Find tensors with a factor of their own among others that were only trained.
 
     Training does not change the size of one matrix by a fifth and leave the others; and what it changes is not the
-    matrix's own direction for the most part.
+    matrix's own direction for the most part. A smaller factor is one where next to nothing else changed.
     """
     scales = {n: f.relation.scale for n, f in fits.items() if not is_norm(n) and f.relation.correlation > KEPT}
-    if not scales or abs(sorted(scales.values())[len(scales) // 2] - 1) > 0.05:
+    middle = sorted(scales.values())[len(scales) // 2] if scales else 0.0
+    if abs(middle - 1) > 0.05:
         return {}
-    odd = {
-        n: s
-        for n, s in scales.items()
-        if abs(s - 1) > 0.2 and fits[n].relation.correlation > 0.8 and fits[n].relation.residual < 0.5 * abs(s - 1)
-    }
+    odd = {}
+    for name, scale in scales.items():
+        apart, found = abs(scale / middle - 1), fits[name].relation
+        part = 0.5 if apart > 0.2 else 0.2
+        if apart > 0.05 and found.correlation > 0.8 and found.residual < part * apart:
+            odd[name] = scale
     return {n: Fit("scale", s, fits[n].relation) for n, s in odd.items()} if len(odd) < 0.5 * len(scales) else {}
 
 

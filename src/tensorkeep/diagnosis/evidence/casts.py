@@ -11,7 +11,7 @@ from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.statistics import Array, largest, pieces_of, relation, sampled
 
 # the narrow formats by the words that findings use
-_GRIDS: dict[str, np.dtype] = {
+GRIDS: dict[str, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
     "fp8 e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -47,7 +47,7 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
     Returns:
         The cast, proven value by value for plain casts and by the grid of values for others; None where none fits.
     """
-    for name, dtype in _GRIDS.items():
+    for name, dtype in GRIDS.items():
         if dtype.itemsize > mine.dtype.itemsize or dtype == mine.dtype:
             continue
         few = slice(0, 4)
@@ -59,6 +59,23 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
             return Cast(name, *lost, True)
     narrow = _narrow(mine, theirs)
     return Cast(narrow, 0, 0, False) if narrow else _quantized(mine, theirs)
+
+
+def lies_on(values: Array, grid: str) -> bool:
+    """Say whether all values lie on the grid of a dtype that is narrower than their own.
+
+    Args:
+        values: A tensor's values, as stored.
+        grid: A word of GRIDS.
+
+    Returns:
+        Whether a cast to that dtype and back gives every bit, and the values are not the same few ones.
+    """
+    dtype = GRIDS[grid]
+    if dtype.itemsize >= values.dtype.itemsize or np.unique(sampled(values).astype(np.float32)).size < 8:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(bits_equal(part.astype(dtype).astype(part.dtype), part) for part in pieces_of(values))
 
 
 def _narrow(mine: Array, theirs: Array) -> str | None:
@@ -88,7 +105,7 @@ def _quantized(mine: Array, theirs: Array) -> Cast | None:
     zeros = int(np.count_nonzero((sampled(theirs) != 0) & (sampled(mine) == 0)))
     a, b = (np.nan_to_num(sampled(v).astype(np.float32)) for v in (mine, theirs))
     top = largest(theirs)
-    for name, dtype in _GRIDS.items():
+    for name, dtype in GRIDS.items():
         limit = SCALED.get(name)
         if limit and top > 0:
             scale = np.float32(top / limit)
@@ -155,6 +172,6 @@ def on_grid(values: Array) -> str | None:
         return None
     for name in ("fp8 e4m3", "fp8 e5m2"):
         with np.errstate(over="ignore", invalid="ignore"):
-            if bits_equal(some.astype(_GRIDS[name]).astype(values.dtype), some):
+            if bits_equal(some.astype(GRIDS[name]).astype(values.dtype), some):
                 return name
     return None
