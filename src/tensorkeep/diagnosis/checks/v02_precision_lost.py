@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 
 from tensorkeep.diagnosis.checks.s04_dtype_differs import lossy
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.casts import GRIDS, Cast, find_cast, lies_on
+from tensorkeep.diagnosis.evidence.casts import BY_ROW, GRIDS, Cast, find_cast, lies_on
 from tensorkeep.diagnosis.evidence.originals import ALIKE, SMALLEST, relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
@@ -81,7 +81,7 @@ def _following(case: Case, found: Mapping[str, Cast]) -> dict[str, Cast]:
 
     Of a tensor that was trained the reference cannot tell what it was before the rounding; its own values can.
     """
-    grids = dict.fromkeys(c.grid for c in found.values() if c.grid in GRIDS)
+    grids = dict.fromkeys(c.grid for c in found.values() if c.grid in (*GRIDS, BY_ROW))
     out = {}
     for name in case.differing() if grids else ():
         values = case.values(name)

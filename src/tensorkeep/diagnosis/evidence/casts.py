@@ -19,6 +19,7 @@ GRIDS: dict[str, np.dtype] = {
     "fp8 e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "fp8 e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
+BY_ROW = "8-bit integers by row"
 SCALED = {"fp8 e4m3": 448.0, "fp8 e5m2": 57344.0}  # largest values, which per-tensor scaling maps the largest weight to
 _BLOCKS = (32, 64, 128)  # sides of blocks with a factor of their own: smaller ones hold too few values to tell
 _RESEMBLES = 0.9  # r that 4-bit quantization keeps with its source: 0.99 and more (8-bit: 0.9999)
@@ -66,11 +67,13 @@ def lies_on(values: Array, grid: str) -> bool:
 
     Args:
         values: A tensor's values, as stored.
-        grid: A word of GRIDS.
+        grid: A word of GRIDS, or BY_ROW.
 
     Returns:
         Whether a cast to that dtype and back gives every bit, and the values are not the same few ones.
     """
+    if grid == BY_ROW:
+        return values.ndim > 1 and _on_row_grid(np.nan_to_num(values.reshape(len(values), -1).astype(np.float32)))
     dtype = GRIDS[grid]
     if dtype.itemsize >= values.dtype.itemsize or np.unique(sampled(values).astype(np.float32)).size < 8:
         return False
@@ -121,7 +124,7 @@ def _quantized(mine: Array, theirs: Array) -> Cast | None:
             lines = [v[:, : v.shape[1] // 32 * 32].reshape(-1, 32) for v in lines]
         ours, wanted = (_distinct(v) for v in lines)
         if lines[0].shape[1] >= 32 and _fits(bits, ours, wanted, lines):
-            return Cast(f"{bits}-bit integers by {per}", 0, zeros, False)
+            return Cast(BY_ROW if per == "row" else f"{bits}-bit integers by {per}", 0, zeros, False)
     return Cast("8-bit codes by block", 0, zeros, False) if _few_values(mine, theirs) else None
 
 
