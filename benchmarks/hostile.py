@@ -1,6 +1,6 @@
 """Run every command on a counted corpus of hostile inputs, and count executions, hangs, tracebacks and excess.
 
-    python -m benchmarks.hostile [--kinds pickle ...] [--every N] [--seed S] [--json OUT.json] [--hangs S] [--verbose]
+    python -m benchmarks.hostile [--kinds pickle ...] [--each N] [--seed S] [--json OUT.json] [--hangs S] [--verbose]
 
 Each command runs in a process of its own, forked from one that has imported what all of them import, in the case's
 folder, offline and without standard input. Seconds are processor time of the command; MB are its private memory
@@ -55,16 +55,19 @@ class Outcome:
     said: str = ""
 
 
-def warm() -> None:
-    """Import what the commands import, so that a forked one starts at once."""
+def warm(base: Path) -> None:
+    """Import what the commands import, so that a forked one starts at once; two look at the sound model."""
     import jinja2  # noqa: F401
     import torch
     import transformers  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    import tensorkeep.commands.diagnose  # noqa: F401
+    from tensorkeep.cli import main
 
     torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for command in ("diagnose", "inspect"):
+            main([command, str(base)])
 
 
 def run_case(case: Case, folder: Path, base: Path, hangs: float = HANGS) -> Iterator[Outcome]:
@@ -175,6 +178,14 @@ def run(chosen: Iterable[Case], base: Path, verbose: bool = False, hangs: float 
     return found
 
 
+def sample(every: list[Case], each: int | None) -> list[Case]:
+    """Take so many cases of each kind, as far apart as they stand; all of them without a number."""
+    kinds: dict[str, list[Case]] = defaultdict(list)
+    for case in every:
+        kinds[case.kind].append(case)
+    return [c for of in kinds.values() for c in of[:: -(-len(of) // each) if each else 1]]
+
+
 def table(found: list[Outcome]) -> str:
     """Count by kind, in Markdown."""
     kinds: dict[str, list[Outcome]] = defaultdict(list)
@@ -201,7 +212,7 @@ def make_base(folder: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="*")
-    parser.add_argument("--every", type=int, default=1, help="take one case in so many")
+    parser.add_argument("--each", type=int, help="take so many cases of each kind, not all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hangs", type=float, default=HANGS, help="seconds of the clock that end a command")
     parser.add_argument("--json", type=Path)
@@ -210,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         base = make_base(Path(scratch))
-        warm()
-        chosen = [c for c in cases(given.seed) if not given.kinds or c.kind in given.kinds][:: given.every]
+        warm(base)
+        chosen = sample([c for c in cases(given.seed) if not given.kinds or c.kind in given.kinds], given.each)
         found = run(chosen, base, given.verbose, given.hangs)
     print(table(found))
     other = Counter(f for o in found for f in o.faults if f in ("control", "password", "exit"))

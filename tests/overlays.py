@@ -2,9 +2,9 @@
 
 `narrow`: a bf16 copy of an fp32 model. `wide`: an fp32 copy of a bf16 model. `trained`: every tensor moved by 1 % of
 noise. `fine_tuned`: a copy that AdamW trained, in a way of `tests.fine_tuned` that the seed chooses; `fine_tuned_any`:
-the same for every kind of fault; `fine_tuned_briefly`: 20 steps of everything, which takes a second. `titan`: written
-in torchtitan's names, its q/k rows interleaved on the way. `alone`: there is no reference, only the config beside. Only
-faults that stay what they are under the overlay take part.
+the same for every kind of fault; `fine_tuned_briefly`: 20 steps of everything, which takes a second. The seed of the
+fault is that of the training. `titan`: written in torchtitan's names, its q/k rows interleaved on the way. `alone`:
+there is no reference, only the config beside. Only faults that stay what they are under the overlay take part.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ LOST = {
 }  # near or below what bf16 rounds away, or training moves
 
 
-def overlaid(m: Specimen, overlay: str | None, kind: str, rng: np.random.Generator) -> Specimen | None:
+def overlaid(m: Specimen, overlay: str | None, kind: str, rng: np.random.Generator, seed: int = 0) -> Specimen | None:
     """The model that the fault befalls; None where fault and overlay do not go together."""
     codes = set(KINDS[kind].codes)
     if overlay is None or overlay == "alone":
@@ -84,10 +84,10 @@ def overlaid(m: Specimen, overlay: str | None, kind: str, rng: np.random.Generat
         return trained(m, rng) if codes <= STRUCTURAL else None
     if overlay == "fine_tuned_briefly":
         way = Way(str(rng.choice(list(DTYPES))), "all", 1e-3, 20)
-        return fine_tuned_copy(m.name, way, steps=(20,)) if codes <= STRUCTURAL else None
+        return fine_tuned_copy(m.name, way, seed, steps=(20,)) if codes <= STRUCTURAL else None
     if overlay in ("fine_tuned", "fine_tuned_any"):
         fitting = overlay == "fine_tuned_any" or codes <= STRUCTURAL
-        return fine_tuned_copy(m.name, WAYS[int(rng.integers(len(WAYS)))]) if fitting else None
+        return fine_tuned_copy(m.name, WAYS[int(rng.integers(len(WAYS)))], seed) if fitting else None
     if m.config["model_type"] not in ("llama", "qwen3", "qwen3_moe") or any(n.endswith(".bias") for n in m.tensors):
         return None
     return m if codes <= TITAN and kind != "stored_narrower" else None

@@ -120,12 +120,15 @@ def decoder(
     rng: np.random.Generator,
     config: dict[str, Any],
     *,
-    bias: bool = False,
+    bias: str = "",
     norms: tuple[str, ...],
     qk: str = "",
     experts: int = 0,
 ) -> Iterator[tuple[str, Array]]:
-    """Tensors of a decoder. `qk`: "" no norm on q/k, "head" one a head, "full" over the whole width."""
+    """Tensors of a decoder. `bias`: which of q, k, v and o have one.
+
+    `qk`: "" no norm on q/k, "head" one a head, "full" over the whole width.
+    """
     hidden, inter, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or hidden // heads
@@ -139,8 +142,8 @@ def decoder(
             yield f"{at}.self_attn.{letter}_proj.weight", rotated(rng, count, dim, hidden, inside * (1.3 - 0.4 * depth))
         yield f"{at}.self_attn.v_proj.weight", matrix(rng, groups * dim, hidden, inside * (0.6 + 0.5 * depth))
         yield f"{at}.self_attn.o_proj.weight", matrix(rng, hidden, heads * dim, inside * (0.7 + 0.3 * depth))
-        if bias:
-            for letter, rows in (("q", heads * dim), ("k", groups * dim), ("v", groups * dim), ("o", hidden)):
+        for letter, rows in (("q", heads * dim), ("k", groups * dim), ("v", groups * dim), ("o", hidden)):
+            if letter in bias:
                 yield f"{at}.self_attn.{letter}_proj.bias", (0.3 * rng.standard_t(4, rows)).astype(FP32)
         if qk:
             for letter, count in (("q", heads), ("k", groups)):
@@ -255,7 +258,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], np.dtype[Any]]] = {
             attention_bias=True,
             mlp_bias=False,
         ),
-        {"norms": PRE, "bias": True},
+        {"norms": PRE, "bias": "qkvo"},
         FP32,
     ),
     "llama_mha": (
@@ -315,6 +318,59 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], np.dtype[Any]]] = {
         BF16,
     ),
 }
+# for benchmarks: shapes and families that no check was written beside
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], np.dtype[Any]]] = {
+    "mistral": (
+        base(
+            "mistral",
+            "MistralForCausalLM",
+            hidden_size=96,
+            intermediate_size=160,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=320,
+            head_dim=16,
+            sliding_window=None,
+        ),
+        {"norms": PRE},
+        FP32,
+    ),
+    "qwen2": (
+        base(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            hidden_size=56,
+            intermediate_size=152,
+            num_hidden_layers=5,
+            num_attention_heads=7,
+            num_key_value_heads=1,
+            vocab_size=300,
+            tie_word_embeddings=True,
+        ),
+        {"norms": PRE, "bias": "qkv"},
+        BF16,
+    ),
+    "granite": (
+        base(
+            "granite",
+            "GraniteForCausalLM",
+            hidden_size=80,
+            intermediate_size=224,
+            num_hidden_layers=7,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            attention_bias=False,
+            mlp_bias=False,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.0625,
+            logits_scaling=8.0,
+        ),
+        {"norms": PRE},
+        BF16,
+    ),
+}
 VIT = {
     "architectures": ["ViTForImageClassification"],
     "model_type": "vit",
@@ -336,11 +392,11 @@ VIT = {
 
 @cache
 def specimen(name: str, seed: int = 0) -> Specimen:
-    """A model by name; see CONFIGS, and `vit`, `stories` (a real model, where its file is at hand), `smol`."""
+    """A model by name: of CONFIGS or OTHERS, `vit`, `stories` (a real model, where its file is at hand), `smol`."""
     if name in REAL_MODELS:
         return REAL_MODELS[name]()
     rng = np.random.default_rng([seed, *name.encode()])
-    config, options, dtype = CONFIGS.get(name, (VIT, {}, FP32))
+    config, options, dtype = (CONFIGS | OTHERS | {"vit": (VIT, {}, FP32)})[name]
     made = vit(rng, config) if name == "vit" else decoder(rng, config, **options)
     words = {BF16: "bfloat16", FP32: "float32"}
     return Specimen(name, {**config, "dtype": words[dtype]}, {n: t.astype(dtype) for n, t in made})

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from tensorkeep.diagnosis.diagnosis import Diagnosis, diagnose
+from tensorkeep.diagnosis.repairs import repair
 from tests.fault_kinds.writing import write
 from tests.faults import judge, make
 from tests.fine_tuned import PARTS, Way, fine_tuned_copy
+from tests.helpers import refused
 from tests.specimens import BF16, FP32, Array, State, specimen
 
 NORM = "model.layers.3.input_layernorm.weight"
@@ -52,6 +54,62 @@ def test_a_fault_on_a_fine_tuned_copy_is_named(kind: str, tmp_path: Path) -> Non
         if fault is not None:
             document = diagnose(str(fault.path), str(fault.reference), fault.target).to_json()  # type: ignore[arg-type]
             assert judge(fault, document)[0] == "named", judge(fault, document)[1]
+
+
+# -- faults of some values among trained ones -------------------------------------------------------------------------
+
+
+def trained(part: str, rate: float = 1e-3) -> State:
+    return dict(fine_tuned_copy("llama_tied", Way("fp32", part, rate, 20), steps=(1, 20)).tensors)
+
+
+def found_of(tmp_path: Path, state: State, code: str) -> set[str]:
+    """The tensors that errors of this code name; there are no errors of another."""
+    found = [f for f in diagnosed(tmp_path, state, model="llama_tied").findings if f.severity == "error"]
+    assert {f.code for f in found} <= {code}
+    return {n for f in found for n in f.tensors}
+
+
+@pytest.mark.parametrize(("factor", "rate"), [(1.5, 1e-3), (1.5, 1e-6), (0.9, 1e-6)])
+def test_a_factor_on_one_of_few_trained_tensors_is_named(factor: float, rate: float, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for part in ("lora", "all"):
+        state = trained(part, rate)
+        state[name] = state[name] * np.float32(factor)
+        assert found_of(tmp_path / part, state, "V06") == {name}
+
+
+@pytest.mark.parametrize("grid", [np.dtype(np.float16), np.dtype(ml_dtypes.float8_e4m3fn)])
+def test_trained_and_small_tensors_went_through_what_the_others_went_through(
+    grid: np.dtype[np.generic], tmp_path: Path
+) -> None:
+    """Trained values do not tell what they were; that all of them lie on the grid of the others does."""
+    state = trained("lora")
+    names = [n for n in state if n.endswith(("_proj.weight", "layernorm.weight", "embed_tokens.weight"))]
+    state |= {n: state[n].astype(grid).astype(FP32) for n in names}
+    base = specimen("llama_tied").tensors
+    changed = {n for n in names if "proj" in n and not np.array_equal(state[n], base[n])}
+    assert found_of(tmp_path, state, "V02") >= changed
+
+
+def test_a_trained_copy_that_is_stored_in_eight_bits_lost_precision(tmp_path: Path) -> None:
+    state = trained("all")
+    names = [n for n in state if n.endswith("_proj.weight")]
+    state |= {n: state[n].astype(ml_dtypes.float8_e4m3fn) for n in names}
+    assert found_of(tmp_path, state, "V02") == set(names)
+
+
+@pytest.mark.parametrize("what", ["rows", "element", "block"])
+def test_values_that_no_training_makes_are_named_and_the_rest_is_not_reverted(what: str, tmp_path: Path) -> None:
+    name, state = "model.layers.2.mlp.down_proj.weight", trained("all")
+    state[name] = state[name].copy()
+    at = {"rows": 5, "element": (3, 4), "block": (slice(2, 4), slice(8, 40))}[what]
+    state[name][at] = {"rows": 0, "element": 2e30, "block": -700}[what]
+    assert found_of(tmp_path, state, "V07") == {name}
+    with refused("V07", name):
+        repair(str(tmp_path / "copy"), str(tmp_path / "out"), str(tmp_path / "base"))
+    words = [str(tmp_path / n) for n in ("copy", "out", "base")]
+    assert repair(*words, take=[name], yes=True).taken == [name]  # whole, and said so
 
 
 # -- V02: precision ---------------------------------------------------------------------------------------------------

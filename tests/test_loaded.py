@@ -318,34 +318,34 @@ from tensorkeep.diagnosis.live import loaded
 from tensorkeep.models import tensors as live
 from tensorkeep.models.repair import repair_buffers
 dist.init_process_group("gloo")
-folder, rank = sys.argv[1], dist.get_rank()
-model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-for layer in model.model.layers:
-    fully_shard(layer)
-fully_shard(model)
+rank = dist.get_rank()
 torch.Tensor.full_tensor = None
 torch.distributed.tensor.DTensor.full_tensor = lambda *a, **k: 1 / 0  # nothing may be gathered
-out = [[f.code for f in loaded.check_loaded(model, folder)]]
-with torch.no_grad():
-    for b in model.buffers():
-        b.zero_()
-    if rank == 1:  # only one process sees it
-        model.model.layers[1].mlp.up_proj.weight.to_local().normal_()
-found = loaded.check_loaded(model, folder)
-out.append(sorted((f.code, list(f.tensors)) for f in found))
-out.append(sorted(repair_buffers(model)))
-out.append([f.code for f in loaded.check_loaded(model, folder)])
-out.append([f.code for f in loaded.check_loaded(torch.compile(model, backend="eager"), folder)])
-open(f"{sys.argv[2]}/{rank}.json", "w").write(json.dumps(out))
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    out = [[f.code for f in loaded.check_loaded(model, folder)]]
+    with torch.no_grad():
+        for b in model.buffers():
+            b.zero_()
+        if rank == 1:  # only one process sees it
+            model.model.layers[1].mlp.up_proj.weight.to_local().normal_()
+    found = loaded.check_loaded(model, folder)
+    out.append(sorted((f.code, list(f.tensors)) for f in found))
+    out.append(sorted(repair_buffers(model)))
+    out.append([f.code for f in loaded.check_loaded(model, folder)])
+    out.append([f.code for f in loaded.check_loaded(torch.compile(model, backend="eager"), folder)])
+    open(f"{folder}-{rank}.json", "w").write(json.dumps(out))
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_path: Path, tied: bool) -> None:
-    write_model(
-        tmp_path / "hf", "Llama", dtype=torch.float32, intermediate_size=45, tie_word_embeddings=tied
-    )  # uneven shards
+def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_path: Path) -> None:
+    folders = {tied: tmp_path / ("tied" if tied else "apart") for tied in (False, True)}
+    for tied, folder in folders.items():  # uneven shards
+        write_model(folder, "Llama", dtype=torch.float32, intermediate_size=45, tie_word_embeddings=tied)
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
     command = [
@@ -355,20 +355,18 @@ def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_
         "--standalone",
         "--nproc-per-node=2",
         str(script),
-        str(tmp_path / "hf"),
-        str(tmp_path),
+        *map(str, folders.values()),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
-    assert first == second
-    up, buffers = (
-        "model.layers.1.mlp.up_proj.weight",
-        ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"],
-    )
-    assert first == [[], [["B01", buffers], ["V03", [up]]], buffers, ["V03"], ["V03"]]
+    up = "model.layers.1.mlp.up_proj.weight"
+    buffers = ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"]
+    for folder in folders.values():
+        for rank in (0, 1):
+            said = json.loads(Path(f"{folder}-{rank}.json").read_text())
+            assert said == [[], [["B01", buffers], ["V03", [up]]], buffers, ["V03"], ["V03"]]
 
 
 # -- torchtitan -------------------------------------------------------------------------------------------------------

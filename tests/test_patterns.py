@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.quantization.modules import quantize_
 from tensorkeep.training._resume import _may_differ
 from tensorkeep.training.sections import GroupRule, OptimizerConfig
+from tests.counting import calls_at_most
 
 PAGE = Path(__file__).parents[1] / "docs/concepts/patterns.md"
 
@@ -93,15 +95,18 @@ def test_case_matters_and_no_pattern_fits_nothing() -> None:
     assert not matches("model.Norm.weight", ["norm"]) and not matches("a", []) and not matches("a", [""])
 
 
-def test_a_hundred_thousand_names_are_matched_in_a_moment() -> None:
+def test_a_hundred_thousand_names_take_a_few_calls_each() -> None:
     many = [f"model.layers.{n % 64}.mlp.experts.{n}.up_proj.weight" for n in range(100_000)]
     patterns = ["q_proj", "*embed*", "layers.1", "^lm_head.weight$", "experts.*.gate_proj", "norm"]
-    started = time.process_time()
-    assert sum(matches(name, patterns) for name in many) == 1563
-    assert time.process_time() - started < 5  # 0.2 s where it was measured
-    started = time.process_time()
-    assert not matches("a." * 20_000, ["*a*a*a*a*b"])
-    assert time.process_time() - started < 1
+    with calls_at_most(8 * len(many)):
+        assert sum(matches(name, patterns) for name in many) == 1563
+
+
+def test_stars_that_fit_in_many_ways_end() -> None:
+    """An expression that tries every way would need some 10^17 steps; the limit only ends such a test."""
+    line = "from tensorkeep.formats.names import matches; print(matches('a.' * 20_000, ['*a*a*a*a*b']))"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "False\n"
 
 
 def test_near_misses_are_segments_or_names() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -69,11 +70,10 @@ def test_no_module_imports_what_is_private_to_another_folder(between: structure.
 
 
 def test_no_module_takes_a_private_name_from_another() -> None:
-    wrong = []
-    for name, path in structure.modules(ROOT).items():
+    wrong, known = [], structure.modules(ROOT)
+    for name, path in known.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorkeep."):
-                known = structure.modules(ROOT)
                 wrong += [
                     (name, f"{node.module}.{a.name}")
                     for a in node.names
@@ -83,16 +83,18 @@ def test_no_module_takes_a_private_name_from_another() -> None:
 
 
 LOADED = """
-import sys
+import json, sys
 from tensorkeep.cli import main
-assert main(sys.argv[1:]) == 0
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0, words
 print(*sorted(m for m in sys.modules if m.startswith("tensorkeep.")), sep="\\n")
 """
 
 
-def loaded_by(*words: object) -> set[str]:
-    """The package's modules that are loaded once a command has run in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LOADED, *map(str, words)], capture_output=True, text=True)
+def loaded_by(*commands: list[object]) -> set[str]:
+    """The package's modules that are loaded once these commands have run in a process of their own."""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", LOADED, words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {line for line in done.stdout.splitlines() if line.startswith("tensorkeep.")}
 
@@ -106,8 +108,10 @@ def test_a_language_run_loads_no_detection(tmp_path: Path) -> None:
         "training": {"updates": 1, "batch": 2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
-    loaded = loaded_by("train", "language", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
-    loaded |= loaded_by("eval", "language", tmp_path / "run", "--data", tmp_path / "a.jsonl")
+    loaded = loaded_by(
+        ["train", "language", tmp_path / "recipe.yaml", "--out", tmp_path / "run"],
+        ["eval", "language", tmp_path / "run", "--data", tmp_path / "a.jsonl"],
+    )
     assert "tensorkeep.language.job" in loaded
     assert [m for m in sorted(loaded) if m.startswith("tensorkeep.detection")] == []
 
@@ -119,7 +123,9 @@ def test_a_detection_run_loads_no_language(tmp_path: Path) -> None:
     made = document(dataset(tmp_path / "data", videos=2, held_out=1))
     made["training"]["epochs"], made["schedule"] = 1, {"warmup": 0}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(made))
-    loaded = loaded_by("train", "detection", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
-    loaded |= loaded_by("eval", "detection", tmp_path / "run")
+    loaded = loaded_by(
+        ["train", "detection", tmp_path / "recipe.yaml", "--out", tmp_path / "run"],
+        ["eval", "detection", tmp_path / "run"],
+    )
     assert "tensorkeep.detection.job" in loaded
     assert [m for m in sorted(loaded) if m.startswith("tensorkeep.language")] == []

@@ -19,11 +19,11 @@ What to do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tensorkeep.diagnosis.checks.s04_dtype_differs import lossy
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.casts import Cast, find_cast
+from tensorkeep.diagnosis.evidence.casts import BY_ROW, GRIDS, Cast, find_cast, lies_on
 from tensorkeep.diagnosis.evidence.originals import ALIKE, SMALLEST, relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.scan import scan
@@ -31,6 +31,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage.record import DTYPES
 
 CODE = "V02"
+_FEW = 64  # values that do not lie on a narrow grid by chance
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -43,12 +44,15 @@ def check(case: Case) -> Iterator[Finding]:
         through = _encoded(case, name) or find_cast(*case.own_pair(name))
         if through is not None:
             found[name] = through
+    found |= _following(case, found)
     for name in case.shared():
         compared = case.comparisons.get(name)
-        if compared is not None and compared.status == "cast" and name not in case.claims and lossy(case, name):
-            found[name] = Cast(
-                f"{DTYPES[case.tensors[name].dtype].torch}, and stored so", compared.overflowed, compared.vanished, True
-            )
+        if compared is None or name in case.claims or name in found:
+            continue
+        cast = compared.status == "cast" and lossy(case, name)
+        if cast or _stored_narrower(case, name):
+            stored = f"{DTYPES[case.tensors[name].dtype].torch}, and stored so"
+            found[name] = Cast(stored, compared.overflowed, compared.vanished, cast)
     for grid in dict.fromkeys(p.grid for p in found.values()):
         names = [n for n, p in found.items() if p.grid == grid]
         case.claim(names, CODE)
@@ -62,6 +66,30 @@ def check(case: Case) -> Iterator[Finding]:
             "exact": all(found[n].exact for n in names),
         }
         yield Finding(CODE, "info" if known else "error", message, names, evidence, explains=["V06"])
+
+
+def _stored_narrower(case: Case, name: str) -> bool:
+    """Say whether a trained tensor is stored in an 8-bit float, without scales, where the reference is wider."""
+    mine, theirs = (DTYPES[t[name].dtype] for t in (case.tensors, case.reference_tensors))
+    if not (mine.floating and mine.bits == 8 and theirs.floating and theirs.bits >= 16 and case.changed(name)):
+        return False
+    return case.values(name).size >= SMALLEST and relation_of(case, name).correlation > ALIKE
+
+
+def _following(case: Case, found: Mapping[str, Cast]) -> dict[str, Cast]:
+    """Find tensors on a grid that others went through, where their training hides it or their few values alone would.
+
+    Of a tensor that was trained the reference cannot tell what it was before the rounding; its own values can.
+    """
+    grids = dict.fromkeys(c.grid for c in found.values() if c.grid in (*GRIDS, BY_ROW))
+    out = {}
+    for name in case.differing() if grids else ():
+        values = case.values(name)
+        if name not in found and values.size >= _FEW:
+            through = next((g for g in grids if lies_on(values, g)), None)
+            if through is not None:
+                out[name] = Cast(through, 0, 0, False)
+    return out
 
 
 def _encoded(case: Case, name: str) -> Cast | None:

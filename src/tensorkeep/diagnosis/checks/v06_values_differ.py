@@ -19,6 +19,7 @@ What to do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.movement import KEPT, Fit, barely_moved, fit, resembles, structured, trained_further
+from tensorkeep.diagnosis.evidence.originals import SMALLEST
 from tensorkeep.diagnosis.evidence.remedy import Recipe, Remedies
 from tensorkeep.diagnosis.evidence.statistics import rounded
 from tensorkeep.diagnosis.evidence.tensor_names import is_norm
@@ -50,7 +52,8 @@ def check(case: Case) -> Iterator[Finding]:
     # the few values of a norm may move alike by chance
     simple = {n: f for n, f in fits.items() if f.simple and not (is_norm(n) and barely_moved(case, n))}
     if trained and len(simple) < 0.5 * len(names):
-        simple = _outliers(fits)
+        simple = {}
+    simple |= _outliers(case, {n: f for n, f in fits.items() if n not in simple})
     case.results["fits"] = simple
     for kind, number in dict.fromkeys((f.kind, _short(f)) for f in simple.values()):
         same = {n: f for n, f in simple.items() if (f.kind, _short(f)) == (kind, number)}
@@ -83,20 +86,25 @@ def _short(found: Fit) -> float | None:
     return None if found.number is None else float(f"{found.number:.3g}")
 
 
-def _outliers(fits: Mapping[str, Fit]) -> dict[str, Fit]:
+def _outliers(case: Case, fits: Mapping[str, Fit]) -> dict[str, Fit]:
     """Find tensors with a factor of their own among others that were only trained.
 
     Training does not change the size of one matrix by a fifth and leave the others; and what it changes is not the
-    matrix's own direction for the most part.
+    matrix's own direction for the most part. A smaller factor is one where next to nothing else changed, in a tensor of
+    many values that stands out among the others.
     """
     scales = {n: f.relation.scale for n, f in fits.items() if not is_norm(n) and f.relation.correlation > KEPT}
-    if not scales or abs(sorted(scales.values())[len(scales) // 2] - 1) > 0.05:
+    middle = sorted(scales.values())[len(scales) // 2] if scales else 0.0
+    if abs(middle - 1) > 0.05:
         return {}
-    odd = {
-        n: s
-        for n, s in scales.items()
-        if abs(s - 1) > 0.2 and fits[n].relation.correlation > 0.8 and fits[n].relation.residual < 0.5 * abs(s - 1)
-    }
+    usual = sorted(abs(s / middle - 1) for s in scales.values())[len(scales) // 2]
+    odd = {}
+    for name, scale in scales.items():
+        apart, found = abs(scale / middle - 1), fits[name].relation
+        large = apart > 0.2 and found.correlation > 0.8 and found.residual < 0.5 * apart
+        small = apart > max(0.05, 4 * usual) and found.residual < 0.2 * apart
+        if large or (small and math.prod(case.tensors[name].shape) >= SMALLEST):
+            odd[name] = scale
     return {n: Fit("scale", s, fits[n].relation) for n, s in odd.items()} if len(odd) < 0.5 * len(scales) else {}
 
 

@@ -2,7 +2,8 @@
 
 What it means
     A few elements differ, often by one bit each or by orders of magnitude, or a run of elements or whole rows were
-    overwritten. Every other element is the reference's, bit for bit.
+    overwritten. Every other element is the reference's, bit for bit; or, where the checkpoint was trained further, it
+    moved as in training, and what is named is a row of zeros or over 100 times as large as any of the reference's.
 
 How it happens
     Memory, disk or network without error correction; a lost page; two writers in one file.
@@ -25,7 +26,7 @@ import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Array, Case
 from tensorkeep.diagnosis.evidence.casts import find_cast
-from tensorkeep.diagnosis.evidence.movement import Changed, barely_moved, changed_elements, trained_further
+from tensorkeep.diagnosis.evidence.movement import Changed, barely_moved, changed_elements, resembles, trained_further
 from tensorkeep.diagnosis.evidence.remedy import Remedies, heal
 from tensorkeep.diagnosis.evidence.statistics import largest, relation
 from tensorkeep.diagnosis.evidence.tensor_names import layer_of
@@ -49,6 +50,7 @@ def check(case: Case) -> Iterator[Finding]:
             found[name] = seen
     trained = _rounded_away(case, found, names)
     found = {n: seen for n, seen in found.items() if n not in trained}
+    yield from _beyond_training(case, [n for n in names if n not in found])
     if not found:
         return
     case.claim(found, CODE)
@@ -62,6 +64,41 @@ def check(case: Case) -> Iterator[Finding]:
         "tensors": {n: _evidence(case, n, t) for n, t in list(found.items())[:16]},
     }
     yield Finding(CODE, "error", message, list(found), evidence, explains=["V06"], fix=case.repair_command(found))
+
+
+def _beyond_training(case: Case, names: Sequence[str]) -> Iterator[Finding]:
+    """Report matrices that were trained, but for some values that no training makes."""
+    lost = {n: count for n in names if (count := _impossible(*case.own_pair(n), inside=layer_of(n) is not None))}
+    case.results["beyond training"] = set(lost)
+    if not lost:
+        return
+    case.claim(lost, CODE)
+    elements = sum(lost.values())
+    message = (
+        f"{elements} damaged elements in {len(lost)} tensors: rows of zeros, or over 100 times as large as any of the "
+        "reference's; the rest moved as in training"
+    )
+    evidence = {"elements": elements, "tensors": dict(list(lost.items())[:16])}
+    yield Finding(CODE, "error", message, list(lost), evidence, explains=["V06"])
+
+
+def _impossible(mine: Array, theirs: Array, inside: bool) -> int:
+    """Count values that no training makes in a matrix of which the rest resembles the reference's.
+
+    These are rows of zeros in a layer (`inside`; in an embedding they may be words that nobody uses), and values of
+    another size altogether.
+    """
+    if mine.ndim < 2 or mine.dtype.itemsize < 2 or mine.size < FEW:
+        return 0
+    a, b = mine.reshape(len(mine), -1), theirs.reshape(len(mine), -1)
+    empty, limit = ~a.any(axis=1) & b.any(axis=1) & inside, 100 * max(largest(theirs), 1e-30)
+    if not empty.any() and largest(mine) <= limit:
+        return 0
+    wrong = (np.abs(a.astype(np.float64)) > limit) | empty[:, None]
+    count = int(np.count_nonzero(wrong))
+    if not 0 < count <= 0.25 * wrong.size:
+        return 0
+    return count if resembles(relation(a[~wrong], b[~wrong])) else 0
 
 
 def _rounded_away(case: Case, found: Mapping[str, Changed], names: Sequence[str]) -> set[str]:
@@ -117,5 +154,8 @@ def _evidence(case: Case, name: str, seen: Changed) -> dict[str, object]:
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:
-    """Take the damaged elements from the reference."""
-    heal(case, names, out, CODE)
+    """Take the damaged elements from the reference; of a tensor that was trained it does not hold the others."""
+    beyond = case.results.get("beyond training", set())
+    out.lose([n for n in names if n in beyond], CODE)
+    if healed := [n for n in names if n not in beyond]:
+        heal(case, healed, out, CODE)

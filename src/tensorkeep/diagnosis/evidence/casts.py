@@ -11,7 +11,7 @@ from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.statistics import Array, largest, pieces_of, relation, sampled
 
 # the narrow formats by the words that findings use
-_GRIDS: dict[str, np.dtype] = {
+GRIDS: dict[str, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
     "fp8 e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -19,6 +19,7 @@ _GRIDS: dict[str, np.dtype] = {
     "fp8 e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "fp8 e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
+BY_ROW = "8-bit integers by row"
 SCALED = {"fp8 e4m3": 448.0, "fp8 e5m2": 57344.0}  # largest values, which per-tensor scaling maps the largest weight to
 _BLOCKS = (32, 64, 128)  # sides of blocks with a factor of their own: smaller ones hold too few values to tell
 _RESEMBLES = 0.9  # r that 4-bit quantization keeps with its source: 0.99 and more (8-bit: 0.9999)
@@ -47,7 +48,7 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
     Returns:
         The cast, proven value by value for plain casts and by the grid of values for others; None where none fits.
     """
-    for name, dtype in _GRIDS.items():
+    for name, dtype in GRIDS.items():
         if dtype.itemsize > mine.dtype.itemsize or dtype == mine.dtype:
             continue
         few = slice(0, 4)
@@ -59,6 +60,25 @@ def find_cast(mine: Array, theirs: Array) -> Cast | None:
             return Cast(name, *lost, True)
     narrow = _narrow(mine, theirs)
     return Cast(narrow, 0, 0, False) if narrow else _quantized(mine, theirs)
+
+
+def lies_on(values: Array, grid: str) -> bool:
+    """Say whether all values lie on the grid of a dtype that is narrower than their own.
+
+    Args:
+        values: A tensor's values, as stored.
+        grid: A word of GRIDS, or BY_ROW.
+
+    Returns:
+        Whether a cast to that dtype and back gives every bit, and the values are not the same few ones.
+    """
+    if grid == BY_ROW:
+        return values.ndim > 1 and _on_row_grid(np.nan_to_num(values.reshape(len(values), -1).astype(np.float32)))
+    dtype = GRIDS[grid]
+    if dtype.itemsize >= values.dtype.itemsize or np.unique(sampled(values).astype(np.float32)).size < 8:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(bits_equal(part.astype(dtype).astype(part.dtype), part) for part in pieces_of(values))
 
 
 def _narrow(mine: Array, theirs: Array) -> str | None:
@@ -88,7 +108,7 @@ def _quantized(mine: Array, theirs: Array) -> Cast | None:
     zeros = int(np.count_nonzero((sampled(theirs) != 0) & (sampled(mine) == 0)))
     a, b = (np.nan_to_num(sampled(v).astype(np.float32)) for v in (mine, theirs))
     top = largest(theirs)
-    for name, dtype in _GRIDS.items():
+    for name, dtype in GRIDS.items():
         limit = SCALED.get(name)
         if limit and top > 0:
             scale = np.float32(top / limit)
@@ -104,7 +124,7 @@ def _quantized(mine: Array, theirs: Array) -> Cast | None:
             lines = [v[:, : v.shape[1] // 32 * 32].reshape(-1, 32) for v in lines]
         ours, wanted = (_distinct(v) for v in lines)
         if lines[0].shape[1] >= 32 and _fits(bits, ours, wanted, lines):
-            return Cast(f"{bits}-bit integers by {per}", 0, zeros, False)
+            return Cast(BY_ROW if per == "row" else f"{bits}-bit integers by {per}", 0, zeros, False)
     return Cast("8-bit codes by block", 0, zeros, False) if _few_values(mine, theirs) else None
 
 
@@ -155,6 +175,6 @@ def on_grid(values: Array) -> str | None:
         return None
     for name in ("fp8 e4m3", "fp8 e5m2"):
         with np.errstate(over="ignore", invalid="ignore"):
-            if bits_equal(some.astype(_GRIDS[name]).astype(values.dtype), some):
+            if bits_equal(some.astype(GRIDS[name]).astype(values.dtype), some):
                 return name
     return None
