@@ -78,7 +78,8 @@ def read(folder: Folder, names: list[str], path: str) -> view.StateView:
         opened = view.recognised(at, at.names(), path, but="folder")
     except TensorkeepError as error:
         raise _inside(error, "/".join(hops), path) from None
-    opened.metadata.update(taken="/".join(hops), writers=tuple(writers), home=home)
+    hops += [opened.metadata["taken"]] if "taken" in opened.metadata else []
+    opened.metadata.update(taken="/".join(hops), writers=tuple(dict.fromkeys(writers)), home=home, named=folder.path)
     _describe(opened, [folder.path, home])
     return opened
 

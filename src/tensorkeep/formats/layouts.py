@@ -15,7 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from tensorkeep.storage.files import LocalFolder
+
+if TYPE_CHECKING:
+    from tensorkeep.formats.view import StateView
 
 
 class State(NamedTuple):
@@ -28,7 +33,7 @@ class State(NamedTuple):
 _NUMBERS = r"([_-]?\d+)*"  # of processes, optimizers or steps
 _SAVED = r"\.(pt|pth|bin|pkl|safetensors|json)"
 STATE = (
-    State(rf"(optimizer|optim){_NUMBERS}{_SAVED}", "optimizer"),
+    State(rf"(optimizer|optim|distrib_optim){_NUMBERS}{_SAVED}", "optimizer"),
     State(rf"optim_world_size_\d+_rank_\d+{_SAVED}", "optimizer"),
     State(rf"(scheduler|lr_scheduler){_NUMBERS}{_SAVED}", "schedule"),
     State(rf"(scaler){_NUMBERS}{_SAVED}", "loss scaler"),
@@ -74,7 +79,6 @@ PLACES = (
     Place(r"weights", "NeMo"),
     Place(r"actor", "verl"),
     Place(r"dist_ckpt", "verl under Megatron"),
-    Place(r"mp_rank_00(_000)?", "Megatron-LM"),
 )
 STEPS = (
     Place(r"checkpoint-(\d+)", "transformers' Trainer"),
@@ -136,6 +140,18 @@ ELSEWHERE = (
 )
 
 
+def part_of_a_save(name: str) -> bool:
+    """Tell whether a folder below a save is a part of it: weights or state, by its name.
+
+    Args:
+        name: the folder's name.
+
+    >>> part_of_a_save("optimizer_0"), part_of_a_save("checkpoint-20")
+    (True, False)
+    """
+    return any(re.fullmatch(row.name, name) for row in (*STATE_FOLDERS, *PLACES))
+
+
 def is_state(name: str) -> bool:
     """Tell whether a file is one that a resume reads beside the weights, by its name.
 
@@ -189,6 +205,9 @@ def _named(folder: Path, row: Place, fitting: list[Path]) -> Path | None:
     return next((p for p in fitting if p.name == said or (said.isdigit() and _number(p)[0] == int(said[:18]))), None)
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp")
+
+
 class Beside(NamedTuple):
     """Something that lies in a folder beside what was read: its name and what it is."""
 
@@ -219,6 +238,27 @@ def beside(folder: Path, taken: Iterable[str]) -> list[Beside]:
         if what is None:
             found = elsewhere([entry.name])
             what = found.what if found is not None else None
+        if what is None and entry.is_file() and entry.name.endswith(_WEIGHTS):
+            what = "weights that are not read"
         if what is not None:
             out.append(Beside(entry.name, what))
+    return out
+
+
+def surroundings(view: StateView) -> list[Beside]:
+    """List what lies beside the part of a folder that a view is of; [] where a file was named.
+
+    Args:
+        view: the opened checkpoint.
+    """
+    named = view.metadata.get("named") or getattr(view.folder, "path", None)
+    if named is None or Path(view.path).name in view.folder.names():
+        return []
+    out: list[Beside] = []
+    files = {b.file.partition("/")[0] for r in view.values() for b in r.blocks} | {c.name for c in view.companions}
+    files |= view.metadata.get("files", set())
+    for place in dict.fromkeys([named, view.metadata.get("home", named)]):
+        below = view.folder.path if isinstance(view.folder, LocalFolder) else place
+        taken = {below.relative_to(place).parts[0]} if below != place and below.is_relative_to(place) else files
+        out += [entry for entry in beside(place, taken) if entry not in out]
     return out

@@ -14,7 +14,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats._index import check_index, read_index
 from tensorkeep.formats.layouts import is_state
 from tensorkeep.formats.names import natural
-from tensorkeep.formats.view import Note, StateView
+from tensorkeep.formats.view import StateView
 from tensorkeep.storage.archive import (
     TENSOR_GLOBALS,
     Entry,
@@ -65,16 +65,14 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if len(indices) == 1 and "pytorch_model.bin" not in names:
         return _shards(folder, indices[0], path)
     files = [n for n in names if n.endswith(_ENDINGS)] if len(names) > 1 else names
-    chosen, beside = weights_of(files), ""
+    chosen, taken = weights_of(files) if len(files) > 1 else files, False
     if len(chosen) > 1 and all(n.endswith(".ckpt") for n in chosen):  # Lightning keeps several in one folder
         newest = "last.ckpt" if "last.ckpt" in chosen else max(chosen, key=natural)
-        beside = f"{newest} is read, of {len(chosen)} checkpoints in this folder"
-        chosen = [newest]
+        chosen, taken = [newest], True
     if len(chosen) != 1:
         raise _which(chosen or files, path)
     view = open_file(folder, chosen[0], path)
-    if beside:
-        view.notes.append(Note("F08", beside))
+    view.metadata.update({"taken": chosen[0]} if taken else {})
     return view
 
 

@@ -66,6 +66,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if isinstance(folder, LocalFolder) and (folder.path / "huggingface").is_dir():
         view.companions += find_companions(LocalFolder(folder.path / "huggingface"), [], described=True)
     count = max((f.rank for f in files if f.item == "model"), default=0) + 1
+    view.metadata["files"] = {f.name for f in files}
     view.metadata["about"] = f"{count} ranks joined"
     view.entries.setdefault("world_size", count)
     return view

@@ -36,6 +36,7 @@ FORMATS = {
     "gguf": "tensorkeep.formats.gguf",
     "zero": "tensorkeep.formats.zero",
     "ranks": "tensorkeep.formats.ranks",
+    "megatron": "tensorkeep.formats.megatron",
     "folder": "tensorkeep.formats.folders",
     "pth": "tensorkeep.formats.pth",
 }
