@@ -17,13 +17,15 @@ from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, explained
 
 _DEEPEST = 5  # folders within one another: lightning_logs/version_0/checkpoints/x.ckpt/checkpoint
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|tar|gguf)(\.index\.json)?|.*_states\.pt")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|tar|gguf)(\.index\.json)?")
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
     """Tell whether the weights lie in a folder below, and none in this one; `single`: the user named a file."""
-    if single or not isinstance(folder, LocalFolder) or any(map(_weights, names)):
+    if single or not isinstance(folder, LocalFolder):
         return False
+    if any(map(_weights, names)):
+        return layouts.elsewhere(names) is not None and "pytorch_model.bin" not in names
     return _below(folder.path) is not None or layouts.elsewhere(_entries(folder.path)) is not None
 
 
