@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tensorkeep.cli import main
 from tensorkeep.conversion.naming import identify
@@ -91,6 +92,19 @@ def test_a_whole_folder_verifies_and_a_cut_file_in_it_is_named(layout: str, made
         file.write_bytes(data[: len(data) // 2])
         assert verdict(copy), file
         file.write_bytes(data)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diagnosis_tells_its_values_from_others(layout: str, made: Made, tmp_path: Path) -> None:
+    plain = made.folder(layout)
+    found = diagnose(str(plain), str(made.model)).findings
+    extra = {"alias.weight", "rotary.inv_freq"}  # of DeepSpeed's layouts: a shared name and a buffer
+    errors = [f for f in found if f.severity == "error" and not set(f.tensors) <= extra]
+    assert {f.code for f in errors} <= {"K03", "K04"}, errors  # the word under which a program keeps the model
+    others = {n: t + 0.1 * torch.randn_like(t) if n.endswith("up_proj.weight") else t for n, t in made.state.items()}
+    shutil.copytree(made.model, tmp_path / "others")
+    save_file(others, tmp_path / "others" / "model.safetensors", {"format": "pt"})
+    assert any("up_proj" in t for f in diagnose(str(plain), str(tmp_path / "others")).findings for t in f.tensors)
 
 
 def verdict(folder: Path) -> list[str]:

@@ -246,10 +246,13 @@ def beside(folder: Path, taken: Iterable[str]) -> list[Beside]:
 
 
 def surroundings(view: StateView) -> list[Beside]:
-    """List what lies beside the part of a folder that a view is of; [] where a file was named.
+    """List what lies beside the part of a folder that a view is of.
 
     Args:
         view: the opened checkpoint.
+
+    Returns:
+        What the tables know, of the folder that was named and of the save in it; [] where a file was named.
     """
     named = view.metadata.get("named") or getattr(view.folder, "path", None)
     if named is None or Path(view.path).name in view.folder.names():

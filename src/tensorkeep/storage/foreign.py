@@ -22,7 +22,8 @@ _LIBRARY = frozenset([*sys.stdlib_module_names, *_PYTHON_2])
 _HARMLESS_MODULES = frozenset(
     "collections collections.abc datetime decimal fractions enum uuid numbers dataclasses typing pathlib "
     "pathlib._local array zoneinfo ipaddress string _decimal _datetime _collections_abc random _random "
-    "torch.nn.functional torch._C._nn torch.nn.init".split()
+    "torch.nn.functional torch._C._nn torch.nn.init "
+    "numpy.random._pickle numpy.random.bit_generator".split()
 )
 _HARMLESS = frozenset(
     """
@@ -49,6 +50,10 @@ _RUNNERS = frozenset(
 _OF_DTENSORS = tuple(f"torch.distributed.{part}" for part in ("tensor", "_tensor", "device_mesh", "_mesh_layout"))
 
 
+def _of_python(name: Global) -> bool:
+    return name.module.partition(".")[0] in _LIBRARY
+
+
 def harmful(name: Global) -> bool:
     """Tell whether a name outside the allow-list could do harm to a program that loads the file.
 
@@ -62,7 +67,7 @@ def harmful(name: Global) -> bool:
     spelled = str(name)
     if spelled in _HARMLESS or name.module in _HARMLESS_MODULES:
         return False
-    if package in _LIBRARY and package != "__main__":
+    if _of_python(name):
         return True
     parts = name.name.split(".")
     if package in _STARTERS or not name.module or not name.name or any(part.startswith("__") for part in parts):
@@ -88,7 +93,7 @@ def refuse(found: Collection[Global], allowed: Collection[str], where: object, o
     others = {g for g in found if str(g) not in allowed and f"{g.module}.*" not in allowed}
     if opaque is not None:
         own = {g for g in others if not harmful(g)}
-        opaque.update(str(g) for g in own if not g.module.startswith(_OF_DTENSORS))
+        opaque.update(str(g) for g in own if not g.module.startswith(_OF_DTENSORS) and not _of_python(g))
         others -= own
     refused = sorted(map(str, others))
     if refused:
