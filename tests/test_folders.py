@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from tensorkeep.cli import main
@@ -21,6 +22,9 @@ from tests import folder_layouts
 from tests.checkpoints import hf_tensors, write_model
 from tests.folder_layouts import LAYOUTS, megatron, megatron_state
 from tests.helpers import refused
+from tests.language_files import save_tokenizer, texts
+
+UNNAMED = ("OLMo-core", "NeMo", "Megatron torch_dist")  # their own names have no table here: names stay as they are
 
 
 class Made:
@@ -64,7 +68,7 @@ def test_a_folder_opens_without_being_told_and_holds_the_models_values(layout: s
             assert b"".join(bytes(p) for p in view.stream(stored, rows=(3, 7))) == tensor[3:7].numpy().tobytes()
 
 
-@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n not in ("OLMo-core", "NeMo", "Megatron torch_dist")])
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n not in UNNAMED])
 def test_its_conversion_loads_as_the_model(layout: str, made: Made, tmp_path: Path) -> None:
     given = [str(made.folder(layout)), str(tmp_path / "out"), "--to", "hf", "--config", str(made.model)]
     drop = (
@@ -290,3 +294,50 @@ def test_inspect_prints_the_part_and_what_lies_beside(made: Made, capsys: pytest
     assert "read: global_step7" in out and "ZeRO-2, 3 ranks joined" in out and "stay opaque" in out
     assert main(["inspect", str(made.folder("verl")), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["folder"]["read"] == "global_step_8/actor"
+
+
+def test_the_page_names_every_layout_and_how_it_was_tested() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "folders.md").read_text()
+    table = page.partition("<!-- folders -->")[2].partition("<!-- end -->")[0]
+    rows = {cells[1]: cells for line in table.splitlines() if (cells := [c.strip() for c in line.split("|")])[1:2]}
+    assert set(LAYOUTS) <= set(rows)
+    for name in LAYOUTS:
+        assert rows[name][3].startswith("written by it" if name in folder_layouts.REAL else "by layout")
+        assert rows[name][4:7] == ["yes"] * 3 and (rows[name][7] == "yes") == (name not in UNNAMED)
+
+
+def test_trainers_own_output_folder_opens(tmp_path: Path) -> None:
+    """transformers' Trainer writes two saves; its folder is read as the newer one, all of it whole."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    write_model(tmp_path / "model", "Llama", torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    told = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, logging_steps=100,
+    )  # fmt: skip
+    data = [{"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}] * 2
+    Trainer(model=network, args=told, train_dataset=data).train()
+    view = read(tmp_path / "out")
+    assert view.metadata["taken"] == "checkpoint-2" and verify(tmp_path / "out")[0] == []
+    assert torch.equal(view.tensor("lm_head.weight"), network.state_dict()["lm_head.weight"])
+    file = tmp_path / "out" / "checkpoint-2" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert verdict(tmp_path / "out") and "optimizer.pt" in verify(tmp_path / "out")[0][0].message
+    assert "F02" in diagnose(str(tmp_path / "out")).causes
+
+
+def test_training_starts_from_the_weights_of_a_folder(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "Llama", torch.float32, vocab_size=320)
+    folder = folder_layouts.verl(tmp_path / "verl", tmp_path / "model", hf_tensors(tmp_path / "model"))
+    save_tokenizer(tmp_path / "tok")
+    document = {
+        "model": str(folder),
+        "tokenizer": str(tmp_path / "tok"),
+        "data": {"files": [str(texts(tmp_path / "a.jsonl"))], "length": 32},
+        "training": {"updates": 1, "batch_size": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"version": 2, **document}))
+    assert main(["train", "language", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]) == 0
+    base = read(tmp_path / "run" / "base")
+    assert torch.equal(base.tensor("lm_head.weight"), hf_tensors(tmp_path / "model")["lm_head.weight"])
