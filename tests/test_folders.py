@@ -120,7 +120,7 @@ def test_inspect_says_which_part_was_read_and_what_lies_beside(made: Made) -> No
     assert said["read"] == "checkpoint-10/pytorch_model_fsdp_0" and "transformers' Trainer" in said["writers"]
     beside = {entry["name"]: entry["what"] for entry in said["beside"]}
     assert beside["optimizer_0"] == "optimizer" and beside["scheduler.pt"] == "schedule"
-    assert beside["rng_state_0.pth"] == "random state" and "another save" in beside["checkpoint-2"]
+    assert beside["rng_state_0.pth"] == "random state" and "another save of" in beside["checkpoint-2"]
     zero = inspected(made.folder("ZeRO-3"))
     assert "3 ranks joined" in zero["folder"]["how"] and zero["run"]["step"] == 7 and zero["run"]["world_size"] == 3
     assert "deepspeed.runtime.fp16.loss_scaler.LossScaler" in zero["opaque"]
@@ -264,7 +264,9 @@ def test_an_adapter_at_the_top_is_what_the_folder_is(made: Made, tmp_path: Path)
     (tmp_path / "all_results.json").write_text("{}")
     view = read(tmp_path)
     said = {e["name"]: e["what"] for e in inspected(tmp_path)["folder"]["beside"]}
-    assert view.format == "peft" and "another save" in said["checkpoint-10"] and said["all_results.json"] == "results"
+    assert (
+        view.format == "peft" and "another save of" in said["checkpoint-10"] and said["all_results.json"] == "results"
+    )
     for entry in [p for p in tmp_path.iterdir() if p.is_file() and p.name.startswith(("adapter", "README"))]:
         entry.unlink()
     assert read(tmp_path).metadata["taken"] == "checkpoint-10" and read(tmp_path).format == "peft"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
@@ -113,22 +115,38 @@ def record_of(name: str, shape: tuple[int, ...], pieces: Iterable[tuple[int, Run
     return TensorRecord(name, dtype or "F32", shape, tuple(blocks))
 
 
-def cut_out(runs: Iterable[Run], first: int, last: int) -> list[Run]:
-    """Return elements `first` to `last` of runs that follow each other.
+class Vector(NamedTuple):
+    """Runs that follow each other: one long flat tensor.
+
+    Attributes:
+        runs: the runs, in order.
+        starts: number of the first element of each, and behind the last one that of all.
+    """
+
+    runs: Sequence[Run]
+    starts: Sequence[int]
+
+    def cut(self, first: int, last: int) -> list[Run]:
+        """Return elements `first` to `last`."""
+        out = []
+        for i in range(max(bisect_right(self.starts, first) - 1, 0), len(self.runs)):
+            run, at = self.runs[i], self.starts[i]
+            low, high = max(first, at), min(last, at + run.elements)
+            if at >= last:
+                break
+            if low < high:
+                start = run.start + (low - at) * DTYPES[run.dtype].bits // 8
+                out.append(Run(run.file, start, high - low, run.dtype))
+        return out
+
+
+def vector(runs: Sequence[Run]) -> Vector:
+    """Return runs as one long flat tensor.
 
     Args:
         runs: the runs, in order.
-        first: number of the first element.
-        last: number behind the last one.
     """
-    out, at = [], 0
-    for run in runs:
-        low, high = max(first, at), min(last, at + run.elements)
-        if low < high:
-            start = run.start + (low - at) * DTYPES[run.dtype].bits // 8
-            out.append(Run(run.file, start, high - low, run.dtype))
-        at += run.elements
-    return out
+    return Vector(runs, list(accumulate((run.elements for run in runs), initial=0)))
 
 
 def placed(runs: Iterable[Run]) -> list[tuple[int, Run]]:

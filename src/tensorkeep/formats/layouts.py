@@ -234,7 +234,7 @@ def beside(folder: Path, taken: Iterable[str]) -> list[Beside]:
         what = next((r.what for r in rows if re.fullmatch(r.name, entry.name)), None)
         if what is None and entry.is_dir():
             place = next((r for r in places if re.fullmatch(r.name, entry.name)), None)
-            what = f"another save ({place.writer})" if place is not None else None
+            what = f"another save of {place.writer}" if place is not None else None
         if what is None:
             found = elsewhere([entry.name])
             what = found.what if found is not None else None

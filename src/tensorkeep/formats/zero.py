@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import layouts, pth
-from tensorkeep.formats._joined import Run, cut_out, flat_run, get, mapping, placed, record_of, tensor_in
+from tensorkeep.formats._joined import Run, Vector, flat_run, get, mapping, placed, record_of, tensor_in, vector
 from tensorkeep.formats.names import natural
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.archive import sizes_of
@@ -178,7 +179,10 @@ def _shapes(value: Any, where: str) -> _Shapes:
     return out
 
 
-def _zero2(shapes: _Shapes, ranks: list[_Rank], where: str) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+_Part = tuple[str, tuple[int, ...], Callable[[str | None], list[Run]]]  # name, sizes, runs of a state (None: weights)
+
+
+def _zero2(shapes: _Shapes, ranks: list[_Rank], where: str) -> Iterator[_Part]:
     """Give name, sizes and runs of each parameter: a group's vector is the ranks' parts one after another."""
     if len(shapes) != len(ranks[0].groups):
         said = f"{len(shapes)} groups of parameters, {len(ranks[0].groups)} flat vectors"
@@ -190,42 +194,48 @@ def _zero2(shapes: _Shapes, ranks: list[_Rank], where: str) -> Iterator[tuple[st
         if -(-held // align) != -(-wanted // align):
             said = f"the ranks hold {held} elements, the parameters have {wanted}"
             raise TensorkeepError(said, where=where, code="F07", hint=_JOIN)
+        vectors = {what: _across(ranks, what, number) for what in (None, *ranks[0].moments)}
         at = 0
         for name, shape in group.items():
             first, last = at, at + math.prod(shape)
-
-            def runs(what: str | None, first: int = first, last: int = last, number: int = number) -> list[Run]:
-                return cut_out(_vector(ranks, what, number), first, last)
-
-            yield name, shape, runs
+            yield name, shape, partial(_cut, vectors, first, last)
             at = last
 
 
-def _vector(ranks: list[_Rank], what: str | None, number: int) -> list[Run]:
+def _cut(vectors: dict[str | None, Vector], first: int, last: int, what: str | None) -> list[Run]:
+    return vectors[what].cut(first, last)
+
+
+def _across(ranks: list[_Rank], what: str | None, number: int) -> Vector:
+    """Return a group's flat tensor, rank after rank; an empty one where a rank lacks it."""
     if what is None:
-        return [rank.groups[number] for rank in ranks]
-    found = [rank.moments.get(what, [None] * (number + 1))[number] for rank in ranks]
-    return [run for run in found if run is not None] if all(run is not None for run in found) else []
+        return vector([rank.groups[number] for rank in ranks])
+    found = [rank.moments[what][number] if what in rank.moments else None for rank in ranks]
+    whole = [run for run in found if run is not None]
+    return vector(whole if len(whole) == len(ranks) else [])
 
 
-def _zero3(shapes: _Shapes, ranks: list[_Rank]) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+def _zero3(shapes: _Shapes, ranks: list[_Rank]) -> Iterator[_Part]:
     """Give name, sizes and runs of each parameter: each rank's vectors hold its part of every parameter."""
+    vectors = {what: [_along(rank, what) for rank in ranks] for what in (None, *ranks[0].moments)}
     at = 0
     for name, shape in ((n, s) for group in shapes for n, s in group.items()):
         elements = math.prod(shape)
         part = -(-elements // len(ranks))  # the last parts are filled up
-
-        def runs(what: str | None, at: int = at, part: int = part, elements: int = elements) -> list[Run]:
-            out: list[Run] = []
-            for i, rank in enumerate(ranks):
-                vectors = rank.groups if what is None else [run for run in rank.moments[what] if run is not None]
-                if what is not None and len(vectors) != len(rank.groups):
-                    return []
-                out += cut_out(vectors, at, at + max(0, min(part, elements - i * part)))
-            return out
-
-        yield name, shape, runs
+        yield name, shape, partial(_gather, vectors, at, part, elements)
         at += part
+
+
+def _along(rank: _Rank, what: str | None) -> Vector:
+    """Return a rank's flat tensors, group after group; an empty one where a group lacks it."""
+    found: Sequence[Run | None] = rank.groups if what is None else rank.moments.get(what, [])
+    whole = [run for run in found if run is not None]
+    return vector(whole if len(whole) == len(rank.groups) else [])
+
+
+def _gather(vectors: dict[str | None, list[Vector]], at: int, part: int, elements: int, what: str | None) -> list[Run]:
+    ends = (max(0, min(part, elements - i * part)) for i in range(len(vectors[what])))
+    return [run for own, size in zip(vectors[what], ends) for run in own.cut(at, at + size)]
 
 
 def _add_kept(view: StateView, folder: Folder, models: list[str], first: pth.Opened, stage: int) -> None:
@@ -234,7 +244,7 @@ def _add_kept(view: StateView, folder: Folder, models: list[str], first: pth.Ope
     buffers = get(first.value, "buffer_names") or []
     module = mapping(get(first.value, "module"))
     for name in buffers if isinstance(buffers, list) else []:
-        if (found := tensor_in(module.get(name), where)) is not None:
+        if isinstance(name, str) and (found := tensor_in(module.get(name), where)) is not None:
             block = pth.block_of(found, name, models[0], first.places, where)
             view.records[name] = TensorRecord(name, found.dtype, found.shape, (block,))
     frozen = _shapes(get(first.value, "frozen_param_shapes"), where)[0]
@@ -243,10 +253,10 @@ def _add_kept(view: StateView, folder: Folder, models: list[str], first: pth.Ope
         opened += [(file, pth.open_value(folder, file)) for file in models[1:]]
     for name, shape in frozen.items():
         pieces = [_fragment(folder, file, held, name) for file, held in opened]
-        runs = cut_out([run for run in pieces if run is not None], 0, math.prod(shape))
+        runs = vector([run for run in pieces if run is not None]).cut(0, math.prod(shape))
         view.records[name] = record_of(name, shape, placed(runs), folder.url)
     for name, other in mapping(get(first.value, "shared_params")).items():
-        if isinstance(name, str) and other in view.records and name not in view.records:
+        if isinstance(name, str) and isinstance(other, str) and other in view.records and name not in view.records:
             shared = view.records[other]
             view.records[name] = TensorRecord(name, shared.dtype, shared.shape, shared.blocks, tied_to=other)
 
