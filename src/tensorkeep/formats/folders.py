@@ -12,6 +12,7 @@ from pathlib import Path
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import layouts, view
 from tensorkeep.formats.companions import find_companions
+from tensorkeep.formats.names import natural
 from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, explained
@@ -38,17 +39,17 @@ def _entries(path: Path) -> list[str]:
         return [entry.name for entry in path.iterdir()]
 
 
-def _below(path: Path) -> tuple[layouts.Place, Path, bool] | None:
-    """Find the folder to go into, and whether it is a save of its own."""
+def _below(path: Path) -> tuple[layouts.Place, Path, bool, int] | None:
+    """Find the folder to go into, whether it is a save of its own, and how many there are to choose from."""
     with explained(path):
         if found := layouts.place_in(path, layouts.PLACES):
-            return *found, False
+            return found[0], found[1], False, found[2]
         if found := layouts.place_in(path, layouts.STEPS):
-            return *found, True
+            return found[0], found[1], True, found[2]
     inner = [e for e in path.iterdir() if e.is_dir() and e.name.endswith(".ckpt")]  # Lightning under FSDP, DeepSpeed
     if inner:
         last = next((e for e in inner if e.name == "last.ckpt"), None)
-        return layouts.Place("", "Lightning"), last or max(inner, key=lambda e: (e.stat().st_mtime, e.name)), True
+        return layouts.Place("", "Lightning"), last or max(inner, key=lambda e: natural(e.name)), True, len(inner)
     return None
 
 
@@ -66,12 +67,15 @@ def read(folder: Folder, names: list[str], path: str) -> view.StateView:
     assert isinstance(folder, LocalFolder)
     at, home = folder, folder.path
     hops: list[str] = []
+    notes: list[view.Note] = []
     writers: list[str] = []
     while sniff(at, at.names(), False):
         found = _below(at.path)
         if found is None or len(hops) == _DEEPEST:
             raise _closed(at, path, len(hops))
-        place, below, own = found
+        place, below, own, count = found
+        if own and count > 1:
+            notes.append(view.Note("F08", f"{below.name} is read, of {count} such folders in {at.path.name}"))
         hops.append(below.name)
         writers.append(place.writer)
         home = below if own else at.path
@@ -81,6 +85,7 @@ def read(folder: Folder, names: list[str], path: str) -> view.StateView:
     except TensorkeepError as error:
         raise _inside(error, "/".join(hops), path) from None
     hops += [opened.metadata["taken"]] if "taken" in opened.metadata else []
+    opened.notes += notes
     opened.metadata.update(taken="/".join(hops), writers=tuple(dict.fromkeys(writers)), home=home, named=folder.path)
     _describe(opened, [folder.path, home])
     return opened

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,6 +44,7 @@ STATE = (
         rf"(trainer_state|train_state|extra_state|extra_state_world_size_\d+_rank){_NUMBERS}{_SAVED}", "trainer state"
     ),
     State(rf"(custom_checkpoint){_NUMBERS}{_SAVED}", "the user's own state"),
+    State(r"recipe_state(\.pt)?", "trainer state"),
     State(r"training_args\.bin|args\.json|finetuning_args\.json", "arguments of the training"),
     State(r"meta\.pt|common\.pt|metadata\.(json|pkl)|\.metadata\.json|fsdp_config\.json", "description of the save"),
     State(r"latest|latest_universal|latest_checkpointed_iteration\.txt|progress\.txt", "name of the newest save"),
@@ -71,23 +73,25 @@ class Place(NamedTuple):
 
 PLACES = (
     Place(r"pytorch_model_fsdp(_\d+)?", "accelerate or transformers under FSDP"),
-    Place(r"global_step\d+_universal", "DeepSpeed (universal)", "latest_universal"),
-    Place(r"global_step\d+", "DeepSpeed", "latest"),
-    Place(r"pytorch_model(_\d+)?", "accelerate under DeepSpeed", "latest"),
+    Place(r"global_step(\d+)_universal", "DeepSpeed (universal)", "latest_universal"),
+    Place(r"global_step(\d+)", "DeepSpeed", "latest"),
+    Place(r"pytorch_model(_\d+)?", "accelerate", "latest"),
     Place(r"checkpoint", "Lightning under DeepSpeed", "latest"),
     Place(r"model_and_optim", "OLMo-core"),
     Place(r"weights", "NeMo"),
-    Place(r"actor", "verl"),
+    Place(r"_?actor", "verl or OpenRLHF"),
     Place(r"dist_ckpt", "verl under Megatron"),
 )
 STEPS = (
     Place(r"checkpoint-(\d+)", "transformers' Trainer"),
     Place(r"checkpoint_(\d+)", "accelerate"),
     Place(r"step-?(\d+)(-unsharded)?", "torchtitan or OLMo-core"),
-    Place(r"iter_(\d+)", "Megatron-LM", "latest_checkpointed_iteration.txt"),
+    Place(r"iter_(\d+)|release()", "Megatron-LM", "latest_checkpointed_iteration.txt"),
     Place(r"global_step_(\d+)", "verl", "latest_checkpointed_iteration.txt"),
     Place(r"epoch_(\d+)", "torchtune"),
     Place(r"version_(\d+)", "Lightning"),
+    Place(r"v(\d+-\d{8}-\d{6})", "ms-swift"),
+    Place(r".*step=(\d+).*|.*-last()", "NeMo"),
     Place(r"checkpoints?()|lightning_logs()", "Lightning, torchtitan or accelerate"),
 )
 
@@ -174,7 +178,7 @@ def elsewhere(names: Iterable[str]) -> Elsewhere | None:
     return next((row for row in ELSEWHERE if any(re.fullmatch(row.name, n) for n in names)), None)
 
 
-def place_in(folder: Path, rows: Iterable[Place]) -> tuple[Place, Path] | None:
+def place_in(folder: Path, rows: Iterable[Place]) -> tuple[Place, Path, int] | None:
     """Find the folder in which the weights lie: the one that a pointer names, else that of the highest number.
 
     Args:
@@ -182,18 +186,20 @@ def place_in(folder: Path, rows: Iterable[Place]) -> tuple[Place, Path] | None:
         rows: PLACES or STEPS.
 
     Returns:
-        The row that fits and the folder; None where none is there.
+        The row that fits, the folder, and how many there are to choose from; None where none is there.
     """
     below = [entry for entry in folder.iterdir() if entry.is_dir()]
     for row in rows:
         fitting = [entry for entry in below if re.fullmatch(row.name, entry.name) and any(entry.iterdir())]
         if fitting:
-            return row, _named(folder, row, fitting) or max(fitting, key=_number)
+            return row, _named(folder, row, fitting) or max(fitting, key=partial(_number, row)), len(fitting)
     return None
 
 
-def _number(path: Path) -> tuple[int, str]:
-    return int((re.findall(r"\d+", path.name) or ["0"])[-1][:18]), path.name
+def _number(row: Place, path: Path) -> tuple[int, str]:
+    match = re.fullmatch(row.name, path.name)
+    found = (match[1] if match and match.re.groups else None) or "0"
+    return int(re.sub(r"\D", "", found)[:18] or "0"), path.name
 
 
 def _named(folder: Path, row: Place, fitting: list[Path]) -> Path | None:
@@ -202,7 +208,9 @@ def _named(folder: Path, row: Place, fitting: list[Path]) -> Path | None:
     if pointer is None or not pointer.is_file() or pointer.stat().st_size > 1024:
         return None
     said = pointer.read_text("utf-8", "replace").strip()
-    return next((p for p in fitting if p.name == said or (said.isdigit() and _number(p)[0] == int(said[:18]))), None)
+    return next(
+        (p for p in fitting if p.name == said or (said.isdigit() and _number(row, p)[0] == int(said[:18]))), None
+    )
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".distcp")

@@ -14,7 +14,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats._index import check_index, read_index
 from tensorkeep.formats.layouts import is_state
 from tensorkeep.formats.names import natural
-from tensorkeep.formats.view import StateView
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.archive import (
     TENSOR_GLOBALS,
     Entry,
@@ -72,7 +72,9 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if len(chosen) != 1:
         raise _which(chosen or files, path)
     view = open_file(folder, chosen[0], path)
-    view.metadata.update({"taken": chosen[0]} if taken else {})
+    if taken:
+        view.metadata["taken"] = chosen[0]
+        view.notes.append(Note("F08", f"{chosen[0]} is read, of {len(weights_of(files))} such files in the folder"))
     return view
 
 
@@ -136,6 +138,14 @@ def open_file(folder: Folder, file: str, path: str) -> StateView:
     opened = open_value(folder, file)
     view = _view(folder, file, path, opened.value, opened.places)
     view.metadata["opaque"] = opened.opaque
+    told = view.entries.get("args")
+    held = told.state if isinstance(told, Object) and isinstance(told.state, dict) else {}
+    parts = [held.get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline")]
+    if any(type(n) is int and n > 1 for n in parts):
+        said = f"holds one of Megatron-LM's {parts[0]} tensor-parallel x {parts[1]} pipeline parts"
+        raise TensorkeepError(
+            said, where=f"{folder.url}/{file}", hint="name the folder that holds all mp_rank_ folders"
+        )
     return view
 
 
