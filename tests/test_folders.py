@@ -169,6 +169,16 @@ def test_a_missing_part_is_one_error(layout: str, lost: str, code: str, made: Ma
         read(tmp_path / "x")
 
 
+def test_weights_beside_the_ones_that_are_read_are_said(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.folder("bin shards"), tmp_path / "x")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "x" / "pytorch_model-00009-of-00009.bin")
+    (note,) = read(tmp_path / "x").notes
+    assert note.code == "F07" and note.names == ("pytorch_model-00009-of-00009.bin",)
+    torch.save({"w": torch.ones(2)}, tmp_path / "x" / "pytorch_model.bin")  # transformers prefers the single file
+    view = read(tmp_path / "x")
+    assert list(view) == ["w"] and len(view.notes[0].names) == 4
+
+
 def test_one_ranks_file_alone_is_refused_and_names_the_folder(made: Made) -> None:
     with refused(None, "one rank's parts", "name the folder"):
         read(made.folder("verl") / "global_step_8" / "actor" / "model_world_size_3_rank_1.pt")

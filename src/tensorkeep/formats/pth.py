@@ -72,6 +72,8 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if len(chosen) != 1:
         raise _which(chosen or files, path)
     view = open_file(folder, chosen[0], path)
+    if indices and len(names) > 1:
+        _note_strays(view, [n for n in files if n not in chosen and "-of-" in n], chosen[0])
     if taken:
         view.metadata["taken"] = chosen[0]
         view.notes.append(Note("F08", f"{chosen[0]} is read, of {len(weights_of(files))} such files in the folder"))
@@ -85,6 +87,8 @@ def weights_of(names: Sequence[str]) -> list[str]:
         names: files of one folder.
     """
     files = [n for n in names if n.endswith(_ENDINGS)]
+    if "pytorch_model.bin" in files:  # before its shards, as transformers takes it
+        return ["pytorch_model.bin"]
     named = [n for n in files if n.startswith(("pytorch_model", "model."))]
     return named if len(files) > 1 and len(named) == 1 else [n for n in files if not is_state(n)] or files
 
@@ -118,7 +122,17 @@ def _shards(folder: Folder, index: str, path: str) -> StateView:
         view.entries.update(part.entries)
         view.metadata.setdefault("opaque", set()).update(part.metadata.get("opaque", ()))
     check_index(view, weight_map, index)
+    read = set(weight_map.values())
+    _note_strays(view, [n for n in present - read if n.startswith("pytorch_model") and n.endswith(".bin")], index)
     return view
+
+
+def _note_strays(view: StateView, strays: list[str], read: str) -> None:
+    """Note files of weights that lie beside the ones that are read."""
+    if strays:
+        named = sorted(strays)
+        said = f"{', '.join(named[:5])} beside what {read} holds, and not read: transformers reads {read} as well"
+        view.notes.append(Note("F07", said, tuple(named)))
 
 
 def open_file(folder: Folder, file: str, path: str) -> StateView:
