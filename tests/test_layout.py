@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import load as dcp_load
 
 from tensorkeep.formats import dcp, pth, safetensors
-from tensorkeep.storage.archive import iter_tensors, saved_value, zip_entries
+from tensorkeep.storage.archive import saved_value, zip_entries
 from tensorkeep.storage.archive_writing import build_archive, tensor_object
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer, shards
 from tensorkeep.storage.pickle_values import Global, Object
 from tensorkeep.storage.record import FROM_TORCH
+from tensorkeep.storage.state_dicts import iter_tensors
 from tests.samples import run, state, write_hf
 
 dtypes = st.sampled_from(sorted(FROM_TORCH.values()))

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tensorkeep.conversion.naming import Identity
+from tensorkeep.formats.layouts import surroundings
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import size
@@ -71,8 +72,41 @@ def document(view: StateView, identity: Identity, names: Sequence[str], found: d
         "quantized": quantized(view),
         "adapter": view.metadata.get("adapter"),
         "run": _run_state(view),
+        "folder": _folder(view),
+        "opaque": sorted(view.metadata.get("opaque", ())),
         "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in view.notes],
     }
+
+
+def _folder(view: StateView) -> dict[str, Any] | None:
+    """Return which part of a folder was read, how, who writes such folders, and what lies beside."""
+    found = surroundings(view)
+    part = {
+        "read": view.metadata.get("taken"),
+        "how": view.metadata.get("about"),
+        "writers": list(view.metadata.get("writers", ())),
+        "beside": [{"name": entry.name, "what": entry.what} for entry in found],
+    }
+    return part if any(part.values()) else None
+
+
+def _folder_lines(view: StateView) -> list[str]:
+    """Say for people which part of a folder was read, and what lies beside."""
+    part = _folder(view)
+    if part is None:
+        return []
+    by = f" (as {' in '.join(reversed(part['writers']))} writes it)" if part["writers"] else ""
+    lines = [f"read: {part['read']}{by}"] if part["read"] else []
+    lines += [f"how: {part['how']}"] if part["how"] else []
+    kinds: dict[str, list[str]] = {}
+    for entry in part["beside"]:
+        kinds.setdefault(entry["what"], []).append(entry["name"])
+    beside = [f"{what} ({_some(names)})" for what, names in kinds.items()]
+    return lines + ([f"beside it: {', '.join(beside)}"] if beside else [])
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _own(view: StateView) -> list[TensorRecord]:
@@ -131,7 +165,7 @@ def _whole(view: StateView, name: str) -> int | None:
     value = view.entries.get(name)
     if view.format == "dcp" and isinstance(value, tuple):
         file, start, length = value
-        value = saved_value(view.folder, file, zip_entries(view.folder, file, start, length))
+        value = saved_value(view.folder, file, zip_entries(view.folder, file, start, length), set())
     return value if type(value) is int else None
 
 
@@ -154,6 +188,9 @@ def summary(view: StateView, identity: Identity) -> list[str]:
     for reason in identity.other.values():
         other[reason] = other.get(reason, 0) + 1
     lines += [f"{count} tensors of {reason}" for reason, count in other.items()]
+    lines += _folder_lines(view)
+    if opaque := sorted(view.metadata.get("opaque", ())):
+        lines.append(f"objects that stay opaque, never imported: {_some(opaque, 6)}")
     kinds = sorted({q["kind"] for q in quantized(view)})
     if kinds:
         lines.append(f"{len(quantized(view))} quantized weights: {', '.join(kinds)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorkeep.conversion import fit
 from tensorkeep.conversion.proof import read_certificate, stored_name
-from tensorkeep.diagnosis.evidence.resume_files import bad_entries, damaged_files
+from tensorkeep.diagnosis.evidence.resume_files import bad_entries, damaged_files, opaque_objects
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats import table as formats
@@ -55,6 +55,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
             raise
         return [*findings, Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint)], None, False
     findings += [Finding(n.code, "warning", n.message, n.names) for n in view.notes]
+    findings += opaque_objects(view)
     certificate = read_certificate(view)
     try:
         if certificate is not None:

@@ -31,6 +31,7 @@ COMPANIONS = tuple(
         "recipe.yaml",
     ]
 )
+_OLMO_CORE = ".metadata.json"  # beside it config.json is the whole run's of OLMo-core, not a model's
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # git's name for a file, or its SHA-256
 _LARGEST, _LARGEST_CONFIG = 256 << 20, 16 << 20  # bytes; the largest tokenizers have 40 MB, configs some 100 kB
 
@@ -87,7 +88,7 @@ def find_companions(folder: Folder, known: Sequence[Companion], described: bool)
             if place is folder:
                 raise
             continue  # a folder above that we may not list says nothing about this checkpoint
-        if "config.json" not in present and place is not folder:
+        if place is not folder and ("config.json" not in present or _OLMO_CORE in present):
             continue
         have = {companion.name for companion in (*known, *found)}
         found += [read_companion(place, name) for name in COMPANIONS if name in present - have]

@@ -78,12 +78,14 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     where = f"{folder.url}/{METADATA}"
     if folder.size(METADATA) > LARGEST_PICKLE:
         raise _damaged(f"{folder.size(METADATA)} bytes, more than {LARGEST_PICKLE}", where)
-    root, _ = parse(folder.read(METADATA), DCP_GLOBALS, where)
-    fields = _state(root, "Metadata", where)
+    opaque: set[str] = set()
+    root, _ = parse(folder.read(METADATA), DCP_GLOBALS, where, opaque=opaque)
+    of_megatron = isinstance(root, Object) and root.call.name == "MCoreMetadata"  # it adds fields that are not read
+    fields = _state(root, "MCoreMetadata" if of_megatron else "Metadata", where)
     storage = _storage(fields.get("storage_data"), where)
     names = folder.names()
     sizes = {file: folder.size(file) for file in {f for f, _, _ in storage.values()} if file in names}
-    view = StateView(path, "dcp", folder, {}, locate=locate)
+    view = StateView(path, "dcp", folder, {}, locate=locate, metadata={"opaque": opaque} if opaque else {})
     described = fields.get("state_dict_metadata")
     if not isinstance(described, dict):
         raise _damaged("no state_dict_metadata", where)

@@ -18,6 +18,7 @@ from tensorkeep.storage.files import CERTIFICATE, Folder, LocalFolder
 from tensorkeep.storage.overwriting import Kind, listed
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_SAVES = ("zero", "ranks", "megatron")  # whole saves of other programs, with their optimizer
 _LARGEST = 1 << 30  # bytes; a certificate of 200 000 tensors has 100 MB
 # names that our own sinks give weights; unread ones are taken away only where a certificate lies beside them
 _WEIGHTS = re.compile(
@@ -74,7 +75,8 @@ def _opened(url: str) -> StateView | None:
         view = read(url)
     except TensorkeepError:
         return None
-    return view if len(view) and "run" not in view.metadata else None
+    of_another = "run" in view.metadata or "home" in view.metadata or view.format in _SAVES
+    return view if len(view) and not of_another else None
 
 
 def _files(view: StateView, names: Sequence[str]) -> set[str]:

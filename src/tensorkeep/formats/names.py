@@ -15,6 +15,7 @@ from tensorkeep.errors import near_misses
 # what DDP, torch.compile, FSDP1, activation checkpointing and PEFT put into the names of the modules they wrap
 WRAPPERS = (
     ("module",),
+    ("_forward_module",),
     ("_orig_mod",),
     ("_fsdp_wrapped_module",),
     ("_checkpoint_wrapped_module",),

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats._index import check_index, read_index
 from tensorkeep.formats.view import Note, StateView
-from tensorkeep.storage.budget import check_json, read_small_from
-from tensorkeep.storage.certificate import parse_json, unique
-from tensorkeep.storage.files import Folder, inside
+from tensorkeep.storage.budget import check_json
+from tensorkeep.storage.certificate import unique
+from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, shards, small_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, checked_shape, nbytes
 
@@ -69,7 +70,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     if len(names) == 1 and not indices:
         files, weight_map = names, None
     elif indices:
-        weight_map = _read_index(folder, indices[0])
+        weight_map = read_index(folder, indices[0])
         files = sorted(set(weight_map.values()))
         names = folder.names()
     else:
@@ -97,7 +98,7 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
             records[record.name] = record
     view = StateView(path, "hf", folder, records, metadata=metadata)
     if weight_map is not None:
-        _check_index(view, weight_map, indices[0])
+        check_index(view, weight_map, indices[0])
     strays = [n for n in names if n.endswith(".safetensors") and n not in files]
     if strays:
         view.notes.append(Note("F07", _who_reads(strays, files, bool(indices)), tuple(strays)))
@@ -135,48 +136,6 @@ def _files_without_index(names: list[str], path: str) -> list[str]:
             hint="name one of them",
         )
     return files
-
-
-def _read_index(folder: Folder, name: str) -> dict[str, str]:
-    """Read an index: tensor name -> file."""
-    where = f"{folder.url}/{name}"
-    document = parse_json(read_small_from(folder, name), where)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise TensorkeepError(
-            "has no weight_map from names to files", where=where, code="F07", hint="download the index again"
-        )
-    return {tensor: inside(file, where) for tensor, file in weight_map.items()}
-
-
-def _check_index(view: StateView, weight_map: dict[str, str], index: str) -> None:
-    """Raise F07 where index and shards disagree; tensors that the index leaves out are noted."""
-    absent = sorted(n for n in weight_map if n not in view.records)
-    if absent:
-        raise TensorkeepError(
-            f"the index names {len(absent)} tensors that no shard holds, first {absent[0]}",
-            where=f"{view.folder.url}/{index}",
-            code="F07",
-            hint="the shards and the index come from different saves",
-        )
-    moved = sorted(n for n, f in weight_map.items() if view.records[n].file != f)
-    if moved:
-        raise TensorkeepError(
-            f"the index puts {moved[0]} into {weight_map[moved[0]]}, it lies in {view.records[moved[0]].file}",
-            where=f"{view.folder.url}/{index}",
-            code="F07",
-            hint="the shards and the index come from different saves",
-        )
-    extra = sorted(n for n in view.records if n not in weight_map)
-    if extra:
-        view.notes.append(
-            Note(
-                "F07",
-                f"{len(extra)} tensors in the shards are not in the index, first {extra[0]}: "
-                "transformers would not load them",
-                tuple(extra),
-            )
-        )
 
 
 # -- one file -----------------------------------------------------------------------------------------------------

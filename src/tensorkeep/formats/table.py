@@ -34,6 +34,10 @@ FORMATS = {
     "dcp": "tensorkeep.formats.dcp",
     "peft": "tensorkeep.formats.peft",
     "gguf": "tensorkeep.formats.gguf",
+    "zero": "tensorkeep.formats.zero",
+    "ranks": "tensorkeep.formats.ranks",
+    "megatron": "tensorkeep.formats.megatron",
+    "folder": "tensorkeep.formats.folders",
     "pth": "tensorkeep.formats.pth",
 }
 

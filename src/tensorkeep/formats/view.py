@@ -94,6 +94,12 @@ class StateView(Mapping[str, TensorRecord]):
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def home(self) -> Folder:
+        """The folder of the whole save, in which optimizer and random state lie; mostly that of the weights."""
+        place = self.metadata.get("home")
+        return LocalFolder(place) if place is not None else self.folder
+
     def _blocks(self, record: TensorRecord) -> list[Block]:
         """Return the record's blocks with raw bytes located, in order of their position in the tensor."""
         blocks = [self.locate(self.folder, record, b) if b.archive and self.locate else b for b in record.blocks]

@@ -10,7 +10,6 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
 
@@ -43,7 +42,8 @@ STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 _PLAIN_GLOBALS = """
 torch.storage.UntypedStorage torch.storage.TypedStorage torch.storage._LegacyStorage torch.UntypedStorage
 torch._utils._rebuild_tensor torch._utils._rebuild_tensor_v2 torch._utils._rebuild_tensor_v3
-torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state torch._tensor._rebuild_from_type_v2
+torch._utils._rebuild_wrapper_subclass torch._utils._rebuild_parameter
+torch._utils._rebuild_parameter_with_state torch._tensor._rebuild_from_type_v2
 torch.Size torch.device torch.Tensor torch.nn.parameter.Parameter torch.nn.Parameter torch.serialization._get_layout
 collections.OrderedDict collections.defaultdict collections.Counter
 builtins.set builtins.frozenset builtins.dict builtins.list builtins.int builtins.float builtins.bool builtins.str
@@ -107,7 +107,7 @@ def stored_tensor(value: Object, where: object) -> Stored | None:
 
     if len(args) < 4 or not isinstance(args[0], Persistent) or not isinstance(args[0].value, tuple):
         raise wrong("no storage")
-    identity, offset, shape, strides = args[0].value, args[1], _sizes(args[2]), _strides(args[3])
+    identity, offset, shape, strides = args[0].value, args[1], sizes_of(args[2]), _strides(args[3])
     known = len(identity) >= 5 and identity[0] == "storage" and isinstance(identity[1], Global)
     if not known or not is_count(identity[4]):
         raise wrong("an unknown storage")
@@ -164,7 +164,12 @@ def is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _sizes(value: Any) -> tuple[int, ...] | None:
+def sizes_of(value: Any) -> tuple[int, ...] | None:
+    """Return a shape that a pickle holds as torch.Size, tuple or list; None where it is none, or too large.
+
+    Args:
+        value: what the pickle holds.
+    """
     if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
         value = value.args[0]
     return checked_shape(value)
@@ -269,13 +274,14 @@ def _entry(info: zipfile.ZipInfo, folder: Folder, file: str, start: int, length:
     return Entry(data, info.file_size, info.CRC)
 
 
-def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
+def saved_value(folder: Folder, file: str, found: dict[str, Entry], opaque: set[str] | None = None) -> Any:
     """Read what was saved (`data.pkl`) as plain data: dicts, lists, numbers, and `Object` for calls.
 
     Args:
         folder: where the file lies.
         file: its name.
         found: the archive's entries, from `zip_entries`.
+        opaque: where this is given, names of somebody's own objects are put into it and not refused.
 
     Returns:
         The value; tensors are `Object`s that name their storage.
@@ -300,64 +306,8 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry]) -> Any:
     data = folder.read(file, pickle.start, pickle.size)
     if pickle.crc and zlib.crc32(data) != pickle.crc:  # before a name in it is believed
         raise _damaged_zip("data.pkl does not fit its own CRC-32", where, "F03")
-    value, _ = parse(data, TENSOR_GLOBALS, where)
+    value, _ = parse(data, TENSOR_GLOBALS, where, opaque=opaque)
     return value
-
-
-# -- what is in it ------------------------------------------------------------------------------------------------
-
-# letters of all names together, and 16 more for each: a pickle of 1 kB can share its way to 2**60 leaves
-_MOST_LETTERS = 16 << 20
-
-
-def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[str, Stored | Any]]:
-    """Walk a nested state dict and give every leaf with its dotted name.
-
-    Args:
-        value: what `saved_value` gave, or a part of it.
-        where: the file, for messages.
-        prefix: name of `value` itself; empty at the top.
-
-    Yields:
-        The dotted name and a `Stored` for each tensor, or the plain value for anything else.
-
-    Raises:
-        TensorkeepError: F07 where it is nested deeper, or names more values, than any state dict.
-    """
-    pending: list[tuple[str, Any, int]] = [(prefix, value, 0)]
-    left = _MOST_LETTERS
-    while pending:
-        name, item, depth = pending.pop()
-        if depth > 32:
-            raise TensorkeepError(
-                "is nested more than 32 levels deep", where=where, code="F07", hint="this is no state dict"
-            )
-        tensor = stored_tensor(item, where) if isinstance(item, Object) else None
-        children = None if tensor is not None else _children(item)
-        if children is None:
-            yield name, item if tensor is None else tensor
-            continue
-        left -= sum(len(name) + len(key) + 17 for key, _ in children)
-        if left < 0:
-            raise TensorkeepError(
-                "names more values than any state dict has", where=where, code="F07", hint="this is no state dict"
-            )
-        pending.extend((f"{name}.{key}" if name else key, child, depth + 1) for key, child in reversed(children))
-
-
-def _children(item: Any) -> list[tuple[str, Any]] | None:
-    """Give the named parts of a dict, or of a list that holds more than plain values; None for a leaf."""
-    if isinstance(item, Object) and item.is_mapping:
-        item = item.entries or {}
-    if isinstance(item, dict):
-        return [(_spelled(key), child) for key, child in item.items()]
-    if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):
-        return [(str(i), child) for i, child in enumerate(item)]
-    return None
-
-
-def _spelled(key: Any) -> str:
-    return key if isinstance(key, str) else shown(key)
 
 
 def storage_bytes(tensor: Stored) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 `.pth` files and DCP's `.metadata` are pickles, and unpickling runs whatever they name. Here the opcodes are
 walked by hand: a global becomes a `Global` (two strings), a call becomes an inert `Object` (what would have been
 called, with what). A global outside the caller's allow-list is refused by name (F04) even though it could do no
-harm here, since the next program to open the file would run it.
+harm here, since the next program to open the file would run it; `foreign` tells which may stay opaque instead.
 
 `pickle_writing.emit` goes the other way.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.budget import Budget
+from tensorkeep.storage.foreign import refuse
 from tensorkeep.storage.pickle_values import ENTRY, MEMORY, REFERENCES, Global, Object, Persistent
 
 LARGEST_PICKLE = 1 << 30  # bytes
@@ -24,7 +25,8 @@ _LONGEST_NUMBER = 4096  # bytes of one whole number
 _PER_LOOK = 256  # opcodes between looks at the budget
 _LONGEST_KEY = 64  # parts of a tuple that is a dict's key: it is hashed again each time
 
-
+# by it Python names a class inside a class, and nothing else that is read here
+_GETATTR = (Global("builtins", "getattr"), Global("__builtin__", "getattr"))
 _MARK = object()  # what the opcode "(" puts on the stack; later opcodes take everything above it
 
 
@@ -98,11 +100,17 @@ class _Reader:
         known = self.known.get((module, name))
         if known is None:
             known = self.known[module, name] = Global(module, name)
-            self.globals.add(known)
+            if known not in _GETATTR:  # it does no more than it is called for
+                self.globals.add(known)
         return known
 
     def call(self, function: Any, args: Any) -> None:
         """Put an `Object` on the stack in place of calling `function`."""
+        if function in _GETATTR and isinstance(args, tuple) and len(args) == 2 and isinstance(args[0], Global):
+            self.stack.append(self.found(args[0].module, f"{args[0].name}.{args[1]}"))  # a class inside a class
+            return
+        if function in _GETATTR:
+            self.globals.add(function)
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise _fail("a call of something that is not a global", self.where)
         self.stack.append(Object(function, args))
@@ -113,7 +121,11 @@ def _key(value: Any) -> Any:
     # hashing a deeply nested tuple overflows the C stack; state dicts are keyed by text, numbers and small indices
     if value is None or isinstance(value, (str, int, float, bool, bytes, Object, Global)):
         return value
-    if isinstance(value, tuple) and len(value) <= _LONGEST_KEY and all(isinstance(p, (str, int, float)) for p in value):
+    if (
+        isinstance(value, tuple)
+        and len(value) <= _LONGEST_KEY
+        and all(p is None or isinstance(p, (str, int, float, Object, Global)) for p in value)
+    ):
         return value
     raise TypeError(f"a dict key of type {type(value).__name__}")
 
@@ -323,7 +335,9 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
 }
 
 
-def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) -> tuple[Any, int]:
+def parse(
+    data: bytes, allowed: Collection[str], where: object, start: int = 0, opaque: set[str] | None = None
+) -> tuple[Any, int]:
     r"""Read the value that a pickle describes, as plain data.
 
     Args:
@@ -331,6 +345,7 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
         allowed: the globals that may occur, as `module.name`; an entry ending in `.*` allows a whole module.
         where: the file, for messages.
         start: byte at which the pickle begins.
+        opaque: where this is given, names of somebody's own objects are put into it and not refused.
 
     Returns:
         The value, and the position behind the pickle's end.
@@ -351,12 +366,12 @@ def parse(data: bytes, allowed: Collection[str], where: object, start: int = 0) 
     try:
         value = _run(reader)
     except TensorkeepError:
-        _refuse(reader.globals, allowed, where)  # what it names is the graver fault
+        refuse(reader.globals, allowed, where, opaque)  # what it names is the graver fault
         raise
     except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
-        _refuse(reader.globals, allowed, where)
+        refuse(reader.globals, allowed, where, opaque)
         raise _fail(f"{error or type(error).__name__} at {reader.at}", where) from None
-    _refuse(reader.globals, allowed, where)
+    refuse(reader.globals, allowed, where, opaque)
     return value, reader.at
 
 
@@ -376,18 +391,3 @@ def _run(reader: _Reader) -> Any:
         if steps == _PER_LOOK:
             reader.budget.spend(memory, steps)
             memory = steps = 0
-
-
-def _refuse(found: Collection[Global], allowed: Collection[str], where: object) -> None:
-    """Raise F04 where the pickle names globals outside the allow-list."""
-    refused = sorted(str(g) for g in found if str(g) not in allowed and f"{g.module}.*" not in allowed)
-    if refused:
-        more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
-        raise TensorkeepError(
-            f"the pickle inside names {', '.join(r[:120] for r in refused[:8])}{more}, which loading it would import "
-            "and may run; nothing was run",
-            where=where,
-            code="F04",
-            hint="do not load this file with torch.load(weights_only=False) or dcp.load; "
-            "ask its author for safetensors",
-        )

@@ -6,7 +6,6 @@ and their entries have a CRC-32. JSON must be JSON.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
+from tensorkeep.formats import layouts
 from tensorkeep.formats.companions import COMPANIONS
 from tensorkeep.formats.safetensors import read_header
 from tensorkeep.formats.view import STREAM_BYTES, StateView, read
@@ -22,14 +22,26 @@ from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder
 
-# what Trainer, accelerate, DeepSpeed and plain scripts call them; `_0` and `_0_1` number processes
-_STATE = re.compile(
-    r"(optimizer|optim|scheduler|lr_scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|random_states|rng_state"
-    r"|training_args|trainer_state|train_state|random)([_-]\d+)*\.(pt|pth|bin|pkl|safetensors|json)\Z"
-)
 _SAVED = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
-# folders of one save in which FSDP and DeepSpeed keep a part of it
-_PARTS = re.compile(r"(optimizer|pytorch_model_fsdp|global_step|dcp|sampler)([_-]?\d+)*\Z")
+_LOOKED_AT = (*_SAVED, ".safetensors", ".json")
+
+
+def opaque_objects(view: StateView) -> Iterator[Finding]:
+    """Report objects beside the tensors whose classes are nobody's known: they are listed and never imported.
+
+    Args:
+        view: the checkpoint.
+
+    Yields:
+        One info (F04), or nothing.
+    """
+    names = sorted(view.metadata.get("opaque", ()))
+    if names:
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        said = (
+            f"holds objects of {', '.join(names[:6])}{more}; they stay opaque, nothing of them was imported or called"
+        )
+        yield Finding("F04", "info", said, evidence={"opaque": names})
 
 
 def damaged_files(view: StateView, whole: bool) -> Iterator[Finding]:
@@ -48,19 +60,36 @@ def damaged_files(view: StateView, whole: bool) -> Iterator[Finding]:
     own = {b.file for r in view.values() for b in r.blocks}
     for name in sorted(set(names) - own - set(COMPANIONS)):
         yield from _file(view.folder, name, whole)
-    if not isinstance(view.folder, LocalFolder):
+    home = view.home
+    if not isinstance(view.folder, LocalFolder) or not isinstance(home, LocalFolder):
         return
-    for part in sorted(p for p in view.folder.path.iterdir() if p.is_dir() and _PARTS.match(p.name)):
+    if home.path != view.folder.path:
+        for name in sorted(set(home.names()) - set(COMPANIONS)):
+            yield from _file(home, name, whole)
+    for part in sorted(p for p in home.path.iterdir() if p.is_dir() and layouts.part_of_a_save(p.name)):
+        if part == view.folder.path:
+            continue
         folder = LocalFolder(part)
         if ".metadata" in folder.names():
-            yield from _findings(partial(read, folder.url), part.name)
+            yield from _findings(partial(_whole_dcp, folder, whole), part.name)
         for name in sorted(folder.names()):
             yield from _file(folder, name, whole, f"{part.name}/")
 
 
+def _whole_dcp(folder: LocalFolder, whole: bool) -> None:
+    """Raise where a DCP folder below is damaged; `whole`: its data are read too, against the archives' CRC-32."""
+    view = read(folder.url)
+    ranges = {(b.file, b.start, b.nbytes): n for n, r in view.items() for b in r.blocks if b.archive}
+    for (file, start, length), name in ranges.items() if whole else ():
+        if bad_entries(folder, file, start, length):
+            raise TensorkeepError(
+                f"{name} does not fit its own CRC-32", where=f"{folder.url}/{file}", code="F03", hint="copy it again"
+            )
+
+
 def _file(folder: Folder, name: str, whole: bool, inside: str = "") -> Iterator[Finding]:
     """Report one file, where it is one that is looked at."""
-    known = _STATE.match(name) is not None
+    known = layouts.is_state(name) and name.endswith(_LOOKED_AT)
     if known or name.endswith(_SAVED) or (inside and name.endswith(".safetensors")):
         yield from _findings(partial(_check, folder, name, known, whole), inside + name)
 

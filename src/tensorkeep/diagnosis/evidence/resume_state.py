@@ -17,11 +17,13 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import TensorRecord
 
+_FOLDERS = ("hf", "dcp", "peft", "zero", "ranks", "megatron")  # formats that are folders, with files beside
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors")
 _BY_POSITION = re.compile(r"(.*\.)?state\.(?P<index>\d+)\.(?P<what>[^.]+)\Z")
-_RANK_FILE = re.compile(r"(rng_state|random_states)(_(?P<rank>\d+))?\.(pth|pkl)\Z")
+_RANK_FILE = re.compile(r"(rng_state|random_states|extra_state_world_size_\d+_rank)(_(?P<rank>\d+))?\.(pth|pkl|pt)\Z")
 _RANK_ENTRY = re.compile(r"dataloader\.(dp_rank_)?(?P<rank>\d+)(\.|\Z)")
 _RANDOM = re.compile(r"(^|[._])(rng|random)(_?states?)?([._]|\Z)")
 _OWN_STATE, _TRAINER_STATE = "state.json", "trainer_state.json"
@@ -86,13 +88,17 @@ def find(view: StateView) -> ResumeState | None:
     Returns:
         The state; None where there is no optimizer, no layout of a training program and no more than step numbers.
     """
-    names = view.folder.names() if view.format in ("hf", "dcp", "peft") else []
+    home = view.home
+    names = home.names() if view.format in _FOLDERS or home is not view.folder else []
     layout = _layout(view, names)
     state = ResumeState(layout)
     state.optimizer = {n: r for n, r in view.items() if _optimizer_name(n)}
     for file in _OPTIMIZER_FILES:
         if file in names and not state.optimizer:
-            state.optimizer = _beside(view, file)
+            state.optimizer = _beside(f"{home.url}/{file}")
+    if not state.optimizer and isinstance(home, LocalFolder) and names:
+        parts = sorted(p for p in home.path.iterdir() if re.fullmatch(r"optimizer(_\d+)?", p.name) and p.is_dir())
+        state.optimizer = _beside(str(parts[0])) if parts else {}
     for name, value in view.entries.items():
         last = name.rpartition(".")[2]
         if last in _POSITIONS and not _optimizer_name(name) and "scheduler" not in name.partition(".")[0]:
@@ -152,10 +158,10 @@ def _optimizer_name(name: str) -> bool:
     return OTHER_STATE.get(first) == "optimizer state" or re.fullmatch(r"optim(izer)?s?[-_]?\d*", first) is not None
 
 
-def _beside(view: StateView, file: str) -> dict[str, TensorRecord]:
-    """Read the headers of an optimizer file in the same folder; {} where it cannot be read safely."""
+def _beside(path: str) -> dict[str, TensorRecord]:
+    """Read the headers of an optimizer's file or folder beside the weights; {} where it cannot be read safely."""
     try:
-        return dict(read(f"{view.folder.url}/{file}"))
+        return dict(read(path))
     except TensorkeepError:
         return {}
 
@@ -166,7 +172,7 @@ def _read_documents(view: StateView, names: list[str], state: ResumeState) -> No
         if file not in names:
             continue
         try:
-            document = parse_json(read_small_from(view.folder, file), f"{view.folder.url}/{file}")
+            document = parse_json(read_small_from(view.home, file), f"{view.home.url}/{file}")
         except TensorkeepError:
             continue
         if not isinstance(document, dict):
