@@ -186,7 +186,7 @@ def _without(tensor: HfTensor, prefix: str) -> HfTensor:
 
 
 def _without_dropped(found: Misfit, dropped: Iterable[Step], left_out: Sequence[str]) -> Misfit:
-    """Return the misfit without names that are missing because the user, or the program that wrote it, left them out."""
+    """Return the misfit without names that are missing because the user, or its writer, left them out."""
     gone = {p.name for s in dropped if s.reason == BY_USER for p in s.parts}
     left = tuple(
         n for n in found.missing if not matches(n, left_out) and not any(g == n or g.endswith(f".{n}") for g in gone)
