@@ -1,4 +1,4 @@
-"""The rules of the programs in `targets`: what each asks of names, shapes, ties, quantization and headers."""
+"""The rules of programs that are asked themselves: transformers and PEFT, of names, shapes, ties, codes and headers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorkeep.conversion import architecture, fit
-from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion import fit
 from tensorkeep.conversion.fit import Misfit, Offer
-from tensorkeep.conversion.naming import hf, minimind, opentad
-from tensorkeep.conversion.naming.table import from_hf
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.planned import planned
 from tensorkeep.errors import TensorkeepError
@@ -129,7 +126,7 @@ class Sink:
 Rule = Callable[[Sink], Proof]
 
 
-def compared(sink: Sink, asked: Shapes, offers: Mapping[str, Offer] | None = None) -> None:
+def compared(sink: Sink, asked: Shapes, offers: Mapping[str, Offer] | None = None, hint: str | None = None) -> None:
     """Stop unless the tensors are exactly those that the program asks for.
 
     Raises:
@@ -145,10 +142,11 @@ def compared(sink: Sink, asked: Shapes, offers: Mapping[str, Offer] | None = Non
             tuple(n for n in have if n not in asked),
             {n: (o.shape, asked[n]) for n, o in have.items() if n in asked and tuple(asked[n]) != tuple(o.shape)},
         ),
+        hint,
     )
 
 
-def refuse(sink: Sink, found: Misfit) -> None:
+def refuse(sink: Sink, found: Misfit, hint: str | None = None) -> None:
     """Stop where a program's loader would have something to say of the tensors.
 
     Raises:
@@ -170,7 +168,7 @@ def refuse(sink: Sink, found: Misfit) -> None:
         "; ".join(parts),
         where=sink.plan.sources[0].path,
         code=code,
-        hint="without --for nothing is asked of that program; --drop leaves tensors out, --config gives another model",
+        hint=hint or "--drop leaves tensors out, --config gives another model's config.json",
     )
 
 
@@ -226,7 +224,7 @@ def _refuse_codes(sink: Sink, weights: Mapping[str, QuantizedWeight]) -> None:
     packed = [*(n for n, w in weights.items() if w.parts), *whole]
     if packed:
         raise TensorkeepError(
-            f"{packed[0]} and {len(packed) - 1} more hold codes or integers, and config.json has no "
+            f"{packed[0]} (of {len(packed)}) holds codes or integers, and config.json has no "
             "quantization_config: transformers would take them for weights",
             where=sink.plan.sources[0].path,
             code="Q01",
@@ -242,16 +240,15 @@ def _refuse_misplaced(
     where = sink.plan.sources[0].path
     if odd := sorted(held - set(asked)):
         raise TensorkeepError(
-            f"{odd[0]} and {len(odd) - 1} more hold codes where quantization_config lets transformers build plain "
-            "layers",
+            f"{odd[0]} (of {len(odd)}) holds codes where quantization_config lets transformers build plain layers",
             where=where,
             code="Q01",
             hint="take these modules out of llm_int8_skip_modules in config.json",
         )
     if bare := sorted(set(asked) - held):
         raise TensorkeepError(
-            f"{bare[0]} and {len(bare) - 1} more hold floats where quantization_config lets transformers build "
-            "quantized layers",
+            f"{bare[0]} (of {len(bare)}) holds floats where quantization_config lets transformers build layers of "
+            "codes: it loads without a word and fails when it runs",
             where=where,
             code="Q01",
             hint="name these modules under llm_int8_skip_modules in config.json",
@@ -274,7 +271,8 @@ def by_state_dict(sink: Sink) -> Proof:
     library = sink.programs.versions.get("transformers", "")
     if held is None:
         return Proof(why=f"transformers {library} builds no model from this config.json alone")
-    compared(sink, {n: o.shape for n, o in held.items()})
+    elsewhere = "--to hf: from_pretrained reads files under these names, whatever they are called in memory"
+    compared(sink, {n: o.shape for n, o in held.items()}, hint=elsewhere)
     _refuse_codes(sink, {})
     below = f" below {sink.plan.root}" if sink.plan.root else ""
     checked = ("names", "shapes", "ties", "dtypes")
@@ -299,89 +297,3 @@ def by_adapter_folder(sink: Sink) -> Proof:
         return Proof(why=f"peft {sink.version} was not asked about {config.get('peft_type')} with these tensors")
     refuse(sink, found)
     return Proof("peft", sink.version, ("names", "shapes", "ranks", "target_modules"), " on a base with its modules")
-
-
-# -- torchtitan, MiniMind, OpenTAD -----------------------------------------------------------------------------------
-
-
-def by_torchtitan(sink: Sink) -> Proof:
-    """torchtitan's model of the config's family, by its adapter's tables; every key that it asks for, and no other."""
-    expected = architecture.expected(sink.config)
-    if expected is None or sink.config is None:
-        return Proof(why="no config.json says which model it is" if sink.config is None else "torchtitan's model of it")
-    if sink.plan.root is not None:
-        raise TensorkeepError(
-            f"torchtitan asks for flat names, not below {sink.plan.root}",
-            where=sink.plan.sources[0].path,
-            code="K04",
-            hint="--root none",
-        )
-    naming = str(sink.plan.naming)
-    scheme = namings.module(naming if naming != "hf" else "torchtitan")
-    family = scheme.family(expected, sink.config)
-    lost = sorted(n for n in (*expected, *sink.offers) if n.endswith(".bias"))
-    if lost:
-        raise TensorkeepError(
-            f"torchtitan's {family} has no place for {', '.join(grouped(lost)[:3])} ({len(lost)}): its loader would "
-            "not ask for them",
-            where=sink.plan.sources[0].path,
-            code="K07",
-            hint="keep the hf names for flame or transformers: --for transformers",
-        )
-    asked = dict(expected)
-    if naming != "hf":
-        asked.setdefault(hf.HEAD, asked[hf.EMBEDDING])
-        asked = _own_shapes(asked, scheme.FAMILIES[family])
-    compared(sink, asked)
-    version = {"torchtitan": "0.3", "torchtitan-0.2": "0.2"}.get(naming, "0.3, through its hf adapter")
-    return Proof("torchtitan", version, ("names", "shapes", "ties"))
-
-
-def _own_shapes(expected: Shapes, table: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes under a naming's own names, experts stacked."""
-    out: dict[str, tuple[int, ...]] = {}
-    for name, shape in expected.items():
-        link = from_hf(name, table)
-        if link is None:
-            raise TensorkeepError(f"{name} has no place in the naming", code="K07", hint="keep the hf names")
-        count = out.get(link.own, (0,))[0]
-        out[link.own] = shape if link.expert is None else (max(count, link.expert + 1), *shape)
-    return out
-
-
-def by_minimind(sink: Sink) -> Proof:
-    """MiniMind's strict load of its model: the names of its generation, the head beside the embedding, the file's name.
-
-    The config is made from the weights, so the model is asked for what they make it.
-    """
-    if all(t.name.endswith((".lora.A.weight", ".lora.B.weight")) for t in sink.plan.tensors):
-        return Proof(why="MiniMind's load_lora takes what it finds in a file, and asks for nothing")
-    expected = architecture.expected(sink.config)
-    if expected is None or sink.config is None:
-        return Proof(why="no config.json says which model it is" if sink.config is None else "MiniMind's own experts")
-    if sink.single and minimind.FILE.match(sink.name) is None:
-        wanted = minimind.file_name(sink.config, expected, "full_sft")
-        what = f"MiniMind looks for STAGE_SIZE.pth, such as {wanted}"
-        raise TensorkeepError(what, where=sink.name, code="F05", hint=f"name it {wanted}")
-    asked = dict(expected)
-    asked.setdefault(hf.HEAD, asked[hf.EMBEDDING])
-    table = minimind.table(sink.offers, sink.config)
-    generation = minimind.generation(sink.offers)
-    compared(sink, _own_shapes(asked, table) if table is not None else asked)
-    return Proof("minimind", f"({generation})", ("names", "shapes", "ties", "file name"))
-
-
-def by_detector(sink: Sink) -> Proof:
-    """OpenTAD's strict load of `state_dict` (or of the average) into the detector that the shapes are of."""
-    roots = {r.partition(".")[0] for r in opentad.CHECKPOINT_ROOTS}
-    if not roots <= set(sink.plan.roots):
-        return Proof(why="a backbone alone: mmaction's loader takes what fits and says the rest")
-    for root in opentad.CHECKPOINT_ROOTS:
-        offers = {n[len(root) + 1 :]: o for n, o in sink.offers.items() if n.startswith(f"{root}.")}
-        shapes = {opentad.to_hf(n) or n: o.shape for n, o in offers.items()}
-        asked = sink.programs.detects(shapes) if sink.programs.detects is not None else None
-        if asked is None:
-            return Proof(why="no shapes tell which detector it is, or torch is not installed")
-        names = {n: opentad.from_hf(n) for n in asked}
-        compared(sink, {str(names[n] or n): shape for n, shape in asked.items()}, offers)
-    return Proof("opentad", "", ("names", "shapes", "both state dicts"), " (strict, the weights and their average)")

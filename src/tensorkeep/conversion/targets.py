@@ -9,19 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tensorkeep.conversion._target_rules import (
-    NONE,
-    Proof,
-    Rule,
-    Sink,
-    by_adapter_folder,
-    by_detector,
-    by_loader,
-    by_minimind,
-    by_state_dict,
-    by_torchtitan,
-)
+from tensorkeep.conversion._target_rules import NONE, Proof, Rule, Sink, by_adapter_folder, by_loader, by_state_dict
 from tensorkeep.conversion._target_rules import Programs as Programs
+from tensorkeep.conversion._target_tables import by_detector, by_minimind, by_torchtitan
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.errors import TensorkeepError, near_misses
 
