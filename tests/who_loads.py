@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -225,3 +226,42 @@ def tried(row: Row, sink: Path, source: Source) -> list[str]:
         if isinstance(error, KeyboardInterrupt):
             raise
         return [f"{type(error).__name__}: {str(error)[:200]}"]
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "two projections": {"target_modules": ["q_proj", "v_proj"]},
+    "DoRA": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "ranks by pattern": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    "a head saved whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "norms saved whole": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    "all linears": {"target_modules": "all-linear"},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "biases": {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"},
+    "an expression": {"target_modules": r".*layers\.1\..*(q|v)_proj"},
+}
+
+
+def adapter(options: dict[str, Any], source: Source, folder: Path) -> dict[str, Tensor]:
+    """An adapter as PEFT saves it, on a source's model; its tensors."""
+    import peft
+
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(source.fresh(), config)
+    model.save_pretrained(folder)
+    return dict(peft.get_peft_model_state_dict(model))
+
+
+def by_peft(sink: Path, source: Source, wanted: dict[str, Tensor]) -> list[str]:
+    """PEFT's own loader, on the model itself; what it warns of counts."""
+    import peft
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(source.fresh(), sink)
+    said = [str(w.message)[:200] for w in warned if "adapter" in str(w.message)]
+    return said + complaints(dict(peft.get_peft_model_state_dict(model)), wanted)

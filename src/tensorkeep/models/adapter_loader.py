@@ -7,9 +7,12 @@ modules.
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,11 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.refusals import refusals, said
 
 _PREFIX = "base_model.model."
-_PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_(A|B|embedding_A|embedding_B|magnitude_vector))(\.weight)?\Z")
+_VOCABULARY = 1 << 20  # rows of an embedding of which only a few are in the file; they cost nothing on meta
+_INSIDE = ".base_layer"
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_(A|B|embedding_A|embedding_B|magnitude_vector)|token_adapter\.\w+)(\.weight)?\Z"
+)
 
 
 def by_peft(document: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit | None:
@@ -36,9 +43,12 @@ def by_peft(document: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit 
     Raises:
         TensorkeepError: A01 where PEFT refuses the config or the tensors.
     """
+    from tensorkeep.models.language_model import silent
+
     try:
-        import peft
-        from peft.utils.save_and_load import set_peft_model_state_dict
+        with silent():
+            import peft
+            from peft.utils.save_and_load import set_peft_model_state_dict
     except ImportError:
         return None
     base = _base(offers)
@@ -46,15 +56,21 @@ def by_peft(document: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit 
         return None
     given = {k: v for k, v in document.items() if k not in ("base_model_name_or_path", "auto_mapping", "task_type")}
     try:
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (Path(place) / "adapter_config.json").write_text(json.dumps(given), encoding="utf-8")
+            config = peft.PeftConfig.from_pretrained(place)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             warnings.simplefilter("ignore")
-            config = peft.PeftConfig.from_peft_type(**{**given, "inference_mode": True, "init_lora_weights": False})
+            config.init_lora_weights = False
             model = peft.PeftModel(base, config)
             wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
             state = {n: torch.empty(o.shape) for n, o in offers.items()}
             report = set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
-    except refusals() as error:
+    except ValueError as error:  # what PEFT says of configs and of modules that it does not find
         raise TensorkeepError(f"peft would not load it: {said(error)}", code="A01") from None
+    except refusals():
+        return None  # a kind of adapter whose modules need more than these tensors tell
     asked = {n: tuple(t.shape) for n, t in wanted.items()}
     odd = {n: (o.shape, asked[n]) for n, o in offers.items() if n in asked and o.shape != asked[n]}
     missing = tuple(n for n in wanted if n not in offers)
@@ -70,7 +86,7 @@ def _base(offers: Mapping[str, Offer]) -> nn.Module | None:
         found = _PART.match(name[len(_PREFIX) :])
         if found is None:
             module, _, leaf = name[len(_PREFIX) :].rpartition(".")
-            parts.setdefault(module, {})[leaf] = offer.shape
+            parts.setdefault(module.removesuffix(_INSIDE), {})[leaf] = offer.shape
         else:
             parts.setdefault(found["module"], {})[found["part"]] = offer.shape
     root = nn.Module()
@@ -100,6 +116,8 @@ def _layer(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module | None:
             return nn.Conv1d(a[1], b[0], a[2], bias="bias" in shapes)
         if "lora_embedding_A" in shapes and "lora_embedding_B" in shapes:
             return nn.Embedding(shapes["lora_embedding_A"][1], shapes["lora_embedding_B"][0])
+        if tokens := shapes.get("token_adapter.trainable_tokens_delta"):
+            return nn.Embedding(_VOCABULARY, tokens[-1])
         if not any(part.startswith("lora_") for part in shapes):
             whole = nn.Module()
             for leaf, shape in shapes.items():
