@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -26,32 +29,58 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda name: made(name, place / name.replace(" ", "-")))
 
 
-def converted(
-    source: Source, sink: Path, words: str, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, dict[str, Any], str]:
+def converted(source: Source, sink: Path, words: str) -> tuple[int, dict[str, Any], str]:
     """The exit code, the document and the errors of one conversion."""
-    capsys.readouterr()
-    code = main(["convert", str(source.folder), str(sink), *words.split(), "--json"])
-    said = capsys.readouterr()
-    return code, json.loads(said.out) if code == 0 else {}, said.err
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["convert", str(source.folder), str(sink), *words.split(), "--json"])
+    return code, json.loads(out.getvalue()) if code == 0 else {}, err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def verdict(sources: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What becomes of a source in a sink, and whether that is right: (word of the table, what is wrong)."""
+
+    @cache
+    def found(row: Row, name: str) -> tuple[str, list[str]]:
+        source, place = sources(name), tmp_path_factory.mktemp("sink")
+        code, document, _ = converted(source, place / row.name, row.words)
+        if code == 0:
+            said = tried(row, place / row.name, source)
+            proven = document["proof"]["target"] is not None
+            return ("proven" if proven else "unchecked" if said else "loads"), said if proven else []
+        left = [] if code == 2 and not list(place.iterdir()) else ["something was written"]
+        code, document, _ = converted(source, place / row.name, row.undeclared or row.words)
+        if code == 0 and (document["proof"]["target"] or not tried(row, place / row.name, source)):
+            left.append("it would have loaded")
+        return "refused", left
+
+    return found
 
 
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.words} {row.name}")
-def test_what_is_proven_loads_and_what_is_refused_does_not(
-    row: Row, name: str, sources: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, sink = sources(name), tmp_path / row.name
-    code, document, said = converted(source, sink, row.words, capsys)
-    print(code, document.get("proof"), said)
-    if code == 0:
-        assert tried(row, sink, source) == [] or document["proof"]["target"] is None
-        return
-    assert code == 2 and not list(tmp_path.iterdir())
-    plain = tmp_path / "plain" / row.name
-    plain.parent.mkdir()
-    code, document, said = converted(source, plain, row.undeclared or row.words, capsys)
-    assert code == 2 or (document["proof"]["target"] is None and tried(row, plain, source) != [])
+def test_what_is_proven_loads_and_what_is_refused_does_not(row: Row, name: str, verdict: Any) -> None:
+    assert verdict(row, name)[1] == []
+
+
+def test_the_page_shows_what_the_programs_did(verdict: Any) -> None:
+    page = (ROOT / "docs" / "reference" / "who-loads-it.md").read_text()
+    lines = []
+    for row in ROWS:
+        cells: dict[str, list[str]] = {}
+        for name in SOURCES:
+            cells.setdefault(verdict(row, name)[0], []).append(name)
+        shown = [", ".join(cells.get(word, [])) for word in ("proven", "loads", "refused", "unchecked")]
+        lines.append(f"| `{row.words}` ({row.name}) | {row.program} | {' | '.join(shown)} |")
+    titan = {to: ", ".join(n for n, t in TITAN if t == to) for to in ("dcp", "hf")}
+    lines += [f"| `--to {to} --for torchtitan` (out) | torchtitan | {titan[to]} | | " for to in titan]
+    lines = [re.sub(r" +", " ", line) for line in lines]
+    print("\n".join(lines))
+    assert [line for line in lines if line.strip() not in re.sub(r" +", " ", page)] == []
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line[:60])
+    for program in ("transformers", "torch", "peft", "bitsandbytes", "safetensors"):
+        assert f"{program} {pins[program].split()[0]}" in page
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -111,29 +140,24 @@ TITAN = [
 ]
 
 
-def test_torchtitan_has_no_place_for_biases_and_asks_for_the_experts_load(
-    sources: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchtitan_has_no_place_for_biases_and_asks_for_the_experts_load(sources: Any, tmp_path: Path) -> None:
     for name, words in (("qwen3 moe", "moe.expert_bias_E"), ("qwen2", "torchtitan has no model for 'qwen2'")):
-        assert converted(sources(name), tmp_path / "out", "--to dcp --for torchtitan", capsys)[0] == 2
-        code, _, said = converted(sources(name), tmp_path / "out", "--to dcp --for torchtitan", capsys)
+        code, _, said = converted(sources(name), tmp_path / "out", "--to dcp --for torchtitan")
         assert code == 2 and words in said and not (tmp_path / "out").exists()
-    code, document, _ = converted(sources("qwen3 moe"), tmp_path / "own", "--to dcp --naming torchtitan", capsys)
+    code, document, _ = converted(sources("qwen3 moe"), tmp_path / "own", "--to dcp --naming torchtitan")
     assert code == 0 and document["proof"]["target"] is None and "expert_bias_E" in document["proof"]["objection"]
 
 
 @pytest.mark.skipif("TENSORKEEP_TORCHTITAN" not in os.environ, reason="torchtitan is installed apart")
 @pytest.mark.parametrize("version", ["0.3", "0.2"])
-def test_what_is_proven_for_torchtitan_loads_there(
-    version: str, sources: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_proven_for_torchtitan_loads_there(version: str, sources: Any, tmp_path: Path) -> None:
     pairs: list[str] = []
     for name, to in TITAN:
         if version == "0.2" and to == "hf" and name == "llama tied":
             continue  # its llama ties nothing, and asks for the head
         words = f"--to {to} --for torchtitan" + (" --naming torchtitan-0.2" if (version, to) == ("0.2", "dcp") else "")
         sink = tmp_path / f"{name}-{to}".replace(" ", "-")
-        code, document, _ = converted(sources(name), sink, words, capsys)
+        code, document, _ = converted(sources(name), sink, words)
         assert (code, document["proof"]["target"]) == (0, "torchtitan"), name
         pairs += [str(sink), str(sources(name).folder)]
     place = os.environ["TENSORKEEP_TORCHTITAN" if version == "0.3" else "TENSORKEEP_TORCHTITAN_02"]

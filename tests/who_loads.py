@@ -85,7 +85,7 @@ def made(name: str, folder: Path) -> Source:
 
     model = fresh()
     model.save_pretrained(folder)
-    return Source(folder, fresh, dict(model.state_dict()))
+    return Source(folder, fresh, _values(model))
 
 
 def _quantized(name: str, folder: Path) -> Source:
@@ -103,7 +103,7 @@ def _quantized(name: str, folder: Path) -> Source:
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without what bitsandbytes keeps of the last forward."""
-    return {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
+    return {n: t.clone() for n, t in model.state_dict().items() if isinstance(t, Tensor)}
 
 
 def complaints(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
