@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from tensorkeep.commands.programs import installed, loads
 from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.conversion.targets import arranged, check
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -26,6 +29,7 @@ def convert(
     from_naming: str | None = None,
     shard_size: str | None = None,
     config: str | None = None,
+    for_: Annotated[str | None, Parameter(name="--for")] = None,
     ema: Flag = False,
     dry_run: Flag = False,
     overwrite: Flag = False,
@@ -33,7 +37,8 @@ def convert(
 ) -> int:
     """Convert one or more checkpoints into another format or naming: SRC... OUT.
 
-    Tensors are streamed, and the result is read back and compared with the plan before it gets its name.
+    Tensors are streamed, and the result is read back and compared with the plan before it gets its name. "proven: loads
+    in X" is said where X's own rules were applied to the plan and found nothing (docs/reference/who-loads-it.md).
 
     Args:
         paths: The sources (files, folders, Hub ids, URLs), then the sink: a folder, or a .safetensors or .pth file.
@@ -46,25 +51,20 @@ def convert(
         from_naming: The sources' naming, where it is not recognised by itself: {any_naming}.
         shard_size: The largest data file to write, e.g. 5GB.
         config: A config.json, or a folder with one, for sources that bring none.
+        for_: The program that is to load it: {targets}. Chooses its names; what it would misread is refused.
         ema: Take a run's averaged weights instead of its last ones (--to hf, or peft where it trained an adapter).
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep.commands.export import of_run
-    from tensorkeep.conversion.planning import make_plan
-
     out = say.output()
     formats.writer(to)
+    naming, twice = arranged(for_, to, naming)
     if len(paths) < 2:
         raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
-    if not dry_run:
-        prepare(out, paths[-1])
-        made = of_run(out, paths[0], paths[1], to, naming, ema, overwrite) if len(paths) == 2 else None
-        if made is not None:
-            return made
-    sources = [with_config(read(p), config) for p in paths[:-1]]
+    if not dry_run and (made := _of_run(out, paths, to, naming, ema, overwrite)) is not None:
+        return made
     plan = make_plan(
-        sources,
+        [with_config(read(p), config) for p in paths[:-1]],
         to,
         naming=known_naming(naming),
         root=None if root == "none" else root,
@@ -72,12 +72,25 @@ def convert(
         drop=drop,
         prefer=prefer,
         from_naming=known_naming(from_naming),
-        ask=_asked,
+        ask=loads,
+        head_twice=twice,
     )
-    return _carry_out(out, plan, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+    proof = check(plan, to, Path(paths[-1]).name, for_, installed())
+    limit = parse_size(shard_size) if shard_size else None
+    return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite)
 
 
-def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
+def _of_run(out: Output, paths: Any, to: str, naming: str | None, ema: bool, overwrite: bool) -> int | None:
+    """Export a run, once its place is prepared; None where the source is none, or its plain weights are wanted."""
+    from tensorkeep.commands.export import of_run
+
+    prepare(out, paths[-1])
+    return of_run(out, paths[0], paths[1], to, naming, ema, overwrite) if len(paths) == 2 else None
+
+
+def _carry_out(
+    out: Output, plan: Any, proof: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool
+) -> int:
     """Write what is planned, or show it alone."""
     from tensorkeep.conversion import execution
     from tensorkeep.conversion.sink import sink_files
@@ -85,33 +98,24 @@ def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dr
     _announce(out, plan)
     if dry_run:
         sink_files(plan, Path(sink).name, to, limit)  # refuses what could not be laid out
-        return _show_plan(out, plan, sink, to)
+        return _show_plan(out, plan, proof, sink, to)
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
-    return _show_result(out, plan, result, to)
+    return _show_result(out, plan, proof, result, to)
 
 
-def _asked(config: Any, offers: Any) -> Any:
-    """What transformers says of these tensors; None where it is not installed, so that the table's word is all."""
-    try:
-        from tensorkeep.models.loader import by_transformers
-    except ImportError:
-        return None
-    return by_transformers(config, offers)
-
-
-def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:
+def _show_plan(out: Output, plan: Any, proof: Any, sink: str, to: str) -> int:
     """What a conversion would do, line by line."""
     if out.json:
         shown = {"format": to, "naming": plan.naming, "root": plan.root, "bytes": plan.nbytes, "steps": plan.to_json()}
-        out.document({"dry_run": True, "sink": sink, **shown})
+        out.document({"dry_run": True, "sink": sink, **shown, "proof": {**proof.to_json(), "bytes": False}})
     for step in plan.steps:
         out.line(step.line)
     out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(plan.dropped)} dropped; nothing written")
     return 0
 
 
-def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
+def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str) -> int:
     """What a conversion did, and what its casts lost."""
     for name, cast in result.casts.items():
         lost = f"{cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
@@ -127,6 +131,7 @@ def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
                 "tensors": len(result.digests),
                 "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in plan.dropped],
                 "proven": True,
+                "proof": proof.to_json(),
                 "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in plan.notes],
                 "casts": {n: {"overflowed": c.overflowed, "vanished": c.vanished} for n, c in result.casts.items()},
                 "seconds": result.seconds,
@@ -135,9 +140,7 @@ def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
     if result.cleared:
         out.remark(f"note: a command was killed there before; removed: {', '.join(result.cleared)}")
     took = sum(result.seconds.values())
-    out.line(
-        f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, proven equal to the plan ({took:.1f} s)"
-    )
+    out.line(f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, {proof.line} ({took:.1f} s)")
     return 0
 
 

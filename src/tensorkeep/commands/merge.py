@@ -77,17 +77,20 @@ def merge(
 def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
     """Merge as planned, or show the plan alone."""
     from tensorkeep.adapters import merging
+    from tensorkeep.commands.programs import installed
     from tensorkeep.conversion.sink import sink_files
+    from tensorkeep.conversion.targets import check
 
+    proof = check(job.plan, to, Path(sink).name, programs=installed())
     for note in job.plan.notes:
         out.remark(f"note: {note.code} {note.message}")
     if dry_run:
         sink_files(job.plan, Path(sink).name, to, limit)
-        return _show_plan(out, job, sink, to)
+        return _show_plan(out, job, proof, sink, to)
     prepare(out, sink)
     with out.progress() as progress:
         done = merging.merge(job, sink, to, limit, overwrite, progress)
-    return _show(out, job, done, to)
+    return _show(out, job, proof, done, to)
 
 
 def _opened(paths: tuple[str, ...], config: str | None) -> tuple[StateView, list[Any]]:
@@ -123,7 +126,7 @@ def _split_weight(text: str) -> tuple[str, float]:
     return path, value
 
 
-def _show_plan(out: Output, job: Any, sink: str, to: str) -> int:
+def _show_plan(out: Output, job: Any, proof: Any, sink: str, to: str) -> int:
     plan = job.plan
     if out.json:
         out.document(
@@ -138,6 +141,7 @@ def _show_plan(out: Output, job: Any, sink: str, to: str) -> int:
                 "quantization": job.kind,
                 "adapters": _adapters(job),
                 "steps": plan.to_json(),
+                "proof": {**proof.to_json(), "bytes": False},
             }
         )
     for step in plan.steps:
@@ -159,7 +163,7 @@ def _adapters(job: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _show(out: Output, job: Any, done: Any, to: str) -> int:
+def _show(out: Output, job: Any, proof: Any, done: Any, to: str) -> int:
     """What was added to what, how far the weights moved, and what a requantization would have left of it."""
     from tensorkeep.adapters import merging
 
@@ -180,6 +184,7 @@ def _show(out: Output, job: Any, done: Any, to: str) -> int:
                 "merged": rows,
                 "overall": whole,
                 "proven": True,
+                "proof": proof.to_json(),
                 "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in job.plan.dropped],
                 "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in job.plan.notes],
                 "seconds": done.seconds,
@@ -200,7 +205,7 @@ def _show(out: Output, job: Any, done: Any, to: str) -> int:
     if whole["kept"] is not None and whole["kept"] < 0.9:
         kind = f"Quantized to {job.kind} again, the merged weights would keep {share(whole['kept'])} of the update"
         out.line(f"{kind}: keep them as they are, or keep the adapter apart")
-    took = f"computed twice and read back equal ({sum(done.seconds.values()):.1f} s)"
+    took = f"computed twice, {proof.line} ({sum(done.seconds.values()):.1f} s)"
     out.line(f"{done.path}: {len(done.digests)} tensors, {size(done.nbytes)}, {took}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import os
 import re
@@ -28,6 +29,7 @@ TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "namings": namings.writable,
     "any_naming": lambda: namings.NAMINGS,
     "loaders": namings.loaders,
+    "targets": lambda: importlib.import_module("tensorkeep.conversion.targets").TARGETS,
 }
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
 

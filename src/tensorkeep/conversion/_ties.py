@@ -28,6 +28,7 @@ def tie(
     sources: Sequence[StateView],
     dropped: list[Step],
     notes: list[Note],
+    twice: bool = False,
 ) -> None:
     """Give a plan one tensor or two for head and embedding, as its config, its data and the output's format ask.
 
@@ -39,12 +40,12 @@ def tie(
         sources: the views that the tensors come from.
         dropped: gains the head where hf stores it once.
         notes: gains T01 where the two differ though the config ties them.
+        twice: whether the reader asks for both names.
 
     Raises:
         TensorkeepError: K01 where an untied head is missing and the user did not drop it.
     """
-    head, embed = tensors.get(hf.HEAD), tensors.get(hf.EMBEDDING)
-    tied = hf.tied(dict(config)) if config is not None else None
+    head, embed, tied = tensors.get(hf.HEAD), tensors.get(hf.EMBEDDING), hf.tied(dict(config) if config else None)
     if embed is None or target is None:
         return
     if head is None:
@@ -56,7 +57,7 @@ def tie(
                 where=sources[0].path,
                 hint='get the full checkpoint, or set "tie_word_embeddings": true if the head is tied',
             )
-        if tied and (formats.fact(to, "TIED") == "both" or target not in ("hf", "gguf")):
+        if tied and (twice or formats.fact(to, "TIED") == "both" or target not in ("hf", "gguf")):
             tensors[hf.HEAD] = replace(embed, name=hf.HEAD, actions=(*embed.actions, "tie"), tied_to=hf.EMBEDDING)
         return
     if not tied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,9 +119,14 @@ def companion(name: str, document: Mapping[str, Any]) -> Companion:
     return Companion(name, (json.dumps(document, indent=2) + "\n").encode(), "made from the weights")
 
 
+# scales and maps of quantized weights: float32 whatever the model's dtype is
+_OF_CODES = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_scale(_inv)?)\Z")
+
+
 def torch_dtype(records: Iterable[TensorRecord | SinkTensor]) -> str:
-    """Return the float dtype that most tensors have, as torch spells it; codes of quantized weights do not count."""
-    spelled = [str(DTYPES[r.dtype].torch) for r in records if r.dtype in ("F64", "F32", "F16", "BF16")]
+    """Return the float dtype that most tensors have, as torch spells it; quantized weights' tensors do not count."""
+    floats = [r for r in records if r.dtype in ("F64", "F32", "F16", "BF16")]
+    spelled = [str(DTYPES[r.dtype].torch) for r in [r for r in floats if not _OF_CODES.search(r.name)] or floats]
     return max(dict.fromkeys(spelled), key=spelled.count) if spelled else "float32"
 
 

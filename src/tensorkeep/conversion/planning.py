@@ -39,6 +39,7 @@ def make_plan(
     prefer: str | None = None,
     from_naming: str | None = None,
     ask: fit.Asker | None = fit.by_table,
+    head_twice: bool = False,
 ) -> Plan:
     """Decide how every tensor of the sources reaches the output; only headers are read, and tied heads compared.
 
@@ -53,6 +54,7 @@ def make_plan(
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
         ask: who says which tensors an hf folder must have by its config; None where that is not compared.
+        head_twice: write a tied head beside the embedding in every format but hf, as a live model's state dict has it.
 
     Returns:
         The plan, complete: every stored tensor is used or dropped with a reason.
@@ -76,14 +78,19 @@ def make_plan(
     asker = ask if _target(to, naming, True, identities) in ("hf", "gguf") and to in ("hf", "gguf") else None
     hub, known = fit.settle(hub, config, sources, dropped, asker, _left_out(identities))
     target = _target(to, naming, known, identities)
-    tie(hub, to, target, config, sources, dropped, notes)
+    tie(hub, to, target, config, sources, dropped, notes, head_twice)
     notes += configs.missing_biases(config, hub)
     own = _renamed(list(hub.values()), target, config, dropped, notes, to)
     companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions
     steps = gguf_steps(_to_sink(own, _dtypes(sources, dtype)), to, dtype, notes)
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
-    if to == "pth" and root is None:
+    return _finished(plan, to)
+
+
+def _finished(plan: Plan, to: str) -> Plan:
+    """Return the plan with what its format and its config ask for, once nothing is lost by it."""
+    if to == "pth" and plan.root is None:
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)

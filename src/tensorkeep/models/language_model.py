@@ -202,15 +202,19 @@ def _version(package: Any) -> tuple[int, ...]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Silence transformers' reports and bars inside the block: what they say is in the loading info."""
+    """Silence transformers' and bitsandbytes' reports inside the block: what they say is in the loading info."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    codes = logging.getLogger("bitsandbytes")
+    before = codes.level
+    codes.setLevel(logging.CRITICAL)
     theirs.set_verbosity(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
         yield
     finally:
         theirs.set_verbosity(level)
+        codes.setLevel(before)
         if bars:
             theirs.enable_progress_bar()

@@ -27,14 +27,25 @@ _NEEDED_OF_BACKBONE = {"backbone.patch_embed.proj.weight": 5, "backbone.blocks.0
 
 
 def readable(shapes: Shapes) -> bool:
-    """Whether these shapes are enough of a detector to read its recipe off."""
+    """Tell whether these shapes are enough of a detector to read its recipe off.
+
+    Args:
+        shapes: by our names.
+
+    Returns:
+        Whether `read_off` finds what it needs.
+    """
     has_backbone = any(name.startswith("backbone.") for name in shapes)
     needed = {**_NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {})}
     return all(len(shapes.get(name, ())) == sides for name, sides in needed.items())
 
 
 def read_off(shapes: Shapes) -> tuple[str, list[str]]:
-    """Return the recipe's YAML for a detector with these shapes (by our names), and a list of what it assumes."""
+    """Return the recipe's YAML for a detector with these shapes, and a list of what it assumes.
+
+    Args:
+        shapes: by our names.
+    """
     import yaml
 
     channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]

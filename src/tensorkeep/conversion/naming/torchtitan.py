@@ -15,6 +15,8 @@ from tensorkeep.errors import TensorkeepError
 
 NAME = "torchtitan"
 LOADERS = ("torchtitan",)
+VERSION = "0.3"
+EXPERT_BIAS = "moe.expert_bias_E"  # of each sparse layer, in the weights' own state dict
 MODEL_TYPES = {"llama": "llama3", "qwen3": "qwen3", "qwen3_moe": "qwen3"}
 
 

@@ -5,10 +5,22 @@ from __future__ import annotations
 from tensorkeep.conversion.naming.table import fits
 from tensorkeep.conversion.naming.torchtitan import COMPUTED, dropped_by_loader, experts, family, rows
 
-__all__ = ["COMPUTED", "FAMILIES", "LOADERS", "NAME", "dropped_by_loader", "family", "recognise"]
+__all__ = [
+    "COMPUTED",
+    "EXPERT_BIAS",
+    "FAMILIES",
+    "LOADERS",
+    "NAME",
+    "VERSION",
+    "dropped_by_loader",
+    "family",
+    "recognise",
+]
 
 NAME = "torchtitan-0.2"
 LOADERS = ("torchtitan",)
+VERSION = "0.2"
+EXPERT_BIAS = "moe.expert_bias"
 EXPERTS = experts("experts", "w1", "w2", "w3")
 FAMILIES = {"llama3": rows("", "output", [], rope=True), "qwen3": rows("", "output", EXPERTS, rope=False)}
 
