@@ -117,6 +117,7 @@ def pattern(patterns: Any, module: str) -> Any:
         The value of the first key that fits; None where none does.
     """
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        key = key.removesuffix(".weight") if isinstance(key, str) else key  # so where PEFT adapts the parameter
         if not isinstance(key, str) or (module != key and not module.endswith(f".{key}") and not _tame(key)):
             continue
         try:

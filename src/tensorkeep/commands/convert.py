@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,8 +51,7 @@ def convert(
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep.commands.export import of_run
-    from tensorkeep.conversion.planning import make_plan
+    from tensorkeep.commands.export import minimind_resume, staged
 
     out = say.output()
     formats.writer(to)
@@ -59,11 +59,27 @@ def convert(
         raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
     if not dry_run:
         prepare(out, paths[-1])
-        made = of_run(out, paths[0], paths[1], to, naming, ema, overwrite) if len(paths) == 2 else None
-        if made is not None:
-            return made
-    sources = [with_config(read(p), config) for p in paths[:-1]]
-    plan = make_plan(
+    if len(paths) == 2 and not dry_run and to == "pth" and naming == "minimind" and paths[1].endswith("_resume.pth"):
+        return minimind_resume(out, paths[0], paths[1], overwrite)
+    with contextlib.ExitStack() as stack:
+        made = None
+        if len(paths) == 2:
+            made = stack.enter_context(staged(out, paths[0], paths[1], to, naming, ema, dry_run))
+        sources = [with_config(v, config) for v in ([made.view] if made is not None else map(read, paths[:-1]))]
+        plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming)
+        limit = parse_size(shard_size) if shard_size else None
+        code = _carry_out(out, plan, paths[-1], to, limit, dry_run, overwrite, made.said if made is not None else {})
+    if made is not None and made.after and not dry_run:
+        out.remark(made.after)
+    return code
+
+
+def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, dtype: str | None, *rest: Any) -> Any:
+    """Decide the conversion, once the words that the user gave are known."""
+    from tensorkeep.conversion.planning import make_plan
+
+    drop, prefer, from_naming = rest
+    return make_plan(
         sources,
         to,
         naming=known_naming(naming),
@@ -74,10 +90,18 @@ def convert(
         from_naming=known_naming(from_naming),
         ask=_asked,
     )
-    return _carry_out(out, plan, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
 
 
-def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
+def _carry_out(
+    out: Output,
+    plan: Any,
+    sink: str,
+    to: str,
+    limit: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    said: dict[str, Any],
+) -> int:
     """Write what is planned, or show it alone."""
     from tensorkeep.conversion import execution
     from tensorkeep.conversion.sink import sink_files
@@ -88,7 +112,7 @@ def _carry_out(out: Output, plan: Any, sink: str, to: str, limit: int | None, dr
         return _show_plan(out, plan, sink, to)
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
-    return _show_result(out, plan, result, to)
+    return _show_result(out, plan, result, to, said)
 
 
 def _asked(config: Any, offers: Any) -> Any:
@@ -111,8 +135,8 @@ def _show_plan(out: Output, plan: Any, sink: str, to: str) -> int:
     return 0
 
 
-def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
-    """What a conversion did, and what its casts lost."""
+def _show_result(out: Output, plan: Any, result: Any, to: str, said: dict[str, Any]) -> int:
+    """What a conversion did, and what its casts lost; `said` is of the run that was converted."""
     for name, cast in result.casts.items():
         lost = f"{cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
         out.remark(f"warning: V02 {name}: {lost}")
@@ -130,6 +154,7 @@ def _show_result(out: Output, plan: Any, result: Any, to: str) -> int:
                 "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in plan.notes],
                 "casts": {n: {"overflowed": c.overflowed, "vanished": c.vanished} for n, c in result.casts.items()},
                 "seconds": result.seconds,
+                **said,
             }
         )
     if result.cleared:
