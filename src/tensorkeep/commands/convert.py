@@ -52,6 +52,7 @@ def convert(
         overwrite: Replace an existing sink, once the new one is proven.
     """
     from tensorkeep.commands.export import minimind_resume, staged
+    from tensorkeep.conversion.naming.detectors import put_average
 
     out = say.output()
     formats.writer(to)
@@ -67,6 +68,8 @@ def convert(
             made = stack.enter_context(staged(out, paths[0], paths[1], to, naming, ema, dry_run))
         sources = [with_config(v, config) for v in ([made.view] if made is not None else map(read, paths[:-1]))]
         plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming)
+        if made is not None and made.average is not None:
+            put_average(plan, made.average)
         limit = parse_size(shard_size) if shard_size else None
         code = _carry_out(out, plan, paths[-1], to, limit, dry_run, overwrite, made.said if made is not None else {})
     if made is not None and made.after and not dry_run:

@@ -27,11 +27,13 @@ class Made(NamedTuple):
         view: the checkpoint to read.
         said: what the document tells of it beside the conversion.
         after: what to say once it is done; empty for nothing.
+        average: what the second state of an OpenTAD checkpoint holds, where that is another than the first.
     """
 
     view: StateView
     said: dict[str, Any]
     after: str = ""
+    average: StateView | None = None
 
 
 class Run(NamedTuple):
@@ -68,7 +70,7 @@ def run_at(path: str) -> Run | None:
             recipe = parse_yaml((folder / RECIPE).read_bytes(), str(folder / RECIPE))
             model = recipe.get("model") if isinstance(recipe, dict) else None
             adapter, average = ((found[0] / name).is_file() for name in (run_folder.ADAPTER, run_folder.EMA))
-            return Run(path, folder, isinstance(model, dict), adapter, average)
+            return Run(path, folder, isinstance(model, dict) and "projection" in model, adapter, average)
     return None
 
 
@@ -86,10 +88,10 @@ def adapter_run(path: str) -> Run | None:
         return None
     if run.detection:
         raise TensorkeepError(
-            "is a run of a detector: its adapters are parts of the backbone, no sum with its weights",
+            "is a run of a detector, which is joined with its base as it is converted",
             where=path,
             code="K08",
-            hint=f"the whole detector: tensorkeep convert {word(path)} OUT.pth --to pth --naming opentad",
+            hint=f"the whole detector: tensorkeep convert {word(path)} OUT --to hf",
         )
     return run
 
@@ -146,21 +148,24 @@ def staged(
     run = run_at(source)
     if ema and (run is None or to not in ("hf", "peft")):
         raise TensorkeepError("--ema is about a run, --to hf or peft", hint="tensorkeep convert RUN OUT --to hf --ema")
-    if run is None or (run.detection and not _about_detectors(run, to, naming, ema)):
+    if run is not None:
+        _refuse(run, to, ema)
+    if run is None or not (run.detection or ema or run.adapter or (to == "hf" and _renamed(run))):
         yield None
         return
-    if not run.detection:
-        _refuse(run, to, ema)
-        if not (ema or run.adapter or (to == "hf" and _renamed(run))):
-            yield None
-            return
     with _place(sink, dry_run) as place:
-        yield _made(out, run, place, sink, ema)
+        if run.detection:
+            yield _detector(out, run, place, ema, both=to == "pth" and naming == "opentad")
+        else:
+            yield _made(out, run, place, sink, ema)
 
 
-def _about_detectors(run: Run, to: str, naming: str | None, ema: bool) -> bool:
-    """Whether a detector's run is made into something; what its files cannot become is refused."""
-    return False
+def _detector(out: Output, run: Run, place: Path, ema: bool, both: bool) -> Made:
+    """Write the whole detector beside the sink: base and what trained, joined."""
+    from tensorkeep.detection.export import write_detector
+
+    whole = write_detector(run.path, place, ema, both, out.remark)
+    return Made(whole.view, {"averaged": (ema or both) and run.averaged}, average=whole.average)
 
 
 def _made(out: Output, run: Run, place: Path, sink: str, ema: bool) -> Made:
@@ -171,8 +176,12 @@ def _made(out: Output, run: Run, place: Path, sink: str, ema: bool) -> Made:
 
 
 def _refuse(run: Run, to: str, ema: bool) -> None:
-    """Stop (K08) where a language run has another thing to give than was asked for."""
-    if run.adapter == (to == "peft"):
+    """Stop (K08) where a run has another thing to give than was asked for."""
+    if run.detection and to == "peft":
+        hint = f"the whole detector: tensorkeep convert {word(run.path)} OUT.pth --to pth --naming opentad"
+        what = "is a run of a detector, whose adapters are parts of its backbone: PEFT has no such kind"
+        raise TensorkeepError(what, where=run.path, code="K08", hint=hint)
+    if run.detection or run.adapter == (to == "peft"):
         return
     more = " --ema" if ema else ""
     if not run.adapter:
