@@ -61,7 +61,10 @@ def names_of_opentad(adapters: bool) -> set[str]:
     listed = json.loads((ROOT / "tests/data/opentad/optimizer_groups.json").read_text())["parameters"]
     out = {"backbone.model.backbone.pos_embed", "rpn_head.loss_normalizer"}
     for name, _ in listed:
-        block, level = re.search(r"\.blocks\.(\d+)\.", name), re.match(r"(neck\.fpn_norms|rpn_head\.scale)\.(\d+)", name)
+        block, level = (
+            re.search(r"\.blocks\.(\d+)\.", name),
+            re.match(r"(neck\.fpn_norms|rpn_head\.scale)\.(\d+)", name),
+        )
         more = re.match(r"(projection\.(embed|stem|branch|embed_norm)|rpn_head\.\w+_head\.head)\.[1-9]", name)
         towers = re.match(r"rpn_head\.(cls|reg)_(convs|norms?)\.[1-9]", name)
         if (block and block[1] != "0") or (level and int(level[2]) > 1) or more or towers:

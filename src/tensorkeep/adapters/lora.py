@@ -241,7 +241,14 @@ def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
 
 
 def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
-    """Return the adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+    """Return the adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile.
+
+    Args:
+        model: with LoRA layers or without.
+
+    Returns:
+        The layers, in the model's order.
+    """
     return {_clean(n): m for n, m in model.named_modules() if isinstance(m, (LoraLinear, LoraQuantLinear))}
 
 

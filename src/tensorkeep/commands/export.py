@@ -187,7 +187,9 @@ def _refuse(run: Run, to: str, ema: bool) -> None:
     if not run.adapter:
         hint = f"tensorkeep convert {word(run.path)} OUT --to hf{more}"
         raise TensorkeepError("holds a whole model", where=run.path, code="K08", hint=hint)
-    hint = f"tensorkeep merge {word(run.path)} OUT; the adapter alone: tensorkeep convert {word(run.path)} OUT --to peft"
+    hint = (
+        f"tensorkeep merge {word(run.path)} OUT; the adapter alone: tensorkeep convert {word(run.path)} OUT --to peft"
+    )
     raise TensorkeepError("holds an adapter", where=run.path, code="K08", hint=hint + more)
 
 

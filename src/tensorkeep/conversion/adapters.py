@@ -140,9 +140,7 @@ def adapter_plan(
     companions = [_document(document or {})] if to == "peft" else []
     plan_config = None if to == "peft" else {"hidden_size": width}
     naming = "minimind" if to == "pth" else "hf"
-    return Plan(
-        [view], ordered([*steps, *dropped]), naming, None, plan_config, companions, notes, header=header
-    )
+    return Plan([view], ordered([*steps, *dropped]), naming, None, plan_config, companions, notes, header=header)
 
 
 def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> HfTensor:

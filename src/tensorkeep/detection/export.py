@@ -135,7 +135,7 @@ def plain_state(detector: nn.Module) -> tuple[dict[str, Tensor], dict[str, int]]
         if isinstance(module, LoRALinear):
             what = "take in their low-rank update"
             weight = _dense(module.base) + module.scale * (module.lora_B.float() @ module.lora_A.float())
-            bias = module.base.bias
+            bias: Tensor | None = module.base.bias
             if bias is None and name.rpartition(".")[0] in bottlenecks:
                 bias = weight.new_zeros(len(weight))  # OpenTAD's adapters have one
         elif isinstance(module, QuantLinear):

@@ -74,8 +74,11 @@ def header_of(document: Mapping[str, Any]) -> dict[str, str]:
 
     Args:
         document: the config, with our fields or without.
+
+    Returns:
+        The entry by its name.
     """
-    own = {k: document[k] for k in OURS if document.get(k) is not None}
+    own = {k: document[k] for k in OURS if k in document}
     return {_ENTRY: json.dumps(own, sort_keys=True)} if own else {}
 
 
@@ -85,6 +88,9 @@ def layout(tensors: Sequence[SinkTensor], header: Mapping[str, str] | None = Non
     Args:
         tensors: the tensors to be written, under PEFT's names.
         header: what the weights' header says beside the tensors.
+
+    Returns:
+        The one file.
 
     Raises:
         TensorkeepError: some are no adapter tensors.

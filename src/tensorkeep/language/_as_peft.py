@@ -96,7 +96,7 @@ def load_in_peft(folder: Path, model: nn.Module) -> Loaded | None:
 
 
 def _without_memory(model: nn.Module) -> None:
-    """Put one zero, stretched to the shape, in the place of every parameter: PEFT takes adapters to their base's device."""
+    """Put one zero, stretched to the shape, in the place of every parameter: PEFT moves adapters to their base."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             hollow = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)

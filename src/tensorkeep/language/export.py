@@ -58,16 +58,16 @@ def exported(
         PosixPath('adapter')
     """
     path, out = Path(run), Path(out)
-    run = run_of(path)
-    if run is None:
+    place = run_of(path)
+    if place is None:
         raise TensorkeepError("is no run: no recipe.yaml or no checkpoints", where=path)
-    recipe, state = read_language(run / "recipe.yaml"), checkpoint_of(run, path, best, remark)
+    recipe, state = read_language(place / "recipe.yaml"), checkpoint_of(place, path, best, remark)
     with replacing(out, overwrite, CHECKPOINT) as temporary:
         if recipe.adapter is None:
-            _write_whole(recipe, state, run, ema, temporary, remark)
+            _write_whole(recipe, state, place, ema, temporary, remark)
             return out
-        digest, base = (state.base or {}).get("digest"), base_of(run)
-        start = start_of(recipe, run, World())
+        digest, base = (state.base or {}).get("digest"), base_of(place)
+        start = start_of(recipe, place, World())
         with put_state(start, recipe, state, ema):
             write_adapter(start.model, temporary, digest, base)
             if check:
@@ -100,9 +100,7 @@ def base_of(run: Path) -> str:
     return str(run / BASE) if (run / BASE).is_dir() else str(read_language(run / "recipe.yaml").model)
 
 
-def _check(
-    model: nn.Module, folder: Path, digest: str | None, base: str, run: Path, remark: Remark
-) -> None:
+def _check(model: nn.Module, folder: Path, digest: str | None, base: str, run: Path, remark: Remark) -> None:
     """Let PEFT load the folder; name what it takes for experts by its weights, and stop where it holds another adapter.
 
     PEFT moves targets called as the experts of transformers 4 were (`gate_proj`) onto the stacked parameters, linears

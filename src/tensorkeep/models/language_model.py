@@ -202,7 +202,11 @@ def _version(package: Any) -> tuple[int, ...]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Silence transformers' reports and bars inside the block: what they say is in the loading info."""
+    """Silence transformers' reports and bars inside the block: what they say is in the loading info.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

@@ -158,7 +158,8 @@ def nest_checkpoint(plan: Plan) -> None:
     """Make the plan of an OpenTAD sink write a file that OpenTAD loads; any other plan stays as it is.
 
     The file is a checkpoint for its test.py, or a backbone that it starts from. test.py reads `epoch`, and `state_dict`
-    or `state_dict_ema` by its config: both are there, over the same bytes unless `put_average` gives the second its own.
+    or `state_dict_ema` by its config: both are there, over the same bytes, unless `put_average` gives the second
+    bytes of its own.
     """
     scheme = namings.module(plan.naming) if plan.naming is not None else None
     if not hasattr(scheme, "CHECKPOINT_ROOTS"):
