@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,24 +78,26 @@ def whole_model(start: StartingModel, ties: Mapping[str, str], run: Path) -> Who
     live: Any = start.model
     held = {n: t for n, t in live.state_dict().items() if isinstance(t, Tensor) and n not in ties}
     tensors = all_as_saved(start.model, held)
-    inherited = _inherited(start.view, tensors)
-    if start.view is not None:
-        tensors = tensors | {n: start.view.tensor(n) for n in inherited}
     companions = travelling(find_companions(LocalFolder(run), [], described=True))
     config = next((parse_json(c.data, c.where) for c in companions if c.name == "config.json"), None)
-    return WholeModel(tensors, inherited, companions, _misfit(tensors, config))
+    misfit = _misfit(tensors, config)
+    inherited = _inherited(start.view, tensors, misfit.missing if misfit is not None else ())
+    if start.view is not None and inherited:
+        tensors = tensors | {n: start.view.tensor(n) for n in inherited}
+        misfit = _misfit(tensors, config)
+    return WholeModel(tensors, inherited, companions, misfit)
 
 
-def _inherited(view: StateView | None, tensors: Mapping[str, Tensor]) -> list[str]:
+def _inherited(view: StateView | None, tensors: Mapping[str, Tensor], missing: Collection[str]) -> list[str]:
     """Return the names of the base's tensors that the model does not have, as a visual tower under another class.
 
-    A second copy of one that it has (a head tied to the embedding) is none of them.
+    A second copy of one that it has (a head tied to the embedding) is none of them, unless it is missed.
     """
     if view is None or not set(view) & set(tensors):
         return []
     rest = [n for n in view if n not in tensors]
     digests = {view.digest(n) for n in view if n in tensors} if rest else set()
-    return [n for n in rest if view.digest(n) not in digests]
+    return [n for n in rest if n in missing or view.digest(n) not in digests]
 
 
 def _misfit(tensors: Mapping[str, Tensor], config: Any) -> Misfit | None:

@@ -52,12 +52,13 @@ class Loaded:
         return next((f"{what} at {name}" for name, what in self.differing.items()), "")
 
 
-def load_in_peft(folder: Path, model: nn.Module) -> Loaded | None:
+def load_in_peft(folder: Path, model: nn.Module, dropout: bool = True) -> Loaded | None:
     """Load an adapter folder with PEFT onto the model's base, without the base's weights.
 
     Args:
         folder: as `write_adapter` made it.
         model: the live model with the same adapter on it.
+        dropout: False leaves out the config's, to see what PEFT would do without.
 
     Returns:
         What came of it; None where PEFT is not installed.
@@ -81,7 +82,11 @@ def load_in_peft(folder: Path, model: nn.Module) -> Loaded | None:
     try:
         with warnings.catch_warnings(), silent():
             warnings.simplefilter("ignore")  # what they would tell is compared below
-            made = peft.PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True, torch_device="cpu")
+            config: Any = peft.PeftConfig.from_pretrained(str(folder))
+            config.lora_dropout = config.lora_dropout if dropout else 0.0
+            made = peft.PeftModel.from_pretrained(
+                base, str(folder), config=config, low_cpu_mem_usage=True, torch_device="cpu"
+            )
     except refusals() as error:
         out.refused = said(error)
         return out

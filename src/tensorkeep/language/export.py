@@ -110,10 +110,11 @@ def _check(model: nn.Module, folder: Path, digest: str | None, base: str, run: P
     if found is None:
         remark("note: PEFT is not installed: nobody has loaded the adapter")
         return
-    if found.left and not found.refused:
+    without = (load_in_peft(folder, model, dropout=False) or found) if found.refused else found
+    if without.left and not without.refused:
         remove(folder)
-        write_adapter(model, folder, digest, base, parameters=found.left)
-        aside = len(found.left)
+        write_adapter(model, folder, digest, base, parameters=without.left)
+        aside = len(without.left)
         found = load_in_peft(folder, model) or found
         if not found.problem:
             remark(f"note: {found.by} takes {aside} linears for stacked experts: they are named as parameters")

@@ -96,7 +96,7 @@ def _listed(value: object) -> list[object]:
 
 
 def _weight_of_a_pair(target: str, adapter: Adapter) -> bool:
-    """Whether a targeted parameter is the weight of a linear whose pair is in the file: the sum is then that of LoRA."""
+    """Whether a targeted parameter is the weight of a linear with a pair in the file: the sum is then that of LoRA."""
     module, _, last = target.rpartition(".")
     return last == "weight" and any(m == module or m.endswith(f".{module}") for m in adapter.pairs)
 
