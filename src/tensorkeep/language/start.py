@@ -24,7 +24,7 @@ from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.language_model import believable_config, model_of
+from tensorkeep.models.language_model import auto_class, believable_config, model_of
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
@@ -194,12 +194,13 @@ def from_config(config: dict[str, Any], seed: int, stored: int | None = None) ->
     import transformers
 
     ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    auto = auto_class(transformers, config) or transformers.AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ignored}
     believed = believable_config(transformers, config, stored)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            made: nn.Module = transformers.AutoModelForCausalLM.from_config(believed, trust_remote_code=False)
+            made: nn.Module = auto.from_config(believed, trust_remote_code=False)
     except refusals() as error:
         raise TensorkeepError(
             f"transformers cannot build it: {said(error)}",
