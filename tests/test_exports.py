@@ -1,4 +1,4 @@
-"""Exports of language runs, judged by the programs that they are for: PEFT and transformers load them and say nothing."""
+"""Exports of language runs, judged by the programs that they are for: PEFT and transformers, which say nothing."""
 
 from __future__ import annotations
 

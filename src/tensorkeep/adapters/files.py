@@ -1,7 +1,7 @@
 """Save and load the adapter of a live model: `adapter_model.safetensors` and `adapter_config.json`.
 
 File names, tensor names and config fields are PEFT's, so its readers and ours understand both. The header of the
-weights holds the digest of the base's checkpoint and how the base was quantized; a load onto any other base is an error.
+weights holds the digest of the base's checkpoint and how it was quantized; a load onto any other base is an error.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def merge(
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
+        _name_as_files(base, sources)
         merging.refuse_merged_before(base, sources)
         if not allow_other_base:
             merging.refuse_other_base(base, sources)
@@ -114,6 +115,33 @@ def _opened(
         )
     given = [_split_weight(p) for p in paths[1:-1]]
     return base, open_adapters([(_adapter(out, p, stack), w) for p, w in given] or [(base, 1.0)])
+
+
+def _name_as_files(base: StateView, sources: list[Any]) -> None:
+    """Call modules what the base's files call them, where transformers' live model has another name for them.
+
+    So it is in models that see too: `model.language_model.layers` is `language_model.model.layers` in Gemma 3's files.
+    """
+    from tensorkeep.conversion.naming import identify
+
+    held = set(identify(base).names.values())
+    wanted = {f"{m}.weight" for s in sources for m in (*s.adapter.pairs, *s.adapter.embeddings)}
+    wanted |= {n for s in sources for n in s.adapter.saved}
+    if not wanted - held or base.config is None:
+        return
+    try:
+        import torch
+
+        from tensorkeep.language.start import from_config
+        from tensorkeep.models.saved_names import names_in_files
+
+        with torch.device("meta"):
+            names = names_in_files(from_config(dict(base.config), 0))
+    except (ImportError, TensorkeepError):
+        return  # the merge says which modules have no place
+    found = {n: f for n, f in names.items() if n in wanted - held and f in held}
+    for source in sources:
+        source.adapter.rename(found)
 
 
 def _adapter(out: Output, path: str, stack: contextlib.ExitStack) -> StateView:

@@ -37,7 +37,7 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
         parameter.requires_grad_(matches(name, recipe.trainable) and not name.startswith(unseen))
     if recipe.adapter is None:
         return
-    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.adapters.lora import adaptable, add_lora
     from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
 
     model.requires_grad_(False)
@@ -47,7 +47,7 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
         settings = (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
-        aside = [exactly(n) for n, m in model.named_modules() if n.startswith(unseen) and isinstance(m, nn.Linear)]
+        aside = [exactly(n) for n, m in model.named_modules() if n.startswith(unseen) and adaptable(m)]
         add_lora(model, adapter.targets, *settings, exclude=aside)
     check_ranks(model)
 
@@ -58,15 +58,15 @@ def beside_text(model: Any) -> tuple[str, ...]:
     Args:
         model: of transformers; for a model of text alone, or another library's, there are none.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(model, "get_decoder") or not hasattr(config, "get_text_config"):
         return ()
     if config.get_text_config() is config:
         return ()
     inside = [m for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None]
     names = [n for n, m in model.named_modules() if any(m is one for one in inside)]
-    out = []
-    for name, module in model.named_modules():
+    out: list[str] = []
+    for name, _ in model.named_modules():
         above = any(n == name or n.startswith(f"{name}.") for n in names) or not name
         below = any(name.startswith(f"{n}.") for n in names)
         if not above and not below and not name.startswith(tuple(out)):

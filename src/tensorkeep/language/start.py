@@ -24,7 +24,7 @@ from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.language_model import auto_class, believable_config, model_of
+from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
@@ -54,8 +54,7 @@ class StartingModel:
     @property
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
-        config: Any = self.model.config
-        return int(config.get_text_config().vocab_size)
+        return int(text_config(self.model.config).vocab_size)
 
     def digest(self) -> str | None:
         """Digest of the checkpoint's tensors, by which merges and adapters name a base; None without a checkpoint."""

@@ -108,6 +108,15 @@ def auto_class(transformers: Any, document: dict[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM if causal is not None else None
 
 
+def text_config(config: Any) -> Any:
+    """Return the part of a model's config that is about its text: the config itself where there is nothing else.
+
+    Args:
+        config: of a live model.
+    """
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 @contextmanager
 def _own_files(view: StateView) -> Iterator[Path]:
     """Give a folder of links to the files that the view reads, and of no others.

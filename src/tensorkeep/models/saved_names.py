@@ -57,6 +57,16 @@ def renamed(model: nn.Module, name: str, tensor: Tensor) -> str | None:
     return other if other is not None and made[other] is probe else None
 
 
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """Return the file's name of every tensor of a model that is saved whole under another name.
+
+    Args:
+        model: a live model; on the meta device is enough.
+    """
+    found = ((name, renamed(model, name, tensor)) for name, tensor in model.state_dict().items())
+    return {name: other for name, other in found if other is not None}
+
+
 def all_as_saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that a file of transformers 5 would hold for a whole state: renamed, experts taken apart.
 
