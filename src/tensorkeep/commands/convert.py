@@ -48,6 +48,7 @@ def convert(
         shard_size: The largest data file to write, e.g. 5GB.
         config: A config.json, or a folder with one, for sources that bring none.
         ema: Take a run's averaged weights instead of its last ones (--to hf, or peft where it trained an adapter).
+            OpenTAD's file of a detector's run holds both.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """

@@ -114,7 +114,7 @@ def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) ->
     view = read(source)
     if view.format == "hf" and isinstance(view.folder, LocalFolder) and "config.json" in view.folder.names():
         named = namings.identify(view).naming
-        if named == "hf":
+        if named == "hf" or (named is None and all(s.actions == ("keep",) for s in make_plan([view], "hf").steps)):
             return view
     if world.first:
         plan = make_plan([view], "hf", dtype="F32" if view.format == "gguf" else None)
@@ -186,6 +186,9 @@ def from_config(config: dict[str, Any], seed: int, stored: int | None = None) ->
         config: what config.json says, `model_type` included.
         seed: of the weights.
         stored: bytes of the weights that the config describes, where there are some: it may not ask for many more.
+
+    Returns:
+        The model in float32.
 
     Raises:
         TensorkeepError: transformers cannot build such a model.
