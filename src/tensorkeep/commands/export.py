@@ -179,7 +179,7 @@ def _refuse(run: Run, to: str, ema: bool) -> None:
     """Stop (K08) where a run has another thing to give than was asked for."""
     if run.detection and to == "peft":
         hint = f"the whole detector: tensorkeep convert {word(run.path)} OUT.pth --to pth --naming opentad"
-        what = "is a run of a detector, whose adapters are parts of its backbone: PEFT has no such kind"
+        what = "is a run of a detector, which trains projection and head whole beside its adapters: no PEFT folder"
         raise TensorkeepError(what, where=run.path, code="K08", hint=hint)
     if run.detection or run.adapter == (to == "peft"):
         return

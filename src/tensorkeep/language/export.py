@@ -106,9 +106,13 @@ def _check(model: nn.Module, folder: Path, digest: str | None, base: str, run: P
     PEFT moves targets called as the experts of transformers 4 were (`gate_proj`) onto the stacked parameters, linears
     beside them too. A target that is a parameter stays what it is.
     """
-    found = load_in_peft(folder, model)
+    try:
+        found = load_in_peft(folder, model)
+    except TensorkeepError as error:
+        remark(f"note: PEFT has not loaded the adapter: {error.line}")
+        return
     if found is None:
-        remark("note: PEFT is not installed: nobody has loaded the adapter")
+        remark("note: PEFT is not installed, and has not loaded the adapter")
         return
     without = (load_in_peft(folder, model, dropout=False) or found) if found.refused else found
     if without.left and not without.refused:

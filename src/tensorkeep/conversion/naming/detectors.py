@@ -150,7 +150,7 @@ def _way_out(name: str, target: str) -> str:
     if name.startswith(("videomae.", "encoder.layer.", "classifier.")):
         return "transformers' VideoMAE: add --from-naming videomae"
     if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
-        return f"{target} knows no LoRA: merge it into the weights first"
+        return f"{target} knows no LoRA: merge it into the weights, as the conversion of its run does"
     return f"leave it out by name (--drop '{exactly(name)}'), or keep the hf names (--naming hf)"
 
 
