@@ -43,7 +43,9 @@ def test_every_promise_holds(told: tuple[Path, bool, list[str], list[Any]]) -> N
     assert held, story
     assert kept[0].averaged < kept[0].before and kept[0].averaged != kept[0].last
     assert "PEFT's merge_and_unload" in story and "nf4" in story and story.count("update ") == demo_qlora.UPDATES
-    assert (place / "adapter" / "adapter.safetensors").is_file() and (place / "merged" / "tensorkeep.json").is_file()
+    assert (place / "adapter" / "adapter_model.safetensors").is_file() and (
+        place / "merged" / "tensorkeep.json"
+    ).is_file()
 
 
 def test_a_merge_onto_other_weights_than_it_was_trained_on_is_told_apart(

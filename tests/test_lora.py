@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tensorkeep.adapters.files import adapter_state, load_adapter, quantization, save_adapter
 from tensorkeep.adapters.lora import add_lora, layers, merge_, merged, unmerge_
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
 from tensorkeep.quantization.loading import load_quantized
 from tensorkeep.quantization.modules import model_sizes, quantize_
 
@@ -283,7 +284,9 @@ def test_a_saved_adapter_comes_back_bitwise_on_its_own_base_alone(kind: str, tmp
     made = adapted(kind).eval()
     folder = save_adapter(made, tmp_path / "adapter", base_digest="0" * 32, base="base")
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and config["kind"] == "lora" and config["r"] == 4
+    assert config["peft_type"] == "LORA" and config["r"] == 4 and not {"kind", "base_digest"} & set(config)
+    config = read(folder).metadata["adapter"]  # what PEFT has no field for is in the header of the weights
+    assert config["kind"] == "lora" and config["base_digest"] == "0" * 32
     assert config["quantization"] == quantization(made)
     fresh = adapted(kind, wake=False).eval()
     load_adapter(fresh, folder, base_digest="0" * 32)
@@ -304,15 +307,28 @@ def test_peft_loads_the_tensors_and_the_config_we_write(tmp_path: Path) -> None:
     made = adapted(rank_pattern={"layers.1.q_proj": 2}, alpha_pattern={"layers.0.v_proj": 3}).eval()
     folder = save_adapter(made, tmp_path / "adapter", task=None)
     config = json.loads((folder / "adapter_config.json").read_text())
-    known = {k: v for k, v in config.items() if k not in ("kind", "base_digest", "quantization")}
-    theirs = peft.get_peft_model(Model(), peft.LoraConfig(**{k: v for k, v in known.items() if k != "peft_type"}))
-    result = peft.set_peft_model_state_dict(theirs, load_file(folder / "adapter.safetensors"))
+    theirs = peft.get_peft_model(Model(), peft.LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
+    result = peft.set_peft_model_state_dict(theirs, load_file(folder / "adapter_model.safetensors"))
     assert not result.unexpected_keys and not [k for k in result.missing_keys if "lora_" in k]
     assert torch.allclose(theirs.eval()(X), made(X), atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     fresh = adapted(wake=False, rank_pattern={"layers.1.q_proj": 2}, alpha_pattern={"layers.0.v_proj": 3}).eval()
     load_adapter(fresh, tmp_path / "theirs")
     assert torch.equal(fresh(X), made(X))
+
+
+def test_adapters_written_before_0_2_are_read(tmp_path: Path) -> None:
+    made = adapted("nf4").eval()
+    folder = save_adapter(made, tmp_path / "adapter", base_digest="0" * 32)
+    document = read(folder).metadata["adapter"]
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(document))  # with the base and how it was quantized
+    fresh = adapted("nf4", wake=False).eval()
+    load_adapter(fresh, folder, base_digest="0" * 32)
+    assert torch.equal(fresh(X), made(X))
+    with pytest.raises(TensorkeepError, match="A04"):
+        load_adapter(fresh, folder, base_digest="1" * 32)
 
 
 def test_adapters_of_other_names_ranks_and_scales_are_refused_and_nothing_is_copied(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
-"""Save and load the adapter of a live model: `adapter.safetensors` and `adapter_config.json`.
+"""Save and load the adapter of a live model: `adapter_model.safetensors` and `adapter_config.json`.
 
-Tensor names and config fields are PEFT's, so its readers and ours understand both. Beside them the config holds the
-digest of the base's checkpoint and how the base was quantized; a load onto any other base is an error.
+File names, tensor names and config fields are PEFT's, so its readers and ours understand both. The header of the
+weights holds the digest of the base's checkpoint and how it was quantized; a load onto any other base is an error.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tensorkeep.adapters.lora import LoraQuantLinear, layers
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.formats import safetensors
+from tensorkeep.formats import peft
 from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.memory import raw_bytes, tensor_of
 from tensorkeep.formats.names import unwrap
@@ -29,7 +29,6 @@ from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
 
 _PREFIX = "base_model.model."
-WEIGHTS, CONFIG = "adapter.safetensors", "adapter_config.json"
 HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight\Z")
 
 
@@ -57,9 +56,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_config(
-    model: nn.Module, base_digest: str | None = None, base: str | None = None, task: str | None = "CAUSAL_LM"
+    model: nn.Module, base: str | None = None, task: str | None = "CAUSAL_LM", parameters: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return PEFT's config of the model's adapter; `base_digest` and `quantization` are fields of our own."""
+    """Return PEFT's config of the model's adapter; see `write_adapter` for `parameters`."""
     found = layers(model)
     first = next(iter(found.values()))
     ranks, alphas = {n: m.r for n, m in found.items()}, {n: m.alpha for n, m in found.items()}
@@ -68,6 +67,7 @@ def adapter_config(
         raise TensorkeepError("some layers are rsLoRA and some are not: one file cannot say so", where="lora")
     pairs = {f"{n}.lora_{half}" for n in found for half in "AB"}
     saved = sorted({n.rpartition(".")[0] for n in _trainable(model) if n not in pairs})
+    named = {n: f"{n}.weight" if n in parameters else n for n in found}  # as PEFT's patterns meet them
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -75,19 +75,17 @@ def adapter_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if parameters else first.dropout,
         "use_rslora": first.rslora,
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(found),
-        "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {n: _plain(a) for n, a in alphas.items() if a != alpha},
+        "target_modules": sorted(n for n in found if n not in parameters),
+        **({"target_parameters": sorted(named[n] for n in parameters)} if parameters else {}),
+        "rank_pattern": {named[n]: r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {named[n]: _plain(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": saved or None,
-        "kind": "rslora" if first.rslora else "lora",
-        "base_digest": base_digest,
-        "quantization": quantization(model),
     }
 
 
@@ -124,7 +122,7 @@ def save_adapter(
 
     Args:
         model: a model with LoRA layers; on a sharded one, call it on every process.
-        folder: where `adapter.safetensors` and `adapter_config.json` go.
+        folder: where `adapter_model.safetensors` and `adapter_config.json` go.
         base_digest: of the base's checkpoint (`Loaded.base_digest`), by which a later load knows it; None for unknown.
         base: the base's name, for people and PEFT.
         task: PEFT's task type.
@@ -141,17 +139,45 @@ def save_adapter(
         >>> save_adapter(model, "adapter", base_digest=loaded.base_digest)  # doctest: +SKIP
         PosixPath('adapter')
     """
-    state, config = adapter_state(model), adapter_config(model, base_digest, base, task)
-    sinks = [SinkTensor(n, FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in state.items()]
     final = Path(folder)
     with replacing(final, overwrite, CHECKPOINT) as temporary:
-        temporary.mkdir()
-        with (temporary / WEIGHTS).open("xb") as file:
-            for segment in safetensors.file_layout(WEIGHTS, sinks).segments:
-                assert isinstance(segment, (Fixed, Slot))
-                file.write(segment.data if isinstance(segment, Fixed) else raw_bytes(state[segment.tensor]))
-        write_bytes(temporary / CONFIG, manifest.dump(config))
+        write_adapter(model, temporary, base_digest, base, task)
     return final
+
+
+def write_adapter(
+    model: nn.Module,
+    folder: Path,
+    base_digest: str | None = None,
+    base: str | None = None,
+    task: str | None = "CAUSAL_LM",
+    parameters: Collection[str] = (),
+) -> None:
+    """Write the files of a model's adapter into a folder that is not there yet.
+
+    Args:
+        model: a model with LoRA layers.
+        folder: made here; who calls gives it its name once it is proven.
+        base_digest: of the base's checkpoint; None for unknown.
+        base: the base's name, for people and PEFT.
+        task: PEFT's task type.
+        parameters: adapted linears that the config names by their weight (`target_parameters`), for models in which
+            PEFT takes a linear of that name for one of its stacked experts. PEFT knows no dropout there: the config
+            then has none.
+
+    Raises:
+        TensorkeepError: the model has no LoRA layers, or something trains that PEFT's files cannot say.
+    """
+    state, config = adapter_state(model), adapter_config(model, base, task, parameters)
+    own = {"kind": "rslora" if config["use_rslora"] else "lora", "base_digest": base_digest}
+    header = peft.header_of({**own, "quantization": quantization(model)})
+    sinks = [SinkTensor(n, FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in state.items()]
+    folder.mkdir()
+    with (folder / peft.WEIGHTS).open("xb") as file:
+        for segment in peft.layout(sinks, header)[0].segments:
+            assert isinstance(segment, (Fixed, Slot))
+            file.write(segment.data if isinstance(segment, Fixed) else raw_bytes(state[segment.tensor]))
+    write_bytes(folder / peft.CONFIG, manifest.dump(config))
 
 
 def load_adapter(
@@ -208,14 +234,14 @@ def _open(source: StateView | str | Path) -> tuple[StateView, dict[str, Any]]:
         view, config = source, source.metadata.get("adapter")
     else:
         path = Path(source)
-        view = read(path / WEIGHTS if (path / WEIGHTS).is_file() else path)
+        view = read(path)
         config = view.metadata.get("adapter")
-        beside = (path if path.is_dir() else path.parent) / CONFIG
+        beside = (path if path.is_dir() else path.parent) / peft.CONFIG
         if config is None and beside.is_file():
             config = manifest.parse_json(read_small(beside), beside)
     if not isinstance(config, dict):
-        hint = f"{CONFIG} says rank and alpha, without which the update's size is unknown"
-        raise TensorkeepError(f"has no {CONFIG}", where=view.path, code="A02", hint=hint)
+        hint = f"{peft.CONFIG} says rank and alpha, without which the update's size is unknown"
+        raise TensorkeepError(f"has no {peft.CONFIG}", where=view.path, code="A02", hint=hint)
     return view, config
 
 
@@ -245,7 +271,8 @@ def _check_scales(config: Mapping[str, Any], mine: Mapping[str, tuple[int, float
 def _of(patterns: Any, module: str, default: Any) -> Any:
     """Return the entry of a rank or alpha pattern for a module: its key is the name or its end."""
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        if module == key or module.endswith(f".{key}"):
+        named = key.removesuffix(".weight")  # so in files where PEFT adapts the parameter
+        if module == named or module.endswith(f".{named}"):
             return value
     return default
 

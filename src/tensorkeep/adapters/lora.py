@@ -151,7 +151,7 @@ def add_lora(
     """
     _refuse_other_kinds(kind)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    linears = {_clean(n): m for n, m in model.named_modules() if _adaptable(m)}
+    linears = {_clean(n): m for n, m in model.named_modules() if adaptable(m)}
     chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not matches(n, exclude)]
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
@@ -217,8 +217,12 @@ def _refuse_other_kinds(kind: str) -> None:
         raise TensorkeepError(f"{kind!r} is not trained here", where="lora", hint=hint)
 
 
-def _adaptable(module: nn.Module) -> bool:
-    """Whether a module is a linear that can have an update: nothing that has one already."""
+def adaptable(module: nn.Module) -> bool:
+    """Tell whether a module is a linear that can have an update: nothing that has one already.
+
+    Args:
+        module: of a model.
+    """
     return type(module) in (nn.Linear, QuantLinear) or is_bitsandbytes(module)
 
 
@@ -241,7 +245,14 @@ def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
 
 
 def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
-    """Return the adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile."""
+    """Return the adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile.
+
+    Args:
+        model: with LoRA layers or without.
+
+    Returns:
+        The layers, in the model's order.
+    """
     return {_clean(n): m for n, m in model.named_modules() if isinstance(m, (LoraLinear, LoraQuantLinear))}
 
 

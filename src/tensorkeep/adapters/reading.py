@@ -46,6 +46,7 @@ class Adapter:
         foreign: stored names that belong to another kind of adapter.
         turned: modules whose rows follow the other RoPE layout.
         parts: module -> part -> stored name, of a kind that has no field of its own here.
+        called: module -> what the adapter's config calls it, where `renamed` gave it another name.
     """
 
     view: StateView
@@ -59,6 +60,7 @@ class Adapter:
     foreign: list[str] = field(default_factory=list)  # parts of another kind of adapter
     turned: set[str] = field(default_factory=set)  # modules whose rows follow the other RoPE layout
     parts: dict[str, dict[str, str]] = field(default_factory=dict)  # of kinds other than LoRA
+    called: dict[str, str] = field(default_factory=dict)  # in the config, where `renamed` changed it
 
     @property
     def plug(self) -> ModuleType:
@@ -82,7 +84,8 @@ class Adapter:
 
     def scale(self, module: str) -> float | None:
         """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense."""
-        alpha: Any = pattern(self.document.get("alpha_pattern"), module) or self.document.get(
+        called = self.called.get(module, module)
+        alpha: Any = pattern(self.document.get("alpha_pattern"), called) or self.document.get(
             "lora_alpha", None if self.document else self.rank(module)
         )
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
@@ -101,6 +104,21 @@ class Adapter:
         """The adapter's kind for people to read, with its rank where it has one."""
         return str(self.plug.spoken(self))
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the weights of a live model what its files call them, in place.
+
+        Args:
+            names: live name -> the file's, of tensors (`X.weight`); those that are not in it stay.
+        """
+        modules = {n.rpartition(".")[0]: f.rpartition(".")[0] for n, f in names.items() if n.endswith(".weight")}
+        for of_modules in (self.pairs, self.embeddings, self.magnitudes, self.biases, self.parts):
+            held: dict[str, Any] = dict(of_modules)
+            of_modules.clear()
+            of_modules.update({modules.get(n, n): v for n, v in held.items()})
+            self.called |= {modules[n]: n for n in held if n in modules}
+        self.saved = {names.get(n, n): v for n, v in self.saved.items()}
+        self.turned = {modules.get(n, n) for n in self.turned}
+
     def digest(self) -> str:
         """Return the digest over the names and bytes of the adapter's own tensors."""
         return digest_of_all({name: self.view.digest(name) for name in self.stored})
@@ -117,6 +135,7 @@ def pattern(patterns: Any, module: str) -> Any:
         The value of the first key that fits; None where none does.
     """
     for key, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        key = key.removesuffix(".weight") if isinstance(key, str) else key  # so where PEFT adapts the parameter
         if not isinstance(key, str) or (module != key and not module.endswith(f".{key}") and not _tame(key)):
             continue
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,18 +54,46 @@ def convert(
         config: A config.json, or a folder with one, for sources that bring none.
         for_: The program that is to load it: {targets}. Chooses its names; what it would misread is refused.
         ema: Take a run's averaged weights instead of its last ones (--to hf, or peft where it trained an adapter).
+            OpenTAD's file of a detector's run holds both.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
+    from tensorkeep.commands.export import minimind_resume, staged
+    from tensorkeep.conversion.naming.detectors import put_average
+
     out = say.output()
     formats.writer(to)
     naming, twice = arranged(for_, to, naming)
     if len(paths) < 2:
         raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
-    if not dry_run and (made := _of_run(out, paths, to, naming, ema, overwrite)) is not None:
-        return made
-    plan = make_plan(
-        [with_config(read(p), config) for p in paths[:-1]],
+    if not dry_run:
+        prepare(out, paths[-1])
+    if len(paths) == 2 and not dry_run and to == "pth" and naming == "minimind" and paths[1].endswith("_resume.pth"):
+        return minimind_resume(out, paths[0], paths[1], overwrite)
+    with contextlib.ExitStack() as stack:
+        made = None
+        if len(paths) == 2:
+            made = stack.enter_context(staged(out, paths[0], paths[1], to, naming, ema, dry_run))
+        sources = [with_config(v, config) for v in ([made.view] if made is not None else map(read, paths[:-1]))]
+        plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice)
+        proof = check(plan, to, Path(paths[-1]).name, for_, installed())
+        if made is not None and made.average is not None:
+            put_average(plan, made.average)
+        limit = parse_size(shard_size) if shard_size else None
+        said = made.said if made is not None else {}
+        code = _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, said)
+    if made is not None and made.after and not dry_run:
+        out.remark(made.after)
+    return code
+
+
+def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, dtype: str | None, *rest: Any) -> Any:
+    """Decide the conversion, once the words that the user gave are known."""
+    from tensorkeep.conversion.planning import make_plan
+
+    drop, prefer, from_naming, twice = rest
+    return make_plan(
+        sources,
         to,
         naming=known_naming(naming),
         root=None if root == "none" else root,
@@ -75,21 +104,18 @@ def convert(
         ask=loads,
         head_twice=twice,
     )
-    proof = check(plan, to, Path(paths[-1]).name, for_, installed())
-    limit = parse_size(shard_size) if shard_size else None
-    return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite)
-
-
-def _of_run(out: Output, paths: Any, to: str, naming: str | None, ema: bool, overwrite: bool) -> int | None:
-    """Export a run, once its place is prepared; None where the source is none, or its plain weights are wanted."""
-    from tensorkeep.commands.export import of_run
-
-    prepare(out, paths[-1])
-    return of_run(out, paths[0], paths[1], to, naming, ema, overwrite) if len(paths) == 2 else None
 
 
 def _carry_out(
-    out: Output, plan: Any, proof: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool
+    out: Output,
+    plan: Any,
+    proof: Any,
+    sink: str,
+    to: str,
+    limit: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    said: dict[str, Any],
 ) -> int:
     """Write what is planned, or show it alone."""
     from tensorkeep.conversion import execution
@@ -101,7 +127,7 @@ def _carry_out(
         return _show_plan(out, plan, proof, sink, to)
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
-    return _show_result(out, plan, proof, result, to)
+    return _show_result(out, plan, proof, result, to, said)
 
 
 def _show_plan(out: Output, plan: Any, proof: Any, sink: str, to: str) -> int:
@@ -115,8 +141,8 @@ def _show_plan(out: Output, plan: Any, proof: Any, sink: str, to: str) -> int:
     return 0
 
 
-def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str) -> int:
-    """What a conversion did, and what its casts lost."""
+def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str, said: dict[str, Any]) -> int:
+    """What a conversion did, and what its casts lost; `said` is of the run that was converted."""
     for name, cast in result.casts.items():
         lost = f"{cast.overflowed} values overflowed and {cast.vanished} became zero in the cast"
         out.remark(f"warning: V02 {name}: {lost}")
@@ -135,6 +161,7 @@ def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str) -> in
                 "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in plan.notes],
                 "casts": {n: {"overflowed": c.overflowed, "vanished": c.vanished} for n, c in result.casts.items()},
                 "seconds": result.seconds,
+                **said,
             }
         )
     if result.cleared:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView, read
@@ -35,8 +37,9 @@ def merge(
     Tensors are streamed and rounded once; the result is computed a second time and read back before it gets its name.
 
     Args:
-        paths: The base, one or more adapters (PEFT folders, ours, MiniMind's LoRA files), the sink. ADAPTER=0.5 adds
-            half of it. Without an adapter, the one that lies in BASE's own file is merged.
+        paths: The base, one or more adapters (PEFT folders, runs of ours, MiniMind's LoRA files), the sink. ADAPTER=0.5
+            adds half of it. Without an adapter, the one that lies in BASE's own file is merged; of a run, its adapter
+            into its base.
         onto: The weights to add to. trained: what the adapter was trained on, so a quantized base is dequantized.
             original: the float weights, though the adapter was trained on a quantized form of them.
         to: The sink's format: {model_formats}.
@@ -57,21 +60,23 @@ def merge(
     formats.writer(to, models=True)
     if len(paths) < 2:
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
-    base, sources = _opened(paths, config)
-    merging.refuse_merged_before(base, sources)
-    if not allow_other_base:
-        merging.refuse_other_base(base, sources)
-    job = plan_merge(
-        base,
-        sources,
-        to,
-        onto=onto,
-        naming=known_naming(naming),
-        root=None if root == "none" else root,
-        dtype=known_dtype(dtype),
-        untie=untie,
-    )
-    return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+    with contextlib.ExitStack() as stack:
+        base, sources = _opened(out, paths, config, stack)
+        _name_as_files(base, sources)
+        merging.refuse_merged_before(base, sources)
+        if not allow_other_base:
+            merging.refuse_other_base(base, sources)
+        job = plan_merge(
+            base,
+            sources,
+            to,
+            onto=onto,
+            naming=known_naming(naming),
+            root=None if root == "none" else root,
+            dtype=known_dtype(dtype),
+            untie=untie,
+        )
+        return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
 
 
 def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
@@ -93,17 +98,64 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
     return _show(out, job, proof, done, to)
 
 
-def _opened(paths: tuple[str, ...], config: str | None) -> tuple[StateView, list[Any]]:
-    """The base and the adapters; where no adapter is given, the one in the base's own file."""
+def _opened(
+    out: Output, paths: tuple[str, ...], config: str | None, stack: contextlib.ExitStack
+) -> tuple[StateView, list[Any]]:
+    """The base and the adapters; where no adapter is given, the one in the base's own file, or of the run."""
     from tensorkeep.adapters.planning import open_adapters
+    from tensorkeep.commands.export import adapter_run, base_of_run
 
+    trained = adapter_run(paths[0])
+    if trained is not None:
+        if len(paths) > 2:
+            what, hint = "is a run with an adapter, not a base", f"tensorkeep merge {word(paths[0])} OUT"
+            raise TensorkeepError(what, where=paths[0], code="K08", hint=hint)
+        paths = (base_of_run(trained), *paths)
     base = with_config(read(paths[0]), config)
     if base.format == "peft":
         raise TensorkeepError(
             "is an adapter, not a base", where=paths[0], hint="the base comes first: tensorkeep merge BASE ADAPTER OUT"
         )
     given = [_split_weight(p) for p in paths[1:-1]]
-    return base, open_adapters([(read(p), w) for p, w in given] or [(base, 1.0)])
+    return base, open_adapters([(_adapter(out, p, stack), w) for p, w in given] or [(base, 1.0)])
+
+
+def _name_as_files(base: StateView, sources: list[Any]) -> None:
+    """Call modules what the base's files call them, where transformers' live model has another name for them.
+
+    So it is in models that see too: `model.language_model.layers` is `language_model.model.layers` in Gemma 3's files.
+    """
+    from tensorkeep.conversion.naming import identify
+
+    held = set(identify(base).names.values())
+    wanted = {f"{m}.weight" for s in sources for m in (*s.adapter.pairs, *s.adapter.embeddings)}
+    wanted |= {n for s in sources for n in s.adapter.saved}
+    if not wanted - held or base.config is None:
+        return
+    try:
+        import torch
+
+        from tensorkeep.language.start import from_config
+        from tensorkeep.models.saved_names import names_in_files
+
+        with torch.device("meta"):
+            names = names_in_files(from_config(dict(base.config), 0))
+    except (ImportError, TensorkeepError):
+        return  # the merge says which modules have no place
+    found = {n: f for n, f in names.items() if n in wanted - held and f in held}
+    for source in sources:
+        source.adapter.rename(found)
+
+
+def _adapter(out: Output, path: str, stack: contextlib.ExitStack) -> StateView:
+    """An adapter as it is stored; of a run, its newest checkpoint's last weights."""
+    from tensorkeep.commands.export import adapter_run, read_run
+
+    run = adapter_run(path)
+    if run is None:
+        return read(path)
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorkeep-"))) / "adapter"
+    return read_run(out, run, place)
 
 
 def _split_weight(text: str) -> tuple[str, float]:

@@ -17,6 +17,7 @@ from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import peft
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.layout import SinkTensor
@@ -26,7 +27,6 @@ from tensorkeep.storage.record import DTYPES
 _HALF = re.compile(r"(?P<module>.+)\.lora[._](?P<half>[AB])(\.default)?\.weight\Z")
 _PREFIX = "base_model.model."
 _CONFIG = "adapter_config.json"
-_OURS = ("kind", "base_digest", "quantization")  # what our config says beside PEFT's fields, which PEFT would not know
 
 
 class Half(NamedTuple):
@@ -116,17 +116,11 @@ def adapter_plan(
         )
     dropped += [Step(("drop",), (Part(0, n),), None, what) for n, what in identity.other.items()]
     notes, document = list(view.notes), view.metadata.get("adapter")
+    header: dict[str, str] = {}
     if to == "peft" and view.format == "peft":
         items = [HfTensor(n, view[n].dtype, view[n].shape, (Part(0, n),)) for n in identity.names]
-        own = [k for k in _OURS if k in (document or {})]
-        if own:
-            document = {k: v for k, v in (document or {}).items() if k not in own}
-            notes.append(
-                Note(
-                    "A04",
-                    f"PEFT's config has no place for {', '.join(own)}: the folder no longer says which base it fits",
-                )
-            )
+        header = peft.header_of(document or {})
+        document = {k: v for k, v in (document or {}).items() if k not in peft.OURS}
     else:
         dropped += [
             Step(("drop",), (Part(0, n),), None, "the model, not the adapter") for n in identity.names if n not in found
@@ -145,9 +139,8 @@ def adapter_plan(
     width = next((view[n].shape[-1] for n, h in found.items() if h.half == "A"), 0)
     companions = [_document(document or {})] if to == "peft" else []
     plan_config = None if to == "peft" else {"hidden_size": width}
-    return Plan(
-        [view], ordered([*steps, *dropped]), "minimind" if to == "pth" else "hf", None, plan_config, companions, notes
-    )
+    naming = "minimind" if to == "pth" else "hf"
+    return Plan([view], ordered([*steps, *dropped]), naming, None, plan_config, companions, notes, header=header)
 
 
 def _half(view: StateView, stored: str, half: Half, config: Mapping[str, Any] | None, to: str) -> HfTensor:

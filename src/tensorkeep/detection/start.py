@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from tensorkeep.conversion.naming.opentad import DEQUANTIZED
 from tensorkeep.conversion.naming.opentad_recipe import FILE
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.streams import write_tensor
-from tensorkeep.detection.model.config import DetectorConfig
+from tensorkeep.detection.model.config import DetectorConfig, without_updates
 from tensorkeep.detection.model.detector import Detector, read_detector_config
 from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
 from tensorkeep.detection.model.weights import load_exactly, load_videomae
@@ -278,10 +279,12 @@ def _from_elsewhere(
         hint = "--recipe RECIPE.yaml, e.g. of `tensorkeep recipe import`"
         raise TensorkeepError("is no run of ours: the recipe it belongs to must be named", where=path, hint=hint)
     made = read_recipe(recipe, changes)
-    averaged = ema and any(name.split(".")[0] == "state_dict_ema" for name in read(path))
+    view = read(path)
+    averaged = ema and any(name.split(".")[0] == "state_dict_ema" for name in view)
     detector = load_detector(path, recipe, average=averaged)
-    if detector.backbone is not None and made.training.quantize_backbone is not None:
-        quantize_backbone(detector.backbone, made.training.quantize_backbone)
+    codes = made.training.quantize_backbone if DEQUANTIZED not in view.entries else None  # they are on its grid already
+    if detector.backbone is not None and codes is not None:
+        quantize_backbone(detector.backbone, codes)
     return Opened(detector.to(world.device).eval(), made, None, averaged)
 
 
@@ -304,6 +307,8 @@ def load_detector(path: str | Path, recipe: str | Path | None = None, average: b
     """
     plan = make_plan([read(path)], "hf", drop=["^state_dict"] if average else [])
     config = read_detector_config(recipe) if recipe is not None else _own_config(plan, str(path))
+    if not any(tensor.name.endswith(".lora_A") for tensor in plan.tensors):
+        config = without_updates(config)  # a checkpoint that was made whole has them in its linears
     detector = Detector(config)
     load_exactly(detector, _tensors(plan), str(path))
     return detector.eval()

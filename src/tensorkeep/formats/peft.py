@@ -1,12 +1,15 @@
 """Read and write adapter folders: `adapter_model.safetensors` or `.bin` with `adapter_config.json` (`peft`).
 
 An adapter is never a model: its view carries the adapter config, and every name keeps PEFT's `base_model.model.`
-prefix, which reading recognises as a wrapper. The weights of our own adapters are in `adapter.safetensors`.
+prefix, which reading recognises as a wrapper. What our adapters say beside PEFT's fields (which base, how it was
+quantized) is in the header of their weights, since PEFT warns of fields that it does not know. Adapters written before
+0.2.0 have it in the config, and their weights in `adapter.safetensors`; both are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
@@ -20,8 +23,10 @@ from tensorkeep.storage.layout import FileLayout, SinkTensor
 
 LOOKS = "a PEFT adapter folder"
 ADAPTERS_ONLY = True
-CONFIG = "adapter_config.json"
-_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter.safetensors")  # the last is ours
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHT_FILES = (WEIGHTS, "adapter_model.bin", "adapter.safetensors")  # the last is ours before 0.2.0
+OURS = ("kind", "base_digest", "quantization")  # what we say beside PEFT's fields
+_ENTRY = "tensorkeep.adapter"  # of the safetensors header: these fields as JSON
 
 
 def sniff(folder: Folder, names: list[str], single: bool) -> bool:
@@ -30,7 +35,7 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 
 
 def read(folder: Folder, names: list[str], path: str) -> StateView:
-    """Open an adapter folder; `view.metadata["adapter"]` is its config.
+    """Open an adapter folder; `view.metadata["adapter"]` is its config, with what the weights' header says beside it.
 
     Args:
         folder: where the files lie.
@@ -50,16 +55,42 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
             "names no peft_type", where=f"{folder.url}/{CONFIG}", hint="is this PEFT's adapter_config.json?"
         )
     view.format = "peft"
-    view.metadata["adapter"] = config
+    view.metadata["adapter"] = _beside(view, f"{folder.url}/{weights}") | config
     view.companions.append(Companion(CONFIG, data, f"{folder.url}/{CONFIG}"))
     return view
 
 
-def layout(tensors: Sequence[SinkTensor], **_: Any) -> list[FileLayout]:
+def _beside(view: StateView, where: str) -> dict[str, Any]:
+    """Return our fields from the header of the weights; none where the file is not ours."""
+    entry = view.metadata.pop(_ENTRY, None)
+    if not isinstance(entry, str):
+        return {}
+    found = parse_json(entry.encode(), where)
+    return {k: v for k, v in found.items() if k in OURS} if isinstance(found, dict) else {}
+
+
+def header_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header entry that says our fields of an adapter's config; none where there is nothing to say.
+
+    Args:
+        document: the config, with our fields or without.
+
+    Returns:
+        The entry by its name.
+    """
+    own = {k: document[k] for k in OURS if k in document}
+    return {_ENTRY: json.dumps(own, sort_keys=True)} if own else {}
+
+
+def layout(tensors: Sequence[SinkTensor], header: Mapping[str, str] | None = None, **_: Any) -> list[FileLayout]:
     """Lay out `adapter_model.safetensors`; the config travels as a companion.
 
     Args:
         tensors: the tensors to be written, under PEFT's names.
+        header: what the weights' header says beside the tensors.
+
+    Returns:
+        The one file.
 
     Raises:
         TensorkeepError: some are no adapter tensors.
@@ -74,4 +105,4 @@ def layout(tensors: Sequence[SinkTensor], **_: Any) -> list[FileLayout]:
             f"{odd[0]} and {len(odd) - 1} more are no adapter tensors",
             hint="--to peft writes adapters; a full model goes --to hf",
         )
-    return [safetensors.file_layout(_WEIGHT_FILES[0], tensors)]
+    return [safetensors.file_layout(WEIGHTS, tensors, header)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches, near_pattern
+from tensorkeep.formats.names import exactly, matches, near_pattern
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.training.optimizer import adamw, parameter_groups
 from tensorkeep.training.randomness import derive
@@ -31,11 +33,12 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe, peers: bool = Fal
         if not any(matches(name, [pattern]) for name in names):
             hint = near_pattern(pattern, names)
             raise TensorkeepError(f"{pattern!r} fits no parameter", where="trainable", hint=hint or f"e.g. {names[0]}")
+    unseen = beside_text(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(matches(name, recipe.trainable))
+        parameter.requires_grad_(matches(name, recipe.trainable) and not name.startswith(unseen))
     if recipe.adapter is None:
         return
-    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.adapters.lora import adaptable, add_lora
     from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
 
     model.requires_grad_(False)
@@ -44,8 +47,32 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe, peers: bool = Fal
     adapter = recipe.adapter
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
-        add_lora(model, adapter.targets, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
+        settings = (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
+        aside = [exactly(n) for n, m in model.named_modules() if n.startswith(unseen) and adaptable(m)]
+        add_lora(model, adapter.targets, *settings, exclude=aside)
     check_ranks(model, peers)
+
+
+def beside_text(model: Any) -> tuple[str, ...]:
+    """Return the beginnings of the names that a text does not pass through in a model that sees too: its towers.
+
+    Args:
+        model: of transformers; for a model of text alone, or another library's, there are none.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(model, "get_decoder") or not hasattr(config, "get_text_config"):
+        return ()
+    if config.get_text_config() is config:
+        return ()
+    inside = [m for m in (model.get_decoder(), model.get_output_embeddings()) if m is not None]
+    names = [n for n, m in model.named_modules() if any(m is one for one in inside)]
+    out: list[str] = []
+    for name, _ in model.named_modules():
+        above = any(n == name or n.startswith(f"{name}.") for n in names) or not name
+        below = any(name.startswith(f"{n}.") for n in names)
+        if not above and not below and not name.startswith(tuple(out)):
+            out.append(f"{name}.")
+    return tuple(out)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -17,6 +17,7 @@ from torch import nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.chat import Chat
 from tensorkeep.language.data.texts import Conversation
+from tensorkeep.models.language_model import text_config
 
 Write = Callable[[str], None]
 
@@ -137,8 +138,8 @@ def generate(
     if max_tokens < 1 or temperature < 0:
         raise TensorkeepError(f"max_tokens {max_tokens}, temperature {temperature}: at least 1 and 0", where="generate")
     live: Any = model
-    ids = prompt_ids(tokenizer, prompt, raw, live.config.bos_token_id)
-    rows = getattr(live.config, "max_position_embeddings", None)
+    ids = prompt_ids(tokenizer, prompt, raw, getattr(text_config(live.config), "bos_token_id", None))
+    rows = getattr(text_config(live.config), "max_position_embeddings", None)
     room = rows - len(ids) if isinstance(rows, int) else max_tokens
     if room < 1:
         what = f"is {len(ids)} tokens, the model's rows hold {rows}"
@@ -163,7 +164,8 @@ def generate(
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Collect every token that ends an answer: by the model's generation config, its config and the tokenizer."""
-    said = [getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id]
+    configs = (model.generation_config, text_config(model.config), tokenizer)
+    said = [getattr(config, "eos_token_id", None) for config in configs]
     flat = [i for one in said for i in (one if isinstance(one, (list, tuple)) else [one]) if i is not None]
     return sorted({int(i) for i in flat})
 

@@ -21,6 +21,7 @@ from tensorkeep.language.losses import TokenLoss, plain_head, refuse_packing
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.language.recipe_text import kept, kept_of
 from tensorkeep.language.start import Remark, StartingModel, start_of
+from tensorkeep.models.language_model import text_config
 from tensorkeep.training import job as training_job
 from tensorkeep.training import trackers
 from tensorkeep.training.distributed import World
@@ -150,5 +151,6 @@ def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
 
 def _router(model: Any) -> float:
     """Weight of the load-balancing loss, where the model's config asks for one; else 0."""
-    on = getattr(model.config, "output_router_logits", False)
-    return float(getattr(model.config, "router_aux_loss_coef", 0.0) or 0.0) if on else 0.0
+    config = text_config(model.config)
+    on = getattr(config, "output_router_logits", False)
+    return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if on else 0.0

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._head_loss import head_loss
 from tensorkeep.language.data.batches import IGNORED, block_mask, targets_of
+from tensorkeep.models.language_model import text_config
 
 CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits
 
@@ -118,10 +119,11 @@ def plain_head(model: nn.Module) -> bool:
     model.eval()
     try:
         head = owner.get_output_embeddings()
-        capped = getattr(owner.config, "final_logit_softcapping", None)  # too weak to show in four small logits
+        config = text_config(owner.config)
+        capped = getattr(config, "final_logit_softcapping", None)  # too weak to show in four small logits
         if head is None or capped or not any(module is head for module in owner.modules()):
             return False
-        ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(owner.config.vocab_size)
+        ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(config.vocab_size)
         logits = owner(input_ids=ids, use_cache=False).logits
         with headless(model, True):
             hidden = owner(input_ids=ids, use_cache=False).logits
@@ -185,6 +187,7 @@ def refuse_packing(config: Any, length: int) -> None:
     Raises:
         TensorkeepError: the config names a kind of layer that takes no such mask, or a window below `length`.
     """
+    config = text_config(config)
     kinds = getattr(config, "layer_types", None)
     odd = sorted(set(kinds or ()) - {"full_attention", "sliding_attention"})
     window = getattr(config, "sliding_window", None)

@@ -24,7 +24,7 @@ from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.language_model import believable_config, model_of
+from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
@@ -54,8 +54,7 @@ class StartingModel:
     @property
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
-        config: Any = self.model.config
-        return int(config.vocab_size)
+        return int(text_config(self.model.config).vocab_size)
 
     def digest(self) -> str | None:
         """Digest of the checkpoint's tensors, by which merges and adapters name a base; None without a checkpoint."""
@@ -115,7 +114,7 @@ def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) ->
     view = read(source)
     if view.format == "hf" and isinstance(view.folder, LocalFolder) and "config.json" in view.folder.names():
         named = namings.identify(view).naming
-        if named == "hf":
+        if named == "hf" or (named is None and all(s.actions == ("keep",) for s in make_plan([view], "hf").steps)):
             return view
     if world.first:
         plan = make_plan([view], "hf", dtype="F32" if view.format == "gguf" else None)
@@ -188,18 +187,22 @@ def from_config(config: dict[str, Any], seed: int, stored: int | None = None) ->
         seed: of the weights.
         stored: bytes of the weights that the config describes, where there are some: it may not ask for many more.
 
+    Returns:
+        The model in float32.
+
     Raises:
         TensorkeepError: transformers cannot build such a model.
     """
     import transformers
 
     ignored = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    auto = auto_class(transformers, config) or transformers.AutoModelForCausalLM
     config = {k: v for k, v in config.items() if k not in ignored}
     believed = believable_config(transformers, config, stored)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            made: nn.Module = transformers.AutoModelForCausalLM.from_config(believed, trust_remote_code=False)
+            made: nn.Module = auto.from_config(believed, trust_remote_code=False)
     except refusals() as error:
         raise TensorkeepError(
             f"transformers cannot build it: {said(error)}",

@@ -57,12 +57,9 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     document = view.config or spare
     if document is None:
         raise Inconclusive("no config says which model this is")
-    kind = document.get("model_type")
-    if (
-        not isinstance(kind, str)
-        or kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ):
-        raise Inconclusive(f"transformers has no causal language model of type {kind!r}")
+    auto = auto_class(transformers, document)
+    if auto is None:
+        raise Inconclusive(f"transformers has no causal language model of type {document.get('model_type')!r}")
     spelled = "dtype" if _version(transformers) >= (4, 56) else "torch_dtype"
     options: dict[str, Any] = {spelled: torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
@@ -74,21 +71,50 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
             torch.default_generator.manual_seed(0)
             if view.format == "hf" and view.config is not None and isinstance(view.folder, LocalFolder):
                 with _own_files(view) as folder:
-                    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                        folder, local_files_only=True, **options
-                    )
+                    model, info = auto.from_pretrained(folder, local_files_only=True, **options)
             else:
                 config = transformers.AutoConfig.for_model(**document)
                 state = dict(_tensors(view, document))
-                kept = getattr(
-                    transformers, transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
-                )
+                kept = auto._model_mapping[type(config)]
                 del options["trust_remote_code"]
                 model, info = kept.from_pretrained(None, config=config, state_dict=state, **options)
     except refusals() as error:
         raise Inconclusive(f"transformers cannot load it: {said(error, 300)}") from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
     return model.eval(), report
+
+
+def auto_class(transformers: Any, document: dict[str, Any]) -> Any:
+    """Return transformers' auto class for a model that makes text: the one that has the class that the config names.
+
+    A model that sees too is built whole, so that its names are those of its files and nothing of it is lost.
+
+    Args:
+        transformers: the library.
+        document: what config.json says.
+
+    Returns:
+        The auto class; None where the library has none for this type.
+    """
+    known = transformers.models.auto.modeling_auto
+    kind, named = document.get("model_type"), document.get("architectures")
+    own = named[0] if isinstance(named, list) and named else None
+    if not isinstance(kind, str):
+        return None
+    causal = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    seeing = getattr(known, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}).get(kind)
+    if own is not None and own == seeing and own != causal:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM if causal is not None else None
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a model's config that is about its text: the config itself where there is nothing else.
+
+    Args:
+        config: of a live model.
+    """
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager
@@ -202,7 +228,11 @@ def _version(package: Any) -> tuple[int, ...]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Silence transformers' and bitsandbytes' reports inside the block: what they say is in the loading info."""
+    """Silence transformers' and bitsandbytes' reports and bars inside the block: what they say is in the loading info.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

@@ -55,3 +55,36 @@ def renamed(model: nn.Module, name: str, tensor: Tensor) -> str | None:
     made = as_saved(model, name, probe)
     (other,) = made if len(made) == 1 else (None,)
     return other if other is not None and made[other] is probe else None
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """Return the file's name of every tensor of a model that is saved whole under another name.
+
+    Args:
+        model: a live model; on the meta device is enough.
+    """
+    found = ((name, renamed(model, name, tensor)) for name, tensor in model.state_dict().items())
+    return {name: other for name, other in found if other is not None}
+
+
+def all_as_saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that a file of transformers 5 would hold for a whole state: renamed, experts taken apart.
+
+    Args:
+        model: the live model.
+        state: its tensors by live name.
+
+    Returns:
+        The tensors by the file's names; the state itself where the library saves it as it is, or cannot say.
+    """
+    revert: Callable[..., Any] | None = getattr(
+        sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None
+    )
+    root = next(transformers_roots(model), None)
+    if revert is None or root is None or root[0]:
+        return state
+    try:
+        made: dict[str, Tensor] = revert(root[1], dict(state))
+    except REFUSALS:
+        return state
+    return made

@@ -346,7 +346,9 @@ class _FrozenLinear(torch.autograd.Function):
             a_cast, b_cast = a.to(dtype), b.to(dtype)
             flat = x.reshape(-1, columns)
             low = flat @ a_cast.T  # [n, r]
-            out = products(flat, weight.T, low, b_cast.T, scale, own).view(*x.shape[:-1], rows)
+            made = products(flat, weight.T, low, b_cast.T, scale, own)
+            # a plain view could not be changed in place, as Llama 4 does
+            out = torch.ops.aten._unsafe_view.default(made, [*x.shape[:-1], rows])
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[2] else None, low if needs[3] else None, a_cast, b_cast, *state)
         ctx.scale, ctx.how = scale, (kind, rows, columns, block, nested)

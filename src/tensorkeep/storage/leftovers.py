@@ -30,6 +30,9 @@ def writing_in(folder: Path) -> Iterator[None]:
 
     Args:
         folder: an existing folder.
+
+    Yields:
+        Nothing.
     """
     handle = _locked(folder, fcntl.LOCK_SH, _PATIENCE)
     try:

@@ -83,11 +83,22 @@ def reason(adapter: Adapter) -> tuple[str, str | None] | None:
         return f"was started by {start}, which changes the base too", None if given.get("loftq_config") else plain
     if given.get("trainable_token_indices") is not None:
         return "trains single rows of an embedding (trainable_token_indices)", None
-    if given.get("target_parameters"):
+    if any(not _weight_of_a_pair(str(t), adapter) for t in _listed(given.get("target_parameters"))):
         return "targets bare parameters (target_parameters)", None
     if given.get("arrow_config"):
         return "chooses between experts at run time (arrow_config)", None
     return None
+
+
+def _listed(value: object) -> list[object]:
+    """Return what a field of the config lists; one word is a list of one."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def _weight_of_a_pair(target: str, adapter: Adapter) -> bool:
+    """Whether a targeted parameter is the weight of a linear with a pair in the file: the sum is then that of LoRA."""
+    module, _, last = target.rpartition(".")
+    return last == "weight" and any(m == module or m.endswith(f".{module}") for m in adapter.pairs)
 
 
 def residual_start(adapter: Adapter) -> str | None:

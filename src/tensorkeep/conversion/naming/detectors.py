@@ -150,7 +150,7 @@ def _way_out(name: str, target: str) -> str:
     if name.startswith(("videomae.", "encoder.layer.", "classifier.")):
         return "transformers' VideoMAE: add --from-naming videomae"
     if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
-        return f"{target} knows no LoRA: merge it into the weights first"
+        return f"{target} knows no LoRA: merge it into the weights, as the conversion of its run does"
     return f"leave it out by name (--drop '{exactly(name)}'), or keep the hf names (--naming hf)"
 
 
@@ -158,7 +158,8 @@ def nest_checkpoint(plan: Plan) -> None:
     """Make the plan of an OpenTAD sink write a file that OpenTAD loads; any other plan stays as it is.
 
     The file is a checkpoint for its test.py, or a backbone that it starts from. test.py reads `epoch`, and `state_dict`
-    or `state_dict_ema` by its config: both are there, over the same bytes.
+    or `state_dict_ema` by its config: both are there, over the same bytes, unless `put_average` gives the second
+    bytes of its own.
     """
     scheme = namings.module(plan.naming) if plan.naming is not None else None
     if not hasattr(scheme, "CHECKPOINT_ROOTS"):
@@ -181,7 +182,31 @@ def nest_checkpoint(plan: Plan) -> None:
     plan.steps = ordered(steps)
     plan.roots = tuple(root.partition(".")[0] for root in (first, *copies))
     epoch = next((v.entries["epoch"] for v in plan.sources if type(v.entries.get("epoch")) is int), 0)
-    plan.beside = {} if pretrained else {"epoch": epoch}
+    said = {k: v for view in plan.sources for k, v in view.entries.items() if k == opentad.DEQUANTIZED}
+    plan.beside = {} if pretrained else {"epoch": epoch, **said}
+
+
+def put_average(plan: Plan, average: StateView) -> None:
+    """Let the second state of an OpenTAD checkpoint hold the average of a run.
+
+    Args:
+        plan: of a checkpoint, its states over the same bytes; changed in place.
+        average: the tensors whose average differs, under the names that the live ones have in the plan's first source.
+
+    Raises:
+        TensorkeepError: K02 for an average of something that the plan does not write.
+    """
+    index, root = len(plan.sources), opentad.CHECKPOINT_ROOTS[1]
+    plan.sources.append(average)
+    taken = set()
+    for at, step in enumerate(plan.steps):
+        if step.sink is None or not step.sink.name.startswith(f"{root}.") or step.parts[0].name not in average:
+            continue
+        (part,) = step.parts
+        taken.add(part.name)
+        plan.steps[at] = Step(("rename",), (part._replace(source=index),), step.sink._replace(tied_to=None))
+    if odd := sorted(set(average) - taken):
+        raise TensorkeepError(f"{odd[0]} has an average and no place", where=average.path, code="K02", tensors=odd)
 
 
 def with_recipe(tensors: Mapping[str, HfTensor], companions: list[Companion], notes: list[Note]) -> list[Companion]:

@@ -51,6 +51,7 @@ CHANGED_DTYPES = {"head.loss_normalizer": "int64 in a fresh OpenTAD model, float
 # OpenTAD loads into a model wrapped by DDP, and asks for the average where its config has one
 CHECKPOINT_ROOTS = ("state_dict.module", "state_dict_ema.module")
 PRETRAINED_ROOTS = ("state_dict",)
+DEQUANTIZED = "dequantized"  # an entry of ours beside the states: floats that 4- or 8-bit weights stood for
 
 
 def strip_wrapper(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tensorkeep.errors import TensorkeepError
@@ -239,3 +239,18 @@ class DetectorConfig:
                 f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
             )
             raise TensorkeepError(what, where="detector")
+
+
+def without_updates(config: DetectorConfig) -> DetectorConfig:
+    """Return the shape of a detector whose low-rank updates were added into their linears.
+
+    Args:
+        config: of the detector that has them; one that has none stays as it is.
+    """
+    backbone = config.backbone
+    if backbone is None:
+        return config
+    adapter = backbone.adapter
+    if adapter is not None and adapter.kind == "qlora":
+        adapter = replace(adapter, kind="tia")
+    return replace(config, backbone=replace(backbone, adapter=adapter, lora=None))
