@@ -319,9 +319,12 @@ def figures(job: MergePlan, moved: dict[str, Moved]) -> list[dict[str, Any]]:
     return rows
 
 
+_WHOLE = {"saved": "replaced", "tokens": "rows replaced"}
+
+
 def _spoken_kind(terms: Sequence[Any]) -> str:
     """Say how a tensor changes: LoRA, DoRA, replaced, bias."""
-    return " + ".join(dict.fromkeys("replaced" if t.kind == "saved" else t.adapter.plug.variant(t) for t in terms))
+    return " + ".join(dict.fromkeys(_WHOLE.get(t.kind) or t.adapter.plug.variant(t) for t in terms))
 
 
 def relative(moved: Moved) -> dict[str, float | None]:

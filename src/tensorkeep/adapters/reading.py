@@ -21,9 +21,12 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves, hf_module
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
+from tensorkeep.quantization.codes import Array
 from tensorkeep.storage.certificate import digest_of_all
 
-_SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<last>weight|bias)\Z")
+_WRAPPER = re.compile(r"\.(modules_to_save(\.default)?|base_layer|token_adapter)(?=\.)")  # PEFT's, around a module
+_COPY = re.compile(r"\.(original_module\.|token_adapter\.trainable_tokens_original|token_adapter\.token_indices)")
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.default)?\Z")
 _FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tokens|token_adapter\.|[a-z0-9]+_lambda_)")
 
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
@@ -46,6 +49,9 @@ class Adapter:
         foreign: stored names that belong to another kind of adapter.
         turned: modules whose rows follow the other RoPE layout.
         parts: module -> part -> stored name, of a kind that has no field of its own here.
+        tokens: module -> stored name of single rows that replace the base's (trainable_token_indices).
+        copies: stored names of the base's own values, which PEFT keeps beside what it trained.
+        kept: tensors read last, see `array`.
     """
 
     view: StateView
@@ -59,6 +65,9 @@ class Adapter:
     foreign: list[str] = field(default_factory=list)  # parts of another kind of adapter
     turned: set[str] = field(default_factory=set)  # modules whose rows follow the other RoPE layout
     parts: dict[str, dict[str, str]] = field(default_factory=dict)  # of kinds other than LoRA
+    tokens: dict[str, str] = field(default_factory=dict)  # module -> stored name of rows that replace the base's
+    copies: list[str] = field(default_factory=list)  # the base's own values before training
+    kept: dict[str, Array] = field(default_factory=dict)  # the arrays read last, where experts share them
 
     @property
     def plug(self) -> ModuleType:
@@ -80,20 +89,47 @@ class Adapter:
         """Return the rank of a module's pair: the rows of A."""
         return self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape[0]
 
-    def scale(self, module: str) -> float | None:
-        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense."""
-        alpha: Any = pattern(self.document.get("alpha_pattern"), module) or self.document.get(
-            "lora_alpha", None if self.document else self.rank(module)
+    def scale(self, module: str, of: str | None = None, rank: int | None = None) -> float | None:
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense.
+
+        Args:
+            module: the module with the pair.
+            of: the name that alpha_pattern is asked for, where that is a parameter's and not the module's.
+            rank: the rank, where the pair holds several experts side by side.
+        """
+        rank = rank or self.rank(module)
+        alpha: Any = pattern(self.document.get("alpha_pattern"), of or module) or self.document.get(
+            "lora_alpha", None if self.document else rank
         )
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             return None
-        return float(alpha) / (math.sqrt(self.rank(module)) if self.rslora else self.rank(module))
+        return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def array(self, stored: str, keep: bool = False) -> Array:
+        """Read a tensor; `keep` holds it, and one more, for the next expert of the same stack."""
+        if stored in self.kept:
+            return self.kept[stored]
+        values = self.view.array(stored)
+        if keep:
+            while len(self.kept) > 1:
+                del self.kept[next(iter(self.kept))]
+            self.kept[stored] = values
+        return values
+
+    def of_pattern(self, field: str, module: str) -> Any:
+        """Return the entry of a pattern of the config that fits a module; None where none does."""
+        return pattern(self.document.get(field), module)
+
+    def said_rank(self, name: str) -> Any:
+        """Return the rank that the config says for a module or parameter; None where it says none."""
+        return pattern(self.document.get("rank_pattern"), name) or self.document.get("r")
 
     @property
     def stored(self) -> list[str]:
         """The stored names of the adapter's tensors; a model in the same file is not its own."""
         pairs = [n for pair in (*self.pairs.values(), *self.embeddings.values()) for n in pair]
         lone = [*self.magnitudes.values(), *self.biases.values(), *self.saved.values(), *self.lone]
+        lone += self.tokens.values()
         return sorted([*pairs, *lone, *(n for parts in self.parts.values() for n in parts.values())])
 
     @property
@@ -161,10 +197,16 @@ def read_adapter(view: StateView) -> Adapter | None:
         out.turned |= {module} if turned else set()
     out.pairs = {m: (h["A"], h["B"]) for m, h in modules.items()}
     for stored, clean in identity.names.items():
-        if stored in found or out.plug.take(out, stored, clean):
+        if stored in found:
             continue
-        if view.format == "peft" and (match := _SAVED.match(clean)) and not _FOREIGN.search(f".{clean}"):
-            out.saved[f"{match['module']}.{match['last']}"] = stored
+        if view.format == "peft" and _COPY.search(clean):
+            out.copies.append(stored)
+        elif view.format == "peft" and (match := _TOKENS.match(clean)):
+            out.tokens[match["module"]] = stored
+        elif out.plug.take(out, stored, clean):
+            continue
+        elif view.format == "peft" and not _FOREIGN.search(f".{clean}"):
+            out.saved[_WRAPPER.sub("", clean)] = stored
         elif view.format == "peft":
             out.foreign.append(stored)
     if hasattr(out.plug, "finish"):

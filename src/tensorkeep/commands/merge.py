@@ -70,8 +70,18 @@ def merge(
         root=None if root == "none" else root,
         dtype=known_dtype(dtype),
         untie=untie,
+        ask=_live,
     )
     return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+
+
+def _live(config: Any, offers: Any) -> Any:
+    """Ask transformers how the base's model lies in memory; None where torch or transformers is not installed."""
+    try:
+        from tensorkeep.models.in_memory import live_by_transformers
+    except ImportError:
+        return None
+    return live_by_transformers(config, offers)
 
 
 def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
