@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkeep.adapters._places import Place, places
-from tensorkeep.adapters._tokens import check_tokens
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
-from tensorkeep.adapters.terms import Term
+from tensorkeep.adapters.terms import Term, check_tokens
 from tensorkeep.conversion.live import AskLive, Live, unknown
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
@@ -208,13 +207,8 @@ def _term(
     turn = (rope_rows(state.config, "half", name, tensor.shape),) if inner in adapter.turned else ()
     back = tuple(p.inverse() for p in reversed(part.permutes))
     permutes = () if turn and back and turn[0] == back[0].inverse() else (*turn, *back)
-    if piece is not None and (permutes or (kind not in ("pair", "saved") or inner in adapter.magnitudes)):
-        raise TensorkeepError(
-            f"{place.parameter or inner} lies in several tensors of the base, and the change there is no plain LoRA",
-            where=source.path,
-            code="A01",
-            hint="merge it with the library that trained it: PeftModel.merge_and_unload()",
-        )
+    if piece is not None and (permutes or kind not in ("pair", "saved") or inner in adapter.magnitudes):
+        _refuse_parted(source, place.parameter or inner)
     rows = length if length is not None else shape[0] if shape else 1
     first = part.rows[0] * (tensor.shape[0] if tensor.shape else 1) if part.rows is not None else 0
     if piece is not None:
@@ -242,6 +236,16 @@ def _term(
     elif kind != "saved" and hasattr(plug, "check"):
         plug.check(term, shape)
     return term
+
+
+def _refuse_parted(source: WeightedAdapter, name: str) -> None:
+    """Stop (A01): a tensor lies in several of the base's, and what the adapter does to it needs it whole."""
+    raise TensorkeepError(
+        f"{name} lies in several tensors of the base, and the change there is no plain LoRA",
+        where=source.path,
+        code="A01",
+        hint="merge it with the library that trained it: PeftModel.merge_and_unload()",
+    )
 
 
 def _orientation(

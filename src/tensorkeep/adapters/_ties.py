@@ -13,9 +13,8 @@ from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_live, names_in_file
-from tensorkeep.adapters._tokens import indices
 from tensorkeep.adapters.reading import TIED, Adapter
-from tensorkeep.adapters.terms import Term
+from tensorkeep.adapters.terms import Term, indices
 from tensorkeep.conversion.naming import hf
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Note

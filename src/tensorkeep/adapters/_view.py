@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.adapters._tokens import load_tokens
-from tensorkeep.adapters.reading import Share
-from tensorkeep.adapters.terms import Term, whole
+from tensorkeep.adapters.shares import Share
+from tensorkeep.adapters.terms import Term, load_tokens, whole
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype, np_frombuffer
 from tensorkeep.formats.view import STREAM_BYTES, StateView

@@ -18,7 +18,8 @@ from tensorkeep.adapters._blas import one_thread
 from tensorkeep.adapters._matching import WeightedAdapter
 from tensorkeep.adapters._view import Moved
 from tensorkeep.adapters.planning import MergePlan
-from tensorkeep.adapters.reading import DIGEST, Share, times_merged
+from tensorkeep.adapters.reading import DIGEST
+from tensorkeep.adapters.shares import Share, times_merged
 from tensorkeep.conversion.execution import write_files
 from tensorkeep.conversion.naming import identify
 from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse_damaged

@@ -66,5 +66,9 @@ AskLive = Callable[[Mapping[str, Any], Mapping[str, Offer]], "Live | None"]
 
 
 def unknown(_config: Mapping[str, Any], _offers: Mapping[str, Offer]) -> Live | None:
-    """Say of no model how it lies in memory."""
+    """Say of no model how it lies in memory.
+
+    Returns:
+        None.
+    """
     return None

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter, Share, read_adapter
+from tensorkeep.adapters.reading import Adapter, read_adapter
+from tensorkeep.adapters.shares import Share
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.view import StateView
