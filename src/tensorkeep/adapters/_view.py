@@ -82,6 +82,7 @@ class Moved:
     original: float = 0.0  # (W trained on - W original)²
     size: int = 0
     spoiled: int = 0  # values that became infinite or NaN
+    added: float = 0.0  # (W + dW - W)² before it is rounded
     shares: dict[int, list[float]] = field(default_factory=dict)  # adapter -> <W, sBA>, <sBA, sBA>
     blocks: list[tuple[Array, Array]] = field(default_factory=list)  # absmax and <level, dW> a block, for double scales
 
@@ -322,6 +323,7 @@ def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: E
     """Add some rows to the sums of the report."""
     update = total - weights
     moved.size += weights.size
+    moved.added += _square(update)
     moved.weight += _square(weights)
     moved.change += _square(made_rows.astype(np.float64) - weights)
     moved.spoiled += int(np.count_nonzero(np.isfinite(weights) & ~np.isfinite(made_rows.astype(np.float32))))

@@ -7,14 +7,14 @@ quantized BASE dequantized, a float BASE through the quantization that the adapt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
-from tensorkeep.adapters.reading import read_adapter, refuse_unmergeable
+from tensorkeep.adapters.reading import read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
@@ -22,10 +22,10 @@ from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.live import AskLive, unknown
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.companions import travelling
 from tensorkeep.formats.names import matches
-from tensorkeep.formats.view import StateView
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.encoding import EXCLUDED, Encoding, Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
@@ -180,6 +180,7 @@ def _merged_view(
             wanted.setdefault(name, []).extend(found)
     sizes = settle_sizes(state, sources, wanted)
     parted = settle_ties(state, sources, wanted, untie)
+    state.notes += _precision_notes(sources, weights, onto)
     for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
@@ -245,6 +246,38 @@ def _wanted_quantization(
             hint="merge them one by one, or all onto the float weights: --onto original",
         )
     return next(iter(asked))
+
+
+def _precision_notes(
+    sources: Sequence[WeightedAdapter], weights: Mapping[str, QuantizedWeight], onto: str
+) -> Iterator[Note]:
+    """Say (A04) where an adapter may have been trained on another precision of the base than it is merged onto.
+
+    Ours records it, and is refused where it differs; PEFT's records the base's name alone.
+    """
+    found = ", ".join(sorted({w.kind for w in weights.values()}))
+    for source in sources:
+        document = source.adapter.document
+        if "quantization" in document:
+            if document["quantization"] and onto == "original":
+                yield Note(
+                    "A04", f"{source.path} was trained on a quantized form of the base: its update fits that one"
+                )
+            elif not document["quantization"] and weights:
+                yield Note("A04", f"{source.path} was trained on float weights, this base is {found}, dequantized")
+            continue
+        said = said_precision(document)
+        if said is not None and not weights:
+            yield Note(
+                "A04",
+                f"{source.path} names a base in {said} ({shown(document['base_model_name_or_path'])}) as what it was "
+                "trained on, and is merged onto other weights: give that folder to merge onto what it has learnt from",
+            )
+        elif said is None and weights and document:
+            yield Note(
+                "A04",
+                f"{source.path} does not say which precision it was trained on: it is merged onto {found}, dequantized",
+            )
 
 
 def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Encoding]:

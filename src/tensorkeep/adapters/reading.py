@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,12 @@ _WRAPPER = re.compile(r"\.(modules_to_save(\.default)?|base_layer|token_adapter)
 _COPY = re.compile(r"\.(original_module\.|token_adapter\.trainable_tokens_original|token_adapter\.token_indices)")
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.default)?\Z")
 _FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tokens|token_adapter\.|[a-z0-9]+_lambda_)")
+
+# how repositories of quantized weights are called
+_PRECISION = re.compile(
+    r"(?i)[-_.](?P<form>(unsloth-)?(bnb-)?[348]-?bits?|nf4|fp4|int[48]|w[48]a(8|16)|g?ptq|gptq(-int[48])?|awq(-int4)?|"
+    r"fp8(-dynamic)?|mxfp4|nvfp4|hqq|aqlm|exl[23]|gguf)(?![a-z0-9])"
+)
 
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
 TIED = "ensure_weight_tying"
@@ -210,6 +217,23 @@ def read_adapter(view: StateView) -> Adapter | None:
     if hasattr(out.plug, "finish"):
         out.plug.finish(out)
     return out
+
+
+def said_precision(document: Mapping[str, Any]) -> str | None:
+    """Return the word for a quantized form in the name of an adapter's base, as PEFT's config has it; None without one.
+
+    PEFT records no more than this name of what the adapter was trained on.
+
+    Args:
+        document: the adapter's config.
+
+    Example:
+        >>> said_precision({"base_model_name_or_path": "unsloth/Llama-3.2-1B-bnb-4bit"})
+        'bnb-4bit'
+    """
+    named = document.get("base_model_name_or_path")
+    match = _PRECISION.search(PurePath(named).name) if isinstance(named, str) and len(named) < 4096 else None
+    return match["form"] if match else None
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:

@@ -9,7 +9,7 @@ from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, par
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
-from tensorkeep.formats.view import StateView, read
+from tensorkeep.formats.view import Note, StateView, read
 from tensorkeep.output import Output, size
 
 _MOST_ROWS = 12  # of the human table; --json has all
@@ -72,6 +72,7 @@ def merge(
         untie=untie,
         ask=_live,
     )
+    job.plan.notes += _left_out_by_peft(base, sources)
     return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
 
 
@@ -82,6 +83,30 @@ def _live(config: Any, offers: Any) -> Any:
     except ImportError:
         return None
     return live_by_transformers(config, offers)
+
+
+def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
+    """Say (K07) what PEFT itself would not load of an adapter onto a mixture of experts; this merge takes all of it."""
+    if base.config is None or not any(".experts." in name for name in base):
+        return []
+    try:
+        from tensorkeep.models.peft_loading import left_out_by_peft
+    except ImportError:
+        return []
+    from tensorkeep.conversion.fit import Offer
+
+    notes, offers = [], {n: Offer(r.dtype, r.shape) for n, r in base.items()}
+    for source in sources:
+        view, pairs = source.adapter.view, source.adapter.pairs.values()
+        tensors = {n: Offer(view[n].dtype, view[n].shape) for pair in pairs for n in pair}
+        found = left_out_by_peft(base.config, offers, source.adapter.document, tensors) if tensors else None
+        if found is not None and found[1]:
+            text = (
+                f"PEFT {found[0]} would leave out {len(found[1])} tensors of {source.path} when it loads it, without a "
+            )
+            text += f"word: {', '.join(grouped(found[1])[:3])}; this merge has them, PEFT's own has not"
+            notes.append(Note("K07", text, tuple(found[1])))
+    return notes
 
 
 def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
@@ -97,6 +122,8 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
     prepare(out, sink)
     with out.progress() as progress:
         done = merging.merge(job, sink, to, limit, overwrite, progress)
+    for note in done.notes:
+        out.remark(f"note: {note.code} {note.message}")
     return _show(out, job, done, to)
 
 
@@ -191,7 +218,10 @@ def _show(out: Output, job: Any, done: Any, to: str) -> int:
                 "overall": whole,
                 "proven": True,
                 "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in job.plan.dropped],
-                "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in job.plan.notes],
+                "notes": [
+                    {"code": n.code, "message": n.message, "tensors": list(n.names)}
+                    for n in (*job.plan.notes, *done.notes)
+                ],
                 "seconds": done.seconds,
             }
         )

@@ -38,8 +38,8 @@ def hf_config(
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Return the config for weights of generation `made` (hf names in `found`), what it assumes, and what it overrules.
 
-    `tied` is what head and embedding show, for a config that does not say. The second value lists the assumed fields as `name=value`; the third what the given config says otherwise than the
-    weights, which win.
+    `tied` is what head and embedding show. The second value lists the assumed fields as `name=value`; the third what
+    the given config says otherwise than the weights, which win.
 
     Raises:
         TensorkeepError: the shapes are no MiniMind model's, or the config cannot be meant for them.

@@ -159,7 +159,7 @@ def _pieces(
 
 
 def _names(weights: StateView, document: Mapping[str, Any], where: Path) -> list[str]:
-    """List parameter names in the order of MiniMind's optimizer; before MiniMind-3 head and embedding are always one."""
+    """List parameter names in the order of MiniMind's optimizer; until MiniMind-3 head and embedding are one."""
     if hf.HEAD in weights and (made := minimind.generation(weights)) != "mm3":
         raise TensorkeepError(
             f"has a head of its own; that of {made} is the embedding",
