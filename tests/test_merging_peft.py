@@ -10,9 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from tensorkeep.adapters.merging import merge
 from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.cli import main
+from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.formats.view import read
 from tensorkeep.models.in_memory import live_by_transformers
 from tensorkeep.models.language_model import silent
@@ -228,8 +231,6 @@ def test_what_is_missing_or_contradicts_the_config_is_refused(bases: Any, tmp_pa
     half = tmp_path / "half"
     adapter_of(base, half, peft.LoraConfig(target_modules=LLAMA, modules_to_save=["embed_tokens"]), 105)
     tensors = {n: torch.from_numpy(read(str(half)).array(n)) for n in read(str(half)) if "lm_head" not in n}
-    from safetensors.torch import save_file
-
     save_file(tensors, half / "adapter_model.safetensors")
     with refused("S02", "lm_head.weight 96"):
         merged(base, half, tmp_path / "out")
@@ -259,8 +260,6 @@ def test_another_precision_and_idle_layers_are_said(bases: Any, tmp_path: Path) 
     )
     view = read(str(folder))
     tensors = {n: torch.from_numpy(view.array(n)) for n in view}
-    from safetensors.torch import save_file
-
     save_file({n: t * ("layers.1" not in n) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
     job, done = merged(bases("llama"), folder, tmp_path / "out")
     assert any(n.code == "A04" and "bnb-4bit" in n.message for n in job.plan.notes)
@@ -271,10 +270,9 @@ def test_another_precision_and_idle_layers_are_said(bases: Any, tmp_path: Path) 
     assert "too small for the dtype" in " ".join(n.message for n in done.notes)
 
 
-def test_what_peft_itself_would_leave_out_is_said(bases: Any, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from tensorkeep.conversion.fit import Offer
+def test_what_peft_itself_would_leave_out_is_said(
+    bases: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tensorkeep.models.peft_loading import left_out_by_peft
 
     base, folder = read(str(bases("deepseek_v3"))), tmp_path / "adapter"
@@ -288,14 +286,28 @@ def test_what_peft_itself_would_leave_out_is_said(bases: Any, tmp_path: Path) ->
     save_file(tensors, folder / "adapter_model.safetensors")
     document = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(document))
-    offers = {n: Offer(r.dtype, r.shape) for n, r in base.items()}
-    mine = {n: Offer("F32", tuple(t.shape)) for n, t in tensors.items()}
-    found = left_out_by_peft(base.config, offers, document, mine)
+    found = left_out_by_peft(base, document, read(str(folder)), list(tensors))
     assert found is not None
     theirs = peft.PeftModel.from_pretrained(loaded(bases("deepseek_v3")), folder)
     taken = peft.get_peft_model_state_dict(theirs)
     lost = sorted(n for n in tensors if n not in taken or not torch.equal(taken[n], tensors[n]))
     assert found[1] == lost and lost and not any("self_attn" in n for n in lost)
-    from tensorkeep.cli import main
-
+    (said,) = [f for f in diagnose(str(folder), str(bases("deepseek_v3"))).findings if f.code == "K07"]
+    assert said.severity == "warning" and sorted(said.tensors) == lost
     assert main(["merge", str(bases("deepseek_v3")), str(folder), str(tmp_path / "out")]) == 0
+    assert f"leaves out {len(lost)} tensors" in capsys.readouterr().err
+
+
+FITTING = ["resized and tied", "gpt2 head", "neox", "experts, renamed", "ia3", "vera, [in, out]"]
+
+
+@pytest.mark.parametrize("case", FITTING)
+def test_diagnose_finds_no_fault_in_what_merges(bases: Any, tmp_path: Path, case: str) -> None:
+    kind, config, resize = CASES[case]
+    adapter_of(bases(kind), tmp_path / "adapter", config, resize)
+    for reference in (None, str(bases(kind))):
+        found = diagnose(str(tmp_path / "adapter"), reference).findings
+        assert [f for f in found if f.severity != "info"] == []
+    other = bases("gpt2" if kind != "gpt2" else "llama")
+    codes = {f.code for f in diagnose(str(tmp_path / "adapter"), str(other)).findings if f.severity == "error"}
+    assert "A01" in codes

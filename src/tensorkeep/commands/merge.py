@@ -87,24 +87,19 @@ def _live(config: Any, offers: Any) -> Any:
 
 def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
     """Say (K07) what PEFT itself would not load of an adapter onto a mixture of experts; this merge takes all of it."""
-    if base.config is None or not any(".experts." in name for name in base):
-        return []
     try:
         from tensorkeep.models.peft_loading import left_out_by_peft
     except ImportError:
         return []
-    from tensorkeep.conversion.fit import Offer
-
-    notes, offers = [], {n: Offer(r.dtype, r.shape) for n, r in base.items()}
+    notes = []
     for source in sources:
-        view, pairs = source.adapter.view, source.adapter.pairs.values()
-        tensors = {n: Offer(view[n].dtype, view[n].shape) for pair in pairs for n in pair}
-        found = left_out_by_peft(base.config, offers, source.adapter.document, tensors) if tensors else None
-        if found is not None and found[1]:
+        adapter = source.adapter
+        found = left_out_by_peft(base, adapter.document, adapter.view, [n for p in adapter.pairs.values() for n in p])
+        if found is not None:
             text = (
-                f"PEFT {found[0]} would leave out {len(found[1])} tensors of {source.path} when it loads it, without a "
+                f"PEFT {found[0]} leaves out {len(found[1])} tensors of {source.path} when it loads it, and does not "
             )
-            text += f"word: {', '.join(grouped(found[1])[:3])}; this merge has them, PEFT's own has not"
+            text += f"say so: {', '.join(grouped(found[1])[:3])}; this merge has them, PEFT's own has not"
             notes.append(Note("K07", text, tuple(found[1])))
     return notes
 
