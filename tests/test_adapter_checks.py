@@ -180,8 +180,11 @@ def test_an_adapter_that_does_nothing_is_a_warning(tmp_path: Path, half: str) ->
     base = files.write(tmp_path / "base", tensors)
     for reference in (None, base):
         found = diagnose(path, str(reference) if reference else None).findings
-        assert [f.severity for f in found if f.code == "V05"] == ["warning"]
+        assert [f.severity for f in found if f.code == "A05"] == ["warning"]
+        assert not [f for f in found if f.code == "V05"]
     one = next(n for n in idle if f"lora_{half}" in n)
-    assert not [
-        f for f in diagnose(write_adapter(tmp_path / "half", {**idle, one: adapter[one]})).findings if f.code == "V05"
-    ]
+    other = write_adapter(tmp_path / "half", {**idle, one: adapter[one]})
+    (found,) = [f for f in diagnose(other).findings if f.code == "A05"]
+    module = one.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    assert found.evidence["idle"] == found.evidence["pairs"] - 1 and not any(module in n for n in found.tensors)
+    assert not [f for f in diagnose(write_adapter(tmp_path / "whole", adapter)).findings if f.code == "A05"]

@@ -151,7 +151,7 @@ def test_a_kind_of_adapter_is_one_file_and_one_line(run: Run, tmp_path: Path, mo
     save_file({stored: vector}, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "STRETCH", "target_modules": ["q_proj"]}))
     error = run("merge", TINY, adapter, out)[2]
-    assert "is a STRETCH adapter: merge adds LoRA, rsLoRA and DoRA" in error
+    assert "is a STRETCH adapter: merge adds LoRA, rsLoRA, DoRA, LoHa" in error
 
     monkeypatch.setitem(ADAPTER_KINDS, "STRETCH", "tests.extending.dummy_kind")
 
@@ -165,7 +165,7 @@ def test_a_kind_of_adapter_is_one_file_and_one_line(run: Run, tmp_path: Path, mo
     assert len(others) == 19 and all(np.array_equal(merged.array(n), base.array(n).astype(np.float32)) for n in others)
     assert run("inspect", adapter)[0] == 0 and run("verify", adapter)[0] == 0 and run("verify", out)[0] == 0
     assert run("diagnose", adapter, "--reference", TINY)[0] == 0
-    assert "LoRA, rsLoRA, DoRA and Stretch" in kinds.known()
+    assert "trainable tokens and Stretch" in kinds.known()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "STRETCH", "twisted": True}))
     assert "uses twisted" in run("merge", TINY, adapter, tmp_path / "other")[2]
 

@@ -256,7 +256,8 @@ def test_what_fits_no_weight_is_refused_with_near_misses(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "code", "word"),
     [
-        ({"peft_type": "VERA"}, "A01", "VERA"),
+        ({"peft_type": "VERA"}, "A01", "VeRA adapter saved without"),
+        ({"peft_type": "HRA"}, "A01", "is a HRA adapter"),
         ({"init_lora_weights": "pissa_niter_4"}, "A01", "pissa"),
         ({"use_qalora": True}, "A01", "use_qalora"),
         ({"alora_invocation_tokens": [1]}, "A01", "alora"),

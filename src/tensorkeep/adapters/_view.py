@@ -15,12 +15,13 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Share
-from tensorkeep.adapters.terms import Term, whole
+from tensorkeep.adapters.shares import Share
+from tensorkeep.adapters.terms import Term, load_tokens, whole
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype, np_frombuffer
 from tensorkeep.formats.view import STREAM_BYTES, StateView
@@ -47,6 +48,7 @@ class ComputedTensor:
         weight: describes the source where it is quantized.
         through: the quantization that a float source is sent through, since the adapter was trained on its result.
         steps: rows that make one step of the first dimension.
+        held: rows of the source, where the adapter's whole tensor has more or fewer; None where it has as many.
     """
 
     source: str
@@ -56,6 +58,7 @@ class ComputedTensor:
     weight: QuantizedWeight | None = None
     through: Encoding | None = None
     steps: int = 1
+    held: int | None = None
 
     @property
     def requantized(self) -> Encoding | None:
@@ -79,6 +82,7 @@ class Moved:
     original: float = 0.0  # (W trained on - W original)²
     size: int = 0
     spoiled: int = 0  # values that became infinite or NaN
+    added: float = 0.0  # (W + dW - W)² before it is rounded
     shares: dict[int, list[float]] = field(default_factory=dict)  # adapter -> <W, sBA>, <sBA, sBA>
     blocks: list[tuple[Array, Array]] = field(default_factory=list)  # absmax and <level, dW> a block, for double scales
 
@@ -128,21 +132,22 @@ def _merged_rows(
     kind = made.requantized if moved is not None else None
     aligned = math.lcm(unit, _rows_of_whole_blocks(made, kind), _rows_of_whole_blocks(made, made.through))
     parts = [(t, _loaded(base, made, t)) for t in made.terms]
-    for at, values in _base_rows(base, made, rows, aligned, moved):
+    sole = len({t.number for t in made.terms}) == 1
+    for at, values in _resized_rows(base, made, rows, aligned, moved):
         weights = values.astype(np.float64)
-        total = weights.copy()
+        total, own = weights.copy(), dict.fromkeys([t.number for t in made.terms], weights)
         for term, loaded in parts:
             low, high = max(term.first, at), min(term.first + term.length, at + len(values))
             if low >= high:
                 continue
             here, mine = slice(low - at, high - at), slice(low - term.first, high - term.first)
-            if term.kind == "saved":
-                change = loaded[mine] - weights[here]
-                alone = term.weight == 1 and len(parts) == 1
-                total[here] = loaded[mine] if alone else total[here] + term.weight * change
+            if term.kind in ("saved", "tokens"):
+                before = own[term.number]
+                after = own[term.number] = _replaced(term, loaded, before, here, mine)
+                total = after.copy() if sole and term.weight == 1 else total + term.weight * (after - before)
                 continue
             plug = term.adapter.plug
-            change = plug.change(term, loaded, weights[here], mine)
+            change = plug.change(term, loaded, own[term.number][here], mine)
             if moved is not None and hasattr(plug, "fixed") and plug.fixed(term):
                 _count_share(moved, term.number, weights[here], change)
             total[here] += change if term.weight == 1 else term.weight * change
@@ -150,6 +155,40 @@ def _merged_rows(
         if moved is not None:
             _count(moved, weights, total, made_rows, kind if made.terms else None)
         yield made_rows
+
+
+def _replaced(term: Term, loaded: Any, before: Array, here: slice, mine: slice) -> Array:
+    """Return some rows of a weight with an adapter's own rows in the place of the base's."""
+    after = before.copy()
+    if term.kind == "saved":
+        after[here] = loaded[mine]
+        return after
+    rows, values = loaded
+    inside = (rows >= mine.start) & (rows < mine.stop)
+    after[rows[inside] - mine.start + here.start] = values[inside]
+    return after
+
+
+def _resized_rows(
+    base: StateView, made: ComputedTensor, rows: tuple[int, int], unit: int, moved: Moved | None
+) -> Iterator[tuple[int, Array]]:
+    """Yield the base's rows, and zeros in the place of those that it does not have."""
+    if made.held is None:
+        yield from _base_rows(base, made, rows, unit, moved)
+        return
+    last, at = max(min(rows[1], made.held), rows[0]), rows[0]
+    waiting = np.empty((0, made.width), np.float32)
+    step = max(_ELEMENTS // max(made.width, 1) // unit, 1) * unit
+    absent = (np.zeros((min(step, rows[1] - n), made.width), np.float32) for n in range(last, rows[1], step))
+    held = _base_rows(base, made, (rows[0], last), unit, moved) if rows[0] < last else iter(())
+    for values in chain((v for _, v in held), absent):  # regrouped into multiples of `unit`
+        waiting = np.concatenate([waiting, values])
+        whole_units = len(waiting) // unit * unit
+        if whole_units:
+            yield at, waiting[:whole_units]
+            waiting, at = waiting[whole_units:], at + whole_units
+    if len(waiting):
+        yield at, waiting
 
 
 def _loaded(base: StateView, made: ComputedTensor, term: Term) -> Any:
@@ -161,6 +200,8 @@ def _loaded(base: StateView, made: ComputedTensor, term: Term) -> Any:
 
     if term.kind == "saved":
         return whole(term, term.adapter.saved[term.name])
+    if term.kind == "tokens":
+        return load_tokens(term)
     return term.adapter.plug.load(term, base_rows)
 
 
@@ -282,6 +323,7 @@ def _count(moved: Moved, weights: Array, total: Array, made_rows: Array, kind: E
     """Add some rows to the sums of the report."""
     update = total - weights
     moved.size += weights.size
+    moved.added += _square(update)
     moved.weight += _square(weights)
     moved.change += _square(made_rows.astype(np.float64) - weights)
     moved.spoiled += int(np.count_nonzero(np.isfinite(weights) & ~np.isfinite(made_rows.astype(np.float32))))

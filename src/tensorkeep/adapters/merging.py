@@ -18,7 +18,8 @@ from tensorkeep.adapters._blas import one_thread
 from tensorkeep.adapters._matching import WeightedAdapter
 from tensorkeep.adapters._view import Moved
 from tensorkeep.adapters.planning import MergePlan
-from tensorkeep.adapters.reading import DIGEST, Share, times_merged
+from tensorkeep.adapters.reading import DIGEST
+from tensorkeep.adapters.shares import Share, times_merged
 from tensorkeep.conversion.execution import write_files
 from tensorkeep.conversion.naming import identify
 from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse_damaged
@@ -26,7 +27,8 @@ from tensorkeep.conversion.sink import Progress, placing, quiet, refuse_overlap,
 from tensorkeep.conversion.streams import Cast, Sums, write_tensor
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.earlier import CHECKPOINT
-from tensorkeep.formats.view import StateView
+from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import local_path, refuse_changed
@@ -45,6 +47,7 @@ class Merged:
         base_digest: the base's digest, over all of its tensors.
         moved: how much each merged tensor changed, by the base's stored name.
         seconds: how long each phase took ("write", "prove", "sync").
+        notes: what was found on the way: parts of adapters that did nothing (A05).
     """
 
     path: str
@@ -53,6 +56,7 @@ class Merged:
     base_digest: str
     moved: dict[str, Moved]
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
 
 
 # -- before -----------------------------------------------------------------------------------------------------------
@@ -195,7 +199,8 @@ def merge(
         proven = time.perf_counter()
         write_bytes(place.certificate, certificate(job, sums, to, digest))
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
-    return Merged(str(final), stored(layouts), {n: s.digest for n, s in sums.items()}, digest, moved, seconds)
+    digests = {n: s.digest for n, s in sums.items()}
+    return Merged(str(final), stored(layouts), digests, digest, moved, seconds, _idle(job, moved))
 
 
 def replay(job: MergePlan, sums: dict[str, Sums], progress: Progress = quiet) -> None:
@@ -265,6 +270,22 @@ def _refuse_present(job: MergePlan, moved: dict[str, Moved]) -> None:
             )
 
 
+def _idle(job: MergePlan, moved: dict[str, Moved]) -> list[Note]:
+    """Say (A05) which tensors an adapter was to change and did not, and where the dtype is too coarse for it."""
+    wanted = {n: moved[n] for n, made in job.view.made.items() if made.terms and n in moved}
+    idle = [n for n, m in wanted.items() if m.added == 0]
+    lost = [n for n, m in wanted.items() if m.added > 0 and m.change == 0]
+    notes = []
+    if idle:
+        what = "the adapter does nothing: " if len(idle) == len(wanted) else ""
+        text = f"{what}{len(idle)} of the {len(wanted)} tensors it is for stay as they are: "
+        notes.append(Note("A05", text + ", ".join(grouped(idle)[:4]), tuple(idle)))
+    if lost:
+        text = f"the change of {len(lost)} of {len(wanted)} tensors is too small for the dtype written (--dtype fp32 "
+        notes.append(Note("A05", f"{text}keeps it): {', '.join(grouped(lost)[:4])}", tuple(lost)))
+    return notes
+
+
 # -- what is left behind ----------------------------------------------------------------------------------------------
 
 
@@ -319,9 +340,12 @@ def figures(job: MergePlan, moved: dict[str, Moved]) -> list[dict[str, Any]]:
     return rows
 
 
+_WHOLE = {"saved": "replaced", "tokens": "rows replaced"}
+
+
 def _spoken_kind(terms: Sequence[Any]) -> str:
     """Say how a tensor changes: LoRA, DoRA, replaced, bias."""
-    return " + ".join(dict.fromkeys("replaced" if t.kind == "saved" else t.adapter.plug.variant(t) for t in terms))
+    return " + ".join(dict.fromkeys(_WHOLE.get(t.kind) or t.adapter.plug.variant(t) for t in terms))
 
 
 def relative(moved: Moved) -> dict[str, float | None]:

@@ -7,26 +7,29 @@ quantized BASE dequantized, a float BASE through the quantization that the adapt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
+from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
-from tensorkeep.adapters.reading import TIED, read_adapter, refuse_unmergeable
+from tensorkeep.adapters.reading import read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
-from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.live import AskLive, unknown
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.companions import travelling
 from tensorkeep.formats.names import matches
-from tensorkeep.formats.view import StateView
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.encoding import EXCLUDED, Encoding, Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
+from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.record import BLOCK_TYPES, DTYPES
 
 
@@ -67,7 +70,7 @@ def open_adapters(views: Sequence[tuple[StateView, float]]) -> list[WeightedAdap
     out = []
     for view, weight in views:
         adapter = read_adapter(view)
-        if adapter is None or not (adapter.stored or adapter.foreign):
+        if adapter is None or not (adapter.stored or adapter.foreign or adapter.copies):
             raise TensorkeepError(
                 "holds no adapter",
                 where=view.path,
@@ -94,6 +97,7 @@ def plan_merge(
     root: str | None = None,
     dtype: str | None = None,
     untie: bool = False,
+    ask: AskLive = unknown,
 ) -> MergePlan:
     """Decide what every tensor of the merged model is made of; only headers and the adapters' configs are read.
 
@@ -107,6 +111,7 @@ def plan_merge(
         root: the name to nest tensors under in a DCP or .pth.
         dtype: round the result to this dtype ("BF16"); None for the base's own.
         untie: write head and embedding as two tensors.
+        ask: who says how the base's model lies in memory, where an adapter's names are not the file's.
 
     Returns:
         The plan, for `merge`.
@@ -116,7 +121,7 @@ def plan_merge(
             or a tie would be broken without `untie` (T01).
     """
     exact = "F32" if dtype in BLOCK_TYPES else dtype  # blocks are made of the sums, in float32
-    view, kind = _merged_view(base, sources, onto, exact, untie)
+    view, kind = _merged_view(base, sources, onto, exact, untie, ask)
     plan = make_plan([view], to, naming=naming, root=root, dtype=dtype)
     terms: dict[str, list[Term]] = {}
     steps = []
@@ -140,7 +145,8 @@ def plan_merge(
 
 def _spoken(term: Term) -> str:
     """Say what a term adds, for the plan's line."""
-    what = "replaced" if term.kind == "saved" else term.adapter.plug.told(term)
+    whole = {"saved": "replaced", "tokens": "rows replaced"}
+    what = whole[term.kind] if term.kind in whole else term.adapter.plug.told(term)
     return what + (f", weight {term.weight:g}" if term.weight != 1 else "")
 
 
@@ -153,7 +159,7 @@ def _gone(base: StateView, name: str) -> str:
 
 
 def _merged_view(
-    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool
+    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool, ask: AskLive
 ) -> tuple[MergedView, str | None]:
     """Return the view of the merged model over the base's own names, and the quantization that it is merged onto."""
     identity = namings.identify(base)
@@ -166,19 +172,21 @@ def _merged_view(
     forms = _wanted_quantization(base, sources, onto, weights)
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
-    state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype)
-    state.tied = _tied(state)
+    state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype, ask=ask)
+    find_tied(state, sources, untie)
     state.through = _through(state.hf_tensors, forms) if forms is not None else {}
     wanted: dict[str, list[Term]] = {}
     for number, source in enumerate(sources):
-        for name, term in terms_of(state, number, source).items():
-            wanted.setdefault(name, []).append(term)
-    _settle_ties(state, sources, wanted, untie)
+        for name, found in terms_of(state, number, source).items():
+            wanted.setdefault(name, []).extend(found)
+    sizes = settle_sizes(state, sources, wanted)
+    parted = settle_ties(state, sources, wanted, untie)
+    state.notes += _precision_notes(sources, weights, onto)
     for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
         part = state.hf_tensors[name].parts[0]
-        computed_tensor(state, part.name).terms.extend(terms)
+        computed_tensor(state, part.name, None, terms)
     view = MergedView(
         base.path,
         base.format,
@@ -187,14 +195,14 @@ def _merged_view(
         base.config,
         travelling(base.companions),
         base.entries,
-        [*base.notes, *configs.left_behind(base)],
+        [*base.notes, *configs.left_behind(base), *state.notes],
         base.metadata,
         computed=True,
         base=base,
         made=state.made,
     )
-    if weights or untie:
-        _say_float(view, untie)
+    if weights or parted or sizes is not None:
+        _keep_config_true(view, state, bool(weights), parted, sizes)
     spoken = sorted({m.requantized.spoken for m in state.made.values() if (m.weight or m.through) and m.requantized})
     return view, ", ".join(spoken) or None
 
@@ -241,6 +249,38 @@ def _wanted_quantization(
     return next(iter(asked))
 
 
+def _precision_notes(
+    sources: Sequence[WeightedAdapter], weights: Mapping[str, QuantizedWeight], onto: str
+) -> Iterator[Note]:
+    """Say (A04) where an adapter may have been trained on another precision of the base than it is merged onto.
+
+    Ours records it, and is refused where it differs; PEFT's records the base's name alone.
+    """
+    found = ", ".join(sorted({w.kind for w in weights.values()}))
+    for source in sources:
+        document = source.adapter.document
+        if "quantization" in document:
+            if document["quantization"] and onto == "original":
+                yield Note(
+                    "A04", f"{source.path} was trained on a quantized form of the base: its update fits that one"
+                )
+            elif not document["quantization"] and weights:
+                yield Note("A04", f"{source.path} was trained on float weights, this base is {found}, dequantized")
+            continue
+        said = said_precision(document)
+        if said is not None and not weights:
+            yield Note(
+                "A04",
+                f"{source.path} names a base in {said} ({shown(document['base_model_name_or_path'])}) as what it was "
+                "trained on, and is merged onto other weights: give that folder to merge onto what it has learnt from",
+            )
+        elif said is None and weights and document:
+            yield Note(
+                "A04",
+                f"{source.path} does not say which precision it was trained on: it is merged onto {found}, dequantized",
+            )
+
+
 def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Encoding]:
     """Return which weights loading quantizes and how: those listed, or every linear but heads and embeddings."""
     layers = dict(forms.layers)
@@ -257,94 +297,22 @@ def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Enco
     return out
 
 
-# -- ties ----------------------------------------------------------------------------------------------------------
+def _keep_config_true(view: MergedView, state: MergeBase, floats: bool, parted: bool, rows: int | None) -> None:
+    """Keep the config true: no quantization is left, head and embedding are two tensors, the vocabulary has `rows`."""
+    before = state.hf_tensors[state.embedding].shape[0] if rows is not None else None
 
+    def true(part: Mapping[str, Any], top: bool) -> dict[str, Any]:
+        """One level of the config, and those of the language model inside it."""
+        made = {k: v for k, v in part.items() if not (floats and top and k == "quantization_config")}
+        if parted and (top or "tie_word_embeddings" in made):
+            made["tie_word_embeddings"] = False
+        if rows is not None and made.get("vocab_size") == before:
+            made["vocab_size"] = rows
+        inner = [k for k in ("text_config", "language_config", "llm_config") if isinstance(made.get(k), Mapping)]
+        return {**made, **{k: true(made[k], False) for k in inner}}
 
-def _tied(state: MergeBase) -> bool:
-    """Whether head and embedding are one tensor in the base; where it is stored once, the head is added."""
-    embed, head = state.hf_tensors.get(hf.EMBEDDING), state.hf_tensors.get(hf.HEAD)
-    said = hf.tied(dict(state.config)) if state.config is not None else None
-    if embed is None or not (said or (head is not None and head.tied_to == hf.EMBEDDING) or embed.tied_to == hf.HEAD):
-        return False
-    if head is None:
-        state.hf_tensors[hf.HEAD] = replace(embed, name=hf.HEAD, tied_to=hf.EMBEDDING)
-    return True
-
-
-def _settle_ties(
-    state: MergeBase, sources: Sequence[WeightedAdapter], wanted: dict[str, list[Term]], untie: bool
-) -> None:
-    """Change head and embedding of a tied base together, or untie them if the user said so, or stop (T01)."""
-    if untie and not state.tied:
-        raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
-    embed, head = wanted.get(hf.EMBEDDING, []), wanted.get(hf.HEAD, [])
-    names = [state.hf_tensors[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)] if state.tied else []
-    if not (embed or head or untie) or not names or len({state.view.digest(n) for n in names}) > 1:
-        return  # nothing of them changes; or the file holds two that differ, as `planning` will say (T01)
-    together = all(sources[t.number].adapter.document.get(TIED) is True for t in (*embed, *head))
-    if not untie and (embed or head) and not (together and not (embed and head)) and not _alike(embed, head):
-        tied = "the base ties lm_head to the embedding, and the adapter changes"
-        if embed and head:
-            what = f"{tied} both: each would no longer be the same tensor"
-        else:
-            what = f"{tied} lm_head alone, not the embedding" if head else f"{tied} the embedding alone, not lm_head"
-        raise TensorkeepError(
-            what,
-            where=sources[(embed or head)[0].number].path,
-            code="T01",
-            tensors=(hf.EMBEDDING, hf.HEAD),
-            hint="--untie writes both as they are to be, and says so in config.json",
-        )
-    parts = {state.hf_tensors[n].parts[0].name for n in (hf.EMBEDDING, hf.HEAD)}
-    if not untie:
-        both = embed or head
-        for name in (hf.EMBEDDING, hf.HEAD) if both and len(parts) == 2 else (hf.EMBEDDING,) if both else ():
-            wanted[name] = both
-        if len(parts) == 1:
-            wanted.pop(hf.HEAD, None)
-            del state.hf_tensors[hf.HEAD]
-        return
-    for name in (hf.EMBEDDING, hf.HEAD):
-        stored = state.hf_tensors[name].parts[0].name
-        state.records[stored] = replace(state.records[stored], tied_to=None)
-    if len(parts) == 1:
-        _part_head(state, wanted.get(hf.HEAD, []))
-        wanted.pop(hf.HEAD, None)
-
-
-def _part_head(state: MergeBase, terms: list[Term]) -> None:
-    """Add a head of its own, made of the embedding's values, beside the embedding."""
-    stored = state.hf_tensors[hf.EMBEDDING].parts[0].name
-    if not stored.endswith(hf.EMBEDDING):
-        raise TensorkeepError(
-            "--untie: the base has no hf names",
-            where=state.view.path,
-            hint="convert it first: tensorkeep convert BASE OUT --to hf",
-        )
-    computed_tensor(state, stored, stored.removesuffix(hf.EMBEDDING) + hf.HEAD).terms.extend(terms)
-
-
-def _alike(embed: list[Term], head: list[Term]) -> bool:
-    """Whether head and embedding are both replaced by equal bytes, by the same adapters."""
-    if (
-        not embed
-        or [(t.number, t.kind) for t in embed] != [(t.number, t.kind) for t in head]
-        or embed[0].kind != "saved"
-    ):
-        return False
-    return all(
-        e.adapter.view.digest(e.adapter.saved[e.name]) == h.adapter.view.digest(h.adapter.saved[h.name])
-        for e, h in zip(embed, head)
-    )
-
-
-def _say_float(view: MergedView, untie: bool) -> None:
-    """Keep the config true: no quantization is left in the output; head and embedding are two tensors."""
-    made = dict(view.config or {})
-    made.pop("quantization_config", None)
-    if untie:
-        made["tie_word_embeddings"] = False
     for at, found in enumerate(view.companions):
-        if found.name == "config.json" and view.config is not None:
-            view.companions[at] = configs.companion("config.json", made)._replace(where=found.where)
-    view.config = made if view.config is not None else None
+        document = parse_json(found.data, found.where) if found.name == "config.json" else None
+        if isinstance(document, dict):  # the file's own text: what was read of it may leave something out
+            view.companions[at] = configs.companion("config.json", true(document, True))._replace(where=found.where)
+    view.config = true(view.config, True) if view.config is not None else None

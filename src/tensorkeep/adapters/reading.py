@@ -11,20 +11,28 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from tensorkeep.adapters import kinds
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves, hf_module
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
+from tensorkeep.quantization.codes import Array
 from tensorkeep.storage.certificate import digest_of_all
 
-_SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save|\.base_layer)?(\.default)?\.(?P<last>weight|bias)\Z")
+_WRAPPER = re.compile(r"\.(modules_to_save(\.default)?|base_layer|token_adapter)(?=\.)")  # PEFT's, around a module
+_COPY = re.compile(r"\.(original_module\.|token_adapter\.trainable_tokens_original|token_adapter\.token_indices)")
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.default)?\Z")
 _FOREIGN = re.compile(r"\.(lora_|vera_|oft_|boft_|ia3_|hada_|lokr_|trainable_tokens|token_adapter\.|[a-z0-9]+_lambda_)")
+
+# how repositories of quantized weights are called
+_PRECISION = re.compile(
+    r"(?i)[-_.](?P<form>(unsloth-)?(bnb-)?[348]-?bits?|nf4|fp4|int[48]|w[48]a(8|16)|g?ptq|gptq(-int[48])?|awq(-int4)?|"
+    r"fp8(-dynamic)?|mxfp4|nvfp4|hqq|aqlm|exl[23]|gguf)(?![a-z0-9])"
+)
 
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
 TIED = "ensure_weight_tying"
@@ -47,6 +55,9 @@ class Adapter:
         turned: modules whose rows follow the other RoPE layout.
         parts: module -> part -> stored name, of a kind that has no field of its own here.
         called: module -> what the adapter's config calls it, where `renamed` gave it another name.
+        tokens: module -> stored name of single rows that replace the base's (trainable_token_indices).
+        copies: stored names of the base's own values, which PEFT keeps beside what it trained.
+        kept: tensors read last, see `array`.
     """
 
     view: StateView
@@ -61,6 +72,9 @@ class Adapter:
     turned: set[str] = field(default_factory=set)  # modules whose rows follow the other RoPE layout
     parts: dict[str, dict[str, str]] = field(default_factory=dict)  # of kinds other than LoRA
     called: dict[str, str] = field(default_factory=dict)  # in the config, where `renamed` changed it
+    tokens: dict[str, str] = field(default_factory=dict)  # module -> stored name of rows that replace the base's
+    copies: list[str] = field(default_factory=list)  # the base's own values before training
+    kept: dict[str, Array] = field(default_factory=dict)  # the arrays read last, where experts share them
 
     @property
     def plug(self) -> ModuleType:
@@ -82,21 +96,47 @@ class Adapter:
         """Return the rank of a module's pair: the rows of A."""
         return self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape[0]
 
-    def scale(self, module: str) -> float | None:
-        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense."""
-        called = self.called.get(module, module)
+    def scale(self, module: str, of: str | None = None, rank: int | None = None) -> float | None:
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense.
+
+        Args:
+            module: the module with the pair.
+            of: the name that alpha_pattern is asked for, where that is a parameter's and not the module's.
+            rank: the rank, where the pair holds several experts side by side.
+        """
+        rank, called = rank or self.rank(module), of or self.called.get(module, module)
         alpha: Any = pattern(self.document.get("alpha_pattern"), called) or self.document.get(
-            "lora_alpha", None if self.document else self.rank(module)
+            "lora_alpha", None if self.document else rank
         )
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
             return None
-        return float(alpha) / (math.sqrt(self.rank(module)) if self.rslora else self.rank(module))
+        return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def array(self, stored: str, keep: bool = False) -> Array:
+        """Read a tensor; `keep` holds it, and one more, for the next expert of the same stack."""
+        if stored in self.kept:
+            return self.kept[stored]
+        values = self.view.array(stored)
+        if keep:
+            while len(self.kept) > 1:
+                del self.kept[next(iter(self.kept))]
+            self.kept[stored] = values
+        return values
+
+    def of_pattern(self, field: str, module: str) -> Any:
+        """Return the entry of a pattern of the config that fits a module; None where none does."""
+        return pattern(self.document.get(field), module)
+
+    def said_rank(self, name: str) -> Any:
+        """Return the rank that the config says for a module or parameter; None where it says none."""
+        return pattern(self.document.get("rank_pattern"), name) or self.document.get("r")
 
     @property
     def stored(self) -> list[str]:
         """The stored names of the adapter's tensors; a model in the same file is not its own."""
         pairs = [n for pair in (*self.pairs.values(), *self.embeddings.values()) for n in pair]
         lone = [*self.magnitudes.values(), *self.biases.values(), *self.saved.values(), *self.lone]
+        lone += self.tokens.values()
         return sorted([*pairs, *lone, *(n for parts in self.parts.values() for n in parts.values())])
 
     @property
@@ -180,15 +220,38 @@ def read_adapter(view: StateView) -> Adapter | None:
         out.turned |= {module} if turned else set()
     out.pairs = {m: (h["A"], h["B"]) for m, h in modules.items()}
     for stored, clean in identity.names.items():
-        if stored in found or out.plug.take(out, stored, clean):
+        if stored in found:
             continue
-        if view.format == "peft" and (match := _SAVED.match(clean)) and not _FOREIGN.search(f".{clean}"):
-            out.saved[f"{match['module']}.{match['last']}"] = stored
+        if view.format == "peft" and _COPY.search(clean):
+            out.copies.append(stored)
+        elif view.format == "peft" and (match := _TOKENS.match(clean)):
+            out.tokens[match["module"]] = stored
+        elif out.plug.take(out, stored, clean):
+            continue
+        elif view.format == "peft" and not _FOREIGN.search(f".{clean}"):
+            out.saved[_WRAPPER.sub("", clean)] = stored
         elif view.format == "peft":
             out.foreign.append(stored)
     if hasattr(out.plug, "finish"):
         out.plug.finish(out)
     return out
+
+
+def said_precision(document: Mapping[str, Any]) -> str | None:
+    """Return the word for a quantized form in the name of an adapter's base, as PEFT's config has it; None without one.
+
+    PEFT records no more than this name of what the adapter was trained on.
+
+    Args:
+        document: the adapter's config.
+
+    Example:
+        >>> said_precision({"base_model_name_or_path": "unsloth/Llama-3.2-1B-bnb-4bit"})
+        'bnb-4bit'
+    """
+    named = document.get("base_model_name_or_path")
+    match = _PRECISION.search(PurePath(named).name) if isinstance(named, str) and len(named) < 4096 else None
+    return match["form"] if match else None
 
 
 def refuse_unmergeable(adapter: Adapter) -> None:
@@ -217,52 +280,3 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         raise TensorkeepError(f"{reason}: merge adds {kinds.known()}", where=where, code="A01", hint=hint)
     if hasattr(plug, "refuse"):
         plug.refuse(adapter)
-
-
-# -- whether a weight holds an update already -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """How much of one module's update its weight already holds, measured on the values.
-
-    Args:
-        module: the module's hf name.
-        coefficient: of the update in the weight: 0 not merged, 1 merged once.
-        noise: standard deviation of that figure.
-        relative: |update| / |weight|.
-    """
-
-    module: str
-    coefficient: float
-    noise: float
-    relative: float
-
-
-def times_merged(shares: list[Share]) -> tuple[int | None, dict[str, Any]]:
-    """Tell how often an adapter was merged into a base already.
-
-    A module's agreement is judged by its noise; pooling over modules weighs them by the size of their update.
-
-    Args:
-        shares: one for each adapted module.
-
-    Returns:
-        0, 1 or 2, None where it cannot be told; and the figures behind it.
-    """
-    if not shares:
-        return None, {}
-    weights = np.array([1 / s.noise**2 for s in shares])
-    values = np.array([s.coefficient for s in shares])
-    pooled, noise = float((values * weights).sum() / weights.sum()), float(1 / np.sqrt(weights.sum()))
-    figures = {
-        "coefficient": round(pooled, 4),
-        "noise": round(noise, 4),
-        "modules": len(shares),
-        "update_relative_to_weight": round(float(np.median([s.relative for s in shares])), 5),
-    }
-    for times in (0, 1, 2):
-        agree = np.mean([abs(s.coefficient - times) < 0.15 + 4 * s.noise for s in shares])
-        if noise < 0.1 and abs(pooled - times) < 0.1 + 3 * noise and agree >= 0.9:
-            return times, figures
-    return None, figures

@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 from tensorkeep.commands.programs import installed, loads
 from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
-from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.targets import arranged, check
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats

@@ -11,7 +11,7 @@ from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, par
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
-from tensorkeep.formats.view import StateView, read
+from tensorkeep.formats.view import Note, StateView, read
 from tensorkeep.output import Output, size
 
 _MOST_ROWS = 12  # of the human table; --json has all
@@ -75,8 +75,38 @@ def merge(
             root=None if root == "none" else root,
             dtype=known_dtype(dtype),
             untie=untie,
+            ask=_live,
         )
+        job.plan.notes += _left_out_by_peft(base, sources)
         return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+
+
+def _live(config: Any, offers: Any) -> Any:
+    """Ask transformers how the base's model lies in memory; None where torch or transformers is not installed."""
+    try:
+        from tensorkeep.models.in_memory import live_by_transformers
+    except ImportError:
+        return None
+    return live_by_transformers(config, offers)
+
+
+def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
+    """Say (K07) what PEFT itself would not load of an adapter onto a mixture of experts; this merge takes all of it."""
+    try:
+        from tensorkeep.models.peft_loading import left_out_by_peft
+    except ImportError:
+        return []
+    notes = []
+    for source in sources:
+        adapter = source.adapter
+        found = left_out_by_peft(base, adapter.document, adapter.view, [n for p in adapter.pairs.values() for n in p])
+        if found is not None:
+            text = (
+                f"PEFT {found[0]} leaves out {len(found[1])} tensors of {source.path} when it loads it, and does not "
+            )
+            text += f"say so: {', '.join(grouped(found[1])[:3])}; this merge has them, PEFT's own has not"
+            notes.append(Note("K07", text, tuple(found[1])))
+    return notes
 
 
 def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
@@ -95,6 +125,8 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
     prepare(out, sink)
     with out.progress() as progress:
         done = merging.merge(job, sink, to, limit, overwrite, progress)
+    for note in done.notes:
+        out.remark(f"note: {note.code} {note.message}")
     return _show(out, job, proof, done, to)
 
 
@@ -238,7 +270,10 @@ def _show(out: Output, job: Any, proof: Any, done: Any, to: str) -> int:
                 "proven": True,
                 "proof": proof.to_json(),
                 "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in job.plan.dropped],
-                "notes": [{"code": n.code, "message": n.message, "tensors": list(n.names)} for n in job.plan.notes],
+                "notes": [
+                    {"code": n.code, "message": n.message, "tensors": list(n.names)}
+                    for n in (*job.plan.notes, *done.notes)
+                ],
                 "seconds": done.seconds,
             }
         )

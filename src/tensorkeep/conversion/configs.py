@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tensorkeep.conversion import naming as namings
-from tensorkeep.conversion.naming import Identity, minimind
+from tensorkeep.conversion.naming import Identity, hf, minimind
 from tensorkeep.conversion.naming.minimind_config import hf_config
 from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import Plan
@@ -64,7 +64,7 @@ def minimind_config(
     if made == "mm2a":
         links = {clean: from_own(clean, minimind.META) for clean in probe}
         probe = {link[0].hf: probe[clean] for clean, link in links.items() if link}
-    made_config, assumed, odd = hf_config(probe, config, made)
+    made_config, assumed, odd = hf_config(probe, config, made, _one_head(view, probe))
     if odd:
         notes.append(
             Note("C01", f"config.json is another model's, by the weights: {', '.join(odd)}; the weights were followed")
@@ -88,6 +88,14 @@ def minimind_config(
     rest.append(companion("config.json", {**made_config, "dtype": torch_dtype(probe.values())}))
     rest.append(companion("generation_config.json", {"_from_model_config": True, **ids}))
     return made_config, rest
+
+
+def _one_head(view: StateView, probe: Mapping[str, TensorRecord]) -> bool:
+    """Whether MiniMind's head is its embedding, as far as the file shows: one tensor, or two of the same bytes."""
+    head, embedding = probe.get(hf.HEAD), probe.get(hf.EMBEDDING)
+    if head is None or embedding is None or head.tied_to is not None or embedding.tied_to is not None:
+        return True
+    return view.digest(head.name) == view.digest(embedding.name)
 
 
 def missing_biases(config: Mapping[str, Any] | None, names: Collection[str]) -> list[Note]:

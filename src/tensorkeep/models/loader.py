@@ -27,6 +27,29 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
     Returns:
         What does not fit; None where transformers is not installed or has no such model.
     """
+    found = meta_model(config, offers)
+    if found is None:
+        return None
+    model, info = found
+    return Misfit(
+        f"its config ({config.get('model_type')})",
+        len(model.state_dict()),
+        tuple(sorted(map(str, info["missing_keys"]))),
+        tuple(sorted(map(str, info["unexpected_keys"]))),
+        {str(n): (tuple(a), tuple(b)) for n, a, b in sorted(info["mismatched_keys"])},
+    )
+
+
+def meta_model(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> tuple[Any, dict[str, Any]] | None:
+    """Let transformers load tensors of these names and shapes into a model on the meta device.
+
+    Args:
+        config: as config.json has it.
+        offers: the tensors by hf name.
+
+    Returns:
+        The model and transformers' loading info; None where it is not installed or has no such model.
+    """
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -51,13 +74,17 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
             )
     except refusals():
         return None
-    return Misfit(
-        f"its config ({config.get('model_type')})",
-        len(model.state_dict()),
-        tuple(sorted(map(str, info["missing_keys"]))),
-        tuple(sorted(map(str, info["unexpected_keys"]))),
-        {str(n): (tuple(a), tuple(b)) for n, a, b in sorted(info["mismatched_keys"])},
-    )
+    return model, info
+
+
+def _floats(value: Any) -> Any:
+    """Return a config with the infinities that transformers writes into JSON as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        spelled = value.get("__float__") if len(value) == 1 else None
+        if spelled in ("Infinity", "-Infinity", "NaN"):
+            return float(spelled)
+        return {k: _floats(v) for k, v in value.items()}
+    return [_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def quantized_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
@@ -126,7 +153,7 @@ def _kind(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
     named = config.get("architectures")
     with silent():
-        made = transformers.AutoConfig.for_model(**config)
+        made = transformers.AutoConfig.for_model(**_floats(config))
     kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     return made, kind if kind is not None else transformers.AutoModelForCausalLM._model_mapping[type(made)]
 

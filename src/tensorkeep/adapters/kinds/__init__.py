@@ -10,7 +10,7 @@ A kind is a module under the word that PEFT's `adapter_config.json` has for it (
 | `finish(adapter)` | sorts the parts when all are taken | nothing is to sort |
 | `spoken(adapter)` | what to call this adapter, with its rank | needed |
 | `changes(adapter)` | which weights it changes: hf name -> (a word of its own, module) | needed |
-| `shapes(adapter, word, module)` | shapes of the weight that fit, each with whether it is transposed | needed |
+| `shapes(adapter, word, module)` | shapes that fit (None: any), each with whether the weight is transposed | needed |
 | `load(term, base_rows)` | what is needed to change rows, read once a tensor, in float64 | needed |
 | `change(term, loaded, weights, rows)` | what is added to some rows of the weight, in float64 | needed |
 | `told(term)` | the change in a few words, for a line of the plan | needed |
@@ -19,9 +19,11 @@ A kind is a module under the word that PEFT's `adapter_config.json` has for it (
 | `refuse(adapter)` | raises for damaged or contradictory parts | they are sound |
 | `check(term, shape)` | raises where a part does not fit a weight | shapes alone decide |
 | `scale(adapter, word, module)` | what a report says of its scale | 1 |
+| `MAY_LACK` | words of changes that are left out where the base has no such tensor | all are needed |
 | `fixed(term)` | whether the update is the same whatever the weight, so that its share can be told | it is not |
 
-Whole tensors that replace the base's (PEFT's `modules_to_save`) are of no kind: every adapter may have them.
+Whole tensors and rows that replace the base's (PEFT's `modules_to_save`, `trainable_token_indices`) are of no kind:
+every adapter may have them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,15 @@ from types import ModuleType
 from typing import Any
 
 # PEFT's word in `peft_type` -> the module
-ADAPTER_KINDS = {"LORA": "tensorkeep.adapters.kinds.lora"}
+ADAPTER_KINDS = {
+    "LORA": "tensorkeep.adapters.kinds.lora",
+    "LOHA": "tensorkeep.adapters.kinds.loha",
+    "LOKR": "tensorkeep.adapters.kinds.lokr",
+    "IA3": "tensorkeep.adapters.kinds.ia3",
+    "OFT": "tensorkeep.adapters.kinds.oft",
+    "VERA": "tensorkeep.adapters.kinds.vera",
+    "TRAINABLE_TOKENS": "tensorkeep.adapters.kinds.trainable_tokens",
+}
 
 
 def word_of(document: Mapping[str, Any]) -> str:
@@ -50,6 +60,6 @@ def module(document: Mapping[str, Any]) -> ModuleType:
 
 
 def known() -> str:
-    """Return the names of all kinds for a sentence: `LoRA, rsLoRA and DoRA`."""
+    """Return the names of all kinds for a sentence: `LoRA, rsLoRA, DoRA, ... and VeRA`."""
     names = [name for place in ADAPTER_KINDS.values() for name in importlib.import_module(place).NAMES]
     return f"{', '.join(names[:-1])} and {names[-1]}"

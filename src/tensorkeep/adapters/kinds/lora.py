@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter, pattern
-from tensorkeep.adapters.terms import Term, permuted, whole
+from tensorkeep.adapters.reading import Adapter
+from tensorkeep.adapters.terms import Term, permuted, taken, whole
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.quantization.codes import Array
 
@@ -70,6 +70,8 @@ def spoken(adapter: Adapter) -> str:
     An adapter with several ranks says the range.
     """
     ranks = sorted({adapter.rank(m) for m in (*adapter.pairs, *adapter.embeddings)})
+    said = adapter.document.get("r") if adapter.document.get("target_parameters") else None
+    ranks = [said] if isinstance(said, int) else ranks
     name = ("rs" if adapter.rslora else "") + ("DoRA" if adapter.magnitudes else "LoRA")
     return f"{name} r {ranks[0]}" if len(ranks) == 1 else f"{name} r {ranks[0]}..{ranks[-1]}" if ranks else name
 
@@ -81,10 +83,6 @@ def reason(adapter: Adapter) -> tuple[str, str | None] | None:
     if start is not None:
         plain = "convert it to a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         return f"was started by {start}, which changes the base too", None if given.get("loftq_config") else plain
-    if given.get("trainable_token_indices") is not None:
-        return "trains single rows of an embedding (trainable_token_indices)", None
-    if any(not _weight_of_a_pair(str(t), adapter) for t in _listed(given.get("target_parameters"))):
-        return "targets bare parameters (target_parameters)", None
     if given.get("arrow_config"):
         return "chooses between experts at run time (arrow_config)", None
     return None
@@ -93,12 +91,6 @@ def reason(adapter: Adapter) -> tuple[str, str | None] | None:
 def _listed(value: object) -> list[object]:
     """Return what a field of the config lists; one word is a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []
-
-
-def _weight_of_a_pair(target: str, adapter: Adapter) -> bool:
-    """Whether a targeted parameter is the weight of a linear with a pair in the file: the sum is then that of LoRA."""
-    module, _, last = target.rpartition(".")
-    return last == "weight" and any(m == module or m.endswith(f".{module}") for m in adapter.pairs)
 
 
 def residual_start(adapter: Adapter) -> str | None:
@@ -129,8 +121,8 @@ def refuse(adapter: Adapter) -> None:
                 code="A02",
                 hint="get the adapter again; its tensors are not of one training",
             )
-        said = pattern(adapter.document.get("rank_pattern"), module) or adapter.document.get("r", first[0])
-        if said != first[0]:
+        said = adapter.said_rank(module) or (None if "r" in adapter.document else first[0])
+        if said != first[0] and not adapter.document.get("target_parameters"):  # of experts side by side: see `scale`
             raise TensorkeepError(
                 f"{module} has rank {first[0]}, the config says {shown(said)}",
                 where=where,
@@ -165,9 +157,40 @@ def changes(adapter: Adapter) -> dict[str, tuple[str, str]]:
     return wanted | {f"{m}.bias": ("bias", m) for m in adapter.biases}
 
 
-def scale(adapter: Adapter, word: str, module: str) -> float | None:
-    """Return what B A, and a bias beside it, is multiplied by."""
-    return adapter.scale(module) if word != "bias" or module in adapter.pairs else 1.0
+def scale(adapter: Adapter, word: str, module: str, parameter: str | None = None, experts: int = 0) -> float | None:
+    """Return what B A, and a bias beside it, is multiplied by.
+
+    Args:
+        adapter: the adapter.
+        word: "pair", "embedding" or "bias".
+        module: the module.
+        parameter: the live name of the parameter that the pair is for, where it is not the module's weight.
+        experts: how many experts the pair holds side by side; 0 for one weight.
+
+    Raises:
+        TensorkeepError: A02 where the pair's rank is not what the config says for it.
+    """
+    if word == "bias":
+        return adapter.scale(module) if module in adapter.pairs else 1.0
+    rank, name = adapter.rank(module), parameter or module
+    said = adapter.said_rank(name) or (None if adapter.document.get("r") is not None else rank // max(experts, 1))
+    if not isinstance(said, int) or said * max(experts, 1) != rank:
+        many = f" for {experts} experts" if experts else ""
+        raise TensorkeepError(
+            f"{name} has rank {rank}{many}, the config says {shown(said)}",
+            where=adapter.view.path,
+            code="A02",
+            hint="take the config that was saved with these weights: the scale depends on it",
+        )
+    found = adapter.scale(module, name, said)
+    if not found:
+        raise TensorkeepError(
+            f"{name} is scaled by nothing: lora_alpha {shown(adapter.document.get('lora_alpha'))}",
+            where=adapter.view.path,
+            code="A02",
+            hint="take the config that was saved with these weights",
+        )
+    return found
 
 
 def shapes(adapter: Adapter, word: str, module: str) -> list[tuple[tuple[int, ...], bool]]:
@@ -235,9 +258,18 @@ def load(term: Term, base_rows: Callable[[], Iterator[tuple[int, Array]]]) -> Fa
     if term.kind == "bias":
         return Factors(whole(term, adapter.biases[term.name]) * term.scale, np.ones((1, 1)))
     pairs = adapter.embeddings if term.kind == "embedding" else adapter.pairs
-    a, b = (view.array(n).astype(np.float64) for n in pairs[term.name])
-    a, b = a.reshape(a.shape[0], -1), permuted(b.reshape(b.shape[0], -1), term.permutes)
+    a, b = (adapter.array(n, keep=term.experts > 0) for n in pairs[term.name])
+    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    if term.experts and term.piece is not None and term.piece.expert is not None:
+        # PEFT holds A expert by expert, B rank by rank
+        rank, expert = len(a) // term.experts, term.piece.expert
+        a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: term.experts]
+    b = permuted(b, term.permutes)
     left, right = (a.T, b.T) if term.transposed else (b, a)
+    if term.piece is not None:
+        left, right = left[taken(term.piece.rows)], right[:, taken(term.piece.columns)]
+        left, right = (right.T, left.T) if term.piece.turned else (left, right)
+    left, right = left.astype(np.float64), right.astype(np.float64)
     made = Factors(np.ascontiguousarray(left) * term.scale, np.ascontiguousarray(right))
     stored = term.magnitude
     if stored is None:

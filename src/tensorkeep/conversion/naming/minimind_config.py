@@ -34,12 +34,12 @@ _Take = Callable[[str, Any], Any]
 
 
 def hf_config(
-    found: Mapping[str, TensorRecord], config: Mapping[str, Any] | None, made: str
+    found: Mapping[str, TensorRecord], config: Mapping[str, Any] | None, made: str, tied: bool = True
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Return the config for weights of generation `made` (hf names in `found`), what it assumes, and what it overrules.
 
-    The second value lists the assumed fields as `name=value`; the third what the given config says otherwise than the
-    weights, which win.
+    `tied` is what head and embedding show. The second value lists the assumed fields as `name=value`; the third what
+    the given config says otherwise than the weights, which win.
 
     Raises:
         TensorkeepError: the shapes are no MiniMind model's, or the config cannot be meant for them.
@@ -69,7 +69,7 @@ def hf_config(
         "rope_parameters": {"rope_theta": theta, **(yarn or {"rope_type": "default"})},
         "rope_scaling": yarn,
         "max_position_embeddings": take("max_position_embeddings", 32768),
-        "tie_word_embeddings": take("tie_word_embeddings", True),
+        "tie_word_embeddings": take("tie_word_embeddings", True) if tied else given.get("tie_word_embeddings") is True,
         **{
             f"{word}_token_id": given.get(f"{word}_token_id", number)
             for word, number in (("bos", 1), ("eos", 2), ("pad", 0))

@@ -52,6 +52,7 @@ _WORDS = {
     "O04": "rows_reordered",
     "V03": "freshly_initialised",
     "V04": "norm_default",
+    "A05": "does_nothing",
     "V05": "all_zeros",
     "V01": "not_finite",
     "V07": "corrupted_elements",

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.adapters.reading import Adapter
-from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, checkpoint_adapter
+from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, checkpoint_adapter, would_merge
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import near_misses
 from tensorkeep.findings import Finding
@@ -41,8 +41,17 @@ def check(case: Case) -> Iterator[Finding]:
             message = "an adapter alone: whether it fits a base was not looked at; give the base with --reference"
             yield Finding(CODE, "info", message)
         return
-    adapter, base, _ = found
+    adapter, base, model_is_reference = found
     missing, shapes = _compare(adapter, base)
+    view = case.reference if model_is_reference else case.view
+    if (missing or shapes) and view is not None and would_merge(view, adapter):
+        names = [*missing, *shapes]
+        message = (
+            f"{len(names)} tensors have another name or number of rows in the base's file than in the adapter, and a "
+            f"merge finds them all the same: {', '.join(grouped(names)[:3])}"
+        )
+        yield Finding(CODE, "info", message, names)
+        return
     if missing:
         hint = near_misses(missing[0], base.hubs)
         total = len(adapter.pairs) + len(adapter.embeddings) + len(adapter.saved) + len(adapter.parts)
@@ -61,10 +70,18 @@ def check(case: Case) -> Iterator[Finding]:
         yield Finding(CODE, "error", message, list(shapes), evidence)
 
 
-def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+_Wanted = tuple[int | None, ...]  # None: any number
+
+
+def _same(wanted: _Wanted, there: tuple[int, ...]) -> bool:
+    """Whether a weight has the shape that an adapter was made for."""
+    return all(w is None or w == t for w, t in zip(wanted, there))
+
+
+def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[_Wanted, tuple[int, ...]]]]:
     """Return the weights that the base lacks, and those of another shape with (the adapter's, the base's)."""
     missing: list[str] = []
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    shapes: dict[str, tuple[_Wanted, tuple[int, ...]]] = {}
     for name, wanted in _wanted(adapter).items():
         there = base.shape(name)
         if there is None:
@@ -72,16 +89,16 @@ def _compare(adapter: Adapter, base: Base) -> tuple[list[str], dict[str, tuple[t
         elif (
             there
             and len(there) == len(wanted)
-            and there != wanted
-            and not (adapter.document.get("fan_in_fan_out") and there == wanted[::-1])
+            and not _same(wanted, there)
+            and not (adapter.document.get("fan_in_fan_out") and _same(wanted[::-1], there))
         ):
             shapes[name] = wanted, there  # of another number of dimensions: experts in one tensor, which pairs may span
     return missing, shapes
 
 
-def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def _wanted(adapter: Adapter) -> dict[str, _Wanted]:
     """Return the shape that each weight of the base must have, by name."""
-    out: dict[str, tuple[int, ...]] = {}
+    out: dict[str, _Wanted] = {}
     for module, (a, b) in adapter.pairs.items():
         first, second = adapter.view[a].shape, adapter.view[b].shape
         if len(first) >= 2 and len(second) >= 2:
@@ -91,7 +108,7 @@ def _wanted(adapter: Adapter) -> dict[str, tuple[int, ...]]:
         if len(first) == 2 and len(second) == 2:
             out[f"{module}.weight"] = (first[1], second[0])
     for name, (word, module) in adapter.plug.changes(adapter).items():
-        if module in adapter.parts:  # of a kind other than LoRA
+        if module in adapter.parts and word not in getattr(adapter.plug, "MAY_LACK", ()):  # of a kind other than LoRA
             out[name] = adapter.plug.shapes(adapter, word, module)[-1][0]
     for name, stored in adapter.saved.items():
         out[name] = adapter.view[stored].shape

@@ -59,6 +59,14 @@ def _even(adapter: Adapter, a: str, b: str) -> bool:
     return len(first) >= 2 and len(second) >= 2 and first[0] == second[1]
 
 
+def _several(adapter: Adapter, said: object, module: str) -> bool:
+    """Whether a pair may be those of several experts side by side (target_parameters), each of the config's rank."""
+    patterns = adapter.document.get("rank_pattern")
+    ranks = [said, adapter.document.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    numbers = [r for r in ranks if isinstance(r, int) and r > 0]
+    return bool(adapter.document.get("target_parameters")) and any(adapter.rank(module) % r == 0 for r in numbers)
+
+
 def _against_config(adapter: Adapter, uneven: set[str]) -> Iterator[Finding]:
     """Report ranks, scales and DoRA's magnitudes that are not what the config says."""
     document, odd, scales = adapter.document, {}, []
@@ -66,7 +74,7 @@ def _against_config(adapter: Adapter, uneven: set[str]) -> Iterator[Finding]:
         if module in uneven:
             continue
         said = pattern(document.get("rank_pattern"), module) or document.get("r")
-        if said != adapter.rank(module):
+        if said != adapter.rank(module) and not _several(adapter, said, module):
             odd[module] = (said, adapter.rank(module))
         if not adapter.scale(module):
             scales.append(module)

@@ -29,7 +29,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter, Share, times_merged
+from tensorkeep.adapters.reading import Adapter
+from tensorkeep.adapters.shares import Share, times_merged
 from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, share
 from tensorkeep.diagnosis.evidence.bytewise import elements
 from tensorkeep.diagnosis.evidence.case import Array, Case

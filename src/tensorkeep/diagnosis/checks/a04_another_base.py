@@ -15,7 +15,8 @@ How it shows
 How it is found
     By the digest of the base, where the adapter carries one. A DoRA adapter also remembers the length of every weight
     row: its magnitudes begin as these lengths and move little. A plain LoRA adapter from PEFT holds no trace of its
-    base, and then the finding says that it cannot be known.
+    base, and then the finding says that it cannot be known;
+    but where its config names a repository of quantized weights (`...-bnb-4bit`) and this base is in floats, it warns.
 
 What to do
     Take the base whose digest the adapter names; merge onto the weights that it was trained on.
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter
+from tensorkeep.adapters.reading import Adapter, said_precision
 from tensorkeep.conversion.proof import read_certificate
 from tensorkeep.diagnosis.evidence.adapters import Base, adapter_and_base, checkpoint_adapter
 from tensorkeep.diagnosis.evidence.case import Case
@@ -73,6 +74,14 @@ def check(case: Case) -> Iterator[Finding]:
                 f"{ratio:.2f}): it was trained on other weights"
             )
             yield Finding(CODE, "error", message, list(adapter.magnitudes), figures)
+        return
+    said = said_precision(adapter.document)
+    if said is not None and not base.quantized:
+        message = (
+            f"the adapter's config names a base in {said} ({shown(named)}), this one is in floats: it was trained on "
+            "other values than these"
+        )
+        yield Finding(CODE, "warning", message, (), {"base_model_name_or_path": named, "here": view.path})
         return
     evidence = {"base_model_name_or_path": named, "here": view.path}
     differs = isinstance(named, str) and named and PurePath(named).name != PurePath(view.path).name

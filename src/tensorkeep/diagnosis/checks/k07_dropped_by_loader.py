@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tensorkeep.conversion.naming import hf, torchtitan
+from tensorkeep.diagnosis.evidence.adapters import adapter_and_base
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import same_tensor
 from tensorkeep.findings import Finding
@@ -31,6 +32,7 @@ NEEDS = "a program that has these tensors, or your --drop"
 def check(case: Case) -> Iterator[Finding]:
     """Report tensors for which torchtitan's models have no place, in its own files and in those meant for it."""
     yield from case.from_reading(CODE)
+    yield from _by_peft(case)
     own = case.identity is not None and case.identity.naming in ("torchtitan", "torchtitan-0.2")
     if not case.tensors or not (case.target == "torchtitan" or (own and case.target is None)):
         return
@@ -55,3 +57,22 @@ def check(case: Case) -> Iterator[Finding]:
             explains=["T01"],
             fix='set "tie_word_embeddings": false in config.json if the head is meant',
         )
+
+
+def _by_peft(case: Case) -> Iterator[Finding]:
+    """Report what PEFT itself leaves out of an adapter when it loads it onto a mixture of experts."""
+    found = adapter_and_base(case)
+    base = None if found is None else case.reference if found[2] else case.view
+    if found is None or base is None or not found[0].pairs:
+        return
+    try:
+        from tensorkeep.models.peft_loading import left_out_by_peft
+    except ImportError:
+        return
+    adapter = found[0]
+    lost = left_out_by_peft(base, adapter.document, adapter.view, [n for p in adapter.pairs.values() for n in p])
+    if lost is not None:
+        message = (
+            f"PEFT {lost[0]} leaves out {len(lost[1])} tensors of this adapter when it loads it, and does not say so"
+        )
+        yield Finding(CODE, "warning", message, lost[1], {"peft": lost[0]}, fix="tensorkeep merge takes all of it")

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensorkeep.adapters.reading import Adapter, Share, read_adapter
+from tensorkeep.adapters.planning import open_adapters, plan_merge
+from tensorkeep.adapters.reading import Adapter, read_adapter
+from tensorkeep.adapters.shares import Share
+from tensorkeep.conversion.live import AskLive, unknown
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.codes import Array
@@ -94,6 +98,27 @@ def adapter_and_base(case: Case) -> tuple[Adapter, Base, bool] | None:
     if theirs is not None and (base := base_of(case, False)):
         return theirs, base, False
     return None
+
+
+def would_merge(base: StateView, adapter: Adapter) -> bool:
+    """Whether a merge would find a place in a base for all that an adapter holds.
+
+    Args:
+        base: the opened base.
+        adapter: the adapter.
+    """
+    ask: AskLive = unknown
+    try:
+        from tensorkeep.models.in_memory import live_by_transformers
+
+        ask = live_by_transformers
+    except ImportError:  # no torch: names in the file are all that is known
+        pass
+    try:
+        plan_merge(base, open_adapters([(adapter.view, 1.0)]), ask=ask)
+    except TensorkeepError as error:
+        return error.code == "T01"  # it fits, and how a tie goes on is for the merge to ask
+    return True
 
 
 # -- how much of an update a weight holds ----------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def export_resume(
     batching = _batching(document, batch, world_size)
     epoch, step = _position(document, batching, notes)
     steps = [_weight(weights, name) for name in names]
-    steps.append(_tied(steps, names))
+    steps += [] if hf.HEAD in names else [_tied(steps, names)]
     steps += [s for i, n in enumerate(names) for s in _state(optimizer, n, i)]
     value = _document(steps, len(names), group)
     scaler = document.get("scaler")
@@ -159,10 +159,10 @@ def _pieces(
 
 
 def _names(weights: StateView, document: Mapping[str, Any], where: Path) -> list[str]:
-    """List parameter names in the order of MiniMind's optimizer; its head and embedding are always one."""
-    if hf.HEAD in weights:
+    """List parameter names in the order of MiniMind's optimizer; until MiniMind-3 head and embedding are one."""
+    if hf.HEAD in weights and (made := minimind.generation(weights)) != "mm3":
         raise TensorkeepError(
-            "has a head of its own; MiniMind's is the embedding",
+            f"has a head of its own; that of {made} is the embedding",
             where=where,
             code="T01",
             hint="weights alone go with: tensorkeep convert RUN OUT --to pth --naming minimind",

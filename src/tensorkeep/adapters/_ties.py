@@ -1,0 +1,221 @@
+"""Head and embedding of a merge's base: which tensors they are, whether they are one, what an adapter makes of it.
+
+PEFT's rules are followed: a whole tensor that it trained for one of a tied pair parts the two, rows that it trained
+(`trainable_token_indices`) are both's, and so is what it trained with `ensure_weight_tying`. A low-rank pair on one of
+two that are tied is refused: PEFT's forward changes one of them, and its merge both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
+from tensorkeep.adapters._places import ask_live, names_in_file
+from tensorkeep.adapters.reading import TIED, Adapter
+from tensorkeep.adapters.terms import Term, indices
+from tensorkeep.conversion.naming import hf
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import Note
+
+# how architectures call their input embedding, where nothing but names can tell
+_EMBEDDINGS = re.compile(
+    r"(.+\.)?(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings|embedding)\.weight\Z"
+)
+
+
+def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool) -> None:
+    """Find the base's embedding and head, and whether they are one tensor; where it is stored once, add the head.
+
+    Args:
+        state: the base; its `embedding`, `head` and `tied` are set.
+        sources: the adapters: transformers is asked only where one of them may change either.
+        untie: whether the user wants two tensors.
+    """
+    if hf.EMBEDDING not in state.hf_tensors and (untie or any(_may_touch(s.adapter) for s in sources)):
+        live = ask_live(state)
+        if live is not None and live.embedding is not None:
+            names = [live.embedding, live.head or hf.HEAD]
+            state.embedding, state.head = names_in_file(state, live, names)
+            state.tied = live.tied
+        else:
+            _guess(state)
+    embed, head = state.hf_tensors.get(state.embedding), state.hf_tensors.get(state.head)
+    if state.embedding == hf.EMBEDDING:
+        said = hf.tied(dict(state.config)) if state.config is not None else None
+        alias = (head is not None and head.tied_to == hf.EMBEDDING) or (embed is not None and embed.tied_to == hf.HEAD)
+        state.tied = bool(said or alias)
+    state.tied = state.tied and embed is not None
+    if state.tied and head is None and embed is not None:
+        state.hf_tensors[state.head] = replace(embed, name=state.head, tied_to=state.embedding)
+
+
+def _may_touch(adapter: Adapter) -> bool:
+    """Whether an adapter holds something that may be for an embedding or a head."""
+    if adapter.saved or adapter.tokens or adapter.embeddings:
+        return True
+    return any(m.rpartition(".")[2] in ("lm_head", "embed_out", "output") for m in (*adapter.pairs, *adapter.parts))
+
+
+def _guess(state: MergeBase) -> None:
+    """Take the embedding and the tie from names and the config alone."""
+    found = [n for n in state.hf_tensors if _EMBEDDINGS.match(n) and ".layers." not in n]
+    if len(found) == 1 and state.config is not None:
+        state.embedding = found[0]
+        state.tied = hf.tied(dict(state.config)) is True and state.head not in state.hf_tensors
+
+
+def settle_ties(
+    state: MergeBase, sources: Sequence[WeightedAdapter], wanted: dict[str, list[Term]], untie: bool
+) -> bool:
+    """Change head and embedding of a tied base together, or part them as PEFT or the user does, or stop.
+
+    Args:
+        state: the base.
+        sources: the adapters.
+        wanted: what changes each hf tensor; changed in place.
+        untie: whether the user wants two tensors.
+
+    Returns:
+        Whether the two are parted.
+
+    Raises:
+        TensorkeepError: T01 for a low-rank change of one of the two, or `untie` of two that are not tied.
+    """
+    if untie and not state.tied:
+        raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
+    pair = (state.embedding, state.head)
+    embed, head = (wanted.get(n, []) for n in pair)
+    names = [state.hf_tensors[n].parts[0].name for n in pair] if state.tied else []
+    if not (embed or head or untie) or not names or len({state.view.digest(n) for n in names}) > 1:
+        return False  # nothing of them changes; or the file holds two that differ, as `planning` will say (T01)
+    together = not (embed and head) and all(_kept_tied(sources[t.number].adapter, t) for t in (*embed, *head))
+    alike = _alike(embed, head)
+    if not untie and (together or alike):
+        both = embed or head
+        for name in pair if both and len(set(names)) == 2 else (state.embedding,) if both else ():
+            wanted[name] = both
+        if len(set(names)) == 1:
+            wanted.pop(state.head, None)
+            del state.hf_tensors[state.head]
+        return False
+    if not untie and not all(t.kind in ("saved", "tokens") for t in (*embed, *head)):
+        _refuse_sum(state, sources, embed, head)
+    if not untie:
+        what = "both" if embed and head else state.embedding if embed else state.head
+        state.notes.append(
+            Note(
+                "T01",
+                f"the base ties {state.head} to {state.embedding}, and the adapter brings {what} whole: they are two "
+                "tensors in the merged model, as in the trained one, and config.json says tie_word_embeddings: false",
+                pair,
+            )
+        )
+    for name in pair:
+        stored = state.hf_tensors[name].parts[0].name
+        state.records[stored] = replace(state.records[stored], tied_to=None)
+    if len(set(names)) == 1:
+        _part_head(state, wanted.pop(state.head, []))
+    return True
+
+
+def _kept_tied(adapter: Adapter, term: Term) -> bool:
+    """Whether PEFT keeps the tie through this change of one of the two."""
+    return adapter.document.get(TIED) is True or term.kind == "tokens"
+
+
+def _refuse_sum(state: MergeBase, sources: Sequence[WeightedAdapter], embed: list[Term], head: list[Term]) -> None:
+    """Stop (T01): a low-rank change of one of two that are tied."""
+    tied = f"the base ties {state.head} to {state.embedding}, and the adapter changes"
+    if embed and head:
+        what = f"{tied} both: each would no longer be the same tensor"
+    else:
+        what = (
+            f"{tied} {state.head} alone, not the embedding" if head else f"{tied} the embedding alone, not {state.head}"
+        )
+    raise TensorkeepError(
+        what,
+        where=sources[(embed or head)[0].number].path,
+        code="T01",
+        tensors=(state.embedding, state.head),
+        hint="--untie writes both as they were in training, and says so in config.json",
+    )
+
+
+def _part_head(state: MergeBase, terms: list[Term]) -> None:
+    """Add a head of its own, made of the embedding's values, beside the embedding."""
+    stored = state.hf_tensors[state.embedding].parts[0].name
+    if not stored.endswith(state.embedding):
+        raise TensorkeepError(
+            "the base has no hf names, so its head and embedding cannot be parted here",
+            where=state.view.path,
+            hint="convert it first: tensorkeep convert BASE OUT --to hf",
+        )
+    computed_tensor(state, stored, stored.removesuffix(state.embedding) + state.head, terms)
+
+
+def _alike(embed: list[Term], head: list[Term]) -> bool:
+    """Whether head and embedding are replaced, whole or by row, by equal bytes of the same adapters."""
+    if (
+        not embed
+        or [(t.number, t.kind) for t in embed] != [(t.number, t.kind) for t in head]
+        or not {t.kind for t in embed} <= {"saved", "tokens"}
+    ):
+        return False
+    return all(_brought(e) == _brought(h) for e, h in zip(embed, head))
+
+
+def _brought(term: Term) -> tuple[str, list[int] | None]:
+    """Return the digest of the bytes that replace a tensor or rows of it, and which rows."""
+    adapter = term.adapter
+    if term.kind == "saved":
+        return adapter.view.digest(adapter.saved[term.name]), None
+    return adapter.view.digest(adapter.tokens[term.name]), indices(adapter.document, term.name)
+
+
+def settle_sizes(state: MergeBase, sources: Sequence[WeightedAdapter], wanted: dict[str, list[Term]]) -> int | None:
+    """Return the merged vocabulary's size where an adapter brings another one; None where it stays.
+
+    Args:
+        state: the base.
+        sources: the adapters.
+        wanted: what changes each hf tensor.
+
+    Raises:
+        TensorkeepError: S02 where head and embedding would have different numbers of rows, or a resized one is to be
+            scaled or mixed with another adapter's.
+    """
+    sizes: dict[str, int] = {}
+    for name in (state.embedding, state.head, f"{state.head.removesuffix('weight')}bias"):
+        tensor, terms = state.hf_tensors.get(name), wanted.get(name, [])
+        if tensor is None or not tensor.shape:
+            continue
+        brought = next((t for t in terms if t.kind == "saved" and t.length != tensor.shape[0]), None)
+        sizes[name] = brought.length if brought is not None else tensor.shape[0]
+        if brought is None:
+            continue
+        what = None
+        if brought.weight != 1:
+            what = f"brings {name} with {brought.length} rows for {tensor.shape[0]}, which no weight can scale"
+        elif len({t.number for t in terms}) > 1:
+            what = f"brings {name} with {brought.length} rows for {tensor.shape[0]}, and another adapter changes it too"
+        elif any(p.permutes or p.rows is not None for p in tensor.parts) or tensor.parts[0].name in state.weights:
+            what = f"brings {name} with {brought.length} rows, and the base holds it stacked, permuted or quantized"
+        if what is not None:
+            raise TensorkeepError(
+                what, where=sources[brought.number].path, code="S02", hint="merge this adapter alone, with weight 1"
+            )
+    changed = {n for n, size in sizes.items() if size != state.hf_tensors[n].shape[0]}
+    if not changed:
+        return None
+    if len(set(sizes.values())) > 1:
+        held = ", ".join(f"{n} {size}" for n, size in sizes.items())
+        raise TensorkeepError(
+            f"resizes the vocabulary in part, rows would be: {held}",
+            where=sources[wanted[next(iter(changed))][0].number].path,
+            code="S02",
+            tensors=tuple(sizes),
+            hint="save the adapter with save_pretrained(..., save_embedding_layers=True)",
+        )
+    return next(iter(sizes.values()))
