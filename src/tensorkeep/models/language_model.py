@@ -78,7 +78,7 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
                         folder, local_files_only=True, **options
                     )
             else:
-                config = transformers.AutoConfig.for_model(**document)
+                config = transformers.AutoConfig.for_model(**with_floats(document))
                 state = dict(_tensors(view, document))
                 kept = getattr(
                     transformers, transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
@@ -128,12 +128,25 @@ def believable_config(transformers: Any, document: dict[str, Any], stored: int |
     check_config(document, "config.json", stored)
     try:
         with silent():
-            config = transformers.AutoConfig.for_model(**document)
+            config = transformers.AutoConfig.for_model(**with_floats(document))
     except refusals() as error:
         what = f"transformers cannot build it: {said(error)}"
         raise TensorkeepError(what, where="config", hint="config is what config.json says, with model_type") from None
     check_config(config.to_dict(), "config.json", stored)
     return config
+
+
+def with_floats(value: Any) -> Any:
+    """Return a config with the numbers that JSON has no word for: {"__float__": "Infinity"}, as transformers writes.
+
+    Args:
+        value: what config.json says, or any part of it.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {k: with_floats(v) for k, v in value.items()}
+    return [with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

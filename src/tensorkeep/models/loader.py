@@ -29,12 +29,12 @@ def by_transformers(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> M
         return None
     if not believable(config, sum(nbytes(offer.dtype, offer.shape) for offer in offers.values())):
         return None
-    from tensorkeep.models.language_model import silent
+    from tensorkeep.models.language_model import silent, with_floats
 
     named = config.get("architectures")
     try:
         with silent():
-            made = transformers.AutoConfig.for_model(**config)
+            made = transformers.AutoConfig.for_model(**with_floats(dict(config)))
         kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
         if kind is None:
             kind = transformers.AutoModelForCausalLM._model_mapping[type(made)]
