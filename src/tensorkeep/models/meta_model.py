@@ -305,10 +305,8 @@ def rope_layout(model: nn.Module) -> str | None:
         if turn is not None or plain is not None:
             row = torch.arange(8.0).view(1, 1, 1, 8)
             try:
-                if turn is not None:
-                    made = turn(row)
-                else:
-                    made = plain(row, torch.zeros(4), torch.ones(4))  # type: ignore[misc]  # a quarter of a turn
+                quarter = (torch.zeros(4), torch.ones(4))
+                made = turn(row) if turn is not None else plain(row, *quarter)  # type: ignore[misc]
                 return {1: "pairs", 4: "half"}.get(abs(int(made.flatten()[0])))
             except refusals():
                 continue

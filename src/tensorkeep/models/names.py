@@ -80,6 +80,17 @@ class ModelNames:
         """
         return name in self.computed or any(re.search(p, name) for p in self.ignored)
 
+    def in_file(self, live: str) -> str | None:
+        """Return what files call a live tensor that they hold whole; None for one that they keep in pieces.
+
+        Args:
+            live: its name in memory.
+        """
+        (run, *more) = self.made.get(live, (Run(live),))
+        tied = next((f for own, f in _tied_in_file(self).items() if own == live), None)
+        found = tied or (run.name if run.rows is None and not more else None)
+        return found if found in self.file or found in self.tied else None
+
 
 def model_names(config: Mapping[str, Any] | None, stored: int | None = None) -> ModelNames:
     """Return what transformers says of a config's model; kept from an earlier call where it was asked before.
@@ -270,6 +281,22 @@ def to_file(
     else:
         found = to_live(config, tensors, sources)
         live, unexpected = {n: t for n, t in found.tensors.items() if "tie" not in t.actions}, found.unexpected
+    out = from_live(names, live, sources)
+    missing = tuple(n for n in names.file if n not in out)
+    return Translated(out, missing, unexpected)
+
+
+def from_live(names: ModelNames, live: Mapping[str, HfTensor], sources: Sequence[StateView]) -> dict[str, HfTensor]:
+    """Return the tensors that a file has, as far as live ones make them up.
+
+    Args:
+        names: of the model.
+        live: tensors by live name.
+        sources: the views that their parts are in.
+
+    Raises:
+        TensorkeepError: S01, S04 or K06 where rows do not fit together.
+    """
     out: dict[str, HfTensor] = {}
     for name, shape in names.file.items():
         runs = names.saved.get(name, (Run(name),))
@@ -280,8 +307,7 @@ def to_file(
             out[file] = replace(live[own], name=file, tied_to=None)
             if names.tied[file] not in out:
                 out[names.tied[file]] = replace(live[own], name=names.tied[file], tied_to=None)
-    missing = tuple(n for n in names.file if n not in out)
-    return Translated(out, missing, unexpected)
+    return out
 
 
 def joined(
