@@ -52,6 +52,7 @@ def convert(
     """
     from tensorkeep.commands.export import of_run
     from tensorkeep.conversion.planning import make_plan
+    from tensorkeep.models.alignment import tied_names
 
     out = say.output()
     formats.writer(to)
@@ -73,6 +74,7 @@ def convert(
         prefer=prefer,
         from_naming=known_naming(from_naming),
         ask=_asked,
+        ties=tied_names,
     )
     return _carry_out(out, plan, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
 

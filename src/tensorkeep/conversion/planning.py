@@ -5,7 +5,7 @@ This is where a conversion is decided; `plan.py` says what a plan is and `execut
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ def make_plan(
     prefer: str | None = None,
     from_naming: str | None = None,
     ask: fit.Asker | None = fit.by_table,
+    ties: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, str]] | None = None,
 ) -> Plan:
     """Decide how every tensor of the sources reaches the output; only headers are read, and tied heads compared.
 
@@ -50,6 +51,7 @@ def make_plan(
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
         ask: who says which tensors an hf folder must have by its config; None where that is not compared.
+        ties: who says which names share another's tensor, where they have not Llama's names.
 
     Returns:
         The plan, complete: every stored tensor is used or dropped with a reason.
@@ -76,7 +78,7 @@ def make_plan(
     left_out = ("*.bias",) if any(i.naming == "torchtitan" for i in identities) else ()
     hub, known = fit.settle(hub, config, sources, dropped, asker, left_out)
     target = naming or ("hf" if known or any(i.naming for i in identities) else None)
-    tie(hub, to, target, config, sources, dropped, notes)
+    tie(hub, to, target, config, sources, dropped, notes, ties)
     notes += configs.missing_biases(config, hub)
     own = _renamed(list(hub.values()), target, config, dropped, notes)
     if any(namings.renames(i.naming) for i in identities):
@@ -84,7 +86,12 @@ def make_plan(
     steps = _to_sink(own, _dtypes(sources, dtype))
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
-    if to == "pth" and root is None:
+    return _finished(plan, to)
+
+
+def _finished(plan: Plan, to: str) -> Plan:
+    """Return the plan with what its format and its config ask for, once nothing is lost by it."""
+    if to == "pth" and plan.root is None:
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)

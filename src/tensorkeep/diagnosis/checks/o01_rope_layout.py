@@ -28,7 +28,15 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
-from tensorkeep.diagnosis.evidence.rotations import DIRECTIONS, OPPOSITE, Turn, find_turn, norm_profile, pair_distances, part_of
+from tensorkeep.diagnosis.evidence.rotations import (
+    DIRECTIONS,
+    OPPOSITE,
+    Turn,
+    find_turn,
+    norm_profile,
+    pair_distances,
+    part_of,
+)
 from tensorkeep.diagnosis.evidence.statistics import rounded
 from tensorkeep.errors import word
 from tensorkeep.findings import Finding
