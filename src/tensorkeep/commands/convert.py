@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import read
+from tensorkeep.models.alignment import tied_names
 from tensorkeep.output import Output, size
 
 
@@ -51,8 +53,6 @@ def convert(
         overwrite: Replace an existing sink, once the new one is proven.
     """
     from tensorkeep.commands.export import of_run
-    from tensorkeep.conversion.planning import make_plan
-    from tensorkeep.models.alignment import tied_names
 
     out = say.output()
     formats.writer(to)

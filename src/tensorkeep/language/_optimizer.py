@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches, near_pattern
+from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
+from tensorkeep.language._reachable import unreached
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.training.optimizer import adamw, parameter_groups
 from tensorkeep.training.randomness import derive
 from tensorkeep.training.sections import OptimizerConfig
 
+Remark = Callable[[str], None]
 
-def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
+
+def choose_trainable(model: nn.Module, recipe: LanguageRecipe, remark: Remark = lambda _: None) -> None:
     """Freeze every parameter the recipe does not train, in place; with an adapter, put it on and quantize under it.
 
     Args:
         model: the whole model; with `quantize_backbone` its linears may be quantized already.
         recipe: `trainable`, `adapter`, `training.quantize_backbone` and `training.seed` (of the adapter's first
             weights) are used.
+        remark: is told what stays in floats beside quantized weights, and which layers an adapter leaves out.
 
     Raises:
         TensorkeepError: a pattern of `trainable` fits no parameter, an adapter's target no linear, or (Q02) the
@@ -34,16 +40,31 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe) -> None:
         parameter.requires_grad_(matches(name, recipe.trainable))
     if recipe.adapter is None:
         return
-    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.adapters.lora import ALL, adaptable, add_lora
     from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
+    from tensorkeep.quantization.wide import stayed_wide
 
     model.requires_grad_(False)
     if recipe.training.quantize_backbone and not quantized_layers(model):  # they may be quantized as they were loaded
         quantize_(model, recipe.training.quantize_backbone)
+    if recipe.training.quantize_backbone and (wide := stayed_wide(model)) is not None:
+        remark(f"quantize_backbone: {wide}")
     adapter = recipe.adapter
+    idle = unreached(model, adaptable(model)) if adapter.targets == (ALL,) else []
+    if idle:
+        what = "the model uses their weights in ways that give an update no gradient"
+        remark(f"adapter: {', '.join(grouped(idle)[:8])} left out of {ALL}: {what}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
-        add_lora(model, adapter.targets, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
+        add_lora(
+            model,
+            adapter.targets,
+            adapter.lora_r,
+            adapter.lora_alpha,
+            adapter.lora_dropout,
+            adapter.rslora,
+            exclude=[exactly(n) for n in idle],
+        )
     check_ranks(model)
 
 

@@ -118,10 +118,11 @@ def plain_head(model: nn.Module) -> bool:
     model.eval()
     try:
         head = owner.get_output_embeddings()
-        capped = getattr(owner.config, "final_logit_softcapping", None)  # too weak to show in four small logits
+        config = owner.config.get_text_config()
+        capped = getattr(config, "final_logit_softcapping", None)  # too weak to show in four small logits
         if head is None or capped or not any(module is head for module in owner.modules()):
             return False
-        ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(owner.config.vocab_size)
+        ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(config.vocab_size)
         logits = owner(input_ids=ids, use_cache=False).logits
         with headless(model, True):
             hidden = owner(input_ids=ids, use_cache=False).logits

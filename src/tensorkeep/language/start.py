@@ -55,7 +55,7 @@ class StartingModel:
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
         config: Any = self.model.config
-        return int(config.vocab_size)
+        return int(config.get_text_config().vocab_size)
 
     def digest(self) -> str | None:
         """Digest of the checkpoint's tensors, by which merges and adapters name a base; None without a checkpoint."""

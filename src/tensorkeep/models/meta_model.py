@@ -17,9 +17,9 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.language_model import believable_config, silent
-from tensorkeep.models.linear_layers import linear_layers
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.models.row_maps import Run, numbered, origins, row_count, runs
+from tensorkeep.quantization.linear_layers import linear_layers
 
 Shapes = dict[str, tuple[int, ...]]
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")

@@ -248,7 +248,7 @@ def frozen_linear(
 
     Args:
         x: [..., in].
-        base: a `QuantLinear` or an `nn.Linear`; its weight gets no gradient.
+        base: a `QuantLinear`, an `nn.Linear` or a module with its `matrix` [out, in]; it gets no gradient.
         lora_A: [r, in], or None without an update.
         lora_B: [out, r], or None without an update.
         scale: factor of the update.
@@ -267,12 +267,13 @@ def frozen_linear(
         how: tuple[str, int, int, int, int]
         how = (layout.kind, *layout.shape, layout.block, layout.nested)
     else:
-        assert isinstance(base, nn.Linear)
-        rows, columns = base.weight.shape
-        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            what = f"input {x.dtype} on a weight of {base.weight.dtype}"
+        kept: Any = base
+        matrix: Tensor = getattr(kept, "matrix", kept.weight)  # Conv1D keeps it transposed
+        rows, columns = matrix.shape
+        if x.dtype != matrix.dtype and not torch.is_autocast_enabled(x.device.type):
+            what = f"input {x.dtype} on a weight of {matrix.dtype}"
             raise TensorkeepError(what, where="linear", hint="cast one, or use autocast")
-        how, state = ("dense", rows, columns, 0, 0), [base.weight.detach()]
+        how, state = ("dense", rows, columns, 0, 0), [matrix.detach()]
     run: Any = _FrozenLinear.apply
     out: Tensor = run(x, base.bias, lora_A, lora_B, scale, dtype, *how, *state)
     return out
@@ -346,7 +347,9 @@ class _FrozenLinear(torch.autograd.Function):
             a_cast, b_cast = a.to(dtype), b.to(dtype)
             flat = x.reshape(-1, columns)
             low = flat @ a_cast.T  # [n, r]
-            out = products(flat, weight.T, low, b_cast.T, scale, own).view(*x.shape[:-1], rows)
+            joined = products(flat, weight.T, low, b_cast.T, scale, own)
+            # no view of it: autograd forbids to change such a one in place, as Gemma 3n does
+            out = torch.ops.aten._unsafe_view(joined, (*x.shape[:-1], rows))
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[2] else None, low if needs[3] else None, a_cast, b_cast, *state)
         ctx.scale, ctx.how = scale, (kind, rows, columns, block, nested)

@@ -9,14 +9,15 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, near_pattern, unwrap
+from tensorkeep.quantization.linear_layers import dense
 
 if TYPE_CHECKING:
     from tensorkeep.quantization.linear import QuantLinear
 
 
 def quantizable(module: nn.Module) -> bool:
-    """Tell whether this is a plain dense linear, or one with our LoRA on it."""
-    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
+    """Tell whether this is a plain dense linear, whatever its class is called, or one with our LoRA on it."""
+    return dense(module) or (isinstance(module, nn.Linear) and hasattr(module, "over"))
 
 
 def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
