@@ -41,18 +41,23 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe, remark: Remark = 
     if recipe.adapter is None:
         return
     from tensorkeep.adapters.lora import ALL, adaptable, add_lora
+    from tensorkeep.quantization.linear_layers import read_directly
     from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
+    from tensorkeep.quantization.replacing import clean_name, left_wide
     from tensorkeep.quantization.wide import stayed_wide
 
     model.requires_grad_(False)
     if recipe.training.quantize_backbone and not quantized_layers(model):  # they may be quantized as they were loaded
-        quantize_(model, recipe.training.quantize_backbone)
+        quantize_(model, recipe.training.quantize_backbone, exclude=left_wide(model))
     if recipe.training.quantize_backbone and (wide := stayed_wide(model)) is not None:
         remark(f"quantize_backbone: {wide}")
     adapter = recipe.adapter
-    idle = unreached(model, adaptable(model)) if adapter.targets == (ALL,) else []
+    direct = {clean_name(n) for n in read_directly(model)}
+    idle = [n for n in adaptable(model) if n in direct] if adapter.targets == (ALL,) else []
+    if adapter.targets == (ALL,):
+        idle += unreached(model, {n: m for n, m in adaptable(model).items() if n not in direct})
     if idle:
-        what = "the model uses their weights in ways that give an update no gradient"
+        what = "the model takes their weights without calling them, or no gradient reaches them"
         remark(f"adapter: {', '.join(grouped(idle)[:8])} left out of {ALL}: {what}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))

@@ -5,7 +5,7 @@ Mamba's kernels take a projection's weight without calling the layer, an indexer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,9 @@ _TOKENS = 8
 def unreached(model: Any, linears: Mapping[str, nn.Module]) -> list[str]:
     """Return the layers whose output moves no loss, in one forward and backward of a few tokens.
 
-    Architectures in the table of `conversion.architecture` have no such layer and are not tried. An expert that no
-    token was sent to is not counted: the module around it was not called either.
+    Architectures in the table of `conversion.architecture` have no such layer and are not tried. One of a list of
+    modules that was not called is not counted: no token was sent to that expert. A whole part that was not called is:
+    the tower that sees, in a run over texts.
 
     Args:
         model: a causal language model, frozen or not; nothing is kept of the trial.
@@ -36,8 +37,7 @@ def unreached(model: Any, linears: Mapping[str, nn.Module]) -> list[str]:
     around = {child: module for module in model.modules() for child in module.children()}
     called: set[nn.Module] = set()
     added: dict[nn.Module, Tensor] = {}
-    marks = {m for m in (around.get(linear) for linear in linears.values()) if m is not None}
-    handles = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in marks]
+    handles = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in around.values()]
     handles += [m.register_forward_hook(partial(_with_zero, added)) for m in linears.values()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -54,7 +54,16 @@ def unreached(model: Any, linears: Mapping[str, nn.Module]) -> list[str]:
         for parameter in trained:
             parameter.requires_grad_(True)
     reached = {m for m, grad in zip(added, grads) if grad is not None and bool(grad.any())}
-    return [n for n, m in linears.items() if m not in reached and (m in added or around.get(m) in called)]
+    return [n for n, m in linears.items() if m not in reached and (m in added or not _spare(m, around, called))]
+
+
+def _spare(module: nn.Module, around: Mapping[nn.Module, nn.Module], called: Collection[nn.Module]) -> bool:
+    """Whether a module that was not called is in one of a list that another token may call."""
+    while module in around and around[module] not in called:
+        module = around[module]
+        if isinstance(around.get(module), nn.ModuleList | nn.ModuleDict):
+            return around.get(around[module]) in called
+    return False
 
 
 def _with_zero(added: dict[nn.Module, Tensor], module: nn.Module, _inputs: Any, out: Any) -> Any:

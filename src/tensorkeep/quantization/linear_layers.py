@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -78,3 +80,33 @@ def is_conv1d(module: nn.Module) -> bool:
         module: any module.
     """
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def read_directly(model: nn.Module) -> list[str]:
+    """Return the linear layers whose weight the module around them takes, beside calling the layer or instead of it.
+
+    Mamba's kernels do so, Gemma 3n clamps one in place: such a weight must stay a plain matrix, and an update beside
+    it is not seen. The source of the module's class says so.
+
+    Args:
+        model: a live model, on the meta device too.
+
+    Returns:
+        Their paths.
+    """
+    found = []
+    for path, module in model.named_modules():
+        children = [n for n, m in module.named_children() if dense(m) or is_conv1d(m)]
+        taken = _weights_taken(type(module)) if children else frozenset[str]()  # type: ignore[arg-type]
+        found += [f"{path}.{name}" if path else name for name in children if name in taken]
+    return found
+
+
+@cache
+def _weights_taken(kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of modules whose weight a class's own code takes, other than to ask for dtype or shape."""
+    try:
+        source = "\n".join(inspect.getsource(k) for k in kind.__mro__ if k.__module__.startswith("transformers.models"))
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|requires_grad))", source))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches, near_pattern, unwrap
-from tensorkeep.quantization.linear_layers import dense
+from tensorkeep.formats.names import exactly, matches, near_pattern, unwrap
+from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.linear_layers import dense, read_directly
 
 if TYPE_CHECKING:
     from tensorkeep.quantization.linear import QuantLinear
@@ -29,6 +30,15 @@ def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Tell whether one of the patterns fits a name and none of the others does."""
     return matches(name, include) and not matches(name, exclude)
+
+
+def left_wide(model: nn.Module) -> list[str]:
+    """Return the patterns of the linears that must keep their floats: heads, embeddings, and weights that are taken.
+
+    Args:
+        model: a live model, on the meta device too.
+    """
+    return [*EXCLUDED, *(exactly(clean_name(n)) for n in read_directly(model))]
 
 
 def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:
