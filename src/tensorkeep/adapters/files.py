@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.adapters.lora import LoraQuantLinear, layers
+from tensorkeep.adapters.lora import LoraConv1D, LoraQuantLinear, layers
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import peft
 from tensorkeep.formats.earlier import CHECKPOINT
@@ -79,7 +79,7 @@ def adapter_config(
         "use_rslora": first.rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(m, LoraConv1D) for m in found.values()),
         "init_lora_weights": True,
         "target_modules": sorted(n for n in found if n not in parameters),
         **({"target_parameters": sorted(named[n] for n in parameters)} if parameters else {}),

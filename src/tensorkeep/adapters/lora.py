@@ -21,6 +21,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.quantization.encoding import HEADS
 from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_linear
+from tensorkeep.quantization.linear_layers import dense, is_conv1d
 from tensorkeep.quantization.modules import adopted, is_bitsandbytes
 from tensorkeep.quantization.replacing import check_patterns, replace_modules
 
@@ -78,6 +79,29 @@ class LoraQuantLinear(LowRank, QuantLinear):
     """A quantized linear with a low-rank update; `add_lora` makes it out of a `QuantLinear`, whose codes it keeps."""
 
 
+class LoraConv1D(LowRank):
+    """transformers' Conv1D (GPT-2), whose weight is [in, out], with a low-rank update; A and B are as everywhere."""
+
+    weight: nn.Parameter
+    nx: int
+    nf: int
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as a linear has it, [out, in]."""
+        return self.weight.T
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.nx
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.nf
+
+
 def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """Compute a linear with a low-rank update: `base(x) + scale · (drop(x) A^T) B^T`.
 
@@ -94,7 +118,7 @@ def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dro
     Returns:
         `[..., out]`, in the dtype of computation.
     """
-    weight = getattr(base, "weight")  # noqa: B009
+    weight: Any = getattr(base, "matrix", base.weight)
     if not weight.requires_grad and not dropout:
         return frozen_linear(x, base, a, b, scale)
     if weight.requires_grad:
@@ -107,6 +131,9 @@ def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dro
     return torch.addmm(out.reshape(-1, out.shape[-1]), low.reshape(-1, len(update)), update, alpha=scale).view(
         out.shape
     )
+
+
+AnyLora = LoraLinear | LoraQuantLinear | LoraConv1D
 
 
 # -- putting it on -------------------------------------------------------------------------------------------------
@@ -151,7 +178,7 @@ def add_lora(
     """
     _refuse_other_kinds(kind)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    linears = {_clean(n): m for n, m in model.named_modules() if adaptable(m)}
+    linears = adaptable(model)
     chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not matches(n, exclude)]
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
@@ -173,13 +200,13 @@ def add_lora(
 
 def adapted(
     base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False, name: str = "linear"
-) -> LoraLinear | LoraQuantLinear:
+) -> AnyLora:
     """Return a layer with a low-rank update: the same parameters, buffers and hooks, under the subclass.
 
     A is drawn as `nn.Linear` draws its weight (Kaiming, uniform), B is zero: the first forward is that of the base.
 
     Args:
-        base: an `nn.Linear` or `QuantLinear`; its parameters are frozen.
+        base: an `nn.Linear`, `QuantLinear` or Conv1D; its parameters are frozen.
         r: rank.
         alpha: the update is scaled by alpha / r.
         dropout: probability in [0, 1).
@@ -194,8 +221,9 @@ def adapted(
     """
     if not isinstance(r, int) or r < 1 or not 0 <= dropout < 1:
         raise TensorkeepError(f"r={r}, dropout={dropout}: r is at least 1, dropout in [0, 1)", where=name)
-    kind: type[LoraLinear | LoraQuantLinear] = LoraQuantLinear if isinstance(base, QuantLinear) else LoraLinear
-    made: LoraLinear | LoraQuantLinear = kind.__new__(kind)
+    kind: type[AnyLora] = LoraConv1D if is_conv1d(base) else LoraLinear
+    kind = LoraQuantLinear if isinstance(base, QuantLinear) else kind
+    made: AnyLora = kind.__new__(kind)
     own = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(base).items()}
     made.__dict__.update(own)
     made.r, made.alpha, made.dropout, made.rslora = r, float(alpha), dropout, rslora
@@ -210,6 +238,15 @@ def adapted(
     return made
 
 
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that can have an update, by name without wrappers; those that have one already are none.
+
+    Args:
+        model: the model.
+    """
+    return {_clean(n): m for n, m in model.named_modules() if _adaptable(m)}
+
+
 def _refuse_other_kinds(kind: str) -> None:
     """Stop at a kind of adapter that is not trained here."""
     if kind.lower() not in TRAINED:
@@ -217,13 +254,9 @@ def _refuse_other_kinds(kind: str) -> None:
         raise TensorkeepError(f"{kind!r} is not trained here", where="lora", hint=hint)
 
 
-def adaptable(module: nn.Module) -> bool:
-    """Tell whether a module is a linear that can have an update: nothing that has one already.
-
-    Args:
-        module: of a model.
-    """
-    return type(module) in (nn.Linear, QuantLinear) or is_bitsandbytes(module)
+def _adaptable(module: nn.Module) -> bool:
+    """Whether a module is a linear that can have an update: nothing that has one already."""
+    return dense(module) or type(module) is QuantLinear or is_bitsandbytes(module) or is_conv1d(module)
 
 
 def _clean(name: str) -> str:
@@ -244,7 +277,7 @@ def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
 # -- merging -------------------------------------------------------------------------------------------------------
 
 
-def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
+def layers(model: nn.Module) -> dict[str, AnyLora]:
     """Return the adapted layers by name, without the wrappers of DDP, FSDP2 and torch.compile.
 
     Args:
@@ -253,7 +286,7 @@ def layers(model: nn.Module) -> dict[str, LoraLinear | LoraQuantLinear]:
     Returns:
         The layers, in the model's order.
     """
-    return {_clean(n): m for n, m in model.named_modules() if isinstance(m, (LoraLinear, LoraQuantLinear))}
+    return {_clean(n): m for n, m in model.named_modules() if isinstance(m, AnyLora)}
 
 
 @torch.no_grad()
@@ -275,7 +308,8 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     )
     for layer in found.values():
         quantized = isinstance(layer, LoraQuantLinear)
-        base = layer.dequantize() if isinstance(layer, LoraQuantLinear) else layer.weight.float()
+        base = layer.dequantize() if isinstance(layer, LoraQuantLinear) else getattr(layer, "matrix", layer.weight)
+        base = base.float()
         own = getattr(torch, layer.layout.dtype) if isinstance(layer, LoraQuantLinear) else layer.weight.dtype
         total = torch.addmm(base, layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale)
         layer.merged = total.to(dtype or own, copy=not quantized)

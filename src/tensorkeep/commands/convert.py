@@ -15,6 +15,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import read
+from tensorkeep.models.alignment import tied_names
 from tensorkeep.output import Output, size
 
 
@@ -102,6 +103,7 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
         from_naming=known_naming(from_naming),
         ask=loads,
         head_twice=twice,
+        ties=tied_names,
     )
 
 

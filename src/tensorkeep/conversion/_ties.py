@@ -7,7 +7,7 @@ names, so the other is made. The embedding alone and the config does not tie: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import Note, StateView
 
 _HEADS = (hf.HEAD, "output.weight")  # the head in every naming
+# (config, names) -> which of the model's names share another's tensor: head -> embedding
+Asker = Callable[[Mapping[str, Any], Collection[str]], Mapping[str, str]]
 
 
 def tie(
@@ -29,6 +31,7 @@ def tie(
     dropped: list[Step],
     notes: list[Note],
     twice: bool = False,
+    ask: Asker | None = None,
 ) -> None:
     """Give a plan one tensor or two for head and embedding, as its config, its data and the output's format ask.
 
@@ -41,24 +44,49 @@ def tie(
         dropped: gains the head where hf stores it once.
         notes: gains T01 where the two differ though the config ties them.
         twice: whether the reader asks for both names.
+        ask: who says what the two are called where they have not Llama's names; None leaves them as they are.
 
     Raises:
         TensorkeepError: K01 where an untied head is missing and the user did not drop it.
     """
-    head, embed, tied = tensors.get(hf.HEAD), tensors.get(hf.EMBEDDING), hf.tied(dict(config) if config else None)
-    if embed is None or target is None:
+    tied = hf.tied(dict(config)) if config is not None else None
+    if target is None:
+        return
+    if hf.EMBEDDING not in tensors:
+        named = ask(config, tensors) if ask is not None and config is not None and tied is not False else {}
+        for name, source in named.items():
+            _one_or_two((name, source), True, tensors, to, target, sources, dropped, notes, twice)
+        return
+    _one_or_two((hf.HEAD, hf.EMBEDDING), tied, tensors, to, target, sources, dropped, notes, twice)
+
+
+def _one_or_two(
+    names: tuple[str, str],
+    tied: bool | None,
+    tensors: dict[str, HfTensor],
+    to: str,
+    target: str | None,
+    sources: Sequence[StateView],
+    dropped: list[Step],
+    notes: list[Note],
+    twice: bool,
+) -> None:
+    """Settle one head and its embedding; `tie` says how."""
+    own, other = names
+    head, embed = tensors.get(own), tensors.get(other)
+    if embed is None:
         return
     if head is None:
         by_user = any(p.name.endswith(_HEADS) for s in dropped if s.reason == BY_USER for p in s.parts)
         if tied is False and not by_user:
             raise TensorkeepError(
-                "lm_head.weight is missing and the config says that it is not tied to the embedding",
+                f"{own} is missing and the config says that it is not tied to the embedding",
                 code="K01",
                 where=sources[0].path,
                 hint='get the full checkpoint, or set "tie_word_embeddings": true if the head is tied',
             )
         if tied and (twice or formats.fact(to, "TIED") == "both" or target not in ("hf", "gguf")):
-            tensors[hf.HEAD] = replace(embed, name=hf.HEAD, actions=(*embed.actions, "tie"), tied_to=hf.EMBEDDING)
+            tensors[own] = replace(embed, name=own, actions=(*embed.actions, "tie"), tied_to=other)
         return
     if not tied:
         return
@@ -66,20 +94,20 @@ def tie(
         notes.append(
             Note(
                 "T01",
-                "the config ties lm_head to the embedding, but the file holds a different lm_head: both are kept; "
-                "transformers 5 unties them with a warning, torchtitan overwrites the head",
-                (hf.HEAD, hf.EMBEDDING),
+                f"the config ties {own.removesuffix('.weight')} to the embedding, but the file holds a different one: "
+                "both are kept; transformers 5 unties them with a warning, torchtitan overwrites the head",
+                (own, other),
             )
         )
     elif formats.fact(to, "TIED") == "one":
-        del tensors[hf.HEAD]
+        del tensors[own]
         dropped += [
             Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once")
             for part in head.parts
         ]
     else:
-        tensors[hf.EMBEDDING] = replace(embed, tied_to=None)
-        tensors[hf.HEAD] = replace(head, actions=(*head.actions, "tie"), tied_to=hf.EMBEDDING)
+        tensors[other] = replace(embed, tied_to=None)
+        tensors[own] = replace(head, actions=(*head.actions, "tie"), tied_to=other)
 
 
 def _equal(a: HfTensor, b: HfTensor, sources: Sequence[StateView]) -> bool:

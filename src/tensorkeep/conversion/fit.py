@@ -17,6 +17,7 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Step
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.names import grouped, matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization.stored import find_quantized
@@ -131,6 +132,7 @@ def settle(
     if "quantization_config" in config:
         _refuse_strangers(hub, config, sources[0].path)
         return hub, False
+    config = complete(config, (c for view in sources for c in view.companions))
     refused: tuple[Misfit, str] | None = None
     for who in dict.fromkeys((by_table, ask)):
         closest = _closest(hub, config, dropped, left_out, who)

@@ -61,12 +61,20 @@ class Part(NamedTuple):
         name: the tensor's stored name in that view.
         rows: first row and the one after the last; None for the whole tensor.
         permutes: permutations of the rows of each head, applied in this order.
+        inner: where `rows` is a single one and a matrix (one of stacked experts): first row of that matrix and the one
+            after the last; None for all.
     """
 
     source: int  # index of the view
     name: str
     rows: tuple[int, int] | None = None
     permutes: tuple[RowPermutation, ...] = ()
+    inner: tuple[int, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """The part as certificates and plans spell it: `w1`, `w1[0:8]`, `w1[3:4][0:128]`."""
+        return self.name + "".join(f"[{r[0]}:{r[1]}]" for r in (self.rows, self.inner) if r is not None)
 
     def permuted(self, rows: RowPermutation) -> Part:
         """Return the part with one more permutation of its rows; two that undo each other are both left out."""
@@ -115,7 +123,7 @@ class Step:
     @property
     def line(self) -> str:
         """The step for people to read: `permute rename  wq.weight -> q_proj.weight`."""
-        names = [p.name if p.rows is None else f"{p.name}[{p.rows[0]}:{p.rows[1]}]" for p in self.parts]
+        names = [p.key for p in self.parts]
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         target = f" -> {self.sink.name}" if self.sink and self.sink.name != shown else ""
         return f"{' '.join(self.actions):<16} {shown}{target}{f'  ({self.reason})' if self.reason else ''}"

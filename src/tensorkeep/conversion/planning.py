@@ -5,7 +5,7 @@ This is where a conversion is decided; `plan.py` says what a plan is and `execut
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ def make_plan(
     from_naming: str | None = None,
     ask: fit.Asker | None = fit.by_table,
     head_twice: bool = False,
+    ties: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, str]] | None = None,
 ) -> Plan:
     """Decide how every tensor of the sources reaches the output; only headers are read, and tied heads compared.
 
@@ -55,6 +56,7 @@ def make_plan(
         from_naming: the sources' naming; None to tell it from their names.
         ask: who says which tensors an hf folder must have by its config; None where that is not compared.
         head_twice: write a tied head beside the embedding in every format but hf, as a live model's state dict has it.
+        ties: who says which names share another's tensor, where they have not Llama's names.
 
     Returns:
         The plan, complete: every stored tensor is used or dropped with a reason.
@@ -78,7 +80,7 @@ def make_plan(
     asker = ask if _target(to, naming, True, identities) in ("hf", "gguf") and to in ("hf", "gguf") else None
     hub, known = fit.settle(hub, config, sources, dropped, asker, _left_out(identities))
     target = _target(to, naming, known, identities)
-    tie(hub, to, target, config, sources, dropped, notes, head_twice)
+    tie(hub, to, target, config, sources, dropped, notes, head_twice, ties)
     notes += configs.missing_biases(config, hub)
     own = _renamed(list(hub.values()), target, config, dropped, notes, to)
     companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions

@@ -64,12 +64,30 @@ def pieces(part: Part, view: StateView, source: Any = None, whole_rows: bool = F
     record = view[part.name]
     row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
     element = row if whole_rows else max(DTYPES[record.dtype].bits // 8, 1)
-    for piece in view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element)):
+    stored = view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element))
+    if part.inner is not None:
+        row = nbytes(record.dtype, record.shape[2:])
+        stored = _within(view.stream(part.name, part.rows, element), part.inner[0] * row, part.inner[1] * row)
+        if part.permutes:
+            stored = iter([memoryview(b"".join(stored))])
+    for piece in stored:
         if source is not None:
             source.update(piece)
         for permute in part.permutes:
             piece = _permute(piece, permute, row)
         yield piece
+
+
+def _within(stream: Iterator[memoryview], low: int, high: int) -> Iterator[memoryview]:
+    """Yield the bytes of a stream from `low` to `high`; what lies before and after is read over."""
+    at = 0
+    for piece in stream:
+        mine = piece[max(low - at, 0) : max(high - at, 0)]
+        at += len(piece)
+        if len(mine):
+            yield mine
+        if at >= high:
+            return
 
 
 def write_tensor(
@@ -105,8 +123,7 @@ def write_tensor(
             crc = zlib.crc32(made, crc) if crc_wanted else 0
             state.update(made if encoding == "plain" else decoded)
             write(made)
-        key = part.name if part.rows is None else f"{part.name}[{part.rows[0]}:{part.rows[1]}]"
-        digests[part.source, key] = (state if same else source).hexdigest()
+        digests[part.source, part.key] = (state if same else source).hexdigest()
     return Sums(crc, state.hexdigest(), digests, cast)
 
 

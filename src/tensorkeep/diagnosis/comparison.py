@@ -17,12 +17,12 @@ import numpy as np
 import xxhash
 
 from tensorkeep.conversion import naming as namings
-from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.diagnosis.evidence.bytewise import aligned, as_float, hf_bytes, width
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.alignment import as_loaded, from_memory, tied_names, with_tied
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
 
@@ -86,12 +86,16 @@ def pair(a: StateView, b: StateView) -> Pairing:
     hubs = tuple(
         to_hf_tensors(view, i, identity, config, dropped) for i, (view, identity) in enumerate(zip((a, b), identities))
     )
-    pairing = Pairing((a, b), identities, (hubs[0], hubs[1]))
-    for mine, other in ((hubs[0], hubs[1]), (hubs[1], hubs[0])):
-        # a tied head may be stored once or twice; where one side leaves it out, its embedding stands for it
-        if hf.tied(config) and hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:
-            mine[hf.HEAD] = mine[hf.EMBEDDING]
-            pairing.tied.append(hf.HEAD)
+    sides = [dict(h) for h in hubs]
+    if set(sides[0]) != set(sides[1]) and not any(namings.renames(i.naming) for i in identities):
+        for translated in (from_memory, as_loaded):
+            sides = [translated(config, side, (a, b)) for side in sides]
+    pairing = Pairing((a, b), identities, (sides[0], sides[1]))
+    if set(sides[0]) != set(sides[1]):
+        ties = tied_names(config, {*sides[0], *sides[1]})
+        for mine, other in ((sides[0], sides[1]), (sides[1], sides[0])):
+            # a tied head may be stored once or twice; where one side leaves it out, its embedding stands for it
+            pairing.tied += with_tied(mine, other, ties)
     return pairing
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import exactly, matches, near_pattern
+from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
+from tensorkeep.language._reachable import unreached
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.training.optimizer import adamw, parameter_groups
 from tensorkeep.training.randomness import derive
 from tensorkeep.training.sections import OptimizerConfig
 
+Remark = Callable[[str], None]
 
-def choose_trainable(model: nn.Module, recipe: LanguageRecipe, peers: bool = False) -> None:
+
+def choose_trainable(
+    model: nn.Module, recipe: LanguageRecipe, peers: bool = False, remark: Remark = lambda _: None
+) -> None:
     """Freeze every parameter the recipe does not train, in place; with an adapter, put it on and quantize under it.
 
     Args:
@@ -23,6 +29,7 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe, peers: bool = Fal
         recipe: `trainable`, `adapter`, `training.quantize_backbone` and `training.seed` (of the adapter's first
             weights) are used.
         peers: other processes build the same model, and quantized weights are compared with theirs.
+        remark: is told what stays in floats beside quantized weights, and which layers an adapter leaves out.
 
     Raises:
         TensorkeepError: a pattern of `trainable` fits no parameter, an adapter's target no linear, or (Q02) the
@@ -38,18 +45,30 @@ def choose_trainable(model: nn.Module, recipe: LanguageRecipe, peers: bool = Fal
         parameter.requires_grad_(matches(name, recipe.trainable) and not name.startswith(unseen))
     if recipe.adapter is None:
         return
-    from tensorkeep.adapters.lora import adaptable, add_lora
+    from tensorkeep.adapters.lora import ALL, adaptable, add_lora
+    from tensorkeep.quantization.linear_layers import read_directly
     from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
+    from tensorkeep.quantization.replacing import clean_name, left_wide
+    from tensorkeep.quantization.wide import stayed_wide
 
     model.requires_grad_(False)
     if recipe.training.quantize_backbone and not quantized_layers(model):  # they may be quantized as they were loaded
-        quantize_(model, recipe.training.quantize_backbone)
+        quantize_(model, recipe.training.quantize_backbone, exclude=left_wide(model))
+    if recipe.training.quantize_backbone and (wide := stayed_wide(model)) is not None:
+        remark(f"quantize_backbone: {wide}")
     adapter = recipe.adapter
+    direct = {clean_name(n) for n in read_directly(model)}
+    idle = [n for n in adaptable(model) if n in direct] if adapter.targets == (ALL,) else []
+    if adapter.targets == (ALL,):
+        idle += unreached(model, {n: m for n, m in adaptable(model).items() if n not in direct})
+    if idle:
+        what = "the model takes their weights without calling them, or no gradient reaches them"
+        remark(f"adapter: {', '.join(grouped(idle)[:8])} left out of {ALL}: {what}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
         settings = (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
-        aside = [exactly(n) for n, m in model.named_modules() if n.startswith(unseen) and adaptable(m)]
-        add_lora(model, adapter.targets, *settings, exclude=aside)
+        aside = [n for n in adaptable(model) if n.startswith(unseen)]
+        add_lora(model, adapter.targets, *settings, exclude=[exactly(n) for n in dict.fromkeys([*idle, *aside])])
     check_ranks(model, peers)
 
 

@@ -12,12 +12,13 @@ from torch import nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._data import cache_of, make_data, pad_of
 from tensorkeep.language._dpo import PreferenceLoss, with_reference
+from tensorkeep.language._fits_rows import refuse_rows
 from tensorkeep.language._held_out import evaluation_of
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
 from tensorkeep.language.data.batches import Collate, targets_of
 from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
-from tensorkeep.language.losses import TokenLoss, plain_head, refuse_packing
+from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.language.recipe_text import kept, kept_of
 from tensorkeep.language.start import Remark, StartingModel, start_of
@@ -54,10 +55,9 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     world, run = world or World(), Path(run)
     start = start_of(recipe, run, world, remark)
     model = start.model
-    if recipe.data.packing != "none":
-        refuse_packing(model.config, recipe.data.length)
+    refuse_rows(model, recipe.data.length, recipe.data.packing != "none")
     digest = start.digest() if recipe.adapter is not None or recipe.objective == "dpo" else None
-    choose_trainable(model, recipe, peers=world.size > 1)
+    choose_trainable(model, recipe, world.size > 1, remark)
     model.to(world.device)
     head = plain_head(model)
     pad, dpo = pad_of(start.tokenizer), recipe.objective == "dpo"

@@ -22,6 +22,7 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
+from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
@@ -87,7 +88,7 @@ def start_of(
     elif view is None or not weights:
         stored = sum(record.nbytes for record in view.records.values()) if view is not None else None
         model = from_config(
-            dict((view.config if view else recipe.config) or {}), derive(recipe.training.seed, 0), stored
+            _whole_config(view) if view else dict(recipe.config or {}), derive(recipe.training.seed, 0), stored
         )
     else:
         model = loaded(view)
@@ -162,9 +163,11 @@ def packed(view: StateView, kind: Any, world: World) -> nn.Module:
     """
     from tensorkeep.models.repair import repair_buffers
     from tensorkeep.quantization.loading import load_quantizing
+    from tensorkeep.quantization.replacing import left_wide
 
     model = _skeleton(view)
-    load_quantizing(model, view, kind, device=world.device, dtype=torch.float32, repair=repair_buffers)
+    wide = left_wide(model)
+    load_quantizing(model, view, kind, exclude=wide, device=world.device, dtype=torch.float32, repair=repair_buffers)
     return model.eval()
 
 
@@ -176,7 +179,12 @@ def _plain_names(view: StateView) -> bool:
 def _skeleton(view: StateView) -> nn.Module:
     """Make the model of a checkpoint's config on the meta device, without memory."""
     with torch.device("meta"):
-        return from_config(dict(view.config or {}), 0)
+        return from_config(_whole_config(view), 0)
+
+
+def _whole_config(view: StateView) -> dict[str, Any]:
+    """Return the config beside a checkpoint, with what it says for each layer."""
+    return complete(view.config or {}, view.companions)
 
 
 def from_config(config: dict[str, Any], seed: int, stored: int | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import Inconclusive, TensorkeepError
+from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.view import StateView
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage.budget import check_config
@@ -54,7 +55,7 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
         Inconclusive: no config is there, transformers has no such model or cannot load it, or is not installed.
     """
     transformers = _transformers()
-    document = view.config or spare
+    document = complete(view.config, view.companions) if view.config else spare
     if document is None:
         raise Inconclusive("no config says which model this is")
     auto = auto_class(transformers, document)
@@ -70,10 +71,10 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
         with torch.random.fork_rng(devices=[]), silent():
             torch.default_generator.manual_seed(0)
             if view.format == "hf" and view.config is not None and isinstance(view.folder, LocalFolder):
-                with _own_files(view) as folder:
+                with _own_files(view, document) as folder:
                     model, info = auto.from_pretrained(folder, local_files_only=True, **options)
             else:
-                config = transformers.AutoConfig.for_model(**document)
+                config = transformers.AutoConfig.for_model(**with_floats(document))
                 state = dict(_tensors(view, document))
                 kept = auto._model_mapping[type(config)]
                 del options["trust_remote_code"]
@@ -118,7 +119,7 @@ def text_config(config: Any) -> Any:
 
 
 @contextmanager
-def _own_files(view: StateView) -> Iterator[Path]:
+def _own_files(view: StateView, document: dict[str, Any]) -> Iterator[Path]:
     """Give a folder of links to the files that the view reads, and of no others.
 
     In the view's own folder transformers picks by name: model.safetensors before an index, whatever the user named.
@@ -130,7 +131,7 @@ def _own_files(view: StateView) -> Iterator[Path]:
         folder = Path(made)
         for companion in view.companions:
             (folder / companion.name).write_bytes(companion.data)
-        (folder / "config.json").write_text(json.dumps(view.config), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
         own = {file: f"part-{i:05}.safetensors" if several else "model.safetensors" for i, file in enumerate(stored)}
         for file, name in own.items():
             (folder / name).symlink_to((view.folder.path / file).resolve())
@@ -154,12 +155,25 @@ def believable_config(transformers: Any, document: dict[str, Any], stored: int |
     check_config(document, "config.json", stored)
     try:
         with silent():
-            config = transformers.AutoConfig.for_model(**document)
+            config = transformers.AutoConfig.for_model(**with_floats(document))
     except refusals() as error:
         what = f"transformers cannot build it: {said(error)}"
         raise TensorkeepError(what, where="config", hint="config is what config.json says, with model_type") from None
     check_config(config.to_dict(), "config.json", stored)
     return config
+
+
+def with_floats(value: Any) -> Any:
+    """Return a config with the numbers that JSON has no word for: {"__float__": "Infinity"}, as transformers writes.
+
+    Args:
+        value: what config.json says, or any part of it.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {k: with_floats(v) for k, v in value.items()}
+    return [with_floats(v) for v in value] if isinstance(value, list) else value
 
 
 def _tensors(view: StateView, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

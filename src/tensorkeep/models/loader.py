@@ -77,16 +77,6 @@ def meta_model(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> tuple[
     return model, info
 
 
-def _floats(value: Any) -> Any:
-    """Return a config with the infinities that transformers writes into JSON as {"__float__": "Infinity"}."""
-    if isinstance(value, Mapping):
-        spelled = value.get("__float__") if len(value) == 1 else None
-        if spelled in ("Infinity", "-Infinity", "NaN"):
-            return float(spelled)
-        return {k: _floats(v) for k, v in value.items()}
-    return [_floats(v) for v in value] if isinstance(value, list) else value
-
-
 def quantized_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
     """Return the modules that transformers builds for codes by a config's quantization_config.
 
@@ -149,11 +139,11 @@ def _kind(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return transformers' config object, and the class of the model that the config names."""
     import transformers
 
-    from tensorkeep.models.language_model import silent
+    from tensorkeep.models.language_model import silent, with_floats
 
     named = config.get("architectures")
     with silent():
-        made = transformers.AutoConfig.for_model(**_floats(config))
+        made = transformers.AutoConfig.for_model(**with_floats(dict(config)))
     kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     return made, kind if kind is not None else transformers.AutoModelForCausalLM._model_mapping[type(made)]
 

@@ -248,7 +248,7 @@ def frozen_linear(
 
     Args:
         x: [..., in].
-        base: a `QuantLinear` or an `nn.Linear`; its weight gets no gradient.
+        base: a `QuantLinear`, an `nn.Linear` or a module with its `matrix` [out, in]; it gets no gradient.
         lora_A: [r, in], or None without an update.
         lora_B: [out, r], or None without an update.
         scale: factor of the update.
@@ -267,12 +267,13 @@ def frozen_linear(
         how: tuple[str, int, int, int, int]
         how = (layout.kind, *layout.shape, layout.block, layout.nested)
     else:
-        assert isinstance(base, nn.Linear)
-        rows, columns = base.weight.shape
-        if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            what = f"input {x.dtype} on a weight of {base.weight.dtype}"
+        kept: Any = base
+        matrix: Tensor = getattr(kept, "matrix", kept.weight)  # Conv1D keeps it transposed
+        rows, columns = matrix.shape
+        if x.dtype != matrix.dtype and not torch.is_autocast_enabled(x.device.type):
+            what = f"input {x.dtype} on a weight of {matrix.dtype}"
             raise TensorkeepError(what, where="linear", hint="cast one, or use autocast")
-        how, state = ("dense", rows, columns, 0, 0), [base.weight.detach()]
+        how, state = ("dense", rows, columns, 0, 0), [matrix.detach()]
     run: Any = _FrozenLinear.apply
     out: Tensor = run(x, base.bias, lora_A, lora_B, scale, dtype, *how, *state)
     return out

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches, near_pattern, unwrap
+from tensorkeep.formats.names import exactly, matches, near_pattern, unwrap
+from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.linear_layers import dense, read_directly
 
 if TYPE_CHECKING:
     from tensorkeep.quantization.linear import QuantLinear
 
 
 def quantizable(module: nn.Module) -> bool:
-    """Tell whether this is a plain dense linear, or one with our LoRA on it."""
-    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and hasattr(module, "over"))
+    """Tell whether this is a plain dense linear, whatever its class is called, or one with our LoRA on it."""
+    return dense(module) or (isinstance(module, nn.Linear) and hasattr(module, "over"))
 
 
 def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
@@ -28,6 +30,15 @@ def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     """Tell whether one of the patterns fits a name and none of the others does."""
     return matches(name, include) and not matches(name, exclude)
+
+
+def left_wide(model: nn.Module) -> list[str]:
+    """Return the patterns of the linears that must keep their floats: heads, embeddings, and weights that are taken.
+
+    Args:
+        model: a live model, on the meta device too.
+    """
+    return [*EXCLUDED, *(exactly(clean_name(n)) for n in read_directly(model))]
 
 
 def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:

@@ -113,7 +113,11 @@ def module(name: str) -> ModuleType:
 
 
 def renames(naming: str | None) -> bool:
-    """Return whether a naming is functions and not tables, as those of detectors are."""
+    """Return whether a naming is functions and not tables, as those of detectors are.
+
+    Args:
+        naming: the naming's word; None where the names are nobody's.
+    """
     return naming is not None and hasattr(module(naming), "to_hf")
 
 

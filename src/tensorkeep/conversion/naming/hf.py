@@ -12,8 +12,9 @@ LOADERS = ("hf", "flame", "torchtitan")
 
 # how transformers' models begin their names; a name that fits none may still be a Hugging Face model's
 KNOWN = re.compile(
-    r"model\.(embed_tokens|norm|rotary_emb|layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm|\w+norm\w*))\."
-    r"|model\.(language_model|visual|vision_tower|decoder|encoder|shared)\.|lm_head\.|score\."
+    r"model\.(embed_tokens|norm|rotary_emb|\w+norm\w*|layers\.\d+\.(?!attention\.)\w+)\."
+    r"|(model\.)?(language_model|visual|vision_tower|vision_model|multi_modal_projector)\."
+    r"|model\.(decoder|encoder|shared)\.|lm_head\.|score\."
     r"|transformer\.(wte|wpe|h\.\d+|ln_f)\.|gpt_neox\.|backbone\.layers\."
     r"|(bert|roberta|distilbert|vit|videomae|deit|dinov2|clip|t5|encoder|decoder|embeddings)\.(embeddings|encoder|layer|block|\w+)\."
 )

@@ -60,7 +60,8 @@ def partial_rotary(config: Mapping[str, Any]) -> float:
     """
     nested = config.get("rope_parameters")
     for place in (config, nested if isinstance(nested, Mapping) else {}):
-        value = place.get("partial_rotary_factor")
-        if isinstance(value, (int, float)) and 0 < value <= 1:
-            return float(value)
+        for key in ("partial_rotary_factor", "rotary_pct"):  # GPT-NeoX's word
+            value = place.get(key)
+            if isinstance(value, (int, float)) and 0 < value <= 1:
+                return float(value)
     return 1.0

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.errors import TensorkeepError
@@ -38,7 +37,7 @@ def check(case: Case) -> Iterator[Finding]:
     """Compare the ids in tokenizer.json with the rows of the embedding and with the reference's ids."""
     if case.view is None:
         return
-    embed = case.tensors.get(hf.EMBEDDING)
+    embed = case.tensors.get(case.embedding)
     if _same_as_reference(case):
         return
     ids = _ids(case.view)
@@ -52,7 +51,7 @@ def check(case: Case) -> Iterator[Finding]:
             f"{max(beyond.values())}"
         )
         evidence = {"rows": embed.shape[0], "largest_id": max(ids.values()), "tokens": shown}
-        yield Finding(CODE, "error", message, [hf.EMBEDDING], evidence, explains=["C01"])
+        yield Finding(CODE, "error", message, [case.embedding], evidence, explains=["C01"])
     theirs = _ids(case.reference) if case.reference is not None else {}
     other = {t: (i, theirs[t]) for t, i in ids.items() if t in theirs and theirs[t] != i}
     if other:
@@ -69,23 +68,24 @@ def _same_as_reference(case: Case) -> bool:
         return False
     mine, theirs = ({c.name: c.data for c in v.companions}.get(_TOKENIZER) for v in (case.view, case.reference))
     rows = [
-        hubs[hf.EMBEDDING].shape if hf.EMBEDDING in hubs else None for hubs in (case.tensors, case.reference_tensors)
+        hubs[case.embedding].shape if case.embedding in hubs else None
+        for hubs in (case.tensors, case.reference_tensors)
     ]
     return mine is not None and mine == theirs and rows[0] == rows[1]
 
 
 def _dead_rows(case: Case, ids: dict[str, int]) -> Iterator[Finding]:
     """Report tokens whose row in the embedding is exactly zero."""
-    if hf.EMBEDDING in case.packed or hf.EMBEDDING in case.claims or hf.EMBEDDING in case.broken:
+    if case.embedding in case.packed or case.embedding in case.claims or case.embedding in case.broken:
         return
-    values = case.values(hf.EMBEDDING)
+    values = case.values(case.embedding)
     # torch keeps the row of the padding token at zero
     padding = (case.config or {}).get("pad_token_id")
     used = np.asarray(sorted({i for i in ids.values() if i != padding}), np.int64)
     dead = int(np.count_nonzero(~np.asarray(values.any(axis=1))[used]))
     if dead:
         message = f"{dead} tokens have a row of zeros in the embedding"
-        yield Finding(CODE, "warning", message, [hf.EMBEDDING], {"dead_rows": dead, "tokens": len(ids)})
+        yield Finding(CODE, "warning", message, [case.embedding], {"dead_rows": dead, "tokens": len(ids)})
 
 
 def _ids(view: StateView) -> dict[str, int]:

@@ -26,8 +26,9 @@ from collections.abc import Iterator
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation, missing, model_stored, unexpected
 from tensorkeep.diagnosis.evidence.remedy import Remedies
-from tensorkeep.errors import Inconclusive
+from tensorkeep.errors import Inconclusive, TensorkeepError
 from tensorkeep.findings import Finding
+from tensorkeep.models.names import model_names
 
 CODE = "K01"
 
@@ -56,9 +57,15 @@ def check(case: Case) -> Iterator[Finding]:
 
 def _unknown(case: Case) -> str:
     """Say why it is unknown which tensors belong to the model."""
-    kind = (case.config or {}).get("model_type")
-    what = "there is no config" if case.config is None else f"tensorkeep has no table of the architecture {kind!r}"
-    return f"{what}, so which tensors belong to the model is unknown; give --reference"
+    if case.config is None:
+        return "there is no config, so which tensors belong to the model is unknown; give --reference"
+    try:
+        model_names(case.config)
+        why = "its config asks for far more than is stored"
+    except TensorkeepError as error:
+        why = error.line
+    kind = case.config.get("model_type")
+    return f"tensorkeep has no table of the architecture {kind!r} and {why}; give --reference"
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation, missing, model_stored
 from tensorkeep.findings import Finding
@@ -48,7 +47,7 @@ def check(case: Case) -> Iterator[Finding]:
     if wanted is None or not wanted.shapes or not case.tensors:
         return
     # a head that may be left out says nothing unless it is there
-    if any(n in case.tensors for n in wanted.shapes) or set(wanted.shapes) - {*missing(case), hf.HEAD}:
+    if any(n in case.tensors for n in wanted.shapes) or set(wanted.shapes) - {*missing(case), case.head}:
         return
     case.claim([*case.tensors, *wanted.shapes], CODE)
     stored, asked = sorted(case.tensors)[:3], sorted(wanted.shapes)[:3]

@@ -28,7 +28,15 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming.rope import partial_rotary
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
-from tensorkeep.diagnosis.evidence.rotations import DIRECTIONS, Turn, find_turn, norm_profile, pair_distances, part_of
+from tensorkeep.diagnosis.evidence.rotations import (
+    DIRECTIONS,
+    OPPOSITE,
+    Turn,
+    find_turn,
+    norm_profile,
+    pair_distances,
+    part_of,
+)
 from tensorkeep.diagnosis.evidence.statistics import rounded
 from tensorkeep.errors import word
 from tensorkeep.findings import Finding
@@ -94,7 +102,10 @@ def _finding(case: Case, turns: Mapping[str, Turn]) -> Finding:
         "rotary": sorted({t.rotary for t in turns.values()}),
     }
     assert case.reference is not None
-    message = f"the rows of {which} in {len(turns)} tensors are {DIRECTIONS[to]}; turned back, they are the reference's"
+    kind = (case.model_config or {}).get("model_type")
+    asked = case.names if kind is not None and kind not in architecture.FAMILIES else None
+    words = OPPOSITE if asked is not None and asked.rope == "pairs" else DIRECTIONS
+    message = f"the rows of {which} in {len(turns)} tensors are {words[to]}; turned back, they are the reference's"
     return Finding(CODE, "error", message, list(turns), evidence, explains=["V06", "O04"], fix=case.repair_command())
 
 

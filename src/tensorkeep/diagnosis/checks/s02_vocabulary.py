@@ -22,7 +22,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import expectation
 from tensorkeep.diagnosis.evidence.remedy import Remedies
@@ -41,7 +40,7 @@ def check(case: Case) -> Iterator[Finding]:
         return
     names = [
         n
-        for n in (hf.EMBEDDING, hf.HEAD)
+        for n in (case.embedding, case.head)
         if n in case.tensors and n in wanted.shapes and _rows_differ(case.tensors[n].shape, wanted.shapes[n])
     ]
     names = [n for n in names if n not in case.claims and (case.reference is None or _common(case, n))]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import SAME
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import same_tensor
@@ -35,21 +34,23 @@ CODE = "T01"
 def check(case: Case) -> Iterator[Finding]:
     """Report different head and embedding under a config that ties them; an info where the reference has the same."""
     yield from case.from_reading(CODE)
-    head, embed = case.tensors.get(hf.HEAD), case.tensors.get(hf.EMBEDDING)
+    head, embed = case.tensors.get(case.head), case.tensors.get(case.embedding)
     if not case.config_ties() or head is None or embed is None:
         return
-    if {hf.HEAD, hf.EMBEDDING} & (case.claims.keys() | case.broken.keys() | case.packed) or head.parts == embed.parts:
+    if {case.head, case.embedding} & (
+        case.claims.keys() | case.broken.keys() | case.packed
+    ) or head.parts == embed.parts:
         return
     if same_tensor(case):
         return
-    mine, theirs = case.values(hf.HEAD), case.values(hf.EMBEDDING)
-    statuses = {n: case.comparisons[n].status for n in (hf.HEAD, hf.EMBEDDING) if n in case.comparisons}
-    in_reference = case.reference is not None and hf.HEAD in case.reference_tensors and hf.HEAD not in case.tied
+    mine, theirs = case.values(case.head), case.values(case.embedding)
+    statuses = {n: case.comparisons[n].status for n in (case.head, case.embedding) if n in case.comparisons}
+    in_reference = case.reference is not None and case.head in case.reference_tensors and case.head not in case.tied
     if in_reference and all(s in SAME for s in statuses.values()):
         message = "the config ties head and embedding and both files hold two that differ"
-        yield Finding(CODE, "info", message, [hf.HEAD, hf.EMBEDDING])
+        yield Finding(CODE, "info", message, [case.head, case.embedding])
         return
-    odd = [n for n, s in statuses.items() if s not in SAME] or [hf.HEAD, hf.EMBEDDING]
+    odd = [n for n, s in statuses.items() if s not in SAME] or [case.head, case.embedding]
     case.claim(odd, CODE)
     r = rounded(relation(mine, theirs).correlation) if head.shape == embed.shape else None
     own = {n: relation_of(case, n).to_json() for n in odd if statuses.get(n) == "values"}
@@ -58,15 +59,15 @@ def check(case: Case) -> Iterator[Finding]:
         f"{', '.join(odd)}"
     )
     evidence = {"correlation": r, "against_reference": own}
-    drop = f"tensorkeep convert {word(case.path)} OUT --to hf --drop {word(exactly(case.stored(hf.HEAD)))}"
+    drop = f"tensorkeep convert {word(case.path)} OUT --to hf --drop {word(exactly(case.stored(case.head)))}"
     fix = f"{drop}  # or set tie_word_embeddings to false"
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:
     """Leave an odd head out where the config ties it; which of two is meant is the user's to say."""
-    if names == [hf.HEAD] and hf.HEAD in case.tensors:
-        out.dropped.add(hf.HEAD)
+    if names == [case.head] and case.head in case.tensors:
+        out.dropped.add(case.head)
         out.done[CODE] = "left the odd head out: the config ties it to the embedding"
     else:
         out.refused[CODE] = "your decision which of head and embedding is meant (--drop it when converting)"

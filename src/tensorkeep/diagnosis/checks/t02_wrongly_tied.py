@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.remedy import Remedies
@@ -32,30 +31,30 @@ _APART = 0.2  # difference of r that says which of two trained tensors is where 
 
 def check(case: Case) -> Iterator[Finding]:
     """Report equal head and embedding where the reference's differ (error) or the config unties them (warning)."""
-    head, embed = case.tensors.get(hf.HEAD), case.tensors.get(hf.EMBEDDING)
+    head, embed = case.tensors.get(case.head), case.tensors.get(case.embedding)
     if (
         head is None
         or embed is None
         or head.shape != embed.shape
         or head.dtype != embed.dtype
-        or {hf.HEAD, hf.EMBEDDING} & case.broken.keys()
+        or {case.head, case.embedding} & case.broken.keys()
     ):
         return
     if case.reference is None:
-        if case.config_ties() is False and bits_equal(case.values(hf.HEAD), case.values(hf.EMBEDDING)):
+        if case.config_ties() is False and bits_equal(case.values(case.head), case.values(case.embedding)):
             message = "head and embedding hold the same values, the config does not tie them"
-            yield Finding(CODE, "warning", message, [hf.HEAD, hf.EMBEDDING], {"tied": False})
+            yield Finding(CODE, "warning", message, [case.head, case.embedding], {"tied": False})
         return
-    changed = [n for n in (hf.HEAD, hf.EMBEDDING) if case.changed(n) and n not in case.claims]
-    if not changed or hf.EMBEDDING not in case.reference_tensors or _tied_there(case):
+    changed = [n for n in (case.head, case.embedding) if case.changed(n) and n not in case.claims]
+    if not changed or case.embedding not in case.reference_tensors or _tied_there(case):
         return
-    if head.parts != embed.parts and not bits_equal(case.values(hf.HEAD), case.values(hf.EMBEDDING)):
+    if head.parts != embed.parts and not bits_equal(case.values(case.head), case.values(case.embedding)):
         return
     if len(changed) == 2:  # trained further: the one that was overwritten resembles the other's reference
         own = {n: relation(*case.pair(n)).correlation for n in changed}
-        changed = [min(changed, key=own.__getitem__)] if abs(own[hf.HEAD] - own[hf.EMBEDDING]) > _APART else changed
+        changed = [min(changed, key=own.__getitem__)] if abs(own[case.head] - own[case.embedding]) > _APART else changed
     case.claim(changed, CODE)
-    other = hf.EMBEDDING if changed == [hf.HEAD] else hf.HEAD
+    other = case.embedding if changed == [case.head] else case.head
     message = f"{' and '.join(changed)} holds {other}'s values; in the reference they differ and are not tied"
     evidence = {"overwritten": changed, "by": other}
     yield Finding(
@@ -71,13 +70,13 @@ def check(case: Case) -> Iterator[Finding]:
 
 def _tied_there(case: Case) -> bool:
     """Say whether the reference's own head and embedding are one."""
-    first, second = case.reference_tensors.get(hf.HEAD), case.reference_tensors[hf.EMBEDDING]
+    first, second = case.reference_tensors.get(case.head), case.reference_tensors[case.embedding]
     if first is None or first.parts == second.parts:
         return True
     return (
         first.shape == second.shape
         and first.dtype == second.dtype
-        and bits_equal(case.reference_values(hf.HEAD), case.reference_values(hf.EMBEDDING))
+        and bits_equal(case.reference_values(case.head), case.reference_values(case.embedding))
     )
 
 

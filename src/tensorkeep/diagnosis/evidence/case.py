@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import Half
 from tensorkeep.conversion.naming import Identity, hf
 from tensorkeep.conversion.plan import HfTensor, Step
@@ -23,8 +24,10 @@ from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, s
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
+from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.table import written_again
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.names import ModelNames, known
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
 
@@ -68,6 +71,7 @@ class Case:
         self._lock = threading.Lock()
         self._arrays: OrderedDict[tuple[int, str], Array] = OrderedDict()
         self._held = 0  # bytes of them
+        self._names: tuple[ModelNames | None] | None = None  # empty until it was asked for
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
@@ -90,7 +94,47 @@ class Case:
     def config_ties(self) -> bool | None:
         """Say whether the model's config ties head and embedding; None where nothing says."""
         config = self.model_config
-        return hf.tied(dict(config)) if config is not None else None
+        if config is None:
+            return None
+        return bool(self.names.tied) if self._asks() and self.names is not None else hf.tied(dict(config))
+
+    def _asks(self) -> bool:
+        """Whether nothing but transformers tells what embedding and head are called: they have not Llama's names."""
+        named = hf.EMBEDDING in self.tensors or hf.EMBEDDING in self.reference_tensors
+        return not named and bool(self.tensors) and self.model_config is not None
+
+    @property
+    def names(self) -> ModelNames | None:
+        """What transformers says of the model; None where it does not know it, or is not installed.
+
+        It is asked once, and only where no table here says as much.
+        """
+        if self._names is None:
+            views = [v for v in (self.view, self.reference) if v is not None]
+            stored = max((sum(r.nbytes for r in v.records.values()) for v in views), default=None)
+            renamed = self.identity is not None and namings.renames(self.identity.naming)
+            config = complete(self.model_config or {}, (c for v in views for c in v.companions))
+            self._names = (None if renamed else known(config, stored),)
+        return self._names[0]
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """The names that share another's tensor by the config, so that a file need not hold them."""
+        if self._asks() and self.names is not None:
+            return self.names.tied
+        return {hf.HEAD: hf.EMBEDDING} if self.config_ties() else {}
+
+    @property
+    def embedding(self) -> str:
+        """The name of the input embedding."""
+        found = self.names.in_file(f"{self.names.embedding}.weight") if self._asks() and self.names else None
+        return found or hf.EMBEDDING
+
+    @property
+    def head(self) -> str:
+        """The name of the output head."""
+        found = self.names.in_file(f"{self.names.head}.weight") if self._asks() and self.names else None
+        return found or hf.HEAD
 
     def stored(self, name: str) -> str:
         """Return the name under which the checkpoint stores (the first part of) a tensor; `name` itself where none."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorkeep.conversion import architecture
-from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
@@ -32,6 +31,8 @@ def expectation(case: Case) -> Expectation | None:
         shapes = {n: h.shape for n, h in case.reference_tensors.items() if n not in case.packed or n in case.tensors}
         return Expectation(shapes, "the reference") if shapes else None
     expected = architecture.expected(case.config)
+    if expected is None and case.config is not None and case.names is not None:
+        expected = case.names.file
     if expected is None:
         return None
     return Expectation(expected, f"the config ({(case.config or {}).get('model_type')})")
@@ -56,7 +57,7 @@ def missing(case: Case) -> list[str]:
         return []
     have = set(case.tensors) | set(_weights_of_parts(case))
     lost = [n for n in wanted.shapes if n not in have]
-    return [n for n in lost if n != hf.HEAD or not case.config_ties()]
+    return [n for n in lost if n not in case.ties]
 
 
 def unexpected(case: Case) -> list[str]:
@@ -66,12 +67,14 @@ def unexpected(case: Case) -> list[str]:
         return []
     extra = [n for n in case.tensors if n not in wanted.shapes and n not in case.packed]
     # a tied head stored twice is no surprise; T01 looks whether both copies agree
-    return [n for n in extra if n != hf.HEAD or not case.config_ties()]
+    extra = [n for n in extra if n not in case.ties]
+    known = case.names if extra and case.reference is None and architecture.expected(case.config) is None else None
+    return [n for n in extra if known is None or not known.ignores(n)]
 
 
 def same_tensor(case: Case) -> bool:
     """Say whether the checkpoint's head holds the embedding's values, as stored or once cast to the narrower dtype."""
-    head, embed = case.values(hf.HEAD), case.values(hf.EMBEDDING)
+    head, embed = case.values(case.head), case.values(case.embedding)
     if head.shape != embed.shape:
         return False
     with np.errstate(over="ignore", invalid="ignore"):

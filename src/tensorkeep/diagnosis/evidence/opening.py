@@ -6,7 +6,7 @@ reference's by one prefix as a whole are matched without it, and the prefix is r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from tensorkeep.conversion import architecture
@@ -20,6 +20,7 @@ from tensorkeep.diagnosis.evidence.case import Case, Target
 from tensorkeep.diagnosis.evidence.survey import survey
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
+from tensorkeep.models.alignment import as_loaded, from_memory, tied_names, with_tied
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.storage.files import local_path
 
@@ -84,7 +85,9 @@ def compare_sides(case: Case) -> None:
         case.reference_tensors = to_hf_tensors(
             case.reference, 1, case.reference_identity, config, case.reference_left_out
         )
+    _under_file_names(case, from_memory)
     _match_prefix(case)
+    _under_file_names(case, as_loaded)
     case.packed = frozenset(packed(case.tensors) | packed(case.reference_tensors) | _quantized_names(case))
     _fill_in_tied_head(case)
     if case.two_models:
@@ -104,14 +107,26 @@ def _set_adapter_aside(case: Case) -> None:
         )
 
 
+def _under_file_names(case: Case, translated: Callable[..., dict[str, HfTensor]]) -> None:
+    """Give both sides the names that files have, where they do not meet under their own."""
+    if case.identity is None or namings.renames(case.identity.naming) or not case.tensors:
+        return
+    wanted = set(case.reference_tensors) or set(architecture.expected(case.config) or ())
+    if wanted and not (set(case.tensors) ^ wanted) - {hf.HEAD}:
+        return
+    config = case.model_config
+    case.tensors = translated(config, case.tensors, case.views)
+    if case.reference_tensors:
+        case.reference_tensors = translated(case.reference_config or config, case.reference_tensors, case.views)
+
+
 def _fill_in_tied_head(case: Case) -> None:
     """Let the embedding stand for a tied head on the side that leaves it out: files store it once or twice."""
-    if not case.two_models or not case.config_ties():
+    if not case.two_models or set(case.tensors) == set(case.reference_tensors):
         return
+    ties = tied_names(case.model_config, {*case.tensors, *case.reference_tensors})
     for mine, other in ((case.tensors, case.reference_tensors), (case.reference_tensors, case.tensors)):
-        if hf.HEAD in other and hf.HEAD not in mine and hf.EMBEDDING in mine:
-            mine[hf.HEAD] = mine[hf.EMBEDDING]
-            case.tied |= {hf.HEAD}
+        case.tied |= set(with_tied(mine, other, ties))
 
 
 def _quantized_names(case: Case) -> set[str]:
@@ -192,5 +207,5 @@ def parameters(case: Case, side: int) -> int | None:
     hubs = case.reference_tensors if side else case.tensors
     if (case.reference if side else case.view) is None or (not hubs and case.read_error is not None and not side):
         return None
-    own = {n: h for n, h in hubs.items() if h.tied_to is None and not (n in case.tied and h.name == hf.EMBEDDING)}
+    own = {n: h for n, h in hubs.items() if h.tied_to is None and not (n in case.tied and h.name != n)}
     return sum(elements(h) for h in own.values())

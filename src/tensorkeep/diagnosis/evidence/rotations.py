@@ -7,7 +7,7 @@ RoPE turns the rows of a head in pairs. Half-split layout pairs row i with row i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +20,16 @@ from tensorkeep.diagnosis.evidence.orders import Index
 from tensorkeep.diagnosis.evidence.originals import ALIKE, fits_better
 from tensorkeep.diagnosis.evidence.statistics import Array, relation
 
-_QUERY = re.compile(r"(?:^|[._])(q_proj|q_norm|query|wq|q)\.(weight|bias)\Z")
-KEY = re.compile(r"(?:^|[._])(k_proj|k_norm|key|wk|k)\.(weight|bias)\Z")
-_FUSED = re.compile(r"(?:^|[._])(qkv_proj|qkv|query_key_value|c_attn|wqkv)\.(weight|bias)\Z")
+_QUERY = re.compile(r"(?:^|[._])(q_proj|q_b_proj|q_norm|query|wq|q)\.(weight|bias)\Z")
+KEY = re.compile(r"(?:^|[._])(k_proj|kv_a_proj_with_mqa|k_norm|key|wk|k)\.(weight|bias)\Z")
+_FUSED = re.compile(r"(?:^|[._])(qkv_proj|qkv|query_key_value|c_attn|wqkv|Wqkv)\.(weight|bias)\Z")
 DIRECTIONS = {
     "pairs": "interleaved, where half-split is expected",
     "half": "turned as if they had been interleaved (the wrong direction)",
+}
+OPPOSITE = {  # the same, of models whose RoPE turns neighbours (Cohere, GLM, DeepSeek)
+    "half": "half-split, where interleaved is expected",
+    "pairs": "turned as if they had been half-split (the wrong direction)",
 }
 HEADS = (64, 128, 32, 80, 96, 256, 16, 48, 8, 4, 72, 112, 160, 192)  # sizes of heads in use, tried where no config says
 
@@ -71,20 +75,64 @@ def find_turn(name: str, mine: Array, theirs: Array, config: Mapping[str, Any] |
     # a tensor that resembles its own reference was rearranged only where a rearrangement fits exactly
     own = relation(mine, theirs).correlation
     best = own
+    for to, head, rotary, which, index in _orders(name, part, rows, config):
+        if np.array_equal(index, np.arange(rows)):
+            continue
+        turned = theirs[index]
+        if _same(mine, turned):
+            return Turn(to, head, rotary, tuple(index.tolist()), True, which)
+        if own > ALIKE or best > ALIKE or mine.ndim < 2:
+            continue
+        r = relation(mine, turned).correlation
+        if r > best and fits_better(r, own):
+            best, loose = r, Turn(to, head, rotary, tuple(index.tolist()), False, which)
+    return loose
+
+
+def _orders(
+    name: str, part: str, rows: int, config: Mapping[str, Any] | None
+) -> Iterator[tuple[str, int, int, str, Index]]:
+    """Yield every order of rows to try: its direction, rows of a head, those that RoPE turns, and the part it moves."""
     for head, rotary in _sizes(rows, config):
         for to in ("pairs", "half"):
             for which, index in _indices(part, rows, RowPermutation(head, rotary, to), config):
-                if np.array_equal(index, np.arange(rows)):
-                    continue
-                turned = theirs[index]
-                if _same(mine, turned):
-                    return Turn(to, head, rotary, tuple(index.tolist()), True, which)
-                if own > ALIKE or best > ALIKE or mine.ndim < 2:
-                    continue
-                r = relation(mine, turned).correlation
-                if r > best and fits_better(r, own):
-                    best, loose = r, Turn(to, head, rotary, tuple(index.tolist()), False, which)
-    return loose
+                yield to, head, rotary, which, index
+    for which, head, rotary, starts in _places(name, part, rows, config or {}):
+        for to in ("pairs", "half"):
+            one, index = np.asarray(RowPermutation(rotary, rotary, to).order(), np.int64), np.arange(rows)
+            for start in starts:
+                index[start : start + rotary] = start + one
+            yield to, head, rotary, which, index
+
+
+def _places(
+    name: str, part: str, rows: int, config: Mapping[str, Any]
+) -> Iterator[tuple[str, int, int, Sequence[int]]]:
+    """Yield where rows that RoPE turns lie among others, as the config's sizes say: latent, gated and mixed q, k and v.
+
+    Each with the part that it is of, the rows of a head, those that are turned, and their first rows.
+    """
+    rope, plain, latent = (config.get(k) for k in ("qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank"))
+    if isinstance(rope, int) and isinstance(plain, int) and isinstance(latent, int) and rope > 2 and plain >= 0:
+        if "kv_a_proj" in name and rows == latent + rope:
+            yield "", rope, rope, [latent]
+        elif part == "q" and rows % (plain + rope) == 0:
+            yield "", plain + rope, rope, range(plain, rows, plain + rope)
+    dim, heads, kv = architecture.head_dim(config), config.get("num_attention_heads"), architecture.kv_heads(config)
+    given = config.get("num_kv_heads")  # Falcon's word for it
+    counts = [kv, given] if isinstance(given, int) and not isinstance(given, bool) else [kv]
+    if not dim or not isinstance(heads, int) or heads < 1:
+        return
+    turned = int(dim * partial_rotary(config))
+    for rotary in dict.fromkeys(r for r in (turned, dim) if r > 2 and r % 2 == 0):
+        if part == "q" and rows == 2 * heads * dim:  # beside each head's q its gate
+            yield "", 2 * dim, rotary, range(0, rows, 2 * dim)
+        for groups in dict.fromkeys([*counts, 1, heads]) if part == "qkv" else ():
+            if groups > 0 and heads % groups == 0 and rows == (heads + 2 * groups) * dim:
+                wide = heads // groups + 2  # of a group: its heads of q, then k, then v
+                for which, low, high in (("q and k", 0, wide - 1), ("q", 0, wide - 2), ("k", wide - 2, wide - 1)):
+                    starts = [(g * wide + i) * dim for g in range(groups) for i in range(low, high)]
+                    yield which, dim, rotary, starts
 
 
 def _same(a: Array, b: Array) -> bool:

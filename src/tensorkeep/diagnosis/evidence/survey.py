@@ -82,7 +82,7 @@ def _compare(a: HfTensor, b: HfTensor, views: tuple[StateView, StateView]) -> Co
 
 def _raw(hub: HfTensor, views: tuple[StateView, StateView]) -> Iterator[memoryview]:
     """Stream the bytes in Hugging Face layout, in small pieces where no row needs to be moved."""
-    if len(hub.parts) == 1 and not hub.parts[0].permutes:
+    if len(hub.parts) == 1 and not hub.parts[0].permutes and hub.parts[0].inner is None:
         part = hub.parts[0]
         return views[part.source].stream(part.name, part.rows, width(hub.dtype), PIECE)
     return hf_bytes(hub, views)

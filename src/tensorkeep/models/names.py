@@ -1,0 +1,349 @@
+"""Every name that a config's model has, in files and in memory, from transformers' own model on the meta device.
+
+One place for what transformers knows of an architecture: which tensors a file holds and which a live model's
+`state_dict()`, how one is made of the other (stacked experts, fused or split projections, renamed modules), which names
+share a tensor, what is computed and never stored. What is found out is kept beside the Hub cache, by config and by the
+versions of transformers, torch and tensorkeep, so that later commands import neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.conversion.plan import HfTensor, Part, RowPermutation
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import StateView
+from tensorkeep.models.row_maps import Run, row_count, taken
+from tensorkeep.storage.hub import cache_folder
+
+Shapes = dict[str, tuple[int, ...]]
+_SCHEMA = 1
+_LARGEST = 64 << 20  # bytes of a kept answer
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What transformers says of one config's model.
+
+    Args:
+        kind: its class.
+        live: shapes by name, of the parameters and persistent buffers in memory.
+        file: shapes by name, of what a file holds (a tied tensor once).
+        saved: rows of live tensors that a file's tensor is made of, where it is not the whole one of its own name.
+        made: rows of a file's tensors that a live one is made of, where it is not the whole one of its own name.
+        problem: why `saved` and `made` say nothing: a rearrangement that is not one of rows; '' for none.
+        live_tied: live name -> live name whose tensor it shares.
+        tied: the same under the file's names; a file need not hold the first.
+        ignored: patterns of names that files may hold and the model has no use for.
+        computed: buffers that are never stored.
+        prefix: of the model without its head.
+        linear: kind of each module that multiplies by a matrix, by path (`linear_layers`).
+        positions: positions that its tables have; None for no table.
+        rope: how RoPE pairs the rows of q and k, "half" or "pairs"; None for no RoPE.
+        embedding: path of the input embedding.
+        head: path of the output head.
+    """
+
+    kind: str
+    live: Shapes
+    file: Shapes
+    saved: dict[str, tuple[Run, ...]] = field(default_factory=dict)
+    made: dict[str, tuple[Run, ...]] = field(default_factory=dict)
+    problem: str = ""
+    live_tied: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
+    prefix: str = ""
+    linear: dict[str, str] = field(default_factory=dict)
+    positions: int | None = None
+    rope: str | None = None
+    embedding: str | None = None
+    head: str | None = None
+
+    def ignores(self, name: str) -> bool:
+        """Whether a file may hold this name though the model has no use for it: computed buffers, other heads.
+
+        Args:
+            name: a file's.
+        """
+        return name in self.computed or any(re.search(p, name) for p in self.ignored)
+
+    def in_file(self, live: str) -> str | None:
+        """Return what files call a live tensor that they hold whole; None for one that they keep in pieces.
+
+        Args:
+            live: its name in memory.
+        """
+        (run, *more) = self.made.get(live, (Run(live),))
+        tied = next((f for own, f in _tied_in_file(self).items() if own == live), None)
+        found = tied or (run.name if run.rows is None and not more else None)
+        return found if found in self.file or found in self.tied else None
+
+
+def model_names(config: Mapping[str, Any] | None, stored: int | None = None) -> ModelNames:
+    """Return what transformers says of a config's model; kept from an earlier call where it was asked before.
+
+    Args:
+        config: as config.json has it.
+        stored: bytes of the weights beside it, where there are some: a config may not ask for far more.
+
+    Raises:
+        TensorkeepError: no config, transformers is not installed, has no such model or refuses the config. The first
+            line says which.
+
+    Example:
+        >>> model_names({"model_type": "gpt2"}).tied  # doctest: +SKIP
+        {'lm_head.weight': 'transformer.wte.weight'}
+    """
+    if config is None:
+        raise TensorkeepError("no config says which model this is", code="C03")
+    try:
+        text = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError):
+        raise TensorkeepError("the config is no plain data", where="config", code="C01") from None
+    return _found(text, stored)
+
+
+def known(config: Mapping[str, Any] | None, stored: int | None = None) -> ModelNames | None:
+    """Return what transformers says of a config's model; None where it says nothing.
+
+    Args:
+        config: as config.json has it.
+        stored: bytes of the weights beside it.
+    """
+    try:
+        return model_names(config, stored)
+    except TensorkeepError:
+        return None
+
+
+@lru_cache(maxsize=16)
+def _found(text: str, stored: int | None) -> ModelNames:
+    """Return the answer of an earlier call, or ask transformers and keep what it says."""
+    path = _kept_at(text)
+    if path is not None and (kept := _read(path)) is not None:
+        return kept
+    # imports torch and transformers
+    asking = importlib.import_module("tensorkeep.models.meta_model")
+    found = asking.facts(asking.build(json.loads(text), stored))
+    if path is not None:
+        _keep(path, found)
+    return _names(found)
+
+
+def _kept_at(text: str) -> Path | None:
+    """Return where the answer for a config is kept; None where the libraries' versions are unknown."""
+    try:
+        versions = [metadata.version(package) for package in ("transformers", "torch", "tensorkeep")]
+    except metadata.PackageNotFoundError:
+        return None
+    key = hashlib.sha256("\n".join([str(_SCHEMA), *versions, text]).encode()).hexdigest()[:40]
+    return cache_folder().parent / "tensorkeep" / "names" / f"{key}.json"
+
+
+def _read(path: Path) -> ModelNames | None:
+    """Return a kept answer; None where there is none, or it cannot be read."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            return None
+        return _names(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+
+
+def _keep(path: Path, found: Mapping[str, Any]) -> None:
+    """Keep an answer; where the folder cannot be written it is asked for again next time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        part.replace(path)
+
+
+def _names(found: Mapping[str, Any]) -> ModelNames:
+    """Make the answer from plain data."""
+    given = {f.name: found[f.name] for f in fields(ModelNames)}
+    for key in ("live", "file"):
+        given[key] = {str(n): tuple(int(x) for x in shape) for n, shape in given[key].items()}
+    for key in ("saved", "made"):
+        given[key] = {str(n): tuple(_run(*r) for r in parts) for n, parts in given[key].items()}
+    return ModelNames(**{**given, "ignored": tuple(given["ignored"]), "computed": tuple(given["computed"])})
+
+
+def _run(name: str, rows: Sequence[int] | None, permute: Sequence[Any] | None) -> Run:
+    """Make a run from plain data."""
+    span = (int(rows[0]), int(rows[1])) if rows is not None else None
+    return Run(name, span, RowPermutation(*permute) if permute is not None else None)
+
+
+# -- tensors from one side to the other --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Translated:
+    """Tensors under the other side's names.
+
+    Args:
+        tensors: by name, each with the stored parts that it is made of.
+        missing: names that the model has and that nothing was found for; a tied one whose partner is there is no gap.
+        unexpected: the given names that the model has no place for.
+    """
+
+    tensors: dict[str, HfTensor]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def to_live(
+    config: Mapping[str, Any] | None, tensors: Mapping[str, HfTensor], sources: Sequence[StateView]
+) -> Translated:
+    """Return a checkpoint's tensors as the live model's `state_dict()` has them.
+
+    What transformers' loader would rename, stack, join or split is made of the stored rows, so that it can be streamed:
+    nothing is read here. A tied name whose own tensor is not there shares its partner's (`tied_to`).
+
+    Args:
+        config: as config.json has it.
+        tensors: under hf names, those of files: today's, or older ones that transformers still loads.
+        sources: the views that their parts are in.
+
+    Returns:
+        The tensors by live name, in the model's order.
+
+    Raises:
+        TensorkeepError: transformers does not know the model; K06 where it rearranges a tensor in a way that is not one
+            of rows; S01 where a tensor has too few rows.
+
+    Example:
+        >>> to_live(config, hub, [view]).tensors["model.layers.0.mlp.experts.gate_up_proj"].shape  # doctest: +SKIP
+        (4, 128, 64)
+    """
+    names = model_names(config)
+    if not names.problem and all(n in names.file or n in names.tied for n in tensors):
+        aliases = {n: n for n in names.live if n not in names.made and n in tensors}
+        made = {n: names.made.get(n, (Run(aliases.get(n, n)),)) for n in names.live if n not in names.live_tied}
+        made.update({n: (Run(f),) for n, f in _tied_in_file(names).items() if f in tensors})
+        left: list[str] = []
+    else:
+        asking = importlib.import_module("tensorkeep.models.meta_model")
+        made, left = asking.loaded(asking.build(config), {n: t.shape for n, t in tensors.items()})
+    out: dict[str, HfTensor] = {}
+    for name, shape in names.live.items():
+        runs = made.get(name)
+        if runs and all(r.name in tensors for r in runs):
+            out[name] = joined(name, shape, runs, tensors, sources)
+    for name, other in names.live_tied.items():
+        for one, two in ((name, other), (other, name)):
+            if one not in out and two in out:
+                out[one] = replace(out[two], name=one, actions=(*out[two].actions, "tie"), tied_to=two)
+    ordered = {n: out[n] for n in names.live if n in out}
+    return Translated(ordered, tuple(n for n in names.live if n not in out), tuple(left))
+
+
+def _tied_in_file(names: ModelNames) -> dict[str, str]:
+    """Return the file's name of each live name that shares another's tensor, for files that hold both."""
+    return dict(zip(names.live_tied, names.tied, strict=False))
+
+
+def to_file(
+    config: Mapping[str, Any] | None, tensors: Mapping[str, HfTensor], sources: Sequence[StateView]
+) -> Translated:
+    """Return a checkpoint's tensors as a file that transformers writes has them.
+
+    Args:
+        config: as config.json has it.
+        tensors: under live names, or names that transformers' loader still takes.
+        sources: the views that their parts are in.
+
+    Returns:
+        The tensors by the file's name, in the file's order; a tied one that the checkpoint holds itself last.
+
+    Raises:
+        TensorkeepError: as `to_live` does.
+    """
+    names = model_names(config)
+    if names.problem:
+        raise TensorkeepError(names.problem, code="K06")
+    if all(n in names.live for n in tensors):
+        live, unexpected = dict(tensors), tuple[str, ...]()
+    else:
+        found = to_live(config, tensors, sources)
+        live, unexpected = {n: t for n, t in found.tensors.items() if "tie" not in t.actions}, found.unexpected
+    out = from_live(names, live, sources)
+    missing = tuple(n for n in names.file if n not in out)
+    return Translated(out, missing, unexpected)
+
+
+def from_live(names: ModelNames, live: Mapping[str, HfTensor], sources: Sequence[StateView]) -> dict[str, HfTensor]:
+    """Return the tensors that a file has, as far as live ones make them up.
+
+    Args:
+        names: of the model.
+        live: tensors by live name.
+        sources: the views that their parts are in.
+
+    Raises:
+        TensorkeepError: S01, S04 or K06 where rows do not fit together.
+    """
+    out: dict[str, HfTensor] = {}
+    for name, shape in names.file.items():
+        runs = names.saved.get(name, (Run(name),))
+        if all(r.name in live for r in runs):
+            out[name] = joined(name, shape, runs, live, sources)
+    for own, file in _tied_in_file(names).items():
+        if own in live:
+            out[file] = replace(live[own], name=file, tied_to=None)
+            if names.tied[file] not in out:
+                out[names.tied[file]] = replace(live[own], name=names.tied[file], tied_to=None)
+    return out
+
+
+def joined(
+    name: str,
+    shape: Sequence[int],
+    runs: Sequence[Run],
+    tensors: Mapping[str, HfTensor],
+    sources: Sequence[StateView],
+) -> HfTensor:
+    """Return the tensor that runs of others' rows make up.
+
+    Args:
+        name: of the tensor.
+        shape: that the model says it has; a whole tensor that is only renamed keeps the one that is stored.
+        runs: the rows, in order.
+        tensors: that they are taken from.
+        sources: the views that those are stored in.
+
+    Raises:
+        TensorkeepError: S01 where rows are missing, S04 where the tensors have several dtypes, K06 where rows that are
+            reordered would be cut apart.
+    """
+    first = tensors[runs[0].name]
+    if len(runs) == 1 and runs[0].rows is None and row_count(first.shape) == row_count(shape):
+        parts = taken(runs[0], first, sources)
+        renamed = replace(first, name=name, parts=parts, tied_to=None)
+        return renamed if runs[0].permute is None else replace(renamed, actions=(*first.actions, "permute"))
+    if len({tensors[r.name].dtype for r in runs}) > 1:
+        raise TensorkeepError(f"{name} is joined from tensors of several dtypes", code="S04")
+    for run in runs:
+        if len(shape) > 1 and tensors[run.name].shape[-1:] != tuple(shape[-1:]):
+            raise TensorkeepError(
+                f"{run.name} is {list(tensors[run.name].shape)}; {name}, which is made of it, is {list(shape)}",
+                code="S01",
+            )
+    found: list[Part] = [p for r in runs for p in taken(r, tensors[r.name], sources)]
+    turned = ("permute",) if any(r.permute for r in runs) else ()
+    actions = (("fuse",) if len(runs) > 1 else ("split",)) + turned
+    return HfTensor(name, first.dtype, tuple(shape), tuple(found), actions)

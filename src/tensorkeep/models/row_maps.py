@@ -1,0 +1,184 @@
+"""Say of a tensor which rows of which other tensors it is made of, and cut stored parts accordingly.
+
+A row is what lies along the last dimension: a stack of experts [experts, rows, columns] has experts * rows of them, a
+vector one for each element. Files and live models differ by nothing else: rows are stacked, joined, split, reordered.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tensorkeep.conversion.plan import HfTensor, Part, RowPermutation
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import StateView
+
+Codes = np.ndarray[Any, np.dtype[np.int64]]
+_SHIFT = 40  # bits for the row; the tensor's number stands above them
+_MOST = 4096  # runs that a tensor may be made of before it counts as one that is reordered in a way nobody here knows
+
+
+class Run(NamedTuple):
+    """Rows of one tensor that lie together in another.
+
+    Args:
+        name: the tensor that they are taken from.
+        rows: first row and the one after the last; None for all.
+        permute: how they are reordered; None for not at all.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+    permute: RowPermutation | None = None
+
+
+def row_count(shape: Sequence[int]) -> int:
+    """Return the number of rows of a tensor.
+
+    Args:
+        shape: its shape.
+
+    Example:
+        >>> row_count((4, 8, 16)), row_count((16,)), row_count(())
+        (32, 16, 1)
+    """
+    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
+
+
+def numbered(number: int, shape: Sequence[int]) -> Codes:
+    """Return a tensor of the same rows, one column wide, that holds for each row where it is from.
+
+    Args:
+        number: of the tensor.
+        shape: its shape.
+    """
+    thin = tuple(shape) if len(shape) < 2 else (*shape[:-1], 1)
+    return (np.arange(row_count(shape), dtype=np.int64) + (number << _SHIFT)).reshape(thin)
+
+
+def origins(codes: Codes) -> tuple[Codes, Codes]:
+    """Return the numbers of the tensors and the rows in them that `numbered` put into codes.
+
+    Args:
+        codes: flat.
+    """
+    return codes >> _SHIFT, codes & ((1 << _SHIFT) - 1)
+
+
+def runs(codes: Codes, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> tuple[Run, ...] | None:
+    """Describe where a tensor's rows are from.
+
+    Args:
+        codes: one for each of its rows, from `numbered`.
+        names: of the numbered tensors.
+        shapes: theirs.
+
+    Returns:
+        The runs in the order of the rows; None where the rows are shuffled in a way that is not described here.
+    """
+    numbers, rows = origins(codes.reshape(-1))
+    out: list[Run] = []
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    for low, high in itertools.pairwise(edges):
+        number, piece = int(numbers[low]), rows[low:high]
+        first = int(piece.min())
+        found: list[tuple[tuple[int, int], RowPermutation | None]] | None = None
+        if np.array_equal(np.sort(piece), np.arange(first, first + len(piece))):
+            order = piece - first
+            if np.array_equal(order, np.arange(len(order))):
+                found = [((first, first + len(piece)), None)]
+            elif (turn := _permutation(order)) is not None:
+                found = [((first, first + len(piece)), turn)]
+        if found is None:
+            cuts = [0, *(np.flatnonzero(np.diff(piece) != 1) + 1).tolist(), len(piece)]
+            found = [((int(piece[a]), int(piece[a]) + b - a), None) for a, b in itertools.pairwise(cuts)]
+        whole = (0, row_count(shapes[number]))
+        out += [Run(names[number], None if span == whole else span, turn) for span, turn in found]
+        if len(out) > _MOST:
+            return None
+    return tuple(out)
+
+
+def _permutation(order: Codes) -> RowPermutation | None:
+    """Return the permutation between RoPE's layouts (or of interleaved gates) that gives this order of rows."""
+    count = len(order)
+    moved = np.flatnonzero(order != np.arange(count))
+    for block in (b for b in range(4, count + 1, 2) if count % b == 0 and moved[0] < b):
+        one = order[:block]
+        if not np.array_equal(np.sort(one), np.arange(block)):
+            continue
+        if not np.array_equal(order, (np.arange(0, count, block)[:, None] + one).ravel()):
+            continue
+        for to in ("half", "pairs"):
+            turn = RowPermutation(block, block, to)
+            if np.array_equal(one, turn.order()):
+                return turn
+    return None
+
+
+def taken(run: Run, tensor: HfTensor, sources: Sequence[StateView]) -> tuple[Part, ...]:
+    """Return the stored parts of a run of a tensor's rows.
+
+    Args:
+        run: rows of `tensor`.
+        tensor: which is made of stored parts itself.
+        sources: the views that the parts are read from.
+
+    Raises:
+        TensorkeepError: S01 where the tensor has fewer rows; K06 where its rows are reordered across the run's edges.
+    """
+    parts: list[Part] = []
+    first, last = run.rows or (0, row_count(tensor.shape))
+    at = 0
+    for part in tensor.parts:
+        shape = sources[part.source][part.name].shape
+        count = _rows_of(part, shape)
+        low, high = max(first - at, 0), min(last - at, count)
+        if low < high:
+            parts += _narrowed(part, shape, low, high, count)
+        at += count
+    if at < last:
+        raise TensorkeepError(f"{tensor.name} has {at} rows, {last} are asked for", code="S01")
+    if run.permute is None:
+        return tuple(parts)
+    if len(parts) != 1:
+        raise TensorkeepError(f"{tensor.name} lies in {len(parts)} pieces whose rows must be reordered", code="K06")
+    return (parts[0].permuted(run.permute),)
+
+
+def _rows_of(part: Part, shape: Sequence[int]) -> int:
+    """Return how many rows a part has."""
+    if part.rows is None:
+        return row_count(shape)
+    inner = shape[1:-1] if part.inner is None else shape[2:-1]
+    deep = 1 if part.inner is None else part.inner[1] - part.inner[0]
+    return (part.rows[1] - part.rows[0]) * deep * math.prod(inner)
+
+
+def _narrowed(part: Part, shape: Sequence[int], low: int, high: int, count: int) -> list[Part]:
+    """Return a part's rows from `low` to `high` as parts."""
+    if (low, high) == (0, count):
+        return [part]
+    unit = math.prod(shape[1:-1])  # rows below one index of the first dimension
+    if any(low % p.block or high % p.block for p in part.permutes) or (part.permutes and unit != 1):
+        raise TensorkeepError(f"rows {low} to {high} of {part.name} are reordered across their edges", code="K06")
+    base = (part.rows[0] if part.rows else 0) * unit
+    base += part.inner[0] * math.prod(shape[2:-1]) if part.inner else 0
+    out, at = [], base + low
+    while at < base + high:
+        row, rest = divmod(at, unit)
+        end = min(base + high, (row + 1) * unit)
+        if rest == 0 and (base + high) // unit > row:  # as many whole ones as there are
+            end = (base + high) // unit * unit
+            out.append(part._replace(rows=(row, end // unit), inner=None))
+        else:
+            deep = math.prod(shape[2:-1])
+            if rest % deep or (end - row * unit) % deep:
+                raise TensorkeepError(f"rows {low} to {high} of {part.name} are no whole rows of it", code="K06")
+            out.append(part._replace(rows=(row, row + 1), inner=(rest // deep, (end - row * unit) // deep)))
+        at = end
+    return out
