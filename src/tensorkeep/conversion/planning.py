@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tensorkeep.conversion import adapters, configs, fit
+from tensorkeep.conversion import adapters, configs, dequantizing, fit
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._ties import tie
@@ -45,7 +45,8 @@ def make_plan(
         to: the output's format, a word of `formats.table.writable`.
         naming: the output's naming; None for hf, or for the names as they are where the sources' naming is unknown.
         root: the name to nest tensors under, in formats that know nesting.
-        dtype: cast floats to this dtype ("BF16"); None keeps them, and makes quantized GGUF weights bfloat16.
+        dtype: cast floats to this dtype ("BF16"), and dequantize what is quantized; None keeps both, and makes
+            quantized GGUF weights bfloat16.
         drop: patterns of stored names to leave out.
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
@@ -61,6 +62,7 @@ def make_plan(
         >>> make_plan([read("model")], "dcp", naming="torchtitan").naming  # doctest: +SKIP
         'torchtitan'
     """
+    sources = dequantizing.all_decoded(sources, dtype)
     notes = [note for view in sources for note in (*view.notes, *configs.left_behind(view))]
     dropped: list[Step] = []
     identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
@@ -89,6 +91,7 @@ def make_plan(
     _check_cover(plan)
     configs.match_dtype(plan)
     carry(plan, to)
+    dequantizing.told(plan)
     return plan
 
 
