@@ -17,7 +17,7 @@ from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.companions import travelling
 from tensorkeep.formats.view import STREAM_BYTES, Note, StateView
 from tensorkeep.quantization.stored import QuantizedWeight, find_quantized, members, refuse, stream_values
-from tensorkeep.storage.record import TensorRecord
+from tensorkeep.storage.record import FROM_TORCH, TensorRecord
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # beside quantized modules: scales of activations and of the cache, which no float model has
@@ -140,6 +140,27 @@ def all_decoded(sources: Sequence[StateView], dtype: str | None) -> list[StateVi
     if dtype not in FLOATS:
         return list(sources)
     return [decoded(view, dtype if dtype in ("F32", "BF16") else "F32") for view in sources]
+
+
+def beside(view: StateView, other: StateView) -> StateView:
+    """Return a checkpoint as floats where it is quantized and another, that it is compared with, is not.
+
+    Args:
+        view: the checkpoint; one whose codes lack or contradict their description stays as it is.
+        other: what it is compared with; each weight gets the dtype that it has there, if a float one.
+
+    Returns:
+        The checkpoint, or its decoded view, whose values are those of `convert --dtype`.
+    """
+    weights = find_quantized(view)
+    if not weights or any(w.problems for w in weights.values()) or find_quantized(other):
+        return view
+    usual = FROM_TORCH[configs.torch_dtype(other.values())]
+
+    def dtype(name: str) -> str:
+        return other[name].dtype if name in other and other[name].dtype in FLOATS else usual
+
+    return decoded(view, dtype)
 
 
 def told(plan: Plan) -> None:

@@ -77,7 +77,7 @@ __all__ = [
 ]
 
 _STACKED = {"scale_inv": "weight_scale_inv", "scale": "weight_scale"}  # beside a parameter that is no `.weight`
-_READ_AT_ONCE, _DECODED_AT_ONCE = 1 << 22, 1 << 18  # elements of 8-bit codes
+_READ_AT_ONCE, _DECODED_AT_ONCE = 1 << 22, 1 << 17  # elements of 8-bit codes
 
 
 def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantizedWeight]:

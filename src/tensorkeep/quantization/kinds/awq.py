@@ -87,7 +87,7 @@ def scales(view: StateView, weight: QuantizedWeight) -> Array:
 
 
 def codes(view: StateView, weight: QuantizedWeight) -> Iterator[Array]:
-    """Yield codes of rows of the packed tensor, spread over it."""
-    inputs, words = view[weight.name].shape
-    for at, end in packing.sampled(inputs, words * 8):
-        yield packing.unpack(packing.some_rows(view, weight.name, (at, end)), 4, words * 8).reshape(-1)
+    """Yield codes of rows spread over the weight."""
+    words = view.array(weight.name)
+    for at, end in packing.sampled(words.shape[1], 8 * words.shape[0]):
+        yield np.ascontiguousarray(_unpacked(words[:, at:end]).T).reshape(-1)
