@@ -6,18 +6,19 @@ that the weight has where it is not quantized. One tensor's codes are held at a 
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tensorkeep.conversion import configs
 from tensorkeep.conversion.plan import Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype
-from tensorkeep.formats.companions import travelling
+from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.view import STREAM_BYTES, Note, StateView
 from tensorkeep.quantization.stored import QuantizedWeight, find_quantized, members, refuse, stream_values
-from tensorkeep.storage.record import FROM_TORCH, TensorRecord
+from tensorkeep.storage.record import TensorRecord
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # beside quantized modules: scales of activations and of the cache, which no float model has
@@ -116,7 +117,8 @@ def _float_config(view: StateView) -> tuple[dict[str, Any] | None, list[Any]]:
     config = _without_quantization(view.config)
     for at, found in enumerate(companions):
         if found.name == "config.json":
-            companions[at] = configs.companion("config.json", config)._replace(where=found.where)
+            text = (json.dumps(config, indent=2) + "\n").encode()
+            companions[at] = Companion("config.json", text, found.where)
     return config, companions
 
 
@@ -155,7 +157,8 @@ def beside(view: StateView, other: StateView) -> StateView:
     weights = find_quantized(view)
     if not weights or any(w.problems for w in weights.values()) or find_quantized(other):
         return view
-    usual = FROM_TORCH[configs.torch_dtype(other.values())]
+    floats = Counter(r.dtype for r in other.values() if r.dtype in FLOATS)
+    usual = floats.most_common(1)[0][0] if floats else "F32"
 
     def dtype(name: str) -> str:
         return other[name].dtype if name in other and other[name].dtype in FLOATS else usual

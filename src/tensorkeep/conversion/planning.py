@@ -86,7 +86,12 @@ def make_plan(
     steps = _to_sink(own, _dtypes(sources, dtype))
     _refuse_cast_of_scales(steps, sources)
     plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
-    if to == "pth" and root is None:
+    return _finished(plan, to)
+
+
+def _finished(plan: Plan, to: str) -> Plan:
+    """Return a plan that forgets nothing, with its config, header and reasons true to what it writes."""
+    if to == "pth" and plan.root is None:
         renaming.nest_checkpoint(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
