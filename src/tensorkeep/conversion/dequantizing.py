@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorkeep.conversion.plan import Part, Plan, Step, ordered
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.view import STREAM_BYTES, Note, StateView
 from tensorkeep.quantization.stored import QuantizedWeight, find_quantized, members, refuse, stream_values
 from tensorkeep.storage.record import TensorRecord
 
+_CODES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F8_E4M3", "F8_E5M2")
 FLOATS = ("F64", "F32", "F16", "BF16")
 # beside quantized modules: scales of activations and of the cache, which no float model has
 _ACTIVATIONS = frozenset(
@@ -141,7 +142,29 @@ def all_decoded(sources: Sequence[StateView], dtype: str | None) -> list[StateVi
     """
     if dtype not in FLOATS:
         return list(sources)
+    for view in sources:
+        _refuse_unread(view)
     return [decoded(view, dtype if dtype in ("F32", "BF16") else "F32") for view in sources]
+
+
+def _refuse_unread(view: StateView) -> None:
+    """Stop where a checkpoint that says it is quantized holds codes of a layout that is not read here."""
+    said = (view.config or {}).get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, Mapping) else None
+    flattened = any("._weight_" in name for name in view)  # torchao's way to write the parts of a tensor
+    if not isinstance(said, Mapping) and not flattened:
+        return
+    weights = find_quantized(view)
+    known = {*weights, *members(weights)}
+    odd = [n for n, r in view.items() if r.dtype in _CODES and len(r.shape) > 1 and n not in known]
+    if odd:
+        name = shown(method) if method else "torchao" if flattened else "its config"
+        raise TensorkeepError(
+            f"{len(odd)} tensors hold codes in a layout of {name} that is not read here, first {odd[0]} "
+            f"({view[odd[0]].dtype} {list(view[odd[0]].shape)})",
+            where=view.path,
+            hint="leave --dtype out: codes, scales and quantization_config are then kept as they are",
+        )
 
 
 def beside(view: StateView, other: StateView) -> StateView:

@@ -310,7 +310,8 @@ def _scale_block(
         return 1, columns
     if len(dims) == 2 and (stacked or len(shape) == 2) and dims[1] and dims[0]:
         down, across = -(-rows // dims[0]), -(-columns // dims[1])
-        for block in (told, (down, across), (1, across)):
+        even = [(down, across), (1, across)] if rows % dims[0] == 0 == columns % dims[1] else []
+        for block in (told, *even):
             if (-(-rows // block[0]), -(-columns // block[1])) == dims:
                 return block
         reading.wrong(f"{scale.name} {list(scale.shape)} does not divide a weight of {list(shape)}")

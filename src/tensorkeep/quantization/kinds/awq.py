@@ -77,7 +77,7 @@ def values(view: StateView, weight: QuantizedWeight, rows: tuple[int, int]) -> I
         codes = _unpacked(words[:, first : -(-end // 8)])[:, at - first * 8 : end - first * 8]
         made = codes.T.astype(np.float32)
         made -= np.repeat(zeros[:, at:end].T, weight.block[1], axis=1)
-        made *= np.repeat(scales[:, at:end].T, weight.block[1], axis=1)
+        packing.times(made, np.repeat(scales[:, at:end].T, weight.block[1], axis=1))
         yield np.ascontiguousarray(made).reshape(-1)
 
 

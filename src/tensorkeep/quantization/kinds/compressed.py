@@ -133,7 +133,7 @@ def values(view: StateView, weight: QuantizedWeight, rows: tuple[int, int]) -> I
         made = packing.unpack(words, weight.bits, columns).astype(np.float32)
         here = slice(first * inner, last * inner)
         made -= spread(zeros[here]) if zeros is not None else offset
-        made *= spread(scales[here])
+        packing.times(made, spread(scales[here]))
         yield made.reshape(-1)
 
 

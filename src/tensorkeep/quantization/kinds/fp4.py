@@ -53,6 +53,8 @@ def _described(view: StateView, name: str, record: TensorRecord, parts: Mapping[
     if scale.dtype not in ("F8_E4M3", "U8", "F8_E8M0") or scale.shape != wanted:
         what = f"weight_scale is {scale.dtype}{list(scale.shape)}, {list(wanted)} is needed"
         problems.append(WeightProblem("Q06", what))
+    elif shape[-1] % block:
+        problems.append(WeightProblem("Q06", f"blocks of {block} do not divide rows of {shape[-1]}"))
     elif any(not packing.floating(view[parts[r]]) or view[parts[r]].elements not in _alike(shape) for r in whole):
         problems.append(WeightProblem("Q06", f"{whole[0]} is {list(view[parts[whole[0]]].shape)}, not one number"))
     return QuantizedWeight(
@@ -87,8 +89,7 @@ def values(view: StateView, weight: QuantizedWeight, rows: tuple[int, int]) -> I
         raw = packing.some_rows(view, weight.name, (at, end)).reshape(-1)
         made = PAIRS.take(raw).view(np.float32)
         spread = np.repeat(grid[at:end].reshape(-1, grid.shape[-1]), block, axis=1)[:, : weight.shape[-1]]
-        with np.errstate(invalid="ignore"):
-            made *= spread.reshape(-1)
+        packing.times(made, spread.reshape(-1))
         yield made
 
 

@@ -49,8 +49,6 @@ def _described(view: StateView, name: str, record: TensorRecord, parts: Mapping[
     if bits is None or (told is not None and packing.words_for(outputs, told) == zeros.shape[1]):
         bits = told if told in range(1, 9) else bits
     inputs = words * 32 // bits if bits else 0
-    if "g_idx" in parts and bits:
-        inputs = min(inputs, view[parts["g_idx"]].elements)
     wrong = []
     if not bits or zeros.dtype not in packing.WORDS:
         wrong.append(f"qzeros {zeros.dtype}{list(zeros.shape)} fit no number of bits for {outputs} outputs")
@@ -58,8 +56,8 @@ def _described(view: StateView, name: str, record: TensorRecord, parts: Mapping[
         wrong.append(f"scales {scales.dtype}{list(scales.shape)} do not fit qweight {list(record.shape)}")
     elif zeros.shape != (scales.shape[0], packing.words_for(outputs, bits)):
         wrong.append(f"qzeros {list(zeros.shape)} do not fit scales {list(scales.shape)}")
-    elif packing.words_for(inputs, bits) != words:
-        wrong.append(f"g_idx of {inputs} inputs does not fit qweight {list(record.shape)} of {bits} bits")
+    elif packing.words_for(inputs, bits) != words or ("g_idx" in parts and view[parts["g_idx"]].elements != inputs):
+        wrong.append(f"g_idx does not fit qweight {list(record.shape)} of {bits} bits")
     group = -(-inputs // scales.shape[0]) if not wrong else 1
     version = 2 if said.get("checkpoint_format") == "gptq_v2" else 1
     problems += [WeightProblem("Q06", w) for w in wrong]
@@ -81,7 +79,7 @@ def values(view: StateView, weight: QuantizedWeight, rows: tuple[int, int]) -> I
     for at, end in packing.rows_at_once(inputs, rows):
         codes = packing.unpack(words[:, at:end].T, weight.bits, inputs).astype(np.float32)
         codes -= zeros[:, at:end].T.take(groups, axis=1)
-        codes *= scales[:, at:end].T.take(groups, axis=1)
+        packing.times(codes, scales[:, at:end].T.take(groups, axis=1))
         yield codes.reshape(-1)
 
 

@@ -65,7 +65,7 @@ def values(view: StateView, weight: QuantizedWeight, rows: tuple[int, int]) -> I
             # bytes are turned before they are looked up: they are an eighth of what comes of them
             codes = np.ascontiguousarray(blocks[:, group].T)
             made = np.empty((16, 2, outputs), np.float32)
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore", over="ignore"):
                 np.multiply(low.take(codes), scales[group], out=made[:, 0])
                 np.multiply(high.take(codes), scales[group], out=made[:, 1])
             yield made.reshape(-1)

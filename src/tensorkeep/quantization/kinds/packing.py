@@ -93,6 +93,12 @@ def wide(view: StateView, name: str) -> Array:
     return np.asarray(view.array(name).astype(np.float32))
 
 
+def times(values: Array, scales: Array) -> None:
+    """Multiply values in place; a damaged scale gives NaN or infinity, as in any other reader."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        values *= scales
+
+
 def some_rows(view: StateView, name: str, rows: tuple[int, int]) -> Array:
     """Read rows of a tensor's first dimension."""
     record = view[name]
