@@ -203,14 +203,14 @@ def test_the_padding_tokens_row_may_be_zero_and_no_other(tmp_path: Path) -> None
 
 
 def test_packed_weights_that_are_not_decoded_here_are_undecided(tmp_path: Path) -> None:
-    """Random codes under GPTQ's names: nothing was found out about them, so nothing is ok."""
+    """Random codes under names that nothing here reads: nothing was found out about them, so nothing is ok."""
     m, rng = specimen("llama_mha"), np.random.default_rng(0)
     state = dict(m.tensors)
     for name in [n for n in state if n.endswith("_proj.weight")]:
         rows, columns = state.pop(name).shape
         stem = name.removesuffix(".weight")
-        state[f"{stem}.qweight"] = rng.integers(-(2**31), 2**31, (columns // 8, rows), np.int64).astype(np.int32)
-        state[f"{stem}.scales"] = np.ones((1, rows), np.float16)
+        state[f"{stem}.weight_blocks"] = rng.integers(0, 256, (rows, columns // 2), np.int64).astype(np.uint8)
+        state[f"{stem}.weight_scales"] = np.ones((1, rows), np.float16)
     packed = write("hf", state, tmp_path / "packed", m.config)
     base = write("hf", m.tensors, tmp_path / "base", m.config)
     for reference in (None, base):

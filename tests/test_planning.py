@@ -270,13 +270,17 @@ def test_casts_round_as_torch_does_and_count_what_is_lost(tmp_path: Path, target
     assert_same({n: made[n] for n in ("count", "mask")}, {n: tensors[n] for n in ("count", "mask")})
 
 
-def test_fp8_is_not_cast_away_from_its_scale(tmp_path: Path) -> None:
-    tensors = {"a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1)}
+def test_fp8_is_cast_with_its_scale_or_not_at_all(tmp_path: Path) -> None:
+    codes, scale = torch.randn(4, 4).to(torch.float8_e4m3fn), torch.full((1,), 3.0)
+    tensors = {"a.weight": codes, "a.weight_scale_inv": scale}
     source = write_hf(tmp_path / "hf", tensors)
-    with refused("Q01", "scale"):
-        to(source, tmp_path / "out", "hf", dtype="BF16")
     to(source, tmp_path / "out", "hf")
     assert_same(held(tmp_path / "out"), tensors)
+    to(source, tmp_path / "floats", "hf", dtype="BF16")
+    assert_same(held(tmp_path / "floats"), {"a.weight": (codes.float() * scale).bfloat16()})
+    with refused("Q06", "does not fit"):
+        odd = {"a.weight": codes, "a.weight_scale_inv": torch.ones(3)}
+        to(write_hf(tmp_path / "odd", odd), tmp_path / "other", "hf", dtype="BF16")
 
 
 def test_config_says_the_dtype_that_is_there(tmp_path: Path) -> None:
@@ -321,7 +325,7 @@ def test_a_cast_never_parts_quantized_codes_from_their_scales(tmp_path: Path) ->
         "model.a.weight.quant_state.bitsandbytes__nf4": state,
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(TensorkeepError, match="codes and scales") as caught:
+    with pytest.raises(TensorkeepError, match="absmax is") as caught:  # two scales, one block
         make_plan([read(tmp_path)], "dcp", dtype="BF16")
-    assert caught.value.code == "Q01"
+    assert caught.value.code == "Q06"
     assert all(s.actions == ("keep",) for s in make_plan([read(tmp_path)], "dcp").steps)

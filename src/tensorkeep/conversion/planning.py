@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tensorkeep.conversion import adapters, configs, fit
+from tensorkeep.conversion import adapters, configs, dequantizing, fit
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._stacking import stacked
@@ -49,8 +49,8 @@ def make_plan(
         to: the output's format, a word of `formats.table.writable`.
         naming: the output's naming; None for hf, or for the names as they are where the sources' naming is unknown.
         root: the name to nest tensors under, in formats that know nesting.
-        dtype: cast floats to this dtype ("BF16", for gguf also "Q8_0"); None keeps them, and makes quantized GGUF
-            weights bfloat16.
+        dtype: cast floats to this dtype ("BF16", for gguf also "Q8_0"), and dequantize what is quantized; None keeps
+            both, and makes quantized GGUF weights bfloat16.
         drop: patterns of stored names to leave out.
         prefer: "first" or "last", which source wins where two hold the same tensor.
         from_naming: the sources' naming; None to tell it from their names.
@@ -69,6 +69,7 @@ def make_plan(
         'torchtitan'
     """
     refuse_types(to, naming, dtype)
+    sources = dequantizing.all_decoded(sources, "F32" if dtype in BLOCK_TYPES else dtype)
     notes = [note for view in sources for note in (*view.notes, *configs.left_behind(view))]
     dropped: list[Step] = []
     identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
@@ -97,6 +98,7 @@ def _finished(plan: Plan, to: str) -> Plan:
     _check_cover(plan)
     configs.match_dtype(plan)
     carry(plan, to)
+    dequantizing.told(plan)
     return plan
 
 

@@ -95,7 +95,8 @@ def refuse_damaged(view: StateView, index: int, sums: dict[str, Sums]) -> None:
     found = {
         name: digest for item in sums.values() for (source, name), digest in item.sources.items() if source == index
     }
-    wrong = sorted(n for n, digest in found.items() if n in wanted and digest != wanted[n])
+    plain = {n for n, record in view.items() if record.encoding == "plain"}  # what is decoded has no digest of its own
+    wrong = sorted(n for n, digest in found.items() if n in plain and n in wanted and digest != wanted[n])
     if wrong:
         raise damaged(view.path, wrong)
 

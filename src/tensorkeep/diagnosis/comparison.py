@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from tensorkeep.conversion import dequantizing
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
@@ -100,7 +101,7 @@ def pair(a: StateView, b: StateView) -> Pairing:
 
 
 def compare(a: StateView, b: StateView, progress: Progress | None = None) -> list[Difference]:
-    """Compare every tensor of two checkpoints.
+    """Compare every tensor of two checkpoints; where one is quantized and the other is not, its floats are compared.
 
     Args:
         a: One checkpoint.
@@ -117,6 +118,7 @@ def compare(a: StateView, b: StateView, progress: Progress | None = None) -> lis
         >>> [d.status for d in compare(read("hf"), read("dcp"))]      # doctest: +SKIP
         ['equal', 'equal', 'values']
     """
+    a, b = dequantizing.beside(a, b), dequantizing.beside(b, a)
     pairing = pair(a, b)
     total = sum(
         h.parts[0].rows is None and v[h.parts[0].name].nbytes

@@ -22,8 +22,11 @@ QUANT_STATE = ".quant_state.bitsandbytes__"
 NEEDED_ROLES, NESTED_ROLES = ("absmax", "quant_map"), ("nested_absmax", "nested_quant_map")
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SCALES = ("weight_scale_inv", "weight_scale", "weight.scale", "_weight_scale")  # beside the weight, by module
+EXPONENTS = ("U8", "F8_E8M0")  # scales that are powers of two: exponents plus 127
 ZEROS = ("weight_zero_point", "_weight_zero_point")
 TORCHAO = "._weight_qdata"  # torchao flattens its tensors into `_weight_qdata` and `_weight_scale`
+# how names of codes end, and how the name of the weight that they stand for ends
+ENDS = {TORCHAO: ".weight", ".qweight": ".weight", ".weight_packed": ".weight", "_blocks": ""}
 _LARGEST_STATE = 1 << 16  # bytes of a quant_state; real ones have some 170
 
 
@@ -51,6 +54,20 @@ class Nested(NamedTuple):
     offset: float
 
 
+def float_name(name: str) -> str:
+    """Return the name that the weight of these codes has where it is not quantized.
+
+    Args:
+        name: of the codes, stored or in the model.
+
+    Example:
+        >>> float_name("model.layers.0.mlp.up_proj.qweight"), float_name("lm_head.weight")
+        ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
+    """
+    end = next((e for e in ENDS if name.endswith(e)), None)
+    return name if end is None else name.removesuffix(end) + ENDS[end]
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """One quantized weight of a checkpoint, as its files describe it.
@@ -59,13 +76,16 @@ class QuantizedWeight:
 
     Attributes:
         name: stored name of its codes.
-        kind: "nf4", "fp4", "int8", "fp8", or "4bit" where nothing says which.
+        kind: "nf4", "fp4", "int8", "fp8", a key of `kinds.KINDS`, or "4bit" where nothing says which.
         shape: shape of the weight that the codes stand for; None where nothing says.
         parts: role ("absmax", "SCB", "scale", ...) -> stored name of the tensor that has it.
         block: what one scale reaches: a number of flat elements (nf4, fp4), or (rows, columns).
         nested: how the scales are quantized themselves; None where they are floats.
         dtype: torch's name of the dtype that the weight had; None where nothing says.
         problems: what is wrong with the description.
+        bits: of one code, in the kinds of `kinds.KINDS`.
+        version: of the format, where files of two are told apart (gptq).
+        stacked: the first dimension counts experts, each a matrix with scales of its own.
     """
 
     name: str
@@ -76,6 +96,17 @@ class QuantizedWeight:
     nested: Nested | None = None
     dtype: str | None = None
     problems: tuple[WeightProblem, ...] = ()
+    bits: int = 0
+    version: int = 0
+    stacked: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The weight as rows and columns: of a stack those of all its matrices, one below the other."""
+        assert self.shape is not None
+        if self.stacked:
+            return math.prod(self.shape[:-1]), self.shape[-1]
+        return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def elements(self) -> int:
@@ -85,7 +116,7 @@ class QuantizedWeight:
     @property
     def stands_for(self) -> str:
         """The stored name that the weight would have if it were not quantized."""
-        return self.name.removesuffix(TORCHAO) + ".weight" if self.name.endswith(TORCHAO) else self.name
+        return float_name(self.name)
 
     @property
     def stored(self) -> list[str]:
@@ -234,8 +265,9 @@ def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, 
         return QuantizedWeight(name, kind, shape, {}, problems=tuple(reading.problems))
     zero = next((parts[role] for role in ZEROS if role in parts), None)
     given = {"scale": parts[scale]} | ({"zero_point": zero} if zero else {})
-    block = _scale_block(reading, shape, view[parts[scale]], scale)
-    return QuantizedWeight(name, kind, shape, given, block, problems=tuple(reading.problems))
+    stacked = len(shape) == 3 and view[parts[scale]].shape[:1] == shape[:1] and len(view[parts[scale]].shape) == 3
+    block = _scale_block(reading, shape, view[parts[scale]], _told_block(view), stacked)
+    return QuantizedWeight(name, kind, shape, given, block, problems=tuple(reading.problems), stacked=stacked)
 
 
 def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> QuantizedWeight:
@@ -253,22 +285,36 @@ def _int8(reading: _Reading, record: TensorRecord, parts: dict[str, str]) -> Qua
     return QuantizedWeight(reading.name, "int8", record.shape, parts, (1, columns), problems=tuple(reading.problems))
 
 
-def _scale_block(reading: _Reading, shape: tuple[int, ...], scale: TensorRecord, role: str) -> tuple[int, int] | None:
-    """Find the (rows, columns) that one scale reaches, from the shapes alone: DeepSeek's blocks are 128 x 128."""
-    rows, columns = shape[0], math.prod(shape[1:])
-    dims = tuple(n for n in scale.shape)
-    if not DTYPES[scale.dtype].floating or DTYPES[scale.dtype].numpy is None:
-        reading.wrong(f"{role} is {scale.dtype}, not a floating number")
-    elif scale.elements == 1:
+def _told_block(view: StateView) -> tuple[int, int]:
+    """Return the config's `weight_block_size`; DeepSeek's 128 x 128 where it has none."""
+    found = (view.config or {}).get("quantization_config")
+    sizes = found.get("weight_block_size") if isinstance(found, Mapping) else None
+    if isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes):
+        return sizes[0], sizes[1]
+    return 128, 128
+
+
+def _scale_block(
+    reading: _Reading, shape: tuple[int, ...], scale: TensorRecord, told: tuple[int, int], stacked: bool
+) -> tuple[int, int] | None:
+    """Find the (rows, columns) that one scale reaches, from the shapes and the block size that the config tells."""
+    exponents = scale.dtype in EXPONENTS
+    if not exponents and (not DTYPES[scale.dtype].floating or DTYPES[scale.dtype].numpy is None):
+        reading.wrong(f"{scale.name} is {scale.dtype}, not a floating number")
+        return None
+    rows, columns = (shape[-2], shape[-1]) if stacked else (shape[0], math.prod(shape[1:]))
+    dims = scale.shape[1:] if stacked else scale.shape
+    if scale.elements == 1 and not stacked:
         return rows, columns
-    elif dims in ((rows,), (rows, 1)):
+    if dims in ((rows,), (rows, 1)):
         return 1, columns
-    elif len(dims) == 2 and len(shape) == 2 and dims[1] and dims[0]:
+    if len(dims) == 2 and (stacked or len(shape) == 2) and dims[1] and dims[0]:
         down, across = -(-rows // dims[0]), -(-columns // dims[1])
-        for block in ((128, 128), (down, across), (1, across)):
+        even = [(down, across), (1, across)] if rows % dims[0] == 0 == columns % dims[1] else []
+        for block in (told, *even):
             if (-(-rows // block[0]), -(-columns // block[1])) == dims:
                 return block
-        reading.wrong(f"{role} {list(dims)} does not divide a weight of {list(shape)}")
+        reading.wrong(f"{scale.name} {list(scale.shape)} does not divide a weight of {list(shape)}")
     else:
-        reading.wrong(f"{role} {list(dims)} does not fit a weight of {list(shape)}")
+        reading.wrong(f"{scale.name} {list(scale.shape)} does not fit a weight of {list(shape)}")
     return None

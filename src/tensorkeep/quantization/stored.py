@@ -16,9 +16,11 @@ int8, fp8 (compressed-tensors, fbgemm, torchao)
     beside: `weight_scale` or `.scale`
     values: code · scale, per tensor, row or group of columns
 fp8 in blocks (DeepSeek, transformers)
-    codes: fp8 [N, K]
-    beside: `weight_scale_inv` [ceil(N/b), ceil(K/b)]
+    codes: fp8 [N, K], or [E, N, K] of stacked experts, whose names end in `_proj` and `_proj_scale_inv`
+    beside: `weight_scale_inv` [ceil(N/b), ceil(K/b)], floats or (MX) exponents plus 127 in bytes
     values: code · scale[block]
+mxfp4, nvfp4, gptq, awq, pack-quantized
+    the files in `kinds`
 
 4-bit codes lie flat over the row-major weight, high half of the byte first, and a block is `blocksize` consecutive
 elements of that flat order: it may straddle two rows. Sources: QLoRA (arXiv 2305.14314, section 3 and appendix E),
@@ -38,7 +40,9 @@ from typing import TYPE_CHECKING
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.view import StateView
+from tensorkeep.quantization import kinds
 from tensorkeep.quantization.description import (
+    EXPONENTS,
     FLOAT8,
     FOUR_BITS,
     NEEDED_ROLES,
@@ -49,6 +53,7 @@ from tensorkeep.quantization.description import (
     ZEROS,
     QuantizedWeight,
     by_scale,
+    float_name,
     four_bit,
 )
 from tensorkeep.storage.record import TensorRecord
@@ -62,6 +67,7 @@ __all__ = [
     "QuantizedWeight",
     "dequantize",
     "find_quantized",
+    "float_name",
     "four_bit_state",
     "members",
     "packed_bytes",
@@ -69,6 +75,9 @@ __all__ = [
     "row_scales",
     "stream_values",
 ]
+
+_STACKED = {"scale_inv": "weight_scale_inv", "scale": "weight_scale"}  # beside a parameter that is no `.weight`
+_READ_AT_ONCE, _DECODED_AT_ONCE = 1 << 22, 1 << 17  # elements of 8-bit codes
 
 
 def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> dict[str, QuantizedWeight]:
@@ -88,16 +97,28 @@ def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> d
     inside = view.records if names is None else {n: view[n] for n in names if n in view}
     groups = _four_bit_groups(inside)
     out = {name: four_bit(view, name, parts) for name, parts in groups.items()}
+    for module in kinds.modules(inside):
+        for weight in module.find(view, inside):
+            if inside[weight.name].encoding == "plain":
+                out.setdefault(weight.name, weight)
     for name, record in inside.items():
-        module, _, last = name.rpartition(".")
-        if name in out or last not in ("weight", "_weight_qdata") or record.encoding != "plain":
+        if name in out or record.encoding != "plain":
             continue
-        prefix = f"{module}." if module else ""
-        parts = {role: prefix + role for role in ("SCB", "weight_format", *SCALES, *ZEROS) if prefix + role in inside}
-        made = by_scale(view, name, record, parts)
+        made = by_scale(view, name, record, parts) if (parts := _beside(name, record, inside)) is not None else None
         if made is not None:
             out[name] = made
     return out
+
+
+def _beside(name: str, record: TensorRecord, records: Mapping[str, TensorRecord]) -> dict[str, str] | None:
+    """Return the scales beside a tensor by role; None where its name is not that of codes."""
+    module, _, last = name.rpartition(".")
+    if last in ("weight", "_weight_qdata"):
+        prefix = f"{module}." if module else ""
+        return {role: prefix + role for role in ("SCB", "weight_format", *SCALES, *ZEROS) if prefix + role in records}
+    if record.dtype not in FLOAT8:
+        return None
+    return next(({role: f"{name}_{end}"} for end, role in _STACKED.items() if f"{name}_{end}" in records), None)
 
 
 def members(weights: Mapping[str, QuantizedWeight]) -> dict[str, str]:
@@ -169,36 +190,79 @@ def dequantize(view: StateView, name: str, weight: QuantizedWeight | None = None
     return out.reshape(weight.shape)
 
 
-def stream_values(view: StateView, weight: QuantizedWeight) -> Iterator[tuple[int, Array]]:
-    """Give the values of one quantized weight piece by piece; the codes are held, the values are not.
+def stream_values(
+    view: StateView, weight: QuantizedWeight, rows: tuple[int, int] | None = None
+) -> Iterator[tuple[int, Array]]:
+    """Give the values of one quantized weight piece by piece; the codes may be held, the values are not.
 
     Args:
         view: the checkpoint.
         weight: the weight's description, without problems.
+        rows: (first, last) takes that slice of the first dimension.
 
     Yields:
-        (first element in flat order, float32 values).
+        (first element in flat order of the whole weight, float32 values).
     """
     from tensorkeep.quantization import codes as quant_codes
 
+    assert weight.shape is not None
+    row = math.prod(weight.shape[1:])
+    first, last = rows or (0, weight.shape[0])
     if weight.kind in FOUR_BITS:
         assert isinstance(weight.block, int)
         table, scales = four_bit_state(view, weight)
-        yield from quant_codes.four_bit_values(packed_bytes(view, weight), table, scales, weight.elements, weight.block)
+        found = quant_codes.four_bit_values(packed_bytes(view, weight), table, scales, weight.elements, weight.block)
+        for at, values in found:
+            low, high = max(at, first * row), min(at + values.size, last * row)
+            if low < high:
+                yield low, values[low - at : high - at]
         return
+    module, at = kinds.module(weight.kind), first * row
+    for values in (
+        _scaled(view, weight, (first, last)) if module is None else module.values(view, weight, (first, last))
+    ):
+        yield at, values
+        at += values.size
+
+
+def _scaled(view: StateView, weight: QuantizedWeight, rows: tuple[int, int]) -> Iterator[Array]:
+    """Yield code · scale of rows of an 8-bit weight, less the zero point where it has one."""
+    import numpy as np
+
+    from tensorkeep.quantization import codes as quant_codes
+
     assert isinstance(weight.block, tuple) and weight.shape is not None
-    rows, columns = weight.shape[0], math.prod(weight.shape[1:])
-    scales = row_scales(view, weight)
+    columns, inner = weight.matrix[1], weight.matrix[0] // max(weight.shape[0], 1)
+    scales, dtype = row_scales(view, weight), view[weight.name].dtype
     zero = _scale_grid(view, weight, "zero_point") if "zero_point" in weight.parts else None
-    step = max(quant_codes.ELEMENTS_AT_ONCE // max(columns, 1), 1)
-    for at in range(0, rows, step):
-        raw = bytearray().join(bytes(p) for p in view.stream(weight.name, (at, min(at + step, rows))))
-        codes = np_frombuffer(raw, view[weight.name].dtype).reshape(-1, columns).astype("float32")
-        down = [row // weight.block[0] for row in range(at, at + len(codes))]
-        if zero is not None:
-            codes -= _spread(zero[down], columns, weight.block[1])
-        codes *= _spread(scales[down], columns, weight.block[1])
-        yield at * columns, (codes * quant_codes.PER_127 if "SCB" in weight.parts else codes).reshape(-1)
+    table = np_frombuffer(bytes(range(256)), dtype).astype(np.float32)
+    height = weight.shape[-2] if weight.stacked else weight.shape[0]  # rows of one matrix
+    grid = -(-height // weight.block[0])  # rows of scales that it has
+    step = max(_READ_AT_ONCE // max(columns * inner, 1), 1)
+    small = max(_DECODED_AT_ONCE // max(columns, 1), 1)
+    for start in range(rows[0], rows[1], step):
+        end = min(start + step, rows[1])
+        raw = bytearray().join(bytes(p) for p in view.stream(weight.name, (start, end)))
+        packed = np_frombuffer(raw, "U8").reshape(-1, columns)
+        for at in range(0, len(packed), small):
+            codes = table.take(packed[at : at + small])
+            number = np.arange(start * inner + at, start * inner + at + len(codes))
+            down = number // height * grid + number % height // weight.block[0]
+            if zero is not None:
+                codes -= _spread(zero[down], columns, weight.block[1])
+            _multiply(codes, scales[down], weight.block[1])
+            yield (codes * quant_codes.PER_127 if "SCB" in weight.parts else codes).reshape(-1)
+
+
+def _multiply(values: Array, scales: Array, block: int) -> None:
+    """Multiply values [n, columns] in place by one scale for every `block` columns."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale gives NaN or infinity, as in any other reader
+        if scales.shape[1] > 1 and scales.shape[1] * block == values.shape[1]:
+            values.reshape(len(values), -1, block).__imul__(scales[:, :, None])
+        else:
+            values *= _spread(scales, values.shape[1], block)
 
 
 def packed_bytes(view: StateView, weight: QuantizedWeight) -> Array:
@@ -231,15 +295,19 @@ def four_bit_state(view: StateView, weight: QuantizedWeight) -> tuple[Array, Arr
 
 
 def row_scales(view: StateView, weight: QuantizedWeight) -> Array:
-    """Return the scales of an int8 or fp8 weight.
+    """Return the scales of a weight of any kind but nf4 and fp4.
 
     Args:
         view: the checkpoint.
         weight: the weight's description, without problems.
 
     Returns:
-        float32 [rows of blocks, columns of blocks].
+        float32, of int8 and fp8 [rows of blocks, columns of blocks], of other kinds as they are stored.
     """
+    module = kinds.module(weight.kind)
+    if module is not None:
+        found: Array = module.scales(view, weight)
+        return found
     return _scale_grid(view, weight, "SCB" if "SCB" in weight.parts else "scale")
 
 
@@ -248,8 +316,13 @@ def _scale_grid(view: StateView, weight: QuantizedWeight, role: str) -> Array:
     import numpy as np
 
     assert isinstance(weight.block, tuple) and weight.shape is not None
-    down = -(-weight.shape[0] // weight.block[0])
-    return np.asarray(view.array(weight.parts[role]).astype(np.float32).reshape(down, -1))
+    height = weight.shape[-2] if weight.stacked else weight.shape[0]
+    down = -(-height // weight.block[0]) * (weight.matrix[0] // max(height, 1))
+    raw = view.array(weight.parts[role])
+    if role == "scale" and view[weight.parts[role]].dtype in EXPONENTS:
+        with np.errstate(over="ignore"):
+            raw = np.ldexp(np.float32(1), raw.view(np.uint8).astype(np.int32) - 127)
+    return np.asarray(raw.astype(np.float32).reshape(down, -1))
 
 
 def _spread(scales: Array, columns: int, block: int) -> Array:

@@ -68,6 +68,7 @@ _WORDS = {
     "Q04": "frozen_random",
     "Q05": "geometry_unsafe",
     "Q06": "state_malformed",
+    "Q07": "codes_noise",
     "A01": "does_not_fit",
     "A02": "rank_alpha",
     "A03": "merged_already",

@@ -29,6 +29,7 @@ from tensorkeep.diagnosis.evidence import quantized as quant_evidence
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization import kinds
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.codes import Array
 from tensorkeep.quantization.stored import QuantizedWeight
@@ -71,8 +72,10 @@ def kind(case: Case, weight: QuantizedWeight) -> str | None:
     """Return the initialiser whose values a quantized weight still holds: a key of WORDS, or None."""
     assert case.view is not None and weight.shape is not None
     inputs = int(np.prod(weight.shape[1:]))
-    peaks, reach = _peaks(case, weight)
-    if not peaks.any() or not _sample(case, weight).any():  # doubly quantized scales of nothing are only nearly zero
+    packed = kinds.module(weight.kind) is not None  # scales of these kinds do not tell the largest value exactly
+    peaks, reach = (np.zeros(0, np.float32), 1) if packed else _peaks(case, weight)
+    # doubly quantized scales of nothing are only nearly zero
+    if (not packed and not peaks.any()) or not _sample(case, weight).any():
         return "zero"
     if uniform(peaks, reach, 1 / np.sqrt(max(inputs, 1))):
         return "uniform"

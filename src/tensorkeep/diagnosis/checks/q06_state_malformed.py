@@ -30,6 +30,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import codes as quant_codes
+from tensorkeep.quantization import kinds
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.stored import QuantizedWeight
 
@@ -71,7 +72,8 @@ def _values(view: StateView, weight: QuantizedWeight) -> Iterator[str]:
         scales = quantized.row_scales(view, weight)
     bad = int(np.count_nonzero(~np.isfinite(scales)))
     # double quantization may round a scale of nothing to slightly below zero
-    negative = int(np.count_nonzero(scales < 0)) if weight.nested is None else 0
+    signed = weight.nested is not None or kinds.module(weight.kind) is not None
+    negative = 0 if signed else int(np.count_nonzero(scales < 0))
     if bad or negative:
         yield f"scales that are not finite or negative: {bad + negative} of {scales.size}"
 

@@ -80,7 +80,8 @@ def base_of(case: Case, reference: bool) -> Base | None:
     if view is None or view.format == "peft" or not hubs:
         return None
     owners = {part.name: name for name, hub in hubs.items() for part in hub.parts}
-    found = {owners.get(w.name, w.name): w for w in quantized.find_quantized(view).values()}
+    weights = quantized.find_quantized(view).values()
+    found = {quantized.float_name(owners.get(w.name, w.name)): w for w in weights}
     return Base(case, reference, hubs, found)
 
 

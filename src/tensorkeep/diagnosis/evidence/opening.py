@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from tensorkeep.conversion import architecture
+from tensorkeep.conversion import architecture, dequantizing
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.naming import hf
@@ -59,6 +59,9 @@ def open_case(path: str, reference: str | None, target: Target | None = None) ->
         case.read_error = error
         return case
     case.config = case.view.config
+    if case.reference is not None:
+        case.reference = dequantizing.beside(case.reference, case.view)
+        case.reference_config = case.reference.config
     return case
 
 
@@ -208,4 +211,9 @@ def parameters(case: Case, side: int) -> int | None:
     if (case.reference if side else case.view) is None or (not hubs and case.read_error is not None and not side):
         return None
     own = {n: h for n, h in hubs.items() if h.tied_to is None and not (n in case.tied and h.name != n)}
-    return sum(elements(h) for h in own.values())
+    view = case.reference if side else case.view
+    assert view is not None
+    weights = quantized.find_quantized(view)
+    scales, known = quantized.members(weights), {n: w.elements for n, w in weights.items() if w.shape is not None}
+    stored = {n: h.parts[0].name for n, h in own.items()}
+    return sum(known.get(stored[n], elements(h)) for n, h in own.items() if stored[n] not in scales)

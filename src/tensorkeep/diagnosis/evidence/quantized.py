@@ -26,6 +26,8 @@ from tensorkeep.quantization.stored import QuantizedWeight
 Verdict = Literal["sound", "scales", "codes", "averaged", "another"]
 _LOOKED_AT = 1 << 20  # elements of one weight whose codes are computed anew, in runs spread over it
 _RUNS = 64
+# bits -> the least cosine of a block with its reference, and the most that its best scale differs from 1
+_FITS = {8: (0.98, 0.05), 6: (0.97, 0.1), 5: (0.95, 0.1), 4: (0.88, 0.25), 3: (0.75, 0.4), 2: (0.4, 0.8), 1: (0.2, 2.0)}
 _ROUNDING = 0.009  # of a block's largest magnitude: bf16 in between moves a value and its scale by up to 2^-8 each
 
 
@@ -96,8 +98,7 @@ def hf_name(case: Case, weight: QuantizedWeight) -> str:
     """Return the Hugging Face name of a quantized weight, under which the reference has it."""
     names = case.identity.names if case.identity is not None else {}
     owner = next((hub.name for hub in case.tensors.values() if any(p.name == weight.name for p in hub.parts)), None)
-    clean = owner or names.get(weight.name, weight.name)
-    return clean.removesuffix(quantized.TORCHAO) + ".weight" if clean.endswith(quantized.TORCHAO) else clean
+    return quantized.float_name(owner or names.get(weight.name, weight.name))
 
 
 def matches(case: Case) -> dict[str, Match]:
@@ -121,7 +122,7 @@ def _matches(case: Case) -> Iterator[tuple[str, Match]]:
     if case.reference is None or case.view is None:
         return
     theirs = quantized.find_quantized(case.reference)
-    owners = {hub.name: hub.parts[0].name for hub in case.reference_tensors.values() if hub.parts}
+    owners = {quantized.float_name(h.name): h.parts[0].name for h in case.reference_tensors.values() if h.parts}
     for name, weight in model_weights(case).items():
         reference_name = hf_name(case, weight)
         hub = case.reference_tensors.get(reference_name)
@@ -252,9 +253,9 @@ def _int8(view: StateView, weight: QuantizedWeight, flat: Array) -> Figures:
 
 
 def _scaled(view: StateView, weight: QuantizedWeight, flat: Array) -> Figures:
-    """Compare fp8 and other int8 codes: writers choose scales differently, so the best is fitted block by block."""
-    assert weight.shape is not None and isinstance(weight.block, tuple)
-    rows, columns = weight.shape[0], int(np.prod(weight.shape[1:]))
+    """Compare other kinds: writers choose scales and codes differently, so the best scale is fitted block by block."""
+    assert isinstance(weight.block, tuple)
+    rows, columns = weight.matrix
     made, want = quantized.dequantize(view, weight.name, weight).reshape(rows, columns), flat.reshape(rows, columns)
     down, across = (np.arange(0, n, b) for n, b in ((rows, weight.block[0]), (columns, weight.block[1])))
     sums = [np.add.reduceat(np.add.reduceat(a, down, 0), across, 1) for a in (made * want, made * made, want * want)]
@@ -263,8 +264,9 @@ def _scaled(view: StateView, weight: QuantizedWeight, flat: Array) -> Figures:
     known = np.isfinite(ratio) & np.isfinite(fit)
     by_row = np.repeat(np.where(known, ratio, 1), weight.block[0], 0)[:rows]
     best = want - made * np.repeat(by_row, weight.block[1], 1)[:, :columns]
-    strange = known & (fit < 0.98)
-    off = known & ~strange & (np.abs(ratio - 1) > 0.05)
+    least, most = _FITS.get(weight.bits or 8, _FITS[4])
+    strange = known & (fit < least)
+    off = known & ~strange & (np.abs(ratio - 1) > most)
     dots = np.array([float((made * want).sum()), float((made * made).sum()), float(np.square(best).sum())])
     return (*_shares(off | strange, int(strange.sum()), max(int(known.sum()), 1), 0, 0), *_whole_fit(dots, flat))
 
