@@ -59,7 +59,6 @@ def convert(
         overwrite: Replace an existing sink, once the new one is proven.
     """
     from tensorkeep.commands.export import minimind_resume, staged
-    from tensorkeep.conversion.naming.detectors import put_average
 
     out = say.output()
     formats.writer(to)
@@ -71,20 +70,12 @@ def convert(
     if len(paths) == 2 and not dry_run and to == "pth" and naming == "minimind" and paths[1].endswith("_resume.pth"):
         return minimind_resume(out, paths[0], paths[1], overwrite)
     with contextlib.ExitStack() as stack:
-        made = None
-        if len(paths) == 2:
-            made = stack.enter_context(staged(out, paths[0], paths[1], to, naming, ema, dry_run))
-        sources = [with_config(v, config) for v in ([made.view] if made is not None else map(read, paths[:-1]))]
+        run = stack.enter_context(staged(out, paths[0], paths[1], to, naming, ema, dry_run)) if len(paths) == 2 else None
+        sources = [with_config(v, config) for v in ([run.view] if run is not None else map(read, paths[:-1]))]
         plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice)
         proof = check(plan, to, Path(paths[-1]).name, for_, installed())
-        if made is not None and made.average is not None:
-            put_average(plan, made.average)
         limit = parse_size(shard_size) if shard_size else None
-        said = made.said if made is not None else {}
-        code = _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, said)
-    if made is not None and made.after and not dry_run:
-        out.remark(made.after)
-    return code
+        return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run)
 
 
 def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, dtype: str | None, *rest: Any) -> Any:
@@ -116,19 +107,25 @@ def _carry_out(
     limit: int | None,
     dry_run: bool,
     overwrite: bool,
-    said: dict[str, Any],
+    run: Any,
 ) -> int:
-    """Write what is planned, or show it alone."""
+    """Write what is planned, or show it alone; `run` is what was made ready of a run, None for any other source."""
     from tensorkeep.conversion import execution
+    from tensorkeep.conversion.naming.detectors import put_average
     from tensorkeep.conversion.sink import sink_files
 
+    if run is not None and run.average is not None:
+        put_average(plan, run.average)
     _announce(out, plan)
     if dry_run:
         sink_files(plan, Path(sink).name, to, limit)  # refuses what could not be laid out
         return _show_plan(out, plan, proof, sink, to)
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
-    return _show_result(out, plan, proof, result, to, said)
+    code = _show_result(out, plan, proof, result, to, run.said if run is not None else {})
+    if run is not None and run.after:
+        out.remark(run.after)
+    return code
 
 
 def _show_plan(out: Output, plan: Any, proof: Any, sink: str, to: str) -> int:

@@ -64,8 +64,7 @@ def merge(
         base, sources = _opened(out, paths, config, stack)
         _name_as_files(base, sources)
         merging.refuse_merged_before(base, sources)
-        if not allow_other_base:
-            merging.refuse_other_base(base, sources)
+        merging.refuse_other_base(base, [] if allow_other_base else sources)
         job = plan_merge(
             base,
             sources,

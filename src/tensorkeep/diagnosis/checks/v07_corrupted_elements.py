@@ -94,7 +94,7 @@ def _impossible(mine: Array, theirs: Array, inside: bool) -> int:
     empty, limit = ~a.any(axis=1) & b.any(axis=1) & inside, 100 * max(largest(theirs), 1e-30)
     if not empty.any() and largest(mine) <= limit:
         return 0
-    wrong = (np.abs(a.astype(np.float64)) > limit) | empty[:, None]
+    wrong = np.asarray(np.abs(a.astype(np.float64)) > limit) | np.asarray(empty)[:, None]
     count = int(np.count_nonzero(wrong))
     if not 0 < count <= 0.25 * wrong.size:
         return 0
