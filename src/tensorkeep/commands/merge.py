@@ -34,12 +34,11 @@ def merge(
 ) -> int:
     """Add adapters into the weights they were trained on: BASE ADAPTER[=WEIGHT]... OUT.
 
-    Tensors are streamed and rounded once; the result is computed a second time and read back before it gets its name.
+    The result is rounded once, computed a second time and read back before it gets its name.
 
     Args:
         paths: The base, one or more adapters (PEFT folders, runs of ours, MiniMind's LoRA files), the sink. ADAPTER=0.5
-            adds half of it. Without an adapter, the one that lies in BASE's own file is merged; of a run, its adapter
-            into its base.
+            adds half of it. Without one, the adapter in BASE's own file is merged; of a run, its own into its base.
         onto: The weights to add to. trained: what the adapter was trained on, so a quantized base is dequantized.
             original: the float weights, though the adapter was trained on a quantized form of them.
         to: The sink's format: {model_formats}.
