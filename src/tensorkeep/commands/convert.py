@@ -70,7 +70,8 @@ def convert(
     if len(paths) == 2 and not dry_run and to == "pth" and naming == "minimind" and paths[1].endswith("_resume.pth"):
         return minimind_resume(out, paths[0], paths[1], overwrite)
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(staged(out, paths[0], paths[1], to, naming, ema, dry_run)) if len(paths) == 2 else None
+        opened = staged(out, paths[0], paths[1], to, naming, ema, dry_run) if len(paths) == 2 else None
+        run = stack.enter_context(opened) if opened is not None else None
         sources = [with_config(v, config) for v in ([run.view] if run is not None else map(read, paths[:-1]))]
         plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice)
         proof = check(plan, to, Path(paths[-1]).name, for_, installed())
