@@ -311,3 +311,14 @@ def test_diagnose_finds_no_fault_in_what_merges(bases: Any, tmp_path: Path, case
     other = bases("gpt2" if kind != "gpt2" else "llama")
     codes = {f.code for f in diagnose(str(tmp_path / "adapter"), str(other)).findings if f.severity == "error"}
     assert "A01" in codes
+
+
+def test_without_transformers_ties_come_from_names_and_the_rest_is_refused(bases: Any, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"])
+    wanted = adapter_of(bases("gpt2"), tmp_path / "adapter", config)
+    job = plan_merge(read(str(bases("gpt2"))), open_adapters([(read(str(tmp_path / "adapter")), 1.0)]))
+    merge(job, str(tmp_path / "out"))
+    assert equal(logits(loaded(tmp_path / "out")), wanted)
+    adapter_of(bases("mixtral"), tmp_path / "experts", peft.LoraConfig(target_modules="all-linear"))
+    with refused("A01", "found with transformers"):
+        plan_merge(read(str(bases("mixtral"))), open_adapters([(read(str(tmp_path / "experts")), 1.0)]))
