@@ -287,6 +287,8 @@ def test_what_peft_itself_would_leave_out_is_said(
     document = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(document))
     found = left_out_by_peft(base, document, read(str(folder)), list(tensors))
+    endless = {**document, "target_modules": "(a+)+" * 9, "megatron_core": "os", "megatron_config": {"a": 1}}
+    assert left_out_by_peft(base, endless, read(str(folder)), list(tensors)) is None
     assert found is not None
     theirs = peft.PeftModel.from_pretrained(loaded(bases("deepseek_v3")), folder)
     taken = peft.get_peft_model_state_dict(theirs)
