@@ -287,6 +287,8 @@ def test_what_peft_itself_would_leave_out_is_said(
     document = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(document))
     found = left_out_by_peft(base, document, read(str(folder)), list(tensors))
+    endless = {**document, "target_modules": "(a+)+" * 9, "megatron_core": "os", "megatron_config": {"a": 1}}
+    assert left_out_by_peft(base, endless, read(str(folder)), list(tensors)) is None
     assert found is not None
     theirs = peft.PeftModel.from_pretrained(loaded(bases("deepseek_v3")), folder)
     taken = peft.get_peft_model_state_dict(theirs)
@@ -311,3 +313,14 @@ def test_diagnose_finds_no_fault_in_what_merges(bases: Any, tmp_path: Path, case
     other = bases("gpt2" if kind != "gpt2" else "llama")
     codes = {f.code for f in diagnose(str(tmp_path / "adapter"), str(other)).findings if f.severity == "error"}
     assert "A01" in codes
+
+
+def test_without_transformers_ties_come_from_names_and_the_rest_is_refused(bases: Any, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"])
+    wanted = adapter_of(bases("gpt2"), tmp_path / "adapter", config)
+    job = plan_merge(read(str(bases("gpt2"))), open_adapters([(read(str(tmp_path / "adapter")), 1.0)]))
+    merge(job, str(tmp_path / "out"))
+    assert equal(logits(loaded(tmp_path / "out")), wanted)
+    adapter_of(bases("mixtral"), tmp_path / "experts", peft.LoraConfig(target_modules="all-linear"))
+    with refused("A01", "found with transformers"):
+        plan_merge(read(str(bases("mixtral"))), open_adapters([(read(str(tmp_path / "experts")), 1.0)]))

@@ -157,9 +157,7 @@ def _refuse_missing(state: MergeBase, source: WeightedAdapter, missing: list[str
         else "compare names with: tensorkeep inspect"
     )
     if source.adapter.document.get("target_parameters") and state.live is None:
-        more = (
-            "it targets parameters of the model in memory: with transformers installed, and its config, they are found"
-        )
+        close = "it targets parameters of the model in memory, found with transformers and the base's config.json"
     raise TensorkeepError(
         f"{len(missing)} of the {total} tensors it changes are not in the base {state.view.path}: "
         f"{', '.join(grouped(missing)[:4])}",

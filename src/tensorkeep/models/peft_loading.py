@@ -6,6 +6,7 @@ beside the experts (a dense layer's `gate_proj`, shared experts) is then no targ
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,6 +17,22 @@ from tensorkeep.conversion.fit import Offer
 from tensorkeep.formats.view import StateView
 from tensorkeep.models.loader import meta_model
 from tensorkeep.models.refusals import refusals
+
+# what says where an adapter sits; the rest of a config may name modules to import and starts to compute
+_FIELDS = (
+    "r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "fan_in_fan_out", "bias", "lora_bias", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts in a field of a config, which PEFT may take as regular expressions."""
+    return [v for v in (value if isinstance(value, (list, dict)) else [value]) if isinstance(v, str)]
+
+
+def _calm(regex: str) -> bool:
+    """Whether an expression out of an untrusted config cannot keep the matcher busy: few repeats, none of a group."""
+    return len(regex) <= 200 and len(re.findall(r"[*+{]", regex)) <= 3 and not re.search(r"\)[*+?{]", regex)
 
 
 def left_out_by_peft(
@@ -42,8 +59,9 @@ def left_out_by_peft(
     found = meta_model(base.config, {n: Offer(r.dtype, r.shape) for n, r in base.items()})
     if found is None:
         return None
-    known = {f for f in peft.LoraConfig.__dataclass_fields__ if document.get(f) is not None}
-    given = {k: document[k] for k in known - {"peft_type", "auto_mapping", "runtime_config"}}
+    given = {k: document[k] for k in _FIELDS if document.get(k) is not None}
+    if not all(_calm(text) for value in given.values() for text in _texts(value)):
+        return None
     state = {n: torch.empty(adapter[n].shape, device="meta") for n in names}
     try:
         with warnings.catch_warnings():

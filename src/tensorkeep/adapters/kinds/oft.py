@@ -20,6 +20,7 @@ FIELDS = COMMON_FIELDS | {
     "r", "oft_block_size", "module_dropout", "bias", "eps", "block_share", "use_cayley_neumann",
     "num_cayley_neumann_terms",
 }  # fmt: skip
+_MOST_TERMS = 64
 _PART = re.compile(r"(?P<module>.+)\.oft_R(\.default)?(\.weight)?\Z")
 
 
@@ -42,6 +43,9 @@ def reason(adapter: Adapter) -> tuple[str, str | None] | None:
         return "is a constrained OFT adapter (coft), which PEFT projects anew when it merges", None
     if adapter.document.get("use_cayley_neumann") is None:
         return "is an OFT adapter of an older PEFT, which does not say how its matrices are made", None
+    terms = adapter.document.get("num_cayley_neumann_terms", 5)
+    if isinstance(terms, bool) or not isinstance(terms, int) or not 1 <= terms <= _MOST_TERMS:
+        return "is an OFT adapter whose series has no sensible number of terms (num_cayley_neumann_terms)", None
     return None
 
 
@@ -95,7 +99,8 @@ def load(term: Term, base_rows: Callable[[], Iterator[tuple[int, Array]]]) -> Ar
     one = np.eye(size)
     if not given.get("use_cayley_neumann"):
         return np.linalg.solve((one + skew).transpose(0, 2, 1), (one - skew).transpose(0, 2, 1)).transpose(0, 2, 1)
-    made, power, terms = np.repeat(one[None], len(angles), 0), skew, int(given.get("num_cayley_neumann_terms") or 5)
+    made, power, terms = np.repeat(one[None], len(angles), 0), skew, int(given.get("num_cayley_neumann_terms", 5))
+    terms = 4 if terms == 3 else terms  # as PEFT counts them: both end with the third power
     for number in range(1, terms):  # I + 2Q + 2Q^2 + ..., the last of them once
         last = number == terms - 1 and terms > 2
         made = made + (power if last else 2 * power)
