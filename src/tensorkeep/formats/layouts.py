@@ -72,7 +72,7 @@ class Place(NamedTuple):
 
 
 PLACES = (
-    Place(r"pytorch_model_fsdp(_\d+)?", "accelerate or transformers under FSDP"),
+    Place(r"pytorch_model_fsdp(_\d+)?", "FSDP"),
     Place(r"global_step(\d+)_universal", "DeepSpeed (universal)", "latest_universal"),
     Place(r"global_step(\d+)", "DeepSpeed", "latest"),
     Place(r"pytorch_model(_\d+)?", "accelerate", "latest"),

@@ -55,7 +55,8 @@ def _severity(case: Case, root: str) -> Severity | None:
     same = case.reference_identity is not None and case.reference_identity.root == root
     if case.reference is None or same:
         return None
-    return "error"
+    # a training program keeps its own saves so, and a resume of it finds them
+    return "info" if case.view is not None and "home" in case.view.metadata else "error"
 
 
 def _who(case: Case) -> str:
