@@ -112,6 +112,17 @@ def test_values_that_no_training_makes_are_named_and_the_rest_is_not_reverted(wh
     assert repair(*words, take=[name], yes=True).taken == [name]  # whole, and said so
 
 
+def test_a_head_that_was_trained_far_is_put_back_in_the_order_of_the_embedding(tmp_path: Path) -> None:
+    """Its rows alone are too far from the reference's to be told apart; that they follow a known order is seen."""
+    rng, base = np.random.default_rng(3), specimen("llama_mha").tensors
+    head, embedding = (base[n].astype(FP32) for n in ("lm_head.weight", "model.embed_tokens.weight"))
+    far = head + head.std() * rng.normal(size=head.shape).astype(FP32)
+    moved = {"lm_head.weight": np.roll(far, -1, 0), "model.embed_tokens.weight": np.roll(embedding, -1, 0)}
+    found = diagnosed(tmp_path, {**base, **moved})
+    (order,) = [f for f in found.findings if f.severity == "error"]
+    assert (order.code, set(order.tensors)) == ("O04", set(moved))
+
+
 # -- V02: precision ---------------------------------------------------------------------------------------------------
 
 

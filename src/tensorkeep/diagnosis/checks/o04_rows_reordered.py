@@ -29,6 +29,7 @@ from tensorkeep.diagnosis.evidence.orders import Order, describe, find_order, fi
 from tensorkeep.diagnosis.evidence.originals import constant, fits_better, relation_of
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.diagnosis.evidence.statistics import relation
+from tensorkeep.diagnosis.evidence.tensor_names import layer_of
 from tensorkeep.findings import Finding
 
 CODE = "O04"
@@ -84,16 +85,22 @@ def _order(case: Case, name: str) -> Order | None:
 
 
 def _follow(case: Case, found: dict[str, Order]) -> dict[str, Order]:
-    """Find biases that lie in the order of their weight's rows: so few trained values prove no order by themselves."""
+    """Find biases in the order of their weight's rows, and a head in that of the embedding's or the other way round.
+
+    So few values, or values that training moved so far, prove no order by themselves; one that is known they can.
+    """
     out = {}
+    words = next((o for n, o in found.items() if layer_of(n) is None and not o.axis and not o.unmatched), None)
     for name in case.differing():
         order = found.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        if order is None and layer_of(name) is None and len(case.tensors[name].shape) == 2:
+            order = words
         if (
             name in found
             or order is None
             or order.axis
             or order.unmatched
-            or case.tensors[name].shape != order.index.shape
+            or case.tensors[name].shape[:1] != order.index.shape
         ):
             continue
         mine, theirs = (v.astype(np.float64) for v in case.pair(name))

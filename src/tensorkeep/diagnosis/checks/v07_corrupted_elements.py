@@ -91,7 +91,8 @@ def _impossible(mine: Array, theirs: Array, inside: bool) -> int:
     if mine.ndim < 2 or mine.dtype.itemsize < 2 or mine.size < FEW:
         return 0
     a, b = mine.reshape(len(mine), -1), theirs.reshape(len(mine), -1)
-    empty, limit = ~a.any(axis=1) & b.any(axis=1) & inside, 100 * max(largest(theirs), 1e-30)
+    empty: Array = np.logical_and(~a.any(axis=1), b.any(axis=1)) & inside
+    limit = 100 * max(largest(theirs), 1e-30)
     if not empty.any() and largest(mine) <= limit:
         return 0
     wrong = np.asarray(np.abs(a.astype(np.float64)) > limit) | np.asarray(empty)[:, None]
