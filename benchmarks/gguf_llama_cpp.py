@@ -3,8 +3,8 @@
     python -m benchmarks.gguf_llama_cpp --llama-python ENV/bin/python [--model FOLDER]     # about a minute
 
 ENV has benchmarks/envs/llama-cpp.txt. For each family a small model with loud weights is written as f32, q8_0 and q4_0;
-llama.cpp loads it, and its logits of 32 ids are compared with those of the folder in transformers. With `--model` a real
-model's folder too: its tokenizer's ids of a text, and the mean loss over it.
+llama.cpp loads it, and its logits of 32 ids are compared with those of the folder in transformers. With `--model` a
+real model's folder too: its tokenizer's ids of a text, and the mean loss over it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tests.test_gguf_writing import IDS, MODELS, model
 
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.formats.view import read
-from tests.test_gguf_writing import IDS, MODELS, model
 
 TEXT = "The Eiffel Tower, built in 1889, is 330 m tall.\n\nIt doesn't sway much: 6–7 cm. 你好, wörld!\n" * 3
 # runs in the other environment, which has neither torch nor this project
@@ -85,8 +85,9 @@ def real(folder: Path, scratch: Path, python: str) -> None:
         wanted = loaded(torch.tensor([ids])).logits[0].numpy()
     for dtype in (None, "F16", "Q8_0", "Q4_0"):
         found, told = asked(python, written(folder, scratch / "real.gguf", dtype), ids, TEXT)
+        apart = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         print(
-            f"| {folder.name} | {dtype or 'as stored'} | {np.linalg.norm(found - wanted) / np.linalg.norm(wanted):.1e} | "
+            f"| {folder.name} | {dtype or 'as stored'} | {apart:.1e} | "
             f"{(found.argmax(-1) == wanted.argmax(-1)).mean():.0%} |"
             f" ids {'equal' if told == ids else 'DIFFER'}, loss {loss(found, ids):.4f} against {loss(wanted, ids):.4f}"
         )

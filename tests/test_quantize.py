@@ -471,8 +471,8 @@ def test_a_language_job_proves_its_codes_before_the_first_step(monkeypatch: pyte
     from tensorkeep.language._optimizer import choose_trainable
     from tensorkeep.quantization import modules
 
-    def damaging(model: nn.Module, kind: str) -> list[str]:
-        names = quantize_(model, kind)  # type: ignore[arg-type]
+    def damaging(model: nn.Module, kind: str, **options: Any) -> list[str]:
+        names = quantize_(model, kind, **options)  # type: ignore[arg-type]
         model.get_submodule(names[0]).SCB[2] *= 2  # type: ignore[operator]
         return names
 

@@ -32,7 +32,8 @@ def unreached(model: Any, linears: Mapping[str, nn.Module]) -> list[str]:
     Returns:
         Their names; nothing where the model cannot be run here.
     """
-    if getattr(model.config, "model_type", None) in architecture.FAMILIES:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None or kind in architecture.FAMILIES:
         return []
     around = {child: module for module in model.modules() for child in module.children()}
     called: set[nn.Module] = set()

@@ -141,14 +141,17 @@ def _as_saved(model: Any, live: Shapes) -> tuple[Shapes, dict[str, tuple[Run, ..
     names = list(live)
     try:
         hollow = {n: torch.empty(s, device="meta") for n, s in live.items()}
-        shapes = {n: tuple(_one(t).shape) for n, t in revert(model, dict(hollow)).items()}
-        if shapes == live:
-            return dict(live), same, ""
-        probes = {n: torch.from_numpy(numbered(i, live[n])) for i, n in enumerate(names)}
-        made = {n: _one(t) for n, t in revert(model, probes).items()}
+        reverted = {n: _one(t) for n, t in revert(model, dict(hollow)).items()}
+        shapes = {n: tuple(t.shape) for n, t in reverted.items()}
+        owners = {id(t): n for n, t in hollow.items()}  # what is only renamed is the same object
+        whole = {n: (Run(owners[id(t)]),) for n, t in reverted.items() if id(t) in owners}
+        left = set(live) - {runs[0].name for runs in whole.values()}
+        probes = {n: torch.from_numpy(numbered(i, live[n])) for i, n in enumerate(names) if n in left}
+        made = {n: _one(t) for n, t in revert(model, probes).items()} if probes else {}
     except refusals() as error:
         return dict(live), same, f"transformers cannot say how it saves {type(model).__name__}: {said(error)}"
     out, odd = _described(made, shapes, names, [live[n] for n in names])
+    out = {n: whole.get(n) or out[n] for n in shapes if n in whole or n in out}
     return shapes, out, f"transformers saves {odd} in another arrangement than rows of the model's" if odd else ""
 
 

@@ -80,7 +80,11 @@ def runs(codes: Codes, names: Sequence[str], shapes: Sequence[Sequence[int]]) ->
     Returns:
         The runs in the order of the rows; None where the rows are shuffled in a way that is not described here.
     """
-    numbers, rows = origins(codes.reshape(-1))
+    codes = codes.reshape(-1)
+    numbers, rows = origins(codes)
+    if numbers[0] == numbers[-1] and np.array_equal(codes, np.arange(codes[0], codes[0] + len(codes))):
+        span = (int(rows[0]), int(rows[-1]) + 1)
+        return (Run(names[numbers[0]], None if span == (0, row_count(shapes[numbers[0]])) else span),)
     out: list[Run] = []
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
     for low, high in itertools.pairwise(edges):

@@ -44,6 +44,9 @@ def dense(module: nn.Module) -> bool:
 
     Args:
         module: any module.
+
+    Returns:
+        Whether its forward is x W^T + b.
     """
     kind: Any = type(module)
     if kind is nn.Linear:
@@ -78,6 +81,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
     Args:
         module: any module.
+
+    Returns:
+        Whether it is one.
     """
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 

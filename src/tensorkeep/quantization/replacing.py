@@ -89,5 +89,9 @@ def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> No
 
 
 def clean_name(name: str) -> str:
-    """Return a module's name without the segments of wrappers (DDP, FSDP, torch.compile, PEFT)."""
+    """Return a module's name without the segments of wrappers (DDP, FSDP, torch.compile, PEFT).
+
+    Args:
+        name: as `named_modules` gives it.
+    """
     return unwrap(name)[0]
