@@ -211,6 +211,18 @@ def test_gpt_oss_loads_kept_and_dequantised(tmp_path: Path) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+def test_a_conv1d_model_gets_its_matrices_back_the_way_it_keeps_them(tmp_path: Path) -> None:
+    """Quantizers turn GPT-2's layers, which are [inputs, outputs], into linears."""
+    w, name = made.trained(96, 128, seed=3), "transformer.h.0.attn.c_proj"
+    tensors, values = made.gptq(w, name)
+    path = write_hf(tmp_path / "q", tensors, {"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}})
+    to(path, tmp_path / "out", "dcp", dtype="F32")
+    found = read(tmp_path / "out").array(f"{name}.weight")
+    assert np.array_equal(found, values.T.numpy())
+    floats = write_hf(tmp_path / "floats", {f"{name}.weight": w.T.contiguous()}, {"model_type": "gpt2"})
+    assert diagnose(str(path), str(floats)).verdict == "ok"
+
+
 # -- comparing and diagnosing -----------------------------------------------------------------------------------------
 
 
