@@ -164,6 +164,23 @@ def test_packed_kinds_are_bitwise_what_compressed_tensors_makes_of_them(tmp_path
         assert torch.equal(torch.from_numpy(stored.dequantize(read(path), name)).to(wanted.dtype), wanted)
 
 
+def test_mxfp4_of_linears_is_bitwise_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    stacked, _ = made.mxfp4(None)
+    codes, scales = (stacked[f"{WEIGHT}_{part}"][0] for part in ("blocks", "scales"))
+    parts = {"weight_packed": codes.reshape(len(codes), -1), "weight_scale": scales}
+    words = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=words)
+    wanted = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized").decompress(dict(parts), scheme)["weight"]
+    view = read(write_hf(tmp_path, {f"m.{name}": part for name, part in parts.items()}, {}))
+    (weight,) = stored.find_quantized(view).values()
+    assert weight.kind == "mxfp4-packed"
+    assert torch.equal(torch.from_numpy(stored.dequantize(view, weight.name)).to(wanted.dtype), wanted)
+
+
 def test_bitsandbytes_in_a_pth_is_what_it_makes_of_it(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     stem = "model.layers.0.mlp.up_proj"
