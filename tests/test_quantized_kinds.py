@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from tensorkeep.cli import main
 from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.checks import q07_codes_noise
 from tensorkeep.diagnosis.comparison import compare
 from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import stored
 from tensorkeep.quantization.kinds import packing
@@ -161,6 +164,23 @@ def test_packed_kinds_are_bitwise_what_compressed_tensors_makes_of_them(tmp_path
         assert torch.equal(torch.from_numpy(stored.dequantize(read(path), name)).to(wanted.dtype), wanted)
 
 
+def test_mxfp4_of_linears_is_bitwise_what_compressed_tensors_makes_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    stacked, _ = made.mxfp4(None)
+    codes, scales = (stacked[f"{WEIGHT}_{part}"][0] for part in ("blocks", "scales"))
+    parts = {"weight_packed": codes.reshape(len(codes), -1), "weight_scale": scales}
+    words = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=words)
+    wanted = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized").decompress(dict(parts), scheme)["weight"]
+    view = read(write_hf(tmp_path, {f"m.{name}": part for name, part in parts.items()}, {}))
+    (weight,) = stored.find_quantized(view).values()
+    assert weight.kind == "mxfp4-packed"
+    assert torch.equal(torch.from_numpy(stored.dequantize(view, weight.name)).to(wanted.dtype), wanted)
+
+
 def test_bitsandbytes_in_a_pth_is_what_it_makes_of_it(tmp_path: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     stem = "model.layers.0.mlp.up_proj"
@@ -209,6 +229,18 @@ def test_gpt_oss_loads_kept_and_dequantised(tmp_path: Path) -> None:
         assert not told["missing_keys"] and not told["unexpected_keys"]
         outputs.append(model.eval()(input_ids=ids).logits)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_a_conv1d_model_gets_its_matrices_back_the_way_it_keeps_them(tmp_path: Path) -> None:
+    """Quantizers turn GPT-2's layers, which are [inputs, outputs], into linears."""
+    w, name = made.trained(96, 128, seed=3), "transformer.h.0.attn.c_proj"
+    tensors, values = made.gptq(w, name)
+    path = write_hf(tmp_path / "q", tensors, {"model_type": "gpt2", "quantization_config": {"quant_method": "gptq"}})
+    to(path, tmp_path / "out", "dcp", dtype="F32")
+    found = read(tmp_path / "out").array(f"{name}.weight")
+    assert np.array_equal(found, values.T.numpy())
+    floats = write_hf(tmp_path / "floats", {f"{name}.weight": w.T.contiguous()}, {"model_type": "gpt2"})
+    assert diagnose(str(path), str(floats)).verdict == "ok"
 
 
 # -- comparing and diagnosing -----------------------------------------------------------------------------------------
@@ -295,6 +327,40 @@ def test_parts_of_another_shape_are_malformed(layout: str, tmp_path: Path) -> No
     for name in (n for n in whole if not n.endswith(("_blocks", "m.weight", "global_scale"))):
         save_file(whole | {name: whole[name][:-1].contiguous()}, path / "model.safetensors")
         assert [p for w in stored.find_quantized(read(path)).values() for p in w.problems], name
+
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 12, 16, 32, 64, 96]), max_size=4).map(tuple)
+DTYPES = st.sampled_from(["int32", "uint8", "int8", "float16", "float32", "float8_e4m3fn", "int64"])
+PARTS = (
+    "qweight qzeros scales g_idx weight_packed weight_scale weight_shape weight_zero_point weight_g_idx weight "
+    "weight_scale_inv weight_scale_2 weight_global_scale"
+).split()
+
+
+@given(
+    parts=st.dictionaries(st.sampled_from([f"m.{p}" for p in PARTS] + ["m.a_blocks", "m.a_scales"]),
+                          st.tuples(SHAPES, DTYPES, st.integers(0, 255)), min_size=1, max_size=6),
+    method=st.sampled_from([None, "gptq", "awq", "fp8", "compressed-tensors", 7]),
+    bits=st.sampled_from([None, 0, 4, 9, "4", -1]),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_no_shapes_and_no_config_can_break_the_reader(
+    parts: dict[str, tuple[tuple[int, ...], str, int]], method: Any, bits: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    tensors = {
+        n: torch.full((int(np.prod(shape)),), fill, dtype=torch.uint8).to(getattr(torch, dtype)).reshape(shape)
+        for n, (shape, dtype, fill) in parts.items()
+    }
+    config = {"quantization_config": {"quant_method": method, "bits": bits, "weight_block_size": [bits, 0]}}
+    view = read(write_hf(tmp_path_factory.mktemp("odd"), tensors, config))
+    for name, weight in stored.find_quantized(view).items():
+        if weight.problems:
+            with pytest.raises(TensorkeepError):
+                stored.dequantize(view, name)
+        else:
+            assert stored.dequantize(view, name).shape == weight.shape
+    list(q07_codes_noise.check(Case("x", view)))
 
 
 def test_orders_of_other_kernels_and_unknown_layouts_are_refused_by_name(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.live import AskLive, unknown
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import TensorkeepError, shown, word
 from tensorkeep.formats.companions import travelling
 from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import Note, StateView
@@ -169,6 +169,7 @@ def _merged_view(
     weights = quantized.find_quantized(base, identity.names)
     for weight in weights.values():
         quantized.refuse(weight, base.path)
+    _refuse_packed(base, weights)
     forms = _wanted_quantization(base, sources, onto, weights)
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
@@ -205,6 +206,17 @@ def _merged_view(
         _keep_config_true(view, state, bool(weights), parted, sizes)
     spoken = sorted({m.requantized.spoken for m in state.made.values() if (m.weight or m.through) and m.requantized})
     return view, ", ".join(spoken) or None
+
+
+def _refuse_packed(base: StateView, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Stop at a base whose codes lie under other names than its weights: adapters change weights by name."""
+    packed = [w for w in weights.values() if w.stands_for != w.name and not w.name.endswith(quantized.TORCHAO)]
+    if packed:
+        raise TensorkeepError(
+            f"holds {len(packed)} weights as {packed[0].kind} codes, which adapters are not merged into",
+            where=base.path,
+            hint=f"make floats of it first: tensorkeep convert {word(base.path)} FLOATS --to hf --dtype bf16",
+        )
 
 
 def _wanted_quantization(

@@ -17,10 +17,13 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.view import STREAM_BYTES, Note, StateView
-from tensorkeep.quantization.stored import QuantizedWeight, find_quantized, members, refuse, stream_values
+from tensorkeep.quantization.stored import QuantizedWeight, dequantize, find_quantized, members, refuse, stream_values
 from tensorkeep.storage.record import TensorRecord
 
 _CODES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F8_E4M3", "F8_E5M2")
+# models whose layers are transformers' Conv1D, [inputs, outputs]; quantizers turn such a layer into a linear
+_CONV1D = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
+_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 FLOATS = ("F64", "F32", "F16", "BF16")
 # beside quantized modules: scales of activations and of the cache, which no float model has
 _ACTIVATIONS = frozenset(
@@ -35,6 +38,7 @@ class DecodedView(StateView):
 
     base: StateView | None = None
     made: dict[str, QuantizedWeight] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()  # those whose float is stored transposed (Conv1D)
 
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
@@ -46,7 +50,8 @@ class DecodedView(StateView):
             yield from self.base.stream(name, rows, granule, chunk)
             return
         dtype, waiting = np_dtype(self.records[name].dtype), b""
-        for _, values in stream_values(self.base, weight, rows):
+        found = (v for _, v in stream_values(self.base, weight, rows))
+        for values in _turned(self.base, weight, rows) if name in self.turned else found:
             data = memoryview(_cast(values, dtype)).cast("B")
             if waiting:
                 data = memoryview(waiting + bytes(data))
@@ -56,6 +61,29 @@ class DecodedView(StateView):
             waiting = bytes(data[whole:]) if whole < len(data) else b""
         if waiting:
             yield memoryview(waiting)
+
+
+def _turned(view: StateView, weight: QuantizedWeight, rows: tuple[int, int] | None) -> Iterator[Any]:
+    """Yield rows of a weight's transpose, for which its values are held."""
+    import numpy as np
+
+    whole = dequantize(view, weight.name, weight).T
+    for row in whole[slice(*rows) if rows else slice(None)]:
+        yield np.ascontiguousarray(row)
+
+
+def turned(config: Mapping[str, Any] | None, name: str) -> bool:
+    """Say whether a model keeps the transpose of what its quantized linears hold, as those of Conv1D layers do.
+
+    Args:
+        config: of the model.
+        name: of the float weight.
+
+    Returns:
+        True where the float is [inputs, outputs] and the quantized weight [outputs, inputs].
+    """
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return (config or {}).get("model_type") in _CONV1D and module in _CONV1D_LAYERS
 
 
 def _cast(values: Any, dtype: Any) -> Any:
@@ -83,6 +111,7 @@ def decoded(view: StateView, dtype: Callable[[str], str] | str) -> StateView:
     modules = {w.stands_for.rpartition(".")[0] for w in weights.values()}
     records: dict[str, TensorRecord] = {}
     made: dict[str, QuantizedWeight] = {}
+    across: set[str] = set()
     for name, record in view.records.items():
         weight = weights.get(name)
         if weight is not None:
@@ -92,7 +121,10 @@ def decoded(view: StateView, dtype: Callable[[str], str] | str) -> StateView:
             if float_name != name and float_name in view:
                 raise TensorkeepError(f"{name} and {float_name} are one weight twice", where=view.path, code="K02")
             wanted = dtype if isinstance(dtype, str) else dtype(float_name)
-            records[float_name] = TensorRecord(float_name, wanted, weight.shape, record.blocks, encoding=weight.kind)
+            back = turned(view.config, float_name) and len(weight.shape) == 2
+            shape = weight.shape[::-1] if back else weight.shape
+            records[float_name] = TensorRecord(float_name, wanted, shape, record.blocks, encoding=weight.kind)
+            across |= {float_name} if back else set()
             made[float_name] = weight
         elif name not in beside and not _of_activations(name, modules):
             records[name] = record
@@ -100,7 +132,7 @@ def decoded(view: StateView, dtype: Callable[[str], str] | str) -> StateView:
     config, companions = _float_config(view)
     return DecodedView(
         view.path, view.format, view.folder, records, config, companions, view.entries, list(view.notes), known,
-        checked=view.checked, base=view, made=made,
+        checked=view.checked, base=view, made=made, turned=frozenset(across),
     )  # fmt: skip
 
 

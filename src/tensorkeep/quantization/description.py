@@ -265,6 +265,8 @@ def by_scale(view: StateView, name: str, record: TensorRecord, parts: dict[str, 
         return QuantizedWeight(name, kind, shape, {}, problems=tuple(reading.problems))
     zero = next((parts[role] for role in ZEROS if role in parts), None)
     given = {"scale": parts[scale]} | ({"zero_point": zero} if zero else {})
+    if zero and (view[zero].elements != view[parts[scale]].elements or DTYPES[view[zero].dtype].numpy is None):
+        reading.wrong(f"{zero} {list(view[zero].shape)} does not fit scales {list(view[parts[scale]].shape)}")
     stacked = len(shape) == 3 and view[parts[scale]].shape[:1] == shape[:1] and len(view[parts[scale]].shape) == 3
     block = _scale_block(reading, shape, view[parts[scale]], _told_block(view), stacked)
     return QuantizedWeight(name, kind, shape, given, block, problems=tuple(reading.problems), stacked=stacked)

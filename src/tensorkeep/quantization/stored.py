@@ -99,10 +99,10 @@ def find_quantized(view: StateView, names: Mapping[str, str] | None = None) -> d
     out = {name: four_bit(view, name, parts) for name, parts in groups.items()}
     for module in kinds.modules(inside):
         for weight in module.find(view, inside):
-            if inside[weight.name].encoding == "plain":
+            if inside[weight.name].encoding == "plain" and inside[weight.name].elements:
                 out.setdefault(weight.name, weight)
     for name, record in inside.items():
-        if name in out or record.encoding != "plain":
+        if name in out or record.encoding != "plain" or not record.elements:
             continue
         made = by_scale(view, name, record, parts) if (parts := _beside(name, record, inside)) is not None else None
         if made is not None:

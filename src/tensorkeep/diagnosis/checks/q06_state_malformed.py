@@ -25,6 +25,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from tensorkeep.conversion.dequantizing import turned
 from tensorkeep.diagnosis.evidence import quantized as quant_evidence
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.findings import Finding
@@ -80,8 +81,12 @@ def _values(view: StateView, weight: QuantizedWeight) -> Iterator[str]:
 
 def _against_reference(case: Case, weight: QuantizedWeight) -> Iterator[str]:
     """Say where the shape in the state is not the reference's."""
-    wanted = case.reference_tensors.get(quant_evidence.hf_name(case, weight))
-    if wanted is not None and _plain(wanted.dtype, wanted.shape) and wanted.shape != weight.shape:
+    name = quant_evidence.hf_name(case, weight)
+    wanted = case.reference_tensors.get(name)
+    if wanted is None or not _plain(wanted.dtype, wanted.shape):
+        return
+    shape = wanted.shape[::-1] if turned(case.model_config, name) else wanted.shape
+    if shape != weight.shape:
         yield f"shape {list(weight.shape or ())} in the state, {list(wanted.shape)} in the reference"
 
 

@@ -16,7 +16,8 @@ How it shows
 How it is found
     Trained weights are many small ones and few large ones: codes near zero are common, those at the ends rare. With
     groups of 32 and 4 bits the commonest code is four times as common as the rarest, with larger groups more. Where a
-    reference holds the same values nothing is said.
+    reference holds the same values nothing is said. Values that lie evenly between two bounds, as in a layer that was
+    just created, look like noise in 8 bits, and in 4 where the inputs of a group lie apart.
 
 What to do
     Take the file from where it is whole, or quantize the float weights again. That codes are not noise does not prove

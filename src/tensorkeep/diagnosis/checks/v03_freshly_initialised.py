@@ -85,7 +85,8 @@ def _alone(case: Case) -> Iterator[Finding]:
         for n, s in looked.items()
         if s.count >= 4096 and n not in fresh and (s.row_spread > 1.2 or s.column_spread > 1.2)
     ]
-    if not fresh or len(trained) < len(fresh):
+    # beside quantized weights, which are not looked at, one trained tensor says too little
+    if not fresh or len(trained) < max(len(fresh), 2 if case.packed else 1):
         return
     case.claim(fresh, CODE)
     message = f"{len(fresh)} tensors look freshly initialised beside {len(trained)} trained ones"

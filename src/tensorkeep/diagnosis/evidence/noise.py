@@ -24,7 +24,9 @@ from tensorkeep.quantization.stored import FLOAT8, QuantizedWeight
 
 _FEWEST = 4096  # codes that say anything
 _LOOKED_AT = 1 << 20
-_EVEN = 0.1  # how far the share of a code may lie from its equal part, beside what chance explains
+# how far the share of a code may lie from its equal part, beside what chance explains; some writers of 8 bits leave the
+# lowest code out
+_EVEN, _EVEN_8BIT = 0.03, 0.08
 _LEAST_REACH = 1 / 16  # of the largest code, that the largest code of a block has
 
 
@@ -55,7 +57,7 @@ def spread(view: StateView, weight: QuantizedWeight) -> Codes | None:
     bits = weight.bits or (4 if weight.kind in quant_codes.TABLES else 8)
     bins = 1 << min(bits, 4)
     counts, full, groups = np.zeros(bins, np.int64), 0, 0
-    group = _group(weight)
+    group = _group(view, weight)
     for piece in _codes(view, weight):
         top = piece >> max(bits - 4, 0)
         counts += np.bincount(top, minlength=bins)[:bins]
@@ -68,7 +70,7 @@ def spread(view: StateView, weight: QuantizedWeight) -> Codes | None:
         return None
     uneven = float(np.abs(counts * (bins / total) - 1).max())
     share = full / groups if groups else None
-    even = uneven < _EVEN + 4 * math.sqrt(bins / total)
+    even = uneven < (_EVEN_8BIT if bits == 8 else _EVEN) + 3 * math.sqrt(bins / total)
     # evenly spread values (a fresh layer's) that are rounded group by group give even codes too, each group the whole
     # range of them; random codes of groups as small as this do not
     chance = 1 - 2 * (1 - 1 / (1 << bits)) ** group if group else 1.0
@@ -76,13 +78,18 @@ def spread(view: StateView, weight: QuantizedWeight) -> Codes | None:
     return Codes(total, uneven, share, even and not ranged)
 
 
-def _group(weight: QuantizedWeight) -> int:
+def _group(view: StateView, weight: QuantizedWeight) -> int:
     """Return the length of groups of integers that lie one after the other in a row of the weight; 0 for none."""
-    ordered = "g_idx" in weight.parts or "weight_g_idx" in weight.parts
-    if weight.kind not in ("gptq", "awq", "pack-quantized") or weight.shape is None or ordered:
+    if weight.kind not in ("gptq", "awq", "pack-quantized") or weight.shape is None:
         return 0
     found = weight.block[1] if isinstance(weight.block, tuple) else 0
-    return found if found and weight.shape[-1] % found == 0 else 0
+    if not found or weight.shape[-1] % found:
+        return 0
+    said = next((weight.parts[role] for role in ("g_idx", "weight_g_idx") if role in weight.parts), None)
+    if said is None:
+        return found
+    order = view.array(said).reshape(-1)
+    return found if np.array_equal(order, np.arange(order.size) // found) else 0
 
 
 def _codes(view: StateView, weight: QuantizedWeight) -> Iterator[Array]:

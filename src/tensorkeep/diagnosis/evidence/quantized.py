@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tensorkeep.conversion.dequantizing import turned
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.view import StateView
@@ -138,6 +139,8 @@ def _matches(case: Case) -> Iterator[tuple[str, Match]]:
         values = (
             quantized.dequantize(case.reference, other.name, other) if other else case.reference_values(reference_name)
         )
+        if other is None and turned(case.model_config, reference_name):
+            values = values.T
         if values.shape == weight.shape:
             flat = values.astype(np.float32, copy=False).reshape(-1)
             # the reference's own scales were rounded, where they are codes themselves

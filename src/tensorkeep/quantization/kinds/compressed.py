@@ -60,7 +60,7 @@ def _described(view: StateView, name: str, record: TensorRecord, parts: Mapping[
         wrong = f"weight_zero_point {list(view[parts['weight_zero_point']].shape)} does not fit {list(shape)}"
     elif "weight_g_idx" in parts and view[parts["weight_g_idx"]].elements != shape[-1]:
         wrong = f"weight_g_idx of {view[parts['weight_g_idx']].elements} does not fit {shape[-1]} columns"
-    group = -(-shape[-1] // groups)
+    group = -(-shape[-1] // max(groups, 1))
     problems = (WeightProblem("Q06", wrong),) if wrong else ()
     return QuantizedWeight(
         name, "pack-quantized", shape, parts, (1, group), bits=bits or 0, problems=problems, stacked=len(shape) == 3
