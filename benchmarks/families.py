@@ -269,7 +269,7 @@ def arranged(model: Any, folder: Path, saved: Path) -> Iterator[tuple[str, str]]
     import torch
     from safetensors import safe_open
 
-    from tensorkeep.formats.config_types import complete
+    from tensorkeep.formats.whole_config import complete
     from tensorkeep.models.names import to_file, to_live
 
     state = model.state_dict()

@@ -46,8 +46,15 @@ def _affine(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes.reshape(w.shape).long(), zero.long(), scale
 
 
-def gptq(w: Tensor | None, stem: str = "m", bits: int = 4, group: int = 32, v2: bool = False, order: bool = False,
-         seed: int = 0) -> Made:  # fmt: skip
+def gptq(
+    w: Tensor | None,
+    stem: str = "m",
+    bits: int = 4,
+    group: int = 32,
+    v2: bool = False,
+    order: bool = False,
+    seed: int = 0,
+) -> Made:
     """GPTQ: with `order` the inputs of a group lie apart, and g_idx says where. None gives random codes."""
     w, random = (trained(64, 96, seed=seed), True) if w is None else (w, False)
     columns = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(1)) if order else None
@@ -83,8 +90,9 @@ def awq(w: Tensor | None, stem: str = "m", group: int = 32, seed: int = 0) -> Ma
     return tensors | {f"{stem}.scales": scale.T.contiguous().half()}, values
 
 
-def pack_quantized(w: Tensor | None, stem: str = "m", bits: int = 4, group: int = 32, zeros: bool = False,
-                   seed: int = 0) -> Made:  # fmt: skip
+def pack_quantized(
+    w: Tensor | None, stem: str = "m", bits: int = 4, group: int = 32, zeros: bool = False, seed: int = 0
+) -> Made:
     """compressed-tensors' pack-quantized, symmetric or with packed zero points."""
     w, random = (trained(64, 96, seed=seed), True) if w is None else (w, False)
     half = 2 ** (bits - 1)
@@ -147,8 +155,10 @@ def nvfp4(w: Tensor | None, stem: str = "m", modelopt: bool = False, seed: int =
     if modelopt:
         return {f"{stem}.weight": lies, f"{stem}.weight_scale": scale, f"{stem}.weight_scale_2": two}, values
     return {
-        f"{stem}.weight_packed": lies, f"{stem}.weight_scale": scale, f"{stem}.weight_global_scale": whole[None],
-    }, values  # fmt: skip
+        f"{stem}.weight_packed": lies,
+        f"{stem}.weight_scale": scale,
+        f"{stem}.weight_global_scale": whole[None],
+    }, values
 
 
 def fp8(

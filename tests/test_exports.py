@@ -28,39 +28,74 @@ transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(3, 19)[None]
 SMALL = {
-    "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 KINDS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "deepseek_v3": {  # shared experts are linears, the others one parameter
-        **SMALL, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2,
-        "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-        "v_head_dim": 8, "num_key_value_heads": 4,
+        **SMALL,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
     },
     "qwen3_moe": {**SMALL, **EXPERTS, "num_experts": 4, "head_dim": 8},
     "qwen3_5": {
         "text_config": {
-            **SMALL, "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+            **SMALL,
+            "head_dim": 16,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
         },
         "vision_config": {
-            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
-            "patch_size": 4, "num_position_embeddings": 16,
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "num_position_embeddings": 16,
         },
     },
     "gemma3": {  # its files call the decoder language_model.model, the live model calls it model.language_model
         "text_config": {
-            **SMALL, "head_dim": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"],
+            **SMALL,
+            "head_dim": 8,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
         },
         "vision_config": {
-            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "image_size": 16, "patch_size": 4,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
         },
-        "mm_tokens_per_image": 4, "image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 300,
+        "boi_token_index": 301,
+        "eoi_token_index": 302,
     },
-}  # fmt: skip
+}
 
 
 def base_of(kind: str, folder: Path) -> Path:

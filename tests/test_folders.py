@@ -58,8 +58,10 @@ def inspected(path: Path) -> dict[str, Any]:
 def test_a_folder_opens_without_being_told_and_holds_the_models_values(layout: str, made: Made) -> None:
     folder = made.folder(layout)
     view = read(folder)
-    names = {clean.removeprefix("model.") if clean not in made.state else clean: stored
-             for stored, clean in identify(view).names.items()}  # fmt: skip
+    names = {
+        clean.removeprefix("model.") if clean not in made.state else clean: stored
+        for stored, clean in identify(view).names.items()
+    }
     for name, tensor in made.state.items():
         stored = names.get(name) or names[name.removeprefix("model.")]
         assert torch.equal(view.tensor(stored), tensor), name
@@ -309,8 +311,12 @@ def test_a_save_of_another_program_is_never_overwritten(made: Made, tmp_path: Pa
     for layout in ("ZeRO-2", "verl", "Trainer under FSDP"):
         shutil.copytree(made.folder(layout), tmp_path / layout)
         before = sorted(p.name for p in (tmp_path / layout).rglob("*"))
-        for place in (tmp_path / layout, next(p.parent for p in (tmp_path / layout).rglob("*_states.pt"))
-                      if layout == "ZeRO-2" else tmp_path / layout):  # fmt: skip
+        for place in (
+            tmp_path / layout,
+            next(p.parent for p in (tmp_path / layout).rglob("*_states.pt"))
+            if layout == "ZeRO-2"
+            else tmp_path / layout,
+        ):
             assert main(["convert", str(made.model), str(place), "--to", "hf", "--overwrite"]) == 2
         assert sorted(p.name for p in (tmp_path / layout).rglob("*")) == before
 
@@ -379,9 +385,15 @@ def test_trainers_own_output_folder_opens(tmp_path: Path) -> None:
     write_model(tmp_path / "model", "Llama", torch.float32)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     told = TrainingArguments(
-        str(tmp_path / "out"), max_steps=2, save_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True,
-        disable_tqdm=True, logging_steps=100,
-    )  # fmt: skip
+        str(tmp_path / "out"),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=100,
+    )
     data = [{"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}] * 2
     Trainer(model=network, args=told, train_dataset=data).train()
     view = read(tmp_path / "out")

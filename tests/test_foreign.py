@@ -150,12 +150,26 @@ def test_what_could_do_harm_elsewhere_is_refused_by_name(kind: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("os", "system"), ("posix", "system"), ("builtins", "exec"), ("__builtin__", "eval"), ("commands", "getoutput"),
-        ("own_module", "os.system"), ("own_module", "system"), ("own", "subprocess.Popen"), ("own", "X.__reduce__"),
-        ("torch", "load"), ("torch.hub", "load"), ("numpy.f2py.capi_maps", "getinit"), ("pip", "main"), ("", "x"),
-        ("IPython.utils.process", "system"), ("runpy", "run_path"), ("operator", "methodcaller"), ("x", "getattr"),
+        ("os", "system"),
+        ("posix", "system"),
+        ("builtins", "exec"),
+        ("__builtin__", "eval"),
+        ("commands", "getoutput"),
+        ("own_module", "os.system"),
+        ("own_module", "system"),
+        ("own", "subprocess.Popen"),
+        ("own", "X.__reduce__"),
+        ("torch", "load"),
+        ("torch.hub", "load"),
+        ("numpy.f2py.capi_maps", "getinit"),
+        ("pip", "main"),
+        ("", "x"),
+        ("IPython.utils.process", "system"),
+        ("runpy", "run_path"),
+        ("operator", "methodcaller"),
+        ("x", "getattr"),
     ],
-)  # fmt: skip
+)
 def test_names_that_run_things_are_harmful(module: str, name: str) -> None:
     assert harmful(Global(module, name))
 
@@ -163,11 +177,18 @@ def test_names_that_run_things_are_harmful(module: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("__main__", "Config"), ("my.script", "Outer.Inner"), ("omegaconf.dictconfig", "DictConfig"), ("typing", "Any"),
-        ("torch.optim.lr_scheduler", "LambdaLR"), ("torch.nn.functional", "silu"), ("enum", "IntEnum"),
-        ("transformers.training_args", "TrainingArguments"), ("builtins", "object"), ("my_data", "collate"),
+        ("__main__", "Config"),
+        ("my.script", "Outer.Inner"),
+        ("omegaconf.dictconfig", "DictConfig"),
+        ("typing", "Any"),
+        ("torch.optim.lr_scheduler", "LambdaLR"),
+        ("torch.nn.functional", "silu"),
+        ("enum", "IntEnum"),
+        ("transformers.training_args", "TrainingArguments"),
+        ("builtins", "object"),
+        ("my_data", "collate"),
     ],
-)  # fmt: skip
+)
 def test_names_of_settings_are_not(module: str, name: str) -> None:
     assert not harmful(Global(module, name))
 

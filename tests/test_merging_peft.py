@@ -23,9 +23,16 @@ from tests.helpers import refused
 
 IDS = torch.arange(36).reshape(2, 18) * 7 % 90
 SMALL: dict[str, Any] = dict(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 EXPERTS = dict(
     num_key_value_heads=2, num_experts=3, num_local_experts=3, num_experts_per_tok=2, moe_intermediate_size=16
 )
@@ -44,11 +51,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "gpt_oss": dict(head_dim=8, **EXPERTS),
     "deepseek_v3": dict(
-        n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1,
-        first_k_dense_replace=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-        v_head_dim=8, num_key_value_heads=4,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_group=1,
+        first_k_dense_replace=1,
+        topk_group=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        num_key_value_heads=4,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -206,10 +206,18 @@ def test_gpt_oss_loads_kept_and_dequantised(tmp_path: Path) -> None:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(
-        hidden_size=64, intermediate_size=64, vocab_size=96, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+        hidden_size=64,
+        intermediate_size=64,
+        vocab_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=0,
         layer_types=["full_attention"],
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     GptOssForCausalLM(config).float().save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "base/model.safetensors")
@@ -338,16 +346,22 @@ PARTS = (
 
 
 @given(
-    parts=st.dictionaries(st.sampled_from([f"m.{p}" for p in PARTS] + ["m.a_blocks", "m.a_scales"]),
-                          st.tuples(SHAPES, DTYPES, st.integers(0, 255)), min_size=1, max_size=6),
+    parts=st.dictionaries(
+        st.sampled_from([f"m.{p}" for p in PARTS] + ["m.a_blocks", "m.a_scales"]),
+        st.tuples(SHAPES, DTYPES, st.integers(0, 255)),
+        min_size=1,
+        max_size=6,
+    ),
     method=st.sampled_from([None, "gptq", "awq", "fp8", "compressed-tensors", 7]),
     bits=st.sampled_from([None, 0, 4, 9, "4", -1]),
-)  # fmt: skip
+)
 @settings(max_examples=150, deadline=None)
 def test_no_shapes_and_no_config_can_break_the_reader(
-    parts: dict[str, tuple[tuple[int, ...], str, int]], method: Any, bits: Any,
+    parts: dict[str, tuple[tuple[int, ...], str, int]],
+    method: Any,
+    bits: Any,
     tmp_path_factory: pytest.TempPathFactory,
-) -> None:  # fmt: skip
+) -> None:
     tensors = {
         n: torch.full((int(np.prod(shape)),), fill, dtype=torch.uint8).to(getattr(torch, dtype)).reshape(shape)
         for n, (shape, dtype, fill) in parts.items()

@@ -285,7 +285,7 @@ def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(tmp_path: Pa
 def test_a_job_proves_its_codes_on_every_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proven: list[int] = []
     monkeypatch.setattr(
-        "tensorkeep.detection.job.check_ranks", lambda model: proven.append(len(quantized_layers(model)))
+        "tensorkeep.detection.job.check_ranks", lambda model, peers: proven.append(len(quantized_layers(model)))
     )
     build(runs.recipe(data, training__quantize_backbone="nf4"), tmp_path)
     assert len(proven) == 1 and proven[0] > 0

@@ -131,9 +131,20 @@ def decoded(view: StateView, dtype: Callable[[str], str] | str) -> StateView:
     known = {key: value for key, value in view.metadata.items() if not isinstance(value, str) or key == "format"}
     config, companions = _float_config(view)
     return DecodedView(
-        view.path, view.format, view.folder, records, config, companions, view.entries, list(view.notes), known,
-        checked=view.checked, base=view, made=made, turned=frozenset(across),
-    )  # fmt: skip
+        view.path,
+        view.format,
+        view.folder,
+        records,
+        config,
+        companions,
+        view.entries,
+        list(view.notes),
+        known,
+        checked=view.checked,
+        base=view,
+        made=made,
+        turned=frozenset(across),
+    )
 
 
 def _of_activations(name: str, modules: set[str]) -> bool:

@@ -17,9 +17,9 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Step
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.names import grouped, matches
 from tensorkeep.formats.view import StateView
+from tensorkeep.formats.whole_config import complete
 from tensorkeep.quantization.stored import find_quantized
 
 Shape = tuple[int, ...]

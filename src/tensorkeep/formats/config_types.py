@@ -6,12 +6,8 @@ and said (C01); transformers refuses such a config.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.companions import Companion
-from tensorkeep.storage.certificate import parse_json
 
 _WHOLE = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size intermediate_size head_dim "
@@ -43,29 +39,13 @@ def believed(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def complete(config: Mapping[str, Any], companions: Iterable[Companion]) -> dict[str, Any]:
-    """Return a config with the lists that `believed` leaves out: fields that some models give for each layer.
+def lists_of(config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the fields of a config that are lists of whole numbers, one for each layer, where others have a number.
 
     Args:
-        config: from `believed`.
-        companions: the small files beside the weights, config.json among them.
+        config: what config.json holds.
     """
-    for companion in companions:
-        if companion.name == "config.json":
-            try:
-                whole = parse_json(companion.data, companion.where)
-            except TensorkeepError:
-                continue
-            return _with_lists(config, whole) if isinstance(whole, dict) else dict(config)
-    return dict(config)
-
-
-def _with_lists(config: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config, and the configs inside it, with the lists of whole numbers that the file has in its place."""
-    lists = {k: v for k, v in whole.items() if k in _WHOLE and isinstance(v, list) and _wanted(k, v) is None}
-    made = {**{k: v for k, v in lists.items() if k not in config}, **config}
-    inner = {k: v for k, v in config.items() if isinstance(v, Mapping) and isinstance(whole.get(k), Mapping)}
-    return {**made, **{k: _with_lists(v, whole[k]) for k, v in inner.items() if k.endswith("_config")}}
+    return {k: v for k, v in config.items() if k in _WHOLE and isinstance(v, list) and _wanted(k, v) is None}
 
 
 def odd_fields(config: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, str]]:

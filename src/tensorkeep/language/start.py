@@ -22,8 +22,8 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
-from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.formats.whole_config import complete
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said

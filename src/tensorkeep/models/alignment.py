@@ -13,8 +13,8 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.view import StateView
+from tensorkeep.formats.whole_config import complete
 from tensorkeep.models.names import ModelNames, from_live, known, to_file
 
 Tensors = dict[str, HfTensor]

@@ -17,8 +17,8 @@ from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import Inconclusive, TensorkeepError
-from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.view import StateView
+from tensorkeep.formats.whole_config import complete
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.files import LocalFolder

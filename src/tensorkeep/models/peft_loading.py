@@ -20,9 +20,21 @@ from tensorkeep.models.refusals import refusals
 
 # what says where an adapter sits; the rest of a config may name modules to import and starts to compute
 _FIELDS = (
-    "r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern",
-    "use_rslora", "use_dora", "fan_in_fan_out", "bias", "lora_bias", "layers_to_transform", "layers_pattern",
-)  # fmt: skip
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+    "layers_to_transform",
+    "layers_pattern",
+)
 
 
 def _texts(value: Any) -> list[str]:

@@ -17,9 +17,16 @@ from tensorkeep.quantization.codes import Array
 
 NAMES = ("LoKr",)
 FIELDS = COMMON_FIELDS | {
-    "alpha", "alpha_pattern", "rank_pattern", "r", "rank_dropout", "module_dropout", "rank_dropout_scale",
-    "decompose_both", "decompose_factor",
-}  # fmt: skip
+    "alpha",
+    "alpha_pattern",
+    "rank_pattern",
+    "r",
+    "rank_dropout",
+    "module_dropout",
+    "rank_dropout_scale",
+    "decompose_both",
+    "decompose_factor",
+}
 _PART = re.compile(r"(?P<module>.+)\.lokr_(?P<part>w1|w1_a|w1_b|w2|w2_a|w2_b|t2)(\.default)?\Z")
 
 

@@ -17,9 +17,15 @@ from tensorkeep.quantization.codes import Array
 
 NAMES = ("OFT",)
 FIELDS = COMMON_FIELDS | {
-    "r", "oft_block_size", "module_dropout", "bias", "eps", "block_share", "use_cayley_neumann",
+    "r",
+    "oft_block_size",
+    "module_dropout",
+    "bias",
+    "eps",
+    "block_share",
+    "use_cayley_neumann",
     "num_cayley_neumann_terms",
-}  # fmt: skip
+}
 _MOST_TERMS = 64
 _PART = re.compile(r"(?P<module>.+)\.oft_R(\.default)?(\.weight)?\Z")
 

@@ -24,9 +24,9 @@ from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, s
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.arrays import np_dtype
-from tensorkeep.formats.config_types import complete
 from tensorkeep.formats.table import written_again
 from tensorkeep.formats.view import StateView
+from tensorkeep.formats.whole_config import complete
 from tensorkeep.models.names import ModelNames, known
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
