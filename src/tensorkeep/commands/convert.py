@@ -16,6 +16,7 @@ from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import read
 from tensorkeep.models.alignment import tied_names
+from tensorkeep.models.names import all_live
 from tensorkeep.output import Output, size
 
 
@@ -73,7 +74,8 @@ def convert(
         opened = staged(out, paths[0], paths[1], to, naming, ema, dry_run) if len(paths) == 2 else None
         run = stack.enter_context(opened) if opened is not None else None
         sources = [with_config(v, config) for v in ([run.view] if run is not None else map(read, paths[:-1]))]
-        plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice)
+        live = all_live if twice and naming == "hf" else None  # of `--for transformers` and flame: dcp and pth
+        plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice, live)
         proof = check(plan, to, Path(paths[-1]).name, for_, installed())
         limit = parse_size(shard_size) if shard_size else None
         return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run)
@@ -83,7 +85,7 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
     """Decide the conversion, once the words that the user gave are known."""
     from tensorkeep.conversion.planning import make_plan
 
-    drop, prefer, from_naming, twice = rest
+    drop, prefer, from_naming, twice, live = rest
     return make_plan(
         sources,
         to,
@@ -96,6 +98,7 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
         ask=loads,
         head_twice=twice,
         ties=tied_names,
+        live=live,
     )
 
 

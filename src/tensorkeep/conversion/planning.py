@@ -24,9 +24,13 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
 from tensorkeep.formats.view import Note, StateView
+from tensorkeep.formats.whole_config import complete
 from tensorkeep.quantization.stored import find_quantized, members
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import BLOCK_TYPES, DTYPES, TensorRecord
+
+# (config, tensors as files have them, the sources) -> the tensors as the model in memory has them
+Live = Callable[[Mapping[str, Any], Mapping[str, HfTensor], Sequence[StateView]], dict[str, HfTensor]]
 
 
 def make_plan(
@@ -41,6 +45,7 @@ def make_plan(
     ask: fit.Asker | None = fit.by_table,
     head_twice: bool = False,
     ties: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, str]] | None = None,
+    live: Live | None = None,
 ) -> Plan:
     """Decide how every tensor of the sources reaches the output; only headers are read, and tied heads compared.
 
@@ -57,6 +62,7 @@ def make_plan(
         ask: who says which tensors an hf folder must have by its config; None where that is not compared.
         head_twice: write a tied head beside the embedding in every format but hf, as a live model's state dict has it.
         ties: who says which names share another's tensor, where they have not Llama's names.
+        live: who gives tensors the names and shapes that the model in memory has; None leaves them as files have them.
 
     Returns:
         The plan, complete: every stored tensor is used or dropped with a reason.
@@ -74,21 +80,19 @@ def make_plan(
     dropped: list[Step] = []
     identities = [namings.identify(view, from_naming) for view in _without(sources, drop, dropped)]
     if adapters.wanted(identities, to, naming):
-        made = adapters.adapter_plan(sources, identities, to, configs.gather(sources)[0], dtype, dropped)
-        _check_cover(made)
-        return made
+        return _check_cover(adapters.adapter_plan(sources, identities, to, configs.gather(sources)[0], dtype, dropped))
     hub, config, companions = _gathered(sources, identities, to, prefer, dropped, notes)
     asker = ask if _target(to, naming, True, identities) in ("hf", "gguf") and to in ("hf", "gguf") else None
     hub, known = fit.settle(hub, config, sources, dropped, asker, _left_out(identities))
     target = _target(to, naming, known, identities)
     tie(hub, to, target, config, sources, dropped, notes, head_twice, ties)
     notes += configs.missing_biases(config, hub)
+    hub = live(complete(config, companions), hub, sources) if live is not None and config is not None else hub
     own = _renamed(list(hub.values()), target, config, dropped, notes, to)
     companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions
     steps = gguf_steps(_to_sink(own, _dtypes(sources, dtype)), to, dtype, notes)
     _refuse_cast_of_scales(steps, sources)
-    plan = Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes)
-    return _finished(plan, to)
+    return _finished(Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes), to)
 
 
 def _finished(plan: Plan, to: str) -> Plan:
@@ -376,8 +380,8 @@ def _named(
 # -- proof of the plan ----------------------------------------------------------------------------------------------
 
 
-def _check_cover(plan: Plan) -> None:
-    """Stop unless every stored tensor occurs in a step and every output name occurs once."""
+def _check_cover(plan: Plan) -> Plan:
+    """Return the plan, or stop: every stored tensor occurs in a step and every output name occurs once."""
     used = {(p.source, p.name) for step in plan.steps for p in step.parts}
     lost = [n for i, v in enumerate(plan.sources) for n in v if (i, n) not in used]
     if lost:
@@ -388,3 +392,4 @@ def _check_cover(plan: Plan) -> None:
     names = [t.name for t in plan.tensors]
     if len(names) != len(set(names)):
         raise TensorkeepError("the plan makes a tensor twice", hint="this is a defect of tensorkeep, please report it")
+    return plan

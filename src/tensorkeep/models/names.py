@@ -23,6 +23,7 @@ from typing import Any
 
 from tensorkeep.conversion.plan import HfTensor, Part, RowPermutation
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.models.row_maps import Run, row_count, taken
 from tensorkeep.storage.hub import cache_folder
@@ -250,6 +251,29 @@ def to_live(
                 out[one] = replace(out[two], name=one, actions=(*out[two].actions, "tie"), tied_to=two)
     ordered = {n: out[n] for n in names.live if n in out}
     return Translated(ordered, tuple(n for n in names.live if n not in out), tuple(left))
+
+
+def all_live(
+    config: Mapping[str, Any], tensors: Mapping[str, HfTensor], sources: Sequence[StateView]
+) -> dict[str, HfTensor]:
+    """Return a whole checkpoint's tensors as `model.state_dict()` has them, for a file that it loads strictly.
+
+    Args:
+        config: as config.json has it.
+        tensors: under hf names.
+        sources: the views that their parts are in.
+
+    Raises:
+        TensorkeepError: K02 where the model has no place for a tensor; and as `to_live` does. What is missing is told
+            by the target's own rules.
+    """
+    if "quantization_config" in config:  # its codes are the model's own names in memory as well
+        return dict(tensors)
+    found = to_live(config, tensors, sources)
+    if found.unexpected:
+        what = f"{config.get('model_type')} has no place in memory for {', '.join(grouped(found.unexpected)[:3])}"
+        raise TensorkeepError(what, where=sources[0].path, code="K02", hint="leave them out by name: --drop")
+    return found.tensors
 
 
 def _tied_in_file(names: ModelNames) -> dict[str, str]:
