@@ -60,7 +60,7 @@ def test_on_two_gpus_too(parallel: str, tmp_path: Path) -> None:
 
 
 def on_two_gpus(parallel: Any, folder: str) -> None:
-    loop, place = replace(LOOP, parallel=parallel, batch=6), Path(folder)
+    loop, place = replace(LOOP, parallel=parallel, batch=6, deterministic=True), Path(folder)
     train(place / "alone", 1, replace(loop, updates=8), device="cuda")
     train(place / "whole", 2, loop, device="cuda")
     train(place / "parts", 2, loop, death=14, device="cuda")

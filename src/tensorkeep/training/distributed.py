@@ -148,15 +148,21 @@ def add_up(world: World, tensors: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
-def parallel(model: nn.Module, world: World) -> nn.Module:
+def parallel(model: nn.Module, world: World, deterministic: bool = False) -> nn.Module:
     """Put a model under DDP where there are several ranks.
 
     Every rank starts from the same buffers, but DDP does not exchange them in a forward: frozen codes need no trip, and
     what a loss keeps in a buffer it must reduce itself.
+
+    Args:
+        model: to be trained.
+        world: this process among its peers.
+        deterministic: give gradients memory of their own. As pieces of buckets they lie at other addresses in the first
+            update of a start than later, and a GPU's libraries may choose a kernel by the address.
     """
     if world.size == 1:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 has renamed it
     alone: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **alone)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=not deterministic, **alone)

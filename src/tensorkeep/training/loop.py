@@ -100,7 +100,8 @@ def fit(
     with randomness.deterministic(loop.deterministic), _saving(folder, loop, world) as saver:
         under_way = Run(job, folder, loop, world, say, scaler, saver, resuming.data_facts(job))
         _start(under_way, resume, allow)
-        model = job.model if loop.graph or loop.parallel == "fsdp" else distributed.parallel(job.model, world)
+        alone = loop.graph or loop.parallel == "fsdp"
+        model = job.model if alone else distributed.parallel(job.model, world, loop.deterministic)
         if loop.graph:  # it knows nothing of DDP's hooks: `update` adds up the ranks' gradients
             distributed.same_start(world, trained(job))
             record = Recorded(lambda batch, divisor: share(under_way, model, batch, divisor, 1), trained(job))
