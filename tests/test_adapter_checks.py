@@ -72,6 +72,17 @@ def test_the_merged_fixture_is_recognised_from_every_side() -> None:
         assert said(found) == set() and "A03" in said(found, "info")
 
 
+def test_training_that_moved_the_norms_too_is_no_merged_adapter(tmp_path: Path) -> None:
+    """A few steps change matrices by updates of low rank, as an adapter does, and everything else as well."""
+    tensors = model(3)
+    base = files.write(tmp_path / "base", tensors)
+    merge = merged(tensors, lora(tensors, seed=4, size=0.3))
+    trained = {n: t if t.ndim > 1 else t + np.float32(0.01) for n, t in merge.items()}
+    for name, values, said_of in (("merged", merge, {"A03"}), ("trained", trained, set())):
+        found, _ = findings(files.write(tmp_path / name, values), base)
+        assert {"A03"} & said(found, "info") == said_of
+
+
 @FAST
 @given(st.integers(0, 40), st.sampled_from([0.03, 0.1, 0.3]))
 def test_an_update_is_counted_in_the_weights(tmp_path: Path, seed: int, size: float) -> None:

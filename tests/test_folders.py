@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from tensorkeep.cli import main
 from tensorkeep.conversion.naming import identify
+from tensorkeep.conversion.planning import make_plan
 from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.diagnosis.inspection import document
 from tensorkeep.diagnosis.verification import verify
@@ -397,6 +398,7 @@ def test_trainers_own_output_folder_opens(tmp_path: Path) -> None:
     data = [{"input_ids": list(range(3, 11)), "labels": list(range(3, 11))}] * 2
     Trainer(model=network, args=told, train_dataset=data).train()
     view = read(tmp_path / "out")
+    assert make_plan([view], "hf").header == {}  # which part was read is no entry of the file's own
     assert view.metadata["taken"] == "checkpoint-2" and verify(tmp_path / "out" / "checkpoint-2")[0] == []
     (note,) = verify(tmp_path / "out")[0]  # the other save is said
     assert (note.code, note.severity) == ("F08", "warning") and "checkpoint-2 is read, of 2" in note.message

@@ -315,3 +315,20 @@ def test_merges_that_no_scores_can_say_are_refused() -> None:
     document["model"]["merges"] = document["model"]["merges"][:-1]
     with pytest.raises(TensorkeepError, match="scores"):
         vocabulary_of({"tokenizer.json": document}, 272)
+
+
+def test_what_is_rounded_or_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(tmp_path / "hf", "qwen3")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "q.gguf"), "--to", "gguf", "--dtype", "q8_0"]) == 0
+    assert "C03 no tokenizer lies beside the model" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "q.gguf"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    assert "Q8_0 weights, and the F32 ones beside them, are rounded to bfloat16" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "q.gguf"), str(tmp_path / "all"), "--to", "hf", "--dtype", "fp32"]) == 0
+    assert "V02" not in capsys.readouterr().err
+
+
+def test_a_root_that_a_format_has_no_place_for_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(tmp_path / "hf", "qwen3")
+    for to in ("hf", "gguf"):
+        assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", to, "--root", "model"]) == 2
+        assert "leave --root out" in capsys.readouterr().err and not (tmp_path / "out").exists()

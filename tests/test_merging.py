@@ -301,6 +301,16 @@ def test_another_base_is_refused_with_both_digests(tmp_path: Path) -> None:
         refuse_other_base(read(other), sources)
 
 
+def test_a_base_of_another_type_than_the_one_it_names_is_refused(tmp_path: Path) -> None:
+    base = write_hf(tmp_path / "base", model_tensors(), LLAMA)
+    other = write_hf(tmp_path / "other", model_tensors(), {**LLAMA, "model_type": "qwen2"})
+    folder = write_adapter(tmp_path / "a", pair(Q), base_model_name_or_path=str(tmp_path / "base"))
+    sources = open_adapters([(read(folder), 1.0)])
+    refuse_other_base(read(base), sources)
+    with refused("A04", "a llama", "is a qwen2"):
+        refuse_other_base(read(other), sources)
+
+
 def test_an_adapter_that_spoils_weights_leaves_no_sink(tmp_path: Path) -> None:
     tensors = pair(Q)
     tensors[f"{Q}.lora_B.weight"][0, 0] = float("nan")

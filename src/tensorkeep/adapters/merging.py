@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tensorkeep.adapters._blas import one_thread
@@ -30,8 +31,9 @@ from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage import certificate as manifest
-from tensorkeep.storage.certificate import digest_of_all
-from tensorkeep.storage.files import local_path, refuse_changed
+from tensorkeep.storage.budget import read_small_from
+from tensorkeep.storage.certificate import digest_of_all, parse_json
+from tensorkeep.storage.files import LocalFolder, local_path, refuse_changed
 from tensorkeep.storage.overwriting import refuse_existing
 from tensorkeep.storage.placement import write_bytes
 
@@ -91,6 +93,8 @@ def refuse_other_base(base: StateView, sources: Sequence[WeightedAdapter]) -> No
     Raises:
         TensorkeepError: A04.
     """
+    for source in sources:
+        _refuse_other_type(base, source)
     recorded = {
         s.path: d
         for s in sources
@@ -108,6 +112,24 @@ def refuse_other_base(base: StateView, sources: Sequence[WeightedAdapter]) -> No
                 code="A04",
                 hint="give the base it was trained on, or --allow-other-base if you know that these fit",
             )
+
+
+def _refuse_other_type(base: StateView, source: WeightedAdapter) -> None:
+    """Stop where the folder that an adapter names as its base is here, and holds a model of another type."""
+    named = source.adapter.document.get("base_model_name_or_path")
+    kind = (base.config or {}).get("model_type")
+    if not isinstance(named, str) or not isinstance(kind, str) or not (Path(named) / "config.json").is_file():
+        return
+    folder = LocalFolder(Path(named))
+    theirs = parse_json(read_small_from(folder, "config.json"), f"{named}/config.json")
+    other = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if isinstance(other, str) and other != kind:
+        raise TensorkeepError(
+            f"was trained on {named}, a {other}; {base.path} is a {kind}",
+            where=source.path,
+            code="A04",
+            hint="give the base it was trained on, or --allow-other-base if you know that these fit",
+        )
 
 
 def refuse_merged_before(base: StateView, sources: Sequence[WeightedAdapter]) -> None:

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from tensorkeep.commands.programs import installed, loads
-from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
+from tensorkeep.commands.shared import (
+    Flag,
+    Say,
+    known_dtype,
+    known_naming,
+    known_root,
+    parse_size,
+    prepare,
+    with_config,
+)
 from tensorkeep.conversion.targets import arranged, check
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
@@ -90,7 +99,7 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
         sources,
         to,
         naming=known_naming(naming),
-        root=None if root == "none" else root,
+        root=known_root(root, to),
         dtype=known_dtype(dtype),
         drop=drop,
         prefer=prefer,

@@ -7,7 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from tensorkeep.commands.shared import Flag, Say, known_dtype, known_naming, parse_size, prepare, with_config
+from tensorkeep.commands.shared import (
+    Flag,
+    Say,
+    known_dtype,
+    known_naming,
+    known_root,
+    parse_size,
+    prepare,
+    with_config,
+)
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -70,7 +79,7 @@ def merge(
             to,
             onto=onto,
             naming=known_naming(naming),
-            root=None if root == "none" else root,
+            root=known_root(root, to),
             dtype=known_dtype(dtype),
             untie=untie,
             ask=_live,

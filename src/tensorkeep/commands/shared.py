@@ -160,9 +160,20 @@ def known_dtype(dtype: str | None) -> str | None:
         return dtype.upper()
     if dtype.lower() not in SPELLINGS:
         raise TensorkeepError(
-            f"no dtype {dtype!r}", hint=near_misses(dtype.lower(), SPELLINGS) or "e.g. --dtype bf16, fp16, fp32"
+            f"no dtype {dtype!r}",
+            hint=near_misses(dtype.lower(), SPELLINGS)
+            or f"e.g. --dtype bf16, fp16, fp32; for GGUF also {', '.join(BLOCK_TYPES).lower()}",
         )
     return SPELLINGS[dtype.lower()]
+
+
+def known_root(root: str | None, to: str) -> str | None:
+    """Return the root that the user gave, None for none; stop where the format has no place for one."""
+    if root in (None, "none"):
+        return None
+    if not formats.fact(to, "NESTS"):
+        raise TensorkeepError(f"{to} nests nothing: its names have no root", hint="leave --root out")
+    return root
 
 
 def parse_size(text: str) -> int:

@@ -21,7 +21,7 @@ def carry(plan: Plan, to: str) -> None:
         for view in plan.sources
         if view.format == "hf"
         for key, value in view.metadata.items()
-        if isinstance(value, str) and key != "format"
+        if isinstance(value, str) and key not in ("format", "taken")  # which part of a folder was read is ours
     }
     if not entries:
         return

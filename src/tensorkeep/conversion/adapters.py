@@ -132,7 +132,7 @@ def adapter_plan(
         else:
             document = peft_config({hf_module(m)[0]: r for m, r in ranks.items()})
     steps = [_step(item, dtype) for item in items]
-    if any(".experts." in item.name for item in items):
+    if any(".experts." in item.name for item in items) and not (document or {}).get("target_parameters"):
         notes.append(
             Note("K07", "adapters on single experts: transformers 5 fuses the experts, PEFT finds no such module there")
         )

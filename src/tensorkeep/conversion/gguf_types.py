@@ -6,28 +6,59 @@ from collections.abc import Sequence
 
 from tensorkeep.conversion.plan import Step
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.view import Note
+from tensorkeep.formats.view import Note, StateView
+from tensorkeep.quantization.stored import find_quantized
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import BLOCK_TYPES, DTYPES
 
 _MATRICES = ("F32", "F16", "BF16")
 
 
-def refuse_types(to: str, naming: str | None, dtype: str | None) -> None:
+def refuse_types(to: str, naming: str | None, dtype: str | None, sources: Sequence[StateView]) -> None:
     """Stop where blocks are asked of another format than GGUF, or other names than llama.cpp's of GGUF.
 
     Args:
         to: the output's format.
         naming: the naming that was asked for; None for the format's own.
         dtype: the dtype that was asked for; None where each tensor keeps its own.
+        sources: the checkpoints.
 
     Raises:
-        TensorkeepError: the format has no such type or no such names.
+        TensorkeepError: the weights are codes that GGUF has not (Q01), or the format has no such type or no such names.
     """
     if to == "gguf" and naming not in (None, "gguf"):
         raise TensorkeepError(f"a GGUF file has llama.cpp's names, not {naming}'s", hint="leave --naming out")
+    if to == "gguf" and dtype is None:
+        for view in sources:
+            weights = find_quantized(view)
+            if weights:
+                what = f"{len(weights)} weights are {next(iter(weights.values())).kind} codes, which GGUF has not"
+                raise TensorkeepError(what, where=view.path, code="Q01", hint="--dtype bf16, or --dtype q8_0")
     if to != "gguf" and dtype in BLOCK_TYPES:
         raise TensorkeepError(f"{dtype} is a type of GGUF's", hint="--to gguf, or another --dtype")
+
+
+def dtypes_of(sources: Sequence[StateView], dtype: str | None, notes: list[Note]) -> list[str | None]:
+    """Return the dtype that each source's floats are cast to: the user's, or bfloat16 for a quantized GGUF.
+
+    A quantized file's F32 norms follow: they were widened when it was made, and a model loads in one dtype.
+
+    Args:
+        sources: the checkpoints.
+        dtype: the dtype that was asked for.
+        notes: gains V02 where nothing was asked for and what a quantized GGUF decodes to is rounded.
+
+    Returns:
+        One for each source; None keeps its floats as they are.
+    """
+    quantized = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
+    wanted = None if dtype in BLOCK_TYPES else dtype
+    for view, found in zip(sources, quantized):
+        if found and dtype is None:
+            kinds = ", ".join(sorted({r.encoding for r in view.records.values()} - {"plain"}))
+            what = f"{kinds} weights, and the F32 ones beside them, are rounded to bfloat16"
+            notes.append(Note("V02", f"{what}; --dtype fp32 keeps what they decode to"))
+    return [wanted or ("BF16" if found else None) for found in quantized]
 
 
 def gguf_steps(steps: Sequence[Step], to: str, dtype: str | None, notes: list[Note]) -> list[Step]:

@@ -14,7 +14,7 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._stacking import stacked
 from tensorkeep.conversion._ties import tie
-from tensorkeep.conversion.gguf_types import gguf_steps, refuse_types
+from tensorkeep.conversion.gguf_types import dtypes_of, gguf_steps, refuse_types
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
 from tensorkeep.conversion.naming.rope import rope_rows
@@ -74,7 +74,7 @@ def make_plan(
         >>> make_plan([read("model")], "dcp", naming="torchtitan").naming  # doctest: +SKIP
         'torchtitan'
     """
-    refuse_types(to, naming, dtype)
+    refuse_types(to, naming, dtype, sources)
     sources = dequantizing.all_decoded(sources, "F32" if dtype in BLOCK_TYPES else dtype)
     notes = [note for view in sources for note in (*view.notes, *configs.left_behind(view))]
     dropped: list[Step] = []
@@ -90,7 +90,7 @@ def make_plan(
     hub = live(complete(config, companions), hub, sources) if live is not None and config is not None else hub
     own = _renamed(list(hub.values()), target, config, dropped, notes, to)
     companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions
-    steps = gguf_steps(_to_sink(own, _dtypes(sources, dtype)), to, dtype, notes)
+    steps = gguf_steps(_to_sink(own, dtypes_of(sources, dtype, notes)), to, dtype, notes)
     _refuse_cast_of_scales(steps, sources)
     return _finished(Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes), to)
 
@@ -99,6 +99,9 @@ def _finished(plan: Plan, to: str) -> Plan:
     """Return the plan with what its format and its config ask for, once nothing is lost by it."""
     if to == "pth" and plan.root is None:
         renaming.nest_checkpoint(plan)
+    if to == "gguf" and not any(c.name.startswith(("tokenizer", "vocab")) for c in plan.companions):
+        what = "no tokenizer lies beside the model: llama.cpp loads the file and cannot take text"
+        plan.notes.append(Note("C03", what))
     _check_cover(plan)
     configs.match_dtype(plan)
     carry(plan, to)
@@ -300,17 +303,6 @@ def _refuse_cast_of_scales(steps: Sequence[Step], sources: Sequence[StateView]) 
                 code="Q01",
                 hint="leave --dtype out",
             )
-
-
-def _dtypes(sources: Sequence[StateView], dtype: str | None) -> list[str | None]:
-    """Return the dtype that each source's floats are cast to: the user's, or bfloat16 for a quantized GGUF.
-
-    None keeps them. A quantized file's F32 norms follow: they were widened when it was made, and a model loads in one
-    dtype.
-    """
-    quantized = [any(r.encoding != "plain" for r in view.records.values()) for view in sources]
-    wanted = None if dtype in BLOCK_TYPES else dtype
-    return [wanted or ("BF16" if found else None) for found in quantized]
 
 
 def _alike(tied: HfTensor, other: HfTensor | None) -> bool:

@@ -186,6 +186,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] not in ("default", "llama3", "linear", "yarn") or odd:
         what = f"RoPE of the type {str(rope['rope_type'])[:40]!r}" + (f" with {', '.join(odd)[:80]}" if odd else "")
         raise _unsaid(what)
+    others = {k: rope[k] for k in LLAMA3 if rope["rope_type"] == "llama3" and rope.get(k) != LLAMA3[k]}
+    if others:
+        raise _unsaid(f"Llama 3's RoPE scaling with {json.dumps(others)[:120]}")
     for key in known & set(rope) - {"rope_type", "type"}:
         _number(rope, key)
     return rope

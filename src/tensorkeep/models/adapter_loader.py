@@ -38,7 +38,8 @@ def by_peft(document: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit 
         offers: the adapter's tensors, by the names of PEFT's files.
 
     Returns:
-        What does not fit; None where PEFT is not installed, the adapter is not LoRA, or its modules cannot be told.
+        What does not fit; None where PEFT is not installed, the adapter is not LoRA, or its modules cannot be told,
+            as of bare parameters (`target_parameters`).
 
     Raises:
         TensorkeepError: A01 where PEFT refuses the config or the tensors.
@@ -52,7 +53,7 @@ def by_peft(document: Mapping[str, Any], offers: Mapping[str, Offer]) -> Misfit 
     except ImportError:
         return None
     base = _base(offers)
-    if document.get("peft_type") != "LORA" or base is None:
+    if document.get("peft_type") != "LORA" or base is None or document.get("target_parameters"):
         return None
     given = {k: v for k, v in document.items() if k not in ("base_model_name_or_path", "auto_mapping", "task_type")}
     try:

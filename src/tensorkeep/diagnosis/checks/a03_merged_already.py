@@ -96,8 +96,9 @@ def _low_rank(case: Case) -> Iterator[Finding]:
         and DTYPES[case.tensors[n].dtype].floating
         and DTYPES[case.reference_tensors[n].dtype].floating
     ]
-    if len(matrices) < 2:
-        return
+    vectors = [n for n, h in case.tensors.items() if len(h.shape) == 1]
+    if len(matrices) < 2 or 2 * sum(n in moved for n in vectors) > len(vectors) > 0:
+        return  # an adapter leaves norms alone: what moved everything is training, however low its rank
     by_size = sorted(matrices, key=lambda n: elements(case.tensors[n]))
     chosen = by_size[:: max(len(matrices) // _LOOKED_AT, 1)][:_LOOKED_AT]
     ranks = {n: _update_rank(case.values(n), case.reference_values(n)) for n in chosen}
