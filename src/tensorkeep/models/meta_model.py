@@ -82,10 +82,7 @@ def facts(model: Any) -> dict[str, Any]:
     kept = {n: s for n, s in live.items() if n not in tied}
     file, saved, problem = _as_saved(model, kept)
     made = {} if problem else _inverted(saved, kept)
-    aliases = {}
-    for other, source in tied.items():
-        own, by = (next(iter(_as_saved(model, {n: live[n]})[0]), n) for n in (other, source))
-        aliases[own] = by
+    in_file = {n: next(iter(_as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
     return {
         "kind": type(model).__name__,
         "live": live,
@@ -94,7 +91,8 @@ def facts(model: Any) -> dict[str, Any]:
         "made": {n: r for n, r in made.items() if r != (Run(n),)},
         "problem": problem,
         "live_tied": tied,
-        "tied": aliases,
+        "tied": {in_file[other]: in_file[source] for other, source in tied.items()},
+        "tied_as": {other: in_file[other] for other in tied},
         "ignored": sorted(str(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         "computed": sorted({n for n, _ in model.named_buffers()} - set(live)),
         "prefix": str(getattr(model, "base_model_prefix", "") or ""),

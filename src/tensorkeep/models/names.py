@@ -29,7 +29,7 @@ from tensorkeep.models.row_maps import Run, row_count, taken
 from tensorkeep.storage.hub import cache_folder
 
 Shapes = dict[str, tuple[int, ...]]
-_SCHEMA = 1
+_SCHEMA = 2
 _LARGEST = 64 << 20  # bytes of a kept answer
 
 
@@ -46,6 +46,7 @@ class ModelNames:
         problem: why `saved` and `made` say nothing: a rearrangement that is not one of rows; '' for none.
         live_tied: live name -> live name whose tensor it shares.
         tied: the same under the file's names; a file need not hold the first.
+        tied_as: live name of a tied tensor -> its name in a file that holds both.
         ignored: patterns of names that files may hold and the model has no use for.
         computed: buffers that are never stored.
         prefix: of the model without its head.
@@ -64,6 +65,7 @@ class ModelNames:
     problem: str = ""
     live_tied: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    tied_as: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
     prefix: str = ""
@@ -88,8 +90,7 @@ class ModelNames:
             live: its name in memory.
         """
         (run, *more) = self.made.get(live, (Run(live),))
-        tied = next((f for own, f in _tied_in_file(self).items() if own == live), None)
-        found = tied or (run.name if run.rows is None and not more else None)
+        found = self.tied_as.get(live) or (run.name if run.rows is None and not more else None)
         return found if found in self.file or found in self.tied else None
 
 
@@ -235,7 +236,7 @@ def to_live(
     if not names.problem and all(n in names.file or n in names.tied for n in tensors):
         aliases = {n: n for n in names.live if n not in names.made and n in tensors}
         made = {n: names.made.get(n, (Run(aliases.get(n, n)),)) for n in names.live if n not in names.live_tied}
-        made.update({n: (Run(f),) for n, f in _tied_in_file(names).items() if f in tensors})
+        made.update({n: (Run(f),) for n, f in names.tied_as.items() if f in tensors})
         left: list[str] = []
     else:
         asking = importlib.import_module("tensorkeep.models.meta_model")
@@ -274,11 +275,6 @@ def all_live(
         what = f"{config.get('model_type')} has no place in memory for {', '.join(grouped(found.unexpected)[:3])}"
         raise TensorkeepError(what, where=sources[0].path, code="K02", hint="leave them out by name: --drop")
     return found.tensors
-
-
-def _tied_in_file(names: ModelNames) -> dict[str, str]:
-    """Return the file's name of each live name that shares another's tensor, for files that hold both."""
-    return dict(zip(names.live_tied, names.tied, strict=False))
 
 
 def to_file(
@@ -326,7 +322,7 @@ def from_live(names: ModelNames, live: Mapping[str, HfTensor], sources: Sequence
         runs = names.saved.get(name, (Run(name),))
         if all(r.name in live for r in runs):
             out[name] = joined(name, shape, runs, live, sources)
-    for own, file in _tied_in_file(names).items():
+    for own, file in names.tied_as.items():
         if own in live:
             out[file] = replace(live[own], name=file, tied_to=None)
             if names.tied[file] not in out:
