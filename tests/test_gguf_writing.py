@@ -327,6 +327,13 @@ def test_what_is_rounded_or_missing_is_said(tmp_path: Path, capsys: pytest.Captu
     assert "V02" not in capsys.readouterr().err
 
 
+def test_a_size_of_shards_for_one_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(tmp_path / "hf", "qwen3")
+    for to, name in (("hf", "m.safetensors"), ("gguf", "m.gguf"), ("pth", "m.pth")):
+        assert main(["convert", str(tmp_path / "hf"), str(tmp_path / name), "--to", to, "--shard-size", "40kB"]) == 2
+        assert "it has no shards" in capsys.readouterr().err and not (tmp_path / name).exists()
+
+
 def test_a_root_that_a_format_has_no_place_for_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model(tmp_path / "hf", "qwen3")
     for to in ("hf", "gguf"):

@@ -19,6 +19,7 @@ from tensorkeep.adapters.planning import open_adapters, plan_merge
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.proof import read_certificate
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import encoding as quant_encoding
 from tensorkeep.quantization.encoding import Encoding
@@ -373,3 +374,10 @@ def test_every_sink_holds_the_same_weights(tmp_path: Path, to: str, naming: str 
     merged(tmp_path / "other", (write_adapter(tmp_path / "b", pair(LAST, seed=9)), 1.0), out=tmp_path / "more")
     merged(tmp_path / "hf", (tmp_path / "b", 1.0), out=tmp_path / "same")
     assert_same(held(tmp_path / "more"), held(tmp_path / "same"))
+
+
+def test_an_adapter_that_no_weights_can_hold_says_how_it_is_used(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", {"prompt_embeddings": torch.ones(4, 8)}, peft_type="PROMPT_TUNING")
+    with pytest.raises(TensorkeepError, match="PROMPT_TUNING") as caught:
+        open_adapters([(read(folder), 1.0)])
+    assert caught.value.code == "A01" and "beside its base" in (caught.value.hint or "")

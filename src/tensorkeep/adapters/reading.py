@@ -254,6 +254,10 @@ def said_precision(document: Mapping[str, Any]) -> str | None:
     return match["form"] if match else None
 
 
+# PEFT's kinds that add tokens or layers and change no weight
+_BESIDE = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "XLORA"}
+
+
 def refuse_unmergeable(adapter: Adapter) -> None:
     """Stop where what the adapter does is not a sum that can be added into weights, and say why.
 
@@ -270,6 +274,8 @@ def refuse_unmergeable(adapter: Adapter) -> None:
     reason = None
     if kinds.word_of(given) not in kinds.ADAPTER_KINDS:
         reason = f"is a {kinds.word_of(given)} adapter"
+        if kinds.word_of(given) in _BESIDE:
+            hint = "no weights hold what it does: load it with PEFT beside its base"
     elif hasattr(plug, "reason") and (found := plug.reason(adapter)) is not None:
         reason, hint = found[0], found[1] or hint
     elif unknown:

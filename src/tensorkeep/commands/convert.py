@@ -15,8 +15,8 @@ from tensorkeep.commands.shared import (
     known_dtype,
     known_naming,
     known_root,
-    parse_size,
     prepare,
+    shard_limit,
     with_config,
 )
 from tensorkeep.conversion.targets import arranged, check
@@ -86,7 +86,7 @@ def convert(
         live = all_live if twice and naming == "hf" else None  # of `--for transformers` and flame: dcp and pth
         plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice, live)
         proof = check(plan, to, Path(paths[-1]).name, for_, installed())
-        limit = parse_size(shard_size) if shard_size else None
+        limit = shard_limit(shard_size, to, paths[-1])
         return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run)
 
 

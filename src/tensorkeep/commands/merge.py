@@ -13,8 +13,8 @@ from tensorkeep.commands.shared import (
     known_dtype,
     known_naming,
     known_root,
-    parse_size,
     prepare,
+    shard_limit,
     with_config,
 )
 from tensorkeep.errors import TensorkeepError, word
@@ -85,7 +85,7 @@ def merge(
             ask=_live,
         )
         job.plan.notes += _left_out_by_peft(base, sources)
-        return _carry_out(out, job, paths[-1], to, parse_size(shard_size) if shard_size else None, dry_run, overwrite)
+        return _carry_out(out, job, paths[-1], to, shard_limit(shard_size, to, paths[-1]), dry_run, overwrite)
 
 
 def _live(config: Any, offers: Any) -> Any:

@@ -176,6 +176,15 @@ def known_root(root: str | None, to: str) -> str | None:
     return root
 
 
+def shard_limit(text: str | None, to: str, sink: str) -> int | None:
+    """Return the largest size of a file in bytes, None where none was given; stop where the sink is one file."""
+    if text is None:
+        return None
+    if formats.names_a_file(to, Path(sink).name):
+        raise TensorkeepError(f"{sink} is one file: it has no shards", hint="name a folder, or leave --shard-size out")
+    return parse_size(text)
+
+
 def parse_size(text: str) -> int:
     """Return bytes from `5GB`, `500MB`, `2GiB` or a plain number.
 
