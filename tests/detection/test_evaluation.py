@@ -78,10 +78,19 @@ def test_the_threshold_itself_counts_in_activitynet_and_not_in_thumos():
     assert evaluate(truth, found, thresholds=[0.5], protocol="thumos14").average == 0
 
 
-def test_repetitions_and_empty_segments_are_no_ground_truth():
+def test_repetitions_and_empty_segments_are_no_ground_truth_in_opentad():
     truth = annotate([("v", 0, 2, "x"), ("v", 0.0004, 2, "x"), ("v", 5, 5, "x"), ("v", 6, 5, "x")])
-    got = evaluate(truth, detect([("v", 0, 2, "x", 0.9)]), thresholds=[0.5])
-    assert (got.segments, got.average) == ((1,), 1.0)
+    for protocol in ("opentad", "multithumos"):
+        got = evaluate(truth, detect([("v", 0, 2, "x", 0.9)]), thresholds=[0.5], protocol=protocol)
+        assert (got.segments, got.average, got.notes) == ((1,), 1.0, ())
+
+
+def test_the_data_sets_own_scripts_count_repetitions_and_empty_segments_and_it_is_said():
+    truth = annotate([("v", 0, 2, "x"), ("v", 0.0004, 2, "x"), ("v", 5, 5, "x"), ("v", 7, 9, "x")])
+    for protocol in ("activitynet", "epic", "ego4d-mq"):
+        got = evaluate(truth, detect([("v", 0, 2, "x", 0.9)]), thresholds=[0.5], protocol=protocol)
+        assert (got.segments, got.average) == ((4,), 0.25)
+        assert any("1 repeated and 1 empty" in note and "--protocol opentad" in note for note in got.notes)
 
 
 def test_blocked_videos_count_on_neither_side():
@@ -111,6 +120,23 @@ def test_ties_are_decided_by_file_order_whatever_else_is_in_the_file():
     last = detect([*(("v", 9, 9.5, "x", 0.5) for _ in range(40)), ("v", 0, 2, "x", 0.5)])
     assert evaluate(truth, first, thresholds=[0.5]).average == 1
     assert evaluate(truth, last, thresholds=[0.5]).average == pytest.approx(1 / 41)
+
+
+def test_of_equal_scores_the_range_of_figures_is_said():
+    truth = annotate([("v", 0, 2, "x")])
+    found = detect([("v", 9, 9.5, "x", 0.5), ("v", 0, 2, "x", 0.5), ("v", 7, 8, "x", 0.5)])
+    got = evaluate(truth, found, thresholds=[0.5])
+    assert got.average == 0.5 and any("gives 50.00, others 33.33 to 100.00" in note for note in got.notes)
+    apart = detect([("v", 9, 9.5, "x", 0.5), ("v", 0, 2, "x", 0.6)])
+    assert evaluate(truth, apart, thresholds=[0.5]).notes == ()
+
+
+def test_recall_is_of_all_segments_in_ego4d_and_else_the_mean_of_classes():
+    truth = annotate([("v", 0, 2, "x"), ("v", 4, 6, "x"), ("v", 7, 8, "x"), ("v", 0, 2, "y")])
+    found = detect([("v", 0, 2, "y", 0.9), ("v", 0, 2, "x", 0.9)])
+    means = evaluate(truth, found, thresholds=[0.5], recall_at=[1])
+    pooled = evaluate(truth, found, thresholds=[0.5], recall_at=[1], protocol="ego4d-mq")
+    assert means.recall[1][0] == pytest.approx(2 / 3) and pooled.recall[1][0] == 0.5
 
 
 def test_recall_counts_k_detections_for_each_annotated_segment():
@@ -149,7 +175,7 @@ def test_impossible_requests_are_refused(wrong):
 
 def test_no_ground_truth_is_an_error_and_not_nan():
     with pytest.raises(TensorkeepError, match="nothing to score"):
-        evaluate(annotate([("v", 3, 3, "x")]), detect([("v", 0, 2, "x", 0.9)]))
+        evaluate(annotate([("v", 3, 3, "x")]), detect([("v", 0, 2, "x", 0.9)]), protocol="opentad")
 
 
 def test_the_subset_is_the_one_the_detections_are_about():

@@ -131,6 +131,7 @@ def map_cases(path: Path) -> Iterator[Case]:
     got = evaluate(
         parse_annotations(load("gt")),
         parse_detections(load("pred")),
+        protocol="opentad",
         thresholds=want["tiou_thresholds"],
         subset=want.get("subset", "validation"),
         blocked=load("blocked") if want["blocked"] else (),

@@ -9,14 +9,16 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, prepare
 from tensorkeep.detection.data.annotation_checks import check_annotations
 from tensorkeep.detection.data.annotations import Annotations
+from tensorkeep.detection.data.epic import is_epic
 from tensorkeep.detection.results.columns import read_blocked
+from tensorkeep.detection.results.epic import evaluate_epic
 from tensorkeep.detection.results.error_analysis import PICTURE, ErrorAnalysis, analyse_errors
 from tensorkeep.detection.results.evaluation import Evaluation, evaluate, read_files
 from tensorkeep.detection.results.results import DetectionTable
@@ -26,6 +28,8 @@ from tensorkeep.storage.overwriting import refuse_existing
 from tensorkeep.storage.placement import replacing, write_bytes
 
 Changes = tuple[tuple[str, str], ...]
+Rules = Literal["activitynet", "opentad", "thumos14", "epic", "ego4d-mq", "multithumos"]
+_OF_LAYOUT: dict[str, Rules] = {"epic": "epic", "ego4d": "ego4d-mq"}  # annotations of other layouts: activitynet
 Several = Parameter(negative="", consume_multiple=True, show_default=False)
 
 
@@ -35,8 +39,9 @@ def eval_detection(
     *,
     annotations: Path | None = None,
     detections: Path | None = None,
-    protocol: Literal["activitynet", "thumos14"] | None = None,
+    protocol: Rules | None = None,
     tiou: Annotated[tuple[float, ...], Several] = (),
+    recall: Annotated[tuple[str, ...], Several] = (),
     subset: str | None = None,
     blocked: Path | None = None,
     errors: float | None = None,
@@ -53,11 +58,15 @@ def eval_detection(
     Args:
         checkpoint: A run of `train detection`, a step folder of one, or an OpenTAD .pth with --recipe: its detector
             runs on the recipe's test data. Without it, --annotations and --detections.
-        annotations: Ground truth: JSON of OpenTAD, ActivityNet, ActionFormer or mmaction, or THUMOS'14's text files.
-        detections: ActivityNet's JSON, or the text of the THUMOS'14 kit.
-        protocol: How to count. activitynet (also OpenTAD's and ActionFormer's): interpolated, IoU >= threshold.
-            thumos14: not interpolated, IoU > threshold, Ambiguous forgiven. Default: the recipe's, or activitynet.
+        annotations: Ground truth: JSON of OpenTAD, ActivityNet, ActionFormer, mmaction or Ego4D's moment queries,
+            EPIC-Kitchens-100's CSV, or THUMOS'14's text files.
+        detections: ActivityNet's JSON, EPIC-Kitchens' submission, or the text of the THUMOS'14 kit.
+        protocol: How to count. activitynet: interpolated, IoU >= threshold. opentad (ActionFormer's too): the same
+            without repeated and empty segments; multithumos: so at 0.1 to 0.9. epic: verbs, nouns and actions apart.
+            ego4d-mq: recall over all segments. thumos14: not interpolated, IoU > threshold, Ambiguous forgiven.
+            Default: the recipe's; of files epic or ego4d-mq for their layouts, else activitynet.
         tiou: Thresholds, e.g. --tiou 0.3 0.4 0.5 0.6 0.7 for THUMOS'14. Default: those of the protocol.
+        recall: Also recall at k times as many detections as segments, e.g. --recall 1,5.
         subset: The part of the annotations to score. Default: the one most of the detections belong to.
         blocked: A file of videos to leave out on both sides: a JSON list or one name a line.
         errors: Analyse the errors at this temporal IoU (0.5 is usual): kinds of false positives, what is missed.
@@ -72,81 +81,105 @@ def eval_detection(
     if picture is not None:
         prepare(out, picture)
         refuse_existing(picture, overwrite, PICTURE)
-    names = read_blocked(blocked) if blocked else ()
-    taken: dict[str, Any] = {}
+    names, taken = read_blocked(blocked) if blocked else (), dict[str, Any]()
     if checkpoint is not None and (annotations or detections):
         raise TensorkeepError("a checkpoint finds its own detections", where=checkpoint, hint="leave the files out")
     if checkpoint is not None:
-        changes = _changes(protocol, tiou, subset, blocked)
-        truth, found, result, taken = _of_checkpoint(checkpoint, recipe, changes, ema, newest, device, out)
+        changes = _changes(protocol, tiou, _whole(recall), subset, blocked)
+        scored, taken = _of_checkpoint(checkpoint, recipe, changes, ema, newest, device, out)
         names = taken.pop("blocked")
-        if result is None:  # another rank tells
-            return 0
     else:
-        truth, found, result = _of_files(annotations, detections, protocol, tiou, subset, names)
-    analysis = None
-    if errors is not None or picture is not None:
-        analysis = _analysed(truth, found, result.subset, names, errors, picture, overwrite)
-    _tell(out, taken, result, analysis, _problems(truth, result.subset))
+        scored = _of_files(annotations, detections, protocol, tiou, _whole(recall), subset, names)
+    if scored is not None:  # the first rank tells
+        _tell(out, taken, scored, _analysed(scored, names, errors, picture, overwrite))
     return 0
 
 
-def _tell(
-    out: Output, taken: dict[str, Any], result: Evaluation, analysis: ErrorAnalysis | None, problems: list[str]
-) -> None:
+class _Scored(NamedTuple):
+    """What was scored; `parts`: the scores of each set of labels where there are several (EPIC), `result` too."""
+
+    truth: Annotations
+    found: DetectionTable
+    result: Evaluation
+    parts: dict[str, Evaluation]
+
+
+def _tell(out: Output, taken: dict[str, Any], scored: _Scored, analysis: ErrorAnalysis | None) -> None:
     """The document, or tables and notes for people."""
+    problems = _problems(scored.truth, scored.result.subset)
     if out.json:
-        more = {"errors": analysis.document()} if analysis is not None else {}
-        out.document({**taken, **result.document(), "annotation_problems": problems, **more})
+        more: dict[str, Any] = {"errors": analysis.document()} if analysis is not None else {}
+        if scored.parts:
+            more["parts"] = {name: part.document() for name, part in scored.parts.items()}
+        out.document({**taken, **scored.result.document(), "annotation_problems": problems, **more})
         return
     if taken:
         step = "" if taken["step"] is None else f", step {taken['step']}"
         out.line(f"{taken['checkpoint']}{step}, {'averaged' if taken['ema'] else 'live'} weights")
-    _show(out, result, analysis)
-    for note in (*result.notes, *problems):
+    for name, part in (scored.parts or {"": scored.result}).items():
+        _show(out, part, name)
+    _show_errors(out, analysis)
+    for note in (*scored.result.notes, *problems):
         out.remark(f"note: {note}")
 
 
 def _of_files(
     annotations: Path | None,
     detections: Path | None,
-    protocol: Literal["activitynet", "thumos14"] | None,
+    protocol: Rules | None,
     tiou: tuple[float, ...],
+    recall: tuple[int, ...],
     subset: str | None,
     blocked: Sequence[str],
-) -> tuple[Annotations, Any, Evaluation]:
+) -> _Scored:
     """Annotations and detections out of files, and their evaluation."""
     if annotations is None or detections is None:
         hint = "tensorkeep eval detection RUN, or --annotations GT --detections PRED"
         raise TensorkeepError("nothing to evaluate", hint=hint)
+    at = tiou or None
+    if is_epic(annotations):
+        if subset is not None:
+            raise TensorkeepError("EPIC's CSV is one subset", where=annotations, hint="leave --subset out")
+        how = protocol or "epic"
+        done = evaluate_epic(annotations, detections, protocol=how, thresholds=at, blocked=blocked, recall_at=recall)
+        return _Scored(*list(done.values())[-1], {name: score for name, (_, _, score) in done.items()})
     truth, found = read_files(annotations, detections)
-    how = protocol or "activitynet"
-    return truth, found, evaluate(truth, found, protocol=how, thresholds=tiou or None, subset=subset, blocked=blocked)
+    how = protocol or _OF_LAYOUT.get(truth.layout, "activitynet")
+    score = evaluate(truth, found, protocol=how, thresholds=at, subset=subset, blocked=blocked, recall_at=recall)
+    return _Scored(truth, found, score, {})
+
+
+def _whole(words: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of `--recall`, given apart or with commas."""
+    found = [part.strip() for word in words for part in word.split(",") if part.strip()]
+    wrong = [part for part in found if not part.isdecimal() or int(part) < 1]
+    if wrong or (words and not found):
+        raise TensorkeepError(f"--recall {' '.join(words)}: not whole numbers from 1", hint="--recall 1,5")
+    return tuple(map(int, found))
 
 
 def _analysed(
-    truth: Annotations,
-    found: DetectionTable,
-    subset: str,
-    blocked: Sequence[str],
-    tiou: float | None,
-    picture: Path | None,
-    overwrite: bool,
-) -> ErrorAnalysis:
-    """Return the error analysis at an IoU, 0.5 where none is given, once its picture is written where one is wanted."""
+    scored: _Scored, blocked: Sequence[str], tiou: float | None, picture: Path | None, overwrite: bool
+) -> ErrorAnalysis | None:
+    """Return the error analysis where one is wanted, at an IoU, 0.5 where only its picture is; the picture is written."""
+    if tiou is None and picture is None:
+        return None
     at = 0.5 if tiou is None else tiou
-    analysis = analyse_errors(truth, found, subset=subset, blocked=blocked, tiou=at)
+    analysis = analyse_errors(scored.truth, scored.found, subset=scored.result.subset, blocked=blocked, tiou=at)
     if picture is not None:
         with replacing(picture, overwrite, PICTURE) as temporary:
             write_bytes(temporary, analysis.picture().encode())
     return analysis
 
 
-def _changes(protocol: str | None, tiou: Sequence[float], subset: str | None, blocked: Path | None) -> Changes:
+def _changes(
+    protocol: str | None, tiou: Sequence[float], recall: Sequence[int], subset: str | None, blocked: Path | None
+) -> Changes:
     """What the flags change in a recipe's section `evaluation`."""
     given = {
         "protocol": protocol,
         "thresholds": list(tiou) or None,
+        "recall_at": list(recall) or None,
         "subset": subset,
         "blocked": blocked and str(blocked),
     }
@@ -155,8 +188,8 @@ def _changes(protocol: str | None, tiou: Sequence[float], subset: str | None, bl
 
 def _of_checkpoint(
     path: Path, recipe: Path | None, changes: Changes, ema: bool, newest: bool, device: str | None, out: Output
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Annotations, detections and their evaluation, and what was taken; no evaluation on ranks other than the first."""
+) -> tuple[_Scored | None, dict[str, Any]]:
+    """What was scored, None on ranks other than the first, and what was taken."""
     from tensorkeep.detection.evaluate_run import evaluate_checkpoint
     from tensorkeep.training import distributed
 
@@ -166,14 +199,18 @@ def _of_checkpoint(
     finally:
         distributed.stop()
     taken = {"checkpoint": str(path), "step": done.step, "ema": done.averaged, "blocked": done.blocked}
-    return done.annotations, done.table, done.result if world.first else None, taken
+    return _Scored(done.annotations, done.table, done.result, {}) if world.first else None, taken
 
 
-def _show(out: Output, result: Evaluation, analysis: ErrorAnalysis | None) -> None:
+def _show(out: Output, result: Evaluation, name: str) -> None:
     counts = f"{result.detections:,} detections, {sum(result.segments):,} segments, {len(result.classes)} classes"
-    out.line(f"protocol {result.protocol}, subset {result.subset}: {counts}")
+    of = f" of {name}s" if name else ""
+    out.line(f"protocol {result.protocol}{of}, subset {result.subset}: {counts}")
     header, *rows = result.table()
     out.table(header, rows, right=header[1:])
+
+
+def _show_errors(out: Output, analysis: ErrorAnalysis | None) -> None:
     if analysis is None:
         return
     out.line(f"errors at tIoU {analysis.tiou:g}, by blocks of G detections (G segments of a class), in percent")

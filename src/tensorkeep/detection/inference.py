@@ -233,7 +233,7 @@ class MeanAveragePrecision:
     annotations: Annotations
     classes: tuple[str, ...]
     selection: Selection
-    protocol: str = "activitynet"
+    protocol: str = "opentad"
     thresholds: tuple[float, ...] = ()
     subset: str | None = None
     blocked: tuple[str, ...] = ()

@@ -128,6 +128,10 @@ OLD: dict[str, Old] = {
 }
 # fields of version 1 that kept their name, and hold patterns that say it otherwise
 _PATTERNS = {"optimizer.groups": _rules, "trainable": _trainable}
+# values of version 1 that mean another thing now: what is to be written for what they meant, and why
+_VALUES = {
+    ("evaluation.protocol", "activitynet"): ("opentad", "repeated and empty segments were dropped, as OpenTAD does"),
+}
 
 
 def migrated(document: Any, where: str = "recipe") -> tuple[Any, list[str]]:
@@ -161,6 +165,10 @@ def migrated(document: Any, where: str = "recipe") -> tuple[Any, list[str]]:
         if value is not None and (placed := places(value, made)) != [(name, value)]:
             _put_all(made, placed)
             said.append(f"{name}: a pattern covers whole parts of a name now, so it is {placed[0][1]}")
+    for (name, was), (now, why) in _VALUES.items():
+        if at(made, name) == was:
+            _put_all(made, [(name, now)])
+            said.append(f"{name}: {was} is {now} now ({why})")
     for name, old in OLD.items():
         if not _has(made, name):
             continue

@@ -1,10 +1,12 @@
 """Read ground truth of temporal action detection: which segments of which videos show which class.
 
-Three layouts are read into one structure, chosen by content:
+Four layouts are read into one structure, chosen by content:
 
 - OpenTAD and ActivityNet: `{"database": {VIDEO: {"subset", "duration", "annotations": [{"segment", "label"}]}}}`;
   mmaction's variant without the outer `database` too,
 - ActionFormer: the same with `fps` and `label_id`, whose ids give the class map,
+- Ego4D's moment queries: its own `moments_val.json` (videos, clips, annotations; primary labels alone count), or the
+  benchmark's file of clips, `{CLIP: {"subset", "annotations": [{"start_time", "end_time", "label"}]}}`,
 - THUMOS: a folder of `CLASS_test.txt` or `CLASS_val.txt` with lines `video start end`, beside `detclasslist.txt`.
 
 Segments are seconds everywhere. `annotation_checks.check_annotations` explains what is wrong with a file. Numpy only.
@@ -16,6 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +67,7 @@ class Annotations:
     Attributes:
         videos: name -> video, in file order.
         classes: class names in label order, `Ambiguous` left out.
-        layout: "opentad", "mmaction", "actionformer" or "thumos".
+        layout: "opentad", "mmaction", "actionformer", "ego4d", "epic" or "thumos".
         source: path of the file or folder, for error messages.
     """
 
@@ -92,7 +95,7 @@ class Annotations:
 
 
 def read_annotations(path: str | Path) -> Annotations:
-    """Read ground truth in any of the three layouts that the module describes.
+    """Read ground truth in any of the layouts that the module describes.
 
     Odd *content* (a segment past the end, a zero length) is read as it is and left to `check_annotations`.
 
@@ -116,6 +119,8 @@ def read_annotations(path: str | Path) -> Annotations:
 
 def parse_annotations(document: object, source: str = "annotations") -> Annotations:
     """Return the annotations of an already parsed JSON document; `source` names it in errors."""
+    if isinstance(document, dict) and _is_moments(document.get("videos")):
+        document = _clips_of_moments(document["videos"], source)
     database = document.get("database") if isinstance(document, dict) else None
     layout = "opentad"
     if database is None and isinstance(document, dict) and document and all(map(_is_entry, document.values())):
@@ -124,12 +129,14 @@ def parse_annotations(document: object, source: str = "annotations") -> Annotati
         raise TensorkeepError(
             "neither a 'database' nor videos with 'annotations' in it",
             where=source,
-            hint="expected OpenTAD/ActivityNet, ActionFormer or mmaction JSON, or a folder of THUMOS text files",
+            hint="expected JSON of OpenTAD/ActivityNet, ActionFormer, mmaction or Ego4D, or a folder of THUMOS text",
         )
     ids: dict[str, int] = {}
     videos = {str(name): _parse_video(str(name), entry, ids, source) for name, entry in database.items()}
     if ids:
         layout = "actionformer"
+    elif layout == "mmaction" and _in_clip_times(database):
+        layout = "ego4d"
     names = {label for video in videos.values() for label in video.labels} - {AMBIGUOUS}
     classes = tuple(sorted(names, key=lambda label: (ids.get(label, math.inf), label)))
     return Annotations(videos, classes, layout, source)
@@ -229,6 +236,57 @@ def _is_entry(value: object) -> bool:
     return isinstance(value, dict) and "annotations" in value
 
 
+def _is_moments(videos: object) -> bool:
+    """Return whether these are the videos of Ego4D's `moments_val.json`."""
+    return isinstance(videos, list) and bool(videos) and isinstance(videos[0], dict) and "clips" in videos[0]
+
+
+def _clips_of_moments(videos: list[Any], source: str) -> dict[str, Any]:
+    """Return Ego4D's clips as a database: by `clip_uid`, those with a primary label, as its own conversion keeps them.
+
+    A video is `{"split", "clips": [{"clip_uid", "video_start_sec", "video_end_sec", "annotations": [{"labels":
+    [{"start_time", "end_time", "label", "primary"}]}]}]}`.
+    """
+    found: dict[str, Any] = {}
+    for place, video in enumerate(videos):
+        for clip in _list_in(video, "clips", f"video {place}", source):
+            name = clip.get("clip_uid") if isinstance(clip, dict) else None
+            if not isinstance(name, str):
+                raise TensorkeepError(f"a clip of video {place} has no 'clip_uid'", where=source)
+            what = f"clip {name!r}"
+            rows = [
+                label
+                for annotation in _list_in(clip, "annotations", what, source)
+                for label in _list_in(annotation, "labels", what, source)
+                if isinstance(label, dict) and label.get("primary")
+            ]
+            start, end = clip.get("video_start_sec"), clip.get("video_end_sec")
+            known = isinstance(start, int | float) and isinstance(end, int | float)
+            if rows:
+                entry = {
+                    "subset": video.get("split", ""),
+                    "duration": end - start if known else None,
+                    "annotations": [],
+                }
+                found.setdefault(name, entry)["annotations"].extend(rows)
+    return found
+
+
+def _list_in(holder: object, key: str, what: str, source: str) -> list[Any]:
+    """Return a list that an object of Ego4D's `moments_val.json` has to hold."""
+    found = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(found, list):
+        raise TensorkeepError(f"{what} has no list {key!r}", where=source, hint="Ego4D's moments_val.json has one")
+    return found
+
+
+def _in_clip_times(database: Mapping[str, object]) -> bool:
+    """Return whether the first annotation says `start_time`, as Ego4D's files do."""
+    entries = [entry for entry in database.values() if isinstance(entry, dict)]
+    rows = next((entry["annotations"] for entry in entries if entry.get("annotations")), None)
+    return isinstance(rows, list) and isinstance(rows[0], dict) and "start_time" in rows[0]
+
+
 def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> Video:
     """Read one entry of the database; label ids, which ActionFormer's files carry, are added to `ids`."""
     if not isinstance(entry, dict):
@@ -243,7 +301,10 @@ def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> 
             raise TensorkeepError(
                 f"{what} has no 'label'", where=source, hint='{"segment": [start, end], "label": name}'
             )
-        segments.append(parse_segment(row.get("segment"), what, source))
+        ends = row.get("segment")
+        if ends is None and "start_time" in row:
+            ends = [row["start_time"], row.get("end_time")]
+        segments.append(parse_segment(ends, what, source))
         labels.append(str(row["label"]))
         if isinstance(row.get("label_id"), int):
             _note_id(ids, labels[-1], row["label_id"], what, source)
@@ -253,6 +314,7 @@ def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> 
         return parse_number(found[0], f"{keys[0]} of video {name!r}", source) if found else None
 
     frames = optional("frame", "duration_frame")
+    clip = "parent_start_sec" in entry  # a clip of Ego4D, whose fps counts rows of features
     return Video(
         name=name,
         subset=str(entry.get("subset", "")),
@@ -260,7 +322,7 @@ def _parse_video(name: str, entry: object, ids: dict[str, int], source: str) -> 
         labels=tuple(labels),
         duration=optional("duration", "duration_second"),
         frames=None if frames is None else int(frames),
-        fps=optional("fps"),
+        fps=None if clip else optional("fps"),
     )
 
 

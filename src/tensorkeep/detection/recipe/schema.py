@@ -192,7 +192,7 @@ class EvaluationConfig:
     """How detections are scored.
 
     Attributes:
-        protocol: Whose rules.
+        protocol: Whose rules, as in `eval detection --protocol`.
         thresholds: Temporal IoUs; empty: the protocol's.
         subset: Null: that of `data.test`.
         annotations: Null: those of `data.test`.
@@ -200,7 +200,7 @@ class EvaluationConfig:
         recall_at: k of "recall at k x".
     """
 
-    protocol: str = "activitynet"
+    protocol: str = "opentad"
     thresholds: tuple[float, ...] = ()
     subset: str | None = None
     annotations: str | None = None
