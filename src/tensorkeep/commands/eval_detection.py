@@ -161,7 +161,7 @@ def _whole(words: Sequence[str]) -> tuple[int, ...]:
 def _analysed(
     scored: _Scored, blocked: Sequence[str], tiou: float | None, picture: Path | None, overwrite: bool
 ) -> ErrorAnalysis | None:
-    """Return the error analysis where one is wanted, at an IoU, 0.5 where only its picture is; the picture is written."""
+    """Return the error analysis at an IoU (0.5 where only its picture is wanted) and write the picture, or None."""
     if tiou is None and picture is None:
         return None
     at = 0.5 if tiou is None else tiou
