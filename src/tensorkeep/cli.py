@@ -41,8 +41,10 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "train detection": "detection",
     "generate": "language",
     "predict": "detection",
+    "check detection": "detection",
 }
 GROUPS = {
+    "check": "Check what a recipe would train on, before the first update.",
     "eval": "Measure a model: loss and perplexity, or mean average precision.",
     "recipe": "List and show the recipes that are shipped; make some from other frameworks' configs.",
     "train": "Train from a recipe; the same command again goes on.",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, positives_of, refuse_split
+from tensorkeep.detection.check import Checked, check_training, refuse_untrainable
+from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.clips import most_segments
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
@@ -32,6 +35,7 @@ from tensorkeep.training.saver import State
 from tensorkeep.training.schedules import schedule_of
 
 Remark = Callable[[str], None]
+SHOWN = 5  # findings about the training data at the start of a run
 
 
 def build(
@@ -57,6 +61,7 @@ def build(
     world = world or World()
     classes = read_classes(recipe)
     clips = read_clips(recipe, "train", classes, remark)
+    _say(check_training(clips, *_asked(recipe), classes, recipe.model.head), recipe, remark)
     loop = loop_of(recipe, len(clips))
     refuse_split(recipe.model, world.size * parts_of(loop.batch, world.size, loop.micro or loop.batch))
     if not recipe.data.floor_frames and recipe.data.mode != "resized":
@@ -84,6 +89,48 @@ def build(
         pace=("frames", frames) if recipe.data.inputs == "video" else ("samples", 1.0),
     )
     return job, loop
+
+
+def check(recipe: DetectionRecipe, remark: Remark = lambda _: None) -> Checked:
+    """Check what a recipe trains on: its annotations against its files and the grid of its pyramid.
+
+    Args:
+        recipe: the recipe; files that cannot be used are told, and left out.
+        remark: gets a line for each file that is odd.
+
+    Returns:
+        What is odd, and what can be learned.
+
+    Raises:
+        TensorkeepError: Annotations or class map cannot be read, or no file can.
+
+    Example:
+        >>> check(read_recipe("own_data")).lost  # doctest: +SKIP
+        0
+    """
+    lenient = replace(recipe, data=replace(recipe.data, broken="skip"))
+    classes = read_classes(recipe)
+    read_clips(lenient, "test", classes, remark)
+    return check_training(read_clips(lenient, "train", classes, remark), *_asked(recipe), classes, recipe.model.head)
+
+
+def _asked(recipe: DetectionRecipe) -> tuple[Annotations, tuple[str, ...]]:
+    """The training annotations, and the subsets of them that are asked for."""
+    train, test = recipe.data.train, recipe.data.test
+    subsets = (train.subset, test.subset) if test.annotations == train.annotations else (train.subset,)
+    return read_annotations(train.annotations), subsets
+
+
+def _say(checked: Checked, recipe: DetectionRecipe, remark: Remark) -> None:
+    """Say what is odd about the training data; refuse it where nothing of it can be learned."""
+    refuse_untrainable(checked, recipe.data.train.annotations)
+    if checked.lost:
+        remark(f"warning: {checked.lost} of {checked.actions} actions cannot be learned")
+    for problem in checked.problems[:SHOWN]:
+        remark(f"{problem.severity}: {problem.video or 'annotations'}: {problem.message}")
+    if len(checked.problems) > SHOWN:
+        more = len(checked.problems) - SHOWN
+        remark(f"{more} more findings about the training data: tensorkeep check detection RECIPE")
 
 
 def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:

@@ -74,6 +74,11 @@ def make_detector(
     if source is not None and detector.backbone is not None:
         left = load_pretrained(detector, source)
         remark(f"{source}: the backbone's weights, {len(left)} tensors left out" + _few(left))
+    elif recipe.model.backbone is not None and recipe.model.backbone.tuning != "all":
+        remark(
+            "note: the backbone is frozen at RANDOM weights, since training.pretrained names none (a VideoMAE file, "
+            "transformers' folder of one, or a run whose backbone trained)"
+        )
     base = _base(detector, recipe, run, world)
     if detector.backbone is not None:
         if recipe.training.quantize_backbone is not None:

@@ -21,6 +21,8 @@ from tensorkeep.training import distributed, metrics
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
 
+NOTHING = 20  # updates of a loss that is exactly 0
+
 
 @dataclass(frozen=True)
 class Update:
@@ -49,12 +51,13 @@ class Log:
         self.path, self.job, self.loop, self.world, self.scaler = run / metrics.METRICS, job, loop, world, scaler
         self.since, self.steps, self.counted = time.monotonic(), 0, 0.0
         self.status = say.status() if world.first else None
+        self.zero: int | None = None  # the update from which on every loss that was read is exactly 0
 
     def note(self, step: int, samples: int, made: Update) -> None:
         """Note update `step`, and write a row where one is due.
 
         Raises:
-            TensorkeepError: the loss is not finite (V01), on every rank alike.
+            TensorkeepError: the loss is not finite (V01), or exactly 0 for too long; on every rank alike.
         """
         self.steps, self.counted = self.steps + 1, self.counted + made.count
         if not (due(step, self.loop.log_every) or step == self.loop.updates or step == 1):
@@ -68,6 +71,7 @@ class Log:
                 code="V01",
                 hint="the checkpoints are from before it; a lower learning rate, clip or bf16 instead of fp16 may help",
             )
+        self._refuse_nothing(step, values["loss"])
         if not self.world.first:
             return
         now = time.monotonic()
@@ -87,6 +91,19 @@ class Log:
             line = self._line(row, f"{amount / max(now - self.since, 1e-9):,.0f} {unit}/s")
             self.status.show(line, step, self.loop.updates)
         self.since, self.steps, self.counted = now, 0, 0.0
+
+    def _refuse_nothing(self, step: int, loss: float) -> None:
+        """Stop where the loss is exactly 0 at every update that was read over 20: nothing is learned."""
+        if loss != 0:
+            self.zero = None
+            return
+        self.zero = step if self.zero is None else self.zero
+        if step - self.zero >= NOTHING:
+            raise TensorkeepError(
+                f"the loss is exactly 0 from update {self.zero} to {step}: nothing is learned",
+                where=self.path.parent,
+                hint="no sample has a label that counts: look at the data (tensorkeep check detection RECIPE)",
+            )
 
     def write(self, row: dict[str, Any], durable: bool = False) -> None:
         """Write a row to the file and to every tracker; `durable` waits for the disk."""

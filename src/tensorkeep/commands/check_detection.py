@@ -1,0 +1,47 @@
+"""`tensorkeep check detection`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorkeep.commands.shared import Say
+from tensorkeep.commands.train_language import Changes, pairs_of, say_old
+
+
+def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int:
+    """Check what a detection recipe would train on, before the first update; nothing is trained or written.
+
+    Annotations against files (missing, cut short, other durations), against the class map, and against the grid: which
+    actions no point of the pyramid can learn (in frames instead of seconds, swapped, past the end, shorter than a step,
+    longer than a window), and how many points of each level an epoch is expected to teach. `train detection` does the
+    same at its start. Exit code 1 where something is odd.
+
+    Parameters
+    ----------
+    recipe
+        A recipe (YAML), or the name of one that is shipped (`tensorkeep recipe list`). Fields can be changed as in
+        `train detection`.
+    """
+    from tensorkeep.detection.job import check
+    from tensorkeep.detection.recipe.text import read_recipe
+
+    printer, said, files = say.output(), list[str](), list[str]()
+    made = read_recipe(recipe, pairs_of(changes), said.append)
+    say_old(said, printer.remark)
+    found = check(made, files.append)
+    if printer.json:
+        printer.document({"recipe": str(recipe), **found.document(), "files": files})
+        return 1 if found.problems or files else 0
+    printer.line(f"{found.videos} training videos, {found.actions} actions; {found.lost} of them nothing can learn")
+    strides = made.model.head.strides
+    rows = [
+        (f"every {s} steps", f"{a:g} to {b:g}", f"{n:.1f}")
+        for s, (a, b), n in zip(strides, made.model.head.ranges, found.levels, strict=True)
+    ]
+    columns = ["points of the pyramid", "reach, in steps", "that learn in an epoch"]
+    printer.table(columns, rows, right=columns[1:])
+    for line in files:
+        printer.line(line)
+    for problem in found.problems:
+        printer.line(f"{problem.severity}: {problem.video or 'annotations'}: {problem.message}")
+    return 1 if found.problems or files else 0
