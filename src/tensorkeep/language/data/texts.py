@@ -1,4 +1,4 @@
-"""Read training texts: JSON lines with texts, conversations or preferences, and plain text files.
+"""Read training texts: records with texts, conversations or preferences (see `sources`), and plain text files.
 
 Accepted are MiniMind's three kinds of JSON lines and OpenAI-style messages. A record is recognised by its own keys, so
 no setting says which kind a file holds. A line that is no record is an error with its number: a file that is half read
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.storage.files import explained
+from tensorkeep.language.data.sources import documents, expanded, is_plain, text_of
 
 Format = Literal["auto", "jsonl", "text"]
 Objective = Literal["pretrain", "sft", "dpo"]
-_LONGEST_LINE = 64 << 20  # bytes of one record
-_JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
 
 
 class Conversation(NamedTuple):
@@ -55,20 +53,38 @@ def records(paths: Sequence[str | Path], objective: Objective, form: Format = "a
         >>> next(records(["stories.txt"], "pretrain"))[:16]                  # doctest: +SKIP
         'Once upon a time'
     """
-    for path in map(Path, paths):
-        as_json = path.suffix.lower() in _JSON_ENDINGS if form == "auto" else form == "jsonl"
-        if not as_json:
-            yield _plain(path, objective)
-            continue
-        for number, document in _lines(path):
-            yield _record(document, objective, f"{path}: line {number}")
+    for path in expanded(paths):
+        yield from records_of(path, objective, form)
+
+
+def records_of(
+    path: Path, objective: Objective, form: Format = "auto", begin: int = 0, end: int | None = None
+) -> Iterator[Record]:
+    """Read the records of one file, as `records` does; of a file of lines those that begin at `begin` to `end`.
+
+    Args:
+        path: the file.
+        objective: as in `records`.
+        form: as in `records`.
+        begin: first byte of the part that is read.
+        end: byte behind it; None: the file's end.
+
+    Raises:
+        TensorkeepError: as `records` does.
+    """
+    if is_plain(path, form):
+        yield _plain(path, objective)
+        return
+    for where, document in documents(path, form, begin, end):
+        yield _record(document, objective, where)
 
 
 def objective_of(path: str | Path) -> Objective:
     """Guess the objective that a file's first record is for; plain text is for `pretrain`."""
-    if Path(path).suffix.lower() not in _JSON_ENDINGS:
+    first = expanded([path])[0]
+    if is_plain(first, "auto"):
         return "pretrain"
-    document: Any = next((d for _, d in _lines(Path(path))), {})
+    document: Any = next((d for _, d in documents(first)), {})
     found = next((kind for key, kind in KINDS.items() if isinstance(document, dict) and key in document), "pretrain")
     return cast(Objective, found)
 
@@ -81,26 +97,10 @@ def _plain(path: Path, objective: Objective) -> str:
             where=path,
             hint='objective: pretrain, or JSON lines: {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
-    with explained(path):
-        data = path.read_bytes()
     try:
-        return data.decode("utf-8")
+        return text_of(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise TensorkeepError(f"is no UTF-8 text (byte {error.start})", where=path, hint="convert it: iconv") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number (from 1) and JSON value of every line that is not blank."""
-    with explained(path), path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                what = f"is no JSON: {str(error)[:100]}"
-                hint = "one object a line; a plain text file takes data.format: text"
-                raise TensorkeepError(what, where=f"{path}: line {number}", hint=hint) from None
 
 
 def _record(document: Any, objective: Objective, where: str) -> Record:
