@@ -9,12 +9,13 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.chat import Chat, tokenizer_settings
+from tensorkeep.language.data.conversations import Conversation, Preference
 from tensorkeep.language.data.packing import plan
 from tensorkeep.language.data.parts import Part, cached_parts, parts_of
 from tensorkeep.language.data.preferences import Pairs
 from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
 from tensorkeep.language.data.sources import expanded
-from tensorkeep.language.data.texts import Conversation, Preference, records_of
+from tensorkeep.language.data.texts import records_of
 from tensorkeep.language.data.tokens import Encoded, in_batches
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.training import distributed

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.augmentation import Augmentation
+from tensorkeep.language.data.conversations import Format, Objective
 from tensorkeep.language.data.packing import Packing
-from tensorkeep.language.data.texts import Format, Objective
 from tensorkeep.training.migration import VERSION
 from tensorkeep.training.sections import OptimizerConfig, ScheduleConfig, TrainingConfig, refuse
 

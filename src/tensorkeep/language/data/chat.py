@@ -17,7 +17,7 @@ import torch
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.language.data.augmentation import Augmentation
-from tensorkeep.language.data.texts import Conversation
+from tensorkeep.language.data.conversations import Conversation
 from tensorkeep.models.refusals import REFUSALS, said
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
