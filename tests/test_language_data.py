@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data import tokens as token_files
+from tensorkeep.language.data.augmentation import Augmentation
 from tensorkeep.language.data.batches import Collate
-from tensorkeep.language.data.chat import Augmentation, Chat, marks
+from tensorkeep.language.data.chat import Chat, marks
+from tensorkeep.language.data.conversations import Conversation, Preference, conversation
 from tensorkeep.language.data.packing import plan
 from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
-from tensorkeep.language.data.texts import Conversation, Preference, conversation, records
+from tensorkeep.language.data.texts import records
 from tensorkeep.language.data.tokens import Encoded, cached, fingerprint
 from tests.language_files import CHATML, CONVERSATIONS, TAGGED, THINKING, preferences, texts, tokenizer, write_jsonl
 

@@ -14,10 +14,11 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._dpo import PreferenceLoss, answer_sums, with_reference
 from tensorkeep.language.data.batches import Collate, block_mask, targets_of
 from tensorkeep.language.data.chat import Chat
+from tensorkeep.language.data.conversations import Preference
 from tensorkeep.language.data.packing import plan
 from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
 from tensorkeep.language.data.samples import PackedData
-from tensorkeep.language.data.texts import Preference, records
+from tensorkeep.language.data.texts import records
 from tensorkeep.language.data.tokens import Encoded, cached
 from tensorkeep.language.losses import TokenLoss, cross_entropy_sum, headless, plain_head, refuse_packing
 from tensorkeep.training.distributed import World

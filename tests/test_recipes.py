@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tensorkeep import cli
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.data.chat import Augmentation
+from tensorkeep.language.data.augmentation import Augmentation
 from tensorkeep.language.recipe import REFUSED as LANGUAGE_REFUSED
 from tensorkeep.language.recipe import AdapterConfig, DataConfig, EvaluationConfig, LanguageRecipe
 from tensorkeep.language.recipe_text import language_recipe, read_language

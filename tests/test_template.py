@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tensorkeep.language.data.chat import Chat
+from tensorkeep.language.data.conversations import Conversation
 from tensorkeep.language.data.template import Meter, TooMuch, bounded_templates
-from tensorkeep.language.data.texts import Conversation
 from tests.counting import calls_at_most
 from tests.helpers import refused
 from tests.hostile_texts import TEMPLATES

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.chat import Chat, tokenizer_settings
+from tensorkeep.language.data.conversations import Conversation, Preference
 from tensorkeep.language.data.packing import plan
+from tensorkeep.language.data.parts import Part, cached_parts, parts_of
 from tensorkeep.language.data.preferences import Pairs
 from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
-from tensorkeep.language.data.texts import Conversation, Preference, records
-from tensorkeep.language.data.tokens import Encoded, cached, fingerprint, in_batches
+from tensorkeep.language.data.sources import expanded
+from tensorkeep.language.data.texts import records_of
+from tensorkeep.language.data.tokens import Encoded, in_batches
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
@@ -67,17 +71,19 @@ def make_data(
         "eos": config.eos,
         **tokenizer_settings(tokenizer),
     }
-    digest = fingerprint(config.files, settings | ({"lines": True} if live else {}))
+    settings |= {"lines": True} if live else {}
+    files = expanded(config.files)
+    # the first rank reads the files once for their digests; all make tokens, and nobody waits in a collective for them
+    mine = distributed.together(world, lambda: parts_of(files, settings, config.format) if world.first else None)
+    digest, parts = distributed.gathered(world, mine)[0]
+    left = Counter[str]()
 
-    def encoded() -> Iterator[Encoded]:
-        return _lines(config) if live else encode(recipe, config, tokenizer, cut, remark)
+    def encoded(part: Part) -> Iterator[Encoded]:
+        return _lines(config, part) if live else encode(recipe, config, tokenizer, cut, part, left)
 
     folder = cache_of(recipe, run)
-    if world.first:
-        tokens = cached(folder, digest, encoded, max(vocabulary, 256), remark)
-    distributed.gathered(world, None)
-    if not world.first:
-        tokens = cached(folder, digest, encoded, max(vocabulary, 256), remark)
+    tokens = cached_parts(folder, digest, parts, encoded, max(vocabulary, 256), remark, world.rank)
+    _say_left_out(left, cut, remark)
     if live and config.augmentation is not None:
         drawn = f"{digest} {config.length} {config.augmentation}"
         return LiveConversations(tokens, Chat(tokenizer), config.augmentation, config.length, drawn)
@@ -92,40 +98,44 @@ def _cut(recipe: LanguageRecipe, config: DataConfig) -> int | None:
 
 
 def encode(
-    recipe: LanguageRecipe, config: DataConfig, tokenizer: Any, cut: int | None, remark: Remark
+    recipe: LanguageRecipe, config: DataConfig, tokenizer: Any, cut: int | None, part: Part, left: Counter[str]
 ) -> Iterator[Encoded]:
-    """Tokenize every document of the files; a record without a token that counts is left out, and `remark` told."""
-    found = records(config.files, recipe.objective, config.format)
+    """Tokenize every document of a part; a record without a token that counts is left out, and counted in `left`."""
+    found = records_of(part.path, recipe.objective, config.format, part.begin, part.end)
     if recipe.objective == "pretrain":
-        yield from _encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut, remark)
+        yield from _encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut, left)
         return
-    chat, idle = Chat(tokenizer), 0
+    chat = Chat(tokenizer)
     for record in found:
         both = list(record) if isinstance(record, Preference) else [record]
         made = [chat.encode(one) for one in both if isinstance(one, Conversation)]
         short = [Encoded(ids[:cut], marks[:cut]) for ids, marks in made]
         if not all(any((one.marks or [])[1:]) for one in short):
-            idle += 1
+            left["idle"] += 1
             continue
         yield from short
-    if idle:
-        remark(f"{idle} records hold no answer within {cut} tokens: left out")
+
+
+def _say_left_out(left: Counter[str], cut: int | None, remark: Remark) -> None:
+    """Say what this process left out of the tokens that it made."""
+    if left["idle"]:
+        remark(f"{left['idle']} records hold no answer within {cut} tokens: left out")
+    if left["lost"]:
+        where = f"{left['lost']:,} of {left['tokens']:,} tokens lie beyond a row of {cut} and are left out"
+        remark(f"{where}; data.packing: concatenate keeps them")
 
 
 def _encode_texts(
-    texts: Iterable[str], tokenizer: Any, bos: bool, eos: bool, cut: int | None, remark: Remark = lambda _: None
+    texts: Iterable[str], tokenizer: Any, bos: bool, eos: bool, cut: int | None, left: Counter[str]
 ) -> Iterator[Encoded]:
     """Tokenize texts as `[bos] tokens [eos]`, the tokens cut so that all fits into `cut` (MiniMind's rule)."""
     begin, end = ([_special(tokenizer, name)] if on else [] for name, on in (("bos", bos), ("eos", eos)))
     most = None if cut is None else cut - len(begin) - len(end)
-    lost = whole = 0
     for batch in in_batches(texts):
         for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            whole, lost = whole + len(ids), lost + len(ids[most:] if most is not None else [])
+            left["tokens"] += len(ids)
+            left["lost"] += len(ids[most:] if most is not None else [])
             yield Encoded([*begin, *ids[:most], *end])
-    if lost:
-        where = f"{lost:,} of {whole:,} tokens lie beyond a row of {cut} and are left out"
-        remark(f"{where}; data.packing: concatenate keeps them")
 
 
 def _special(tokenizer: Any, name: str) -> int:
@@ -136,8 +146,8 @@ def _special(tokenizer: Any, name: str) -> int:
     return int(found)
 
 
-def _lines(config: DataConfig) -> Iterator[Encoded]:
+def _lines(config: DataConfig, part: Part) -> Iterator[Encoded]:
     """Conversations as bytes of JSON, kept in place of tokens where every visit renders them anew."""
-    for record in records(config.files, "sft", config.format):
+    for record in records_of(part.path, "sft", config.format, part.begin, part.end):
         if isinstance(record, Conversation):
             yield Encoded(list(as_line(record)))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tensorkeep.language._data import cache_of, make_data, pad_of
 from tensorkeep.language._dpo import with_reference
 from tensorkeep.language.data.batches import Collate, targets_of
+from tensorkeep.language.data.conversations import Format
 from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
-from tensorkeep.language.data.texts import Format
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.language.start import Remark, StartingModel
 from tensorkeep.training import distributed

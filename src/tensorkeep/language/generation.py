@@ -16,7 +16,7 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.chat import Chat
-from tensorkeep.language.data.texts import Conversation
+from tensorkeep.language.data.conversations import Conversation
 from tensorkeep.models.language_model import text_config
 
 Write = Callable[[str], None]

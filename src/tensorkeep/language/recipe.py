@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language.data.chat import Augmentation
+from tensorkeep.language.data.augmentation import Augmentation
+from tensorkeep.language.data.conversations import Format, Objective
 from tensorkeep.language.data.packing import Packing
-from tensorkeep.language.data.texts import Format, Objective
 from tensorkeep.training.migration import VERSION
 from tensorkeep.training.sections import OptimizerConfig, ScheduleConfig, TrainingConfig, refuse
 
@@ -27,8 +27,9 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-        files: JSON lines or plain text.
-        format: What the lines hold; `auto` finds out.
+        files: JSON lines (`.gz` too), parquet, `datasets` folders, webdataset tars or plain text; folders and patterns
+            stand for their files.
+        format: How files are read; `auto` goes by their endings.
         length: Tokens of a row.
         packing: `none`: a row a document. `first_fit`: documents whole, rows filled up. `concatenate`: the stream cut
             every `length` tokens.

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.language.data.texts import Conversation
+from tensorkeep.language.data.augmentation import Augmentation
+from tensorkeep.language.data.conversations import Conversation
 from tensorkeep.models.refusals import REFUSALS, said
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -29,32 +30,6 @@ _SYSTEM_PROMPTS = (
     "你是一个乐于助人的助手。",
     "你是一个专业的人工智能助手，请尽量准确地回答用户的问题。",
 )
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """MiniMind's two random changes of a conversation, drawn from the sample's own generator.
-
-    Args:
-        system: probability that a conversation without a system message gets a random one.
-        empty_think: probability that empty thinking tags stay where the template wrote some (None: they always stay).
-
-    Raises:
-        TensorkeepError: a value is no probability.
-    """
-
-    system: float = 0.0
-    empty_think: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("system", self.system), ("empty_think", self.empty_think)):
-            if value is not None and not 0 <= value <= 1:
-                raise TensorkeepError(f"{name} {value} is no probability", where="data.augmentation")
-
-    @property
-    def on(self) -> bool:
-        """Whether anything can change."""
-        return self.system > 0 or self.empty_think is not None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorkeep.language.data.augmentation import Augmentation
 from tensorkeep.language.data.batches import make_sample
-from tensorkeep.language.data.chat import Augmentation, Chat
+from tensorkeep.language.data.chat import Chat
+from tensorkeep.language.data.conversations import Conversation, conversation
 from tensorkeep.language.data.packing import RowPlan
-from tensorkeep.language.data.texts import Conversation, conversation
 from tensorkeep.language.data.tokens import Tokens
 
 

@@ -76,6 +76,7 @@ def cached(
     encode: Callable[[], Iterable[Encoded]],
     vocabulary: int,
     remark: Callable[[str], None] = lambda _: None,
+    empty: bool = False,
 ) -> Tokens:
     """Open the cache `folder/digest`, or make it where it is not there or damaged.
 
@@ -85,6 +86,7 @@ def cached(
         encode: gives the documents, tokenized.
         vocabulary: number of ids; up to 65,536 are stored in two bytes each.
         remark: is told when a damaged cache is made again.
+        empty: whether a cache without a document may be.
 
     Raises:
         TensorkeepError: `encode` gives nothing at all, or an id beyond the vocabulary (C02).
@@ -100,12 +102,12 @@ def cached(
     with replacing(place, overwrite=True) as temporary:
         with explained(temporary):
             temporary.mkdir()
-            _write(temporary, digest, encode(), vocabulary)
+            _write(temporary, digest, encode(), vocabulary, empty)
         opened(temporary, digest)
     return opened(place, digest, proven=True)
 
 
-def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: int) -> None:
+def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: int, empty: bool = False) -> None:
     """Stream the documents into a cache's files; the index comes last."""
     dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
     offsets = [0]
@@ -128,7 +130,7 @@ def _write(folder: Path, digest: str, documents: Iterable[Encoded], vocabulary: 
             if counted is not None:
                 marked = True
                 _append(marks, sums[MARKS], np.asarray(counted, np.uint8).tobytes())
-    if len(offsets) == 1:
+    if len(offsets) == 1 and not empty:
         raise TensorkeepError("the data is empty", where="data.files", hint="no document has a token that counts")
     data = np.asarray(offsets, "<u8").tobytes()
     sums[OFFSETS].update(data)
@@ -185,6 +187,8 @@ def opened(folder: Path, digest: str, proven: bool = False) -> Tokens:
             if not proven and _digest(path) != expected:
                 raise TensorkeepError("is damaged", where=path, code="F03")
     with explained(folder):
+        if not total:  # nothing to map
+            return Tokens(np.empty(0, dtype), None, np.zeros(1, "<u8"), digest)
         ids = np.memmap(folder / TOKENS, dtype, "r")
         marks = np.memmap(folder / MARKS, np.uint8, "r") if MARKS in files else None
         return Tokens(ids, marks, np.memmap(folder / OFFSETS, "<u8", "r"), digest)
