@@ -10,15 +10,16 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tensorkeep.adapters.merging import merge
 from tensorkeep.adapters.planning import open_adapters, plan_merge
 from tensorkeep.cli import main
 from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.live.loaded import check_loaded
 from tensorkeep.formats.view import read
-from tensorkeep.models.in_memory import live_by_transformers
 from tensorkeep.models.language_model import silent
+from tensorkeep.models.names import names_for
 from tests.helpers import refused
 
 IDS = torch.arange(36).reshape(2, 18) * 7 % 90
@@ -129,7 +130,7 @@ def adapter_of(base: Path, out: Path, config: Any, resize: int = 0) -> torch.Ten
 
 
 def merged(base: Path, adapter: Path, out: Path, **options: Any) -> Any:
-    job = plan_merge(read(str(base)), open_adapters([(read(str(adapter)), 1.0)]), ask=live_by_transformers, **options)
+    job = plan_merge(read(str(base)), open_adapters([(read(str(adapter)), 1.0)]), ask=names_for, **options)
     return job, merge(job, str(out))
 
 
@@ -198,6 +199,41 @@ def test_a_merge_is_what_peft_makes(bases: Any, tmp_path: Path, case: str) -> No
     model = loaded(tmp_path / "out")
     assert equal(logits(model), wanted), float((logits(model) - wanted).abs().max() / wanted.abs().max())
     assert not resize or model.config.get_text_config().vocab_size == resize
+
+
+def test_stacks_that_files_hold_turned_are_checked_and_merged_as_they_lie(tmp_path: Path) -> None:
+    base, text = tmp_path / "base", {**SMALL, **EXPERTS, "moe_intermediate_size": 24, "head_dim": 8}
+    sight: dict[str, Any] = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4
+    )
+    sight |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+    config = transformers.AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=sight)
+    with silent():
+        made = transformers.AutoModelForImageTextToText.from_config(config).float()
+        made.save_pretrained(base)
+    file = base / "model.safetensors"
+    stored = load_file(file)  # transformers writes [experts, out, in]; the hub's files have [experts, in, out]
+    save_file({n: t.mT.contiguous() if ".experts." in n else t for n, t in stored.items()}, file, {"format": "pt"})
+
+    def back(folder: Path) -> Any:
+        with silent():
+            return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    model = back(base)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in made.state_dict().items())
+    assert check_loaded(model, base) == []
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    with torch.no_grad():
+        model.get_parameter(name)[1, 2, 3] += 1
+    assert [(f.code, f.tensors) for f in check_loaded(model, base)] == [("V07", [name])]
+    targets = peft.LoraConfig(
+        target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.gate_up_proj"]
+    )
+    adapted = disturbed(peft.get_peft_model(back(base), targets))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged(base, tmp_path / "adapter", tmp_path / "out")
+    assert read(str(tmp_path / "out"))[name].shape == (3, 24, 32)
+    assert equal(logits(back(tmp_path / "out")), logits(adapted.merge_and_unload()))
 
 
 def test_a_tie_that_peft_breaks_is_broken_and_said(bases: Any, tmp_path: Path) -> None:

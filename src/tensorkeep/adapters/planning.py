@@ -19,7 +19,7 @@ from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
-from tensorkeep.conversion.live import AskLive, unknown
+from tensorkeep.conversion.model_names import AskNames, unknown
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
 from tensorkeep.errors import TensorkeepError, shown, word
@@ -97,7 +97,7 @@ def plan_merge(
     root: str | None = None,
     dtype: str | None = None,
     untie: bool = False,
-    ask: AskLive = unknown,
+    ask: AskNames = unknown,
 ) -> MergePlan:
     """Decide what every tensor of the merged model is made of; only headers and the adapters' configs are read.
 
@@ -111,7 +111,7 @@ def plan_merge(
         root: the name to nest tensors under in a DCP or .pth.
         dtype: round the result to this dtype ("BF16"); None for the base's own.
         untie: write head and embedding as two tensors.
-        ask: who says how the base's model lies in memory, where an adapter's names are not the file's.
+        ask: who says what the base's model calls its tensors in memory, where an adapter's names are not the file's.
 
     Returns:
         The plan, for `merge`.
@@ -159,7 +159,7 @@ def _gone(base: StateView, name: str) -> str:
 
 
 def _merged_view(
-    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool, ask: AskLive
+    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool, ask: AskNames
 ) -> tuple[MergedView, str | None]:
     """Return the view of the merged model over the base's own names, and the quantization that it is merged onto."""
     identity = namings.identify(base)

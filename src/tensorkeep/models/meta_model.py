@@ -9,16 +9,16 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from tensorkeep.conversion.row_maps import Run, numbered, origins, row_count, runs
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.language_model import believable_config, silent
 from tensorkeep.models.refusals import refusals, said
-from tensorkeep.models.row_maps import Run, numbered, origins, row_count, runs
 from tensorkeep.quantization.linear_layers import linear_layers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -81,7 +81,7 @@ def facts(model: Any) -> dict[str, Any]:
     tied = _tied(model)
     kept = {n: s for n, s in live.items() if n not in tied}
     file, saved, problem = _as_saved(model, kept)
-    made = {} if problem else _inverted(saved, kept)
+    made = _inverted(saved, kept)
     in_file = {n: next(iter(_as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
     return {
         "kind": type(model).__name__,
@@ -89,6 +89,7 @@ def facts(model: Any) -> dict[str, Any]:
         "file": file,
         "saved": {n: r for n, r in saved.items() if r != (Run(n),)},
         "made": {n: r for n, r in made.items() if r != (Run(n),)},
+        "odd": sorted(set(kept) - set(made)),
         "problem": problem,
         "live_tied": tied,
         "tied": {in_file[other]: in_file[source] for other, source in tied.items()},
@@ -96,12 +97,24 @@ def facts(model: Any) -> dict[str, Any]:
         "ignored": sorted(str(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         "computed": sorted({n for n, _ in model.named_buffers()} - set(live)),
         "prefix": str(getattr(model, "base_model_prefix", "") or ""),
+        "inward": _inward(model),
         "linear": {n: k for n, k, _ in linear_layers(model)},
         "positions": positions(model),
         "rope": rope_layout(model),
         "embedding": _path(model, model.get_input_embeddings),
         "head": _path(model, model.get_output_embeddings),
     }
+
+
+def _inward(model: nn.Module) -> list[str]:
+    """Return the stacks of experts whose matrices are [in, out], as their module says of itself."""
+    return [
+        f"{name}.{n}"
+        for name, module in model.named_modules()
+        if getattr(module, "is_transposed", False) is True
+        for n, p in module.named_parameters(recurse=False)
+        if p.dim() == 3
+    ]
 
 
 def _path(model: nn.Module, getter: Any) -> str | None:
@@ -150,7 +163,7 @@ def _as_saved(model: Any, live: Shapes) -> tuple[Shapes, dict[str, tuple[Run, ..
         return dict(live), same, f"transformers cannot say how it saves {type(model).__name__}: {said(error)}"
     out, odd = _described(made, shapes, names, [live[n] for n in names])
     out = {n: whole.get(n) or out[n] for n in shapes if n in whole or n in out}
-    return shapes, out, f"transformers saves {odd} in another arrangement than rows of the model's" if odd else ""
+    return shapes, out, f"transformers saves {odd[0]} in another arrangement than rows of the model's" if odd else ""
 
 
 def _one(value: Any) -> torch.Tensor:
@@ -161,20 +174,28 @@ def _one(value: Any) -> torch.Tensor:
 
 def _described(
     made: Mapping[str, torch.Tensor], shapes: Shapes, names: list[str], origin: list[tuple[int, ...]]
-) -> tuple[dict[str, tuple[Run, ...]], str]:
-    """Turn converted probes into runs; also the first tensor for which that cannot be done, '' for none."""
+) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
+    """Turn converted probes into runs; also the names of those for which that cannot be done."""
+    places = {n: i for i, n in enumerate(names)}
     out: dict[str, tuple[Run, ...]] = {}
+    odd: list[str] = []
     for name, probe in made.items():
-        shape = shapes.get(name, ())
+        shape, found = shapes.get(name, ()), None
         thin = shape if len(shape) < 2 else (*shape[:-1], 1)
-        found = runs(probe.numpy(), names, origin) if tuple(probe.shape) == thin and probe.numel() else None
-        wide = found is not None and all(
-            origin[names.index(r.name)][-1:] == shape[-1:] or len(shape) < 2 for r in found
-        )
-        if found is None or not wide:
-            return out, name
-        out[name] = found
-    return out, ""
+        if tuple(probe.shape) == thin and probe.numel():
+            found = runs(probe.numpy(), names, origin)
+            if len(shape) > 1 and any(origin[places[r.name]][-1:] != shape[-1:] for r in found or ()):
+                found = None
+        elif len(shape) > 1 and tuple(probe.shape) == (*shape[:-2], 1, shape[-1]) and probe.numel():
+            (run, *more) = runs(probe.numpy(), names, origin) or (Run(name, (0, 0)),)
+            swapped = (*shape[:-2], shape[-1], shape[-2])
+            whole = run == Run(run.name) and not more and tuple(origin[places[run.name]]) == swapped
+            found = (Run(run.name, turned=True),) if whole else None
+        if found is None:
+            odd.append(name)
+        else:
+            out[name] = found
+    return out, odd
 
 
 def _inverted(saved: Mapping[str, tuple[Run, ...]], live: Shapes) -> dict[str, tuple[Run, ...]]:
@@ -188,7 +209,7 @@ def _inverted(saved: Mapping[str, tuple[Run, ...]], live: Shapes) -> dict[str, t
         for run in parts:
             first, last = run.rows or (0, row_count(live[run.name]))
             if run.rows is None and len(parts) == 1 and run.permute is None:
-                whole[run.name] = (Run(name),)
+                whole[run.name] = (Run(name, turned=run.turned),)
             else:
                 if codes[run.name] is None:
                     codes[run.name] = numbered(0, (row_count(live[run.name]),)) - (1 << 50)
@@ -256,17 +277,36 @@ def _load(
         elif pattern is None:
             out[new] = (Run(name),)
         else:
-            job = jobs.setdefault(new, copy.deepcopy(by_pattern[pattern]))
-            job.add_tensor(new, name, pattern, torch.from_numpy(numbered(number, shapes[name])))
+            job = jobs.get(new)
+            if job is None:
+                job = jobs[new] = copy.deepcopy(by_pattern[pattern])
+            if not _fits_as_it_is(job, shapes[name], live[new].shape):
+                job.add_tensor(new, name, pattern, torch.from_numpy(numbered(number, shapes[name])))
+            else:
+                out[new] = (Run(name),)
+                del jobs[new]
     sizes = [tuple(shapes[n]) for n in names]
     wanted = {n: tuple(t.shape) for n, t in live.items()}
     for new, job in jobs.items():
         made = {n: _one(t) for n, t in job.convert(new, model=model, config=model.config).items()}
         found, odd = _described(made, wanted, names, sizes)
         if odd:
-            raise TensorkeepError(f"transformers' loader rearranges {odd}, not by rows alone", code="K06")
+            raise TensorkeepError(f"transformers' loader rearranges {odd[0]}, not by rows alone", code="K06")
         out.update(found)
     return out, strangers
+
+
+def _fits_as_it_is(job: Any, stored: Sequence[int], live: Sequence[int]) -> bool:
+    """Whether a conversion turns a tensor only where its shape asks for it, and this one's does not.
+
+    The conversion looks at shapes, which numbered rows do not have: where it is to turn, it is told to.
+    """
+    checking = [o for o in job.operations if getattr(o, "check_dims", False)]
+    if checking and tuple(stored) == tuple(live):
+        return True
+    for operation in checking:
+        operation.check_dims = False
+    return False
 
 
 # -- what else a model says --------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Say of a tensor which rows of which other tensors it is made of, and cut stored parts accordingly.
 
 A row is what lies along the last dimension: a stack of experts [experts, rows, columns] has experts * rows of them, a
-vector one for each element. Files and live models differ by nothing else: rows are stacked, joined, split, reordered.
+vector one for each element. Files and live models differ by little else: rows are stacked, joined, split, reordered; a
+few matrices are turned, so that rows of one are columns of the other.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class Run(NamedTuple):
         name: the tensor that they are taken from.
         rows: first row and the one after the last; None for all.
         permute: how they are reordered; None for not at all.
+        turned: whether they are the other's columns: of a whole matrix, or of each matrix of a whole stack.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     permute: RowPermutation | None = None
+    turned: bool = False
 
 
 def row_count(shape: Sequence[int]) -> int:
@@ -133,8 +136,11 @@ def taken(run: Run, tensor: HfTensor, sources: Sequence[StateView]) -> tuple[Par
         sources: the views that the parts are read from.
 
     Raises:
-        TensorkeepError: S01 where the tensor has fewer rows; K06 where its rows are reordered across the run's edges.
+        TensorkeepError: S01 where the tensor has fewer rows; K06 where its rows are reordered across the run's edges,
+            or turned.
     """
+    if run.turned:
+        raise TensorkeepError(f"rows of {tensor.name} are columns of what is made of it", code="K06")
     parts: list[Part] = []
     first, last = run.rows or (0, row_count(tensor.shape))
     at = 0
