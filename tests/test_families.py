@@ -32,7 +32,7 @@ from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.language._fits_rows import refuse_rows
 from tensorkeep.language._reachable import unreached
-from tensorkeep.models.meta_model import loaded
+from tensorkeep.models.meta_rows import loaded
 from tensorkeep.models.names import model_names, to_file
 from tensorkeep.quantization.linear_layers import linear_layers, read_directly
 from tensorkeep.quantization.modules import quantize_

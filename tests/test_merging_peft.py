@@ -206,7 +206,7 @@ def test_stacks_that_files_hold_turned_are_checked_and_merged_as_they_lie(tmp_pa
     sight: dict[str, Any] = dict(
         depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4
     )
-    sight |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+    sight |= dict(patch_size=4, deepstack_visual_indexes=[0], num_position_embeddings=16)
     config = transformers.AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=sight)
     with silent():
         made = transformers.AutoModelForImageTextToText.from_config(config).float()

@@ -9,19 +9,19 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensorkeep.conversion.row_maps import Run, numbered, origins, row_count, runs
+from tensorkeep.conversion.row_maps import Run
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.language_model import believable_config, silent
+from tensorkeep.models.meta_rows import as_saved, inverted
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.quantization.linear_layers import linear_layers
 
-Shapes = dict[str, tuple[int, ...]]
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
 
 
@@ -80,9 +80,9 @@ def facts(model: Any) -> dict[str, Any]:
     live = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     tied = _tied(model)
     kept = {n: s for n, s in live.items() if n not in tied}
-    file, saved, problem = _as_saved(model, kept)
-    made = _inverted(saved, kept)
-    in_file = {n: next(iter(_as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
+    file, saved, problem = as_saved(model, kept)
+    made = inverted(saved, kept)
+    in_file = {n: next(iter(as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
     return {
         "kind": type(model).__name__,
         "live": live,
@@ -138,175 +138,6 @@ def _tied(model: Any) -> dict[str, str]:
         source = next((n for n in names if n not in targets), names[0])
         out.update({n: source for n in names if n != source})
     return out
-
-
-# -- live -> file ------------------------------------------------------------------------------------------------------
-
-
-def _as_saved(model: Any, live: Shapes) -> tuple[Shapes, dict[str, tuple[Run, ...]], str]:
-    """Return the shapes that a file has for live tensors, of which rows each is made, and why that cannot be told."""
-    revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
-    same: dict[str, tuple[Run, ...]] = {n: (Run(n),) for n in live}
-    if revert is None:  # transformers 4: names in memory are those in files
-        return dict(live), same, ""
-    names = list(live)
-    try:
-        hollow = {n: torch.empty(s, device="meta") for n, s in live.items()}
-        reverted = {n: _one(t) for n, t in revert(model, dict(hollow)).items()}
-        shapes = {n: tuple(t.shape) for n, t in reverted.items()}
-        owners = {id(t): n for n, t in hollow.items()}  # what is only renamed is the same object
-        whole = {n: (Run(owners[id(t)]),) for n, t in reverted.items() if id(t) in owners}
-        left = set(live) - {runs[0].name for runs in whole.values()}
-        probes = {n: torch.from_numpy(numbered(i, live[n])) for i, n in enumerate(names) if n in left}
-        made = {n: _one(t) for n, t in revert(model, probes).items()} if probes else {}
-    except refusals() as error:
-        return dict(live), same, f"transformers cannot say how it saves {type(model).__name__}: {said(error)}"
-    out, odd = _described(made, shapes, names, [live[n] for n in names])
-    out = {n: whole.get(n) or out[n] for n in shapes if n in whole or n in out}
-    return shapes, out, f"transformers saves {odd[0]} in another arrangement than rows of the model's" if odd else ""
-
-
-def _one(value: Any) -> torch.Tensor:
-    """Return the tensor of a conversion's result, which may be a list of one."""
-    found: torch.Tensor = value[0] if isinstance(value, list) else value
-    return found
-
-
-def _described(
-    made: Mapping[str, torch.Tensor], shapes: Shapes, names: list[str], origin: list[tuple[int, ...]]
-) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
-    """Turn converted probes into runs; also the names of those for which that cannot be done."""
-    places = {n: i for i, n in enumerate(names)}
-    out: dict[str, tuple[Run, ...]] = {}
-    odd: list[str] = []
-    for name, probe in made.items():
-        shape, found = shapes.get(name, ()), None
-        thin = shape if len(shape) < 2 else (*shape[:-1], 1)
-        if tuple(probe.shape) == thin and probe.numel():
-            found = runs(probe.numpy(), names, origin)
-            if len(shape) > 1 and any(origin[places[r.name]][-1:] != shape[-1:] for r in found or ()):
-                found = None
-        elif len(shape) > 1 and tuple(probe.shape) == (*shape[:-2], 1, shape[-1]) and probe.numel():
-            (run, *more) = runs(probe.numpy(), names, origin) or (Run(name, (0, 0)),)
-            swapped = (*shape[:-2], shape[-1], shape[-2])
-            whole = run == Run(run.name) and not more and tuple(origin[places[run.name]]) == swapped
-            found = (Run(run.name, turned=True),) if whole else None
-        if found is None:
-            odd.append(name)
-        else:
-            out[name] = found
-    return out, odd
-
-
-def _inverted(saved: Mapping[str, tuple[Run, ...]], live: Shapes) -> dict[str, tuple[Run, ...]]:
-    """Return, from the rows that file tensors are made of, those that live tensors are made of."""
-    names = list(saved)
-    codes: dict[str, Any] = {n: None for n in live}
-    whole: dict[str, tuple[Run, ...]] = {}
-    sizes: list[tuple[int, ...]] = []
-    for number, (name, parts) in enumerate(saved.items()):
-        rows = 0
-        for run in parts:
-            first, last = run.rows or (0, row_count(live[run.name]))
-            if run.rows is None and len(parts) == 1 and run.permute is None:
-                whole[run.name] = (Run(name, turned=run.turned),)
-            else:
-                if codes[run.name] is None:
-                    codes[run.name] = numbered(0, (row_count(live[run.name]),)) - (1 << 50)
-                order = torch.arange(last - first).numpy()
-                if run.permute is not None:
-                    block = torch.tensor(run.permute.order()).numpy()
-                    order = (order.reshape(-1, len(block))[:, :1] + block).ravel()
-                codes[run.name][first + order] = numbered(number, (rows + last - first,))[rows:]
-            rows += last - first
-        sizes.append((rows,))
-    out = dict(whole)
-    for name, found in codes.items():
-        if found is not None and (made := runs(found, names, sizes)) is not None and (origins(found)[0] >= 0).all():
-            out[name] = made
-    return out
-
-
-# -- file -> live, for names that files had before ---------------------------------------------------------------------
-
-
-def loaded(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
-    """Return which rows of a file's tensors transformers' loader makes the live tensors of.
-
-    Args:
-        model: from `build`.
-        shapes: of the file's tensors, by name.
-
-    Returns:
-        The rows by live name, and the file's names that the loader has no place for.
-
-    Raises:
-        TensorkeepError: K06 where the loader rearranges them in a way that is not rows.
-    """
-    library = sys.modules.get("transformers.core_model_loading")
-    mapping = sys.modules.get("transformers.conversion_mapping")
-    live = model.state_dict()
-    if library is None or mapping is None or not hasattr(library, "rename_source_key"):
-        return {n: (Run(n),) for n in shapes if n in live}, [n for n in shapes if n not in live]
-    try:
-        return _load(library, mapping, model, live, shapes)
-    except refusals() as error:
-        what = f"transformers cannot say how it loads {type(model).__name__}: {said(error)}"
-        raise TensorkeepError(what, code="K06") from None
-
-
-def _load(
-    library: Any, mapping: Any, model: Any, live: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
-    """Run transformers' own conversion over numbered rows, as its loader runs it over weights."""
-    transforms = mapping.get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, library.WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, library.WeightConverter)]
-    by_pattern = {p: c for c in converters for p in c.source_patterns}
-    names = sorted(shapes, key=library.dot_natural_key)
-    jobs: dict[str, Any] = {}
-    out: dict[str, tuple[Run, ...]] = {}
-    strangers: list[str] = []
-    prefix = model.base_model_prefix
-    for number, name in enumerate(names):
-        new, pattern = library.rename_source_key(name, renamings, converters, prefix, live)
-        if new not in live and name in live:
-            new, pattern = library.rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=live)
-        if new not in live:
-            strangers.append(name)
-        elif pattern is None:
-            out[new] = (Run(name),)
-        else:
-            job = jobs.get(new)
-            if job is None:
-                job = jobs[new] = copy.deepcopy(by_pattern[pattern])
-            if not _fits_as_it_is(job, shapes[name], live[new].shape):
-                job.add_tensor(new, name, pattern, torch.from_numpy(numbered(number, shapes[name])))
-            else:
-                out[new] = (Run(name),)
-                del jobs[new]
-    sizes = [tuple(shapes[n]) for n in names]
-    wanted = {n: tuple(t.shape) for n, t in live.items()}
-    for new, job in jobs.items():
-        made = {n: _one(t) for n, t in job.convert(new, model=model, config=model.config).items()}
-        found, odd = _described(made, wanted, names, sizes)
-        if odd:
-            raise TensorkeepError(f"transformers' loader rearranges {odd[0]}, not by rows alone", code="K06")
-        out.update(found)
-    return out, strangers
-
-
-def _fits_as_it_is(job: Any, stored: Sequence[int], live: Sequence[int]) -> bool:
-    """Whether a conversion turns a tensor only where its shape asks for it, and this one's does not.
-
-    The conversion looks at shapes, which numbered rows do not have: where it is to turn, it is told to.
-    """
-    checking = [o for o in job.operations if getattr(o, "check_dims", False)]
-    if checking and tuple(stored) == tuple(live):
-        return True
-    for operation in checking:
-        operation.check_dims = False
-    return False
 
 
 # -- what else a model says --------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ versions of transformers, torch and tensorkeep, so that later commands import ne
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import metadata
@@ -77,12 +78,24 @@ def _found(text: str, stored: int | None) -> ModelNames:
     path = _kept_at(text)
     if path is not None and (kept := _read(path)) is not None:
         return kept
-    # imports torch and transformers
-    asking = importlib.import_module("tensorkeep.models.meta_model")
-    found = asking.facts(asking.build(json.loads(text), stored))
+    with _garbage_left():
+        asking = importlib.import_module("tensorkeep.models.meta_model")  # imports torch and transformers
+        found = asking.facts(asking.build(json.loads(text), stored))
     if path is not None:
         _keep(path, found)
     return _names(found)
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Look for no garbage: two thousand modules and a model make objects that all stay, and each look goes over all."""
+    looking = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looking:
+            gc.enable()
 
 
 def _kept_at(text: str) -> Path | None:
@@ -225,9 +238,10 @@ def _loaded(
     config: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
     """Ask transformers' loader itself where it would put the tensors of a file."""
-    asking = importlib.import_module("tensorkeep.models.meta_model")
     made: dict[str, tuple[Run, ...]]
-    made, left = asking.loaded(asking.build(config), shapes)
+    with _garbage_left():
+        building, asking = (importlib.import_module(f"tensorkeep.models.{m}") for m in ("meta_model", "meta_rows"))
+        made, left = asking.loaded(building.build(config), shapes)
     return made, left
 
 
