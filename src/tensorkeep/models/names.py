@@ -26,7 +26,7 @@ from tensorkeep.conversion.model_names import ModelNames
 from tensorkeep.conversion.plan import HfTensor, Part, RowPermutation
 from tensorkeep.conversion.row_maps import Run, row_count, taken
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import grouped
+from tensorkeep.formats.names import drops, grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.hub import cache_folder
 from tensorkeep.storage.record import nbytes
@@ -264,7 +264,9 @@ def all_live(
     found = to_live(config, tensors, sources)
     if found.unexpected:
         what = f"{config.get('model_type')} has no place in memory for {', '.join(grouped(found.unexpected)[:3])}"
-        raise TensorkeepError(what, where=sources[0].path, code="K02", hint="leave them out by name: --drop")
+        stored = [tensors[n].parts[0].name for n in found.unexpected]
+        hint = f"leave them out by name: {drops(stored, [n for v in sources for n in v])}"
+        raise TensorkeepError(what, where=sources[0].path, code="K02", tensors=stored, hint=hint)
     return found.tensors
 
 
