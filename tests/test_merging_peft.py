@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,20 @@ def test_what_peft_itself_would_leave_out_is_said(
     assert said.severity == "warning" and sorted(said.tensors) == lost
     assert main(["merge", str(bases("deepseek_v3")), str(folder), str(tmp_path / "out")]) == 0
     assert f"leaves out {len(lost)} tensors" in capsys.readouterr().err
+
+
+def test_what_libraries_log_while_they_are_imported_is_not_ours_to_print(
+    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorkeep.models.peft_loading import left_out_by_peft
+
+    loud = "import logging\nlogging.getLogger('bitsandbytes.backends').warning('no kernels')\nraise ImportError\n"
+    (tmp_path / "peft.py").write_text(loud)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "peft")
+    base = read(str(bases("mixtral")))
+    assert left_out_by_peft(base, {"peft_type": "LORA"}, base, []) is None
+    assert "peft" not in sys.modules and not caplog.records
 
 
 FITTING = ["resized and tied", "gpt2 head", "neox", "experts, renamed", "ia3", "vera, [in, out]"]
