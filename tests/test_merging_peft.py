@@ -317,6 +317,9 @@ def test_another_precision_and_idle_layers_are_said(bases: Any, tmp_path: Path) 
     save_file({n: t * ("layers.1" not in n) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
     job, done = merged(bases("llama"), folder, tmp_path / "out")
     assert any(n.code == "A04" and "bnb-4bit" in n.message for n in job.plan.notes)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    unknown = plan_merge(read(str(bases("llama"))), open_adapters([(read(str(folder)), 1.0)]))
+    assert [n.message for n in unknown.plan.notes if "cannot be known from the files" in n.message]
     (note,) = done.notes
     assert note.code == "A05" and len(note.names) == 2 and all("layers.1" in n for n in note.names)
     save_file({n: t * 1e-7 for n, t in tensors.items()}, folder / "adapter_model.safetensors")

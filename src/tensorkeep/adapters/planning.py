@@ -14,7 +14,7 @@ from typing import Any
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
-from tensorkeep.adapters.reading import read_adapter, refuse_unmergeable, said_precision
+from tensorkeep.adapters.reading import DIGEST, read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
@@ -182,7 +182,7 @@ def _merged_view(
             wanted.setdefault(name, []).extend(found)
     sizes = settle_sizes(state, sources, wanted)
     parted = settle_ties(state, sources, wanted, untie)
-    state.notes += _precision_notes(sources, weights, onto)
+    state.notes += _base_notes(sources, weights, onto)
     for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
@@ -261,12 +261,12 @@ def _wanted_quantization(
     return next(iter(asked))
 
 
-def _precision_notes(
+def _base_notes(
     sources: Sequence[WeightedAdapter], weights: Mapping[str, QuantizedWeight], onto: str
 ) -> Iterator[Note]:
-    """Say (A04) where an adapter may have been trained on another precision of the base than it is merged onto.
+    """Say (A04) where an adapter may have been trained on another base, or precision of it, than it is merged onto.
 
-    Ours records it, and is refused where it differs; PEFT's records the base's name alone.
+    Ours records both, and is refused where they differ; PEFT's records the base's name alone.
     """
     found = ", ".join(sorted({w.kind for w in weights.values()}))
     for source in sources:
@@ -290,6 +290,12 @@ def _precision_notes(
             yield Note(
                 "A04",
                 f"{source.path} does not say which precision it was trained on: it is merged onto {found}, dequantized",
+            )
+        elif not (document.get(DIGEST) or source.adapter.view.metadata.get(DIGEST) or source.adapter.magnitudes):
+            yield Note(
+                "A04",
+                f"{source.path} carries no digest of its base: its names and shapes fit this one, whether it was "
+                "trained on it cannot be known from the files",
             )
 
 
