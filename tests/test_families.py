@@ -24,6 +24,7 @@ from tensorkeep.adapters.lora import add_lora, layers, merged
 from tensorkeep.conversion import naming
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import Part, RowPermutation
+from tensorkeep.conversion.row_maps import numbered, runs
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.diagnosis import repair
 from tensorkeep.errors import TensorkeepError
@@ -31,9 +32,8 @@ from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.language._fits_rows import refuse_rows
 from tensorkeep.language._reachable import unreached
-from tensorkeep.models.meta_model import loaded
+from tensorkeep.models.meta_rows import loaded
 from tensorkeep.models.names import model_names, to_file
-from tensorkeep.models.row_maps import numbered, runs
 from tensorkeep.quantization.linear_layers import linear_layers, read_directly
 from tensorkeep.quantization.modules import quantize_
 from tensorkeep.quantization.wide import stayed_wide
@@ -217,7 +217,7 @@ def test_a_config_that_nobody_can_have_is_refused_before_it_is_built() -> None:
 def test_runs_describe_stacked_and_reordered_rows_and_nothing_else() -> None:
     first, second = numbered(0, (4, 3)), numbered(1, (4, 3))
     joined = np.concatenate([first[1:3], second])
-    assert [tuple(r) for r in runs(joined, ["a", "b"], [(4, 3), (4, 3)]) or ()] == [
+    assert [r[:3] for r in runs(joined, ["a", "b"], [(4, 3), (4, 3)]) or ()] == [
         ("a", (1, 3), None),
         ("b", None, None),
     ]

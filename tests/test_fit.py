@@ -106,6 +106,11 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], str, tuple[str, ...]]] = {
         "K02",
         ("--drop 'v_head.summary.weight'",),
     ),
+    "one in each of many layers": (
+        lambda t: {**t, **{f"model.layers.{i}.probe.{w}": torch.zeros(1) for i in range(20) for w in ("a", "b")}},
+        "K02",
+        ("--drop 'probe'\n",),
+    ),
     "nothing gathered": (lambda t: {n: torch.empty(0) for n in t}, "K05", ("ZeRO-3", "zero_to_fp32")),
 }
 

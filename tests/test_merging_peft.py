@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tensorkeep.adapters.merging import merge
 from tensorkeep.adapters.planning import open_adapters, plan_merge
 from tensorkeep.cli import main
 from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.live.loaded import check_loaded
 from tensorkeep.formats.view import read
-from tensorkeep.models.in_memory import live_by_transformers
 from tensorkeep.models.language_model import silent
+from tensorkeep.models.names import names_for
 from tests.helpers import refused
 
 IDS = torch.arange(36).reshape(2, 18) * 7 % 90
@@ -129,7 +131,7 @@ def adapter_of(base: Path, out: Path, config: Any, resize: int = 0) -> torch.Ten
 
 
 def merged(base: Path, adapter: Path, out: Path, **options: Any) -> Any:
-    job = plan_merge(read(str(base)), open_adapters([(read(str(adapter)), 1.0)]), ask=live_by_transformers, **options)
+    job = plan_merge(read(str(base)), open_adapters([(read(str(adapter)), 1.0)]), ask=names_for, **options)
     return job, merge(job, str(out))
 
 
@@ -198,6 +200,41 @@ def test_a_merge_is_what_peft_makes(bases: Any, tmp_path: Path, case: str) -> No
     model = loaded(tmp_path / "out")
     assert equal(logits(model), wanted), float((logits(model) - wanted).abs().max() / wanted.abs().max())
     assert not resize or model.config.get_text_config().vocab_size == resize
+
+
+def test_stacks_that_files_hold_turned_are_checked_and_merged_as_they_lie(tmp_path: Path) -> None:
+    base, text = tmp_path / "base", {**SMALL, **EXPERTS, "moe_intermediate_size": 24, "head_dim": 8}
+    sight: dict[str, Any] = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32, patch_size=4
+    )
+    sight |= dict(patch_size=4, deepstack_visual_indexes=[0], num_position_embeddings=16)
+    config = transformers.AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=sight)
+    with silent():
+        made = transformers.AutoModelForImageTextToText.from_config(config).float()
+        made.save_pretrained(base)
+    file = base / "model.safetensors"
+    stored = load_file(file)  # transformers writes [experts, out, in]; the hub's files have [experts, in, out]
+    save_file({n: t.mT.contiguous() if ".experts." in n else t for n, t in stored.items()}, file, {"format": "pt"})
+
+    def back(folder: Path) -> Any:
+        with silent():
+            return transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    model = back(base)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in made.state_dict().items())
+    assert check_loaded(model, base) == []
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    with torch.no_grad():
+        model.get_parameter(name)[1, 2, 3] += 1
+    assert [(f.code, f.tensors) for f in check_loaded(model, base)] == [("V07", [name])]
+    targets = peft.LoraConfig(
+        target_modules=["q_proj"], target_parameters=["experts.down_proj", "experts.gate_up_proj"]
+    )
+    adapted = disturbed(peft.get_peft_model(back(base), targets))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged(base, tmp_path / "adapter", tmp_path / "out")
+    assert read(str(tmp_path / "out"))[name].shape == (3, 24, 32)
+    assert equal(logits(back(tmp_path / "out")), logits(adapted.merge_and_unload()))
 
 
 def test_a_tie_that_peft_breaks_is_broken_and_said(bases: Any, tmp_path: Path) -> None:
@@ -280,6 +317,9 @@ def test_another_precision_and_idle_layers_are_said(bases: Any, tmp_path: Path) 
     save_file({n: t * ("layers.1" not in n) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
     job, done = merged(bases("llama"), folder, tmp_path / "out")
     assert any(n.code == "A04" and "bnb-4bit" in n.message for n in job.plan.notes)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    unknown = plan_merge(read(str(bases("llama"))), open_adapters([(read(str(folder)), 1.0)]))
+    assert [n.message for n in unknown.plan.notes if "cannot be known from the files" in n.message]
     (note,) = done.notes
     assert note.code == "A05" and len(note.names) == 2 and all("layers.1" in n for n in note.names)
     save_file({n: t * 1e-7 for n, t in tensors.items()}, folder / "adapter_model.safetensors")
@@ -315,6 +355,20 @@ def test_what_peft_itself_would_leave_out_is_said(
     assert said.severity == "warning" and sorted(said.tensors) == lost
     assert main(["merge", str(bases("deepseek_v3")), str(folder), str(tmp_path / "out")]) == 0
     assert f"leaves out {len(lost)} tensors" in capsys.readouterr().err
+
+
+def test_what_libraries_log_while_they_are_imported_is_not_ours_to_print(
+    bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorkeep.models.peft_loading import left_out_by_peft
+
+    loud = "import logging\nlogging.getLogger('bitsandbytes.backends').warning('no kernels')\nraise ImportError\n"
+    (tmp_path / "peft.py").write_text(loud)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "peft")
+    base = read(str(bases("mixtral")))
+    assert left_out_by_peft(base, {"peft_type": "LORA"}, base, []) is None
+    assert "peft" not in sys.modules and not caplog.records
 
 
 FITTING = ["resized and tied", "gpt2 head", "neox", "experts, renamed", "ia3", "vera, [in, out]"]

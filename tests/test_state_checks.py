@@ -94,6 +94,26 @@ def test_a_minimind_resume_file_is_imperfect_and_sound() -> None:
     assert {f.evidence["world_size"] for f in found if f.code == "R03"} == {2}
 
 
+def test_states_in_the_order_of_parameter_groups_are_called_sound_and_those_of_another_model_are_not(
+    tmp_path: Path,
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]  # as Trainer does
+    optimizer = torch.optim.AdamW(groups)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    path = save(tmp_path / "a.pth", epoch=1, model=model.state_dict(), optimizer=optimizer.state_dict())
+    (found,) = [f for f in findings(path, None, "R")[0] if f.code == "R05"]
+    assert (found.evidence["shapes_fit"], found.evidence["shapes_fit_in_order"]) == (True, False)
+    assert "same parameter groups is right" in found.message
+    other = {n: t if t.dim() < 2 else t.repeat(2, 1) for n, t in model.state_dict().items()}
+    path = save(tmp_path / "b.pth", epoch=1, model=other, optimizer=optimizer.state_dict())
+    (found,) = [f for f in findings(path, None, "R")[0] if f.code == "R05"]
+    assert found.evidence["shapes_fit"] is False and "shapes are not those of the weights" in found.message
+
+
 @pytest.mark.skipif(not (SHARED / "conversion").is_dir(), reason="the shared conversion fixtures are not here")
 def test_a_torchtitan_trainer_folder_is_imperfect_and_sound() -> None:
     found, _ = findings(SHARED / "conversion/open/titan030_trainer_llama_tied_bf16/checkpoint/step-3", None, "R")

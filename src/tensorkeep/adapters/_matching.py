@@ -16,7 +16,7 @@ from tensorkeep.adapters._places import Place, places
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
 from tensorkeep.adapters.terms import Term, check_tokens
-from tensorkeep.conversion.live import AskLive, Live, unknown
+from tensorkeep.conversion.model_names import AskNames, ModelNames, unknown
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.plan import HfTensor
@@ -55,9 +55,9 @@ class MergeBase:
     through: dict[str, Encoding] = field(default_factory=dict)
     made: dict[str, ComputedTensor] = field(default_factory=dict)
     tied: bool = False
-    ask: AskLive = unknown
+    ask: AskNames = unknown
     asked: bool = False
-    live: Live | None = None  # once it was asked
+    names: ModelNames | None = None  # once it was asked
     embedding: str = hf.EMBEDDING  # hf name of the input embedding
     head: str = hf.HEAD
     notes: list[Note] = field(default_factory=list)
@@ -156,7 +156,7 @@ def _refuse_missing(state: MergeBase, source: WeightedAdapter, missing: list[str
         if len(missing) == total
         else "compare names with: tensorkeep inspect"
     )
-    if source.adapter.document.get("target_parameters") and state.live is None:
+    if source.adapter.document.get("target_parameters") and state.names is None:
         close = "it targets parameters of the model in memory, found with transformers and the base's config.json"
     raise TensorkeepError(
         f"{len(missing)} of the {total} tensors it changes are not in the base {state.view.path}: "
@@ -210,7 +210,7 @@ def _term(
     rows = length if length is not None else shape[0] if shape else 1
     first = part.rows[0] * (tensor.shape[0] if tensor.shape else 1) if part.rows is not None else 0
     if piece is not None:
-        rows, first = len(piece.columns if piece.turned else piece.rows), first + piece.first
+        rows, first = place.live[-1] if piece.turned else len(piece.rows), first + piece.first
     scale: float | None = 1.0
     if kind not in ("saved", "tokens") and hasattr(plug, "scale"):
         stacked = (place.parameter, place.experts) if place.parameter is not None else None

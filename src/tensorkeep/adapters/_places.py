@@ -6,11 +6,17 @@ transformers builds it: renamed modules, experts stacked in memory and apart in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensorkeep.conversion.fit import Offer
-from tensorkeep.conversion.live import Live, Piece, Shape
+import numpy as np
+
+from tensorkeep.adapters.terms import Lines, Piece
+from tensorkeep.conversion.fit import Offer, Shape
+from tensorkeep.conversion.model_names import ModelNames
+from tensorkeep.conversion.row_maps import Codes, Run, row_count
 from tensorkeep.errors import TensorkeepError
 
 if TYPE_CHECKING:
@@ -37,8 +43,8 @@ class Place(NamedTuple):
     parameter: str | None = None
 
 
-def ask_live(state: MergeBase) -> Live | None:
-    """Return how the base's model lies in memory, asked once; None where nothing can say."""
+def ask_names(state: MergeBase) -> ModelNames | None:
+    """Return what the base's model calls its tensors, asked once; None where nothing can say."""
     if not state.asked:
         state.asked = True
         config = {k: v for k, v in (state.config or {}).items() if k != "quantization_config"}
@@ -49,8 +55,8 @@ def ask_live(state: MergeBase) -> Live | None:
             shape = weight.shape if weight is not None and weight.shape is not None else tensor.shape
             if tensor.tied_to is None or tensor.tied_to not in state.hf_tensors:
                 offers[name] = Offer("BF16" if weight is not None else tensor.dtype, tuple(shape))
-        state.live = state.ask(config, offers) if config else None
-    return state.live
+        state.names = state.ask(config, offers) if config else None
+    return state.names
 
 
 def places(state: MergeBase, source: WeightedAdapter, name: str, kind: str) -> list[Place]:
@@ -63,71 +69,88 @@ def places(state: MergeBase, source: WeightedAdapter, name: str, kind: str) -> l
         kind: what the adapter does there, a word of its kind or "saved" or "tokens".
 
     Raises:
-        TensorkeepError: A01 where the base holds it in a way that rows and columns do not describe.
+        TensorkeepError: A01 where the base holds it in a way that rows do not describe.
     """
     if name in state.hf_tensors:
         return [Place(name, None, state.hf_tensors[name].shape)]
-    live = ask_live(state)
-    if live is None:
+    names = ask_names(state)
+    if names is None:
         return []
     parameter = None
-    if name not in live.shapes and kind == "pair":
-        parameter = _targeted(live, source.adapter.document, name.removesuffix(".weight"))
+    if name not in names.live and kind == "pair":
+        parameter = _targeted(names, source.adapter.document, name.removesuffix(".weight"))
         if parameter is None:
             return []
         name = parameter
-    if name in live.odd:
+    if name in names.odd:
         raise TensorkeepError(
-            f"{name} is made of the base's tensors by more than taking rows and columns",
+            f"{name} is made of the base's tensors by more than taking rows",
             where=source.path,
             code="A01",
             hint="merge it with the library that trained it: PeftModel.merge_and_unload()",
         )
-    return _pieces(state, live, name, parameter)
+    return _pieces(state, names, name, parameter)
 
 
-def _pieces(state: MergeBase, live: Live, name: str, parameter: str | None) -> list[Place]:
+def _pieces(state: MergeBase, names: ModelNames, name: str, parameter: str | None) -> list[Place]:
     """Return the places of a live tensor."""
-    shape = live.shapes.get(name)
-    if shape is None:
+    shape, runs = names.live.get(name), names.runs(name)
+    if shape is None or any(r.name not in state.hf_tensors for r in runs):
         return []
-    inward = name in live.inward
-    if name not in live.pieces:
-        if name not in state.hf_tensors:
-            return []
-        return (
-            _stack(name, shape, inward, parameter)
-            if len(shape) == 3 and parameter
-            else [_whole(name, shape, parameter)]
-        )
-    pieces = live.pieces[name]
-    if any(p.stored not in state.hf_tensors for p in pieces):
-        return []
-    first = state.hf_tensors[pieces[0].stored]
-    if len(pieces) == 1 and first.shape == shape and pieces[0].expert is None and not pieces[0].turned:
-        if len(shape) == 3 and parameter:
-            return _stack(first.name, shape, inward, parameter)
-        if pieces[0].rows == range(shape[0] if shape else 1):
-            return [_whole(first.name, shape, parameter)]
-    experts = shape[0] if len(shape) == 3 else 0
-    return [Place(p.stored, p, shape[1:] if experts else shape, experts, inward, parameter) for p in pieces]
+    stacked = len(shape) == 3
+    if runs == (Run(runs[0].name),) and not (stacked and parameter):
+        return [Place(runs[0].name, None, shape, 0, False, parameter)]
+    sizes = {r.name: row_count(names.file.get(r.name) or state.hf_tensors[r.name].shape) for r in runs}
+    pieces = [p for r, at in _placed(runs, sizes) for p in _cut(r, at, sizes[r.name], shape)]
+    inner, experts = (shape[1:], shape[0]) if stacked else (shape, 0)
+    return [Place(p.stored, p, inner, experts, name in names.inward, parameter) for p in pieces]
 
 
-def _whole(name: str, shape: Shape, parameter: str | None) -> Place:
-    """Return the place of a tensor that is in the file as it is in memory."""
-    return Place(name, None, shape, 0, False, parameter)
+def _placed(runs: Sequence[Run], sizes: Mapping[str, int]) -> Iterator[tuple[Run, int]]:
+    """Yield each run with the first of the live tensor's rows that it makes up."""
+    at = 0
+    for run in runs:
+        yield run, at
+        at += run.rows[1] - run.rows[0] if run.rows is not None else sizes[run.name]
 
 
-def _stack(name: str, shape: Shape, inward: bool, parameter: str | None) -> list[Place]:
-    """Return the places of a stack of experts that the file holds as it is in memory."""
-    count, rows, columns = shape
-    return [
-        Place(name, Piece(name, e * rows, e, range(rows), range(columns)), shape[1:], count, inward, parameter)
-        for e in range(count)
-    ]
+def _cut(run: Run, at: int, size: int, shape: Shape) -> Iterator[Piece]:
+    """Cut a run where the experts of the live tensor end.
+
+    Args:
+        run: rows of a stored tensor.
+        at: the first live row that it makes up.
+        size: how many rows the stored tensor has.
+        shape: the live tensor's.
+    """
+    stacked = len(shape) == 3
+    if run.turned:
+        for each in range(shape[0] if stacked else 1):
+            yield Piece(run.name, each * shape[-1], each if stacked else None, range(shape[-2]), True)
+        return
+    unit = 1 if stacked else math.prod(shape[1:-1])  # rows of a convolution are its filters
+    first, last = run.rows or (0, size)
+    rows = np.arange(at // unit, (at + last - first) // unit)
+    if run.permute is not None:
+        order = np.asarray(run.permute.order())
+        turned = np.empty_like(rows).reshape(-1, len(order))
+        turned[:, order] = rows.reshape(turned.shape)
+        rows = turned.ravel()
+    per = shape[1] if stacked else max(row_count(shape) // unit, 1)
+    edges = [0, *(np.flatnonzero(np.diff(rows // per)) + 1).tolist(), len(rows)]
+    for low, high in itertools.pairwise(edges):
+        expert = int(rows[low]) // per if stacked else None
+        yield Piece(run.name, first // unit + low, expert, _lines(rows[low:high] % per))
 
 
-def _targeted(live: Live, document: Mapping[str, Any], module: str) -> str | None:
+def _lines(numbers: Codes) -> Lines:
+    """Return the numbers of rows as a range where they are one."""
+    start, step = int(numbers[0]), int(numbers[1] - numbers[0]) if len(numbers) > 1 else 1
+    even = step > 0 and bool((np.diff(numbers) == step).all())
+    return range(start, start + step * len(numbers), step) if even else tuple(numbers.tolist())
+
+
+def _targeted(names: ModelNames, document: Mapping[str, Any], module: str) -> str | None:
     """Return the parameter that PEFT's wrapper in the place of `module` adapts (target_parameters).
 
     Wrappers of several parameters of one module nest, the first parameter's innermost: one `.base_layer` a level.
@@ -139,12 +162,13 @@ def _targeted(live: Live, document: Mapping[str, Any], module: str) -> str | Non
     owner = module.replace(".base_layer", "")
     mine = [
         n
-        for n in live.shapes
+        for n in names.live
         if n.rpartition(".")[0] == owner and any(n == t or n.endswith(f".{t}") for t in targets if isinstance(t, str))
     ]
     return mine[len(mine) - 1 - depth] if depth < len(mine) else None
 
 
-def names_in_file(state: MergeBase, live: Live, names: Iterable[str]) -> list[str]:
-    """Return the hf names of live tensors that the file would hold whole, whether it holds them or not."""
-    return [live.pieces[n][0].stored if len(live.pieces.get(n, ())) == 1 else n for n in names]
+def name_in_file(names: ModelNames, live: str) -> str:
+    """Return the hf name of a live tensor that files hold whole, whether this one holds it or not."""
+    run = names.runs(live)[0]
+    return run.name if names.runs(live) == (Run(run.name),) else live

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
-from tensorkeep.adapters._places import ask_live, names_in_file
+from tensorkeep.adapters._places import ask_names, name_in_file
 from tensorkeep.adapters.reading import TIED, Adapter
 from tensorkeep.adapters.terms import Term, indices
 from tensorkeep.conversion.naming import hf
@@ -34,11 +34,11 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
         untie: whether the user wants two tensors.
     """
     if hf.EMBEDDING not in state.hf_tensors and (untie or any(_may_touch(s.adapter) for s in sources)):
-        live = ask_live(state)
-        if live is not None and live.embedding is not None:
-            names = [live.embedding, live.head or hf.HEAD]
-            state.embedding, state.head = names_in_file(state, live, names)
-            state.tied = live.tied
+        names = ask_names(state)
+        if names is not None and names.input_weight is not None:
+            one, other = names.input_weight, names.output_weight or hf.HEAD
+            state.embedding, state.head = name_in_file(names, one), name_in_file(names, other)
+            state.tied = names.live_tied.get(other) == one or names.live_tied.get(one) == other
         else:
             _guess(state)
     embed, head = state.hf_tensors.get(state.embedding), state.hf_tensors.get(state.head)

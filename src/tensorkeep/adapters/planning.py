@@ -14,12 +14,12 @@ from typing import Any
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
-from tensorkeep.adapters.reading import read_adapter, refuse_unmergeable, said_precision
+from tensorkeep.adapters.reading import DIGEST, read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
-from tensorkeep.conversion.live import AskLive, unknown
+from tensorkeep.conversion.model_names import AskNames, unknown
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
 from tensorkeep.errors import TensorkeepError, shown, word
@@ -97,7 +97,7 @@ def plan_merge(
     root: str | None = None,
     dtype: str | None = None,
     untie: bool = False,
-    ask: AskLive = unknown,
+    ask: AskNames = unknown,
 ) -> MergePlan:
     """Decide what every tensor of the merged model is made of; only headers and the adapters' configs are read.
 
@@ -111,7 +111,7 @@ def plan_merge(
         root: the name to nest tensors under in a DCP or .pth.
         dtype: round the result to this dtype ("BF16"); None for the base's own.
         untie: write head and embedding as two tensors.
-        ask: who says how the base's model lies in memory, where an adapter's names are not the file's.
+        ask: who says what the base's model calls its tensors in memory, where an adapter's names are not the file's.
 
     Returns:
         The plan, for `merge`.
@@ -159,7 +159,7 @@ def _gone(base: StateView, name: str) -> str:
 
 
 def _merged_view(
-    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool, ask: AskLive
+    base: StateView, sources: list[WeightedAdapter], onto: str, dtype: str | None, untie: bool, ask: AskNames
 ) -> tuple[MergedView, str | None]:
     """Return the view of the merged model over the base's own names, and the quantization that it is merged onto."""
     identity = namings.identify(base)
@@ -182,7 +182,7 @@ def _merged_view(
             wanted.setdefault(name, []).extend(found)
     sizes = settle_sizes(state, sources, wanted)
     parted = settle_ties(state, sources, wanted, untie)
-    state.notes += _precision_notes(sources, weights, onto)
+    state.notes += _base_notes(sources, weights, onto)
     for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
@@ -261,12 +261,12 @@ def _wanted_quantization(
     return next(iter(asked))
 
 
-def _precision_notes(
+def _base_notes(
     sources: Sequence[WeightedAdapter], weights: Mapping[str, QuantizedWeight], onto: str
 ) -> Iterator[Note]:
-    """Say (A04) where an adapter may have been trained on another precision of the base than it is merged onto.
+    """Say (A04) where an adapter may have been trained on another base, or precision of it, than it is merged onto.
 
-    Ours records it, and is refused where it differs; PEFT's records the base's name alone.
+    Ours records both, and is refused where they differ; PEFT's records the base's name alone.
     """
     found = ", ".join(sorted({w.kind for w in weights.values()}))
     for source in sources:
@@ -290,6 +290,12 @@ def _precision_notes(
             yield Note(
                 "A04",
                 f"{source.path} does not say which precision it was trained on: it is merged onto {found}, dequantized",
+            )
+        elif not (document.get(DIGEST) or source.adapter.view.metadata.get(DIGEST) or source.adapter.magnitudes):
+            yield Note(
+                "A04",
+                f"{source.path} carries no digest of its base: its names and shapes fit this one, whether it was "
+                "trained on it cannot be known from the files",
             )
 
 

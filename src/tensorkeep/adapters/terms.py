@@ -7,13 +7,33 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tensorkeep.conversion.live import Lines, Piece
 from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.quantization.codes import Array
 
 if TYPE_CHECKING:
     from tensorkeep.adapters.reading import Adapter
+
+
+Lines = range | tuple[int, ...]  # which rows, in order
+
+
+class Piece(NamedTuple):
+    """Some rows of a stored tensor, as rows of a tensor in memory.
+
+    Args:
+        stored: the tensor's hf name.
+        first: the first of these rows; a stored stack of experts counts the rows of all of them.
+        expert: which slice of a stack of experts in memory; None where that tensor is none.
+        rows: the rows in memory, of the slice where there is one.
+        turned: whether these are the stored columns.
+    """
+
+    stored: str
+    first: int
+    expert: int | None
+    rows: Lines
+    turned: bool = False
 
 
 class Term(NamedTuple):
@@ -74,12 +94,12 @@ def within(piece: Piece | None, values: Array) -> Array:
     """Return the part of a matrix, as it lies in memory, that some stored rows are; all of it without a piece."""
     if piece is None:
         return values
-    made = values[taken(piece.rows)][:, taken(piece.columns)]
+    made = values[taken(piece.rows)]
     return made.T if piece.turned else made
 
 
 def taken(lines: Lines) -> slice | list[int]:
-    """Return rows or columns as numpy takes them."""
+    """Return rows as numpy takes them."""
     return slice(lines.start, lines.stop, lines.step) if isinstance(lines, range) else list(lines)
 
 

@@ -17,10 +17,13 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
+from tensorkeep.conversion.fit import Offer
+from tensorkeep.conversion.row_maps import Run
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import Note, StateView, read
+from tensorkeep.models.names import names_for
 from tensorkeep.output import Output, size
 
 _MOST_ROWS = 12  # of the human table; --json has all
@@ -82,19 +85,10 @@ def merge(
             root=known_root(root, to),
             dtype=known_dtype(dtype),
             untie=untie,
-            ask=_live,
+            ask=names_for,
         )
         job.plan.notes += _left_out_by_peft(base, sources)
         return _carry_out(out, job, paths[-1], to, shard_limit(shard_size, to, paths[-1]), dry_run, overwrite)
-
-
-def _live(config: Any, offers: Any) -> Any:
-    """Ask transformers how the base's model lies in memory; None where torch or transformers is not installed."""
-    try:
-        from tensorkeep.models.in_memory import live_by_transformers
-    except ImportError:
-        return None
-    return live_by_transformers(config, offers)
 
 
 def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
@@ -166,22 +160,18 @@ def _name_as_files(base: StateView, sources: list[Any]) -> None:
     """
     from tensorkeep.conversion.naming import identify
 
-    held = set(identify(base).names.values())
+    stored = identify(base).names
+    held = set(stored.values())
     wanted = {f"{m}.weight" for s in sources for m in (*s.adapter.pairs, *s.adapter.embeddings)}
     wanted |= {n for s in sources for n in s.adapter.saved}
-    if not wanted - held or base.config is None:
+    config = {k: v for k, v in (base.config or {}).items() if k != "quantization_config"}
+    if not wanted - held or not config:
         return
-    try:
-        import torch
-
-        from tensorkeep.language.start import from_config
-        from tensorkeep.models.saved_names import names_in_files
-
-        with torch.device("meta"):
-            names = names_in_files(from_config(dict(base.config), 0))
-    except (ImportError, TensorkeepError):
+    names = names_for(config, {n: Offer(base[s].dtype, base[s].shape) for s, n in stored.items()})
+    if names is None:
         return  # the merge says which modules have no place
-    found = {n: f for n, f in names.items() if n in wanted - held and f in held}
+    runs = {n: names.runs(n) for n in wanted - held}
+    found = {n: r[0].name for n, r in runs.items() if r == (Run(r[0].name),) and r[0].name in held}
     for source in sources:
         source.adapter.rename(found)
 

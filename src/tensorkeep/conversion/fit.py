@@ -17,7 +17,7 @@ from tensorkeep.conversion import architecture
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Step
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import grouped, matches
+from tensorkeep.formats.names import drops, grouped, matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.quantization.stored import find_quantized
@@ -223,7 +223,7 @@ def _set_aside(aside: list[HfTensor], prefix: str, sources: Sequence[StateView],
             f"{', '.join(grouped(names)[:3])}",
             where=sources[0].path,
             code="K02",
-            hint=f"leave them out by name: {_drops(names, [])}",
+            hint=f"leave them out by name: {drops(names, [n for v in sources for n in v])}",
         )
 
 
@@ -316,7 +316,7 @@ def _refusal(found: Misfit, prefix: str, hub: Mapping[str, HfTensor], where: obj
     if not found.missing:
         names = [stored.get(n, n) for n in found.unexpected]
         what = f"the model of {found.by} has no {', '.join(grouped(names)[:3])} ({len(names)} of {len(hub)} tensors)"
-        hint = f"leave them out by name: {_drops(names, [stored[n] for n in stored if n not in found.unexpected])}"
+        hint = f"leave them out by name: {drops(names, [stored[n] for n in stored if n not in found.unexpected])}"
         return TensorkeepError(what, where=where, code="K02", hint=hint)
     joined = [n for n in found.unexpected if re.search(r"qkv|gate_up|c_attn|Wqkv|fc1|w13", n)]
     also = f"; {joined[0]} may be several of them in one, in an order that nothing says" if joined else ""
@@ -341,12 +341,3 @@ def _shards(found: Misfit) -> int:
             return 0
         counts.add(odd[0][1] // odd[0][0])
     return counts.pop() if len(counts) == 1 and len(found.mismatched) > 2 else 0
-
-
-def _drops(names: list[str], kept: Iterable[str]) -> str:
-    """Return the `--drop` options that leave out these stored names and none that is kept."""
-    heads = list(dict.fromkeys(n.rpartition(".")[0] + ".*" if "." in n else n for n in names))
-    short = [h for h in heads if not any(k.startswith(h[:-1]) for k in kept)]
-    words = heads if len(short) == len(heads) and len(heads) < len(names) else names
-    shown = " ".join(f"--drop '{w}'" for w in words[:8])
-    return shown + (" ..." if len(words) > 8 else "")

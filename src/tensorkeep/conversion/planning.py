@@ -22,7 +22,7 @@ from tensorkeep.conversion.naming.table import Link, from_hf, from_own
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
+from tensorkeep.formats.names import drops, grouped, matches, near_pattern
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.quantization.stored import find_quantized, members
@@ -201,11 +201,14 @@ def to_hf_tensors(
             continue
         links = from_own(clean, table, experts=record.shape[0] if record.shape else 0) if table is not None else None
         if links is None and complete:
+            own = [(s, c) for s, c in identity.names.items() if not _computed(c, identity.naming)]
+            rest = [s for s, c in own if table is not None and from_own(c, table) is None]
             raise TensorkeepError(
-                f"{stored} has no place in {(config or {}).get('model_type')}, as transformers has it",
+                f"{rest[0]} has no place in {(config or {}).get('model_type')}, as transformers has it{_nor(rest)}",
                 where=view.path,
                 code="K07",
-                hint=f"leave it out by name: --drop '{exactly(stored)}'",
+                tensors=rest,
+                hint=f"leave it out by name: {drops(rest, view)}",
             )
         if links is None:
             links = [Link(clean, clean)]
@@ -328,6 +331,11 @@ def _renamed(
     return _named(items, target, config, notes)
 
 
+def _nor(names: Sequence[str]) -> str:
+    """Say how many more there are like the first."""
+    return f", nor have {len(names) - 1} more" if len(names) > 1 else ""
+
+
 def _named(
     items: list[HfTensor], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]
 ) -> list[HfTensor]:
@@ -342,10 +350,13 @@ def _named(
     for item in items:
         link = from_hf(item.name, table)
         if link is None:
+            names = [i.name for i in items]
+            rest = [n for n in names if from_hf(n, table) is None]
             raise TensorkeepError(
-                f"{item.name} has no place in naming {target} ({family}): its loader would drop it",
+                f"{rest[0]} has no place in naming {target} ({family}){_nor(rest)}: its loader would drop it",
                 code="K07",
-                hint=f"leave it out by name (--drop '{exactly(item.name)}'), or keep the hf names (--naming hf)",
+                tensors=rest,
+                hint=f"leave it out by name ({drops(rest, names)}), or keep the hf names (--naming hf)",
             )
         if link.rope:
             rows = rope_rows(config, "pairs", item.name, item.shape)

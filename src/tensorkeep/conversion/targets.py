@@ -91,6 +91,14 @@ def usual(plan: Plan, to: str) -> str | None:
     return named if plan.root is None else None
 
 
+def _unnamed(to: str) -> str:
+    """Say why no program's rules were applied where none is named, and which could be."""
+    if to == "gguf":
+        return "llama.cpp was not run; tensors and metadata were read back here"
+    able = [word for word, target in TARGETS.items() if to in target.namings]
+    return f"no program is named (--for {', '.join(able)})"
+
+
 def check(plan: Plan, to: str, name: str, target: str | None = None, programs: Programs = NONE) -> Proof:
     """Apply a program's rules to what is planned.
 
@@ -114,7 +122,7 @@ def check(plan: Plan, to: str, name: str, target: str | None = None, programs: P
     """
     word = target or usual(plan, to)
     if word is None:
-        return Proof(why="--for names none")
+        return Proof(why=_unnamed(to))
     sink = Sink(plan, to, name, word, programs)
     try:
         return TARGETS[word].rules[to](sink)

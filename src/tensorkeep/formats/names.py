@@ -139,6 +139,58 @@ def exactly(name: str) -> str:
     return "^" + re.sub(r"[*?[]", r"[\g<0>]", name) + "$"
 
 
+def few_patterns(names: Sequence[str], kept: Iterable[str]) -> list[str]:
+    """Return as few patterns as say it: they fit all of these names and none of the kept ones.
+
+    Args:
+        names: Those to fit.
+        kept: Those not to fit.
+
+    >>> few_patterns(["layers.0.rope.freq", "layers.1.rope.freq"], ["layers.0.rope.weight"])
+    ['layers.*.rope.freq']
+    >>> few_patterns(["eye.a.weight", "eye.b.bias"], ["layers.0.weight"]), few_patterns(["a.b"], ["a.b.c"])
+    (['^eye'], ['^a.b$'])
+    """
+    kept = [k for k in dict.fromkeys(kept) if k not in set(names)]
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        literal = re.sub(r"[*?[]", r"[\g<0>]", name)
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", literal), []).append(name)
+    if len(groups) > 1:
+        split = [name.split(".") for name in names]
+        shared = ["^" + ".".join(_leading(split)), ".".join(_leading([s[::-1] for s in split])[::-1]) + "$"]
+        shared += [s for s in split[0] if not s.isdigit() and not re.search(r"[*?[]", s)]
+        for pattern in (p for p in shared if p not in ("^", "$")):
+            if all(matches(n, [pattern]) for n in names) and not any(matches(k, [pattern]) for k in kept):
+                return [pattern]
+    out: list[str] = []
+    for pattern, own in groups.items():
+        fitting = (p for p in (pattern, f"^{pattern}$") if not any(matches(k, [p]) for k in kept))
+        found = next(fitting, None)
+        out += [found] if found is not None else [exactly(name) for name in own]
+    return out
+
+
+def _leading(split: Sequence[list[str]]) -> list[str]:
+    """Return the segments that all names begin with."""
+    first = min(split)
+    return first[: next((i for i, s in enumerate(first) if any(o[i : i + 1] != [s] for o in split)), len(first))]
+
+
+def drops(names: Sequence[str], kept: Iterable[str]) -> str:
+    """Return the `--drop` options that leave out these names and none that is kept; '...' stands for more than eight.
+
+    Args:
+        names: Stored names to leave out.
+        kept: Stored names that stay.
+
+    >>> drops(["a.0.bias", "a.1.bias"], ["a.0.weight"])
+    "--drop 'a.*.bias'"
+    """
+    words = few_patterns(names, kept)
+    return " ".join(f"--drop '{w}'" for w in words[:8]) + (" ..." if len(words) > 8 else "")
+
+
 def near_pattern(pattern: str, names: Iterable[str]) -> str:
     """Return a hint for a pattern that fits nothing: segments or names that are spelt like it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.language.start import Remark, StartingModel
 from tensorkeep.models.loader import by_transformers
-from tensorkeep.models.saved_names import all_as_saved
+from tensorkeep.models.refusals import refusals
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import write_bytes
@@ -77,7 +78,7 @@ def whole_model(start: StartingModel, ties: Mapping[str, str], run: Path) -> Who
     """
     live: Any = start.model
     held = {n: t for n, t in live.state_dict().items() if isinstance(t, Tensor) and n not in ties}
-    tensors = all_as_saved(start.model, held)
+    tensors = _as_saved(start.model, held)
     companions = travelling(find_companions(LocalFolder(run), [], described=True))
     config = next((parse_json(c.data, c.where) for c in companions if c.name == "config.json"), None)
     misfit = _misfit(tensors, config)
@@ -86,6 +87,19 @@ def whole_model(start: StartingModel, ties: Mapping[str, str], run: Path) -> Who
         tensors = tensors | {n: start.view.tensor(n) for n in inherited}
         misfit = _misfit(tensors, config)
     return WholeModel(tensors, inherited, companions, misfit)
+
+
+def _as_saved(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let transformers 5 turn live tensors into those of the file that it loaded the model from; 4 keeps their names.
+
+    Asked of the model and not of its config: only the model knows under which older names it was loaded.
+    """
+    revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
+    try:
+        made: dict[str, Tensor] = revert(model, dict(state)) if revert is not None else state
+    except refusals():
+        return state
+    return made
 
 
 def _inherited(view: StateView | None, tensors: Mapping[str, Tensor], missing: Collection[str]) -> list[str]:

@@ -67,7 +67,8 @@ def load_in_peft(folder: Path, model: nn.Module, dropout: bool = True) -> Loaded
         TensorkeepError: the model cannot be built without weights, so that nothing can be said.
     """
     try:
-        import peft
+        with silent():  # PEFT imports bitsandbytes, which tells of kernels that it cannot load
+            import peft
     except ImportError:
         return None
     out = Loaded(f"PEFT {peft.__version__}")

@@ -10,12 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tensorkeep.conversion import architecture
+from tensorkeep.conversion.model_names import ModelNames
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
 from tensorkeep.formats.whole_config import complete
-from tensorkeep.models.names import ModelNames, from_live, known, to_file
+from tensorkeep.models.names import from_live, known, to_file
 
 Tensors = dict[str, HfTensor]
 

@@ -1,25 +1,29 @@
 """Find the stored tensors that a model's tensor should equal, whatever naming, root and fusion lie between them.
 
 A tensor of the model pairs with one stored tensor, or with rows of several where the model fuses what files keep
-apart: torchtitan's wqkv, the stacked experts of transformers 5.
+apart: torchtitan's wqkv, the stacked experts of transformers 5. What no table here pairs, the map of `names` may.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.fit import Offer
+from tensorkeep.conversion.model_names import AskNames, ModelNames, unknown
 from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import HfTensor, Part, Step
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.buffers import transformers_roots
+from tensorkeep.models.names import joined
 from tensorkeep.models.tensors import Held
 
 
@@ -111,9 +115,6 @@ _EXPERTS = (
 _RENAMED = ((re.compile(r"(?P<at>.+)\.mlp\.gate\.weight"), "{at}.block_sparse_moe.gate.weight"),)
 
 
-_Renamed = Callable[[nn.Module, str, Tensor], "str | None"]  # a framework's own name for a tensor in files
-
-
 class CounterpartFinder:
     """Finds, for each tensor of one model, the rows of one checkpoint that it should equal.
 
@@ -123,13 +124,14 @@ class CounterpartFinder:
         model: the live model.
         tensors: its tensors, from `held`.
         source: the checkpoint.
-        renamed: a framework's own way from a live name to the file's, `saved_names.renamed`; None for none.
+        ask: who says what a transformers model's tensors are called in this file; where no table knows, it is asked
+            once.
     """
 
-    def __init__(
-        self, model: nn.Module, tensors: list[Held], source: StoredModel, renamed: _Renamed | None = None
-    ) -> None:
-        self.source, self.renamed, self.model = source, renamed, model
+    def __init__(self, model: nn.Module, tensors: list[Held], source: StoredModel, ask: AskNames = unknown) -> None:
+        self.source, self.model, self._ask = source, model, ask
+        self._names: list[ModelNames | None] = []  # once it was asked
+        self.turned: set[str] = set()  # names of the model whose stored matrices have columns for rows
         names = [n for t in tensors for n in (t.name, *t.aliases)]
         known = [*source.stored, *source.hf_tensors]
         prefixes = ["", "model.", *(f"{p}." for p in [getattr(model, "base_model_prefix", "")] if p)]
@@ -156,9 +158,8 @@ class CounterpartFinder:
         for pattern, other in _RENAMED:
             match = pattern.fullmatch(moved)
             found = found or (self._one(other.format(**match.groupdict())) if match else None)
-        if found is None and self.renamed is not None:
-            other_name = self.renamed(self.model, name, tensor.tensor)
-            found = self._one(_moved(other_name, self.cut, self.add)) or self._one(other_name) if other_name else None
+        if found is None or self._turned(tensor, found):
+            found = self._in_memory(tensor, name) or found
         self.source.used.update(p.name for p in found or ())
         return found
 
@@ -167,6 +168,28 @@ class CounterpartFinder:
         if self.straight:
             return self.source.direct(name)
         return self.source.through_hf(name, self.table, self.rope)
+
+    def _turned(self, tensor: Held, parts: tuple[Part, ...]) -> bool:
+        """Whether a stack of matrices may be stored with rows for columns."""
+        shape, stored = tuple(tensor.tensor.shape), self.source.view[parts[0].name].shape
+        return len(shape) == 3 and len(parts) == 1 and shape != stored == (shape[0], shape[2], shape[1])
+
+    def _in_memory(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
+        """Return the parts of a tensor that transformers renames or rearranges between the file and memory."""
+        if not self._names:
+            self._names.append(_names_of(self.model, self.source, self._ask))
+        (names,) = self._names
+        runs = names.runs(name) if names is not None and name in names.live and name not in names.odd else ()
+        if not runs or any(r.name not in self.source.hf_tensors for r in runs):
+            return None
+        if runs[0].turned:
+            self.turned.add(name)
+            return self.source.hf_tensors[runs[0].name].parts
+        shape = tuple(tensor.tensor.shape)
+        try:
+            return joined(name, shape, runs, self.source.hf_tensors, [self.source.view]).parts
+        except TensorkeepError:
+            return None  # other rows than these were loaded
 
     def _fused(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
         """Return the parts of torchtitan's fused wqkv: for each group of heads its q rows, then k, then v."""
@@ -213,6 +236,18 @@ class CounterpartFinder:
                 if all(found):
                     return tuple(p for f in found if f for p in f)
         return None
+
+
+def _names_of(model: nn.Module, source: StoredModel, ask: AskNames) -> ModelNames | None:
+    """Return what a transformers model calls the tensors of a checkpoint; None for another model."""
+    found: tuple[str, Any] | None = next(transformers_roots(model), None)
+    path, root = found or ("", None)
+    if root is None or path:
+        return None
+    kind = next(k.__name__ for k in type(root).__mro__ if k.__module__.startswith("transformers."))
+    config = {k: v for k, v in root.config.to_dict().items() if k != "quantization_config"}
+    offers = {n: Offer(t.dtype, tuple(t.shape)) for n, t in source.hf_tensors.items()}
+    return ask({**config, "architectures": [kind]}, offers)
 
 
 def _moved(name: str, cut: str, add: str) -> str:

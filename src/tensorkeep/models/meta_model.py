@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensorkeep.conversion.row_maps import Run
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.language_model import believable_config, silent
+from tensorkeep.models.meta_rows import as_saved, inverted
 from tensorkeep.models.refusals import refusals, said
-from tensorkeep.models.row_maps import Run, numbered, origins, row_count, runs
 from tensorkeep.quantization.linear_layers import linear_layers
 
-Shapes = dict[str, tuple[int, ...]]
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
 
 
@@ -80,15 +80,16 @@ def facts(model: Any) -> dict[str, Any]:
     live = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     tied = _tied(model)
     kept = {n: s for n, s in live.items() if n not in tied}
-    file, saved, problem = _as_saved(model, kept)
-    made = {} if problem else _inverted(saved, kept)
-    in_file = {n: next(iter(_as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
+    file, saved, problem = as_saved(model, kept)
+    made = inverted(saved, kept)
+    in_file = {n: next(iter(as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
     return {
         "kind": type(model).__name__,
         "live": live,
         "file": file,
         "saved": {n: r for n, r in saved.items() if r != (Run(n),)},
         "made": {n: r for n, r in made.items() if r != (Run(n),)},
+        "odd": sorted(set(kept) - set(made)),
         "problem": problem,
         "live_tied": tied,
         "tied": {in_file[other]: in_file[source] for other, source in tied.items()},
@@ -96,12 +97,24 @@ def facts(model: Any) -> dict[str, Any]:
         "ignored": sorted(str(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         "computed": sorted({n for n, _ in model.named_buffers()} - set(live)),
         "prefix": str(getattr(model, "base_model_prefix", "") or ""),
+        "inward": _inward(model),
         "linear": {n: k for n, k, _ in linear_layers(model)},
         "positions": positions(model),
         "rope": rope_layout(model),
         "embedding": _path(model, model.get_input_embeddings),
         "head": _path(model, model.get_output_embeddings),
     }
+
+
+def _inward(model: nn.Module) -> list[str]:
+    """Return the stacks of experts whose matrices are [in, out], as their module says of itself."""
+    return [
+        f"{name}.{n}"
+        for name, module in model.named_modules()
+        if getattr(module, "is_transposed", False) is True
+        for n, p in module.named_parameters(recurse=False)
+        if p.dim() == 3
+    ]
 
 
 def _path(model: nn.Module, getter: Any) -> str | None:
@@ -125,148 +138,6 @@ def _tied(model: Any) -> dict[str, str]:
         source = next((n for n in names if n not in targets), names[0])
         out.update({n: source for n in names if n != source})
     return out
-
-
-# -- live -> file ------------------------------------------------------------------------------------------------------
-
-
-def _as_saved(model: Any, live: Shapes) -> tuple[Shapes, dict[str, tuple[Run, ...]], str]:
-    """Return the shapes that a file has for live tensors, of which rows each is made, and why that cannot be told."""
-    revert = getattr(sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None)
-    same: dict[str, tuple[Run, ...]] = {n: (Run(n),) for n in live}
-    if revert is None:  # transformers 4: names in memory are those in files
-        return dict(live), same, ""
-    names = list(live)
-    try:
-        hollow = {n: torch.empty(s, device="meta") for n, s in live.items()}
-        reverted = {n: _one(t) for n, t in revert(model, dict(hollow)).items()}
-        shapes = {n: tuple(t.shape) for n, t in reverted.items()}
-        owners = {id(t): n for n, t in hollow.items()}  # what is only renamed is the same object
-        whole = {n: (Run(owners[id(t)]),) for n, t in reverted.items() if id(t) in owners}
-        left = set(live) - {runs[0].name for runs in whole.values()}
-        probes = {n: torch.from_numpy(numbered(i, live[n])) for i, n in enumerate(names) if n in left}
-        made = {n: _one(t) for n, t in revert(model, probes).items()} if probes else {}
-    except refusals() as error:
-        return dict(live), same, f"transformers cannot say how it saves {type(model).__name__}: {said(error)}"
-    out, odd = _described(made, shapes, names, [live[n] for n in names])
-    out = {n: whole.get(n) or out[n] for n in shapes if n in whole or n in out}
-    return shapes, out, f"transformers saves {odd} in another arrangement than rows of the model's" if odd else ""
-
-
-def _one(value: Any) -> torch.Tensor:
-    """Return the tensor of a conversion's result, which may be a list of one."""
-    found: torch.Tensor = value[0] if isinstance(value, list) else value
-    return found
-
-
-def _described(
-    made: Mapping[str, torch.Tensor], shapes: Shapes, names: list[str], origin: list[tuple[int, ...]]
-) -> tuple[dict[str, tuple[Run, ...]], str]:
-    """Turn converted probes into runs; also the first tensor for which that cannot be done, '' for none."""
-    out: dict[str, tuple[Run, ...]] = {}
-    for name, probe in made.items():
-        shape = shapes.get(name, ())
-        thin = shape if len(shape) < 2 else (*shape[:-1], 1)
-        found = runs(probe.numpy(), names, origin) if tuple(probe.shape) == thin and probe.numel() else None
-        wide = found is not None and all(
-            origin[names.index(r.name)][-1:] == shape[-1:] or len(shape) < 2 for r in found
-        )
-        if found is None or not wide:
-            return out, name
-        out[name] = found
-    return out, ""
-
-
-def _inverted(saved: Mapping[str, tuple[Run, ...]], live: Shapes) -> dict[str, tuple[Run, ...]]:
-    """Return, from the rows that file tensors are made of, those that live tensors are made of."""
-    names = list(saved)
-    codes: dict[str, Any] = {n: None for n in live}
-    whole: dict[str, tuple[Run, ...]] = {}
-    sizes: list[tuple[int, ...]] = []
-    for number, (name, parts) in enumerate(saved.items()):
-        rows = 0
-        for run in parts:
-            first, last = run.rows or (0, row_count(live[run.name]))
-            if run.rows is None and len(parts) == 1 and run.permute is None:
-                whole[run.name] = (Run(name),)
-            else:
-                if codes[run.name] is None:
-                    codes[run.name] = numbered(0, (row_count(live[run.name]),)) - (1 << 50)
-                order = torch.arange(last - first).numpy()
-                if run.permute is not None:
-                    block = torch.tensor(run.permute.order()).numpy()
-                    order = (order.reshape(-1, len(block))[:, :1] + block).ravel()
-                codes[run.name][first + order] = numbered(number, (rows + last - first,))[rows:]
-            rows += last - first
-        sizes.append((rows,))
-    out = dict(whole)
-    for name, found in codes.items():
-        if found is not None and (made := runs(found, names, sizes)) is not None and (origins(found)[0] >= 0).all():
-            out[name] = made
-    return out
-
-
-# -- file -> live, for names that files had before ---------------------------------------------------------------------
-
-
-def loaded(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
-    """Return which rows of a file's tensors transformers' loader makes the live tensors of.
-
-    Args:
-        model: from `build`.
-        shapes: of the file's tensors, by name.
-
-    Returns:
-        The rows by live name, and the file's names that the loader has no place for.
-
-    Raises:
-        TensorkeepError: K06 where the loader rearranges them in a way that is not rows.
-    """
-    library = sys.modules.get("transformers.core_model_loading")
-    mapping = sys.modules.get("transformers.conversion_mapping")
-    live = model.state_dict()
-    if library is None or mapping is None or not hasattr(library, "rename_source_key"):
-        return {n: (Run(n),) for n in shapes if n in live}, [n for n in shapes if n not in live]
-    try:
-        return _load(library, mapping, model, live, shapes)
-    except refusals() as error:
-        what = f"transformers cannot say how it loads {type(model).__name__}: {said(error)}"
-        raise TensorkeepError(what, code="K06") from None
-
-
-def _load(
-    library: Any, mapping: Any, model: Any, live: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
-    """Run transformers' own conversion over numbered rows, as its loader runs it over weights."""
-    transforms = mapping.get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, library.WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, library.WeightConverter)]
-    by_pattern = {p: c for c in converters for p in c.source_patterns}
-    names = sorted(shapes, key=library.dot_natural_key)
-    jobs: dict[str, Any] = {}
-    out: dict[str, tuple[Run, ...]] = {}
-    strangers: list[str] = []
-    prefix = model.base_model_prefix
-    for number, name in enumerate(names):
-        new, pattern = library.rename_source_key(name, renamings, converters, prefix, live)
-        if new not in live and name in live:
-            new, pattern = library.rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=live)
-        if new not in live:
-            strangers.append(name)
-        elif pattern is None:
-            out[new] = (Run(name),)
-        else:
-            job = jobs.setdefault(new, copy.deepcopy(by_pattern[pattern]))
-            job.add_tensor(new, name, pattern, torch.from_numpy(numbered(number, shapes[name])))
-    sizes = [tuple(shapes[n]) for n in names]
-    wanted = {n: tuple(t.shape) for n, t in live.items()}
-    for new, job in jobs.items():
-        made = {n: _one(t) for n, t in job.convert(new, model=model, config=model.config).items()}
-        found, odd = _described(made, wanted, names, sizes)
-        if odd:
-            raise TensorkeepError(f"transformers' loader rearranges {odd}, not by rows alone", code="K06")
-        out.update(found)
-    return out, strangers
 
 
 # -- what else a model says --------------------------------------------------------------------------------------------

@@ -9,89 +9,30 @@ versions of transformers, torch and tensorkeep, so that later commands import ne
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tensorkeep.conversion.fit import Offer
+from tensorkeep.conversion.model_names import ModelNames
 from tensorkeep.conversion.plan import HfTensor, Part, RowPermutation
+from tensorkeep.conversion.row_maps import Run, row_count, taken
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import grouped
+from tensorkeep.formats.names import drops, grouped
 from tensorkeep.formats.view import StateView
-from tensorkeep.models.row_maps import Run, row_count, taken
 from tensorkeep.storage.hub import cache_folder
+from tensorkeep.storage.record import nbytes
 
-Shapes = dict[str, tuple[int, ...]]
-_SCHEMA = 2
+_SCHEMA = 3
 _LARGEST = 64 << 20  # bytes of a kept answer
-
-
-@dataclass(frozen=True)
-class ModelNames:
-    """What transformers says of one config's model.
-
-    Args:
-        kind: its class.
-        live: shapes by name, of the parameters and persistent buffers in memory.
-        file: shapes by name, of what a file holds (a tied tensor once).
-        saved: rows of live tensors that a file's tensor is made of, where it is not the whole one of its own name.
-        made: rows of a file's tensors that a live one is made of, where it is not the whole one of its own name.
-        problem: why `saved` and `made` say nothing: a rearrangement that is not one of rows; '' for none.
-        live_tied: live name -> live name whose tensor it shares.
-        tied: the same under the file's names; a file need not hold the first.
-        tied_as: live name of a tied tensor -> its name in a file that holds both.
-        ignored: patterns of names that files may hold and the model has no use for.
-        computed: buffers that are never stored.
-        prefix: of the model without its head.
-        linear: kind of each module that multiplies by a matrix, by path (`linear_layers`).
-        positions: positions that its tables have; None for no table.
-        rope: how RoPE pairs the rows of q and k, "half" or "pairs"; None for no RoPE.
-        embedding: path of the input embedding.
-        head: path of the output head.
-    """
-
-    kind: str
-    live: Shapes
-    file: Shapes
-    saved: dict[str, tuple[Run, ...]] = field(default_factory=dict)
-    made: dict[str, tuple[Run, ...]] = field(default_factory=dict)
-    problem: str = ""
-    live_tied: dict[str, str] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    tied_as: dict[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    computed: tuple[str, ...] = ()
-    prefix: str = ""
-    linear: dict[str, str] = field(default_factory=dict)
-    positions: int | None = None
-    rope: str | None = None
-    embedding: str | None = None
-    head: str | None = None
-
-    def ignores(self, name: str) -> bool:
-        """Whether a file may hold this name though the model has no use for it: computed buffers, other heads.
-
-        Args:
-            name: a file's.
-        """
-        return name in self.computed or any(re.search(p, name) for p in self.ignored)
-
-    def in_file(self, live: str) -> str | None:
-        """Return what files call a live tensor that they hold whole; None for one that they keep in pieces.
-
-        Args:
-            live: its name in memory.
-        """
-        (run, *more) = self.made.get(live, (Run(live),))
-        found = self.tied_as.get(live) or (run.name if run.rows is None and not more else None)
-        return found if found in self.file or found in self.tied else None
 
 
 def model_names(config: Mapping[str, Any] | None, stored: int | None = None) -> ModelNames:
@@ -137,12 +78,24 @@ def _found(text: str, stored: int | None) -> ModelNames:
     path = _kept_at(text)
     if path is not None and (kept := _read(path)) is not None:
         return kept
-    # imports torch and transformers
-    asking = importlib.import_module("tensorkeep.models.meta_model")
-    found = asking.facts(asking.build(json.loads(text), stored))
+    with _garbage_left():
+        asking = importlib.import_module("tensorkeep.models.meta_model")  # imports torch and transformers
+        found = asking.facts(asking.build(json.loads(text), stored))
     if path is not None:
         _keep(path, found)
     return _names(found)
+
+
+@contextlib.contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Look for no garbage: two thousand modules and a model make objects that all stay, and each look goes over all."""
+    looking = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looking:
+            gc.enable()
 
 
 def _kept_at(text: str) -> Path | None:
@@ -181,13 +134,14 @@ def _names(found: Mapping[str, Any]) -> ModelNames:
         given[key] = {str(n): tuple(int(x) for x in shape) for n, shape in given[key].items()}
     for key in ("saved", "made"):
         given[key] = {str(n): tuple(_run(*r) for r in parts) for n, parts in given[key].items()}
-    return ModelNames(**{**given, "ignored": tuple(given["ignored"]), "computed": tuple(given["computed"])})
+    lists = {key: tuple(given[key]) for key in ("ignored", "computed", "odd", "inward")}
+    return ModelNames(**{**given, **lists})
 
 
-def _run(name: str, rows: Sequence[int] | None, permute: Sequence[Any] | None) -> Run:
+def _run(name: str, rows: Sequence[int] | None, permute: Sequence[Any] | None, turned: bool) -> Run:
     """Make a run from plain data."""
     span = (int(rows[0]), int(rows[1])) if rows is not None else None
-    return Run(name, span, RowPermutation(*permute) if permute is not None else None)
+    return Run(name, span, RowPermutation(*permute) if permute is not None else None, bool(turned))
 
 
 # -- tensors from one side to the other --------------------------------------------------------------------------------
@@ -233,14 +187,13 @@ def to_live(
         (4, 128, 64)
     """
     names = model_names(config)
-    if not names.problem and all(n in names.file or n in names.tied for n in tensors):
-        aliases = {n: n for n in names.live if n not in names.made and n in tensors}
-        made = {n: names.made.get(n, (Run(aliases.get(n, n)),)) for n in names.live if n not in names.live_tied}
+    shapes = {n: t.shape for n, t in tensors.items()}
+    if not names.problem and _of_today(names, shapes):
+        made = {n: names.made.get(n, (Run(n),)) for n in names.live if n not in names.live_tied}
         made.update({n: (Run(f),) for n, f in names.tied_as.items() if f in tensors})
         left: list[str] = []
     else:
-        asking = importlib.import_module("tensorkeep.models.meta_model")
-        made, left = asking.loaded(asking.build(config), {n: t.shape for n, t in tensors.items()})
+        made, left = _loaded(config, shapes)
     out: dict[str, HfTensor] = {}
     for name, shape in names.live.items():
         runs = made.get(name)
@@ -252,6 +205,44 @@ def to_live(
                 out[one] = replace(out[two], name=one, actions=(*out[two].actions, "tie"), tied_to=two)
     ordered = {n: out[n] for n in names.live if n in out}
     return Translated(ordered, tuple(n for n in names.live if n not in out), tuple(left))
+
+
+def names_for(config: Mapping[str, Any], offers: Mapping[str, Offer]) -> ModelNames | None:
+    """Return what transformers says of a config's model, with live tensors made of those of one certain file.
+
+    Args:
+        config: as config.json has it.
+        offers: the file's tensors by hf name: those of today, or older ones that transformers still loads.
+
+    Returns:
+        The names; None where transformers is not installed, has no such model, or cannot say how it loads this file.
+    """
+    shapes = {n: tuple(o.shape) for n, o in offers.items()}
+    try:
+        names = model_names(config, sum(nbytes(o.dtype, o.shape) for o in offers.values()))
+        if names.problem and not names.odd:
+            return None
+        return names if _of_today(names, shapes) else replace(names, made=_loaded(config, shapes)[0])
+    except TensorkeepError:
+        return None
+
+
+def _of_today(names: ModelNames, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a file has only names that transformers writes today, and its stacks of matrices are not turned."""
+    return all(n in names.file or n in names.tied for n in shapes) and all(
+        tuple(names.file.get(n, shape)) == tuple(shape) for n, shape in shapes.items() if len(shape) == 3
+    )
+
+
+def _loaded(
+    config: Mapping[str, Any] | None, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, tuple[Run, ...]], list[str]]:
+    """Ask transformers' loader itself where it would put the tensors of a file."""
+    made: dict[str, tuple[Run, ...]]
+    with _garbage_left():
+        building, asking = (importlib.import_module(f"tensorkeep.models.{m}") for m in ("meta_model", "meta_rows"))
+        made, left = asking.loaded(building.build(config), shapes)
+    return made, left
 
 
 def all_live(
@@ -273,7 +264,9 @@ def all_live(
     found = to_live(config, tensors, sources)
     if found.unexpected:
         what = f"{config.get('model_type')} has no place in memory for {', '.join(grouped(found.unexpected)[:3])}"
-        raise TensorkeepError(what, where=sources[0].path, code="K02", hint="leave them out by name: --drop")
+        stored = [tensors[n].parts[0].name for n in found.unexpected]
+        hint = f"leave them out by name: {drops(stored, [n for v in sources for n in v])}"
+        raise TensorkeepError(what, where=sources[0].path, code="K02", tensors=stored, hint=hint)
     return found.tensors
 
 
@@ -351,6 +344,8 @@ def joined(
             reordered would be cut apart.
     """
     first = tensors[runs[0].name]
+    if runs[0].turned:
+        raise TensorkeepError(f"{name} is {first.name} turned: rows of one are columns of the other", code="K06")
     if len(runs) == 1 and runs[0].rows is None and row_count(first.shape) == row_count(shape):
         parts = taken(runs[0], first, sources)
         renamed = replace(first, name=name, parts=parts, tied_to=None)

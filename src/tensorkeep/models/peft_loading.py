@@ -15,6 +15,7 @@ import torch
 
 from tensorkeep.conversion.fit import Offer
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.language_model import silent
 from tensorkeep.models.loader import meta_model
 from tensorkeep.models.refusals import refusals
 
@@ -65,7 +66,8 @@ def left_out_by_peft(
     if base.config is None or document.get("peft_type") != "LORA" or not any(".experts." in name for name in base):
         return None
     try:
-        import peft
+        with silent():  # PEFT imports bitsandbytes, which tells of kernels that it cannot load
+            import peft
     except ImportError:
         return None
     found = meta_model(base.config, {n: Offer(r.dtype, r.shape) for n, r in base.items()})

@@ -267,7 +267,7 @@ def load(term: Term, base_rows: Callable[[], Iterator[tuple[int, Array]]]) -> Fa
     b = permuted(b, term.permutes)
     left, right = (a.T, b.T) if term.transposed else (b, a)
     if term.piece is not None:
-        left, right = left[taken(term.piece.rows)], right[:, taken(term.piece.columns)]
+        left = left[taken(term.piece.rows)]
         left, right = (right.T, left.T) if term.piece.turned else (left, right)
     left, right = left.astype(np.float64), right.astype(np.float64)
     made = Factors(np.ascontiguousarray(left) * term.scale, np.ascontiguousarray(right))

@@ -17,7 +17,7 @@ from tensorkeep.conversion.naming import opentad_recipe as recipes
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.names import exactly
+from tensorkeep.formats.names import drops
 from tensorkeep.formats.view import Note, StateView
 
 
@@ -35,11 +35,14 @@ def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: lis
     for stored, clean in identity.names.items():
         name, reason = scheme.to_hf(clean), scheme.dropped(clean)
         if name is None and reason is None:
+            rest = [s for s, c in identity.names.items() if scheme.to_hf(c) is None and scheme.dropped(c) is None]
+            more = f" ({len(rest)} such)" if len(rest) > 1 else ""
             raise TensorkeepError(
-                f"{stored} is no tensor of an ActionFormer detector on a VideoMAE backbone",
+                f"{stored} is no tensor of an ActionFormer detector on a VideoMAE backbone{more}",
                 where=view.path,
                 code="K02",
-                hint=f"leave it out (--drop '{exactly(stored)}'), or keep every name as it is (--from-naming hf)",
+                tensors=rest,
+                hint=f"leave it out ({drops(rest, view)}), or keep every name as it is (--from-naming hf)",
             )
         part = _third(scheme, clean)
         if name is None:
@@ -138,20 +141,20 @@ def to_sink(items: list[HfTensor], target: str, dropped: list[Step]) -> list[HfT
             raise TensorkeepError(
                 f"{item.name} has no place in naming {target}: its loader would drop it",
                 code="K07",
-                hint=_way_out(item.name, target),
+                hint=_way_out(item.name, target, [i.name for i in items if rename(i.name) is None], items),
             )
         else:
             out.append(replace(item, name=name, tied_to=rename(item.tied_to) if item.tied_to else None))
     return out
 
 
-def _way_out(name: str, target: str) -> str:
+def _way_out(name: str, target: str, strangers: list[str], items: list[HfTensor]) -> str:
     """Return a hint for a tensor that the target naming has no name for."""
     if name.startswith(("videomae.", "encoder.layer.", "classifier.")):
         return "transformers' VideoMAE: add --from-naming videomae"
     if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
         return f"{target} knows no LoRA: merge it into the weights, as the conversion of its run does"
-    return f"leave it out by name (--drop '{exactly(name)}'), or keep the hf names (--naming hf)"
+    return f"leave it out by name ({drops(strangers, [i.name for i in items])}), or keep the hf names (--naming hf)"
 
 
 def nest_checkpoint(plan: Plan) -> None:

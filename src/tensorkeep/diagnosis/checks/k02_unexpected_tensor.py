@@ -23,7 +23,7 @@ from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import missing, model_stored, unexpected
 from tensorkeep.diagnosis.evidence.remedy import Remedies
 from tensorkeep.findings import Finding, Severity
-from tensorkeep.formats.names import exactly
+from tensorkeep.formats.names import drops
 
 CODE = "K02"
 
@@ -48,7 +48,7 @@ def check(case: Case) -> Iterator[Finding]:
     # a buffer that the model computes anew is harmless where nothing was said of what should be there
     severity: Severity = "error" if extra or case.reference is not None else "info"
     what = "buffers that the model computes from its config" if not extra else "tensors that nothing asks for"
-    fix = f"{case.convert_command()} --drop '{exactly(_stored(case, names[0]))}'"
+    fix = f"{case.convert_command()} {drops([_stored(case, n) for n in names], case.view or ())}"
     yield Finding(CODE, severity, f"{len(names)} {what}", names, evidence, fix=fix)
 
 

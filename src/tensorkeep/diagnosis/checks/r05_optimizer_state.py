@@ -39,19 +39,26 @@ def check(case: Case) -> Iterator[Finding]:
         return
     numbered = state.by_position
     if numbered:
-        fits, weights = _in_order(case, state)
-        evidence |= {"states": len(numbered), "weights": weights, "shapes_fit_in_order": fits}
-        order = {
-            True: "their shapes fit the file's own order",
-            False: "their shapes do not fit the file's own order",
-            None: "their number is not that of the weights",
-        }
-        message = f"{len(numbered)} optimizer states go by position, not by name; {order[fits]}"
-        yield Finding(CODE, "warning", message, (), evidence)
+        fits, alike, weights = _in_order(case, state)
+        evidence |= {"states": len(numbered), "weights": weights, "shapes_fit_in_order": fits, "shapes_fit": alike}
+        if alike:
+            order = "in the file's own order" if fits else "in another order, as where weights without decay come last"
+            said = (
+                f"{len(numbered)} optimizer states go by position, as torch saves them, and not by name. Their shapes "
+                f"are those of the weights, {order}: a resume that builds the same parameter groups is right, and "
+                "nothing would tell of another"
+            )
+        else:
+            why = "number is not that" if fits is None else "shapes are not those"
+            said = f"{len(numbered)} optimizer states go by position, not by name, and their {why} of the weights"
+        yield Finding(CODE, "warning", said, (), evidence)
 
 
-def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
-    """Say whether the moments have the shapes of the weights (or of the adapter) in order; None: another number."""
+def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, bool, int]:
+    """Say whether the moments have the shapes of the weights (or of the adapter) in order, and whether in any order.
+
+    The first is None where their numbers differ.
+    """
     assert case.view is not None and case.identity is not None
     shapes = [next((r.shape for r in s.values() if r.shape), ()) for _, s in sorted(state.by_position.items())]
     own = [n for n in case.identity.names if case.view[n].tied_to is None]
@@ -64,8 +71,9 @@ def _in_order(case: Case, state: ResumeState) -> tuple[bool | None, int]:
     ]
     for names in candidates:
         if len(names) == len(shapes):
-            return [case.view[n].shape for n in names] == shapes, len(names)
-    return None, len(own)
+            theirs = [case.view[n].shape for n in names]
+            return theirs == shapes, sorted(theirs) == sorted(shapes), len(names)
+    return None, False, len(own)
 
 
 def _repeats_embedding(case: Case, stored: str) -> bool:

@@ -17,11 +17,11 @@ import numpy as np
 from tensorkeep.adapters.planning import open_adapters, plan_merge
 from tensorkeep.adapters.reading import Adapter, read_adapter
 from tensorkeep.adapters.shares import Share
-from tensorkeep.conversion.live import AskLive, unknown
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView
+from tensorkeep.models.names import names_for
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.codes import Array
 
@@ -108,15 +108,8 @@ def would_merge(base: StateView, adapter: Adapter) -> bool:
         base: the opened base.
         adapter: the adapter.
     """
-    ask: AskLive = unknown
     try:
-        from tensorkeep.models.in_memory import live_by_transformers
-
-        ask = live_by_transformers
-    except ImportError:  # no torch: names in the file are all that is known
-        pass
-    try:
-        plan_merge(base, open_adapters([(adapter.view, 1.0)]), ask=ask)
+        plan_merge(base, open_adapters([(adapter.view, 1.0)]), ask=names_for)
     except TensorkeepError as error:
         return error.code == "T01"  # it fits, and how a tie goes on is for the merge to ask
     return True

@@ -18,6 +18,7 @@ import numpy as np
 
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import Half
+from tensorkeep.conversion.model_names import ModelNames
 from tensorkeep.conversion.naming import Identity, hf
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.diagnosis.evidence.bytewise import SAME, Comparison, hf_bytes, size_of
@@ -27,7 +28,7 @@ from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.table import written_again
 from tensorkeep.formats.view import StateView
 from tensorkeep.formats.whole_config import complete
-from tensorkeep.models.names import ModelNames, known
+from tensorkeep.models.names import known
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
 

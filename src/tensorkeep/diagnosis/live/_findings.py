@@ -18,7 +18,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
 from tensorkeep.models import adapter_names
 from tensorkeep.models.counterpart import CounterpartFinder, StoredModel
-from tensorkeep.models.saved_names import as_saved, renamed
+from tensorkeep.models.names import names_for
 from tensorkeep.models.tensors import Held, local
 from tensorkeep.quantization.stored import find_quantized, members
 
@@ -97,17 +97,14 @@ class _Seen:
 
 def _compare_all(model: nn.Module, tensors: list[Held], source: StoredModel) -> _Seen:
     """Compare every tensor of the model with its counterpart in the file."""
-    finder = CounterpartFinder(model, tensors, source, renamed)
+    finder = CounterpartFinder(model, tensors, source, names_for)
     described = find_quantized(source.view) if any(packed(t.tensor) for t in tensors) else {}
     source.used.update(members(described))  # scales are no parameters of the model
     seen = _Seen()
     for item in tensors:
         pairs = [(name, p) for name in (item.name, *item.aliases) if (p := finder.parts(item, name))]
         if not pairs:
-            unpaired = list(_rearranged(model, item, finder)) if not packed(item.tensor) else []
-            seen.found += [m for m in unpaired if m is not None]
-            seen.compared += len(unpaired)
-            seen.missing += [] if unpaired else [item]
+            seen.missing.append(item)
         elif packed(item.tensor):
             odd = _quantized.compare(item, pairs[0][1], source, described)
             seen.compared += odd is not False
@@ -120,7 +117,7 @@ def _compare_all(model: nn.Module, tensors: list[Held], source: StoredModel) -> 
         else:
             for name, parts in pairs:
                 seen.compared += 1
-                differs = mismatch(item, parts, source)
+                differs = mismatch(_as_stored(item) if name in finder.turned else item, parts, source)
                 if differs is not None:
                     differs.name = name
                     again = differs.code in ("V03", "V06")
@@ -128,19 +125,9 @@ def _compare_all(model: nn.Module, tensors: list[Held], source: StoredModel) -> 
     return seen
 
 
-def _rearranged(model: nn.Module, item: Held, finder: CounterpartFinder) -> Iterator[Mismatch | None]:
-    """Compare a tensor that transformers rearranges between file and memory, piece by piece as it would be saved.
-
-    Of a sharded one only the names are looked at, since pieces of a shard are none of the file's.
-    """
-    sharded = hasattr(item.tensor, "to_local")
-    for name, piece in as_saved(
-        model, item.name, item.tensor.detach().to("meta") if sharded else item.tensor.detach()
-    ).items():
-        parts = finder.parts(Held(name, item.module, piece), name)
-        if parts is not None:
-            unread = Mismatch(name, "V06", "is rearranged by transformers, and sharded", {"compared": False})
-            yield unread if sharded else mismatch(Held(name, item.module, piece), parts, finder.source)
+def _as_stored(item: Held) -> Held:
+    """Return a tensor whose matrices files hold turned, as they hold it."""
+    return item._replace(tensor=item.tensor.detach().transpose(-1, -2).contiguous())
 
 
 def _renamed(odd: Mismatch, item: Held, stored: str, source: StoredModel) -> Mismatch:

@@ -1,7 +1,8 @@
 """Say of a tensor which rows of which other tensors it is made of, and cut stored parts accordingly.
 
 A row is what lies along the last dimension: a stack of experts [experts, rows, columns] has experts * rows of them, a
-vector one for each element. Files and live models differ by nothing else: rows are stacked, joined, split, reordered.
+vector one for each element. Files and live models differ by little else: rows are stacked, joined, split, reordered; a
+few matrices are turned, so that rows of one are columns of the other.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class Run(NamedTuple):
         name: the tensor that they are taken from.
         rows: first row and the one after the last; None for all.
         permute: how they are reordered; None for not at all.
+        turned: whether they are the other's columns: of a whole matrix, or of each matrix of a whole stack.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     permute: RowPermutation | None = None
+    turned: bool = False
 
 
 def row_count(shape: Sequence[int]) -> int:
@@ -60,15 +63,6 @@ def numbered(number: int, shape: Sequence[int]) -> Codes:
     return (np.arange(row_count(shape), dtype=np.int64) + (number << _SHIFT)).reshape(thin)
 
 
-def origins(codes: Codes) -> tuple[Codes, Codes]:
-    """Return the numbers of the tensors and the rows in them that `numbered` put into codes.
-
-    Args:
-        codes: flat.
-    """
-    return codes >> _SHIFT, codes & ((1 << _SHIFT) - 1)
-
-
 def runs(codes: Codes, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> tuple[Run, ...] | None:
     """Describe where a tensor's rows are from.
 
@@ -81,7 +75,7 @@ def runs(codes: Codes, names: Sequence[str], shapes: Sequence[Sequence[int]]) ->
         The runs in the order of the rows; None where the rows are shuffled in a way that is not described here.
     """
     codes = codes.reshape(-1)
-    numbers, rows = origins(codes)
+    numbers, rows = codes >> _SHIFT, codes & ((1 << _SHIFT) - 1)
     if numbers[0] == numbers[-1] and np.array_equal(codes, np.arange(codes[0], codes[0] + len(codes))):
         span = (int(rows[0]), int(rows[-1]) + 1)
         return (Run(names[numbers[0]], None if span == (0, row_count(shapes[numbers[0]])) else span),)
@@ -105,6 +99,33 @@ def runs(codes: Codes, names: Sequence[str], shapes: Sequence[Sequence[int]]) ->
         if len(out) > _MOST:
             return None
     return tuple(out)
+
+
+def turned_round(pieces: Sequence[tuple[int, int, Run]], rows: int) -> tuple[Run, ...] | None:
+    """Return the runs that make up a tensor, from those that say where its rows went.
+
+    Args:
+        pieces: first row and the one after the last, and where these are now.
+        rows: of the tensor.
+
+    Returns:
+        The runs in the order of its rows; None where rows are missing, or they lie in too many places.
+    """
+    out: list[Run] = []
+    at = 0
+    for first, last, run in sorted(pieces, key=lambda piece: piece[0]):
+        if first < at:
+            continue  # saved twice
+        if first > at:
+            return None
+        before = out[-1] if out else None
+        joins = before is not None and before.name == run.name and before.permute is run.permute is None
+        if joins and before and before.rows and run.rows and before.rows[1] == run.rows[0]:
+            out[-1] = Run(run.name, (before.rows[0], run.rows[1]))
+        else:
+            out.append(run)
+        at = last
+    return tuple(out) if at == rows and len(out) <= _MOST else None
 
 
 def _permutation(order: Codes) -> RowPermutation | None:
@@ -133,8 +154,11 @@ def taken(run: Run, tensor: HfTensor, sources: Sequence[StateView]) -> tuple[Par
         sources: the views that the parts are read from.
 
     Raises:
-        TensorkeepError: S01 where the tensor has fewer rows; K06 where its rows are reordered across the run's edges.
+        TensorkeepError: S01 where the tensor has fewer rows; K06 where its rows are reordered across the run's edges,
+            or turned.
     """
+    if run.turned:
+        raise TensorkeepError(f"rows of {tensor.name} are columns of what is made of it", code="K06")
     parts: list[Part] = []
     first, last = run.rows or (0, row_count(tensor.shape))
     at = 0
