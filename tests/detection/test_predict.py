@@ -13,16 +13,16 @@ from torch import Tensor, nn
 av = pytest.importorskip("av")
 
 from tensorkeep.cli import main  # noqa: E402
-from tensorkeep.detection.data.clips import Item, VideoReader, WindowConfig, make_clips  # noqa: E402
-from tensorkeep.detection.data.containers import frame_table, probe  # noqa: E402
+from tensorkeep.detection.data.clips import make_clips  # noqa: E402
+from tensorkeep.detection.data.containers import frame_table, probe, shown_times  # noqa: E402
+from tensorkeep.detection.data.item import Item  # noqa: E402
+from tensorkeep.detection.data.readers import VideoReader, WindowConfig  # noqa: E402
 from tensorkeep.detection.data.synthetic import write_video  # noqa: E402
 from tensorkeep.detection.inference import Selection, detect  # noqa: E402
 from tensorkeep.detection.model.head import Predictions  # noqa: E402
 from tensorkeep.detection.predict import (  # noqa: E402
     UNNAMED,
     Predictor,
-    find_videos,
-    shown_times,
     write_predictions,
 )
 from tensorkeep.detection.results.classifiers import VideoClasses  # noqa: E402
@@ -31,7 +31,6 @@ from tensorkeep.detection.results.results import read_detections  # noqa: E402
 from tensorkeep.detection.results.subtitles import NamedDetection  # noqa: E402
 from tensorkeep.detection.results.timeline import STRIP  # noqa: E402
 from tensorkeep.detection.start import open_detector  # noqa: E402
-from tensorkeep.errors import TensorkeepError  # noqa: E402
 from tensorkeep.training.recipe import to_yaml  # noqa: E402
 from tests.opentad_names import to_opentad  # noqa: E402
 
@@ -255,21 +254,6 @@ def test_the_file_reads_back_to_the_millisecond(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "d.json").read_text())
     assert set(document) == {"version", "results", "external_data"}
     assert document["external_data"] == {"used": True, "details": "a run"}
-
-
-def test_folders_mean_their_videos_and_no_two_share_a_name(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.MKV", "notes.txt"):
-        (tmp_path / name).touch()
-    assert find_videos([tmp_path, tmp_path / "b.mp4", "there.mov"]) == [
-        tmp_path / "a.MKV",
-        tmp_path / "b.mp4",
-        Path("there.mov"),
-    ]
-    with pytest.raises(TensorkeepError, match="both be called 'b'"):
-        find_videos([tmp_path, "elsewhere/b.avi"])
-    with pytest.raises(TensorkeepError, match="holds no video"):
-        (tmp_path / "empty").mkdir()
-        find_videos([tmp_path / "empty"])
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, positives_of, refuse_split
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, refuse_split, telling
 from tensorkeep.detection.data.clips import most_segments
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
@@ -71,7 +71,7 @@ def build(
         data=clips,
         collate=Collate(recipe.model, most_segments(clips) if loop.graph else None),
         loss=DetectionLoss(detector),
-        count=positives_of,
+        count=telling(remark),
         divisor=Normalizer(detector),
         schedule=schedule_of(recipe.schedule, recipe.training, len(clips)),
         evaluate=evaluate,
