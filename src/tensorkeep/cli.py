@@ -41,6 +41,7 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "train detection": "detection",
     "generate": "language",
     "predict": "detection",
+    "features": "detection",
 }
 GROUPS = {
     "eval": "Measure a model: loss and perplexity, or mean average precision.",

@@ -145,7 +145,7 @@ class Predictor:
         pictures: dict[int, bytes] = {}
         found: list[Detections] = []
         waiting: list[tuple[Tensor, int]] = []
-        for number, frames in enumerate(_ahead(self._stream(film, problems))):  # [T, 3, H, W]
+        for number, frames in enumerate(self.stream(film, problems)):  # [T, 3, H, W]
             shown = film.windows[number][1]
             for frame in np.intersect1d(shown, at).tolist():
                 if frame not in pictures:
@@ -172,10 +172,18 @@ class Predictor:
         made = [make_window(b, info.frames, size=size, snippet_stride=stride, scale=scale) for b in bounds]
         return [(window.start_frame, window.frames, window.mask) for window in made]
 
-    def _stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
-        """Decode the frames of each window, `[T, 3, H, W]`."""
+    def stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
+        """Decode the frames of each window, `[T, 3, H, W]`, the next one while this one is in use.
+
+        Args:
+            film: as `open` gives it.
+            problems: gets what is odd about its pictures.
+
+        Raises:
+            TensorkeepError: A picture cannot be decoded.
+        """
         keep = self.reader.broken == "keep"
-        return stream_windows(
+        windows = stream_windows(
             film.info.path,
             [frames for _, frames, _ in film.windows],
             size=self.reader.size,
@@ -183,6 +191,7 @@ class Predictor:
             broken="keep" if keep else "error",
             problems=problems,
         )
+        return _ahead(windows)
 
     def _pictures_at(self, film: Film, seconds: Sequence[float]) -> NDArray[np.int64]:
         """Return, of the frames that are decoded, the one nearest to each of `seconds`."""
