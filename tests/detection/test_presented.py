@@ -206,16 +206,61 @@ def test_recordings_that_were_joined_are_named_and_read_one_after_the_other(tmp_
     assert kept.message.startswith("kept: its clock starts again") and kept.kind == "damaged video"
 
 
-@pytest.mark.parametrize("name", ["a.mkv", "a.flv", "a.avi", "fragments.mp4"])
+CUT = {
+    "a.mkv": {},
+    "a.avi": {},
+    "a.flv": {"codec": "flv1"},
+    "a.wmv": {"codec": "wmv2", "form": "asf"},
+    "a.mpg": {"codec": "mpeg2video", "form": "mpeg", "rate": 25},
+    "a.ogv": {"codec": "libvpx", "form": "ogg"},
+    "a.gif": {"codec": "gif"},
+    "a.ts": {"codec": "libx264"},
+    "fragments.mp4": {"movflags": "frag_keyframe+default_base_moof+global_sidx", "codec": "libx264"},
+}
+
+
+@pytest.mark.parametrize("name", CUT)
 def test_a_file_without_its_end_is_cut_short(tmp_path, name):
-    how = {"codec": "flv1"} if name.endswith("flv") else {}
-    if name == "fragments.mp4":
-        how = {"movflags": "frag_keyframe+default_base_moof+global_sidx", "codec": "libx264"}
-    path = film(tmp_path / name, b_frames=0, **how)
+    path = film(tmp_path / name, b_frames=0, **CUT[name])
+    assert probe(path).problem is None
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 8 // 10])
     assert "cut short" in str(probe(path).problem)
     assert [p.kind for p in check_video(path)] == ["truncated video"]
+
+
+def test_what_lies_behind_the_last_picture_of_an_flv_is_told(tmp_path):
+    one = film(tmp_path / "one.flv", codec="flv1", b_frames=0)
+    joined = tmp_path / "joined.flv"
+    joined.write_bytes(one.read_bytes() * 2)  # every player stops after the first
+    info = probe(joined)
+    assert "bytes, behind frame 39 (2.00 s), cannot be read" in str(info.problem) and info.frames == 40
+
+
+def test_noise_anywhere_is_damage_or_one_error(tmp_path):
+    kinds = {
+        "a.flv": {"codec": "libx264", "sound": 3.0},
+        "a.mkv": {"sound": 3.0},
+        "a.mpg": {"codec": "mpeg2video", "form": "mpeg", "rate": 25},
+        "a.ts": {"codec": "libx264", "sound": 3.0},
+        "a.avi": {"b_frames": 0, "sound": 3.0},
+    }
+    for name, how in kinds.items():
+        whole_one = film(tmp_path / name, 60, **how).read_bytes()
+        for share in (0.2, 0.35, 0.5, 0.65):
+            draw = np.random.default_rng(int(share * 100))
+            first, length = int(share * len(whole_one)), len(whole_one) // 6
+            noise = draw.integers(1, 255, length, dtype=np.uint8).tobytes()
+            sick = tmp_path / f"{int(share * 100)}_{name}"
+            sick.write_bytes(whole_one[:first] + noise + whole_one[first + length :])
+            problems: list = []
+            try:
+                info = probe(sick)
+                decode(sick, range(info.frames), broken="keep", problems=problems)
+            except TensorkeepError as error:
+                assert sick.name in str(error)
+                continue
+            assert info.problem or problems, sick.name
 
 
 def test_pictures_in_a_row_are_told_as_one_and_a_run_says_them_once(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tensorkeep.detection.data.augment import centre_crop
-from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.problems import Problem, done
 from tensorkeep.detection.data.windows import count_snippets
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.predict import Film, Predictor
@@ -200,7 +200,7 @@ def write_features(
     problems: list[Problem] = []
     with replacing(path, overwrite=True, kind=FEATURES) as temporary:
         array = np.lib.format.open_memmap(temporary, "w+", np.float32, (steps, channels))
-        done = 0
+        made = 0
         for number, frames in enumerate(predictor.stream(film, problems)):  # [T, 3, H, W]
             inputs = centre_crop(frames, predictor.reader.size).transpose(0, 1).contiguous()[None]
             with torch.no_grad(), predictor.context():
@@ -210,12 +210,12 @@ def write_features(
             if not np.isfinite(rows[: stop - first]).all():
                 what = f"features of steps {first} to {stop - 1} are not finite numbers"
                 raise TensorkeepError(what, where=film.info.path, hint="training.precision: fp32 or bf16")
-            array[done:stop] = rows[done - first : stop - first]  # what the window before had stays
-            done = stop
+            array[made:stop] = rows[made - first : stop - first]  # what the window before had stays
+            made = stop
             progress(len(frames))
         array.flush()
         del array
-    return Written(steps, channels, sorted({problem.message for problem in problems}), True)
+    return Written(steps, channels, sorted({done(problem) for problem in problems}), True)
 
 
 def _is_done(path: Path, film: Film, shape: tuple[int, int]) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tensorkeep.detection.data.augment import centre_crop
 from tensorkeep.detection.data.containers import VideoInfo, frame_table, probe, shown_times
 from tensorkeep.detection.data.item import seconds_shown
-from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.problems import Problem, done
 from tensorkeep.detection.data.readers import VideoReader, WindowConfig
 from tensorkeep.detection.data.video import stream_windows
 from tensorkeep.detection.data.windows import count_snippets, make_window, place_windows, resized_frames
@@ -157,7 +157,7 @@ class Predictor:
             progress(len(shown))
         named = self._named(film, self._merged(found))
         times = [(film.shown(np.array([frame / film.info.fps]))[0], pictures[frame]) for frame in sorted(pictures)]
-        return Predicted(named, [(float(s), data) for s, data in times], sorted({p.message for p in problems}))
+        return Predicted(named, [(float(s), data) for s, data in times], sorted({done(p) for p in problems}))
 
     def _windows(self, info: VideoInfo) -> list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
         """Place the windows: for each its first frame, its frames [T], and its mask [window_size]."""

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from tensorkeep.detection.data.augment import augment, centre_crop, draw_augmentation
 from tensorkeep.detection.data.features import read_features
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
-from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.problems import Problem, done
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
 from tensorkeep.detection.data.video import decode
 from tensorkeep.detection.data.windows import (
@@ -101,7 +101,7 @@ class Clips:
         except TensorkeepError as error:
             if self.reader.broken == "error":
                 raise
-            problems.append(Problem("error", "unreadable video", item.name, error.line))
+            problems.append(Problem("error", "unreadable video", item.name, f"left out: {error.line}"))
             inputs, mask = _nothing(self.reader, config), torch.zeros_like(mask)
             segments, kept = segments[:0], kept[:0]
         meta = {
@@ -114,7 +114,7 @@ class Clips:
             "offset_frames": config.offset_frames,
             "window_start_frame": start,
             "window_size": config.window_size,
-            "problems": [problem.message for problem in problems],
+            "problems": [done(problem) for problem in problems],
         }
         return {
             "inputs": inputs,

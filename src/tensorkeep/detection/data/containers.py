@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.data.damage import Packet, clock_restarts, find_odd, whole_packets
+from tensorkeep.detection.data.damage import Packet, clock_restarts, demuxed, find_odd, whole_packets
 from tensorkeep.detection.data.opening import file_state, import_av, opened, quarter_turn
 from tensorkeep.errors import TensorkeepError
 
@@ -166,13 +166,13 @@ def frame_table(path: str | Path) -> FrameTable:
 @lru_cache(maxsize=64)
 def _frame_table(path: str, length: int, changed: int) -> FrameTable:
     """Make the table of a file; its length and time of change make a changed file another one to the cache."""
-    del changed
+    del length, changed
     with opened(path) as (container, stream):
         codec, kind, unit = stream.codec_context.name, container.format.name, float(stream.time_base or 1)
         rate = float(stream.average_rate or 25)
         every = [
             Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard, p.size, p.pos)
-            for p in container.demux(stream)
+            for p in demuxed(container, stream)
             if p.size or p.dts is not None
         ]
     rows, torn = whole_packets(every)
@@ -191,7 +191,7 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
         keys = sorted(row.pts for row in rows if row.key and row.pts is not None) or [min(times)]
         pts = np.sort(np.array(times, dtype=np.int64))
         table = FrameTable(pts, np.array(keys, dtype=np.int64), unit, False, _last_step(pts, unit, rate))
-    lost, notes = find_odd(partial(opened, path), length, table.seconds, rows, torn=torn, restarts=restarts)
+    lost, notes = find_odd(Path(path), partial(opened, path), table.seconds, rows, torn=torn, restarts=restarts)
     return table._replace(lost=(*table.lost, *lost), notes=notes)
 
 
@@ -210,7 +210,7 @@ def _presented(path: str, rows: list[Packet], shown: list[Packet]) -> list[Packe
     found = set()
     av = import_av()
     with opened(path) as (container, stream):
-        for packet in container.demux(stream):
+        for packet in demuxed(container, stream):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
@@ -232,7 +232,7 @@ def _counted_table(path: str, unit: float, rate: float, dts: list[int], restarte
     where = 0
     av = import_av()
     with opened(path) as (container, stream):
-        for packet in container.demux(stream):
+        for packet in demuxed(container, stream):
             try:
                 for frame in packet.decode():
                     times.append(frame.pts)
@@ -298,7 +298,7 @@ def _even_index(container: Any, stream: Any, first: int | None, length: int) -> 
     if mean <= 0 or uneven or any(end > length or hidden for _, end, hidden in rows):
         return None
     container.seek(int(times[-1]), stream=stream, backward=True)
-    last = [packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None]
+    last = [packet.pts for packet in demuxed(container, stream) if packet.size and packet.pts is not None]
     if not last or abs(max(last) - first - (len(times) - 1) * mean) > _EVEN * mean:
         return None
     return len(times), float((max(last) - first) * stream.time_base * len(times) / (len(times) - 1))

@@ -8,8 +8,9 @@ so); it is told where all other pictures come at an even rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ _STRAY = {"mpegts": 1000, "mpeg": 1000, "asf": 1000}  # bytes between two packet
 _LITTLE = 200  # elsewhere
 _STATES_LENGTH = ("matroska", "flv", "asf", "avi", "mov")  # whose headers give a length; others' is a guess
 _TS_PACKETS = (188, 192, 204)
+_HEAD, _TAIL = 4096, 65536  # bytes that are looked at
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # its object that has the file's length
+_BEHIND = 0.02  # part of a file at its end that may be no packet
 
 
 class Packet(NamedTuple):
@@ -47,6 +51,25 @@ class Packet(NamedTuple):
     pos: int | None
 
 
+def demuxed(container: Any, *streams: Any) -> Iterator[Any]:
+    """Give the packets of streams as PyAV does, and the empty ones at the end that have a decoder give what it holds.
+
+    Args:
+        container: PyAV's.
+        streams: of the container.
+    """
+    ended = False
+    for _ in range(3):
+        try:
+            for packet in container.demux(*streams):
+                ended = not packet.size and packet.dts is None
+                yield packet
+        except IndexError:  # noise can look like another stream, which PyAV stumbles over when the file ends
+            if not ended:
+                continue
+        return
+
+
 def whole_packets(packets: Sequence[Packet]) -> tuple[list[Packet], bool]:
     """Return the packets that hold something, without one that is cut off at the end; and whether there was one."""
     rows = [packet for packet in packets if packet.size]
@@ -68,8 +91,8 @@ def clock_restarts(rows: Sequence[Packet]) -> list[int]:
 
 
 def find_odd(
+    path: Path,
     opened: Opened,
-    length: int,
     seconds: NDArray[np.float64],
     rows: Sequence[Packet],
     *,
@@ -79,8 +102,8 @@ def find_odd(
     """Find out what is wrong with a file, and what is merely odd about when its pictures are shown.
 
     Args:
-        opened: opens the file.
-        length: its bytes.
+        path: the file.
+        opened: opens it.
         seconds: [frames + 1] at which its frames are shown, and the end.
         rows: the video stream's packets in the order of the file.
         torn: whether the last packet was cut off.
@@ -90,11 +113,15 @@ def find_odd(
         Sentences on what is lost or mixed up, and on what is odd.
     """
     lost: list[str] = []
+    frames = len(seconds) - 1
     with opened() as (container, stream):
         lost += _missing_of_index(container, stream, rows, seconds)
-        short = None if lost else _cut_short(opened, length, container, stream, seconds, torn)
+        short = None if lost else _cut_short(path, opened, container, stream, seconds, torn)
         kind = container.format.name
     lost += [short] if short else []
+    behind = 0 if lost or restarts else _bytes_behind(path, opened, kind, rows)
+    if behind:
+        lost.append(f"the last {behind} bytes, behind frame {frames - 1} ({seconds[-1]:.2f} s), cannot be read")
     if restarts:
         first = min(restarts[0], len(seconds) - 2)
         what = f"its clock starts again {len(restarts)} times, first" if len(restarts) > 1 else "its clock starts again"
@@ -104,10 +131,10 @@ def find_odd(
 
 
 def _cut_short(
-    opened: Opened, length: int, container: Any, stream: Any, seconds: NDArray[np.float64], torn: bool
+    path: Path, opened: Opened, container: Any, stream: Any, seconds: NDArray[np.float64], torn: bool
 ) -> str | None:
     """Say how a file ends too early; None where it does not."""
-    frames, end = len(seconds) - 1, float(seconds[-1])
+    frames, end, length = len(seconds) - 1, float(seconds[-1]), path.stat().st_size
     kind = container.format.name.partition(",")[0]
     what = f"cut short: {frames} whole frames in {end:.2f} s"
     said = float(stream.duration * stream.time_base) if kind == "avi" and stream.duration else 0.0
@@ -119,15 +146,54 @@ def _cut_short(
         return f"{what}, its header says {said:.2f} s"
     if torn:
         return f"{what}, and the beginning of one more"
+    if _lacks_end(path, kind, length):
+        return f"{what}, then the file ends where its format has more"
     if kind == "mpegts" and all(length % size for size in _TS_PACKETS):
         return f"{what}, it ends within a packet"
     return None
 
 
+def _lacks_end(path: Path, kind: str, length: int) -> bool:
+    """Return whether a file lacks the mark of its format's end, or bytes that its header or its last page counts."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+        file.seek(max(0, length - _TAIL))
+        tail = file.read()
+    if kind == "gif":
+        return not tail.rstrip(b"\0").endswith(b";")
+    if kind == "ogg":  # a page's head gives the lengths of its parts
+        page = tail.rfind(b"OggS")
+        parts = tail[page + 27 : page + 27 + tail[page + 26]] if len(tail) > page + 26 else b""
+        return page >= 0 and page + 27 + len(parts) + sum(parts) > len(tail)
+    if kind == "mpeg":  # so does a packet's
+        packet = max(tail.rfind(mark) for mark in (b"\0\0\1\xe0", b"\0\0\1\xc0", b"\0\0\1\xbd"))
+        return packet >= 0 and packet + 6 + int.from_bytes(tail[packet + 4 : packet + 6], "big") > len(tail)
+    if kind == "asf":
+        place = head.find(_ASF_PROPERTIES)
+        return place >= 0 and int.from_bytes(head[place + 40 : place + 48], "little") > length
+    return False
+
+
+def _bytes_behind(path: Path, opened: Opened, kind: str, rows: Sequence[Packet]) -> int:
+    """Return how many bytes at the end of a file belong to no packet, where its format has nothing to put there."""
+    if kind != "flv":
+        return 0
+    length = path.stat().st_size
+    most = max(_BEHIND * length, _LITTLE)
+    if length - max(((row.pos or 0) + row.size for row in rows), default=0) <= most:
+        return 0
+    last = 0
+    with opened() as (container, _):
+        for packet in demuxed(container, *_streams(container)):
+            if packet.size:
+                last = max(last + packet.size if packet.pos is None else packet.pos + packet.size, last)
+    return max(0, length - last) if length - last > most else 0
+
+
 def _missing_of_index(container: Any, stream: Any, rows: Sequence[Packet], seconds: NDArray[np.float64]) -> list[str]:
     """Say which pictures of an AVI's index were not found where it has them, while later ones were."""
     entries = stream.index_entries
-    if container.format.name != "avi" or not rows or len(entries) != stream.frames:
+    if container.format.name != "avi" or not rows:
         return []
     there = {row.pos - head for row in rows if row.pos is not None for head in (0, 8)}  # with or without a chunk's head
     missing = [k for k, entry in enumerate(entries) if entry.size and entry.pos not in there]
@@ -142,7 +208,7 @@ def _last_end(opened: Opened) -> float:
     """Return when the last packet of any stream ends, in seconds as the file counts them."""
     last = 0.0
     with opened() as (container, _):
-        for packet in container.demux(*_streams(container)):
+        for packet in demuxed(container, *_streams(container)):
             if packet.size and packet.pts is not None and not packet.is_corrupt:
                 last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
     return last
@@ -186,7 +252,7 @@ def _unread_bytes(opened: Opened, kind: str) -> int:
     sizes: dict[int, int] = {}
     place: dict[int, int] = {}
     with opened() as (container, _):
-        for packet in container.demux(*_streams(container)):
+        for packet in demuxed(container, *_streams(container)):
             if packet.size:
                 at = packet.pos if packet.pos is not None and packet.pos >= 0 else place.get(packet.stream_index)
                 if at is not None:  # a packet without a place lies behind the one before

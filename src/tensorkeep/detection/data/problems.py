@@ -25,6 +25,11 @@ class Problem(NamedTuple):
     message: str
 
 
+def done(problem: Problem) -> str:
+    """Return what a problem of a picture is, and that damaged ones were kept, lacking ones as the one before."""
+    return f"kept: {problem.message}" if problem.kind == "damaged video" else problem.message
+
+
 @dataclass(frozen=True)
 class Told:
     """Tells what samples say about their videos (`meta["problems"]`), each thing once, at most 20.

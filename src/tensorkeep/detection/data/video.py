@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tensorkeep.detection.data.containers import FrameTable, frame_table
+from tensorkeep.detection.data.damage import demuxed
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import TensorkeepError
@@ -305,7 +306,7 @@ def _decoded(
     With `skips` those that are neither wanted nor referred to by others may be left out.
     """
     av, context, skipping = import_av(), stream.codec_context, False
-    for packet in container.demux(stream):
+    for packet in demuxed(container, stream):
         skip = skips and packet.pts is not None and packet.pts not in wanted
         if skip is not skipping:  # said only where it changes: saying it costs a tenth of decoding a small picture
             context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
