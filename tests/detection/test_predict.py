@@ -35,6 +35,7 @@ from tensorkeep.training.recipe import to_yaml  # noqa: E402
 from tests.opentad_names import to_opentad  # noqa: E402
 
 from . import runs  # noqa: E402
+from .films import film  # noqa: E402
 from .tiny import detector  # noqa: E402
 
 FRAMES, BRIGHT = 60, ((9, 17, 0), (28, 41, 1))  # frames of each action and its class: light above, or below
@@ -340,6 +341,36 @@ def test_a_broken_video_is_named_and_left_out(place: Path, tmp_path: Path, capsy
     code, document, err = command(capsys, place / "run", place / "sick", "-o", tmp_path / "b", "--broken", "keep")
     assert code == 1 and [video["video"] for video in document["videos"]] == ["cut", "sound"]
     assert "cut short" in document["videos"][0]["problems"][0] and "cut short" in err
+
+
+def test_equal_names_in_folders_below_are_told_apart(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, end in (("one", ".mp4"), ("two", ".MP4")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / f"clip{end}").write_bytes((place / "sick" / "sound.mp4").read_bytes())
+    code, document, _ = command(capsys, place / "run", tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0 and [video["video"] for video in document["videos"]] == ["one/clip", "two/clip"]
+    assert read_detections(document["detections"]).video_names == ("one/clip", "two/clip")
+    for folder in ("one", "two"):
+        assert sorted(p.name for p in (tmp_path / "out" / folder).iterdir()) == ["clip.html", "clip.srt", "clip.vtt"]
+
+
+def test_recordings_that_were_joined_are_kept_on_request_and_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = film(tmp_path / "one.ts", codec="libx264").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(one + one)
+    words = (place / "run", tmp_path / "joined.ts", "-o", tmp_path / "out")
+    code, document, err = command(capsys, *words)
+    assert code == 2 and "left out" in err and "clock starts again at frame 40 (2.00 s)" in err
+    code, document, err = command(capsys, *words, "--broken", "keep")
+    assert code == 0 and document["videos"][0]["frames"] == 80 and document["videos"][0]["seconds"] == 4.0
+    assert document["videos"][0]["problems"][0].startswith("kept: its clock starts again") and "kept: " in err
+    code, document, err = command(capsys, place / "run", "https://me:s3cret@host:9/a/match.mp4", "-o", tmp_path / "out")
+    assert (
+        code == 2 and "https://" in err and "host:9/a/match.mp4" in err and "s3cret" not in err + json.dumps(document)
+    )
 
 
 def test_all_broken_is_an_error(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
