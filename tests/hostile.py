@@ -340,6 +340,7 @@ def _run(folder: Path, base: Path, text: str | bytes | int) -> list[Command]:
         *commands,
         ["train", "language", "run/recipe.yaml", "--out", "run"],
         ["predict", "run", "x.mp4", "--out", "o"],
+        ["features", "run", "x.mp4", "--out", "o"],
     ]
 
 

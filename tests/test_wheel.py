@@ -95,6 +95,7 @@ NEEDING = {
     "eval detection": ["eval", "detection", "run"],
     "generate": ["generate", TINY, "--prompt", "x"],
     "predict": ["predict", "run", "video.mp4"],
+    "features": ["features", "run", "video.mp4", "-o", "features"],
     "demo": ["demo"],
     "recipe import": ["recipe", "import", CONFIG, "-o", "recipe.yaml"],
 }

@@ -42,6 +42,7 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "generate": "language",
     "predict": "detection",
     "check detection": "detection",
+    "features": "detection",
 }
 GROUPS = {
     "check": "Check what a recipe would train on, before the first update.",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tensorkeep.cli import main
 from tensorkeep.detection.check import LOST, check_training, refuse_untrainable
 from tensorkeep.detection.data.annotations import Annotations, Video
-from tensorkeep.detection.data.clips import Clips, FeatureReader, Item, VideoReader, WindowConfig, make_clips
+from tensorkeep.detection.data.clips import Clips, FeatureReader, VideoReader, WindowConfig, make_clips
+from tensorkeep.detection.data.item import Item
 from tensorkeep.detection.model.assignment import assign_targets, make_points
 from tensorkeep.detection.model.config import HeadConfig
 from tensorkeep.errors import TensorkeepError

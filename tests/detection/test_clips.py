@@ -13,16 +13,11 @@ pytest.importorskip("av")
 
 from tensorkeep.detection.data.annotations import parse_annotations, read_annotations
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.detection.data.clips import (
-    FeatureReader,
-    VideoReader,
-    WindowConfig,
-    collate,
-    draw_truncation,
-    make_clips,
-)
+from tensorkeep.detection.data.batches import collate
+from tensorkeep.detection.data.clips import draw_truncation, make_clips
 from tensorkeep.detection.data.features import count_features, read_features
 from tensorkeep.detection.data.items import find_items
+from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_dataset
 from tensorkeep.detection.data.video import decode
 from tensorkeep.errors import TensorkeepError

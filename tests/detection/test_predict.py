@@ -13,16 +13,16 @@ from torch import Tensor, nn
 av = pytest.importorskip("av")
 
 from tensorkeep.cli import main  # noqa: E402
-from tensorkeep.detection.data.clips import Item, VideoReader, WindowConfig, make_clips  # noqa: E402
-from tensorkeep.detection.data.containers import frame_table, probe  # noqa: E402
+from tensorkeep.detection.data.clips import make_clips  # noqa: E402
+from tensorkeep.detection.data.containers import frame_table, probe, shown_times  # noqa: E402
+from tensorkeep.detection.data.item import Item  # noqa: E402
+from tensorkeep.detection.data.readers import VideoReader, WindowConfig  # noqa: E402
 from tensorkeep.detection.data.synthetic import write_video  # noqa: E402
 from tensorkeep.detection.inference import Selection, detect  # noqa: E402
 from tensorkeep.detection.model.head import Predictions  # noqa: E402
 from tensorkeep.detection.predict import (  # noqa: E402
     UNNAMED,
     Predictor,
-    find_videos,
-    shown_times,
     write_predictions,
 )
 from tensorkeep.detection.results.classifiers import VideoClasses  # noqa: E402
@@ -31,11 +31,11 @@ from tensorkeep.detection.results.results import read_detections  # noqa: E402
 from tensorkeep.detection.results.subtitles import NamedDetection  # noqa: E402
 from tensorkeep.detection.results.timeline import STRIP  # noqa: E402
 from tensorkeep.detection.start import open_detector  # noqa: E402
-from tensorkeep.errors import TensorkeepError  # noqa: E402
 from tensorkeep.training.recipe import to_yaml  # noqa: E402
 from tests.opentad_names import to_opentad  # noqa: E402
 
 from . import runs  # noqa: E402
+from .films import film  # noqa: E402
 from .tiny import detector  # noqa: E402
 
 FRAMES, BRIGHT = 60, ((9, 17, 0), (28, 41, 1))  # frames of each action and its class: light above, or below
@@ -257,21 +257,6 @@ def test_the_file_reads_back_to_the_millisecond(tmp_path: Path) -> None:
     assert document["external_data"] == {"used": True, "details": "a run"}
 
 
-def test_folders_mean_their_videos_and_no_two_share_a_name(tmp_path: Path) -> None:
-    for name in ("b.mp4", "a.MKV", "notes.txt"):
-        (tmp_path / name).touch()
-    assert find_videos([tmp_path, tmp_path / "b.mp4", "there.mov"]) == [
-        tmp_path / "a.MKV",
-        tmp_path / "b.mp4",
-        Path("there.mov"),
-    ]
-    with pytest.raises(TensorkeepError, match="both be called 'b'"):
-        find_videos([tmp_path, "elsewhere/b.avi"])
-    with pytest.raises(TensorkeepError, match="holds no video"):
-        (tmp_path / "empty").mkdir()
-        find_videos([tmp_path / "empty"])
-
-
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +341,36 @@ def test_a_broken_video_is_named_and_left_out(place: Path, tmp_path: Path, capsy
     code, document, err = command(capsys, place / "run", place / "sick", "-o", tmp_path / "b", "--broken", "keep")
     assert code == 1 and [video["video"] for video in document["videos"]] == ["cut", "sound"]
     assert "cut short" in document["videos"][0]["problems"][0] and "cut short" in err
+
+
+def test_equal_names_in_folders_below_are_told_apart(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, end in (("one", ".mp4"), ("two", ".MP4")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / f"clip{end}").write_bytes((place / "sick" / "sound.mp4").read_bytes())
+    code, document, _ = command(capsys, place / "run", tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0 and [video["video"] for video in document["videos"]] == ["one/clip", "two/clip"]
+    assert read_detections(document["detections"]).video_names == ("one/clip", "two/clip")
+    for folder in ("one", "two"):
+        assert sorted(p.name for p in (tmp_path / "out" / folder).iterdir()) == ["clip.html", "clip.srt", "clip.vtt"]
+
+
+def test_recordings_that_were_joined_are_kept_on_request_and_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = film(tmp_path / "one.ts", codec="libx264").read_bytes()
+    (tmp_path / "joined.ts").write_bytes(one + one)
+    words = (place / "run", tmp_path / "joined.ts", "-o", tmp_path / "out")
+    code, document, err = command(capsys, *words)
+    assert code == 2 and "left out" in err and "clock starts again at frame 40 (2.00 s)" in err
+    code, document, err = command(capsys, *words, "--broken", "keep")
+    assert code == 0 and document["videos"][0]["frames"] == 80 and document["videos"][0]["seconds"] == 4.0
+    assert document["videos"][0]["problems"][0].startswith("kept: its clock starts again") and "kept: " in err
+    code, document, err = command(capsys, place / "run", "https://me:s3cret@host:9/a/match.mp4", "-o", tmp_path / "out")
+    assert (
+        code == 2 and "https://" in err and "host:9/a/match.mp4" in err and "s3cret" not in err + json.dumps(document)
+    )
 
 
 def test_all_broken_is_an_error(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, count_positives, positives_of
-from tensorkeep.detection.data.clips import collate
+from tensorkeep.detection.data.batches import collate
 from tensorkeep.detection.inference import MeanAveragePrecision, _batches_of
 from tensorkeep.detection.job import build
 from tensorkeep.detection.start import make_detector, open_detector

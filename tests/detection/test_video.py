@@ -11,6 +11,7 @@ av = pytest.importorskip("av")
 from tensorkeep.detection.data import containers, video  # noqa: E402
 from tensorkeep.detection.data.annotations import Video  # noqa: E402
 from tensorkeep.detection.data.containers import frame_table, probe  # noqa: E402
+from tensorkeep.detection.data.picture_checks import check_pictures  # noqa: E402
 from tensorkeep.detection.data.synthetic import write_video  # noqa: E402
 from tensorkeep.detection.data.video import decode, stream_windows  # noqa: E402
 from tensorkeep.detection.data.video_checks import check_video  # noqa: E402
@@ -182,7 +183,8 @@ def damaged(tmp_path_factory):
 
 
 def test_a_damaged_picture_stops_the_reading_and_is_named(damaged):
-    with pytest.raises(TensorkeepError, match=r"damaged\.mp4: (frame \d+ (is damaged|cannot)|cannot be decoded)"):
+    named = r"damaged\.mp4: (frame \d+ \([\d.]+ s\) (is damaged|cannot)|cannot be decoded)"
+    with pytest.raises(TensorkeepError, match=named):
         decode(damaged, range(60))
 
 
@@ -191,7 +193,7 @@ def test_a_damaged_picture_is_kept_on_request_and_said(damaged):
     got = decode(damaged, range(60), broken="keep", problems=problems)
     assert len(got) == 60 and problems and {p.kind for p in problems} == {"damaged video"}
     assert torch.equal(got[:24], decode(damaged, range(24)))  # earlier keyframe intervals are whole
-    assert {p.kind for p in check_video(damaged, thorough=True)} == {"damaged video"}
+    assert {p.kind for p in check_pictures(damaged)} == {"damaged video"}
 
 
 def test_only_what_is_needed_is_decoded(folder, monkeypatch):
@@ -249,12 +251,12 @@ def test_disagreement_with_the_annotation_is_a_finding(folder, tmp_path):
         return Video("plain", "test", np.zeros((0, 2)), (), duration, frames)
 
     path = folder / "plain.mp4"
-    assert check_video(path, annotated(FRAMES, FRAMES / RATE), thorough=True) == []
+    assert check_pictures(path, annotated(FRAMES, FRAMES / RATE)) == []
     short = check_video(path, annotated(FRAMES // 2, FRAMES / RATE))
     assert [(p.severity, p.kind, p.video) for p in short] == [("warning", "frame count", "plain")]
     assert [p.kind for p in check_video(path, annotated(FRAMES, 30.0))] == ["duration"]
     slowing = write(tmp_path / "slowing.mp4", times=[2 * k * k for k in range(FRAMES)])
-    assert [p.kind for p in check_video(slowing, thorough=True)] == ["variable frame rate"]
+    assert [p.kind for p in check_pictures(slowing)] == ["variable frame rate"]
 
 
 def test_a_changed_file_is_read_anew(tmp_path):

@@ -32,7 +32,7 @@ _BESIDE = (".html", ".srt", ".vtt")
 def predict(
     checkpoint: Path,
     /,
-    *videos: Path,
+    *videos: str,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("predictions"),
     min_score: float = 0.3,
     top: int = 100,
@@ -55,7 +55,7 @@ def predict(
     Args:
         checkpoint: A run of `train detection` (its best checkpoint), a step folder of one, or an OpenTAD .pth with
             --recipe.
-        videos: Video files, or folders of them.
+        videos: Video files, or folders of them; folders below those are looked into.
         out: The folder to write into.
         min_score: The least score of a detection in subtitles and picture; the JSON has all of them.
         top: How many detections of a video the subtitles and the picture show at most, the best ones.
@@ -69,7 +69,7 @@ def predict(
         overwrite: Replace what earlier predictions left in the folder.
     """
     from tensorkeep.detection.data.annotations import read_annotations
-    from tensorkeep.detection.predict import find_videos
+    from tensorkeep.detection.data.finding import find_videos
 
     printer = say.output()
     if not videos or top < 1:
@@ -77,7 +77,7 @@ def predict(
         raise TensorkeepError(what, hint=f"tensorkeep predict {word(checkpoint)} VIDEO... --top 100")
     paths = find_videos(videos)
     prepare(printer, out / _DETECTIONS)
-    for name in (_DETECTIONS, *(path.stem + end for path in paths for end in _BESIDE)):
+    for name in (_DETECTIONS, *(name + end for name in paths for end in _BESIDE)):
         refuse_existing(out / name, overwrite, _kind(name))
     truth = read_annotations(annotations) if annotations else None
     opened, predictor = _open(checkpoint, recipe, classes, ema, not newest, broken, device, printer)
@@ -131,7 +131,7 @@ def _open(
     """The detector and how it is to be used."""
     import torch
 
-    from tensorkeep.detection.data.clips import VideoReader
+    from tensorkeep.detection.data.readers import VideoReader
     from tensorkeep.detection.predict import Predictor
     from tensorkeep.detection.recipe_data import window_of
     from tensorkeep.detection.start import open_detector
@@ -189,12 +189,12 @@ def _weights(opened: Opened) -> str:
     return f"{step}{'averaged' if opened.averaged else 'live'} weights"
 
 
-def _films(predictor: Predictor, paths: Sequence[Path], say: Output) -> tuple[list[Film], dict[Path, str]]:
+def _films(predictor: Predictor, paths: Mapping[str, Path], say: Output) -> tuple[list[Film], dict[Path, str]]:
     """What can be read, and why the others cannot."""
     films, broken = [], {}
-    for path in paths:
+    for name, path in paths.items():
         try:
-            films.append(predictor.open(path))
+            films.append(predictor.open(path, name))
         except TensorkeepError as error:
             broken[path] = error.line
             say.remark(f"left out: {error.line}")
@@ -274,12 +274,12 @@ def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: O
     files = {}
     for end, text in zip(_BESIDE, texts, strict=True):
         files[end[1:]] = str(rules.out / (film.name + end))
+        (rules.out / film.name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(rules.out / (film.name + end), rules.overwrite, _kind(end)) as temporary:
             write_bytes(temporary, text.encode())
-    for problem in predicted.problems[:3]:
+    file_problems = [f"kept: {film.info.problem}"] if film.info.problem else []
+    for problem in [*predicted.problems[:3], *file_problems, *film.info.notes]:
         say.remark(f"{film.name}: {problem}")
-    if film.info.problem:
-        say.remark(f"{film.name}: {film.info.problem}")
     best = max((row.score for row in predicted.rows), default=0.0)
     if not shown:
         say.remark(f"{film.name}: nothing scores at least {rules.min_score:g}, the best is {best:.3g}: see --min-score")
@@ -295,7 +295,8 @@ def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: O
         "shown": len(shown),
         "best_score": best,
         "files": files,
-        "problems": [*predicted.problems, *([film.info.problem] if film.info.problem else [])],
+        "problems": [*predicted.problems, *file_problems],
+        "notes": list(film.info.notes),
     }
 
 

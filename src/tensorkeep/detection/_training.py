@@ -8,7 +8,7 @@ the annotations alone: they are counted on the CPU, where batches are made, befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.data.clips import collate
+from tensorkeep.detection.data.batches import collate
+from tensorkeep.detection.data.problems import Told
 from tensorkeep.detection.model.assignment import assign_batch, make_points
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.detector import Detector, padded_length
@@ -74,6 +75,17 @@ class Collate:
 def positives_of(batch: Mapping[str, Any]) -> float:
     """Return the number of positive points that `Collate` counted."""
     return float(batch["positives"])
+
+
+def telling(remark: Callable[[str], None]) -> Callable[[Mapping[str, Any]], float]:
+    """Return `positives_of` for a run: what its samples were made in spite of goes to `remark`, each thing once."""
+    told = Told("train", remark)
+
+    def count(batch: Mapping[str, Any]) -> float:
+        told(batch["meta"])
+        return positives_of(batch)
+
+    return count
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from tensorkeep.detection.data.annotation_checks import check_annotations
 from tensorkeep.detection.data.annotations import Annotations
-from tensorkeep.detection.data.clips import Clips, FeatureReader, Item, WindowConfig
+from tensorkeep.detection.data.clips import Clips
+from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem
-from tensorkeep.detection.data.windows import count_snippets, resized_segments, segment_frames
+from tensorkeep.detection.data.readers import FeatureReader, WindowConfig
+from tensorkeep.detection.data.windows import count_snippets
 from tensorkeep.detection.model.assignment import assign_targets
 from tensorkeep.detection.model.config import HeadConfig
 from tensorkeep.errors import TensorkeepError
@@ -146,10 +148,9 @@ def _of_actions(item: Item, window: WindowConfig, head: HeadConfig) -> list[tupl
 def _on_grid(item: Item, window: WindowConfig) -> Floats:
     """Return the segments [N, 2] of a video in grid steps, as a training sample places them."""
     if window.method == "resize":
-        found = resized_segments(item.segments, duration=item.duration, length=window.window_size)
-        return found.astype(np.float64)
-    frames = segment_frames(item.segments, duration=item.duration, frames=item.frames)
-    return (frames - window.offset_frames) / window.snippet_stride
+        return resized_positions(item, window.window_size)
+    found: Floats = (frame_positions(item) - window.offset_frames) / window.snippet_stride
+    return found
 
 
 def _of_action(

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tensorkeep.detection.data.annotations import Annotations
-from tensorkeep.detection.data.clips import Clips, collate
+from tensorkeep.detection.data.batches import collate
+from tensorkeep.detection.data.item import seconds_shown
+from tensorkeep.detection.data.problems import Told
 from tensorkeep.detection.model.head import Predictions, valid_proposals
 from tensorkeep.detection.results.classifiers import VideoClasses
 from tensorkeep.detection.results.decode import (
@@ -35,6 +37,9 @@ from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import leave_to_the_parent
+
+if TYPE_CHECKING:
+    from tensorkeep.detection.data.clips import Clips
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 SeePredictions = Callable[[Predictions, Mapping[str, Any]], None]
@@ -148,15 +153,17 @@ def detect(
 
 
 def _of_video(windows: list[Detections], clips: Clips, number: int, selection: Selection) -> Detections:
-    """Make one video's detections from those of its windows."""
-    if clips.window.method == "resize":
-        found = windows[0]
-    else:
-        found = merge_windows(windows, selection.nms)
-        found = round_detections(found) if selection.rounded else found
+    """Make one video's detections from those of its windows, at seconds at which its frames are shown."""
+    item = clips.items[number]
+    found = windows[0] if clips.window.method == "resize" else merge_windows(windows, selection.nms)
+    if item.times is not None:
+        times = seconds_shown(found.segments.astype(np.float64), item.times, item.duration)
+        found = found._replace(segments=times.astype(np.float32))
+    if clips.window.method != "resize" and selection.rounded:
+        found = round_detections(found)
     if selection.classifier is None:
         return found
-    probabilities = selection.classifier.of(clips.items[number].name).astype(np.float32)
+    probabilities = selection.classifier.of(item.name).astype(np.float32)
     return fuse_classes(found, probabilities, selection.top, selection.rule)
 
 
@@ -227,6 +234,7 @@ class MeanAveragePrecision:
         world: the ranks.
         context: wraps each forward (autocast).
         loss: whether the loss on the test windows is computed too, divided by its own number of positives.
+        remark: gets a line for each thing that is odd about the pictures of a video.
     """
 
     clips: Clips
@@ -243,6 +251,7 @@ class MeanAveragePrecision:
     world: World = World()  # noqa: RUF009 (frozen)
     context: Context = contextlib.nullcontext
     loss: bool = False
+    remark: Callable[[str], None] = lambda _: None
 
     def __call__(self, detector: nn.Module) -> dict[str, float]:
         """Return the scores of a detector by name, from its detections on all clips."""
@@ -274,8 +283,12 @@ class MeanAveragePrecision:
         """Return the detections of all ranks by video and, where `loss` is set, sums of the losses and positives."""
         own = range(self.world.rank, len(self.clips.items), self.world.size)
         losses: list[list[float]] = []
+        told = Told("test", self.remark)
 
         def add(predictions: Predictions, made: Mapping[str, Any]) -> None:
+            told(made["meta"])
+            if not self.loss:
+                return
             device = predictions.logits[0].device
             moved: list[list[Tensor]] = [[t.to(device) for t in made[key]] for key in ("segments", "labels")]
             sums = detector.head.loss_sums(predictions, *moved)  # type: ignore[operator, union-attr]
@@ -291,7 +304,7 @@ class MeanAveragePrecision:
                 self.workers,
                 self.world.device,
                 self.context,
-                add if self.loss else None,
+                add,
             )
         )
         if hasattr(detector, "set_requires_gradient_sync"):  # in shards: every rank takes part in every forward

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, positives_of, refuse_split
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, refuse_split, telling
 from tensorkeep.detection.check import Checked, check_training, refuse_untrainable
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.clips import most_segments
@@ -76,7 +76,7 @@ def build(
         data=clips,
         collate=Collate(recipe.model, most_segments(clips) if loop.graph else None),
         loss=DetectionLoss(detector),
-        count=positives_of,
+        count=telling(remark),
         divisor=Normalizer(detector),
         schedule=schedule_of(recipe.schedule, recipe.training, len(clips)),
         evaluate=evaluate,

@@ -4,9 +4,8 @@ Windows, pictures and suppression are those of an evaluation (`inference.detect`
 looks up the windows of annotated videos in any order, here a file streams from its start, and the next window is
 decoded while the detector looks at this one.
 
-Seconds count from the first picture. Where frames are not evenly spread (a variable rate, or a header whose length is
-that of the sound), a grid position becomes the time at which that frame is shown, between two frames linearly; an
-evaluation counts frames at the mean rate there, as OpenTAD does.
+Seconds count from the first picture. Where frames are not evenly spread, a grid position becomes the time at which that
+frame is shown, between two frames linearly; training places annotated seconds the same way.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tensorkeep.detection.data.augment import centre_crop
-from tensorkeep.detection.data.clips import VideoReader, WindowConfig
-from tensorkeep.detection.data.containers import VIDEO_SUFFIXES, FrameTable, VideoInfo, frame_table, probe
-from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.containers import VideoInfo, frame_table, probe, shown_times
+from tensorkeep.detection.data.item import seconds_shown
+from tensorkeep.detection.data.problems import Problem, done
+from tensorkeep.detection.data.readers import VideoReader, WindowConfig
 from tensorkeep.detection.data.video import stream_windows
 from tensorkeep.detection.data.windows import count_snippets, make_window, place_windows, resized_frames
 from tensorkeep.detection.inference import Selection, decode_predictions
@@ -37,7 +37,6 @@ from tensorkeep.detection.results.results import DETECTIONS
 from tensorkeep.detection.results.subtitles import NamedDetection
 from tensorkeep.detection.results.timeline import jpeg
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing, write_bytes
 
 UNNAMED = "action"  # what a class-agnostic detector finds in a video that its classifier does not know
@@ -47,7 +46,7 @@ class Film(NamedTuple):
     """A video that can be read.
 
     Attributes:
-        name: the file's name without its ending.
+        name: what it is called in the results.
         info: what the file holds.
         windows: for each its first frame, its frames [T], and its mask [window_size].
         times: [frames + 1] seconds at which each frame is shown, and the end; None: they are evenly spread.
@@ -62,6 +61,10 @@ class Film(NamedTuple):
     def seconds(self) -> float:
         """Seconds for which it is shown."""
         return self.info.duration if self.times is None else float(self.times[-1])
+
+    def shown(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Turn seconds at the mean rate into seconds at which the frames there are shown."""
+        return seconds_shown(seconds, self.times, self.info.duration)
 
 
 class Predicted(NamedTuple):
@@ -108,16 +111,21 @@ class Predictor:
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     batch: int = 1
 
-    def open(self, path: str | Path) -> Film:
+    def open(self, path: str | Path, name: str | None = None) -> Film:
         """Look into a video file and place its windows.
 
+        Args:
+            path: the file.
+            name: what it is called in the results; None: as the file, without its ending.
+
         Raises:
-            TensorkeepError: The file cannot be read, or it is cut short and the reader's `broken` is not "keep".
+            TensorkeepError: The file cannot be read, or it is cut short or damaged and the reader's `broken` is not
+                "keep".
         """
         info = probe(path)
         if info.problem and self.reader.broken != "keep":
             raise TensorkeepError(info.problem, where=path, hint="--broken keep reads what is there")
-        return Film(Path(path).stem, info, self._windows(info), shown_times(frame_table(path), info))
+        return Film(name or Path(path).stem, info, self._windows(info), shown_times(frame_table(path), info))
 
     def run(
         self, film: Film, pictures_at: Sequence[float] = (), progress: Callable[[int], None] = lambda _frames: None
@@ -137,7 +145,7 @@ class Predictor:
         pictures: dict[int, bytes] = {}
         found: list[Detections] = []
         waiting: list[tuple[Tensor, int]] = []
-        for number, frames in enumerate(_ahead(self._stream(film, problems))):  # [T, 3, H, W]
+        for number, frames in enumerate(self.stream(film, problems)):  # [T, 3, H, W]
             shown = film.windows[number][1]
             for frame in np.intersect1d(shown, at).tolist():
                 if frame not in pictures:
@@ -148,10 +156,8 @@ class Predictor:
                 waiting = []
             progress(len(shown))
         named = self._named(film, self._merged(found))
-        times = [
-            (self._shown(film, np.array([frame / film.info.fps]))[0], pictures[frame]) for frame in sorted(pictures)
-        ]
-        return Predicted(named, [(float(s), data) for s, data in times], sorted({p.message for p in problems}))
+        times = [(film.shown(np.array([frame / film.info.fps]))[0], pictures[frame]) for frame in sorted(pictures)]
+        return Predicted(named, [(float(s), data) for s, data in times], sorted({done(p) for p in problems}))
 
     def _windows(self, info: VideoInfo) -> list[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
         """Place the windows: for each its first frame, its frames [T], and its mask [window_size]."""
@@ -166,10 +172,18 @@ class Predictor:
         made = [make_window(b, info.frames, size=size, snippet_stride=stride, scale=scale) for b in bounds]
         return [(window.start_frame, window.frames, window.mask) for window in made]
 
-    def _stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
-        """Decode the frames of each window, `[T, 3, H, W]`."""
+    def stream(self, film: Film, problems: list[Problem]) -> Iterator[Tensor]:
+        """Decode the frames of each window, `[T, 3, H, W]`, the next one while this one is in use.
+
+        Args:
+            film: as `open` gives it.
+            problems: gets what is odd about its pictures.
+
+        Raises:
+            TensorkeepError: A picture cannot be decoded.
+        """
         keep = self.reader.broken == "keep"
-        return stream_windows(
+        windows = stream_windows(
             film.info.path,
             [frames for _, frames, _ in film.windows],
             size=self.reader.size,
@@ -177,6 +191,7 @@ class Predictor:
             broken="keep" if keep else "error",
             problems=problems,
         )
+        return _ahead(windows)
 
     def _pictures_at(self, film: Film, seconds: Sequence[float]) -> NDArray[np.int64]:
         """Return, of the frames that are decoded, the one nearest to each of `seconds`."""
@@ -230,73 +245,13 @@ class Predictor:
             else:
                 found = fuse_classes(found, probabilities, selection.top, selection.rule)
         order = np.argsort(-found.scores, kind="stable")
-        segments = self._shown(film, found.segments.astype(np.float64))
+        segments = film.shown(found.segments.astype(np.float64))
         return [
             NamedDetection(
                 float(segments[i, 0]), float(segments[i, 1]), classes[found.labels[i]], float(found.scores[i])
             )
             for i in order
         ]
-
-    def _shown(self, film: Film, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Turn seconds at the mean rate into seconds at which the frames there are shown."""
-        if film.times is None:
-            return seconds
-        position = seconds * (film.info.frames / film.info.duration)
-        return np.interp(position, np.arange(len(film.times)), film.times)
-
-
-def shown_times(table: FrameTable, info: VideoInfo) -> NDArray[np.float64] | None:
-    """Return when each frame is shown where the frame rate varies.
-
-    Args:
-        table: presentation times of the file.
-        info: what the file holds.
-
-    Returns:
-        [frames + 1] seconds after the first picture, the last of them the end; None where frames / duration puts every
-        frame within half a frame of its time.
-    """
-    if table.counted or len(table.pts) < 2 or len(table.pts) != info.frames:
-        return None
-    shown = (table.pts - table.pts[0]) * table.time_base
-    if np.abs(shown - np.arange(len(shown)) / info.fps).max() <= 0.5 / info.fps:
-        return None
-    return np.append(shown, shown[-1] + np.median(np.diff(shown)))
-
-
-def find_videos(places: Sequence[str | Path]) -> list[Path]:
-    """List the files named, and the video files (by their ending, sorted) of folders.
-
-    A file that is not there is listed too: reading it will tell.
-
-    Args:
-        places: files and folders.
-
-    Returns:
-        The files, each once, in the order of `places`.
-
-    Raises:
-        TensorkeepError: A folder has no video, or two files would get the same name in the results.
-    """
-    found: list[Path] = []
-    for place in map(Path, places):
-        if not place.is_dir():
-            found.append(place)
-            continue
-        with explained(place):
-            inside = sorted(path for path in place.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-        if not inside:
-            raise TensorkeepError("holds no video", where=place, hint=f"looked for {', '.join(VIDEO_SUFFIXES)}")
-        found += inside
-    found = list(dict.fromkeys(found))
-    by_name: dict[str, Path] = {}
-    for path in found:
-        other = by_name.setdefault(path.stem, path)
-        if other != path:
-            hint = "rename one of them, or predict them into two folders"
-            raise TensorkeepError(f"{other} and {path} would both be called {path.stem!r}", hint=hint)
-    return found
 
 
 def write_predictions(

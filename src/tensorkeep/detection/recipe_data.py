@@ -5,16 +5,19 @@ What a recipe says and this cannot carry out is refused by the key that says it,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from tensorkeep.detection.data.annotations import Annotations, read_annotations, read_class_map
-from tensorkeep.detection.data.clips import Clips, FeatureReader, Item, VideoReader, WindowConfig, make_clips
+from tensorkeep.detection.data.clips import Clips, make_clips
+from tensorkeep.detection.data.item import Item
 from tensorkeep.detection.data.items import find_items
+from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection
 from tensorkeep.detection.recipe.schema import DataConfig, DetectionRecipe, SplitConfig
 from tensorkeep.detection.results.classifiers import read_classifier
@@ -37,7 +40,7 @@ def read_classes(recipe: DetectionRecipe) -> tuple[str, ...]:
         TensorkeepError: the head does not have as many classes.
     """
     data = recipe.data
-    classes = read_class_map(data.class_map) if data.class_map else read_annotations(data.train.annotations).classes
+    classes = _class_map(data.class_map, data) if data.class_map else read_annotations(data.train.annotations).classes
     if not data.class_agnostic and len(classes) != recipe.model.head.classes:
         few = ", ".join(classes[:4])
         raise TensorkeepError(
@@ -48,20 +51,29 @@ def read_classes(recipe: DetectionRecipe) -> tuple[str, ...]:
     return classes
 
 
+def _class_map(path: str, data: DataConfig) -> tuple[str, ...]:
+    """Read a class map; the labels of the training annotations, where those are here, tell its two forms apart."""
+    labels: set[str] = set()
+    if Path(data.train.annotations).exists():
+        with contextlib.suppress(TensorkeepError):  # whoever needs them will tell
+            labels = set(read_annotations(data.train.annotations).classes)
+    return read_class_map(path, labels)
+
+
 def read_clips(recipe: DetectionRecipe, part: Part, classes: Sequence[str], remark: Remark = lambda _: None) -> Clips:
     """The training or the test data of a recipe; what is odd about its files goes to `remark`."""
     data = recipe.data
     split: SplitConfig = getattr(data, part)
     reader = _reader_of(recipe, part)
-    stem = str(PurePosixPath(data.file_pattern).with_suffix("")) if "." in data.file_pattern else data.file_pattern
-    annotations = _named_by_file(_without(read_annotations(split.annotations), split.blocked), stem)
-    items, problems = find_items(annotations, split.subset, split.folder, reader, classes)
+    annotations = _without(read_annotations(split.annotations), split.blocked)
+    items, problems = find_items(
+        annotations, split.subset, split.folder, reader, classes, pattern=data.file_pattern, grid=data.grid
+    )
     for problem in problems[:5]:
         remark(f"{part}: {problem.video}: {problem.message}")
     if len(problems) > 5:
         remark(f"{part}: {len(problems) - 5} more findings of this kind: see check_annotations")
-    head, _, tail = stem.partition("{video}")
-    items = [_adjusted(item, item.name[len(head) : len(item.name) - len(tail)], data, part) for item in items]
+    items = [_adjusted(item, data, part) for item in items]
     steps = max(item.steps for item in items)
     return make_clips(items, window_of(data, part, steps), reader)
 
@@ -71,20 +83,13 @@ def _without(annotations: Annotations, blocked: str | None) -> Annotations:
     return replace(annotations, videos={name: v for name, v in annotations.videos.items() if name not in gone})
 
 
-def _named_by_file(annotations: Annotations, stem: str) -> Annotations:
-    """Videos under the names of their files, which `find_items` looks for."""
-    named = [replace(v, name=stem.replace("{video}", v.name)) for v in annotations.videos.values()]
-    return replace(annotations, videos={v.name: v for v in named})
-
-
-def _adjusted(item: Item, name: str, data: DataConfig, part: Part) -> Item:
-    """An item under its own name, with the recipe's rate, classes and shortest action."""
-    item = item._replace(name=name)
+def _adjusted(item: Item, data: DataConfig, part: Part) -> Item:
+    """An item with the recipe's rate, classes and shortest action."""
     if data.fps is not None:
         item = item._replace(frames=max(round(item.duration * data.fps), 1))
     if data.min_length is not None and part == "train":
         lengths = item.segments[:, 1] - item.segments[:, 0]
-        scale = 1 / item.duration if data.mode == "resized" else item.frames / item.duration
+        scale = 1 / item.duration if data.mode == "resized" else item.fps
         kept = np.flatnonzero(lengths * scale > data.min_length)
         item = item._replace(segments=item.segments[kept], labels=item.labels[kept])
     return item._replace(labels=np.zeros_like(item.labels)) if data.class_agnostic else item
@@ -175,4 +180,5 @@ def evaluation_of(
         world=world,
         context=context,
         loss=training.best == "-loss",
+        remark=remark,
     )

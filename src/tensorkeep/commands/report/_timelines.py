@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tensorkeep.detection.data.annotations import Annotations, Video, read_annotations
-from tensorkeep.detection.data.containers import probe
+from tensorkeep.detection.data.containers import frame_table, probe
+from tensorkeep.detection.data.finding import find_files
+from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
 from tensorkeep.detection.results.results import DetectionTable, read_detections
 from tensorkeep.detection.results.subtitles import NamedDetection, best_rows
 from tensorkeep.detection.results.timeline import STRIP, jpeg, picture_times, timeline
@@ -90,13 +92,17 @@ def _true(video: Video) -> list[NamedDetection]:
 def _pictures(name: str, end: float, sources: Sources | None) -> tuple[list[tuple[float, bytes]], str]:
     """Return small pictures at their seconds, or why there are none."""
     assert sources is not None
-    path = sources.folder / sources.pattern.replace("{video}", name)
     try:
         from tensorkeep.detection.data.video import decode
 
+        found, lacking = find_files(sources.folder, [name], sources.pattern, VIDEO_SUFFIXES)
+        if lacking:
+            return [], f"without pictures: {lacking[name]}"
+        path = found[name]
         info = probe(path)
         times = [seconds for seconds in picture_times(end) if seconds < info.duration]
-        frames = np.array([min(int(seconds * info.fps), info.frames - 1) for seconds in times])
+        shown = frame_table(path).seconds
+        frames = np.clip(np.searchsorted(shown, times, side="right") - 1, 0, info.frames - 1)
         pictures = decode(path, frames, size=STRIP, broken="keep", problems=[])
         return [(seconds, jpeg(picture.numpy())) for seconds, picture in zip(times, pictures)], ""
     except (TensorkeepError, ImportError) as error:

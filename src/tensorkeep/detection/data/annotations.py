@@ -15,7 +15,7 @@ Segments are seconds everywhere. `annotation_checks.check_annotations` explains 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,23 @@ def parse_annotations(document: object, source: str = "annotations") -> Annotati
     elif layout == "mmaction" and _in_clip_times(database):
         layout = "ego4d"
     names = {label for video in videos.values() for label in video.labels} - {AMBIGUOUS}
-    classes = tuple(sorted(names, key=lambda label: (ids.get(label, math.inf), label)))
+    numbered = all(label.isdecimal() for label in names)  # labels that are numbers are in their order, 2 before 10
+    classes = tuple(sorted(names, key=lambda label: (ids.get(label, math.inf), int(label) if numbered else 0, label)))
     return Annotations(videos, classes, layout, source)
 
 
-def read_class_map(path: str | Path) -> tuple[str, ...]:
+def read_class_map(path: str | Path, labels: Collection[str] = ()) -> tuple[str, ...]:
     """Read class names in label order from a text file: one name a line, or `id name` as THUMOS writes it.
+
+    Names may begin with numbers (`5 meter dive`). So lines are ids and names only where the names are among `labels`
+    and the whole lines are not; without labels, where the ids count from 0 or 1 or the names are single words.
+
+    Args:
+        path: the file.
+        labels: class names that annotations use, as far as they are known.
+
+    Returns:
+        The names: in the order of the lines, or of the ids.
 
     Raises:
         TensorkeepError: The file is empty or gives a name twice.
@@ -156,7 +167,12 @@ def read_class_map(path: str | Path) -> tuple[str, ...]:
     rows = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     pairs = [row.split(None, 1) for row in rows]
     if rows and all(len(pair) == 2 and pair[0].isdecimal() for pair in pairs):
-        rows = [pair[1] for pair in sorted(pairs, key=lambda pair: int(pair[0]))]
+        ids, names = [int(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
+        whole, parts = len(set(rows) & set(labels)), len(set(names) & set(labels))
+        counted = sorted(ids) in ([*range(len(ids))], [*range(1, len(ids) + 1)])
+        likely = len(set(ids)) == len(ids) and (counted or not any(" " in name for name in names))
+        if parts > whole or (parts == whole and likely):
+            rows = [name for _, name in sorted(zip(ids, names, strict=True))]
     twice = sorted({row for row in rows if rows.count(row) > 1})
     if not rows or twice:
         what = f"classes listed twice: {', '.join(twice)}" if twice else "no class in it"
@@ -226,6 +242,8 @@ def number_segments(video: Video, classes: Sequence[str]) -> tuple[NDArray[np.fl
     for index in kept:
         if video.labels[index] not in classes:
             hint = near_misses(video.labels[index], classes) or "the class map belongs to another data set"
+            if video.labels[index].isdecimal():
+                hint = "labels are numbers here, the class map has names: write names, or leave the class map out"
             raise TensorkeepError(f"label {video.labels[index]!r} is not in the class map", where=video.name, hint=hint)
     numbers = np.array([classes.index(video.labels[index]) for index in kept], dtype=np.int64)
     return video.segments[kept], numbers

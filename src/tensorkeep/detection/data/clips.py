@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.detection.data.augment import AugmentConfig, augment, centre_crop, draw_augmentation
+from tensorkeep.detection.data.augment import augment, centre_crop, draw_augmentation
 from tensorkeep.detection.data.features import read_features
-from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
+from tensorkeep.detection.data.problems import Problem, done
+from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
 from tensorkeep.detection.data.video import decode
 from tensorkeep.detection.data.windows import (
     Window,
@@ -38,105 +40,11 @@ from tensorkeep.detection.data.windows import (
     make_window,
     place_windows,
     resized_frames,
-    resized_segments,
-    segment_frames,
 )
 from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.errors import TensorkeepError
 
-Broken = Literal["error", "skip", "keep"]
 _TRIES = 200  # places tried for a random window, as in OpenTAD
-
-
-@dataclass(frozen=True)
-class WindowConfig:
-    """How windows are placed and segments kept; names and values of OpenTAD's AdaTAD configs.
-
-    Attributes:
-        method: how windows are placed (see the module).
-        window_size: grid steps of a window.
-        feature_stride: frames between two features (or snippets).
-        sample_stride: every so many features are a grid step.
-        scale_factor: frames decoded for each grid step.
-        offset_frames: frame that grid step 0 stands for (half a clip, for features of clips).
-        window_overlap_ratio: part of a sliding window that the next one repeats.
-        trunc_thresh: part of a segment that must lie in a random window for it to be ground truth there.
-        crop_ratio: range of the part of a video shorter than a window that is kept in training; None: all of it.
-        ioa_thresh: part of a segment that must lie in a sliding window to count there (for a validation loss).
-    """
-
-    method: Literal["random_trunc", "sliding", "resize"] = "random_trunc"
-    window_size: int = 768
-    feature_stride: int = 4
-    sample_stride: int = 1
-    scale_factor: int = 1
-    offset_frames: float = 0.0
-    window_overlap_ratio: float = 0.5
-    trunc_thresh: float = 0.75
-    crop_ratio: tuple[float, float] | None = (0.9, 1.0)
-    ioa_thresh: float = 0.75
-
-    @property
-    def snippet_stride(self) -> int:
-        """Number of frames from one grid step to the next."""
-        return self.feature_stride * self.sample_stride
-
-
-@dataclass(frozen=True)
-class VideoReader:
-    """How frames are read from video files.
-
-    Attributes:
-        size: pixels of the shorter side, and of the square cut out of its middle, where nothing is augmented.
-        augment: random changes for training; None: none.
-        broken: a file or picture that cannot be decoded stops everything ("error"), leaves an empty, masked sample that
-            counts for nothing ("skip"), or is replaced by the picture before it ("keep").
-        threads: of the decoder.
-    """
-
-    size: int = 160
-    augment: AugmentConfig | None = None
-    broken: Broken = "error"
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class FeatureReader:
-    """How features are read from files, in place of frames.
-
-    Attributes:
-        channels: C.
-        channels_first: whether files hold `[C, T]` instead of `[T, C]`.
-        broken: as in `VideoReader`.
-    """
-
-    channels: int
-    channels_first: bool = False
-    broken: Broken = "error"
-
-
-class Item(NamedTuple):
-    """One video (or feature file) of a data set with its ground truth.
-
-    Attributes:
-        name: name of the video.
-        path: its file.
-        frames: number of frames.
-        duration: seconds.
-        size: bytes of the file.
-        steps: time steps of a feature file, 0 for a video.
-        segments: [N, 2] in seconds.
-        labels: [N] class numbers.
-    """
-
-    name: str
-    path: str
-    frames: int
-    duration: float
-    size: int
-    steps: int
-    segments: NDArray[np.float64]
-    labels: NDArray[np.int64]
 
 
 class Place(NamedTuple):
@@ -181,9 +89,9 @@ class Clips:
         problems: list[Problem] = []
         if config.method == "resize":
             mask = torch.ones(config.window_size, dtype=torch.bool)
-            scaled = resized_segments(item.segments, duration=item.duration, length=config.window_size)
+            scaled = resized_positions(item, config.window_size)
             kept, start = np.flatnonzero(scaled[:, 1] > scaled[:, 0]), 0
-            segments = scaled[kept].astype(np.float64)
+            segments = scaled[kept]
             cut = None
         else:
             cut, segments, kept = self._cut(item, place, generator)
@@ -193,20 +101,20 @@ class Clips:
         except TensorkeepError as error:
             if self.reader.broken == "error":
                 raise
-            problems.append(Problem("error", "unreadable video", item.name, error.line))
+            problems.append(Problem("error", "unreadable video", item.name, f"left out: {error.line}"))
             inputs, mask = _nothing(self.reader, config), torch.zeros_like(mask)
             segments, kept = segments[:0], kept[:0]
         meta = {
             "video": item.name,
             "duration": item.duration,
             "frames": item.frames,
-            "fps": item.frames / item.duration,
+            "fps": item.fps,
             "method": config.method,
             "snippet_stride": config.snippet_stride,
             "offset_frames": config.offset_frames,
             "window_start_frame": start,
             "window_size": config.window_size,
-            "problems": [problem.message for problem in problems],
+            "problems": [done(problem) for problem in problems],
         }
         return {
             "inputs": inputs,
@@ -223,7 +131,10 @@ class Clips:
         """
         settings = {**asdict(self.reader), "threads": None, "kind": type(self.reader).__name__}
         rows = [
-            [i.name, i.frames, i.duration, i.size, i.steps, i.segments.tolist(), i.labels.tolist()] for i in self.items
+            [i.name, i.frames, i.duration, i.size, i.steps, i.segments.tolist(), i.labels.tolist()]
+            + ([] if i.times is None else [i.times.tolist()])
+            + ([i.counted] if i.counted else [])
+            for i in self.items
         ]
         text = json.dumps([asdict(self.window), settings, rows, self.places], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(text.encode())
@@ -233,7 +144,7 @@ class Clips:
     ) -> tuple[Window, NDArray[np.float64], NDArray[np.int64]]:
         """Return the window, its segments [M, 2] in grid steps, and their numbers [M] among the item's segments."""
         config, stride = self.window, self.window.snippet_stride
-        grid = segment_frames(item.segments, duration=item.duration, frames=item.frames)
+        grid = frame_positions(item)
         frames = item.steps * stride if item.steps else item.frames
         if config.method == "sliding":
             window = _window(config, (place.first, place.stop), frames)
@@ -272,22 +183,6 @@ def make_clips(items: Sequence[Item], window: WindowConfig, reader: VideoReader 
 def most_segments(clips: Clips) -> int:
     """Return the largest number of segments that a sample can hold."""
     return max(len(item.labels) for item in clips.items)
-
-
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put B samples together into a batch for `Detector`.
-
-    Returns:
-        `inputs` (`[B, 3, T, H, W]` uint8, or `[B, C, T]`), `masks` `[B, T']` bool, and lists of length B: `segments`,
-        `labels`, `meta`.
-    """
-    return {
-        "inputs": torch.stack([sample["inputs"] for sample in samples]),
-        "masks": torch.stack([sample["mask"] for sample in samples]),
-        "segments": [sample["segments"] for sample in samples],
-        "labels": [sample["labels"] for sample in samples],
-        "meta": [sample["meta"] for sample in samples],
-    }
 
 
 def draw_truncation(

@@ -2,36 +2,28 @@
 
 Frame i is the i-th picture in the order of presentation: what decoding the whole file and counting gives. Presentation
 times come from the packets, so i means the same picture whatever the frame rate does, wherever decoding starts, and
-whether or not the header has a count. Where a container's times cannot be trusted (H.264 in AVI has none of its own)
-frames are counted by decoding once. Needs PyAV (`pip install tensorkeep[detection]`).
+whatever the header says. Pictures that an edit list hides, or that lack what they refer to where a file was cut, are
+not shown and so are no frames. Where a container's times cannot be trusted (H.264 in AVI has none of its own, joined
+transport streams start their clock again) frames are counted by decoding once. Needs PyAV
+(`pip install tensorkeep[detection]`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorkeep.detection.data.damage import Packet, clock_restarts, demuxed, find_odd, whole_packets
+from tensorkeep.detection.data.opening import file_state, import_av, opened, quarter_turn
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ts")
-MEND = "play it, or write it anew: ffmpeg -i FILE -c:v libx264 NEW.mp4"
-_UNTRUSTED = {"vp8"}  # its packets need not show a picture
-_ATTACHED = 1024  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a cover, no video
-# a playlist in place of a video would have FFmpeg open whatever it names
-_ALLOWED = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg",
-}
-_LATE = 0.02  # a file whose pictures end this part of its stated length too early was cut short
+# their packets need not show a picture, or their pictures are changes to those before without a keyframe
+_UNTRUSTED = {"vp8", "gif", "apng"}
+_EVEN = 0.5  # frames whose times are off the mean rate by less than this part of a frame are evenly spread
 
 
 class VideoInfo(NamedTuple):
@@ -41,13 +33,15 @@ class VideoInfo(NamedTuple):
         path: the file.
         frames: how many can be read.
         fps: frames / duration.
-        duration: seconds.
+        duration: seconds from the first picture to the end of the last.
         width: pixels, as shown after rotation.
         height: pixels, as shown after rotation.
         rotation: degrees counterclockwise.
         codec: FFmpeg's name of it.
         stated: the header's number of frames, 0 where it has none.
-        problem: how the file is incomplete; None where it is whole.
+        problem: how the file is cut short or damaged, with place and length; None where it is whole.
+        notes: what else is odd about when its pictures are shown.
+        even: whether frames / duration puts every frame within half a frame of its time.
     """
 
     path: str
@@ -60,6 +54,8 @@ class VideoInfo(NamedTuple):
     codec: str
     stated: int
     problem: str | None
+    notes: tuple[str, ...] = ()
+    even: bool = True
 
 
 class FrameTable(NamedTuple):
@@ -67,27 +63,44 @@ class FrameTable(NamedTuple):
 
     Attributes:
         pts: [N] presentation times, rising, in units of `time_base`.
-        key_pts: [K] those of the keyframes.
+        key_pts: [K] those of the keyframes, hidden ones too.
         time_base: seconds.
-        counted: whether the times are of no use, so that frames are found by counting pictures.
+        counted: whether the file's times are of no use for finding frames, so that they are found by counting pictures.
+        step: seconds for which the last frame is shown.
+        lost: how the file is cut short or damaged, a sentence each.
+        notes: what else is odd about its times.
     """
 
     pts: NDArray[np.int64]
     key_pts: NDArray[np.int64]
     time_base: float
     counted: bool
+    step: float
+    lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """[N + 1] seconds after the first picture at which each frame is shown, the last of them the end."""
+        shown = (self.pts - self.pts[0]) * self.time_base
+        return np.append(shown, shown[-1] + self.step)
+
+    def at(self, frame: int) -> float:
+        """Return when a frame is shown, in seconds after the first picture."""
+        return float(self.pts[frame] - self.pts[0]) * self.time_base
 
 
 def probe(path: str | Path) -> VideoInfo:
     """Find out a video's size, rotation, rate and number of frames; one frame is decoded.
 
-    The header's number of frames is taken where the file's index has as many entries; else packets are counted.
+    The index in the header is believed where it is whole, hides nothing and gives every frame the same length, and the
+    file ends with the picture that follows from it; else every packet is looked at.
 
     Args:
         path: a video file.
 
     Returns:
-        What the file holds; `problem` tells whether it was cut short.
+        What the file holds; `problem` tells whether it was cut short or is damaged.
 
     Raises:
         TensorkeepError: The file is missing, is no video or gives no picture, or PyAV is not installed.
@@ -102,22 +115,40 @@ def probe(path: str | Path) -> VideoInfo:
             raise TensorkeepError("has no picture that can be decoded", where=path)
         rotation, width, height = quarter_turn(first.rotation), first.width, first.height
         stated, codec = stream.frames, stream.codec_context.name
-        rate = float(stream.average_rate or 25)
-        seconds = _stated_seconds(container, stream)
-        frames = _indexed_frames(stream, _state(path).st_size)
-    problem = None
-    if not frames or not seconds:
-        table = frame_table(path)
-        frames = len(table.pts)
-        shown = frames / rate
-        if not table.counted and frames > 1:
-            shown = float(table.pts[-1] - table.pts[0]) * table.time_base * frames / (frames - 1)
-        if stated > frames or shown < seconds * (1 - _LATE):
-            problem = f"cut short: {frames} whole frames in {shown:.2f} s, its header says {seconds:.2f} s"
-        seconds = shown if problem or not seconds else seconds
+        known = _even_index(container, stream, first.pts, file_state(path).st_size)
     if rotation % 180:
         width, height = height, width
-    return VideoInfo(str(path), frames, frames / seconds, seconds, width, height, rotation, codec, stated, problem)
+    if known is not None:
+        frames, seconds = known
+        return VideoInfo(str(path), frames, frames / seconds, seconds, width, height, rotation, codec, stated, None)
+    table = frame_table(path)
+    frames, seconds = len(table.pts), float(table.seconds[-1])
+    even = shown_times(table) is None
+    problem = "; ".join(table.lost) or None
+    rate = frames / seconds
+    return VideoInfo(
+        str(path), frames, rate, seconds, width, height, rotation, codec, stated, problem, table.notes, even
+    )
+
+
+def shown_times(table: FrameTable, info: VideoInfo | None = None) -> NDArray[np.float64] | None:
+    """Return when each frame is shown where the frame rate varies.
+
+    Args:
+        table: presentation times of the file.
+        info: what the file holds; None: as the table has it.
+
+    Returns:
+        [frames + 1] seconds after the first picture, the last of them the end; None where frames / duration puts every
+        frame within half a frame of its time.
+    """
+    shown = table.seconds
+    frames, duration = (len(table.pts), float(shown[-1])) if info is None else (info.frames, info.duration)
+    if frames != len(table.pts):
+        return None
+    mean = duration / frames
+    even = np.abs(shown[:-1] - np.arange(frames) * mean).max() <= _EVEN * mean
+    return None if even else shown
 
 
 def frame_table(path: str | Path) -> FrameTable:
@@ -128,7 +159,7 @@ def frame_table(path: str | Path) -> FrameTable:
     Raises:
         TensorkeepError: The file cannot be read or has no frame.
     """
-    state = _state(path)
+    state = file_state(path)
     return _frame_table(str(path), state.st_size, state.st_mtime_ns)
 
 
@@ -138,93 +169,136 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
     del length, changed
     with opened(path) as (container, stream):
         codec, kind, unit = stream.codec_context.name, container.format.name, float(stream.time_base or 1)
-        rows = [
-            (packet.pts, packet.dts, packet.is_keyframe)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_corrupt and not packet.is_discard
+        rate = float(stream.average_rate or 25)
+        every = [
+            Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard, p.size, p.pos)
+            for p in demuxed(container, stream)
+            if p.size or p.dts is not None
         ]
-    times = [pts for pts, _, _ in rows if pts is not None]
-    # AVI has one time a packet, the decoder's: where pictures are reordered nothing says when they are shown
-    guessed = kind == "avi" and any(pts != dts for pts, dts, _ in rows)
-    if codec in _UNTRUSTED or guessed or len(set(times)) != len(rows):
-        return _counted_table(path, unit)
-    if not rows:
+    rows, torn = whole_packets(every)
+    shown = [row for row in rows if not row.discard]
+    if not shown:
         raise TensorkeepError("has no whole frame", where=path, hint="the file may be cut short")
-    keys = np.array(sorted(pts for pts, _, key in rows if key) or [min(times)], dtype=np.int64)
-    return FrameTable(np.sort(np.array(times, dtype=np.int64)), keys, unit, False)
+    restarts = clock_restarts(rows)
+    # AVI has one time a packet, the decoder's: where pictures are reordered nothing says when they are shown
+    guessed = kind == "avi" and any(row.pts != row.dts for row in shown)
+    plain = codec not in _UNTRUSTED and not guessed and not restarts
+    shown = _presented(path, rows, shown) if plain else shown
+    times = [row.pts for row in shown if row.pts is not None]
+    if not plain or len(set(times)) != len(shown) or not shown:
+        table = _counted_table(path, unit, rate, [row.dts for row in rows if row.dts is not None], bool(restarts))
+    else:
+        keys = sorted(row.pts for row in rows if row.key and row.pts is not None) or [min(times)]
+        pts = np.sort(np.array(times, dtype=np.int64))
+        table = FrameTable(pts, np.array(keys, dtype=np.int64), unit, False, _last_step(pts, unit, rate))
+    lost, notes = find_odd(Path(path), partial(opened, path), table.seconds, rows, torn=torn, restarts=restarts)
+    return table._replace(lost=(*table.lost, *lost), notes=notes)
 
 
-def _counted_table(path: str, unit: float) -> FrameTable:
-    """Make the table of a file without usable times by decoding it; damaged frames at its end are left out."""
-    number = count = 0
+def _presented(path: str, rows: list[Packet], shown: list[Packet]) -> list[Packet]:
+    """Leave out the pictures at the start of a cut file that lack what they refer to, as decoding it shows.
+
+    Those are suspected that come before the first keyframe, in the file or on the screen.
+    """
+    number = next((k for k, row in enumerate(rows) if row.key), len(rows))
+    key = rows[number].pts if number < len(rows) else None
+    early = {row.pts for row in rows[:number]}
+    early |= {row.pts for row in rows[number:] if key is not None and row.pts is not None and row.pts < key}
+    early &= {row.pts for row in shown}
+    if not early:
+        return shown
+    found = set()
+    av = import_av()
     with opened(path) as (container, stream):
-        for packet in container.demux(stream):
-            with contextlib.suppress(import_av().error.InvalidDataError):  # whoever asks for such a frame is told
+        for packet in demuxed(container, stream):
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                continue
+            found |= {frame.pts for frame in frames}
+            if key is not None and any(frame.pts is not None and frame.pts >= key for frame in frames):
+                break
+    return [row for row in shown if row.pts not in early or row.pts in found]
+
+
+def _counted_table(path: str, unit: float, rate: float, dts: list[int], restarted: bool) -> FrameTable:
+    """Make the table of a file without usable times by decoding it; damaged frames at its end are left out.
+
+    Times are those of the decoded pictures; where they do not rise, those at which they were decoded, or evenly spread
+    ones. Where a clock started again each part goes on where the one before ended.
+    """
+    times: list[int | None] = []
+    number = failed = 0
+    where = 0
+    av = import_av()
+    with opened(path) as (container, stream):
+        for packet in demuxed(container, stream):
+            try:
                 for frame in packet.decode():
-                    count += 1
-                    number = number if frame.is_corrupt else count
+                    times.append(frame.pts)
+                    number = number if frame.is_corrupt else len(times)
+            except av.error.InvalidDataError:
+                where = where if failed or not times else len(times)
+                failed += bool(times)  # pictures before the first one lack what they refer to where a file was cut
     if not number:
         raise TensorkeepError("has no whole frame", where=path, hint="the file may be cut short")
     nothing = np.zeros(0, dtype=np.int64)
-    return FrameTable(np.arange(number), nothing, unit, True)
+    pts, unit = _rising(times[:number], unit, rate, dts, restarted)
+    table = FrameTable(pts, nothing, unit, True, _last_step(pts, unit, rate))
+    if failed and where < number:
+        what = f"{failed} pictures cannot be decoded, the first after frame {where - 1} ({table.seconds[where]:.2f} s)"
+        table = table._replace(lost=(what,))
+    return table
 
 
-def _stated_seconds(container: Any, stream: Any) -> float:
-    """Return the length in seconds that the header gives, 0 where it gives none."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1e6 if container.duration else 0.0
+def _rising(
+    times: list[int | None], unit: float, rate: float, dts: list[int], restarted: bool
+) -> tuple[NDArray[np.int64], float]:
+    """Return rising times of pictures, and their unit in seconds (see `_counted_table`)."""
+    number = len(times)
+    known = [t for t in times if t is not None]
+    if len(known) == number:
+        made = np.array(known, dtype=np.int64)
+        if restarted:
+            steps = np.diff(made)
+            usual = int(np.median(steps[steps > 0])) if (steps > 0).any() else max(1, round(1 / rate / unit))
+            made = made[0] + np.concatenate([[0], np.cumsum(np.where(steps > 0, steps, usual))])
+        if (np.diff(made) > 0).all():
+            return made, unit
+    ordered = np.unique(np.array(dts, dtype=np.int64))
+    if len(ordered) == number and not restarted:
+        return ordered, unit
+    return np.arange(number), 1 / rate
 
 
-def _indexed_frames(stream: Any, length: int) -> int:
-    """Return the header's number of frames where the index has each of them within `length` bytes; else 0."""
-    entries = stream.index_entries
-    if not stream.frames or len(entries) != stream.frames:
-        return 0
-    inside = all(entry.pos + entry.size <= length and not entry.is_discard for entry in entries)
-    return int(stream.frames) if inside else 0
+def _last_step(pts: NDArray[np.int64], unit: float, rate: float) -> float:
+    """Return the seconds of the last frame: those of the others where they are evenly spread, else their median."""
+    if len(pts) < 2:
+        return 1 / rate
+    mean = float(pts[-1] - pts[0]) / (len(pts) - 1)
+    even = np.abs(pts - pts[0] - np.arange(len(pts)) * mean).max() <= _EVEN * mean
+    return (mean if even else float(np.median(np.diff(pts)))) * unit
 
 
-@contextlib.contextmanager
-def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Open a video file; gives PyAV's container and its first stream of moving pictures.
+def _even_index(container: Any, stream: Any, first: int | None, length: int) -> tuple[int, float] | None:
+    """Return frames and seconds of a file whose index gives every frame the same length; None where it may not be so.
 
-    Raises:
-        TensorkeepError: The file is no video or has no video stream, in place of FFmpeg's own errors.
+    MP4 and MOV alone have such an index: where it is whole nothing of the file can be missing. Its times are those of
+    decoding, which are even where the pictures' are, but for the last few: so the last pictures are looked at.
     """
-    av = import_av()
-    _state(path)
-    with explained(path):
-        try:
-            with av.open(f"file:{Path(path).absolute()}", options=_ALLOWED) as container:
-                streams = [s for s in container.streams.video if not s.disposition & _ATTACHED]
-                if not streams:
-                    raise TensorkeepError("has no video stream", where=path)
-                stream = streams[0]
-                stream.codec_context.thread_type = "AUTO" if threads != 1 else "NONE"
-                stream.codec_context.thread_count = threads
-                yield container, stream
-        except av.error.FFmpegError as error:
-            if isinstance(error, OSError):
-                raise
-            raise TensorkeepError(f"cannot be read as a video: {error.strerror}", where=path, hint=MEND) from None
-
-
-def quarter_turn(degrees: int) -> int:
-    """Return the nearest multiple of 90 degrees in [0, 360): pictures are never turned by less."""
-    return round(degrees / 90) * 90 % 360
-
-
-def _state(path: str | Path) -> os.stat_result:
-    """Return size and time of change of a file; a missing file is a TensorkeepError."""
-    with explained(path):
-        return Path(path).stat()
-
-
-def import_av() -> Any:
-    """Import PyAV; raises TensorkeepError that says how to install it where it is missing."""
-    try:
-        return importlib.import_module("av")
-    except ImportError as error:
-        hint = "pip install 'tensorkeep[detection]'"
-        raise TensorkeepError(f"reading videos needs PyAV: {error}", where="video", hint=hint) from error
+    entries = stream.index_entries
+    if not container.format.name.startswith("mov") or first is None or stream.frames < 2:
+        return None
+    if len(entries) != stream.frames:
+        return None
+    rows = [(entry.timestamp, entry.pos + entry.size, entry.is_discard) for entry in entries]
+    times = np.array([row[0] for row in rows], dtype=np.int64)
+    mean = float(times[-1] - times[0]) / (len(times) - 1)
+    uneven = np.abs(times - times[0] - np.arange(len(times)) * mean).max() > _EVEN * mean
+    if mean <= 0 or uneven or any(end > length or hidden for _, end, hidden in rows):
+        return None
+    container.seek(int(times[-1]), stream=stream, backward=True)
+    last = [packet.pts for packet in demuxed(container, stream) if packet.size and packet.pts is not None]
+    if not last or abs(max(last) - first - (len(times) - 1) * mean) > _EVEN * mean:
+        return None
+    return len(times), float((max(last) - first) * stream.time_base * len(times) / (len(times) - 1))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from tensorkeep.detection.data.annotations import Annotations, Video, number_segments
-from tensorkeep.detection.data.clips import FeatureReader, Item, VideoReader
-from tensorkeep.detection.data.containers import VIDEO_SUFFIXES, probe
+from tensorkeep.detection.data.containers import frame_table, probe, shown_times
 from tensorkeep.detection.data.features import SUFFIXES, count_features
+from tensorkeep.detection.data.finding import find_files
+from tensorkeep.detection.data.item import Item
+from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
 from tensorkeep.detection.data.problems import Problem
-from tensorkeep.detection.data.video_checks import check_video
+from tensorkeep.detection.data.readers import FeatureReader, VideoReader
+from tensorkeep.detection.data.video_checks import UNUSABLE, check_video
 from tensorkeep.errors import TensorkeepError
+
+Grid = Literal["time", "opentad"]
 
 
 def find_items(
@@ -20,16 +26,22 @@ def find_items(
     folder: str | Path,
     reader: VideoReader | FeatureReader,
     classes: Sequence[str] | None = None,
+    *,
+    pattern: str = "{video}",
+    grid: Grid = "time",
 ) -> tuple[list[Item], list[Problem]]:
     """Find the videos (or feature files) of a subset in `folder` by name, and check them.
 
     Args:
         annotations: the ground truth.
         subset: name of the subset.
-        folder: holds one file for each video, called as the video is.
-        reader: with `broken="error"` a missing, unreadable or truncated file is an error; with "skip" such files are
-            left out; with "keep" truncated ones stay. Each of them is a problem.
+        folder: holds one file for each video, there or in folders below.
+        reader: with `broken="error"` a missing, unreadable, damaged or truncated file is an error; with "skip" such
+            files are left out; with "keep" damaged and truncated ones stay. Each of them is a problem, which says so.
         classes: class names in label order; None: those of the annotations.
+        pattern: what a file is called, see `finding.find_files`.
+        grid: "time" puts annotated seconds on the frames shown then, "opentad" on seconds / duration * frames of the
+            annotation, whatever the file holds.
 
     Returns:
         The items in file order, and what is odd about them.
@@ -41,9 +53,15 @@ def find_items(
         >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
     """
     classes = annotations.classes if classes is None else classes
+    videos = annotations.of_subset(subset)
+    suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
+    files, lacking = find_files(folder, [video.name for video in videos], pattern, suffixes)
     items, problems = [], []
-    for video in annotations.of_subset(subset):
-        found, odd = _find_item(video, Path(folder), reader, classes)
+    for video in videos:
+        if video.name in lacking:
+            problems.append(Problem("error", "no file", video.name, lacking[video.name]))
+            continue
+        found, odd = _item_of(video, files[video.name], reader, classes, grid)
         problems += odd
         if found is not None:
             items.append(found)
@@ -58,34 +76,40 @@ def find_items(
     return items, problems
 
 
-def _find_item(
-    video: Video, folder: Path, reader: VideoReader | FeatureReader, classes: Sequence[str]
+def _item_of(
+    video: Video, path: Path, reader: VideoReader | FeatureReader, classes: Sequence[str], grid: Grid
 ) -> tuple[Item | None, list[Problem]]:
-    """Find and check the file of one video; no item where it cannot be used."""
-    suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
-    path = next(
-        (folder / (video.name + suffix) for suffix in suffixes if (folder / (video.name + suffix)).exists()), None
-    )
-    if path is None:
-        return None, [Problem("error", "no file", video.name, f"no {video.name} with one of {', '.join(suffixes)}")]
+    """Check the file of one video; no item where it cannot be used."""
     segments, labels = number_segments(video, classes)
-    steps, problems = 0, []
+    size = path.stat().st_size
+    frames, duration = video.frames or 0, video.duration or 0.0
     if isinstance(reader, FeatureReader):
         try:
             steps = count_features(path, reader.channels, channels_first=reader.channels_first)
         except TensorkeepError as error:
             return None, [Problem("error", "unreadable features", video.name, error.line)]
-        frames, duration = video.frames or 0, video.duration or 0.0
         if not frames and duration and video.fps:
             frames = round(duration * video.fps)
         if not frames or not duration:
             message = "features need the annotation's 'duration' and 'frame' (or 'fps')"
             return None, [Problem("error", "no duration", video.name, message)]
-    else:
-        problems = check_video(path, video)
-        lost = [p for p in problems if p.kind in ("unreadable video", "truncated video")]
-        if any(p.kind == "unreadable video" for p in lost) or (lost and reader.broken != "keep"):
-            return None, problems
-        info = probe(path)
-        frames, duration = info.frames, info.duration
-    return Item(video.name, str(path), frames, duration, path.stat().st_size, steps, segments, labels), problems
+        return Item(video.name, str(path), frames, duration, size, steps, segments, labels), []
+    problems = check_video(path, video)
+    unusable = any(p.kind == "unreadable video" for p in problems)
+    faulty = any(p.kind in UNUSABLE for p in problems)
+    if unusable or (faulty and reader.broken != "keep"):
+        return None, [_with_end(p, "left out") for p in problems]
+    problems = [_with_end(p, "kept") for p in problems]
+    info = probe(path)
+    if grid == "opentad":
+        if not frames or not duration:
+            message = "grid: opentad needs the annotation's 'duration' and 'frame'"
+            return None, [*problems, Problem("error", "no duration", video.name, message)]
+        return Item(video.name, str(path), info.frames, duration, size, 0, segments, labels, None, frames), problems
+    times = None if info.even else shown_times(frame_table(path), info)
+    return Item(video.name, str(path), info.frames, info.duration, size, 0, segments, labels, times), problems
+
+
+def _with_end(problem: Problem, done: str) -> Problem:
+    """Say what was done with a file that is cut short, damaged or unreadable."""
+    return problem._replace(message=f"{done}: {problem.message}") if problem.kind in UNUSABLE else problem

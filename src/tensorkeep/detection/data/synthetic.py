@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
-from tensorkeep.detection.data.containers import import_av
+from tensorkeep.detection.data.opening import import_av
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.storage.overwriting import Kind, listed
 from tensorkeep.storage.placement import replacing

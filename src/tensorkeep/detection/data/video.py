@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tensorkeep.detection.data.containers import MEND, FrameTable, frame_table, import_av, opened, quarter_turn
+from tensorkeep.detection.data.containers import FrameTable, frame_table
+from tensorkeep.detection.data.damage import demuxed
+from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import TensorkeepError
 
@@ -168,12 +170,21 @@ def _pictures(
     last: Picture | None = None
     waiting: list[int] = []  # frames that did not come, before the first that did
     shape: tuple[int, int] | None = None
+    stored: tuple[int, int] | None = None  # width and height in the file, of the frame before
+    run: _Run | None = None
     for k, (index, frame, damaged) in enumerate(_frames(path, table, indices, threads, broken)):
         if damaged or frame is None:
-            what = f"frame {index} {'cannot be decoded' if frame is None else 'is damaged'}"
+            run = _damage(table, k, index, frame is None, run)
             if broken == "error":
-                raise TensorkeepError(what, where=path, hint=MEND)
-            found.append(Problem("warning", "damaged video", Path(path).stem, what))
+                raise TensorkeepError(run.message, where=path, hint=MEND)
+            found[len(found) - (run.frames > 1) :] = [Problem("warning", "damaged video", Path(path).stem, run.message)]
+        if frame is not None:
+            now = (frame.width, frame.height)
+            if stored is not None and stored != now:
+                what = _other_size(table, index, stored, now)
+                found.append(Problem("warning", "size changes", Path(path).stem, what))
+                run = None
+            stored = now
         if frame is None and last is None:
             waiting.append(index)
             continue
@@ -192,6 +203,36 @@ def _pictures(
         yield index, last
     if waiting:
         raise TensorkeepError(f"none of its frames {waiting[0]} to {waiting[-1]} can be decoded", where=path, hint=MEND)
+
+
+class _Run(NamedTuple):
+    """Frames in a row that are damaged or lacking.
+
+    `last` is the number, among the frames wanted, of the last of them, `first` the first frame, `frames` how many.
+    """
+
+    last: int
+    first: int
+    frames: int
+    lacking: bool
+    message: str
+
+
+def _damage(table: FrameTable, number: int, index: int, lacking: bool, run: _Run | None) -> _Run:
+    """Say which frames are damaged or lacking: `index`, the `number`th wanted, with those of `run` where it goes on."""
+    if run is None or run.last != number - 1 or run.lacking is not lacking:
+        run = _Run(number, index, 0, lacking, "")
+    what = f"frame {index} ({table.at(index):.2f} s)"
+    if run.frames:
+        what = f"frames {run.first} to {index} ({table.at(run.first):.2f} to {table.at(index):.2f} s)"
+    done = "cannot be decoded" if lacking else ("are damaged" if run.frames else "is damaged")
+    return _Run(number, run.first, run.frames + 1, lacking, f"{what} {done}")
+
+
+def _other_size(table: FrameTable, index: int, before: tuple[int, int], now: tuple[int, int]) -> str:
+    """Say that pictures have another size from a frame on; sizes are width and height."""
+    what = f"its pictures are {now[0]} x {now[1]} from frame {index} ({table.at(index):.2f} s) on"
+    return f"{what}, {before[0]} x {before[1]} before: scaled to one size"
 
 
 def _frames(
@@ -230,9 +271,9 @@ def _reach(
         if key >= 0:
             container.seek(int(table.key_pts[key]), stream=stream, backward=True)
         since = int(table.key_pts[key]) if key > 0 else None
-        wanted = {int(table.pts[index]): index for index in run}
+        wanted = {index if table.counted else int(table.pts[index]): index for index in run}
         place, damaged = 0, False
-        for count, frame in enumerate(_decoded(container, stream, wanted, skips, broken, path)):
+        for count, frame in enumerate(_decoded(container, stream, wanted, skips, broken, path, table)):
             stamp = count if table.counted else frame.pts
             # pictures before the keyframe lack what they refer to
             if since is None or (stamp is not None and stamp >= since):
@@ -252,14 +293,20 @@ def _reach(
 
 
 def _decoded(
-    container: Any, stream: Any, wanted: dict[int, int], skips: bool, broken: Broken, path: str | Path
+    container: Any,
+    stream: Any,
+    wanted: dict[int, int],
+    skips: bool,
+    broken: Broken,
+    path: str | Path,
+    table: FrameTable,
 ) -> Iterator[Any]:
     """Decode pictures from here on, in the order they are shown.
 
     With `skips` those that are neither wanted nor referred to by others may be left out.
     """
     av, context, skipping = import_av(), stream.codec_context, False
-    for packet in container.demux(stream):
+    for packet in demuxed(container, stream):
         skip = skips and packet.pts is not None and packet.pts not in wanted
         if skip is not skipping:  # said only where it changes: saying it costs a tenth of decoding a small picture
             context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
@@ -267,7 +314,9 @@ def _decoded(
             yield from packet.decode()
         except av.error.InvalidDataError as error:
             if broken == "error":
-                raise TensorkeepError(f"cannot be decoded: {error}", where=path, hint=MEND) from None
+                known = packet.pts is not None and not table.counted
+                at = f" at {(packet.pts - int(table.pts[0])) * table.time_base:.2f} s" if known else ""
+                raise TensorkeepError(f"cannot be decoded{at}: {error.strerror}", where=path, hint=MEND) from None
 
 
 def _runs(table: FrameTable, indices: NDArray[np.int64]) -> list[tuple[int, list[int]]]:

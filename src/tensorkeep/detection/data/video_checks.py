@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from tensorkeep.detection.data.annotations import Video
-from tensorkeep.detection.data.containers import VideoInfo, frame_table, probe
+from tensorkeep.detection.data.containers import VideoInfo, probe
 from tensorkeep.detection.data.problems import Problem
-from tensorkeep.detection.data.video import find_damage
 from tensorkeep.errors import TensorkeepError
 
-_DRIFT = 0.5  # seconds
+UNUSABLE = ("unreadable video", "truncated video", "damaged video")  # kinds of problems with a file itself
 
 
-def check_video(path: str | Path, video: Video | None = None, *, thorough: bool = False) -> list[Problem]:
+def check_video(path: str | Path, video: Video | None = None) -> list[Problem]:
     """List what is odd about a video file and about the annotation that goes with it.
 
     Args:
         path: a video file; one that cannot be read is one error in the list.
         video: its annotation, to be compared with the file; None: only the file is looked at.
-        thorough: also decode every frame, and look at when each is shown.
 
     Returns:
         One problem for each thing found; none where the file is sound.
@@ -35,29 +31,15 @@ def check_video(path: str | Path, video: Video | None = None, *, thorough: bool 
     problems: list[Problem] = []
     try:
         info = probe(path)
-        if thorough:
-            problems += [*find_damage(path, info.frames), *_unsteady(path, info)]
     except TensorkeepError as error:
         return [Problem("error", "unreadable video", name, error.line)]
     if info.problem:
-        problems.append(Problem("error", "truncated video", name, info.problem))
+        kind = "truncated video" if "cut short" in info.problem else "damaged video"
+        problems.append(Problem("error", kind, name, info.problem))
+    problems += [Problem("warning", "pause in the video", name, note) for note in info.notes]
     if video is not None:
         problems += _disagreements(info, video)
     return [problem._replace(video=name) for problem in problems]
-
-
-def _unsteady(path: str | Path, info: VideoInfo) -> Iterator[Problem]:
-    """Look for a variable frame rate; annotated seconds are turned into frames as if the rate were constant."""
-    table = frame_table(path)
-    if table.counted:
-        return
-    shown = (table.pts - table.pts[0]) * table.time_base
-    drift = float(np.abs(shown - np.arange(len(shown)) / info.fps).max())
-    if drift > _DRIFT:
-        message = (
-            f"its frame rate varies: frames are shown up to {drift:.2f} s away from where {info.fps:.3f} a second puts"
-        )
-        yield Problem("warning", "variable frame rate", None, f"{message} them (ffmpeg -i FILE -vf fps=30 NEW.mp4)")
 
 
 def _disagreements(info: VideoInfo, video: Video) -> Iterator[Problem]:

@@ -28,7 +28,7 @@ class Window(NamedTuple):
         last: its last snippet that lies in the video.
         start_frame: the frame at which it begins.
         frames: [size * scale] numbers of the frames to decode.
-        mask: [size], True for snippets that lie in the video, False for padding.
+        mask: [size], True for snippets that lie whole in the video, False for padding.
     """
 
     first: int
@@ -86,7 +86,8 @@ def place_windows(snippets: int, size: int, overlap: float) -> list[tuple[int, i
 def make_window(bounds: tuple[int, int], frames: int, *, size: int, snippet_stride: int, scale: int = 1) -> Window:
     """Make the window that covers snippets `bounds`, padded to `size` by repeating its last frame.
 
-    A video's last snippet may be cut: its frames past the end are the last sampled frame again.
+    A video's last snippet may be cut: its frames past the end are the last sampled frame again. Where `scale` frames
+    are decoded for each snippet and the video does not have all of them, the mask ends before it, as OpenTAD's does.
 
     Args:
         bounds: first and one-past-last snippet.
@@ -107,9 +108,10 @@ def make_window(bounds: tuple[int, int], frames: int, *, size: int, snippet_stri
         raise TensorkeepError(f"snippet stride {snippet_stride} is no multiple of {scale} frames a snippet")
     apart = snippet_stride // scale
     shown = np.arange(first * snippet_stride, stop * snippet_stride, apart)
+    whole = max(int((shown < frames).sum()) // scale, 1)  # a video of less than one snippet is one all the same
     shown = np.minimum(shown, (frames - 1) // apart * apart)
     shown = np.concatenate([shown, np.full((size - (stop - first)) * scale, shown[-1])])
-    return Window(first, stop - 1, first * snippet_stride, shown, np.arange(size) < stop - first)
+    return Window(first, stop - 1, first * snippet_stride, shown, np.arange(size) < whole)
 
 
 def segment_frames(segments: Floats, *, duration: float, frames: int) -> Floats:

@@ -50,7 +50,10 @@ class DataConfig:
         test: The part that is evaluated on.
         class_map: One class name a line, in label order; null: the annotations' own order.
         inputs: Video files, or features of a whole video in one file.
-        file_pattern: The file of a video in its folder.
+        file_pattern: The file of a video in its folder or below; another ending, in either case, will do where there is
+            none of the ending given.
+        grid: `time` puts annotated seconds on the frames shown then; `opentad` on seconds / duration x frames of the
+            annotation, as OpenTAD does whatever the file holds: the same where the rate is constant.
         mode: `sliding` trains on random windows and tests on overlapping ones; `resized` shows a whole video as
             `window_size` grid steps; `whole` (features) trains on random windows and tests on the whole video.
         window_size: Grid steps of a window.
@@ -78,6 +81,7 @@ class DataConfig:
     class_map: str | None = None
     inputs: Literal["video", "features"] = "video"
     file_pattern: str = "{video}.mp4"
+    grid: Literal["time", "opentad"] = "time"
     mode: Literal["sliding", "resized", "whole"] = "sliding"
     window_size: int = 768
     feature_stride: int = 4

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.data.containers import import_av
+from tensorkeep.detection.data.opening import import_av
 from tensorkeep.detection.results.subtitles import NamedDetection
 from tensorkeep.errors import printable
 

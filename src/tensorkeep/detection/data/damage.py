@@ -1,0 +1,268 @@
+"""What is wrong with a video file's packets: cut short, clocks that start again, and holes, with place and length.
+
+A file is cut short where its header gives a length that none of its streams reaches, where its index points past its
+end, or where its last packet is not whole. Footage is lost where no picture is shown for more than a few frame times
+and bytes lie there that belong to no packet. A long pause between pictures alone is no damage (screens are recorded
+so); it is told where all other pictures come at an even rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Opened = Callable[[], AbstractContextManager[tuple[Any, Any]]]  # gives PyAV's container and the video stream
+_LATE = 0.02  # a file whose streams end this part of its stated length too early was cut short
+_FEW = 3.5  # a step of more than so many frame times is looked into
+_PAUSE = (10, 0.5)  # frame times and seconds of a pause that is told
+_STRAY = {"mpegts": 1000, "mpeg": 1000, "asf": 1000}  # bytes between two packets that are nothing unusual there
+_LITTLE = 200  # elsewhere
+_STATES_LENGTH = ("matroska", "flv", "asf", "avi", "mov")  # whose headers give a length; others' is a guess
+_TS_PACKETS = (188, 192, 204)
+_HEAD, _TAIL = 4096, 65536  # bytes that are looked at
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # its object that has the file's length
+_BEHIND = 0.02  # part of a file at its end that may be no packet
+
+
+class Packet(NamedTuple):
+    """What is known of a packet of the video stream without decoding it.
+
+    Attributes:
+        pts: presentation time in the stream's units, where it has one.
+        dts: decoding time, likewise.
+        key: whether decoding may start here.
+        corrupt: whether the container calls it damaged or cut off.
+        discard: whether an edit list hides its picture.
+        size: bytes.
+        pos: where it lies in the file, where that is known.
+    """
+
+    pts: int | None
+    dts: int | None
+    key: bool
+    corrupt: bool
+    discard: bool
+    size: int
+    pos: int | None
+
+
+def demuxed(container: Any, *streams: Any) -> Iterator[Any]:
+    """Give the packets of streams as PyAV does, and the empty ones at the end that have a decoder give what it holds.
+
+    Args:
+        container: PyAV's.
+        streams: of the container.
+    """
+    ended = False
+    for _ in range(3):
+        try:
+            for packet in container.demux(*streams):
+                ended = not packet.size and packet.dts is None
+                yield packet
+        except IndexError:  # noise can look like another stream, which PyAV stumbles over when the file ends
+            if not ended:
+                continue
+        return
+
+
+def whole_packets(packets: Sequence[Packet]) -> tuple[list[Packet], bool]:
+    """Return the packets that hold something, without one that is cut off at the end; and whether there was one."""
+    rows = [packet for packet in packets if packet.size]
+    torn = bool(rows) and rows[-1].corrupt
+    while rows and rows[-1].corrupt:
+        rows.pop()
+    return rows, torn
+
+
+def clock_restarts(rows: Sequence[Packet]) -> list[int]:
+    """Return the packets, by number, at which decoding times fall back: another recording was appended there."""
+    known = [(number, row.dts) for number, row in enumerate(rows) if row.dts is not None]
+    if len(known) < 3:
+        return []
+    times = np.array([dts for _, dts in known], dtype=np.int64)
+    steps = np.diff(times)
+    usual = np.median(steps[steps > 0]) if (steps > 0).any() else 0
+    return [known[k + 1][0] for k in np.flatnonzero(steps < -2 * usual).tolist()] if usual else []
+
+
+def find_odd(
+    path: Path,
+    opened: Opened,
+    seconds: NDArray[np.float64],
+    rows: Sequence[Packet],
+    *,
+    torn: bool,
+    restarts: Sequence[int],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Find out what is wrong with a file, and what is merely odd about when its pictures are shown.
+
+    Args:
+        path: the file.
+        opened: opens it.
+        seconds: [frames + 1] at which its frames are shown, and the end.
+        rows: the video stream's packets in the order of the file.
+        torn: whether the last packet was cut off.
+        restarts: packets at which the clock starts again.
+
+    Returns:
+        Sentences on what is lost or mixed up, and on what is odd.
+    """
+    lost: list[str] = []
+    frames = len(seconds) - 1
+    with opened() as (container, stream):
+        lost += _missing_of_index(container, stream, rows, seconds)
+        short = None if lost else _cut_short(path, opened, container, stream, seconds, torn)
+        kind = container.format.name
+    lost += [short] if short else []
+    behind = 0 if lost or restarts else _bytes_behind(path, opened, kind, rows)
+    if behind:
+        lost.append(f"the last {behind} bytes, behind frame {frames - 1} ({seconds[-1]:.2f} s), cannot be read")
+    if restarts:
+        first = min(restarts[0], len(seconds) - 2)
+        what = f"its clock starts again {len(restarts)} times, first" if len(restarts) > 1 else "its clock starts again"
+        lost.append(f"{what} at frame {first} ({seconds[first]:.2f} s): recordings were joined there")
+    damaged, pauses = _holes(opened, kind, seconds)
+    return (*lost, *damaged), pauses
+
+
+def _cut_short(
+    path: Path, opened: Opened, container: Any, stream: Any, seconds: NDArray[np.float64], torn: bool
+) -> str | None:
+    """Say how a file ends too early; None where it does not."""
+    frames, end, length = len(seconds) - 1, float(seconds[-1]), path.stat().st_size
+    kind = container.format.name.partition(",")[0]
+    what = f"cut short: {frames} whole frames in {end:.2f} s"
+    said = float(stream.duration * stream.time_base) if kind == "avi" and stream.duration else 0.0
+    said = said or (container.duration or 0) / 1e6
+    if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
+        return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
+    states = kind in _STATES_LENGTH and not (kind == "mov" and stream.frames)  # an edited MP4's index says all
+    if states and end < said * (1 - _LATE) and _last_end(opened) < said * (1 - _LATE):
+        return f"{what}, its header says {said:.2f} s"
+    if torn:
+        return f"{what}, and the beginning of one more"
+    if _lacks_end(path, kind, length):
+        return f"{what}, then the file ends where its format has more"
+    if kind == "mpegts" and all(length % size for size in _TS_PACKETS):
+        return f"{what}, it ends within a packet"
+    return None
+
+
+def _lacks_end(path: Path, kind: str, length: int) -> bool:
+    """Return whether a file lacks the mark of its format's end, or bytes that its header or its last page counts."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+        file.seek(max(0, length - _TAIL))
+        tail = file.read()
+    if kind == "gif":
+        return not tail.rstrip(b"\0").endswith(b";")
+    if kind == "ogg":  # a page's head gives the lengths of its parts
+        page = tail.rfind(b"OggS")
+        parts = tail[page + 27 : page + 27 + tail[page + 26]] if len(tail) > page + 26 else b""
+        return page >= 0 and page + 27 + len(parts) + sum(parts) > len(tail)
+    if kind == "mpeg":  # so does a packet's
+        packet = max(tail.rfind(mark) for mark in (b"\0\0\1\xe0", b"\0\0\1\xc0", b"\0\0\1\xbd"))
+        return packet >= 0 and packet + 6 + int.from_bytes(tail[packet + 4 : packet + 6], "big") > len(tail)
+    if kind == "asf":
+        place = head.find(_ASF_PROPERTIES)
+        return place >= 0 and int.from_bytes(head[place + 40 : place + 48], "little") > length
+    return False
+
+
+def _bytes_behind(path: Path, opened: Opened, kind: str, rows: Sequence[Packet]) -> int:
+    """Return how many bytes at the end of a file belong to no packet, where its format has nothing to put there."""
+    if kind != "flv":
+        return 0
+    length = path.stat().st_size
+    most = max(_BEHIND * length, _LITTLE)
+    if length - max(((row.pos or 0) + row.size for row in rows), default=0) <= most:
+        return 0
+    last = 0
+    with opened() as (container, _):
+        for packet in demuxed(container, *_streams(container)):
+            if packet.size:
+                last = max(last + packet.size if packet.pos is None else packet.pos + packet.size, last)
+    return max(0, length - last) if length - last > most else 0
+
+
+def _missing_of_index(container: Any, stream: Any, rows: Sequence[Packet], seconds: NDArray[np.float64]) -> list[str]:
+    """Say which pictures of an AVI's index were not found where it has them, while later ones were."""
+    entries = stream.index_entries
+    if container.format.name != "avi" or not rows:
+        return []
+    there = {row.pos - head for row in rows if row.pos is not None for head in (0, 8)}  # with or without a chunk's head
+    missing = [k for k, entry in enumerate(entries) if entry.size and entry.pos not in there]
+    if not missing or missing[-1] == len(entries) - 1:
+        return []
+    first = missing[0]
+    at = float(seconds[min(first, len(seconds) - 1)])
+    return [f"{len(missing)} of {len(entries)} pictures are lost, the first at frame {first} ({at:.2f} s)"]
+
+
+def _last_end(opened: Opened) -> float:
+    """Return when the last packet of any stream ends, in seconds as the file counts them."""
+    last = 0.0
+    with opened() as (container, _):
+        for packet in demuxed(container, *_streams(container)):
+            if packet.size and packet.pts is not None and not packet.is_corrupt:
+                last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    return last
+
+
+def _streams(container: Any) -> list[Any]:
+    return [stream for stream in container.streams if stream.type in ("video", "audio", "subtitle")]
+
+
+def _holes(opened: Opened, kind: str, seconds: NDArray[np.float64]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Say where no picture is shown for long: because bytes there are lost, or as a pause in an even recording."""
+    steps = np.diff(seconds[:-1])
+    if len(steps) < 3:
+        return (), ()
+    usual = float(np.median(steps))
+    long = np.flatnonzero(steps > _FEW * usual)
+    long = long[long > 0] if kind == "avi" else long  # there a late start is a first picture that stands
+    if not len(long):
+        return (), ()
+    unread = (
+        0 if kind.startswith(("mov", "avi")) else _unread_bytes(opened, kind)
+    )  # those two find pictures by an index
+    if unread:
+        told = _told(long, steps, seconds, usual)
+        return (f"footage is lost: {told}; {unread} bytes of the file cannot be read",), ()
+    rest = np.delete(steps, long)
+    even = len(long) <= max(3, len(steps) // 100) and bool((np.abs(rest - usual) <= 0.6 * usual).all())
+    pauses = long[(steps[long] > _PAUSE[0] * usual) & (steps[long] > _PAUSE[1])]
+    return (), ((_told(pauses, steps, seconds, usual),) if even and len(pauses) else ())
+
+
+def _told(places: NDArray[np.intp], steps: NDArray[np.float64], seconds: NDArray[np.float64], usual: float) -> str:
+    """Say where pictures are lacking, and for how long."""
+    parts = [f"{steps[k]:.2f} s after frame {k} ({seconds[k]:.2f} s)" for k in places[:3].tolist()]
+    more = f" and {len(places) - 3} more times" if len(places) > 3 else ""
+    return f"no picture is shown for {', '.join(parts)}{more}, elsewhere one every {usual:.3f} s"
+
+
+def _unread_bytes(opened: Opened, kind: str) -> int:
+    """Return how many bytes between packets belong to none, beyond what the container itself needs there."""
+    sizes: dict[int, int] = {}
+    place: dict[int, int] = {}
+    with opened() as (container, _):
+        for packet in demuxed(container, *_streams(container)):
+            if packet.size:
+                at = packet.pos if packet.pos is not None and packet.pos >= 0 else place.get(packet.stream_index)
+                if at is not None:  # a packet without a place lies behind the one before
+                    place[packet.stream_index] = at
+                    sizes[at] = sizes.get(at, 0) + packet.size
+    starts = np.array(sorted(sizes), dtype=np.int64)
+    if len(starts) < 3:
+        return 0
+    lengths = np.array([sizes[int(at)] for at in starts], dtype=np.int64)
+    gaps = starts[1:] - np.maximum.accumulate(starts + lengths)[:-1]
+    usual = float(np.median(np.maximum(gaps, 0)))
+    holes = gaps[gaps > _STRAY.get(kind, _LITTLE) + 8 * usual + 0.1 * lengths[:-1]]
+    return int(holes.sum())
