@@ -231,13 +231,7 @@ def _set_aside(aside: list[HfTensor], prefix: str, sources: Sequence[StateView],
 
 # programs whose names nobody here reads: how to tell them, and what makes hf files of theirs
 _FOREIGN = (
-    (
-        r"blocks\.\d+\.(attention\.w_(q|k|v|out)|feed_forward\.w[123])\.",
-        "OLMo-core",
-        "its own convert_checkpoint_to_hf",
-    ),
     (r"\.(linear_qkv|linear_fc1|query_key_value)\.", "Megatron", "Megatron Bridge, or its tools/checkpoint/convert.py"),
-    (r"\.pp_block\.|decoder\.\d+\.pp_block", "nanotron", "its examples/llama/convert_nanotron_to_hf.py"),
     (r"transformer\.h\.\d+\.(norm_1|attn\.qkv|mlp\.fc_1)\.", "LitGPT", "litgpt convert_from_litgpt"),
     (r"(^|\.)v_head\.", "TRL (a model with a value head)", "its own save_pretrained of `.pretrained_model`"),
 )
