@@ -106,7 +106,7 @@ def computed_tensor(
 def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight | None) -> str:
     """Return the dtype that a weight had before it was quantized, as its state or the tensors around it say."""
     if weight is None:
-        return record.dtype
+        return record.dtype if record.encoding == "plain" else "BF16"
     if weight.dtype in FROM_TORCH:
         return FROM_TORCH[weight.dtype]
     around = [r.dtype for n, r in state.records.items() if r.dtype in ("F32", "F16", "BF16") and n not in state.weights]

@@ -80,7 +80,7 @@ def merge(
             onto=onto,
             naming=known_naming(naming),
             root=known_root(root, to),
-            dtype=known_dtype(dtype),
+            dtype=known_dtype(dtype, "merge", paths),
             untie=untie,
             ask=_live,
         )

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import Output
 from tensorkeep.storage.overwriting import Kind, lone_file
-from tensorkeep.storage.record import BLOCK_TYPES, SPELLINGS
+from tensorkeep.storage.record import BLOCK_TYPES, OTHER_BLOCKS, SPELLINGS
 
 # words in braces in a command's help -> what stands there when the help is shown
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
@@ -152,10 +152,14 @@ def known_loader(loader: str | None) -> str | None:
     return loader
 
 
-def known_dtype(dtype: str | None) -> str | None:
-    """Return our word for the dtype that the user gave (bf16 is BF16)."""
+def known_dtype(dtype: str | None, command: str, paths: Sequence[str]) -> str | None:
+    """Return our word for the dtype that the user gave (bf16 is BF16); `paths` are the command's, the sink last."""
     if dtype is None:
         return None
+    if dtype.upper() in OTHER_BLOCKS:
+        from tensorkeep.conversion.gguf_types import refuse_made_elsewhere
+
+        refuse_made_elsewhere(dtype.upper(), paths[:-1], paths[-1], command)
     if dtype.upper() in BLOCK_TYPES:
         return dtype.upper()
     if dtype.lower() not in SPELLINGS:

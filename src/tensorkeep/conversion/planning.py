@@ -14,7 +14,7 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._stacking import stacked
 from tensorkeep.conversion._ties import tie
-from tensorkeep.conversion.gguf_types import dtypes_of, gguf_steps, refuse_types
+from tensorkeep.conversion.gguf_types import dtypes_of, gguf_steps, refuse_types, remarks
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
@@ -89,7 +89,7 @@ def make_plan(
     hub = live(complete(config, companions), hub, sources) if live is not None and config is not None else hub
     own = _renamed(list(hub.values()), target, config, dropped, notes, to, sources)
     companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions
-    steps = gguf_steps(_to_sink(own, dtypes_of(sources, dtype, notes)), to, dtype, notes)
+    steps = gguf_steps(_to_sink(own, dtypes_of(sources, to, dtype, notes)), to, dtype, notes, sources)
     _refuse_cast_of_scales(steps, sources)
     return _finished(Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes), to)
 
@@ -98,9 +98,8 @@ def _finished(plan: Plan, to: str) -> Plan:
     """Return the plan with what its format and its config ask for, once nothing is lost by it."""
     if to == "pth" and plan.root is None:
         renaming.nest_checkpoint(plan)
-    if to == "gguf" and not any(c.name.startswith(("tokenizer", "vocab")) for c in plan.companions):
-        what = "no tokenizer lies beside the model: llama.cpp loads the file and cannot take text"
-        plan.notes.append(Note("C03", what))
+    if to == "gguf":
+        plan.notes += remarks(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
     carry(plan, to)

@@ -142,13 +142,20 @@ def write_tensor(
     assert step.sink is not None
     crc, state, cast, encoding = 0, xxhash.xxh3_128(), Cast(), step.sink.encoding
     digests: dict[tuple[int, str], str] = {}
+    kept = as_stored(step, sources)
+    if kept is not None:
+        for raw, decoded in kept:
+            crc = zlib.crc32(raw, crc) if crc_wanted else 0
+            state.update(decoded)
+            write(raw)
+        return Sums(crc, state.hexdigest(), {(p.source, p.key): state.hexdigest() for p in step.parts}, cast)
     for part in step.parts:
         dtype = sources[part.source][part.name].dtype
         same = dtype == step.sink.dtype and part.plain and len(step.parts) == 1 and encoding == "plain"
         source = xxhash.xxh3_128()
         for piece in pieces(part, sources[part.source], None if same else source, encoding != "plain", shifted=False):
-            kept = dtype == step.sink.dtype and not part.plus
-            made = piece if kept else _cast(piece, dtype, step.sink.dtype, cast, part.plus)
+            alike = dtype == step.sink.dtype and not part.plus
+            made = piece if alike else _cast(piece, dtype, step.sink.dtype, cast, part.plus)
             if encoding != "plain":
                 made, decoded = encoded(made, encoding)
             crc = zlib.crc32(made, crc) if crc_wanted else 0
@@ -156,6 +163,24 @@ def write_tensor(
             write(made)
         digests[part.source, part.key] = (state if same else source).hexdigest()
     return Sums(crc, state.hexdigest(), digests, cast)
+
+
+def as_stored(step: Step, sources: Sequence[StateView]) -> Iterator[tuple[memoryview, memoryview]] | None:
+    """Return the blocks of a tensor that is written as it lies, with what they decode to.
+
+    Args:
+        step: what the tensor is made of, and its type.
+        sources: the plan's views.
+
+    Returns:
+        Pieces in order; None where rows or the type of its blocks change, or it has no blocks.
+    """
+    if step.sink is None or len(step.parts) != 1:
+        return None
+    part, view = step.parts[0], sources[step.parts[0].source]
+    record = view[part.name]
+    same = record.encoding == step.sink.encoding != "plain" and record.shape == step.sink.shape
+    return view.as_stored(part.name) if same and part.plain and part.rows is None else None
 
 
 def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
