@@ -1,6 +1,6 @@
 """Compare what llama.cpp computes from the GGUF files that `convert` writes with transformers.
 
-    python -m benchmarks.gguf_llama_cpp --llama-python ENV/bin/python [--model FOLDER]     # about a minute
+    python -m benchmarks.gguf_llama_cpp --llama-python ENV/bin/python [--model FOLDER]     # about two minutes
 
 ENV has benchmarks/envs/llama-cpp.txt. For each family a small model with loud weights is written as f32, q8_0 and q4_0;
 llama.cpp loads it, and its logits of 32 ids are compared with those of the folder in transformers. k-quants are made by
