@@ -289,6 +289,24 @@ def test_what_llama_cpp_leaves_out_of_phi3_is_said(tmp_path: Path) -> None:
     assert (read(tmp_path / "m.gguf").config or {})["sliding_window"] == 64
 
 
+def test_a_file_that_does_not_say_its_window_asks_for_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits = model(tmp_path / "hf", "gemma2")
+    data = bytearray(written(tmp_path / "hf", tmp_path / "m.gguf").read_bytes())
+    data[data.index(b"gemma2.attention.sliding_window") + 7] = ord("A")  # as a file without this key
+    (tmp_path / "m.gguf").write_bytes(data)
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "hf"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "C03" in said and "sliding_window" in said and "--config" in said
+    model(tmp_path / "other", "qwen3")
+    assert main([*words, "--config", str(tmp_path / "other")]) == 2
+    assert "C01" in capsys.readouterr().err
+    assert main([*words, "--config", str(tmp_path / "hf")]) == 0
+    assert float((logits_of(tmp_path / "back") - logits).norm() / logits.norm()) < 1e-5
+
+
 def test_k_quants_are_refused_with_the_lines_that_make_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model(tmp_path / "hf", "qwen3")
     out = tmp_path / "m.gguf"

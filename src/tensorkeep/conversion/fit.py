@@ -120,7 +120,8 @@ def settle(
         The tensors, and whether they are what the config's model asks for.
 
     Raises:
-        TensorkeepError: K01, K02, K05, K06, Q01 or S01: a loader would not find the model in these tensors.
+        TensorkeepError: K01, K02, K05, K06, Q01 or S01: a loader would not find the model in these tensors; C03 where
+            a GGUF file's metadata makes no config to compare them with.
     """
     if ask is None:
         return hub, False
@@ -132,6 +133,9 @@ def settle(
     if "quantization_config" in config:
         _refuse_strangers(hub, config, sources[0].path)
         return hub, False
+    if sources[0].format == "gguf" and set(config) == {"model_type"}:
+        why = next((n.message for n in sources[0].notes if n.code == "C03"), "its metadata makes no config")
+        raise TensorkeepError(why, where=sources[0].path, code="C03", hint="give the model's own: --config FOLDER")
     config = complete(config, (c for view in sources for c in view.companions))
     refused: tuple[Misfit, str] | None = None
     for who in dict.fromkeys((by_table, ask)):

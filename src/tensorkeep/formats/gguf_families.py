@@ -125,6 +125,9 @@ def gemma_config(kind: str, fields: Any, sizes: Mapping[str, int]) -> dict[str, 
         kind: transformers' model type.
         fields: the metadata, `gguf_config.Fields`.
         sizes: `num_hidden_layers`, `hidden_size`, `num_attention_heads` and `head_dim`.
+
+    Raises:
+        TensorkeepError: C03 where the file does not say its window or caps: another model's would be computed.
     """
     if kind not in GEMMAS:
         return {}
@@ -136,8 +139,8 @@ def gemma_config(kind: str, fields: Any, sizes: Mapping[str, int]) -> dict[str, 
         out["sliding_window"] = fields.whole("attention.sliding_window")
         out["layer_types"] = layer_types(kind, layers)
     if kind == "gemma2":
-        for key, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
-            out[key] = fields.number(key, default)
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            out[key] = fields.number(key)
     if kind == "gemma3_text":
         out |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
         out["rope_local_base_freq"] = LOCAL_THETA

@@ -109,7 +109,7 @@ def from_own(name: str, rows: Sequence[Row], experts: int = 0) -> list[Link] | N
         if match:
             found = match.groupdict()
             if not row.stacked:
-                same = [r for r in rows if r.own == row.own and r.joined] or [row]
+                same = [r for r in rows if r.own == row.own] if row.joined else [row]
                 return [Link(name, _fill(r.hf, found, leaf), r.rope, None, r) for r in same]
             if experts > _MOST_EXPERTS:  # an empty tensor may have any number of rows
                 raise TensorkeepError(
@@ -138,7 +138,7 @@ def from_hf(name: str, rows: Sequence[Row]) -> list[Link] | None:
             found = match.groupdict()
             if row.stacked and found["leaf"] != "weight":
                 continue
-            same = [r for r in rows if r.hf == row.hf and r.piece] or [row]
+            same = [r for r in rows if r.hf == row.hf] if row.piece else [row]
             expert = int(found["e"]) if row.stacked else None
             return [Link(_fill(r.own, found, not (r.stacked or r.exact)), name, r.rope, expert, r) for r in same]
     return None
