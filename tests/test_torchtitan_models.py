@@ -214,6 +214,13 @@ def test_what_is_fused_split_turned_and_permuted(case: tuple[str, Path, dict[str
         )
 
 
+def test_diagnose_finds_the_whole_model_under_its_names(tmp_path: Path, capsys: Any) -> None:
+    for name in ("qwen3_5 with experts", "gpt_oss", "muse_glimmer"):
+        written(name, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIGS[name]))
+        assert main(["diagnose", str(tmp_path / name), "--for", "torchtitan"]) == 0, capsys.readouterr().out
+
+
 def test_a_config_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     written("qwen3_5", tmp_path / "dcp")
     to(with_config(tmp_path / "dcp", CONFIGS["qwen3_5"]), tmp_path / "hf", "hf", ask=None)

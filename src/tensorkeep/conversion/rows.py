@@ -56,7 +56,9 @@ def taken(run: Run, tensor: HfTensor, sources: Sequence[StateView]) -> tuple[Par
     parts: list[Part] = []
     first, last = run.rows or (0, row_count(tensor.shape))
     at = 0
-    for part in tensor.parts:
+    if (first, last) == (0, row_count(tensor.shape)):  # whatever shape its bytes are stored in
+        parts, at = list(tensor.parts), last
+    for part in tensor.parts if not parts else ():
         shape = sources[part.source][part.name].shape
         count = _rows_of(part, shape)
         low, high = max(first - at, 0), min(last - at, count)
