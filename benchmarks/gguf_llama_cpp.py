@@ -1,9 +1,11 @@
 """Compare what llama.cpp computes from the GGUF files that `convert` writes with transformers.
 
-    python -m benchmarks.gguf_llama_cpp --llama-python ENV/bin/python [--model FOLDER]     # about a minute
+    python -m benchmarks.gguf_llama_cpp --llama-python ENV/bin/python [--model FOLDER]     # about two minutes
 
 ENV has benchmarks/envs/llama-cpp.txt. For each family a small model with loud weights is written as f32, q8_0 and q4_0;
-llama.cpp loads it, and its logits of 32 ids are compared with those of the folder in transformers. With `--model` a
+llama.cpp loads it, and its logits of 32 ids are compared with those of the folder in transformers. k-quants are made by
+llama.cpp itself of what was written: its logits are compared with those of the file read back here, and of the file
+written on without `--dtype`. With `--model` a
 real model's folder too: its tokenizer's ids of a text, and the mean loss over it.
 """
 
@@ -40,6 +42,15 @@ np.save(sys.argv[4], np.array(model.scores[: len(ids)]))
 print(json.dumps(out))
 """
 
+QUANTIZE = """
+import sys
+import llama_cpp
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype = int(sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
+"""
+KINDS = {"Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # llama.cpp's LLAMA_FTYPE_MOSTLY_*
+
 
 def asked(python: str, path: Path, ids: list[int], text: str = "") -> tuple[np.ndarray, list[int]]:
     """Return llama.cpp's logits, and its ids of a text."""
@@ -72,8 +83,29 @@ def main() -> None:
                 apart = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
                 same = (found.argmax(-1) == wanted.argmax(-1)).mean()
                 print(f"| {name} | {dtype or 'F32'} | {apart:.1e} | {same:.0%} |", flush=True)
+        for kind, number in KINDS.items():
+            k_quant(Path(scratch), args.llama_python, kind, number)
         if args.model is not None:
             real(args.model, Path(scratch), args.llama_python)
+
+
+def k_quant(scratch: Path, python: str, kind: str, number: int) -> None:
+    """Compare a file that llama.cpp quantized with what is read of it here, and with what is written on."""
+    folder, source = scratch / kind, scratch / f"{kind}.gguf"
+    model(folder, "qwen3", hidden_size=256, intermediate_size=512, head_dim=64)
+    wide = written(folder, scratch / "wide.gguf", "F16")
+    subprocess.run([python, "-c", QUANTIZE, str(wide), str(source), str(number)], check=True, capture_output=True)
+    told, _ = asked(python, source, IDS[0].tolist())
+    convert(make_plan([read(source)], "hf", dtype="F32"), str(scratch / f"{kind}-hf"), "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(scratch / f"{kind}-hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = loaded(IDS).logits[0].numpy()
+    apart = np.linalg.norm(told - wanted) / np.linalg.norm(wanted)
+    passed, _ = asked(python, written(source, scratch / "on.gguf", None), IDS[0].tolist())
+    same = "equal" if np.array_equal(passed, told) else "DIFFER"
+    print(
+        f"| qwen3, read back | {kind} | {apart:.1e} | {(told.argmax(-1) == wanted.argmax(-1)).mean():.0%} | on: {same}"
+    )
 
 
 def real(folder: Path, scratch: Path, python: str) -> None:

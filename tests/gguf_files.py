@@ -41,6 +41,15 @@ def shapes(bias: bool = False, norms: bool = False) -> dict[str, tuple[int, ...]
     return out
 
 
+def blocks(data: np.ndarray[Any, Any], kind: Any) -> np.ndarray[Any, Any]:
+    """The blocks of a matrix; of a type that the package only reads, blocks of any bytes."""
+    try:
+        return np.asarray(gguf.quantize(data, kind))
+    except NotImplementedError:
+        shape = gguf.quant_shape_to_byte_shape(data.shape, kind)
+        return np.random.default_rng(data.size).integers(0, 256, shape, np.uint8)
+
+
 def write_model(
     path: Path,
     arch: str = "llama",
@@ -73,7 +82,7 @@ def write_model(
             writer.add_tensor(name, data.astype(np.float16))
         else:
             quantized = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quantize(data, quantized), raw_dtype=quantized)
+            writer.add_tensor(name, blocks(data, quantized), raw_dtype=quantized)
     if freqs:
         writer.add_tensor("rope_freqs.weight", np.array(freqs, np.float32))
     writer.write_header_to_file()

@@ -82,7 +82,7 @@ def stacked(tensors: Tensors) -> Tensors:
 
 
 def elsewhere(tensors: Tensors) -> Tensors:
-    words = (("self_attn.q_proj", "attention.w_q"), ("model.layers", "blocks"), ("model.norm", "lm_head.norm"))
+    words = (("self_attn.q_proj", "attn.q"), ("model.layers", "transformer.h"), ("input_layernorm", "norm_1"))
     out = {}
     for name, tensor in tensors.items():
         for ours, theirs in words:
@@ -94,7 +94,7 @@ def elsewhere(tensors: Tensors) -> Tensors:
 FAULTS: dict[str, tuple[Callable[[Tensors], Any], str, tuple[str, ...]]] = {
     "a shard of two": (halves, "S01", ("one of 2 shards", "gather")),
     "fused": (stacked, "K01", ("qkv_proj", "order")),
-    "foreign names": (elsewhere, "K0", ("OLMo-core",)),
+    "foreign names": (elsewhere, "K0", ("LitGPT",)),
     "one left out": (
         lambda t: {n: v for n, v in t.items() if "1.input_layernorm" not in n},
         "K01",

@@ -19,7 +19,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._gguf_tokenizer import PRE, WHOLE_WORDS
 from tensorkeep.formats.gguf_vocabulary import vocabulary_of
 from tensorkeep.formats.view import read
-from tensorkeep.storage.record import BLOCK_TYPES
+from tensorkeep.storage.record import BLOCK_TYPES, PASSED_BLOCKS
 from tests.gguf_files import write_model
 
 gguf = pytest.importorskip("gguf")
@@ -43,6 +43,23 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+PHI3: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.25, 1.5, 1.75, 2.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    },
+    "partial_rotary_factor": 0.75,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+LOCAL = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": LLAMA3, "max_position_embeddings": 65536},
     "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -51,6 +68,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "num_hidden_layers": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "tie_word_embeddings": True,
+    },
+    "phi3": {"sliding_window": None, "pad_token_id": 0, "eos_token_id": 1},
+    "phi3 with short texts": {**PHI3, "original_max_position_embeddings": 512, "max_position_embeddings": 1024},
+    "phi3 with long texts": {**PHI3, "original_max_position_embeddings": 16},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
 }
 IDS = torch.arange(2, 34)[None] * 2 % 96
@@ -96,18 +129,32 @@ def test_a_model_comes_back_bitwise(name: str, tmp_path: Path) -> None:
     out = written(tmp_path / "hf", tmp_path / "m.gguf")
     convert(make_plan([read(out)], "hf"), str(tmp_path / "back"), "hf")
     first, again = read(tmp_path / "hf"), read(tmp_path / "back")
-    assert set(first) == set(again) and all(first.digest(n) == again.digest(n) for n in first)
-    assert torch.equal(logits, logits_of(tmp_path / "back"))
+    gains = {n for n in first if name.startswith("gemma") and "norm" in n}  # stored as 1 + weight, in float32
+    assert set(first) == set(again) and all(first.digest(n) == again.digest(n) for n in set(first) - gains)
+    assert all(np.abs(first.array(n) - again.array(n)).max() < 2**-22 for n in gains)
+    found = logits_of(tmp_path / "back")
+    assert torch.equal(logits, found) or (gains and float((logits - found).norm() / logits.norm()) < 1e-5)
+    assert not [note for note in read(out).notes if "no config" in note.message]
     reader = gguf.GGUFReader(out)
     assert {t.name for t in reader.tensors} == set(read(out))
 
 
-@pytest.mark.parametrize("name", ["llama with biases", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["llama with biases", "mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
 def test_transformers_reads_it_as_the_model(name: str, tmp_path: Path) -> None:
-    """Not qwen3, whose heads transformers takes for 128 wide whatever the file says."""
+    """Not qwen3, whose heads transformers takes for 128 wide whatever the file says; nor gemma, which it does not read.
+
+    Of gemma2 and gemma3 it takes the queries' scale for 256 whatever the file says, of phi3 the pad token for 32000.
+    """
     changes = {"attention_bias": False, "mlp_bias": False} if name.startswith("llama") else {}
     changes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     changes |= {"head_dim": 16} if name == "mistral" else {}
+    if name.startswith("gemma"):
+        changes |= {"head_dim": 256, "query_pre_attn_scalar": 256}
+    if name == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 1e4}
+        changes["rope_parameters"] = {"full_attention": changes["rope_parameters"], "sliding_attention": local}
+    if name == "phi3":
+        changes["vocab_size"] = 32064
     logits = model(tmp_path / "hf", name, **changes)
     written(tmp_path / "hf", tmp_path / "m.gguf")
     found = logits_of(tmp_path, gguf_file="m.gguf")
@@ -143,6 +190,11 @@ def test_rows_that_are_no_whole_blocks_are_said(tmp_path: Path) -> None:
         ("mistral", {"sliding_window": 64}, "a sliding window of 64"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob false"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("gemma", {"attention_bias": True}, "attention_bias True"),
+        ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar 16"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("gemma3_text", {"rope_parameters": LOCAL}, "sliding_attention with RoPE"),
         ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}, "Llama 3"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         ("llama", {"rms_norm_eps": 1.23456789012e-5}, "float32 cannot hold"),
@@ -188,6 +240,82 @@ def test_base_and_adapter_become_one_file(tmp_path: Path) -> None:
     assert main([*command[:3], str(tmp_path / "q.gguf"), "--to", "gguf", "--dtype", "q8_0"]) == 0
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
     assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
+
+
+# -- blocks that are passed on, and those that are not made -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "F16"])
+def test_blocks_that_nothing_changes_stay_as_they_are(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for word in ("HIDDEN", "WIDE"):
+        monkeypatch.setattr(f"tests.gguf_files.{word}", 256)
+    monkeypatch.setattr("tests.gguf_files.HEAD_DIM", 64)
+    source = write_model(tmp_path / "a.gguf", kind=kind)
+    plan = make_plan([read(source)], "gguf")
+    convert(plan, str(tmp_path / "b.gguf"), "gguf")
+    first, again = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (source, tmp_path / "b.gguf"))
+    assert {n: t.tensor_type for n, t in first.items()} == {n: t.tensor_type for n, t in again.items()}
+    assert all(np.array_equal(t.data.view(np.uint8), again[n].data.view(np.uint8)) for n, t in first.items())
+    assert not [n for n in plan.notes if n.code == "V02"]
+
+
+def test_sizes_of_blocks_are_the_gguf_package_s() -> None:
+    assert {k: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[k]] for k in PASSED_BLOCKS} == PASSED_BLOCKS
+
+
+def test_a_merge_keeps_the_blocks_that_it_leaves_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft = pytest.importorskip("peft")
+    model(tmp_path / "hf", "llama")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    written(tmp_path / "hf", tmp_path / "q.gguf", "Q8_0")
+    words = ["merge", str(tmp_path / "q.gguf"), str(tmp_path / "adapter"), str(tmp_path / "m.gguf"), "--to", "gguf"]
+    assert main(words) == 0 and "2 quantized weights that the merge changes are rounded" in capsys.readouterr().err
+    first, again = ({t.name: t for t in gguf.GGUFReader(tmp_path / p).tensors} for p in ("q.gguf", "m.gguf"))
+    for name, tensor in again.items():
+        if "ffn_down" not in name:
+            assert tensor.tensor_type == first[name].tensor_type and np.array_equal(tensor.data, first[name].data)
+    assert {again[f"blk.{n}.ffn_down.weight"].tensor_type.name for n in range(2)} == {"BF16"}
+
+
+def test_what_llama_cpp_leaves_out_of_phi3_is_said(tmp_path: Path) -> None:
+    model(tmp_path / "hf", "phi3", sliding_window=64)
+    plan = make_plan([read(tmp_path / "hf")], "gguf")
+    assert [n for n in plan.notes if "see 64 tokens back" in n.message]
+    convert(plan, str(tmp_path / "m.gguf"), "gguf")
+    assert (read(tmp_path / "m.gguf").config or {})["sliding_window"] == 64
+
+
+def test_a_file_that_does_not_say_its_window_asks_for_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits = model(tmp_path / "hf", "gemma2")
+    data = bytearray(written(tmp_path / "hf", tmp_path / "m.gguf").read_bytes())
+    data[data.index(b"gemma2.attention.sliding_window") + 7] = ord("A")  # as a file without this key
+    (tmp_path / "m.gguf").write_bytes(data)
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "hf"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "C03" in said and "sliding_window" in said and "--config" in said
+    model(tmp_path / "other", "qwen3")
+    assert main([*words, "--config", str(tmp_path / "other")]) == 2
+    assert "C01" in capsys.readouterr().err
+    assert main([*words, "--config", str(tmp_path / "hf")]) == 0
+    assert float((logits_of(tmp_path / "back") - logits).norm() / logits.norm()) < 1e-5
+
+
+def test_k_quants_are_refused_with_the_lines_that_make_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(tmp_path / "hf", "qwen3")
+    out = tmp_path / "m.gguf"
+    assert main(["convert", str(tmp_path / "hf"), str(out), "--to", "gguf", "--dtype", "q4_k_m"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'm-f16.gguf'} --to gguf --dtype fp16" in said and "no quantizer" in said
+    assert f"llama-quantize {tmp_path / 'm-f16.gguf'} {out} Q4_K_M" in said and not out.exists()
+    with pytest.raises(TensorkeepError, match=r"llama-quantize OUT-f16\.gguf OUT\.gguf Q6_K"):
+        make_plan([read(tmp_path / "hf")], "gguf", dtype="Q6_K")
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------

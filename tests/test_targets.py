@@ -105,7 +105,7 @@ def test_a_minimind_file_has_the_name_that_it_looks_for(tmp_path: Path, capsys: 
 
 
 def test_every_program_says_which_names_it_loads_from_each_format() -> None:
-    assert list(TARGETS) == ["transformers", "peft", "torchtitan", "flame", "opentad", "minimind"]
+    assert list(TARGETS) == ["transformers", "peft", "torchtitan", "olmo-core", "flame", "opentad", "minimind"]
     assert all(t.rules.keys() == t.namings.keys() for t in TARGETS.values())
     assert [arranged(word, to, None)[0] for word, to in (("opentad", "pth"), ("flame", "dcp"))] == ["opentad", "hf"]
     with refused(None, "no program"):

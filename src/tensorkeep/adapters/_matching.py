@@ -19,7 +19,7 @@ from tensorkeep.adapters.terms import Term, check_tokens
 from tensorkeep.conversion.model_names import AskNames, ModelNames, unknown
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
-from tensorkeep.conversion.plan import HfTensor
+from tensorkeep.conversion.plan import HfTensor, Part
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import Note, StateView
@@ -106,7 +106,7 @@ def computed_tensor(
 def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight | None) -> str:
     """Return the dtype that a weight had before it was quantized, as its state or the tensors around it say."""
     if weight is None:
-        return record.dtype
+        return record.dtype if record.encoding == "plain" else "BF16"
     if weight.dtype in FROM_TORCH:
         return FROM_TORCH[weight.dtype]
     around = [r.dtype for n, r in state.records.items() if r.dtype in ("F32", "F16", "BF16") and n not in state.weights]
@@ -171,10 +171,22 @@ def _refuse_missing(state: MergeBase, source: WeightedAdapter, missing: list[str
 def _same_values(state: MergeBase, place: Place, inner: str, adapter: Adapter) -> bool:
     """Whether an adapter's saved copy of a base tensor is that tensor; its dtype may be wider."""
     part, stored = state.hf_tensors[place.name].parts[0], adapter.saved[inner]
-    if state.hf_tensors[place.name].shape != adapter.view[stored].shape or part.permutes:
+    if state.hf_tensors[place.name].shape != adapter.view[stored].shape or not part.plain:
         return False
     mine, theirs = adapter.view.array(stored), state.view.array(part.name)
     return bool((mine == theirs.astype(mine.dtype)).all())
+
+
+def _refuse_moved(state: MergeBase, name: str, part: Part, shape: tuple[int, ...]) -> None:
+    """Stop at a base that holds a tensor as a piece of another, turned or shifted."""
+    cut = part.rows is not None and len(state.view[part.name].shape) == len(shape)
+    if part.turned or part.plus or part.inner is not None or cut:
+        raise TensorkeepError(
+            f"{name} lies in the base as a piece of {part.name}, or turned or shifted",
+            where=state.view.path,
+            code="A01",
+            hint="convert the base to hf first: tensorkeep convert BASE OUT --to hf",
+        )
 
 
 def _term(
@@ -196,6 +208,7 @@ def _term(
             hint="convert the base to hf first: tensorkeep convert BASE OUT --to hf",
         )
     part, plug = tensor.parts[0], adapter.plug
+    _refuse_moved(state, name, part, tensor.shape)
     weight = state.weights.get(part.name)
     shape = weight.shape if weight is not None and weight.shape is not None else tensor.shape
     replaced = next((t for t in earlier.get(name, ()) if t.kind == "saved"), None)

@@ -200,7 +200,7 @@ def settle_sizes(state: MergeBase, sources: Sequence[WeightedAdapter], wanted: d
             what = f"brings {name} with {brought.length} rows for {tensor.shape[0]}, which no weight can scale"
         elif len({t.number for t in terms}) > 1:
             what = f"brings {name} with {brought.length} rows for {tensor.shape[0]}, and another adapter changes it too"
-        elif any(p.permutes or p.rows is not None for p in tensor.parts) or tensor.parts[0].name in state.weights:
+        elif any(not p.plain or p.rows is not None for p in tensor.parts) or tensor.parts[0].name in state.weights:
             what = f"brings {name} with {brought.length} rows, and the base holds it stacked, permuted or quantized"
         if what is not None:
             raise TensorkeepError(

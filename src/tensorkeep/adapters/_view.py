@@ -124,6 +124,10 @@ class MergedView(StateView):
             with self.lock:
                 self.moved[name] = moved
 
+    def as_stored(self, name: str, chunk: int = STREAM_BYTES) -> Iterator[tuple[memoryview, memoryview]] | None:
+        """Give an encoded tensor of the base as it lies, where the merge leaves it; as of `StateView.as_stored`."""
+        return None if name in self.made or self.base is None else self.base.as_stored(name, chunk)
+
 
 def _merged_rows(
     base: StateView, made: ComputedTensor, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None

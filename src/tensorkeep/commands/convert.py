@@ -19,7 +19,7 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
-from tensorkeep.conversion.targets import arranged, check
+from tensorkeep.conversion.targets import arranged, check, root_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -84,7 +84,8 @@ def convert(
         run = stack.enter_context(opened) if opened is not None else None
         sources = [with_config(v, config) for v in ([run.view] if run is not None else map(read, paths[:-1]))]
         live = all_live if twice and naming == "hf" else None  # of `--for transformers` and flame: dcp and pth
-        plan = _planned(sources, to, naming, root, dtype, drop, prefer, from_naming, twice, live)
+        wanted, below = known_dtype(dtype, "convert", paths), root or root_of(for_)
+        plan = _planned(sources, to, naming, below, wanted, drop, prefer, from_naming, twice, live)
         proof = check(plan, to, Path(paths[-1]).name, for_, installed())
         limit = shard_limit(shard_size, to, paths[-1])
         return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run)
@@ -100,7 +101,7 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
         to,
         naming=known_naming(naming),
         root=known_root(root, to),
-        dtype=known_dtype(dtype),
+        dtype=dtype,
         drop=drop,
         prefer=prefer,
         from_naming=known_naming(from_naming),

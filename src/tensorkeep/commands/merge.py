@@ -83,7 +83,7 @@ def merge(
             onto=onto,
             naming=known_naming(naming),
             root=known_root(root, to),
-            dtype=known_dtype(dtype),
+            dtype=known_dtype(dtype, "merge", paths),
             untie=untie,
             ask=names_for,
         )

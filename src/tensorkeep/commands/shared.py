@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import Output
 from tensorkeep.storage.overwriting import Kind, lone_file
-from tensorkeep.storage.record import BLOCK_TYPES, SPELLINGS
+from tensorkeep.storage.record import BLOCK_TYPES, OTHER_BLOCKS, SPELLINGS
 
 # words in braces in a command's help -> what stands there when the help is shown
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
@@ -68,10 +68,12 @@ def filled(text: str) -> str:
 def with_config(view: StateView, config: str | None) -> StateView:
     """Return the view with the config that the user names; it also travels to the sink."""
     linked = any(c.name == "config.json" and c.led_out for c in view.companions)
-    if config is None or (view.config is not None and not linked):
+    part = view.config if view.format == "gguf" and set(view.config or ()) == {"model_type"} else None
+    if config is None or (view.config is not None and not linked and part is None):
         return view
     from tensorkeep.formats.companions import COMPANIONS, Companion, read_companion
     from tensorkeep.formats.config_types import believed
+    from tensorkeep.formats.gguf_metadata import ARCHITECTURES
     from tensorkeep.storage.budget import read_small_from
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
@@ -84,6 +86,9 @@ def with_config(view: StateView, config: str | None) -> StateView:
     if not isinstance(document, dict):
         raise TensorkeepError("is not a config.json", where=path)
     present = folder.names() if path.is_dir() else []
+    if part is not None and ARCHITECTURES.get(str(document.get("model_type"))) != part["model_type"]:
+        kinds = f"{str(document.get('model_type'))[:40]!r}, and the file holds a {part['model_type']}"
+        raise TensorkeepError(f"is the config of a {kinds}", where=path, code="C01")
     view.config = believed(document)
     others = [c for c in view.companions if c.name != "config.json"]
     view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *others]
@@ -152,10 +157,14 @@ def known_loader(loader: str | None) -> str | None:
     return loader
 
 
-def known_dtype(dtype: str | None) -> str | None:
-    """Return our word for the dtype that the user gave (bf16 is BF16)."""
+def known_dtype(dtype: str | None, command: str, paths: Sequence[str]) -> str | None:
+    """Return our word for the dtype that the user gave (bf16 is BF16); `paths` are the command's, the sink last."""
     if dtype is None:
         return None
+    if dtype.upper() in OTHER_BLOCKS:
+        from tensorkeep.conversion.gguf_types import refuse_made_elsewhere
+
+        refuse_made_elsewhere(dtype.upper(), paths[:-1], paths[-1], command)
     if dtype.upper() in BLOCK_TYPES:
         return dtype.upper()
     if dtype.lower() not in SPELLINGS:

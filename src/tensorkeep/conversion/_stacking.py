@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tensorkeep.conversion.naming.rope import section
 from tensorkeep.conversion.plan import HfTensor, Part
 from tensorkeep.errors import TensorkeepError
+
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def stacked(name: str, members: dict[int, HfTensor], config: Mapping[str, Any] | None) -> HfTensor:
@@ -24,7 +27,8 @@ def stacked(name: str, members: dict[int, HfTensor], config: Mapping[str, Any] |
         TensorkeepError: K01 where an expert is missing, S01 where they differ.
     """
     count = len(members)
-    wanted = (config or {}).get("num_experts") or (config or {}).get("num_local_experts") or count
+    told = section(config)
+    wanted = next((told[k] for k in _COUNTS if isinstance(told.get(k), int) and told[k]), count)
     first = members[min(members)]
     if sorted(members) != list(range(count)) or count != wanted:
         raise TensorkeepError(

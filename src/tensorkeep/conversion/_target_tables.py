@@ -7,10 +7,11 @@ from typing import Any
 from tensorkeep.conversion import architecture
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._target_rules import Proof, Shapes, Sink, compared
+from tensorkeep.conversion.hub_links import own_shape
 from tensorkeep.conversion.naming import hf, minimind, opentad
 from tensorkeep.conversion.naming.table import from_hf
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import grouped
+from tensorkeep.formats.names import grouped, matches
 
 
 def by_torchtitan(sink: Sink) -> Proof:
@@ -28,8 +29,10 @@ def by_torchtitan(sink: Sink) -> Proof:
     scheme = namings.module(naming if naming != "hf" else "torchtitan")
     expected = architecture.expected(sink.config) or {}
     family = scheme.family(expected, sink.config)
+    if naming == "hf":
+        _refuse_adapter(sink, family)
     if not expected:
-        return Proof(why="config.json does not say which tensors torchtitan's model has")
+        return Proof(why=f"which tensors torchtitan's {family} of these sizes has is not known here")
     lost = sorted(n for n in (*expected, *sink.offers) if n.endswith(".bias"))
     if lost:
         raise TensorkeepError(
@@ -48,21 +51,59 @@ def by_torchtitan(sink: Sink) -> Proof:
     return Proof("torchtitan", scheme.VERSION, ("names", "shapes", "ties"), on)
 
 
+# what torchtitan 0.3.0's own adapters read otherwise than transformers writes it
+_ADAPTERS = {
+    "gpt_oss": ("**mlp.experts.*_proj", "its gpt_oss adapter asks for MXFP4's names and for its experts the other way"),
+    "qwen3_5": ("**mlp.experts.*_proj", "its qwen3_5 adapter takes stacked experts for their transpose"),
+}
+
+
+def _refuse_adapter(sink: Sink, family: str) -> None:
+    """Stop at an hf folder that torchtitan's own adapter would misread (K06)."""
+    pattern, why = _ADAPTERS.get(family.removesuffix("_text"), ("", ""))
+    if pattern and any(matches(n, [pattern]) for n in sink.offers):
+        where = sink.plan.sources[0].path
+        raise TensorkeepError(f"torchtitan 0.3.0: {why}", where=where, code="K06", hint="--to dcp --for torchtitan")
+
+
+def by_olmo_core(sink: Sink) -> Proof:
+    """OLMo-core's strict load of `model` from `model_and_optim`: its table's names, below `model`."""
+    where = sink.plan.sources[0].path
+    if sink.config is None:
+        return Proof(why="no config.json says which model it is")
+    if sink.plan.root != "model":
+        raise TensorkeepError("OLMo-core asks for names below model", where=where, code="K04", hint="--root model")
+    expected = architecture.expected(sink.config)
+    table = namings.rows("olmo-core", sink.offers, sink.config)
+    if expected is None or table is None:
+        return Proof(why="config.json does not say which tensors OLMo-core's model has")
+    asked = dict(expected)
+    asked.setdefault(hf.HEAD, asked[hf.EMBEDDING])
+    compared(sink, _own_shapes(asked, table, sink.config))
+    return Proof("olmo-core", "", ("names", "shapes", "ties"), " (strict, its model alone)")
+
+
 def _expert_biases(expected: Shapes, name: str) -> dict[str, tuple[int, ...]]:
     """Return the buffers that balance the experts' load: torchtitan keeps them with the weights, hf has none."""
     gates = {n: shape for n, shape in expected.items() if n.endswith(".mlp.gate.weight")}
     return {f"layers.{n.split('.')[2]}.{name}": shape[:1] for n, shape in gates.items()}
 
 
-def _own_shapes(expected: Shapes, table: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes under a naming's own names, experts stacked."""
+def _own_shapes(expected: Shapes, table: Any, config: Any = None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes under a naming's own names, experts stacked, pieces cut and joined."""
     out: dict[str, tuple[int, ...]] = {}
-    for name, shape in expected.items():
-        link = from_hf(name, table)
-        if link is None:
+    for name, given in expected.items():
+        links = from_hf(name, table)
+        if links is None:
             raise TensorkeepError(f"{name} has no place in the naming", code="K07", hint="keep the hf names")
-        count = out.get(link.own, (0,))[0]
-        out[link.own] = shape if link.expert is None else (max(count, link.expert + 1), *shape)
+        for link in links:
+            shape, known = own_shape(link, given, config), out.get(link.own)
+            if link.expert is not None:
+                shape = (max(known[0] if known else 0, link.expert + 1), *shape)
+            elif link.row.joined is not None and known is not None:
+                axis = link.row.joined.axis
+                shape = (*shape[:axis], shape[axis] + known[axis], *shape[axis + 1 :])
+            out[link.own] = shape
     return out
 
 

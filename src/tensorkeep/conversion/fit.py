@@ -120,7 +120,8 @@ def settle(
         The tensors, and whether they are what the config's model asks for.
 
     Raises:
-        TensorkeepError: K01, K02, K05, K06, Q01 or S01: a loader would not find the model in these tensors.
+        TensorkeepError: K01, K02, K05, K06, Q01 or S01: a loader would not find the model in these tensors; C03 where
+            a GGUF file's metadata makes no config to compare them with.
     """
     if ask is None:
         return hub, False
@@ -132,6 +133,9 @@ def settle(
     if "quantization_config" in config:
         _refuse_strangers(hub, config, sources[0].path)
         return hub, False
+    if sources[0].format == "gguf" and set(config) == {"model_type"}:
+        why = next((n.message for n in sources[0].notes if n.code == "C03"), "its metadata makes no config")
+        raise TensorkeepError(why, where=sources[0].path, code="C03", hint="give the model's own: --config FOLDER")
     config = complete(config, (c for view in sources for c in view.companions))
     refused: tuple[Misfit, str] | None = None
     for who in dict.fromkeys((by_table, ask)):
@@ -231,13 +235,7 @@ def _set_aside(aside: list[HfTensor], prefix: str, sources: Sequence[StateView],
 
 # programs whose names nobody here reads: how to tell them, and what makes hf files of theirs
 _FOREIGN = (
-    (
-        r"blocks\.\d+\.(attention\.w_(q|k|v|out)|feed_forward\.w[123])\.",
-        "OLMo-core",
-        "its own convert_checkpoint_to_hf",
-    ),
     (r"\.(linear_qkv|linear_fc1|query_key_value)\.", "Megatron", "Megatron Bridge, or its tools/checkpoint/convert.py"),
-    (r"\.pp_block\.|decoder\.\d+\.pp_block", "nanotron", "its examples/llama/convert_nanotron_to_hf.py"),
     (r"transformer\.h\.\d+\.(norm_1|attn\.qkv|mlp\.fc_1)\.", "LitGPT", "litgpt convert_from_litgpt"),
     (r"(^|\.)v_head\.", "TRL (a model with a value head)", "its own save_pretrained of `.pretrained_model`"),
 )

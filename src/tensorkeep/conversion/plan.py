@@ -63,6 +63,8 @@ class Part(NamedTuple):
         permutes: permutations of the rows of each head, applied in this order.
         inner: where `rows` is a single one and a matrix (one of stacked experts): first row of that matrix and the one
             after the last; None for all.
+        turned: whether rows and columns change places, in each matrix of a stack.
+        plus: what is added to every value.
     """
 
     source: int  # index of the view
@@ -70,6 +72,13 @@ class Part(NamedTuple):
     rows: tuple[int, int] | None = None
     permutes: tuple[RowPermutation, ...] = ()
     inner: tuple[int, int] | None = None
+    turned: bool = False
+    plus: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows are taken as they lie, and none of their values changes."""
+        return not (self.permutes or self.turned or self.plus)
 
     @property
     def key(self) -> str:
@@ -92,7 +101,7 @@ class HfTensor:
         dtype: as stored, in safetensors' spelling ("F32", "BF16", ...).
         shape: of the tensor under its hf name.
         parts: the stored rows that it is made of, in order.
-        actions: what was done on the way ("split", "permute", "fuse", "tie").
+        actions: what was done on the way ("split", "permute", "turn", "add", "fuse", "tie").
         tied_to: the hf name of another tensor over the same bytes, in the same source.
     """
 
@@ -109,7 +118,7 @@ class Step:
     """One line of a plan: what is done, with which stored tensors, and what comes of it.
 
     Args:
-        actions: any of keep, rename, cast, permute, split, fuse, tie, merge, drop.
+        actions: any of keep, rename, cast, permute, turn, add, split, fuse, tie, merge, drop.
         parts: the stored rows that go in.
         sink: the output tensor; None where the stored tensors are dropped.
         reason: why they are dropped, or what a merge added.

@@ -9,25 +9,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tensorkeep.conversion import adapters, configs, dequantizing, fit
+from tensorkeep.conversion import adapters, configs, dequantizing, fit, hub_links
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion._header import carry
+from tensorkeep.conversion._no_place import no_place
 from tensorkeep.conversion._stacking import stacked
 from tensorkeep.conversion._ties import tie
-from tensorkeep.conversion.gguf_types import dtypes_of, gguf_steps, refuse_types
+from tensorkeep.conversion.gguf_types import dtypes_of, gguf_steps, refuse_types, remarks
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
-from tensorkeep.conversion.naming.rope import rope_rows
 from tensorkeep.conversion.naming.table import Link, from_hf, from_own
 from tensorkeep.conversion.plan import BY_USER, HfTensor, Part, Plan, Step, ordered
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.names import drops, grouped, matches, near_pattern
+from tensorkeep.formats.names import grouped, matches, near_pattern
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.quantization.stored import find_quantized, members
 from tensorkeep.storage.layout import SinkTensor
-from tensorkeep.storage.record import BLOCK_TYPES, DTYPES, TensorRecord
+from tensorkeep.storage.record import BLOCK_TYPES, DTYPES
 
 # (config, tensors as files have them, the sources) -> the tensors as the model in memory has them
 Live = Callable[[Mapping[str, Any], Mapping[str, HfTensor], Sequence[StateView]], dict[str, HfTensor]]
@@ -88,9 +88,9 @@ def make_plan(
     tie(hub, to, target, config, sources, dropped, notes, head_twice, ties)
     notes += configs.missing_biases(config, hub)
     hub = live(complete(config, companions), hub, sources) if live is not None and config is not None else hub
-    own = _renamed(list(hub.values()), target, config, dropped, notes, to)
+    own = _renamed(list(hub.values()), target, config, dropped, notes, to, sources)
     companions = renaming.with_recipe(hub, companions, notes) if _renames(identities) else companions
-    steps = gguf_steps(_to_sink(own, dtypes_of(sources, dtype, notes)), to, dtype, notes)
+    steps = gguf_steps(_to_sink(own, dtypes_of(sources, to, dtype, notes)), to, dtype, notes, sources)
     _refuse_cast_of_scales(steps, sources)
     return _finished(Plan(list(sources), ordered([*steps, *dropped]), target, root, config, companions, notes), to)
 
@@ -99,9 +99,8 @@ def _finished(plan: Plan, to: str) -> Plan:
     """Return the plan with what its format and its config ask for, once nothing is lost by it."""
     if to == "pth" and plan.root is None:
         renaming.nest_checkpoint(plan)
-    if to == "gguf" and not any(c.name.startswith(("tokenizer", "vocab")) for c in plan.companions):
-        what = "no tokenizer lies beside the model: llama.cpp loads the file and cannot take text"
-        plan.notes.append(Note("C03", what))
+    if to == "gguf":
+        plan.notes += remarks(plan)
     _check_cover(plan)
     configs.match_dtype(plan)
     carry(plan, to)
@@ -143,7 +142,8 @@ def _renames(identities: Sequence[Identity]) -> bool:
 
 def _left_out(identities: Sequence[Identity]) -> tuple[str, ...]:
     """Return what the programs that wrote the sources never write; `configs.missing_biases` notes it."""
-    return ("*.bias",) if any(i.naming == "torchtitan" for i in identities) else ()
+    bare = (i.naming == "torchtitan" and not any(n.endswith(".bias") for n in i.names) for i in identities)
+    return ("*.bias",) if any(bare) else ()
 
 
 def _without(sources: Sequence[StateView], drop: Sequence[str], dropped: list[Step]) -> list[StateView]:
@@ -192,6 +192,8 @@ def to_hf_tensors(
     table = namings.rows(identity.naming, identity.names.values(), config)
     complete = identity.naming is not None and hasattr(namings.module(identity.naming), "COMPLETE")
     out: dict[str, HfTensor] = {}
+    pieces: dict[str, list[hub_links.Piece]] = {}
+    views = [view] * (index + 1)
     for stored, clean in identity.names.items():
         record = view[stored]
         if _computed(clean, identity.naming):
@@ -201,19 +203,15 @@ def to_hf_tensors(
             continue
         links = from_own(clean, table, experts=record.shape[0] if record.shape else 0) if table is not None else None
         if links is None and complete:
-            own = [(s, c) for s, c in identity.names.items() if not _computed(c, identity.naming)]
-            rest = [s for s, c in own if table is not None and from_own(c, table) is None]
-            raise TensorkeepError(
-                f"{rest[0]} has no place in {(config or {}).get('model_type')}, as transformers has it{_nor(rest)}",
-                where=view.path,
-                code="K07",
-                tensors=rest,
-                hint=f"leave it out by name: {drops(rest, view)}",
-            )
-        if links is None:
-            links = [Link(clean, clean)]
-        for link in links:
-            made = _from_link(link, record, index, identity, config)
+            mine = [s for s, c in identity.names.items() if not _computed(c, identity.naming)]
+            rest = [s for s in mine if table is None or from_own(identity.names[s], table) is None]
+            raise no_place(rest, f"{(config or {}).get('model_type')}, as transformers has it", view, view.path)
+        own = HfTensor(stored, record.dtype, record.shape, (Part(index, stored),), tied_to=record.tied_to)
+        for link in links or [Link(clean, clean)]:
+            made = hub_links.to_hf(link, own, config, views)
+            if isinstance(made, hub_links.Piece):
+                pieces.setdefault(made.name, []).append(made)
+                continue
             if made.name in out:
                 raise TensorkeepError(
                     f"{stored} and another tensor both become {made.name}",
@@ -222,22 +220,9 @@ def to_hf_tensors(
                     hint="leave one out with --drop",
                 )
             out[made.name] = made
+    out |= hub_links.put_together(pieces, views)
     names = {h.parts[0].name: h.name for h in out.values() if h.parts[0].rows is None}
     return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
-
-
-def _from_link(
-    link: Link, record: TensorRecord, index: int, identity: Identity, config: Mapping[str, Any] | None
-) -> HfTensor:
-    """Return the hf tensor that a table's row makes of a stored one: a slice of experts, rows permuted."""
-    part, shape = Part(index, record.name), record.shape
-    actions: tuple[str, ...] = ()
-    if link.expert is not None:
-        part, shape, actions = part._replace(rows=(link.expert, link.expert + 1)), record.shape[1:], ("split",)
-    if link.rope:
-        part = part.permuted(rope_rows(config, "half", record.name, record.shape))
-        actions = (*actions, "permute")
-    return HfTensor(link.hf, record.dtype, shape, (part,), actions, record.tied_to)
 
 
 def _computed(name: str, scheme: str | None) -> bool:
@@ -312,7 +297,7 @@ def _alike(tied: HfTensor, other: HfTensor | None) -> bool:
     """Whether two tensors that shared their bytes still do: permuted alike, and the other not tied to a third."""
     if other is None or other.tied_to is not None or (tied.dtype, tied.shape) != (other.dtype, other.shape):
         return False
-    return [(p.rows, p.permutes) for p in tied.parts] == [(p.rows, p.permutes) for p in other.parts]
+    return [p._replace(name="") for p in tied.parts] == [p._replace(name="") for p in other.parts]
 
 
 def _renamed(
@@ -322,50 +307,53 @@ def _renamed(
     dropped: list[Step],
     notes: list[Note],
     to: str,
+    sources: Sequence[StateView],
 ) -> list[HfTensor]:
     """Return the tensors under the output naming's names, by its functions or by its tables."""
     if target is not None and namings.renames(target):
         return renaming.to_sink(items, target, dropped)
     if target is not None and target != to and hasattr(scheme := namings.module(target), "READ_ONLY"):
         raise TensorkeepError(f"{target} is read-only", hint=scheme.READ_ONLY)
-    return _named(items, target, config, notes)
-
-
-def _nor(names: Sequence[str]) -> str:
-    """Say how many more there are like the first."""
-    return f", nor have {len(names) - 1} more" if len(names) > 1 else ""
+    return _named(items, target, config, notes, sources)
 
 
 def _named(
-    items: list[HfTensor], target: str | None, config: Mapping[str, Any] | None, notes: list[Note]
+    items: list[HfTensor],
+    target: str | None,
+    config: Mapping[str, Any] | None,
+    notes: list[Note],
+    sources: Sequence[StateView],
 ) -> list[HfTensor]:
     """Return the tensors under the output naming's names: renamed, rows permuted, experts stacked."""
     scheme = namings.module(target) if target is not None else None
     table = namings.rows(target, [i.name for i in items], config)
     if scheme is None or table is None:
         return items
-    family = next((word for word, rows in scheme.FAMILIES.items() if rows is table), "")
+    family = str(target)
+    if hasattr(scheme, "family"):
+        family = scheme.family([i.name for i in items], config)
+    elif (config or {}).get("model_type") in scheme.FAMILIES:
+        family = str((config or {})["model_type"])
     out: list[HfTensor] = []
     stacks: dict[str, dict[int, HfTensor]] = {}
+    pieces: dict[str, list[hub_links.Piece]] = {}
     for item in items:
-        link = from_hf(item.name, table)
-        if link is None:
+        links = from_hf(item.name, table)
+        if links is None:
             names = [i.name for i in items]
             rest = [n for n in names if from_hf(n, table) is None]
-            raise TensorkeepError(
-                f"{rest[0]} has no place in naming {target} ({family}){_nor(rest)}: its loader would drop it",
-                code="K07",
-                tensors=rest,
-                hint=f"leave it out by name ({drops(rest, names)}), or keep the hf names (--naming hf)",
-            )
-        if link.rope:
-            rows = rope_rows(config, "pairs", item.name, item.shape)
-            item = replace(item, parts=tuple(p.permuted(rows) for p in item.parts), actions=(*item.actions, "permute"))
-        if link.expert is not None:
-            stacks.setdefault(link.own, {})[link.expert] = item
-        else:
-            tied = from_hf(item.tied_to, table) if item.tied_to else None
-            out.append(replace(item, name=link.own, tied_to=tied.own if tied else item.tied_to))
+            place = f"naming {target} ({family}), whose loader would drop it"
+            raise no_place(rest, place, names, more="keep the hf names (--naming hf)")
+        tied = from_hf(item.tied_to, table) if item.tied_to else None
+        for link in links:
+            made = hub_links.to_own(link, item, config, sources)
+            if isinstance(made, hub_links.Piece):
+                pieces.setdefault(made.name, []).append(made)
+            elif link.expert is not None:
+                stacks.setdefault(link.own, {})[link.expert] = made
+            else:
+                out.append(replace(made, tied_to=tied[0].own if tied else made.tied_to))
+    out += hub_links.put_together(pieces, sources).values()
     out += [stacked(name, members, config) for name, members in stacks.items()]
     lost = [h.name for h in out if hasattr(scheme, "dropped_by_loader") and scheme.dropped_by_loader(h.name, family)]
     if lost:

@@ -5,6 +5,7 @@ Nothing here holds more than a chunk: a permutation moves rows within a head, so
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ class Sums:
     cast: Cast
 
 
-def pieces(part: Part, view: StateView, source: Any = None, whole_rows: bool = False) -> Iterator[memoryview]:
+def pieces(
+    part: Part, view: StateView, source: Any = None, whole_rows: bool = False, shifted: bool = True
+) -> Iterator[memoryview]:
     """Read the bytes of one part in chunks of whole elements (of whole heads where rows are permuted).
 
     Args:
@@ -57,13 +60,24 @@ def pieces(part: Part, view: StateView, source: Any = None, whole_rows: bool = F
         view: the checkpoint that holds it.
         source: a running digest that is fed the bytes as they are stored; None for none.
         whole_rows: whether chunks end where rows end.
+        shifted: whether what the part adds to its values is added here, in the tensor's own dtype.
 
     Returns:
         The chunks in order; each is valid until the next is asked for.
     """
+    plus = part.plus if shifted else 0
+    for piece in _moved(part, view, source, whole_rows):
+        yield _cast(piece, view[part.name].dtype, view[part.name].dtype, Cast(), plus) if plus else piece
+
+
+def _moved(part: Part, view: StateView, source: Any, whole_rows: bool) -> Iterator[memoryview]:
+    """Yield the bytes of one part with its rows where they belong."""
     record = view[part.name]
     row = nbytes(record.dtype, record.shape[1:]) if record.shape else record.nbytes
     element = row if whole_rows else max(DTYPES[record.dtype].bits // 8, 1)
+    if part.turned:
+        yield from _turned(part, view, source)
+        return
     stored = view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element))
     if part.inner is not None:
         row = nbytes(record.dtype, record.shape[2:])
@@ -76,6 +90,22 @@ def pieces(part: Part, view: StateView, source: Any = None, whole_rows: bool = F
         for permute in part.permutes:
             piece = _permute(piece, permute, row)
         yield piece
+
+
+def _turned(part: Part, view: StateView, source: Any) -> Iterator[memoryview]:
+    """Yield matrices with rows and columns in each other's place, one matrix of a stack at a time."""
+    import numpy as np
+
+    record = view[part.name]
+    rows = part.rows or (0, record.shape[0])
+    shape = record.shape[1:] if len(record.shape) > 2 else (rows[1] - rows[0], record.shape[-1])
+    size = max(DTYPES[record.dtype].bits // 8, 1)
+    for piece in view.stream(part.name, rows, math.prod(shape) * size):
+        if source is not None:
+            source.update(piece)
+        stack = np.frombuffer(piece, dtype=f"u{size}").reshape(-1, *shape)
+        for matrix in stack:
+            yield np.ascontiguousarray(matrix.T).view(np.uint8).reshape(-1).data
 
 
 def _within(stream: Iterator[memoryview], low: int, high: int) -> Iterator[memoryview]:
@@ -112,12 +142,20 @@ def write_tensor(
     assert step.sink is not None
     crc, state, cast, encoding = 0, xxhash.xxh3_128(), Cast(), step.sink.encoding
     digests: dict[tuple[int, str], str] = {}
+    kept = as_stored(step, sources)
+    if kept is not None:
+        for raw, decoded in kept:
+            crc = zlib.crc32(raw, crc) if crc_wanted else 0
+            state.update(decoded)
+            write(raw)
+        return Sums(crc, state.hexdigest(), {(p.source, p.key): state.hexdigest() for p in step.parts}, cast)
     for part in step.parts:
         dtype = sources[part.source][part.name].dtype
-        same = dtype == step.sink.dtype and not part.permutes and len(step.parts) == 1 and encoding == "plain"
+        same = dtype == step.sink.dtype and part.plain and len(step.parts) == 1 and encoding == "plain"
         source = xxhash.xxh3_128()
-        for piece in pieces(part, sources[part.source], None if same else source, encoding != "plain"):
-            made = piece if dtype == step.sink.dtype else _cast(piece, dtype, step.sink.dtype, cast)
+        for piece in pieces(part, sources[part.source], None if same else source, encoding != "plain", shifted=False):
+            alike = dtype == step.sink.dtype and not part.plus
+            made = piece if alike else _cast(piece, dtype, step.sink.dtype, cast, part.plus)
             if encoding != "plain":
                 made, decoded = encoded(made, encoding)
             crc = zlib.crc32(made, crc) if crc_wanted else 0
@@ -125,6 +163,24 @@ def write_tensor(
             write(made)
         digests[part.source, part.key] = (state if same else source).hexdigest()
     return Sums(crc, state.hexdigest(), digests, cast)
+
+
+def as_stored(step: Step, sources: Sequence[StateView]) -> Iterator[tuple[memoryview, memoryview]] | None:
+    """Return the blocks of a tensor that is written as it lies, with what they decode to.
+
+    Args:
+        step: what the tensor is made of, and its type.
+        sources: the plan's views.
+
+    Returns:
+        Pieces in order; None where rows or the type of its blocks change, or it has no blocks.
+    """
+    if step.sink is None or len(step.parts) != 1:
+        return None
+    part, view = step.parts[0], sources[step.parts[0].source]
+    record = view[part.name]
+    same = record.encoding == step.sink.encoding != "plain" and record.shape == step.sink.shape
+    return view.as_stored(part.name) if same and part.plain and part.rows is None else None
 
 
 def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
@@ -143,13 +199,18 @@ def _permute(data: memoryview, rows: RowPermutation, row: int) -> memoryview:
     return np.ascontiguousarray(blocks[:, rows.order()]).view(np.uint8).reshape(-1).data
 
 
-def _cast(data: memoryview, source: str, target: str, lost: Cast) -> memoryview:
-    """Round to nearest even, as torch and numpy do, and count in `lost` what overflows or vanishes."""
+def _cast(data: memoryview, source: str, target: str, lost: Cast, plus: int = 0) -> memoryview:
+    """Round to nearest even, as torch and numpy do, and count in `lost` what overflows or vanishes.
+
+    What is to be added is added before, in float32 or wider.
+    """
     import numpy as np
 
-    values = np.frombuffer(data, dtype=np_dtype(source))
+    values: Any = np.frombuffer(data, dtype=np_dtype(source))
+    if plus:
+        values = values.astype(np.float64 if source == "F64" else np.float32) + np.float32(plus)
     with np.errstate(over="ignore", invalid="ignore"):
-        made = values.astype(np_dtype(target))
+        made: np.ndarray[Any, Any] = values.astype(np_dtype(target))
         if np_dtype(target).itemsize < np_dtype(source).itemsize or target == "F16":
             lost.overflowed += int(np.count_nonzero(np.isfinite(values) & ~np.isfinite(made)))
             lost.vanished += int(np.count_nonzero((values != 0) & (made == 0)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tensorkeep.conversion._target_rules import NONE, Proof, Rule, Sink, by_adapter_folder, by_loader, by_state_dict
 from tensorkeep.conversion._target_rules import Programs as Programs
-from tensorkeep.conversion._target_tables import by_detector, by_minimind, by_torchtitan
+from tensorkeep.conversion._target_tables import by_detector, by_minimind, by_olmo_core, by_torchtitan
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.errors import TensorkeepError, near_misses
 
@@ -25,10 +25,12 @@ class Target:
     Args:
         rules: for each format that it loads: what its loader asks of the tensors.
         namings: the namings that it loads from a format; the first is taken where the user names none.
+        root: what it asks names to be below.
     """
 
     rules: Mapping[str, Rule]
     namings: Mapping[str, tuple[str, ...]]
+    root: str | None = None
 
 
 TARGETS: dict[str, Target] = {
@@ -38,6 +40,7 @@ TARGETS: dict[str, Target] = {
     ),
     "peft": Target({"peft": by_adapter_folder}, {"peft": ("hf",)}),
     "torchtitan": Target({"dcp": by_torchtitan, "hf": by_torchtitan}, {"dcp": _TITAN, "hf": ("hf",)}),
+    "olmo-core": Target({"dcp": by_olmo_core}, {"dcp": ("olmo-core",)}, "model"),
     "flame": Target({"dcp": by_state_dict}, {"dcp": ("hf",)}),
     "opentad": Target({"pth": by_detector}, {"pth": ("opentad",)}),
     "minimind": Target({"pth": by_minimind}, {"pth": ("minimind",)}),
@@ -76,6 +79,18 @@ def arranged(target: str | None, to: str, naming: str | None) -> tuple[str | Non
     return naming or loads[to][0], to in _WRITES_HEAD_TWICE and target != "minimind"
 
 
+def root_of(target: str | None) -> str | None:
+    """Return what a program asks names to be below.
+
+    Args:
+        target: the program; None where the user names none.
+
+    Returns:
+        The root; None for nothing.
+    """
+    return TARGETS[target].root if target in TARGETS else None
+
+
 def usual(plan: Plan, to: str) -> str | None:
     """Return the program that a plan's output is for where the user names none; None where nothing says.
 
@@ -88,7 +103,7 @@ def usual(plan: Plan, to: str) -> str | None:
     if to == "hf":
         return "transformers" if plan.naming in (None, "hf") else None
     named = next((w for w, t in TARGETS.items() if plan.naming in t.namings.get(to, ()) and plan.naming != "hf"), None)
-    return named if plan.root is None else None
+    return named if plan.root == root_of(named) else None
 
 
 def _unnamed(to: str) -> str:

@@ -78,7 +78,8 @@ class Pairing:
 
 def pair(a: StateView, b: StateView) -> Pairing:
     """Bring both sides under Hugging Face names; a config on either side serves both, since it is the model's."""
-    config = a.config if a.config is not None else b.config
+    configs = [v.config for v in (a, b) if v.config is not None]
+    config = next((c for c in configs if "model_type" in c), configs[0] if configs else None)
     identities = (namings.identify(a), namings.identify(b))
     if config is None and identities[0].naming == identities[1].naming:
         # both speak the same names: no translation, so no head sizes are needed either

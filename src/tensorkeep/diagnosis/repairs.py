@@ -68,7 +68,7 @@ class RepairedView(StateView):
         recipe = (self.recipes or {}).get(name)
         assert self.case is not None
         parts = self.case.tensors[name].parts if recipe is None else ()
-        if len(parts) == 1 and not parts[0].permutes and parts[0].rows is None:  # stored as it is wanted
+        if len(parts) == 1 and parts[0].plain and parts[0].rows is None:  # stored as it is wanted
             yield from self.case.views[0].stream(parts[0].name, rows, granule, chunk)
             return
         values = np.ascontiguousarray(recipe() if recipe is not None else self.case.values(name))

@@ -21,8 +21,9 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_gguf_header
 from tensorkeep.formats._gguf_tokenizer import tokenizer_files
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.gguf_config import companions, hf_config
-from tensorkeep.formats.gguf_metadata import FACTORS, metadata_of, put_metadata
+from tensorkeep.formats.gguf_config import FACTORS, companions, hf_config
+from tensorkeep.formats.gguf_families import LONG, SHORT
+from tensorkeep.formats.gguf_metadata import metadata_of, put_metadata
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.files import Folder, short_file
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer
@@ -240,8 +241,8 @@ def layout(
     entries, factors = metadata_of(config, companions, tensors)
     kinds = {t.name: t.dtype if t.encoding == "plain" else t.encoding for t in tensors}
     sizes = {t.name: (t.shape, t.nbytes) for t in tensors}
-    if factors:
-        kinds[FACTORS], sizes[FACTORS] = "F32", ((len(factors),), 4 * len(factors))
+    for tensor, values in factors.items():
+        kinds[tensor], sizes[tensor] = "F32", ((len(values),), 4 * len(values))
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "header", entries["general.architecture"])
         put_metadata(writer, entries)
@@ -256,9 +257,8 @@ def layout(
     at = -(-len(header) // _ALIGNMENT) * _ALIGNMENT
     segments: list[Fixed | Slot | Trailer] = [Fixed(0, header.ljust(at, b"\0"))]
     for tensor, (_shape, nbytes) in sizes.items():
-        segments.append(
-            Fixed(at, struct.pack(f"<{len(factors)}f", *factors)) if tensor == FACTORS else Slot(at, nbytes, tensor)
-        )
+        made = factors.get(tensor)
+        segments.append(Slot(at, nbytes, tensor) if made is None else Fixed(at, struct.pack(f"<{len(made)}f", *made)))
         at += nbytes
         room = -at % _ALIGNMENT
         if room:
@@ -270,7 +270,7 @@ def layout(
 def _describe(view: StateView, metadata: dict[str, Any]) -> None:
     """Give the view config, tokenizer and generation config as the files that a Hugging Face folder has."""
     try:
-        view.config = hf_config(metadata, view.records, _frequencies(view))
+        view.config = hf_config(metadata, view.records, _factors(view))
         view.companions += companions(view.config)
     except TensorkeepError as error:
         view.notes.append(Note("C03", f"no config was made: {error.what}"))
@@ -289,10 +289,11 @@ def _json(document: Any) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _frequencies(view: StateView) -> Sequence[float]:
-    """Return `rope_freqs.weight`: the factors by which llama.cpp divides RoPE's frequencies; empty without it."""
-    record = view.records.get("rope_freqs.weight")
-    if record is None or record.encoding != "plain" or record.dtype != "F32" or record.elements > 4096:
-        return ()
-    values: list[float] = view.array(record.name).reshape(-1).tolist()
-    return values
+def _factors(view: StateView) -> dict[str, list[float]]:
+    """Return the tensors by which llama.cpp divides RoPE's frequencies, by name, of those that the file has."""
+    out = {}
+    for name in (FACTORS, LONG, SHORT):
+        record = view.records.get(name)
+        if record is not None and record.encoding == "plain" and record.dtype == "F32" and record.elements <= 4096:
+            out[name] = view.array(name).reshape(-1).tolist()
+    return out

@@ -11,10 +11,12 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
+from tensorkeep.formats.gguf_families import LOCAL_THETA, LONG, SHORT, attention_factor, gemma_config
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
 # llama.cpp's architecture -> transformers' model type and class
@@ -24,7 +26,12 @@ _ARCHITECTURES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "olmo2": ("olmo2", "Olmo2ForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
 }
+FACTORS = "rope_freqs.weight"
 _MIXTRAL = ("mixtral", "MixtralForCausalLM")  # llama.cpp calls it llama, with experts
 # what llama.cpp's converter assumed for the scaling of Llama 3, whose numbers it does not store
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -59,14 +66,16 @@ class Fields:
 
 
 def hf_config(
-    metadata: Mapping[str, Any], records: Mapping[str, TensorRecord], frequencies: Sequence[float] = ()
+    metadata: Mapping[str, Any],
+    records: Mapping[str, TensorRecord],
+    factors: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Make the config.json that transformers needs for a GGUF file.
 
     Args:
         metadata: the metadata of the file's header.
         records: its tensors by llama.cpp's names.
-        frequencies: the values of `rope_freqs.weight`, [head_dim / 2], where the file has that tensor.
+        factors: the values of the tensors that scale RoPE's frequencies, by name, where the file has them.
 
     Returns:
         The config as a document.
@@ -89,15 +98,16 @@ def hf_config(
     heads, hidden = fields.whole("attention.head_count"), fields.whole("embedding_length")
     head_dim = fields.whole("attention.key_length", hidden // heads)
     shapes = {n: r.shape for n, r in records.items()}
-    vocabulary = _check_shapes(shapes, heads, hidden, head_dim)
+    kv_heads, layers = fields.whole("attention.head_count_kv", heads), fields.whole("block_count")
+    vocabulary = _check_shapes(shapes, heads, hidden, head_dim, kv_heads)
     config: dict[str, Any] = {
         "architectures": [name],
         "model_type": kind,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "num_hidden_layers": fields.whole("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.whole("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": fields.whole("context_length"),
@@ -108,30 +118,36 @@ def hf_config(
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        **_rope(fields, head_dim, frequencies),
+        **_rope(fields, kind, head_dim, factors),
         **_width(fields, kind, experts),
         **special_token_ids(metadata, vocabulary),
         "dtype": _dtype(records),
     }
-    return config
+    return config | gemma_config(kind, fields, config)
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int, hidden: int, head_dim: int) -> int:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int, hidden: int, head_dim: int, kv_heads: int) -> int:
     """Compare the embedding's and the first query's shape with the metadata; return the size of the vocabulary."""
-    embedding, query = shapes.get("token_embd.weight"), shapes.get("blk.0.attn_q.weight")
+    fused = "blk.0.attn_qkv.weight" in shapes
+    name = "blk.0.attn_qkv.weight" if fused else "blk.0.attn_q.weight"
+    rows = (heads + 2 * kv_heads if fused else heads) * head_dim
+    embedding, query = shapes.get("token_embd.weight"), shapes.get(name)
     if embedding is None or len(embedding) != 2 or embedding[1] != hidden:
         raise TensorkeepError(f"token_embd.weight is {embedding} and embedding_length {hidden}", code="C03")
-    if query is None or query != (heads * head_dim, hidden):
+    if query is None or query != (rows, hidden):
         raise TensorkeepError(
-            f"blk.0.attn_q.weight is {query}, and {heads} heads of {head_dim} over {hidden} are announced", code="C03"
+            f"{name} is {query}, and {heads} heads of {head_dim} over {hidden} are announced", code="C03"
         )
     return embedding[0]
 
 
-def _rope(fields: Fields, head_dim: int, frequencies: Sequence[float]) -> dict[str, Any]:
+def _rope(fields: Fields, model: str, head_dim: int, factors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Make the config's RoPE entries, scaling included."""
+    frequencies = factors.get(FACTORS, ())
     theta = shortest(fields.number("rope.freq_base", 10000.0, 1.0))
     rotary = fields.whole("rope.dimension_count", head_dim)
+    if model == "phi3":
+        return _phi3_rope(fields, theta, rotary, head_dim, factors)
     if rotary != head_dim:
         raise TensorkeepError(
             f"RoPE turns {rotary} of {head_dim} dimensions, which these model types cannot say", code="C03"
@@ -151,11 +167,41 @@ def _rope(fields: Fields, head_dim: int, frequencies: Sequence[float]) -> dict[s
             raise TensorkeepError(
                 "rope_freqs.weight holds factors that are not those of Llama 3's RoPE scaling", code="C03"
             )
-    default = {"rope_type": "default"}
+    parameters: dict[str, Any] = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    if model == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
+        parameters = {"full_attention": parameters, "sliding_attention": local}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
+
+
+def _phi3_rope(
+    fields: Fields, theta: float, rotary: int, head_dim: int, factors: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Make phi3's RoPE entries: how much of a head it turns, and the factors for short and for long texts."""
+    if rotary > head_dim or rotary % 2:
+        raise TensorkeepError(f"RoPE turns {rotary} of {head_dim} dimensions", code="C03")
+    part = rotary / head_dim
+    longest = fields.whole("context_length")
+    original = fields.whole("rope.scaling.original_context_length", longest)
+    scaling: dict[str, Any] | None = None
+    if LONG in factors or SHORT in factors:
+        found = [[shortest(v) for v in factors.get(name, ())] for name in (SHORT, LONG)]
+        if any(len(f) * 2 != rotary for f in found):
+            raise TensorkeepError(f"{SHORT} and {LONG} must have {rotary // 2} values each", code="C03")
+        scaling = {"rope_type": "longrope", "short_factor": found[0], "long_factor": found[1]}
+        usual = attention_factor(longest, original)
+        said = fields.number("rope.scaling.attn_factor", usual)
+        if not math.isclose(said, usual, rel_tol=1e-6):
+            scaling["attention_factor"] = shortest(said)
+    window = fields.whole("attention.sliding_window", 0, 0) or None
+    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": theta, "partial_rotary_factor": part}
     return {
         "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {**(scaling or default), "rope_theta": theta},
+        "rope_scaling": {**scaling, "type": "longrope"} if scaling else None,
+        "rope_parameters": parameters,
+        "partial_rotary_factor": part,
+        "original_max_position_embeddings": original,
+        "sliding_window": window,
     }
 
 

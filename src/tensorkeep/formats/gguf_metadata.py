@@ -11,12 +11,20 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.gguf_config import LLAMA3, hf_config, llama3_factors, shortest
+from tensorkeep.formats.gguf_config import FACTORS, LLAMA3, hf_config, llama3_factors, shortest
+from tensorkeep.formats.gguf_families import (
+    GEMMAS,
+    LOCAL_THETA,
+    attention_factor,
+    gemma_entries,
+    long_factors,
+    refuse_gemma,
+    unsaid,
+)
 from tensorkeep.formats.gguf_vocabulary import vocabulary_of
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import TensorRecord
 
-FACTORS = "rope_freqs.weight"
 # transformers' model type -> llama.cpp's architecture
 ARCHITECTURES = {
     "llama": "llama",
@@ -26,9 +34,14 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
     "olmo2": "olmo2",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
 }
 # llama.cpp's LLAMA_FTYPE_*, which a file names for people: what most matrices are
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+_FILE_TYPES |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "MXFP4": 38}
 # what the metadata of these architectures cannot say: key -> the value that a reader assumes
 _ASSUMED = {
     "hidden_act": "silu",
@@ -58,9 +71,12 @@ _NOT_COMPARED = {
 }
 
 
+_LONGROPE = {"short_factor", "long_factor", "partial_rotary_factor", "attention_factor"}
+
+
 def metadata_of(
     config: Mapping[str, Any] | None, companions: Sequence[Companion], tensors: Sequence[SinkTensor]
-) -> tuple[dict[str, Any], list[float]]:
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Say config and tokenizer as the metadata of a GGUF file.
 
     Args:
@@ -69,7 +85,7 @@ def metadata_of(
         tensors: the tensors to be written, under llama.cpp's names.
 
     Returns:
-        The entries by key, and the factors that divide RoPE's frequencies ([head_dim / 2]; none where all are 1).
+        The entries by key, and the tensors that divide RoPE's frequencies, by name (none where all factors are 1).
 
     Raises:
         TensorkeepError: C03 where the metadata cannot say what config or tokenizer say, so that llama.cpp would compute
@@ -94,7 +110,8 @@ def metadata_of(
     _compare(config, hf_config(entries, records, factors))
     matrices = [t.dtype if t.encoding == "plain" else t.encoding for t in tensors if len(t.shape) > 1]
     most = max(sorted(set(matrices)), key=matrices.count) if matrices else "F32"
-    entries["general.file_type"] = _FILE_TYPES[most]
+    if most in _FILE_TYPES:
+        entries["general.file_type"] = _FILE_TYPES[most]
     if any(t.encoding != "plain" for t in tensors):
         entries["general.quantization_version"] = 2
     return entries | vocabulary_of(_documents(companions), _whole(config, "vocab_size")), factors
@@ -136,8 +153,8 @@ def _documents(companions: Sequence[Companion]) -> dict[str, Any]:
     return out
 
 
-def _model(config: Mapping[str, Any], architecture: str) -> tuple[dict[str, Any], list[float]]:
-    """Say what the model computes; the factors of RoPE's frequencies are a tensor and no entry."""
+def _model(config: Mapping[str, Any], architecture: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Say what the model computes; the factors of RoPE's frequencies are tensors and no entries."""
     heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
     head_dim = _whole(config, "head_dim", hidden // heads)
     said = {
@@ -159,53 +176,90 @@ def _model(config: Mapping[str, Any], architecture: str) -> tuple[dict[str, Any]
         said["expert_used_count"] = _whole(config, "num_experts_per_tok")
     if config.get("model_type") == "qwen3_moe":
         said["expert_feed_forward_length"] = _whole(config, "moe_intermediate_size")
-    rope = _rope(config)
-    theta = float(rope["rope_theta"])
-    said["rope.freq_base"] = theta
-    factors: list[float] = []
-    if rope["rope_type"] == "llama3":
-        factors = llama3_factors(theta, head_dim, rope)
-    elif rope["rope_type"] in ("linear", "yarn"):
-        said["rope.scaling.type"] = rope["rope_type"]
-        said["rope.scaling.factor"] = float(rope["factor"])
-        if rope["rope_type"] == "yarn":
-            said["rope.scaling.original_context_length"] = _whole(rope, "original_max_position_embeddings")
+    if config.get("model_type") in GEMMAS:
+        refuse_gemma(config, said)
+        said |= gemma_entries(config)
+    scaling, factors = _scaling(config, said)
     entries = {"general.architecture": architecture, "general.type": "model"}
-    return {**entries, **{f"{architecture}.{key}": value for key, value in said.items()}}, factors
+    return {**entries, **{f"{architecture}.{key}": value for key, value in (said | scaling).items()}}, factors
+
+
+def _scaling(config: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Say a config's RoPE: entries, and the tensors of factors."""
+    rope, head_dim = _rope(config), said["attention.key_length"]
+    theta = float(rope["rope_theta"])
+    out: dict[str, Any] = {"rope.freq_base": theta}
+    if config.get("model_type") == "phi3":
+        rotary = int(head_dim * float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0))
+        longest = said["context_length"]
+        given = (
+            rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings") or longest
+        )
+        original = _whole({"original_max_position_embeddings": given}, "original_max_position_embeddings")
+        window = config.get("sliding_window")
+        out |= {"rope.dimension_count": rotary, "rope.scaling.original_context_length": original}
+        out["attention.sliding_window"] = window if type(window) is int and window > 0 else 0
+        if rope["rope_type"] != "longrope":
+            return out, {}
+        out["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or attention_factor(longest, original))
+        return out, long_factors(rope, rotary // 2)
+    if rope["rope_type"] == "llama3":
+        return out, {FACTORS: llama3_factors(theta, head_dim, rope)}
+    if rope["rope_type"] in ("linear", "yarn"):
+        out["rope.scaling.type"] = rope["rope_type"]
+        out["rope.scaling.factor"] = float(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            out["rope.scaling.original_context_length"] = _whole(rope, "original_max_position_embeddings")
+    return out, {}
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's RoPE as transformers 5 spells it, from either version's spelling."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(found, Mapping) and config.get("model_type") == "gemma3_text" and "full_attention" in found:
+        local = found.get("sliding_attention") or {}
+        if local.get("rope_theta", LOCAL_THETA) != LOCAL_THETA or local.get("rope_type", "default") != "default":
+            raise unsaid(f"sliding_attention with RoPE {json.dumps(local)[:80]}")
+        found = found["full_attention"]
     if not isinstance(found, Mapping):
         raise TensorkeepError("config.json: its RoPE parameters are no mapping", code="C03")
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **found}
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     known = {"rope_type", "rope_theta", "type", "factor", "original_max_position_embeddings", *LLAMA3}
+    types: tuple[str, ...] = ("default", "llama3", "linear", "yarn")
+    if config.get("model_type") == "phi3":
+        types, known = ("default", "longrope"), known | _LONGROPE
+        rope["rope_type"] = "longrope" if rope["rope_type"] in ("su", "yarn") else rope["rope_type"]
+    elif config.get("model_type") in GEMMAS:
+        types = ("default", "linear") if config.get("model_type") == "gemma3_text" else ("default",)
     odd = sorted(set(rope) - known)
-    if rope["rope_type"] not in ("default", "llama3", "linear", "yarn") or odd:
+    if rope["rope_type"] not in types or odd:
         what = f"RoPE of the type {str(rope['rope_type'])[:40]!r}" + (f" with {', '.join(odd)[:80]}" if odd else "")
-        raise _unsaid(what)
+        raise unsaid(what)
     others = {k: rope[k] for k in LLAMA3 if rope["rope_type"] == "llama3" and rope.get(k) != LLAMA3[k]}
     if others:
-        raise _unsaid(f"Llama 3's RoPE scaling with {json.dumps(others)[:120]}")
-    for key in known & set(rope) - {"rope_type", "type"}:
+        raise unsaid(f"Llama 3's RoPE scaling with {json.dumps(others)[:120]}")
+    for key in known & set(rope) - {"rope_type", "type", "short_factor", "long_factor"}:
         _number(rope, key)
     return rope
 
 
 def _refuse_unsaid(config: Mapping[str, Any]) -> None:
     """Stop where the config asks for what the metadata cannot say."""
-    for key, assumed in _ASSUMED.items():
+    kind = config.get("model_type")
+    own = _ASSUMED if kind not in GEMMAS else {}  # `refuse_gemma` has theirs
+    for key, assumed in own.items():
+        if kind == "phi3" and key == "partial_rotary_factor":
+            continue
         if config.get(key, assumed) not in (assumed, None) and not (key == "mlp_only_layers" and not config[key]):
-            raise _unsaid(f"{key} {json.dumps(config[key])[:60]}")
+            raise unsaid(f"{key} {json.dumps(config[key])[:60]}")
     layers = config.get("layer_types")
     window = config.get("sliding_window") if config.get("model_type") in ("mistral", "mixtral") else None
-    if isinstance(layers, list) and any(kind != "full_attention" for kind in layers):
-        raise _unsaid("layers with sliding attention")
+    if kind not in GEMMAS and isinstance(layers, list) and any(what != "full_attention" for what in layers):
+        raise unsaid("layers with sliding attention")
     longest = config.get("max_position_embeddings")
     if isinstance(window, int) and isinstance(longest, int) and window < longest:
-        raise _unsaid(f"a sliding window of {window} in a context of {longest}")
+        raise unsaid(f"a sliding window of {window} in a context of {longest}")
 
 
 def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:
@@ -216,22 +270,21 @@ def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:
         if key in config and key not in _NOT_COMPARED | {"rope_parameters"} and config[key] not in (value, None)
     ]
     mine, theirs = _rope(config), _rope(back)
+    aside = {"type", "partial_rotary_factor", "original_max_position_embeddings", "factor"}
+    aside = {"type"} if config.get("model_type") != "phi3" else aside  # said by entries that are compared above
     wrong += [
         f"{key} {mine.get(key)} comes back as {theirs.get(key)}"
-        for key in sorted({*mine, *theirs} - {"type"})
-        if mine.get(key) != theirs.get(key)
+        for key in sorted({*mine, *theirs} - aside)
+        if _short(mine.get(key)) != _short(theirs.get(key))
         and (mine["rope_type"] != "llama3" or key not in LLAMA3 or mine.get(key) != LLAMA3[key])
     ]
     if wrong:
-        raise _unsaid("; ".join(wrong[:3]))
+        raise unsaid("; ".join(wrong[:3]))
 
 
-def _unsaid(what: str) -> TensorkeepError:
-    return TensorkeepError(
-        f"config.json asks for {what}, which GGUF's metadata cannot say for this model type",
-        code="C03",
-        hint="llama.cpp would compute another model; keep hf, dcp or pth",
-    )
+def _short(value: Any) -> Any:
+    """Return a list of numbers as float32 holds them; any other value as it is."""
+    return [shortest(float(v)) for v in value] if isinstance(value, list) else value
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

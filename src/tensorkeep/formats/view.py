@@ -183,18 +183,40 @@ class StateView(Mapping[str, TensorRecord]):
             raise TensorkeepError(
                 f"{record.name} is stored as {record.encoding}, which {self.format} cannot decode", where=self.path
             )
-        (block,) = self._blocks(record)
         count = math.prod(record.shape[:-1])
-        made, stored = record.nbytes // max(count, 1), block.nbytes // max(count, 1)  # bytes of one row
+        made = record.nbytes // max(count, 1)  # bytes of one row
         inner = math.prod(record.shape[1:-1])  # rows in one step of the first dimension
         first, last = (0, count) if rows is None else (rows[0] * inner, rows[1] * inner)
         unit = math.lcm(granule, max(made, 1))
         step = max(chunk // unit, 1) * unit // max(made, 1)
         for at in range(first, last, step):
-            some = min(step, last - at)
-            raw = bytearray(some * stored)
-            self.folder.read_into(block.file, block.start + at * stored, memoryview(raw))
-            yield self.decode(record, memoryview(raw))
+            yield self.decode(record, self._rows_as_stored(record, at, min(at + step, last)))
+
+    def _rows_as_stored(self, record: TensorRecord, first: int, last: int) -> memoryview:
+        """Read some rows of the last dimension of an encoded tensor."""
+        (block,) = self._blocks(record)
+        stored = block.nbytes // max(math.prod(record.shape[:-1]), 1)
+        raw = memoryview(bytearray((last - first) * stored))
+        self.folder.read_into(block.file, block.start + first * stored, raw)
+        return raw
+
+    def as_stored(self, name: str, chunk: int = STREAM_BYTES) -> Iterator[tuple[memoryview, memoryview]] | None:
+        """Give an encoded tensor's bytes as they lie, with what they decode to.
+
+        Args:
+            name: name of the tensor.
+            chunk: bytes of a piece once decoded, about.
+
+        Returns:
+            Pieces of whole rows; None where the tensor is not encoded, or nothing here decodes it.
+        """
+        record, decode = self.records[name], self.decode
+        if record.encoding == "plain" or decode is None:
+            return None
+        count = math.prod(record.shape[:-1])
+        step = max(chunk // max(record.nbytes // max(count, 1), 1), 1)
+        raws = (self._rows_as_stored(record, at, min(at + step, count)) for at in range(0, count, step))
+        return ((raw, decode(record, raw)) for raw in raws)
 
     def _assemble(self, record: TensorRecord) -> bytearray:
         """Put the blocks of a tensor together in memory."""

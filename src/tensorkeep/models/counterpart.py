@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
+from tensorkeep.conversion import hub_links
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.fit import Offer
 from tensorkeep.conversion.model_names import AskNames, ModelNames, unknown
 from tensorkeep.conversion.naming.rope import rope_rows
-from tensorkeep.conversion.naming.table import from_own
+from tensorkeep.conversion.naming.table import Link, from_own
 from tensorkeep.conversion.plan import HfTensor, Part, Step
 from tensorkeep.conversion.planning import to_hf_tensors
 from tensorkeep.errors import TensorkeepError
@@ -76,17 +77,22 @@ class StoredModel:
         """Return the stored tensor of this very name; None where there is none."""
         return (Part(0, self.stored[name]),) if name in self.stored else None
 
-    def through_hf(self, name: str, table: Any, rope: bool) -> tuple[Part, ...] | None:
+    def through_hf(self, name: str, table: Any) -> tuple[Part, ...] | None:
         """Return the parts of a tensor that the model names otherwise than the file, in the model's RoPE layout."""
         links = from_own(name, table, experts=self._experts(name)) if table is not None else None
-        wanted = [(link.hf, link.rope) for link in links] if links else [(name, False)]
-        if not all(hf in self.hf_tensors for hf, _ in wanted):
+        links = links or [Link(name, name)]
+        if not all(link.hf in self.hf_tensors for link in links):
             return None
         parts: list[Part] = []
-        for hf, turned in wanted:
-            tensor = self.hf_tensors[hf]
-            rows = rope_rows(self.config, "pairs", hf, tensor.shape) if turned and rope else None
-            parts += [p.permuted(rows) if rows else p for p in tensor.parts]
+        pieces: list[hub_links.Piece] = []
+        for link in links:
+            made = hub_links.to_own(link, self.hf_tensors[link.hf], self.config, [self.view])
+            if isinstance(made, hub_links.Piece):
+                pieces.append(made)
+            else:
+                parts += made.parts
+        if pieces:
+            return hub_links.put_together({name: pieces}, [self.view])[name].parts
         return tuple(parts)
 
     def _experts(self, name: str) -> int:
@@ -139,9 +145,9 @@ class CounterpartFinder:
         best = max(shapes, key=lambda s: (len(set(known) & {_moved(n, *s) for n in names}), not any(s)))
         self.cut, self.add = best
         moved = [_moved(n, *best) for n in names]
-        self.table, self.rope = _table(moved, source)
+        self.table = _table(moved, source)
         plain = sum(n in source.stored for n in moved)
-        self.straight = plain >= sum(source.through_hf(n, self.table, self.rope) is not None for n in moved)
+        self.straight = plain >= sum(source.through_hf(n, self.table) is not None for n in moved)
 
     def parts(self, tensor: Held, name: str) -> tuple[Part, ...] | None:
         """Return the stored rows that a tensor should equal.
@@ -167,7 +173,7 @@ class CounterpartFinder:
         """Return the stored tensor of one name, directly or through hf names."""
         if self.straight:
             return self.source.direct(name)
-        return self.source.through_hf(name, self.table, self.rope)
+        return self.source.through_hf(name, self.table)
 
     def _turned(self, tensor: Held, parts: tuple[Part, ...]) -> bool:
         """Whether a stack of matrices may be stored with rows for columns."""
@@ -255,15 +261,13 @@ def _moved(name: str, cut: str, add: str) -> str:
     return add + (name[len(cut) :] if cut and name.startswith(cut) else name)
 
 
-def _table(names: list[str], source: StoredModel) -> tuple[Any, bool]:
-    """Return the table of the naming that the model's own names follow, and whether its q/k rows are interleaved."""
-    for scheme in [namings.module(word) for word in namings.NAMINGS]:
-        if not hasattr(scheme, "family"):
-            continue
-        if sum(scheme.recognise(n) for n in names) * 2 > len(names):
+def _table(names: list[str], source: StoredModel) -> Any:
+    """Return the table of the naming that the model's own names follow; None for hf's and for those nobody knows."""
+    for word in namings.NAMINGS:
+        scheme = namings.module(word)
+        if hasattr(scheme, "family") and sum(scheme.recognise(n) for n in names) * 2 > len(names):
             try:
-                family = scheme.family(names, dict(source.config) if source.config else None)
+                return namings.rows(word, names, dict(source.config) if source.config else None)
             except TensorkeepError:
-                return None, False
-            return scheme.FAMILIES[family], any(row.rope for row in scheme.FAMILIES[family])
-    return None, False
+                return None
+    return None

@@ -155,7 +155,7 @@ def _cut(part: Part, view: StateView, low: int, high: int) -> bytearray:
     """Read a part's bytes from `low` to `high`; whole rows are read by number, so that a shard reads its own alone."""
     record = view[part.name]
     row = nbytes(record.dtype, record.shape[1:]) if record.shape else 0
-    if row and not part.permutes and part.inner is None and low % row == 0 and high % row == 0:
+    if row and part.plain and part.inner is None and low % row == 0 and high % row == 0:
         start = part.rows[0] if part.rows else 0
         part, low, high = part._replace(rows=(start + low // row, start + high // row)), 0, high - low
     out, at = bytearray(), 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from tensorkeep.storage.record import BLOCK_TYPES, nbytes
+from tensorkeep.storage.record import PASSED_BLOCKS, nbytes
 
 SHARD_SIZE = 5_000_000_000  # bytes of a file of weights where none is asked for; transformers' default
 
@@ -39,7 +39,7 @@ class SinkTensor(NamedTuple):
         """Bytes of the tensor's data, as they are stored."""
         if self.encoding == "plain":
             return nbytes(self.dtype, self.shape)
-        elements, size = BLOCK_TYPES[self.encoding]
+        elements, size = PASSED_BLOCKS[self.encoding]
         return math.prod(self.shape) // elements * size
 
 

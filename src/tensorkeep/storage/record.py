@@ -72,6 +72,20 @@ SPELLINGS = {  # what people type after --dtype
 
 # ggml's block-quantized types that are written here: elements of a block, and its bytes (ggml-common.h)
 BLOCK_TYPES = {"Q8_0": (32, 34), "Q5_1": (32, 24), "Q5_0": (32, 22), "Q4_1": (32, 20), "Q4_0": (32, 18)}
+# with those that are passed on as they lie, where nothing changes in them
+PASSED_BLOCKS = {
+    **BLOCK_TYPES,
+    **{"Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)},
+    **{"IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ2_S": (256, 82)},
+    **{"IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136)},
+    **{"TQ1_0": (256, 54), "TQ2_0": (256, 66), "MXFP4": (32, 17)},
+}
+# types that llama.cpp's own tool makes, by its words
+OTHER_BLOCKS = (
+    *("Q2_K", "Q2_K_S", "Q3_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K", "Q4_K_S", "Q4_K_M", "Q5_K", "Q5_K_S", "Q5_K_M"),
+    *("Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
+    *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"),
+)
 
 
 class Block(NamedTuple):

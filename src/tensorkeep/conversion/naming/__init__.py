@@ -6,7 +6,7 @@ Conversion goes source naming -> hf -> sink naming. A naming is one file and one
 |---|---|---|
 | `NAME` | the word on the command line | needed |
 | `recognise(name)` | whether a tensor's name is one of this scheme | needed |
-| `FAMILIES` | tables of `Row(own, hf, rope, stacked)`, by family | `to_hf` and `renamer` are needed |
+| `FAMILIES` | tables of `Row`s, by family | `to_hf` and `renamer` are needed |
 | `family(names, config)` | which family holds, by own or hf names | the first |
 | `table(names, config)` | the rows themselves, None where names are hf's | `FAMILIES[family(...)]` |
 | `to_hf`, `renamer`, `dropped` | functions in the place of tables (see `detectors`) | tables |
@@ -42,6 +42,8 @@ NAMINGS = {
     "hf": "tensorkeep.conversion.naming.hf",
     "torchtitan": "tensorkeep.conversion.naming.torchtitan",
     "torchtitan-0.2": "tensorkeep.conversion.naming.torchtitan02",
+    "olmo-core": "tensorkeep.conversion.naming.olmo_core",
+    "nanotron": "tensorkeep.conversion.naming.nanotron",
     "minimind": "tensorkeep.conversion.naming.minimind",
     "gguf": "tensorkeep.conversion.naming.gguf",
     "opentad": "tensorkeep.conversion.naming.opentad",

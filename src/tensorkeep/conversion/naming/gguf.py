@@ -1,8 +1,9 @@
 """Naming `gguf`: llama.cpp's names (`blk.0.attn_q.weight`), one table for each model type.
 
 llama.cpp turns RoPE's pairs as neighbours for the llama family, so its converter permutes the rows of q and k (and
-their biases) as Meta's layout has them; for qwen and olmo2 it turns halves, and rows stay. The values of such a
-file's config and tokenizer are in its metadata: `hf_config`.
+their biases) as Meta's layout has them; for the others it turns halves, and rows stay. It multiplies by gemma's
+gains as they are stored, so its converter adds 1 to them. The values of such a file's config and tokenizer are in its
+metadata: `hf_config`.
 """
 
 from __future__ import annotations
@@ -32,27 +33,31 @@ def _experts(own: str, hf: Mapping[str, str]) -> list[Row]:
     ]
 
 
-def _rows(rope: bool, norms: Mapping[str, str], more: Sequence[Row] = ()) -> list[Row]:
-    """Return the table of one model type: `rope` says that q/k rows are permuted, `norms` which norms a layer has."""
+def _rows(
+    rope: bool, norms: Mapping[str, str], more: Sequence[Row] = (), plus: int = 0, head: bool = True
+) -> list[Row]:
+    """Return the table of one model type: whether q/k rows are permuted, which norms a layer has and what they add."""
     return [
         Row("token_embd", "model.embed_tokens"),
         Row("blk.{n}.attn_q", f"{LAYER}self_attn.q_proj", rope),
         Row("blk.{n}.attn_k", f"{LAYER}self_attn.k_proj", rope),
         Row("blk.{n}.attn_v", f"{LAYER}self_attn.v_proj"),
         Row("blk.{n}.attn_output", f"{LAYER}self_attn.o_proj"),
-        *(Row(f"blk.{{n}}.{own}", f"{LAYER}{hf}") for own, hf in norms.items()),
+        *(Row(f"blk.{{n}}.{own}", f"{LAYER}{hf}", plus=plus) for own, hf in norms.items()),
         *more,
         Row("blk.{n}.ffn_gate", f"{LAYER}mlp.gate_proj"),
         Row("blk.{n}.ffn_up", f"{LAYER}mlp.up_proj"),
         Row("blk.{n}.ffn_down", f"{LAYER}mlp.down_proj"),
-        Row("output_norm", "model.norm"),
-        Row("output", "lm_head"),
+        Row("output_norm", "model.norm", plus=plus),
+        *([Row("output", "lm_head")] if head else []),
     ]
 
 
 _PRE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _QK = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _POST = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_BOTH = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+_BOTH |= {"ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _QWEN_EXPERTS = _experts("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
 _MIXTRAL_EXPERTS = _experts("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"})
 FAMILIES = {
@@ -63,6 +68,19 @@ FAMILIES = {
     "qwen3": _rows(False, {**_PRE, **_QK}),
     "qwen3_moe": _rows(False, {**_PRE, **_QK}, [Row("blk.{n}.ffn_gate_inp", f"{LAYER}mlp.gate"), *_QWEN_EXPERTS]),
     "olmo2": _rows(False, {**_POST, **_QK}),
+    "gemma": _rows(False, _PRE, plus=1, head=False),
+    "gemma2": _rows(False, _BOTH, plus=1, head=False),
+    "gemma3_text": _rows(False, {**_BOTH, **_QK}, plus=1),
+    "phi3": [
+        Row("token_embd", "model.embed_tokens"),
+        Row("blk.{n}.attn_qkv", f"{LAYER}self_attn.qkv_proj"),
+        Row("blk.{n}.attn_output", f"{LAYER}self_attn.o_proj"),
+        *(Row(f"blk.{{n}}.{own}", f"{LAYER}{hf}") for own, hf in _PRE.items()),
+        Row("blk.{n}.ffn_up", f"{LAYER}mlp.gate_up_proj"),
+        Row("blk.{n}.ffn_down", f"{LAYER}mlp.down_proj"),
+        Row("output_norm", "model.norm"),
+        Row("output", "lm_head"),
+    ],
 }
 _ALL = [row for rows in FAMILIES.values() for row in rows]
 

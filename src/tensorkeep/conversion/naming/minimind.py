@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tensorkeep.conversion.naming import hf
+from tensorkeep.conversion.naming.meta_rows import rows
 from tensorkeep.conversion.naming.table import Row, fits
-from tensorkeep.conversion.naming.torchtitan import rows
 from tensorkeep.formats.view import StateView
 
 NAME = "minimind"
@@ -91,14 +91,3 @@ def stage_of(path: str) -> str:
     """Return the stage in a file's name: `full_sft` for `full_sft_512.pth`; "pretrain" where there is none."""
     match = FILE.match(PurePosixPath(path).name)
     return match["stage"] if match else "pretrain"
-
-
-# mm2a's names of the same fields
-OLD_FIELDS = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "norm_eps": "rms_norm_eps",
-    "max_seq_len": "max_position_embeddings",
-}

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tensorkeep.conversion.naming import hf
-from tensorkeep.conversion.naming.minimind import GENERATIONS, OLD_FIELDS
+from tensorkeep.conversion.naming.minimind import GENERATIONS
+from tensorkeep.conversion.naming.rope import OLD_FIELDS
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.record import TensorRecord
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tensorkeep.conversion.naming import minimind
 from tensorkeep.conversion.plan import RowPermutation
 from tensorkeep.errors import TensorkeepError
+
+# Meta's and MiniMind's first names of the same fields
+OLD_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
+}
 
 
 def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple[int, ...]) -> RowPermutation:
@@ -27,7 +36,7 @@ def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple
             heads of that size.
     """
     given = dict(config or {})
-    own = {**given, **{new: given[old] for old, new in minimind.OLD_FIELDS.items() if old in given}}
+    own = {**given, **{new: given[old] for old, new in OLD_FIELDS.items() if old in given}}
     heads = own.get("num_attention_heads")
     hidden = own.get("hidden_size")
     head_dim = own.get("head_dim") or (
@@ -47,6 +56,20 @@ def rope_rows(config: Mapping[str, Any] | None, to: str, name: str, shape: tuple
             hint="is this the config of another model?",
         )
     return RowPermutation(head_dim, rotary, to)
+
+
+def section(config: Mapping[str, Any] | None, scope: str = "") -> Mapping[str, Any]:
+    """Return the part of a config that describes one model: the named one, or that of the text where there are several.
+
+    Args:
+        config: as config.json has it.
+        scope: a section's name; "" for the text model's.
+    """
+    given = config or {}
+    nested = given.get(scope or "text_config")
+    if isinstance(nested, Mapping) and (scope or "num_attention_heads" not in given):
+        return nested
+    return given if not scope else {}
 
 
 def partial_rotary(config: Mapping[str, Any]) -> float:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+from tensorkeep.conversion.naming import torchtitan
+from tensorkeep.conversion.naming.meta_rows import experts, rows
 from tensorkeep.conversion.naming.table import fits
-from tensorkeep.conversion.naming.torchtitan import COMPUTED, dropped_by_loader, experts, family, rows
+from tensorkeep.conversion.naming.torchtitan import COMPUTED, dropped_by_loader
+from tensorkeep.errors import TensorkeepError
 
 __all__ = [
     "COMPUTED",
@@ -28,3 +34,18 @@ FAMILIES = {"llama3": rows("", "output", [], rope=True), "qwen3": rows("", "outp
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of torchtitan's before 0.3, or of Meta's."""
     return name in COMPUTED or fits(name, FAMILIES["qwen3"])
+
+
+def family(names: Iterable[str], config: dict[str, Any] | None) -> str:
+    """Tell which family's table holds, as 0.3's does.
+
+    Raises:
+        TensorkeepError: as of 0.3, and where this table has not the family that 0.3 has.
+    """
+    found = torchtitan.family(names, config)
+    if found not in FAMILIES:
+        raise TensorkeepError(
+            f"the tables of torchtitan 0.2 here have no {found} (they have {', '.join(FAMILIES)})",
+            hint="--naming torchtitan, which is 0.3's",
+        )
+    return found

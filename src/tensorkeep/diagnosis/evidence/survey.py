@@ -82,7 +82,7 @@ def _compare(a: HfTensor, b: HfTensor, views: tuple[StateView, StateView]) -> Co
 
 def _raw(hub: HfTensor, views: tuple[StateView, StateView]) -> Iterator[memoryview]:
     """Stream the bytes in Hugging Face layout, in small pieces where no row needs to be moved."""
-    if len(hub.parts) == 1 and not hub.parts[0].permutes and hub.parts[0].inner is None:
+    if len(hub.parts) == 1 and hub.parts[0].plain and hub.parts[0].inner is None:
         part = hub.parts[0]
         return views[part.source].stream(part.name, part.rows, width(hub.dtype), PIECE)
     return hf_bytes(hub, views)
@@ -102,7 +102,7 @@ Range = tuple[Folder, str, int, int]  # folder, file, first byte, bytes
 def _spans(hub: HfTensor, views: tuple[StateView, StateView]) -> list[Range] | None:
     """Return where a tensor's bytes lie; None where they are not stored in the layout in which they are compared."""
     part = hub.parts[0]
-    if len(hub.parts) > 1 or part.permutes or part.rows is not None:
+    if len(hub.parts) > 1 or not part.plain or part.rows is not None:
         return None
     view = views[part.source]
     spans = view.spans(part.name)
