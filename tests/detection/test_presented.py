@@ -14,7 +14,7 @@ import av
 from tensorkeep.detection.data.annotations import parse_annotations
 from tensorkeep.detection.data.clips import make_clips
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
-from tensorkeep.detection.data.item import frame_positions, resized_positions, seconds_shown
+from tensorkeep.detection.data.item import frame_lengths, frame_positions, resized_positions, seconds_shown
 from tensorkeep.detection.data.items import find_items
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.problems import Told
@@ -101,6 +101,7 @@ def test_labels_lie_on_the_frames_shown_at_their_seconds(tmp_path):
     assert [p.kind for p in problems] == ["frame count"] and item.times is not None
     shown = np.searchsorted(seconds, actions + 1e-9, side="right") - 1
     assert frame_positions(item).tolist() == shown.tolist()
+    assert frame_lengths(item) == pytest.approx(np.diff(shown, axis=1)[:, 0], abs=1)
     even = np.trunc(actions / item.duration * item.frames)
     assert np.abs(even - shown).max() > 5  # what the mean rate would have made of them
     clips = make_clips([item], WindowConfig(window_size=64, feature_stride=1, crop_ratio=None), VideoReader(32))

@@ -15,7 +15,7 @@ import numpy as np
 
 from tensorkeep.detection.data.annotations import Annotations, read_annotations, read_class_map
 from tensorkeep.detection.data.clips import Clips, make_clips
-from tensorkeep.detection.data.item import Item
+from tensorkeep.detection.data.item import Item, frame_lengths
 from tensorkeep.detection.data.items import find_items
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection
@@ -88,9 +88,9 @@ def _adjusted(item: Item, data: DataConfig, part: Part) -> Item:
     if data.fps is not None:
         item = item._replace(frames=max(round(item.duration * data.fps), 1))
     if data.min_length is not None and part == "train":
-        lengths = item.segments[:, 1] - item.segments[:, 0]
-        scale = 1 / item.duration if data.mode == "resized" else item.fps
-        kept = np.flatnonzero(lengths * scale > data.min_length)
+        shares = (item.segments[:, 1] - item.segments[:, 0]) / item.duration
+        lengths = shares if data.mode == "resized" else frame_lengths(item)
+        kept = np.flatnonzero(lengths > data.min_length)
         item = item._replace(segments=item.segments[kept], labels=item.labels[kept])
     return item._replace(labels=np.zeros_like(item.labels)) if data.class_agnostic else item
 

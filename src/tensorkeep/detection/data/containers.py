@@ -156,6 +156,12 @@ def frame_table(path: str | Path) -> FrameTable:
 
     A packet that is cut short is no frame. The tables of the last 64 files are kept in memory.
 
+    Args:
+        path: a video file.
+
+    Returns:
+        Times, keyframes, and what is wrong with the packets.
+
     Raises:
         TensorkeepError: The file cannot be read or has no frame.
     """

@@ -60,6 +60,20 @@ def frame_positions(item: Item) -> NDArray[np.float64]:
     return np.floor(np.interp(item.segments, item.times, np.arange(len(item.times))) + _ROUNDING)
 
 
+def frame_lengths(item: Item) -> NDArray[np.float64]:
+    """Return how many frames each of the segments [N] of an item shows, parts of frames included.
+
+    Example:
+        >>> times = np.array([0.0, 0.1, 2.0, 2.1])
+        >>> frame_lengths(Item("v", "v.mp4", 3, 2.1, 0, 0, np.array([[0.1, 2.05]]), np.array([0]), times))
+        array([1.5])
+    """
+    if item.times is None:
+        return (item.segments[:, 1] - item.segments[:, 0]) * item.fps
+    positions = np.interp(item.segments, item.times, np.arange(len(item.times)))
+    return positions[:, 1] - positions[:, 0]
+
+
 def resized_positions(item: Item, length: int) -> NDArray[np.float64]:
     """Return the segments [N, 2] of an item in grid steps where the whole video is shown as `length` steps."""
     if item.times is None:
