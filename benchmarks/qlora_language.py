@@ -220,7 +220,7 @@ def train(
         seconds.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     result = {
-        "tokens_per_s": batch * length / statistics.median(seconds[-timed:]),
+        "tokens_per_s": batch * length / statistics.median(seconds[1:][-timed:]),
         "peak_gib": peak,
         "held_gib": held,
         "built_s": built,

@@ -2,8 +2,9 @@
 
 `least`: of each decoder layer its input and what attention took and gave wait in main memory, and gated MLPs compute
 gate and up again; a frozen table of embeddings stays in main memory, too. `balanced`: the same, but three quarters of
-the layers keep gate and up on the GPU. `most`: every layer keeps what its backward needs, and nothing is computed twice. In all three gated
-MLPs run as one operation (`_gated_mlp`), and frozen weights are held in the dtype of computation.
+the layers keep gate and up on the GPU. `most`: every layer keeps what its backward needs, and no product is computed
+twice. In all three gated MLPs run as one operation (`_gated_mlp`), and frozen weights are held in the dtype of
+computation.
 """
 
 from __future__ import annotations

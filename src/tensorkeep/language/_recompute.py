@@ -3,9 +3,9 @@
 The layer becomes a subclass of itself, so names stay and nothing is patched. Kept, from least to most (bytes a token
 of a Llama-3.1-8B layer in bf16): the `input` (8 kB), what `attention` gave as well (16 kB), what it took, too
 (`queries`, 28 kB), the products no wider than what they are made of (`narrow`, 36 kB), all `products` (92 kB), or `all`
-of it. What is kept can wait in main memory (`training.offload`). With `input` torch's non-reentrant checkpoint goes around the layer;
-between the two it goes inside one compiled graph, in which only what the backward needs is made again: a checkpoint
-around the layer repeats its last product for nothing.
+of it. What is kept can wait in main memory (`training.offload`). With `input` torch's non-reentrant checkpoint goes
+around the layer; between the two it goes inside one compiled graph, in which only what the backward needs is made
+again: a checkpoint around the layer repeats its last product for nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ MATRIX = (aten.mm.default, aten.addmm.default, torch.ops.tensorkeep.products.def
 
 def _contexts(widest: tuple[float, float]) -> Any:
     """Make the contexts of one checkpoint, whose policy sees a layer's operations in their order."""
-    return create_selective_checkpoint_contexts(partial(_policy, widest, set()))
+    make: Any = create_selective_checkpoint_contexts
+    return make(partial(_policy, widest, set()))
 
 
 def _policy(

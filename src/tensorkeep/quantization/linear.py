@@ -49,6 +49,7 @@ class QuantLinear(nn.Module):
     Args:
         packed: codes, scales and their layout.
         bias: [out], or None.
+        digest: of codes and scales, where it is known.
 
     Example:
         >>> layer = QuantLinear.of(nn.Linear(64, 32), "nf4")
@@ -60,9 +61,9 @@ class QuantLinear(nn.Module):
     weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None = None, digest: bytes | None = None) -> None:
         super().__init__()
-        self.fill(packed)
+        self.fill(packed, digest)
         if bias is None:
             self.register_parameter("bias", None)
         else:
@@ -109,14 +110,14 @@ class QuantLinear(nn.Module):
         roles = INT8_ROLES if self.kind == "int8" else FOUR_BIT_ROLES
         return Packed(self.layout, {role: self._buffers[role] for role in roles if role in self._buffers})  # type: ignore[misc]
 
-    def fill(self, packed: Packed) -> None:
+    def fill(self, packed: Packed, digest: bytes | None = None) -> None:
         """Take over another weight's codes and layout, and make their digest; what was held before is gone."""
         self.layout = packed.layout
         tensors = dict(packed.tensors)
         device = tensors["weight"].device
         if packed.layout.kind == "int8":
             tensors["weight_format"] = torch.zeros((), dtype=torch.uint8, device=device)  # 0: codes by rows
-        raw = bytearray(16) if device.type == "meta" else bytearray(packed_digest(packed))
+        raw = bytearray(16 if device.type == "meta" else digest or packed_digest(packed))
         tensors[WEIGHT_DIGEST] = torch.frombuffer(raw, dtype=torch.uint8).to(device)
         for role in HELD:
             self._buffers.pop(role, None)
