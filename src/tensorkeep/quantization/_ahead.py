@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization.packed import Packed, packed_digest
+from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import DTYPES
 
 THREADS = 8
@@ -129,14 +130,16 @@ class Ahead:
 
 
 def reads_ahead(view: StateView, names: Sequence[str], device: torch.device | None) -> bool:
-    """Whether tensors of a view are read by threads: from files, onto a GPU, and plain ones.
+    """Whether tensors of a view are read by threads: plain ones, from files on this machine, onto a GPU.
 
     Args:
         view: what is read.
         names: of the tensors.
         device: where they go.
     """
-    if device is None or device.type != "cuda" or view.format == "memory":
+    if device is None or device.type != "cuda" or not isinstance(view.folder, LocalFolder):
         return False
-    plain = (DTYPES[view[name].dtype].torch is not None and view[name].dtype != "F4" for name in names)
-    return all(plain) and all(view[name].elements for name in names)
+    records = [view[name] for name in names]
+    return all(
+        r.encoding == "plain" and r.elements and r.dtype != "F4" and DTYPES[r.dtype].torch is not None for r in records
+    )
