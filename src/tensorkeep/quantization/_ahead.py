@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import DTYPES
 
 THREADS = 8
-AHEAD = 1 << 29  # bytes that are read ahead, beside one tensor
+AHEAD = 1 << 29  # bytes that are read ahead, beside one tensor and what the model keeps as it is
 PIECE = 8 << 20  # bytes of a buffer
 
 
@@ -39,11 +40,12 @@ class Ahead:
     Args:
         view: what is read; safe for several threads.
         names: of the tensors, in the order in which they are taken.
+        staying: of those that the model keeps as they are: their memory is the model's, so it does not count.
         device: the GPU.
     """
 
-    def __init__(self, view: StateView, names: Sequence[str], device: torch.device) -> None:
-        self.view, self.device = view, device
+    def __init__(self, view: StateView, names: Sequence[str], staying: Collection[str], device: torch.device) -> None:
+        self.view, self.device, self._staying = view, device, frozenset(staying)
         self._own = threading.local()
         self._threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "read-ahead")
         self._left = deque(names)
@@ -63,9 +65,12 @@ class Ahead:
     def _submit(self) -> None:
         """Begin to read as much as may be ahead, at least one tensor."""
         ahead = sum(size for size, _ in self._waiting)
-        while self._left and (not self._waiting or ahead + self.view[self._left[0]].nbytes <= AHEAD):
-            name = self._left.popleft()
-            size = self.view[name].nbytes
+        while self._left:
+            name = self._left[0]
+            size = 0 if name in self._staying else self.view[name].nbytes
+            if self._waiting and ahead + size > AHEAD:
+                return
+            self._left.popleft()
             self._waiting.append((size, self._threads.submit(self._read, name)))
             ahead += size
 
@@ -98,10 +103,10 @@ class Ahead:
             for number, piece in enumerate(self.view.stream(name, chunk=PIECE)):
                 state.update(piece)
                 for start in range(0, len(piece), PIECE):
-                    some = torch.frombuffer(piece[start : start + PIECE], dtype=torch.uint8)
+                    some = np.frombuffer(piece[start : start + PIECE], np.uint8)
                     buffer, free = buffers[number % 2]
                     free.synchronize()
-                    buffer[: len(some)].copy_(some)
+                    buffer.numpy()[: len(some)] = some  # torch would share each copy out among many threads
                     raw[at : at + len(some)].copy_(buffer[: len(some)], non_blocking=True)
                     free.record(stream)
                     at += len(some)

@@ -119,8 +119,7 @@ class Load:
         digests: dict[str, str] = {}
         # biases first: a linear that is replaced takes along the one it has
         steps = sorted(self.steps, key=lambda s: s.how in ("take", "pack"))
-        names = [step.stored for step in steps if step.how in ("copy", "pack")]
-        with self._reading(names):
+        with self._reading(steps):
             for step in steps:
                 digests |= self._carry_out(step)
         self.result.base_digest = digest_of_all(digests) if len(digests) == len(self.view) else None
@@ -312,13 +311,14 @@ class Load:
         return Arrived(tensor, digest_of(tensor))
 
     @contextmanager
-    def _reading(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it the tensors of these names come in this order, read ahead where that is of use."""
+    def _reading(self, steps: Sequence[_Step]) -> Iterator[None]:
+        """Within it the tensors of these steps come in their order, read ahead where that is of use."""
+        names = [step.stored for step in steps if step.how in ("copy", "pack")]
         if not reads_ahead(self.view, names, self.device):
             yield
             return
         assert self.device is not None
-        ahead = Ahead(self.view, names, self.device)
+        ahead = Ahead(self.view, names, [step.stored for step in steps if step.how == "copy"], self.device)
         try:
             self._take, self._later = ahead.take, ahead.digest
             yield
