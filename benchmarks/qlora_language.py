@@ -219,7 +219,9 @@ def train(
         losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     result = {
+        "reserved_gib": reserved,  # by torch's allocator, of which `peak_gib` was in use
         "tokens_per_s": batch * length / statistics.median(seconds[1:][-timed:]),
         "peak_gib": peak,
         "held_gib": held,

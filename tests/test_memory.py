@@ -62,9 +62,9 @@ def _losses(document: dict[str, Any], run: Path, world: World = CPU, said: list[
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_word_gives_the_losses_of_no_word(tmp_path: Path, device: str) -> None:
     world, said = World(device=torch.device(device)), []
-    expected = _losses(_document(tmp_path, None), tmp_path / "plain", world)
+    expected = _losses(_document(tmp_path, None, updates=2), tmp_path / "plain", world)
     for memory in ("least", "balanced", "most"):
-        found = _losses(_document(tmp_path, memory), tmp_path / memory, world, said)
+        found = _losses(_document(tmp_path, memory, updates=2), tmp_path / memory, world, said)
         assert found == pytest.approx(expected, rel=1e-4)
     words = [line for line in said if line.startswith("memory ")]
     assert [line.split(":")[0] for line in words] == ["memory least", "memory balanced", "memory most"]
@@ -134,7 +134,8 @@ def test_the_word_decides_how_many_layers_keep_what(fits: bool) -> None:
                 and kinds == {"least": {"queries"}, "balanced": {"queries", "products"}, "most": {"products"}}[memory]
             )
     assert "attention" in arrange(Model(layers), layers, "least", True, 1 << 20, True)
-    assert "(input)" in arrange(Model(layers), layers, "least", False, 64, True)
+    assert "(input)" in arrange(Model(layers), layers, "balanced", False, 64, True)
+    assert [layer.kept for layer in layers if isinstance(layer, Lean)] == ["input", "all", "all", "all"]
 
 
 @needs_gpu

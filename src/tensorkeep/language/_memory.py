@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.language._gated_layers import fuse_mlps
+from tensorkeep.language._gated_layers import Fused, fuse_mlps
 from tensorkeep.language._recompute import Kept, lean
 from tensorkeep.training.offload import Offload
 
 Memory = Literal["least", "balanced", "most"]
 _LONG = 65536  # tokens from which main memory holds less of each layer
+_SHORT = 16384  # tokens up to which gate and up of one layer may be whole on the GPU
 # what the words cost and gave: benchmarks/results/qlora.md
 MEASURED = (
     "measured on a Llama-3.1-8B over nf4, compiled, 4 x 2048 tokens on an H200: least 13,200 tokens/s in 6.8 GiB, "
@@ -52,7 +53,7 @@ def arrange(
         model: of transformers, on its device; changed in place.
         layers: its decoder layers.
         memory: the recipe's word.
-        compiled: whether layers run compiled; else all but `most` keep a layer's input alone.
+        compiled: whether layers run compiled; else a layer keeps its input alone or, where it keeps wide products, all.
         tokens: of a forward pass.
         alone: whether this is the only process; else embeddings stay on the GPU.
 
@@ -61,14 +62,16 @@ def arrange(
     """
     count = round(len(layers) * _KEEPING[memory])
     keep = [index >= len(layers) - count for index in range(len(layers))]
-    fused = fuse_mlps(layers, keep)
     offload = None if memory == "most" else Offload()
-    kept = _kept(memory, compiled, tokens)
+    # a whole layer that is computed again holds gate and up for its own backward alone: else they would be made thrice
+    again = not compiled and tokens <= _SHORT
+    fused = fuse_mlps(layers, [wide or again for wide in keep])
+    little: Kept = ("queries" if tokens <= _LONG else "attention") if compiled else "input"
     for layer, wide in zip(layers, keep):
-        lean([layer], "products" if wide and kept == "queries" and not fused else kept, compiled, offload)
+        lean([layer], _kept(layer, wide, little, memory, compiled), compiled, offload)
     said = [f"memory {memory}: of {len(layers)} layers {count} keep their wide products"]
     if offload is not None:
-        said.append(f"what else a backward needs ({kept}) waits in main memory")
+        said.append(f"what else a backward needs ({little}) waits in main memory")
     if memory == "least" and alone and _rows_on_host(model):
         said.append("so do the embeddings")
     if not fused:
@@ -76,19 +79,20 @@ def arrange(
     return f"{'; '.join(said)} ({MEASURED})"
 
 
-def _kept(memory: Memory, compiled: bool, tokens: int) -> Kept:
-    """What of a layer is kept."""
+def _kept(layer: nn.Module, wide: bool, little: Kept, memory: Memory, compiled: bool) -> Kept:
+    """What of a layer is kept; of a fused MLP its own setting says whether wide products are."""
+    if not wide:
+        return little
     if not compiled:
-        return "all" if memory == "most" else "input"
-    if memory == "most":
+        return "all"
+    if memory == "most" or not isinstance(getattr(layer, "mlp", None), Fused):
         return "products"  # all, but for what is cheaper to make again than to hold: dequantized weights, norms
-    return "queries" if tokens <= _LONG else "attention"
+    return little
 
 
 class HostRows(nn.Module):
     """The class put over an embedding whose table is in main memory: rows are gathered there and copied to the GPU."""
 
-    place: torch.device
     weight: Tensor
 
     def forward(self, ids: Tensor) -> Tensor:
