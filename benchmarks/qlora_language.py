@@ -7,7 +7,7 @@ nf4 base (doubly quantized, blocks of 64), r 16 on all linears but the head, ran
 AdamW on float32 LoRA weights, torch's SDPA, every layer's activations recomputed. Both models get the same seeded
 weights and the same A, so losses must agree within the noise of bf16. Two forms of ours: `lean` keeps a layer's input
 alone; `fast` keeps the products no wider than their input of every layer, and all products of as many layers as fit
-into what PEFT needed.
+into what PEFT needed. `least`, `balanced` and `most` are `training.memory` of a recipe.
 
 The floor is matrix work alone: forward, recomputation and input gradients of 6.98 G weights at 2 FLOP a weight and
 token, the head forward and back, causal attention, at 790 TFLOP/s (measured on random data on an H200).
@@ -23,6 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,18 @@ def our_model(shape: dict[str, Any], device: torch.device, kept: list[Any], comp
     return model
 
 
+def arranged_model(shape: dict[str, Any], device: torch.device, memory: Any, compiled: bool, tokens: int) -> nn.Module:
+    """Ours under `training.memory`."""
+    from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.language._memory import arrange
+    from tensorkeep.quantization.linear import QuantLinear
+
+    model = skeleton(shape, lambda linear, name: QuantLinear.of(linear, "nf4", name=name), device)
+    add_lora(model, ["*_proj"], r=16, alpha=32)
+    print(arrange(model, list(model.model.layers), memory, compiled, tokens, True), flush=True)
+    return model
+
+
 def our_loss(model: nn.Module, ids: Tensor) -> Tensor:
     from tensorkeep.language._head_loss import head_loss
 
@@ -206,8 +219,10 @@ def train(
         losses.append(loss.item())  # waits for the device
         seconds.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    reserved = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     result = {
-        "tokens_per_s": batch * length / statistics.median(seconds[-timed:]),
+        "reserved_gib": reserved,  # by torch's allocator, of which `peak_gib` was in use
+        "tokens_per_s": batch * length / statistics.median(seconds[1:][-timed:]),
         "peak_gib": peak,
         "held_gib": held,
         "built_s": built,
@@ -224,7 +239,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--modes", default="peft,lean,fast")
+    parser.add_argument("--modes", default="peft,lean,fast,least,balanced,most")
     parser.add_argument("--shapes", default="4x2048,1x8192")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument(
@@ -242,11 +257,13 @@ def main() -> None:
             count = shape["num_hidden_layers"]
             wide = min(arguments.products, count)
             kept = ["narrow"] * (count - wide) + ["products"] * wide if mode == "fast" else ["input"] * count
-            build: Callable[[], nn.Module] = (
-                (lambda: peft_model(shape, device))
-                if mode == "peft"
-                else (lambda kept=kept: our_model(shape, device, kept, not arguments.eager))
-            )
+            build: Callable[[], nn.Module]
+            if mode == "peft":
+                build = partial(peft_model, shape, device)
+            elif mode in ("least", "balanced", "most"):
+                build = partial(arranged_model, shape, device, mode, not arguments.eager, batch * length)
+            else:
+                build = partial(our_model, shape, device, kept, not arguments.eager)
             made = train(
                 build,
                 peft_loss if mode == "peft" else our_loss,
@@ -274,7 +291,7 @@ def main() -> None:
                 apart = max(abs(a - b) for a, b in zip(made["losses"], peer["losses"]))
                 ratios = f"{speed:.2f}x speed, {memory:.0%} memory, losses apart {apart:.4f}"
             print(
-                f"{size} {mode:5} {made['tokens_per_s']:8.0f} tokens/s {made['peak_gib']:6.2f} GiB "
+                f"{size} {mode:8} {made['tokens_per_s']:8.0f} tokens/s {made['peak_gib']:6.2f} GiB "
                 f"{made['tokens_per_s'] / floor:.0%} of the floor  first step {made['first_step_s']:.1f} s  {ratios}",
                 flush=True,
             )

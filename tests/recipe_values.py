@@ -24,6 +24,18 @@ positive = st.floats(0, 1e300, exclude_min=True)
 rates = st.floats(0, 1e3)
 shares = st.floats(0, 1)
 
+# what a forward pass leaves for the backward: said field by field, or by one word
+KEPT_BY_HAND = {
+    "gradient_checkpointing": st.booleans(),
+    "kept": st.sampled_from(["input", "narrow", "products"]),
+    "memory": st.none(),
+}
+KEPT_BY_MEMORY = {
+    "gradient_checkpointing": st.just(False),
+    "kept": st.just("input"),
+    "memory": st.sampled_from(["least", "balanced", "most"]),
+}
+
 
 def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.one_of(st.none(), strategy)
@@ -49,8 +61,7 @@ def trainings(draw: st.DrawFn, kind: type[T], refused: Sequence[str]) -> T:
         "ema": draw(optional(st.floats(0, 1, exclude_max=True))),
         "quantize_backbone": draw(st.sampled_from([None, "nf4", "fp4", "int8"])),
         "pretrained": draw(optional(texts)),
-        "gradient_checkpointing": draw(st.booleans()),
-        "kept": draw(st.sampled_from(["input", "narrow", "products"])),
+        **draw(st.one_of(st.fixed_dictionaries(KEPT_BY_HAND), st.fixed_dictionaries(KEPT_BY_MEMORY))),
         "compile": draw(st.booleans()),
         "graph": draw(st.booleans()),
         "deterministic": draw(st.booleans()),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tensorkeep.language._head_loss import head_loss
 from tensorkeep.language.data.batches import IGNORED
+from tests.gpu import needs_gpu
 
 
 def _case(
@@ -59,3 +60,19 @@ def test_without_gradients_only_the_number_is_made() -> None:
     with torch.no_grad():
         loss = head_loss(hidden, weight, labels, 2.0)
     assert not loss.requires_grad and torch.isfinite(loss)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("tokens", "vocab"), [(5, 100), (70, 128_256), (3, 4096), (0, 50)])
+def test_the_kernel_is_near_float64(tokens: int, vocab: int) -> None:
+    from tensorkeep.language._head_kernels import cross_entropy_
+
+    logits = (torch.randn(tokens, vocab, device="cuda") * 3).bfloat16()
+    labels = torch.randint(0, vocab, (tokens,), device="cuda")
+    labels[:1] = IGNORED
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, ignore_index=IGNORED, reduction="none")
+    expected.sum().backward()
+    assert exact.grad is not None
+    torch.testing.assert_close(cross_entropy_(logits, labels, IGNORED, True).double(), expected, rtol=1e-5, atol=1e-4)
+    assert float((logits.double() - exact.grad).norm()) <= 4e-3 * float(exact.grad.norm())  # bfloat16's rounding

@@ -26,6 +26,7 @@ from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.stored import dequantize, find_quantized
 from tensorkeep.quantization.unpacking import dequantize_4bit, unpack
 from tensorkeep.training.ema import Ema
+from tests.gpu import DEVICES
 
 DATA = Path(__file__).parent / "data/bitsandbytes_codes.safetensors"
 VIEW = read(DATA)
@@ -483,3 +484,23 @@ def test_a_language_job_proves_its_codes_before_the_first_step(monkeypatch: pyte
     monkeypatch.setattr(modules, "quantize_", damaging)
     with pytest.raises(TensorkeepError, match="Q02 0: codes and scales changed"):
         choose_trainable(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)), recipe)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_values_go_where_they_are_wanted_between_what_is_there(kind: Any, device: str) -> None:
+    torch.manual_seed(0)
+    for shape, block, double in (
+        ((192, 256), 64, True),
+        ((33, 100), 32, False),
+        ((7, 13), 64, True),
+        ((4, 4096), 4096, True),
+    ):
+        packed = pack(torch.randn(shape), kind, double, block)
+        tensors = {role: tensor.to(device) for role, tensor in packed.tensors.items()}
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = unpack(packed.layout, packed.tensors, dtype)
+            wide = torch.full((shape[0], shape[1] + 24), 7.0, dtype=dtype, device=device)
+            assert torch.equal(unpack(packed.layout, tensors, dtype).cpu(), expected)
+            unpack(packed.layout, tensors, dtype, wide[:, : shape[1]])
+            assert torch.equal(wide[:, : shape[1]].cpu(), expected) and bool((wide[:, shape[1] :] == 7).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tracemalloc
 from pathlib import Path
@@ -13,10 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.memory import digest_of
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization import _ahead
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.loading import load_quantized, load_quantizing
 from tensorkeep.quantization.modules import quantize_
+from tensorkeep.quantization.packed import pack, packed_digest
+from tests.gpu import needs_gpu
 
 
 class Model(nn.Module):
@@ -75,6 +80,65 @@ def test_quantizing_while_loading_gives_the_model_quantized_in_place(kind: Any, 
     assert torch.equal(made(IDS), dense(IDS))
     assert made.lm_head.weight is made.embed.weight and not any(p.requires_grad for p in made.parameters())
     assert not any(t.is_meta for t in [*made.parameters(), *made.buffers()])
+
+
+class Queue:
+    """Stands for a stream and an event of CUDA where there is none: what is queued is done at once."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record_event(self) -> Queue:
+        return self
+
+
+def test_what_is_read_ahead_comes_in_order_whole_and_with_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Queue)
+    monkeypatch.setattr(torch.cuda, "current_stream", Queue)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *given: None)
+    monkeypatch.setattr(torch, "empty", lambda *given, pin_memory=False, **more: empty(*given, **more))
+    monkeypatch.setattr(_ahead, "PIECE", 3001)
+    monkeypatch.setattr(_ahead, "AHEAD", 200_000)
+    tensors = {f"t{n:02d}": torch.randn(300 + 37 * n, 100).bfloat16() for n in range(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    names = list(tensors)
+    ahead = _ahead.Ahead(read(tmp_path), names, names[:2], torch.device("cpu"))
+    for name, tensor in tensors.items():
+        found = ahead.take(name)
+        assert torch.equal(found.tensor, tensor) and found.digest == digest_of(tensor)
+    packed = pack(tensors["t01"])
+    assert ahead.digest(packed).result() == packed_digest(packed)
+    ahead.close()
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_read_ahead_onto_a_gpu_gives_what_is_read_on_the_cpu(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ahead, "PIECE", 3000)  # several pieces a tensor, and of one that ends inside a piece
+    monkeypatch.setattr(_ahead, "AHEAD", 40_000)
+    path = saved(tmp_path, Model().requires_grad_(False), torch.bfloat16)
+    host, made = on_meta(), on_meta()
+    made.register_buffer("scale", torch.linspace(0.5, 1.5, 48, device="cuda"), persistent=False)
+    first, second = load_quantizing(host, path, kind), load_quantizing(made, path, kind, device="cuda")
+    assert first == second and second.base_digest is not None
+    expected, found = host.state_dict(), made.state_dict()
+    assert list(expected) == list(found) and all(torch.equal(t, found[n].cpu()) for n, t in expected.items())
+    assert all(t.is_cuda for n, t in found.items() if "quant_state" not in n)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(TensorkeepError):
+        load_quantizing(on_meta(), read(path), kind, device="cuda")
 
 
 def test_what_is_not_quantized_keeps_its_stored_dtype_or_takes_the_one_asked_for(tmp_path: Path) -> None:

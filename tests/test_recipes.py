@@ -130,6 +130,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "pretrained": ("p", {}),
     "gradient_checkpointing": (True, {}),
     "kept": ("narrow", {}),
+    "memory": ("least", {}),
     "trackers": (("wandb",), {}),
 }
 PLAIN = {

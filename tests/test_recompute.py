@@ -75,7 +75,7 @@ def test_the_input_alone_is_kept() -> None:
     assert _kept_elements(layer) <= 64 * 8 + 16 < before
 
 
-@pytest.mark.parametrize("kept", ["narrow", "products"])
+@pytest.mark.parametrize("kept", ["attention", "queries", "narrow", "products"])
 def test_keeping_products_needs_a_compiled_layer(kept: Kept) -> None:
     with pytest.raises(TensorkeepError, match="compiled"):
         lean([Layer()], kept)
@@ -90,3 +90,27 @@ def test_a_compiled_layer_agrees_and_keeps_no_wide_product() -> None:
     for a, b in zip(_gradients([plain]), _gradients([layer])):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert _kept_elements(layer) <= 64 * 8 * 2 + 16  # its input, and the product that is no wider
+
+
+class Attention(nn.Module):
+    """One head, and a product behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(1, 1, -1, 8)
+        seen = torch.nn.functional.scaled_dot_product_attention(q, q * 2, q * 3)
+        return x + torch.relu(self.o(seen.view(-1, 8)))
+
+
+@pytest.mark.slow
+def test_what_attention_took_and_gave_is_kept_and_what_comes_behind_is_made_again() -> None:
+    torch.manual_seed(1)
+    plain = Attention()
+    layer = copy.deepcopy(plain)
+    lean([layer], "queries", compiled=True)
+    for a, b in zip(_gradients([plain]), _gradients([layer])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert _kept_elements(layer) <= 64 * (8 + 8 + 8 + 1) + 16  # input, query, output of attention and its log-sums

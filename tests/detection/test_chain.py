@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tensorkeep.detection.model._chain import HostStore, group_starts
+from tensorkeep.detection.model._chain import group_starts
 from tensorkeep.detection.model.config import AdapterConfig, LoraConfig
 from tensorkeep.detection.model.detector import video_features
 from tensorkeep.detection.model.layers import VideoShape
@@ -14,6 +14,7 @@ from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.detection.model.vit import Block, VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training._graphs import capture_step
+from tensorkeep.training.offload import HostStore
 from tests.detection import tiny
 from tests.gpu import DEVICES, needs_gpu
 

@@ -8,6 +8,7 @@ The idea is that of Cut Cross-Entropy (arXiv 2411.09009) and Liger's fused linea
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from tensorkeep.language.data.batches import IGNORED
 
-_CHUNK_BYTES = 256 << 20  # of float32 logits held at a time
+_CHUNK_BYTES = 256 << 20  # of logits held at a time: float32, or what a GPU's kernel takes
+_TILE = 256  # tokens: a chunk is a multiple of it where it can be, since matrix products run in tiles
 
 
 def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, chunk: int | None = None) -> Tensor:
@@ -42,10 +44,21 @@ def head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, ch
     """
     width, kind = hidden.shape[-1], hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    size = chunk or max(_CHUNK_BYTES // (4 * weight.shape[0]), 1)
+    size = chunk or _chunk_of(weight.shape[0], dtype.itemsize if fused(hidden) else 4)
     run: Any = _HeadLoss.apply
     sums = run(hidden.reshape(-1, width), weight, labels.reshape(-1), dtype, size)
     return cast(Tensor, sums) / divisor
+
+
+def _chunk_of(vocabulary: int, itemsize: int) -> int:
+    """How many tokens go at a time."""
+    size = max(_CHUNK_BYTES // (itemsize * vocabulary), 1)
+    return size // _TILE * _TILE or size
+
+
+def fused(hidden: Tensor) -> bool:
+    """Whether logits on this tensor's device go through the kernel."""
+    return hidden.is_cuda and find_spec("triton") is not None
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -59,18 +72,13 @@ class _HeadLoss(torch.autograd.Function):
         # float32 across chunks: many small terms of either sign
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         head = weight.to(dtype)
+        slope_of = _fused_slope if fused(hidden) else _slope
         for start in range(0, len(labels), size):
             part, wanted = hidden[start : start + size].to(dtype), labels[start : start + size]
-            counts = wanted != IGNORED
-            places = wanted.clamp(min=0)[:, None]
-            logits = (part @ head.T).float()  # [n, V]
-            norm = logits.logsumexp(-1, keepdim=True)
-            total += ((norm - logits.gather(1, places)).squeeze(1) * counts).sum()
-            if not (need_hidden or need_weight):
+            loss, low = slope_of(part @ head.T, wanted, need_hidden or need_weight)
+            total += loss
+            if low is None:
                 continue
-            slope = logits.sub_(norm).exp_()  # softmax, in the place of the logits
-            slope.scatter_add_(1, places, slope.new_full((1, 1), -1.0).expand_as(places))
-            low = (slope * counts[:, None]).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + size] = low @ head
             if grad_weight is not None:
@@ -90,3 +98,22 @@ class _HeadLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _slope(made: Tensor, wanted: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the summed loss of logits `[n, V]` and, where there is need, its gradient."""
+    counts, places, logits = wanted != IGNORED, wanted.clamp(min=0)[:, None], made.float()
+    norm = logits.logsumexp(-1, keepdim=True)
+    loss = ((norm - logits.gather(1, places)).squeeze(1) * counts).sum()
+    if not need:
+        return loss, None
+    slope = logits.sub_(norm).exp_()  # softmax, in the place of the logits
+    slope.scatter_add_(1, places, slope.new_full((1, 1), -1.0).expand_as(places))
+    return loss, (slope * counts[:, None]).to(made.dtype)
+
+
+def _fused_slope(made: Tensor, wanted: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
+    """Do the same by one kernel, in the place of the logits."""
+    from tensorkeep.language._head_kernels import cross_entropy_
+
+    return cross_entropy_(made, wanted, IGNORED, need).sum(), made if need else None

@@ -1,26 +1,36 @@
 """Gradient checkpointing of decoder layers: what of a forward is kept for the backward, compiled or not.
 
 The layer becomes a subclass of itself, so names stay and nothing is patched. Kept, from least to most (bytes a token
-of a Llama-3.1-8B layer in bf16): the `input` (8 kB), the products no wider than what they are made of (`narrow`,
-34 kB), all `products` (92 kB), or `all` of it. With `input` torch's non-reentrant checkpoint goes around the layer;
-between the two it goes inside one compiled graph, in which only what the backward needs is made again: a checkpoint
-around the layer repeats its last product for nothing.
+of a Llama-3.1-8B layer in bf16): the `input` (8 kB), what `attention` gave as well (16 kB), what it took, too
+(`queries`, 28 kB), the products no wider than what they are made of (`narrow`, 36 kB), all `products` (92 kB), or `all`
+of it. What is kept can wait in main memory (`training.offload`). With `input` torch's non-reentrant checkpoint goes
+around the layer; between the two it goes inside one compiled graph, in which only what the backward needs is made
+again: a checkpoint around the layer repeats its last product for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import tensorkeep.quantization.linear  # noqa: F401  registers the operation that stands for its products
+import tensorkeep.language._gated_mlp
+import tensorkeep.quantization.linear  # noqa: F401  both register the operations that stand for their products
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.offload import Offload
 
-Kept = Literal["input", "narrow", "products", "all"]
+Kept = Literal["input", "attention", "queries", "narrow", "products", "all"]
+# kept -> how many times as wide as its input a product may be, before attention and behind it
+INSIDE = {
+    "attention": (0.0, 0.0),
+    "queries": (1.0, 0.0),
+    "narrow": (1.0, 1.0),
+    "products": (float("inf"), float("inf")),
+}
 
 aten = torch.ops.aten
 ATTENTION = (
@@ -29,12 +39,24 @@ ATTENTION = (
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
+_WIDEST = 2  # times a layer's input: what is larger stays on the GPU, since it takes longer to move than to keep busy
 MATRIX = (aten.mm.default, aten.addmm.default, torch.ops.tensorkeep.products.default)
 
 
-def _policy(most: float, _context: Any, operation: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep attention, and products whose output is at most `most` times as wide as their input."""
+def _contexts(widest: tuple[float, float]) -> Any:
+    """Make the contexts of one checkpoint, whose policy sees a layer's operations in their order."""
+    make: Any = create_selective_checkpoint_contexts
+    return make(partial(_policy, widest, set()))
+
+
+def _policy(
+    widest: tuple[float, float], behind: set[bool], context: Any, operation: Any, *args: Any, **_kwargs: Any
+) -> CheckpointPolicy:
+    """Keep attention, and products that are not wider than `widest` says, before attention and `behind` it."""
     if operation in ATTENTION:
+        behind.add(context.is_recompute)
+    most = widest[context.is_recompute in behind]
+    if operation in ATTENTION or (operation is torch.ops.tensorkeep.gated_mlp.default and args[-1]):
         return CheckpointPolicy.MUST_SAVE
     if operation in MATRIX:
         left, right = args[1:3] if operation is aten.addmm.default else args[:2]
@@ -48,15 +70,32 @@ class Lean(nn.Module):
 
     kept: Kept
     compiled: bool
+    offload: Offload | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kind: Any = type(self).__bases__[1]
         wanted = self.kept if self.training and torch.is_grad_enabled() else "all"
-        inside = wanted if wanted in ("narrow", "products") else "all"
-        run = _compiled_forward(kind, inside) if self.compiled else kind.forward
+        run = _compiled_forward(kind, wanted if wanted in INSIDE else "all") if self.compiled else kind.forward
+        if self.offload is None or wanted == "all":
+            return self._run(run, wanted, args, kwargs)
+        shared = [*self.parameters(), *self.buffers(), *flat_tensors(kwargs)]
+        largest = _WIDEST * max((t.nbytes for t in flat_tensors(args)), default=0)
+        with self.offload.saving({t.data_ptr() for t in shared}, largest):
+            return self._run(run, wanted, args, kwargs)
+
+    def _run(self, run: Any, wanted: Kept, args: Any, kwargs: Any) -> Any:
         if wanted == "input":
             return checkpoint(run, self, *args, use_reentrant=False, **kwargs)
         return run(self, *args, **kwargs)
+
+
+def flat_tensors(value: Any) -> Iterator[Tensor]:
+    """List the tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from flat_tensors(one)
 
 
 @cache
@@ -70,8 +109,7 @@ def _compiled_forward(kind: Any, kept: Kept) -> Any:
     """Compile the forward of a class: its instances share one graph, whose inputs are their parameters."""
     if kept == "all":
         return torch.compile(kind.forward, dynamic=False)
-    most = 1.0 if kept == "narrow" else float("inf")
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, most))
+    contexts = partial(_contexts, INSIDE[kept])
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(kind.forward, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
@@ -79,7 +117,9 @@ def _compiled_forward(kind: Any, kept: Kept) -> Any:
     return torch.compile(forward, dynamic=False)
 
 
-def lean(layers: Iterable[nn.Module], kept: Kept = "input", compiled: bool = False) -> int:
+def lean(
+    layers: Iterable[nn.Module], kept: Kept = "input", compiled: bool = False, offload: Offload | None = None
+) -> int:
     """Make these layers keep no more than `kept` for the backward and, with `compiled`, run compiled.
 
     Called again it changes both. Uncompiled, outputs and gradients are bitwise those of the plain layer; torch replays
@@ -89,19 +129,20 @@ def lean(layers: Iterable[nn.Module], kept: Kept = "input", compiled: bool = Fal
         layers: changed in place; their names and parameters stay.
         kept: what is kept, from least to most: see the head of this module.
         compiled: run the layers through torch.compile.
+        offload: keeps it in main memory, of layers on a GPU; one for all layers of a model.
 
     Returns:
         How many layers there are.
 
     Raises:
-        TensorkeepError: `narrow` or `products` without `compiled`.
+        TensorkeepError: what is kept inside a layer, without `compiled`.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
         >>> lean([block]), type(block).__name__, [name for name, _ in block.named_parameters()]
         (1, 'LeanSequential', ['0.weight', '0.bias'])
     """
-    if kept in ("narrow", "products") and not compiled:
+    if kept in INSIDE and not compiled:
         raise TensorkeepError(
             f"keeping {kept!r} needs a compiled layer", where="recompute", hint="compile: true, or keep the input"
         )
@@ -110,6 +151,6 @@ def lean(layers: Iterable[nn.Module], kept: Kept = "input", compiled: bool = Fal
         if not isinstance(layer, Lean):
             kind: Any = type(layer)
             layer.__class__ = _lean_class(kind)
-        layer.kept, layer.compiled = kept, compiled  # type: ignore[assignment]
+        layer.kept, layer.compiled, layer.offload = kept, compiled, offload  # type: ignore[assignment]
         count += 1
     return count

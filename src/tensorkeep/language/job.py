@@ -14,6 +14,7 @@ from tensorkeep.language._data import cache_of, make_data, pad_of
 from tensorkeep.language._dpo import PreferenceLoss, with_reference
 from tensorkeep.language._fits_rows import refuse_rows
 from tensorkeep.language._held_out import evaluation_of
+from tensorkeep.language._memory import arrange, hold_frozen
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
 from tensorkeep.language.data.batches import Collate, targets_of
@@ -58,14 +59,20 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     refuse_rows(model, recipe.data.length, recipe.data.packing != "none")
     digest = start.digest() if recipe.adapter is not None or recipe.objective == "dpo" else None
     choose_trainable(model, recipe, world.size > 1, remark)
+    if recipe.training.memory is not None:
+        hold_frozen(model, recipe.training.precision)
     model.to(world.device)
     head = plain_head(model)
     pad, dpo = pad_of(start.tokenizer), recipe.objective == "dpo"
     data = make_data(recipe, recipe.data, start.tokenizer, start.vocabulary, run, world, remark)
     if isinstance(data, Pairs):
-        micro = recipe.training.micro_batch or max(recipe.training.batch_size // world.size, 1)
-        data = with_reference(data, model, head, cache_of(recipe, run), str(digest), world, pad, micro, remark)
-    if recipe.training.gradient_checkpointing:
+        how = str(digest), world, pad, _micro(recipe, world), remark
+        data = with_reference(data, model, head, cache_of(recipe, run), *how)
+    if recipe.training.memory is not None:
+        tokens = _micro(recipe, world) * recipe.data.length * (2 if dpo else 1)
+        memory, compiled = recipe.training.memory, recipe.training.compile
+        remark(arrange(model, decoder_layers(model), memory, compiled, tokens, world.size == 1))
+    elif recipe.training.gradient_checkpointing:
         lean(decoder_layers(model), recipe.training.kept, recipe.training.compile)
     loss: Any = PreferenceLoss(head, recipe.beta) if dpo else TokenLoss(head, router=_router(model))
     return Job(
@@ -84,6 +91,11 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         base=None if recipe.adapter is None else {"digest": digest, "path": str(recipe.model)},
         trackers=trackers.named(recipe.training.trackers, run) if world.first else [],
     )
+
+
+def _micro(recipe: LanguageRecipe, world: World) -> int:
+    """Samples of one forward pass of one process."""
+    return recipe.training.micro_batch or max(recipe.training.batch_size // world.size, 1)
 
 
 def _evaluation(
@@ -134,7 +146,8 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         what = f"{type(model).__name__} has no list of layers to recompute"
-        raise TensorkeepError(what, where="training.gradient_checkpointing", hint="gradient_checkpointing: false")
+        hint = "gradient_checkpointing: false and memory: null"
+        raise TensorkeepError(what, where="training.gradient_checkpointing, memory", hint=hint)
     return list(layers)
 
 
@@ -145,7 +158,8 @@ def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
         recipe: its training section is read; layers that are recomputed are compiled one by one, not as a whole.
         samples: samples of one epoch, which give the updates where the recipe counts epochs.
     """
-    whole = recipe.training.compile and not recipe.training.gradient_checkpointing
+    by_layer = recipe.training.gradient_checkpointing or recipe.training.memory is not None
+    whole = recipe.training.compile and not by_layer
     return replace(training_job.loop_of(recipe.training, samples), compile=whole)
 
 

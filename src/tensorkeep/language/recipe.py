@@ -134,6 +134,9 @@ class LanguageRecipe:
             raise TensorkeepError(what, where="recipe", hint="model: a checkpoint; config: to start from nothing")
         if self.config is not None and self.tokenizer is None:
             raise TensorkeepError("a model from nothing needs a tokenizer", where="recipe", hint="tokenizer: FOLDER")
+        if self.training.memory is not None and self.training.parallel == "fsdp":
+            hint = "parallel: ddp, or gradient_checkpointing: true"
+            raise TensorkeepError("memory is not for sharded training", where="training.memory", hint=hint)
         if self.training.quantize_backbone and self.adapter is None:
             hint = "add --lora_r 16, or leave quantize_backbone out"
             raise TensorkeepError(

@@ -2,7 +2,8 @@
 """A Triton kernel that dequantizes nf4 and fp4, doubly quantized scales included, in one pass over memory.
 
 Each byte is read once and gives two neighbouring values; bytes are all that is moved: n/2 in, 2 n (bfloat16) out.
-Products and sums are rounded one by one, as on the CPU, so that equal codes give equal bits on both.
+Products and sums are rounded one by one, as on the CPU, so that equal codes give equal bits on both. A program takes
+UNITS runs of up to 32 values that share a scale, which is then fetched once for them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES = 1024  # of codes a program reads
+VALUES = 4096  # a program writes
+UNIT = 32  # of them that share a scale, at most
 
 
 @triton.jit
@@ -27,25 +29,45 @@ def _dequantize(
     nested_offset,
     out,
     count,
-    BLOCK: tl.constexpr,
+    row_units,
+    gap,
+    UNITS_A_SCALE: tl.constexpr,
     NESTED: tl.constexpr,
-    BYTES: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GAP: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-    inside = at < (count + 1) // 2
-    byte = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
-    block = at * 2 // BLOCK
+    unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
+    known = unit * UNIT < count
+    block = unit // UNITS_A_SCALE
     if NESTED:
-        code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        outer = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+        code = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
+        outer = tl.load(nested_absmax + block // NESTED, mask=known, other=0.0)
         scale = tl.load(nested_quant_map + code) * outer + tl.load(nested_offset)
     else:
-        scale = tl.load(absmax + block, mask=inside, other=0.0)
-    high = tl.load(quant_map + (byte >> 4)) * scale
-    low = tl.load(quant_map + (byte & 15)) * scale
-    both = tl.interleave(high, low)
-    place = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
-    tl.store(out + place, both.to(out.dtype.element_ty), mask=place < count)
+        scale = tl.load(absmax + block, mask=known, other=0.0)
+    at = unit[:, None] * (UNIT // 2) + tl.arange(0, UNIT // 2)[None, :]
+    byte = tl.load(codes + at, mask=at < (count + 1) // 2, other=0).to(tl.int32)
+    high = tl.load(quant_map + (byte >> 4)) * scale[:, None]
+    low = tl.load(quant_map + (byte & 15)) * scale[:, None]
+    place = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    inside = place < count
+    if GAP:  # rows lie apart; a unit lies in one row
+        place += (unit // row_units * gap)[:, None]
+    tl.store(out + place, tl.interleave(high, low).to(out.dtype.element_ty), mask=inside)
+
+
+def can_dequantize(block: int, columns: int, out: Tensor | None) -> bool:
+    """Whether the kernel takes such blocks, and writes such rows.
+
+    Args:
+        block: values that share a scale.
+        columns: of the weight.
+        out: where the result goes (None: into memory of its own).
+    """
+    unit = min(block, UNIT)
+    sound = block >= 2 and block & (block - 1) == 0
+    return sound and (out is None or out.is_contiguous() or (columns % unit == 0 and out.stride(1) == 1))
 
 
 def launch_dequantize(
@@ -60,17 +82,20 @@ def launch_dequantize(
     rows: int,
     columns: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute `quant_map[code] · scale[block]` as [rows, columns] in `dtype`, on the GPU that holds the codes.
 
-    The arguments are those of `unpacking.dequantize_4bit`.
+    The arguments are those of `unpacking.dequantize_4bit`; `out`, where given, is written and returned.
     """
-    out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    count = rows * columns
+    if out is None:
+        out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    count, unit = rows * columns, min(block, UNIT)
+    units = VALUES // unit
     here = codes.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(codes.device):
         # a fused multiply-add would round the doubly quantized scales once instead of twice
-        _dequantize[(triton.cdiv(count, 2 * BYTES),)](
+        _dequantize[(triton.cdiv(count, unit * units),)](
             codes,
             absmax,
             quant_map,
@@ -79,9 +104,13 @@ def launch_dequantize(
             nested_offset,
             out,
             count,
-            BLOCK=block,
+            max(columns // unit, 1),
+            out.stride(0) - columns,
+            UNITS_A_SCALE=block // unit,
             NESTED=nested,
-            BYTES=BYTES,
+            UNIT=unit,
+            UNITS=units,
+            GAP=not out.is_contiguous(),
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +16,7 @@ from tensorkeep.formats.memory import TensorView, digest_of, tensor_of
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization._ahead import Ahead, Arrived, reads_ahead
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
@@ -97,6 +100,9 @@ class Load:
         self.problems: list[tuple[str, str]] = []
         self.steps: list[_Step] = []
         self.result = Loaded()
+        self._take: Callable[[str], Arrived] = self._read
+        self._later: Callable[[Packed], Future[bytes]] | None = None  # takes digests beside the load
+        self._digests: list[tuple[Any, Future[bytes]]] = []
 
     def run(self, repair: Repair | None, device: torch.device | None) -> Loaded:
         """Plan, refuse or carry out; `repair` recomputes buffers that no file holds."""
@@ -112,8 +118,10 @@ class Load:
         self._repair(empty, repair, device)
         digests: dict[str, str] = {}
         # biases first: a linear that is replaced takes along the one it has
-        for step in sorted(self.steps, key=lambda s: s.how in ("take", "pack")):
-            digests |= self._carry_out(step)
+        steps = sorted(self.steps, key=lambda s: s.how in ("take", "pack"))
+        with self._reading(steps):
+            for step in steps:
+                digests |= self._carry_out(step)
         self.result.base_digest = digest_of_all(digests) if len(digests) == len(self.view) else None
         return self.result
 
@@ -297,14 +305,36 @@ class Load:
 
     # -- copying --------------------------------------------------------------------------------------------------
 
+    def _read(self, stored: str) -> Arrived:
+        """Read a tensor onto the CPU."""
+        tensor = tensor_of(self.view, stored)
+        return Arrived(tensor, digest_of(tensor))
+
+    @contextmanager
+    def _reading(self, steps: Sequence[_Step]) -> Iterator[None]:
+        """Within it the tensors of these steps come in their order, read ahead where that is of use."""
+        names = [step.stored for step in steps if step.how in ("copy", "pack")]
+        if not reads_ahead(self.view, names, self.device):
+            yield
+            return
+        assert self.device is not None
+        ahead = Ahead(self.view, names, [step.stored for step in steps if step.how == "copy"], self.device)
+        try:
+            self._take, self._later = ahead.take, ahead.digest
+            yield
+            for linear, digest in self._digests:
+                linear._buffers[WEIGHT_DIGEST].copy_(torch.frombuffer(bytearray(digest.result()), dtype=torch.uint8))
+        finally:
+            ahead.close()
+
     @torch.no_grad()
     def _carry_out(self, step: _Step) -> dict[str, str]:
         """Do one step; return the digests of the stored tensors that it read."""
         if step.how == "same":
             return {step.stored: self.view.digest(step.stored)}
         if step.how == "copy":
-            tensor = tensor_of(self.view, step.stored)
-            digests = {step.stored: digest_of(tensor)}
+            tensor, digest = self._take(step.stored)
+            digests = {step.stored: digest}
             self._put(tensor, step.places)
             self.result.copied.append(step.name)
             return digests
@@ -322,13 +352,18 @@ class Load:
             )
         else:
             assert self.settings is not None
-            tensor = tensor_of(self.view, step.stored)
-            digests = {step.stored: digest_of(tensor)}
+            tensor, digest = self._take(step.stored)
+            digests = {step.stored: digest}
             packed = pack(tensor.to(device), self.settings.kind, self.settings.double, self.settings.block, step.name)
+        later = self._later(packed) if self._later is not None else None  # until then its place holds zeros
+        unknown = bytes(16) if later is not None else None
         if isinstance(linear, QuantLinear):
-            linear.fill(packed)
+            linear.fill(packed, unknown)
         else:
-            replace_modules(self.model, {linear: over(linear, QuantLinear(packed, linear.bias))})
+            linear, before = over(linear, QuantLinear(packed, linear.bias, unknown)), linear
+            replace_modules(self.model, {before: linear})
+        if later is not None:
+            self._digests.append((linear, later))
         self.result.quantized.append(step.name)
         return digests
 

@@ -8,7 +8,7 @@ and again in the backward, and is never kept or repacked: training and evaluatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -36,6 +36,7 @@ from tensorkeep.quantization.unpacking import unpack
 
 FOUR_BIT_ROLES = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 INT8_ROLES = ("weight", "SCB")
+How = tuple[str, int, int, int, int]  # kind ("dense" for floats), rows, columns, block and nested of a frozen weight
 HELD = (*FOUR_BIT_ROLES, "SCB", "weight_format", WEIGHT_DIGEST)  # every buffer a QuantLinear may have
 
 
@@ -48,6 +49,7 @@ class QuantLinear(nn.Module):
     Args:
         packed: codes, scales and their layout.
         bias: [out], or None.
+        digest: of codes and scales, where it is known.
 
     Example:
         >>> layer = QuantLinear.of(nn.Linear(64, 32), "nf4")
@@ -59,9 +61,9 @@ class QuantLinear(nn.Module):
     weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None = None, digest: bytes | None = None) -> None:
         super().__init__()
-        self.fill(packed)
+        self.fill(packed, digest)
         if bias is None:
             self.register_parameter("bias", None)
         else:
@@ -108,14 +110,14 @@ class QuantLinear(nn.Module):
         roles = INT8_ROLES if self.kind == "int8" else FOUR_BIT_ROLES
         return Packed(self.layout, {role: self._buffers[role] for role in roles if role in self._buffers})  # type: ignore[misc]
 
-    def fill(self, packed: Packed) -> None:
+    def fill(self, packed: Packed, digest: bytes | None = None) -> None:
         """Take over another weight's codes and layout, and make their digest; what was held before is gone."""
         self.layout = packed.layout
         tensors = dict(packed.tensors)
         device = tensors["weight"].device
         if packed.layout.kind == "int8":
             tensors["weight_format"] = torch.zeros((), dtype=torch.uint8, device=device)  # 0: codes by rows
-        raw = bytearray(16) if device.type == "meta" else bytearray(packed_digest(packed))
+        raw = bytearray(16 if device.type == "meta" else digest or packed_digest(packed))
         tensors[WEIGHT_DIGEST] = torch.frombuffer(raw, dtype=torch.uint8).to(device)
         for role in HELD:
             self._buffers.pop(role, None)
@@ -259,34 +261,50 @@ def frozen_linear(
     Raises:
         TensorkeepError: x and a dense weight have different dtypes, and autocast is off.
     """
+    how, state = frozen_state(base)
+    if how[0] == "dense" and x.dtype != state[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        what = f"input {x.dtype} on a weight of {state[0].dtype}"
+        raise TensorkeepError(what, where="linear", hint="cast one, or use autocast")
     dtype = compute_dtype(x)
-    if isinstance(base, QuantLinear):
-        layout, held = base._plain()
-        roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
-        state: list[Tensor | None] = [held.get(role) for role in roles]
-        how: tuple[str, int, int, int, int]
-        how = (layout.kind, *layout.shape, layout.block, layout.nested)
-    else:
-        kept: Any = base
-        matrix: Tensor = getattr(kept, "matrix", kept.weight)  # Conv1D keeps it transposed
-        rows, columns = matrix.shape
-        if x.dtype != matrix.dtype and not torch.is_autocast_enabled(x.device.type):
-            what = f"input {x.dtype} on a weight of {matrix.dtype}"
-            raise TensorkeepError(what, where="linear", hint="cast one, or use autocast")
-        how, state = ("dense", rows, columns, 0, 0), [matrix.detach()]
     run: Any = _FrozenLinear.apply
     out: Tensor = run(x, base.bias, lora_A, lora_B, scale, dtype, *how, *state)
     return out
 
 
-def _dense(kind: str, rows: int, columns: int, block: int, nested: int, state: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight [rows, columns] in `dtype`, dequantized where it is quantized."""
+def frozen_state(base: nn.Module) -> tuple[How, list[Any]]:
+    """Return what a frozen linear's weight is made of: how its codes lie, and the tensors, for `dense_weight`.
+
+    Args:
+        base: a `QuantLinear`, an `nn.Linear` or a module with its `matrix` [out, in].
+
+    Returns:
+        How it lies, and one tensor (or None) a role.
+    """
+    if isinstance(base, QuantLinear):
+        layout, held = base._plain()
+        roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
+        return (layout.kind, *layout.shape, layout.block, layout.nested), [held.get(role) for role in roles]
+    kept: Any = base
+    matrix: Tensor = getattr(kept, "matrix", kept.weight)  # Conv1D keeps it transposed
+    return ("dense", *matrix.shape, 0, 0), [matrix.detach()]
+
+
+def dense_weight(how: How, state: Sequence[Any], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return a frozen linear's weight [rows, columns], dequantized where it is quantized.
+
+    Args:
+        how: as `frozen_state` gives it.
+        state: likewise.
+        dtype: of the result.
+        out: is written and returned, where given; its rows may lie apart.
+    """
+    kind, rows, columns, block, nested = how
     if kind == "dense":
-        return cast(Tensor, state[0].to(dtype))
+        return cast(Tensor, state[0].to(dtype)) if out is None else out.copy_(state[0])
     roles = INT8_ROLES if kind == "int8" else FOUR_BIT_ROLES
     spelled: Any = kind
     layout = Layout(spelled, (rows, columns), block, nested)
-    return unpack(layout, {role: tensor for role, tensor in zip(roles, state) if tensor is not None}, dtype)
+    return unpack(layout, {role: tensor for role, tensor in zip(roles, state) if tensor is not None}, dtype, out)
 
 
 def products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -338,7 +356,7 @@ class _FrozenLinear(torch.autograd.Function):
         *state: Tensor | None,
     ) -> Tensor:
         ctx.x_dtype, x = x.dtype, x.to(dtype)
-        weight = _dense(kind, rows, columns, block, nested, state, dtype)
+        weight = dense_weight((kind, rows, columns, block, nested), state, dtype)
         own = None if bias is None else bias.to(dtype)
         low = a_cast = b_cast = None
         if a is None or b is None:
@@ -368,7 +386,7 @@ class _FrozenLinear(torch.autograd.Function):
         if b is not None and (need_x or need_a):
             down = (flat @ b).mul_(ctx.scale)  # [n, r]
         if need_x:
-            weight = _dense(kind, rows, columns, block, nested, state, flat.dtype)
+            weight = dense_weight((kind, rows, columns, block, nested), state, flat.dtype)
             grad_x = flat @ weight if down is None else products(flat, weight, down, a, 1.0)  # [n, in]
             grad_x = grad_x.view(*grad.shape[:-1], columns).to(ctx.x_dtype)
         if need_bias:

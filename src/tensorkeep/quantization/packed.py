@@ -270,9 +270,14 @@ def state_text(layout: Layout, offset: float) -> bytes:
     return json.dumps(said).encode()
 
 
-def packed_digest(packed: Packed) -> bytes:
-    """Make 16 bytes over codes, scales and state together, which no other scales give (`codes.joint_digest`)."""
-    parts = {role: digest_of(tensor) for role, tensor in packed.tensors.items() if role != "nested_offset"}
+def packed_digest(packed: Packed, digest: Callable[[Tensor], str] = digest_of) -> bytes:
+    """Make 16 bytes over codes, scales and state together, which no other scales give (`codes.joint_digest`).
+
+    Args:
+        packed: on any device.
+        digest: takes the digest of one tensor.
+    """
+    parts = {role: digest(tensor) for role, tensor in packed.tensors.items() if role != "nested_offset"}
     if packed.layout.kind != "int8":
         parts["state"] = digest_of(torch.tensor(list(state_text(packed.layout, offset_of(packed))), dtype=torch.uint8))
     return quant_codes.joint_digest(parts)

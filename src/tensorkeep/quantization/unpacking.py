@@ -15,31 +15,29 @@ from tensorkeep.quantization import codes as quant_codes
 from tensorkeep.quantization.packed import Layout
 
 
-def unpack(layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def unpack(
+    layout: Layout, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
     """Return the weight that codes stand for, computed in float32 and rounded once to `dtype`.
 
     Args:
         layout: how the codes lie.
         tensors: role -> tensor, as in `Packed`; tensors of other roles are not looked at.
         dtype: of the result.
+        out: [out, in] of that dtype, to be written and returned; its rows may lie apart. Not under torch.compile.
 
     Returns:
         [out, in].
     """
     if layout.kind == "int8":
-        return _dequantize_8bit(tensors["weight"], tensors["SCB"], dtype)
-    return dequantize_4bit(
-        tensors["weight"],
-        tensors["absmax"],
-        tensors["quant_map"],
-        tensors.get("nested_absmax"),
-        tensors.get("nested_quant_map"),
-        tensors.get("nested_offset"),
-        layout.block,
-        layout.nested,
-        *layout.shape,
-        dtype,
-    )
+        made = _dequantize_8bit(tensors["weight"], tensors["SCB"], dtype)
+        return made if out is None else out.copy_(made)
+    state = (tensors["weight"], tensors["absmax"], tensors["quant_map"])
+    outer = (tensors.get("nested_absmax"), tensors.get("nested_quant_map"), tensors.get("nested_offset"))
+    how = (layout.block, layout.nested, *layout.shape)
+    if out is None:
+        return dequantize_4bit(*state, *outer, *how, dtype)
+    return _dequantize_4bit(*state, *outer, *how, dtype, out)
 
 
 def _dequantize_8bit(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,23 +78,16 @@ def _dequantize_4bit(
     rows: int,
     columns: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     if codes.is_cuda and codes.is_contiguous() and _has_triton():
-        from tensorkeep.quantization._kernels import launch_dequantize
+        from tensorkeep.quantization import _kernels
 
-        return launch_dequantize(
-            codes,
-            absmax,
-            quant_map,
-            nested_absmax,
-            nested_quant_map,
-            nested_offset,
-            block,
-            nested,
-            rows,
-            columns,
-            dtype,
-        )
+        if _kernels.can_dequantize(block, columns, out):
+            nests = (nested_absmax, nested_quant_map, nested_offset)
+            return _kernels.launch_dequantize(
+                codes, absmax, quant_map, *nests, block, nested, rows, columns, dtype, out
+            )
     if nested:
         assert nested_absmax is not None and nested_quant_map is not None and nested_offset is not None
         absmax = _scale_in_place(nested_quant_map.index_select(0, absmax.to(torch.int32)), nested_absmax, nested)
@@ -105,7 +96,8 @@ def _dequantize_4bit(
     pairs = quant_map.new_empty(16, 16, 2)
     pairs[..., 0], pairs[..., 1] = quant_map[:, None], quant_map
     both = pairs.view(-1).view(torch.float64).index_select(0, codes.view(-1).to(torch.int32)).view(torch.float32)
-    return _scale_in_place(both[: rows * columns], absmax, block).view(rows, columns).to(dtype)
+    made = _scale_in_place(both[: rows * columns], absmax, block).view(rows, columns)
+    return made.to(dtype) if out is None else out.copy_(made)
 
 
 # one operation to torch.compile, which need not see the kernel or the lookup of pairs
@@ -114,7 +106,7 @@ _SCHEMA = (
     "Tensor? nested_offset, int block, int nested, int rows, int columns, ScalarType dtype) -> Tensor"
 )
 _dequantize_4bit_op = torch.library.custom_op(
-    "tensorkeep::dequantize_4bit", _dequantize_4bit, mutates_args=(), schema=_SCHEMA
+    "tensorkeep::dequantize_4bit", lambda *given: _dequantize_4bit(*given), mutates_args=(), schema=_SCHEMA
 )
 
 

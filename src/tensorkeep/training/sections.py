@@ -36,6 +36,9 @@ class TrainingConfig:
         pretrained: Weights that a backbone starts from; null: random ones.
         gradient_checkpointing: Whether each layer is computed again in the backward pass, from its input.
         kept: What of a layer is kept besides its input: nothing, the matrix products no wider than it, or all of them.
+        memory: How much a forward pass leaves on the GPU for the backward pass: the `least` (the rest waits in main
+            memory or is computed again), `balanced`, or the `most` (nothing is computed again). Null: all of it, or
+            what `gradient_checkpointing` and `kept` say.
         compile: Whether the model is compiled.
         graph: Whether forward and backward passes are recorded as one CUDA graph; on GPUs.
         deterministic: The same bits at every start, on a GPU too; slower.
@@ -66,6 +69,7 @@ class TrainingConfig:
     pretrained: str | None = None
     gradient_checkpointing: bool = False
     kept: Literal["input", "narrow", "products"] = "input"
+    memory: Literal["least", "balanced", "most"] | None = None
     compile: bool = False
     graph: bool = False
     deterministic: bool = False
@@ -99,6 +103,9 @@ class TrainingConfig:
                 raise TensorkeepError(f"{name} {value} must be positive", where="training")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise TensorkeepError(f"ema {self.ema} must be in [0, 1)", where="training", hint="null switches it off")
+        if self.memory is not None and (self.gradient_checkpointing or self.kept != "input"):
+            hint = "memory alone, or gradient_checkpointing and kept"
+            raise TensorkeepError("memory says already what is kept", where="training.memory", hint=hint)
         if self.patience is not None and self.best is None:
             raise TensorkeepError("patience needs to know what is better", where="training", hint="best: -loss")
 

@@ -21,8 +21,6 @@ torch 2.11): 3.89 GiB in 0.862 s and 3.15 GiB in 0.701 s; `segments`, which keep
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from tensorkeep.detection.model._recompute import Link, random_state, replay
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training.offload import HostStore
 
 Bound = tuple[Link, Sequence[Tensor]]  # a part of the network and those of its parameters that train
 Again = Callable[[int, Tensor], Tensor]  # runs link i again from its input
@@ -50,65 +49,6 @@ def group_starts(count: int) -> list[int]:
         starts.append(count)
         length += 1
     return starts[::-1]
-
-
-class HostStore:
-    """Pinned main memory, and the CUDA stream that copies to and from it; reused from step to step.
-
-    A copy or a pickle of it starts empty. Memory is mapped and registered here: torch's own pinned memory is
-    rounded up to a power of two, which would double it.
-    """
-
-    def __init__(self) -> None:
-        self.free: list[Tensor] = []  # bytes
-        self.stream: torch.cuda.Stream | None = None
-        self._registered: list[Tensor] = []
-        weakref.finalize(self, _unregister, self._registered).atexit = False  # the process takes it all with it
-
-    def __reduce__(self) -> tuple[type[HostStore], tuple[()]]:
-        return HostStore, ()
-
-    def take(self, size: int) -> Tensor:
-        """Return at least `size` pinned bytes, with anything in them.
-
-        Raises:
-            TensorkeepError: No more memory can be pinned.
-        """
-        for index, buffer in enumerate(self.free):
-            if buffer.nbytes >= size:
-                return self.free.pop(index)
-        try:
-            buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        except OSError as error:
-            raise _no_memory(size, str(error)) from error
-        code = int(_cuda().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-        if code != 0:
-            raise _no_memory(size, f"CUDA error {code}")
-        self._registered.append(buffer)
-        return buffer
-
-    def side(self, device: torch.device) -> torch.cuda.Stream:
-        """Return the stream that the copies run on."""
-        if self.stream is None or self.stream.device != device:
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self.stream
-
-
-def _cuda() -> Any:
-    """Return CUDA's runtime library."""
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _unregister(buffers: list[Tensor]) -> None:
-    """Give pinned memory back."""
-    for buffer in buffers:
-        _cuda().cudaHostUnregister(buffer.data_ptr())
-
-
-def _no_memory(size: int, why: str) -> TensorkeepError:
-    """Make the error for memory that cannot be pinned."""
-    what = f"{size / 2**20:.0f} MiB of main memory cannot be pinned for a block's input ({why})"
-    return TensorkeepError(what, where="vit.checkpointing", hint="checkpointing: two_level keeps less, and on the GPU")
 
 
 class KeptInputs:
@@ -140,7 +80,7 @@ class KeptInputs:
                 self.inputs[index] = x
             return
         buffer = self.host.take(x.nbytes)
-        event = self._copy(self.host, self._form(buffer), x)
+        event = self.host.copy(self._form(buffer), x, self.device)
         self.buffers[index] = buffer
         self.settle()  # the input before this one may go
         self.moving[index] = (x, event)
@@ -177,17 +117,8 @@ class KeptInputs:
         if index not in self.buffers:
             raise _gone()
         buffer, x = self.buffers.pop(index), torch.empty_like(self.like, device=self.device)
-        self.moving[index] = (x, self._copy(host, x, self._form(buffer)))
+        self.moving[index] = (x, host.copy(x, self._form(buffer), self.device))
         host.free.append(buffer)  # whoever takes it writes on the same stream, later
-
-    def _copy(self, host: HostStore, to: Tensor, x: Tensor) -> torch.cuda.Event:
-        """Begin to copy `x` to `to` on the side stream; the event tells when it is done."""
-        side = host.side(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            to.copy_(x, non_blocking=True)
-        event: torch.cuda.Event = side.record_event()
-        return event
 
     def _form(self, buffer: Tensor) -> Tensor:
         """Return bytes as a tensor of the inputs' shape and dtype."""

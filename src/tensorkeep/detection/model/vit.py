@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tensorkeep.detection.model._chain import HostStore, KeptInputs, run_chain
+from tensorkeep.detection.model._chain import KeptInputs, run_chain
 from tensorkeep.detection.model._frozen import FrozenLink, FrozenTrunk, attention_kept, run_frozen
 from tensorkeep.detection.model._positions import normalise_frames, resize_positions, sinusoid_table
 from tensorkeep.detection.model._recompute import AutogradLink, Link, part_size, run_segment
@@ -26,6 +26,7 @@ from tensorkeep.detection.model.config import Checkpointing, VitConfig
 from tensorkeep.detection.model.layers import VideoShape, add_kept, draw_kept
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
+from tensorkeep.training.offload import HostStore
 
 _EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 

@@ -1,0 +1,196 @@
+"""Keep what a backward pass needs in page-locked main memory: out while the next part computes, in again before it.
+
+A part's saved tensors leave the GPU on a stream of their own while the next part's forward runs, and come back while
+the backward of the part after it runs, so at most two parts' tensors are on the GPU at a time. Copies are exact. On a
+CPU nothing moves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.training._pinned import pinned_memory
+
+SMALLEST = 1 << 20  # bytes of a tensor that is worth moving
+_ROUND = 1 << 20  # bytes: buffers of nearly the same size are used for each other
+
+
+class HostStore:
+    """Pinned main memory, and the CUDA stream that copies to and from it; reused from step to step.
+
+    A copy or a pickle of it starts empty. Memory is mapped and registered here: torch's own pinned memory is
+    rounded up to a power of two, which would double it.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []  # bytes
+        self.stream: torch.cuda.Stream | None = None
+
+    def __reduce__(self) -> tuple[type[HostStore], tuple[()]]:
+        return HostStore, ()
+
+    def take(self, size: int) -> Tensor:
+        """Return at least `size` pinned bytes, with anything in them.
+
+        Raises:
+            TensorkeepError: No more memory can be pinned.
+        """
+        fitting = [index for index, buffer in enumerate(self.free) if buffer.nbytes >= size]
+        if fitting:
+            return self.free.pop(min(fitting, key=lambda index: self.free[index].nbytes))
+        try:
+            memory, why = pinned_memory(-(-size // _ROUND) * _ROUND)
+        except OSError as error:
+            raise _no_memory(size, str(error)) from error
+        if why:
+            raise _no_memory(size, why)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def side(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream that the copies run on."""
+        if self.stream is None or self.stream.device != device:
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self.stream
+
+    def copy(self, to: Tensor, x: Tensor, device: torch.device) -> torch.cuda.Event:
+        """Begin to copy `x` to `to` once what is queued is done; the event tells when it has arrived.
+
+        Args:
+            to: where it goes; the same shape and dtype.
+            x: what is copied; it must live until the current stream has waited for the event.
+            device: the GPU that one of the two is on.
+        """
+        side = self.side(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            to.copy_(x, non_blocking=True)
+        event: torch.cuda.Event = side.record_event()
+        return event
+
+
+def _no_memory(size: int, why: str) -> TensorkeepError:
+    """Make the error for memory that cannot be pinned."""
+    what = f"{size / 2**20:.0f} MiB of main memory cannot be pinned for what a backward pass needs ({why})"
+    hint = "for a detector checkpointing: two_level, else memory: most or null, keeps it on the GPU"
+    return TensorkeepError(what, where="offload", hint=hint)
+
+
+class _Away:
+    """One tensor in main memory, given back to the store when nothing refers to it any more."""
+
+    def __init__(self, store: HostStore, part: _Part, x: Tensor) -> None:
+        self.store, self.part, self.device = store, part, x.device
+        self.form = (x.dtype, x.shape, x.stride())
+        self.buffer = store.take(x.nbytes)
+        self.here: Tensor | None = x  # on the GPU: on its way out, or back
+        self.event = store.copy(self._host(), x, x.device)
+
+    def _host(self) -> Tensor:
+        dtype, shape, stride = self.form
+        flat = self.buffer[: shape.numel() * dtype.itemsize].view(dtype)
+        return flat.as_strided(shape, stride)
+
+    def leave(self) -> None:
+        """Let the GPU's copy go once it has left."""
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+        self.here = None
+
+    def fetch(self) -> None:
+        """Begin to copy it back, unless it is on the GPU."""
+        if self.here is None:
+            dtype, shape, stride = self.form
+            self.here = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
+            self.event = self.store.copy(self.here, self._host(), self.device)
+
+    def back(self) -> Tensor:
+        """Return the tensor on the GPU."""
+        self.part.fetch()
+        if self.part.before is not None:
+            self.part.before.fetch()
+        self.fetch()  # a second backward through the same graph
+        assert self.here is not None
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+        found, self.here = self.here, None
+        return found
+
+    def __del__(self) -> None:
+        self.store.free.append(self.buffer)  # whoever takes it writes on the same stream, later
+
+
+class _Part:
+    """What one part of the network saved."""
+
+    def __init__(self, before: _Part | None) -> None:
+        self.before = before
+        self.saved: weakref.WeakSet[_Away] = weakref.WeakSet()
+        self.fetched = False
+
+    def fetch(self) -> None:
+        if not self.fetched:
+            self.fetched = True
+            for away in self.saved:
+                away.fetch()
+
+    def leave(self) -> None:
+        for away in self.saved:
+            away.leave()
+
+
+class Offload:
+    """Moves what parts of a network save for their backward to main memory; one for a model.
+
+    Example:
+        >>> offload, layer = Offload(), torch.nn.Linear(4, 4)
+        >>> with offload.saving():  # on a CPU everything stays where it is
+        ...     out = layer(torch.ones(2, 4))
+        >>> out.sum().backward()
+    """
+
+    def __init__(self) -> None:
+        self.store = HostStore()
+        self._last: Any = None  # a weak reference to the part before
+
+    def __reduce__(self) -> tuple[type[Offload], tuple[()]]:
+        return Offload, ()
+
+    @contextmanager
+    def saving(self, staying: Collection[int] = (), largest: int | None = None) -> Iterator[None]:
+        """Within it large tensors that are saved go to main memory; parts are entered in the order of the forward.
+
+        Args:
+            staying: addresses of tensors that stay: what several parts share, parameters and buffers.
+            largest: tensors of more bytes stay (None: none of them).
+        """
+        before = self._last() if self._last is not None else None
+        part = _Part(before)
+        self._last = weakref.ref(part)
+
+        def pack(x: Tensor) -> Any:
+            fits = x.nbytes >= SMALLEST and (largest is None or x.nbytes <= largest)
+            if not (fits and x.is_cuda and x.is_floating_point() and _dense(x)) or x.data_ptr() in staying:
+                return x
+            away = _Away(self.store, part, x)
+            part.saved.add(away)
+            return away
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.back() if type(kept) is _Away else kept):
+            yield
+        if before is not None:
+            before.leave()
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether every element has a place of its own in one run of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted((t, s) for s, t in zip(x.shape, x.stride()) if s != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
