@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -224,7 +225,7 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
         record = view[name]
-        shape = "".join(c if not c.isdigit() else "#" for c in name)
+        shape = re.sub(r"\d", "#", name)
         groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
     out: list[tuple[object, ...]] = []
     for alike in groups.values():

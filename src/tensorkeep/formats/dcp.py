@@ -27,19 +27,12 @@ from tensorkeep.formats._dcp_places import (
     storage_of,
 )
 from tensorkeep.formats.view import Note, StateView
-from tensorkeep.storage.archive import (
-    TENSOR_GLOBALS,
-    Stored,
-    saved_value,
-    storage_bytes,
-    stored_tensor,
-    zip_entries,
-)
-from tensorkeep.storage.archive_writing import build_archive, tensor_object
+from tensorkeep.storage.archive import TENSOR_GLOBALS, lone_tensor, storage_bytes
+from tensorkeep.storage.archive_writing import lone_archives
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
 from tensorkeep.storage.pickle_values import Global, Object
-from tensorkeep.storage.pickle_writing import emit
+from tensorkeep.storage.pickle_writing import HOLE, Pickled, emit, pickled, template
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, same_layout
 
@@ -61,6 +54,16 @@ DCP_GLOBALS = TENSOR_GLOBALS | {
     STORAGE_INFO,
     *(f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "channels_last")),
 }
+
+
+# what our own metadata names again and again
+_KNOWN: tuple[str | Global, ...] = (
+    *(Global(MODULE, name) for name in _CLASSES),
+    Global(*STORAGE_INFO.rsplit(".", 1)),
+    Global("torch", "Size"),
+    Global("torch.serialization", "_get_layout"),
+    *"torch.strided properties size chunks offsets sizes fqn offset index relative_path length".split(),
+)
 
 
 def unfinished(names: list[str]) -> str | None:
@@ -204,9 +207,7 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
         TensorkeepError: F02 or F07 where the archive does not hold what the metadata says.
     """
     where = f"{folder.url}/{block.file}: {record.name}"
-    found = zip_entries(folder, block.file, block.start, block.nbytes)
-    value = saved_value(folder, block.file, found)
-    tensor: Stored | None = stored_tensor(value, where) if isinstance(value, Object) else None
+    tensor, entry = lone_tensor(folder, block.file, block.start, block.nbytes, where)
     if tensor is None:
         raise TensorkeepError("its archive holds no tensor", where=where, code="F07", hint="copy the file again")
     if tensor.shape != block.shape or tensor.dtype != record.dtype:
@@ -217,7 +218,6 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
             hint="the data files and .metadata come from different saves",
         )
     start, size = storage_bytes(tensor)
-    entry = found.get(f"data/{tensor.storage}")
     if size and (entry is None or start + size > entry.size):
         raise TensorkeepError("its storage is truncated", where=where, code="F02", hint="copy the file again")
     strides = None if same_layout(tensor.shape, tensor.strides) else tensor.strides
@@ -242,14 +242,15 @@ def layout(
         TensorkeepError: torch has no dtype for one of the tensors.
     """
     files, places = [], {}
+    archive = lone_archives()
     for number, part in enumerate(shards(tensors, shard_size or SHARD_SIZE)):
         file, at = f"__0_{number}.distcp", 0
         segments: list[Fixed | Slot | Trailer] = []
         for tensor in part:
-            made = build_archive(at, tensor_object(tensor, "0"), [("0", tensor)])
-            segments += made.segments
-            places[tensor.name] = (file, at, made.at - at)
-            at = made.at
+            made, end = archive(at, tensor)
+            segments += made
+            places[tensor.name] = (file, at, end - at)
+            at = end
         files.append(FileLayout(file, segments))
     return [*files, small_file(METADATA, metadata(tensors, places, root))]
 
@@ -257,20 +258,18 @@ def layout(
 def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str | None) -> bytes:
     """Make the bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
     described, storage, paths = {}, {}, {}
+    index = template(_object("MetadataIndex", {"fqn": HOLE, "offset": HOLE, "index": 0}), _KNOWN)
+    module, _, kind = STORAGE_INFO.rpartition(".")
+    state = {"relative_path": HOLE, "offset": HOLE, "length": HOLE}
+    info = template(Object(Global(module, kind), state=state), _KNOWN)
+    alike: dict[tuple[str, tuple[int, ...]], tuple[Pickled, Pickled]] = {}
     for tensor in tensors:
         name = f"{root}.{tensor.name}" if root else tensor.name
-        zero = _torch_size((0,) * len(tensor.shape))
-        chunk = _object("ChunkStorageMetadata", {"offsets": zero, "sizes": _torch_size(tensor.shape)})
-        described[name] = _object(
-            "TensorStorageMetadata",
-            {"properties": _properties(tensor.dtype), "size": _torch_size(tensor.shape), "chunks": [chunk]},
-        )
-        file, start, length = places[tensor.name]
-        index = _object("MetadataIndex", {"fqn": name, "offset": zero, "index": 0})
-        storage[index] = Object(
-            Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            state={"relative_path": file, "offset": start, "length": length},
-        )
+        key = tensor.dtype, tensor.shape
+        if key not in alike:
+            alike[key] = _described(*key)
+        described[name], zero = alike[key]
+        storage[index(name, zero)] = info(*places[tensor.name])
         paths[name] = (root, tensor.name) if root else (tensor.name,)
     return emit(
         _object(
@@ -282,8 +281,17 @@ def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str 
                 "storage_meta": None,
                 "version": "1.0.0",
             },
-        )
+        ),
+        _KNOWN,
     )
+
+
+def _described(dtype: str, shape: tuple[int, ...]) -> tuple[Pickled, Pickled]:
+    """Pickle what the metadata says of every tensor of a dtype and shape, and the offsets of its one chunk."""
+    zero = _torch_size((0,) * len(shape))
+    chunk = _object("ChunkStorageMetadata", {"offsets": zero, "sizes": _torch_size(shape)})
+    fields = {"properties": _properties(dtype), "size": _torch_size(shape), "chunks": [chunk]}
+    return pickled(_object("TensorStorageMetadata", fields), _KNOWN), pickled(zero, _KNOWN)
 
 
 def _object(kind: str, state: Any) -> Object:

@@ -11,6 +11,8 @@ LONGEST_NUMBER = 4096  # bytes of one whole number
 REFERENCES = 16 + 32  # on the stack, and later in a container; a small number
 ENTRY = 100  # of a dict, on average
 MEMORY = {
+    # nothing new: a place on the stack, and later in a container; or what lies on the stack goes elsewhere
+    **dict.fromkeys((*b"hjg(N012bues", 0x88, 0x89, 0x95), 16),
     **dict.fromkeys((0x8F, 0x91, ord("R"), 0x81, 0x92, ord("i"), ord("o")), REFERENCES + 72),  # an Object
     **dict.fromkeys((ord("]"), ord("l"), ord("t"), 0x85, 0x86, 0x87), REFERENCES + 56),
     **dict.fromkeys((ord("}"), ord("d")), REFERENCES + 64),
