@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Run, forget, remember, run, versions
-from tensorkeep.conversion.execution import write_all
+from tensorkeep.conversion.writing import write_all
 from tensorkeep.formats.safetensors import layout
 from tensorkeep.storage.layout import Fixed, SinkTensor
 

@@ -12,9 +12,9 @@ import pytest
 
 from tensorkeep.conversion.architecture import expected
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats._dcp_places import RECORDS
 from tensorkeep.formats._gguf_tokenizer import merges_from_scores
 from tensorkeep.formats.config_types import believed, odd_fields
-from tensorkeep.formats._dcp_places import RECORDS
 from tensorkeep.formats.dcp import DCP_GLOBALS, metadata
 from tensorkeep.formats.view import read
 from tensorkeep.storage.budget import Budget, check_config, read_small
