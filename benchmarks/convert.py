@@ -5,6 +5,9 @@
 Rows: `cp` copies the same bytes and fsyncs them (the floor); tensorkeep with its read-back proof (the default), and
 the seconds of the proof alone; (b) transformers' from_pretrained + dcp.save, and dcp_to_torch_save back; (c) torch's
 own Hugging Face storage reader and writer. Each row is a whole process, start-up included, each round cold and warm.
+GB/s is of the checkpoint's bytes; that of `cp` is the disk's raw rate. On a large machine, without the peers:
+
+    python -m benchmarks.convert --sizes 16 --no-peers --dir DIR
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Run, forget, remember, run, versions
-from tensorkeep.conversion.execution import write_all
+from tensorkeep.conversion.writing import write_all
 from tensorkeep.formats.safetensors import layout
 from tensorkeep.storage.layout import Fixed, SinkTensor
+from tensorkeep.storage.spreading import cores
 
 HIDDEN, INTER, VOCAB, HEADS, KV = 2048, 8192, 32000, 32, 8
 
@@ -167,8 +171,8 @@ def table(size: float, place: Path, rounds: int, peers: bool) -> None:
         run([sys.executable, "-m", "tensorkeep", "convert", "--quiet", str(source), str(dcp), "--to", "dcp"])
     largest = max(2 * int(np.prod(s)) for s in shapes(int(size * 1e9)).values())
     print(f"\n### {size} GB (largest tensor {largest / 1e6:.0f} MB), {rounds} rounds, median\n")
-    print("| direction | cache | way | wall s | x cp | CPU s | anonymous MB | proof s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| direction | cache | way | wall s | x cp | GB/s | CPU s | anonymous MB | proof s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for direction, rows in jobs(source, dcp, sink, peers).items():
         origin = source if direction.startswith("HF") else dcp
         for cold in (True, False):
@@ -183,7 +187,14 @@ def table(size: float, place: Path, rounds: int, peers: bool) -> None:
                 if name == "tensorkeep":
                     shown = f"{statistics.median(json.loads(r.out)['seconds']['prove'] for r in runs):.2f}"
                 memory = max(r.anonymous for r in runs) / 1e6
-                cells = (f"{wall:.2f}", f"{wall / floor:.2f}", f"{cpu:.1f}", f"{memory:.0f}", shown)
+                cells = (
+                    f"{wall:.2f}",
+                    f"{wall / floor:.2f}",
+                    f"{size / wall:.2f}",
+                    f"{cpu:.1f}",
+                    f"{memory:.0f}",
+                    shown,
+                )
                 print("|", " | ".join((direction, "cold" if cold else "warm", name, *cells)), "|", flush=True)
     shutil.rmtree(sink, ignore_errors=True)
 
@@ -195,7 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
     arguments = parser.parse_args()
-    print(versions("tensorkeep", "torch", "transformers", "safetensors", "numpy"))
+    print(versions("tensorkeep", "torch", "transformers", "safetensors", "numpy") + f"; {cores()} threads")
     for size in arguments.sizes:
         table(size, arguments.dir, arguments.rounds, not arguments.no_peers)
 

@@ -12,6 +12,7 @@ import pytest
 
 from tensorkeep.conversion.architecture import expected
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats._dcp_places import RECORDS
 from tensorkeep.formats._gguf_tokenizer import merges_from_scores
 from tensorkeep.formats.config_types import believed, odd_fields
 from tensorkeep.formats.dcp import DCP_GLOBALS, metadata
@@ -97,7 +98,7 @@ def test_honest_giants_stay_far_below_the_limits() -> None:
     for data, parsed in (
         (plain, lambda: parse(plain, (), "x")),
         (header, lambda: parse_json(header, "x")),
-        (chunks, lambda: parse(chunks, DCP_GLOBALS, "x")),
+        (chunks, lambda: parse(chunks, DCP_GLOBALS, "x", records=RECORDS)),
     ):
         spent = []
         watched = Budget.spend

@@ -21,11 +21,11 @@ from tensorkeep.adapters._view import Moved
 from tensorkeep.adapters.planning import MergePlan
 from tensorkeep.adapters.reading import DIGEST
 from tensorkeep.adapters.shares import Share, times_merged
-from tensorkeep.conversion.execution import write_files
 from tensorkeep.conversion.naming import identify
 from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse_damaged
 from tensorkeep.conversion.sink import Progress, placing, quiet, refuse_overlap, sink_files, stored
 from tensorkeep.conversion.streams import Cast, Sums, write_tensor
+from tensorkeep.conversion.writing import write_files
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.names import grouped

@@ -1,28 +1,20 @@
 """Carry out a plan: stream every tensor into its file, read the result back, leave a certificate.
 
-All files are laid out before the first byte is written, so several threads fill one file at once, each holding one
-chunk of a tensor. The output appears under its name only after it has been read back and the digest of every tensor
+All files are laid out before the first byte is written, so several threads fill them at once, each holding one chunk of
+a tensor (`writing`). The output appears under its name only after it has been read back and the digest of every tensor
 equals that of the bytes that were written.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
-from tensorkeep.conversion.plan import Plan, Step
+from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.proof import certify, check_sources, prove
-from tensorkeep.conversion.sink import THREADS, Progress, Result, placing, quiet, refuse_overlap, sink_files, stored
-from tensorkeep.conversion.streams import Sums, with_ties, write_tensor
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.conversion.sink import Progress, Result, placing, quiet, refuse_overlap, sink_files, stored
+from tensorkeep.conversion.writing import Place, write_files
 from tensorkeep.formats.earlier import CHECKPOINT
-from tensorkeep.formats.view import StateView
-from tensorkeep.storage.files import explained, local_path
-from tensorkeep.storage.layout import FileLayout, Fixed, Slot, Trailer
+from tensorkeep.storage.files import local_path
 from tensorkeep.storage.overwriting import refuse_existing
 from tensorkeep.storage.placement import write_bytes
 
@@ -65,113 +57,13 @@ def convert(
     layouts, single = sink_files(plan, final.name, to, shard_size)
     with placing(final, layouts, single, overwrite) as place:
         started = time.perf_counter()
-        sums = write_files(place.layouts, place.folder, plan, progress)
+        read_back: dict[Place, str] = {}
+        sums = write_files(place.layouts, place.folder, plan, progress, read_back)
         check_sources(plan, sums)
         written = time.perf_counter()
-        prove(place.temporary, plan, sums, progress)
+        prove(place.temporary, plan, sums, progress, read_back)
         proven = time.perf_counter()
         write_bytes(place.certificate, certify(plan, sums, to))
     casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
     seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
     return Result(str(final), stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds)
-
-
-# -- writing ------------------------------------------------------------------------------------------------------
-
-
-def write_files(layouts: Sequence[FileLayout], folder: Path, plan: Plan, progress: Progress = quiet) -> dict[str, Sums]:
-    """Write and fsync every file of an output into a folder that is there already.
-
-    Args:
-        layouts: the files, and where each tensor lies in them.
-        folder: where they are made; none of them may exist.
-        plan: says what each tensor is made of.
-        progress: called as `progress("write", done, total)` with bytes.
-
-    Returns:
-        The checksums of every tensor, by output name.
-
-    Raises:
-        TensorkeepError: a disk is full or fails, or a source gives other bytes than its header promised.
-    """
-    steps = {s.sink.name: s for s in plan.steps if s.sink is not None}
-    total = stored(layouts)
-    done = 0
-    sums: dict[str, Sums] = {}
-    stop = threading.Event()
-
-    def count(size: int) -> None:
-        nonlocal done
-        if stop.is_set():
-            raise TensorkeepError("interrupted")  # by a failure elsewhere, which is the one that is told
-        done += size
-        progress("write", done, total)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for layout in layouts:
-            path = folder / layout.name
-            jobs: list[Future[Sums]] = []
-            with explained(path):
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)  # less the umask
-                try:
-                    jobs += [
-                        pool.submit(_fill, handle, slot, steps[slot.tensor], plan.sources, count, layout.wants_crc)
-                        for slot in layout.slots
-                    ]
-                    sums.update(_gather(jobs, layout.slots))
-                    _write_rest(handle, layout, {n: s.crc for n, s in sums.items()})
-                    os.fsync(handle)
-                finally:
-                    stop.set()
-                    for job in jobs:
-                        job.cancel()
-                    wait(jobs)  # nobody may write to this number once it is closed: it can be another file's by then
-                    os.close(handle)
-                    stop.clear()
-    return with_ties(sums, plan)
-
-
-def _gather(jobs: list[Future[Sums]], slots: list[Slot]) -> dict[str, Sums]:
-    """Wait for the threads of one file; raise what failed first, or return each tensor's checksums by name."""
-    done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-    for job in done:
-        job.result()  # raises what failed first; the caller stops the others
-    return {slot.tensor: job.result() for job, slot in zip(jobs, slots)}
-
-
-def _fill(
-    handle: int, slot: Slot, step: Step, sources: Sequence[StateView], count: Callable[[int], None], crc: bool
-) -> Sums:
-    """Write one tensor into its place in an open file."""
-    at = slot.start
-
-    def write(piece: memoryview) -> None:
-        nonlocal at
-        write_all(handle, piece, at)
-        at += len(piece)
-        count(len(piece))
-
-    sums = write_tensor(step, sources, write, crc)
-    if at != slot.start + slot.nbytes:
-        raise TensorkeepError(
-            f"{slot.tensor}: {at - slot.start} bytes instead of {slot.nbytes}",
-            hint="the source changed while it was read",
-        )
-    return sums
-
-
-def write_all(handle: int, data: memoryview | bytes, at: int) -> None:
-    """Write all of `data` at a position of an open file, however many calls that takes."""
-    view = memoryview(data)
-    while len(view):
-        done = os.pwrite(handle, view, at)
-        view, at = view[done:], at + done
-
-
-def _write_rest(handle: int, layout: FileLayout, crcs: dict[str, int]) -> None:
-    """Write what lies between the tensors of a file: headers now known, and trailers that hold checksums."""
-    for segment in layout.segments:
-        if isinstance(segment, Fixed):
-            write_all(handle, segment.data, segment.start)
-        elif isinstance(segment, Trailer):
-            write_all(handle, segment.make(crcs), segment.start)

@@ -222,7 +222,7 @@ def to_hf_tensors(
             out[made.name] = made
     out |= hub_links.put_together(pieces, views)
     names = {h.parts[0].name: h.name for h in out.values() if h.parts[0].rows is None}
-    return {n: replace(h, tied_to=names.get(h.tied_to) if h.tied_to else None) for n, h in out.items()}
+    return {n: replace(h, tied_to=names.get(h.tied_to)) if h.tied_to else h for n, h in out.items()}
 
 
 def _computed(name: str, scheme: str | None) -> bool:

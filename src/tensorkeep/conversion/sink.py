@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,9 @@ from tensorkeep.storage.files import CERTIFICATE, LocalFolder, explained, local_
 from tensorkeep.storage.files import Progress as Progress
 from tensorkeep.storage.layout import FileLayout, small_file
 from tensorkeep.storage.placement import replacing_all
+from tensorkeep.storage.spreading import cores
 
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = cores()
 
 
 def quiet(_what: str, _done: int, _total: int) -> None:

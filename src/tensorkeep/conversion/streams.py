@@ -6,6 +6,7 @@ Nothing here holds more than a chunk: a permutation moves rows within a head, so
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -181,6 +182,115 @@ def as_stored(step: Step, sources: Sequence[StateView]) -> Iterator[tuple[memory
     record = view[part.name]
     same = record.encoding == step.sink.encoding != "plain" and record.shape == step.sink.shape
     return view.as_stored(part.name) if same and part.plain and part.rows is None else None
+
+
+def rows_apart(step: Step, sources: Sequence[StateView], size: int) -> list[tuple[int, int]] | None:
+    """Cut the rows of an output tensor into ranges that can be read, made and written each by itself.
+
+    Args:
+        step: what the tensor is made of.
+        sources: the plan's views.
+        size: bytes of a range, about.
+
+    Returns:
+        First row and the one after the last of each; None where the tensor must be made in one go: it is put together
+        of several parts, computed or encoded, is not stored in order, or its file keeps a checksum of all its bytes.
+    """
+    part, sink = step.parts[0], step.sink
+    view = sources[part.source]
+    record = view[part.name]
+    if len(step.parts) > 1 or part.inner is not None or type(view) is not StateView or sink is None:
+        return None
+    if record.encoding != "plain" or sink.encoding != "plain" or len(record.shape) < 2:
+        return None
+    first, last = part.rows or (0, record.shape[0])
+    if sink.shape != (last - first, *record.shape[1:]) or DTYPES[record.dtype].bits % 8 or DTYPES[sink.dtype].bits % 8:
+        return None
+    spans = view.spans(part.name)
+    if spans is None or any(crc is not None for *_, crc in spans):
+        return None
+    block = math.lcm(*(p.block for p in part.permutes)) if part.permutes else 1
+    count = last - first
+    rows = max(size // max(nbytes(record.dtype, record.shape[1:]) * block, 1), 1) * block
+    return [(at, min(at + rows, count)) for at in range(0, count, rows)] if rows < count else None
+
+
+class _Kept:
+    """Keeps the bytes that it is fed, in place of a running digest: they are digested when it is their turn."""
+
+    last = b""
+
+    def update(self, data: memoryview) -> None:
+        self.last = bytes(data)
+
+
+class Pieces:
+    """The checksums of a tensor that several threads make piece by piece, put together in the order of its rows.
+
+    Args:
+        step: what the tensor is made of.
+        sources: the plan's views.
+        crc_wanted: whether to take the CRC-32.
+        count: number of pieces.
+    """
+
+    def __init__(self, step: Step, sources: Sequence[StateView], crc_wanted: bool, count: int) -> None:
+        assert step.sink is not None
+        self.step, self.sink, self.sources, self.crc_wanted = step, step.sink, sources, crc_wanted
+        self.part = step.parts[0]
+        self.dtype = sources[self.part.source][self.part.name].dtype
+        self.row = nbytes(self.sink.dtype, self.sink.shape[1:])
+        self._same = self.dtype == self.sink.dtype and not self.part.permutes
+        self._left, self._next = count, 0
+        self._turn = threading.Condition()
+        self._crc, self._state, self._source = 0, xxhash.xxh3_128(), xxhash.xxh3_128()
+        self._cast = Cast()
+
+    def write(
+        self, rows: tuple[int, int], write: Callable[[memoryview], None], stopped: Callable[[], bool]
+    ) -> Sums | None:
+        """Make and write some rows.
+
+        Args:
+            rows: one of the ranges that `rows_apart` gave.
+            write: called with each chunk of bytes, in order.
+            stopped: tells whether another thread failed, so that an earlier piece may never come.
+
+        Returns:
+            The checksums of the whole tensor where this was its last piece; else None.
+        """
+        first = self.part.rows[0] if self.part.rows else 0
+        part, cast = self.part._replace(rows=(first + rows[0], first + rows[1])), Cast()
+        made: list[tuple[memoryview, memoryview]] = []
+        source = _Kept()
+        for piece in pieces(part, self.sources[part.source], source):
+            new = piece if self.part.permutes else memoryview(source.last)  # the stream uses its buffer again
+            new = new if self.dtype == self.sink.dtype else _cast(new, self.dtype, self.sink.dtype, cast)
+            write(new)
+            made.append((memoryview(source.last), new))
+        with self._turn:
+            while self._next != rows[0]:
+                if not self._turn.wait(1) and stopped():
+                    return None
+            self._sum(made, cast)
+            self._next = rows[1]
+            self._left -= 1
+            self._turn.notify_all()
+            return self._whole() if not self._left else None
+
+    def _sum(self, made: list[tuple[memoryview, memoryview]], cast: Cast) -> None:
+        """Add a piece to the running checksums; it is the next in order."""
+        for own, new in made:
+            self._crc = zlib.crc32(new, self._crc) if self.crc_wanted else 0
+            self._state.update(new)
+            if not self._same:
+                self._source.update(own)
+        self._cast.overflowed += cast.overflowed
+        self._cast.vanished += cast.vanished
+
+    def _whole(self) -> Sums:
+        source = (self._state if self._same else self._source).hexdigest()
+        return Sums(self._crc, self._state.hexdigest(), {(self.part.source, self.part.key): source}, self._cast)
 
 
 def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:

@@ -7,9 +7,7 @@ same model compare equal. Values are compared as stored bytes; only where those 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,8 +24,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.models.alignment import as_loaded, from_memory, tied_names, with_tied
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import DTYPES
-
-THREADS = min(4, os.cpu_count() or 1)
+from tensorkeep.storage.spreading import in_threads
 
 
 @dataclass
@@ -127,12 +124,16 @@ def compare(a: StateView, b: StateView, progress: Progress | None = None) -> lis
         for h in side.values()
     )
     done, out = 0, []
-    with ThreadPoolExecutor(THREADS) as pool:
-        for found in pool.map(lambda name: difference(name, pairing), pairing.names):
-            out.append(found)
-            done += sum(v[h.parts[0].name].nbytes for v, h in zip(pairing.views, (found.a, found.b)) if h is not None)
-            if progress:
-                progress("compare", min(done, total), total)
+    sides = list(zip(pairing.views, pairing.hubs))
+
+    def size(name: str) -> int:
+        return sum(v[side[name].parts[0].name].nbytes for v, side in sides if name in side)
+
+    for found in in_threads(lambda name: difference(name, pairing), pairing.names, size):
+        out.append(found)
+        done += sum(v[h.parts[0].name].nbytes for v, h in zip(pairing.views, (found.a, found.b)) if h is not None)
+        if progress:
+            progress("compare", min(done, total), total)
     return out
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tensorkeep.conversion.naming import Identity
@@ -17,6 +16,7 @@ from tensorkeep.quantization.stored import members as parts_of
 from tensorkeep.storage.archive import saved_value, zip_entries
 from tensorkeep.storage.files import Progress
 from tensorkeep.storage.record import TensorRecord
+from tensorkeep.storage.spreading import in_threads
 
 
 def digests(view: StateView, names: Sequence[str], progress: Progress) -> dict[str, str]:
@@ -31,11 +31,10 @@ def digests(view: StateView, names: Sequence[str], progress: Progress) -> dict[s
         TensorkeepError: Where a file is damaged.
     """
     total, done, out = sum(view[n].nbytes for n in names), 0, {}
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for name, digest in zip(names, pool.map(view.digest, names)):
-            out[name] = digest
-            done += view[name].nbytes
-            progress("digest", done, total)
+    for name, digest in zip(names, in_threads(view.digest, names, lambda n: view[n].nbytes)):
+        out[name] = digest
+        done += view[name].nbytes
+        progress("digest", done, total)
     return out
 
 
@@ -224,7 +223,7 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
         record = view[name]
-        shape = "".join(c if not c.isdigit() else "#" for c in name)
+        shape = re.sub(r"\d", "#", name)
         groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
     out: list[tuple[object, ...]] = []
     for alike in groups.values():

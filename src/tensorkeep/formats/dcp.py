@@ -9,33 +9,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats._cover import overlapping
-from tensorkeep.formats.view import Note, StateView
-from tensorkeep.storage.archive import (
-    TENSOR_GLOBALS,
-    Stored,
-    is_count,
-    saved_value,
-    storage_bytes,
-    stored_tensor,
-    zip_entries,
+from tensorkeep.formats._dcp_places import (
+    MODULE,
+    RECORDS,
+    STORAGE_INFO,
+    Place,
+    Storage,
+    damaged,
+    fields_of,
+    place_of,
+    size_of,
+    state_of,
+    storage_of,
 )
-from tensorkeep.storage.archive_writing import build_archive, tensor_object
-from tensorkeep.storage.files import Folder, inside
+from tensorkeep.formats.view import Note, StateView
+from tensorkeep.storage.archive import TENSOR_GLOBALS, lone_tensor, storage_bytes
+from tensorkeep.storage.archive_writing import lone_archives
+from tensorkeep.storage.files import Folder
 from tensorkeep.storage.layout import SHARD_SIZE, FileLayout, Fixed, SinkTensor, Slot, Trailer, shards, small_file
 from tensorkeep.storage.pickle_values import Global, Object
-from tensorkeep.storage.pickle_writing import emit
+from tensorkeep.storage.pickle_writing import HOLE, Pickled, emit, pickled, template
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
-from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, checked_shape, same_layout
+from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, same_layout
 
 LOOKS = "a DCP folder with .metadata"
 NESTS, CHECKSUMS, TIED = True, True, "both"
 METADATA = ".metadata"
-MODULE = "torch.distributed.checkpoint.metadata"
 _CLASSES = [
     "Metadata",
     "TensorStorageMetadata",
@@ -48,9 +51,19 @@ _CLASSES = [
 ]
 DCP_GLOBALS = TENSOR_GLOBALS | {
     *(f"{MODULE}.{name}" for name in _CLASSES),
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    STORAGE_INFO,
     *(f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "channels_last")),
 }
+
+
+# what our own metadata names again and again
+_KNOWN: tuple[str | Global, ...] = (
+    *(Global(MODULE, name) for name in _CLASSES),
+    Global(*STORAGE_INFO.rsplit(".", 1)),
+    Global("torch", "Size"),
+    Global("torch.serialization", "_get_layout"),
+    *"torch.strided properties size chunks offsets sizes fqn offset index relative_path length".split(),
+)
 
 
 def unfinished(names: list[str]) -> str | None:
@@ -77,27 +90,29 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     """
     where = f"{folder.url}/{METADATA}"
     if folder.size(METADATA) > LARGEST_PICKLE:
-        raise _damaged(f"{folder.size(METADATA)} bytes, more than {LARGEST_PICKLE}", where)
+        raise damaged(f"{folder.size(METADATA)} bytes, more than {LARGEST_PICKLE}", where)
     opaque: set[str] = set()
-    root, _ = parse(folder.read(METADATA), DCP_GLOBALS, where, opaque=opaque)
+    root, _ = parse(folder.read(METADATA), DCP_GLOBALS, where, opaque=opaque, records=RECORDS)
     of_megatron = isinstance(root, Object) and root.call.name == "MCoreMetadata"  # it adds fields that are not read
-    fields = _state(root, "MCoreMetadata" if of_megatron else "Metadata", where)
-    storage = _storage(fields.get("storage_data"), where)
+    fields = state_of(root, "MCoreMetadata" if of_megatron else "Metadata", where)
+    storage = storage_of(fields.pop("storage_data", None), where)
     names = folder.names()
-    sizes = {file: folder.size(file) for file in {f for f, _, _ in storage.values()} if file in names}
+    used = {place[0] for chunks in storage.values() for place in chunks.values()}
+    sizes = {file: folder.size(file) for file in used.intersection(names)}
     view = StateView(path, "dcp", folder, {}, locate=locate, metadata={"opaque": opaque} if opaque else {})
     described = fields.get("state_dict_metadata")
     if not isinstance(described, dict):
-        raise _damaged("no state_dict_metadata", where)
+        raise damaged("no state_dict_metadata", where)
     lost: list[TensorkeepError] = []
+    shapes: dict[Any, tuple[int, ...]] = {}
     for name, entry in described.items():
         if not isinstance(name, str) or not isinstance(entry, Object):
-            raise _damaged(f"an entry for {shown(name)}", where)
+            raise damaged(f"an entry for {shown(name)}", where)
         try:
             if entry.call.name == "BytesStorageMetadata":
-                view.entries[name] = _place(name, (), storage, sizes, where)
+                view.entries[name] = place_of(name, (), storage, sizes, where)
             else:
-                view.records[name] = _record(name, entry, storage, sizes, where)
+                view.records[name] = _record(name, entry, storage, sizes, where, shapes)
         except TensorkeepError as error:
             if not error.tensors:
                 raise
@@ -126,138 +141,44 @@ def _together(lost: list[TensorkeepError]) -> TensorkeepError:
     return first
 
 
-def _damaged(what: str, where: object) -> TensorkeepError:
-    """Make the error for metadata that cannot be (F07)."""
-    return TensorkeepError(
-        f"the metadata is damaged: {what}", where=where, code="F07", hint="copy the checkpoint again"
-    )
-
-
-def _state(value: Any, kind: str, where: object) -> dict[str, Any]:
-    """Return the attributes of a pickled object, which must be of the named class."""
-    if not isinstance(value, Object) or value.call.name != kind or not isinstance(value.state, dict):
-        raise _damaged(f"expected a {kind}", where)
-    return value.state
-
-
-def _size(value: Any, where: object) -> tuple[int, ...]:
-    """Turn a pickled torch.Size into a shape."""
-    if isinstance(value, Object) and value.call.name == "Size" and len(value.args) == 1:
-        value = value.args[0]
-    shape = checked_shape(value)
-    if shape is None:
-        raise _damaged("sizes that are not whole numbers, or too large", where)
-    return shape
-
-
 def _is_path(value: Any) -> bool:
     """Tell whether this is the path of a value in a nested state dict."""
     return isinstance(value, tuple) and all(type(part) in (str, int) for part in value)
 
 
-_Place = tuple[str, int, int]  # file, first byte, bytes of the archive
-
-
-def _storage(value: Any, where: object) -> dict[tuple[str, tuple[int, ...]], _Place]:
-    """Read where each chunk lies: (tensor name, offsets in the tensor) -> archive."""
-    if not isinstance(value, dict):
-        raise _damaged("no storage_data", where)
-    out: dict[tuple[str, tuple[int, ...]], _Place] = {}
-    for index, info in value.items():
-        key, place = _state(index, "MetadataIndex", where), _state(info, "_StorageInfo", where)
-        if place.get("transform_descriptors"):
-            raise TensorkeepError(
-                f"{shown(key.get('fqn'))} is stored through {shown(place['transform_descriptors'])}",
-                where=where,
-                hint="load it with the torch that wrote it and save without storage extensions",
-            )
-        file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        if not isinstance(file, str) or not is_count(start) or not is_count(length):
-            raise _damaged(f"the place of {shown(key.get('fqn'))}", where)
-        offset = key.get("offset")
-        name = key.get("fqn")
-        if not isinstance(name, str):
-            raise _damaged("an index without a name", where)
-        full = (name, () if offset is None else _size(offset, where))
-        if full in out:
-            raise _damaged(f"{name} is stored twice", where)
-        out[full] = (inside(file, where), start, length)
-    _check_overlap(out, where)
-    return out
-
-
-def _check_overlap(storage: dict[tuple[str, tuple[int, ...]], _Place], where: object) -> None:
-    """Raise F07 where two archives share bytes of a file."""
-    ordered = sorted((place, key[0]) for key, place in storage.items())
-    for (before, first), (after, second) in pairwise(ordered):
-        if before[0] == after[0] and before[1] + before[2] > after[1]:
-            raise TensorkeepError(
-                f"{first} and {second} overlap in {before[0]}",
-                where=where,
-                code="F07",
-                hint="copy the checkpoint again",
-            )
-
-
-def _place(
-    name: str, offset: tuple[int, ...], storage: dict[Any, _Place], sizes: dict[str, int], where: object
-) -> _Place:
-    """Return where a chunk's archive lies; it must be inside a file that is there."""
-    place = storage.get((name, offset)) or (storage.get((name, ())) if not any(offset) else None)
-    if place is None:
-        raise TensorkeepError(
-            f"{name} has metadata but no storage entry{f' at {offset}' if any(offset) else ''}",
-            where=where,
-            code="F07",
-            hint="a writer thread failed while this was saved (pytorch #191391); use the checkpoint before it",
-            tensors=[name],
-        )
-    file, start, length = place
-    if file not in sizes:
-        raise TensorkeepError(
-            f"{name} lies in {file}, which is not there",
-            where=where,
-            code="F05",
-            hint="copy the missing file",
-            tensors=[name],
-        )
-    if start + length > sizes[file]:
-        raise TensorkeepError(
-            f"{name} is truncated: it ends at byte {start + length} of {file}, the file at {sizes[file]}",
-            where=where,
-            code="F02",
-            hint="copy the file again",
-            tensors=[name],
-        )
-    return place
-
-
-def _record(name: str, entry: Object, storage: dict[Any, _Place], sizes: dict[str, int], where: object) -> TensorRecord:
+def _record(
+    name: str,
+    entry: Object,
+    storage: Storage,
+    sizes: dict[str, int],
+    where: object,
+    shapes: dict[Any, tuple[int, ...]],
+) -> TensorRecord:
     """Turn one entry of the metadata into a record; its chunks must cover the tensor exactly."""
-    fields = _state(entry, "TensorStorageMetadata", where)
+    fields = state_of(entry, "TensorStorageMetadata", where)
     properties = fields.get("properties")
     if not isinstance(properties, Object):
-        raise _damaged(f"{name} has no properties", where)
+        raise damaged(f"{name} has no properties", where)
     state = properties.state
     spelled = (
         state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
     )
     dtype = FROM_TORCH.get(spelled.name) if isinstance(spelled, Global) else None
     if dtype is None:
-        raise _damaged(f"{name} has an unknown dtype {shown(spelled)}", where)
-    shape, chunks, blocks, covered = _size(fields.get("size"), where), fields.get("chunks"), [], 0
+        raise damaged(f"{name} has an unknown dtype {shown(spelled)}", where)
+    shape, chunks, blocks, covered = size_of(fields.get("size"), where, shapes), fields.get("chunks"), [], 0
     if not isinstance(chunks, list):
-        raise _damaged(f"{name} has no chunks", where)
+        raise damaged(f"{name} has no chunks", where)
     for chunk in chunks:
-        part = _state(chunk, "ChunkStorageMetadata", where)
-        offsets, sizes_ = _size(part.get("offsets"), where), _size(part.get("sizes"), where)
+        corner, extent = fields_of(chunk, "ChunkStorageMetadata", where)
+        offsets, sizes_ = size_of(corner, where, shapes), size_of(extent, where, shapes)
         if (
             len(offsets) != len(shape)
             or len(sizes_) != len(shape)
             or any(o + n > s for o, n, s in zip(offsets, sizes_, shape))
         ):
-            raise _damaged(f"{name} has a chunk outside its shape {shape}", where)
-        file, start, length = _place(name, offsets, storage, sizes, where)
+            raise damaged(f"{name} has a chunk outside its shape {shape}", where)
+        file, start, length = place_of(name, offsets, storage, sizes, where)
         blocks.append(Block(file, start, length, offsets, sizes_, archive=True))
         covered += math.prod(sizes_)
     if covered != math.prod(shape) or overlapping(blocks):
@@ -286,9 +207,7 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
         TensorkeepError: F02 or F07 where the archive does not hold what the metadata says.
     """
     where = f"{folder.url}/{block.file}: {record.name}"
-    found = zip_entries(folder, block.file, block.start, block.nbytes)
-    value = saved_value(folder, block.file, found)
-    tensor: Stored | None = stored_tensor(value, where) if isinstance(value, Object) else None
+    tensor, entry = lone_tensor(folder, block.file, block.start, block.nbytes, where)
     if tensor is None:
         raise TensorkeepError("its archive holds no tensor", where=where, code="F07", hint="copy the file again")
     if tensor.shape != block.shape or tensor.dtype != record.dtype:
@@ -299,7 +218,6 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
             hint="the data files and .metadata come from different saves",
         )
     start, size = storage_bytes(tensor)
-    entry = found.get(f"data/{tensor.storage}")
     if size and (entry is None or start + size > entry.size):
         raise TensorkeepError("its storage is truncated", where=where, code="F02", hint="copy the file again")
     strides = None if same_layout(tensor.shape, tensor.strides) else tensor.strides
@@ -324,35 +242,34 @@ def layout(
         TensorkeepError: torch has no dtype for one of the tensors.
     """
     files, places = [], {}
+    archive = lone_archives()
     for number, part in enumerate(shards(tensors, shard_size or SHARD_SIZE)):
         file, at = f"__0_{number}.distcp", 0
         segments: list[Fixed | Slot | Trailer] = []
         for tensor in part:
-            made = build_archive(at, tensor_object(tensor, "0"), [("0", tensor)])
-            segments += made.segments
-            places[tensor.name] = (file, at, made.at - at)
-            at = made.at
+            made, end = archive(at, tensor)
+            segments += made
+            places[tensor.name] = (file, at, end - at)
+            at = end
         files.append(FileLayout(file, segments))
     return [*files, small_file(METADATA, metadata(tensors, places, root))]
 
 
-def metadata(tensors: Sequence[SinkTensor], places: dict[str, _Place], root: str | None) -> bytes:
+def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str | None) -> bytes:
     """Make the bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
     described, storage, paths = {}, {}, {}
+    index = template(_object("MetadataIndex", {"fqn": HOLE, "offset": HOLE, "index": 0}), _KNOWN)
+    module, _, kind = STORAGE_INFO.rpartition(".")
+    state = {"relative_path": HOLE, "offset": HOLE, "length": HOLE}
+    info = template(Object(Global(module, kind), state=state), _KNOWN)
+    alike: dict[tuple[str, tuple[int, ...]], tuple[Pickled, Pickled]] = {}
     for tensor in tensors:
         name = f"{root}.{tensor.name}" if root else tensor.name
-        zero = _torch_size((0,) * len(tensor.shape))
-        chunk = _object("ChunkStorageMetadata", {"offsets": zero, "sizes": _torch_size(tensor.shape)})
-        described[name] = _object(
-            "TensorStorageMetadata",
-            {"properties": _properties(tensor.dtype), "size": _torch_size(tensor.shape), "chunks": [chunk]},
-        )
-        file, start, length = places[tensor.name]
-        index = _object("MetadataIndex", {"fqn": name, "offset": zero, "index": 0})
-        storage[index] = Object(
-            Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            state={"relative_path": file, "offset": start, "length": length},
-        )
+        key = tensor.dtype, tensor.shape
+        if key not in alike:
+            alike[key] = _described(*key)
+        described[name], zero = alike[key]
+        storage[index(name, zero)] = info(*places[tensor.name])
         paths[name] = (root, tensor.name) if root else (tensor.name,)
     return emit(
         _object(
@@ -364,8 +281,17 @@ def metadata(tensors: Sequence[SinkTensor], places: dict[str, _Place], root: str
                 "storage_meta": None,
                 "version": "1.0.0",
             },
-        )
+        ),
+        _KNOWN,
     )
+
+
+def _described(dtype: str, shape: tuple[int, ...]) -> tuple[Pickled, Pickled]:
+    """Pickle what the metadata says of every tensor of a dtype and shape, and the offsets of its one chunk."""
+    zero = _torch_size((0,) * len(shape))
+    chunk = _object("ChunkStorageMetadata", {"offsets": zero, "sizes": _torch_size(shape)})
+    fields = {"properties": _properties(dtype), "size": _torch_size(shape), "chunks": [chunk]}
+    return pickled(_object("TensorStorageMetadata", fields), _KNOWN), pickled(zero, _KNOWN)
 
 
 def _object(kind: str, state: Any) -> Object:

@@ -36,6 +36,7 @@ def natural(name: str) -> tuple[object, ...]:
     return tuple(_part(p) for p in re.split(r"(\d+)|\.", name) if p)
 
 
+@lru_cache(1 << 12)
 def _part(text: str) -> tuple[int, int, str]:
     # by length and then by digits is by value, for numbers of any length
     digits = text.lstrip("0") if text.isdecimal() else None

@@ -355,7 +355,7 @@ def recognised(
 def _check_names(view: StateView) -> None:
     """Raise F07 where a tensor's name is no text."""
     for name in view.records:
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
             raise TensorkeepError(
                 f"a tensor's name is no text: {name!r}",
                 where=view.path,

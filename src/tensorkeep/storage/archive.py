@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage._lazy_bits import refuse_lazy
-from tensorkeep.storage._range import Range
+from tensorkeep.storage._range import Ends, Range
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
@@ -209,6 +209,40 @@ class Entry(NamedTuple):
         return self.crc if (start, size) == (0, self.size) and self.crc else None
 
 
+def lone_tensor(folder: Folder, file: str, start: int, length: int, what: object) -> tuple[Stored | None, Entry | None]:
+    """Read what an archive says of the one tensor in it, in two small reads.
+
+    Args:
+        folder: where the file lies.
+        file: its name.
+        start: first byte of the archive in the file.
+        length: bytes of the archive.
+        what: the tensor, for messages.
+
+    Returns:
+        The tensor's description, and the entry that holds its bytes; None for what is not there.
+
+    Raises:
+        TensorkeepError: the archive is damaged, as `zip_entries`, `saved_value` and `stored_tensor` say.
+    """
+    ends = Ends(folder, start, length)
+    found = zip_entries(ends, file, start, length)
+    data = _pickle_of(ends, file, found)
+    tensor = _described.get(data)
+    if tensor is None:
+        value, _ = parse(data, TENSOR_GLOBALS, f"{folder.url}/{file}")
+        tensor = stored_tensor(value, what) if isinstance(value, Object) else None
+        if tensor is not None and len(data) <= _SHORT:
+            if len(_described) >= _MOST:
+                _described.clear()
+            _described[data] = tensor
+    return tensor, found.get(f"data/{tensor.storage}") if tensor is not None else None
+
+
+# pickles of lone tensors, which are equal for all of one dtype and shape, and what they describe
+_described: dict[bytes, Stored] = {}
+_SHORT, _MOST = 1024, 4096  # bytes of one that is remembered, and how many are
+
 # what zipfile raises for damaged archives (UnicodeError is a ValueError)
 _ZIP_FAILURES = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, IndexError)
 
@@ -290,6 +324,12 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry], opaque: set[
         TensorkeepError: F04 where the pickle names what a checkpoint does not need, F02, F03 or F07 where it is
             damaged, and without a code where this is no archive of torch.save or a big-endian one.
     """
+    value, _ = parse(_pickle_of(folder, file, found), TENSOR_GLOBALS, f"{folder.url}/{file}", opaque=opaque)
+    return value
+
+
+def _pickle_of(folder: Folder, file: str, found: dict[str, Entry]) -> bytes:
+    """Read an archive's `data.pkl`, which must fit its own CRC-32."""
     where = f"{folder.url}/{file}"
     pickle = found.get("data.pkl")
     if pickle is None:
@@ -306,8 +346,7 @@ def saved_value(folder: Folder, file: str, found: dict[str, Entry], opaque: set[
     data = folder.read(file, pickle.start, pickle.size)
     if pickle.crc and zlib.crc32(data) != pickle.crc:  # before a name in it is believed
         raise _damaged_zip("data.pkl does not fit its own CRC-32", where, "F03")
-    value, _ = parse(data, TENSOR_GLOBALS, where, opaque=opaque)
-    return value
+    return data
 
 
 def storage_bytes(tensor: Stored) -> tuple[int, int]:

@@ -163,3 +163,39 @@ def build_archive(start: int, value: Any, tensors: Sequence[tuple[str, SinkTenso
     made.add("archive/version", b"3\n")
     made.close()
     return made
+
+
+def lone_archives() -> Callable[[int, SinkTensor], tuple[list[Fixed | Slot | Trailer], int]]:
+    """Return a function that lays out archives of one tensor each; those of equal dtype and shape share their bytes.
+
+    Returns:
+        A function of the byte of the file at which an archive begins and of its tensor; it gives the archive's segments
+        and the byte behind it.
+    """
+    known: dict[tuple[str, tuple[int, ...]], tuple[bytes, int, Callable[[int], bytes]]] = {}
+
+    def archive(start: int, tensor: SinkTensor) -> tuple[list[Fixed | Slot | Trailer], int]:
+        alike = known.get((tensor.dtype, tensor.shape))
+        if alike is None:
+            alike = known[tensor.dtype, tensor.shape] = _around(tensor)
+        head, size, tail = alike
+        name, data = tensor.name, start + len(head)
+        after = data + tensor.nbytes
+        trailer = Trailer(after, size, lambda crcs: tail(crcs[name]))
+        return [Fixed(start, head), Slot(data, tensor.nbytes, name), trailer], after + size
+
+    return archive
+
+
+def _around(tensor: SinkTensor) -> tuple[bytes, int, Callable[[int], bytes]]:
+    """Return what stands before a tensor in an archive of its own, the size of what follows, and that by its CRC-32."""
+    made = build_archive(0, tensor_object(tensor, "0"), [("0", tensor)]).segments
+    at = next(i for i, segment in enumerate(made) if isinstance(segment, Slot))
+    head = b"".join(segment.data for segment in made[:at] if isinstance(segment, Fixed))
+    rest = made[at + 1 :]
+
+    def tail(crc: int) -> bytes:
+        crcs = {tensor.name: crc}
+        return b"".join(s.data if isinstance(s, Fixed) else s.make(crcs) for s in rest if not isinstance(s, Slot))
+
+    return head, len(tail(0)), tail

@@ -10,20 +10,29 @@ harm here, since the next program to open the file would run it; `foreign` tells
 
 from __future__ import annotations
 
-import codecs
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.budget import Budget
 from tensorkeep.storage.foreign import refuse
-from tensorkeep.storage.pickle_values import ENTRY, MEMORY, REFERENCES, Global, Object, Persistent
+from tensorkeep.storage.pickle_records import RECORD_MEMORY, RECORD_STEPS, Records, Unread, plain_key
+from tensorkeep.storage.pickle_values import (
+    ENTRY,
+    LONGEST_NUMBER,
+    MEMORY,
+    REFERENCES,
+    Global,
+    Object,
+    Persistent,
+    long_number,
+    old_string,
+    text_number,
+)
 
 LARGEST_PICKLE = 1 << 30  # bytes
-_LONGEST_NUMBER = 4096  # bytes of one whole number
 _PER_LOOK = 256  # opcodes between looks at the budget
-_LONGEST_KEY = 64  # parts of a tuple that is a dict's key: it is hashed again each time
 
 # by it Python names a class inside a class, and nothing else that is read here
 _GETATTR = (Global("builtins", "getattr"), Global("__builtin__", "getattr"))
@@ -43,10 +52,11 @@ def _fail(what: str, where: object) -> TensorkeepError:
 class _Reader:
     """The machine that pickle opcodes run on: a stack, a memo, a position; each opcode is one entry of _OPCODES."""
 
-    def __init__(self, data: bytes, start: int, where: object) -> None:
+    def __init__(self, data: bytes, start: int, where: object, records: Mapping[str, tuple[str, ...]]) -> None:
         self.data, self.at, self.where = data, start, where
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.records = Records(records, data, self.memo)
         self.globals: set[Global] = set()
         self.known: dict[tuple[str, str], Global] = {}
         self.budget = Budget(len(data) - start, where)
@@ -72,7 +82,7 @@ class _Reader:
     def line(self) -> str:
         """Read a name or a number that ends with its line."""
         piece = self.raw_line()
-        if len(piece) > _LONGEST_NUMBER:  # names and numbers; text has the V opcode
+        if len(piece) > LONGEST_NUMBER:  # names and numbers; text has the V opcode
             raise _fail(f"a name or number of {len(piece)} letters", self.where)
         return piece.decode("utf-8")
 
@@ -116,20 +126,6 @@ class _Reader:
         self.stack.append(Object(function, args))
 
 
-def _key(value: Any) -> Any:
-    """Return a dict key of a harmless type."""
-    # hashing a deeply nested tuple overflows the C stack; state dicts are keyed by text, numbers and small indices
-    if value is None or isinstance(value, (str, int, float, bool, bytes, Object, Global)):
-        return value
-    if (
-        isinstance(value, tuple)
-        and len(value) <= _LONGEST_KEY
-        and all(p is None or isinstance(p, (str, int, float, Object, Global)) for p in value)
-    ):
-        return value
-    raise TypeError(f"a dict key of type {type(value).__name__}")
-
-
 def _set_items(target: Any, pairs: list[Any], budget: Budget) -> None:
     """Put keys and values, alternating in `pairs`, into a dict or an `Object`."""
     if isinstance(target, Object) and target.entries is None:
@@ -139,7 +135,7 @@ def _set_items(target: Any, pairs: list[Any], budget: Budget) -> None:
         raise TypeError("items for something that is not a dict")
     for key, value in zip(pairs[::2], pairs[1::2]):
         budget.spend(ENTRY, steps=16)  # looks at the clock often: keys of one hash take quadratic time
-        entries[_key(key)] = value
+        entries[plain_key(key)] = value
 
 
 def _extend(target: Any, values: list[Any]) -> None:
@@ -159,20 +155,7 @@ def _build(r: _Reader) -> None:
     if not isinstance(target, Object):
         raise TypeError("state for something that is not an object")
     target.state = state
-
-
-def _long(data: bytes) -> int:
-    """Read a whole number from its little-endian bytes."""
-    if len(data) > _LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(data)} bytes")
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _old_string(text: bytes) -> str:
-    """Read the S opcode's text: a Python 2 string literal."""
-    if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b"'", b'"'):
-        raise ValueError("a string without its quotes")
-    return codecs.escape_decode(text[1:-1])[0].decode("latin-1")
+    r.records.learn(target)
 
 
 def _push(read: Callable[[_Reader], Any]) -> Callable[[_Reader], None]:
@@ -205,14 +188,30 @@ def _pop_call_with_keywords(r: _Reader) -> None:
 
 
 def _memoize(r: _Reader) -> None:
-    r.memo[len(r.memo)] = r.stack[-1]
+    r.memo[len(r.memo) + r.records.skipped] = r.stack[-1]
 
 
 def _put(read: Callable[[_Reader], int]) -> Callable[[_Reader], None]:
     """Make an opcode that stores the top of the stack in the memo under the number that `read` gives."""
 
     def run(r: _Reader) -> None:
+        r.records.stop()
         r.memo[read(r)] = r.stack[-1]
+
+    return run
+
+
+def _get(read: Callable[[_Reader], int]) -> Callable[[_Reader], None]:
+    """Make an opcode that puts on the stack what the memo holds; a record goes there whole, in place of its class."""
+
+    def run(r: _Reader) -> None:
+        number, records = read(r), r.records
+        if number in records.spelled and (whole := records.read(number, r.at)):
+            value, r.at = whole
+            r.budget.spend(RECORD_MEMORY, RECORD_STEPS)
+        else:
+            value = r.memo[number] if number in r.memo else records.recall(number)
+        r.stack.append(value)
 
     return run
 
@@ -264,10 +263,6 @@ def _instance_of(r: _Reader) -> None:
     r.call(made, tuple(args))
 
 
-def _text_int(text: str) -> int | bool:
-    return {"00": False, "01": True}[text] if text in ("00", "01") else int(text)
-
-
 # opcode -> what it does; in the order of Python's pickletools, which says what each is for
 _OPCODES: dict[int, Callable[[_Reader], object]] = {
     0x80: _protocol,
@@ -282,10 +277,10 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
     ord("K"): _push(lambda r: r.take(1)[0]),
     ord("M"): _push(lambda r: r.number("<H")),
     ord("J"): _push(lambda r: r.number("<i")),
-    ord("I"): _push(lambda r: _text_int(r.line())),
+    ord("I"): _push(lambda r: text_number(r.line())),
     ord("L"): _push(lambda r: int(r.line().rstrip("L"))),
-    0x8A: _push(lambda r: _long(r.take(r.take(1)[0]))),
-    0x8B: _push(lambda r: _long(r.take(r.number("<I")))),
+    0x8A: _push(lambda r: long_number(r.take(r.take(1)[0]))),
+    0x8B: _push(lambda r: long_number(r.take(r.number("<I")))),
     ord("G"): _push(lambda r: struct.unpack(">d", r.take(8))[0]),
     ord("F"): _push(lambda r: float(r.line())),
     ord("X"): _push(lambda r: r.take(r.number("<I")).decode("utf-8", "surrogatepass")),
@@ -294,7 +289,7 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
     ord("V"): _push(lambda r: r.raw_line().decode("raw-unicode-escape")),
     ord("U"): _push(lambda r: r.take(r.take(1)[0]).decode("latin-1")),
     ord("T"): _push(lambda r: r.take(r.number("<i")).decode("latin-1")),
-    ord("S"): _push(lambda r: _old_string(r.raw_line())),
+    ord("S"): _push(lambda r: old_string(r.raw_line())),
     ord("B"): _push(lambda r: r.take(r.number("<I"))),
     ord("C"): _push(lambda r: r.take(r.take(1)[0])),
     0x8E: _push(lambda r: r.take(r.number("<Q"))),
@@ -327,16 +322,21 @@ _OPCODES: dict[int, Callable[[_Reader], object]] = {
     ord("r"): _put(lambda r: r.number("<I")),
     ord("p"): _put(lambda r: int(r.line())),
     0x94: _memoize,
-    ord("h"): _push(lambda r: r.memo[r.take(1)[0]]),
-    ord("j"): _push(lambda r: r.memo[r.number("<I")]),
-    ord("g"): _push(lambda r: r.memo[int(r.line())]),
+    ord("h"): _get(lambda r: r.take(1)[0]),
+    ord("j"): _get(lambda r: r.number("<I")),
+    ord("g"): _get(lambda r: int(r.line())),
     ord("Q"): lambda r: r.stack.append(Persistent(r.stack.pop())),
     ord("P"): _push(lambda r: Persistent(r.line())),
 }
 
 
 def parse(
-    data: bytes, allowed: Collection[str], where: object, start: int = 0, opaque: set[str] | None = None
+    data: bytes,
+    allowed: Collection[str],
+    where: object,
+    start: int = 0,
+    opaque: set[str] | None = None,
+    records: Mapping[str, tuple[str, ...]] | None = None,
 ) -> tuple[Any, int]:
     r"""Read the value that a pickle describes, as plain data.
 
@@ -346,6 +346,7 @@ def parse(
         where: the file, for messages.
         start: byte at which the pickle begins.
         opaque: where this is given, names of somebody's own objects are put into it and not refused.
+        records: class as `module.name` -> fields, of which there are many: one may come as a `Record` of these fields.
 
     Returns:
         The value, and the position behind the pickle's end.
@@ -362,9 +363,11 @@ def parse(
         raise TensorkeepError(
             f"a pickle of {len(data) - start} bytes; the most read is {LARGEST_PICKLE}", where=where, code="F07"
         )
-    reader = _Reader(data, start, where)
+    reader = _Reader(data, start, where, records or {})
     try:
         value = _run(reader)
+    except Unread:
+        return parse(data, allowed, where, start, opaque)
     except TensorkeepError:
         refuse(reader.globals, allowed, where, opaque)  # what it names is the graver fault
         raise

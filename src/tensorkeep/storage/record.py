@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 
@@ -157,6 +158,7 @@ class TensorRecord:
         return replace(self, name=name)
 
 
+@lru_cache(1 << 12)  # a checkpoint of 100,000 tensors has a few dozen shapes, and each is asked for ten times
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a dense tensor; types below one byte are packed, rounded up.
 
@@ -191,8 +193,9 @@ def checked_shape(value: Any, dtype: str | None = None) -> tuple[int, ...] | Non
     """
     if not isinstance(value, (tuple, list)) or len(value) > MOST_DIMENSIONS:
         return None
-    if not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
-        return None
+    for n in value:
+        if type(n) is not int or not 0 <= n < 1 << 48:
+            return None
     shape = tuple(value)
     return shape if nbytes(dtype or "C128", tuple(max(n, 1) for n in shape)) < _LARGEST_SIZE else None
 

@@ -248,7 +248,7 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
         clean[name] = short
     doubled = len(clean) - len(set(clean.values()))
     if doubled:
-        first = next(n for n in clean.values() if list(clean.values()).count(n) > 1)
+        first = Counter(clean.values()).most_common(1)[0][0]
         raise TensorkeepError(
             f"{doubled} names are equal once wrapper prefixes are removed, first {first}", where=view.path, code="K03"
         )

@@ -18,17 +18,16 @@ What to do
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from tensorkeep.conversion.proof import read_certificate
 from tensorkeep.diagnosis.evidence.bytewise import SAME
 from tensorkeep.diagnosis.evidence.case import Case
-from tensorkeep.diagnosis.evidence.survey import THREADS
 from tensorkeep.diagnosis.verification import against_crc
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import strip_root
 from tensorkeep.storage import run_manifest
 from tensorkeep.storage.files import LocalFolder
+from tensorkeep.storage.spreading import in_threads
 
 CODE = "F03"
 NEEDS = "the file as it was certified"
@@ -55,8 +54,8 @@ def check(case: Case) -> Iterator[Finding]:
     assert isinstance(tensors, dict)
     root = certificate.get("root")
     wanted = {n: tensors[c] for n in case.view if (c := _certified(n, root, tensors)) is not None and n not in same}
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = dict(zip(wanted, pool.map(case.view.digest, wanted)))
+    view = case.view
+    digests = dict(zip(wanted, in_threads(view.digest, list(wanted), lambda n: view[n].nbytes)))
     changed = [n for n, digest in digests.items() if digest != wanted[n].get("xxh3_128")]
     if changed:
         message = f"{len(changed)} tensors are not what the certificate says: changed after they were written"

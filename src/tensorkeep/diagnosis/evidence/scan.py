@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +10,9 @@ from tensorkeep.diagnosis.evidence.bytewise import size_of
 from tensorkeep.diagnosis.evidence.case import Array, Case, np_dtype_known
 from tensorkeep.diagnosis.evidence.casts import on_grid
 from tensorkeep.diagnosis.evidence.statistics import Spread, pieces_of, sampled, spread
-from tensorkeep.diagnosis.evidence.survey import THREADS
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.spreading import in_threads
 
 # sign and exponent all ones: infinity or NaN, by the bytes of a float and of its mantissa
 _MASKS = {
@@ -57,15 +56,14 @@ def scan(case: Case) -> dict[str, Scanned]:
     ]
     names = sorted(names, key=lambda n: -size_of(case.tensors[n]))
     total, done, seen = sum(size_of(case.tensors[n]) for n in names), 0, {}
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, found in zip(names, pool.map(lambda n: _measure(case, n), names)):
-            if isinstance(found, TensorkeepError):
-                case.broken[name] = found
-            else:
-                seen[name] = found
-            done += size_of(case.tensors[name])
-            if case.progress:
-                case.progress("scan", done, total)
+    for name, found in zip(names, in_threads(lambda n: _measure(case, n), names, lambda n: size_of(case.tensors[n]))):
+        if isinstance(found, TensorkeepError):
+            case.broken[name] = found
+        else:
+            seen[name] = found
+        done += size_of(case.tensors[name])
+        if case.progress:
+            case.progress("scan", done, total)
     case.results["scan"] = seen
     return seen
 

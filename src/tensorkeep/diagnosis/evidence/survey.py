@@ -7,10 +7,8 @@ that the narrower side implies.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -21,8 +19,8 @@ from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.files import Folder, Progress
 from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.spreading import in_threads
 
-THREADS = min(4, os.cpu_count() or 1)
 PIECE = 1 << 19  # bytes a side holds at a time: both fit a core's cache
 _LOCAL = threading.local()
 
@@ -54,15 +52,15 @@ def survey(
     comparisons: dict[str, Comparison] = {}
     broken: dict[str, TensorkeepError] = {}
     done, total = 0, sum(sizes.values())
-    with ThreadPoolExecutor(THREADS) as pool:
-        for name, seen in zip(ordered, pool.map(lambda n: _compare(mine[n], theirs[n], views), ordered)):
-            if isinstance(seen, TensorkeepError):
-                broken[name] = seen
-            else:
-                comparisons[name] = seen
-            done += sizes[name]
-            if progress:
-                progress("compare", done, total)
+    compared = in_threads(lambda n: _compare(mine[n], theirs[n], views), ordered, sizes.__getitem__)
+    for name, seen in zip(ordered, compared):
+        if isinstance(seen, TensorkeepError):
+            broken[name] = seen
+        else:
+            comparisons[name] = seen
+        done += sizes[name]
+        if progress:
+            progress("compare", done, total)
     return comparisons, broken
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.conversion.execution import write_files
 from tensorkeep.conversion.naming import hf, minimind
 from tensorkeep.conversion.plan import Part, Plan, Step
 from tensorkeep.conversion.proof import check_sources, prove
 from tensorkeep.conversion.sink import quiet
+from tensorkeep.conversion.writing import write_files
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.view import Note, StateView, read
