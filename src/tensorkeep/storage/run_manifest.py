@@ -4,8 +4,8 @@ It holds the size of every file and the xxh3_128 of its every 16 MiB, place and 
 of itself; its text is canonical (what `manifest_bytes` makes), so that no flipped bit in it can go unseen.
 
 `{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
-{NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
-"xxh3_128": of this text without this entry}`
+{NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "shards": {FILE: [...]}, as `ShardEntry` says,
+where several ranks wrote, "base": {...} | null, "not_captured": [...], "xxh3_128": of this text without this entry}`
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -26,41 +26,20 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import SCHEMA, parse_json
 from tensorkeep.storage.files import Progress, explained, inside, open_plain
-from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
+from tensorkeep.storage.manifest_entries import (
+    FileEntry,
+    ShardEntry,
+    TensorEntry,
+    damaged_tensors,
+    digests_in,
+    shard_entry,
+    tensor_entry,
+)
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 256 << 20  # bytes; a hundred thousand tensors need 20 MB
 _BEFORE = "use the checkpoint before it"
 _STEP = re.compile(r"step-(\d{6,})\Z")
-_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
-
-
-class FileEntry(NamedTuple):
-    """A file of the checkpoint: its size in bytes, and the xxh3_128 of every 16 MiB of it, in hex."""
-
-    size: int
-    chunks: list[str]
-
-
-class TensorEntry(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-        dtype: its dtype as safetensors spells it.
-        shape: its sizes.
-        start: its first byte in the file.
-        digest: xxh3_128 of its raw bytes, in hex.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    digest: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -71,6 +50,7 @@ class Manifest:
         step: the optimizer step it was saved at.
         files: file name -> size and digests.
         tensors: file name -> tensor name -> position and digest.
+        shards: file name -> the shards in it, where several ranks wrote (`.metadata` is then among the files).
         base: what identifies the frozen weights under an adapter; None where everything is in the checkpoint.
         not_captured: names of what the run could not save.
     """
@@ -80,6 +60,7 @@ class Manifest:
     tensors: dict[str, dict[str, TensorEntry]]
     base: dict[str, Any] | None
     not_captured: tuple[str, ...]
+    shards: dict[str, list[ShardEntry]] = field(default_factory=dict)
 
 
 def step_name(step: int) -> str:
@@ -125,6 +106,7 @@ def make_manifest(
     tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
     base: Mapping[str, Any] | None = None,
     not_captured: Sequence[str] = (),
+    shards: Mapping[str, Sequence[ShardEntry]] | None = None,
 ) -> bytes:
     """Make the manifest of files that were just written.
 
@@ -134,10 +116,12 @@ def make_manifest(
         tensors: file name -> tensor name -> (dtype, shape, first byte in the file).
         base: what identifies the frozen weights under an adapter.
         not_captured: names of what could not be saved.
+        shards: file name -> the shards in it, where several ranks wrote.
 
     Returns:
         The bytes of the manifest file.
     """
+    more = {} if shards is None else {"shards": {f: [e.document() for e in own] for f, own in shards.items()}}
     return manifest_bytes(
         {
             "schema": SCHEMA,
@@ -151,6 +135,7 @@ def make_manifest(
                 }
                 for file, entries in tensors.items()
             },
+            **more,
             "base": base,
             "not_captured": list(not_captured),
         }
@@ -218,7 +203,22 @@ def _checked(document: dict[str, Any], path: Path) -> Manifest:
         if file not in sizes or not isinstance(entries, dict):
             raise _odd(path, f"tensors of {shown(file)}, which is none of its files")
         found[file] = {name: _tensor(name, entry, sizes[file].size, path) for name, entry in entries.items()}
-    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost))
+    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost), _shards(document, sizes, path))
+
+
+def _shards(document: dict[str, Any], sizes: dict[str, FileEntry], path: Path) -> dict[str, list[ShardEntry]]:
+    """Check the entries of shards."""
+    shards, out = document.get("shards", {}), dict[str, list[ShardEntry]]()
+    if not isinstance(shards, dict) or not all(isinstance(own, list) for own in shards.values()):
+        raise _odd(path, "the shards are no list a file")
+    for file, own in shards.items():
+        if file not in sizes:
+            raise _odd(path, f"shards of {shown(file)}, which is none of its files")
+        entries = [shard_entry(entry, sizes[file].size) for entry in own]
+        if None in entries:
+            raise _odd(path, f"the entry of shard {entries.index(None)} of {shown(file)} cannot be")
+        out[file] = [entry for entry in entries if entry is not None]
+    return out
 
 
 def _plain(name: str, path: Path) -> str:
@@ -233,28 +233,17 @@ def _file(name: str, entry: Any, path: Path) -> FileEntry:
     size, chunks = (entry.get("bytes"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(chunks, list):
         raise _odd(path, f"{shown(name)} has no size or no digests")
-    if len(chunks) != -(-size // durable.CHUNK) or not all(isinstance(c, str) and _DIGEST.match(c) for c in chunks):
+    if len(chunks) != -(-size // durable.CHUNK) or digests_in(chunks) is None:
         raise _odd(path, f"{shown(name)} has {len(chunks)} digests for {size} bytes")
     return FileEntry(size, chunks)
 
 
 def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
     """Check one tensor's entry; it must lie within its file of `size` bytes."""
-    if isinstance(entry, dict):
-        dtype, start, digest = entry.get("dtype"), entry.get("start"), entry.get("xxh3_128")
-        shape = checked_shape(entry.get("shape"))
-        if (
-            isinstance(dtype, str)
-            and dtype in DTYPES
-            and shape is not None
-            and type(start) is int
-            and start >= 0
-            and isinstance(digest, str)
-            and _DIGEST.match(digest)
-            and start + nbytes(dtype, shape) <= size
-        ):
-            return TensorEntry(dtype, shape, start, digest)
-    raise _odd(path, f"the entry of {shown(name)} cannot be")
+    found = tensor_entry(entry, size)
+    if found is None:
+        raise _odd(path, f"the entry of {shown(name)} cannot be")
+    return found
 
 
 # -- is it what the manifest says? --------------------------------------------------------------------------------
@@ -276,13 +265,13 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         raise _odd(folder, f"holds step {manifest.step}: the folder was renamed")
     for name, entry in manifest.files.items():
         path = folder / name
-        tensors = manifest.tensors.get(name, {})
         if not os.path.lexists(path):
-            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=tensors)
+            lost = _names(manifest, name)
+            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
         with explained(path), _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != entry.size:
-            gone = [n for n, t in tensors.items() if t.start + t.nbytes > size]
+            gone = _names(manifest, name, beyond=size)
             raise TensorkeepError(
                 f"has {size} bytes, {entry.size} were written" + (f"; {_listed(gone)} reach beyond" if gone else ""),
                 where=path,
@@ -316,11 +305,13 @@ def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | 
             where=path,
             code="F03",
             hint="use the checkpoint before it; check the disk: dmesg, smartctl",
-            tensors=manifest.tensors.get(name, {}),
+            tensors=_names(manifest, name),
         ) from None
     if wrong:
-        tensors = _differing(path, manifest.tensors.get(name, {}), wrong)
-        what = _listed(tensors) if tensors else "its header" if manifest.tensors.get(name) else "its content"
+        whole, shards = manifest.tensors.get(name, {}), manifest.shards.get(name, [])
+        with explained(path), _opened(path) as file:
+            tensors = damaged_tensors(file, whole, shards, wrong, durable.CHUNK)
+        what = _listed(tensors) if tensors else "its header" if whole else "its content"
         raise TensorkeepError(
             f"damaged since it was written: {what}", where=path, code="F03", hint=_BEFORE, tensors=tensors
         )
@@ -334,22 +325,12 @@ def check_head(folder: Path, name: str, manifest: Manifest) -> None:
         read_whole(folder, name, manifest)
 
 
-def _differing(path: Path, tensors: Mapping[str, TensorEntry], wrong: Sequence[int]) -> list[str]:
-    """Name the tensors in the damaged chunks whose own digest differs."""
-    bad, found = set(wrong), []
-    with explained(path), _opened(path) as file:
-        for name, tensor in tensors.items():
-            last = max(tensor.start + tensor.nbytes - 1, 0) // durable.CHUNK
-            if not tensor.nbytes or bad.isdisjoint(range(tensor.start // durable.CHUNK, last + 1)):
-                continue
-            file.seek(tensor.start)
-            running, left = xxhash.xxh3_128(), tensor.nbytes
-            while left and (piece := file.read(min(left, 4 << 20))):
-                running.update(piece)
-                left -= len(piece)
-            if left or running.hexdigest() != tensor.digest:
-                found.append(name)
-    return found
+def _names(manifest: Manifest, name: str, beyond: int = -1) -> list[str]:
+    """Name the tensors of a file, those that reach beyond a byte of it."""
+    ends = {n: t.start + t.nbytes for n, t in manifest.tensors.get(name, {}).items()}
+    for shard in manifest.shards.get(name, []):
+        ends[shard.tensor] = max(ends.get(shard.tensor, 0), sum(shard.archive))
+    return [n for n, end in ends.items() if end > beyond]
 
 
 def _listed(names: Sequence[str]) -> str:
