@@ -16,7 +16,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from tensorkeep.errors import TensorkeepError
 
 TIMEOUT = 1800.0  # seconds
-_OFTEN, _SELDOM = 0.005, 0.25  # seconds between looks: the first ones, and after a while
+_OFTEN, _SELDOM = 0.002, 0.25  # seconds between looks, at most: the first ones, and of hundreds of ranks
+_HEARD = 60.0  # seconds; how long the first rank stays for the others to hear it
 _PART = 4 << 20  # bytes; a store takes values of up to 8 MiB
 
 
@@ -66,15 +67,21 @@ class Board:
         """
         if self._store is None:
             return
-        left, end, pause = list(keys), time.monotonic() + self.timeout, _OFTEN
-        while left:
-            left = [key for key in left if not self._store.check([key])]
-            if left and time.monotonic() > end:
-                what = f"{missing(left)} within {self.timeout:.0f} seconds"
-                raise TensorkeepError(what, where=self.name, hint="look whether that process is alive, and its disk")
-            if left:
+        end, pause = time.monotonic() + self.timeout, _OFTEN
+        try:
+            while not self._store.check(list(keys)):
+                if time.monotonic() > end:
+                    what = (
+                        f"{missing([k for k in keys if not self._store.check([k])])} within {self.timeout:.0f} seconds"
+                    )
+                    raise TensorkeepError(
+                        what, where=self.name, hint="look whether that process is alive, and its disk"
+                    )
                 time.sleep(pause)
-                pause = min(pause * 1.3, _SELDOM)
+                pause = min(pause * 1.3, _SELDOM, max(0.02, 0.001 * self.ranks))
+        except RuntimeError as error:  # the store is a part of the first rank
+            what = f"the first rank is gone: {str(error).splitlines()[0]}"
+            raise TensorkeepError(what, where=self.name, hint="look why it ended") from None
 
     def gather(self, note: bytes) -> list[bytes] | None:
         """Leave this rank's note; the first rank waits for those of all.
@@ -95,7 +102,7 @@ class Board:
         return [note, *(self.read(key) for key in others)]
 
     def tell(self, verdict: bytes | None) -> bytes:
-        """Tell all ranks what the first one found.
+        """Tell all ranks what the first one found; it returns when they have heard it, or after a minute.
 
         Args:
             verdict: what it is, on the first rank; not used on the others.
@@ -106,10 +113,15 @@ class Board:
         if self._store is None or not self.rank:
             assert verdict is not None
             self.post("verdict", verdict)
+            end = time.monotonic() + _HEARD
+            while self._store is not None and self._store.add("heard", 0) < self.ranks - 1 and time.monotonic() < end:
+                time.sleep(_OFTEN)
             return verdict
         self.wait(["verdict"], lambda _: f"{self._named(['note/0'])} did not say how the save ended")
         count = int(self._store.get("verdict"))
-        return b"".join(self._store.get(f"verdict/{number}") for number in range(count))
+        verdict = b"".join(self._store.get(f"verdict/{number}") for number in range(count))
+        self._store.add("heard", 1)
+        return verdict
 
     def _named(self, keys: Sequence[str]) -> str:
         """Name ranks and their hosts by the keys of their notes."""

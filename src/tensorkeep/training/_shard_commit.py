@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -19,7 +19,9 @@ from tensorkeep.storage.placement import sync_folder
 from tensorkeep.storage.run_manifest import MANIFEST
 from tensorkeep.training._board import Board
 from tensorkeep.training._dcp_metadata import METADATA, pickled
-from tensorkeep.training._shard_files import Report
+
+if TYPE_CHECKING:
+    from tensorkeep.training._shard_files import Report
 
 
 class About(NamedTuple):

@@ -19,14 +19,14 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable
-from tensorkeep.storage.archive_writing import build_archive, tensor_object
+from tensorkeep.storage.archive_writing import ALIGNMENT, build_archive, tensor_object
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer
 from tensorkeep.storage.manifest_entries import FileEntry, ShardEntry, row_pieces
 from tensorkeep.storage.record import FROM_TORCH, nbytes
-from tensorkeep.training._dcp_metadata import Place
 from tensorkeep.training.state_files import floating, raw
 
 Resolve = Callable[[MetadataIndex], Tensor]
+Place = tuple[str, int, int]  # file, first byte, bytes
 
 
 class Item(NamedTuple):
@@ -38,7 +38,7 @@ class Item(NamedTuple):
         shape: sizes of the chunk.
         offset: index of its first element in the whole tensor; None for an object.
         start: first byte of its data.
-        archive: first byte and bytes of its archive.
+        archive: first byte and bytes of its archive, with a gap before it.
         frame: what the archive holds beside the data.
         slots: a slot for each piece of its data.
     """
@@ -51,6 +51,12 @@ class Item(NamedTuple):
     archive: tuple[int, int]
     frame: tuple[Fixed | Trailer, ...]
     slots: tuple[Slot, ...]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """First byte and bytes of what torch reads."""
+        gap = len(self.frame[0].data) if self.frame and isinstance(self.frame[0], Fixed) else 0
+        return self.archive[0] + gap, self.archive[1] - gap
 
 
 @dataclass
@@ -116,10 +122,11 @@ def lay_out(file: str, items: Sequence[WriteItem], objects: Mapping[MetadataInde
                 raise TensorkeepError(what, where=file, tensors=[item.index.fqn])
             chunk = item.tensor_data.chunk
             sink = SinkTensor(key, dtype, tuple(chunk.sizes))
-            archive = build_archive(at, tensor_object(sink, "0"), [("0", sink)])
-            whole += archive.segments
+            gap = Fixed(at, bytes(-at % ALIGNMENT))  # the archive aligns its data from its own first byte on
+            archive = build_archive(at + len(gap.data), tensor_object(sink, "0"), [("0", sink)])
+            whole += [gap, *archive.segments]
             end = archive.at
-            frame = tuple(s for s in archive.segments if not isinstance(s, Slot))
+            frame = (gap, *(s for s in archive.segments if not isinstance(s, Slot)))
             (slot,) = (s for s in archive.segments if isinstance(s, Slot))
             share.items[key] = Item(
                 item.index, dtype, sink.shape, tuple(chunk.offsets), slot.start, (at, end - at), frame, ()
@@ -209,7 +216,7 @@ def write(
     name = share.cut.name
     done = durable.write_file(folder / name, share.cut, source, floats, parts)
     unsound = list(dict.fromkeys(share.items[slot.partition(".")[0]].at.fqn for slot in done.unsound))
-    places = {item.at: (name, *item.archive) for item in share.items.values()}
+    places = {item.at: (name, *item.place) for item in share.items.values()}
     return Report(name, FileEntry(done.size, done.chunks), _entries(share, done), places, host), unsound
 
 
