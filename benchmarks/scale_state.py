@@ -6,8 +6,9 @@ A stack of matrices under `fully_shard` with AdamW's moments and an average, all
 way runs in processes of its own, over a loopback device of its own where the system lets us (`unshare -rn`), so that
 its counters are the bytes over the wire. *Stall* is what a save holds the caller, *durable* the time until it may be
 counted on; ours digests and fsyncs every file and the folder, dcp.save fsyncs its files. *Extra* is the most anonymous
-memory above what the rank held before. Resumes read the checkpoint that N ranks wrote on N, N/2 and 2N, from the page
-cache; *read* is the sum over the ranks of what their read calls returned (`rchar`).
+memory above what the rank held before the save, *peak* above what it held before there was a model. Resumes read the
+checkpoint that N ranks wrote on N, N/2 and 2N, from the page cache; *read* is the sum over the ranks of what their read
+calls returned (`rchar`).
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def nested(state: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def watched(found: dict[str, Any]) -> Iterator[None]:
-    """Note the seconds, the anonymous memory above what was there, and what read calls returned."""
+def watched(found: dict[str, Any], empty: int | None = None) -> Iterator[None]:
+    """Note the seconds, the anonymous memory above what was there (or above `empty`), and what read calls returned."""
     gc.collect()
-    before, peak, over = anonymous(os.getpid()), 0, threading.Event()
+    before, peak, over = anonymous(os.getpid()) if empty is None else empty, 0, threading.Event()
 
     def look() -> None:
         nonlocal peak
@@ -159,19 +160,21 @@ def resume(way: str, place: Path, parameters: float, world: Any) -> dict[str, An
     """One rank's part of a resume."""
     import torch
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard  # noqa: F401  likewise
 
     import tensorkeep as tk
-    from tensorkeep.training import distributed
+    from tensorkeep.training import _shard_load, distributed  # noqa: F401  loaded before anything is measured
     from tensorkeep.training import saver as checkpoint
     from tensorkeep.training._shard_fill import filled
     from tensorkeep.training.live_state import put_optimizer
 
+    empty = anonymous(os.getpid())
     model, optimizer, averages = model_of(parameters, world.size)
     if way == "run":
         optimizer.state.clear()
     distributed.gathered(world, None)
     sent, found = wire(), dict[str, Any]()
-    with watched(found):
+    with watched(found, empty):
         if way == "run":
             state = checkpoint.opened(run_step(place))
             state = filled(state, model, optimizer, averages, world)

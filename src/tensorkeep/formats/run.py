@@ -16,10 +16,9 @@ from tensorkeep.storage import run_folder, run_manifest
 from tensorkeep.storage.files import Folder, LocalFolder
 from tensorkeep.storage.manifest_entries import ShardEntry
 from tensorkeep.storage.record import Block, TensorRecord
-from tensorkeep.storage.run_folder import ADAPTER, EMA, MODEL, OPTIMIZER, OpenedCheckpoint
+from tensorkeep.storage.run_folder import ADAPTER, EMA, METADATA, MODEL, OPTIMIZER, OpenedCheckpoint
 from tensorkeep.storage.run_manifest import Manifest
 
-METADATA = ".metadata"
 PartName = Literal["model", "adapter", "optimizer", "ema"]
 _FILES: dict[PartName, str] = {"model": MODEL, "adapter": ADAPTER, "optimizer": OPTIMIZER, "ema": EMA}
 
@@ -34,8 +33,8 @@ def sniff(folder: Folder, names: list[str], single: bool) -> bool:
 def read(folder: Folder, names: list[str], path: str) -> view.StateView:
     """Open the weights of a run's checkpoint.
 
-    `metadata["run"]` is the position in the run, `metadata["over a base"]` tells whether the view holds only what trains
-    over a base stored elsewhere; its notes name newer steps that were passed over.
+    `metadata["run"]` is the position in the run, `metadata["over a base"]` whether the view holds what trains alone,
+    beside a base stored elsewhere; its notes name newer steps that were passed over.
 
     Args:
         folder: the run's folder or a step folder.

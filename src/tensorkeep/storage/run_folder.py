@@ -35,6 +35,7 @@ from tensorkeep.storage.run_manifest import (
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 MODEL, ADAPTER, OPTIMIZER, EMA = "model.safetensors", "adapter.safetensors", "optimizer.safetensors", "ema.safetensors"
+METADATA = ".metadata"  # of a checkpoint in shards, instead of the three files before
 LATEST, BEST, _LOCK = "latest", "best", ".lock"
 _PID = re.compile(rb"(\d{1,20}\n?)?")  # all that a lock file ever holds
 

@@ -114,14 +114,24 @@ class Board:
             assert verdict is not None
             self.post("verdict", verdict)
             end = time.monotonic() + _HEARD
-            while self._store is not None and self._store.add("heard", 0) < self.ranks - 1 and time.monotonic() < end:
+            while self._store is not None and self._store.add("heard", 0) < self.ranks - 1:
+                if time.monotonic() > end:  # one is gone, and its notes stay
+                    return verdict
                 time.sleep(_OFTEN)
+            self._clear(len(verdict))
             return verdict
         self.wait(["verdict"], lambda _: f"{self._named(['note/0'])} did not say how the save ended")
         count = int(self._store.get("verdict"))
         verdict = b"".join(self._store.get(f"verdict/{number}") for number in range(count))
         self._store.add("heard", 1)
         return verdict
+
+    def _clear(self, size: int) -> None:
+        """Take away what is left of the notes, so that the store does not grow from save to save."""
+        if self._store is not None:
+            keys = [f"{what}/{rank}" for what in ("host", "note") for rank in range(self.ranks)]
+            for key in (*keys, *(f"verdict/{part}" for part in range(-(-size // _PART))), "verdict", "heard"):
+                self._store.delete_key(key)
 
     def _named(self, keys: Sequence[str]) -> str:
         """Name ranks and their hosts by the keys of their notes."""

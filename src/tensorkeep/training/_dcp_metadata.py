@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from tensorkeep.errors import TensorkeepError, shown
 
-METADATA = ".metadata"
 VERSION = "1.0.0"  # of the format: torch's CURRENT_DCP_VERSION
 Place = tuple[str, int, int]  # file, first byte, bytes
 _CLASSES = (

@@ -26,7 +26,6 @@ from tensorkeep.formats.names import matches
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, randomness
 from tensorkeep.training import saver as checkpoint
-from tensorkeep.training._shard_fill import filled
 from tensorkeep.training.distributed import World, gathered
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors, undeclared
@@ -249,7 +248,10 @@ def put_back(
     absent = [name for name in job.state if name not in then.get("state", {})]
     if absent:
         raise TensorkeepError(f"the checkpoint holds no state of {', '.join(absent)}", where="resume", code="R04")
-    state = filled(state, job.model, job.optimizer, job.ema.tensors if job.ema is not None else {}, world)
+    if state.shards is not None:
+        from tensorkeep.training._shard_fill import filled
+
+        state = filled(state, job.model, job.optimizer, job.ema.tensors if job.ema is not None else {}, world)
     put_tensors(job.model, state.model, base=job.base is not None)
     if "optimizer" in then:
         put_optimizer(job.model, job.optimizer, state.optimizer, then["optimizer"], adopt)

@@ -16,9 +16,10 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable, run_manifest
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import sync_folder
+from tensorkeep.storage.run_folder import METADATA
 from tensorkeep.storage.run_manifest import MANIFEST
 from tensorkeep.training._board import Board
-from tensorkeep.training._dcp_metadata import METADATA, pickled
+from tensorkeep.training._dcp_metadata import pickled
 
 if TYPE_CHECKING:
     from tensorkeep.training._shard_files import Report

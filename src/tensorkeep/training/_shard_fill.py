@@ -24,7 +24,7 @@ def filled(state: State, model: nn.Module, optimizer: Optimizer, averages: Mappi
     Names, shapes and dtypes of the weights are compared first. Ranks wait for each other outside of any collective.
 
     Args:
-        state: as it was opened; what is whole already is returned as it is.
+        state: as it was opened, with `shards`.
         model: its tensors change in place.
         optimizer: names the parameters that moments are laid out like.
         averages: live averages by name, changed in place.
@@ -37,8 +37,6 @@ def filled(state: State, model: nn.Module, optimizer: Optimizer, averages: Mappi
         TensorkeepError: on every rank: the tensors are not the model's (K01), or damaged on disk (an F code).
     """
     shards = state.shards
-    if shards is None:
-        return state
 
     def read() -> State:
         check_tensors(model, shards.parts["model"], base=state.base is not None)

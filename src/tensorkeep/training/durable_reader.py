@@ -23,8 +23,9 @@ from tensorkeep.storage import durable, run_manifest
 from tensorkeep.storage.files import explained, open_plain
 from tensorkeep.storage.manifest_entries import ShardEntry, row_pieces
 from tensorkeep.storage.record import DTYPES, nbytes
+from tensorkeep.storage.run_folder import METADATA
 from tensorkeep.storage.run_manifest import MANIFEST, Manifest
-from tensorkeep.training._dcp_metadata import METADATA, unpickled
+from tensorkeep.training._dcp_metadata import unpickled
 from tensorkeep.training.state_files import raw
 
 _READERS = 4  # threads

@@ -22,10 +22,9 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.leftovers import writing_in
 from tensorkeep.storage.placement import clear_leftovers, remove, swap_names, sync_folder, temporary_name
-from tensorkeep.storage.run_folder import make_folder
+from tensorkeep.storage.run_folder import METADATA, make_folder
 from tensorkeep.storage.run_manifest import MANIFEST, step_of
 from tensorkeep.training._board import TIMEOUT, Board
-from tensorkeep.training._dcp_metadata import METADATA
 from tensorkeep.training._shard_commit import About, complete, gathered, packed, unpacked
 from tensorkeep.training._shard_files import Report, lay_out, plain, source_of, write
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -26,17 +26,16 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.placement import remove
-from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, MODEL, OPTIMIZER, STATE
-from tensorkeep.training._dcp_metadata import METADATA
+from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, METADATA, MODEL, OPTIMIZER, STATE
 from tensorkeep.training._retention import Keep, best, mark_best, prune
 from tensorkeep.training._save_work import Work
-from tensorkeep.training._shard_commit import About
-from tensorkeep.training._shard_load import Shards
-from tensorkeep.training._shard_plan import ShardPlan
-from tensorkeep.training._shard_work import ShardWork
 from tensorkeep.training._staging import Stage, Staged
 from tensorkeep.training.distributed import World
 from tensorkeep.training.state_files import File, State, encoded, files_of, tensors_in
+
+if TYPE_CHECKING:  # torch.distributed.checkpoint takes seconds to load: only where there are shards
+    from tensorkeep.training._shard_plan import ShardPlan
+    from tensorkeep.training._shard_work import ShardWork
 
 
 def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
@@ -97,7 +96,11 @@ class Saver:
     ) -> None:
         self.run, self.keep, self.background = Path(run), keep, background
         self.world = world or World()
-        self._shards = ShardPlan(self.world) if self.world.size > 1 else None
+        self._shards: ShardPlan | None = None
+        if self.world.size > 1:
+            from tensorkeep.training._shard_plan import ShardPlan
+
+            self._shards = ShardPlan(self.world)
         self.stalls: list[float] = []
         self.copies: list[float] = []
         self.durations: list[float] = []
@@ -145,6 +148,9 @@ class Saver:
         if part is None:
             work = Work(self.run, self.keep, step, base, lost, files, document, self._staged, started)
         else:
+            from tensorkeep.training._shard_commit import About
+            from tensorkeep.training._shard_work import ShardWork
+
             about = About(step, base, lost, {STATE: document})
             if self._staged is not None:
                 part = part._replace(tensors={})
@@ -284,6 +290,8 @@ def opened(folder: Path) -> State:
         raise TensorkeepError(f"is not the state of step {manifest.step}", where=folder / STATE, code="F07")
     base, lost = manifest.base, manifest.not_captured
     if sharded:
+        from tensorkeep.training._shard_load import Shards
+
         shards = Shards(folder, manifest)
         parts = shards.parts
         return State(parts["model"], parts["optimizer"], parts["ema"], document, base, lost, shards)
