@@ -26,11 +26,10 @@ from torch.distributed.fsdp import fully_shard
 import tensorkeep as tk
 from tensorkeep.cli import main
 from tensorkeep.storage import manifest_entries
-from tensorkeep.storage.run_manifest import read_manifest
 from tensorkeep.training import _shard_files
 from tensorkeep.training._dcp_metadata import unpickled
 from tensorkeep.training.distributed import World
-from tests.training import ranks
+from tests.training import ranks, shards_of
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -130,7 +129,7 @@ def test_a_flipped_bit_anywhere_is_found_and_its_tensor_named(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random.seed(3)
-    shards = [(file, shard) for file, own in read_manifest(saved).shards.items() for shard in own]
+    shards = [(file, shard) for file, own in shards_of(saved).items() for shard in own]
     assert len({shard.tensor for _, shard in shards}) > 15
     for number, (file, shard) in enumerate(random.sample(shards, 12)):
         copy = shutil.copytree(saved, tmp_path / str(number))
@@ -152,6 +151,10 @@ def test_a_flipped_bit_anywhere_is_found_and_its_tensor_named(
         assert main(["verify", str(copy)]) == 1
         with pytest.raises(CheckpointException, match=r"damaged|changed"):
             dcp.load({"step": 0}, storage_reader=tk.DurableReader(copy))
+    copy = shutil.copytree(saved, tmp_path / "list")
+    flipped(copy, "__0_0.shards.json", 40)
+    findings, _, _ = tk.verify(copy)
+    assert [f.code for f in findings] == ["F03"] and "__0_0.shards.json" in findings[0].message
     assert main(["verify", str(saved)]) == 0
 
 

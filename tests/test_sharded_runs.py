@@ -23,7 +23,7 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
-from tests.training import assert_same_run, ranks, relative_l2, small_job
+from tests.training import assert_same_run, ranks, relative_l2, shards_of, small_job
 
 LOOP = Loop(updates=6, batch=5, micro=1, log_every=1, save_every=2, parallel="fsdp")
 
@@ -63,8 +63,9 @@ def copy(run: Path, tmp_path: Path) -> Path:
 def test_every_rank_writes_its_own_part_and_the_parts_are_the_whole(run: Path) -> None:
     step = run / "checkpoints" / "step-000006"
     manifest = read_manifest(step)
-    assert set(manifest.files) == {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json"}
-    sizes = [sum(shard.nbytes for shard in own) for own in manifest.shards.values()]
+    lists = {"__0_0.shards.json", "__1_0.shards.json"}
+    assert set(manifest.files) == {"__0_0.distcp", "__1_0.distcp", ".metadata", "state.json", *lists}
+    sizes = [sum(shard.nbytes for shard in own) for own in shards_of(step).values()]
     assert max(sizes) < 0.75 * sum(sizes)
     state = checkpoint.load(step)
     for part in ("model", "optimizer", "ema"):
@@ -91,7 +92,7 @@ def test_the_commands_read_it_as_one_view(run: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_damage_is_named_and_any_number_of_ranks_goes_on_from_the_one_before(copy: Path, run: Path, size: int) -> None:
     step = copy / "checkpoints" / "step-000006"
-    shard = max((s for s in read_manifest(step).shards["__1_0.distcp"]), key=lambda s: s.nbytes)
+    shard = max((s for s in shards_of(step)["__1_0.distcp"]), key=lambda s: s.nbytes)
     data = bytearray((step / "__1_0.distcp").read_bytes())
     data[shard.start + 5] ^= 16
     (step / "__1_0.distcp").write_bytes(data)

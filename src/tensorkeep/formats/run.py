@@ -47,7 +47,7 @@ def read(folder: Folder, names: list[str], path: str) -> view.StateView:
     assert isinstance(folder, LocalFolder)
     step = run_folder.open_checkpoint(folder.path)
     assert step is not None
-    if step.manifest.shards:
+    if METADATA in step.manifest.files:
         found = _joined(step, "model", path)
     else:
         found = view.recognised(LocalFolder(step.path), step.files, path, but="run")
@@ -76,7 +76,7 @@ def read_part(path: str | Path, part: PartName) -> view.StateView | None:
         return None
     if _FILES[part] in step.manifest.files:
         return view.read(step.path / _FILES[part])
-    return _joined(step, part, str(path)) if _in_shards(step.manifest, part) else None
+    return _joined(step, part, str(path)) if _in_shards(step.path, step.manifest, part) else None
 
 
 def has_part(folder: Path, part: PartName) -> bool:
@@ -91,15 +91,16 @@ def has_part(folder: Path, part: PartName) -> bool:
     """
     if (folder / _FILES[part]).is_file():
         return True
-    return (folder / METADATA).is_file() and _in_shards(run_manifest.read_manifest(folder), part)
+    return (folder / METADATA).is_file() and _in_shards(folder, run_manifest.read_manifest(folder), part)
 
 
-def _in_shards(manifest: Manifest, part: PartName) -> bool:
+def _in_shards(folder: Path, manifest: Manifest, part: PartName) -> bool:
     """Tell whether a part lies in shards; weights are an adapter's where there is a base."""
     if part in ("model", "adapter") and part != ("model" if manifest.base is None else "adapter"):
         return False
     stored = "model" if part == "adapter" else part
-    return any(_part_of(entry)[0] == stored for entries in manifest.shards.values() for entry in entries)
+    lists = (run_manifest.shards_in(folder, file, manifest) for file in manifest.files)
+    return any(_part_of(entry)[0] == stored for entries in lists for entry in entries)
 
 
 def _part_of(entry: ShardEntry) -> tuple[str, str]:
@@ -111,8 +112,8 @@ def _part_of(entry: ShardEntry) -> tuple[str, str]:
 def _joined(step: OpenedCheckpoint, part: PartName, path: str) -> view.StateView:
     """Join the shards of a part, wherever they lie."""
     shards: dict[str, list[tuple[str, ShardEntry]]] = {}
-    for file, entries in step.manifest.shards.items():
-        for entry in entries:
+    for file in step.manifest.files:
+        for entry in run_manifest.shards_in(step.path, file, step.manifest):
             kind, name = _part_of(entry)
             if kind == ("model" if part == "adapter" else part):
                 shards.setdefault(name, []).append((file, entry))

@@ -1,4 +1,4 @@
-"""The entries of a manifest: files, whole tensors, and the shards of tensors that several ranks wrote.
+"""The entries of a manifest: files, whole tensors, and the shards of tensors, which lists beside the files hold.
 
 A shard is a rectangle of a tensor in a torch.save archive of its own. Its bytes are digested in up to twelve pieces of
 whole rows, so that 2, 3, 4 or 6 times as many ranks read and compare just their own rows; what stands around them in
@@ -7,6 +7,7 @@ the archive has a digest of its own, so that damage there has a name as well.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -83,7 +84,7 @@ class ShardEntry(NamedTuple):
         return nbytes(self.dtype, self.shape)
 
     def document(self) -> dict[str, Any]:
-        """Return the entry as the manifest writes it."""
+        """Return the entry as the list writes it."""
         return {
             "tensor": self.tensor,
             "dtype": self.dtype,
@@ -136,6 +137,44 @@ def tensor_entry(entry: Any, size: int) -> TensorEntry | None:
     if kind is None or digest is None or kind[2] + nbytes(*kind[:2]) > size:
         return None
     return TensorEntry(*kind, digest[0])
+
+
+def list_name(file: str) -> str:
+    """Return the name of the list that says what lies in a rank's file.
+
+    Args:
+        file: the file's name.
+
+    Example:
+        >>> list_name("__3_0.distcp")
+        '__3_0.shards.json'
+    """
+    return f"{file.rpartition('.')[0]}.shards.json"
+
+
+def list_bytes(shards: Sequence[ShardEntry]) -> bytes:
+    """Write the list of the shards in a file.
+
+    Args:
+        shards: in the order of the file.
+
+    Returns:
+        The list as JSON, a line a shard.
+    """
+    entries = ",\n ".join(json.dumps(shard.document(), separators=(",", ":")) for shard in shards)
+    return f'{{"schema": 1, "shards": [\n {entries}\n]}}\n'.encode()
+
+
+def shard_list(document: Any, size: int) -> list[ShardEntry] | None:
+    """Check the list of the shards in a file of `size` bytes; None where it cannot be.
+
+    Args:
+        document: what the list holds.
+        size: bytes of the file.
+    """
+    entries = document.get("shards") if isinstance(document, dict) and document.get("schema") == 1 else None
+    found = [shard_entry(entry, size) for entry in entries] if isinstance(entries, list) else [None]
+    return None if None in found else [shard for shard in found if shard is not None]
 
 
 def shard_entry(entry: Any, size: int) -> ShardEntry | None:

@@ -4,18 +4,19 @@ It holds the size of every file and the xxh3_128 of its every 16 MiB, place and 
 of itself; its text is canonical (what `manifest_bytes` makes), so that no flipped bit in it can go unseen.
 
 `{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
-{NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "shards": {FILE: [...]}, as `ShardEntry` says,
-where several ranks wrote, "base": {...} | null, "not_captured": [...], "xxh3_128": of this text without this entry}`
+{NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
+"xxh3_128": of this text without this entry}`. Where several ranks wrote, each has a list of its shards beside its file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +33,8 @@ from tensorkeep.storage.manifest_entries import (
     TensorEntry,
     damaged_tensors,
     digests_in,
-    shard_entry,
+    list_name,
+    shard_list,
     tensor_entry,
 )
 
@@ -50,7 +52,6 @@ class Manifest:
         step: the optimizer step it was saved at.
         files: file name -> size and digests.
         tensors: file name -> tensor name -> position and digest.
-        shards: file name -> the shards in it, where several ranks wrote (`.metadata` is then among the files).
         base: what identifies the frozen weights under an adapter; None where everything is in the checkpoint.
         not_captured: names of what the run could not save.
     """
@@ -60,7 +61,6 @@ class Manifest:
     tensors: dict[str, dict[str, TensorEntry]]
     base: dict[str, Any] | None
     not_captured: tuple[str, ...]
-    shards: dict[str, list[ShardEntry]] = field(default_factory=dict)
 
 
 def step_name(step: int) -> str:
@@ -106,7 +106,6 @@ def make_manifest(
     tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
     base: Mapping[str, Any] | None = None,
     not_captured: Sequence[str] = (),
-    shards: Mapping[str, Sequence[ShardEntry]] | None = None,
 ) -> bytes:
     """Make the manifest of files that were just written.
 
@@ -116,12 +115,10 @@ def make_manifest(
         tensors: file name -> tensor name -> (dtype, shape, first byte in the file).
         base: what identifies the frozen weights under an adapter.
         not_captured: names of what could not be saved.
-        shards: file name -> the shards in it, where several ranks wrote.
 
     Returns:
         The bytes of the manifest file.
     """
-    more = {} if shards is None else {"shards": {f: [e.document() for e in own] for f, own in shards.items()}}
     return manifest_bytes(
         {
             "schema": SCHEMA,
@@ -135,7 +132,6 @@ def make_manifest(
                 }
                 for file, entries in tensors.items()
             },
-            **more,
             "base": base,
             "not_captured": list(not_captured),
         }
@@ -203,22 +199,7 @@ def _checked(document: dict[str, Any], path: Path) -> Manifest:
         if file not in sizes or not isinstance(entries, dict):
             raise _odd(path, f"tensors of {shown(file)}, which is none of its files")
         found[file] = {name: _tensor(name, entry, sizes[file].size, path) for name, entry in entries.items()}
-    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost), _shards(document, sizes, path))
-
-
-def _shards(document: dict[str, Any], sizes: dict[str, FileEntry], path: Path) -> dict[str, list[ShardEntry]]:
-    """Check the entries of shards."""
-    shards, out = document.get("shards", {}), dict[str, list[ShardEntry]]()
-    if not isinstance(shards, dict) or not all(isinstance(own, list) for own in shards.values()):
-        raise _odd(path, "the shards are no list a file")
-    for file, own in shards.items():
-        if file not in sizes:
-            raise _odd(path, f"shards of {shown(file)}, which is none of its files")
-        entries = [shard_entry(entry, sizes[file].size) for entry in own]
-        if None in entries:
-            raise _odd(path, f"the entry of shard {entries.index(None)} of {shown(file)} cannot be")
-        out[file] = [entry for entry in entries if entry is not None]
-    return out
+    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost))
 
 
 def _plain(name: str, path: Path) -> str:
@@ -266,12 +247,12 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
         if not os.path.lexists(path):
-            lost = _names(manifest, name)
+            lost = _names(folder, manifest, name)
             raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
         with explained(path), _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != entry.size:
-            gone = _names(manifest, name, beyond=size)
+            gone = _names(folder, manifest, name, beyond=size)
             raise TensorkeepError(
                 f"has {size} bytes, {entry.size} were written" + (f"; {_listed(gone)} reach beyond" if gone else ""),
                 where=path,
@@ -305,10 +286,10 @@ def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | 
             where=path,
             code="F03",
             hint="use the checkpoint before it; check the disk: dmesg, smartctl",
-            tensors=_names(manifest, name),
+            tensors=_names(folder, manifest, name),
         ) from None
     if wrong:
-        whole, shards = manifest.tensors.get(name, {}), manifest.shards.get(name, [])
+        whole, shards = manifest.tensors.get(name, {}), shards_in(folder, name, manifest)
         with explained(path), _opened(path) as file:
             tensors = damaged_tensors(file, whole, shards, wrong, durable.CHUNK)
         what = _listed(tensors) if tensors else "its header" if whole else "its content"
@@ -325,11 +306,38 @@ def check_head(folder: Path, name: str, manifest: Manifest) -> None:
         read_whole(folder, name, manifest)
 
 
-def _names(manifest: Manifest, name: str, beyond: int = -1) -> list[str]:
+def shards_in(folder: Path, name: str, manifest: Manifest) -> list[ShardEntry]:
+    """Read what lies in a file that one of several ranks wrote, from the list beside it.
+
+    Args:
+        folder: the step folder.
+        name: the file.
+        manifest: the checkpoint's manifest.
+
+    Returns:
+        The shards; none where the file has no such list.
+
+    Raises:
+        TensorkeepError: F03 where the list was changed, F07 where what it says cannot be.
+    """
+    listed = list_name(name)
+    if listed not in manifest.files or name not in manifest.files:
+        return []
+    size = manifest.files[listed].size
+    image = durable.allocate(size)
+    read_whole(folder, listed, manifest, image)
+    shards = shard_list(parse_json(bytes(image[:size]), folder / listed), manifest.files[name].size)
+    if shards is None:
+        raise _odd(folder / listed, f"what it says of {name} cannot be")
+    return shards
+
+
+def _names(folder: Path, manifest: Manifest, name: str, beyond: int = -1) -> list[str]:
     """Name the tensors of a file, those that reach beyond a byte of it."""
     ends = {n: t.start + t.nbytes for n, t in manifest.tensors.get(name, {}).items()}
-    for shard in manifest.shards.get(name, []):
-        ends[shard.tensor] = max(ends.get(shard.tensor, 0), sum(shard.archive))
+    with contextlib.suppress(TensorkeepError):  # damaged as well, which is said of the list
+        for shard in shards_in(folder, name, manifest):
+            ends[shard.tensor] = max(ends.get(shard.tensor, 0), sum(shard.archive))
     return [n for n, end in ends.items() if end > beyond]
 
 

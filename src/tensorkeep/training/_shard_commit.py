@@ -53,25 +53,22 @@ def complete(folder: Path, metadata: Metadata, reports: Sequence[Report], about:
     Raises:
         TensorkeepError: a file that a rank wrote is not to be seen from here, or the disk fails.
     """
-    written, shards = {}, {}
+    written: dict[str, durable.Written] = {}
     for rank, report in enumerate(reports):
-        if not report.file:
-            continue
-        path = folder / report.file
-        if not path.is_file() or path.stat().st_size != report.entry.size:
+        seen = {name: (folder / name).stat().st_size for name in report.files if (folder / name).is_file()}
+        if seen != {name: entry.size for name, entry in report.files.items()}:
             raise TensorkeepError(
                 f"rank {rank} wrote {report.file} on {report.host}, and {socket.gethostname()} does not see it whole",
                 where=folder.parent,
                 code="F05",
                 hint="save into a folder that all hosts share",
             )
-        written[report.file] = durable.Written(report.entry.size, report.entry.chunks, {}, [])
-        shards[report.file] = report.shards
+        written |= {name: durable.Written(entry.size, entry.chunks, {}, []) for name, entry in report.files.items()}
     places = {index: place for report in reports for index, place in report.places.items()}
     with explained(folder):
         for name, data in ((METADATA, pickled(metadata, places)), *about.documents.items()):
             written[name] = durable.write_small(folder / name, data)
-        manifest = run_manifest.make_manifest(about.step, written, {}, about.base, about.not_captured, shards)
+        manifest = run_manifest.make_manifest(about.step, written, {}, about.base, about.not_captured)
         durable.write_small(folder / MANIFEST, manifest)
         sync_folder(folder)
 

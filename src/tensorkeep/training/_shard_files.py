@@ -21,7 +21,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import durable
 from tensorkeep.storage.archive_writing import ALIGNMENT, build_archive, tensor_object
 from tensorkeep.storage.layout import FileLayout, Fixed, SinkTensor, Slot, Trailer
-from tensorkeep.storage.manifest_entries import FileEntry, ShardEntry, row_pieces
+from tensorkeep.storage.manifest_entries import FileEntry, ShardEntry, list_bytes, list_name, row_pieces
 from tensorkeep.storage.record import FROM_TORCH, nbytes
 from tensorkeep.training.state_files import floating, raw
 
@@ -81,15 +81,13 @@ class Report(NamedTuple):
 
     Attributes:
         file: the file's name; "" where this rank had nothing to write.
-        entry: its size and digests.
-        shards: what lies in it.
+        files: size and digests of the file and of the list of what lies in it.
         places: where each chunk lies, for torch.
         host: where it was written.
     """
 
     file: str
-    entry: FileEntry
-    shards: list[ShardEntry]
+    files: dict[str, FileEntry]
     places: dict[MetadataIndex, Place]
     host: str
 
@@ -189,7 +187,7 @@ def plain(tensor: Tensor, name: str) -> Tensor:
 def write(
     folder: Path, share: Share, source: durable.Bytes | memoryview, looked: Callable[[str], bool], host: str
 ) -> tuple[Report, list[str]]:
-    """Write one rank's file; it is on the disk when this returns, its folder is not.
+    """Write one rank's file and the list of what lies in it; both are on the disk when this returns, the folder is not.
 
     Args:
         folder: where it goes.
@@ -205,7 +203,7 @@ def write(
         OSError: as the system gives it.
     """
     if not share.items:
-        return Report("", FileEntry(0, []), [], {}, host), []
+        return Report("", {}, {}, host), []
     parts = {slot.tensor: key for key, item in share.items.items() for slot in item.slots}
     floats = {
         slot.tensor: item.dtype
@@ -217,7 +215,9 @@ def write(
     done = durable.write_file(folder / name, share.cut, source, floats, parts)
     unsound = list(dict.fromkeys(share.items[slot.partition(".")[0]].at.fqn for slot in done.unsound))
     places = {item.at: (name, *item.place) for item in share.items.values()}
-    return Report(name, FileEntry(done.size, done.chunks), _entries(share, done), places, host), unsound
+    listed = durable.write_small(folder / list_name(name), list_bytes(_entries(share, done)))
+    files = {name: FileEntry(done.size, done.chunks), list_name(name): FileEntry(listed.size, listed.chunks)}
+    return Report(name, files, places, host), unsound
 
 
 def _entries(share: Share, done: durable.Written) -> list[ShardEntry]:

@@ -62,7 +62,9 @@ class DurableReader(StorageReader):
         super().__init__()
         self.path = Path(path)
         self.bytes_read = 0
-        self._shards: dict[MetadataIndex, _Shard] = {}
+        self._manifest: Manifest | None = None
+        self._files: dict[MetadataIndex, str] = {}
+        self._shards: dict[str, dict[MetadataIndex, _Shard]] = {}
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -78,7 +80,7 @@ class DurableReader(StorageReader):
         """Begin another load, from `checkpoint_id` where that is given."""
         if checkpoint_id:
             self.path = Path(checkpoint_id)
-        self._shards, self.bytes_read = {}, 0
+        self._manifest, self._files, self._shards, self.bytes_read = None, {}, {}, 0
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read manifest and metadata, and check that all files are there and have their sizes."""
@@ -95,11 +97,8 @@ class DurableReader(StorageReader):
         image = durable.allocate(size)
         run_manifest.read_whole(self.path, METADATA, manifest, image)
         metadata = unpickled(bytes(image[:size]), self.path / METADATA)
-        self._shards = {
-            MetadataIndex(entry.tensor, entry.offset): _Shard(file, entry)
-            for file, entries in manifest.shards.items()
-            for entry in entries
-        }
+        self._manifest, self._shards = manifest, {}
+        self._files = {index: place.relative_path for index, place in metadata.storage_data.items()}
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -134,10 +133,16 @@ class DurableReader(StorageReader):
         return done
 
     def _shard(self, index: MetadataIndex) -> _Shard:
-        """Find a shard as the planner names it."""
-        found = self._shards.get(MetadataIndex(index.fqn, index.offset)) or self._shards.get(MetadataIndex(index.fqn))
+        """Find a shard as the planner names it; what lies in a file is read when it is first asked for."""
+        assert self._manifest is not None
+        file, found = self._files.get(index), None
+        if file is not None:
+            if file not in self._shards:
+                entries = run_manifest.shards_in(self.path, file, self._manifest)
+                self._shards[file] = {MetadataIndex(e.tensor, e.offset): _Shard(file, e) for e in entries}
+            found = self._shards[file].get(index)
         if found is None:
-            what = f"{METADATA} names {index.fqn} at {index.offset}, {MANIFEST} does not"
+            what = f"{METADATA} names {index.fqn} at {index.offset}, the lists of shards do not"
             raise TensorkeepError(what, where=self.path, code="F07", hint=_HINT, tensors=[index.fqn])
         return found
 

@@ -191,7 +191,7 @@ class DurableWriter(StorageWriter):
             return
         names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else [self.path.name]
         known = self.path.is_dir() and (METADATA in names or not names)
-        others = [n for n in names if n not in (METADATA, MANIFEST) and not n.endswith(".distcp")]
+        others = [n for n in names if n not in (METADATA, MANIFEST) and not n.endswith((".distcp", ".shards.json"))]
         if self.path.is_symlink() or not known or others:
             what = f"holds {', '.join(sorted(others or names)[:4])}, which a save would replace"
             raise TensorkeepError(what, where=self.path, hint="save into a folder of its own")
