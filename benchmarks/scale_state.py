@@ -1,6 +1,7 @@
 """Saves and resumes of a sharded state over gloo ranks: ours beside dcp.save and dcp.load of the same FSDP2 model.
 
     python -m benchmarks.scale_state [--parameters 95e6] [--ranks 2 4] [--saves 3] [--folder DIR]
+    python -m benchmarks.scale_state --plan 64
 
 A stack of matrices under `fully_shard` with AdamW's moments and an average, all fp32: S is 16 bytes a parameter. Every
 way runs in processes of its own, over a loopback device of its own where the system lets us (`unshare -rn`), so that
@@ -234,6 +235,55 @@ def launch(part: str, way: str, ranks: int, folder: Path, options: argparse.Name
     return list(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
+def plan(ranks: int) -> str:
+    """What the planning of a save costs the first rank: a Llama of 70B with moments and average, no tensor made."""
+    import pickle
+
+    import torch
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+    from tensorkeep.training._dcp_metadata import pickled, unpickled
+    from tensorkeep.training._shard_files import lay_out
+
+    wide, inner, kv = 8192, 28672, 1024
+    layer = {"q": (wide, wide), "k": (kv, wide), "v": (kv, wide), "o": (wide, wide), "up": (inner, wide)}
+    layer |= {"gate": (inner, wide), "down": (wide, inner), "norm1": (wide,), "norm2": (wide,)}
+    shapes = {f"layers.{i}.{n}": s for i in range(80) for n, s in layer.items()}
+    shapes |= {"embed": (128256, wide), "head": (128256, wide), "norm": (wide,)}
+    names = {f"{part}{n}": s for part in ("model.", "optimizer.m/", "optimizer.v/", "ema.") for n, s in shapes.items()}
+
+    def item(name: str, shape: tuple[int, ...], rank: int) -> WriteItem:
+        rows = -(-shape[0] // ranks)
+        offset = torch.Size((rank * rows, *(0,) * (len(shape) - 1)))
+        chunk = ChunkStorageMetadata(offset, torch.Size((rows, *shape[1:])))
+        data = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size((rows * ranks, *shape[1:])))
+        return WriteItem(MetadataIndex(name, offset), WriteItemType.SHARD, tensor_data=data)
+
+    plans = [SavePlan([item(n, s, rank) for n, s in names.items()], planner_data={}) for rank in range(ranks)]
+    sent = len(pickle.dumps(plans[0]))
+    planner = DefaultSavePlanner()
+    started = time.process_time()
+    planned, metadata = planner.create_global_plan(plans)
+    global_seconds, started = time.process_time() - started, time.process_time()
+    share = lay_out("__0_0.distcp", planned[0].items, {})
+    own_seconds, started = time.process_time() - started, time.process_time()
+    places = {i.index: ("__0_0.distcp", 0, 1) for p in planned for i in p.items}
+    data = pickled(metadata, places)
+    write_seconds, started = time.process_time() - started, time.process_time()
+    unpickled(data, Path())
+    read_seconds = time.process_time() - started
+    slots = sum(len(i.slots) for i in share.items.values())
+    numbers = (
+        f"{ranks} ranks, {len(places):,} chunks, CPU seconds: {sent / 1e6:.2f} MB of plan a rank each way, planned in",
+        f"{global_seconds:.1f} s; a rank's file ({len(share.items):,} chunks, {slots:,} digests) laid out in",
+        f"{own_seconds:.2f} s; .metadata of {len(data) / 1e6:.0f} MB written in {write_seconds:.1f} s, read in",
+        f"{read_seconds:.1f} s; {anonymous(os.getpid()) / 1e9:.1f} GB of memory",
+    )
+    return " ".join(numbers)
+
+
 def row_of_save(way: str, ranks: int, found: list[dict[str, Any]]) -> str:
     """One line of the table of saves; times are those of the slowest rank, medians of the later saves."""
     size = sum(f["share"] for f in found)
@@ -278,11 +328,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--plan", type=int, default=0, help="plan a save of 70B on so many ranks, nothing else")
     parser.add_argument("--part", default="")
     parser.add_argument("--way", default="")
     options = parser.parse_args()
     if options.part:
         child(options)
+        return
+    if options.plan:
+        print(plan(options.plan))
         return
     options.apart = (
         subprocess.run(["unshare", "-rn", "ip", "link", "set", "lo", "up"], capture_output=True).returncode == 0

@@ -41,12 +41,22 @@ class About(NamedTuple):
     documents: Mapping[str, bytes] = MappingProxyType({})
 
 
-def complete(folder: Path, metadata: Metadata, reports: Sequence[Report], about: About) -> None:
+def described(metadata: Metadata, reports: Sequence[Report]) -> bytes:
+    """Make the bytes of `.metadata`.
+
+    Args:
+        metadata: as the planner made it.
+        reports: what each rank wrote, with places.
+    """
+    return pickled(metadata, {index: place for report in reports for index, place in report.places.items()})
+
+
+def complete(folder: Path, description: bytes, reports: Sequence[Report], about: About) -> None:
     """Write `.metadata`, documents and manifest beside the files of all ranks; the folder is then whole and durable.
 
     Args:
         folder: where the ranks wrote, under its temporary name.
-        metadata: as the planner made it.
+        description: the bytes of `.metadata`.
         reports: what each rank wrote.
         about: the rest.
 
@@ -64,9 +74,8 @@ def complete(folder: Path, metadata: Metadata, reports: Sequence[Report], about:
                 hint="save into a folder that all hosts share",
             )
         written |= {name: durable.Written(entry.size, entry.chunks, {}, []) for name, entry in report.files.items()}
-    places = {index: place for report in reports for index, place in report.places.items()}
     with explained(folder):
-        for name, data in ((METADATA, pickled(metadata, places)), *about.documents.items()):
+        for name, data in ((METADATA, description), *about.documents.items()):
             written[name] = durable.write_small(folder / name, data)
         manifest = run_manifest.make_manifest(about.step, written, {}, about.base, about.not_captured)
         durable.write_small(folder / MANIFEST, manifest)

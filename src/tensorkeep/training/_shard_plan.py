@@ -34,6 +34,8 @@ class Part(NamedTuple):
         metadata: torch's description of all parts, on the first rank.
         folder: where every rank writes, under a temporary name.
         meeting: the name of this save among the ranks.
+        description: `.metadata` of a save before, which is this one's as well; None where there is none yet.
+        keep: takes it, on the first rank.
         needed: bytes of all parts.
     """
 
@@ -43,6 +45,8 @@ class Part(NamedTuple):
     metadata: Metadata | None
     folder: Path
     meeting: str
+    description: bytes | None
+    keep: Callable[[bytes], None]
     needed: int
 
 
@@ -59,6 +63,10 @@ class ShardPlan:
         self._items: SavePlan | None = None
         self._metadata: Metadata | None = None
         self._share: Share | None = None
+        self._description: bytes | None = None
+
+    def _keep(self, description: bytes) -> None:
+        self._description = description
 
     def part(self, run: Path, state: State, document: bytes) -> Part:
         """Find this rank's part of a state, and make the folder for all; every rank must call it.
@@ -84,15 +92,15 @@ class ShardPlan:
         assert share is not None and items is not None
         step, needed = state.document["step"], self._needed(document)
 
-        def place() -> tuple[str, str]:
+        def place() -> tuple[str, str, bool]:
             folder = temporary_name(run_folder.folder_of(run, step))
             with explained(run):
                 run_folder.make_folder(folder.parent)
                 run_folder.room_for(run, needed)
                 folder.mkdir()
-            return str(folder), f"{folder.name}/{secrets.token_hex(8)}"
+            return str(folder), f"{folder.name}/{secrets.token_hex(8)}", self._description is not None
 
-        folder, meeting = from_first(self.world, place)
+        folder, meeting, known = from_first(self.world, place)
         by_index = {item.index: item for item in items.items}
         tensors = {
             key: plain(planner.resolve_data(by_index[item.at]), item.at.fqn)  # type: ignore[arg-type]
@@ -102,7 +110,8 @@ class ShardPlan:
         steady = frozenset(
             k for k, i in share.items.items() if not i.at.fqn.startswith("model.") or i.at.fqn in trained
         )
-        return Part(share, tensors, steady, self._metadata, Path(folder), meeting, needed)
+        description = (self._description or b"") if known else None
+        return Part(share, tensors, steady, self._metadata, Path(folder), meeting, description, self._keep, needed)
 
     def _agree(self, planner: DefaultSavePlanner) -> None:
         """Let the first rank make one plan of all ranks', so that what several hold is written once."""
@@ -119,7 +128,7 @@ class ShardPlan:
         dist.scatter_object_list(own, plans)
         if isinstance(own[0], TensorkeepError):
             raise own[0]
-        self._items = own[0]
+        self._items, self._description = own[0], None
         self._share = lay_out(f"__{world.rank}_0.distcp", own[0].items, {})
 
     def _needed(self, document: bytes) -> int:

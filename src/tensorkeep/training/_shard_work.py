@@ -17,7 +17,7 @@ from tensorkeep.storage.run_folder import OPTIMIZER
 from tensorkeep.training._board import Board
 from tensorkeep.training._retention import Keep
 from tensorkeep.training._save_work import name_latest, not_finite, told_full
-from tensorkeep.training._shard_commit import About, complete, gathered, packed, unpacked
+from tensorkeep.training._shard_commit import About, complete, described, gathered, packed, unpacked
 from tensorkeep.training._shard_files import Report, source_of, write
 from tensorkeep.training.distributed import World
 
@@ -72,7 +72,8 @@ class ShardWork:
                 report, unsound = write(self.part.folder, share, source, _looked, socket.gethostname())
             if unsound:
                 return not_finite(self.part.folder, "the checkpoint", unsound)
-            return report
+            # where the first rank knows them they need no trip
+            return report if self.part.description is None else report._replace(places={})
         except TensorkeepError as error:
             return told_full(self.run, self.part.needed, error)
         except Exception as error:  # noqa: BLE001  the other ranks are told
@@ -86,7 +87,9 @@ class ShardWork:
             if isinstance(reports, TensorkeepError):
                 return reports
             assert reports is not None and self.part.metadata is not None
-            complete(folder, self.part.metadata, reports, self.about)
+            description = self.part.description or described(self.part.metadata, reports)
+            complete(folder, description, reports, self.about)
+            self.part.keep(description)
             with explained(self.run):
                 if os.path.lexists(final):  # a damaged one that a resume passed over, or the same step again
                     swap_names(folder.resolve(), final.resolve())

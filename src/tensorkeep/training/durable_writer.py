@@ -25,7 +25,7 @@ from tensorkeep.storage.placement import clear_leftovers, remove, swap_names, sy
 from tensorkeep.storage.run_folder import METADATA, make_folder
 from tensorkeep.storage.run_manifest import MANIFEST, step_of
 from tensorkeep.training._board import TIMEOUT, Board
-from tensorkeep.training._shard_commit import About, complete, gathered, packed, unpacked
+from tensorkeep.training._shard_commit import About, complete, described, gathered, packed, unpacked
 from tensorkeep.training._shard_files import Report, lay_out, plain, source_of, write
 
 
@@ -174,7 +174,9 @@ class DurableWriter(StorageWriter):
         assert self._temporary is not None
         final = self.path
         try:
-            complete(self._temporary, metadata, self._reports, About(step_of(final.name) or 0))
+            complete(
+                self._temporary, described(metadata, self._reports), self._reports, About(step_of(final.name) or 0)
+            )
             with explained(final):
                 self._refuse_other_files()
                 if final.is_dir() and any(final.iterdir()):
