@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import shutil
 import time
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -164,6 +165,17 @@ def test_metadata_that_names_a_function_is_refused_and_not_run(saved: Path, tmp_
     with pytest.raises(tk.TensorkeepError) as caught:
         unpickled(data, tmp_path)
     assert caught.value.code == "F04" and not marker.exists()
+
+
+def test_chunks_that_make_no_whole_are_refused(tmp_path: Path) -> None:
+    dcp.save({"w": torch.arange(12.0).reshape(6, 2)}, storage_writer=tk.DurableWriter(tmp_path / "one"))
+    for sizes in ([(0, 3)], [(0, 3), (2, 3)], [(0, 7)]):
+        metadata = unpickled((tmp_path / "one" / ".metadata").read_bytes(), tmp_path)
+        chunks = [ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((rows, 2))) for at, rows in sizes]
+        metadata.state_dict_metadata["w"].chunks = chunks
+        with pytest.raises(tk.TensorkeepError, match="make no whole") as caught:
+            unpickled(pickle.dumps(metadata), tmp_path)
+        assert caught.value.code == "F07" and caught.value.tensors == ("w",)
 
 
 def test_larger_ranks_read_their_own_pieces_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ from tensorkeep.storage.run_manifest import read_manifest
 from tensorkeep.training import _shard_work
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
+from tensorkeep.training.ema import Ema
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
-from tests.training import assert_same_run, ranks, relative_l2, shards_of, small_job
+from tests.training import Net, assert_same_run, ranks, relative_l2, shards_of, small_job
 
 LOOP = Loop(updates=6, batch=5, micro=1, log_every=1, save_every=2, parallel="fsdp")
 
@@ -111,6 +112,22 @@ def test_a_named_checkpoint_that_is_damaged_is_no_other(copy: Path, tmp_path: Pa
     with pytest.raises(tk.TensorkeepError) as caught:
         fit(small_job(dropout=0.2), tmp_path / "new", replace(LOOP, parallel="ddp"), resume=step)
     assert caught.value.code == "F02" and caught.value.tensors
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_a_weight_is_touched(run: Path, tmp_path: Path) -> None:
+    model = Net(0.2, width=8)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = {"model": model, "optimizer": torch.optim.AdamW(trained, lr=1e-2), "ema": Ema(model, decay=0.9)}
+    with pytest.raises(tk.TensorkeepError) as caught:
+        fit(
+            replace(small_job(dropout=0.2), **parts),
+            tmp_path / "new",
+            replace(LOOP, parallel="ddp"),
+            resume=run / "checkpoints" / "step-000006",
+        )
+    assert caught.value.code == "K01"
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
 def test_written_behind_the_training_the_bits_are_the_same(run: Path, tmp_path: Path) -> None:

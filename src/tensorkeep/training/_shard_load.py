@@ -41,6 +41,10 @@ class Shards:
                 what = f"holds {shown(key)}, which is no tensor of model, optimizer or average"
                 raise TensorkeepError(what, where=folder, code="F07", hint="use the checkpoint before it")
             self.parts[part][name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        claimed = sum(tensor.nbytes for own in self.parts.values() for tensor in own.values())
+        if claimed > sum(entry.size for entry in manifest.files.values()):
+            what = f"its metadata speaks of {claimed:,} bytes, more than its files have"
+            raise TensorkeepError(what, where=folder, code="F07", hint="use the checkpoint before it")
 
     @property
     def bytes_read(self) -> int:
@@ -61,7 +65,7 @@ class Shards:
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         try:
             plan = planner.create_local_plan()
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  whatever metadata that cannot be makes of the planner
             raise TensorkeepError(f"cannot be read back: {error}", where=self.folder, code="F07") from None
         self._reader.read_data(planner.finish_plan(plan), planner)
 
