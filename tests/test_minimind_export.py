@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.minimind._resume_file import read_resume
 from tensorkeep.language.minimind.continue_from import continue_from
 from tensorkeep.language.minimind.export import export_resume
 from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.distributed import World
 from tensorkeep.training.live_state import put_tensors
+from tensorkeep.training.saver import State
 from tests.minimind_runs import EMBEDDING, held_of, rows, save, small, stopped, trained
 from tests.parity.minimind_model import MiniMind
 from tests.parity.minimind_resume import go_on, load, replay
+from tests.training import ranks
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,22 @@ class Stacked(nn.Module):
             layer.mlp.experts = nn.Module()
             layer.mlp.experts.gate_up_proj = nn.Parameter(torch.stack(gates).detach())
             layer.mlp.experts.down_proj = nn.Parameter(torch.stack([e["down_proj.weight"] for e in experts]).detach())
+
+
+def save_in_shards(run: Path, state: State) -> None:
+    """Save a state as two ranks would that have it in shards of rows."""
+
+    def work(world: World) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+
+        def spread(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {n: distribute_tensor(t, mesh, [Shard(0)]) if t.dim() else t for n, t in tensors.items()}
+
+        saver = checkpoint.Saver(run, world=world)
+        saver.save(replace(state, model=spread(state.model), optimizer=spread(state.optimizer)))
+        saver.close()
+
+    assert ranks(2, work) == [0, 0]
 
 
 def test_stacked_experts_get_stacked_moments_and_go_back_apart(tmp_path: Path) -> None:
@@ -68,6 +90,10 @@ def test_stacked_experts_get_stacked_moments_and_go_back_apart(tmp_path: Path) -
     assert back["optimizer"]["state"].keys() == then["optimizer"]["state"].keys()
     for i, state in then["optimizer"]["state"].items():
         assert all(torch.equal(back["optimizer"]["state"][i][slot], value) for slot, value in state.items())
+
+    save_in_shards(tmp_path / "shards", on.state)
+    export_resume(tmp_path / "shards", tmp_path / "shards_16_moe_resume.pth")
+    assert (tmp_path / "shards_16_moe_resume.pth").read_bytes() == (tmp_path / "back_16_moe_resume.pth").read_bytes()
 
 
 @pytest.mark.parametrize("kind", [("mm3", 0), ("mm2", 0)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import mmap
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from tensorkeep.output import Output
+from tensorkeep.storage import durable
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import metrics
 from tensorkeep.training import saver as checkpoint
@@ -250,6 +254,38 @@ def test_a_gpu_promises_the_same_bits_only_with_deterministic_kernels(monkeypatc
 
 
 # -- a run that is over, and one that is not the same -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["moments are kept", "moments are copied"])
+def test_no_file_stays_in_memory_that_the_state_does_not_lie_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turned: bool
+) -> None:
+    """Counters are views into the optimizer's file as well; alone they must not keep it."""
+    files: list[tuple[int, weakref.ref[Any]]] = []
+
+    class Memory(mmap.mmap):
+        pass
+
+    def noted(size: int, real: Any = durable.allocate) -> memoryview:
+        made = real(size, Memory)
+        files.append((size, weakref.ref(made.obj)))
+        return made
+
+    def job() -> Job:
+        made = small_job()
+        if turned:  # laid out in another way than in the file
+            for parameter in made.model.parameters():
+                parameter.data = parameter.data.t().contiguous().t() if parameter.dim() == 2 else parameter.data
+        return made
+
+    fit(small_job(), tmp_path, replace(LOOP, updates=4))
+    monkeypatch.setattr(durable, "allocate", noted)
+    resumed = job()
+    fit(resumed, tmp_path, replace(LOOP, updates=4, save_every=None))
+    gc.collect()
+    left = [size for size, memory in files if memory() is not None]
+    used = sum(t.nbytes for slots in resumed.optimizer.state.values() for t in slots.values())
+    assert len(files) >= 3 and sum(left) < 2 * used * (not turned) + 1
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint  # slow to load: once here, and not in each forked rank
 from torch import nn
 
 from tensorkeep.training import _sharding as sharding

@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from tensorkeep.storage import run_manifest
+from tensorkeep.storage.manifest_entries import ShardEntry
 from tensorkeep.training import distributed, metrics
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
@@ -160,6 +162,13 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert a.document == b.document
     assert rows(one) == rows(other)
     assert checkpoint.best(one) == checkpoint.best(other)
+
+
+def shards_of(folder: Path) -> dict[str, list[ShardEntry]]:
+    """What lies in each file of a sharded checkpoint."""
+    manifest = run_manifest.read_manifest(folder)
+    found = {file: run_manifest.shards_in(folder, file, manifest) for file in manifest.files}
+    return {file: own for file, own in found.items() if own}
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

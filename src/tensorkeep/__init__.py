@@ -17,6 +17,8 @@ _WHERE = {
     "TensorRecord": "tensorkeep.storage.record",
     "StateView": "tensorkeep.formats.view",
     "read": "tensorkeep.formats.view",
+    "DurableWriter": "tensorkeep.training.durable_writer",
+    "DurableReader": "tensorkeep.training.durable_reader",
     "Plan": "tensorkeep.conversion.plan",
     "make_plan": "tensorkeep.conversion.planning",
     "convert": "tensorkeep.conversion.execution",
@@ -29,6 +31,8 @@ _WHERE = {
     "explain_loss": "tensorkeep.diagnosis.live.reported",
 }
 __all__ = [
+    "DurableReader",
+    "DurableWriter",
     "Finding",
     "Plan",
     "StateView",
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
     from tensorkeep.formats.view import StateView, read
     from tensorkeep.models.repair import repair_buffers
     from tensorkeep.storage.record import TensorRecord
+    from tensorkeep.training.durable_reader import DurableReader
+    from tensorkeep.training.durable_writer import DurableWriter
 
 
 __getattr__, __dir__ = lazy(__name__, _WHERE)

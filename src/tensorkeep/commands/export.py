@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError, word
+from tensorkeep.formats.run import has_part
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.output import Output
 from tensorkeep.storage import run_folder
@@ -69,7 +70,7 @@ def run_at(path: str) -> Run | None:
                 return None
             recipe = parse_yaml((folder / RECIPE).read_bytes(), str(folder / RECIPE))
             model = recipe.get("model") if isinstance(recipe, dict) else None
-            adapter, average = ((found[0] / name).is_file() for name in (run_folder.ADAPTER, run_folder.EMA))
+            adapter, average = (has_part(found[0], part) for part in ("adapter", "ema"))
             return Run(path, folder, isinstance(model, dict) and "projection" in model, adapter, average)
     return None
 

@@ -93,8 +93,12 @@ def _sealed(folder: Path) -> bool:
     path = folder / run_manifest.MANIFEST
     if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
         return False
-    document = parse_json(read_small(path), path)
-    return isinstance(document, dict) and {"schema", "chunk", "files", "xxh3_128"} <= document.keys()
+    data, ours = read_small(path), ("schema", "chunk", "files", "xxh3_128")
+    try:
+        document = parse_json(data, path)
+    except TensorkeepError:  # damaged, which is for the manifest's own digest to say
+        return sum(f'"{key}":'.encode() in data for key in ours) >= len(ours) - 1
+    return isinstance(document, dict) and set(ours) <= document.keys()
 
 
 def _verify_step(

@@ -14,7 +14,7 @@ from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickle_writing import emit
 from tensorkeep.storage.record import DTYPES, FROM_TORCH, row_major
 
-_ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
+ALIGNMENT = 64  # torch.load(mmap=True) and direct I/O like it; torch.save writes the same
 
 
 class ArchiveBuilder:
@@ -42,7 +42,7 @@ class ArchiveBuilder:
             tensor: name of the tensor whose bytes go there.
             size: number of bytes.
         """
-        header = self._header(name, size, None, _ALIGNMENT)
+        header = self._header(name, size, None, ALIGNMENT)
         self.rows.append((name, self.at - self.start, size, tensor))
         self._fixed(header)
         self.segments.append(Slot(self.at, size, tensor))

@@ -14,14 +14,17 @@ import fcntl
 import mmap
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import xxhash
 
+from tensorkeep.storage._pieces import Piece, chunk_pieces
 from tensorkeep.storage.finite import all_finite
-from tensorkeep.storage.layout import FileLayout, Fixed, Slot
+from tensorkeep.storage.layout import FileLayout, Fixed
 
 CHUNK = 16 << 20  # bytes; what a digest in the manifest covers
 DISK_BLOCK = 4096  # bytes; what direct I/O asks offsets, lengths and memory to be multiples of
@@ -40,30 +43,14 @@ class Written(NamedTuple):
         chunks: xxh3_128 of every 16 MiB of it, in hex.
         tensors: tensor name -> xxh3_128 of its bytes, in hex.
         unsound: names of the tensors that hold NaN or Inf, of those that were looked through.
+        crcs: tensor name -> CRC-32 of its bytes, where the layout holds such checksums.
     """
 
     size: int
     chunks: list[str]
     tensors: dict[str, str]
     unsound: list[str]
-
-
-class Piece(NamedTuple):
-    """A run of bytes that goes into one chunk.
-
-    Attributes:
-        at: first byte in the chunk.
-        length: number of bytes.
-        name: the tensor they are of; None for bytes that the layout fixes.
-        start: first byte in the tensor, or in `fixed`.
-        fixed: the bytes themselves where `name` is None.
-    """
-
-    at: int
-    length: int
-    name: str | None
-    start: int  # in the tensor, or in `fixed`
-    fixed: bytes = b""
+    crcs: Mapping[str, int] = MappingProxyType({})
 
 
 def allocate(size: int, kind: type[mmap.mmap] = mmap.mmap) -> memoryview:
@@ -107,29 +94,6 @@ def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
-def chunk_pieces(layout: FileLayout) -> list[list[Piece]]:
-    """List what lies in each chunk of a file, in order.
-
-    >>> layout = FileLayout("f", [Fixed(0, b"abc"), Slot(3, CHUNK, "w")])
-    >>> [[piece.length for piece in chunk] for chunk in chunk_pieces(layout)]
-    [[3, 16777213], [3]]
-    """
-    chunks: list[list[Piece]] = [[] for _ in range(-(-layout.size // CHUNK))]
-    for segment in layout.segments:
-        if isinstance(segment, Fixed):
-            name, length, fixed = None, len(segment.data), segment.data
-        else:
-            assert isinstance(segment, Slot), "files with trailers are written by `convert`"
-            name, length, fixed = segment.tensor, segment.nbytes, b""
-        done = 0
-        while done < length:
-            chunk, at = divmod(segment.start + done, CHUNK)
-            take = min(length - done, CHUNK - at)
-            chunks[chunk].append(Piece(at, take, name, done, fixed))
-            done += take
-    return chunks
-
-
 def copy(target: memoryview, source: memoryview | bytes) -> None:
     """Copy memory and let other threads run meanwhile, which slice assignment of a memoryview does not."""
     import numpy as np  # not at the top: `inspect` reads manifests, and needs no numpy for it
@@ -141,7 +105,11 @@ def copy(target: memoryview, source: memoryview | bytes) -> None:
 
 
 def write_file(
-    path: Path, layout: FileLayout, source: Bytes | memoryview, floats: Mapping[str, str] | None = None
+    path: Path,
+    layout: FileLayout,
+    source: Bytes | memoryview,
+    floats: Mapping[str, str] | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> Written:
     """Write a new file and fsync it; the caller fsyncs its folder.
 
@@ -149,10 +117,11 @@ def write_file(
 
     Args:
         path: the file to make; it must not exist.
-        layout: what goes where in it; no trailers.
+        layout: what goes where in it; a trailer stands behind the data that it holds checksums of.
         source: gives each tensor's bytes by name; or the image of the whole file, from `allocate` and filled in, which
             is then written without another copy.
         floats: tensor name -> dtype, of the tensors to look through for NaN and Inf.
+        parts: slot -> the tensor that it is a part of, where one has several slots: checksums are of whole tensors.
 
     Returns:
         Size and digests of what was written.
@@ -160,7 +129,7 @@ def write_file(
     Raises:
         OSError: as the system gives it.
     """
-    plan = _Plan(layout, source, floats or {})
+    plan = _Plan(layout, source, floats or {}, parts or {})
     handle = open_handle(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, direct=layout.size >= SMALL)
     try:
         if layout.size >= SMALL:  # its full length at once, so that writes may overlap; fallocate measured slower
@@ -173,7 +142,7 @@ def write_file(
     for slot in layout.slots:
         plan.digests.setdefault(slot.tensor, xxhash.xxh3_128())  # empty tensors
     digests = {slot.tensor: plan.digests[slot.tensor].hexdigest() for slot in layout.slots}
-    return Written(layout.size, plan.found, digests, sorted(plan.unsound))
+    return Written(layout.size, plan.found, digests, sorted(plan.unsound), plan.crcs)
 
 
 def write_small(path: Path, data: bytes) -> Written:
@@ -199,9 +168,12 @@ class _Plan:
     fills, the others' writes are under way.
     """
 
-    def __init__(self, layout: FileLayout, source: Bytes | memoryview, floats: Mapping[str, str]) -> None:
-        self.size, self.source, self.floats = layout.size, source, floats
-        self.chunks = chunk_pieces(layout)
+    def __init__(
+        self, layout: FileLayout, source: Bytes | memoryview, floats: Mapping[str, str], parts: Mapping[str, str]
+    ) -> None:
+        self.size, self.source, self.floats, self.parts = layout.size, source, floats, parts
+        self.chunks, self.wants_crc = chunk_pieces(layout, CHUNK), layout.wants_crc
+        self.crcs: dict[str, int] = {}
         self.found: list[str] = []
         self.digests: dict[str, Any] = {}
         self.unsound: set[str] = set()
@@ -233,20 +205,24 @@ class _Plan:
 
     def _pass(self, piece: Piece, data: memoryview, whole: Any) -> None:
         """Copy, digest and look through one piece, a cache's worth at a time, so that memory is read once."""
-        copied = not isinstance(self.source, memoryview)
-        own = memoryview(piece.fixed) if piece.name is None or not copied else self.source(piece.name)  # type: ignore[operator]
-        running = self.digests.setdefault(piece.name, xxhash.xxh3_128()) if piece.name is not None else None
-        dtype = self.floats.get(piece.name) if piece.name is not None else None
+        name = piece.name
+        copied = name is None or not isinstance(self.source, memoryview)
+        own = memoryview(piece.known(self.crcs)) if name is None else self.source(name) if copied else None  # type: ignore[operator]
+        running = self.digests.setdefault(name, xxhash.xxh3_128()) if name is not None else None
+        dtype = self.floats.get(name) if name is not None else None
         for at in range(0, piece.length, CACHED):
             length = min(CACHED, piece.length - at)
             target = data[piece.at + at : piece.at + at + length]
-            if copied:
+            if own is not None:
                 copy(target, own[piece.start + at : piece.start + at + length])
             whole.update(target)
             if running is not None:
                 running.update(target)
-            if dtype is not None and piece.name is not None and not all_finite(target, dtype):
-                self.unsound.add(piece.name)
+            if self.wants_crc and name is not None:
+                tensor = self.parts.get(name, name)
+                self.crcs[tensor] = zlib.crc32(target, self.crcs.get(tensor, 0))
+            if dtype is not None and name is not None and not all_finite(target, dtype):
+                self.unsound.add(name)
 
 
 def _write_some(handle: int, plan: _Plan) -> None:

@@ -23,6 +23,7 @@ from tensorkeep.storage.files import explained, left_over, open_plain
 from tensorkeep.storage.placement import remove, sync_folder, temporary_name
 from tensorkeep.storage.run_manifest import (
     MANIFEST,
+    Manifest,
     as_finding,
     check_head,
     check_sizes,
@@ -34,6 +35,7 @@ from tensorkeep.storage.run_manifest import (
 
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 MODEL, ADAPTER, OPTIMIZER, EMA = "model.safetensors", "adapter.safetensors", "optimizer.safetensors", "ema.safetensors"
+METADATA = ".metadata"  # of a checkpoint in shards, instead of the three files before
 LATEST, BEST, _LOCK = "latest", "best", ".lock"
 _PID = re.compile(rb"(\d{1,20}\n?)?")  # all that a lock file ever holds
 
@@ -76,12 +78,14 @@ class OpenedCheckpoint(NamedTuple):
         files: names of the files to read as one view.
         passed: findings about newer steps that were passed over because they are not whole.
         run: its position in the run as state.json has it: step, samples, epoch, world_size, those that are there.
+        manifest: its manifest.
     """
 
     path: Path
     files: list[str]
     passed: list[Finding]
-    run: dict[str, Any]  # step, samples, epoch, world_size as state.json has them
+    run: dict[str, Any]
+    manifest: Manifest
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[Finding]] | None:
@@ -136,7 +140,8 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint | None:
     name = weights_file(list(manifest.files))
     if name is not None:
         check_head(folder, name, manifest)
-    return OpenedCheckpoint(folder, [name] if name else [p.name for p in folder.iterdir() if p.is_file()], passed, run)
+    files = [name] if name else [p.name for p in folder.iterdir() if p.is_file()]
+    return OpenedCheckpoint(folder, files, passed, run, manifest)
 
 
 def _is_step(folder: Path, names: Sequence[str]) -> bool:

@@ -5,11 +5,12 @@ of itself; its text is canonical (what `manifest_bytes` makes), so that no flipp
 
 `{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
 {NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
-"xxh3_128": of this text without this entry}`
+"xxh3_128": of this text without this entry}`. Where several ranks wrote, each has a list of its shards beside its file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -26,41 +27,21 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import SCHEMA, parse_json
 from tensorkeep.storage.files import Progress, explained, inside, open_plain
-from tensorkeep.storage.record import DTYPES, checked_shape, nbytes
+from tensorkeep.storage.manifest_entries import (
+    FileEntry,
+    ShardEntry,
+    TensorEntry,
+    damaged_tensors,
+    digests_in,
+    list_name,
+    shard_list,
+    tensor_entry,
+)
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 256 << 20  # bytes; a hundred thousand tensors need 20 MB
 _BEFORE = "use the checkpoint before it"
 _STEP = re.compile(r"step-(\d{6,})\Z")
-_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
-
-
-class FileEntry(NamedTuple):
-    """A file of the checkpoint: its size in bytes, and the xxh3_128 of every 16 MiB of it, in hex."""
-
-    size: int
-    chunks: list[str]
-
-
-class TensorEntry(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-        dtype: its dtype as safetensors spells it.
-        shape: its sizes.
-        start: its first byte in the file.
-        digest: xxh3_128 of its raw bytes, in hex.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    digest: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -233,28 +214,17 @@ def _file(name: str, entry: Any, path: Path) -> FileEntry:
     size, chunks = (entry.get("bytes"), entry.get("chunks")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or not 0 <= size < 1 << 62 or not isinstance(chunks, list):
         raise _odd(path, f"{shown(name)} has no size or no digests")
-    if len(chunks) != -(-size // durable.CHUNK) or not all(isinstance(c, str) and _DIGEST.match(c) for c in chunks):
+    if len(chunks) != -(-size // durable.CHUNK) or digests_in(chunks) is None:
         raise _odd(path, f"{shown(name)} has {len(chunks)} digests for {size} bytes")
     return FileEntry(size, chunks)
 
 
 def _tensor(name: str, entry: Any, size: int, path: Path) -> TensorEntry:
     """Check one tensor's entry; it must lie within its file of `size` bytes."""
-    if isinstance(entry, dict):
-        dtype, start, digest = entry.get("dtype"), entry.get("start"), entry.get("xxh3_128")
-        shape = checked_shape(entry.get("shape"))
-        if (
-            isinstance(dtype, str)
-            and dtype in DTYPES
-            and shape is not None
-            and type(start) is int
-            and start >= 0
-            and isinstance(digest, str)
-            and _DIGEST.match(digest)
-            and start + nbytes(dtype, shape) <= size
-        ):
-            return TensorEntry(dtype, shape, start, digest)
-    raise _odd(path, f"the entry of {shown(name)} cannot be")
+    found = tensor_entry(entry, size)
+    if found is None:
+        raise _odd(path, f"the entry of {shown(name)} cannot be")
+    return found
 
 
 # -- is it what the manifest says? --------------------------------------------------------------------------------
@@ -276,13 +246,13 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         raise _odd(folder, f"holds step {manifest.step}: the folder was renamed")
     for name, entry in manifest.files.items():
         path = folder / name
-        tensors = manifest.tensors.get(name, {})
         if not os.path.lexists(path):
-            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=tensors)
+            lost = _names(folder, manifest, name)
+            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
         with explained(path), _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != entry.size:
-            gone = [n for n, t in tensors.items() if t.start + t.nbytes > size]
+            gone = _names(folder, manifest, name, beyond=size)
             raise TensorkeepError(
                 f"has {size} bytes, {entry.size} were written" + (f"; {_listed(gone)} reach beyond" if gone else ""),
                 where=path,
@@ -316,11 +286,13 @@ def read_whole(folder: Path, name: str, manifest: Manifest, image: memoryview | 
             where=path,
             code="F03",
             hint="use the checkpoint before it; check the disk: dmesg, smartctl",
-            tensors=manifest.tensors.get(name, {}),
+            tensors=_names(folder, manifest, name),
         ) from None
     if wrong:
-        tensors = _differing(path, manifest.tensors.get(name, {}), wrong)
-        what = _listed(tensors) if tensors else "its header" if manifest.tensors.get(name) else "its content"
+        whole, shards = manifest.tensors.get(name, {}), shards_in(folder, name, manifest)
+        with explained(path), _opened(path) as file:
+            tensors = damaged_tensors(file, whole, shards, wrong, durable.CHUNK)
+        what = _listed(tensors) if tensors else "its header" if whole else "its content"
         raise TensorkeepError(
             f"damaged since it was written: {what}", where=path, code="F03", hint=_BEFORE, tensors=tensors
         )
@@ -334,22 +306,39 @@ def check_head(folder: Path, name: str, manifest: Manifest) -> None:
         read_whole(folder, name, manifest)
 
 
-def _differing(path: Path, tensors: Mapping[str, TensorEntry], wrong: Sequence[int]) -> list[str]:
-    """Name the tensors in the damaged chunks whose own digest differs."""
-    bad, found = set(wrong), []
-    with explained(path), _opened(path) as file:
-        for name, tensor in tensors.items():
-            last = max(tensor.start + tensor.nbytes - 1, 0) // durable.CHUNK
-            if not tensor.nbytes or bad.isdisjoint(range(tensor.start // durable.CHUNK, last + 1)):
-                continue
-            file.seek(tensor.start)
-            running, left = xxhash.xxh3_128(), tensor.nbytes
-            while left and (piece := file.read(min(left, 4 << 20))):
-                running.update(piece)
-                left -= len(piece)
-            if left or running.hexdigest() != tensor.digest:
-                found.append(name)
-    return found
+def shards_in(folder: Path, name: str, manifest: Manifest) -> list[ShardEntry]:
+    """Read what lies in a file that one of several ranks wrote, from the list beside it.
+
+    Args:
+        folder: the step folder.
+        name: the file.
+        manifest: the checkpoint's manifest.
+
+    Returns:
+        The shards; none where the file has no such list.
+
+    Raises:
+        TensorkeepError: F03 where the list was changed, F07 where what it says cannot be.
+    """
+    listed = list_name(name)
+    if listed not in manifest.files or name not in manifest.files:
+        return []
+    size = manifest.files[listed].size
+    image = durable.allocate(size)
+    read_whole(folder, listed, manifest, image)
+    shards = shard_list(parse_json(bytes(image[:size]), folder / listed), manifest.files[name].size)
+    if shards is None:
+        raise _odd(folder / listed, f"what it says of {name} cannot be")
+    return shards
+
+
+def _names(folder: Path, manifest: Manifest, name: str, beyond: int = -1) -> list[str]:
+    """Name the tensors of a file, those that reach beyond a byte of it."""
+    ends = {n: t.start + t.nbytes for n, t in manifest.tensors.get(name, {}).items()}
+    with contextlib.suppress(TensorkeepError):  # damaged as well, which is said of the list
+        for shard in shards_in(folder, name, manifest):
+            ends[shard.tensor] = max(ends.get(shard.tensor, 0), sum(shard.archive))
+    return [n for n, end in ends.items() if end > beyond]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
             hint=f"one of {', '.join(sorted(numbers))}; with a minus where smaller is better",
         )
     run.evaluations.append({"step": run.step, **numbers})
-    if run.saver:
+    if run.world.first:
         log.write({"step": run.step, "samples": run.samples, "evaluation": numbers}, durable=True)
         shown = ", ".join(f"{k} {'none' if v is None else f'{v:.4g}'}" for k, v in numbers.items())
         run.say.remark(f"step {run.step}: {shown}")

@@ -12,6 +12,7 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def snapshot(
 ) -> State:
     """Take the run's state after update `step`; every rank must call it.
 
-    Each rank has random states of its own and, sharded, a part of the tensors; what is returned is whole on the first.
+    Each rank has random states of its own, which are collected. Tensors in shards stay where they are.
 
     Args:
         job: the live objects.
@@ -131,10 +132,6 @@ def snapshot(
         "state": {name: thing.state_dict() for name, thing in job.state.items()},
         "rng": gathered(world, randomness.capture()),
     }
-    tensors, optimizer, averages = (
-        {name: sharding.whole(tensor, keep=world.first) for name, tensor in part.items()}
-        for part in (tensors, optimizer, averages)
-    )
     return State(tensors, optimizer, averages, document, job.base, not_captured(job))
 
 
@@ -251,6 +248,10 @@ def put_back(
     absent = [name for name in job.state if name not in then.get("state", {})]
     if absent:
         raise TensorkeepError(f"the checkpoint holds no state of {', '.join(absent)}", where="resume", code="R04")
+    if state.shards is not None:
+        from tensorkeep.training._shard_fill import filled
+
+        state = filled(state, job.model, job.optimizer, job.ema.tensors if job.ema is not None else {}, world)
     put_tensors(job.model, state.model, base=job.base is not None)
     if "optimizer" in then:
         put_optimizer(job.model, job.optimizer, state.optimizer, then["optimizer"], adopt)
@@ -316,7 +317,9 @@ class Found(NamedTuple):
     place: Path | None = None
 
 
-def find(run: Path, resume: str | Path | State, world: World) -> Found:
+def find(
+    run: Path, resume: str | Path | State, world: World, damaged: Mapping[Path, Finding] = MappingProxyType({})
+) -> Found:
     """Find what to go on from: the run's newest valid checkpoint, one that was named, or nothing.
 
     The first rank chooses for all. A run begun from elsewhere goes on from its own checkpoints, so that the same
@@ -326,34 +329,35 @@ def find(run: Path, resume: str | Path | State, world: World) -> Found:
         run: the run's folder.
         resume: as `fit` takes it.
         world: this process among its peers.
+        damaged: checkpoints that were opened before and turned out to be damaged, with what was found.
 
     Raises:
         TensorkeepError: every checkpoint is damaged, the named one is not there, or going on from it would mix two
             runs.
     """
-    found = distributed.together(world, lambda: _choose(run, resume) if world.first else Found(None, "", []))
-    chosen: Found = gathered(world, found._replace(state=None))[0]
+    found = distributed.together(world, lambda: _choose(run, resume, damaged) if world.first else Found(None, "", []))
+    chosen: Found = gathered(world, found._replace(state=None) if world.first else None)[0]
 
     def state() -> State | None:
         if world.first:
             return found.state
         if chosen.place is not None:
-            return checkpoint.load(chosen.place)
+            return checkpoint.opened(chosen.place)
         return resume if chosen.name and isinstance(resume, State) else None
 
     return chosen._replace(state=distributed.together(world, state))
 
 
-def _choose(run: Path, resume: str | Path | State) -> Found:
+def _choose(run: Path, resume: str | Path | State, damaged: Mapping[Path, Finding]) -> Found:
     """Find what to go on from, on one rank."""
     own = checkpoint.steps(run)
     if isinstance(resume, State) or str(resume) not in ("auto", "never"):
-        named = _named(run, resume, own)
+        named = _named(run, resume, own, damaged)
         if named is not None:
             return named
     never = not isinstance(resume, State) and str(resume) == "never"
     try:
-        found = checkpoint.newest(run) if own else None
+        found = checkpoint.newest(run, checkpoint.opened, damaged) if own else None
     except TensorkeepError:
         if not never:
             raise
@@ -365,7 +369,7 @@ def _choose(run: Path, resume: str | Path | State) -> Found:
     return Found(None, "", []) if found is None else Found(found[0], found[1].name, found[2], found[1])
 
 
-def _named(run: Path, resume: str | Path | State, own: list[int]) -> Found | None:
+def _named(run: Path, resume: str | Path | State, own: list[int], damaged: Mapping[Path, Finding]) -> Found | None:
     """Load the checkpoint that was named; None where the run has gone on from it already."""
     if isinstance(resume, State):
         return None if own else Found(resume, "a file from elsewhere", [])
@@ -374,11 +378,11 @@ def _named(run: Path, resume: str | Path | State, own: list[int]) -> Found | Non
     if own and not inside:
         return None
     if (folder / "checkpoints").is_dir():
-        found = checkpoint.newest(folder)
+        found = checkpoint.newest(folder, checkpoint.opened, damaged)
         if found is None:
             raise TensorkeepError("the run holds no checkpoint", where=folder, hint="name a step folder or a file")
         return Found(found[0], str(found[1]), found[2], found[1])
-    state = checkpoint.load(folder)
+    state = checkpoint.opened(folder)
     newer = [step for step in own if step > state.document["step"]] if inside else []
     if newer:
         raise TensorkeepError(

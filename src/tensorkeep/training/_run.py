@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,7 +12,9 @@ from tensorkeep.output import Output
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.saver import Saver
+
+if TYPE_CHECKING:
+    from tensorkeep.training.saver import Saver
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Run:
         world: this process among its peers.
         say: where remarks go.
         scaler: torch's gradient scaler, enabled for fp16 alone.
-        saver: writes checkpoints; the first rank's, None on the others.
+        saver: writes checkpoints; the first rank's, in a sharded run every rank's, else None.
         data: what `_resume.data_facts` says of the data.
         recorded: forward and backward of a micro-batch as a CUDA graph (None: they are launched kernel by kernel).
         step: updates made.

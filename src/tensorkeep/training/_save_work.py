@@ -57,23 +57,15 @@ class Work:
                 sync_folder(final.parent)
                 self.seconds = time.perf_counter() - self.started
         except TensorkeepError as error:
-            raise self._told(error) from None
+            needed = sum(layout.size for layout, _ in self.files) + len(self.document)
+            raise told_full(self.run, needed, error) from None
         finally:
             remove(temporary)
         return final
 
     def tidy(self) -> None:
         """Name this checkpoint the latest and delete what need not stay; call it only after it is durable."""
-        with explained(self.run / CHECKPOINTS):
-            run_folder.write_text(self.run / CHECKPOINTS / LATEST, run_manifest.step_name(self.step) + "\n")
-        delete_unwanted(self.run, self.keep, whole=self.step)
-
-    def _told(self, error: TensorkeepError) -> TensorkeepError:
-        """The error as it is, but with the bytes needed and free where the disk is full."""
-        if "disk is full" not in error.what:
-            return error
-        needed = sum(layout.size for layout, _ in self.files) + len(self.document)
-        return run_folder.disk_full(self.run, needed, run_folder.free_bytes(self.run))
+        name_latest(self.run, self.keep, self.step)
 
     def _write(self, folder: Path) -> None:
         """Write every file of the checkpoint into a folder, the manifest last."""
@@ -86,7 +78,7 @@ class Work:
             looked = {} if layout.name == OPTIMIZER else {n: d for n, d in dtypes.items() if floating(d)}
             done = written[layout.name] = durable.write_file(folder / layout.name, layout, source, looked)
             if done.unsound:
-                raise _not_finite(folder, layout.name, done.unsound)
+                raise not_finite(folder, layout.name, done.unsound)
             tensors[layout.name] = {
                 s.tensor: (dtypes[s.tensor], tuple(own[s.tensor].shape), s.start) for s in layout.slots
             }
@@ -95,7 +87,19 @@ class Work:
         durable.write_small(folder / MANIFEST, manifest)
 
 
-def _not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
+def name_latest(run: Path, keep: Keep, step: int) -> None:
+    """Name a checkpoint the latest and delete what need not stay beside it; call it only after it is durable."""
+    with explained(run / CHECKPOINTS):
+        run_folder.write_text(run / CHECKPOINTS / LATEST, run_manifest.step_name(step) + "\n")
+    delete_unwanted(run, keep, whole=step)
+
+
+def told_full(run: Path, needed: int, error: TensorkeepError) -> TensorkeepError:
+    """The error as it is, but with the bytes needed and free where the disk is full."""
+    return run_folder.disk_full(run, needed, run_folder.free_bytes(run)) if "disk is full" in error.what else error
+
+
+def not_finite(folder: Path, file: str, names: list[str]) -> TensorkeepError:
     """The error for tensors that hold NaN or Inf."""
     first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return TensorkeepError(

@@ -1,9 +1,7 @@
-"""FSDP2: parameters, moments and averages lie in shards over the ranks while training, whole in the files.
+"""FSDP2: parameters, moments and averages lie in shards over the ranks while training, and in the files.
 
-A checkpoint of a sharded run is the ordinary one: tensors are gathered one at a time, the first rank keeps them in main
-memory and writes them. So any number of ranks, one process or DDP goes on from it, its digests are those of the
-tensors, and `verify`, `diff` and `convert` need not know. The price: the first rank's main memory holds the whole
-state while it is saved (16 bytes a parameter with AdamW and an average), and ranks wait for the gathering.
+Each rank writes its own shards and reads its own rows; nothing is gathered. Any number of ranks, one process or DDP
+goes on from such a checkpoint, and `inspect`, `verify`, `diff` and `convert` read it as one view.
 """
 
 from __future__ import annotations
@@ -139,21 +137,19 @@ def sharded(tensors: Sequence[Tensor]) -> bool:
     return any(hasattr(t, "full_tensor") for t in tensors)
 
 
-def whole(tensor: Tensor, keep: bool) -> Tensor:
-    """Gather a sharded tensor in main memory on ranks that `keep` it; any other tensor is returned as it is.
-
-    Every rank must take part; those that do not keep it get an empty tensor.
-    """
-    gather = getattr(tensor, "full_tensor", None)
-    if gather is None:
-        return tensor
-    full: Tensor = gather()
-    return full.cpu() if keep else torch.empty(0, dtype=full.dtype)
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bytes of memory; of sharded ones this rank's parts are looked at."""
+    a, b = (t.to_local() if hasattr(t, "to_local") else t for t in (one, other))
+    places = [(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b)]
+    return places[0] == places[1] and a.data_ptr() != 0
 
 
 def like(value: Tensor, pattern: Tensor) -> Tensor:
-    """Spread `value`, whole and the same on every rank, as `pattern` is spread; this rank gets its shard."""
-    if not hasattr(pattern, "full_tensor"):
+    """Spread `value`, whole and the same on every rank, as `pattern` is spread; this rank gets its shard.
+
+    What is spread already stays as it is.
+    """
+    if not hasattr(pattern, "full_tensor") or hasattr(value, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
 

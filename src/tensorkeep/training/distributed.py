@@ -131,6 +131,28 @@ def together(world: World, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def from_first(world: World, work: Callable[[], T]) -> T:
+    """Do work on the first rank, and give what it returned, or raise what it raised, on all.
+
+    Args:
+        world: every rank must call this.
+        work: what the first rank does; its result must be picklable.
+
+    Raises:
+        TensorkeepError: `work` raised it.
+    """
+    found: T | TensorkeepError | None = None
+    if world.first:
+        try:
+            found = work()
+        except TensorkeepError as error:
+            found = error
+    told = gathered(world, found)[0]
+    if isinstance(told, TensorkeepError):
+        raise told
+    return told  # type: ignore[no-any-return]
+
+
 def same_start(world: World, tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors with the first rank's values, as DDP does when it is made."""
     if world.size > 1:

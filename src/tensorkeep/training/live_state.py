@@ -73,10 +73,8 @@ def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> No
     Raises:
         TensorkeepError: lists what is missing, unexpected or has another shape or dtype (K01).
     """
-    mine, _ = stored_tensors(model, base)
-    coded = _coded(model, mine)
+    mine, coded = check_tensors(model, saved, base)
     inside = {name for names in coded.values() for name in names}
-    refuse_difference("model", _kinds(mine, inside), _kinds(saved, inside))
     for path, names in coded.items():  # first: these refuse what does not belong together
         prefix = f"{path}." if path else ""
         part = {n[len(prefix) :]: saved[n] for n in names}
@@ -89,8 +87,31 @@ def put_tensors(model: nn.Module, saved: Mapping[str, Tensor], base: bool) -> No
                 f"{path}: {', '.join(left)} would be dropped or left alone", where="resume", code="K01"
             )
     for name, tensor in mine.items():
-        if name not in inside:
+        if name not in inside and not sharding.same_memory(saved[name], tensor):
             tensor.copy_(sharding.like(saved[name], tensor))
+
+
+def check_tensors(
+    model: nn.Module, saved: Mapping[str, Tensor], base: bool
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Compare names, shapes and dtypes of saved tensors, which may lie on meta, with the model's.
+
+    Args:
+        model: the live model.
+        saved: tensors by name.
+        base: whether the model's frozen parameters belong to a base.
+
+    Returns:
+        The model's tensors by name, and for each module that stores others than it holds, their names.
+
+    Raises:
+        TensorkeepError: lists what is missing, unexpected or has another shape or dtype (K01).
+    """
+    mine, _ = stored_tensors(model, base)
+    coded = _coded(model, mine)
+    inside = {name for names in coded.values() for name in names}
+    refuse_difference("model", _kinds(mine, inside), _kinds(saved, inside))
+    return mine, coded
 
 
 def _coded(model: nn.Module, mine: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -208,7 +229,8 @@ def put_optimizer(
         optimizer: its state is replaced.
         tensors: as `optimizer_state` gave them.
         document: as `optimizer_state` gave it.
-        adopt: nobody else holds these tensors, so those that lie on the right device are kept, not copied.
+        adopt: nobody else holds these tensors, so those that lie on the right device are kept, not copied; not where
+            few of them would keep the memory of all.
 
     Raises:
         TensorkeepError: the optimizer is of another class (R04), or there is state of other parameters (K01).
@@ -240,6 +262,8 @@ def put_optimizer(
             else value
             for slot, value in slots.items()
         }
+    if adopt:
+        _let_go(optimizer, tensors)
 
 
 def _slot(value: Tensor, parameter: Tensor, to_device: bool, adopt: bool) -> Tensor:
@@ -249,3 +273,13 @@ def _slot(value: Tensor, parameter: Tensor, to_device: bool, adopt: bool) -> Ten
     if value.shape == parameter.shape and value.stride() != parameter.stride():  # as the optimizer would lay it out
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return value.to(parameter.device if to_device else "cpu", copy=not adopt)
+
+
+def _let_go(optimizer: Optimizer, loaded: Mapping[str, Tensor]) -> None:
+    """Copy what was kept of a file where most was not: a counter alone would keep the memory of all of it."""
+    places = {(t.device, t.data_ptr()) for t in loaded.values() if t.numel() and not sharding.sharded([t])}
+    states = [(slots, k, v) for slots in optimizer.state.values() for k, v in slots.items() if isinstance(v, Tensor)]
+    kept = [s for s in states if not sharding.sharded([s[2]]) and (s[2].device, s[2].data_ptr()) in places]
+    if sum(value.nbytes for _, _, value in kept) * 2 < sum(t.nbytes for t in loaded.values()):
+        for slots, slot, value in kept:
+            slots[slot] = value.clone()

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.findings import Finding
 from tensorkeep.output import Output
 from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.storage.run_manifest import as_finding
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, metrics, randomness
@@ -172,14 +174,15 @@ def _batches(run: Run) -> Generator[list[Any], None, None]:
 
 
 def _save(run: Run) -> None:
-    """Save a checkpoint of this step; every rank takes part, the first one writes."""
+    """Save a checkpoint of this step; every rank takes part, and writes where tensors are in shards."""
     state = resuming.snapshot(
         run.job, run.loop, run.world, run.step, run.samples, run.scaler, run.evaluations, run.data
     )
     if run.saver:
-        metrics.sync(run.folder / metrics.METRICS)
+        if run.world.first:
+            metrics.sync(run.folder / metrics.METRICS)
         run.saver.save(state)
-        if why := run.saver.refusal():
+        if run.world.first and (why := run.saver.refusal()):
             run.say.remark(f"note: memory for saves is not page-locked ({why}): each save holds training for its copy")
 
 
@@ -218,19 +221,46 @@ def _set_out(job: Job, loop: Loop, world: World) -> None:
         job.model.compile()  # in place: names stay
 
 
+def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[resuming.Found, list[str]]:
+    """Put back the newest checkpoint that is whole, and tell why the resume is not more exact.
+
+    Of one in shards each rank reads its own, so that damage shows only now; then the one before is taken.
+    """
+    damaged: dict[Path, Finding] = {}
+    while True:
+        found = resuming.find(run.folder, resume, run.world, damaged)
+        if found.state is None:
+            return found, []
+        try:
+            run.level, why = _put(run, found, found.state, allow)
+            return found, why
+        except TensorkeepError as error:
+            of_shards = found.state.shards is not None and (error.code or "").startswith("F")
+            if found.place is None or str(resume) == str(found.place) or not of_shards:
+                raise
+            damaged[found.place] = as_finding(error, "warning")
+
+
+def _put(run: Run, found: resuming.Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Compare a checkpoint with the job and put it back."""
+    distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
+    return resuming.put_back(run.job, run.loop, run.world, state, run.scaler, adopt=found.place is not None)
+
+
 def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None:
     """Put back the checkpoint there is to go on from, and make the run's folder agree with it."""
-    job, loop, world = run.job, run.loop, run.world
+    world = run.world
     say = run.say if world.first else Output(quiet=True)
-    found = resuming.find(run.folder, resume, world)
+    found, why = _put_newest(run, resume, allow)
     for finding in found.skipped:
         say.remark(f"skipped: {finding.code} {finding.message}")
     if found.state is not None:
-        state = found.state
-        distributed.together(world, lambda: resuming.compare(job, loop, state, run.data, allow))
-        run.level, why = resuming.put_back(job, loop, world, state, run.scaler, adopt=found.place is not None)
-        evaluations = [dict(e) for e in state.document.get("evaluations", [])]
-        run.step, run.samples, run.evaluations = state.document["step"], state.document["samples"], evaluations
+        then = found.state.document
+        run.step, run.samples, run.evaluations = (
+            then["step"],
+            then["samples"],
+            [*map(dict, then.get("evaluations", []))],
+        )
         remark = f"resumed from {found.name} at step {run.step}, {run.level}"
         say.remark(remark + (f" ({', '.join(why)})" if why else ""))
     distributed.together(world, lambda: _rewind(run, say) if world.first else None)
@@ -240,7 +270,7 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
     new = [row for row in rows if row["step"] not in known and isinstance(row.get("evaluation"), dict)]
     late = [{"step": row["step"], **row["evaluation"]} for row in new]
     run.evaluations += distributed.gathered(world, late)[0]
-    if run.saver:
+    if world.first:
         mark_best(run)  # a kill may have come between an evaluation's row and the mark
 
 
@@ -262,8 +292,11 @@ def _rewind(run: Run, say: Output) -> None:
 
 @contextlib.contextmanager
 def _saving(run: Path, loop: Loop, world: World) -> Iterator[Saver | None]:
-    """Give the first rank its saver, which holds the run's lock; closed at the end, also after an error."""
-    saver = distributed.together(world, lambda: Saver(run, loop.keep, loop.background) if world.first else None)
+    """Give the first rank its saver, which holds the run's lock, and in a sharded run every rank; closed at the end."""
+    shards = world if loop.parallel == "fsdp" else None
+    saver = distributed.together(
+        world, lambda: Saver(run, loop.keep, loop.background, shards) if world.first or shards else None
+    )
     try:
         yield saver
     finally:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -24,11 +26,16 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.placement import remove
-from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, MODEL, OPTIMIZER, STATE
+from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, METADATA, MODEL, OPTIMIZER, STATE
 from tensorkeep.training._retention import Keep, best, mark_best, prune
 from tensorkeep.training._save_work import Work
 from tensorkeep.training._staging import Stage, Staged
-from tensorkeep.training.state_files import State, encoded, files_of, tensors_in
+from tensorkeep.training.distributed import World
+from tensorkeep.training.state_files import File, State, encoded, files_of, tensors_in
+
+if TYPE_CHECKING:  # torch.distributed.checkpoint takes seconds to load: only where there are shards
+    from tensorkeep.training._shard_plan import ShardPlan
+    from tensorkeep.training._shard_work import ShardWork
 
 
 def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
@@ -72,6 +79,8 @@ class Saver:
         run: the run's folder.
         keep: which checkpoints stay.
         background: write behind the training (None: where tensors are on a GPU).
+        world: this process among those that hold the state in shards, of which each has a Saver and writes its own
+            shards; the first one holds the lock, commits and deletes. None: the state is whole here.
 
     Attributes:
         stalls: seconds that each save held the caller.
@@ -82,8 +91,16 @@ class Saver:
         TensorkeepError: another process saves into the run, or it cannot be written.
     """
 
-    def __init__(self, run: Path, keep: Keep = Keep(), background: bool | None = None) -> None:
+    def __init__(
+        self, run: Path, keep: Keep = Keep(), background: bool | None = None, world: World | None = None
+    ) -> None:
         self.run, self.keep, self.background = Path(run), keep, background
+        self.world = world or World()
+        self._shards: ShardPlan | None = None
+        if self.world.size > 1:
+            from tensorkeep.training._shard_plan import ShardPlan
+
+            self._shards = ShardPlan(self.world)
         self.stalls: list[float] = []
         self.copies: list[float] = []
         self.durations: list[float] = []
@@ -94,6 +111,8 @@ class Saver:
         self._path: Path | None = None
         self._hook: Any = None
         self._lock = ExitStack()
+        if not self.world.first:
+            return
         self._lock.enter_context(run_folder.locked(self.run))
         try:
             for name in run_folder.remains(self.run):  # nobody else is at work here: these were interrupted
@@ -103,29 +122,39 @@ class Saver:
             raise
 
     def save(self, state: State) -> None:
-        """Save a checkpoint, after waiting for the save before it; errors as those of the function `save`."""
+        """Save a checkpoint, after waiting for the save before it; errors as those of the function `save`.
+
+        Of a state in shards every rank must call it.
+        """
         started = time.perf_counter()
         self.wait()
-        files = files_of(state)
+        document = encoded(state.document)
+        files: list[File]
+        if self._shards is not None:
+            part = self._shards.part(self.run, state, document)
+            files, steady = [(part.share.layout, part.tensors)], part.steady
+        else:
+            files, part = files_of(state), None
+            steady = frozenset(name.rpartition("/")[0] for name in state.optimizer)
+            needed = sum(durable.padded(layout.size) for layout, _ in files) + len(document) + (1 << 20)
+            run_folder.room_for(self.run, needed)
         on_device = any(t.is_cuda for _, tensors in files for t in tensors.values())
         background = on_device if self.background is None else self.background
-        document = encoded(state.document)
-        needed = sum(durable.padded(layout.size) for layout, _ in files) + len(document) + (1 << 20)
-        run_folder.room_for(self.run, needed)
         if on_device or background:
-            steady = frozenset(name.rpartition("/")[0] for name in state.optimizer)
             self._staged = self._stage.copy(files, steady)
-        work = Work(
-            run=self.run,
-            keep=self.keep,
-            step=state.document["step"],
-            base=copy.deepcopy(state.base),
-            not_captured=tuple(state.not_captured),
-            files=files,
-            document=document,
-            staged=self._staged,
-            started=started,
-        )
+        base, lost = copy.deepcopy(state.base), tuple(state.not_captured)
+        step = state.document["step"]
+        work: Work | ShardWork
+        if part is None:
+            work = Work(self.run, self.keep, step, base, lost, files, document, self._staged, started)
+        else:
+            from tensorkeep.training._shard_commit import About
+            from tensorkeep.training._shard_work import ShardWork
+
+            about = About(step, base, lost, {STATE: document})
+            if self._staged is not None:
+                part = part._replace(tensors={})
+            work = ShardWork(self.run, self.keep, step, self.world, part, about, self._staged, started)
         if background:
             self._hook = self._hook or (register_optimizer_step_pre_hook(self._before) if on_device else None)
             self._fly(lambda: self._finish(work, tidy=True))
@@ -157,7 +186,7 @@ class Saver:
         """Hook of torch's optimizers."""
         self.before_step()
 
-    def _finish(self, work: Work, tidy: bool = False) -> None:
+    def _finish(self, work: Work | ShardWork, tidy: bool = False) -> None:
         """Write a checkpoint, note how long it took and, with `tidy`, delete older ones."""
         try:
             self._path = work.carry_out()
@@ -213,21 +242,43 @@ def load(folder: Path) -> State:
         folder: a step folder.
 
     Returns:
-        The state; its tensors are on the CPU, those of one file in one piece of memory.
+        The state; its tensors are whole, on the CPU; those of one file may lie in one piece of memory.
 
     Raises:
         TensorkeepError: the checkpoint is not finished (F01), truncated (F02), damaged (F03, names the tensors), lacks
             a file (F05), or its manifest or a header makes no sense (F06, F07).
     """
+    state = opened(folder)
+    if state.shards is None:
+        return state
+    parts = state.shards.whole()
+    return replace(state, model=parts["model"], optimizer=parts["optimizer"], ema=parts["ema"], shards=None)
+
+
+def opened(folder: Path) -> State:
+    """Read a checkpoint as `load` does, but leave the tensors of a sharded one where they are.
+
+    Args:
+        folder: a step folder.
+
+    Returns:
+        The state; where its tensors lie in shards it has `shards` to read them from, and those in it lie on meta.
+
+    Raises:
+        TensorkeepError: as `load`, of what was read.
+    """
     folder = Path(folder)
     manifest = run_manifest.read_manifest(folder)
     run_manifest.check_sizes(folder, manifest)
     weights = run_folder.weights_file(list(manifest.files))
-    if weights is None or STATE not in manifest.files:
+    sharded = METADATA in manifest.files
+    if (weights is None and not sharded) or STATE not in manifest.files:
         raise TensorkeepError(f"has no {STATE if weights else MODEL}", where=folder, code="F05", tensors=())
     tensors: dict[str, dict[str, Tensor]] = {}
     document: Any = None
     for name, entry in manifest.files.items():
+        if sharded and name != STATE:
+            continue
         wanted = name in (weights, OPTIMIZER, EMA, STATE)
         image = durable.allocate(entry.size) if wanted else None
         run_manifest.read_whole(folder, name, manifest, image)
@@ -237,14 +288,15 @@ def load(folder: Path) -> State:
             tensors[name] = tensors_in(folder, name, image[: entry.size], manifest)
     if not isinstance(document, dict) or document.get("step") != manifest.step:
         raise TensorkeepError(f"is not the state of step {manifest.step}", where=folder / STATE, code="F07")
-    return State(
-        tensors[weights],
-        tensors.get(OPTIMIZER, {}),
-        tensors.get(EMA, {}),
-        document,
-        manifest.base,
-        manifest.not_captured,
-    )
+    base, lost = manifest.base, manifest.not_captured
+    if sharded:
+        from tensorkeep.training._shard_load import Shards
+
+        shards = Shards(folder, manifest)
+        parts = shards.parts
+        return State(parts["model"], parts["optimizer"], parts["ema"], document, base, lost, shards)
+    assert weights is not None
+    return State(tensors[weights], tensors.get(OPTIMIZER, {}), tensors.get(EMA, {}), document, base, lost)
 
 
 def steps(run: Path) -> list[int]:
@@ -252,11 +304,15 @@ def steps(run: Path) -> list[int]:
     return run_folder.steps(Path(run))
 
 
-def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
+def newest(
+    run: Path, read: Callable[[Path], State] = load, damaged: Mapping[Path, Finding] = MappingProxyType({})
+) -> tuple[State, Path, list[Finding]] | None:
     """Load the newest valid checkpoint of a run.
 
     Args:
         run: the run's folder.
+        read: `load`, or `opened`.
+        damaged: checkpoints that are known to be damaged, with what was found.
 
     Returns:
         The state, its folder, and a finding for each newer checkpoint that is damaged; None where there is no
@@ -269,8 +325,11 @@ def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
     skipped: list[Finding] = []
     for step in run_folder.steps(run):
         folder = run_folder.folder_of(run, step)
+        if folder in damaged:
+            skipped.append(damaged[folder])
+            continue
         try:
-            return load(folder), folder, skipped
+            return read(folder), folder, skipped
         except TensorkeepError as error:
             skipped.append(run_manifest.as_finding(error, "warning"))
     if skipped:
@@ -284,4 +343,4 @@ def newest(run: Path) -> tuple[State, Path, list[Finding]] | None:
     return None
 
 
-__all__ = ["Keep", "Saver", "State", "best", "load", "mark_best", "newest", "prune", "save", "steps"]
+__all__ = ["Keep", "Saver", "State", "best", "load", "mark_best", "newest", "opened", "prune", "save", "steps"]

@@ -38,6 +38,7 @@ class State:
         document: plain JSON values (step, samples, epoch, world_size, rng, ...); tuples come back as lists.
         base: digest and path of frozen weights stored elsewhere.
         not_captured: names of objects that hold state and could not give it.
+        shards: where the tensors are still to be read from (those here then lie on meta); None where they are here.
     """
 
     model: dict[str, Tensor]
@@ -46,6 +47,7 @@ class State:
     document: dict[str, Any]
     base: dict[str, Any] | None = None
     not_captured: tuple[str, ...] = ()
+    shards: Any = None
 
 
 def floating(dtype: str) -> bool:

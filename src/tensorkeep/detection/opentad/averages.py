@@ -23,6 +23,7 @@ from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.findings import Finding, Severity
 from tensorkeep.formats.memory import raw_bytes, tensor_of
 from tensorkeep.formats.names import strip_root, unwrap
+from tensorkeep.formats.run import read_part
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.description import QuantizedWeight
@@ -111,10 +112,14 @@ def read_ema(source: str | Path | StateView, model: nn.Module | Iterable[str], r
 
 
 def _opened(source: str | Path | StateView) -> StateView:
-    """Open the checkpoint; of a step folder of ours, the file with its average."""
+    """Open the checkpoint; of a step folder of ours, its average."""
     if isinstance(source, StateView):
         return source
     beside = Path(source) / run_folder.EMA
+    found = read_part(source, "ema") if Path(source).is_dir() and not beside.is_file() else None
+    if found is not None:
+        found.metadata["average"] = True
+        return found
     return read(beside if beside.is_file() else source)
 
 
@@ -163,7 +168,7 @@ def _root(view: StateView) -> str:
     if found:
         what = f"holds {len(found)} averages: {', '.join(found)}"
         raise TensorkeepError(what, where=view.path, code="K08", hint=f"say which: root={found[0]!r}")
-    if "n_averaged" in view or Path(view.path).name == run_folder.EMA:
+    if "n_averaged" in view or "average" in view.metadata or Path(view.path).name == run_folder.EMA:
         return ""
     if any(n.split(".")[0] == "shadow_params" for n in view):
         what = "holds an average by position (shadow_params): no name says which weight is which"

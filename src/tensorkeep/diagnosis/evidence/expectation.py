@@ -10,7 +10,6 @@ from tensorkeep.conversion import architecture
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
-from tensorkeep.storage.run_folder import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def model_stored(case: Case) -> bool:
     """Say whether the checkpoint is meant to hold a whole model: not an adapter alone, nor a run over a frozen base."""
     if case.view is None or case.read_error is not None or (is_adapter(case) and not case.tensors):
         return False
-    return "run" not in case.view.metadata or any(record.file != ADAPTER for record in case.view.values())
+    return not case.view.metadata.get("over a base", False)
 
 
 def is_adapter(case: Case) -> bool:

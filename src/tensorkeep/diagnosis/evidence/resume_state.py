@@ -14,6 +14,7 @@ from typing import Any
 from tensorkeep.conversion.naming import OTHER_STATE
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.run import read_part
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import parse_json
@@ -99,6 +100,9 @@ def find(view: StateView) -> ResumeState | None:
     if not state.optimizer and isinstance(home, LocalFolder) and names:
         parts = sorted(p for p in home.path.iterdir() if re.fullmatch(r"optimizer(_\d+)?", p.name) and p.is_dir())
         state.optimizer = _beside(str(parts[0])) if parts else {}
+    if not state.optimizer and layout == "run" and isinstance(home, LocalFolder):
+        part = read_part(home.path, "optimizer")
+        state.optimizer = dict(part.records) if part is not None else {}
     for name, value in view.entries.items():
         last = name.rpartition(".")[2]
         if last in _POSITIONS and not _optimizer_name(name) and "scheduler" not in name.partition(".")[0]:

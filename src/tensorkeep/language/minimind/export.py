@@ -21,7 +21,8 @@ from tensorkeep.conversion.sink import quiet
 from tensorkeep.conversion.writing import write_files
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.earlier import CHECKPOINT
-from tensorkeep.formats.view import Note, StateView, read
+from tensorkeep.formats.run import read_part
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.language.minimind._position import Batching, step_of
 from tensorkeep.language.minimind._resume_file import registered
 from tensorkeep.storage import run_folder
@@ -80,16 +81,15 @@ def export_resume(
         2000
     """
     opened = run_folder.open_checkpoint(Path(run))
-    if opened is None or run_folder.MODEL not in opened.files:
+    model = read_part(opened.path, "model") if opened is not None else None
+    if opened is None or model is None:
         what = "is no run of ours" if opened is None else "holds an adapter alone, MiniMind's file the base as well"
-        what = what if opened is None or run_folder.ADAPTER in opened.files else "keeps its weights sharded"
         raise TensorkeepError(
             what, where=run, hint="weights go with: tensorkeep convert RUN OUT --to pth --naming minimind"
         )
     document = parse_json(read_small(opened.path / run_folder.STATE), opened.path / run_folder.STATE)
-    weights = _unstacked(read(opened.path / run_folder.MODEL))
-    moments = opened.path / run_folder.OPTIMIZER
-    optimizer = _unstacked(read(moments)) if moments.exists() else None
+    weights, moments = _unstacked(model), read_part(opened.path, "optimizer")
+    optimizer = _unstacked(moments) if moments is not None else None
     names = _names(weights, document, opened.path)
     made = minimind.generation(weights)
     notes: list[Note] = []
@@ -149,10 +149,15 @@ def _pieces(
     experts, rows, width = record.shape
     shape = (rows // len(leaves), width)
     size = nbytes(record.dtype, shape)
-    (block,) = record.blocks
     for e in range(experts):
+        block = next(
+            (b for b in record.blocks if 0 <= e - b.offsets[0] < b.shape[0] and b.shape[1:] == (rows, width)), None
+        )
+        if block is None:
+            what = f"{record.name} is cut through its experts"
+            raise TensorkeepError(what, where=view.path, hint="resume it on one rank and save once")
         for i, leaf in enumerate(leaves):
-            start = block.start + (e * len(leaves) + i) * size
+            start = block.start + ((e - block.offsets[0]) * len(leaves) + i) * size
             own = block._replace(start=start, nbytes=size, offsets=(0, 0), shape=shape, crc=None)
             name = f"{match['at']}.{e}.{leaf}.weight"
             yield name, replace(record, name=name, shape=shape, blocks=(own,))

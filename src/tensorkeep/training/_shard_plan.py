@@ -1,0 +1,146 @@
+"""Which rank writes what of a sharded run's state: torch's planner decides, once for all saves of the same tensors."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage import run_folder
+from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import temporary_name
+from tensorkeep.training._shard_files import Share, lay_out, plain
+from tensorkeep.training.distributed import World, from_first, gathered
+from tensorkeep.training.state_files import State
+
+_AROUND = 2048  # bytes that an archive has beside its data, and the entries of a chunk, at most
+
+
+class Part(NamedTuple):
+    """This rank's part of one save.
+
+    Attributes:
+        share: the file it writes.
+        tensors: the chunks that go into it, by key, where they lie while training.
+        steady: keys of those that change in optimizer steps only.
+        metadata: torch's description of all parts, on the first rank.
+        folder: where every rank writes, under a temporary name.
+        meeting: the name of this save among the ranks.
+        description: `.metadata` of a save before, which is this one's as well; None where there is none yet.
+        keep: takes it, on the first rank.
+        needed: bytes of all parts.
+    """
+
+    share: Share
+    tensors: dict[str, Tensor]
+    steady: frozenset[str]
+    metadata: Metadata | None
+    folder: Path
+    meeting: str
+    description: bytes | None
+    keep: Callable[[bytes], None]
+    needed: int
+
+
+class ShardPlan:
+    """Plans the saves of one run; every rank has one.
+
+    Args:
+        world: this process among its peers.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._kinds: list[Any] | None = None
+        self._items: SavePlan | None = None
+        self._metadata: Metadata | None = None
+        self._share: Share | None = None
+        self._description: bytes | None = None
+
+    def _keep(self, description: bytes) -> None:
+        self._description = description
+
+    def part(self, run: Path, state: State, document: bytes) -> Part:
+        """Find this rank's part of a state, and make the folder for all; every rank must call it.
+
+        Tensors stay where they are. Ranks exchange the plan where tensors are not those of the save before.
+
+        Args:
+            run: the run's folder.
+            state: what to save, its tensors in shards.
+            document: state.json, for the room it needs.
+
+        Raises:
+            TensorkeepError: on every rank: a tensor cannot be stored, the disk is full or fails.
+        """
+        nested = {k: v for k, v in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema)) if v}
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(nested, is_coordinator=self.world.first)
+        kinds = [(name, _kind(tensor)) for name, tensor in planner.state_dict.items()]
+        if not all(gathered(self.world, kinds == self._kinds)):
+            self._agree(planner)
+            self._kinds = kinds
+        share, items = self._share, self._items
+        assert share is not None and items is not None
+        step, needed = state.document["step"], self._needed(document)
+
+        def place() -> tuple[str, str, bool]:
+            folder = temporary_name(run_folder.folder_of(run, step))
+            with explained(run):
+                run_folder.make_folder(folder.parent)
+                run_folder.room_for(run, needed)
+                folder.mkdir()
+            return str(folder), f"{folder.name}/{secrets.token_hex(8)}", self._description is not None
+
+        folder, meeting, known = from_first(self.world, place)
+        by_index = {item.index: item for item in items.items}
+        tensors = {
+            key: plain(planner.resolve_data(by_index[item.at]), item.at.fqn)  # type: ignore[arg-type]
+            for key, item in share.items.items()
+        }
+        trained = {f"model.{name.rpartition('/')[0]}" for name in state.optimizer}
+        steady = frozenset(
+            k for k, i in share.items.items() if not i.at.fqn.startswith("model.") or i.at.fqn in trained
+        )
+        description = (self._description or b"") if known else None
+        return Part(share, tensors, steady, self._metadata, Path(folder), meeting, description, self._keep, needed)
+
+    def _agree(self, planner: DefaultSavePlanner) -> None:
+        """Let the first rank make one plan of all ranks', so that what several hold is written once."""
+        world, error = self.world, None
+        plans: list[Any] | None = [None] * world.size if world.first else None
+        dist.gather_object(planner.create_local_plan(), plans)
+        if plans is not None:
+            try:
+                plans, self._metadata = planner.create_global_plan(plans)
+            except ValueError as wrong:
+                error = TensorkeepError(f"the ranks' tensors make no whole: {wrong}", where="checkpoint")
+                plans = [error] * world.size
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, plans)
+        if isinstance(own[0], TensorkeepError):
+            raise own[0]
+        self._items, self._description = own[0], None
+        self._share = lay_out(f"__{world.rank}_0.distcp", own[0].items, {})
+
+    def _needed(self, document: bytes) -> int:
+        """Bytes of a save; of the first rank alone."""
+        described = self._metadata.state_dict_metadata.values() if self._metadata is not None else ()
+        tensors = [d for d in described if isinstance(d, TensorStorageMetadata)]
+        sizes = [d.size.numel() * d.properties.dtype.itemsize + _AROUND * len(d.chunks) for d in tensors]
+        return sum(sizes) + len(document) + (1 << 20)
+
+
+def _kind(tensor: Any) -> tuple[Any, ...]:
+    """What the plan depends on: dtype, sizes of the whole and of this rank's part, device."""
+    local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    part = tensor if local is None else local()
+    return tensor.dtype, tuple(tensor.shape), tuple(part.shape), part.device
