@@ -16,6 +16,7 @@ from tensorkeep.adapters._places import Place, places
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
 from tensorkeep.adapters.terms import Term, check_tokens
+from tensorkeep.conversion.dequantizing import turned
 from tensorkeep.conversion.live import AskLive, Live, unknown
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
@@ -99,17 +100,23 @@ def computed_tensor(
     made = ComputedTensor(
         stored, math.prod(shape) // max(width, 1), width, list(terms), weight, through, shape[1] if stacked else 1, held
     )
+    made.inward = through is not None and turned(state.config, tensor.name if tensor else name)
     state.made[name] = made
     return made
 
 
 def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight | None) -> str:
     """Return the dtype that a weight had before it was quantized, as its state or the tensors around it say."""
-    if weight is None:
+    computed = getattr(state.view, "made", ())  # floats already, of codes
+    if weight is None and record.name not in computed:
         return record.dtype
-    if weight.dtype in FROM_TORCH:
+    if weight is not None and weight.dtype in FROM_TORCH:
         return FROM_TORCH[weight.dtype]
-    around = [r.dtype for n, r in state.records.items() if r.dtype in ("F32", "F16", "BF16") and n not in state.weights]
+    around = [
+        r.dtype
+        for n, r in state.records.items()
+        if r.dtype in ("F32", "F16", "BF16") and n not in state.weights and n not in computed
+    ]
     return max(sorted(set(around)), key=around.count) if around else "BF16"
 
 

@@ -49,6 +49,7 @@ class ComputedTensor:
         through: the quantization that a float source is sent through, since the adapter was trained on its result.
         steps: rows that make one step of the first dimension.
         held: rows of the source, where the adapter's whole tensor has more or fewer; None where it has as many.
+        inward: it is [in, out] (Conv1D), and `through` quantizes its transpose.
     """
 
     source: str
@@ -59,6 +60,7 @@ class ComputedTensor:
     through: Encoding | None = None
     steps: int = 1
     held: int | None = None
+    inward: bool = False
 
     @property
     def requantized(self) -> Encoding | None:
@@ -129,7 +131,7 @@ def _merged_rows(
     base: StateView, made: ComputedTensor, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None
 ) -> Iterator[Array]:
     """Yield rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
-    kind = made.requantized if moved is not None else None
+    kind = made.requantized if moved is not None and not made.inward else None
     aligned = math.lcm(unit, _rows_of_whole_blocks(made, kind), _rows_of_whole_blocks(made, made.through))
     parts = [(t, _loaded(base, made, t)) for t in made.terms]
     sole = len({t.number for t in made.terms}) == 1
@@ -240,6 +242,9 @@ def _base_rows(
     if made.through is None:
         yield from _plain(base, made, rows, step)
         return
+    if made.inward:
+        yield from _sent_turned(base, made, rows, step, moved)
+        return
     kind, scales = made.through, None
     if kind.kind in LEVELS:
         tops = [
@@ -260,6 +265,28 @@ def _base_rows(
         if moved is not None:
             moved.original += _square(sent.astype(np.float64) - values)
         yield at, sent
+
+
+def _sent_turned(
+    base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int, moved: Moved | None
+) -> Iterator[tuple[int, Array]]:
+    """Yield rows of a matrix [in, out] whose transpose was quantized; the matrix is held."""
+    assert made.through is not None
+    kind, stored = made.through, np.concatenate([v for _, v in _plain(base, made, (0, made.count), step)])
+    values = np.ascontiguousarray(stored.T, np.float32)
+    if kind.kind in LEVELS:
+        flat = values.reshape(-1)
+        absmax = quant_encoding.absolute_maxima(flat, kind.block)
+        scales = quant_encoding.stored_scales(absmax, kind.double)
+        codes = quant_encoding.four_bit_codes(flat, absmax, kind.kind, kind.block)
+        sent = scaled(LEVELS[kind.kind][codes], scales, kind.block).reshape(values.shape).T
+    else:
+        sent = quant_encoding.int8_values(values).T
+    for at in range(rows[0], rows[1], step):
+        some = np.ascontiguousarray(sent[at : min(at + step, rows[1])])
+        if moved is not None:
+            moved.original += _square(some.astype(np.float64) - stored[at : at + len(some)])
+        yield at, some
 
 
 def _plain(base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:

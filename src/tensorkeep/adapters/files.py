@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.adapters.lora import LoraConv1D, LoraQuantLinear, layers
+from tensorkeep.adapters.lora import LoraQuantLinear, layers
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import peft
 from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.memory import raw_bytes, tensor_of
-from tensorkeep.formats.names import unwrap
+from tensorkeep.formats.names import exactly, matches, unwrap
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.linear_layers import turned
+from tensorkeep.quantization.modules import quantized_layers
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
@@ -79,7 +82,7 @@ def adapter_config(
         "use_rslora": first.rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(m, LoraConv1D) for m in found.values()),
+        "fan_in_fan_out": any(turned(m) for m in found.values()),
         "init_lora_weights": True,
         "target_modules": sorted(n for n in found if n not in parameters),
         **({"target_parameters": sorted(named[n] for n in parameters)} if parameters else {}),
@@ -90,16 +93,35 @@ def adapter_config(
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
-    """Return how the linears under the adapter are quantized; None where all are dense.
+    """Return how the linears of an adapted model are quantized; None where all under the adapter are dense.
 
     Where layers differ, the commonest form is at the top and the others under `layers`, by name; None there is dense.
+    `modules` has patterns of those that the form at the top is for, where they are not all but heads and embeddings.
     """
     each = {n: _form(m) if isinstance(m, LoraQuantLinear) else None for n, m in layers(model).items()}
     usual = _commonest(each.values())
     odd = {n: None if form is None else dict(form) for n, form in each.items() if form != usual}
     if usual is None:
         return {"kind": None, "layers": odd} if odd else None
-    return {**dict(usual), **({"layers": odd} if odd else {})}
+    chosen = _patterns(model)
+    return {**dict(usual), **({"layers": odd} if odd else {}), **({"modules": chosen} if chosen else {})}
+
+
+def _patterns(model: nn.Module) -> list[str]:
+    """Return patterns of the quantized modules; none where they are every matrix but heads and embeddings."""
+    packed = list(quantized_layers(model))
+    wide = [unwrap(n)[0] for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
+    others = [n for n in (w.removesuffix(".weight") for w in wide) if n not in packed]
+    if not [n for n in packed if matches(n, EXCLUDED)] and all(matches(n, EXCLUDED) for n in others):
+        return []
+    kinds: dict[str, list[str]] = {}
+    for name in packed:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+    out = []
+    for kind, names in kinds.items():
+        pattern = f"^{kind}$"
+        out += [pattern] if not any(matches(n, [pattern]) for n in others) else [exactly(n) for n in names]
+    return sorted(out)
 
 
 def _form(layer: LoraQuantLinear) -> tuple[tuple[str, Any], ...]:
@@ -286,7 +308,10 @@ def _check_base(
         here = f"this one is {base_digest}" if base_digest else "nothing says which base this is"
         hint = "load_quantizing and load_quantized return base_digest; allow_other_base=True loads it all the same"
         raise TensorkeepError(f"was trained on the base {shown(recorded)}, {here}", where=where, code="A04", hint=hint)
-    if "quantization" in config and config["quantization"] != quantized:
+    then = config.get("quantization")
+    if isinstance(then, dict) and "modules" not in then and quantized is not None:  # as earlier versions wrote it
+        quantized = {k: v for k, v in quantized.items() if k != "modules"}
+    if "quantization" in config and then != quantized:
         was, now = config["quantization"] or "float weights", quantized or "float weights"
         hint = "quantize the base as it was; allow_other_base=True loads it all the same"
         raise TensorkeepError(f"was trained on {was}, this base is {now}", where=where, code="A04", hint=hint)

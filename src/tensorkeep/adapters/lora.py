@@ -69,10 +69,7 @@ class LoraLinear(LowRank, nn.Linear):
 
     def over(self, base: QuantLinear) -> LoraQuantLinear:
         """Return a layer with the same update over a quantized form of this one."""
-        made = adapted(base, self.r, self.alpha, self.dropout, self.rslora)
-        made.lora_A, made.lora_B = self.lora_A, self.lora_B
-        assert isinstance(made, LoraQuantLinear)
-        return made
+        return _over(self, base)
 
 
 class LoraQuantLinear(LowRank, QuantLinear):
@@ -85,6 +82,11 @@ class LoraConv1D(LowRank):
     weight: nn.Parameter
     nx: int
     nf: int
+    inward = True
+
+    def over(self, base: QuantLinear) -> LoraQuantLinear:
+        """Return a layer with the same update over a quantized form of this one."""
+        return _over(self, base)
 
     @property
     def matrix(self) -> Tensor:
@@ -100,6 +102,14 @@ class LoraConv1D(LowRank):
     def out_features(self) -> int:
         """Width of the output."""
         return self.nf
+
+
+def _over(layer: LowRank, base: QuantLinear) -> LoraQuantLinear:
+    """Return a quantized layer with the update of another."""
+    made = adapted(base, layer.r, layer.alpha, layer.dropout, layer.rslora)
+    made.lora_A, made.lora_B = layer.lora_A, layer.lora_B
+    assert isinstance(made, LoraQuantLinear)
+    return made
 
 
 def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:

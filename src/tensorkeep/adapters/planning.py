@@ -19,10 +19,11 @@ from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
+from tensorkeep.conversion.dequantizing import decoded, turned
 from tensorkeep.conversion.live import AskLive, unknown
 from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
-from tensorkeep.errors import TensorkeepError, shown, word
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.companions import travelling
 from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import Note, StateView
@@ -169,8 +170,10 @@ def _merged_view(
     weights = quantized.find_quantized(base, identity.names)
     for weight in weights.values():
         quantized.refuse(weight, base.path)
-    _refuse_packed(base, weights)
-    forms = _wanted_quantization(base, sources, onto, weights)
+    forms, coded = _wanted_quantization(base, sources, onto, weights), weights
+    if _needs_floats(base, weights, forms):
+        base, weights = decoded(base, "F32"), {}
+        identity = namings.identify(base)
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
     state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype, ask=ask)
@@ -182,8 +185,8 @@ def _merged_view(
             wanted.setdefault(name, []).extend(found)
     sizes = settle_sizes(state, sources, wanted)
     parted = settle_ties(state, sources, wanted, untie)
-    state.notes += _precision_notes(sources, weights, onto)
-    for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
+    state.notes += _precision_notes(sources, coded, onto)
+    for stored in [*weights, *getattr(base, "made", ()), *(state.hf_tensors[n].parts[0].name for n in state.through)]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
         part = state.hf_tensors[name].parts[0]
@@ -208,15 +211,18 @@ def _merged_view(
     return view, ", ".join(spoken) or None
 
 
-def _refuse_packed(base: StateView, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Stop at a base whose codes lie under other names than its weights: adapters change weights by name."""
-    packed = [w for w in weights.values() if w.stands_for != w.name and not w.name.endswith(quantized.TORCHAO)]
-    if packed:
-        raise TensorkeepError(
-            f"holds {len(packed)} weights as {packed[0].kind} codes, which adapters are not merged into",
-            where=base.path,
-            hint=f"make floats of it first: tensorkeep convert {word(base.path)} FLOATS --to hf --dtype bf16",
-        )
+def _needs_floats(base: StateView, weights: Mapping[str, QuantizedWeight], forms: Forms | None) -> bool:
+    """Whether a base's codes give way to floats before anything is added, as they did when the adapter was trained.
+
+    So it is with codes that lie under other names than their weights or the other way round (Conv1D), and where the
+    adapter was trained on those floats quantized anew.
+    """
+    if forms is not None and weights:
+        return True
+    return any(
+        (w.stands_for != w.name and not w.name.endswith(quantized.TORCHAO)) or turned(base.config, w.stands_for)
+        for w in weights.values()
+    )
 
 
 def _wanted_quantization(
@@ -241,6 +247,8 @@ def _wanted_quantization(
                 hint="give the float checkpoint that it was made from as BASE",
             )
         odd = [(k, f) for f in asked for k in f.kinds if k.kind not in found]
+        if odd and not any(w.held for w in weights.values()):
+            return _one_form(sources, asked)
         if odd:
             raise TensorkeepError(
                 f"was trained on {odd[0][0].spoken}, the base {base.path} is {', '.join(found)}",
@@ -249,8 +257,11 @@ def _wanted_quantization(
                 hint=f"give the {odd[0][0].kind} base, or the float one it was made from",
             )
         return None
-    if onto == "original" or not asked:
-        return None
+    return None if onto == "original" or not asked else _one_form(sources, asked)
+
+
+def _one_form(sources: Sequence[WeightedAdapter], asked: Mapping[Forms, str]) -> Forms:
+    """Return the one form of the base that all adapters were trained on; A04 where there are several."""
     if len(asked) > 1 or len({bool(s.adapter.document.get("quantization")) for s in sources}) > 1:
         raise TensorkeepError(
             "the adapters were trained on different forms of the base "
@@ -277,7 +288,11 @@ def _precision_notes(
                     "A04", f"{source.path} was trained on a quantized form of the base: its update fits that one"
                 )
             elif not document["quantization"] and weights:
-                yield Note("A04", f"{source.path} was trained on float weights, this base is {found}, dequantized")
+                same = document.get("base_digest") and not any(
+                    w.held for w in weights.values()
+                )  # training dequantized it
+                if not same:
+                    yield Note("A04", f"{source.path} was trained on float weights, this base is {found}, dequantized")
             continue
         said = said_precision(document)
         if said is not None and not weights:

@@ -16,6 +16,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import HELD, QuantLinear
+from tensorkeep.quantization.linear_layers import sizes, turned
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
 from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.replacing import (
@@ -150,7 +151,7 @@ class Load:
     def _plan_codes(self, name: str, weight: str, linear: Any) -> None:
         """Plan a weight that is quantized in the file."""
         try:
-            packed = read_packed(self._part(weight), (linear.out_features, linear.in_features))
+            packed = read_packed(self._part(weight), sizes(linear))
         except TensorkeepError as error:
             self._problem(error.code or "Q06", weight, error.what.removeprefix("layer.weight: "))
             return
@@ -166,7 +167,8 @@ class Load:
 
     def _plan_floats(self, name: str, weight: str, linear: Any) -> None:
         """Plan a weight that is float in the file and to be quantized."""
-        record, shape = self.view[self.stored[weight]], (linear.out_features, linear.in_features)
+        record, shape = self.view[self.stored[weight]], sizes(linear)
+        shape = shape[::-1] if turned(linear) else shape
         if self.settings is None:
             self._problem(
                 "Q01", weight, f"is {record.dtype} in the file and quantized in the model: load_quantizing quantizes it"
@@ -324,11 +326,12 @@ class Load:
             assert self.settings is not None
             tensor = tensor_of(self.view, step.stored)
             digests = {step.stored: digest_of(tensor)}
+            tensor = tensor.T if turned(linear) else tensor
             packed = pack(tensor.to(device), self.settings.kind, self.settings.double, self.settings.block, step.name)
         if isinstance(linear, QuantLinear):
             linear.fill(packed)
         else:
-            replace_modules(self.model, {linear: over(linear, QuantLinear(packed, linear.bias))})
+            replace_modules(self.model, {linear: over(linear, QuantLinear.instead_of(linear, packed))})
         self.result.quantized.append(step.name)
         return digests
 

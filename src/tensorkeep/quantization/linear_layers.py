@@ -88,6 +88,28 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Return the sizes [out, in] of a linear layer, whichever way it keeps its matrix.
+
+    Args:
+        module: a linear, Conv1D, or one of ours.
+    """
+    layer: Any = module
+    return (layer.nf, layer.nx) if is_conv1d(module) else (layer.out_features, layer.in_features)
+
+
+def turned(module: nn.Module) -> bool:
+    """Whether a layer keeps its matrix as [in, out], or is the quantized form of one that does.
+
+    Args:
+        module: a linear, Conv1D, or one of ours.
+
+    Returns:
+        Whether it does.
+    """
+    return is_conv1d(module) or bool(getattr(module, "inward", False))
+
+
 def read_directly(model: nn.Module) -> list[str]:
     """Return the linear layers whose weight the module around them takes, beside calling the layer or instead of it.
 

@@ -52,7 +52,7 @@ def load_quantized(model: nn.Module, source: CheckpointLike, absent: Sequence[st
 def load_quantizing(
     model: nn.Module,
     source: CheckpointLike,
-    kind: Kind | int = "nf4",
+    kind: Kind | int | None = "nf4",
     double: bool = True,
     block: int = 64,
     include: Sequence[str] = ("*",),
@@ -70,7 +70,7 @@ def load_quantizing(
     Args:
         model: the model; changed in place.
         source: a path, a view, or tensors by name.
-        kind: "nf4", "fp4", "int8", or 4 or 8 bits.
+        kind: "nf4", "fp4", "int8", or 4 or 8 bits; None quantizes nothing that the file does not hold quantized.
         double: quantize the scales as well (nf4, fp4).
         block: number of flat elements that share a scale (nf4, fp4).
         include: patterns of the linears to quantize.
@@ -93,7 +93,8 @@ def load_quantizing(
         >>> load_quantizing(model, nn.Sequential(nn.Linear(64, 8)).state_dict(), "nf4").quantized
         ['0']
     """
-    settings = Settings(kind_of(kind), double, block, tuple(include), tuple(exclude))
+    chosen = () if kind is None else tuple(include)
+    settings = Settings(kind_of(kind or "nf4"), double, block, chosen, tuple(exclude))
     place = None if device is None else torch.device(device)
     loaded = Load(model, _view(source), settings, tuple(absent), place, dtype).run(repair, place)
     model.requires_grad_(False)
