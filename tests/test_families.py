@@ -278,9 +278,12 @@ def test_a_weight_that_the_model_takes_itself_stays_plain_and_what_a_text_never_
 
 def test_stacked_experts_that_stay_wide_are_named_with_their_share() -> None:
     model = families.model_of("qwen3_moe").requires_grad_(False)
-    quantize_(model, "nf4")
+    quantize_(model, "nf4", exclude=["experts", "lm_head$"])
     said = stayed_wide(model)
     assert said is not None and "mlp.experts.gate_up_proj" in said and "% stay in floats" in said
+    quantize_(model, "nf4", include=["experts"])
+    said = stayed_wide(model)
+    assert said is not None and "experts" not in said and "84 % of the parameters are quantized" in said
 
 
 def test_rows_beyond_a_table_of_positions_and_packing_that_leaks_are_refused() -> None:

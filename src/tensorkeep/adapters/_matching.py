@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorkeep.adapters._joined import Joined
 from tensorkeep.adapters._places import Place, places
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
 from tensorkeep.adapters.terms import Term, check_tokens
-from tensorkeep.conversion.dequantizing import turned
 from tensorkeep.conversion.live import AskLive, Live, unknown
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
@@ -54,6 +54,8 @@ class MergeBase:
     records: dict[str, TensorRecord]
     dtype: str | None
     through: dict[str, Encoding] = field(default_factory=dict)
+    coded: set[str] = field(default_factory=set)  # stored names of weights that were codes when the adapter was trained
+    joined: dict[str, list[Joined]] = field(default_factory=dict)  # hf name -> matrices in memory that it is a piece of
     made: dict[str, ComputedTensor] = field(default_factory=dict)
     tied: bool = False
     ask: AskLive = unknown
@@ -84,7 +86,8 @@ def computed_tensor(
     shape = weight.shape if weight is not None and weight.shape is not None else record.shape
     tensor = next((h for h in state.hf_tensors.values() if h.parts[0].name == stored), None)
     stacked = (tensor is not None and tensor.parts[0].rows is not None) or (
-        len(shape) == 3 and any(t.piece is not None for t in terms)
+        len(shape) == 3
+        and (any(t.piece is not None for t in terms) or (tensor is not None and tensor.name in state.joined))
     )
     resized = next((t for t in terms if t.kind == "saved" and t.piece is None and shape and t.length != shape[0]), None)
     held = shape[0] if resized is not None else None
@@ -97,10 +100,11 @@ def computed_tensor(
         name, dtype, tuple(shape), record.blocks, record.tied_to if name != state.head else None
     )
     through = state.through.get(tensor.name) if tensor else None
+    joined = state.joined.get(tensor.name, []) if tensor else []
     made = ComputedTensor(
         stored, math.prod(shape) // max(width, 1), width, list(terms), weight, through, shape[1] if stacked else 1, held
     )
-    made.inward = through is not None and turned(state.config, tensor.name if tensor else name)
+    made.joined = joined
     state.made[name] = made
     return made
 

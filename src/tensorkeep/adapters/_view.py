@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorkeep.adapters._joined import Joined, sent_rows
 from tensorkeep.adapters.shares import Share
 from tensorkeep.adapters.terms import Term, load_tokens, whole
 from tensorkeep.errors import TensorkeepError
@@ -49,7 +50,8 @@ class ComputedTensor:
         through: the quantization that a float source is sent through, since the adapter was trained on its result.
         steps: rows that make one step of the first dimension.
         held: rows of the source, where the adapter's whole tensor has more or fewer; None where it has as many.
-        inward: it is [in, out] (Conv1D), and `through` quantizes its transpose.
+        joined: of which matrices in memory its rows are pieces, where those were sent through a quantization and lie
+            otherwise in the file; `through` is None then.
     """
 
     source: str
@@ -60,7 +62,7 @@ class ComputedTensor:
     through: Encoding | None = None
     steps: int = 1
     held: int | None = None
-    inward: bool = False
+    joined: list[Joined] = field(default_factory=list)
 
     @property
     def requantized(self) -> Encoding | None:
@@ -131,7 +133,7 @@ def _merged_rows(
     base: StateView, made: ComputedTensor, dtype: str, rows: tuple[int, int], unit: int = 1, moved: Moved | None = None
 ) -> Iterator[Array]:
     """Yield rows of a merged tensor in `dtype`, some [n, width] at a time, n a multiple of `unit`."""
-    kind = made.requantized if moved is not None and not made.inward else None
+    kind = made.requantized if moved is not None else None
     aligned = math.lcm(unit, _rows_of_whole_blocks(made, kind), _rows_of_whole_blocks(made, made.through))
     parts = [(t, _loaded(base, made, t)) for t in made.terms]
     sole = len({t.number for t in made.terms}) == 1
@@ -239,11 +241,14 @@ def _base_rows(
     if made.weight is not None:
         yield from _dequantized(base, made, rows, step)
         return
+    if made.joined:
+        for at, sent, before in sent_rows(base, made.joined, rows, step):
+            if moved is not None:
+                moved.original += _square(sent.astype(np.float64) - before)
+            yield at, sent
+        return
     if made.through is None:
         yield from _plain(base, made, rows, step)
-        return
-    if made.inward:
-        yield from _sent_turned(base, made, rows, step, moved)
         return
     kind, scales = made.through, None
     if kind.kind in LEVELS:
@@ -265,28 +270,6 @@ def _base_rows(
         if moved is not None:
             moved.original += _square(sent.astype(np.float64) - values)
         yield at, sent
-
-
-def _sent_turned(
-    base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int, moved: Moved | None
-) -> Iterator[tuple[int, Array]]:
-    """Yield rows of a matrix [in, out] whose transpose was quantized; the matrix is held."""
-    assert made.through is not None
-    kind, stored = made.through, np.concatenate([v for _, v in _plain(base, made, (0, made.count), step)])
-    values = np.ascontiguousarray(stored.T, np.float32)
-    if kind.kind in LEVELS:
-        flat = values.reshape(-1)
-        absmax = quant_encoding.absolute_maxima(flat, kind.block)
-        scales = quant_encoding.stored_scales(absmax, kind.double)
-        codes = quant_encoding.four_bit_codes(flat, absmax, kind.kind, kind.block)
-        sent = scaled(LEVELS[kind.kind][codes], scales, kind.block).reshape(values.shape).T
-    else:
-        sent = quant_encoding.int8_values(values).T
-    for at in range(rows[0], rows[1], step):
-        some = np.ascontiguousarray(sent[at : min(at + step, rows[1])])
-        if moved is not None:
-            moved.original += _square(some.astype(np.float64) - stored[at : at + len(some)])
-        yield at, some
 
 
 def _plain(base: StateView, made: ComputedTensor, rows: tuple[int, int], step: int) -> Iterator[tuple[int, Array]]:

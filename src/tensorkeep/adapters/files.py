@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.adapters.lora import LoraQuantLinear, layers
+from tensorkeep.adapters.stacked import adapted_stacks, in_peft
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import peft
 from tensorkeep.formats.earlier import CHECKPOINT
@@ -25,6 +26,7 @@ from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.linear_layers import turned
 from tensorkeep.quantization.modules import quantized_layers
+from tensorkeep.quantization.stacks import Stack, stacks
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
@@ -42,19 +44,20 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Other trainable parameters (a head, norms) come along as PEFT keeps its `modules_to_save`. Shards are gathered: call
     it on every process.
     """
-    found = layers(model)
-    if not found:
+    found, piles = layers(model), adapted_stacks(model)
+    if not found and not piles:
         raise TensorkeepError("the model has no LoRA layers", where="lora", hint="add_lora(model, targets) adds them")
     out = {}
+    theirs = in_peft(list(piles))
     for name, parameter in _trainable(model).items():
         module, _, last = name.rpartition(".")
-        own = last in ("lora_A", "lora_B") and module in found
+        own = last in ("lora_A", "lora_B") and (module in found or module in piles)
         if module in found and not own:
             what = f"{last} of an adapted linear trains, which PEFT's files cannot say"
             raise TensorkeepError(what, where=module, hint="freeze it")
         whole: Any = parameter.detach()
         whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-        out[f"{_PREFIX}{name}.weight" if own else _PREFIX + name] = whole
+        out[f"{_PREFIX}{theirs.get(module, module)}.{last}.weight" if own else _PREFIX + name] = whole
     return out
 
 
@@ -62,15 +65,16 @@ def adapter_config(
     model: nn.Module, base: str | None = None, task: str | None = "CAUSAL_LM", parameters: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return PEFT's config of the model's adapter; see `write_adapter` for `parameters`."""
-    found = layers(model)
-    first = next(iter(found.values()))
+    linears, piles = layers(model), adapted_stacks(model)
+    found: dict[str, Any] = {**linears, **piles}
+    parameters = [*parameters, *piles]
     ranks, alphas = {n: m.r for n, m in found.items()}, {n: m.alpha for n, m in found.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     if len({m.rslora for m in found.values()}) > 1:
         raise TensorkeepError("some layers are rsLoRA and some are not: one file cannot say so", where="lora")
     pairs = {f"{n}.lora_{half}" for n in found for half in "AB"}
     saved = sorted({n.rpartition(".")[0] for n in _trainable(model) if n not in pairs})
-    named = {n: f"{n}.weight" if n in parameters else n for n in found}  # as PEFT's patterns meet them
+    named = {n: f"{n}.weight" if n in parameters and n in linears else n for n in found}  # as PEFT's patterns meet them
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -78,11 +82,11 @@ def adapter_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": 0.0 if parameters else first.dropout,
-        "use_rslora": first.rslora,
+        "lora_dropout": 0.0 if parameters else next(iter(linears.values())).dropout,
+        "use_rslora": next(iter(found.values())).rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": any(turned(m) for m in found.values()),
+        "fan_in_fan_out": any(turned(m) for m in linears.values()),
         "init_lora_weights": True,
         "target_modules": sorted(n for n in found if n not in parameters),
         **({"target_parameters": sorted(named[n] for n in parameters)} if parameters else {}),
@@ -99,6 +103,7 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
     `modules` has patterns of those that the form at the top is for, where they are not all but heads and embeddings.
     """
     each = {n: _form(m) if isinstance(m, LoraQuantLinear) else None for n, m in layers(model).items()}
+    each |= {n: None if s.layout is None else _form(s) for n, s in adapted_stacks(model).items()}
     usual = _commonest(each.values())
     odd = {n: None if form is None else dict(form) for n, form in each.items() if form != usual}
     if usual is None:
@@ -109,10 +114,11 @@ def quantization(model: nn.Module) -> dict[str, Any] | None:
 
 def _patterns(model: nn.Module) -> list[str]:
     """Return patterns of the quantized modules; none where they are every matrix but heads and embeddings."""
-    packed = list(quantized_layers(model))
+    piles = [unwrap(n)[0] for n, s in stacks(model) if s.layout is not None]
+    packed = [*quantized_layers(model), *piles]
     wide = [unwrap(n)[0] for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
     others = [n for n in (w.removesuffix(".weight") for w in wide) if n not in packed]
-    if not [n for n in packed if matches(n, EXCLUDED)] and all(matches(n, EXCLUDED) for n in others):
+    if not piles and not [n for n in packed if matches(n, EXCLUDED)] and all(matches(n, EXCLUDED) for n in others):
         return []
     kinds: dict[str, list[str]] = {}
     for name in packed:
@@ -124,9 +130,10 @@ def _patterns(model: nn.Module) -> list[str]:
     return sorted(out)
 
 
-def _form(layer: LoraQuantLinear) -> tuple[tuple[str, Any], ...]:
+def _form(layer: LoraQuantLinear | Stack) -> tuple[tuple[str, Any], ...]:
     """Return how one quantized layer is quantized, as pairs that can be compared."""
     layout = layer.layout
+    assert layout is not None
     if layout.kind == "int8":
         return (("kind", "int8"),)
     return (("kind", layout.kind), ("block", layout.block), ("double", bool(layout.nested)))
@@ -225,11 +232,13 @@ def load_adapter(
     """
     view, config = _open(source)
     found, targets = layers(model), _trainable(model)
-    if not found:
+    piles = adapted_stacks(model)
+    if not found and not piles:
         raise TensorkeepError(
             "the model has no LoRA layers", where=view.path, hint="add_lora(model, targets) adds them"
         )
-    stored = {_own_name(name): name for name in view}
+    ours = {f"{p}.lora_{half}": f"{n}.lora_{half}" for n, p in in_peft(list(piles)).items() for half in "AB"}
+    stored = {ours.get(_own_name(name), _own_name(name)): name for name in view}
     problems = [f"missing {n}" for n in targets if n not in stored]
     problems += [f"unexpected {view_name}" for n, view_name in stored.items() if n not in targets]
     problems += [
@@ -241,7 +250,7 @@ def load_adapter(
         more = f" ({len(problems)} in all)" if len(problems) > 3 else ""
         hint = "add_lora with the targets and ranks of its adapter_config.json; DoRA and other kinds load through PEFT"
         raise TensorkeepError("; ".join(problems[:3]) + more, where=view.path, code="A01", hint=hint, tensors=problems)
-    _check_scales(config, {n: (m.r, m.scale) for n, m in found.items()}, view.path)
+    _check_scales(config, {n: (m.r, m.scale) for n, m in {**found, **piles}.items()}, view.path)
     if not allow_other_base:
         _check_base(config, base_digest, quantization(model), view.path)
     with torch.no_grad():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.adapters import kinds
+from tensorkeep.adapters.stacked import adapt_stacks, refuse_dropout
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.quantization.encoding import HEADS
@@ -160,6 +161,7 @@ def add_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
     kind: str = "lora",
+    parameters: Sequence[str] = (),
 ) -> list[str]:
     """Give the named linears of a model a low-rank update and freeze all else, in place.
 
@@ -174,9 +176,10 @@ def add_lora(
         alpha_pattern: other alphas, by pattern of module names.
         exclude: patterns of module names to leave out.
         kind: "lora", or "rslora", which sets `rslora`.
+        parameters: patterns of parameters that stack experts, each of which gets an update of its own.
 
     Returns:
-        The names of the adapted modules.
+        The names of the adapted modules, and of the parameters.
 
     Raises:
         TensorkeepError: a pattern fits no linear, no linear is left, or the kind is not trained here.
@@ -193,8 +196,9 @@ def add_lora(
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
     check_patterns(linears, exclude, "lora.exclude")
-    check_patterns(dict.fromkeys(chosen), [*ranks, *alphas], "lora.rank_pattern, alpha_pattern")
-    if not chosen:
+    refuse_dropout(dropout, parameters)
+    check_patterns(dict.fromkeys([*chosen, *parameters]), [*ranks, *alphas], "lora.rank_pattern, alpha_pattern")
+    if not chosen and not parameters:
         raise TensorkeepError(f"no linear is left to adapt after exclude {list(exclude)}", where="lora.targets")
     model.requires_grad_(False)
     made = {}
@@ -205,7 +209,7 @@ def add_lora(
             base, rank, _first(name, alphas, alpha), dropout, rslora or kind == "rslora", name
         )
     replace_modules(model, made)
-    return chosen
+    return chosen + adapt_stacks(model, parameters, r, alpha, rslora or kind == "rslora", ranks, alphas)
 
 
 def adapted(

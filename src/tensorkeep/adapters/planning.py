@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
+from tensorkeep.adapters._through import sent_through
 from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import read_adapter, refuse_unmergeable, said_precision
@@ -21,17 +22,16 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
 from tensorkeep.conversion.dequantizing import decoded, turned
 from tensorkeep.conversion.live import AskLive, unknown
-from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
+from tensorkeep.conversion.plan import Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.companions import travelling
-from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization import stored as quantized
-from tensorkeep.quantization.encoding import EXCLUDED, Encoding, Forms, forms_of
+from tensorkeep.quantization.encoding import Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.record import BLOCK_TYPES, DTYPES
+from tensorkeep.storage.record import BLOCK_TYPES
 
 
 @dataclass
@@ -177,8 +177,10 @@ def _merged_view(
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
     state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype, ask=ask)
+    state.coded = {w.stands_for for w in coded.values() if w.held}
     find_tied(state, sources, untie)
-    state.through = _through(state.hf_tensors, forms) if forms is not None else {}
+    if forms is not None:
+        state.through, state.joined = sent_through(state, forms)
     wanted: dict[str, list[Term]] = {}
     for number, source in enumerate(sources):
         for name, found in terms_of(state, number, source).items():
@@ -186,7 +188,11 @@ def _merged_view(
     sizes = settle_sizes(state, sources, wanted)
     parted = settle_ties(state, sources, wanted, untie)
     state.notes += _precision_notes(sources, coded, onto)
-    for stored in [*weights, *getattr(base, "made", ()), *(state.hf_tensors[n].parts[0].name for n in state.through)]:
+    for stored in [
+        *weights,
+        *getattr(base, "made", ()),
+        *(state.hf_tensors[n].parts[0].name for n in (*state.through, *state.joined)),
+    ]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
         part = state.hf_tensors[name].parts[0]
@@ -217,7 +223,7 @@ def _needs_floats(base: StateView, weights: Mapping[str, QuantizedWeight], forms
     So it is with codes that lie under other names than their weights or the other way round (Conv1D), and where the
     adapter was trained on those floats quantized anew.
     """
-    if forms is not None and weights:
+    if forms is not None and weights and not any(w.held for w in weights.values()):
         return True
     return any(
         (w.stands_for != w.name and not w.name.endswith(quantized.TORCHAO)) or turned(base.config, w.stands_for)
@@ -246,7 +252,8 @@ def _wanted_quantization(
                 where=base.path,
                 hint="give the float checkpoint that it was made from as BASE",
             )
-        odd = [(k, f) for f in asked for k in f.kinds if k.kind not in found]
+        mixed = [f for f in asked if f.modules and any(k.kind in found for k in f.kinds)]  # experts beside the codes
+        odd = [(k, f) for f in asked if f not in mixed for k in f.kinds if k.kind not in found]
         if odd and not any(w.held for w in weights.values()):
             return _one_form(sources, asked)
         if odd:
@@ -256,7 +263,7 @@ def _wanted_quantization(
                 code="A04",
                 hint=f"give the {odd[0][0].kind} base, or the float one it was made from",
             )
-        return None
+        return _one_form(sources, asked) if mixed else None
     return None if onto == "original" or not asked else _one_form(sources, asked)
 
 
@@ -306,22 +313,6 @@ def _precision_notes(
                 "A04",
                 f"{source.path} does not say which precision it was trained on: it is merged onto {found}, dequantized",
             )
-
-
-def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Encoding]:
-    """Return which weights loading quantizes and how: those listed, or every linear but heads and embeddings."""
-    layers = dict(forms.layers)
-    out = {}
-    for name, item in hf_tensors.items():
-        module, _, last = name.rpartition(".")
-        whole = len(item.parts) == 1 and item.parts[0].rows is None
-        if last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
-            continue
-        chosen = matches(module, forms.modules) if forms.modules else not matches(module, EXCLUDED)
-        kind = layers.get(module, forms.usual if chosen else None)
-        if kind is not None:
-            out[name] = kind
-    return out
 
 
 def _keep_config_true(view: MergedView, state: MergeBase, floats: bool, parted: bool, rows: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.formats.memory import TensorView, digest_of, tensor_of
+from tensorkeep.formats.memory import TensorView, digest_of, raw_bytes, rows_of, tensor_of
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import HELD, QuantLinear
-from tensorkeep.quantization.linear_layers import sizes, turned
+from tensorkeep.quantization.linear_layers import sizes, stacked_parameters, turned
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
 from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.replacing import (
@@ -90,7 +90,9 @@ class Load:
         absent: tuple[str, ...],
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize_stack: Callable[..., Any] | None = None,
     ) -> None:
+        self.quantize_stack = quantize_stack
         self.model, self.view, self.settings, self.absent = model, view, settings, absent
         self.device, self.dtype = device, dtype
         self.stored = {unwrap(name)[0]: name for name in view}
@@ -101,7 +103,7 @@ class Load:
 
     def run(self, repair: Repair | None, device: torch.device | None) -> Loaded:
         """Plan, refuse or carry out; `repair` recomputes buffers that no file holds."""
-        taken = self._plan_linears()
+        taken = self._plan_linears() | self._plan_stacks()
         self._plan_rest(taken)
         self._find_unexpected()
         empty = self._meta_buffers()
@@ -113,7 +115,7 @@ class Load:
         self._repair(empty, repair, device)
         digests: dict[str, str] = {}
         # biases first: a linear that is replaced takes along the one it has
-        for step in sorted(self.steps, key=lambda s: s.how in ("take", "pack")):
+        for step in sorted(self.steps, key=lambda s: s.how in ("take", "pack", "stack")):
             digests |= self._carry_out(step)
         self.result.base_digest = digest_of_all(digests) if len(digests) == len(self.view) else None
         return self.result
@@ -146,6 +148,23 @@ class Load:
             elif not held:
                 continue
             taken.add(weight)
+        return taken
+
+    def _plan_stacks(self) -> set[str]:
+        """Plan the parameters that stack experts and are to be quantized; return their names."""
+        taken: set[str] = set()
+        for path, module, key in stacked_parameters(self.model):
+            name = unwrap(f"{path}.{key}" if path else key)[0]
+            how = self.settings if self.quantize_stack is not None else None
+            wanted = how is not None and selected(name, how.include, how.exclude)
+            if not wanted or name not in self.stored or name in self.weights:
+                continue
+            record, shape = self.view[self.stored[name]], tuple(module.get_parameter(key).shape)
+            if record.shape != shape:
+                self._problem("S01", name, f"is {list(record.shape)} in the file, {list(shape)} in the model")
+            else:
+                self.steps.append(_Step(name, self.stored[name], "stack", ((module, key),)))
+            taken.add(name)
         return taken
 
     def _plan_codes(self, name: str, weight: str, linear: Any) -> None:
@@ -310,6 +329,8 @@ class Load:
             self._put(tensor, step.places)
             self.result.copied.append(step.name)
             return digests
+        if step.how == "stack":
+            return {step.stored: self._quantize_stack(step)}
         linear: Any = step.places[0][0]
         device = self.device or (torch.device("cpu") if linear.weight.is_meta else linear.weight.device)
         if step.how == "take":
@@ -334,6 +355,26 @@ class Load:
             replace_modules(self.model, {linear: over(linear, QuantLinear.instead_of(linear, packed))})
         self.result.quantized.append(step.name)
         return digests
+
+    def _quantize_stack(self, step: _Step) -> str:
+        """Quantize a stack of experts, one of them in memory at a time; return the digest of what was read."""
+        import xxhash
+
+        assert self.settings is not None and self.quantize_stack is not None
+        module, key = step.places[0]
+        parameter, state = module.get_parameter(key), xxhash.xxh3_128()
+        device = self.device or (torch.device("cpu") if parameter.is_meta else parameter.device)
+
+        def matrices() -> Iterator[Tensor]:
+            for expert in range(parameter.shape[0]):
+                matrix = rows_of(self.view, step.stored, expert)
+                state.update(raw_bytes(matrix))
+                yield matrix.to(device)
+
+        settings = self.settings
+        self.quantize_stack(module, key, settings.kind, settings.double, settings.block, step.name, matrices())
+        self.result.quantized.append(step.name)
+        return state.hexdigest()
 
     def _put(self, tensor: Tensor, places: Sequence[tuple[nn.Module, str]]) -> None:
         """Copy a tensor into its parameter or buffer, or put it there where that is on meta."""

@@ -275,8 +275,9 @@ def frozen_linear(
         TensorkeepError: x and a dense weight have different dtypes, and autocast is off.
     """
     dtype = compute_dtype(x)
-    if isinstance(base, QuantLinear):
-        layout, held = base._plain()
+    quantized: Any = base
+    if hasattr(base, "_plain"):
+        layout, held = quantized._plain()
         roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
         state: list[Tensor | None] = [held.get(role) for role in roles]
         how: tuple[str, int, int, int, int]

@@ -39,6 +39,22 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             yield path, "experts", module
 
 
+def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the parameters that stack a matrix an expert.
+
+    Args:
+        model: a live model, on the meta device too.
+
+    Returns:
+        Path of the module, the module, and the parameter's name in it.
+    """
+    for path, module in model.named_modules():
+        if "expert" in type(module).__name__.lower():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield path, module, name
+
+
 def dense(module: nn.Module) -> bool:
     """Whether this is an `nn.Linear`, or a class derived from it that computes nothing else (Falcon's).
 

@@ -18,6 +18,7 @@ from tensorkeep.formats.view import StateView, read
 from tensorkeep.quantization._load import Load, Loaded, Repair, Settings
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.packed import Kind, kind_of
+from tensorkeep.quantization.stacks import quantize_stack
 
 CheckpointLike = Mapping[str, Tensor] | StateView | str | Path
 
@@ -62,7 +63,7 @@ def load_quantizing(
     repair: Repair | None = None,
     absent: Sequence[str] = (),
 ) -> Loaded:
-    """Load a float checkpoint and quantize its linears on the way, tensor by tensor; the model ends up frozen.
+    """Load a float checkpoint, quantizing linears and stacks of experts on the way; the model ends up frozen.
 
     Build `model` with its parameters on the meta device. Peak memory is the quantized model and one tensor. A weight
     that the file holds quantized already is taken as it is.
@@ -96,7 +97,7 @@ def load_quantizing(
     chosen = () if kind is None else tuple(include)
     settings = Settings(kind_of(kind or "nf4"), double, block, chosen, tuple(exclude))
     place = None if device is None else torch.device(device)
-    loaded = Load(model, _view(source), settings, tuple(absent), place, dtype).run(repair, place)
+    loaded = Load(model, _view(source), settings, tuple(absent), place, dtype, quantize_stack).run(repair, place)
     model.requires_grad_(False)
     return loaded
 
