@@ -31,6 +31,8 @@ from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.language._fits_rows import refuse_rows
 from tensorkeep.language._reachable import unreached
+from tensorkeep.language.data.batches import Collate
+from tensorkeep.language.losses import TokenLoss
 from tensorkeep.models.meta_model import loaded
 from tensorkeep.models.names import model_names, to_file
 from tensorkeep.models.row_maps import numbered, runs
@@ -293,6 +295,18 @@ def test_rows_beyond_a_table_of_positions_and_packing_that_leaks_are_refused() -
     refuse_rows(families.model_of("gpt_neox"), 4096, packed=True)
     with pytest.raises(TensorkeepError, match="cannot be packed for BloomForCausalLM"):
         refuse_rows(families.model_of("bloom"), 64, packed=True)
+
+
+def test_padding_behind_packed_documents_has_a_gradient_where_the_model_takes_the_root_of_its_states() -> None:
+    model: Any = families.model_of("gemma3n_text").float()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    rows = [
+        {"input_ids": torch.arange(3, 3 + sum(n)), "labels": torch.arange(3, 3 + sum(n)), "lengths": list(n)}
+        for n in ((6, 5), (4, 3))
+    ]
+    TokenLoss(False)(model, Collate(0)(rows), 16.0)["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def words(folder: Path) -> None:
