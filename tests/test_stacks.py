@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from benchmarks import families
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -238,18 +239,22 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize(("name", "codes"), [("qwen3_moe", None), ("qwen3_moe", "nf4"), ("gpt_oss", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "codes", "pairs"),
+    [("qwen3_moe", None, 18), ("qwen3_moe", "nf4", 18), ("gpt_oss", "nf4", 18), ("deepseek_v3", None, 28)],
+)
 def test_a_run_on_experts_exports_for_peft_and_merges_to_what_was_trained(
-    name: str, codes: str | None, folder: Callable[[str], Path], tmp_path: Path
+    name: str, codes: str | None, pairs: int, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base, run = folder(name), tmp_path / "run"
     code, said = families.told("train", "language", recipe_for(base, tmp_path, codes), "--out", run)
     assert code == 0, said
     assert "gate_up_proj," not in said and "experts.down_proj," not in said  # nothing of the experts' matrices is wide
     code, said = families.told("convert", run, tmp_path / "peft", "--to", "peft")
-    assert code == 0 and "loads it: 18 low-rank pairs" in said, said
+    assert code == 0 and f"loads it: {pairs} low-rank pairs" in said, said
     told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert len(told["target_parameters"]) == 6 and told["lora_dropout"] == 0
+    stacked = [n for n in told["target_parameters"] if not n.endswith(".weight")]
+    assert len(stacked) == (4 if name == "deepseek_v3" else 6) and told["lora_dropout"] == 0
     code, said = families.told("merge", base, run, tmp_path / "merged")
     assert code == 0 and "loads in transformers" in said, said
     wanted, found = logits(trained(run)), logits(loaded(tmp_path / "merged"))
@@ -301,3 +306,40 @@ def test_an_adapter_on_experts_is_saved_and_loaded_and_bad_asks_are_refused(
         "train", "language", recipe_for(folder("mixtral"), tmp_path, None, lora_dropout=0.1), "--out", tmp_path / "run"
     )
     assert code == 2 and "adapter.lora_dropout" in said, said
+
+
+def test_codes_of_bitsandbytes_for_each_expert_stay_as_they_are_in_the_stack(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    place, base = folder("qwen3_moe"), tmp_path / "base"
+    base.mkdir()
+    tensors, matrices = {}, {}
+    for name, tensor in load_file(place / "model.safetensors").items():
+        if ".experts." in name or "_proj.weight" in name:
+            codes, state = bnb.functional.quantize_4bit(
+                tensor, blocksize=64, quant_type="nf4", compress_statistics=True
+            )
+            matrices[name] = bnb.functional.dequantize_4bit(codes, state)
+            tensors |= {name: codes} | {f"{name}.{k}": t for k, t in state.as_dict(packed=True).items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((place / "config.json").read_text()) | {"quantization_config": told}
+    (base / "config.json").write_text(json.dumps(config))
+    code, said = families.told("train", "language", recipe_for(base, tmp_path, None), "--out", tmp_path / "run")
+    assert code == 0 and "48 weights are nf4 codes, which stay as they are" in said and "dequantized" not in said, said
+    model = trained(tmp_path / "run")
+    found = dict(stacks(model))
+    assert len(found) == 6
+    for path, stack in found.items():
+        owner, _, key = path.rpartition(".")
+        for expert in range(stack.experts):
+            parts = ("gate_proj", "up_proj") if key == "gate_up_proj" else ("down_proj",)
+            names = [f"{owner}.{expert}.{p}.weight" for p in parts]
+            assert torch.equal(stack.dequantize()[expert], torch.cat([matrices[n] for n in names]))
+            assert torch.equal(stack.packed(expert).tensors["weight"], torch.cat([tensors[n] for n in names]))
+    code, said = families.told("merge", base, tmp_path / "run", tmp_path / "merged")
+    assert code == 0, said
+    wanted, merged = logits(model), logits(loaded(tmp_path / "merged"))
+    assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -19,6 +19,7 @@ from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import StateView
 from tensorkeep.models.in_its_names import LiveView, in_its_names
 from tensorkeep.models.repair import repair_buffers
+from tensorkeep.quantization.linear_layers import stacked_parameters
 from tensorkeep.quantization.loading import load_quantizing
 from tensorkeep.quantization.replacing import clean_name, left_wide, quantizable, tied_parameters
 from tensorkeep.quantization.stored import find_quantized
@@ -69,7 +70,9 @@ def in_codes(
         if not trains:
             tied = tied_parameters(model)
             linears: dict[str, Any] = {f"{clean_name(n)}.weight": m for n, m in model.named_modules() if quantizable(m)}
-            held = [n for n, m in linears.items() if id(m.weight) not in tied]
+            held = {n for n, m in linears.items() if id(m.weight) not in tied}
+            piles = stacked_parameters(model)
+            held |= {clean_name(f"{p}.{n}") for p, m, n in piles if not getattr(m, "is_transposed", False)}
             live = in_its_names(
                 view, lambda n, w: n in held and not matches(n.removesuffix(".weight"), wide) and w.held
             )

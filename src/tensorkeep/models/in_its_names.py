@@ -6,7 +6,8 @@ ones as floats, or as the codes that they are where the model can hold those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tensorkeep.conversion import naming as namings
@@ -36,7 +37,8 @@ class LiveView(StateView):
         stored: the checkpoint as it is.
         made: live name -> the stored rows, of `floats`, that it is made of.
         codes: live name of a tensor of a weight that stays quantized -> its name in `stored`.
-        kept: live name of each weight that stays quantized -> its description.
+        kept: live name of each weight that stays quantized -> its description; of a stack of experts there is one for
+            each piece that an expert's matrix has in the file, NAME.EXPERT.PIECE.weight.
     """
 
     floats: StateView | None = None
@@ -91,19 +93,53 @@ def in_its_names(view: StateView, keep: Keep = lambda name, weight: False) -> Li
     for name, tensor in found.tensors.items():
         if tensor.tied_to is not None:
             continue
+        experts = _experts(tensor, weights, floats)
+        if experts and all(keep(name, w) for own in experts for w in own):
+            for at, own in enumerate(experts):
+                for piece, weight in enumerate(own):
+                    _add(out, view, f"{name}.{at}.{piece}.weight", weight)
+            continue
         part = tensor.parts[0]
         whole = len(tensor.parts) == 1 and (part.rows, part.inner, part.permutes) == (None, None, ())
-        weight = weights.get(part.name) if whole else None
-        if weight is not None and keep(name, weight):
-            out.kept[name] = weight
-            digest = f"{weight.name}_digest"
-            for tensor_name in [*weight.stored, *([digest] if digest in view else [])]:
-                own = tensor_name.startswith(weight.name)  # `SCB` lies beside the weight, not under it
-                end = tensor_name.removeprefix(weight.name if own else weight.name.removesuffix("weight"))
-                beside = (name if own else name.removesuffix("weight")) + end
-                out.codes[beside] = tensor_name
-                out.records[beside] = replace(view[tensor_name], name=beside)
+        single = weights.get(part.name) if whole else None
+        if single is not None and keep(name, single):
+            _add(out, view, name, single)
             continue
         out.made[name] = tensor
         out.records[name] = TensorRecord(name, tensor.dtype, tuple(tensor.shape), ())
     return out
+
+
+def _add(out: LiveView, view: StateView, name: str, weight: QuantizedWeight) -> None:
+    """Add the tensors of a weight that stays quantized, under a live name."""
+    out.kept[name] = weight
+    digest = f"{weight.name}_digest"
+    for stored in [*weight.stored, *([digest] if digest in view else [])]:
+        own = stored.startswith(weight.name)  # `SCB` lies beside the weight, not under it
+        end = stored.removeprefix(weight.name if own else weight.name.removesuffix("weight"))
+        beside = (name if own else name.removesuffix("weight")) + end
+        out.codes[beside] = stored
+        out.records[beside] = replace(view[stored], name=beside)
+
+
+def _experts(
+    tensor: HfTensor, weights: Mapping[str, QuantizedWeight], floats: StateView
+) -> list[list[QuantizedWeight]]:
+    """Return the weights that each matrix of a stack is made of, whole and in order; nothing where it is otherwise."""
+    if len(tensor.shape) != 3 or len(tensor.parts) < 2:
+        return []
+    out: list[list[QuantizedWeight]] = []
+    rows = 0
+    for part in tensor.parts:
+        shape = floats[part.name].shape
+        if part.name not in weights or (part.rows, part.inner, part.permutes) != (None, None, ()):
+            return []
+        if rows % tensor.shape[1] == 0:
+            out.append([])
+        rows += shape[0]
+        out[-1].append(weights[part.name])
+        block = weights[part.name].block
+        cut = isinstance(block, int) and math.prod(shape) % block and rows % tensor.shape[1]
+        if shape[1:] != tensor.shape[2:] or rows > len(out) * tensor.shape[1] or cut:
+            return []
+    return out if rows == tensor.shape[0] * tensor.shape[1] else []

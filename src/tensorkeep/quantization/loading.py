@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import StateView, read
-from tensorkeep.quantization._load import Load, Loaded, Repair, Settings
+from tensorkeep.quantization._load import Load
+from tensorkeep.quantization._load_plan import Loaded, Repair, Settings
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.packed import Kind, kind_of
 from tensorkeep.quantization.stacks import quantize_stack

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.quantization.linear import FOUR_BIT_ROLES, INT8_ROLES, compute_dtype, frozen_linear
 from tensorkeep.quantization.packed import Kind, Layout, Packed, moved, pack
@@ -50,6 +51,7 @@ class Stack(nn.Module):
     """
 
     frozen_state = True  # it belongs to the base: checkpoints of what trains leave it out
+    ndim = 3
     layout: Layout | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
@@ -77,11 +79,6 @@ class Stack(nn.Module):
         """Where the codes or floats are."""
         return next(t for t in (*self.parameters(), *self.buffers())).device
 
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions of the parameter in whose place it stands."""
-        return 3
-
     def size(self, dim: int | None = None) -> Any:
         """Return the shape, or one of its sizes.
 
@@ -96,12 +93,17 @@ class Stack(nn.Module):
         Args:
             expert: its number.
             packed: codes of its matrix [out, in].
+
+        Raises:
+            TensorkeepError: Q06 where they are of another form than the first expert's.
         """
         if self.layout is None:
             self.layout = packed.layout
             for role, tensor in packed.tensors.items():
                 wide = tensor if role in _SHARED else tensor.new_empty((self.experts, *tensor.shape))
                 self.register_buffer(role, wide)
+        if packed.layout != self.layout:
+            raise TensorkeepError(f"expert {expert} is quantized in another form than the first", code="Q06")
         for role, tensor in packed.tensors.items():
             if role not in _SHARED:
                 self.get_buffer(role)[expert] = tensor
@@ -163,8 +165,7 @@ class Stack(nn.Module):
         """Return a digest of everything that the base brings: codes, scales and tables, or the floats."""
         import xxhash
 
-        held = {n: b for n, b in self._buffers.items() if b is not None}
-        held = held or {"base_layer": self.base_layer.detach()}
+        held = {n: b for n, b in self._buffers.items() if b is not None} or {"base_layer": self.base_layer.detach()}
         return xxhash.xxh3_128_digest("".join(f"{n} {digest_of(held[n])}\n" for n in sorted(held)).encode())
 
     def __getitem__(self, expert: Any) -> Any:
@@ -369,7 +370,7 @@ def quantize_stack(
     double: bool,
     block: int,
     path: str,
-    matrices: Iterator[Tensor] | None = None,
+    matrices: Iterator[Tensor | Packed] | None = None,
 ) -> Stack:
     """Quantize a stacked parameter, one expert's matrix after the other.
 
@@ -380,7 +381,7 @@ def quantize_stack(
         double: quantize the scales as well (nf4, fp4).
         block: number of flat elements that share a scale (nf4, fp4).
         path: what messages call it.
-        matrices: the experts' matrices as the parameter has them; None for the parameter's own.
+        matrices: the experts' matrices as the parameter has them, or as codes already; None for the parameter's own.
 
     Returns:
         The stack.
@@ -392,6 +393,8 @@ def quantize_stack(
     assert held is not None
     stack = placed(module, name, codes=True)
     for expert, matrix in enumerate(held.detach() if matrices is None else matrices):
-        turned = matrix.T.contiguous() if stack.inward else matrix
-        stack.put(expert, pack(turned, kind, double, block, f"{path}[{expert}]"))
+        if isinstance(matrix, Tensor):
+            turned = matrix.T.contiguous() if stack.inward else matrix
+            matrix = pack(turned, kind, double, block, f"{path}[{expert}]")
+        stack.put(expert, matrix)
     return stack
