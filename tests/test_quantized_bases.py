@@ -28,11 +28,20 @@ from tests.language_files import save_model, texts, tokenizer
 from tests.quant_kinds import awq, fp8, gptq, int8, mxfp4, pack_quantized
 from tests.test_families import words
 
+
+def torchao(w: torch.Tensor, stem: str = "m") -> Any:
+    """int8 as torchao flattens it: one scale a row, beside the codes under names of its own."""
+    tensors, values = int8(w, stem)
+    names = {"weight": "_weight_qdata", "weight_scale": "_weight_scale"}
+    return {f"{stem}.{names[n.removeprefix(f'{stem}.')]}": t for n, t in tensors.items()}, values
+
+
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
     "packed": (pack_quantized, {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
     "int8": (int8, {"quant_method": "compressed-tensors", "format": "int-quantized"}),
+    "torchao": (torchao, {"quant_method": "torchao"}),
     "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [16, 32]}),
 }
 

@@ -225,10 +225,7 @@ def _needs_floats(base: StateView, weights: Mapping[str, QuantizedWeight], forms
     """
     if forms is not None and weights and not any(w.held for w in weights.values()):
         return True
-    return any(
-        (w.stands_for != w.name and not w.name.endswith(quantized.TORCHAO)) or turned(base.config, w.stands_for)
-        for w in weights.values()
-    )
+    return any(w.stands_for != w.name or turned(base.config, w.stands_for) for w in weights.values())
 
 
 def _wanted_quantization(
