@@ -32,6 +32,8 @@ from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.language._fits_rows import refuse_rows
 from tensorkeep.language._reachable import unreached
+from tensorkeep.language.data.batches import Collate
+from tensorkeep.language.losses import TokenLoss
 from tensorkeep.models.meta_rows import loaded
 from tensorkeep.models.names import model_names, to_file
 from tensorkeep.quantization.linear_layers import linear_layers, read_directly
@@ -278,9 +280,12 @@ def test_a_weight_that_the_model_takes_itself_stays_plain_and_what_a_text_never_
 
 def test_stacked_experts_that_stay_wide_are_named_with_their_share() -> None:
     model = families.model_of("qwen3_moe").requires_grad_(False)
-    quantize_(model, "nf4")
+    quantize_(model, "nf4", exclude=["experts", "lm_head$"])
     said = stayed_wide(model)
     assert said is not None and "mlp.experts.gate_up_proj" in said and "% stay in floats" in said
+    quantize_(model, "nf4", include=["experts"])
+    said = stayed_wide(model)
+    assert said is not None and "experts" not in said and "84 % of the parameters are quantized" in said
 
 
 def test_rows_beyond_a_table_of_positions_and_packing_that_leaks_are_refused() -> None:
@@ -290,6 +295,18 @@ def test_rows_beyond_a_table_of_positions_and_packing_that_leaks_are_refused() -
     refuse_rows(families.model_of("gpt_neox"), 4096, packed=True)
     with pytest.raises(TensorkeepError, match="cannot be packed for BloomForCausalLM"):
         refuse_rows(families.model_of("bloom"), 64, packed=True)
+
+
+def test_padding_behind_packed_documents_has_a_gradient_where_the_model_takes_the_root_of_its_states() -> None:
+    model: Any = families.model_of("gemma3n_text").float()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    rows = [
+        {"input_ids": torch.arange(3, 3 + sum(n)), "labels": torch.arange(3, 3 + sum(n)), "lengths": list(n)}
+        for n in ((6, 5), (4, 3))
+    ]
+    TokenLoss(False)(model, Collate(0)(rows), 16.0)["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def words(folder: Path) -> None:

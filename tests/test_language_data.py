@@ -257,7 +257,7 @@ def test_first_fit_leaves_no_two_rows_that_would_fit_into_one(lengths: list[int]
     assert len(filled) < 2 or filled[0] + filled[1] > 16
 
 
-def test_a_batch_is_padded_at_the_right_and_padding_is_a_segment(tmp_path: Path) -> None:
+def test_a_batch_is_padded_at_the_right_and_padding_goes_on_with_the_last_document(tmp_path: Path) -> None:
     stored = cached(tmp_path, "a", lambda: [Encoded(range(1, 6)), Encoded([7, 8]), Encoded([9, 10, 11])], 100)
     data = PackedData(stored, plan(stored.offsets, 5, "first_fit"), "first_fit 5")
     batch = Collate(0)([data.sample(i, torch.Generator()) for i in range(2)])
@@ -273,6 +273,11 @@ def test_a_batch_is_padded_at_the_right_and_padding_is_a_segment(tmp_path: Path)
     )
     assert short["input_ids"][1].tolist() == [3, 99, 99, 99, 99] and short["labels"][1].tolist() == [-100] * 5
     assert "segments" not in short
+    mixed = Collate(99)(
+        [data.sample(1, torch.Generator()), {"input_ids": torch.arange(7), "labels": torch.arange(7), "lengths": [7]}]
+    )
+    assert mixed["segments"][0].tolist() == [0, 0, 1, 1, 1, 1, 1] and mixed["input_ids"][0].tolist()[5:] == [99, 99]
+    assert mixed["position_ids"][0].tolist() == [0, 1, 0, 1, 2, 3, 4]
 
 
 def test_a_conversation_without_messages_is_refused() -> None:

@@ -477,7 +477,9 @@ def test_a_language_job_proves_its_codes_before_the_first_step(monkeypatch: pyte
         model.get_submodule(names[0]).SCB[2] *= 2  # type: ignore[operator]
         return names
 
-    adapter = SimpleNamespace(targets=("all-linear",), lora_r=2, lora_alpha=4, lora_dropout=0.0, rslora=False)
+    adapter = SimpleNamespace(
+        targets=("all-linear",), lora_r=2, lora_alpha=4, lora_dropout=0.0, rslora=False, target_parameters=()
+    )
     training = SimpleNamespace(quantize_backbone="int8", seed=1)
     recipe = cast(Any, SimpleNamespace(trainable=("*",), adapter=adapter, training=training))
     choose_trainable(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)), recipe)

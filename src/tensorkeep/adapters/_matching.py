@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tensorkeep.adapters._joined import Joined
 from tensorkeep.adapters._places import Place, places
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
@@ -53,6 +54,8 @@ class MergeBase:
     records: dict[str, TensorRecord]
     dtype: str | None
     through: dict[str, Encoding] = field(default_factory=dict)
+    coded: set[str] = field(default_factory=set)  # stored names of weights that were codes when the adapter was trained
+    joined: dict[str, list[Joined]] = field(default_factory=dict)  # hf name -> matrices in memory that it is a piece of
     made: dict[str, ComputedTensor] = field(default_factory=dict)
     tied: bool = False
     ask: AskNames = unknown
@@ -83,7 +86,8 @@ def computed_tensor(
     shape = weight.shape if weight is not None and weight.shape is not None else record.shape
     tensor = next((h for h in state.hf_tensors.values() if h.parts[0].name == stored), None)
     stacked = (tensor is not None and tensor.parts[0].rows is not None) or (
-        len(shape) == 3 and any(t.piece is not None for t in terms)
+        len(shape) == 3
+        and (any(t.piece is not None for t in terms) or (tensor is not None and tensor.name in state.joined))
     )
     resized = next((t for t in terms if t.kind == "saved" and t.piece is None and shape and t.length != shape[0]), None)
     held = shape[0] if resized is not None else None
@@ -96,20 +100,27 @@ def computed_tensor(
         name, dtype, tuple(shape), record.blocks, record.tied_to if name != state.head else None
     )
     through = state.through.get(tensor.name) if tensor else None
+    joined = state.joined.get(tensor.name, []) if tensor else []
     made = ComputedTensor(
         stored, math.prod(shape) // max(width, 1), width, list(terms), weight, through, shape[1] if stacked else 1, held
     )
+    made.joined = joined
     state.made[name] = made
     return made
 
 
 def _float_dtype(state: MergeBase, record: TensorRecord, weight: QuantizedWeight | None) -> str:
     """Return the dtype that a weight had before it was quantized, as its state or the tensors around it say."""
-    if weight is None:
+    computed = getattr(state.view, "made", ())  # floats already, of codes
+    if weight is None and record.name not in computed:
         return record.dtype if record.encoding == "plain" else "BF16"
-    if weight.dtype in FROM_TORCH:
+    if weight is not None and weight.dtype in FROM_TORCH:
         return FROM_TORCH[weight.dtype]
-    around = [r.dtype for n, r in state.records.items() if r.dtype in ("F32", "F16", "BF16") and n not in state.weights]
+    around = [
+        r.dtype
+        for n, r in state.records.items()
+        if r.dtype in ("F32", "F16", "BF16") and n not in state.weights and n not in computed
+    ]
     return max(sorted(set(around)), key=around.count) if around else "BF16"
 
 

@@ -100,10 +100,24 @@ def _pieces(state: MergeBase, names: ModelNames, name: str, parameter: str | Non
     stacked = len(shape) == 3
     if runs == (Run(runs[0].name),) and not (stacked and parameter):
         return [Place(runs[0].name, None, shape, 0, False, parameter)]
-    sizes = {r.name: row_count(names.file.get(r.name) or state.hf_tensors[r.name].shape) for r in runs}
-    pieces = [p for r, at in _placed(runs, sizes) for p in _cut(r, at, sizes[r.name], shape)]
+    pieces = pieces_of(state, names, name)
     inner, experts = (shape[1:], shape[0]) if stacked else (shape, 0)
     return [Place(p.stored, p, inner, experts, name in names.inward, parameter) for p in pieces]
+
+
+def pieces_of(state: MergeBase, names: ModelNames, name: str) -> list[Piece]:
+    """Return the stored rows that make up a live tensor, by hf names; none where the base lacks some.
+
+    Args:
+        state: the base.
+        names: what its model calls its tensors.
+        name: the live tensor.
+    """
+    shape, runs = names.live[name], names.runs(name)
+    if any(r.name not in state.hf_tensors for r in runs):
+        return []
+    sizes = {r.name: row_count(names.file.get(r.name) or state.hf_tensors[r.name].shape) for r in runs}
+    return [p for r, at in _placed(runs, sizes) for p in _cut(r, at, sizes[r.name], shape)]
 
 
 def _placed(runs: Sequence[Run], sizes: Mapping[str, int]) -> Iterator[tuple[Run, int]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tensorkeep.adapters._joined import Joined, sent_rows
 from tensorkeep.adapters.shares import Share
 from tensorkeep.adapters.terms import Term, load_tokens, whole
 from tensorkeep.errors import TensorkeepError
@@ -49,6 +50,8 @@ class ComputedTensor:
         through: the quantization that a float source is sent through, since the adapter was trained on its result.
         steps: rows that make one step of the first dimension.
         held: rows of the source, where the adapter's whole tensor has more or fewer; None where it has as many.
+        joined: of which matrices in memory its rows are pieces, where those were sent through a quantization and lie
+            otherwise in the file; `through` is None then.
     """
 
     source: str
@@ -59,6 +62,7 @@ class ComputedTensor:
     through: Encoding | None = None
     steps: int = 1
     held: int | None = None
+    joined: list[Joined] = field(default_factory=list)
 
     @property
     def requantized(self) -> Encoding | None:
@@ -240,6 +244,12 @@ def _base_rows(
     step = max(_ELEMENTS // max(made.width, 1) // unit, 1) * unit
     if made.weight is not None:
         yield from _dequantized(base, made, rows, step)
+        return
+    if made.joined:
+        for at, sent, before in sent_rows(base, made.joined, rows, step):
+            if moved is not None:
+                moved.original += _square(sent.astype(np.float64) - before)
+            yield at, sent
         return
     if made.through is None:
         yield from _plain(base, made, rows, step)

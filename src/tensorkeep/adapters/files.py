@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.adapters.lora import LoraConv1D, LoraQuantLinear, layers
+from tensorkeep.adapters.lora import LoraQuantLinear, layers
+from tensorkeep.adapters.stacked import adapted_stacks, in_peft
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats import peft
 from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.memory import raw_bytes, tensor_of
-from tensorkeep.formats.names import unwrap
+from tensorkeep.formats.names import exactly, matches, unwrap
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.linear_layers import turned
+from tensorkeep.quantization.modules import quantized_layers
+from tensorkeep.quantization.stacks import Stack, stacks
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.layout import Fixed, SinkTensor, Slot
@@ -39,19 +44,20 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Other trainable parameters (a head, norms) come along as PEFT keeps its `modules_to_save`. Shards are gathered: call
     it on every process.
     """
-    found = layers(model)
-    if not found:
+    found, piles = layers(model), adapted_stacks(model)
+    if not found and not piles:
         raise TensorkeepError("the model has no LoRA layers", where="lora", hint="add_lora(model, targets) adds them")
     out = {}
+    theirs = in_peft(list(piles))
     for name, parameter in _trainable(model).items():
         module, _, last = name.rpartition(".")
-        own = last in ("lora_A", "lora_B") and module in found
+        own = last in ("lora_A", "lora_B") and (module in found or module in piles)
         if module in found and not own:
             what = f"{last} of an adapted linear trains, which PEFT's files cannot say"
             raise TensorkeepError(what, where=module, hint="freeze it")
         whole: Any = parameter.detach()
         whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
-        out[f"{_PREFIX}{name}.weight" if own else _PREFIX + name] = whole
+        out[f"{_PREFIX}{theirs.get(module, module)}.{last}.weight" if own else _PREFIX + name] = whole
     return out
 
 
@@ -59,15 +65,16 @@ def adapter_config(
     model: nn.Module, base: str | None = None, task: str | None = "CAUSAL_LM", parameters: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return PEFT's config of the model's adapter; see `write_adapter` for `parameters`."""
-    found = layers(model)
-    first = next(iter(found.values()))
+    linears, piles = layers(model), adapted_stacks(model)
+    found: dict[str, Any] = {**linears, **piles}
+    parameters = [*parameters, *piles]
     ranks, alphas = {n: m.r for n, m in found.items()}, {n: m.alpha for n, m in found.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     if len({m.rslora for m in found.values()}) > 1:
         raise TensorkeepError("some layers are rsLoRA and some are not: one file cannot say so", where="lora")
     pairs = {f"{n}.lora_{half}" for n in found for half in "AB"}
     saved = sorted({n.rpartition(".")[0] for n in _trainable(model) if n not in pairs})
-    named = {n: f"{n}.weight" if n in parameters else n for n in found}  # as PEFT's patterns meet them
+    named = {n: f"{n}.weight" if n in parameters and n in linears else n for n in found}  # as PEFT's patterns meet them
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -75,11 +82,11 @@ def adapter_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": 0.0 if parameters else first.dropout,
-        "use_rslora": first.rslora,
+        "lora_dropout": 0.0 if parameters else next(iter(linears.values())).dropout,
+        "use_rslora": next(iter(found.values())).rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(m, LoraConv1D) for m in found.values()),
+        "fan_in_fan_out": any(turned(m) for m in linears.values()),
         "init_lora_weights": True,
         "target_modules": sorted(n for n in found if n not in parameters),
         **({"target_parameters": sorted(named[n] for n in parameters)} if parameters else {}),
@@ -90,21 +97,43 @@ def adapter_config(
 
 
 def quantization(model: nn.Module) -> dict[str, Any] | None:
-    """Return how the linears under the adapter are quantized; None where all are dense.
+    """Return how the linears of an adapted model are quantized; None where all under the adapter are dense.
 
     Where layers differ, the commonest form is at the top and the others under `layers`, by name; None there is dense.
+    `modules` has patterns of those that the form at the top is for, where they are not all but heads and embeddings.
     """
     each = {n: _form(m) if isinstance(m, LoraQuantLinear) else None for n, m in layers(model).items()}
+    each |= {n: None if s.layout is None else _form(s) for n, s in adapted_stacks(model).items()}
     usual = _commonest(each.values())
     odd = {n: None if form is None else dict(form) for n, form in each.items() if form != usual}
     if usual is None:
         return {"kind": None, "layers": odd} if odd else None
-    return {**dict(usual), **({"layers": odd} if odd else {})}
+    chosen = _patterns(model)
+    return {**dict(usual), **({"layers": odd} if odd else {}), **({"modules": chosen} if chosen else {})}
 
 
-def _form(layer: LoraQuantLinear) -> tuple[tuple[str, Any], ...]:
+def _patterns(model: nn.Module) -> list[str]:
+    """Return patterns of the quantized modules; none where they are every matrix but heads and embeddings."""
+    piles = [unwrap(n)[0] for n, s in stacks(model) if s.layout is not None]
+    packed = [*quantized_layers(model), *piles]
+    wide = [unwrap(n)[0] for n, p in model.named_parameters() if p.ndim == 2 and n.endswith(".weight")]
+    others = [n for n in (w.removesuffix(".weight") for w in wide) if n not in packed]
+    if not piles and not [n for n in packed if matches(n, EXCLUDED)] and all(matches(n, EXCLUDED) for n in others):
+        return []
+    kinds: dict[str, list[str]] = {}
+    for name in packed:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+    out = []
+    for kind, names in kinds.items():
+        pattern = f"^{kind}$"
+        out += [pattern] if not any(matches(n, [pattern]) for n in others) else [exactly(n) for n in names]
+    return sorted(out)
+
+
+def _form(layer: LoraQuantLinear | Stack) -> tuple[tuple[str, Any], ...]:
     """Return how one quantized layer is quantized, as pairs that can be compared."""
     layout = layer.layout
+    assert layout is not None
     if layout.kind == "int8":
         return (("kind", "int8"),)
     return (("kind", layout.kind), ("block", layout.block), ("double", bool(layout.nested)))
@@ -203,11 +232,13 @@ def load_adapter(
     """
     view, config = _open(source)
     found, targets = layers(model), _trainable(model)
-    if not found:
+    piles = adapted_stacks(model)
+    if not found and not piles:
         raise TensorkeepError(
             "the model has no LoRA layers", where=view.path, hint="add_lora(model, targets) adds them"
         )
-    stored = {_own_name(name): name for name in view}
+    ours = {f"{p}.lora_{half}": f"{n}.lora_{half}" for n, p in in_peft(list(piles)).items() for half in "AB"}
+    stored = {ours.get(_own_name(name), _own_name(name)): name for name in view}
     problems = [f"missing {n}" for n in targets if n not in stored]
     problems += [f"unexpected {view_name}" for n, view_name in stored.items() if n not in targets]
     problems += [
@@ -219,7 +250,7 @@ def load_adapter(
         more = f" ({len(problems)} in all)" if len(problems) > 3 else ""
         hint = "add_lora with the targets and ranks of its adapter_config.json; DoRA and other kinds load through PEFT"
         raise TensorkeepError("; ".join(problems[:3]) + more, where=view.path, code="A01", hint=hint, tensors=problems)
-    _check_scales(config, {n: (m.r, m.scale) for n, m in found.items()}, view.path)
+    _check_scales(config, {n: (m.r, m.scale) for n, m in {**found, **piles}.items()}, view.path)
     if not allow_other_base:
         _check_base(config, base_digest, quantization(model), view.path)
     with torch.no_grad():
@@ -286,7 +317,10 @@ def _check_base(
         here = f"this one is {base_digest}" if base_digest else "nothing says which base this is"
         hint = "load_quantizing and load_quantized return base_digest; allow_other_base=True loads it all the same"
         raise TensorkeepError(f"was trained on the base {shown(recorded)}, {here}", where=where, code="A04", hint=hint)
-    if "quantization" in config and config["quantization"] != quantized:
+    then = config.get("quantization")
+    if isinstance(then, dict) and "modules" not in then and quantized is not None:  # as earlier versions wrote it
+        quantized = {k: v for k, v in quantized.items() if k != "modules"}
+    if "quantization" in config and then != quantized:
         was, now = config["quantization"] or "float weights", quantized or "float weights"
         hint = "quantize the base as it was; allow_other_base=True loads it all the same"
         raise TensorkeepError(f"was trained on {was}, this base is {now}", where=where, code="A04", hint=hint)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.adapters import kinds
+from tensorkeep.adapters.stacked import adapt_stacks, refuse_dropout
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.quantization.encoding import HEADS
@@ -69,10 +70,7 @@ class LoraLinear(LowRank, nn.Linear):
 
     def over(self, base: QuantLinear) -> LoraQuantLinear:
         """Return a layer with the same update over a quantized form of this one."""
-        made = adapted(base, self.r, self.alpha, self.dropout, self.rslora)
-        made.lora_A, made.lora_B = self.lora_A, self.lora_B
-        assert isinstance(made, LoraQuantLinear)
-        return made
+        return _over(self, base)
 
 
 class LoraQuantLinear(LowRank, QuantLinear):
@@ -85,6 +83,11 @@ class LoraConv1D(LowRank):
     weight: nn.Parameter
     nx: int
     nf: int
+    inward = True
+
+    def over(self, base: QuantLinear) -> LoraQuantLinear:
+        """Return a layer with the same update over a quantized form of this one."""
+        return _over(self, base)
 
     @property
     def matrix(self) -> Tensor:
@@ -100,6 +103,14 @@ class LoraConv1D(LowRank):
     def out_features(self) -> int:
         """Width of the output."""
         return self.nf
+
+
+def _over(layer: LowRank, base: QuantLinear) -> LoraQuantLinear:
+    """Return a quantized layer with the update of another."""
+    made = adapted(base, layer.r, layer.alpha, layer.dropout, layer.rslora)
+    made.lora_A, made.lora_B = layer.lora_A, layer.lora_B
+    assert isinstance(made, LoraQuantLinear)
+    return made
 
 
 def low_rank(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -150,6 +161,7 @@ def add_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
     kind: str = "lora",
+    parameters: Sequence[str] = (),
 ) -> list[str]:
     """Give the named linears of a model a low-rank update and freeze all else, in place.
 
@@ -164,9 +176,10 @@ def add_lora(
         alpha_pattern: other alphas, by pattern of module names.
         exclude: patterns of module names to leave out.
         kind: "lora", or "rslora", which sets `rslora`.
+        parameters: patterns of parameters that stack experts, each of which gets an update of its own.
 
     Returns:
-        The names of the adapted modules.
+        The names of the adapted modules, and of the parameters.
 
     Raises:
         TensorkeepError: a pattern fits no linear, no linear is left, or the kind is not trained here.
@@ -183,8 +196,9 @@ def add_lora(
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
     check_patterns(linears, exclude, "lora.exclude")
-    check_patterns(dict.fromkeys(chosen), [*ranks, *alphas], "lora.rank_pattern, alpha_pattern")
-    if not chosen:
+    refuse_dropout(dropout, parameters)
+    check_patterns(dict.fromkeys([*chosen, *parameters]), [*ranks, *alphas], "lora.rank_pattern, alpha_pattern")
+    if not chosen and not parameters:
         raise TensorkeepError(f"no linear is left to adapt after exclude {list(exclude)}", where="lora.targets")
     model.requires_grad_(False)
     made = {}
@@ -195,7 +209,7 @@ def add_lora(
             base, rank, _first(name, alphas, alpha), dropout, rslora or kind == "rslora", name
         )
     replace_modules(model, made)
-    return chosen
+    return chosen + adapt_stacks(model, parameters, r, alpha, rslora or kind == "rslora", ranks, alphas)
 
 
 def adapted(

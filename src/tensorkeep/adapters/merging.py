@@ -21,6 +21,7 @@ from tensorkeep.adapters._view import Moved
 from tensorkeep.adapters.planning import MergePlan
 from tensorkeep.adapters.reading import DIGEST
 from tensorkeep.adapters.shares import Share, times_merged
+from tensorkeep.conversion.dequantizing import DecodedView
 from tensorkeep.conversion.naming import identify
 from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse_damaged
 from tensorkeep.conversion.sink import Progress, placing, quiet, refuse_overlap, sink_files, stored
@@ -245,8 +246,10 @@ def replay(job: MergePlan, sums: dict[str, Sums], progress: Progress = quiet) ->
 def _check_base(job: MergePlan, sums: dict[str, Sums]) -> str:
     """Return the base's digest as it was read; stop where base or adapters changed or are damaged."""
     base = job.view.base
+    floats = set(base.made) if isinstance(base, DecodedView) else set()
+    base = base.base if isinstance(base, DecodedView) else base
     assert base is not None
-    made = {m.source for m in job.view.made.values()} | (set(base) - set(job.view))
+    made = floats | {m.source for m in job.view.made.values()} | (set(base) - set(job.view))
     read = {n: d for s in sums.values() for (_, n), d in s.sources.items() if n in base and n not in made}
     digests = {n: read.get(n) or base.digest(n) for n in base}
     refuse_damaged(base, 0, {"": Sums(0, "", {(0, n): d for n, d in digests.items()}, Cast())})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
+from tensorkeep.adapters._through import sent_through
 from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import DIGEST, read_adapter, refuse_unmergeable, said_precision
@@ -19,18 +20,18 @@ from tensorkeep.adapters.terms import Term
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves
+from tensorkeep.conversion.dequantizing import decoded, turned
 from tensorkeep.conversion.model_names import AskNames, unknown
-from tensorkeep.conversion.plan import HfTensor, Part, Plan, Step, ordered
+from tensorkeep.conversion.plan import Part, Plan, Step, ordered
 from tensorkeep.conversion.planning import make_plan, to_hf_tensors
-from tensorkeep.errors import TensorkeepError, shown, word
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.companions import travelling
-from tensorkeep.formats.names import matches
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.quantization import stored as quantized
-from tensorkeep.quantization.encoding import EXCLUDED, Encoding, Forms, forms_of
+from tensorkeep.quantization.encoding import Forms, forms_of
 from tensorkeep.quantization.stored import QuantizedWeight
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.record import BLOCK_TYPES, DTYPES
+from tensorkeep.storage.record import BLOCK_TYPES
 
 
 @dataclass
@@ -173,21 +174,29 @@ def _merged_view(
     weights = quantized.find_quantized(base, identity.names)
     for weight in weights.values():
         quantized.refuse(weight, base.path)
-    _refuse_packed(base, weights)
-    forms = _wanted_quantization(base, sources, onto, weights)
+    forms, coded = _wanted_quantization(base, sources, onto, weights), weights
+    if _needs_floats(base, weights, forms):
+        base, weights = decoded(base, "F32"), {}
+        identity = namings.identify(base)
     gone = own | set(quantized.members(weights)) | {f"{w.stands_for}_digest" for w in weights.values()}
     records = {n: r for n, r in base.records.items() if n not in gone}
     state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype, ask=ask)
+    state.coded = {w.stands_for for w in coded.values() if w.held}
     find_tied(state, sources, untie)
-    state.through = _through(state.hf_tensors, forms) if forms is not None else {}
+    if forms is not None:
+        state.through, state.joined = sent_through(state, forms)
     wanted: dict[str, list[Term]] = {}
     for number, source in enumerate(sources):
         for name, found in terms_of(state, number, source).items():
             wanted.setdefault(name, []).extend(found)
     sizes = settle_sizes(state, sources, wanted)
     parted = settle_ties(state, sources, wanted, untie)
-    state.notes += _base_notes(sources, weights, onto)
-    for stored in [*weights, *(state.hf_tensors[n].parts[0].name for n in state.through)]:
+    state.notes += _base_notes(sources, coded, onto)
+    for stored in [
+        *weights,
+        *getattr(base, "made", ()),
+        *(state.hf_tensors[n].parts[0].name for n in (*state.through, *state.joined)),
+    ]:
         computed_tensor(state, stored)
     for name, terms in wanted.items():
         part = state.hf_tensors[name].parts[0]
@@ -212,15 +221,15 @@ def _merged_view(
     return view, ", ".join(spoken) or None
 
 
-def _refuse_packed(base: StateView, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Stop at a base whose codes lie under other names than its weights: adapters change weights by name."""
-    packed = [w for w in weights.values() if w.stands_for != w.name and not w.name.endswith(quantized.TORCHAO)]
-    if packed:
-        raise TensorkeepError(
-            f"holds {len(packed)} weights as {packed[0].kind} codes, which adapters are not merged into",
-            where=base.path,
-            hint=f"make floats of it first: tensorkeep convert {word(base.path)} FLOATS --to hf --dtype bf16",
-        )
+def _needs_floats(base: StateView, weights: Mapping[str, QuantizedWeight], forms: Forms | None) -> bool:
+    """Whether a base's codes give way to floats before anything is added, as they did when the adapter was trained.
+
+    So it is with codes that lie under other names than their weights or the other way round (Conv1D), and where the
+    adapter was trained on those floats quantized anew.
+    """
+    if forms is not None and weights and not any(w.held for w in weights.values()):
+        return True
+    return any(w.stands_for != w.name or turned(base.config, w.stands_for) for w in weights.values())
 
 
 def _wanted_quantization(
@@ -244,7 +253,10 @@ def _wanted_quantization(
                 where=base.path,
                 hint="give the float checkpoint that it was made from as BASE",
             )
-        odd = [(k, f) for f in asked for k in f.kinds if k.kind not in found]
+        mixed = [f for f in asked if f.modules and any(k.kind in found for k in f.kinds)]  # experts beside the codes
+        odd = [(k, f) for f in asked if f not in mixed for k in f.kinds if k.kind not in found]
+        if odd and not any(w.held for w in weights.values()):
+            return _one_form(sources, asked)
         if odd:
             raise TensorkeepError(
                 f"was trained on {odd[0][0].spoken}, the base {base.path} is {', '.join(found)}",
@@ -252,9 +264,12 @@ def _wanted_quantization(
                 code="A04",
                 hint=f"give the {odd[0][0].kind} base, or the float one it was made from",
             )
-        return None
-    if onto == "original" or not asked:
-        return None
+        return _one_form(sources, asked) if mixed else None
+    return None if onto == "original" or not asked else _one_form(sources, asked)
+
+
+def _one_form(sources: Sequence[WeightedAdapter], asked: Mapping[Forms, str]) -> Forms:
+    """Return the one form of the base that all adapters were trained on; A04 where there are several."""
     if len(asked) > 1 or len({bool(s.adapter.document.get("quantization")) for s in sources}) > 1:
         raise TensorkeepError(
             "the adapters were trained on different forms of the base "
@@ -281,7 +296,11 @@ def _base_notes(
                     "A04", f"{source.path} was trained on a quantized form of the base: its update fits that one"
                 )
             elif not document["quantization"] and weights:
-                yield Note("A04", f"{source.path} was trained on float weights, this base is {found}, dequantized")
+                same = document.get("base_digest") and not any(
+                    w.held for w in weights.values()
+                )  # training dequantized it
+                if not same:
+                    yield Note("A04", f"{source.path} was trained on float weights, this base is {found}, dequantized")
             continue
         said = said_precision(document)
         if said is not None and not weights:
@@ -301,22 +320,6 @@ def _base_notes(
                 f"{source.path} carries no digest of its base: its names and shapes fit this one, whether it was "
                 "trained on it cannot be known from the files",
             )
-
-
-def _through(hf_tensors: Mapping[str, HfTensor], forms: Forms) -> dict[str, Encoding]:
-    """Return which weights loading quantizes and how: those listed, or every linear but heads and embeddings."""
-    layers = dict(forms.layers)
-    out = {}
-    for name, item in hf_tensors.items():
-        module, _, last = name.rpartition(".")
-        whole = len(item.parts) == 1 and item.parts[0].rows is None
-        if last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
-            continue
-        chosen = matches(module, forms.modules) if forms.modules else not matches(module, EXCLUDED)
-        kind = layers.get(module, forms.usual if chosen else None)
-        if kind is not None:
-            out[name] = kind
-    return out
 
 
 def _keep_config_true(view: MergedView, state: MergeBase, floats: bool, parted: bool, rows: int | None) -> None:

@@ -25,6 +25,7 @@ _CODES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F8_E4M3", "F8_E5M2")
 _CONV1D = ("gpt2", "openai-gpt", "decision_transformer", "imagegpt")
 _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 FLOATS = ("F64", "F32", "F16", "BF16")
+_KEEP = "leave --dtype out: codes, scales and quantization_config are then kept as they are"
 # beside quantized modules: scales of activations and of the cache, which no float model has
 _ACTIVATIONS = frozenset(
     "input_scale input_scale_inv input_zero_point input_global_scale output_scale output_zero_point k_scale v_scale "
@@ -34,11 +35,17 @@ _ACTIVATIONS = frozenset(
 
 @dataclass(eq=False)
 class DecodedView(StateView):
-    """A checkpoint whose quantized weights, those in `made`, are floats; all other tensors are as they are stored."""
+    """A checkpoint whose quantized weights, those in `made`, are floats; all other tensors are as they are stored.
+
+    Attributes:
+        base: the checkpoint with its codes.
+        made: name of each float -> the weight that it stands for.
+        turned: names of those whose float is stored transposed (Conv1D).
+    """
 
     base: StateView | None = None
     made: dict[str, QuantizedWeight] = field(default_factory=dict)
-    turned: frozenset[str] = frozenset()  # those whose float is stored transposed (Conv1D)
+    turned: frozenset[str] = frozenset()
 
     def stream(
         self, name: str, rows: tuple[int, int] | None = None, granule: int = 1, chunk: int = STREAM_BYTES
@@ -129,7 +136,7 @@ def decoded(view: StateView, dtype: Callable[[str], str] | str) -> StateView:
         elif name not in beside and not _of_activations(name, modules):
             records[name] = record
     known = {key: value for key, value in view.metadata.items() if not isinstance(value, str) or key == "format"}
-    config, companions = _float_config(view)
+    config, companions = float_config(view)
     return DecodedView(
         view.path,
         view.format,
@@ -153,8 +160,12 @@ def _of_activations(name: str, modules: set[str]) -> bool:
     return last in _ACTIVATIONS and (module in modules or any(m.startswith(f"{module}.") for m in modules))
 
 
-def _float_config(view: StateView) -> tuple[dict[str, Any] | None, list[Any]]:
-    """Return config and companions without a word of quantization."""
+def float_config(view: StateView) -> tuple[dict[str, Any] | None, list[Companion]]:
+    """Return config and companions without a word of quantization.
+
+    Args:
+        view: the checkpoint.
+    """
     companions = travelling(view.companions)
     if view.config is None:
         return None, companions
@@ -186,12 +197,20 @@ def all_decoded(sources: Sequence[StateView], dtype: str | None) -> list[StateVi
     if dtype not in FLOATS:
         return list(sources)
     for view in sources:
-        _refuse_unread(view)
+        refuse_unread(view, _KEEP)
     return [decoded(view, dtype if dtype in ("F32", "BF16") else "F32") for view in sources]
 
 
-def _refuse_unread(view: StateView) -> None:
-    """Stop where a checkpoint that says it is quantized holds codes of a layout that is not read here."""
+def refuse_unread(view: StateView, hint: str) -> None:
+    """Stop where a checkpoint that says it is quantized holds codes of a layout that is not read here.
+
+    Args:
+        view: the checkpoint.
+        hint: what to do then.
+
+    Raises:
+        TensorkeepError: it names the layout and the first tensor.
+    """
     said = (view.config or {}).get("quantization_config")
     method = said.get("quant_method") if isinstance(said, Mapping) else None
     flattened = any("._weight_" in name for name in view)  # torchao's way to write the parts of a tensor
@@ -206,7 +225,7 @@ def _refuse_unread(view: StateView) -> None:
             f"{len(odd)} tensors hold codes in a layout of {name} that is not read here, first {odd[0]} "
             f"({view[odd[0]].dtype} {list(view[odd[0]].shape)})",
             where=view.path,
-            hint="leave --dtype out: codes, scales and quantization_config are then kept as they are",
+            hint=hint,
         )
 
 

@@ -94,6 +94,29 @@ def tensor_of(view: StateView, name: str) -> Tensor:
     return out
 
 
+def rows_of(view: StateView, name: str, at: int) -> Tensor:
+    """Return one step of a stored tensor's first dimension on the CPU, without any memory beside its own.
+
+    Args:
+        view: the view.
+        name: name of the tensor.
+        at: which step, an expert of a stack.
+
+    Raises:
+        TensorkeepError: torch lacks the dtype, or the file is damaged.
+    """
+    record = view[name]
+    spelled = DTYPES[record.dtype].torch
+    if isinstance(view, TensorView) or spelled is None:
+        return view.tensor(name)[at]
+    out = torch.empty(record.shape[1:], dtype=getattr(torch, spelled))
+    raw, start = raw_bytes(out), 0
+    for piece in view.stream(name, (at, at + 1)):
+        raw[start : start + len(piece)] = piece
+        start += len(piece)
+    return out
+
+
 def digest_of(tensor: Tensor) -> str:
     """Return the xxh3_128 of a tensor's raw little-endian bytes in row-major order, in hex.
 

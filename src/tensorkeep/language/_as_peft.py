@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tensorkeep.adapters.lora import layers
+from tensorkeep.adapters.stacked import adapted_stacks
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.language_model import silent
 from tensorkeep.models.refusals import refusals, said
@@ -92,7 +93,11 @@ def load_in_peft(folder: Path, model: nn.Module, dropout: bool = True) -> Loaded
         out.refused = said(error)
         return out
     theirs = {n.removeprefix(_PREFIX): m for n, m in made.named_modules() if _NAME in getattr(m, "lora_A", ())}
-    mine = layers(model)
+    mine: dict[str, Any] = {**layers(model), **adapted_stacks(model)}
+    for name in [n for n, m in theirs.items() if hasattr(m, "parameter_name")]:
+        inner = f"{name.replace('.base_layer', '')}.{theirs[name].parameter_name}"
+        if inner in mine:
+            theirs[inner] = theirs.pop(name)
     out.pairs, out.left = len(theirs), [n for n in mine if n not in theirs]
     out.differing = {n: "it adapts what was not trained" for n in theirs if n not in mine}
     for name, layer in mine.items():

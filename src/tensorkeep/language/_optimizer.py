@@ -68,7 +68,8 @@ def choose_trainable(
         torch.default_generator.manual_seed(derive(recipe.training.seed, 1))
         settings = (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, adapter.rslora)
         aside = [n for n in adaptable(model) if n.startswith(unseen)]
-        add_lora(model, adapter.targets, *settings, exclude=[exactly(n) for n in dict.fromkeys([*idle, *aside])])
+        without = [exactly(n) for n in dict.fromkeys([*idle, *aside])]
+        add_lora(model, adapter.targets, *settings, exclude=without, parameters=adapter.target_parameters)
     check_ranks(model, peers)
 
 

@@ -5,11 +5,14 @@ An adapter is loaded with PEFT before it gets its name, a model's names and shap
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import nn
 
 from tensorkeep.adapters.files import write_adapter
+from tensorkeep.adapters.lora import layers
+from tensorkeep.adapters.stacked import adapted_stacks
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.language._as_hf import whole_model
@@ -21,6 +24,8 @@ from tensorkeep.language.start import BASE, Remark, start_of
 from tensorkeep.storage.placement import remove, replacing
 from tensorkeep.training.distributed import World
 from tensorkeep.training.saver import State
+
+_BESIDE_EXPERTS = re.compile(r"mlp|moe|expert|feed_forward|ffn")
 
 
 def exported(
@@ -115,13 +120,16 @@ def _check(model: nn.Module, folder: Path, digest: str | None, base: str, run: P
         remark("note: PEFT is not installed, and has not loaded the adapter")
         return
     without = (load_in_peft(folder, model, dropout=False) or found) if found.refused else found
-    if without.left and not without.refused:
+    linears = list(layers(model))
+    left = [n for n in without.left if n in linears]
+    if without.refused and adapted_stacks(model):  # it meant to move them onto parameters that are adapted themselves
+        left = [n for n in linears if _BESIDE_EXPERTS.search(n)] or linears
+    if left:
         remove(folder)
-        write_adapter(model, folder, digest, base, parameters=without.left)
-        aside = len(without.left)
+        write_adapter(model, folder, digest, base, parameters=left)
         found = load_in_peft(folder, model) or found
         if not found.problem:
-            remark(f"note: {found.by} takes {aside} linears for stacked experts: they are named as parameters")
+            remark(f"note: {found.by} takes {len(left)} linears for stacked experts: they are named as parameters")
     if found.problem:
         raise TensorkeepError(
             f"{found.by} {found.problem}",

@@ -76,6 +76,7 @@ class AdapterConfig:
         lora_dropout: Share of the inputs that is dropped on the way to an update.
         targets: Patterns of names.
         rslora: Whether updates are scaled by `lora_alpha / sqrt(lora_r)` instead.
+        target_parameters: Patterns of parameters that stack experts, each of which gets an update of its own.
     """
 
     lora_r: int = 16
@@ -83,6 +84,12 @@ class AdapterConfig:
     lora_dropout: float = 0.0
     targets: tuple[str, ...] = ("all-linear",)
     rslora: bool = False
+    target_parameters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.lora_dropout and self.target_parameters:
+            what = f"dropout {self.lora_dropout:g} with target_parameters, for which PEFT has none"
+            raise TensorkeepError(what, where="adapter.lora_dropout", hint="lora_dropout: 0")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ checkpoints can be read, evaluated and converted without the recipe.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from torch import nn
 from tensorkeep.conversion import configs
 from tensorkeep.conversion import execution as conversion
 from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.dequantizing import float_config
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import Inconclusive, TensorkeepError, word
-from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out, travelling
+from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.formats.whole_config import complete
+from tensorkeep.language._bases import in_codes, is_quantized
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said
@@ -83,14 +85,16 @@ def start_of(
     """
     view = _hf_view(recipe, run, world, remark) if recipe.model is not None else None
     tokenizer = load_tokenizer(recipe.tokenizer or str(view.folder.url if view else ""))
-    if view is not None and weights and recipe.training.quantize_backbone and _plain_names(view):
-        model = packed(view, recipe.training.quantize_backbone, world)
-    elif view is None or not weights:
+    kind, model = recipe.training.quantize_backbone, None
+    if view is not None and weights and (kind or is_quantized(view)):
+        model = in_codes(view, _hollow, kind, world.device, recipe.adapter is None, remark)
+    if model is None and (view is None or not weights):
         stored = sum(record.nbytes for record in view.records.values()) if view is not None else None
         model = from_config(
             _whole_config(view) if view else dict(recipe.config or {}), derive(recipe.training.seed, 0), stored
         )
-    else:
+    elif model is None:
+        assert view is not None
         model = loaded(view)
     start = StartingModel(model, tokenizer, view)
     if len(tokenizer) > start.vocabulary:
@@ -134,11 +138,13 @@ def loaded(view: StateView) -> nn.Module:
         view: an hf folder, or what can be loaded as one.
 
     Returns:
-        The model, as transformers builds it.
+        The model, as transformers builds it; of a quantized checkpoint codes of bitsandbytes stay, others are floats.
 
     Raises:
         TensorkeepError: transformers cannot load it, or reports a tensor as missing (K01) or unexpected (K02).
     """
+    if is_quantized(view) and (coded := in_codes(view, _hollow, None, torch.device("cpu"))) is not None:
+        return coded
     try:
         model, report = model_of(view)
     except Inconclusive as error:
@@ -156,35 +162,16 @@ def loaded(view: StateView) -> nn.Module:
     return made
 
 
-def packed(view: StateView, kind: Any, world: World) -> nn.Module:
-    """Load a checkpoint's model, its linears quantized as they are read.
-
-    It takes the memory of the quantized model and one tensor.
-    """
-    from tensorkeep.models.repair import repair_buffers
-    from tensorkeep.quantization.loading import load_quantizing
-    from tensorkeep.quantization.replacing import left_wide
-
-    model = _skeleton(view)
-    wide = left_wide(model)
-    load_quantizing(model, view, kind, exclude=wide, device=world.device, dtype=torch.float32, repair=repair_buffers)
-    return model.eval()
-
-
-def _plain_names(view: StateView) -> bool:
-    """Whether the file's tensors are the model's one by one (transformers stacks the experts of some models)."""
-    return set(view) <= set(_skeleton(view).state_dict())
-
-
-def _skeleton(view: StateView) -> nn.Module:
-    """Make the model of a checkpoint's config on the meta device, without memory."""
+def _hollow(config: Mapping[str, Any]) -> nn.Module:
+    """Make the model of a config on the meta device, without memory."""
     with torch.device("meta"):
-        return from_config(_whole_config(view), 0)
+        return from_config(dict(config), 0)
 
 
 def _whole_config(view: StateView) -> dict[str, Any]:
-    """Return the config beside a checkpoint, with what it says for each layer."""
-    return complete(view.config or {}, view.companions)
+    """Return the config beside a checkpoint as its floats have it, with what it says for each layer."""
+    config, companions = float_config(view)
+    return complete(config or {}, companions)
 
 
 def from_config(config: dict[str, Any], seed: int, stored: int | None = None) -> nn.Module:
@@ -257,7 +244,7 @@ def load_tokenizer(path: str, where: str | None = None) -> Any:
 
 def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: LanguageRecipe) -> None:
     """Copy config and tokenizer into the run where they are not there, so that `read(run)` finds them."""
-    inherited = travelling(view.companions) if view is not None else []
+    inherited = float_config(view)[1] if view is not None else []
     found = [c for c in inherited if c.name in COMPANIONS and c.name != "recipe.yaml"]
     if view is None:
         found = [configs.companion("config.json", model.config.to_dict())]

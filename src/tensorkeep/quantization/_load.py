@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError, near_misses
-from tensorkeep.formats.memory import TensorView, digest_of, tensor_of
+from tensorkeep.formats.memory import TensorView, digest_of, raw_bytes, rows_of, tensor_of
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization._ahead import Ahead, Arrived, reads_ahead
+from tensorkeep.quantization._load_plan import Loaded, Repair, Settings, Step, joined
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import HELD, QuantLinear
-from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, Packed, averaged_blocks, pack
+from tensorkeep.quantization.linear_layers import sizes, stacked_parameters, turned
+from tensorkeep.quantization.packed import WEIGHT_DIGEST, Packed, averaged_blocks, pack
 from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.replacing import (
     check_patterns,
@@ -32,53 +34,8 @@ from tensorkeep.quantization.replacing import (
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.record import DTYPES, FROM_TORCH
 
-Repair = Callable[[nn.Module], Sequence[str]]
 # dtype in the file, dtype in the model: casts that lose nothing
 _LOSSLESS_CASTS = {("BF16", "F32"), ("F16", "F32"), ("BF16", "F64"), ("F16", "F64"), ("F32", "F64")}
-
-
-@dataclass
-class Loaded:
-    """What a load did.
-
-    Attributes:
-        quantized: names of the linears that are quantized now.
-        copied: names of the tensors that were copied as they are.
-        unproven: quantized weights whose file has no digest that ties codes to scales.
-        base_digest: digest of every tensor of the file, as `tensorkeep.json` has it; None where some were not read.
-    """
-
-    quantized: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-    unproven: list[str] = field(default_factory=list)
-    base_digest: str | None = None  # of every tensor of the file, as `tensorkeep.json` has it
-
-
-class Settings(NamedTuple):
-    """How float weights are quantized on the way.
-
-    Attributes:
-        kind: "nf4", "fp4" or "int8".
-        double: quantize the scales as well.
-        block: number of flat elements that share a scale.
-        include: patterns of the linears to quantize.
-        exclude: patterns of those to leave.
-    """
-
-    kind: Kind
-    double: bool
-    block: int
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-
-
-class _Step(NamedTuple):
-    """One tensor (or one quantized weight) of the file, and where it goes."""
-
-    name: str
-    stored: str
-    how: str  # copy: a float tensor; take: a quantized weight as it is; pack: a float weight to be quantized
-    places: tuple[tuple[nn.Module, str], ...]
 
 
 class Load:
@@ -92,21 +49,24 @@ class Load:
         absent: tuple[str, ...],
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize_stack: Callable[..., Any] | None = None,
     ) -> None:
+        self.quantize_stack = quantize_stack
         self.model, self.view, self.settings, self.absent = model, view, settings, absent
         self.device, self.dtype = device, dtype
         self.stored = {unwrap(name)[0]: name for name in view}
         self.weights = {unwrap(name)[0]: weight for name, weight in quantized.find_quantized(view).items()}
         self.problems: list[tuple[str, str]] = []
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.result = Loaded()
         self._take: Callable[[str], Arrived] = self._read
         self._later: Callable[[Packed], Future[bytes]] | None = None  # takes digests beside the load
         self._digests: list[tuple[Any, Future[bytes]]] = []
+        self.pieces: dict[str, list[list[str]]] = {}  # stack -> names of each expert's weights, which stay codes
 
     def run(self, repair: Repair | None, device: torch.device | None) -> Loaded:
         """Plan, refuse or carry out; `repair` recomputes buffers that no file holds."""
-        taken = self._plan_linears()
+        taken = self._plan_linears() | self._plan_stacks()
         self._plan_rest(taken)
         self._find_unexpected()
         empty = self._meta_buffers()
@@ -118,7 +78,7 @@ class Load:
         self._repair(empty, repair, device)
         digests: dict[str, str] = {}
         # biases first: a linear that is replaced takes along the one it has
-        steps = sorted(self.steps, key=lambda s: s.how in ("take", "pack"))
+        steps = sorted(self.steps, key=lambda s: s.how not in ("copy", "same"))
         with self._reading(steps):
             for step in steps:
                 digests |= self._carry_out(step)
@@ -155,10 +115,40 @@ class Load:
             taken.add(weight)
         return taken
 
+    def _plan_stacks(self) -> set[str]:
+        """Plan the parameters that stack experts and are to be quantized; return their names."""
+        taken: set[str] = set()
+        for path, module, key in stacked_parameters(self.model):
+            name = unwrap(f"{path}.{key}" if path else key)[0]
+            if self.quantize_stack is not None and f"{name}.0.0.weight" in self.weights:
+                self._plan_pieces(name, module, key)
+                taken.add(name)
+                continue
+            how = self.settings if self.quantize_stack is not None else None
+            wanted = how is not None and selected(name, how.include, how.exclude)
+            if not wanted or name not in self.stored or name in self.weights:
+                continue
+            record, shape = self.view[self.stored[name]], tuple(module.get_parameter(key).shape)
+            if record.shape != shape:
+                self._problem("S01", name, f"is {list(record.shape)} in the file, {list(shape)} in the model")
+            else:
+                self.steps.append(Step(name, self.stored[name], "stack", ((module, key),)))
+            taken.add(name)
+        return taken
+
+    def _plan_pieces(self, name: str, module: nn.Module, key: str) -> None:
+        """Plan a stack whose experts' matrices the view holds as codes, in one piece or several: NAME.EXPERT.PIECE."""
+        for expert in range(module.get_parameter(key).shape[0]):
+            own = itertools.takewhile(
+                lambda n: n in self.weights, (f"{name}.{expert}.{i}.weight" for i in itertools.count())
+            )
+            self.pieces.setdefault(name, []).append(list(own))
+        self.steps.append(Step(name, self.weights[self.pieces[name][0][0]].name, "join", ((module, key),)))
+
     def _plan_codes(self, name: str, weight: str, linear: Any) -> None:
         """Plan a weight that is quantized in the file."""
         try:
-            packed = read_packed(self._part(weight), (linear.out_features, linear.in_features))
+            packed = read_packed(self._part(weight), sizes(linear))
         except TensorkeepError as error:
             self._problem(error.code or "Q06", weight, error.what.removeprefix("layer.weight: "))
             return
@@ -170,11 +160,12 @@ class Load:
                     "Q03", weight, f"was averaged or altered: {lost} blocks of codes lost their largest element"
                 )
                 return
-        self.steps.append(_Step(name, self.weights[weight].name, "take", ((linear, "weight"),)))
+        self.steps.append(Step(name, self.weights[weight].name, "take", ((linear, "weight"),)))
 
     def _plan_floats(self, name: str, weight: str, linear: Any) -> None:
         """Plan a weight that is float in the file and to be quantized."""
-        record, shape = self.view[self.stored[weight]], (linear.out_features, linear.in_features)
+        record, shape = self.view[self.stored[weight]], sizes(linear)
+        shape = shape[::-1] if turned(linear) else shape
         if self.settings is None:
             self._problem(
                 "Q01", weight, f"is {record.dtype} in the file and quantized in the model: load_quantizing quantizes it"
@@ -182,7 +173,7 @@ class Load:
         elif record.shape != shape:
             self._problem("S01", weight, f"is {list(record.shape)} in the file, {list(shape)} in the model")
         else:
-            self.steps.append(_Step(name, self.stored[weight], "pack", ((linear, "weight"),)))
+            self.steps.append(Step(name, self.stored[weight], "pack", ((linear, "weight"),)))
 
     def _plan_rest(self, taken: set[str]) -> None:
         """Plan every other parameter and persistent buffer; tied ones need one name in the file."""
@@ -213,7 +204,7 @@ class Load:
                     "T01", present[0], f"is one tensor with {present[1]} in the model and another in the file"
                 )
             self.steps += [
-                _Step(n, s, "copy" if i == 0 else "same", tuple((m, k) for _, m, k in same))
+                Step(n, s, "copy" if i == 0 else "same", tuple((m, k) for _, m, k in same))
                 for i, (n, s) in enumerate(zip(present, stored))
             ]
 
@@ -230,6 +221,7 @@ class Load:
     def _find_unexpected(self) -> None:
         """Note every tensor of the file that nothing in the model takes."""
         used = {step.stored for step in self.steps}
+        used |= {self.weights[n].name for found in self.pieces.values() for own in found for n in own}
         bad = {name for _, line in self.problems for name in [line.split(" ", 1)[0]]}
         for name, weight in self.weights.items():
             if weight.name in used or name in bad:
@@ -311,7 +303,7 @@ class Load:
         return Arrived(tensor, digest_of(tensor))
 
     @contextmanager
-    def _reading(self, steps: Sequence[_Step]) -> Iterator[None]:
+    def _reading(self, steps: Sequence[Step]) -> Iterator[None]:
         """Within it the tensors of these steps come in their order, read ahead where that is of use."""
         names = [step.stored for step in steps if step.how in ("copy", "pack")]
         if not reads_ahead(self.view, names, self.device):
@@ -328,7 +320,7 @@ class Load:
             ahead.close()
 
     @torch.no_grad()
-    def _carry_out(self, step: _Step) -> dict[str, str]:
+    def _carry_out(self, step: Step) -> dict[str, str]:
         """Do one step; return the digests of the stored tensors that it read."""
         if step.how == "same":
             return {step.stored: self.view.digest(step.stored)}
@@ -338,6 +330,10 @@ class Load:
             self._put(tensor, step.places)
             self.result.copied.append(step.name)
             return digests
+        if step.how == "stack":
+            return {step.stored: self._quantize_stack(step)}
+        if step.how == "join":
+            return self._join_stack(step)
         linear: Any = step.places[0][0]
         device = self.device or (torch.device("cpu") if linear.weight.is_meta else linear.weight.device)
         if step.how == "take":
@@ -354,16 +350,56 @@ class Load:
             assert self.settings is not None
             tensor, digest = self._take(step.stored)
             digests = {step.stored: digest}
+            tensor = tensor.T if turned(linear) else tensor
             packed = pack(tensor.to(device), self.settings.kind, self.settings.double, self.settings.block, step.name)
         later = self._later(packed) if self._later is not None else None  # until then its place holds zeros
         unknown = bytes(16) if later is not None else None
         if isinstance(linear, QuantLinear):
             linear.fill(packed, unknown)
         else:
-            linear, before = over(linear, QuantLinear(packed, linear.bias, unknown)), linear
+            linear, before = over(linear, QuantLinear.instead_of(linear, packed, unknown)), linear
             replace_modules(self.model, {before: linear})
         if later is not None:
             self._digests.append((linear, later))
+        self.result.quantized.append(step.name)
+        return digests
+
+    def _quantize_stack(self, step: Step) -> str:
+        """Quantize a stack of experts, one of them in memory at a time; return the digest of what was read."""
+        import xxhash
+
+        assert self.settings is not None and self.quantize_stack is not None
+        module, key = step.places[0]
+        parameter, state = module.get_parameter(key), xxhash.xxh3_128()
+        device = self.device or (torch.device("cpu") if parameter.is_meta else parameter.device)
+
+        def matrices() -> Iterator[Tensor]:
+            for expert in range(parameter.shape[0]):
+                matrix = rows_of(self.view, step.stored, expert)
+                state.update(raw_bytes(matrix))
+                yield matrix.to(device)
+
+        settings = self.settings
+        self.quantize_stack(module, key, settings.kind, settings.double, settings.block, step.name, matrices())
+        self.result.quantized.append(step.name)
+        return state.hexdigest()
+
+    def _join_stack(self, step: Step) -> dict[str, str]:
+        """Take over the codes of a stack's experts; return the digests of what was read."""
+        assert self.quantize_stack is not None
+        digests: dict[str, str] = {}
+        module, key = step.places[0]
+
+        def experts() -> Iterator[Packed]:
+            for own in self.pieces[step.name]:
+                parts = [self._part(n) for n in own]
+                for name, part in zip(own, parts):
+                    module = name.removesuffix("weight")
+                    digests.update({self.stored[module + n[6:]]: digest_of(t) for n, t in part.items()})
+                made = joined([read_packed(p, None) for p in parts], step.name)
+                yield Packed(made.layout, {r: t.to(self.device or "cpu") for r, t in made.tensors.items()})
+
+        self.quantize_stack(module, key, "nf4", True, 64, step.name, experts())
         self.result.quantized.append(step.name)
         return digests
 

@@ -114,6 +114,12 @@ class QuantizedWeight:
         return math.prod(self.shape) if self.shape is not None else 0
 
     @property
+    def held(self) -> bool:
+        """Whether a layer here computes with these codes: a matrix as bitsandbytes writes it."""
+        plain = self.kind in FOUR_BITS or (self.kind == "int8" and "SCB" in self.parts)
+        return plain and self.shape is not None and len(self.shape) == 2 and self.stands_for == self.name
+
+    @property
     def stands_for(self) -> str:
         """The stored name that the weight would have if it were not quantized."""
         return float_name(self.name)

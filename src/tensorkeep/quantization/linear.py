@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.description import QUANT_STATE
+from tensorkeep.quantization.linear_layers import turned
 from tensorkeep.quantization.packed import (
     WEIGHT_DIGEST,
     Kind,
@@ -58,6 +59,7 @@ class QuantLinear(nn.Module):
     """
 
     frozen_state = True  # codes belong to the base: checkpoints of what trains leave them out
+    inward = False  # the layer in whose place it stands keeps its matrix as [in, out] (Conv1D)
     weight: Tensor
     bias: nn.Parameter | None
 
@@ -72,12 +74,12 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def of(
-        cls, linear: nn.Linear, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "linear"
+        cls, linear: nn.Module, kind: Kind = "nf4", double: bool = True, block: int = 64, name: str = "linear"
     ) -> QuantLinear:
         """Quantize a dense linear, on its device; the bias is taken over as it is.
 
         Args:
-            linear: the dense layer, in float32, bfloat16 or float16.
+            linear: the dense layer, in float32, bfloat16 or float16; of a Conv1D the transpose is quantized.
             kind: "nf4", "fp4" or "int8".
             double: quantize the scales as well (nf4, fp4).
             block: number of flat elements that share a scale (nf4, fp4).
@@ -86,7 +88,21 @@ class QuantLinear(nn.Module):
         Raises:
             TensorkeepError: V01 where the weight holds NaN or infinity.
         """
-        made = cls(pack(linear.weight, kind, double, block, name), linear.bias)
+        weight: Any = linear.weight
+        return cls.instead_of(linear, pack(weight.T if turned(linear) else weight, kind, double, block, name))
+
+    @classmethod
+    def instead_of(cls, linear: nn.Module, packed: Packed, digest: bytes | None = None) -> QuantLinear:
+        """Return a quantized linear for the place of a dense one, whose bias it takes over.
+
+        Args:
+            linear: an `nn.Linear` or Conv1D.
+            packed: codes of its matrix [out, in].
+            digest: of the codes; None: it is taken.
+        """
+        bias: Any = linear.bias
+        made = cls(packed, bias, digest)
+        made.inward = turned(linear)
         return made.train(linear.training)
 
     @property
@@ -275,13 +291,14 @@ def frozen_state(base: nn.Module) -> tuple[How, list[Any]]:
     """Return what a frozen linear's weight is made of: how its codes lie, and the tensors, for `dense_weight`.
 
     Args:
-        base: a `QuantLinear`, an `nn.Linear` or a module with its `matrix` [out, in].
+        base: a `QuantLinear` or what keeps codes like one, an `nn.Linear`, or a module with its `matrix` [out, in].
 
     Returns:
         How it lies, and one tensor (or None) a role.
     """
-    if isinstance(base, QuantLinear):
-        layout, held = base._plain()
+    if hasattr(base, "_plain"):
+        quantized: Any = base
+        layout, held = quantized._plain()
         roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
         return (layout.kind, *layout.shape, layout.block, layout.nested), [held.get(role) for role in roles]
     kept: Any = base

@@ -39,6 +39,22 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             yield path, "experts", module
 
 
+def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the parameters that stack a matrix an expert.
+
+    Args:
+        model: a live model, on the meta device too.
+
+    Returns:
+        Path of the module, the module, and the parameter's name in it.
+    """
+    for path, module in model.named_modules():
+        if "expert" in type(module).__name__.lower():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield path, module, name
+
+
 def dense(module: nn.Module) -> bool:
     """Whether this is an `nn.Linear`, or a class derived from it that computes nothing else (Falcon's).
 
@@ -86,6 +102,28 @@ def is_conv1d(module: nn.Module) -> bool:
         Whether it is one.
     """
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Return the sizes [out, in] of a linear layer, whichever way it keeps its matrix.
+
+    Args:
+        module: a linear, Conv1D, or one of ours.
+    """
+    layer: Any = module
+    return (layer.nf, layer.nx) if is_conv1d(module) else (layer.out_features, layer.in_features)
+
+
+def turned(module: nn.Module) -> bool:
+    """Whether a layer keeps its matrix as [in, out], or is the quantized form of one that does.
+
+    Args:
+        module: a linear, Conv1D, or one of ours.
+
+    Returns:
+        Whether it does.
+    """
+    return is_conv1d(module) or bool(getattr(module, "inward", False))
 
 
 def read_directly(model: nn.Module) -> list[str]:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import StateView, read
-from tensorkeep.quantization._load import Load, Loaded, Repair, Settings
+from tensorkeep.quantization._load import Load
+from tensorkeep.quantization._load_plan import Loaded, Repair, Settings
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.packed import Kind, kind_of
+from tensorkeep.quantization.stacks import quantize_stack
 
 CheckpointLike = Mapping[str, Tensor] | StateView | str | Path
 
@@ -52,7 +54,7 @@ def load_quantized(model: nn.Module, source: CheckpointLike, absent: Sequence[st
 def load_quantizing(
     model: nn.Module,
     source: CheckpointLike,
-    kind: Kind | int = "nf4",
+    kind: Kind | int | None = "nf4",
     double: bool = True,
     block: int = 64,
     include: Sequence[str] = ("*",),
@@ -62,7 +64,7 @@ def load_quantizing(
     repair: Repair | None = None,
     absent: Sequence[str] = (),
 ) -> Loaded:
-    """Load a float checkpoint and quantize its linears on the way, tensor by tensor; the model ends up frozen.
+    """Load a float checkpoint, quantizing linears and stacks of experts on the way; the model ends up frozen.
 
     Build `model` with its parameters on the meta device. Peak memory is the quantized model and one tensor. A weight
     that the file holds quantized already is taken as it is.
@@ -70,7 +72,7 @@ def load_quantizing(
     Args:
         model: the model; changed in place.
         source: a path, a view, or tensors by name.
-        kind: "nf4", "fp4", "int8", or 4 or 8 bits.
+        kind: "nf4", "fp4", "int8", or 4 or 8 bits; None quantizes nothing that the file does not hold quantized.
         double: quantize the scales as well (nf4, fp4).
         block: number of flat elements that share a scale (nf4, fp4).
         include: patterns of the linears to quantize.
@@ -93,9 +95,10 @@ def load_quantizing(
         >>> load_quantizing(model, nn.Sequential(nn.Linear(64, 8)).state_dict(), "nf4").quantized
         ['0']
     """
-    settings = Settings(kind_of(kind), double, block, tuple(include), tuple(exclude))
+    chosen = () if kind is None else tuple(include)
+    settings = Settings(kind_of(kind or "nf4"), double, block, chosen, tuple(exclude))
     place = None if device is None else torch.device(device)
-    loaded = Load(model, _view(source), settings, tuple(absent), place, dtype).run(repair, place)
+    loaded = Load(model, _view(source), settings, tuple(absent), place, dtype, quantize_stack).run(repair, place)
     model.requires_grad_(False)
     return loaded
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.linear import HELD, QuantLinear
+from tensorkeep.quantization.linear_layers import stacked_parameters
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, kind_of, packed_digest
 from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.replacing import (
@@ -27,6 +28,7 @@ from tensorkeep.quantization.replacing import (
     selected,
     tied_parameters,
 )
+from tensorkeep.quantization.stacks import Stack, quantize_stack, stacks
 
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
 
@@ -39,13 +41,13 @@ def quantize_(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = EXCLUDED,
 ) -> list[str]:
-    """Quantize the frozen linears of a loaded model, in place.
+    """Quantize the frozen linears and stacks of experts of a loaded model, in place.
 
     A linear that trains, or whose weight is tied to another module's, stays as it is. How patterns work:
     docs/concepts/patterns.md.
 
     Args:
-        model: the model; its linears are replaced by `QuantLinear`.
+        model: the model; its linears are replaced by `QuantLinear`, parameters that stack experts by `Stack`.
         kind: "nf4", "fp4", "int8", or 4 or 8 bits.
         double: quantize the scales as well (nf4, fp4).
         block: number of flat elements that share a scale (nf4, fp4).
@@ -53,7 +55,7 @@ def quantize_(
         exclude: patterns of those to leave.
 
     Returns:
-        The names of the linears that are quantized now.
+        The names of the linears, and of the stacks, that are quantized now.
 
     Raises:
         TensorkeepError: nothing is left to quantize, or a pattern of `include` fits no linear.
@@ -65,11 +67,15 @@ def quantize_(
     """
     kind = kind_of(kind)
     linears = {clean_name(n): m for n, m in model.named_modules() if quantizable(m)}
-    check_patterns(linears, include, "include")
+    piles = {clean_name(f"{p}.{n}" if p else n): (m, n) for p, m, n in stacked_parameters(model)}
+    check_patterns({**linears, **piles}, include, "include")
     chosen = {n: m for n, m in linears.items() if selected(n, include, exclude)}
     tied = tied_parameters(model)
     free = {n: m for n, m in chosen.items() if not m.weight.requires_grad and id(m.weight) not in tied}
-    if not free:
+    frozen = [
+        n for n, (m, k) in piles.items() if selected(n, include, exclude) and not m.get_parameter(k).requires_grad
+    ]
+    if not free and not frozen:
         trains = sum(m.weight.requires_grad for m in chosen.values())
         raise TensorkeepError(
             f"no linear to quantize: of {len(linears)}, {len(linears) - len(chosen)} are excluded and {trains} train",
@@ -83,7 +89,9 @@ def quantize_(
     for name in names:
         linear = free.pop(name)
         replace_modules(model, {linear: over(linear, QuantLinear.of(linear, kind, double, block, name))})
-    return names
+    for name in frozen:
+        quantize_stack(*piles.pop(name), kind, double, block, name)
+    return names + frozen
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -180,6 +188,7 @@ def check_ranks(model: nn.Module, peers: bool = True) -> None:
         TensorkeepError: Q02 with the first layer that differs and the ranks that hold something else.
     """
     found = {name: packed_digest(layer.packed).hex() for name, layer in quantized_layers(model).items()}
+    found |= {clean_name(name): stack.digest().hex() for name, stack in stacks(model) if stack.layout is not None}
     for name, layer in quantized_layers(model).items():
         if found[name] != bytes(layer.get_buffer(WEIGHT_DIGEST).cpu().tolist()).hex():
             what = "codes and scales changed since they were quantized or loaded"
@@ -255,6 +264,10 @@ def _held(model: nn.Module) -> Iterator[tuple[Tensor, int, bool]]:
     seen: set[int] = set()
     for module in model.modules():
         own = isinstance(module, QuantLinear)
+        if isinstance(module, Stack) and module.layout is not None:
+            sizes = [t for t in module.buffers(recurse=False)]
+            yield from ((t, module.shape.numel() if t is module.weight else 0, t is module.weight) for t in sizes)
+            seen |= {id(t) for t in sizes}
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or id(tensor) in seen or key in module._non_persistent_buffers_set:
                 continue

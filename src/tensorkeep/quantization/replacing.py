@@ -10,15 +10,19 @@ from torch import nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import exactly, matches, near_pattern, unwrap
 from tensorkeep.quantization.encoding import EXCLUDED
-from tensorkeep.quantization.linear_layers import dense, read_directly
+from tensorkeep.quantization.linear_layers import dense, is_conv1d, read_directly
 
 if TYPE_CHECKING:
     from tensorkeep.quantization.linear import QuantLinear
 
 
 def quantizable(module: nn.Module) -> bool:
-    """Tell whether this is a plain dense linear, whatever its class is called, or one with our LoRA on it."""
-    return dense(module) or (isinstance(module, nn.Linear) and hasattr(module, "over"))
+    """Tell whether this is a plain dense linear, whatever its class is called, a Conv1D, or one with our LoRA on it.
+
+    Args:
+        module: any module.
+    """
+    return dense(module) or is_conv1d(module) or hasattr(module, "over")
 
 
 def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
@@ -60,7 +64,11 @@ def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str
 
 
 def tied_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that more than one module, or one module twice, holds."""
+    """Return the ids of parameters that more than one module, or one module twice, holds.
+
+    Args:
+        model: a live model, on the meta device too.
+    """
     seen: set[int] = set()
     twice: set[int] = set()
     for module in model.modules():

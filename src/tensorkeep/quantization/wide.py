@@ -7,6 +7,7 @@ from torch import nn
 from tensorkeep.formats.names import grouped
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.replacing import clean_name
+from tensorkeep.quantization.stacks import Stack
 
 _SHOWN = 12
 
@@ -28,8 +29,11 @@ def stayed_wide(model: nn.Module) -> str | None:
             held = sum(p.numel() for p in module.parameters(recurse=False) if not p.is_floating_point())
             total += rows * columns - held
             packed += rows * columns
+        elif isinstance(module, Stack) and module.layout is not None:
+            total += module.shape.numel()
+            packed += module.shape.numel()
     wide = {
-        clean_name(n): p.numel()
+        clean_name(n).removesuffix(".base_layer"): p.numel()
         for n, p in model.named_parameters()
         if p.ndim > 1 and p.is_floating_point() and not p.requires_grad and ".lora_" not in n
     }

@@ -38,8 +38,9 @@ class Collate:
 
     Called with samples as `make_sample` gives them, it returns `input_ids [b, t]` and `labels [b, t]`; where a row has
     several segments also `position_ids [b, t]`, which start again in each, and `segments [b, t]`, their numbers.
-    Padding is a segment of its own. Rows of one segment need neither: under a causal mask no token sees what is at its
-    right.
+    Padding goes on with the last segment, none of whose tokens sees it; alone it would see nothing but the padding's
+    embedding, often zeros, at which models have no gradient (Gemma 3n's root of a square: NaN). Rows of one segment
+    need neither: under a causal mask no token sees what is at its right.
 
     Args:
         pad: the id that fills rows up.
@@ -64,8 +65,7 @@ class Collate:
 
 def _positions_and_segments(lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
     """Position in its segment and number of the segment of each token of one row, padding included."""
-    padding = longest - sum(lengths)
-    padded = [*lengths, padding] if padding > 0 else lengths
+    padded = [*lengths[:-1], lengths[-1] + longest - sum(lengths)]
     positions = torch.cat([torch.arange(n) for n in padded])
     return positions, torch.repeat_interleave(torch.arange(len(padded)), torch.tensor(padded))
 
