@@ -141,7 +141,7 @@ def plan_merge(
     gone = [n for n in base if n not in view.records and n not in {m.source for m in view.made.values()}]
     steps += [Step(("drop",), (Part(0, n),), None, _gone(base, n)) for n in gone]
     plan.steps = ordered(steps)
-    widened = [n for n, m in view.made.items() if base[m.source].encoding != "plain"]
+    widened = [n for n, m in view.made.items() if m.source in base and base[m.source].encoding != "plain"]
     if to == "gguf" and dtype is None and widened:
         what = f"{len(widened)} quantized weights that the merge changes are rounded to bfloat16, first {widened[0]}"
         plan.notes.append(Note("V02", f"{what}; --dtype says another type", tuple(widened)))

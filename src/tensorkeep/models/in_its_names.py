@@ -14,13 +14,13 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.dequantizing import decoded
 from tensorkeep.conversion.plan import HfTensor, Step
 from tensorkeep.conversion.planning import to_hf_tensors
+from tensorkeep.conversion.rows import Run, row_count, taken
 from tensorkeep.conversion.streams import pieces
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import STREAM_BYTES, StateView
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.models.names import model_names, to_live
-from tensorkeep.models.row_maps import Run, row_count, taken
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.stored import find_quantized
 from tensorkeep.storage.record import TensorRecord
