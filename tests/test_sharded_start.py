@@ -1,0 +1,160 @@
+"""A sharded run begins from shards: a rank reads its own part of the checkpoint, and starts where a whole one does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.planning import make_plan
+from tensorkeep.formats.view import read
+from tensorkeep.language import start as starting
+from tensorkeep.language.job import build, loop_of
+from tensorkeep.language.recipe_text import language_recipe
+from tensorkeep.quantization.modules import quantized_layers
+from tensorkeep.storage.files import LocalFolder
+from tensorkeep.training import _sharding as sharding
+from tensorkeep.training import fsdp
+from tensorkeep.training.distributed import World
+from tensorkeep.training.fsdp import is_sharded
+from tensorkeep.training.job import Job
+from tensorkeep.training.loop import fit
+from tensorkeep.training.precision import HALF_DTYPES, autocast
+from tests.language_files import save_model
+from tests.test_language_recipe import recipe_of
+from tests.training import ranks
+
+Document = dict[str, Any]
+LORA: Document = {"lora_r": 4, "lora_alpha": 8, "targets": ["all-linear"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_model(folder / "llama", "llama", vocab_size=321)
+    save_model(folder / "qwen3")
+    return folder
+
+
+def document(tmp_path: Path, model: Path, **sections: Any) -> Document:
+    made = recipe_of(tmp_path, config=None, model=str(model), **sections)
+    made["training"] |= {"updates": 2, "parallel": "fsdp", "micro_batch": 1}
+    return made
+
+
+def whole(tensor: Tensor) -> Tensor:
+    full: Any = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor
+
+
+def begun(place: Path, made: Document, size: int = 2, trained: bool = False) -> list[dict[str, Any]]:
+    """Begin on some ranks from shards, then from the whole model that is sharded afterwards, and compare.
+
+    For each rank: what it read and was told, tensors that differ, the loss of the first batch and the gradient's norm
+    both ways.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    recipe = language_recipe(made)
+    begins: dict[str, int] = {}
+    for block in (block for record in read(made["model"]).records.values() for block in record.blocks):
+        begins[block.file] = min(begins.get(block.file, block.start), block.start)
+
+    def work(world: World) -> None:
+        read_bytes, said = [0], list[str]()
+        into = LocalFolder.read_into
+
+        def counted(self: LocalFolder, name: str, start: int, out: memoryview) -> None:
+            read_bytes[0] += len(out) if start >= begins.get(name, 1 << 60) else 0  # headers are no weights
+            into(self, name, start, out)
+
+        LocalFolder.read_into = counted  # type: ignore[method-assign]
+        job = build(recipe, place / "run", world, said.append)
+        LocalFolder.read_into = into  # type: ignore[method-assign]
+        told: dict[str, Any] = {"read": read_bytes[0], "said": list(said), "sharded": is_sharded(job.model)}
+        starting.why_whole = lambda *_: "told so"  # type: ignore[assignment]
+        other = build(recipe, place / "other", world, said.append)
+        assert not is_sharded(other.model)
+        told["base"] = [job.base, other.base]
+        theirs = {n: p.detach().clone() for n, p in other.model.named_parameters() if p.is_floating_point()}
+        mine = {n: whole(p.detach()) for n, p in job.model.named_parameters() if p.is_floating_point()}
+        told["names"] = mine.keys() == theirs.keys()
+        told["differ"] = [n for n in mine if not torch.equal(mine[n], theirs[n])]
+        other.model.eval()
+        told["alone"] = first_loss(other, recipe, world).item()
+        sharding.shard(
+            other.model,
+            other.optimizer,
+            {},
+            fsdp.blocks(other.model),
+            world,
+            HALF_DTYPES.get(recipe.training.precision),
+        )
+        told["steps"] = [step(job, recipe, world), step(other, recipe, world)]
+        told["codes"] = [layer.spread_out for layer in quantized_layers(job.model).values()]
+        told["kept"] = sum(
+            p.to_local().numel() for p in job.model.parameters() if not p.is_floating_point() and hasattr(p, "to_local")
+        )
+        if trained:
+            fit(job, place / "run", loop_of(recipe, len(job.data)), world=world)
+        (place / f"told-{world.rank}.json").write_text(json.dumps(told))
+
+    assert ranks(size, work) == [0] * size
+    return [json.loads((place / f"told-{rank}.json").read_text()) for rank in range(size)]
+
+
+def first_loss(job: Job, recipe: Any, world: World) -> Tensor:
+    batch = job.collate([job.data.sample(world.rank, torch.Generator().manual_seed(0))])
+    with autocast(loop_of(recipe, len(job.data)), world):
+        return job.loss(job.model, batch, 1.0)["loss"]
+
+
+def step(job: Job, recipe: Any, world: World) -> tuple[float, float]:
+    """Loss and gradient norm of this rank's first batch; nothing is changed."""
+    job.model.eval()
+    loss = first_loss(job, recipe, world)
+    loss.backward()
+    norm = sharding.clipped([p for group in job.optimizer.param_groups for p in group["params"]], None, world)
+    job.optimizer.zero_grad()
+    return float(loss), float(norm)
+
+
+def assert_same_start(told: list[dict[str, Any]]) -> None:
+    for rank in told:
+        assert rank["sharded"] and rank["names"] and rank["differ"] == [] and rank["steps"][0] == rank["steps"][1]
+        assert rank["steps"][0][0] == rank["alone"]  # the whole model's first loss, to the bit
+        assert rank["base"][0] == rank["base"][1] and not any("whole" in line for line in rank["said"])
+
+
+def stored(model: Path) -> int:
+    return sum(record.nbytes for record in read(model).records.values() if record.tied_to is None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_every_rank_reads_its_own_part_and_starts_as_the_whole_model(base: Path, tmp_path: Path, kind: str) -> None:
+    told = begun(tmp_path, document(tmp_path, base / kind))
+    assert_same_start(told)
+    assert sum(rank["read"] for rank in told) == stored(base / kind)
+    assert max(rank["read"] for rank in told) < 0.51 * stored(base / kind)
+
+
+def test_rows_in_another_order_of_another_format_are_read_as_they_lie(base: Path, tmp_path: Path) -> None:
+    """A torchtitan checkpoint in 16 bits, its heads interleaved, is not converted before; forwards are in bf16."""
+    convert(make_plan([read(base / "llama")], "torchtitan", dtype="BF16"), str(tmp_path / "dcp"), "dcp")
+    made = document(tmp_path, tmp_path / "dcp", tokenizer=str(tmp_path / "tok"), training={"precision": "bf16"})
+    told = begun(tmp_path, made)
+    assert_same_start(told)
+    # twice the weights if each rank read all; beside them, the heads of 40 archives of some hundred bytes each
+    assert sum(rank["read"] for rank in told) < 1.4 * stored(tmp_path / "dcp")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_codes_are_spread_and_are_those_of_the_whole_weight(base: Path, tmp_path: Path, kind: str) -> None:
+    made = document(tmp_path, base / "llama", adapter=LORA, training={"quantize_backbone": kind})
+    told = begun(tmp_path, made, trained=kind == "nf4")
+    assert_same_start(told)
+    assert told[0]["codes"] == [True] * 14
