@@ -12,19 +12,24 @@ from torch import Tensor
 
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
-from tensorkeep.formats.view import read
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.memory import fill
+from tensorkeep.formats.view import StateView, read
 from tensorkeep.language import start as starting
+from tensorkeep.language.export import exported
 from tensorkeep.language.job import build, loop_of
 from tensorkeep.language.recipe_text import language_recipe
+from tensorkeep.language.start import StartingModel
 from tensorkeep.quantization.modules import quantized_layers
 from tensorkeep.storage.files import LocalFolder
+from tensorkeep.storage.record import Block, TensorRecord
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import fsdp
 from tensorkeep.training.distributed import World
 from tensorkeep.training.fsdp import is_sharded
 from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
-from tensorkeep.training.precision import HALF_DTYPES, autocast
+from tensorkeep.training.precision import GATHERED, autocast
 from tests.language_files import save_model
 from tests.test_language_recipe import recipe_of
 from tests.training import ranks
@@ -86,14 +91,9 @@ def begun(place: Path, made: Document, size: int = 2, trained: bool = False) -> 
         told["differ"] = [n for n in mine if not torch.equal(mine[n], theirs[n])]
         other.model.eval()
         told["alone"] = first_loss(other, recipe, world).item()
-        sharding.shard(
-            other.model,
-            other.optimizer,
-            {},
-            fsdp.blocks(other.model),
-            world,
-            HALF_DTYPES.get(recipe.training.precision),
-        )
+        half = None if recipe.objective == "dpo" else GATHERED.get(recipe.training.precision)
+        units, groups = fsdp.blocks(other.model), recipe.training.replicas
+        sharding.shard(other.model, other.optimizer, {}, units, world, half, groups)
         told["steps"] = [step(job, recipe, world), step(other, recipe, world)]
         told["codes"] = [layer.spread_out for layer in quantized_layers(job.model).values()]
         told["kept"] = sum(
@@ -158,3 +158,79 @@ def test_codes_are_spread_and_are_those_of_the_whole_weight(base: Path, tmp_path
     told = begun(tmp_path, made, trained=kind == "nf4")
     assert_same_start(told)
     assert told[0]["codes"] == [True] * 14
+    weights = sum(r.elements for n, r in read(base / "llama").records.items() if n.endswith("_proj.weight"))
+    held = (1 + 1 / 32) * weights / 2 if kind == "nf4" else weights  # with a scale for each 64, or for each row
+    assert all(0.45 * held < rank["kept"] < 0.6 * held for rank in told)
+    if kind == "nf4":  # what one process makes of it: the same base, and the adapter of the files
+        recipe = language_recipe(made)
+        job = build(recipe, tmp_path / "run")
+        made["training"]["updates"] = 3
+        longer = language_recipe(made)
+        outcome = fit(job, tmp_path / "run", loop_of(longer, len(job.data)), allow=("updates",))
+        assert (outcome.step, outcome.level) == (3, "sample-exact")
+        export = exported(tmp_path / "run", tmp_path / "adapter")
+        assert json.loads((export / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "dpo"])
+def test_two_groups_of_two_ranks_hold_all_shards_each(base: Path, tmp_path: Path, objective: str) -> None:
+    """HSDP; a norm and the reference of dpo, which every rank computes over its shards, go with it."""
+    more: Document = {"training": {"replicas": 2, "precision": "bf16", "gradient_checkpointing": True}}
+    if objective == "dpo":
+        more |= {"objective": "dpo", "data": {"files": str(tmp_path / "p.jsonl"), "packing": "none", "length": 48}}
+    told = begun(tmp_path, document(tmp_path, base / "qwen3", **more), size=4)
+    assert_same_start(told)
+    read_by_all = sum(rank["read"] for rank in told) / stored(base / "qwen3")
+    if objective == "pretrain":  # norms stay in float32, whole on every rank
+        assert 2 < read_by_all < 2.02
+    else:  # each group reads its shards; the digest, that the reference is kept by, all together
+        assert read_by_all == 3
+
+
+def test_columns_of_other_ranks_are_not_read(tmp_path: Path) -> None:
+    """A checkpoint of tensor-parallel ranks, cut by columns: the rows of a shard are put together from all of them."""
+    weight = torch.arange(24.0).view(4, 6)
+    parts = {"a.bin": weight[:, :2], "b.bin": weight[:, 2:]}
+    for name, part in parts.items():
+        (tmp_path / name).write_bytes(part.contiguous().numpy().tobytes())
+    blocks = tuple(
+        Block(name, 0, part.numel() * 4, (0, at), tuple(part.shape)) for (name, part), at in zip(parts.items(), (0, 2))
+    )
+    seen = list[tuple[str, int, int]]()
+
+    class Watched(LocalFolder):
+        def read_into(self, name: str, start: int, out: memoryview) -> None:
+            seen.append((name, start, len(out)))
+            super().read_into(name, start, out)
+
+    record = TensorRecord("w", "F32", (4, 6), blocks)
+    view = StateView(str(tmp_path), "dcp", Watched(tmp_path), {"w": record})
+    mine = torch.empty(2, 6, dtype=torch.float64)
+    fill(mine, view, "w", 6)
+    assert torch.equal(mine, weight[1:3].double())
+    assert seen == [("a.bin", 8, 16), ("b.bin", 16, 32)]
+    odd = torch.empty(7)
+    fill(odd, view, "w", 4)
+    assert torch.equal(odd, weight.view(-1)[4:11])
+
+
+def test_a_rank_that_cannot_read_its_part_ends_all_of_them(base: Path, tmp_path: Path) -> None:
+    """And none waits for scales that never come."""
+    made = document(tmp_path, base / "llama", adapter=LORA, training={"quantize_backbone": "nf4"})
+
+    def work(world: World) -> None:
+        into = LocalFolder.read_into
+
+        def fails(self: LocalFolder, name: str, start: int, out: memoryview) -> None:
+            into(self, name, start, out)
+            if world.rank == 1 and start > 20000 and len(out) < 1 << 16:
+                raise TensorkeepError("the disk is gone", where=name, code="F02")
+
+        digest = StartingModel.digest
+        StartingModel.digest = lambda *_: "0" * 32  # type: ignore[assignment, method-assign]
+        LocalFolder.read_into = fails  # type: ignore[method-assign]
+        with pytest.raises(TensorkeepError, match="F02"):
+            build(language_recipe(made), tmp_path / "run", world)
+        StartingModel.digest = digest  # type: ignore[method-assign]
+
+    assert ranks(2, work, seconds=60) == [0, 0]

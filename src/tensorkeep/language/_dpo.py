@@ -26,6 +26,7 @@ from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
+from tensorkeep.training.fsdp import forget_whole
 
 
 def answer_sums(model: nn.Module, batch: Mapping[str, Any], plain: bool, chunk: int = CHUNK) -> Tensor:
@@ -154,6 +155,7 @@ def _computed(
             if own:
                 mine[at] = torch.stack(sums.chunk(2), dim=1).float().cpu().numpy()
     finally:
+        forget_whole(model)
         model.train(training)
     parts = {at: part for theirs in distributed.gathered(world, mine) for at, part in theirs.items()}
     return np.concatenate([parts[at] for at in sorted(parts)]).astype(np.float32)

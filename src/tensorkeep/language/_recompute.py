@@ -50,7 +50,8 @@ class Lean(nn.Module):
     compiled: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kind: Any = type(self).__bases__[1]
+        kinds: Any = type(self).__mro__  # FSDP2 may have put a class of its own over this one
+        kind = kinds[kinds.index(Lean) + 1]
         wanted = self.kept if self.training and torch.is_grad_enabled() else "all"
         inside = wanted if wanted in ("narrow", "products") else "all"
         run = _compiled_forward(kind, inside) if self.compiled else kind.forward

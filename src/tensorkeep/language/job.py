@@ -31,7 +31,7 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.fsdp import forget_whole, is_sharded
 from tensorkeep.training.job import Job, Loop, Precision
-from tensorkeep.training.precision import HALF_DTYPES, autocast
+from tensorkeep.training.precision import GATHERED, autocast
 from tensorkeep.training.saver import State
 from tensorkeep.training.schedules import schedule_of
 
@@ -97,7 +97,7 @@ def _place(start: StartingModel, recipe: LanguageRecipe, world: World) -> None:
     if start.tensors is None or start.view is None:
         start.model.to(world.device)
         return
-    fill(start.model, start.tensors, start.view, world, HALF_DTYPES.get(_gathered(recipe)), recipe.training.replicas)
+    fill(start.model, start.tensors, start.view, world, GATHERED.get(_gathered(recipe)), recipe.training.replicas)
 
 
 def _gathered(recipe: LanguageRecipe) -> Precision:

@@ -107,6 +107,8 @@ def start_of(
             (C02).
     """
     begun = _without_values(recipe, run, world, remark) if sharded and weights and recipe.model is not None else None
+    if sharded and recipe.model is None and world.first:
+        remark("note: every rank makes the whole model before it is sharded: its weights are drawn at random")
     view = begun[1] if begun else _hf_view(recipe, run, world, remark) if recipe.model is not None else None
     own = str(view.folder.url) if view is not None else ""
     if begun and view is not None and view.format != "hf":  # its tokenizer may lie beside its folder

@@ -68,7 +68,7 @@ def facts(loop: Loop, world: World) -> dict[str, Any]:
         "graph": loop.graph or None,  # None as in checkpoints from before there was a choice
         "deterministic": loop.deterministic or None,
         "parallel": loop.parallel if world.size > 1 else None,
-        "gathered": loop.precision if sharded and loop.precision != "fp32" else None,  # shards, before a forward
+        "gathered": loop.precision if sharded and loop.precision == "bf16" else None,  # shards, for a forward
         "replicas": loop.replicas if sharded and loop.replicas > 1 else None,
     }
 

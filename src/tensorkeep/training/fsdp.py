@@ -147,7 +147,7 @@ def forget_whole(model: nn.Module) -> None:
     """Drop the whole parameters that a sharded model gathered for a forward; else do nothing.
 
     FSDP keeps those of the root until a backward, so that after an evaluation under the average the next forward would
-    take the average's.
+    take the average's. After a forward without gradients the next backward would also lose theirs.
 
     Args:
         model: any model.

@@ -33,7 +33,7 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.fsdp import blocks, is_sharded
 from tensorkeep.training.interruption import Interrupted, Wish, listening
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.precision import HALF_DTYPES
+from tensorkeep.training.precision import GATHERED
 from tensorkeep.training.recipe import to_yaml
 from tensorkeep.training.saver import Saver, State
 
@@ -217,9 +217,10 @@ def _set_out(job: Job, loop: Loop, world: World) -> None:
         if not is_sharded(job.model):  # a recipe's may be, so that no rank ever held it whole
             units = (job.shard or blocks)(job.model)
             averages = {} if job.ema is None else job.ema.tensors
-            gathered = HALF_DTYPES.get(loop.precision)
+            gathered = GATHERED.get(loop.precision)
             sharding.shard(job.model, job.optimizer, averages, units, world, gathered, loop.replicas)
         sharding.settle(job.optimizer)
+        sharding.forget_whole(job.model)
     if loop.compile:
         job.model.compile()  # in place: names stay
 
