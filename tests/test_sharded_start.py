@@ -16,17 +16,19 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import fill
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language import start as starting
+from tensorkeep.language._shards import prepare
 from tensorkeep.language.export import exported
 from tensorkeep.language.job import build, loop_of
 from tensorkeep.language.recipe_text import language_recipe
 from tensorkeep.language.start import StartingModel
+from tensorkeep.models.sharded_loading import read_into
 from tensorkeep.quantization.modules import quantized_layers
 from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.record import Block, TensorRecord
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import fsdp
 from tensorkeep.training.distributed import World
-from tensorkeep.training.fsdp import is_sharded
+from tensorkeep.training.fsdp import is_sharded, materialise
 from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
 from tensorkeep.training.precision import GATHERED, autocast
@@ -43,6 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     save_model(folder / "llama", "llama", vocab_size=321)
     save_model(folder / "qwen3")
+    save_model(folder / "mixtral", "mixtral", num_local_experts=3, num_experts_per_tok=2)
     return folder
 
 
@@ -134,12 +137,24 @@ def stored(model: Path) -> int:
     return sum(record.nbytes for record in read(model).records.values() if record.tied_to is None)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_every_rank_reads_its_own_part_and_starts_as_the_whole_model(base: Path, tmp_path: Path, kind: str) -> None:
     told = begun(tmp_path, document(tmp_path, base / kind))
     assert_same_start(told)
     assert sum(rank["read"] for rank in told) == stored(base / kind)
     assert max(rank["read"] for rank in told) < 0.51 * stored(base / kind)
+
+
+def test_what_a_model_draws_for_itself_is_read_too(tmp_path: Path) -> None:
+    """DiffLlama's lambdas are drawn on the CPU though the model is made on meta."""
+    save_model(tmp_path, "diffllama")
+    view = read(tmp_path)
+    model = starting._skeleton(view)
+    tensors = prepare(view, model, None, World())
+    assert not isinstance(tensors, str)
+    read_into(model, materialise(model, torch.device("cpu")), tensors, [view])
+    state, wanted = model.state_dict(), starting.loaded(view).state_dict()
+    assert [n for n in wanted if not torch.equal(state[n], wanted[n])] == []
 
 
 def test_rows_in_another_order_of_another_format_are_read_as_they_lie(base: Path, tmp_path: Path) -> None:

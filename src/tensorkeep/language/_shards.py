@@ -76,6 +76,7 @@ def prepare(view: StateView, model: nn.Module, kind: Any, world: World) -> Tenso
         return f"{odd[0]} is not in the checkpoint as the model has it"
     if not _ties_agree(held, tensors, view, world):
         return "tensors that the model ties differ in the checkpoint"
+    _forget(model)
     repair_buffers(model)
     if [b for b in buffers(model) if b.tensor.is_meta] or _tensors_beside(model):
         return f"{type(model).__name__} computes what no config tells"
@@ -93,6 +94,19 @@ def _ties_agree(held: Mapping[str, Any], tensors: Tensors, view: StateView, worl
     if world.first:
         agree = all([view.digest(p.name) for p in a] == [view.digest(p.name) for p in b] for a, b in pairs)
     return bool(distributed.gathered(world, agree)[0])
+
+
+def _forget(model: nn.Module) -> None:
+    """Put on meta what a model drew for itself all the same (DiffLlama's lambdas): the checkpoint has it."""
+    put: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                hollow = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                module._parameters[key] = put.setdefault(id(parameter), hollow)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                module._buffers[key] = buffer.to("meta")
 
 
 def _tensors_beside(model: nn.Module) -> list[str]:

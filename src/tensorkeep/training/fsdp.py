@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ def shard_modules(
         what = "fsdp of a model with parameters that every rank keeps whole needs torch 2.7 or newer"
         raise TensorkeepError(what, where="training.parallel", hint="use ddp")
     how: dict[str, Any] = {"mesh": mesh, **({"ignored_params": kept} if kept else {})}
+    how["shard_placement_fn"] = partial(_placement, world.size // replicas)
     rounding = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in chosen:
         mine: dict[str, Any] = {"mp_policy": rounding} if any(unit is one for one in half) else {}
@@ -120,6 +122,14 @@ def _mesh(world: World, replicas: int) -> Any:
         raise TensorkeepError(what, where="training.replicas", hint="a divisor of the number of ranks")
     shape = (replicas, world.size // replicas)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _placement(ranks: int, parameter: nn.Parameter) -> Any:
+    """Cut stacked experts by their rows where there are not as many for each rank; None: by the first dimension."""
+    from torch.distributed.tensor import Shard
+
+    stacked = parameter.dim() == 3 and parameter.shape[0] % ranks and parameter.shape[1] % ranks == 0
+    return Shard(1) if stacked and parameter.numel() > 1 << 10 else None
 
 
 def _may_round(unit: nn.Module) -> bool:
