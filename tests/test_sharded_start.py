@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tensorkeep.conversion.execution import convert
@@ -33,7 +34,7 @@ from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
 from tensorkeep.training.precision import GATHERED, autocast
 from tests.language_files import save_model
-from tests.test_language_recipe import recipe_of
+from tests.test_language_recipe import newest, recipe_of, rows
 from tests.training import ranks
 
 Document = dict[str, Any]
@@ -200,6 +201,31 @@ def test_two_groups_of_two_ranks_hold_all_shards_each(base: Path, tmp_path: Path
         assert 2 < read_by_all < 2.02
     else:  # each group reads its shards; the digest, that the reference is kept by, all together
         assert read_by_all == 3
+
+
+def test_sixteen_bits_over_shards_train_as_copies_do(base: Path, tmp_path: Path) -> None:
+    """Norms among them, which stay whole in float32 beside the shards; losses are those of DDP but for rounding."""
+    made = document(tmp_path, base / "llama", training={"precision": "bf16"}, optimizer={"lr": 3e-3})
+    made["training"] |= {"updates": 4, "evaluate_every": 2}
+    made["evaluation"] = {"files": made["data"]["files"], "rows": 3}
+
+    def work(world: World) -> None:
+        for parallel in ("ddp", "fsdp"):
+            made["training"]["parallel"] = parallel
+            recipe = language_recipe(made)
+            job = build(recipe, tmp_path / parallel, world)
+            fit(job, tmp_path / parallel, loop_of(recipe, len(job.data)), world=world)
+
+    assert ranks(2, work) == [0, 0]
+    begun_at = load_file(base / "llama/model.safetensors")
+    copies, shards = (newest(tmp_path / name).model for name in ("ddp", "fsdp"))
+    for name, start in begun_at.items():
+        moved, off = copies[name] - start, copies[name] - shards[name]
+        assert moved.norm() > 0 and off.norm() < 0.02 * moved.norm(), name
+    one, other = (rows(tmp_path / name) for name in ("ddp", "fsdp"))
+    assert [r["loss"] for r in one if "loss" in r] == pytest.approx([r["loss"] for r in other if "loss" in r], rel=1e-4)
+    both = [[r["evaluation"]["loss"] for r in found if "evaluation" in r] for found in (one, other)]
+    assert len(both[0]) == 2 and both[0] == pytest.approx(both[1], rel=1e-3)
 
 
 def test_columns_of_other_ranks_are_not_read(tmp_path: Path) -> None:
