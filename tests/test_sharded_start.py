@@ -14,7 +14,7 @@ from torch import Tensor
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.memory import fill
+from tensorkeep.formats.memory import fill, view_of
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language import start as starting
 from tensorkeep.language._shards import prepare
@@ -224,6 +224,8 @@ def test_sixteen_bits_over_shards_train_as_copies_do(base: Path, tmp_path: Path)
         assert moved.norm() > 0 and off.norm() < 0.02 * moved.norm(), name
     one, other = (rows(tmp_path / name) for name in ("ddp", "fsdp"))
     assert [r["loss"] for r in one if "loss" in r] == pytest.approx([r["loss"] for r in other if "loss" in r], rel=1e-4)
+    again = document(tmp_path, tmp_path / "fsdp", training={"precision": "bf16"})  # a run is a checkpoint like others
+    assert_same_start(begun(tmp_path / "from the run", again))
     both = [[r["evaluation"]["loss"] for r in found if "evaluation" in r] for found in (one, other)]
     assert len(both[0]) == 2 and both[0] == pytest.approx(both[1], rel=1e-3)
 
@@ -253,6 +255,22 @@ def test_columns_of_other_ranks_are_not_read(tmp_path: Path) -> None:
     odd = torch.empty(7)
     fill(odd, view, "w", 4)
     assert torch.equal(odd, weight.view(-1)[4:11])
+
+
+@pytest.mark.parametrize("first", [0, 4, 9])
+def test_elements_come_out_of_what_is_not_stored_in_their_order(base: Path, tmp_path: Path, first: int) -> None:
+    """A tensor in memory, a transposed one in a .pth, and one in blocks of GGUF."""
+    weight = torch.arange(96.0).view(32, 3).T
+    torch.save({"w": weight}, tmp_path / "m.pth")
+    for view in (view_of({"w": weight}), read(tmp_path / "m.pth")):
+        out = torch.empty(11, dtype=torch.bfloat16)
+        fill(out, view, "w", first)
+        assert torch.equal(out, weight.reshape(-1)[first : first + 11].bfloat16())
+    convert(make_plan([read(base / "qwen3")], "gguf", dtype="Q8_0"), str(tmp_path / "m.gguf"), "gguf")
+    gguf = read(tmp_path / "m.gguf")
+    out = torch.empty(70)
+    fill(out, gguf, "blk.0.ffn_up.weight", 30 + first)
+    assert torch.equal(out, gguf.tensor("blk.0.ffn_up.weight").view(-1)[30 + first : 100 + first])
 
 
 def test_a_rank_that_cannot_read_its_part_ends_all_of_them(base: Path, tmp_path: Path) -> None:
