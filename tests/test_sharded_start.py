@@ -162,8 +162,9 @@ def test_rows_in_another_order_of_another_format_are_read_as_they_lie(base: Path
     """A torchtitan checkpoint in 16 bits, its heads interleaved, is not converted before; forwards are in bf16."""
     convert(make_plan([read(base / "llama")], "torchtitan", dtype="BF16"), str(tmp_path / "dcp"), "dcp")
     made = document(tmp_path, tmp_path / "dcp", tokenizer=str(tmp_path / "tok"), training={"precision": "bf16"})
-    told = begun(tmp_path, made)
+    told = begun(tmp_path, made, trained=True)
     assert_same_start(told)
+    assert set(read(exported(tmp_path / "run", tmp_path / "hf"))) == set(read(base / "llama"))
     # twice the weights if each rank read all; beside them, the heads of 40 archives of some hundred bytes each
     assert sum(rank["read"] for rank in told) < 1.4 * stored(tmp_path / "dcp")
 

@@ -100,7 +100,9 @@ def shard_modules(
         what = "fsdp of a model with parameters that every rank keeps whole needs torch 2.7 or newer"
         raise TensorkeepError(what, where="training.parallel", hint="use ddp")
     how: dict[str, Any] = {"mesh": mesh, **({"ignored_params": kept} if kept else {})}
-    how["shard_placement_fn"] = partial(_placement, world.size // replicas)
+    placement = partial(_placement, world.size // replicas)
+    if any(placement(p) is not None for p in model.parameters()):
+        how["shard_placement_fn"] = placement
     rounding = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in chosen:
         mine: dict[str, Any] = {"mp_policy": rounding} if any(unit is one for one in half) else {}
