@@ -56,10 +56,11 @@ def prepare(view: StateView, model: nn.Module, kind: Any, world: World) -> Tenso
         view: the checkpoint that it starts from.
         model: of the checkpoint's config, on meta; changed in place.
         kind: what its linears are quantized to; None: nothing.
-        world: this process among its peers, all of which must call this.
+        world: this process among its peers.
 
     Returns:
-        What each of the model's tensors is made of, or why it must be loaded whole after all.
+        What each of the model's tensors is made of, or why it must be loaded whole after all; one rank's reason holds
+        for all.
     """
     dropped: list[Step] = []
     try:
@@ -86,14 +87,16 @@ def prepare(view: StateView, model: nn.Module, kind: Any, world: World) -> Tenso
 
 
 def _ties_agree(held: Mapping[str, Any], tensors: Tensors, view: StateView, world: World) -> bool:
-    """Whether tensors that are one in the model are one in the checkpoint too, where it holds them twice."""
+    """Whether tensors that are one in the model are one in the checkpoint too, where it holds them twice.
+
+    The first rank looks.
+    """
     first: dict[int, str] = {}
     twice = [(n, first[id(t)]) for n, t in held.items() if first.setdefault(id(t), n) != n]
     pairs = [(tensors[a].parts, tensors[b].parts) for a, b in twice if tensors[a].parts != tensors[b].parts]
-    agree = True
-    if world.first:
-        agree = all([view.digest(p.name) for p in a] == [view.digest(p.name) for p in b] for a, b in pairs)
-    return bool(distributed.gathered(world, agree)[0])
+    if not world.first:
+        return True
+    return all([view.digest(p.name) for p in a] == [view.digest(p.name) for p in b] for a, b in pairs)
 
 
 def _forget(model: nn.Module) -> None:

@@ -153,13 +153,16 @@ def _without_values(
     view = read(str(recipe.model)) if direct else _hf_view(recipe, run, world, remark)
     unsure = recipe.data.packing != "none" or (recipe.adapter is not None and "all-linear" in recipe.adapter.targets)
     found: Any = why_whole(view, unsure)
+    model = None
     if found is None:
         model = _skeleton(view)
         found = prepare(view, model, recipe.training.quantize_backbone, world)
-        if not isinstance(found, str):
-            return model, view, found
+    reasons = distributed.gathered(world, found if isinstance(found, str) else None)
+    whole = next((reason for reason in reasons if reason is not None), None)
+    if whole is None and model is not None:
+        return model, view, found
     if world.first:
-        remark(f"note: every rank loads the whole model before it is sharded: {found}")
+        remark(f"note: every rank loads the whole model before it is sharded: {whole}")
     return None
 
 
