@@ -66,6 +66,7 @@ def trainings(draw: st.DrawFn, kind: type[T], refused: Sequence[str]) -> T:
         "graph": draw(st.booleans()),
         "deterministic": draw(st.booleans()),
         "parallel": "ddp",
+        "replicas": draw(counts),
         "unit": draw(st.sampled_from(["updates", "epochs"])),
         "log_every": draw(counts),
         "save_every": draw(optional(counts)),

@@ -114,6 +114,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "graph": (True, {"graph": True}),
     "deterministic": (True, {"deterministic": True}),
     "parallel": ("fsdp", {"parallel": "fsdp"}),
+    "replicas": (2, {"replicas": 2}),
     "unit": ("epochs", {"save_every": 60}),  # with save_every 3
     "log_every": (4, {"log_every": 4}),
     "save_every": (5, {"save_every": 5}),

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint  # slow to load: once here, and not in each forked rank
+from safetensors.torch import save_file
 from torch import nn
 
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
 from tensorkeep.training import _sharding as sharding
+from tensorkeep.training import fsdp
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
@@ -93,6 +97,28 @@ def test_shards_go_on_as_one_and_one_as_shards(tmp_path: Path) -> None:
     for size, until in ((2, 2), (1, 4), (3, 6), (2, 8)):
         train(tmp_path / "elastic", size, until=until)
     assert relative_l2(tmp_path / "alone", tmp_path / "elastic") < 1e-5
+
+
+def test_shards_are_filled_from_a_checkpoint_by_name(tmp_path: Path) -> None:
+    """Weights, and a tensor of another name and dtype; what is missing or of another shape is refused at once."""
+    torch.manual_seed(3)
+    whole = {n: t.half() for n, t in small_job().model.state_dict().items()}
+    save_file({**whole, "moment": torch.arange(256.0).view(16, 16)}, tmp_path / "model.safetensors")
+    view = read(tmp_path / "model.safetensors")
+
+    def work(world: World) -> None:
+        model = small_job().model
+        fsdp.shard_modules(model, fsdp.blocks(model), world)
+        shards = {n: p.detach() for n, p in model.named_parameters()}
+        moment = torch.zeros_like(shards["blocks.0.0.weight"], dtype=torch.float64)
+        fsdp.read_into({**shards, "m": moment}, view, {"m": "moment"})
+        assert all(torch.equal(p.full_tensor(), whole[n].float()) for n, p in shards.items())
+        assert torch.equal(moment.full_tensor(), torch.arange(256.0, dtype=torch.float64).view(16, 16))
+        for name, code in (("none", "K01"), ("leave.bias", "S01")):
+            with pytest.raises(TensorkeepError, match=code):
+                fsdp.read_into({**shards, "m": moment}, view, {"m": name})
+
+    assert ranks(3, work) == [0] * 3
 
 
 def test_blocks_are_the_outermost_repeated_ones() -> None:

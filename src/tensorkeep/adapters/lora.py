@@ -242,14 +242,23 @@ def adapted(
     made.__dict__.update(own)
     made.r, made.alpha, made.dropout, made.rslora = r, float(alpha), dropout, rslora
     weight: Any = base.weight
-    rows, columns = (made.out_features, made.in_features)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    made.lora_A = nn.Parameter(torch.empty(r, columns, device=weight.device, dtype=torch.float32))
-    made.lora_B = nn.Parameter(torch.zeros(rows, r, device=weight.device, dtype=torch.float32))
-    nn.init.kaiming_uniform_(made.lora_A, a=math.sqrt(5))
+    draw(made, weight.device)
     made.register_buffer("merged", None, persistent=False)
     return made
+
+
+def draw(layer: AnyLora, device: torch.device) -> None:
+    """Draw the first A and B of a layer anew.
+
+    Args:
+        layer: with a low-rank update.
+        device: where they go.
+    """
+    layer.lora_A = nn.Parameter(torch.empty(layer.r, layer.in_features, device=device, dtype=torch.float32))
+    layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, layer.r, device=device, dtype=torch.float32))
+    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:

@@ -89,7 +89,7 @@ def _moved(part: Part, view: StateView, source: Any, whole_rows: bool) -> Iterat
         if source is not None:
             source.update(piece)
         for permute in part.permutes:
-            piece = _permute(piece, permute, row)
+            piece = permuted(piece, permute, row)
         yield piece
 
 
@@ -301,8 +301,17 @@ def with_ties(sums: dict[str, Sums], plan: Plan) -> dict[str, Sums]:
     return sums
 
 
-def _permute(data: memoryview, rows: RowPermutation, row: int) -> memoryview:
-    """Reorder the rows of whole heads; `row` is the bytes of one row."""
+def permuted(data: memoryview, rows: RowPermutation, row: int) -> memoryview:
+    """Reorder the rows of whole heads.
+
+    Args:
+        data: the bytes of the rows.
+        rows: how they are reordered.
+        row: bytes of one row.
+
+    Returns:
+        The bytes in the new order; a copy.
+    """
     import numpy as np
 
     blocks = np.frombuffer(data, dtype=f"V{row}").reshape(-1, rows.block)

@@ -1,11 +1,13 @@
-"""Where a tensor's bytes lie in its files, in row-major order; how a run of elements is cut into rectangles."""
+"""Where a tensor's bytes lie in its files, in row-major order; stretches of elements, read out of blocks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from tensorkeep.storage.record import Block, TensorRecord, nbytes, row_major, same_layout
+from tensorkeep.storage.files import Folder
+from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major, same_layout
 
 Span = tuple[str, int, int, int | None]  # file, first byte, bytes, their CRC-32 where known
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
@@ -68,3 +70,82 @@ def cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
         if low < high:
             yield file, start + low - at, high - low, crc if high - low == length else None
         at += length
+
+
+def in_order(block: Block) -> bool:
+    """Whether a block's elements lie in row-major order.
+
+    Args:
+        block: of a plainly stored tensor.
+    """
+    return block.strides is None or same_layout(block.shape, block.strides)
+
+
+def stretch(folder: Folder, record: TensorRecord, blocks: Sequence[Block], first: int, last: int) -> memoryview:
+    """Return the bytes of elements `first` to `last` of a tensor, numbered in row-major order.
+
+    Of a block that holds some of them, what lies between the first and the last of them is read: for whole rows these
+    are just the elements that are asked for.
+
+    Args:
+        folder: holds the files.
+        record: of the tensor.
+        blocks: its blocks, located, with elements `in_order`.
+        first: number of the first element.
+        last: number behind the last one.
+    """
+    import numpy as np
+
+    width = DTYPES[record.dtype].bits // 8
+    out, at = bytearray((last - first) * width), 0
+    for begins, sizes in rectangles(record.shape, first, last):
+        size = math.prod(sizes)
+        target = np.frombuffer(out, f"V{width}", size, at * width).reshape(sizes)
+        for block in blocks:
+            _copy(folder, block, begins, sizes, target, width)
+        at += size
+    return memoryview(out)
+
+
+def _copy(
+    folder: Folder, block: Block, begins: tuple[int, ...], sizes: tuple[int, ...], target: Any, width: int
+) -> None:
+    """Copy what a block has of a rectangle into `target`, which stands for the rectangle."""
+    import numpy as np
+
+    low = [max(b, o) for b, o in zip(begins, block.offsets)]
+    high = [min(b + n, o + m) for b, n, o, m in zip(begins, sizes, block.offsets, block.shape)]
+    if any(a >= b for a, b in zip(low, high)):
+        return
+    steps = row_major(block.shape)
+    begun = sum((a - o) * step for a, o, step in zip(low, block.offsets, steps))
+    end = sum((b - 1 - o) * step for b, o, step in zip(high, block.offsets, steps)) + 1
+    raw = bytearray((end - begun) * width)
+    folder.read_into(block.file, block.start + begun * width, memoryview(raw))
+    shape = tuple(b - a for a, b in zip(low, high))
+    part = np.ndarray(shape, f"V{width}", raw, strides=[step * width for step in steps])
+    target[tuple(slice(a - b, c - b) for a, c, b in zip(low, high, begins))] = part
+
+
+def within_rows(
+    stream: Iterator[memoryview], record: TensorRecord, at: int, first: int, last: int
+) -> Iterator[memoryview]:
+    """Give the bytes of some elements out of a stream of whole rows.
+
+    Args:
+        stream: the bytes of the rows.
+        record: of the tensor.
+        at: number of the first element of the stream.
+        first: number of the first element to give.
+        last: number behind the last one.
+
+    Yields:
+        Pieces of the stream.
+    """
+    bits = DTYPES[record.dtype].bits
+    low, high, done = first * bits // 8, (last * bits + 7) // 8, at * bits // 8
+    for piece in stream:
+        mine = piece[max(low - done, 0) : max(high - done, 0)]
+        done += len(piece)
+        if len(mine):
+            yield mine

@@ -117,6 +117,44 @@ def rows_of(view: StateView, name: str, at: int) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def fill(out: Tensor, view: StateView, name: str, first: int = 0) -> None:
+    """Read elements of a stored tensor into `out`, cast to its dtype, a few megabytes at a time.
+
+    Args:
+        out: contiguous, on any device; as many elements as it has are read.
+        view: the checkpoint.
+        name: name of the stored tensor.
+        first: number of the first element that is read, in row-major order.
+
+    Raises:
+        TensorkeepError: torch lacks the stored dtype, or the file is shorter than its header says (F02).
+    """
+    dtype = torch_dtype(view, name)
+    flat, at = out.detach().view(-1), 0
+    for piece in view.elements(name, first, first + out.numel(), dtype.itemsize):
+        some = torch.frombuffer(piece, dtype=dtype)
+        flat[at : at + some.numel()].copy_(some)
+        at += some.numel()
+
+
+def torch_dtype(view: StateView, name: str) -> torch.dtype:
+    """Return torch's dtype of a stored tensor.
+
+    Args:
+        view: the checkpoint.
+        name: name of the tensor.
+
+    Raises:
+        TensorkeepError: torch has none.
+    """
+    record = view[name]
+    found = getattr(torch, str(DTYPES[record.dtype].torch), None)
+    if not isinstance(found, torch.dtype) or record.dtype == "F4":
+        raise TensorkeepError(f"torch has no dtype for {record.dtype}", where=f"{view.path}: {name}")
+    return found
+
+
 def digest_of(tensor: Tensor) -> str:
     """Return the xxh3_128 of a tensor's raw little-endian bytes in row-major order, in hex.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats._spans import Span, cut, row_spans
+from tensorkeep.formats._spans import Span, cut, in_order, row_spans, stretch, within_rows
 from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.companions import Companion, find_companions
 from tensorkeep.formats.config_types import believed
@@ -153,7 +153,10 @@ class StateView(Mapping[str, TensorRecord]):
             step = max(chunk // granule, 1) * granule
             yield from (whole[at : at + step] for at in range(0, len(whole), step))
             return
-        spans = list(cut(spans, first * row_bytes, last * row_bytes))
+        yield from self._spanned(name, list(cut(spans, first * row_bytes, last * row_bytes)), granule, chunk)
+
+    def _spanned(self, name: str, spans: list[Span], granule: int, chunk: int) -> Iterator[memoryview]:
+        """Give the bytes of consecutive spans piece by piece, in one reused buffer."""
         total = sum(length for _, _, length, _ in spans)
         step = min(max(chunk // granule, 1) * granule, total)
         buffer = memoryview(bytearray(step))
@@ -174,6 +177,48 @@ class StateView(Mapping[str, TensorRecord]):
                     filled = 0
         if filled:
             yield buffer[:filled]
+
+    def elements(
+        self, name: str, first: int, last: int, granule: int = 1, chunk: int = STREAM_BYTES
+    ) -> Iterator[memoryview]:
+        """Give the bytes of some of a tensor's elements, numbered in row-major order, and read no others.
+
+        An encoded tensor, and a view that makes its bytes, are read by whole rows.
+
+        Args:
+            name: name of the tensor.
+            first: number of the first element.
+            last: number behind the last one.
+            granule: every piece but the last is a multiple of this many bytes, where `first` begins a row.
+            chunk: bytes of a piece, about.
+
+        Yields:
+            The bytes of one piece, valid until the next is asked for.
+
+        Raises:
+            TensorkeepError: F02 where a file is shorter than its header says.
+        """
+        record = self.records[name]
+        if first >= last:
+            return
+        width = DTYPES[record.dtype].bits // 8
+        made = type(self).stream is not StateView.stream or record.encoding != "plain" or not width
+        if made or not record.shape:
+            inner = math.prod(record.shape[1:])
+            rows = (first // inner, -(-last // inner)) if record.shape else None
+            found = self.stream(name, rows, granule, chunk)
+            yield from within_rows(found, record, 0 if rows is None else rows[0] * inner, first, last)
+            return
+        blocks = self._blocks(record)
+        spans = row_spans(record, blocks)
+        if spans is not None:
+            yield from self._spanned(name, list(cut(spans, first * width, last * width)), granule, chunk)
+        elif all(in_order(block) for block in blocks):
+            step = max(chunk // granule, 1) * granule // width
+            for at in range(first, last, max(step, 1)):
+                yield stretch(self.folder, record, blocks, at, min(at + max(step, 1), last))
+        else:
+            yield memoryview(self._assemble(record))[first * width : last * width]
 
     def _decoded(
         self, record: TensorRecord, rows: tuple[int, int] | None, granule: int, chunk: int

@@ -6,6 +6,7 @@ before the first update, and kept beside the tokens under a name made of those w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
+from tensorkeep.training.fsdp import forget_whole
 
 
 def answer_sums(model: nn.Module, batch: Mapping[str, Any], plain: bool, chunk: int = CHUNK) -> Tensor:
@@ -144,12 +146,16 @@ def _computed(
     model.eval()
     mine: dict[int, np.ndarray[Any, Any]] = {}
     try:
-        for at in range(world.rank * micro, len(data), world.size * micro):
-            indices = range(at, min(at + micro, len(data)))
+        every = world.size * micro
+        for at in range(world.rank * micro, math.ceil(len(data) / every) * every, every):
+            own = range(at, min(at + micro, len(data)))
+            indices = own or range(1)  # a rank without pairs runs along: under FSDP a forward takes all of them
             batch = collate([data.sample(i, torch.Generator()) for i in indices])
             sums = answer_sums(model, {k: v.to(world.device) for k, v in batch.items()}, plain)
-            mine[at] = torch.stack(sums.chunk(2), dim=1).float().cpu().numpy()
+            if own:
+                mine[at] = torch.stack(sums.chunk(2), dim=1).float().cpu().numpy()
     finally:
+        forget_whole(model)
         model.train(training)
     parts = {at: part for theirs in distributed.gathered(world, mine) for at, part in theirs.items()}
     return np.concatenate([parts[at] for at in sorted(parts)]).astype(np.float32)

@@ -98,7 +98,7 @@ def evaluation_of(
     data = make_data(recipe, config, start.tokenizer, start.vocabulary, run, world, remark)
     pad, training = pad_of(start.tokenizer), recipe.training
     if isinstance(data, Pairs):
-        digest, micro = str(start.digest()), training.micro_batch or training.batch_size
+        digest, micro = str(start.digest(world)), training.micro_batch or training.batch_size
         folder = cache_of(recipe, run)
         data = with_reference(data, start.model, loss.plain, folder, digest, world, pad, micro, remark)
     loop = Loop(updates=0, batch=training.batch_size, micro=training.micro_batch, precision=training.precision)

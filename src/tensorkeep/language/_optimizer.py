@@ -42,10 +42,11 @@ def choose_trainable(
             raise TensorkeepError(f"{pattern!r} fits no parameter", where="trainable", hint=hint or f"e.g. {names[0]}")
     unseen = beside_text(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(matches(name, recipe.trainable) and not name.startswith(unseen))
+        trains = matches(name, recipe.trainable) and not name.startswith(unseen)
+        parameter.requires_grad_(trains and parameter.is_floating_point())  # codes that are spread are parameters too
     if recipe.adapter is None:
         return
-    from tensorkeep.adapters.lora import ALL, adaptable, add_lora
+    from tensorkeep.adapters.lora import ALL, adaptable, add_lora, draw, layers
     from tensorkeep.quantization.linear_layers import read_directly
     from tensorkeep.quantization.modules import check_ranks, quantize_, quantized_layers
     from tensorkeep.quantization.replacing import clean_name, left_wide
@@ -70,6 +71,9 @@ def choose_trainable(
         aside = [n for n in adaptable(model) if n.startswith(unseen)]
         without = [exactly(n) for n in dict.fromkeys([*idle, *aside])]
         add_lora(model, adapter.targets, *settings, exclude=without, parameters=adapter.target_parameters)
+        for layer in layers(model).values():
+            if layer.lora_A.is_meta:  # the model has no values yet: updates are drawn as they would be on it
+                draw(layer, torch.device("cpu"))
     check_ranks(model, peers)
 
 

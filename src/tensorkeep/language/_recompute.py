@@ -73,7 +73,8 @@ class Lean(nn.Module):
     offload: Offload | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kind: Any = type(self).__bases__[1]
+        kinds: Any = type(self).__mro__  # FSDP2 may have put a class of its own over this one
+        kind = kinds[kinds.index(Lean) + 1]
         wanted = self.kept if self.training and torch.is_grad_enabled() else "all"
         run = _compiled_forward(kind, wanted if wanted in INSIDE else "all") if self.compiled else kind.forward
         if self.offload is None or wanted == "all":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tensorkeep.language._held_out import evaluation_of
 from tensorkeep.language._memory import arrange, hold_frozen
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
+from tensorkeep.language._shards import fill
 from tensorkeep.language.data.batches import Collate, targets_of
 from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
 from tensorkeep.language.losses import TokenLoss, plain_head
@@ -28,7 +30,9 @@ from tensorkeep.training import job as training_job
 from tensorkeep.training import trackers
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.fsdp import forget_whole, is_sharded
+from tensorkeep.training.job import Job, Loop, Precision
+from tensorkeep.training.precision import GATHERED, autocast
 from tensorkeep.training.saver import State
 from tensorkeep.training.schedules import schedule_of
 
@@ -54,16 +58,18 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         >>> fit(job, "runs/one", loop_of(recipe, len(job.data)))                         # doctest: +SKIP
     """
     world, run = world or World(), Path(run)
-    start = start_of(recipe, run, world, remark)
-    model = start.model
+    start = start_of(recipe, run, world, remark, sharded=recipe.training.parallel == "fsdp" and world.size > 1)
+    model, dpo = start.model, recipe.objective == "dpo"
     refuse_rows(model, recipe.data.length, recipe.data.packing != "none")
-    digest = start.digest() if recipe.adapter is not None or recipe.objective == "dpo" else None
+    digest = start.digest(world) if recipe.adapter is not None or dpo else None
     choose_trainable(model, recipe, world.size > 1, remark)
     if recipe.training.memory is not None:
         hold_frozen(model, recipe.training.precision)
-    model.to(world.device)
-    head = plain_head(model)
-    pad, dpo = pad_of(start.tokenizer), recipe.objective == "dpo"
+    _place(start, recipe, world)
+    with autocast(Loop(0, 1, precision=_gathered(recipe)), world) if is_sharded(model) else nullcontext():
+        head = plain_head(model)
+    forget_whole(model)
+    pad = pad_of(start.tokenizer)
     data = make_data(recipe, recipe.data, start.tokenizer, start.vocabulary, run, world, remark)
     if isinstance(data, Pairs):
         how = str(digest), world, pad, _micro(recipe, world), remark
@@ -96,6 +102,19 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
 def _micro(recipe: LanguageRecipe, world: World) -> int:
     """Samples of one forward pass of one process."""
     return recipe.training.micro_batch or max(recipe.training.batch_size // world.size, 1)
+
+
+def _place(start: StartingModel, recipe: LanguageRecipe, world: World) -> None:
+    """Put the model on the rank's device: all of it, or its part of a sharded one."""
+    if start.tensors is None or start.view is None:
+        start.model.to(world.device)
+        return
+    fill(start.model, start.tensors, start.view, world, GATHERED.get(_gathered(recipe)), recipe.training.replicas)
+
+
+def _gathered(recipe: LanguageRecipe) -> Precision:
+    """The precision in which layers are gathered; dpo's reference is computed in float32."""
+    return "fp32" if recipe.objective == "dpo" else recipe.training.precision
 
 
 def _evaluation(

@@ -20,12 +20,14 @@ from tensorkeep.conversion import configs
 from tensorkeep.conversion import execution as conversion
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.dequantizing import float_config
+from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.language._bases import in_codes, is_quantized
+from tensorkeep.language._shards import prepare, why_whole
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said
@@ -48,24 +50,46 @@ class StartingModel:
         model: a causal language model of transformers.
         tokenizer: of transformers.
         view: the checkpoint that the weights belong to (None: they were drawn at random from a config).
+        tensors: what the model's tensors are made of, where it has no values yet (`_shards.fill` reads them).
     """
 
     model: nn.Module
     tokenizer: Any
     view: StateView | None
+    tensors: dict[str, HfTensor] | None = None
+    _digest: str | None = None
 
     @property
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
         return int(text_config(self.model.config).vocab_size)
 
-    def digest(self) -> str | None:
-        """Digest of the checkpoint's tensors, by which merges and adapters name a base; None without a checkpoint."""
-        return digest_of_all({n: self.view.digest(n) for n in self.view}) if self.view is not None else None
+    def digest(self, world: World | None = None) -> str | None:
+        """Digest of the checkpoint's tensors, by which merges and adapters name a base; None without a checkpoint.
+
+        Args:
+            world: all of its ranks must call this, each hashes its part of the tensors; None: this process hashes all.
+        """
+        if self.view is None or self._digest is not None:
+            return self._digest
+        world, view, loads = world or World(), self.view, [0] * (world.size if world else 1)
+        mine: list[str] = []
+        for name in sorted(view, key=lambda n: (-view[n].nbytes, n)):
+            rank = loads.index(min(loads))
+            loads[rank] += view[name].nbytes
+            mine += [name] if rank == world.rank else []
+        found = distributed.together(world, lambda: {name: view.digest(name) for name in mine})
+        self._digest = digest_of_all({n: d for theirs in distributed.gathered(world, found) for n, d in theirs.items()})
+        return self._digest
 
 
 def start_of(
-    recipe: LanguageRecipe, run: Path, world: World, remark: Remark = lambda _: None, weights: bool = True
+    recipe: LanguageRecipe,
+    run: Path,
+    world: World,
+    remark: Remark = lambda _: None,
+    weights: bool = True,
+    sharded: bool = False,
 ) -> StartingModel:
     """Load or make the model and tokenizer a recipe starts from; write config, tokenizer and `base/` into the run.
 
@@ -75,6 +99,7 @@ def start_of(
         world: this process among its peers; the first rank converts and writes, the others wait.
         remark: is told what was converted, and what a conversion noticed.
         weights: False draws random weights, for a run whose checkpoint holds them all.
+        sharded: where it can be, the model comes without values, for `_shards.fill`.
 
     Returns:
         The model in float32 on the CPU; with `quantize_backbone` its linears may be quantized and on the rank's device.
@@ -83,10 +108,21 @@ def start_of(
         TensorkeepError: the checkpoint cannot be read or loaded whole, or the tokenizer has more tokens than the model
             (C02).
     """
-    view = _hf_view(recipe, run, world, remark) if recipe.model is not None else None
-    tokenizer = load_tokenizer(recipe.tokenizer or str(view.folder.url if view else ""))
+    begun = _without_values(recipe, run, world, remark) if sharded and weights and recipe.model is not None else None
+    if sharded and recipe.model is None and world.first:
+        remark("note: every rank makes the whole model before it is sharded: its weights are drawn at random")
+    view = begun[1] if begun else _hf_view(recipe, run, world, remark) if recipe.model is not None else None
+    own = str(view.folder.url) if view is not None else ""
+    if begun and view is not None and view.format != "hf":  # its tokenizer may lie beside its folder
+        own = str(run)
+        if world.first:
+            _keep_companions(run, begun[0], view, recipe)
+        distributed.gathered(world, None)
+    tokenizer = load_tokenizer(recipe.tokenizer or own)
     kind, model = recipe.training.quantize_backbone, None
-    if view is not None and weights and (kind or is_quantized(view)):
+    if begun:
+        model = begun[0]
+    elif view is not None and weights and (kind or is_quantized(view)):
         model = in_codes(view, _hollow, kind, world.device, recipe.adapter is None, remark)
     if model is None and (view is None or not weights):
         stored = sum(record.nbytes for record in view.records.values()) if view is not None else None
@@ -96,7 +132,7 @@ def start_of(
     elif model is None:
         assert view is not None
         model = loaded(view)
-    start = StartingModel(model, tokenizer, view)
+    start = StartingModel(model, tokenizer, view, begun[2] if begun else None)
     if len(tokenizer) > start.vocabulary:
         raise TensorkeepError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {start.vocabulary} rows",
@@ -108,6 +144,32 @@ def start_of(
         _keep_companions(run, model, view, recipe)
     distributed.gathered(world, None)
     return start
+
+
+def _without_values(
+    recipe: LanguageRecipe, run: Path, world: World, remark: Remark
+) -> tuple[nn.Module, StateView, dict[str, HfTensor]] | None:
+    """Make the model of a starting checkpoint without values; None, with a remark, where it must be loaded whole.
+
+    A checkpoint of another format is read as it lies, but for a base, whose digest is that of its hf names.
+    """
+    direct = recipe.adapter is None and recipe.objective != "dpo" and not (run / BASE).is_dir()
+    view = read(str(recipe.model)) if direct else _hf_view(recipe, run, world, remark)
+    unsure = recipe.data.packing != "none" or (recipe.adapter is not None and "all-linear" in recipe.adapter.targets)
+    found: Any = why_whole(view, unsure)
+    if found is None and recipe.adapter is not None and recipe.adapter.target_parameters:
+        found = "stacks of experts are adapted"
+    model = None
+    if found is None:
+        model = _hollow(_whole_config(view))
+        found = prepare(view, model, recipe.training.quantize_backbone, world)
+    reasons = distributed.gathered(world, found if isinstance(found, str) else None)
+    whole = next((reason for reason in reasons if reason is not None), None)
+    if whole is None and model is not None:
+        return model, view, found
+    if world.first:
+        remark(f"note: every rank loads the whole model before it is sharded: {whole}")
+    return None
 
 
 def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) -> StateView:

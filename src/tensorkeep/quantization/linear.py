@@ -33,6 +33,7 @@ from tensorkeep.quantization.packed import (
     state_text,
 )
 from tensorkeep.quantization.reading import read_packed
+from tensorkeep.quantization.spreading import ROLES, as_parameters, as_tensors
 from tensorkeep.quantization.unpacking import unpack
 
 FOUR_BIT_ROLES = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
@@ -60,6 +61,7 @@ class QuantLinear(nn.Module):
 
     frozen_state = True  # codes belong to the base: checkpoints of what trains leave them out
     inward = False  # the layer in whose place it stands keeps its matrix as [in, out] (Conv1D)
+    spread_out = False
     weight: Tensor
     bias: nn.Parameter | None
 
@@ -123,8 +125,16 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """Layout and tensors as they are now; the tensors are shared."""
-        roles = INT8_ROLES if self.kind == "int8" else FOUR_BIT_ROLES
-        return Packed(self.layout, {role: self._buffers[role] for role in roles if role in self._buffers})  # type: ignore[misc]
+        roles, held = INT8_ROLES if self.kind == "int8" else FOUR_BIT_ROLES, self._plain()[1]
+        return Packed(self.layout, {role: held[role] for role in roles if role in held})
+
+    def spread(self) -> None:
+        """Hold codes and scales as parameters, which FSDP2 shards and gathers; state dicts then leave them out."""
+        if not self.spread_out:
+            held: Any = {role: self._buffers.pop(role) for role in ROLES if role in self._buffers}
+            self._buffers.pop(WEIGHT_DIGEST, None)  # no rank has all that it is about
+            self._parameters.update(as_parameters(self.layout, held))
+            self.spread_out = True
 
     def fill(self, packed: Packed, digest: bytes | None = None) -> None:
         """Take over another weight's codes and layout, and make their digest; what was held before is gone."""
@@ -137,6 +147,8 @@ class QuantLinear(nn.Module):
         tensors[WEIGHT_DIGEST] = torch.frombuffer(raw, dtype=torch.uint8).to(device)
         for role in HELD:
             self._buffers.pop(role, None)
+            self._parameters.pop(role, None)
+        self.spread_out = False
         for role, tensor in tensors.items():
             self.register_buffer(role, tensor)
 
@@ -146,6 +158,8 @@ class QuantLinear(nn.Module):
 
     def _plain(self) -> tuple[Layout, Mapping[str, Tensor]]:
         held: Any = self._buffers  # no cast: old dynamo cannot trace one
+        if self.spread_out:
+            held = {**held, **as_tensors(self.layout, self._parameters)}
         return self.layout, held
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,11 +188,13 @@ class QuantLinear(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    # -- state ----------------------------------------------------------------------------------------------------
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with self._state_apart() as held:
             super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.spread_out:
+            for role in ROLES:
+                destination.pop(prefix + role, None)
+            return
         for key, tensor in self._stored(held).items():
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
 
@@ -209,19 +225,24 @@ class QuantLinear(nn.Module):
     ) -> None:
         mine = {k: v for k, v in state_dict.items() if k.startswith(prefix) and _ours(k[len(prefix) :])}
         loaded = None
+        if mine and self.spread_out:
+            error_msgs.append(f"{prefix}weight: codes that are spread over ranks are not loaded from a state dict")
+            return
         if mine:
             try:
                 loaded = read_packed({f"layer.{k[len(prefix) :]}": v for k, v in mine.items()}, self.layout.shape)
             except TensorkeepError as error:  # torch gathers the messages and raises; nothing of this layer is copied
                 error_msgs.append(f"{prefix}weight: {error.code or ''} {error.what.removeprefix('layer.weight: ')}")
                 return
-        else:
+        elif not self.spread_out:
             missing_keys += [prefix + key for key in self._stored(self._buffers) if key != WEIGHT_DIGEST]
         with self._state_apart():
+            away = {role: self._parameters.pop(role) for role in ROLES if role in self._parameters}
             rest = {k: v for k, v in state_dict.items() if k not in mine}
             super()._load_from_state_dict(
                 rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+            self._parameters.update(away)
         if loaded is not None:
             device = None if self.weight.is_meta else self.weight.device
             self.fill(Packed(loaded.layout, {r: t.to(device, copy=True) for r, t in loaded.tensors.items()}))
@@ -238,7 +259,6 @@ class QuantLinear(nn.Module):
 
 
 def _ours(key: str) -> bool:
-    """Tell whether a key of a state dict belongs to the quantized weight."""
     return key in ("weight", "SCB", "weight_format", WEIGHT_DIGEST) or key.startswith("weight.")
 
 

@@ -6,7 +6,7 @@ trains or is tied keep their floats, and every pattern must fit something. Loadi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,14 @@ from tensorkeep.quantization.reading import read_packed
 from tensorkeep.quantization.replacing import (
     check_patterns,
     clean_name,
+    left_wide,
     over,
     quantizable,
     replace_modules,
     selected,
     tied_parameters,
 )
+from tensorkeep.quantization.spreading import hollow
 from tensorkeep.quantization.stacks import Stack, quantize_stack, stacks
 
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
@@ -92,6 +94,27 @@ def quantize_(
     for name in frozen:
         quantize_stack(*piles.pop(name), kind, double, block, name)
     return names + frozen
+
+
+def spread_linears(model: nn.Module, kind: Kind, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Put quantized layers without values in the place of the linears of a model on meta, codes ready to be sharded.
+
+    Args:
+        model: changed in place, and frozen.
+        kind: "nf4", "fp4" or "int8".
+        dtype_of: the dtype in which a weight of this name is stored.
+    """
+    model.requires_grad_(False)
+    tied, wide = tied_parameters(model), left_wide(model)
+    chosen = {clean_name(n): m for n, m in model.named_modules() if quantizable(m) and id(m.weight) not in tied}
+    for name, linear in chosen.items():
+        if selected(name, ("*",), wide):
+            dtype = str(dtype_of(f"{name}.weight")).removeprefix("torch.")
+            shape: Any = (linear.out_features, linear.in_features)
+            bias: Any = linear.bias
+            layer = QuantLinear(hollow(kind, shape, True, 64, dtype), bias)
+            layer.spread()
+            replace_modules(model, {linear: over(linear, layer)})
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -177,6 +200,8 @@ def adopted(module: Any, name: str = "linear") -> QuantLinear:
 def check_ranks(model: nn.Module, peers: bool = True) -> None:
     """Prove that codes and scales belong together and are the same on every process; call it before the first step.
 
+    Layers that are spread over ranks are not looked at: no rank has codes of its own that could differ.
+
     DDP sends buffers when it wraps a model, unless it is told not to (`broadcast_buffers=False`, which spares sending
     all codes at every forward: build each rank from the same file, check, and use that).
 
@@ -187,9 +212,10 @@ def check_ranks(model: nn.Module, peers: bool = True) -> None:
     Raises:
         TensorkeepError: Q02 with the first layer that differs and the ranks that hold something else.
     """
-    found = {name: packed_digest(layer.packed).hex() for name, layer in quantized_layers(model).items()}
+    layers = {name: layer for name, layer in quantized_layers(model).items() if not layer.spread_out}
+    found = {name: packed_digest(layer.packed).hex() for name, layer in layers.items()}
     found |= {clean_name(name): stack.digest().hex() for name, stack in stacks(model) if stack.layout is not None}
-    for name, layer in quantized_layers(model).items():
+    for name, layer in layers.items():
         if found[name] != bytes(layer.get_buffer(WEIGHT_DIGEST).cpu().tolist()).hex():
             what = "codes and scales changed since they were quantized or loaded"
             raise TensorkeepError(what, where=name, code="Q02", hint="load the checkpoint again")

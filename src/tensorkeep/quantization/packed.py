@@ -128,7 +128,7 @@ def pack(weight: Tensor, kind: Kind = "nf4", double: bool = True, block: int = 6
         codes, absmax = _pack_blocks(weight.detach(), kind, block, name)
         quant_map = torch.from_numpy(quant_codes.TABLES[kind] + 0).to(weight.device)  # + 0: the map's -0 is 0 in files
         tensors = {"weight": codes, "absmax": absmax, "quant_map": quant_map}
-        tensors |= _pack_scales(absmax) if double else {}
+        tensors |= pack_scales(absmax) if double else {}
     return Packed(Layout(kind, shape, block, NESTED_BLOCK if double else 0, dtype), tensors)
 
 
@@ -183,8 +183,15 @@ def _grid(kind: Kind, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return below.to(device), inside.to(device), order.to(device, torch.uint8)
 
 
-def _pack_scales(absmax: Tensor) -> dict[str, Tensor]:
-    """Quantize scales: absmax around its mean as 8-bit codes of the dynamic map, in blocks of 256."""
+def pack_scales(absmax: Tensor) -> dict[str, Tensor]:
+    """Quantize scales: absmax around its mean as 8-bit codes of the dynamic map, in blocks of 256.
+
+    Args:
+        absmax: the scales of a whole weight, float32.
+
+    Returns:
+        The tensors of doubly quantized scales by role.
+    """
     offset = _mean(absmax)
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)

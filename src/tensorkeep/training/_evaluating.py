@@ -20,6 +20,7 @@ from tensorkeep.training._run import Run
 from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import Wish
 from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.precision import autocast
 
 
 def evaluation_due(run: Run) -> bool:
@@ -38,7 +39,10 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
     """
     if not evaluation_due(run):
         return
-    found = {name: float(value) for name, value in evaluated(run.job, run.world, wish).items()}
+    found = {
+        name: float(value)
+        for name, value in evaluated(run.job, run.world, wish, _precision(run.loop, run.world)).items()
+    }
     numbers: dict[str, Any] = metrics.finite(distributed.gathered(run.world, found)[0])
     name = (run.loop.best or "").removeprefix("-")
     if name and name not in numbers:
@@ -55,7 +59,17 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
         mark_best(run)
 
 
-def evaluated(job: Job, world: World, wish: Wish) -> Mapping[str, float]:
+def _precision(loop: Loop, world: World) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of an evaluation: shards are gathered in the run's precision, so it must compute in it."""
+    return autocast(loop, world) if loop.parallel == "fsdp" and world.size > 1 else contextlib.nullcontext()
+
+
+def evaluated(
+    job: Job,
+    world: World,
+    wish: Wish,
+    precision: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(),  # noqa: B008 (holds nothing)
+) -> Mapping[str, float]:
     """Evaluate the job's model under its average; afterwards mode and random states are what they were.
 
     One process may be interrupted in it; of several, one alone must not leave the others waiting.
@@ -65,7 +79,7 @@ def evaluated(job: Job, world: World, wish: Wish) -> Mapping[str, float]:
     try:
         with job.ema.applied(job.model) if job.ema else contextlib.nullcontext(), torch.no_grad():
             job.model.eval()
-            with wish.may_stop() if world.size == 1 else contextlib.nullcontext():
+            with wish.may_stop() if world.size == 1 else contextlib.nullcontext(), precision:
                 return job.evaluate(job.model)
     finally:
         sharding.forget_whole(job.model)

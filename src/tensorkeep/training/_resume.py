@@ -45,6 +45,7 @@ FREE = (
     "trackers",
     "background$",
     "parallel$",
+    "replicas$",
     "graph$",
     "deterministic$",
 )
@@ -54,6 +55,7 @@ LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 def facts(loop: Loop, world: World) -> dict[str, Any]:
     """Collect what must be equal for equal bits: versions, device, threads, kernels, and how a batch is split."""
     on_gpu = world.device.type == "cuda"
+    sharded = loop.parallel == "fsdp" and world.size > 1
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "torch": str(torch.__version__),
@@ -67,6 +69,8 @@ def facts(loop: Loop, world: World) -> dict[str, Any]:
         "graph": loop.graph or None,  # None as in checkpoints from before there was a choice
         "deterministic": loop.deterministic or None,
         "parallel": loop.parallel if world.size > 1 else None,
+        "gathered": loop.precision if sharded and loop.precision == "bf16" else None,  # shards, for a forward
+        "replicas": loop.replicas if sharded and loop.replicas > 1 else None,
     }
 
 

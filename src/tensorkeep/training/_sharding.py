@@ -6,10 +6,9 @@ goes on from such a checkpoint, and `inspect`, `verify`, `diff` and `convert` re
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,22 @@ from torch.optim import Optimizer
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.distributed import World, add_up
+from tensorkeep.training.fsdp import blocks as blocks
+from tensorkeep.training.fsdp import forget_whole as forget_whole
+from tensorkeep.training.fsdp import shard_modules
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the repeated blocks of a model: the children of every outermost list whose children are of one class.
-
-    >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))})
-    >>> len(blocks(model))
-    3
-    """
-    found: list[nn.Module] = []
-    for child in model.children():
-        inner = list(child.children())
-        repeated = isinstance(child, (nn.ModuleList, nn.Sequential)) and len(inner) > 1
-        if repeated and len({type(module) for module in inner}) == 1:
-            found += inner
-        else:
-            found += blocks(child)
-    return found
-
-
 def shard(
-    model: nn.Module, optimizer: Optimizer, averages: dict[str, Tensor], units: Iterable[nn.Module], world: World
+    model: nn.Module,
+    optimizer: Optimizer,
+    averages: dict[str, Tensor],
+    units: Iterable[nn.Module],
+    world: World,
+    gathered: torch.dtype | None = None,
+    replicas: int = 1,
 ) -> None:
     """Shard a model in place, unit by unit and the rest as one; optimizer groups and averages follow by name.
 
@@ -51,40 +41,31 @@ def shard(
         averages: averages by parameter name, replaced in the dict.
         units: the modules whose parameters are gathered together.
         world: this process among its peers.
+        gathered: the dtype of 16 bits in which units are gathered; None: their own.
+        replicas: groups of ranks that hold all shards each.
 
     Raises:
-        TensorkeepError: the optimizer holds state or other parameters, or torch is older than 2.6 (2.7 for a model with
-            scalar parameters).
+        TensorkeepError: the optimizer holds state or other parameters, or `shard_modules` refuses.
     """
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:
-        raise TensorkeepError("fsdp needs torch 2.6 or newer", where="training.parallel", hint="use ddp") from None
-    from torch.distributed.device_mesh import init_device_mesh
-
     if optimizer.state:
         raise TensorkeepError("the optimizer holds state before the model is sharded", where="training.parallel")
     names = {id(p): n for n, p in model.named_parameters()}
     lost = [i for g in optimizer.param_groups for i, p in enumerate(g["params"]) if id(p) not in names]
     if lost:
         raise TensorkeepError(f"{len(lost)} parameters of the optimizer are not the model's", where="training.parallel")
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    # FSDP refuses scalars (a detection head has some): each rank keeps them, and `clipped` takes their gradients' mean
-    scalars = {p for p in model.parameters() if p.dim() == 0}
-    if scalars and "ignored_params" not in inspect.signature(fully_shard).parameters:
-        what = "fsdp of a model with scalar parameters needs torch 2.7 or newer"
-        raise TensorkeepError(what, where="training.parallel", hint="use ddp")
-    how: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
-    for unit in units:
-        fully_shard(unit, mesh=mesh, **how)
-    fully_shard(model, mesh=mesh, **how)
+    shard_modules(model, units, world, gathered, replicas)
     now = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [now[names[id(p)]] for p in group["params"]]
-        if scalars:  # torch's many-at-once forms take no mixture
-            group["foreach"] = group["fused"] = False
     for name, average in averages.items():
         averages[name] = like(average.to(world.device), now[name])
+
+
+def settle(optimizer: Optimizer) -> None:
+    """Let an optimizer take a group of shards and whole parameters one by one: torch's many-at-once forms refuse it."""
+    for group in optimizer.param_groups:
+        if len({sharded([p]) for p in group["params"]}) == 2:
+            group["foreach"] = group["fused"] = False
 
 
 def exchange(model: nn.Module, last: bool) -> None:
@@ -97,16 +78,16 @@ def exchange(model: nn.Module, last: bool) -> None:
 def clipped(parameters: Sequence[Tensor], limit: float | None, world: World) -> Tensor:
     """Clip the norm of all gradients to `limit` (None: leave them).
 
-    The gradients of scalars beside shards are made the mean over ranks first, as FSDP makes the others.
+    The gradients of whole parameters beside shards are made the mean over ranks first, as FSDP makes the others.
 
     Returns:
         The norm before clipping, over all shards, the same on every rank.
     """
-    scalars = [p for p in parameters if not sharded([p])]
-    if len(scalars) in (0, len(parameters)):
+    beside = [p for p in parameters if not sharded([p])]  # scalars, and what autocast leaves in float32
+    if len(beside) in (0, len(parameters)):
         alike = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
         return cast("DTensor", alike).full_tensor() if sharded([alike]) else alike
-    for parameter in scalars:  # every rank takes part, whether its samples reached them or not
+    for parameter in beside:  # every rank takes part, whether its samples reached them or not
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     grads = [p.grad for p in parameters if p.grad is not None]
     own, spread = [g for g in grads if not sharded([g])], [cast("DTensor", g) for g in grads if sharded([g])]
@@ -118,18 +99,6 @@ def clipped(parameters: Sequence[Tensor], limit: float | None, world: World) -> 
         local = [*own, *(g.to_local() for g in spread)]
         torch._foreach_mul_(local, (limit / (norm + 1e-6)).clamp(max=1.0))  # as `clip_grad_norm_`
     return norm
-
-
-def forget_whole(model: nn.Module) -> None:
-    """Drop the whole parameters that a sharded model gathered for a forward; else do nothing.
-
-    FSDP keeps those of the root until a backward, so that after an evaluation under the average the next forward would
-    take the average's.
-    """
-    for module in model.modules():
-        reshard = getattr(module, "reshard", None)
-        if reshard is not None and hasattr(module, "set_requires_gradient_sync"):
-            reshard()
 
 
 def sharded(tensors: Sequence[Tensor]) -> bool:

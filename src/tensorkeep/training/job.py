@@ -98,6 +98,7 @@ class Loop:
         best: the evaluated number whose best checkpoint stays, with a minus where smaller is better: `-loss`.
         patience: evaluations without a better one before the run stops; None: it does not.
         parallel: over several ranks, copies of the model (ddp) or shards of it (fsdp).
+        replicas: groups of ranks that hold all shards each (fsdp); 1: every rank holds shards of its own.
         background: save behind the training; None: where the weights are on a GPU.
     """
 
@@ -119,6 +120,7 @@ class Loop:
     best: str | None = None
     patience: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    replicas: int = 1
     background: bool | None = None
 
 
@@ -153,5 +155,6 @@ def loop_of(config: TrainingConfig, samples: int) -> Loop:
         best=config.best,
         patience=config.patience,
         parallel=config.parallel,
+        replicas=config.replicas,
         background=config.background,
     )

@@ -32,8 +32,10 @@ from tensorkeep.training._run import Run, trained
 from tensorkeep.training._update import share, update
 from tensorkeep.training.batches import Stream, batches
 from tensorkeep.training.distributed import World
+from tensorkeep.training.fsdp import blocks, is_sharded
 from tensorkeep.training.interruption import Interrupted, Wish, listening
 from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.precision import GATHERED
 from tensorkeep.training.recipe import to_yaml
 from tensorkeep.training.saver import Saver, State
 
@@ -215,8 +217,13 @@ def _set_out(job: Job, loop: Loop, world: World) -> None:
     randomness.seed_process(loop.seed, world.rank)
     job.model.train()
     if loop.parallel == "fsdp" and world.size > 1:
-        units = (job.shard or sharding.blocks)(job.model)
-        sharding.shard(job.model, job.optimizer, {} if job.ema is None else job.ema.tensors, units, world)
+        if not is_sharded(job.model):  # a recipe's may be, so that no rank ever held it whole
+            units = (job.shard or blocks)(job.model)
+            averages = {} if job.ema is None else job.ema.tensors
+            gathered = GATHERED.get(loop.precision)
+            sharding.shard(job.model, job.optimizer, averages, units, world, gathered, loop.replicas)
+        sharding.settle(job.optimizer)
+        sharding.forget_whole(job.model)
     if loop.compile:
         job.model.compile()  # in place: names stay
 

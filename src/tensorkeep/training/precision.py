@@ -11,6 +11,8 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Loop
 
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# in which shards are gathered, where that is not float32: fp16's scaler takes no mixture of shards and whole tensors
+GATHERED = {"bf16": torch.bfloat16}
 
 
 def autocast(loop: Loop, world: World) -> contextlib.AbstractContextManager[Any]:

@@ -43,6 +43,7 @@ class TrainingConfig:
         graph: Whether forward and backward passes are recorded as one CUDA graph; on GPUs.
         deterministic: The same bits at every start, on a GPU too; slower.
         parallel: Over several processes, copies of the model (ddp) or shards of it (fsdp).
+        replicas: Groups of processes that hold all shards each (fsdp): one group for each host keeps gathering inside.
         unit: What `save_every`, `evaluate_every`, `evaluate_from` and `keep_every` count.
         log_every: Updates between two rows of metrics.
         save_every: Null: at the end only, and before each evaluation.
@@ -74,6 +75,7 @@ class TrainingConfig:
     graph: bool = False
     deterministic: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    replicas: int = 1
     unit: Unit = "updates"
     log_every: int = 10
     save_every: int | None = None
@@ -90,7 +92,7 @@ class TrainingConfig:
         if (self.updates is None) is (self.epochs is None):
             what = "says neither updates nor epochs" if self.updates is None else "says both updates and epochs"
             raise TensorkeepError(what, where="training", hint="one of them; the other null")
-        for name in (*_AT_LEAST_ONE, "keep_every", "patience"):
+        for name in (*_AT_LEAST_ONE, "replicas", "keep_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TensorkeepError(f"{name} {value} must be at least 1", where="training")
