@@ -19,7 +19,8 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import view_of
 from tensorkeep.formats.view import read
 from tensorkeep.quantization import encoding as quant_encoding
-from tensorkeep.quantization.linear import QuantLinear, frozen_linear
+from tensorkeep.quantization.frozen import frozen_linear
+from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.modules import adopt, check_ranks, is_bitsandbytes, model_sizes, quantize_
 from tensorkeep.quantization.packed import KINDS, kind_of, offset_of, pack, state_text
 from tensorkeep.quantization.reading import read_packed

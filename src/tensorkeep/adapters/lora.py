@@ -21,7 +21,8 @@ from tensorkeep.adapters.stacked import adapt_stacks, refuse_dropout
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.quantization.encoding import HEADS
-from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_linear
+from tensorkeep.quantization.frozen import compute_dtype, frozen_linear
+from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.linear_layers import dense, is_conv1d
 from tensorkeep.quantization.modules import adopted, is_bitsandbytes
 from tensorkeep.quantization.replacing import check_patterns, replace_modules

@@ -14,10 +14,10 @@ from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Sums
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
-from tensorkeep.formats.view import StateView, damaged, read
+from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.budget import read_small_from
-from tensorkeep.storage.files import CERTIFICATE, refuse_changed
+from tensorkeep.storage.files import CERTIFICATE, damaged, refuse_changed
 from tensorkeep.storage.spreading import in_threads
 
 

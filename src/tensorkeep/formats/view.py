@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,7 @@ from tensorkeep.formats.companions import Companion, find_companions
 from tensorkeep.formats.config_types import believed
 from tensorkeep.formats.table import FORMATS, unrecognised
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.files import Folder, LocalFolder, explained, local_path, short_file
+from tensorkeep.storage.files import Folder, LocalFolder, damaged, explained, local_path, short_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major
 
 if TYPE_CHECKING:
@@ -322,22 +322,6 @@ class StateView(Mapping[str, TensorRecord]):
         for piece in self.stream(name):
             state.update(piece)
         return state.hexdigest()
-
-
-def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
-    """Return the error for bytes that are not what was written (F03).
-
-    Args:
-        where: the file.
-        names: the tensors that are damaged.
-    """
-    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return TensorkeepError(
-        f"damaged since it was written: {first}",
-        where=where,
-        code="F03",
-        hint="copy the checkpoint again from where it is whole",
-    )
 
 
 # -- reading ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from tensorkeep.adapters.lora import LoraLinear, LoraQuantLinear, LowRank
 from tensorkeep.language._gated_mlp import ACTIVATIONS, GatedMlp
-from tensorkeep.quantization.linear import QuantLinear, compute_dtype, frozen_state
+from tensorkeep.quantization.frozen import compute_dtype, frozen_state
+from tensorkeep.quantization.linear import QuantLinear
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 _LINEARS = (nn.Linear, QuantLinear, LoraLinear, LoraQuantLinear)

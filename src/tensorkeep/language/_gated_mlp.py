@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tensorkeep.quantization.linear import dense_weight
+from tensorkeep.quantization.frozen import dense_weight
 
 CHUNK_BYTES = 256 << 20  # of gate and up at a time
 _TILE = 256  # tokens: chunks are multiples of it

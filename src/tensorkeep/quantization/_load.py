@@ -17,7 +17,7 @@ from tensorkeep.formats.names import matches, unwrap
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import stored as quantized
 from tensorkeep.quantization._ahead import Ahead, Arrived, reads_ahead
-from tensorkeep.quantization._load_plan import Loaded, Repair, Settings, Step, joined
+from tensorkeep.quantization._load_plan import Loaded, Repair, Settings, Step, joined, meta_buffers, repair_all
 from tensorkeep.quantization.description import QuantizedWeight
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.linear_layers import sizes, stacked_parameters, turned
@@ -69,13 +69,13 @@ class Load:
         taken = self._plan_linears() | self._plan_stacks()
         self._plan_rest(taken)
         self._find_unexpected()
-        empty = self._meta_buffers()
+        empty = meta_buffers(self.model)
         if empty and repair is None:
             self.problems += [
                 ("B01", f"{name} is on meta and in no file: pass repair=tensorkeep.repair_buffers") for name in empty
             ]
         self._refuse()
-        self._repair(empty, repair, device)
+        repair_all(self.model, empty, repair, device)
         digests: dict[str, str] = {}
         # biases first: a linear that is replaced takes along the one it has
         steps = sorted(self.steps, key=lambda s: s.how not in ("copy", "same"))
@@ -265,35 +265,6 @@ class Load:
         module, digest = weight.removesuffix("weight"), self.stored.get(weight.removesuffix("weight") + WEIGHT_DIGEST)
         stored = [found.name, *found.parts.values(), *([digest] if digest else [])]
         return {f"layer.{unwrap(s)[0][len(module) :]}": tensor_of(self.view, s) for s in stored if s in self.view}
-
-    # -- buffers that no file holds -------------------------------------------------------------------------------
-
-    def _meta_buffers(self) -> list[str]:
-        """List the non-persistent buffers that are on the meta device: no file holds them."""
-        return [
-            unwrap(f"{path}.{key}" if path else key)[0]
-            for path, module in self.model.named_modules()
-            for key, tensor in module._buffers.items()
-            if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set
-        ]
-
-    def _repair(self, empty: Sequence[str], repair: Repair | None, device: torch.device | None) -> None:
-        """Let `repair` recompute the buffers on meta; it is an error to leave one."""
-        if not empty or repair is None:
-            return
-        for module in self.model.modules():
-            for key, tensor in module._buffers.items():
-                if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set:
-                    filler = float("nan") if tensor.is_floating_point() else 0  # memory garbage might pass for a value
-                    module._buffers[key] = torch.full(tensor.shape, filler, dtype=tensor.dtype, device=device or "cpu")
-        left = sorted(set(empty) - {unwrap(name)[0] for name in repair(self.model)})
-        if left:
-            raise TensorkeepError(
-                f"{left[0]} is in no file and cannot be recomputed ({len(left)} buffers)",
-                where="load_quantizing",
-                code="B01",
-                hint="build the model with real buffers: only its parameters need be on meta",
-            )
 
     # -- copying --------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.names import unwrap
 from tensorkeep.quantization import codes as quant_codes
 from tensorkeep.quantization.packed import Kind, Layout, Packed, offset_of
 
@@ -100,3 +101,46 @@ def _scales(packed: Packed) -> Tensor:
     codes, table, outer = (packed.tensors[r].cpu().numpy() for r in ("absmax", "nested_quant_map", "nested_absmax"))
     made = quant_codes.nested_scales(codes, table, outer, packed.layout.nested, offset_of(packed))
     return torch.from_numpy(np.ascontiguousarray(made)).to(packed.tensors["absmax"].device)
+
+
+def meta_buffers(model: nn.Module) -> list[str]:
+    """List the non-persistent buffers that are on the meta device: no file holds them.
+
+    Args:
+        model: the model.
+    """
+    return [
+        unwrap(f"{path}.{key}" if path else key)[0]
+        for path, module in model.named_modules()
+        for key, tensor in module._buffers.items()
+        if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set
+    ]
+
+
+def repair_all(model: nn.Module, empty: Sequence[str], repair: Repair | None, device: torch.device | None) -> None:
+    """Let `repair` recompute the buffers on meta.
+
+    Args:
+        model: the model.
+        empty: what `meta_buffers` lists.
+        repair: recomputes buffers, and says which.
+        device: where they go.
+
+    Raises:
+        TensorkeepError: B01 where one is left.
+    """
+    if not empty or repair is None:
+        return
+    for module in model.modules():
+        for key, tensor in module._buffers.items():
+            if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set:
+                filler = float("nan") if tensor.is_floating_point() else 0  # memory garbage might pass for a value
+                module._buffers[key] = torch.full(tensor.shape, filler, dtype=tensor.dtype, device=device or "cpu")
+    left = sorted(set(empty) - {unwrap(name)[0] for name in repair(model)})
+    if left:
+        raise TensorkeepError(
+            f"{left[0]} is in no file and cannot be recomputed ({len(left)} buffers)",
+            where="load_quantizing",
+            code="B01",
+            hint="build the model with real buffers: only its parameters need be on meta",
+        )

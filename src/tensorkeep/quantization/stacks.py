@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import digest_of
-from tensorkeep.quantization.linear import FOUR_BIT_ROLES, INT8_ROLES, compute_dtype, frozen_linear
+from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, INT8_ROLES, compute_dtype, frozen_linear
 from tensorkeep.quantization.packed import Kind, Layout, Packed, moved, pack
 from tensorkeep.quantization.unpacking import unpack
 

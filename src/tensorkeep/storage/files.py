@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -329,3 +329,19 @@ def left_over(folder: Path) -> list[str]:
     """
     with explained(folder):
         return sorted(p.name for p in folder.iterdir() if p.name.endswith(TEMPORARY)) if folder.is_dir() else []
+
+
+def damaged(where: object, names: Sequence[str]) -> TensorkeepError:
+    """Return the error for bytes that are not what was written (F03).
+
+    Args:
+        where: the file.
+        names: the tensors that are damaged.
+    """
+    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return TensorkeepError(
+        f"damaged since it was written: {first}",
+        where=where,
+        code="F03",
+        hint="copy the checkpoint again from where it is whole",
+    )

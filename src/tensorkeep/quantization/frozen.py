@@ -1,0 +1,193 @@
+"""A frozen linear with a low-rank update, over a dense weight or codes that are dequantized at use.
+
+The weight is dequantized in the forward and again in the backward, and is never kept: training and evaluation compute
+the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization.packed import Layout
+from tensorkeep.quantization.unpacking import unpack
+
+FOUR_BIT_ROLES = ("weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+INT8_ROLES = ("weight", "SCB")
+How = tuple[str, int, int, int, int]  # kind ("dense" for floats), rows, columns, block and nested of a frozen weight
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: autocast's where it is on (it leaves float64 alone), else that of `x`.
+
+    Args:
+        x: the input of a layer.
+    """
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def frozen_linear(
+    x: Tensor, base: nn.Module, lora_A: Tensor | None = None, lora_B: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Compute `x W^T + bias + scale · (x A^T) B^T` over a frozen dense or quantized W.
+
+    Kept for the backward: x and x A^T; never the dequantized weight. With B = 0 the result is bitwise that of the base.
+
+    Args:
+        x: [..., in].
+        base: a `QuantLinear`, an `nn.Linear` or a module with its `matrix` [out, in]; it gets no gradient.
+        lora_A: [r, in], or None without an update.
+        lora_B: [out, r], or None without an update.
+        scale: factor of the update.
+
+    Returns:
+        [..., out].
+
+    Raises:
+        TensorkeepError: x and a dense weight have different dtypes, and autocast is off.
+    """
+    how, state = frozen_state(base)
+    if how[0] == "dense" and x.dtype != state[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        what = f"input {x.dtype} on a weight of {state[0].dtype}"
+        raise TensorkeepError(what, where="linear", hint="cast one, or use autocast")
+    dtype = compute_dtype(x)
+    run: Any = _FrozenLinear.apply
+    out: Tensor = run(x, base.bias, lora_A, lora_B, scale, dtype, *how, *state)
+    return out
+
+
+def frozen_state(base: nn.Module) -> tuple[How, list[Any]]:
+    """Return what a frozen linear's weight is made of: how its codes lie, and the tensors, for `dense_weight`.
+
+    Args:
+        base: a `QuantLinear` or what keeps codes like one, an `nn.Linear`, or a module with its `matrix` [out, in].
+
+    Returns:
+        How it lies, and one tensor (or None) a role.
+    """
+    if hasattr(base, "_plain"):
+        quantized: Any = base
+        layout, held = quantized._plain()
+        roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
+        return (layout.kind, *layout.shape, layout.block, layout.nested), [held.get(role) for role in roles]
+    kept: Any = base
+    matrix: Tensor = getattr(kept, "matrix", kept.weight)  # Conv1D keeps it transposed
+    return ("dense", *matrix.shape, 0, 0), [matrix.detach()]
+
+
+def dense_weight(how: How, state: Sequence[Any], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return a frozen linear's weight [rows, columns], dequantized where it is quantized.
+
+    Args:
+        how: as `frozen_state` gives it.
+        state: likewise.
+        dtype: of the result.
+        out: is written and returned, where given; its rows may lie apart.
+    """
+    kind, rows, columns, block, nested = how
+    if kind == "dense":
+        return cast(Tensor, state[0].to(dtype)) if out is None else out.copy_(state[0])
+    roles = INT8_ROLES if kind == "int8" else FOUR_BIT_ROLES
+    spelled: Any = kind
+    layout = Layout(spelled, (rows, columns), block, nested)
+    return unpack(layout, {role: tensor for role, tensor in zip(roles, state) if tensor is not None}, dtype, out)
+
+
+def products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Compute `left right + scale · low up (+ bias)`, the second product added in the place of the first.
+
+    `left [n, k]`, `right [k, m]`, `low [n, r]`, `up [r, m]`. Written out, a compiler would copy the first product
+    before adding to it: a tenth of a training step's time on a large layer, so it sees one operation.
+    """
+    how = _products_op if torch.compiler.is_compiling() else _products
+    out: Tensor = how(left, right, low, up, scale, bias)
+    return out
+
+
+def _products(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    out = left @ right if bias is None else torch.addmm(bias, left, right)
+    return out.addmm_(low, up, alpha=scale)
+
+
+_products_op = torch.library.custom_op(
+    "tensorkeep::products",
+    _products,
+    mutates_args=(),
+    schema="(Tensor left, Tensor right, Tensor low, Tensor up, float scale, Tensor? bias=None) -> Tensor",
+)
+
+
+@_products_op.register_fake
+def _(left: Tensor, right: Tensor, low: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The linear of `frozen_linear`: W gets no gradient and is dequantized again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+        kind: str,
+        rows: int,
+        columns: int,
+        block: int,
+        nested: int,
+        *state: Tensor | None,
+    ) -> Tensor:
+        ctx.x_dtype, x = x.dtype, x.to(dtype)
+        weight = dense_weight((kind, rows, columns, block, nested), state, dtype)
+        own = None if bias is None else bias.to(dtype)
+        low = a_cast = b_cast = None
+        if a is None or b is None:
+            out = F.linear(x, weight, own)  # [..., out]
+        else:
+            a_cast, b_cast = a.to(dtype), b.to(dtype)
+            flat = x.reshape(-1, columns)
+            low = flat @ a_cast.T  # [n, r]
+            made = products(flat, weight.T, low, b_cast.T, scale, own)
+            # a plain view could not be changed in place, as Llama 4 does
+            out = torch.ops.aten._unsafe_view.default(made, [*x.shape[:-1], rows])
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[2] else None, low if needs[3] else None, a_cast, b_cast, *state)
+        ctx.scale, ctx.how = scale, (kind, rows, columns, block, nested)
+        ctx.dtypes = [None if t is None else t.dtype for t in (bias, a, b)]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, low, a, b, *state = ctx.saved_tensors
+        kind, rows, columns, block, nested = ctx.how
+        bias_dtype, a_dtype, b_dtype = ctx.dtypes
+        need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
+        flat = grad.reshape(-1, rows)  # [n, out]
+        grad_x = grad_bias = grad_a = grad_b = down = None
+        if b is not None and (need_x or need_a):
+            down = (flat @ b).mul_(ctx.scale)  # [n, r]
+        if need_x:
+            weight = dense_weight((kind, rows, columns, block, nested), state, flat.dtype)
+            grad_x = flat @ weight if down is None else products(flat, weight, down, a, 1.0)  # [n, in]
+            grad_x = grad_x.view(*grad.shape[:-1], columns).to(ctx.x_dtype)
+        if need_bias:
+            grad_bias = flat.sum(0).to(bias_dtype)
+        if need_a:
+            grad_a = (down.T @ x.reshape(-1, columns)).to(a_dtype)  # type: ignore[union-attr]
+        if need_b:
+            grad_b = (flat.T @ low).mul_(ctx.scale).to(b_dtype)
+        return (grad_x, grad_bias, grad_a, grad_b, *([None] * (7 + len(state))))
