@@ -1,0 +1,185 @@
+"""Find the saves of a training in its folder, newest first, and tell from names whether their writer had finished.
+
+A save is known by its name, by a file that its program writes last, or by a seal of ours. Nothing in it is opened here.
+
+| table | a row says |
+|---|---|
+| `HOLDERS` | a folder in which a program keeps its saves, below the folder that people name |
+| `LAST` | a file that a program writes when the rest of a save is there |
+| `RANKS` | a file of which every process writes one, and its number |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from tensorkeep.formats import layouts, seals
+from tensorkeep.storage.files import explained, local_path
+
+HOLDERS = re.compile(r"checkpoints?|lightning_logs|version_\d+")
+LAST = (
+    ("trainer_state.json", "transformers' Trainer"),
+    ("random_states_0.pkl", "accelerate"),
+    (".metadata", "torch.distributed.checkpoint, torchtitan"),
+    ("metadata.pkl", "torch_checkpointing"),
+    ("meta.pt", "Lightning under FSDP"),
+    ("latest", "DeepSpeed"),
+    ("model.safetensors.index.json", "torchtitan's last save, as safetensors"),
+)
+CONTENT = {name for name, _ in LAST[:5]}  # by these a save of any name is known
+# of the last column the highest number is that of every process; the rest may be those of a part of them
+RANKS = (
+    (r"rng_state_(\d+)\.pth", True),
+    (r"random_states_(\d+)\.pkl", True),
+    (r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt", False),
+    (r"(?:model|optim|extra_state)_world_size_\d+_rank_(\d+)\.pt", False),
+    (r"__(\d+)_\d+\.distcp", None),  # a process with nothing to write writes none
+)
+_NUMBER = re.compile(r".*?step=(\d+).*|.*?(\d+)\D*")
+_DEEPEST = 4  # lightning_logs/version_0/checkpoints/x.ckpt
+
+
+class Save(NamedTuple):
+    """One save of a training.
+
+    Attributes:
+        path: the folder, or the lone file.
+        number: the step in its name; None where it has none.
+    """
+
+    path: Path
+    number: int | None
+
+
+def step_in(name: str) -> int | None:
+    """Return the step in the name of a save, None where there is none.
+
+    Args:
+        name: the name, without its path.
+
+    Example:
+        >>> step_in("checkpoint-500"), step_in("epoch=3-step=40.ckpt"), step_in("last.ckpt")
+        (500, 40, None)
+    """
+    match = _NUMBER.fullmatch(name.removesuffix("-unsharded"))
+    return int((match[1] or match[2])[:18]) if match else None
+
+
+def saves_in(folder: str | Path) -> list[Save]:
+    """List the saves of a training, newest first: by step, Lightning's by when they were written.
+
+    Args:
+        folder: the folder that a program writes its saves into, or one above it; or a save itself.
+
+    Returns:
+        The saves, whole or not; [] where there are none.
+    """
+    path = local_path(folder)
+    if _is_save(path):
+        return [Save(path, step_in(path.name))]
+    found = _below(path, _DEEPEST)
+    found = [save for save in found if save.path.suffix == ".ckpt" or _named(save.path)] or found
+    if any(save.path.suffix == ".ckpt" for save in found):  # `last.ckpt` has no number; a new version begins at 0
+        return sorted(found, key=lambda save: (_written(save.path), save.path.name), reverse=True)
+    return sorted(found, key=lambda s: (-1 if s.number is None else s.number, _written(s.path), s.path), reverse=True)
+
+
+def _below(path: Path, depth: int) -> list[Save]:
+    """List the saves directly in a folder, and in those of its folders in which programs keep saves."""
+    found: list[Save] = []
+    with explained(path):
+        entries = sorted(path.iterdir()) if path.is_dir() else []
+    for entry in entries:
+        if entry.name.startswith(".") or entry.is_symlink():
+            continue
+        if _is_save(entry):
+            found.append(Save(entry, step_in(entry.name)))
+        elif depth and entry.is_dir() and HOLDERS.fullmatch(entry.name):
+            found += _below(entry, depth - 1)
+    return found
+
+
+def _is_save(path: Path) -> bool:
+    """Tell whether a path is a save, finished or not; a folder of saves is none, whatever lies beside them."""
+    if path.is_file():
+        return path.suffix == ".ckpt"
+    if not path.is_dir():
+        return False
+    if path.suffix == ".ckpt" or _named(path):
+        return True
+    below = list(path.iterdir())
+    if any(entry.is_dir() and (_named(entry) or HOLDERS.fullmatch(entry.name)) for entry in below):
+        return False
+    return seals.is_sealed(path) or any(entry.name in CONTENT for entry in below)
+
+
+def _named(path: Path) -> bool:
+    """Tell whether the name alone is that of a program's save."""
+    return not HOLDERS.fullmatch(path.name) and any(re.fullmatch(r.name, path.name) for r in (*layouts.STEPS, *_ZERO))
+
+
+_ZERO = [row for row in layouts.PLACES if row.name.startswith("global_step")]
+
+
+def _written(path: Path) -> int:
+    """Return when a save was last written to, in nanoseconds: of its newest file, its seal left out."""
+    with explained(path):
+        home = path if path.is_dir() else path.parent
+        return max(((home / name).lstat().st_mtime_ns for name in seals.files_in(path)), default=0)
+
+
+# -- had its writer finished? ---------------------------------------------------------------------------------------
+
+
+def unfinished(save: Path, vouched: bool = False) -> str | None:
+    """Say what shows, by names alone, that the writer of a save has not finished, or that a part was lost.
+
+    Args:
+        save: a folder, or a lone file.
+        vouched: the user says that it is finished: no file need be there that programs write last.
+
+    Returns:
+        The reason in words; None where nothing shows.
+    """
+    if save.is_file():
+        return None
+    names = seals.files_in(save)
+    top = {name for name in names if "/" not in name}
+    if not vouched and not top & {name for name, _ in LAST} and not _known_otherwise(save, names):
+        wanted = ", ".join(name for name, _ in LAST[:4])
+        return f"none of the files that programs write last is there ({wanted}, ...)"
+    for inner in {str(Path(n).parent) for n in names if n.endswith(".distcp")}:
+        if not (save / inner / ".metadata").is_file():
+            return f"{inner}/.metadata is missing, which is written when every process is done"
+    return _missing_ranks(names)
+
+
+def _known_otherwise(save: Path, names: list[str]) -> bool:
+    """Tell whether a save is of a program that writes no file last: its ranks are counted, its files opened."""
+    zero = any(re.fullmatch(row.name, save.name) for row in _ZERO)
+    return zero or save.suffix == ".ckpt" or any(re.fullmatch(RANKS[3][0], Path(n).name) for n in names)
+
+
+def _missing_ranks(names: list[str]) -> str | None:
+    """Say which process's file is missing among those of which each process writes one."""
+    families: dict[str, tuple[set[int], bool | None]] = defaultdict(lambda: (set(), None))
+    for name in names:
+        for pattern, every in RANKS:
+            if match := re.fullmatch(pattern, Path(name).name):
+                base = Path(name).name
+                shown = os.path.join(Path(name).parent, f"{base[: match.start(1)]}*{base[match.end(1) :]}")  # noqa: PTH118
+                key = "*.distcp" if every is None else shown
+                families[key] = (families[key][0] | {int(match[1])}, every)
+    highest = max((max(ranks) for ranks, _ in families.values()), default=0)
+    for shown, (ranks, every) in families.items():
+        if every is None:
+            continue
+        last = highest if every else max(ranks)
+        if missing := [rank for rank in range(min(ranks), last + 1) if rank not in ranks]:
+            first = ", ".join(shown.replace("*", str(rank), 1) for rank in missing[:3])
+            return f"{first} missing: {last + 1 - min(ranks)} processes wrote it"
+    return None
