@@ -1,7 +1,7 @@
-"""One of two ranks: accelerate's own loop under FSDP2 on CPUs, its `save_state` sealed in two ways, and a resume.
+"""One of two ranks: accelerate's own save and load under FSDP2 on CPUs, with the newest save damaged before the load.
 
-`python -m tests.accelerate_fsdp FOLDER RANK SAVES`: saves that many checkpoints, each as accelerate's own into
-FOLDER/own and as ours into FOLDER/ours; with SAVES 0 it resumes from both and writes what came back.
+`python -m tests.accelerate_fsdp FOLDER RANK` saves three times into FOLDER/own as accelerate does and into FOLDER/ours
+as we do, breaks what rank 1 wrote of the newest, loads from both, and writes to FOLDER/came_RANK.json what came back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
@@ -24,40 +24,66 @@ import tensorkeep
 from tensorkeep.integrations.accelerate import load_state, save_state
 
 
-def main(folder: Path, rank: int, saves: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{saves}", rank=rank, world_size=2)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", reshard_after_forward=True)
+def sharded(rank: int) -> tuple[Accelerator, nn.Module, AcceleratedOptimizer]:
+    """A model and its optimizer as accelerate prepares them where it shards, which it does on accelerators only."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    # accelerate itself shards on accelerators only: what it would do there is done here, and its own save and load run
-    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1))
     accelerator._models.append(model)
     accelerator._optimizers.append(optimizer)
-    came: dict[str, object] = {}
-    if not saves:
-        own = tensorkeep.guard(folder / "own").resume_path()
-        ours = load_state(accelerator, folder / "ours")
-        accelerator.load_state(own)
-        came = {"own": str(own), "ours": str(ours)}
-    for step in range(1, saves + 1):
+    return accelerator, model, optimizer
+
+
+def weights(model: nn.Module) -> list[float]:
+    return [number for p in model.parameters() for number in p.full_tensor().flatten().tolist()]
+
+
+def main(folder: Path, rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    accelerator, model, optimizer = sharded(rank)
+    guard, held, came = tensorkeep.guard(folder / "own"), {}, {"kind": accelerator.distributed_type.value}
+    for step in (1, 2, 3):
         accelerator.backward(model(torch.ones(2, 8) * (rank + step)).square().mean())
         optimizer.step()
         optimizer.zero_grad()
         accelerator.save_state(str(folder / "own" / "checkpoints" / f"checkpoint_{step}"))
         dist.barrier()
         if rank == 0:
-            tensorkeep.guard(folder / "own").seal(f"checkpoints/checkpoint_{step}")
+            guard.seal(f"checkpoints/checkpoint_{step}")
         save_state(accelerator, folder / "ours" / f"step_{step}", keep_last=2)
-        came[str(step)] = sum(p.full_tensor().double().sum().item() for p in model.parameters())
-    if not saves:
-        came["sum"] = sum(p.full_tensor().double().sum().item() for p in model.parameters())
-    came["kind"] = str(accelerator.distributed_type)
-    (folder / f"came_{saves}_{rank}.json").write_text(json.dumps(came))
+        held[step] = weights(model)
+    if rank == 0:
+        path = folder / "own/checkpoints/checkpoint_3/pytorch_model_fsdp_0/__1_0.distcp"
+        blob = bytearray(path.read_bytes())
+        blob[len(blob) // 2] ^= 1
+        path.write_bytes(blob)
+        os.truncate(folder / "ours/step_3/optimizer_0/__1_0.distcp", 100)
+    dist.barrier()
+    for name in ("own", "ours"):
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        if name == "own":
+            found = guard.resume_path()
+            accelerator.load_state(found)
+        else:
+            found = load_state(accelerator, folder / "ours")
+        came[name] = Path(found).name
+        came[f"{name} is that step"] = weights(model) == held[int(came[name][-1])]
+    (folder / f"came_{rank}.json").write_text(json.dumps(came))
     os._exit(0)  # what was saved is whole; gloo's threads abort some exits on a loaded machine
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -11,14 +11,17 @@ A save is known by its name, by a file that its program writes last, or by a sea
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import layouts, seals
-from tensorkeep.storage.files import explained, local_path
+from tensorkeep.storage import run_manifest
+from tensorkeep.storage.archive import saved_value, zip_entries
+from tensorkeep.storage.files import LocalFolder, explained, local_path
 
 HOLDERS = re.compile(r"checkpoints?|lightning_logs|version_\d+")
 LAST = (
@@ -70,7 +73,7 @@ def step_in(name: str) -> int | None:
 
 
 def saves_in(folder: str | Path) -> list[Save]:
-    """List the saves of a training, newest first: by step, Lightning's by when they were written.
+    """List the saves of a training, newest first: by step, Lightning's versions first by their number.
 
     Args:
         folder: the folder that a program writes its saves into, or one above it; or a save itself.
@@ -80,12 +83,42 @@ def saves_in(folder: str | Path) -> list[Save]:
     """
     path = local_path(folder)
     if _is_save(path):
-        return [Save(path, step_in(path.name))]
+        return [_found(path)]
     found = _below(path, _DEEPEST)
     found = [save for save in found if save.path.suffix == ".ckpt" or _named(save.path)] or found
-    if any(save.path.suffix == ".ckpt" for save in found):  # `last.ckpt` has no number; a new version begins at 0
-        return sorted(found, key=lambda save: (_written(save.path), save.path.name), reverse=True)
-    return sorted(found, key=lambda s: (-1 if s.number is None else s.number, _written(s.path), s.path), reverse=True)
+    return sorted(found, key=_age, reverse=True)
+
+
+def step_at(save: Path) -> int:
+    """Return the step that a save is of: what Lightning wrote into it, else the number in its name, else 0.
+
+    Args:
+        save: a folder, or a lone file; it is whole.
+    """
+    file = save if save.is_file() else save / "meta.pt"
+    if save.suffix == ".ckpt" and file.is_file():
+        folder = LocalFolder(file.parent)
+        with contextlib.suppress(TensorkeepError):
+            held = saved_value(folder, file.name, zip_entries(folder, file.name, 0, folder.size(file.name)))
+            step = held.get("global_step") if isinstance(held, dict) else None
+            if type(step) is int and 0 <= step < 1 << 62:
+                return step
+    return step_in(save.name) or 0
+
+
+def _found(path: Path) -> Save:
+    """Make the entry of a save; the step of a `.ckpt` is its seal's, since `last.ckpt` has none in its name."""
+    if path.suffix == ".ckpt" and seals.is_sealed(path):
+        place = seals.seal_of(path)
+        with contextlib.suppress(TensorkeepError):
+            return Save(path, run_manifest.read_manifest(place.parent, place.name).step)
+    return Save(path, step_in(path.name))
+
+
+def _age(save: Save) -> tuple[int, int, bool, str]:
+    """Order saves: by Lightning's version, the step, and of the same step `last.ckpt` first."""
+    version = max((int(m[1][:18]) for p in save.path.parts if (m := re.fullmatch(r"version_(\d+)", p))), default=0)
+    return version, -1 if save.number is None else save.number, save.path.name.startswith("last"), str(save.path)
 
 
 def _below(path: Path, depth: int) -> list[Save]:
@@ -97,7 +130,7 @@ def _below(path: Path, depth: int) -> list[Save]:
         if entry.name.startswith(".") or entry.is_symlink():
             continue
         if _is_save(entry):
-            found.append(Save(entry, step_in(entry.name)))
+            found.append(_found(entry))
         elif depth and entry.is_dir() and HOLDERS.fullmatch(entry.name):
             found += _below(entry, depth - 1)
     return found
@@ -123,13 +156,6 @@ def _named(path: Path) -> bool:
 
 
 _ZERO = [row for row in layouts.PLACES if row.name.startswith("global_step")]
-
-
-def _written(path: Path) -> int:
-    """Return when a save was last written to, in nanoseconds: of its newest file, its seal left out."""
-    with explained(path):
-        home = path if path.is_dir() else path.parent
-        return max(((home / name).lstat().st_mtime_ns for name in seals.files_in(path)), default=0)
 
 
 # -- had its writer finished? ---------------------------------------------------------------------------------------
@@ -170,8 +196,8 @@ def _missing_ranks(names: list[str]) -> str | None:
     for name in names:
         for pattern, every in RANKS:
             if match := re.fullmatch(pattern, Path(name).name):
-                base = Path(name).name
-                shown = os.path.join(Path(name).parent, f"{base[: match.start(1)]}*{base[match.end(1) :]}")  # noqa: PTH118
+                start = len(name) - len(match[0])
+                shown = f"{name[: start + match.start(1)]}*{name[start + match.end(1) :]}"
                 key = "*.distcp" if every is None else shown
                 families[key] = (families[key][0] | {int(match[1])}, every)
     highest = max((max(ranks) for ranks, _ in families.values()), default=0)

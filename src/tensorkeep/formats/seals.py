@@ -68,10 +68,13 @@ def is_sealed(save: Path) -> bool:
 
 
 def files_in(save: Path) -> list[str]:
-    """List the files of a save as its seal names them, sorted: without the seal and temporary names of ours.
+    """List the files of a save as its seal names them.
 
     Args:
         save: a folder, or a lone file.
+
+    Returns:
+        The files at every depth, sorted; without the seal and temporary names of ours.
     """
     if not save.is_dir():
         return [save.name]

@@ -21,7 +21,7 @@ from tensorkeep.diagnosis.evidence.resume_files import cut_files
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.formats import seals
-from tensorkeep.formats.saves import saves_in, step_in, unfinished
+from tensorkeep.formats.saves import saves_in, step_at, unfinished
 from tensorkeep.storage.files import explained, local_path
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ class Guard:
         if save is not None:
             path = self._place(save)
             if (wrong := _cut_short(path, vouched=True)) is not None:
-                raise TensorkeepError(wrong.message, where=path, code=wrong.code, hint=wrong.fix, tensors=wrong.tensors)
-            seals.seal(path, step_in(path.name) or 0)
+                what = wrong.message.removeprefix(f"{path}: ")
+                raise TensorkeepError(what, where=path, code=wrong.code, hint=wrong.fix, tensors=wrong.tensors)
+            seals.seal(path, step_at(path))
             return Sealed([path], [])
         done, left = [], []
         for found in saves_in(self.folder):
@@ -109,7 +110,7 @@ class Guard:
                 continue
             wrong = _cut_short(found.path) or self._differs(found.path) or _unsettled(found.path)
             if wrong is None:
-                wrong = _sealed_or_why(found.path, found.number or 0)
+                wrong = _sealed_or_why(found.path)
             if wrong is None:
                 done.append(found.path)
             else:
@@ -205,10 +206,10 @@ def _unsettled(save: Path) -> Finding | None:
     return None
 
 
-def _sealed_or_why(save: Path, step: int) -> Finding | None:
+def _sealed_or_why(save: Path) -> Finding | None:
     """Seal a save; say why where it is the save that stands against it."""
     try:
-        seals.seal(save, step)
+        seals.seal(save, step_at(save))
     except TensorkeepError as error:
         if error.code is None:
             raise

@@ -123,6 +123,12 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 where="TrainingArguments",
                 hint="leave it out, and use TensorkeepCallback(keep_last=...)",
             )
+        if self.ema_decay is not None and (args.fsdp or args.deepspeed):
+            raise TensorkeepError(
+                f"an average needs whole weights, and {'FSDP' if args.fsdp else 'DeepSpeed'} may shard them",
+                where="TrainingArguments",
+                hint="leave ema_decay out",
+            )
         if self.ema_decay is not None and (args.torch_compile or args.n_gpu > 1):
             what = "torch_compile" if args.torch_compile else "DataParallel over several GPUs of one process"
             raise TensorkeepError(
