@@ -345,6 +345,23 @@ def test_what_a_trainer_leaves_beside_its_saves_is_no_save(written: dict[str, Pa
     assert tk.guard(tmp_path).seal().paths == [save]
 
 
+def test_the_guides_example_runs(
+    written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "guides" / "integrations.md").read_text()
+    code = page.partition("## Any trainer")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    put("Trainer under FSDP", written["Trainer under FSDP"], Path("runs/x"), 500)
+    (tmp_path / "runs/x/checkpoint-600").mkdir()
+    held: dict[str, object] = {}
+    with pytest.raises(TensorkeepError, match="none of its saves is whole"):  # two saves, none sealed yet
+        exec(code, held)
+    shutil.rmtree(tmp_path / "runs/x/checkpoint-600")
+    exec(code, held)
+    assert held["start"] is None and held["path"] == Path("runs/x/checkpoint-500")
+    assert capsys.readouterr().out == "sealed runs/x/checkpoint-500\n"
+
+
 def test_nan_is_not_sealed(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
