@@ -74,16 +74,12 @@ def lightning(path: Path, step: int = 3) -> None:
     torch.save({"state_dict": state(), "epoch": 1, "global_step": step, "pytorch-lightning_version": "2.6.6"}, path)
 
 
-# how it is written, its name, where below the folder it lies, a file to break, what loses a rank
+# how it is written, its name, where below the training's folder it lies, a file to break
 Kind = tuple[Callable[[Path], None], str, str, str]
+ZERO = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 KINDS: dict[str, Kind] = {
     "Trainer under FSDP": (trainer, "checkpoint-{}", ".", "optimizer_0/__0_0.distcp"),
-    "Trainer under DeepSpeed": (
-        trainer_zero,
-        "checkpoint-{}",
-        ".",
-        "global_step7/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
-    ),
+    "Trainer under DeepSpeed": (trainer_zero, "checkpoint-{}", ".", f"global_step7/{ZERO}"),
     "accelerate": (accelerate, "checkpoint_{}", "checkpoints", "random_states_1.pkl"),
     "torchtitan": (titan, "step-{}", "checkpoint", "__0_0.distcp"),
     "torch_checkpointing": (by_rank, "step-{}", ".", "model_1.pt"),
@@ -217,6 +213,14 @@ def test_a_save_that_lacks_what_the_sealed_one_has_is_left(written: dict[str, Pa
     assert guard.seal("checkpoints/checkpoint_2").paths == [save]  # vouched for
 
 
+def test_a_save_that_is_written_again_over_an_old_one_is_left(written: dict[str, Path], tmp_path: Path) -> None:
+    save, guard = put("torchtitan", written["torchtitan"], tmp_path, 1), tk.guard(tmp_path)
+    os.utime(save / ".metadata", (1e9, 1e9))  # of the save before, which this one has not replaced yet
+    sealed, left = guard.seal()
+    assert sealed == [] and "is being written again" in left[0].message
+    assert guard.seal(save).paths == [save]
+
+
 def test_what_is_written_while_it_is_sealed_has_no_seal(
     written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,11 +334,16 @@ def test_a_seal_that_leads_out_of_its_save_is_refused(name: str, written: dict[s
 def test_starting_anew_is_told_from_nothing_whole(written: dict[str, Path], tmp_path: Path) -> None:
     guard = tk.guard(tmp_path / "not-there")
     assert guard.newest() == (None, []) and guard.resume_path() is None and guard.seal() == ([], [])
-    put("torchtitan", written["torchtitan"], tmp_path, 1)
-    assert tk.guard(tmp_path).resume_path() is None  # one save, killed before it was sealed
+    save, guard = put("torchtitan", written["torchtitan"], tmp_path, 1), tk.guard(tmp_path)
+    with pytest.raises(TensorkeepError, match="none of its saves is whole"):  # finished, and nobody sealed it
+        guard.resume_path()
+    (save / ".metadata").rename(tmp_path / "metadata")
+    assert guard.resume_path() is None  # the first save, killed half-way
     put("torchtitan", written["torchtitan"], tmp_path, 2)
     with pytest.raises(TensorkeepError, match="none of its saves is whole"):
-        tk.guard(tmp_path).resume_path()
+        guard.resume_path()
+    (tmp_path / "metadata").rename(save / ".metadata")
+    assert guard.seal(save).paths == [save] and guard.resume_path() == str(save)
 
 
 def test_what_a_trainer_leaves_beside_its_saves_is_no_save(written: dict[str, Path], tmp_path: Path) -> None:
@@ -351,15 +360,15 @@ def test_the_guides_example_runs(
     page = (Path(__file__).parent.parent / "docs" / "guides" / "integrations.md").read_text()
     code = page.partition("## Any trainer")[2].partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
-    put("Trainer under FSDP", written["Trainer under FSDP"], Path("runs/x"), 500)
-    (tmp_path / "runs/x/checkpoint-600").mkdir()
     held: dict[str, object] = {}
-    with pytest.raises(TensorkeepError, match="none of its saves is whole"):  # two saves, none sealed yet
-        exec(code, held)
-    shutil.rmtree(tmp_path / "runs/x/checkpoint-600")
     exec(code, held)
-    assert held["start"] is None and held["path"] == Path("runs/x/checkpoint-500")
-    assert capsys.readouterr().out == "sealed runs/x/checkpoint-500\n"
+    assert held["start"] is None and held["path"] is None
+    put("Trainer under FSDP", written["Trainer under FSDP"], Path("runs/x"), 500)
+    tk.guard("runs/x").seal("checkpoint-500")
+    put("Trainer under FSDP", written["Trainer under FSDP"], Path("runs/x"), 600)
+    exec(code, held)
+    assert held["start"] == "runs/x/checkpoint-500" and held["path"] == Path("runs/x/checkpoint-600")
+    assert capsys.readouterr().out == "sealed runs/x/checkpoint-600\n"
 
 
 def test_nan_is_not_sealed(tmp_path: Path) -> None:

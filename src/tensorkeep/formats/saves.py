@@ -43,6 +43,7 @@ RANKS = (
     (r"__(\d+)_\d+\.distcp", None),  # a process with nothing to write writes none
 )
 _NUMBER = re.compile(r".*?step=(\d+).*|.*?(\d+)\D*")
+_MINUTE = 60 * 10**9  # nanoseconds; clocks of hosts differ, and copies have times of their own
 _DEEPEST = 4  # lightning_logs/version_0/checkpoints/x.ckpt
 
 
@@ -178,10 +179,24 @@ def unfinished(save: Path, vouched: bool = False) -> str | None:
     if not vouched and not top & {name for name, _ in LAST} and not _known_otherwise(save, names):
         wanted = ", ".join(name for name, _ in LAST[:4])
         return f"none of the files that programs write last is there ({wanted}, ...)"
+    if not vouched and (newer := _written_again(save, names, top)) is not None:
+        return f"{newer} is newer than what its program writes last: it is being written again"
     for inner in {str(Path(n).parent) for n in names if n.endswith(".distcp")}:
         if not (save / inner / ".metadata").is_file():
             return f"{inner}/.metadata is missing, which is written when every process is done"
     return _missing_ranks(names)
+
+
+def _written_again(save: Path, names: list[str], top: set[str]) -> str | None:
+    """Name a file of weights that is more than a minute newer than what is written last, for all that is there."""
+    with explained(save):
+        last = max((_changed(save / name) for name, _ in LAST if name in top), default=None)
+        weights = [n for n in names if n.endswith((".distcp", ".safetensors", ".metadata"))]
+        return next((n for n in weights if last is not None and _changed(save / n) > last + _MINUTE), None)
+
+
+def _changed(path: Path) -> int:
+    return path.lstat().st_mtime_ns
 
 
 def _known_otherwise(save: Path, names: list[str]) -> bool:

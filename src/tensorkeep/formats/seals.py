@@ -59,7 +59,7 @@ def is_sealed(save: Path) -> bool:
     path = seal_of(save)
     if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
         return False
-    data, ours = read_small(path), ("schema", "chunk", "files", "xxh3_128")
+    data, ours = read_small(path, run_manifest.LARGEST_MANIFEST), ("schema", "chunk", "files", "xxh3_128")
     try:
         document = parse_json(data, path)
     except TensorkeepError:  # damaged, which is for the manifest's own digest to say
@@ -255,7 +255,10 @@ def findings(save: Path, progress: Progress | None = None) -> list[Finding]:
     found = run_manifest.findings(place.parent, progress, place.name)
     if found:
         return found
-    extra = sorted(set(files_in(save)) - run_manifest.read_manifest(place.parent, place.name).files.keys())
+    try:
+        extra = sorted(set(files_in(save)) - run_manifest.read_manifest(place.parent, place.name).files.keys())
+    except TensorkeepError as error:  # its program deletes it meanwhile
+        return [run_manifest.as_finding(error)]
     loaded = [n for n in extra if n.endswith(LOADED) or Path(n).name in _NAMES]
     if loaded:
         what = f"{save}: {', '.join(loaded[:3])}: written after its seal, which does not cover it"

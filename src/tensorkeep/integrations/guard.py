@@ -108,9 +108,7 @@ class Guard:
         for found in saves_in(self.folder):
             if seals.is_sealed(found.path):
                 continue
-            wrong = _cut_short(found.path) or self._differs(found.path) or _unsettled(found.path)
-            if wrong is None:
-                wrong = _sealed_or_why(found.path)
+            wrong = self._sealed_or_why(found.path)
             if wrong is None:
                 done.append(found.path)
             else:
@@ -139,13 +137,14 @@ class Guard:
         """Return what to resume from: `newest`'s path as text, or None to start anew.
 
         Returns:
-            The path; None where there is no save, or nothing but one that was cut short.
+            The path; None where there is no save, or nothing but one that was cut short (the first one).
 
         Raises:
             TensorkeepError: there are saves and none is whole: starting anew would end in overwriting them.
         """
         path, skipped = self.newest()
-        if path is None and (len(skipped) > 1 or any(f.code != "F01" for f in skipped)):
+        first = saves_in(self.folder) if path is None else []
+        if len(first) > 1 or any(seals.is_sealed(s.path) or _cut_short(s.path) is None for s in first):
             raise TensorkeepError(
                 f"none of its saves is whole; the newest: {skipped[0].message}",
                 where=self.folder,
@@ -164,6 +163,18 @@ class Guard:
         if path.is_symlink():
             raise TensorkeepError("is a symbolic link", where=path, hint="name the save itself")
         return path
+
+    def _sealed_or_why(self, save: Path) -> Finding | None:
+        """Seal a save that shows no sign of being unfinished; say why where it is the save that stands against it."""
+        try:
+            wrong = _cut_short(save) or self._differs(save) or _unsettled(save)
+            if wrong is None:
+                seals.seal(save, step_at(save))
+        except TensorkeepError as error:
+            if error.code is None:
+                raise
+            return Finding(error.code, "error", f"{error.where}: {error.what}", error.tensors, fix=error.hint)
+        return wrong
 
     def _differs(self, save: Path) -> Finding | None:
         """Say which kind of file a save lacks that the newest sealed one of the same folder has."""
@@ -203,15 +214,4 @@ def _unsettled(save: Path) -> Finding | None:
         time.sleep(min(wait, _SETTLED))
         if seals.states(save) != before:
             return Finding("F01", "error", f"{save}: is being written", fix="seal it when its writers are done")
-    return None
-
-
-def _sealed_or_why(save: Path) -> Finding | None:
-    """Seal a save; say why where it is the save that stands against it."""
-    try:
-        seals.seal(save, step_at(save))
-    except TensorkeepError as error:
-        if error.code is None:
-            raise
-        return Finding(error.code, "error", f"{error.where}: {error.what}", error.tensors, fix=error.hint)
     return None
