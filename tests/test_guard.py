@@ -281,12 +281,20 @@ def test_killed_at_any_call_of_a_sealing_there_is_a_whole_seal_or_none(
     assert guard.newest() == (new, []) and [p for p in new.iterdir() if p.name.endswith("-tmp")] == []
 
 
+def test_a_whole_seal_is_kept_with_all_it_says(written: dict[str, Path], tmp_path: Path) -> None:
+    save, guard = put("torchtitan", written["torchtitan"], tmp_path, 5), tk.guard(tmp_path)
+    seals.seal(save, 5, {"digest": "of the frozen weights"})
+    for _ in range(2):
+        guard.seal(save)
+    assert run_manifest.read_manifest(save).base == {"digest": "of the frozen weights"}
+
+
 def test_files_that_come_after_the_seal(written: dict[str, Path], tmp_path: Path) -> None:
     save = put("Trainer under FSDP", written["Trainer under FSDP"], tmp_path, 5)
     guard = tk.guard(tmp_path)
     guard.seal()
     (save / "README.md").write_text("notes")  # nothing loads it
-    assert guard.newest() == (save, [])
+    assert guard.newest() == (save, []) and guard.seal(save).paths == [save]
     torch.save({}, save / "rng_state_2.pth")
     assert guard.newest().path is None and "rng_state_2.pth" in guard.newest().skipped[0].message
 

@@ -88,7 +88,7 @@ class Guard:
 
         Args:
             save: the save, or its name in the folder: you vouch that its program has finished it, and it is sealed
-                anew where it was sealed. None: all that are new and finished.
+                anew where it differs from its seal. None: all that are new and finished.
 
         Returns:
             The saves sealed, and why others were not.
@@ -102,7 +102,8 @@ class Guard:
             if (wrong := _cut_short(path, vouched=True)) is not None:
                 what = wrong.message.removeprefix(f"{path}: ")
                 raise TensorkeepError(what, where=path, code=wrong.code, hint=wrong.fix, tensors=wrong.tensors)
-            seals.seal(path, step_at(path))
+            if seals.findings(path):  # a whole seal may say more than this one would: a base, shards
+                seals.seal(path, step_at(path))
             return Sealed([path], [])
         done, left = [], []
         for found in saves_in(self.folder):
