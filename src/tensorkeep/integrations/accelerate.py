@@ -56,7 +56,7 @@ def register(accelerator: Any, trainable_only: bool = True) -> tuple[Any, Any]:
         raise TensorkeepError(
             f"{kind} gives its hooks no weights",
             where="accelerate",
-            hint="leave `register` out: save_state and load_state keep every process's files, or use `tensorkeep train`",
+            hint="leave `register` out: save_state and load_state keep every process's files",
         )
     bases: dict[int, dict[str, Any]] = {}  # the frozen weights do not change, and reading them takes a while
 
