@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.integrations._folders import seal_folder
+from tensorkeep.formats.seals import seal as seal_folder
 from tensorkeep.integrations.accelerate import load_state, register, save_state
 from tensorkeep.storage.run_manifest import read_manifest
 from tensorkeep.training.randomness import order

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,6 +218,35 @@ def test_weights_with_nan_stop_the_run_and_are_never_resumed_from(tmp_path: Path
 def test_save_total_limit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TensorkeepError, match="save_total_limit=2"):
         trainer(tmp_path, TensorkeepCallback(), save_total_limit=2)
+
+
+def test_files_of_every_process_at_every_depth_are_sealed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        trainer_fsdp_checkpoint(tmp_path / f"checkpoint-{step}")
+        seal(tmp_path / f"checkpoint-{step}")
+    assert newest_valid(tmp_path) == str(tmp_path / "checkpoint-2")
+    flip_a_bit(tmp_path / "checkpoint-2" / "pytorch_model_fsdp_0" / "__1_0.distcp", -3)
+    assert newest_valid(tmp_path) == str(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "optimizer_0" / "__1_0.distcp").unlink()
+    with pytest.raises(TensorkeepError, match="none of its 2 checkpoints is valid"):
+        newest_valid(tmp_path)
+
+
+def trainer_fsdp_checkpoint(folder: Path) -> None:
+    """The names that Trainer writes under FSDP on two processes; the bytes are read by nobody here."""
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name).mkdir(parents=True)
+        for file in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+            (folder / name / file).write_bytes(os.urandom(64))
+    (folder / "trainer_state.json").write_text("{}")
+
+
+def test_an_average_is_refused_where_weights_may_be_shards(tmp_path: Path) -> None:
+    for more in ({"fsdp": "full_shard", "deepspeed": None}, {"fsdp": "", "deepspeed": "zero3.json"}):
+        arguments = SimpleNamespace(save_total_limit=None, **more)
+        with pytest.raises(TensorkeepError, match="an average needs whole weights"):
+            TensorkeepCallback(ema_decay=0.9).on_init_end(arguments, None, None)
+        TensorkeepCallback().on_init_end(arguments, None, None)
 
 
 def test_the_best_checkpoint_outlives_keep_last(tmp_path: Path) -> None:

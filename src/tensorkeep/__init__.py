@@ -29,6 +29,7 @@ _WHERE = {
     "check_loaded": "tensorkeep.diagnosis.live.loaded",
     "repair_buffers": "tensorkeep.models.repair",
     "explain_loss": "tensorkeep.diagnosis.live.reported",
+    "guard": "tensorkeep.integrations.guard",
 }
 __all__ = [
     "DurableReader",
@@ -44,6 +45,7 @@ __all__ = [
     "convert",
     "diagnose",
     "explain_loss",
+    "guard",
     "make_plan",
     "read",
     "repair_buffers",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from tensorkeep.errors import TensorkeepError
     from tensorkeep.findings import Finding
     from tensorkeep.formats.view import StateView, read
+    from tensorkeep.integrations.guard import guard
     from tensorkeep.models.repair import repair_buffers
     from tensorkeep.storage.record import TensorRecord
     from tensorkeep.training.durable_reader import DurableReader

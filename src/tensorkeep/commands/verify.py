@@ -15,8 +15,8 @@ from tensorkeep.output import size
 def verify(checkpoint: str, /, *, say: Say = Say()) -> int:
     """Check that a checkpoint is complete and undamaged: structure, digests, checksums.
 
-    Digests are compared with those of its certificate or manifest, where one lies beside it; formats with checksums of
-    their own are compared with these. Exit code 1 when something is wrong.
+    Digests are compared with those of its certificate, manifest or seal, where one lies beside it; formats with
+    checksums of their own are compared with these. Exit code 1 when something is wrong.
 
     Args:
         checkpoint: A file, a folder or a run.
@@ -44,19 +44,23 @@ def verify(checkpoint: str, /, *, say: Say = Say()) -> int:
             out.line(f"  {', '.join(grouped(finding.tensors)[:6])}")
         if finding.fix:
             out.line(f"  fix: {finding.fix}")
-    if view is not None and verdict == "ok":
+    if view is None and verdict == "ok":
+        out.line(f"ok: every byte is there; {_proven(checkpoint)}")
+    elif view is not None and verdict == "ok":
         content = _proven(checkpoint) if certified else _unproven(view)
         out.line(f"ok: {len(view)} tensors, {size(sum(r.nbytes for r in view.values()))}, complete; {content}")
     return EXIT[verdict]
 
 
 def _proven(checkpoint: str) -> str:
-    whose = (
-        "manifest"
-        if (Path(checkpoint) / "manifest.json").is_file() or (Path(checkpoint) / "checkpoints").is_dir()
-        else "certificate"
-    )
-    return f"every digest is the {whose}'s"
+    place = Path(checkpoint)
+    if (place / "manifest.json").is_file() or (place / "checkpoints").is_dir():
+        return "every digest is the manifest's"
+    from tensorkeep.formats.saves import saves_in
+    from tensorkeep.formats.seals import is_sealed
+
+    sealed = "://" not in checkpoint and any(is_sealed(save.path) for save in saves_in(checkpoint))
+    return f"every digest is the {'seal' if sealed else 'certificate'}'s"
 
 
 def _unproven(view: StateView) -> str:

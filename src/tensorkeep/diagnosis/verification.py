@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from tensorkeep.conversion.proof import read_certificate, stored_name
 from tensorkeep.diagnosis.evidence.resume_files import bad_entries, damaged_files, opaque_objects
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
+from tensorkeep.formats import seals
 from tensorkeep.formats import table as formats
+from tensorkeep.formats.saves import Save, saves_in
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import run_folder, run_manifest
-from tensorkeep.storage.budget import read_small
-from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import LocalFolder, Progress, left_over, local_path
 
 
@@ -28,11 +29,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
     """Check that a checkpoint is whole and unchanged.
 
     Its structure is checked by opening it, and so are the files beside it that a resume reads. Its content is compared
-    with the manifest of a run's checkpoint, or else with its certificate (tensorkeep.json), or else with the CRC-32 in
-    torch.save archives.
+    with the manifest of a run's checkpoint, or the seal of another program's save, or else with its certificate
+    (tensorkeep.json), or else with the CRC-32 in torch.save archives.
 
     Args:
-        path: A checkpoint, or a run's folder: then its newest whole checkpoint.
+        path: A checkpoint, or a run's folder: then its newest whole checkpoint. Of another program's saves those newer
+            than the newest whole one are findings.
         progress: Called with what is being done, the bytes done and the bytes in all.
 
     Returns:
@@ -47,6 +49,9 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
     """
     if (step := _step(path)) is not None:
         return *_verify_step(*step, progress), True
+    saves = [] if "://" in str(path) else saves_in(path)
+    if any(seals.is_sealed(save.path) for save in saves):
+        return *_verify_saves(saves, progress), True
     findings = interrupted(path)
     try:
         view = read(path)
@@ -76,10 +81,12 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
 
 def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
     """Find the checkpoint of one of our runs that a path means, and findings about newer ones; None for other paths."""
-    if "://" in str(path) or not (folder := local_path(path)).is_dir():
+    if "://" in str(path) or not (folder := local_path(path)).exists():
         return None
     try:
-        return run_folder.find_checkpoint(folder.resolve()) or ((folder, []) if _sealed(folder) else None)
+        if folder.is_dir() and (found := run_folder.find_checkpoint(folder.resolve())) is not None:
+            return found
+        return (folder, []) if seals.is_sealed(folder) else None
     except TensorkeepError as error:  # no step of the run is whole: say what is wrong with each
         if error.code is None:
             raise
@@ -88,26 +95,41 @@ def _step(path: str | Path) -> tuple[Path, list[Finding]] | None:
         return newest, [f for step in older for f in run_manifest.findings(step)]
 
 
-def _sealed(folder: Path) -> bool:
-    """Say whether a folder of another program (Trainer, accelerate, Lightning) carries a manifest of ours."""
-    path = folder / run_manifest.MANIFEST
-    if not path.is_file() or path.stat().st_size > run_manifest.LARGEST_MANIFEST:
-        return False
-    data, ours = read_small(path), ("schema", "chunk", "files", "xxh3_128")
+def _verify_saves(saves: list[Save], progress: Progress | None) -> tuple[list[Finding], StateView | None]:
+    """Compare the saves of a training with their seals, newest first, down to the first that is whole.
+
+    One without a seal is a warning: its writing may go on. Damage in a sealed one is an error, though an older one is
+    whole.
+    """
+    passed: list[Finding] = []
+    for save in saves:
+        sealed = seals.is_sealed(save.path)
+        wrong = [f for f in seals.findings(save.path, progress) if f.severity == "error"]
+        if not wrong:
+            findings, view = _opened(save.path)
+            return [*passed, *interrupted(save.path), *findings], view
+        passed += wrong if sealed else [replace(f, severity="warning") for f in wrong]
+    return passed, None
+
+
+def _opened(save: Path) -> tuple[list[Finding], StateView | None]:
+    """Open what is whole; where only its own program can, that is an info."""
     try:
-        document = parse_json(data, path)
-    except TensorkeepError:  # damaged, which is for the manifest's own digest to say
-        return sum(f'"{key}":'.encode() in data for key in ours) >= len(ours) - 1
-    return isinstance(document, dict) and set(ours) <= document.keys()
+        return [], read(save)
+    except TensorkeepError as error:
+        what = f"{save}: its bytes are its seal's; it cannot be opened here: {error.what}"
+        return [Finding(error.code or "F07", "info", what, fix=error.hint)], None
 
 
 def _verify_step(
     folder: Path, passed: list[Finding], progress: Progress | None
 ) -> tuple[list[Finding], StateView | None]:
-    """Compare every byte of a run's checkpoint with its manifest; the view is None where an error was found."""
-    findings = [*passed, *interrupted(folder), *run_manifest.findings(folder, progress)]
-    whole = not any(f.severity == "error" for f in findings)
-    return findings, read(folder) if whole else None
+    """Compare every byte of a checkpoint with its manifest; the view is None where an error was found."""
+    findings = [*passed, *interrupted(folder), *seals.findings(folder, progress)]
+    if any(f.severity == "error" for f in findings):
+        return findings, None
+    more, view = _opened(folder)
+    return [*findings, *more], view
 
 
 def interrupted(path: str | Path) -> list[Finding]:

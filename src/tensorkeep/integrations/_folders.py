@@ -6,23 +6,19 @@ manifest comes last, covers every byte of every file, and is gone or differs whe
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from logging import Logger
 from pathlib import Path
-from typing import Any
 
-import xxhash
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats import safetensors
+from tensorkeep.formats import seals
 from tensorkeep.storage import durable, run_folder, run_manifest
-from tensorkeep.storage.files import TEMPORARY, LocalFolder, explained, left_over
-from tensorkeep.storage.finite import all_finite
+from tensorkeep.storage.files import TEMPORARY, explained, left_over
 from tensorkeep.storage.overwriting import Kind, listed
-from tensorkeep.storage.placement import remove, replacing, sync_file, sync_folder, temporary_name, write_bytes
+from tensorkeep.storage.placement import remove, replacing, sync_folder, temporary_name, write_bytes
 from tensorkeep.storage.record import FROM_TORCH
 from tensorkeep.storage.run_manifest import MANIFEST
 from tensorkeep.training import saver as checkpoint
@@ -30,7 +26,6 @@ from tensorkeep.training.saver import State
 from tensorkeep.training.state_files import files_of, floating, source_of, tensors_in
 
 _Numbered = tuple[int, Path]
-_Places = dict[str, tuple[str, tuple[int, ...], int]]  # name -> dtype, shape, first byte
 
 
 def _not_sealed(path: Path) -> list[str]:
@@ -45,89 +40,6 @@ def _not_sealed(path: Path) -> list[str]:
 
 
 SEALED = Kind("a sealed checkpoint", _not_sealed)
-
-
-# -- sealing ------------------------------------------------------------------------------------------------------
-
-
-def seal_folder(folder: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
-    """Put every file of a folder on the disk for good, and our manifest beside them, last.
-
-    Safetensors are digested tensor by tensor and looked through.
-
-    Raises:
-        TensorkeepError: a tensor holds NaN or Inf (V01: the folder stays without a manifest, so no resume takes it),
-            the folder has folders in it, or the disk is full or fails.
-    """
-    folder = Path(folder)
-    with explained(folder):
-        _forget(folder)
-        inner = sorted(p.name for p in folder.iterdir() if not p.is_file())
-        names = sorted(p.name for p in folder.iterdir() if p.is_file())
-    if inner or not names:
-        what = f"has folders in it ({', '.join(inner[:3])}), which a manifest does not cover" if inner else "is empty"
-        raise TensorkeepError(what, where=folder, hint="save unsharded, or train with `tensorkeep train`")
-    written: dict[str, durable.Written] = {}
-    tensors: dict[str, _Places] = {}
-    for name in names:
-        sync_file(folder / name)
-        written[name], places = _digested(folder, name)
-        if places:
-            tensors[name] = places
-        if written[name].unsound:
-            raise not_finite(folder / name, written[name].unsound)
-    with explained(folder):
-        run_folder.write_text(folder / MANIFEST, run_manifest.make_manifest(step, written, tensors, base).decode())
-        sync_folder(folder.parent)
-
-
-def _forget(folder: Path) -> None:
-    """Remove an earlier manifest, and what a killed seal left: a folder written into again is not sealed."""
-    for name in [*left_over(folder), MANIFEST]:
-        remove(folder / name)
-    sync_folder(folder)
-
-
-def not_finite(where: Path, names: list[str]) -> TensorkeepError:
-    """Return the error for tensors with NaN or Inf."""
-    first = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return TensorkeepError(
-        f"NaN or Inf in {len(names)} tensors: {first}; the checkpoints before it stay",
-        where=where,
-        code="V01",
-        hint="resume from the newest valid checkpoint with a lower learning rate or clipping",
-        tensors=names,
-    )
-
-
-def _digested(folder: Path, name: str) -> tuple[durable.Written, _Places]:
-    """Digest a file that is there already; of safetensors also each tensor, and list those with NaN or Inf."""
-    path = folder / name
-    with explained(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        chunks = [durable.digest(chunk) for chunk in iter(lambda: file.read(durable.CHUNK), b"")]
-    places: _Places = {}
-    digests, unsound = {}, []
-    if name.endswith(".safetensors"):
-        records, _ = safetensors.read_header(LocalFolder(folder), name)
-        places = {r.name: (r.dtype, r.shape, r.blocks[0].start if r.blocks else 0) for r in records}
-        with explained(path), path.open("rb") as file:
-            for record in records:
-                file.seek(places[record.name][2])
-                digests[record.name], sound = _passed(file, record.nbytes, record.dtype)
-                if not sound:
-                    unsound.append(record.name)
-    return durable.Written(size, chunks, digests, sorted(unsound)), places
-
-
-def _passed(file: Any, left: int, dtype: str) -> tuple[str, bool]:
-    """Read the next `left` bytes; return their digest, and whether they are finite."""
-    running, sound = xxhash.xxh3_128(), True
-    while left and (piece := file.read(min(left, durable.CACHED))):
-        running.update(piece)
-        sound = sound and (not floating(dtype) or all_finite(memoryview(piece), dtype))
-        left -= len(piece)
-    return running.hexdigest(), sound
 
 
 # -- tensors of our own beside theirs ---------------------------------------------------------------------------------
@@ -146,7 +58,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Non
         remove(folder / name)
         done = durable.write_file(folder / name, layout, source_of(own), floats)
     if done.unsound:
-        raise not_finite(folder / name, done.unsound)
+        raise seals.not_finite(folder / name, done.unsound)
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -214,7 +126,7 @@ def newest_sealed(folders: Sequence[Path], log: Logger) -> Path | None:
     """
     passed = []
     for folder in folders:
-        wrong = run_manifest.findings(folder)
+        wrong = [f for f in seals.findings(folder) if f.severity == "error"]
         if not wrong:
             return folder
         passed.append(wrong[0])

@@ -23,8 +23,9 @@ from tensorkeep.conversion.sink import beside
 from tensorkeep.diagnosis.verification import against_crc, verify
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import digest_of
+from tensorkeep.formats.seals import not_finite
 from tensorkeep.formats.view import read
-from tensorkeep.integrations._folders import clear_remains, not_finite
+from tensorkeep.integrations._folders import clear_remains
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import replacing_all, write_bytes

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import seals
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.integrations import _folders as folders
 from tensorkeep.storage import run_manifest
@@ -55,7 +56,7 @@ def register(accelerator: Any, trainable_only: bool = True) -> tuple[Any, Any]:
         raise TensorkeepError(
             f"{kind} gives its hooks no weights",
             where="accelerate",
-            hint="sharded runs: `tensorkeep train`, or its own",
+            hint="leave `register` out: save_state and load_state keep every process's files",
         )
     bases: dict[int, dict[str, Any]] = {}  # the frozen weights do not change, and reading them takes a while
 
@@ -176,7 +177,7 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
 def _seal(folder: Path, step: int) -> None:
     """Seal a folder that accelerate filled, over what the hook's own manifest says of the base."""
     known = (folder / MANIFEST).is_file()  # of the hook, which covers its own file
-    folders.seal_folder(folder, step, run_manifest.read_manifest(folder).base if known else None)
+    seals.seal(folder, step, run_manifest.read_manifest(folder).base if known else None)
 
 
 def _number(folder: Path) -> int:
@@ -209,7 +210,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], base: dict[str, 
     """Write our file and its manifest, alone in the folder so far; `save_state` seals again, over all files."""
     folders.write_tensors(folder, name, tensors)
     match = _NUMBERED.fullmatch(folder.name)
-    folders.seal_folder(folder, int(match[1]) if match else 0, base)
+    seals.seal(folder, int(match[1]) if match else 0, base)
 
 
 def _frozen(models: list[nn.Module]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import seals
 from tensorkeep.integrations import _folders as folders
 from tensorkeep.storage import run_manifest
 from tensorkeep.storage.budget import read_small
@@ -70,7 +71,7 @@ def seal(checkpoint: str | Path) -> None:
     match = CHECKPOINT.fullmatch(path.name)
     if match is None:
         raise TensorkeepError("is no checkpoint-N of a Trainer", where=path)
-    folders.seal_folder(path, int(match[1]))
+    seals.seal(path, int(match[1]))
 
 
 def load_ema(model: nn.Module, checkpoint: str | Path) -> None:
@@ -122,6 +123,12 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 where="TrainingArguments",
                 hint="leave it out, and use TensorkeepCallback(keep_last=...)",
             )
+        if self.ema_decay is not None and (args.fsdp or args.deepspeed):
+            raise TensorkeepError(
+                f"an average needs whole weights, and {'FSDP' if args.fsdp else 'DeepSpeed'} may shard them",
+                where="TrainingArguments",
+                hint="leave ema_decay out",
+            )
         if self.ema_decay is not None and (args.torch_compile or args.n_gpu > 1):
             what = "torch_compile" if args.torch_compile else "DataParallel over several GPUs of one process"
             raise TensorkeepError(
@@ -165,7 +172,7 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             folders.write_tensors(folder, EMA, self.ema.state_dict())
             text = json.dumps({"decay": self.ema.decay, "updates": self.ema.updates})
             folders.write_document(folder, _EMA_STATE, text.encode())
-        folders.seal_folder(folder, state.global_step)
+        seals.seal(folder, state.global_step)
         if self.keep_last is not None:
             best = CHECKPOINT.fullmatch(Path(state.best_model_checkpoint or "").name)
             found = folders.numbered(folder.parent, CHECKPOINT)

@@ -232,6 +232,21 @@ def inside(name: str, where: object) -> str:
     return name
 
 
+def spelled_plainly(name: str, folder: Path) -> bool:
+    """Tell whether a name is spelled in its one way (no `.`, no `//`) and leads through no link.
+
+    Args:
+        name: relative to `folder`; `inside` has accepted it.
+        folder: a local folder.
+
+    Example:
+        >>> spelled_plainly("a.bin", Path()), spelled_plainly("b/./a.bin", Path())
+        (True, False)
+    """
+    within = PurePosixPath(name)
+    return str(within) == name and (folder / within.parent).resolve() == folder.resolve() / within.parent
+
+
 def local_path(given: str | Path) -> Path:
     """Return a path that somebody typed as a Path, `~` expanded.
 

@@ -26,7 +26,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import SCHEMA, parse_json
-from tensorkeep.storage.files import Progress, explained, inside, open_plain
+from tensorkeep.storage.files import Progress, explained, inside, open_plain, spelled_plainly
 from tensorkeep.storage.manifest_entries import (
     FileEntry,
     ShardEntry,
@@ -138,11 +138,12 @@ def make_manifest(
     )
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Read the manifest of a checkpoint, compare its own digest and check every entry.
 
     Args:
         folder: the step folder.
+        name: the manifest's file; that of a lone file has another name.
 
     Returns:
         The manifest, checked.
@@ -150,11 +151,11 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         TensorkeepError: F01 where there is none, F03 where it was changed, F06 or F07 where what it says cannot be.
     """
-    path = folder / MANIFEST
+    path = folder / name
     if not os.path.lexists(path):
         with explained(folder):
             folder.stat()
-        raise TensorkeepError(f"has no {MANIFEST}: the save was interrupted", where=folder, code="F01", hint=_BEFORE)
+        raise TensorkeepError(f"has no {name}: the save was interrupted", where=folder, code="F01", hint=_BEFORE)
     with explained(path), _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > LARGEST_MANIFEST:
@@ -203,8 +204,8 @@ def _checked(document: dict[str, Any], path: Path) -> Manifest:
 
 
 def _plain(name: str, path: Path) -> str:
-    """Check that a name is that of a file directly in the checkpoint."""
-    if "/" in inside(name, path) or name in (".", MANIFEST):
+    """Check that a name is that of a file in the checkpoint, behind no link."""
+    if name == path.name or not spelled_plainly(inside(name, path), path.parent):
         raise _odd(path, f"names {shown(name)} as a file of its own")
     return name
 
@@ -241,8 +242,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         TensorkeepError: F05 for a file that is not there, F02 or F07 for one of another size, F07 for a folder of
             another step.
     """
-    named = step_of(folder.name)
-    if named is not None and named != manifest.step:
+    if step_of(folder.name) not in (None, manifest.step):
         raise _odd(folder, f"holds step {manifest.step}: the folder was renamed")
     for name, entry in manifest.files.items():
         path = folder / name
@@ -346,25 +346,26 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def findings(folder: Path, progress: Progress | None = None) -> list[Finding]:
-    """Check every byte of a run's checkpoint.
+def findings(folder: Path, progress: Progress | None = None, name: str = MANIFEST) -> list[Finding]:
+    """Check every byte of a checkpoint.
 
     Args:
         folder: the step folder.
         progress: called after each file with ("verify", bytes done, bytes in all).
+        name: the manifest's file.
 
     Returns:
         One finding per damaged file, naming tensors; empty where the checkpoint is whole.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, name)
         check_sizes(folder, manifest)
     except TensorkeepError as error:
         return [as_finding(error)]
     out, done, total = [], 0, sum(entry.size for entry in manifest.files.values())
-    for name, entry in manifest.files.items():
+    for file, entry in manifest.files.items():
         try:
-            read_whole(folder, name, manifest)
+            read_whole(folder, file, manifest)
         except TensorkeepError as error:
             out.append(as_finding(error))
         done += entry.size

@@ -76,6 +76,37 @@ def damaged_files(view: StateView, whole: bool) -> Iterator[Finding]:
             yield from _file(folder, name, whole, f"{part.name}/")
 
 
+def cut_files(save: Path) -> Iterator[Finding]:
+    """Report what in a save shows that it was cut short: archives, headers, JSON, the parts that an index names.
+
+    Only heads and directories of files are read, at every depth of the save.
+
+    Args:
+        save: a folder, or a lone file.
+
+    Yields:
+        One error (F02, F03, F05 or F07) for each file, which the message names.
+    """
+    yield from _findings(partial(_readable, save), save.name)
+    if not save.is_dir():
+        return
+    for part in sorted({save, *(p for p in save.rglob("*") if p.is_dir() and not p.is_symlink())}):
+        folder, inside = LocalFolder(part), "" if part == save else f"{part.relative_to(save)}/"
+        if inside and ".metadata" in folder.names():
+            yield from _findings(partial(_whole_dcp, folder, False), inside.rstrip("/"))
+        for name in sorted(set(folder.names()) - set(COMPANIONS)):
+            yield from _file(folder, name, False, inside or "./")
+
+
+def _readable(save: Path) -> None:
+    """Raise where a save is damaged; one that only another program can open says nothing."""
+    try:
+        read(save)
+    except TensorkeepError as error:
+        if error.code is not None:
+            raise
+
+
 def _whole_dcp(folder: LocalFolder, whole: bool) -> None:
     """Raise where a DCP folder below is damaged; `whole`: its data are read too, against the archives' CRC-32."""
     view = read(folder.url)
