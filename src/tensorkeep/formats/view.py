@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import xxhash
+
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._spans import Span, cut, in_order, row_spans, stretch, within_rows
 from tensorkeep.formats.arrays import np_frombuffer
@@ -316,15 +318,10 @@ class StateView(Mapping[str, TensorRecord]):
 
     def digest(self, name: str) -> str:
         """Return the xxh3_128 of the tensor's raw little-endian bytes, in hex."""
-        import xxhash
-
         state = xxhash.xxh3_128()
         for piece in self.stream(name):
             state.update(piece)
         return state.hexdigest()
-
-
-# -- reading ------------------------------------------------------------------------------------------------------
 
 
 def open_folder(path: str) -> tuple[Folder, str | None]:
