@@ -1,10 +1,10 @@
-"""Language runs on two GPUs through the ordinary recipe: `python -m benchmarks.two_gpus --out figures [--size 1b|8b|tiny]`.
+"""Language runs on two GPUs through the ordinary recipe: `python -m benchmarks.two_gpus --out figures [--size 1b]`.
 
-A checkpoint of random weights (Llama-3.2-1B's or Llama-3.1-8B's shape, bf16) and JSON lines are written first. Then, each
-in processes of its own: one GPU, two under DDP, two under FSDP2; a full fine-tune with an average (`full`), and LoRA over
-nf4 (`qlora`). Printed are tokens a second (median of the later updates), the peak of a GPU's memory, seconds of the start,
-what the update after a save took longer, bytes of the save, and how far a run of shards that goes on with one process is
-from the whole run. Rows go to OUT/two_gpus.jsonl as they come, so that a cut loses only the rest.
+A checkpoint of random weights (Llama-3.2-1B's or Llama-3.1-8B's shape, bf16) and JSON lines are written first. Then,
+each in processes of its own: one GPU, two under DDP, two under FSDP2, one that goes on from those shards; a full
+fine-tune with an average (`full`), and LoRA over nf4 (`qlora`). Printed are tokens a second (median of the later
+updates), the peak of a GPU's memory, seconds of the start, what the update after a save took longer, and bytes of the
+save; losses go to OUT/two_gpus.jsonl, row by row, so that a cut loses only the rest.
 """
 
 from __future__ import annotations
@@ -63,14 +63,16 @@ def write_model(folder: Path, shape: dict[str, int]) -> None:
     """A checkpoint of random weights, drawn on a GPU where there is one, in bf16."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     from tests.language_files import save_tokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     folder.mkdir(parents=True)
     save_tokenizer(folder)
     config = LlamaConfig(
-        vocab_size=32_768, num_key_value_heads=max(shape["num_attention_heads"] // 4, 1), tie_word_embeddings=False, **shape
+        vocab_size=32_768,
+        num_key_value_heads=max(shape["num_attention_heads"] // 4, 1),
+        tie_word_embeddings=False,
+        **shape,
     )
     with torch.device("meta"):
         names = {n: p.shape for n, p in AutoModelForCausalLM.from_config(config).named_parameters()}

@@ -16,6 +16,7 @@ from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import fill, view_of
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.language import _shards as shards
 from tensorkeep.language import start as starting
 from tensorkeep.language._shards import prepare
 from tensorkeep.language.export import exported
@@ -187,6 +188,24 @@ def test_codes_are_spread_and_are_those_of_the_whole_weight(base: Path, tmp_path
         assert (outcome.step, outcome.level) == (3, "sample-exact")
         export = exported(tmp_path / "run", tmp_path / "adapter")
         assert json.loads((export / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_codes_stay_whole_where_fsdp_takes_no_integers_and_it_is_said(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsdp, "shards_integers", lambda: False)
+    monkeypatch.setattr(shards, "shards_integers", lambda: False)
+    recipe = language_recipe(document(tmp_path, base / "llama", adapter=LORA, training={"quantize_backbone": "nf4"}))
+    said: list[str] = []
+
+    def work(world: World) -> None:
+        job = build(recipe, tmp_path / "run", world, said.append)
+        fit(job, tmp_path / "run", loop_of(recipe, len(job.data)), world=world)
+        assert not world.first or any("shards no codes" in line for line in said)
+        assert not any(layer.spread_out for layer in quantized_layers(job.model).values())
+
+    assert ranks(2, work) == [0, 0]
+    assert newest(tmp_path / "run").document["step"] == 2
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "dpo"])

@@ -61,6 +61,11 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
+def shards_integers() -> bool:
+    """Whether FSDP2 of this torch takes parameters of integers: that of 2.13 does, that of 2.11 fails over them."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 13)
+
+
 def shard_modules(
     model: nn.Module,
     units: Iterable[nn.Module],
@@ -88,7 +93,7 @@ def shard_modules(
     mesh = _mesh(world, replicas)
     for module in model.modules():  # codes and scales of quantized weights become parameters, which can be sharded
         spread = getattr(module, "spread", None)
-        if spread is not None:
+        if spread is not None and shards_integers():
             spread()
     # FSDP refuses scalars (a detection head has some): each rank keeps them, and `clipped` takes their gradients' mean
     kept = {p for p in model.parameters() if p.dim() == 0}
