@@ -151,7 +151,7 @@ def test_what_a_model_draws_for_itself_is_read_too(tmp_path: Path) -> None:
     """DiffLlama's lambdas are drawn on the CPU though the model is made on meta."""
     save_model(tmp_path, "diffllama")
     view = read(tmp_path)
-    model = starting._skeleton(view)
+    model = starting._hollow(view.config or {})
     tensors = prepare(view, model, None, World())
     assert not isinstance(tensors, str)
     read_into(model, materialise(model, torch.device("cpu")), tensors, [view])
@@ -166,8 +166,8 @@ def test_rows_in_another_order_of_another_format_are_read_as_they_lie(base: Path
     told = begun(tmp_path, made, trained=True)
     assert_same_start(told)
     assert set(read(exported(tmp_path / "run", tmp_path / "hf"))) == set(read(base / "llama"))
-    # twice the weights if each rank read all; beside them, the heads of 40 archives of some hundred bytes each
-    assert sum(rank["read"] for rank in told) < 1.4 * stored(tmp_path / "dcp")
+    # twice the weights if each rank read all; beside them, both ends of 40 archives, a kilobyte each
+    assert sum(rank["read"] for rank in told) < 1.4 * stored(tmp_path / "dcp") + 40 * 2048
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

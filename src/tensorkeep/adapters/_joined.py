@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tensorkeep.adapters.terms import Piece
 from tensorkeep.formats.arrays import np_frombuffer
 from tensorkeep.formats.view import StateView
 from tensorkeep.quantization import encoding as quant_encoding
 from tensorkeep.quantization.codes import Array, scaled
 from tensorkeep.quantization.encoding import LEVELS, Encoding
+
+if TYPE_CHECKING:
+    from tensorkeep.adapters.terms import Piece
 
 
 class Matrix(NamedTuple):

@@ -9,7 +9,7 @@ name that begins with `last.ckpt` for one of its own. No file of theirs is writt
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def files_in(save: Path) -> list[str]:
 # -- sealing --------------------------------------------------------------------------------------------------------
 
 
-def seal(save: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
+def seal(save: Path, step: int, base: Mapping[str, Any] | None = None, only: Collection[str] | None = None) -> None:
     """Put every file of a save on the disk for good, and our manifest beside them, last.
 
     Safetensors are digested tensor by tensor and looked through. An earlier seal goes first, so that a kill at any
@@ -94,6 +94,7 @@ def seal(save: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
         save: a folder, or a lone file.
         step: what the manifest says it was saved at.
         base: what identifies frozen weights that are not in it.
+        only: names of the files that are sealed, where others write into the save meanwhile; None: all.
 
     Raises:
         TensorkeepError: a tensor holds NaN or Inf (V01), the save is empty, holds a link or changes meanwhile, a
@@ -102,7 +103,7 @@ def seal(save: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
     save, place = Path(save), seal_of(Path(save))
     _forget(save, place)
     home = save if save.is_dir() else save.parent
-    before = states(save)
+    before = _states(save, only)
     written: dict[str, durable.Written] = {}
     tensors: dict[str, Places] = {}
     for name in before:
@@ -114,13 +115,18 @@ def seal(save: Path, step: int, base: Mapping[str, Any] | None = None) -> None:
             raise not_finite(home / name, written[name].unsound)
     for folder in sorted({home / parent for name in before for parent in Path(name).parents}, reverse=True):
         sync_folder(folder)
-    if (after := states(save)) != before:
+    if (after := _states(save, only)) != before:
         changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
         what = f"changed while it was sealed: {', '.join(changed[:3])}"
         raise TensorkeepError(what, where=save, code="F01", hint="seal it when its writers are done")
     with explained(place):
         run_folder.write_text(place, run_manifest.make_manifest(step, written, tensors, base).decode())
         sync_folder(save.parent)
+
+
+def _states(save: Path, only: Collection[str] | None) -> dict[str, tuple[int, int, int]]:
+    """Return the states of the files that are sealed."""
+    return {name: state for name, state in states(save).items() if only is None or name in only}
 
 
 def _forget(save: Path, place: Path) -> None:

@@ -207,10 +207,10 @@ def _unwrapped(accelerator: Any, models: list[nn.Module]) -> list[tuple[str, nn.
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], base: dict[str, Any] | None) -> None:
-    """Write our file and its manifest, alone in the folder so far; `save_state` seals again, over all files."""
+    """Write our file and its manifest; other processes write beside it, so `save_state` seals again, over all files."""
     folders.write_tensors(folder, name, tensors)
     match = _NUMBERED.fullmatch(folder.name)
-    seals.seal(folder, int(match[1]) if match else 0, base)
+    seals.seal(folder, int(match[1]) if match else 0, base, only={name})
 
 
 def _frozen(models: list[nn.Module]) -> dict[str, Any]:

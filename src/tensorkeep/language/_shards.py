@@ -83,7 +83,9 @@ def prepare(view: StateView, model: nn.Module, kind: Any, world: World) -> Tenso
     repair_buffers(model)
     if [b for b in buffers(model) if b.tensor.is_meta] or _tensors_beside(model):
         return f"{type(model).__name__} computes what no config tells"
-    if kind is not None and (stacked_parameters(model) or any(turned(m) for m in model.modules() if quantizable(m))):
+    if kind is not None and (
+        any(stacked_parameters(model)) or any(turned(m) for m in model.modules() if quantizable(m))
+    ):
         return "its stacks of experts or Conv1D layers are quantized whole"
     if kind is not None and not shards_integers():
         return f"FSDP2 of torch {torch.__version__} shards no codes (that of 2.13 does): every rank keeps them whole"

@@ -119,10 +119,8 @@ def start_of(
             _keep_companions(run, begun[0], view, recipe)
         distributed.gathered(world, None)
     tokenizer = load_tokenizer(recipe.tokenizer or own)
-    kind, model = recipe.training.quantize_backbone, None
-    if begun:
-        model = begun[0]
-    elif view is not None and weights and (kind or is_quantized(view)):
+    kind, model = recipe.training.quantize_backbone, begun[0] if begun else None
+    if model is None and view is not None and weights and (kind or is_quantized(view)):
         model = in_codes(view, _hollow, kind, world.device, recipe.adapter is None, remark)
     if model is None and (view is None or not weights):
         stored = sum(record.nbytes for record in view.records.values()) if view is not None else None

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tensorkeep.quantization import codes as quant_codes
-from tensorkeep.quantization.packed import Layout
+
+if TYPE_CHECKING:
+    from tensorkeep.quantization.packed import Layout
 
 
 def unpack(

@@ -7,6 +7,7 @@ one place; a sharded DCP tensor lies in several blocks, each a rectangle of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -158,8 +159,7 @@ class TensorRecord:
         return replace(self, name=name)
 
 
-@lru_cache(1 << 12)  # a checkpoint of 100,000 tensors has a few dozen shapes, and each is asked for ten times
-def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Return the bytes of a dense tensor; types below one byte are packed, rounded up.
 
     Args:
@@ -170,6 +170,11 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
         >>> nbytes("BF16", (2, 3))
         12
     """
+    return _nbytes(dtype, tuple(shape))
+
+
+@lru_cache(1 << 12)  # a checkpoint of 100,000 tensors has a few dozen shapes, and each is asked for ten times
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return (math.prod(shape) * DTYPES[dtype].bits + 7) // 8
 
 

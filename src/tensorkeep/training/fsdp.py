@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import fill
 from tensorkeep.formats.view import StateView
-from tensorkeep.training.distributed import World
+
+if TYPE_CHECKING:
+    from tensorkeep.training.distributed import World
 
 _MATRICES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
 _MOST = 0.02  # share of a unit's parameters that may stay whole on every rank, so that the rest is gathered in 16 bits
