@@ -64,7 +64,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shards_integers() -> bool:
-    """Whether FSDP2 of this torch takes parameters of integers: that of 2.13 does, that of 2.11 fails over them."""
+    """Whether FSDP2 of this torch takes parameters of integers.
+
+    Returns:
+        True from 2.13 on; that of 2.11 fails over them (2.12 was not tried).
+    """
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 13)
 
 
