@@ -102,13 +102,14 @@ def trained(
     `start(run, world)` makes job and loop, and says what to resume from; `fit` writes RUN/recipe.yaml from the job.
     Returns the exit code: 130 when the run was interrupted and saved.
     """
-    from tensorkeep.training import distributed
+    from tensorkeep.training import distributed, preflight
     from tensorkeep.training.loop import fit
 
     if out is None:
         raise TensorkeepError("the run needs a folder", hint="--out RUN")
     world = distributed.start(device)
     try:
+        preflight.shared_folder(out, world)
         if world.first:
             prepare(printer, out / "recipe.yaml")
         job, loop, resume = start(out, world)

@@ -23,7 +23,7 @@ from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.run_manifest import as_finding
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
-from tensorkeep.training import distributed, metrics, randomness
+from tensorkeep.training import distributed, metrics, preflight, randomness
 from tensorkeep.training._evaluating import evaluate_if_due, evaluation_due, mark_best, stops_early
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training._logbook import Log, due
@@ -99,10 +99,14 @@ def fit(
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
     loop = _possible(loop, world, say)
+    preflight.shared_folder(folder, world)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
     with randomness.deterministic(loop.deterministic), _saving(folder, loop, world) as saver:
         under_way = Run(job, folder, loop, world, say, scaler, saver, resuming.data_facts(job))
+        facts = {"recipe": job.recipe, "data": under_way.data, "base": (job.base or {}).get("digest")}
+        for line in preflight.agree(facts, world):
+            say.remark(line)
         _start(under_way, resume, allow)
         alone = loop.graph or loop.parallel == "fsdp"
         model = job.model if alone else distributed.parallel(job.model, world, loop.deterministic)
