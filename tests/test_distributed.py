@@ -97,7 +97,7 @@ def refused_on_one(world: World, run: Path) -> None:
     """A recipe that differs on one rank only stops both, and so does a job that is not the saved one on one rank."""
     job = small_job()
     recipe = job.recipe if world.first else {"training": {"lr": 2.0}}
-    with pytest.raises(TensorkeepError, match="rank 1 on .* has another recipe than rank 0"):
+    with pytest.raises(TensorkeepError, match=r"rank 1 on .* has another recipe than rank 0"):
         fit(replace(job, recipe=recipe), run, LOOP, world=world)
     loop = LOOP if world.first else replace(LOOP, batch=LOOP.batch * 2)
     with pytest.raises(TensorkeepError, match="not the one that was saved"):
