@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/tensorkeep demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers for two cores: more threads would wait for each other
 
 # where there is a GPU: with this environment, or with one of your own by PYTHON_GPU=python3
 test-gpu:

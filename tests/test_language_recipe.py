@@ -263,6 +263,23 @@ def test_a_model_from_nothing_is_the_same_each_time_and_draws_nothing(tmp_path: 
     assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
 
 
+def test_config_and_tokenizer_of_a_start_that_ended_early_are_not_taken_for_the_next_model_s(tmp_path: Path) -> None:
+    for name, theta in (("one", 10_000.0), ("other", 500_000.0)):
+        save_model(tmp_path / name, "llama", rope_theta=theta)
+    lacking = recipe_of(tmp_path, config=None, model=str(tmp_path / "one"))
+    lacking["data"] |= {"files": str(tmp_path / "absent.jsonl")}
+    with pytest.raises(TensorkeepError, match="no such file"):
+        build(language_recipe(lacking), tmp_path / "run")
+    made = language_recipe(recipe_of(tmp_path, config=None, model=str(tmp_path / "other")))
+    with pytest.raises(TensorkeepError, match=r"config\.json is not that of this model") as caught:
+        build(made, tmp_path / "run")
+    assert "choose another --out, or remove" in str(caught.value.hint)
+    (tmp_path / "run" / "config.json").unlink()
+    job = build(made, tmp_path / "run")
+    fit(job, tmp_path / "run", loop_of(made, len(job.data)))
+    assert read(tmp_path / "run").config == read(tmp_path / "other").config
+
+
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TensorkeepError, match="C02"):
         build(language_recipe(recipe_of(tmp_path, config=config(vocab_size=300))), tmp_path / "run")

@@ -311,7 +311,7 @@ def test_an_unreadable_checkpoint_is_an_error_and_not_a_finding(folder: Path, tm
 # -- sharded ----------------------------------------------------------------------------------------------------------
 
 SHARDED = """
-import json, sys
+import json, os, sys
 import torch, torch.distributed as dist, transformers
 from torch.distributed.fsdp import fully_shard
 from tensorkeep.diagnosis.live import loaded
@@ -337,8 +337,10 @@ for folder in sys.argv[1:]:
     out.append(sorted(repair_buffers(model)))
     out.append([f.code for f in loaded.check_loaded(model, folder)])
     out.append([f.code for f in loaded.check_loaded(torch.compile(model, backend="eager"), folder)])
-    open(f"{folder}-{rank}.json", "w").write(json.dumps(out))
-dist.destroy_process_group()
+    with open(f"{folder}-{rank}.json", "w") as file:
+        file.write(json.dumps(out))
+dist.barrier()
+os._exit(0)  # taking a gloo group down ends some processes by a signal now and then: torch's own threads race
 """
 
 

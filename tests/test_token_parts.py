@@ -98,6 +98,14 @@ def test_a_file_that_is_added_or_grows_costs_its_own_tokens_alone(tmp_path: Path
     assert len(calls) == 1 and calls[0].begin > 0 and b"more" in documents(tokens)
 
 
+def test_one_file_that_becomes_two_keeps_its_tokens(tmp_path: Path) -> None:
+    a = rows(tmp_path / "a.jsonl", 4)
+    made(tmp_path / "cache", [a], None)
+    calls: list[Part] = []
+    made(tmp_path / "cache", [a, rows(tmp_path / "b.jsonl", 2)], None, calls)
+    assert [part.path.name for part in calls] == ["b.jsonl"]
+
+
 def slow(folder: Path, files: list[Path], pause: float, shift: int, out: Any) -> None:
     digest, parts = parts_of(files, {}, size=300)
     calls = []
@@ -129,6 +137,8 @@ def test_processes_share_the_parts_and_one_that_is_killed_leaves_the_rest(tmp_pa
         one.join()
     want = documents(made(tmp_path / "other", files, None))
     assert [documents_ for _, documents_ in found] == [want, want]
+    left = [p.name for p in (tmp_path / "cache").iterdir() if p.name.endswith("tensorkeep-tmp")]
+    assert left == [] and list((tmp_path / "cache" / ".making").iterdir()) == []
     count = Counter(begin for calls, _ in found for begin in calls)
     total = len(parts_of(files, {}, size=300)[1])
     assert max(count.values()) == 1 and len(count) <= total - 2  # each once, and what was there not at all
@@ -143,6 +153,23 @@ def test_a_part_without_a_document_may_be_and_all_of_them_may_not(tmp_path: Path
     (tmp_path / "e2.jsonl").write_text("\n")
     with pytest.raises(TensorkeepError, match="the data is empty"):
         made(tmp_path / "d", [tmp_path / "empty.jsonl", tmp_path / "e2.jsonl"], None)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": {"a": 1}}', "text is no text but"),
+        ('{"text": null}', "text is no text but"),
+        ('{"text": "a\\ud800b"}', "character 1 is half of one"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "message 0: character 0 is half of one"),
+        ("{}", "but nothing"),
+    ],
+)
+def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.jsonl").write_text("\n" + line + "\n")
+    with pytest.raises(TensorkeepError, match=said) as caught:
+        list(records([tmp_path / "a.jsonl"], "sft" if "messages" in line else "pretrain"))
+    assert "line 2" in caught.value.line
 
 
 def test_a_wrong_line_of_a_later_part_is_named_by_its_number(tmp_path: Path) -> None:

@@ -128,6 +128,30 @@ def test_the_command_lists_findings_and_what_an_epoch_teaches(
     assert "actions can be learned" in said and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_an_unknown_label_is_a_finding_beside_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = runs.dataset(tmp_path / "data", videos=2, held_out=1)
+    truth = json.loads((place / "annotations.json").read_text())
+    video = next(v for v in truth["database"].values() if v["subset"] == "training")
+    video["annotations"][0] |= {"label": "zzz", "segment": [3, 2]}
+    (place / "annotations.json").write_text(json.dumps(truth))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(runs.document(place)))
+    (tmp_path / "classes.txt").write_text("blink\nslide\n")
+    words = ["check", "detection", str(tmp_path / "recipe.yaml"), "--data.class_map", str(tmp_path / "classes.txt")]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "'zzz'" in out and "ends before it starts" in out and "not looked at before the labels fit" in out
+
+
+def test_a_short_file_is_not_taken_for_another_unit() -> None:
+    clips, annotations = data([[1, 2]], frames=3, rate=10)
+    video = annotations.videos["v"]
+    longer = Annotations(
+        {"v": Video("v", "training", video.segments, ("a",), 6.0, 60)}, ("a", "b"), "opentad", "gt.json"
+    )
+    found = check_training(clips, longer, ("training",), ("a", "b"), HEAD)
+    assert found.lost == 1 and "look like" not in found.problems[0].message
+
+
 def test_a_loss_of_exactly_0_stops_the_run(tmp_path: Path) -> None:
     class Silent:
         trackers: tuple[Any, ...] = ()

@@ -251,7 +251,7 @@ def _wanted_quantization(
             raise TensorkeepError(
                 f"is quantized ({', '.join(found)}): the original weights are not in it",
                 where=base.path,
-                hint="give the float checkpoint that it was made from as BASE",
+                hint="give the float checkpoint that it was made from as BASE, with --allow-other-base",
             )
         mixed = [f for f in asked if f.modules and any(k.kind in found for k in f.kinds)]  # experts beside the codes
         odd = [(k, f) for f in asked if f not in mixed for k in f.kinds if k.kind not in found]

@@ -32,14 +32,14 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
     if printer.json:
         printer.document({"recipe": str(recipe), **found.document(), "files": files})
         return 1 if found.problems or files else 0
-    printer.line(f"{found.videos} training videos, {found.actions} actions; {found.lost} of them nothing can learn")
-    strides = made.model.head.strides
-    rows = [
-        (f"every {s} steps", f"{a:g} to {b:g}", f"{n:.1f}")
-        for s, (a, b), n in zip(strides, made.model.head.ranges, found.levels, strict=True)
-    ]
-    columns = ["points of the pyramid", "reach, in steps", "that learn in an epoch"]
-    printer.table(columns, rows, right=columns[1:])
+    if found.videos:
+        printer.line(f"{found.videos} training videos, {found.actions} actions; {found.lost} of them nothing can learn")
+        rows = [
+            ("every step" if s == 1 else f"every {s} steps", f"{a:g} to {b:g}", f"{n:.1f}")
+            for s, (a, b), n in zip(made.model.head.strides, made.model.head.ranges, found.levels, strict=True)
+        ]
+        columns = ["points of the pyramid", "reach, in steps", "that learn in an epoch"]
+        printer.table(columns, rows, right=columns[1:])
     for line in files:
         printer.line(line)
     for problem in found.problems:

@@ -21,6 +21,7 @@ from tensorkeep.detection.results.columns import read_blocked
 from tensorkeep.detection.results.epic import evaluate_epic
 from tensorkeep.detection.results.error_analysis import PICTURE, ErrorAnalysis, analyse_errors
 from tensorkeep.detection.results.evaluation import Evaluation, evaluate, read_files
+from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
@@ -106,7 +107,7 @@ class _Scored(NamedTuple):
 
 def _tell(out: Output, taken: dict[str, Any], scored: _Scored, analysis: ErrorAnalysis | None) -> None:
     """The document, or tables and notes for people."""
-    problems = _problems(scored.truth, scored.result.subset)
+    problems = _problems(scored.truth, scored.result)
     if out.json:
         more: dict[str, Any] = {"errors": analysis.document()} if analysis is not None else {}
         if scored.parts:
@@ -220,10 +221,12 @@ def _show_errors(out: Output, analysis: ErrorAnalysis | None) -> None:
         out.table(header, part, right=header[1:] if len(header) > 4 else header[2:])
 
 
-def _problems(truth: Annotations, subset: str) -> list[str]:
+def _problems(truth: Annotations, result: Evaluation) -> list[str]:
     """What is wrong with the annotations that were scored against, one line a kind."""
+    subset, dropped = result.subset, PROTOCOLS[result.protocol].clean
     inside = {video.name for video in truth.of_subset(subset)} if subset in truth.subsets() else set(truth.videos)
     found = [p for p in check_annotations(truth) if p.severity != "info" and p.video in inside]
+    found = [p for p in found if dropped or p.kind not in ("zero length", "duplicate")]  # a note counts those
     count = Counter(problem.kind for problem in found)
     first = {problem.kind: problem for problem in reversed(found)}
     return [f"annotations: {kind} ({count[kind]}), first {p.video}: {p.message}" for kind, p in first.items()]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tensorkeep.commands.shared import Flag, Say
 from tensorkeep.errors import TensorkeepError, word
+from tensorkeep.language.data.conversations import refuse_broken
 from tensorkeep.output import Output
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def generate(
         allow_other_base: Put the adapter on though it names another base by digest, or another quantization.
         device: The device to run on, cpu or cuda. Default: a GPU where there is one.
     """
+    refuse_broken(prompt, "--prompt")
     from tensorkeep.language import generation
     from tensorkeep.training import distributed
 

@@ -87,9 +87,33 @@ def check_training(
         bad = [(number, why) for number, (why, _) in enumerate(found) if why]
         lost += len(bad)
         levels += sum((each for _, each in found), np.zeros(len(head.strides)))
-        problems += _told(item, bad, len(found), classes)
+        said = annotations.videos[item.name].duration if item.name in annotations.videos else None
+        problems += _told(item, bad, len(found), classes, said)
     ordered = tuple(sorted(problems, key=lambda problem: (problem.kind != LOST, problem.severity != "error")))
     return Checked(ordered, len(clips.items), actions, lost, tuple(map(float, levels)))
+
+
+def unusable_annotations(
+    annotations: Annotations, subsets: Sequence[str], classes: Sequence[str]
+) -> tuple[Problem, ...]:
+    """Return what is odd about annotations that no data set can be made of: labels outside of the class map.
+
+    Args:
+        annotations: the file.
+        subsets: those that are asked for.
+        classes: names of the detector's classes.
+
+    Returns:
+        All that is odd, errors first; nothing where the labels fit.
+    """
+    found = [p for p in _of_annotations(annotations, subsets, classes) if p.severity != "info"]
+    if not any(problem.kind == "label not in the map" for problem in found):
+        return ()
+    what = "files and grid are not looked at before the labels fit"
+    return (
+        *sorted(found, key=lambda problem: problem.severity != "error"),
+        Problem("warning", "not checked", None, what),
+    )
 
 
 def refuse_untrainable(checked: Checked, where: str) -> None:
@@ -200,14 +224,20 @@ def _points(start: float, end: float, steps: int, fixed: bool, head: HeadConfig)
     return np.array(found)
 
 
-def _told(item: Item, bad: Sequence[tuple[int, str]], actions: int, classes: Sequence[str]) -> Iterator[Problem]:
-    """Say which actions of a video cannot be learned: how many, the first, and what unit they may be in."""
+def _told(
+    item: Item, bad: Sequence[tuple[int, str]], actions: int, classes: Sequence[str], said: float | None
+) -> Iterator[Problem]:
+    """Say which actions of a video cannot be learned: how many, the first, and what unit they may be in.
+
+    Where the annotation's own duration (`said`) is another, the file is at fault, which is told of it.
+    """
     if not bad:
         return
     number, why = bad[0]
     start, end = item.segments[number].tolist()
     label = classes[int(item.labels[number])] if int(item.labels[number]) < len(classes) else "?"
-    unit = _unit(item) if why.startswith("it starts at") else ""
+    same = said is None or abs(said - item.duration) <= 0.1 * item.duration
+    unit = _unit(item) if why.startswith("it starts at") and same else ""
     message = f"{len(bad)} of {actions} actions cannot be learned, first {label!r} [{start:g}, {end:g}]: {why}"
     yield Problem("error" if len(bad) == actions else "warning", LOST, item.name, message + unit)
 

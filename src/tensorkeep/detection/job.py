@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, refuse_split, telling
-from tensorkeep.detection.check import Checked, check_training, refuse_untrainable
+from tensorkeep.detection.check import Checked, check_training, refuse_untrainable, unusable_annotations
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.clips import most_segments
 from tensorkeep.detection.model.detector import Detector
@@ -110,6 +110,8 @@ def check(recipe: DetectionRecipe, remark: Remark = lambda _: None) -> Checked:
     """
     lenient = replace(recipe, data=replace(recipe.data, broken="skip"))
     classes = read_classes(recipe)
+    if unusable := unusable_annotations(*_asked(recipe), classes):
+        return Checked(unusable, 0, 0, 0, ())
     read_clips(lenient, "test", classes, remark)
     return check_training(read_clips(lenient, "train", classes, remark), *_asked(recipe), classes, recipe.model.head)
 

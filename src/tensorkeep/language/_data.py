@@ -73,6 +73,9 @@ def make_data(
     }
     settings |= {"lines": True} if live else {}
     files = expanded(config.files)
+    if [str(path) for path in files] != [str(Path(name)) for name in config.files] and world.first:
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        remark(f"data.files: {len(files)} files: {', '.join(path.name for path in files[:5])}{more}")
     # the first rank reads the files once for their digests; all make tokens, and nobody waits in a collective for them
     mine = distributed.together(world, lambda: parts_of(files, settings, config.format) if world.first else None)
     digest, parts = distributed.gathered(world, mine)[0]

@@ -8,7 +8,7 @@ checkpoints can be read, evaluated and converted without the recipe.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tensorkeep.language._shards import prepare, why_whole
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said
+from tensorkeep.storage import run_folder
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -115,9 +116,7 @@ def start_of(
     own = str(view.folder.url) if view is not None else ""
     if begun and view is not None and view.format != "hf":  # its tokenizer may lie beside its folder
         own = str(run)
-        if world.first:
-            _keep_companions(run, begun[0], view, recipe)
-        distributed.gathered(world, None)
+        distributed.from_first(world, lambda: _keep_companions(run, begun[0], view, recipe))
     tokenizer = load_tokenizer(recipe.tokenizer or own)
     kind, model = recipe.training.quantize_backbone, begun[0] if begun else None
     if model is None and view is not None and weights and (kind or is_quantized(view)):
@@ -138,9 +137,7 @@ def start_of(
             code="C02",
             hint="take the tokenizer that belongs to the model",
         )
-    if world.first:
-        _keep_companions(run, model, view, recipe)
-    distributed.gathered(world, None)
+    distributed.from_first(world, lambda: _keep_companions(run, model, view, recipe))
     return start
 
 
@@ -318,7 +315,22 @@ def _keep_companions(run: Path, model: Any, view: StateView | None, recipe: Lang
         found = [c for c in found if c.name not in own] + tokenizer
     with explained(run):
         run.mkdir(parents=True, exist_ok=True)
+    _refuse_stale(run, found)
     for companion in found:
         if not (run / companion.name).exists():
             with replacing(run / companion.name, overwrite=False) as temporary:
                 write_bytes(temporary, companion.data)
+
+
+def _refuse_stale(run: Path, found: Sequence[Companion]) -> None:
+    """Refuse a folder without a checkpoint that holds another model's files, of a start that ended early."""
+    if run_folder.steps(run):
+        return
+    wanted = {companion.name: companion.data for companion in found}
+    for name in COMPANIONS:
+        path = run / name
+        if name == "recipe.yaml" or not path.is_file():
+            continue
+        if wanted.get(name) != path.read_bytes():
+            what = f"{name} is not that of this model and tokenizer: an earlier start, or another program, left it"
+            raise TensorkeepError(what, where=run, hint=f"choose another --out, or remove {word(path)}")

@@ -138,6 +138,9 @@ def from_first(world: World, work: Callable[[], T]) -> T:
         world: every rank must call this.
         work: what the first rank does; its result must be picklable.
 
+    Returns:
+        What `work` returned on the first rank.
+
     Raises:
         TensorkeepError: `work` raised it.
     """

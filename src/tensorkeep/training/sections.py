@@ -106,7 +106,7 @@ class TrainingConfig:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise TensorkeepError(f"ema {self.ema} must be in [0, 1)", where="training", hint="null switches it off")
         if self.memory is not None and (self.gradient_checkpointing or self.kept != "input"):
-            hint = "memory alone, or gradient_checkpointing and kept"
+            hint = "memory alone: --training.gradient_checkpointing false --training.kept input"
             raise TensorkeepError("memory says already what is kept", where="training.memory", hint=hint)
         if self.patience is not None and self.best is None:
             raise TensorkeepError("patience needs to know what is better", where="training", hint="best: -loss")

@@ -265,7 +265,7 @@ def _note_ties(columns: Columns, limits: Floats, rules: Protocol, average: float
 
 def _note_odd_segments(columns: Columns, rules: Protocol, notes: list[str]) -> None:
     """Say how many annotated segments OpenTAD would drop, where they count."""
-    if rules.clean or rules.kit:
+    if rules.clean:
         return
     proper = np.flatnonzero(columns.true_segments[:, 1] > columns.true_segments[:, 0])
     groups = columns.true_groups()[proper].tolist()

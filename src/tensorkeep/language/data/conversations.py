@@ -49,12 +49,14 @@ def record_of(document: Any, objective: Objective, where: str) -> Record:
         raise TensorkeepError(f"is no object but {shown(document)}", where=where)
     kind = next((KINDS[key] for key in KINDS if key in document), None)
     if kind is None:
-        keys = ", ".join(map(repr, list(document)[:6]))
+        keys = ", ".join(map(repr, list(document)[:6])) or "nothing"
         raise TensorkeepError(f"has none of {', '.join(KINDS)}, but {keys}", where=where, hint="rename its keys")
     if kind != objective:
         raise TensorkeepError(f"is a record for {kind}, not for {objective}", where=where, hint=f"objective: {kind}")
     if objective == "pretrain":
-        return str(document["text"])
+        if not isinstance(document["text"], str):
+            raise TensorkeepError(f"text is no text but {shown(document['text'])}", where=where)
+        return refuse_broken(document["text"], where)
     if objective == "sft":
         key = "conversations" if "conversations" in document else "messages"
         return conversation(document[key], document.get("tools"), f"{where}: {key}")
@@ -78,6 +80,8 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
             raise TensorkeepError(f"message {at} has no role: {shown(message)}", where=where)
         made = {k: v for k, v in message.items() if k != "tools"}
         made["content"] = "" if made.get("content") is None else made["content"]
+        if isinstance(made["content"], str):
+            refuse_broken(made["content"], f"{where}: message {at}")
         if isinstance(made.get("tool_calls"), str):
             made["tool_calls"] = _parsed(made["tool_calls"], f"{where}: message {at}: tool_calls")
         if not made.get("tool_calls", True):  # MiniMind's files say "" where there are none
@@ -86,6 +90,24 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
             tools = message["tools"]
         out.append(made)
     return Conversation(out, _parsed(tools, f"{where}: tools") if isinstance(tools, str) and tools else tools or None)
+
+
+def refuse_broken(text: str, where: str) -> str:
+    """Return a text as it is, or refuse it: half a character (a lone surrogate) is nothing that a tokenizer can read.
+
+    Args:
+        text: the text.
+        where: its place, for errors.
+
+    Raises:
+        TensorkeepError: it holds half a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start} is half of one ({text[error.start]!a}): the text was cut inside a character"
+        raise TensorkeepError(what, where=where, hint="leave it out, or replace it by U+FFFD") from None
+    return text
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -25,6 +25,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.sources import GZIP, LONGEST, as_lines
 from tensorkeep.language.data.tokens import SCHEMA, Encoded, Tokens, cached
 from tensorkeep.storage.files import explained
+from tensorkeep.storage.placement import clear_leftovers
 
 try:
     import fcntl
@@ -83,15 +84,15 @@ def parts_of(
             bounds = [*range(0, total, size), total] if divided else [0, total]
             read = 0
             for begin, end in itertools.pairwise(bounds):
-                own = xxhash.xxh3_128(head + (b"lines" if divided else b"file"))
+                own = xxhash.xxh3_128(head + (b"lines" if divided else b""))
                 read += _digest(file, end - begin if divided else None, (whole, own))
                 if divided:  # a line goes on behind the part's end
                     own.update(file.readline(LONGEST) + (b"later" if begin else b"first"))
                     file.seek(end)
+                else:  # what the file alone has as a whole
+                    own.update(read.to_bytes(8, "little"))
                 found.append(Part(path, begin, end if divided else None, own.hexdigest()))
             whole.update(read.to_bytes(8, "little"))
-    if len(found) == 1:
-        found = [found[0]._replace(digest=whole.hexdigest())]
     return whole.hexdigest(), found
 
 
@@ -132,6 +133,8 @@ def cached_parts(
     """
     if (Path(folder) / digest).is_dir():  # made whole, by version 0.1 or of one part
         return cached(folder, digest, lambda: (row for part in parts for row in encode(part)), vocabulary, remark)
+    for part in parts:  # what a process that was killed left
+        clear_leftovers(Path(folder) / part.digest)
     order = [*parts[shift % len(parts) :], *parts[: shift % len(parts)]]
     made: dict[str, Tokens] = {}
     told = began = time.monotonic()
@@ -179,6 +182,8 @@ def _turn(folder: Path, digest: str) -> Iterator[bool]:
                 except OSError:
                     free = True
             yield free
+            if free:
+                (folder / ".making" / digest).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from tensorkeep.storage.documents import read_json
 from tensorkeep.storage.files import explained
 
 LINES, TABLES, TAR, GZIP = (".jsonl", ".json", ".ndjson"), (".parquet", ".arrow"), ".tar", ".gz"
-KNOWN = (*LINES, *TABLES, TAR, ".txt", ".text", ".md")  # what is taken out of a folder
+KNOWN = (*LINES, *TABLES, TAR, ".txt")  # what is taken out of a folder: a README.md is none
 LONGEST = 64 << 20  # bytes of one record
 _ROWS = 256  # of a table, read at a time
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
