@@ -104,6 +104,22 @@ def test_ego4d_clips_and_its_published_file_are_one() -> None:
         parse_annotations({"videos": [{"split": "val", "clips": [{"clip_uid": "c", "annotations": [{}]}]}]})
 
 
+def test_ego4d_s_submission_is_scored_by_its_detections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    label = {"start_time": 1.0, "end_time": 2.5, "label": "wash"}
+    (tmp_path / "clips.json").write_text(json.dumps({"c1": {"subset": "val", "annotations": [label]}}))
+    row = {"segment": [1.0, 2.5], "label": "wash", "score": 0.9}
+    made = {
+        "version": "1.0",
+        "challenge": "ego4d_moment_queries",
+        "detect_results": {"c1": [row]},
+        "retrieve_results": {},
+    }
+    (tmp_path / "submission.json").write_text(json.dumps(made))
+    files = ("--annotations", tmp_path / "clips.json", "--detections", tmp_path / "submission.json")
+    code, out, _ = scored(capsys, *files, "--json")
+    assert code == 0 and json.loads(out)["average_mAP"] == 1.0 and json.loads(out)["protocol"] == "ego4d-mq"
+
+
 @pytest.mark.parametrize("words", [("0",), ("1,x",), (",",)])
 def test_recall_takes_whole_numbers(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], words: tuple[str, ...]

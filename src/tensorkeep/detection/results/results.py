@@ -1,7 +1,8 @@
 """Read and write detections of a whole data set. Needs numpy only.
 
 Read: the ActivityNet/OpenTAD/mmaction JSON `{"results": {VIDEO: [{"segment", "label", "score"}]}}` (the outer
-`results` may be missing) and the text of the THUMOS'14 kit, `video start end class_id score` a line.
+`results` may be missing, or be `detect_results` as in Ego4D's submissions) and the text of the THUMOS'14 kit, a line of
+`video start end class_id score` each.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def read_detections(path: str | Path, class_ids: Mapping[int, str] | None = None
 
 def parse_detections(document: object, source: str = "detections") -> DetectionTable:
     """Return the detections of an already parsed JSON document; `source` names it in errors."""
-    results = document.get("results", document) if isinstance(document, dict) else None
+    whole = document if isinstance(document, dict) else {}
+    results = whole.get("results", whole.get("detect_results", document))  # Ego4D's submission holds two kinds
     if not isinstance(results, dict) or not all(isinstance(rows, list) for rows in results.values()):
         raise TensorkeepError(
             "no 'results' with a list for each video",
