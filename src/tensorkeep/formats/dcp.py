@@ -39,7 +39,7 @@ from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, s
 LOOKS = "a DCP folder with .metadata"
 NESTS, CHECKSUMS, TIED = True, True, "both"
 METADATA = ".metadata"
-_CLASSES = [
+CLASSES = [  # of torch.distributed.checkpoint.metadata, as honest metadata names them
     "Metadata",
     "TensorStorageMetadata",
     "BytesStorageMetadata",
@@ -50,7 +50,7 @@ _CLASSES = [
     "_MEM_FORMAT_ENCODING",
 ]
 DCP_GLOBALS = TENSOR_GLOBALS | {
-    *(f"{MODULE}.{name}" for name in _CLASSES),
+    *(f"{MODULE}.{name}" for name in CLASSES),
     STORAGE_INFO,
     *(f"torch.{name}" for name in ("strided", "contiguous_format", "preserve_format", "channels_last")),
 }
@@ -58,7 +58,7 @@ DCP_GLOBALS = TENSOR_GLOBALS | {
 
 # what our own metadata names again and again
 _KNOWN: tuple[str | Global, ...] = (
-    *(Global(MODULE, name) for name in _CLASSES),
+    *(Global(MODULE, name) for name in CLASSES),
     Global(*STORAGE_INFO.rsplit(".", 1)),
     Global("torch", "Size"),
     Global("torch.serialization", "_get_layout"),

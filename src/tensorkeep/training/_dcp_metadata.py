@@ -21,19 +21,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.formats.dcp import CLASSES
 
 VERSION = "1.0.0"  # of the format: torch's CURRENT_DCP_VERSION
 Place = tuple[str, int, int]  # file, first byte, bytes
-_CLASSES = (
-    "Metadata",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "TensorProperties",
-    "ChunkStorageMetadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-)
 
 
 def pickled(metadata: Metadata, places: dict[MetadataIndex, Place]) -> bytes:
@@ -104,7 +95,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Find one of the classes that honest metadata names."""
-        if module == described.__name__ and name in _CLASSES:
+        if module == described.__name__ and name in CLASSES:
             return getattr(described, name)
         if (module, name) == (_StorageInfo.__module__, _StorageInfo.__name__):
             return _StorageInfo
