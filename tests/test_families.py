@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 import yaml
 from benchmarks import families
 from safetensors.numpy import load_file, save_file
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tensorkeep as tk
 from tensorkeep.adapters.lora import add_lora, layers, merged
+from tensorkeep.cli import main
 from tensorkeep.conversion import naming
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.plan import Part, RowPermutation
@@ -334,3 +336,48 @@ def test_a_wrapped_a_nested_and_a_hybrid_model_train_an_adapter_over_four_bits(n
     code, said = families.told("train", "language", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
     assert code == 0, said
     assert "stay in floats" in said
+
+
+@pytest.mark.parametrize("kind", ["latent", "gated"])
+def test_heads_of_two_parts_and_gated_ones_are_no_finding_and_wrong_numbers_of_heads_are(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DeepSeek without a low-rank query, and Qwen3-Next whose first layer attends to all."""
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 128, "hidden_size": 64}
+    if kind == "latent":
+        made: Any = transformers.DeepseekV3Config(
+            **experts,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=128,
+            kv_lora_rank=16,
+            q_lora_rank=None,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            first_k_dense_replace=1,
+        )
+    else:
+        made = transformers.Qwen3NextConfig(
+            **experts,
+            num_experts=4,
+            shared_expert_intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            layer_types=["full_attention", "linear_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        )
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "model")
+    assert main(["diagnose", str(tmp_path / "model")]) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
+    assert main(["diagnose", str(tmp_path / "model")]) == 1 and "q_proj" in capsys.readouterr().out

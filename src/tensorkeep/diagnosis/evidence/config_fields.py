@@ -155,12 +155,13 @@ def against_shapes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         out["num_hidden_layers"] = config["num_hidden_layers"], max(numbers) + 1
     q, k, norm = (shapes.get(f"model.layers.0.self_attn.{p}.weight") for p in ("q_proj", "k_proj", "q_norm"))
     heads, dim, kv = config.get("num_attention_heads"), architecture.head_dim(config), architecture.kv_heads(config)
-    if isinstance(heads, int) and dim:
+    family = architecture.FAMILIES.get(str(config.get("model_type")))
+    # without a table heads may be gated or of two parts: there transformers' own shapes are compared
+    if family is not None and isinstance(heads, int) and dim:
         if q is not None and q[0] != heads * dim:
             out["num_attention_heads"] = heads, f"{q[0]} rows of q"
         if k is not None and k[0] != kv * dim:
             out["num_key_value_heads"] = kv, f"{k[0]} rows of k"
-        per_head = architecture.FAMILIES.get(str(config.get("model_type")), architecture.Family()).qk == "head"
-        if norm is not None and per_head and norm != (dim,):
+        if norm is not None and family.qk == "head" and norm != (dim,):
             out["head_dim"] = dim, norm[0]
     return out
