@@ -12,6 +12,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import exactly, grouped, matches, near_pattern
 from tensorkeep.language._reachable import unreached
 from tensorkeep.language.recipe import LanguageRecipe
+from tensorkeep.quantization.spreading import holds_codes
 from tensorkeep.training.optimizer import adamw, parameter_groups
 from tensorkeep.training.randomness import derive
 from tensorkeep.training.sections import OptimizerConfig
@@ -43,7 +44,7 @@ def choose_trainable(
     unseen = beside_text(model)
     for name, parameter in model.named_parameters():
         trains = matches(name, recipe.trainable) and not name.startswith(unseen)
-        parameter.requires_grad_(trains and parameter.is_floating_point())  # codes that are spread are parameters too
+        parameter.requires_grad_(trains and not holds_codes(parameter))  # codes that are spread are parameters too
     if recipe.adapter is None:
         return
     from tensorkeep.adapters.lora import ALL, adaptable, add_lora, draw, layers

@@ -29,7 +29,7 @@ from tensorkeep.quantization.replacing import quantizable
 from tensorkeep.quantization.stored import find_quantized
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
-from tensorkeep.training.fsdp import blocks, materialise, shard_modules, shards_integers
+from tensorkeep.training.fsdp import blocks, materialise, shard_modules
 
 Tensors = dict[str, HfTensor]
 
@@ -87,8 +87,6 @@ def prepare(view: StateView, model: nn.Module, kind: Any, world: World) -> Tenso
         any(stacked_parameters(model)) or any(turned(m) for m in model.modules() if quantizable(m))
     ):
         return "its stacks of experts or Conv1D layers are quantized whole"
-    if kind is not None and not shards_integers():
-        return f"FSDP2 of torch {torch.__version__} shards no codes (that of 2.13 does): every rank keeps them whole"
     if kind is not None:
         spread_linears(model, kind, lambda name: torch_dtype(view, tensors[name].parts[0].name))
     return tensors

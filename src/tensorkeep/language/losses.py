@@ -23,6 +23,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._head_loss import head_loss
 from tensorkeep.language.data.batches import IGNORED, block_mask, targets_of
 from tensorkeep.models.language_model import text_config
+from tensorkeep.quantization.spreading import holds_codes
 
 CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits
 
@@ -141,7 +142,7 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     extra: dict[str, Any] = {}
     if "segments" in batch:
         eager = getattr(inner(model).config, "_attn_implementation", "eager") == "eager"
-        dtype = next(p.dtype for p in inner(model).parameters() if p.is_floating_point()) if eager else None
+        dtype = next(p.dtype for p in inner(model).parameters() if not holds_codes(p)) if eager else None
         extra = {"position_ids": batch["position_ids"], "attention_mask": block_mask(batch["segments"], dtype)}
     return model(input_ids=batch["input_ids"], use_cache=False, **extra)
 

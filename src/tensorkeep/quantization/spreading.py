@@ -3,7 +3,8 @@
 FSDP2 gathers parameters of any dtype as bytes and frees them after use; buffers it leaves whole on every rank. So a
 layer that is to be sharded holds its large tensors as frozen integer parameters: the codes of a block in one row, its
 scale in one row of another, so that every rank has whole blocks with their scales. The tables of a layer (4 to 272
-numbers, and an offset) stay whole.
+numbers, and an offset) stay whole. FSDP2 of torch before 2.13 takes floats alone: there the same bytes are called
+floats of eight bits while they are sharded and gathered, and nothing computes with them under that name.
 """
 
 from __future__ import annotations
@@ -20,6 +21,20 @@ from tensorkeep.quantization.codes import NESTED_BLOCK
 from tensorkeep.quantization.packed import Kind, Layout, Packed
 
 ROLES = ("weight", "absmax", "nested_absmax", "SCB")  # what is sharded
+OLD_TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13)
+_BYTES = torch.float8_e4m3fn  # what an older FSDP2 is told that bytes are
+
+
+def holds_codes(tensor: Tensor) -> bool:
+    """Whether a parameter holds codes or scales that are sharded, whatever this torch's FSDP2 calls them.
+
+    Args:
+        tensor: a parameter.
+
+    >>> holds_codes(torch.zeros(2, dtype=torch.uint8)), holds_codes(torch.zeros(2))
+    (True, False)
+    """
+    return not tensor.is_floating_point() or tensor.dtype == _BYTES
 
 
 def as_parameters(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -30,7 +45,8 @@ def as_parameters(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, nn
         tensors: by role, on any device, meta included.
 
     Returns:
-        Parameters of integers: codes `[blocks, block / 2]` (int8: `[out, in]`), scales as one row of bytes each.
+        Parameters of one byte an element: codes `[blocks, block / 2]` (int8: `[out, in]`), scales as one row of bytes
+        each. From torch 2.13 on they are integers, before they are called `float8_e4m3fn`.
     """
     return {
         role: nn.Parameter(rows_of(layout, role, tensors[role]), requires_grad=False)
@@ -49,10 +65,10 @@ def rows_of(layout: Layout, role: str, tensor: Tensor) -> Tensor:
     """
     if role == "weight" and layout.kind != "int8":
         width = layout.block // 2
-        return F.pad(tensor.reshape(-1), (0, -tensor.numel() % width)).view(-1, width)
-    if tensor.dtype == torch.float32:
-        return tensor.contiguous().view(torch.uint8).view(tensor.numel(), 4)
-    return tensor
+        tensor = F.pad(tensor.reshape(-1), (0, -tensor.numel() % width)).view(-1, width)
+    elif tensor.dtype == torch.float32:
+        tensor = tensor.contiguous().view(torch.uint8).view(tensor.numel(), 4)
+    return tensor.view(_BYTES) if OLD_TORCH else tensor
 
 
 def as_tensors(layout: Layout, parameters: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -74,6 +90,8 @@ def as_tensors(layout: Layout, parameters: Mapping[str, Tensor | None]) -> dict[
             hint = "call the model; merge and export read the files"
             raise TensorkeepError("codes are spread over the ranks", where="quantize", hint=hint)
         raw = held.detach()
+        if raw.dtype == _BYTES:
+            raw = raw.view(torch.int8 if role == "weight" and layout.kind == "int8" else torch.uint8)
         if role == "weight" and layout.kind != "int8":
             raw = raw.reshape(-1)[: (math.prod(layout.shape) + 1) // 2].view(-1, 1)
         elif role != "weight" and raw.dim() == 2:

@@ -7,6 +7,7 @@ from torch import nn
 from tensorkeep.formats.names import grouped
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.replacing import clean_name
+from tensorkeep.quantization.spreading import holds_codes
 from tensorkeep.quantization.stacks import Stack
 
 _SHOWN = 12
@@ -26,7 +27,7 @@ def stayed_wide(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             rows, columns = module.layout.shape
-            held = sum(p.numel() for p in module.parameters(recurse=False) if not p.is_floating_point())
+            held = sum(p.numel() for p in module.parameters(recurse=False) if holds_codes(p))
             total += rows * columns - held
             packed += rows * columns
         elif isinstance(module, Stack) and module.layout is not None:
@@ -35,7 +36,7 @@ def stayed_wide(model: nn.Module) -> str | None:
     wide = {
         clean_name(n).removesuffix(".base_layer"): p.numel()
         for n, p in model.named_parameters()
-        if p.ndim > 1 and p.is_floating_point() and not p.requires_grad and ".lora_" not in n
+        if p.ndim > 1 and not holds_codes(p) and not p.requires_grad and ".lora_" not in n
     }
     kinds = grouped(sorted(wide, key=lambda n: -wide[n]))
     if not wide or not total:

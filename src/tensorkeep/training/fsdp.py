@@ -63,15 +63,6 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
-def shards_integers() -> bool:
-    """Whether FSDP2 of this torch takes parameters of integers.
-
-    Returns:
-        True from 2.13 on; that of 2.11 fails over them (2.12 was not tried).
-    """
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 13)
-
-
 def shard_modules(
     model: nn.Module,
     units: Iterable[nn.Module],
@@ -99,7 +90,7 @@ def shard_modules(
     mesh = _mesh(world, replicas)
     for module in model.modules():  # codes and scales of quantized weights become parameters, which can be sharded
         spread = getattr(module, "spread", None)
-        if spread is not None and shards_integers():
+        if spread is not None:
             spread()
     # FSDP refuses scalars (a detection head has some): each rank keeps them, and `clipped` takes their gradients' mean
     kept = {p for p in model.parameters() if p.dim() == 0}
@@ -147,9 +138,9 @@ def _placement(ranks: int, parameter: nn.Parameter) -> Any:
 
 def _may_round(unit: nn.Module) -> bool:
     """Whether a unit may be gathered in 16 bits: nearly all of it is what autocast rounds as well."""
-    codes = any(not p.is_floating_point() for p in unit.parameters())
+    codes = any(p.element_size() == 1 for p in unit.parameters())
     if codes and tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
-        return False  # an older torch would turn codes into floats as well
+        return False  # an older torch would make 16 bits of codes as well
     total = sum(p.numel() for p in unit.parameters())
     return sum(p.numel() for p in _wide(unit)) <= _MOST * total
 
