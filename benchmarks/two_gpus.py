@@ -3,8 +3,10 @@
 A checkpoint of random weights (Llama-3.2-1B's or Llama-3.1-8B's shape, bf16) and JSON lines are written first. Then,
 each in processes of its own: one GPU, two under DDP, two under FSDP2, one that goes on from those shards; a full
 fine-tune with an average (`full`), and LoRA over nf4 (`qlora`). Printed are tokens a second (median of the later
-updates), the peak of a GPU's memory, seconds of the start, what the update after a save took longer, and bytes of the
-save; losses go to OUT/two_gpus.jsonl, row by row, so that a cut loses only the rest.
+updates), the peak of a GPU's memory, seconds of the start, what the update after each save took longer, and bytes of a
+save; for two processes also the seconds of `dcp.save`, of the same with `DurableWriter`, and of `dcp.async_save` until
+it returns and until it is done, of what trains with its moments. Losses go to OUT/two_gpus.jsonl, row by row, so that a
+cut loses only the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=list(SHAPES), default="1b")
     parser.add_argument("--ways", nargs="+", default=["qlora", "full"])
-    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=110, help="seconds of one run")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -115,7 +117,7 @@ def recipe_of(given: Any, place: Path, way: str, parallel: str, more: int) -> di
         "parallel": parallel,
         "gradient_checkpointing": True,
         "log_every": 1,
-        "save_every": given.updates // 2,
+        "save_every": given.updates // 3,
         "workers": 2,
     }
     made: dict[str, Any] = {
@@ -172,7 +174,12 @@ def measure(given: Any, place: Path, way: str, name: str, ranks: int, parallel: 
         "peak GiB a GPU": [round(r["peak"] / 2**30, 2) for r in found_ranks],
         "start s": [round(r["start"], 1) for r in found_ranks],
         "host peak GiB": [round(r["host"] / 2**30, 2) for r in found_ranks],
-        "update after the save took more s": round(after.get(given.updates // 2 + 1, usual) - usual, 3),
+        "updates after saves took more s": [
+            round(after[n + 1] - usual, 3)
+            for n in range(given.updates // 3, given.updates, given.updates // 3)
+            if n + 1 in after
+        ],
+        "saved by dcp s": [r["dcp"] for r in found_ranks if r["dcp"]],
         "losses": [r["loss"] for r in steps],
         "how": sorted({r["how"] for r in found_ranks}),
         "wall": round(row["wall"], 1),
@@ -208,10 +215,46 @@ def on_a_rank(job_file: Path, device: str) -> int:
         peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = {"rank": world.rank, "peak": peak, "host": host, "start": started, "how": str(outcome.level)}
+        found["dcp"] = saved_by_dcp(job, Path(asked["run"]).parent, world) if world.size > 1 else None
         os.write(1, ("RANK " + json.dumps(found) + "\n").encode())
     finally:
         distributed.stop()
     return 0
+
+
+def saved_by_dcp(job: Any, place: Path, world: Any) -> dict[str, float]:
+    """Seconds of torch's own saves of what trains and its moments, and of one through `DurableWriter`, twice each."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    import tensorkeep as tk
+
+    state: dict[str, Any] = {}
+    for name, parameter in job.model.named_parameters():
+        if parameter.requires_grad:
+            moments = job.optimizer.state.get(parameter, {})
+            state |= {name: parameter.detach(), **{f"{name}.{k}": t for k, t in moments.items() if torch.is_tensor(t)}}
+    group = dist.new_group(backend="gloo")  # async_save wants one of CPUs
+    took: dict[str, float] = {}
+    for turn in ("first", "second"):
+        for name in ("dcp.save", "DurableWriter", "dcp.async_save"):
+            folder = place / f"{turn}_{name}"
+            dist.barrier()
+            begun = time.perf_counter()
+            if name == "dcp.save":
+                dcp.save(state, storage_writer=dcp.FileSystemWriter(folder))
+            elif name == "DurableWriter":
+                dcp.save(state, storage_writer=tk.DurableWriter(folder))
+            else:
+                future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(folder), process_group=group)
+                took[f"{turn} {name} returned"] = round(time.perf_counter() - begun, 3)
+                future.result()
+            took[f"{turn} {name}"] = round(time.perf_counter() - begun, 3)
+            dist.barrier()
+            if world.rank == 0:
+                shutil.rmtree(folder)
+    return took
 
 
 def tell(out: Path, row: dict[str, Any]) -> None:
