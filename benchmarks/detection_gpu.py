@@ -10,6 +10,7 @@ Synthetic videos are drawn first. Then, each in processes of its own and with a 
 - `resume` (second GPU, beside it): deterministic kernels, killed by SIGKILL and resumed by the same call, to the bit;
   what they cost; a CUDA graph against launches.
 - `scaling` (both, NCCL): frames a second of two processes against one; the same updates from the same global batches.
+- `sharded` (both, NCCL): VideoMAEv2-g with adapters under FSDP2 against one GPU, and gone on with by one.
 - `language` (both, NCCL): a tiny language model under DDP and FSDP2, saved and resumed, also on another number of
   processes.
 
@@ -38,8 +39,14 @@ import numpy as np
 
 from tensorkeep.detection.data.synthetic import SyntheticConfig, make_video, write_video
 
-PARTS = ("busy", "resume", "scaling", "language")
-LIMITS = {"busy": 120.0, "resume": 150.0, "scaling": 260.0, "language": 60.0}  # seconds from its turn on
+PARTS = ("busy", "resume", "scaling", "sharded", "language")
+LIMITS = {
+    "busy": 120.0,
+    "resume": 150.0,
+    "scaling": 260.0,
+    "sharded": 150.0,
+    "language": 60.0,
+}  # seconds from its turn on
 BEGAN = time.monotonic()
 CLASSES = ("blink", "slide", "spin")
 
@@ -58,7 +65,7 @@ def main() -> None:
             bench.start()
             bench.make_videos()
             bench.together([n for n in ("busy", "resume") if n in args.parts])
-            for name in ("scaling", "language"):
+            for name in ("scaling", "sharded", "language"):
                 bench.together([name] if name in args.parts else [])
         finally:
             bench.stop()
@@ -87,7 +94,7 @@ class Bench:
     def start(self) -> None:
         for device, name in enumerate(PARTS):
             if name in self.args.parts:
-                several = name in ("scaling", "language")
+                several = name in ("scaling", "sharded", "language")
                 shown = {} if several else {"CUDA_VISIBLE_DEVICES": str(device)}
                 world = _world(2) if several else [{}]
                 self.processes[name] = [self._started(name, {**shown, **rank}) for rank in world]

@@ -315,6 +315,66 @@ def scaling(bench: Bench) -> None:
     distributed.stop()
 
 
+# -- sharded ----------------------------------------------------------------------------------------------------------
+
+
+def sharded(bench: Bench) -> None:
+    """VideoMAEv2-g with adapters: one GPU, shards on two, and one that goes on from the shards' checkpoint."""
+    world = distributed.start("cpu" if bench.tiny else "cuda")
+    bench.quiet = not world.first
+    folder, alone = bench.scratch / "sharded", World(device=world.device)
+
+    def trained(name: str, who: World, parallel: str, updates: int, begin: Path | None = None) -> dict[str, Any]:
+        changes = [
+            ("training.parallel", parallel),
+            ("training.precision", "bf16"),
+            ("training.batch_size", "2"),
+            ("training.workers", "0"),
+            ("data.feature_stride", "1"),
+            ("model.backbone.checkpointing", "none"),  # shards know no other
+            ("window_size", "64" if bench.tiny else "192"),
+        ]
+        made = bench.recipe(*changes, name="adatad_thumos_videomae_v2_g")
+        job, loop = build(made, folder / name, who)
+        job = replace(plain(job), data=Held(job, made, 4))
+        if not bench.tiny:
+            torch.cuda.reset_peak_memory_stats()
+        start = "auto" if begin is None else str(begin)
+        with Watch(who.device) as watch:
+            outcome = fit(
+                job, folder / name, short(loop, updates, save_every=bench.steps(6, 2)), start, who, ("updates",)
+            )
+        found = watch.figures(2)
+        seconds = float(found["seconds_an_update"])
+        return {
+            "frames_a_second": 2 * made.data.window_size / seconds,
+            "peak_gib": found["peak_gib"],
+            "stalls": found["stalls_of_saver"],
+            "level": outcome.level,
+            "losses": [float(loss) for loss in watch.losses],
+        }
+
+    def pair() -> None:
+        whole = bench.steps(9, 3)
+        one = trained("one", alone, "ddp", whole) if world.first else {}
+        distributed.gathered(world, None)
+        two = trained("two", world, "fsdp", whole)
+        peaks = distributed.gathered(world, two["peak_gib"])
+        bench.tell(one=one, two={**two, "peak_gib": peaks})
+        if world.first:
+            steps = sorted((folder / "two" / "checkpoints").glob("step-*"))
+            on = trained("elsewhere", alone, "ddp", whole, begin=steps[0])
+            bench.tell(
+                gone_on_by_one={**on, "from": steps[0].name},
+                weights_relative_l2=apart(folder / "two", folder / "elsewhere"),
+                weights_of_one_untouched=apart(folder / "two", folder / "one"),
+            )
+        distributed.gathered(world, None)
+
+    bench.attempt(pair)
+    distributed.stop()
+
+
 # -- language ---------------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +454,8 @@ def language(bench: Bench) -> None:
     distributed.stop()
 
 
-PARTS = {"busy": busy, "resume": resume, "killed": killed, "scaling": scaling, "language": language}
+PARTS = {"busy": busy, "resume": resume, "killed": killed, "scaling": scaling, "sharded": sharded}
+PARTS |= {"language": language}
 
 
 def main() -> None:

@@ -79,8 +79,8 @@ class Bench:
     def device(self) -> torch.device:
         return torch.device("cpu" if self.tiny else "cuda:0")
 
-    def recipe(self, *changes: tuple[str, str]) -> DetectionRecipe:
-        """ViT-S + QLoRA with random weights, on the synthetic videos."""
+    def recipe(self, *changes: tuple[str, str], name: str = RECIPE) -> DetectionRecipe:
+        """ViT-S + QLoRA, or another recipe of ours, with random weights, on the synthetic videos."""
         data = self.scratch / "data"
         moved = [(f"data.{part}.annotations", str(data / "annotations.json")) for part in ("train", "test")]
         moved += [(f"data.{part}.folder", str(data / "videos")) for part in ("train", "test")]
@@ -90,7 +90,7 @@ class Bench:
             ("training.pretrained", "null"),
             ("training.workers", "2" if self.tiny else "4"),
         ]
-        return read_recipe(RECIPE, [*moved, *(TINY if self.tiny else []), *changes])
+        return read_recipe(name, [*moved, *(TINY if self.tiny else []), *changes])
 
     def steps(self, many: int, few: int = 6) -> int:
         return few if self.tiny else many
