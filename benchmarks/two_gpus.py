@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=list(SHAPES), default="1b")
     parser.add_argument("--ways", nargs="+", default=["qlora", "full"])
+    parser.add_argument(
+        "--runs", nargs="+", default=["one", "ddp", "fsdp", "resume"], help="resume: from fsdp's shards"
+    )
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=110, help="seconds of one run")
@@ -53,9 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         tell(given.out, {"made": round(time.perf_counter() - begun, 1), "size": given.size})
         for way in given.ways:
             for name, ranks, parallel in (("one", 1, "ddp"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
-                measure(given, place, way, name, ranks, parallel)
-            # shards go on with one process: the same recipe, more updates
-            measure(given, place, way, "fsdp", 1, "ddp", more=4)
+                if name in given.runs:
+                    measure(given, place, way, name, ranks, parallel)
+            if "resume" in given.runs:  # shards go on with one process: the same recipe, more updates
+                measure(given, place, way, "fsdp", 1, "ddp", more=4)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return 0

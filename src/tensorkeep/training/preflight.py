@@ -7,7 +7,6 @@ to the other. Each check names the rank and its host, and fails on all ranks at 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import secrets
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import xxhash
 
+from tensorkeep import __version__
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import write_bytes
@@ -90,7 +90,7 @@ def agree(facts: dict[str, Any], world: World) -> list[str]:
     """
     if world.size == 1:
         return []
-    own = {"torch": str(torch.__version__), "tensorkeep": importlib.metadata.version("tensorkeep")}
+    own = {"torch": str(torch.__version__), "tensorkeep": __version__}
     own |= {name: _digest(value) for name, value in facts.items()}
     gathered(world, None)  # all are here, so that the clocks are read at one moment
     told = gathered(world, (socket.gethostname(), time.time(), own))
