@@ -10,6 +10,7 @@ import contextlib
 import json
 import secrets
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import xxhash
 
-from tensorkeep import __version__
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import write_bytes
@@ -90,7 +90,7 @@ def agree(facts: dict[str, Any], world: World) -> list[str]:
     """
     if world.size == 1:
         return []
-    own = {"torch": str(torch.__version__), "tensorkeep": __version__}
+    own = {"torch": str(torch.__version__), "tensorkeep": sys.modules["tensorkeep"].__version__}
     own |= {name: _digest(value) for name, value in facts.items()}
     gathered(world, None)  # all are here, so that the clocks are read at one moment
     told = gathered(world, (socket.gethostname(), time.time(), own))
