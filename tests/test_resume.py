@@ -419,7 +419,7 @@ def test_a_resume_that_is_exact_says_so_and_notes_nothing_twice(tmp_path: Path) 
         fit(dying(small_job(), 8), tmp_path, loop)  # step 7 was made, from checkpoint 4
     said: list[str] = []
     fit(small_job(), tmp_path, loop, say=heard(said))
-    assert "exact resume confirmed for steps 5, 6" in said
+    assert "exact resume confirmed for steps 5, 6: their losses are equal, bit for bit" in said
     noted = [(c, s) for c, s, _ in proof(tmp_path)]
     assert len(noted) == len(set(noted)) and {(4, 5), (4, 6), (8, 9), (8, 10)} <= set(noted)
 
@@ -442,6 +442,6 @@ def test_a_torn_proof_does_not_stop_a_run(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"checkpoint": 4, "step"')
     said: list[str] = []
     fit(small_job(), tmp_path, LOOP, say=heard(said))
-    assert "exact resume confirmed for steps 5" in said
+    assert "exact resume confirmed for steps 5: their losses are equal, bit for bit" in said
     assert [s for _, s, _ in proof(tmp_path)] == sorted({s for _, s, _ in proof(tmp_path)})
     assert [r["step"] for r in rows(tmp_path)] == list(range(1, 15))

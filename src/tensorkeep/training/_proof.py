@@ -80,7 +80,8 @@ class Proof:
     def _confirm(self) -> None:
         """Say for which steps the losses were equal."""
         if self.confirmed and self.say is not None:
-            self.say.remark(f"exact resume confirmed for steps {', '.join(map(str, self.confirmed))}")
+            steps = ", ".join(map(str, self.confirmed))
+            self.say.remark(f"exact resume confirmed for steps {steps}: their losses are equal, bit for bit")
         self.confirmed = []
 
     def _differs(self, then: metrics.Row, value: str) -> None:

@@ -123,7 +123,8 @@ class DataConfig:
             and self.feature_stride * self.sample_stride % self.scale_factor
         ):
             what = f"{self.feature_stride * self.sample_stride} frames a grid step are no multiple of scale_factor"
-            raise TensorkeepError(f"{what} {self.scale_factor}", where="data")
+            hint = f"scale_factor frames lie evenly in a grid step: take feature_stride {self.scale_factor}, or a multiple"
+            raise TensorkeepError(f"{what} {self.scale_factor}", where="data", hint=hint)
 
 
 @dataclass(frozen=True)
