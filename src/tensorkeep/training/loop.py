@@ -21,6 +21,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.output import Output
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.run_manifest import as_finding
+from tensorkeep.training import _beginning as beginning
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, metrics, preflight, randomness
@@ -232,14 +233,15 @@ def _set_out(job: Job, loop: Loop, world: World) -> None:
         job.model.compile()  # in place: names stay
 
 
-def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[resuming.Found, list[str]]:
+def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[beginning.Found, list[str]]:
     """Put back the newest checkpoint that is whole, and tell why the resume is not more exact.
 
     Of one in shards each rank reads its own, so that damage shows only now; then the one before is taken.
     """
     damaged: dict[Path, Finding] = {}
+    shared = run.world.size > 1 and is_sharded(run.job.model)
     while True:
-        found = resuming.find(run.folder, resume, run.world, damaged)
+        found = beginning.find(run.folder, resume, run.world, damaged, shared)
         if found.state is None:
             return found, []
         try:
@@ -252,7 +254,7 @@ def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) ->
             damaged[found.place] = as_finding(error, "warning")
 
 
-def _put(run: Run, found: resuming.Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
+def _put(run: Run, found: beginning.Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
     """Compare a checkpoint with the job and put it back."""
     distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
     return resuming.put_back(run.job, run.loop, run.world, state, run.scaler, adopt=found.place is not None)
