@@ -22,6 +22,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.names import matches
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import randomness
+from tensorkeep.training.batches import is_flow
 from tensorkeep.training.distributed import World, gathered
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors, undeclared
@@ -110,11 +111,12 @@ def snapshot(
     tensors, ties = stored_tensors(job.model, base=job.base is not None)
     optimizer, groups = optimizer_state(job.model, job.optimizer)
     averages: dict[str, Tensor] = {} if job.ema is None else job.ema.state_dict()
+    flow = job.data.state_at(samples) if is_flow(job.data) else None
     document = {
         "schema": 1,
         "step": step,
         "samples": samples,
-        "epoch": samples // max(len(job.data), 1),
+        "epoch": samples // max(len(job.data), 1) if flow is None else flow["epoch"],
         "world_size": world.size,
         "batch": loop.batch,
         "seed": loop.seed,
@@ -131,6 +133,7 @@ def snapshot(
         else {"updates": job.ema.updates, "decay": job.ema.decay, "warmup": job.ema.warmup},
         "state": {name: thing.state_dict() for name, thing in job.state.items()},
         "rng": gathered(world, randomness.capture()),
+        **({} if flow is None else {"flow": flow}),
     }
     return State(tensors, optimizer, averages, document, job.base, not_captured(job))
 
@@ -246,6 +249,7 @@ def put_back(
     if "ema" in then and (job.ema is None) != (then["ema"] is None):
         raise TensorkeepError("the average (EMA) is on in one and off in the other", where="resume", code="R04")
     absent = [name for name in job.state if name not in then.get("state", {})]
+    absent += ["data.streaming"] if is_flow(job.data) and "flow" not in then else []
     if absent:
         raise TensorkeepError(f"the checkpoint holds no state of {', '.join(absent)}", where="resume", code="R04")
     if state.shards is not None:
@@ -268,6 +272,8 @@ def put_back(
         scaler.load_state_dict(then["scaler"])
     for name, thing in job.state.items():
         thing.load_state_dict(then["state"][name])
+    if is_flow(job.data):
+        job.data.go_to(then["flow"])
     return _level(loop, world, then, _put_random(loop, world, then))
 
 

@@ -31,7 +31,7 @@ from tensorkeep.training._logbook import Log, due
 from tensorkeep.training._proof import Proof
 from tensorkeep.training._run import Run, trained
 from tensorkeep.training._update import share, update
-from tensorkeep.training.batches import Stream, batches
+from tensorkeep.training.batches import Data, Positions, Stream, batches, is_flow, streamed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.fsdp import blocks, is_sharded
 from tensorkeep.training.interruption import Interrupted, Wish, listening
@@ -162,14 +162,17 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
 def _batches(run: Run) -> Generator[list[Any], None, None]:
     """The micro-batches of each update that is left."""
     job, loop, world = run.job, run.loop, run.world
+    micro, left = loop.micro or math.ceil(loop.batch / world.size), loop.updates - run.step
+    if is_flow(job.data):
+        places = Positions(run.samples, left, loop.batch, world.rank, world.size)
+        return streamed(job.data, job.collate, places, micro, loop.workers)
     stream = Stream(loop.seed, len(job.data), job.orders)
-    micro = loop.micro or math.ceil(loop.batch / world.size)
     found = batches(
-        job.data,
+        cast("Data", job.data),
         job.collate,
         stream,
         start=run.samples,
-        updates=loop.updates - run.step,
+        updates=left,
         batch=loop.batch,
         micro=micro,
         rank=world.rank,
