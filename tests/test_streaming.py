@@ -106,7 +106,7 @@ def test_where_a_document_is_cut_every_token_is_a_target_once(files: list[Path],
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 def test_from_any_position_on_any_number_of_ranks_the_rows_are_those_of_an_unbroken_run(
     files: list[Path], data: st.DataObject
 ) -> None:
@@ -259,3 +259,6 @@ def test_units_and_lanes_follow_the_size_of_the_corpus(tmp_path: Path) -> None:
         file.truncate(80 << 30)  # a hole: nothing is read to divide it
     size, lanes = divided([large], "auto")
     assert (size, lanes) == (streaming.UNIT, 192)
+    with large.open("r+b") as file:
+        file.truncate(2 << 40)
+    assert divided([large], "auto") == (32 << 20, 192)

@@ -28,7 +28,8 @@ from tensorkeep.training.randomness import derive, order
 
 UNIT, SMALLEST_UNIT = 4 << 20, 64 << 10  # bytes of a file of lines
 LANES = (192, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # multiples of as many numbers of ranks as can be
-_UNITS, _BLOCK = 4, 256 << 20  # units that a lane has at least; bytes of all lanes' blocks together, about
+_UNITS, _MOST = 4, 1 << 16  # units that a lane has at least; units of a corpus, about, at most
+_BLOCK = 256 << 20  # letters of all lanes' blocks together, about
 
 Array = np.ndarray[Any, Any]
 
@@ -139,7 +140,7 @@ def divided(files: Sequence[Path], form: str) -> tuple[int, int]:
         Bytes of a unit, and lanes.
     """
     total = sum(path.stat().st_size for path in files)
-    size = min(UNIT, max(SMALLEST_UNIT, total // (LANES[0] * _UNITS)))
+    size = min(max(UNIT, total // _MOST), max(SMALLEST_UNIT, total // (LANES[0] * _UNITS)))
     count = sum(len(units_of(path, form, size)) for path in files)
     return size, next(lanes for lanes in LANES if lanes * _UNITS <= count or lanes == 1)
 
@@ -158,6 +159,7 @@ class Lane:
         self._block: _Block | None = None
         self._reader: tuple[tuple[int, int, int], Iterator[Any]] | None = None
         self._left: Counter[str] = Counter()
+        self._turns: dict[tuple[int, bool], list[int]] = {}
 
     def row(self) -> Row:
         """Make the next row.
@@ -238,7 +240,10 @@ class Lane:
     def _records(self, most: int, size: int) -> tuple[list[Any], tuple[int, int, int]]:
         """Read the records of a block: so many, or so many letters; and say where the next block begins."""
         epoch, unit, record = self.now[1:4]
-        turns = self.corpus.turns(self.number, epoch, bool(self.now.wide))
+        key = epoch, bool(self.now.wide)
+        if key not in self._turns:
+            self._turns = {key: self.corpus.turns(self.number, *key)}
+        turns = self._turns[key]
         found: list[Any] = []
         held = 0
         while unit < len(turns):
