@@ -1,6 +1,7 @@
 """Saves and resumes of a sharded state over gloo ranks: ours beside dcp.save and dcp.load of the same FSDP2 model.
 
     python -m benchmarks.scale_state [--parameters 95e6] [--ranks 2 4] [--saves 3] [--folder DIR]
+    python -m benchmarks.scale_state --whole
     python -m benchmarks.scale_state --plan 64
 
 A stack of matrices under `fully_shard` with AdamW's moments and an average, all fp32: S is 16 bytes a parameter. Every
@@ -130,7 +131,8 @@ def save(way: str, place: Path, parameters: float, saves: int, world: Any) -> di
     local = [t.to_local() if hasattr(t, "to_local") else t for part in nested(state).values() for t in part.values()]
     out: dict[str, Any] = {"share": sum(t.nbytes for t in local), "saves": []}
     out["largest"] = max(t.nbytes for t in local)
-    saver = Saver(place, Keep(last=1), background=True, world=world) if way == "run" else None
+    group = None if way == "whole" else world
+    saver = Saver(place, Keep(last=1), background=True, world=group) if way in ("run", "whole") else None
     for step in range(saves):
         state = state_of(model, optimizer, averages, step)
         distributed.gathered(world, None)
@@ -167,19 +169,27 @@ def resume(way: str, place: Path, parameters: float, world: Any) -> dict[str, An
     from tensorkeep.training import _shard_load, distributed  # noqa: F401  loaded before anything is measured
     from tensorkeep.training import saver as checkpoint
     from tensorkeep.training._shard_fill import filled
-    from tensorkeep.training.live_state import put_optimizer
+    from tensorkeep.training._sharding import like
+    from tensorkeep.training._whole_load import WholeFiles  # noqa: F401  likewise
+    from tensorkeep.training.live_state import put_optimizer, put_tensors
 
     empty = anonymous(os.getpid())
     model, optimizer, averages = model_of(parameters, world.size)
-    if way == "run":
+    if way in ("run", "shared", "each"):
         optimizer.state.clear()
     distributed.gathered(world, None)
     sent, found = wire(), dict[str, Any]()
     with watched(found, empty):
-        if way == "run":
-            state = checkpoint.opened(run_step(place))
+        if way in ("run", "shared"):
+            state = checkpoint.opened(run_step(place), world if way == "shared" else None)
             state = filled(state, model, optimizer, averages, world)
             put_optimizer(model, optimizer, state.optimizer, state.document["optimizer"], adopt=True)
+        elif way == "each":
+            state = checkpoint.load(run_step(place))
+            put_tensors(model, state.model, base=False)
+            put_optimizer(model, optimizer, state.optimizer, state.document["optimizer"], adopt=True)
+            averages = {n: like(state.ema[n], a) for n, a in averages.items()}
+            del state
         else:
             reader = tk.DurableReader(run_step(place)) if way == "reader" else dcp.FileSystemReader(run_step(place))
             dcp.load(nested(state_of(model, optimizer, averages, 0)), storage_reader=reader)
@@ -321,6 +331,19 @@ def row_of_resume(way: str, wrote: int, ranks: int, found: list[dict[str, Any]],
     return f"| {way} | {wrote} | {ranks} | {' | '.join(cells)} |"
 
 
+def whole(place: Path, options: argparse.Namespace) -> None:
+    """Print the table of resumes of a checkpoint that one process wrote."""
+    try:
+        options.saves = 1
+        size = sum(f["share"] for f in launch("save", "whole", 1, place / "whole", options))
+        for now in options.ranks:
+            for way in ("each", "shared"):
+                found = launch("resume", way, now, place / "whole", options)
+                print(row_of_resume(way, 1, now, found, size), flush=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def main() -> None:
     """Run every part on every number of ranks and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -328,6 +351,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--whole", action="store_true", help="resumes of a whole checkpoint, nothing else")
     parser.add_argument("--plan", type=int, default=0, help="plan a save of 70B on so many ranks, nothing else")
     parser.add_argument("--part", default="")
     parser.add_argument("--way", default="")
@@ -344,6 +368,9 @@ def main() -> None:
     place = Path(tempfile.mkdtemp(dir=options.folder))
     print(versions("torch"), f"loopback {'of its own' if options.apart else 'shared with others'}", sep="; ")
     saves, resumes = [], []
+    if options.whole:
+        whole(place, options)
+        return
     try:
         for ranks in options.ranks:
             for way in ("dcp.save", "writer", "run"):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import distributed, metrics
@@ -15,6 +18,7 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World, gathered, start, together, total
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
+from tensorkeep.training.waiting import from_first_at_length
 from tests.helpers import refused
 from tests.training import assert_same_run, dying, ranks, small_job
 
@@ -120,3 +124,21 @@ def test_two_processes_that_died_end_bitwise_where_they_would_have(tmp_path: Pat
     assert metrics.METRICS in {p.name for p in (tmp_path / "parts").iterdir()}
     run(tmp_path / "parts", 0)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_long_work_of_the_first_rank_is_waited_for_outside_of_collectives() -> None:
+    def work(world: World) -> None:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+
+        def long() -> str:
+            time.sleep(2.5)  # longer than a collective of this group may take
+            return "made"
+
+        def failing() -> str:
+            raise TensorkeepError("no such file", where="here")
+
+        assert from_first_at_length(world, long) == "made"
+        with pytest.raises(TensorkeepError, match="no such file"):
+            from_first_at_length(world, failing)
+
+    assert ranks(2, work) == [0, 0]

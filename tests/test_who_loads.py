@@ -156,10 +156,11 @@ def test_what_is_proven_for_torchtitan_loads_there(version: str, sources: Any, t
         if version == "0.2" and to == "hf" and name == "llama tied":
             continue  # its llama ties nothing, and asks for the head
         words = f"--to {to} --for torchtitan" + (" --naming torchtitan-0.2" if (version, to) == ("0.2", "dcp") else "")
-        sink = tmp_path / f"{name}-{to}".replace(" ", "-")
-        code, document, _ = converted(sources(name), sink, words)
-        assert (code, document["proof"]["target"]) == (0, "torchtitan"), name
-        pairs += [str(sink), str(sources(name).folder)]
+        for more in ["", " --ranks 3"] if to == "dcp" else [""]:
+            sink = tmp_path / f"{name}-{to}{more}".replace(" ", "-")
+            code, document, _ = converted(sources(name), sink, words + more)
+            assert (code, document["proof"]["target"]) == (0, "torchtitan"), name
+            pairs += [str(sink), str(sources(name).folder)]
     place = os.environ["TENSORKEEP_TORCHTITAN" if version == "0.3" else "TENSORKEEP_TORCHTITAN_02"]
     words = [sys.executable, str(ROOT / "tests" / "torchtitan_program.py"), *pairs]
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": place}, capture_output=True, text=True, check=True)

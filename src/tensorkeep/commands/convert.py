@@ -39,6 +39,7 @@ def convert(
     prefer: Literal["first", "last"] | None = None,
     from_naming: str | None = None,
     shard_size: str | None = None,
+    ranks: int | None = None,
     config: str | None = None,
     for_: Annotated[str | None, Parameter(name="--for")] = None,
     ema: Flag = False,
@@ -61,6 +62,7 @@ def convert(
         prefer: Which source to take a tensor from where two hold it.
         from_naming: The sources' naming, where it is not recognised by itself: {any_naming}.
         shard_size: The largest data file to write, e.g. 5GB.
+        ranks: Write a dcp folder as so many ranks under FSDP2 would: a file a rank, with its rows of every tensor.
         config: A config.json, or a folder with one, for sources that bring none.
         for_: The program that is to load it: {targets}. Chooses its names; what it would misread is refused.
         ema: Take a run's averaged weights instead of its last ones (--to hf, or peft where it trained an adapter).
@@ -77,17 +79,15 @@ def convert(
         raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
     if not dry_run:
         prepare(out, paths[-1])
-    if len(paths) == 2 and not dry_run and to == "pth" and naming == "minimind" and paths[1].endswith("_resume.pth"):
+    if not dry_run and (*paths[2:], to, naming) == ("pth", "minimind") and paths[1].endswith("_resume.pth"):
         return minimind_resume(out, paths[0], paths[1], overwrite)
     with contextlib.ExitStack() as stack:
         opened = staged(out, paths[0], paths[1], to, naming, ema, dry_run) if len(paths) == 2 else None
         run = stack.enter_context(opened) if opened is not None else None
         sources = [with_config(v, config) for v in ([run.view] if run is not None else map(read, paths[:-1]))]
-        live = all_live if twice and naming == "hf" else None  # of `--for transformers` and flame: dcp and pth
-        wanted, below = known_dtype(dtype, "convert", paths), root or root_of(for_)
-        plan = _planned(sources, to, naming, below, wanted, drop, prefer, from_naming, twice, live)
-        proof = check(plan, to, Path(paths[-1]).name, for_, installed())
-        limit = shard_limit(shard_size, to, paths[-1])
+        root, wanted = root or root_of(for_), known_dtype(dtype, "convert", paths)
+        plan = _planned(sources, to, naming, root, wanted, drop, prefer, from_naming, twice, ranks)
+        proof, limit = check(plan, to, Path(paths[-1]).name, for_, installed()), shard_limit(shard_size, to, paths[-1])
         return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run)
 
 
@@ -95,8 +95,9 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
     """Decide the conversion, once the words that the user gave are known."""
     from tensorkeep.conversion.planning import make_plan
 
-    drop, prefer, from_naming, twice, live = rest
-    return make_plan(
+    drop, prefer, from_naming, twice, ranks = rest
+    live = all_live if twice and naming == "hf" else None  # of `--for transformers` and flame: dcp and pth
+    plan = make_plan(
         sources,
         to,
         naming=known_naming(naming),
@@ -110,6 +111,8 @@ def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, 
         ties=tied_names,
         live=live,
     )
+    plan.ranks = ranks
+    return plan
 
 
 def _carry_out(
@@ -145,7 +148,8 @@ def _carry_out(
 def _show_plan(out: Output, plan: Any, proof: Any, sink: str, to: str) -> int:
     """What a conversion would do, line by line."""
     if out.json:
-        shown = {"format": to, "naming": plan.naming, "root": plan.root, "bytes": plan.nbytes, "steps": plan.to_json()}
+        shown = {"format": to, "naming": plan.naming, "root": plan.root, "ranks": plan.ranks, "bytes": plan.nbytes}
+        shown["steps"] = plan.to_json()
         out.document({"dry_run": True, "sink": sink, **shown, "proof": {**proof.to_json(), "bytes": False}})
     for step in plan.steps:
         out.line(step.line)
@@ -165,6 +169,7 @@ def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str, said:
                 "format": to,
                 "naming": plan.naming,
                 "root": plan.root,
+                "ranks": plan.ranks,
                 "bytes": result.nbytes,
                 "tensors": len(result.digests),
                 "dropped": [{"name": s.parts[0].name, "reason": s.reason} for s in plan.dropped],
@@ -179,7 +184,8 @@ def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str, said:
     if result.cleared:
         out.remark(f"note: a command was killed there before; removed: {', '.join(result.cleared)}")
     took = sum(result.seconds.values())
-    out.line(f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}, {proof.line} ({took:.1f} s)")
+    ranks = f" in the shards of {plan.ranks} ranks" if plan.ranks is not None else ""
+    out.line(f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}{ranks}, {proof.line} ({took:.1f} s)")
     return 0
 
 

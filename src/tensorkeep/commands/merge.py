@@ -37,6 +37,7 @@ def merge(
     root: str | None = None,
     dtype: str | None = None,
     shard_size: str | None = None,
+    ranks: int | None = None,
     config: str | None = None,
     untie: Flag = False,
     allow_other_base: Flag = False,
@@ -58,6 +59,7 @@ def merge(
         root: Nest the sink's names under this word. Default: none.
         dtype: Round every floating tensor to it (bf16, fp16, fp32). Default: the base's own.
         shard_size: The largest data file to write, e.g. 5GB.
+        ranks: Write a dcp folder as so many ranks under FSDP2 would: a file a rank, with its rows of every tensor.
         config: A config.json, or a folder with one, for a base that brings none.
         untie: Write head and embedding as two tensors, where the adapter changes one of a tied pair.
         allow_other_base: Merge though the adapter names another base by digest.
@@ -76,17 +78,10 @@ def merge(
         _name_as_files(base, sources)
         merging.refuse_merged_before(base, sources)
         merging.refuse_other_base(base, [] if allow_other_base else sources)
-        job = plan_merge(
-            base,
-            sources,
-            to,
-            onto=onto,
-            naming=known_naming(naming),
-            root=known_root(root, to),
-            dtype=known_dtype(dtype, "merge", paths),
-            untie=untie,
-            ask=names_for,
-        )
+        made: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to)}
+        made |= {"dtype": known_dtype(dtype, "merge", paths), "untie": untie}
+        job = plan_merge(base, sources, to, onto=onto, ask=names_for, **made)
+        job.plan.ranks = ranks
         job.plan.notes += _left_out_by_peft(base, sources)
         return _carry_out(out, job, paths[-1], to, shard_limit(shard_size, to, paths[-1]), dry_run, overwrite)
 

@@ -55,6 +55,9 @@ def convert_remote(
     _refuse_overlap(out, plan)
     stale = _stages(system, final, name)
     present = _refuse_existing(system, final, out, overwrite, list(stale))
+    if plan.ranks is not None:
+        hint = "write it to a disk, and copy the folder: aws s3 cp --recursive"
+        raise TensorkeepError("ranks' files are not written into a store", where=out, hint=hint)
     layouts, single = sink_files(plan, name, to, shard_size)
     started = time.perf_counter()
     stage = f".{name}.{secrets.token_hex(4)}{TEMPORARY}"

@@ -153,6 +153,7 @@ class Plan:
         roots: first segments of the output's names that a .pth keeps as nested dicts.
         beside: plain values that a .pth keeps next to its tensors.
         header: entries of the safetensors header beside `format`.
+        ranks: write as so many ranks would, each its rows of every tensor (dcp); None: every tensor whole.
     """
 
     sources: list[StateView]
@@ -165,6 +166,7 @@ class Plan:
     roots: tuple[str, ...] = ()  # first segments of the sink's names that pth turns into dicts
     beside: dict[str, Any] = field(default_factory=dict)  # plain values that pth keeps next to them
     header: dict[str, str] = field(default_factory=dict)  # what safetensors keeps in its header beside the tensors
+    ranks: int | None = None
 
     @property
     def tensors(self) -> list[SinkTensor]:

@@ -22,6 +22,7 @@ from tensorkeep.storage.placement import replacing_all
 from tensorkeep.storage.spreading import cores
 
 THREADS = cores()
+_MOST_RANKS = 4096
 
 
 def quiet(_what: str, _done: int, _total: int) -> None:
@@ -155,6 +156,7 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
         "roots": plan.roots,
         "beside": plan.beside,
         "header": plan.header,
+        **_ranks(plan.ranks, to, shard_size),
     }
     if single:
         options |= {"name": name, "shard_size": 1 << 62}
@@ -169,6 +171,19 @@ def sink_files(plan: Plan, name: str, to: str, shard_size: int | None) -> tuple[
             *layouts,
         ]
     return layouts, single
+
+
+def _ranks(ranks: int | None, to: str, shard_size: int | None) -> dict[str, int]:
+    """Return the option of formats that can be written as several ranks do; refuse it where it means nothing."""
+    if ranks is None:
+        return {}
+    if not formats.fact(to, "RANKS"):
+        raise TensorkeepError(f"{to} is not written by ranks", where="--ranks", hint="--to dcp")
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise TensorkeepError(f"{ranks} is no number of ranks", where="--ranks", hint=f"1 to {_MOST_RANKS}")
+    if shard_size is not None:
+        raise TensorkeepError("every rank writes one file", where="--shard-size", hint="leave it out, or --ranks")
+    return {"ranks": ranks}
 
 
 def stored(layouts: Sequence[FileLayout]) -> int:

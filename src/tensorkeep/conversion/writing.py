@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from tensorkeep.conversion._ranked import write_ranked
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Pieces, Sums, rows_apart, with_ties, write_tensor
 from tensorkeep.errors import TensorkeepError
@@ -219,7 +220,8 @@ def write_files(
         folder: where they are made; none of them may exist.
         plan: says what each tensor is made of.
         progress: called as `progress("write", done, total)` with bytes.
-        read_back: gets the digest of each place that was read back from the disk; `prove` takes it.
+        read_back: gets the digest of each place that was read back from the disk; `prove` takes it. Of an output as
+            several ranks write it nothing is read back here, and `prove` reads it all.
 
     Returns:
         The checksums of every tensor, by output name.
@@ -228,6 +230,8 @@ def write_files(
         TensorkeepError: a disk is full or fails, a source gives other bytes than its header promised, or a file is not
             what was written (F03).
     """
+    if plan.ranks is not None:
+        return with_ties(write_ranked(layouts, folder, plan, progress, write_all, _write_rest), plan)
     writing = _Writing(layouts, folder, plan, progress)
     threads = [threading.Thread(target=writing.work, daemon=True) for _ in range(writing.workers)]
     try:

@@ -38,6 +38,7 @@ from tensorkeep.storage.record import DTYPES, FROM_TORCH, Block, TensorRecord, s
 
 LOOKS = "a DCP folder with .metadata"
 NESTS, CHECKSUMS, TIED = True, True, "both"
+RANKS = True  # can be written as several ranks would
 METADATA = ".metadata"
 CLASSES = [  # of torch.distributed.checkpoint.metadata, as honest metadata names them
     "Metadata",
@@ -229,47 +230,94 @@ def locate(folder: Folder, record: TensorRecord, block: Block) -> Block:
 
 
 def layout(
-    tensors: Sequence[SinkTensor], *, shard_size: int | None = None, root: str | None = None, **_: Any
+    tensors: Sequence[SinkTensor],
+    *,
+    shard_size: int | None = None,
+    root: str | None = None,
+    ranks: int | None = None,
+    **_: Any,
 ) -> list[FileLayout]:
-    """Lay out data files `__0_N.distcp`, and `.metadata` as the last file.
+    """Lay out data files `__0_N.distcp`, or `__R_0.distcp` of each rank, and `.metadata` as the last file.
 
     Args:
         tensors: the tensors to be written.
         shard_size: most bytes of tensor data per file; 5 GB where it is not given.
         root: name under which DCP nests the tensors: `root.name`.
+        ranks: write as so many ranks would whose tensors are sharded by rows (FSDP2); None: whole tensors.
 
     Raises:
         TensorkeepError: torch has no dtype for one of the tensors.
     """
-    files, places = [], {}
+    numbered = [(f"__0_{n}.distcp", part) for n, part in enumerate(shards(tensors, shard_size or SHARD_SIZE))]
+    whole = [(file, [(tensor, (0,) * len(tensor.shape)) for tensor in part]) for file, part in numbered]
+    files, places = [], dict[str, dict[tuple[int, ...], Place]]()
     archive = lone_archives()
-    for number, part in enumerate(shards(tensors, shard_size or SHARD_SIZE)):
-        file, at = f"__0_{number}.distcp", 0
+    for file, chunks in whole if ranks is None else _of_ranks(tensors, ranks):
+        at = 0
         segments: list[Fixed | Slot | Trailer] = []
-        for tensor in part:
-            made, end = archive(at, tensor)
+        for chunk, corner in chunks:
+            made, end = archive(at, chunk)
             segments += made
-            places[tensor.name] = (file, at, end - at)
+            places.setdefault(chunk.name, {})[corner] = (file, at, end - at)
             at = end
         files.append(FileLayout(file, segments))
-    return [*files, small_file(METADATA, metadata(tensors, places, root))]
+    return [*files, small_file(METADATA, metadata(tensors, places, root, ranks))]
 
 
-def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str | None) -> bytes:
+def chunks_of(shape: tuple[int, ...], ranks: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a tensor into the chunks that torch saves of it: offsets and sizes.
+
+    Args:
+        shape: its sizes.
+        ranks: how many ranks share its rows, each `ceil(rows / ranks)` but the last; what is left without rows is one
+            empty chunk, as torch has it. None: nobody shares it.
+
+    >>> chunks_of((5, 3), 4)
+    [((0, 0), (2, 3)), ((2, 0), (2, 3)), ((4, 0), (1, 3)), ((5, 0), (0, 3))]
+    """
+    if not shape or ranks is None:
+        return [((0,) * len(shape), shape)]
+    rows = -(-shape[0] // ranks)
+    firsts = list(range(0, shape[0], rows or 1))
+    firsts += [shape[0]] if len(firsts) < ranks else []
+    rest = (0,) * (len(shape) - 1)
+    return [((first, *rest), (min(rows, shape[0] - first), *shape[1:])) for first in firsts]
+
+
+def _of_ranks(tensors: Sequence[SinkTensor], ranks: int) -> list[tuple[str, list[tuple[SinkTensor, tuple[int, ...]]]]]:
+    """Deal the chunks of tensors to ranks: a tensor's n-th to the n-th, an empty one to the last."""
+    own: list[list[tuple[SinkTensor, tuple[int, ...]]]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for tensor in tensors:
+        for number, (corner, extent) in enumerate(chunks_of(tensor.shape, ranks)):
+            rank = load.index(min(load)) if not extent else number if extent[0] else ranks - 1
+            chunk = SinkTensor(tensor.name, tensor.dtype, extent)
+            own[rank].append((chunk, corner))
+            load[rank] += chunk.nbytes
+    return [(f"__{rank}_0.distcp", mine) for rank, mine in enumerate(own)]
+
+
+def metadata(
+    tensors: Sequence[SinkTensor],
+    places: dict[str, dict[tuple[int, ...], Place]],
+    root: str | None,
+    ranks: int | None = None,
+) -> bytes:
     """Make the bytes of `.metadata`: what torch's FileSystemWriter would pickle, less its path and random ids."""
     described, storage, paths = {}, {}, {}
-    index = template(_object("MetadataIndex", {"fqn": HOLE, "offset": HOLE, "index": 0}), _KNOWN)
+    index = template(_object("MetadataIndex", {"fqn": HOLE, "offset": HOLE, "index": HOLE}), _KNOWN)
     module, _, kind = STORAGE_INFO.rpartition(".")
     state = {"relative_path": HOLE, "offset": HOLE, "length": HOLE}
     info = template(Object(Global(module, kind), state=state), _KNOWN)
-    alike: dict[tuple[str, tuple[int, ...]], tuple[Pickled, Pickled]] = {}
+    alike: dict[tuple[str, tuple[int, ...]], tuple[Pickled, list[tuple[tuple[int, ...], Pickled]]]] = {}
     for tensor in tensors:
         name = f"{root}.{tensor.name}" if root else tensor.name
         key = tensor.dtype, tensor.shape
         if key not in alike:
-            alike[key] = _described(*key)
-        described[name], zero = alike[key]
-        storage[index(name, zero)] = info(*places[tensor.name])
+            alike[key] = _described(*key, ranks)
+        described[name], corners = alike[key]
+        for number, (corner, spelled) in enumerate(corners):
+            storage[index(name, spelled, number)] = info(*places[tensor.name][corner])
         paths[name] = (root, tensor.name) if root else (tensor.name,)
     return emit(
         _object(
@@ -286,12 +334,15 @@ def metadata(tensors: Sequence[SinkTensor], places: dict[str, Place], root: str 
     )
 
 
-def _described(dtype: str, shape: tuple[int, ...]) -> tuple[Pickled, Pickled]:
-    """Pickle what the metadata says of every tensor of a dtype and shape, and the offsets of its one chunk."""
-    zero = _torch_size((0,) * len(shape))
-    chunk = _object("ChunkStorageMetadata", {"offsets": zero, "sizes": _torch_size(shape)})
-    fields = {"properties": _properties(dtype), "size": _torch_size(shape), "chunks": [chunk]}
-    return pickled(_object("TensorStorageMetadata", fields), _KNOWN), pickled(zero, _KNOWN)
+def _described(
+    dtype: str, shape: tuple[int, ...], ranks: int | None
+) -> tuple[Pickled, list[tuple[tuple[int, ...], Pickled]]]:
+    """Pickle what the metadata says of every tensor of a dtype and shape, and the offsets of its chunks."""
+    cut = chunks_of(shape, ranks)
+    chunks = [_object("ChunkStorageMetadata", {"offsets": _torch_size(o), "sizes": _torch_size(n)}) for o, n in cut]
+    fields = {"properties": _properties(dtype), "size": _torch_size(shape), "chunks": chunks}
+    corners = [(corner, pickled(_torch_size(corner), _KNOWN)) for corner, _ in cut]
+    return pickled(_object("TensorStorageMetadata", fields), _KNOWN), corners
 
 
 def _object(kind: str, state: Any) -> Object:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language._flow import StreamedData, begun
 from tensorkeep.language.data.chat import Chat, tokenizer_settings
 from tensorkeep.language.data.conversations import Conversation, Preference
 from tensorkeep.language.data.packing import plan
@@ -15,11 +17,13 @@ from tensorkeep.language.data.parts import Part, cached_parts, parts_of
 from tensorkeep.language.data.preferences import Pairs
 from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
 from tensorkeep.language.data.sources import expanded
+from tensorkeep.language.data.streaming import Corpus
 from tensorkeep.language.data.texts import records_of
 from tensorkeep.language.data.tokens import Encoded, in_batches
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
+from tensorkeep.training.waiting import from_first_at_length
 
 Remark = Callable[[str], None]
 
@@ -43,7 +47,7 @@ def make_data(
     run: Path,
     world: World,
     remark: Remark,
-) -> PackedData | LiveConversations | Pairs:
+) -> PackedData | LiveConversations | Pairs | StreamedData:
     """Make the samples of a data section; the first rank fills the token cache, the others wait for it.
 
     Args:
@@ -56,29 +60,25 @@ def make_data(
         remark: is told what was left out, and when a damaged cache is made again.
 
     Returns:
-        `Pairs` (without a reference) for dpo, `LiveConversations` where they are augmented, else `PackedData`.
+        `StreamedData` where the section asks for it, `Pairs` (without a reference) for dpo, `LiveConversations` where
+        they are augmented, else `PackedData`.
 
     Raises:
         TensorkeepError: a file cannot be read, a record does not fit the objective, or nothing is left.
     """
     live = config.augmentation is not None and config.augmentation.on
-    cut = _cut(recipe, config)
-    settings = {
-        "objective": recipe.objective,
-        "format": config.format,
-        "cut": config.length if cut else None,
-        "bos": config.bos,
-        "eos": config.eos,
-        **tokenizer_settings(tokenizer),
-    }
-    settings |= {"lines": True} if live else {}
+    cut = None if config.streaming and config.packing == "concatenate" else _cut(recipe, config)
+    settings = _settings(recipe, config, tokenizer, cut, live)
     files = expanded(config.files)
     if [str(path) for path in files] != [str(Path(name)) for name in config.files] and world.first:
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         remark(f"data.files: {len(files)} files: {', '.join(path.name for path in files[:5])}{more}")
+    if config.streaming:
+        return _streamed(
+            recipe, config, TextReader(recipe, config, tokenizer, cut), vocabulary, files, settings, world, remark
+        )
     # the first rank reads the files once for their digests; all make tokens, and nobody waits in a collective for them
-    mine = distributed.together(world, lambda: parts_of(files, settings, config.format) if world.first else None)
-    digest, parts = distributed.gathered(world, mine)[0]
+    digest, parts = from_first_at_length(world, lambda: parts_of(files, settings, config.format, remark=remark))
     left = Counter[str]()
 
     def encoded(part: Part) -> Iterator[Encoded]:
@@ -95,6 +95,60 @@ def make_data(
     return PackedData(tokens, plan(tokens.offsets, config.length, config.packing), f"{config.packing} {config.length}")
 
 
+def _settings(
+    recipe: LanguageRecipe, config: DataConfig, tokenizer: Any, cut: int | None, live: bool
+) -> dict[str, Any]:
+    """What tokens depend on beside the files."""
+    settings = {
+        "objective": recipe.objective,
+        "format": config.format,
+        "cut": config.length if cut else None,
+        "bos": config.bos,
+        "eos": config.eos,
+        **tokenizer_settings(tokenizer),
+    }
+    return settings | ({"lines": True} if live else {})
+
+
+@dataclass(frozen=True, eq=False)
+class TextReader:
+    """Reads records as a recipe says and makes tokens of them, in this process or a worker."""
+
+    recipe: LanguageRecipe
+    config: DataConfig
+    tokenizer: Any
+    cut: int | None
+
+    def records(self, path: Path, begin: int, end: int | None) -> Iterator[Any]:
+        """Read the records of a stretch of a file."""
+        return records_of(path, self.recipe.objective, self.config.format, begin, end)
+
+    def encode(self, records: Sequence[Any]) -> tuple[list[Encoded], Counter[str]]:
+        """Tokenize records; also counts what is left out."""
+        left = Counter[str]()
+        return list(_encoded(self.recipe, self.config, self.tokenizer, self.cut, records, left)), left
+
+
+def _streamed(
+    recipe: LanguageRecipe,
+    config: DataConfig,
+    reader: TextReader,
+    vocabulary: int,
+    files: list[Path],
+    settings: dict[str, Any],
+    world: World,
+    remark: Remark,
+) -> StreamedData:
+    """Make data that is tokenized while it is read."""
+    first, seed = tuple(distributed.gathered(world, files)[0]), recipe.training.seed
+    how: dict[str, Any] = {"length": config.length, "packing": config.packing, "buffer": config.shuffle_buffer}
+
+    def corpus(size: int, lanes: int) -> Corpus:
+        return Corpus(first, size, lanes, reader, max(vocabulary, 256), config.format, **how, seed=seed)
+
+    return StreamedData(begun(corpus, first, config.format, world), settings | how, world, remark)
+
+
 def _cut(recipe: LanguageRecipe, config: DataConfig) -> int | None:
     """Tokens a document is cut at: conversations always, texts where each has a row of its own; None: nowhere."""
     return config.length if config.packing == "none" or recipe.objective != "pretrain" else None
@@ -105,6 +159,18 @@ def encode(
 ) -> Iterator[Encoded]:
     """Tokenize every document of a part; a record without a token that counts is left out, and counted in `left`."""
     found = records_of(part.path, recipe.objective, config.format, part.begin, part.end)
+    yield from _encoded(recipe, config, tokenizer, cut, found, left)
+
+
+def _encoded(
+    recipe: LanguageRecipe,
+    config: DataConfig,
+    tokenizer: Any,
+    cut: int | None,
+    found: Iterable[Any],
+    left: Counter[str],
+) -> Iterator[Encoded]:
+    """Tokenize records, as `encode` does."""
     if recipe.objective == "pretrain":
         yield from _encode_texts((str(text) for text in found), tokenizer, config.bos, config.eos, cut, left)
         return

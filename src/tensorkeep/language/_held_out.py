@@ -94,8 +94,8 @@ def evaluation_of(
         remark: is told what was left out.
         rows: at most so many samples (None: all).
     """
-    config = replace(recipe.data, files=files, format=form, augmentation=None)
-    data = make_data(recipe, config, start.tokenizer, start.vocabulary, run, world, remark)
+    config = replace(recipe.data, files=files, format=form, augmentation=None, streaming=False)
+    data: Any = make_data(recipe, config, start.tokenizer, start.vocabulary, run, world, remark)
     pad, training = pad_of(start.tokenizer), recipe.training
     if isinstance(data, Pairs):
         digest, micro = str(start.digest(world)), training.micro_batch or training.batch_size

@@ -149,6 +149,9 @@ def continued(
     from tensorkeep.language.minimind.continue_from import continue_from
 
     t = recipe.training
+    if recipe.data.streaming:
+        what = "a resume file of MiniMind says a position in data of known length"
+        raise TensorkeepError(what, where="data.streaming", hint="streaming: false")
     epochs = int(t.epochs) if t.epochs is not None and float(t.epochs).is_integer() else None
     on = continue_from(path, job.model, len(job.data), t.micro_batch or t.batch_size, epochs=epochs, base=job.base)
     job.orders, job.recipe = on.orders, job.recipe | {"continued_from": on.origin}

@@ -37,6 +37,9 @@ class DataConfig:
         eos: Whether one for the end is put behind it.
         cache: Folder for tokens; null: in the run.
         augmentation: MiniMind's random changes of a conversation, of objective sft and packing none; null: none.
+        streaming: Whether texts are tokenized while they are read, and never as a whole: for corpora that are large
+            beside the disk or the time. How long is then said in updates.
+        shuffle_buffer: Documents that are mixed with each other where `streaming` is on; 0: they keep their order.
     """
 
     files: tuple[str, ...]
@@ -47,8 +50,14 @@ class DataConfig:
     eos: bool = True
     cache: str | None = None
     augmentation: Augmentation | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
 
     def __post_init__(self) -> None:
+        if self.shuffle_buffer < 0:
+            raise TensorkeepError(f"shuffle_buffer {self.shuffle_buffer} cannot be negative", where="data")
+        if self.streaming and self.augmentation is not None and self.augmentation.on:
+            raise TensorkeepError("a stream is not augmented", where="data", hint="augmentation: null")
         if not self.files:
             raise TensorkeepError("names no file", where="data.files")
         if self.length < 2:
@@ -157,6 +166,12 @@ class LanguageRecipe:
             raise TensorkeepError("nothing is evaluated", where="training.best", hint="evaluation: {files: [...]}")
         if self.objective == "dpo" and (self.data.packing != "none" or self.data.augmentation is not None):
             raise TensorkeepError("pairs are neither packed nor augmented", where="data", hint="packing: none")
+        if self.data.streaming and self.objective == "dpo":
+            raise TensorkeepError("pairs are not streamed", where="data.streaming", hint="streaming: false")
+        counted = self.training.epochs is not None or "epochs" in (self.training.unit, self.schedule.unit)
+        if self.data.streaming and counted:
+            what = "how long an epoch of a stream is is not known before it is read"
+            raise TensorkeepError(what, where="training.epochs, unit", hint="training.updates, and unit: updates")
         if self.objective == "dpo" and self.model is None:
             raise TensorkeepError("preferences need a trained model", where="recipe", hint="model: CHECKPOINT")
         if self.objective != "sft" and self.data.augmentation is not None:

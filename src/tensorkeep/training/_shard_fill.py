@@ -1,4 +1,4 @@
-"""Read each rank's own part of a sharded checkpoint straight into its tensors."""
+"""Read each rank's own part of a checkpoint, sharded or whole, straight into its tensors."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def filled(state: State, model: nn.Module, optimizer: Optimizer, averages: Mappi
     """
     shards = state.shards
 
+    # none begins to read, which a whole checkpoint needs all for, unless all will
+    together(world, lambda: check_tensors(model, shards.parts["model"], base=state.base is not None))
+
     def read() -> State:
-        check_tensors(model, shards.parts["model"], base=state.base is not None)
         live, _ = stored_tensors(model, base=state.base is not None)
         parameters = dict(model.named_parameters())
         into = {
@@ -71,7 +73,7 @@ def filled(state: State, model: nn.Module, optimizer: Optimizer, averages: Mappi
 
 def _room(stored: Tensor, live: Tensor | None, fill: bool) -> Tensor:
     """Give the tensor that a stored one is read into: the live one, or a new one spread like it, or a whole one."""
-    if live is None or live.shape != stored.shape or live.dim() == 0:
+    if live is None or live.shape != stored.shape or live.dim() == 0 or not live.is_contiguous():
         return torch.empty_like(stored, device="cpu")
     if fill and live.dtype == stored.dtype:
         return live.detach()

@@ -9,11 +9,11 @@ takes every W-th sample of a batch, from the r-th on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -39,6 +39,59 @@ class Data(Protocol):
 
     def fingerprint(self) -> str:
         """Give a text that changes when the data does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The places in the stream of samples whose samples one rank takes, update by update.
+
+    Args:
+        start: samples before the first update.
+        updates: for so many updates.
+        batch: samples of a global batch.
+        rank: whose they are.
+        world: how many ranks there are.
+
+    >>> list(Positions(10, 2, 4, 1, 2))
+    [11, 13, 15, 17]
+    """
+
+    start: int
+    updates: int
+    batch: int
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[int]:
+        for update in range(self.updates):
+            first = self.start + update * self.batch
+            yield from range(first + self.rank, first + self.batch, self.world)
+
+
+class Flow(Protocol):
+    """Data that is read in order, whose position is more than a number; its length is not known (0)."""
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Give a text that changes with the way samples are made."""
+        ...
+
+    def rows(self, positions: Positions, workers: int) -> Iterator[Any]:
+        """Give one rank's samples in order; every rank's together are the stream, whatever the number of ranks."""
+        ...
+
+    def note(self, samples: int) -> None:
+        """Keep where the data stands, now that `samples` have been given over all ranks."""
+        ...
+
+    def state_at(self, samples: int) -> dict[str, Any]:
+        """Give what was kept for `samples`, as plain JSON; every rank calls it."""
+        ...
+
+    def go_to(self, state: Mapping[str, Any]) -> None:
+        """Stand where `state_at` was called, on any number of ranks."""
         ...
 
 
@@ -201,6 +254,42 @@ def batches(
         if len(held) == parts:
             yield held
             held = []
+
+
+def is_flow(data: Data | Flow) -> TypeGuard[Flow]:
+    """Whether data is read in order.
+
+    Args:
+        data: a job's.
+    """
+    return hasattr(data, "state_at")
+
+
+def streamed(
+    data: Flow,
+    collate: Callable[[list[Any]], Any],
+    positions: Positions,
+    micro: int,
+    workers: int = 0,
+) -> Generator[list[Any], None, None]:
+    """Fetch one rank's micro-batches of data that is read in order, as `batches` does.
+
+    Args:
+        data: gives samples.
+        collate: makes a batch of a list of samples.
+        positions: which samples.
+        micro: at most so many samples a micro-batch.
+        workers: processes that make samples ahead (0: none).
+    """
+    at, rows = positions.start, data.rows(positions, workers)
+    together = _Collate(collate)
+    for _ in range(positions.updates):
+        keys = [(0, p) for p in range(at, at + positions.batch)]
+        parts = micro_batches(keys, positions.rank, positions.world, micro)
+        own = {place: next(rows) for place in range(at + positions.rank, at + positions.batch, positions.world)}
+        at += positions.batch
+        data.note(at)
+        yield [together([own[place] for _, place in part]) for part in parts]
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tensorkeep.training._retention import Keep
-from tensorkeep.training.batches import Data, Orders
+from tensorkeep.training.batches import Data, Flow, Orders
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.sections import TrainingConfig, counted, updates_of
 
@@ -33,7 +33,7 @@ class Job:
     Args:
         model: the model, on its device.
         optimizer: over the parameters that train; a group without a `base_lr` gets its `lr` as one.
-        data: the samples of an epoch, by number.
+        data: the samples of an epoch, by number, or a flow of them that is read in order.
         collate: puts samples into one batch.
         loss: `loss(model, batch, divisor)` gives named scalars; `"loss"` is this micro-batch's *share*: sums divided by
             the divisor of the whole update, so that shares add up over micro-batches and ranks to the loss of the
@@ -57,7 +57,7 @@ class Job:
 
     model: nn.Module
     optimizer: Optimizer
-    data: Data
+    data: Data | Flow
     collate: Callable[[list[Any]], Any]
     loss: Callable[[nn.Module, Any, float], Mapping[str, Tensor]]
     count: Callable[[Any], float]

@@ -21,6 +21,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.output import Output
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.run_manifest import as_finding
+from tensorkeep.training import _beginning as beginning
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, metrics, preflight, randomness
@@ -30,7 +31,7 @@ from tensorkeep.training._logbook import Log, due
 from tensorkeep.training._proof import Proof
 from tensorkeep.training._run import Run, trained
 from tensorkeep.training._update import share, update
-from tensorkeep.training.batches import Stream, batches
+from tensorkeep.training.batches import Data, Positions, Stream, batches, is_flow, streamed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.fsdp import blocks, is_sharded
 from tensorkeep.training.interruption import Interrupted, Wish, listening
@@ -161,14 +162,17 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
 def _batches(run: Run) -> Generator[list[Any], None, None]:
     """The micro-batches of each update that is left."""
     job, loop, world = run.job, run.loop, run.world
+    micro, left = loop.micro or math.ceil(loop.batch / world.size), loop.updates - run.step
+    if is_flow(job.data):
+        places = Positions(run.samples, left, loop.batch, world.rank, world.size)
+        return streamed(job.data, job.collate, places, micro, loop.workers)
     stream = Stream(loop.seed, len(job.data), job.orders)
-    micro = loop.micro or math.ceil(loop.batch / world.size)
     found = batches(
-        job.data,
+        cast("Data", job.data),
         job.collate,
         stream,
         start=run.samples,
-        updates=loop.updates - run.step,
+        updates=left,
         batch=loop.batch,
         micro=micro,
         rank=world.rank,
@@ -232,14 +236,15 @@ def _set_out(job: Job, loop: Loop, world: World) -> None:
         job.model.compile()  # in place: names stay
 
 
-def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[resuming.Found, list[str]]:
+def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[beginning.Found, list[str]]:
     """Put back the newest checkpoint that is whole, and tell why the resume is not more exact.
 
     Of one in shards each rank reads its own, so that damage shows only now; then the one before is taken.
     """
     damaged: dict[Path, Finding] = {}
+    shared = run.world.size > 1 and is_sharded(run.job.model)
     while True:
-        found = resuming.find(run.folder, resume, run.world, damaged)
+        found = beginning.find(run.folder, resume, run.world, damaged, shared)
         if found.state is None:
             return found, []
         try:
@@ -252,7 +257,7 @@ def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) ->
             damaged[found.place] = as_finding(error, "warning")
 
 
-def _put(run: Run, found: resuming.Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
+def _put(run: Run, found: beginning.Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
     """Compare a checkpoint with the job and put it back."""
     distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
     return resuming.put_back(run.job, run.loop, run.world, state, run.scaler, adopt=found.place is not None)

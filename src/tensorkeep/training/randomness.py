@@ -66,6 +66,14 @@ def order(seed: int, epoch: int, length: int) -> np.ndarray[Any, np.dtype[np.int
 
     Indices sorted by SplitMix64 of (seed, epoch, index): the same on every machine and in every version.
 
+    Args:
+        seed: of the run, or derived from it.
+        epoch: whose order it is.
+        length: how many samples there are.
+
+    Returns:
+        The permutation.
+
     >>> order(0, 0, 5).tolist() == order(0, 0, 5).tolist(), sorted(order(0, 1, 5).tolist())
     (True, [0, 1, 2, 3, 4])
     """

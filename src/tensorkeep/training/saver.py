@@ -255,11 +255,13 @@ def load(folder: Path) -> State:
     return replace(state, model=parts["model"], optimizer=parts["optimizer"], ema=parts["ema"], shards=None)
 
 
-def opened(folder: Path) -> State:
+def opened(folder: Path, world: World | None = None) -> State:
     """Read a checkpoint as `load` does, but leave the tensors of a sharded one where they are.
 
     Args:
         folder: a step folder.
+        world: those who hold the model in shards and read a whole checkpoint together: its tensors too stay where they
+            are. None: nobody.
 
     Returns:
         The state; where its tensors lie in shards it has `shards` to read them from, and those in it lie on meta.
@@ -276,8 +278,9 @@ def opened(folder: Path) -> State:
         raise TensorkeepError(f"has no {STATE if weights else MODEL}", where=folder, code="F05", tensors=())
     tensors: dict[str, dict[str, Tensor]] = {}
     document: Any = None
+    later = sharded or world is not None
     for name, entry in manifest.files.items():
-        if sharded and name != STATE:
+        if later and name != STATE and (sharded or name in (weights, OPTIMIZER, EMA)):
             continue
         wanted = name in (weights, OPTIMIZER, EMA, STATE)
         image = durable.allocate(entry.size) if wanted else None
@@ -289,14 +292,25 @@ def opened(folder: Path) -> State:
     if not isinstance(document, dict) or document.get("step") != manifest.step:
         raise TensorkeepError(f"is not the state of step {manifest.step}", where=folder / STATE, code="F07")
     base, lost = manifest.base, manifest.not_captured
-    if sharded:
-        from tensorkeep.training._shard_load import Shards
-
-        shards = Shards(folder, manifest)
+    if later:
+        shards = _later(folder, manifest, weights, world)
         parts = shards.parts
         return State(parts["model"], parts["optimizer"], parts["ema"], document, base, lost, shards)
     assert weights is not None
     return State(tensors[weights], tensors.get(OPTIMIZER, {}), tensors.get(EMA, {}), document, base, lost)
+
+
+def _later(folder: Path, manifest: run_manifest.Manifest, weights: str | None, world: World | None) -> Any:
+    """Give what reads the tensors of a checkpoint when and where they are wanted."""
+    if METADATA in manifest.files:
+        from tensorkeep.training._shard_load import Shards
+
+        return Shards(folder, manifest)
+    from tensorkeep.training._whole_load import WholeFiles
+
+    assert weights is not None and world is not None
+    files = {"model": weights, "optimizer": OPTIMIZER, "ema": EMA}
+    return WholeFiles(folder, manifest, {p: f for p, f in files.items() if f in manifest.files}, world)
 
 
 def steps(run: Path) -> list[int]:

@@ -169,7 +169,8 @@ def merge_and_show(base: Path, adapter: Path, out: Path, show: Show) -> bool:
 def distances(job: Job, merged: torch.nn.Module) -> tuple[float, float]:
     """Measure how far the merged model's logits are from the adapted one's: relative L2, and relative largest."""
     assert job.ema is not None
-    ids = job.collate([job.data.sample(0, torch.Generator())])["input_ids"]  # int64 [1, LENGTH]
+    data: Any = job.data
+    ids = job.collate([data.sample(0, torch.Generator())])["input_ids"]  # int64 [1, LENGTH]
     with job.ema.applied(job.model), torch.inference_mode():
         adapted = job.model.eval()(input_ids=ids).logits  # [1, LENGTH, V]
         apart = merged(input_ids=ids).logits - adapted

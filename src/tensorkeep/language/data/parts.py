@@ -58,7 +58,11 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    files: Sequence[Path], settings: Mapping[str, Any], form: str = "auto", size: int | None = None
+    files: Sequence[Path],
+    settings: Mapping[str, Any],
+    form: str = "auto",
+    size: int | None = None,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, list[Part]]:
     """Divide files into parts, and digest settings and bytes in one pass.
 
@@ -67,6 +71,7 @@ def parts_of(
         settings: what else the tokens depend on.
         form: the recipe's `format`.
         size: bytes of a part of a file of lines; None: 256 MiB.
+        remark: is told now and then how much is read.
 
     Returns:
         The digest of all (xxh3_128 as hex, as `tokens.fingerprint` gives it), and the parts in order.
@@ -77,6 +82,7 @@ def parts_of(
     head = json.dumps({"schema": SCHEMA, **settings}, sort_keys=True, default=str).encode()
     size = SIZE if size is None else size
     whole, found = xxhash.xxh3_128(head), list[Part]()
+    told, done = time.monotonic(), 0
     for path in files:
         with explained(path), path.open("rb") as file:
             total = path.stat().st_size
@@ -92,6 +98,10 @@ def parts_of(
                 else:  # what the file alone has as a whole
                     own.update(read.to_bytes(8, "little"))
                 found.append(Part(path, begin, end if divided else None, own.hexdigest()))
+                done += end - begin
+                if time.monotonic() - told > _TOLD:
+                    told = time.monotonic()
+                    remark(f"data.files: {done / 1e9:,.1f} GB read for their digests")
             whole.update(read.to_bytes(8, "little"))
     return whole.hexdigest(), found
 

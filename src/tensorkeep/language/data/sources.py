@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import tarfile
 import zlib
@@ -104,15 +105,46 @@ def documents(path: Path, form: str = "auto", begin: int = 0, end: int | None = 
     Args:
         path: the file.
         form: the recipe's `format`.
-        begin: byte that a line must begin at or after, of a file of lines that is not packed.
-        end: byte that a line must begin before; None: the file's end.
+        begin: byte that a line must begin at or after, of a file of lines that is not packed; of a parquet file the
+            first row group.
+        end: byte that a line must begin before, or the row group behind the last; None: the file's end.
 
     Raises:
         TensorkeepError: the file cannot be read, or something in it is no record.
     """
     if as_lines(path, form):
         return _lines(path, begin, end)
-    return _of_tar(path) if _ending(path) == TAR else _of_table(path)
+    return _of_tar(path) if _ending(path) == TAR else _of_table(path, begin, end)
+
+
+def units_of(path: Path, form: str, size: int) -> list[tuple[int, int | None]]:
+    """Divide a file into stretches that `documents` reads each by itself.
+
+    Args:
+        path: the file.
+        form: the recipe's `format`.
+        size: bytes of a stretch of a file of lines.
+
+    Returns:
+        `begin` and `end` of each: bytes of lines, row groups of a parquet file; any other file is one stretch.
+
+    Raises:
+        TensorkeepError: the file cannot be read.
+    """
+    if as_lines(path, form) and path.suffix.lower() != GZIP:
+        with explained(path):
+            total = path.stat().st_size
+        bounds = [*range(0, max(total, 1), size), total]
+        return list(itertools.pairwise(bounds))
+    if not is_plain(path, form) and _ending(path) == ".parquet":
+        arrow, parquet = _pyarrow(path)
+        try:
+            with explained(path), path.open("rb") as file:
+                groups = parquet.ParquetFile(file).num_row_groups
+        except arrow.ArrowException as error:
+            raise TensorkeepError(f"is no parquet file: {str(error)[:120]}", where=path, code="F02") from None
+        return [(group, group + 1) for group in range(groups)]
+    return [(0, None)]
 
 
 def _lines(path: Path, begin: int, end: int | None) -> Iterator[tuple[str, Any]]:
@@ -174,29 +206,34 @@ class _Unpacked(gzip.GzipFile):
             raise TensorkeepError(f"is damaged: {error}", where=self._place, code="F02") from None
 
 
-def _of_table(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a table as records."""
+def _pyarrow(path: Path) -> tuple[Any, Any]:
+    """Return pyarrow and its parquet module."""
     try:
-        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError:
         hint = "pip install 'tensorkeep[tables]'"
         raise TensorkeepError("a table needs pyarrow, which is not installed", where=path, hint=hint) from None
-    number = 0
+
+
+def _of_table(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows of a table as records; of a parquet file those of some row groups."""
+    (arrow, parquet), number = _pyarrow(path), 0
+    group = f" of row group {begin + 1}" if begin else ""
     try:
         with explained(path), path.open("rb") as file:
-            for batch in _batches(arrow, parquet, path, file):
+            for batch in _batches(arrow, parquet, path, file, None if end is None else range(begin, end)):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", {k: v for k, v in row.items() if v is not None}
+                    yield f"{path}: row {number}{group}", {k: v for k, v in row.items() if v is not None}
     except (arrow.ArrowException, UnicodeDecodeError) as error:
-        what = f"cannot be read after row {number}: {str(error)[:120]}"
+        what = f"cannot be read after row {number}{group}: {str(error)[:120]}"
         raise TensorkeepError(what, where=path, code="F02") from None
 
 
-def _batches(arrow: Any, parquet: Any, path: Path, file: IO[bytes]) -> Iterator[Any]:
-    """Pieces of a table."""
+def _batches(arrow: Any, parquet: Any, path: Path, file: IO[bytes], groups: Sequence[int] | None) -> Iterator[Any]:
+    """Pieces of a table, of a parquet file those of some row groups (None: all)."""
     if _ending(path) == ".parquet":
-        yield from parquet.ParquetFile(file).iter_batches(batch_size=_ROWS)
+        yield from parquet.ParquetFile(file).iter_batches(batch_size=_ROWS, row_groups=groups)
         return
     try:
         reader: Any = arrow.ipc.open_stream(file)
