@@ -21,6 +21,7 @@ from tensorkeep.training._shard_files import Share, lay_out, plain
 from tensorkeep.training.distributed import World, from_first, gathered
 from tensorkeep.training.state_files import State
 
+_LISTED = 1024  # bytes of a chunk in the lists and in `.metadata`, at most
 _AROUND = 2048  # bytes that an archive has beside its data, and the entries of a chunk, at most
 
 
@@ -81,13 +82,7 @@ class ShardPlan:
         Raises:
             TensorkeepError: on every rank: a tensor cannot be stored, the disk is full or fails.
         """
-        nested = {k: v for k, v in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema)) if v}
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(nested, is_coordinator=self.world.first)
-        kinds = [(name, _kind(tensor)) for name, tensor in planner.state_dict.items()]
-        if not all(gathered(self.world, kinds == self._kinds)):
-            self._agree(planner)
-            self._kinds = kinds
+        planner = self._planned(state)
         share, items = self._share, self._items
         assert share is not None and items is not None
         step, needed = state.document["step"], self._needed(document)
@@ -112,6 +107,31 @@ class ShardPlan:
         )
         description = (self._description or b"") if known else None
         return Part(share, tensors, steady, self._metadata, Path(folder), meeting, description, self._keep, needed)
+
+    def sizes(self, state: State) -> list[int]:
+        """Tell how many bytes each rank's file will have, and what comes beside them; every rank must call it.
+
+        The plan is kept: a save of the same names, dtypes and shapes needs no other.
+
+        Args:
+            state: as `part` takes it, but tensors may lie on meta.
+        """
+        self._planned(state)
+        assert self._share is not None
+        described = [item for item in self._share.items.values() if item.offset is not None]
+        own = self._share.layout.size + _LISTED * len(described)
+        return [*gathered(self.world, own), 1 << 20]
+
+    def _planned(self, state: State) -> DefaultSavePlanner:
+        """Set up a planner of a state, and plan anew where tensors are not those of the plan before."""
+        nested = {k: v for k, v in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema)) if v}
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(nested, is_coordinator=self.world.first)
+        kinds = [(name, _kind(tensor)) for name, tensor in planner.state_dict.items()]
+        if not all(gathered(self.world, kinds == self._kinds)):
+            self._agree(planner)
+            self._kinds = kinds
+        return planner
 
     def _agree(self, planner: DefaultSavePlanner) -> None:
         """Let the first rank make one plan of all ranks', so that what several hold is written once."""
@@ -140,7 +160,7 @@ class ShardPlan:
 
 
 def _kind(tensor: Any) -> tuple[Any, ...]:
-    """What the plan depends on: dtype, sizes of the whole and of this rank's part, device."""
+    """What the plan depends on: dtype, sizes of the whole and of this rank's part."""
     local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     part = tensor if local is None else local()
-    return tensor.dtype, tuple(tensor.shape), tuple(part.shape), part.device
+    return tensor.dtype, tuple(tensor.shape), tuple(part.shape)

@@ -28,6 +28,7 @@ from tensorkeep.training._evaluating import evaluate_if_due, evaluation_due, mar
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training._logbook import Log, due
 from tensorkeep.training._proof import Proof
+from tensorkeep.training._room import check as check_room
 from tensorkeep.training._run import Run, trained
 from tensorkeep.training._update import share, update
 from tensorkeep.training.batches import Stream, batches
@@ -108,6 +109,7 @@ def fit(
         for line in preflight.agree(facts, world):
             say.remark(line)
         _start(under_way, resume, allow)
+        check_room(under_way)
         alone = loop.graph or loop.parallel == "fsdp"
         model = job.model if alone else distributed.parallel(job.model, world, loop.deterministic)
         if loop.graph:  # it knows nothing of DDP's hooks: `update` adds up the ranks' gradients

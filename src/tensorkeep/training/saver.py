@@ -166,6 +166,19 @@ class Saver:
             self.stalls.append(time.perf_counter() - started)
         self._fly(work.tidy)
 
+    def sizes(self, state: State) -> list[int]:
+        """Tell how many bytes a save of this state puts into the run's folder, file by file; every rank must call it.
+
+        Args:
+            state: as `save` takes it, but tensors may lie on meta.
+
+        Raises:
+            TensorkeepError: a tensor cannot be stored.
+        """
+        if self._shards is not None:
+            return self._shards.sizes(state)
+        return [*(durable.padded(layout.size) for layout, _ in files_of(state, hollow=True)), 1 << 20]
+
     @property
     def flying(self) -> bool:
         """Whether something of a save is still going on."""
