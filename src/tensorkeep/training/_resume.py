@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +19,9 @@ import xxhash
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.findings import Finding
 from tensorkeep.formats.names import matches
 from tensorkeep.training import _sharding as sharding
-from tensorkeep.training import distributed, randomness
-from tensorkeep.training import saver as checkpoint
+from tensorkeep.training import randomness
 from tensorkeep.training.distributed import World, gathered
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors, undeclared
@@ -46,6 +42,7 @@ FREE = (
     "background$",
     "parallel$",
     "replicas$",
+    "local$",
     "graph$",
     "deterministic$",
 )
@@ -300,98 +297,3 @@ def _level(loop: Loop, world: World, then: Mapping[str, Any], lost: list[str]) -
     if "optimizer" not in then:
         return "weights only", ["no optimizer state (R05)", *lost]
     return "sample-exact" if why or lost else "exact", [*why, *lost]
-
-
-# -- what there is to go on from --------------------------------------------------------------------------------------
-
-
-class Found(NamedTuple):
-    """A checkpoint to go on from.
-
-    Args:
-        state: None where the run begins anew.
-        name: what to call it in a remark.
-        skipped: damaged checkpoints that were passed over.
-        place: its folder, None where it came from elsewhere.
-    """
-
-    state: State | None
-    name: str
-    skipped: list[Finding]
-    place: Path | None = None
-
-
-def find(
-    run: Path, resume: str | Path | State, world: World, damaged: Mapping[Path, Finding] = MappingProxyType({})
-) -> Found:
-    """Find what to go on from: the run's newest valid checkpoint, one that was named, or nothing.
-
-    The first rank chooses for all. A run begun from elsewhere goes on from its own checkpoints, so that the same
-    command may be given again.
-
-    Args:
-        run: the run's folder.
-        resume: as `fit` takes it.
-        world: this process among its peers.
-        damaged: checkpoints that were opened before and turned out to be damaged, with what was found.
-
-    Raises:
-        TensorkeepError: every checkpoint is damaged, the named one is not there, or going on from it would mix two
-            runs.
-    """
-    found = distributed.together(world, lambda: _choose(run, resume, damaged) if world.first else Found(None, "", []))
-    chosen: Found = gathered(world, found._replace(state=None) if world.first else None)[0]
-
-    def state() -> State | None:
-        if world.first:
-            return found.state
-        if chosen.place is not None:
-            return checkpoint.opened(chosen.place)
-        return resume if chosen.name and isinstance(resume, State) else None
-
-    return chosen._replace(state=distributed.together(world, state))
-
-
-def _choose(run: Path, resume: str | Path | State, damaged: Mapping[Path, Finding]) -> Found:
-    """Find what to go on from, on one rank."""
-    own = checkpoint.steps(run)
-    if isinstance(resume, State) or str(resume) not in ("auto", "never"):
-        named = _named(run, resume, own, damaged)
-        if named is not None:
-            return named
-    never = not isinstance(resume, State) and str(resume) == "never"
-    try:
-        found = checkpoint.newest(run, checkpoint.opened, damaged) if own else None
-    except TensorkeepError:
-        if not never:
-            raise
-        found = None  # every one is damaged: nothing is lost by beginning anew
-    if found is not None and never:
-        raise TensorkeepError(
-            "holds checkpoints already", where=run, hint="--resume auto goes on; --out names another folder"
-        )
-    return Found(None, "", []) if found is None else Found(found[0], found[1].name, found[2], found[1])
-
-
-def _named(run: Path, resume: str | Path | State, own: list[int], damaged: Mapping[Path, Finding]) -> Found | None:
-    """Load the checkpoint that was named; None where the run has gone on from it already."""
-    if isinstance(resume, State):
-        return None if own else Found(resume, "a file from elsewhere", [])
-    folder = Path(resume)
-    inside = folder.resolve().is_relative_to(run.resolve())
-    if own and not inside:
-        return None
-    if (folder / "checkpoints").is_dir():
-        found = checkpoint.newest(folder, checkpoint.opened, damaged)
-        if found is None:
-            raise TensorkeepError("the run holds no checkpoint", where=folder, hint="name a step folder or a file")
-        return Found(found[0], str(found[1]), found[2], found[1])
-    state = checkpoint.opened(folder)
-    newer = [step for step in own if step > state.document["step"]] if inside else []
-    if newer:
-        raise TensorkeepError(
-            f"the run has newer checkpoints, up to step {newer[0]}, which would be mixed with what comes now",
-            where=run,
-            hint="name another folder (--out) to go on from this step, or remove the newer ones first",
-        )
-    return Found(state, str(folder), [], folder)

@@ -37,16 +37,24 @@ class World:
         rank: from 0.
         size: how many processes there are.
         device: the device that this one computes on.
+        here: whether this rank makes the files of its host's folder, where each host has one of its own; None: the
+            first rank makes them, for all.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    here: bool | None = None
 
     @property
     def first(self) -> bool:
         """Whether this rank is the one that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def makes(self) -> bool:
+        """Whether this rank makes the files of the run's folder that it sees."""
+        return self.first if self.here is None else self.here
 
 
 def start(device: str | None = None) -> World:
