@@ -25,6 +25,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import left_over
 from tensorkeep.storage.placement import remove
 from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, METADATA, MODEL, OPTIMIZER, STATE
 from tensorkeep.training._retention import Keep, best, mark_best, prune
@@ -124,6 +125,10 @@ class Saver:
         try:
             for name in run_folder.remains(self.run):  # nobody else is at work here: these were interrupted
                 remove(self.run / CHECKPOINTS / name)
+            for step in run_folder.steps(self.run) if hosts is not None else []:  # copies from another host
+                folder = run_folder.folder_of(self.run, step)
+                for name in left_over(folder):
+                    remove(folder / name)
         except BaseException:
             self._lock.close()
             raise
