@@ -257,10 +257,8 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
         if not os.path.lexists(path):
-            if (part := part_of(folder, manifest.files, manifest.hosts)) is not None:
-                raise part
-            lost = _names(folder, manifest, name)
-            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
+            part, lost = part_of(folder, manifest.files, manifest.hosts), _names(folder, manifest, name)
+            raise part or TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
         with explained(path), _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != entry.size:
