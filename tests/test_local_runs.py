@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,8 @@ from tensorkeep.cli import main
 from tensorkeep.language.recipe_text import language_recipe
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.files import left_over
-from tensorkeep.storage.run_manifest import read_manifest
+from tensorkeep.storage.manifest_hosts import hosts_in
+from tensorkeep.storage.run_manifest import manifest_bytes, read_manifest
 from tensorkeep.training import _shard_work, _transfer, preflight
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training._transfer import Piece, exchange
@@ -363,6 +365,33 @@ def test_only_shards_are_kept_by_each_host_and_copies_need_that(tmp_path: Path) 
         fit(small_job(), tmp_path, replace(LOOP, parallel="ddp", checkpoint=CheckpointConfig(True)))
     recipe = language_recipe({**made, "training": {"updates": 1, "parallel": "fsdp"}, "checkpoint": {"local": True}})
     assert recipe.checkpoint == CheckpointConfig(True, 0)
+
+
+def test_what_a_manifest_says_of_hosts_is_checked_and_spelled_for_a_terminal(two: Path) -> None:
+    assert hosts_in([], ()) == () and hosts_in([{"name": "a", "files": ["f"]}], ["f"]) == (("a", ("f",)),)
+    for entries in (None, {}, [1], [{"name": 1, "files": []}], [{"name": "a", "files": ["x"]}], [{"name": "a"}]):
+        assert hosts_in(entries, ["f"]) is None
+    step = two / "h0" / STEP
+    document = json.loads((step / "manifest.json").read_text())
+    document["hosts"][1]["name"] = "\x1b[2Jhost"
+    (step / "manifest.json").write_bytes(manifest_bytes(document))
+    with pytest.raises(tk.TensorkeepError) as caught:
+        tk.read(step)
+    assert "which \\x1b[2Jhost kept" in caught.value.what and caught.value.code == "F05"
+    document["hosts"][1]["files"] = [7]
+    (step / "manifest.json").write_bytes(manifest_bytes(document))
+    assert [f.code for f in tk.verify(step)[0]] == ["F07"]
+
+
+def test_rows_of_a_host_that_was_the_first_before_do_not_pass_for_newer_ones(two: Path) -> None:
+    """It wrote rows up to step 6; another went on from step 2 and has rows up to step 4 when the next start comes."""
+    for host in ("h0", "h1"):
+        for step in ("step-000004", "step-000006"):
+            shutil.rmtree(two / host / "run/checkpoints" / step)
+    assert train(two, until=4, folders=("h1", "h0"), log_every=4) == [0, 0]
+    assert train(two, until=6, folders=("h1", "h0")) == [0, 0]
+    rows = [json.loads(line)["step"] for line in (two / "h1/run/metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 4, 5, 6]  # with 3 it would be the other host's
 
 
 def test_who_keeps_whose_copies() -> None:

@@ -7,7 +7,9 @@ they are; a rank then fetches the byte ranges that it will read, and each piece 
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +119,7 @@ class Whole:
             made.mkdir()
             for name, size in self.sizes.items():
                 if self.here(name):
-                    os.link(self.folder / name, made / name)
+                    _link(self.folder / name, made / name)
                 elif name.endswith(_LARGE):
                     with (made / name).open("xb") as file:
                         file.truncate(size)
@@ -169,6 +171,16 @@ class Whole:
         if self.hosts.leads and self.path != self.folder:
             remove(self.path)
         return fetched
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file a second name; where the file system has no such links it is copied."""
+    try:
+        os.link(path, other)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(path, other)
 
 
 def joined(ranges: Sequence[Range]) -> list[Range]:

@@ -287,7 +287,7 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
         say.remark(remark + (f" ({', '.join(why)})" if why else ""))
     if found.whole is not None and found.fetched:
         say.remark(f"note: {size(found.fetched)} of {found.name} came from other hosts")
-    distributed.together(world, lambda: _rewind(run, say) if world.first else None)
+    distributed.together(world, lambda: _rewind(run, say) if world.first else _rewind_elsewhere(run))
     # evaluations of the step itself came after its checkpoint; the rows of the first rank hold for all
     rows = list(metrics.rows(run.folder / metrics.METRICS)) if world.first else []
     known = {e["step"] for e in run.evaluations}
@@ -312,6 +312,13 @@ def _rewind(run: Run, say: Output) -> None:
     if other:
         with replacing(path, overwrite=True) as temporary:
             write_bytes(temporary, text)
+
+
+def _rewind_elsewhere(run: Run) -> None:
+    """Take away the rows of later steps on a host that was the first once, so that they never pass for newer ones."""
+    rows = run.folder / metrics.METRICS
+    if run.hosts is not None and run.hosts.leads and rows.exists():
+        metrics.rewind(rows, run.step)
 
 
 @contextlib.contextmanager
