@@ -44,7 +44,7 @@ def train(
     dropout: float = 0.2,
     before: Callable[[World], None] = lambda _: None,
     wrong: str = "",
-    folders: Sequence[str] = ("h0", "h1", "h2"),
+    folders: Sequence[str] = ("h0", "h1", "h2", "h3"),
     **fields: Any,
 ) -> list[int]:
     """Train; each host has the folder `place/h0/run` and so on. `wrong`: what the error of every rank must say."""
@@ -203,19 +203,23 @@ def test_without_copies_a_lost_host_is_named_and_nothing_is_changed(two: Path) -
     assert train(two, until=8) == [0, 0]
 
 
-def test_of_three_hosts_two_neighbours_may_not_be_lost(tmp_path: Path) -> None:
-    assert train(tmp_path, (0, 1, 2), copies=1, until=2) == [0] * 3
-    for host in (0, 1, 2):
-        kept = {host, (host - 1) % 3}
+def test_of_four_hosts_two_may_be_lost_but_no_neighbours(tmp_path: Path) -> None:
+    four = (0, 1, 2, 3)
+    assert train(tmp_path, four, copies=1, until=2) == [0] * 4
+    for host in four:
         names = {p.name for p in (tmp_path / f"h{host}/run/checkpoints/step-000002").glob("*.distcp")}
-        assert names == {f"__{rank}_0.distcp" for rank in kept}
+        assert names == {f"__{rank}_0.distcp" for rank in (host, (host - 1) % 4)}
     shutil.copytree(tmp_path / "h2", tmp_path / "kept")
-    shutil.rmtree(tmp_path / "h1")
+    for host in ("h1", "h2"):
+        shutil.rmtree(tmp_path / host)
+    assert train(tmp_path, four, copies=1, until=4, wrong="has the shards of rank 1, which") == [0] * 4
     shutil.rmtree(tmp_path / "h2")
-    assert train(tmp_path, (0, 1, 2), copies=1, until=4, wrong="has the shards of rank 1, which") == [0] * 3
-    shutil.rmtree(tmp_path / "h2")
+    shutil.rmtree(tmp_path / "h3")
     shutil.move(tmp_path / "kept", tmp_path / "h2")
-    assert train(tmp_path, (0, 1, 2), copies=1, until=4) == [0] * 3
+    assert train(tmp_path, four, copies=1, until=4) == [0] * 4
+    assert sorted(p.name for p in tmp_path.glob("h*/run/checkpoints/step-000004/*.distcp")) == sorted(
+        f"__{rank}_0.distcp" for rank in (*four, *four)
+    )
 
 
 def killer(where: str, victim: int) -> Callable[[World], None]:
@@ -278,13 +282,17 @@ def test_parts_of_two_saves_of_one_step_are_not_mixed(two: Path, apart: Path) ->
     assert_same_run(together(two, two.parent / "whole"), together(apart, two.parent / "then"))
 
 
-def test_damage_on_one_host_lets_all_go_on_from_the_checkpoint_before(two: Path, shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("copies", [0, 1])
+def test_damage_on_one_host_lets_all_go_on_from_the_checkpoint_before(
+    apart: Path, copied: Path, shared: Path, tmp_path: Path, copies: int
+) -> None:
+    two = Path(shutil.copytree(copied if copies else apart, tmp_path / "two"))
     step = two / "h1" / STEP
     shard = max(shards_of_part(step, "__1_0.distcp"), key=lambda s: s.nbytes)
     data = bytearray((step / "__1_0.distcp").read_bytes())
     data[shard.start + 3] ^= 8
     (step / "__1_0.distcp").write_bytes(data)
-    assert train(two, until=6) == [0, 0]
+    assert train(two, copies=copies) == [0, 0]
     assert_same_run(together(two, tmp_path / "whole"), shared / "run-6")
 
 
