@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tensorkeep.storage import run_folder
 from tensorkeep.storage.files import left_over
 from tensorkeep.storage.manifest_hosts import hosts_in
 from tensorkeep.storage.run_manifest import manifest_bytes, read_manifest
-from tensorkeep.training import _shard_work, _transfer, preflight
+from tensorkeep.training import _gathering, _shard_work, _transfer, preflight
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training._transfer import Piece, exchange
 from tensorkeep.training.distributed import World
@@ -29,7 +30,7 @@ from tensorkeep.training.hosts import Hosts, connected, find_hosts
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
 from tensorkeep.training.sections import CheckpointConfig
-from tests.training import assert_same_run, ranks, relative_l2, small_job
+from tests.training import Net, assert_same_run, ranks, relative_l2, small_job
 
 LOOP = Loop(updates=6, batch=4, micro=1, log_every=1, save_every=2, parallel="fsdp")
 STEP = Path("run/checkpoints/step-000006")
@@ -220,6 +221,31 @@ def test_of_four_hosts_two_may_be_lost_but_no_neighbours(tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.glob("h*/run/checkpoints/step-000004/*.distcp")) == sorted(
         f"__{rank}_0.distcp" for rank in (*four, *four)
     )
+
+
+def test_only_what_a_rank_reads_comes_from_other_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shards of megabytes: in the old order what all ranks read, such as counters; else a rank's own part."""
+    monkeypatch.setattr("tests.training.Net", partial(Net, width=512))
+
+    def before(world: World) -> None:
+        close = _gathering.Whole.close
+
+        def told(self: _gathering.Whole, failed: bool = False) -> int:
+            (tmp_path / f"fetched-{world.rank}").write_text(str(self.fetched))
+            return close(self, failed)
+
+        _gathering.Whole.close = told  # type: ignore[method-assign]
+
+    def fetched() -> list[int]:
+        return [int((tmp_path / f"fetched-{rank}").read_text()) for rank in range(2)]
+
+    assert train(tmp_path / "run", until=1) == [0, 0]
+    share = (tmp_path / "run/h1/run/checkpoints/step-000001/__1_0.distcp").stat().st_size
+    assert share > 4 << 20
+    assert train(tmp_path / "run", until=2, before=before) == [0, 0]
+    assert 0 < sum(fetched()) < 64 << 10
+    assert train(tmp_path / "run", until=3, before=before, folders=("h1", "h0")) == [0, 0]
+    assert all(share <= size + (64 << 10) and size < share + (64 << 10) for size in fetched())
 
 
 def killer(where: str, victim: int) -> Callable[[World], None]:
