@@ -61,6 +61,9 @@ def lacking(hosts: Held, here: Collection[str]) -> str:
     Args:
         hosts: who kept which.
         here: the files that are there.
+
+    Returns:
+        As the rest of a sentence; "" where nothing is lacking.
     """
     lost = [(name, [file for file in own if file not in here]) for name, own in hosts]
     return "; ".join(f"rank {ranks_of(gone)}, which {printable(name)} kept" for name, gone in lost if gone)
