@@ -84,12 +84,17 @@ def find_hosts(world: World) -> Hosts:
     return Hosts(tuple(keys.index(key) for key in told), tuple(names), world.rank)
 
 
-def connected(hosts: Hosts, copies: int) -> Hosts:
+def connected(hosts: Hosts | None, copies: int) -> Hosts | None:
     """Give hosts a gloo group for bytes.
 
     Args:
-        hosts: as `find_hosts` gave them; every rank must call this.
+        hosts: as `find_hosts` gave them, None where all share a folder; every rank must call this.
         copies: how many further hosts keep a copy of each one's shards.
+
+    Returns:
+        The same with their group.
     """
+    if hosts is None:
+        return None
     group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if hosts.count > 1 else None
     return replace(hosts, copies=copies, group=group)

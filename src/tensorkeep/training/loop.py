@@ -102,8 +102,7 @@ def fit(
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
     loop = _possible(loop, world, say)
-    found = preflight.folders(folder, world, loop.checkpoint)
-    hosts = None if found is None else connected(found, loop.checkpoint.replicas)
+    hosts = connected(preflight.folders(folder, world, loop.checkpoint), loop.checkpoint.replicas)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
     with randomness.deterministic(loop.deterministic), _saving(folder, loop, world, hosts) as saver:
