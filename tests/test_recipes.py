@@ -24,7 +24,7 @@ from tensorkeep.training.job import Loop
 from tensorkeep.training.recipe import to_yaml
 from tensorkeep.training.saver import Keep
 from tensorkeep.training.schedules import Schedule, schedule_of
-from tensorkeep.training.sections import ScheduleConfig, TrainingConfig
+from tensorkeep.training.sections import CheckpointConfig, ScheduleConfig, TrainingConfig
 from tensorkeep.training.shipped import shipped, shipped_recipe
 from tests.recipe_values import optimizers, optional, schedules, several, shares, texts, trainings
 
@@ -148,7 +148,16 @@ PLAIN = {
 def test_every_field_of_the_section_and_of_the_loop_is_in_the_table() -> None:
     assert set(FIELDS) == {field.name for field in dataclasses.fields(TrainingConfig)}
     decided = {name for _, decides in FIELDS.values() for name in decides}
-    assert decided == {field.name for field in dataclasses.fields(Loop)}
+    assert decided | {"checkpoint"} == {field.name for field in dataclasses.fields(Loop)}
+
+
+@pytest.mark.parametrize("kind", ["language", "detection"])
+def test_where_checkpoints_lie_on_several_hosts_is_said_in_both_kinds(kind: str) -> None:
+    recipe = dataclasses.replace(read(kind, PLAIN | {"parallel": "fsdp"}), checkpoint=CheckpointConfig(True, 1))
+    assert loop_of(kind, recipe).checkpoint == CheckpointConfig(True, 1)
+    assert loop_of(kind, read(kind, PLAIN)).checkpoint == CheckpointConfig(False, 0)
+    with pytest.raises(TensorkeepError, match="only shards are kept by each host"):
+        dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, parallel="ddp"))
 
 
 @pytest.mark.parametrize("kind", ["language", "detection"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tensorkeep.training.distributed import World
     from tensorkeep.training.job import Job, Loop
     from tensorkeep.training.saver import State
+    from tensorkeep.training.sections import CheckpointConfig
 
     Start = tuple[Job, Loop, str | State]
 
@@ -74,7 +76,7 @@ def train_language(
         loop = language.loop_of(made, len(job.data))
         return language.continued(made, resume, job, loop, remark) if resume.endswith(".pth") else (job, loop, resume)
 
-    return trained(start, out, allow, device, printer)
+    return trained(start, out, allow, device, printer, made.checkpoint)
 
 
 def say_old(said: Sequence[str], remark: Callable[[str], None]) -> None:
@@ -95,7 +97,12 @@ def printed(recipe: Any, said: Sequence[str], printer: Output) -> int:
 
 
 def trained(
-    start: Callable[[Path, World], Start], out: Path | None, allow: Sequence[str], device: str | None, printer: Output
+    start: Callable[[Path, World], Start],
+    out: Path | None,
+    allow: Sequence[str],
+    device: str | None,
+    printer: Output,
+    checkpoint: CheckpointConfig,
 ) -> int:
     """What every `train` command does once its recipe is read: join the group, build, fit, tell.
 
@@ -109,7 +116,9 @@ def trained(
         raise TensorkeepError("the run needs a folder", hint="--out RUN")
     world = distributed.start(device)
     try:
-        preflight.shared_folder(out, world)
+        hosts = preflight.folders(out, world, checkpoint)
+        if hosts is not None:
+            world = replace(world, here=hosts.leads)
         if world.first:
             prepare(printer, out / "recipe.yaml")
         job, loop, resume = start(out, world)

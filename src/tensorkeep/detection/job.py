@@ -143,7 +143,7 @@ def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:
 
 def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
     """Say how the loop is to go; `samples`: of one epoch."""
-    return training_job.loop_of(recipe.training, samples)
+    return training_job.loop_of(recipe.training, samples, recipe.checkpoint)
 
 
 def run_detection(

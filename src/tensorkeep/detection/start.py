@@ -134,11 +134,11 @@ def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: 
     frozen = {name: p for name, p in detector.named_parameters() if not p.requires_grad}
     new = {name: p for name, p in frozen.items() if recipe.training.pretrained is None or _is_new(name)}
     if run is not None and new:
-        place, going = run / BASE / _FROZEN, bool(run_folder.steps(run))
-        distributed.gathered(world, None)  # nobody writes before everybody has looked
+        place = run / BASE / _FROZEN
+        going = any(distributed.gathered(world, bool(run_folder.steps(run))))  # on any host; nobody writes before
         if going:
             distributed.together(world, lambda: _read_frozen(new, place))
-        elif world.first:
+        elif world.makes:
             _write_frozen(new, place)
         distributed.gathered(world, None)
     digest = digest_of_all({name: digest_of(p.detach()) for name, p in frozen.items()})

@@ -107,11 +107,10 @@ def with_reference(
     """
     name = xxhash.xxh3_128(f"{weights} {data.fingerprint()}".encode()).hexdigest()
     path = folder / f"reference-{name}.bin"
-    found = _stored(path, len(data), remark) if world.first else None
-    (there, *_) = distributed.gathered(world, found is not None)
-    if not there:
+    found = not world.makes or _stored(path, len(data), remark) is not None
+    if not all(distributed.gathered(world, found)):
         made = _computed(data, model, plain, world, pad, micro)
-        if world.first:
+        if world.makes:
             body = made.astype("<f4").tobytes()
             with explained(folder):
                 folder.mkdir(parents=True, exist_ok=True)

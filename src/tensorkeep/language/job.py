@@ -182,7 +182,7 @@ def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
     """
     by_layer = recipe.training.gradient_checkpointing or recipe.training.memory is not None
     whole = recipe.training.compile and not by_layer
-    return replace(training_job.loop_of(recipe.training, samples), compile=whole)
+    return replace(training_job.loop_of(recipe.training, samples, recipe.checkpoint), compile=whole)
 
 
 def _router(model: Any) -> float:

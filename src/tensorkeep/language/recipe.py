@@ -13,7 +13,14 @@ from tensorkeep.language.data.augmentation import Augmentation
 from tensorkeep.language.data.conversations import Format, Objective
 from tensorkeep.language.data.packing import Packing
 from tensorkeep.training.migration import VERSION
-from tensorkeep.training.sections import OptimizerConfig, ScheduleConfig, TrainingConfig, refuse
+from tensorkeep.training.sections import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    refuse,
+    refuse_local,
+)
 
 # fields of `training` that a language run refuses, and why
 REFUSED = {
@@ -119,6 +126,7 @@ class LanguageRecipe:
         evaluation: Files whose loss is measured; null: none.
         optimizer: Rates and decays.
         schedule: How the learning rate moves.
+        checkpoint: Where checkpoints lie when the processes run on several hosts.
         continued_from: Written by a run that goes on from MiniMind's resume file: which, and where it was.
 
     Raises:
@@ -141,10 +149,12 @@ class LanguageRecipe:
     evaluation: EvaluationConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     continued_from: dict | None = None  # type: ignore[type-arg]
 
     def __post_init__(self) -> None:
         refuse(self.training, REFUSED)
+        refuse_local(self.training, self.checkpoint)
         if (self.model is None) is (self.config is None):
             what = "says neither model nor config" if self.model is None else "says both model and config"
             raise TensorkeepError(what, where="recipe", hint="model: a checkpoint; config: to start from nothing")

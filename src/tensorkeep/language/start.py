@@ -116,7 +116,7 @@ def start_of(
     own = str(view.folder.url) if view is not None else ""
     if begun and view is not None and view.format != "hf":  # its tokenizer may lie beside its folder
         own = str(run)
-        distributed.from_first(world, lambda: _keep_companions(run, begun[0], view, recipe))
+        distributed.together(world, lambda: _keep_companions(run, begun[0], view, recipe) if world.makes else None)
     tokenizer = load_tokenizer(recipe.tokenizer or own)
     kind, model = recipe.training.quantize_backbone, begun[0] if begun else None
     if model is None and view is not None and weights and (kind or is_quantized(view)):
@@ -137,7 +137,7 @@ def start_of(
             code="C02",
             hint="take the tokenizer that belongs to the model",
         )
-    distributed.from_first(world, lambda: _keep_companions(run, model, view, recipe))
+    distributed.together(world, lambda: _keep_companions(run, model, view, recipe) if world.makes else None)
     return start
 
 
@@ -148,7 +148,8 @@ def _without_values(
 
     A checkpoint of another format is read as it lies, but for a base, whose digest is that of its hf names.
     """
-    direct = recipe.adapter is None and recipe.objective != "dpo" and not (run / BASE).is_dir()
+    direct = recipe.adapter is None and recipe.objective != "dpo"
+    direct = not any(distributed.gathered(world, (run / BASE).is_dir())) and direct
     view = read(str(recipe.model)) if direct else _hf_view(recipe, run, world, remark)
     unsure = recipe.data.packing != "none" or (recipe.adapter is not None and "all-linear" in recipe.adapter.targets)
     found: Any = why_whole(view, unsure)
@@ -171,14 +172,15 @@ def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) ->
     """Open the starting checkpoint as an hf folder: itself, or converted into RUN/base and proven."""
     base = run / BASE
     source = str(recipe.model)
-    if base.is_dir():  # made by an earlier start of this run; its certificate names what it was made from
+    there = base.is_dir()  # made by an earlier start of this run; its certificate names what it was made from
+    if all(distributed.gathered(world, there)):
         return read(base)
     view = read(source)
     if view.format == "hf" and isinstance(view.folder, LocalFolder) and "config.json" in view.folder.names():
         named = namings.identify(view).naming
         if named == "hf" or (named is None and all(s.actions == ("keep",) for s in make_plan([view], "hf").steps)):
             return view
-    if world.first:
+    if world.makes and not there:
         plan = make_plan([view], "hf", dtype="F32" if view.format == "gguf" else None)
         for note in plan.notes:
             remark(f"note: {note.code} {note.message}")

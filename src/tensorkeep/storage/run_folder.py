@@ -20,6 +20,7 @@ from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import explained, left_over, open_plain
+from tensorkeep.storage.manifest_hosts import PART
 from tensorkeep.storage.placement import remove, sync_folder, temporary_name
 from tensorkeep.storage.run_manifest import (
     MANIFEST,
@@ -178,7 +179,7 @@ def _newest_complete(run: Path) -> tuple[Path, list[Finding]] | None:
             f"none of its {len(found)} checkpoints is whole; the newest: {skipped[0].message}",
             where=run,
             code=skipped[0].code,
-            hint="see `tensorkeep verify` of each",
+            hint=skipped[0].fix if PART in skipped[0].message else "see `tensorkeep verify` of each",
         )
     return None
 

@@ -6,6 +6,7 @@ of itself; its text is canonical (what `manifest_bytes` makes), so that no flipp
 `{"schema": 1, "step": 123, "chunk": 16777216, "files": {FILE: {"bytes", "chunks": [xxh3_128, ...]}}, "tensors": {FILE:
 {NAME: {"dtype", "shape", "start": first byte in the file, "xxh3_128"}}}, "base": {...} | null, "not_captured": [...],
 "xxh3_128": of this text without this entry}`. Where several ranks wrote, each has a list of its shards beside its file.
+Where every host keeps its own ranks' files, `"hosts": [{"name", "files": [...]}, ...]` says which, on each host alike.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tensorkeep.storage.manifest_entries import (
     shard_list,
     tensor_entry,
 )
+from tensorkeep.storage.manifest_hosts import Held, hosts_in, part_of
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 256 << 20  # bytes; a hundred thousand tensors need 20 MB
@@ -54,6 +56,7 @@ class Manifest:
         tensors: file name -> tensor name -> position and digest.
         base: what identifies the frozen weights under an adapter; None where everything is in the checkpoint.
         not_captured: names of what the run could not save.
+        hosts: where every host kept its own ranks' files: its name, and the files; else none.
     """
 
     step: int
@@ -61,6 +64,7 @@ class Manifest:
     tensors: dict[str, dict[str, TensorEntry]]
     base: dict[str, Any] | None
     not_captured: tuple[str, ...]
+    hosts: Held = ()
 
 
 def step_name(step: int) -> str:
@@ -106,6 +110,7 @@ def make_manifest(
     tensors: Mapping[str, Mapping[str, tuple[str, Sequence[int], int]]],
     base: Mapping[str, Any] | None = None,
     not_captured: Sequence[str] = (),
+    hosts: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> bytes:
     """Make the manifest of files that were just written.
 
@@ -115,6 +120,7 @@ def make_manifest(
         tensors: file name -> tensor name -> (dtype, shape, first byte in the file).
         base: what identifies the frozen weights under an adapter.
         not_captured: names of what could not be saved.
+        hosts: where every host keeps its own ranks' files: its name, and the files.
 
     Returns:
         The bytes of the manifest file.
@@ -134,6 +140,7 @@ def make_manifest(
             },
             "base": base,
             "not_captured": list(not_captured),
+            **({"hosts": [{"name": name, "files": list(own)} for name, own in hosts]} if hosts else {}),
         }
     )
 
@@ -200,7 +207,10 @@ def _checked(document: dict[str, Any], path: Path) -> Manifest:
         if file not in sizes or not isinstance(entries, dict):
             raise _odd(path, f"tensors of {shown(file)}, which is none of its files")
         found[file] = {name: _tensor(name, entry, sizes[file].size, path) for name, entry in entries.items()}
-    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost))
+    hosts = hosts_in(document.get("hosts", []), sizes)
+    if hosts is None:
+        raise _odd(path, "hosts are not what they should be")
+    return Manifest(step, sizes, found, base, tuple(str(n) for n in lost), hosts)
 
 
 def _plain(name: str, path: Path) -> str:
@@ -247,8 +257,8 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
         if not os.path.lexists(path):
-            lost = _names(folder, manifest, name)
-            raise TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
+            part, lost = part_of(folder, manifest.files, manifest.hosts), _names(folder, manifest, name)
+            raise part or TensorkeepError(f"{name} is missing", where=folder, code="F05", hint=_BEFORE, tensors=lost)
         with explained(path), _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size != entry.size:

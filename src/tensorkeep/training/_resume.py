@@ -43,6 +43,7 @@ FREE = (
     "background$",
     "parallel$",
     "replicas$",
+    "local$",
     "graph$",
     "deterministic$",
 )

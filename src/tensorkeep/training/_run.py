@@ -14,6 +14,7 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
 
 if TYPE_CHECKING:
+    from tensorkeep.training.hosts import Hosts
     from tensorkeep.training.saver import Saver
 
 
@@ -30,6 +31,7 @@ class Run:
         scaler: torch's gradient scaler, enabled for fp16 alone.
         saver: writes checkpoints; the first rank's, in a sharded run every rank's, else None.
         data: what `_resume.data_facts` says of the data.
+        hosts: where every host keeps its own ranks' shards; None: all ranks share the folder.
         recorded: forward and backward of a micro-batch as a CUDA graph (None: they are launched kernel by kernel).
         step: updates made.
         samples: samples consumed by them, over all ranks.
@@ -45,6 +47,7 @@ class Run:
     scaler: Any
     saver: Saver | None
     data: dict[str, Any]
+    hosts: Hosts | None = None
     recorded: Recorded | None = None
     step: int = 0
     samples: int = 0

@@ -33,12 +33,14 @@ class About(NamedTuple):
         base: what identifies frozen weights that are stored elsewhere.
         not_captured: names of what could not be saved.
         documents: further small files, by name.
+        hosts: where every host keeps its own ranks' files: its name, and its ranks.
     """
 
     step: int = 0
     base: dict[str, Any] | None = None
     not_captured: tuple[str, ...] = ()
     documents: Mapping[str, bytes] = MappingProxyType({})
+    hosts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def described(metadata: Metadata, reports: Sequence[Report]) -> bytes:
@@ -64,7 +66,8 @@ def complete(folder: Path, description: bytes, reports: Sequence[Report], about:
         TensorkeepError: a file that a rank wrote is not to be seen from here, or the disk fails.
     """
     written: dict[str, durable.Written] = {}
-    for rank, report in enumerate(reports):
+    own = about.hosts[0][1] if about.hosts else range(len(reports))  # the first rank's host is the first one
+    for rank, report in ((rank, reports[rank]) for rank in own):
         seen = {name: (folder / name).stat().st_size for name in report.files if (folder / name).is_file()}
         if seen != {name: entry.size for name, entry in report.files.items()}:
             raise TensorkeepError(
@@ -73,12 +76,41 @@ def complete(folder: Path, description: bytes, reports: Sequence[Report], about:
                 code="F05",
                 hint="save into a folder that all hosts share",
             )
+    for report in reports:
         written |= {name: durable.Written(entry.size, entry.chunks, {}, []) for name, entry in report.files.items()}
+    kept = [(name, [file for rank in ranks for file in reports[rank].files]) for name, ranks in about.hosts]
     with explained(folder):
         for name, data in ((METADATA, description), *about.documents.items()):
             written[name] = durable.write_small(folder / name, data)
-        manifest = run_manifest.make_manifest(about.step, written, {}, about.base, about.not_captured)
+        manifest = run_manifest.make_manifest(about.step, written, {}, about.base, about.not_captured, kept)
         durable.write_small(folder / MANIFEST, manifest)
+        sync_folder(folder)
+
+
+def described_by(folder: Path, about: About) -> dict[str, bytes]:
+    """Return what every host needs beside its ranks' files, as `complete` wrote it: metadata, documents, manifest.
+
+    Args:
+        folder: as `complete` left it.
+        about: as `complete` took it.
+    """
+    with explained(folder):
+        return {name: (folder / name).read_bytes() for name in (METADATA, *about.documents, MANIFEST)}
+
+
+def completed(folder: Path, small: Mapping[str, bytes]) -> None:
+    """Complete a host's own folder with what the first rank wrote beside its own.
+
+    Args:
+        folder: where this host's ranks wrote, under its temporary name.
+        small: as `described_by` gave it; the manifest comes last.
+
+    Raises:
+        TensorkeepError: the disk fails.
+    """
+    with explained(folder):
+        for name, data in small.items():
+            durable.write_small(folder / name, data)
         sync_folder(folder)
 
 

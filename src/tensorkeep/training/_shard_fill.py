@@ -38,13 +38,11 @@ def filled(state: State, model: nn.Module, optimizer: Optimizer, averages: Mappi
     """
     shards = state.shards
 
-    # none begins to read, which a whole checkpoint needs all for, unless all will
-    together(world, lambda: check_tensors(model, shards.parts["model"], base=state.base is not None))
-
-    def read() -> State:
+    def rooms() -> dict[str, dict[str, Tensor]]:
+        check_tensors(model, shards.parts["model"], base=state.base is not None)
         live, _ = stored_tensors(model, base=state.base is not None)
         parameters = dict(model.named_parameters())
-        into = {
+        return {
             "model": {n: _room(t, live.get(n), fill=True) for n, t in shards.parts["model"].items()},
             "optimizer": {
                 n: _room(t, parameters.get(n.rpartition("/")[0]), fill=False)
@@ -52,6 +50,12 @@ def filled(state: State, model: nn.Module, optimizer: Optimizer, averages: Mappi
             },
             "ema": {n: _room(t, averages.get(n), fill=True) for n, t in shards.parts["ema"].items()},
         }
+
+    into = together(world, rooms)
+    if shards.fetch is not None:
+        shards.fetch(into)
+
+    def read() -> State:
         shards.read(into)
         return State(into["model"], into["optimizer"], into["ema"], state.document, state.base, state.not_captured)
 

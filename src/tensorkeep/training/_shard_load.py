@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
 
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage.run_manifest import Manifest
@@ -26,6 +27,7 @@ class Shards:
 
     Attributes:
         bytes_read: bytes of tensors that were read.
+        fetch: where files lie on several hosts: gets what this rank's `read` will want; every rank must call it.
 
     Raises:
         TensorkeepError: with an F code where its metadata is damaged or holds what no save of a run makes.
@@ -41,6 +43,7 @@ class Shards:
                 what = f"holds {shown(key)}, which is no tensor of model, optimizer or average"
                 raise TensorkeepError(what, where=folder, code="F07", hint="use the checkpoint before it")
             self.parts[part][name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        self.fetch: Callable[[Mapping[str, Mapping[str, Tensor]]], None] | None = None
         claimed = sum(tensor.nbytes for own in self.parts.values() for tensor in own.values())
         if claimed > sum(entry.size for entry in manifest.files.values()):
             what = f"its metadata speaks of {claimed:,} bytes, more than its files have"
@@ -60,14 +63,34 @@ class Shards:
         Raises:
             TensorkeepError: a piece is damaged or missing (F02, F03); tensors may then be half filled.
         """
+        planner, plan = self._plan(into)
+        self._reader.read_data(planner.finish_plan(plan), planner)
+
+    def files(self, into: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+        """List the files that `read` opens.
+
+        Args:
+            into: as `read` takes it.
+        """
+        return self._reader.files(self._plan(into)[1])
+
+    def ranges(self, into: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, int, int]]:
+        """List what `read` reads: file, first byte, bytes. The lists of shards of these files must be there.
+
+        Args:
+            into: as `read` takes it.
+        """
+        return self._reader.ranges(self._plan(into)[1])
+
+    def _plan(self, into: Mapping[str, Mapping[str, Tensor]]) -> tuple[DefaultLoadPlanner, LoadPlan]:
+        """Plan what is read into which tensor."""
         state = {f"{part}.{name}": tensor for part, own in into.items() for name, tensor in own.items()}
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         try:
-            plan = planner.create_local_plan()
+            return planner, planner.create_local_plan()
         except Exception as error:  # noqa: BLE001  whatever metadata that cannot be makes of the planner
             raise TensorkeepError(f"cannot be read back: {error}", where=self.folder, code="F07") from None
-        self._reader.read_data(planner.finish_plan(plan), planner)
 
     def whole(self) -> dict[str, dict[str, Tensor]]:
         """Read everything, as whole tensors on the CPU."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from tensorkeep.errors import TensorkeepError
@@ -18,10 +18,11 @@ from tensorkeep.storage import run_folder
 from tensorkeep.storage.files import explained
 from tensorkeep.storage.placement import temporary_name
 from tensorkeep.training._shard_files import Share, lay_out, plain
-from tensorkeep.training.distributed import World, from_first, gathered
+from tensorkeep.training.distributed import World, from_first, gathered, together
+from tensorkeep.training.hosts import Hosts
 from tensorkeep.training.state_files import State
 
-_AROUND = 2048  # bytes that an archive has beside its data, and the entries of a chunk, at most
+_LISTED = 1024  # bytes of a chunk in the lists and in `.metadata`, at most
 
 
 class Part(NamedTuple):
@@ -36,7 +37,7 @@ class Part(NamedTuple):
         meeting: the name of this save among the ranks.
         description: `.metadata` of a save before, which is this one's as well; None where there is none yet.
         keep: takes it, on the first rank.
-        needed: bytes of all parts.
+        needed: bytes of what this rank's host keeps.
     """
 
     share: Share
@@ -55,10 +56,12 @@ class ShardPlan:
 
     Args:
         world: this process among its peers.
+        hosts: where every host keeps its own ranks' files; None: all ranks share a folder.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, hosts: Hosts | None = None) -> None:
+        self.world, self.hosts = world, hosts
+        self._sizes: list[tuple[int, int]] = []  # of each rank: bytes of its file, and chunks in it
         self._kinds: list[Any] | None = None
         self._items: SavePlan | None = None
         self._metadata: Metadata | None = None
@@ -81,16 +84,10 @@ class ShardPlan:
         Raises:
             TensorkeepError: on every rank: a tensor cannot be stored, the disk is full or fails.
         """
-        nested = {k: v for k, v in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema)) if v}
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(nested, is_coordinator=self.world.first)
-        kinds = [(name, _kind(tensor)) for name, tensor in planner.state_dict.items()]
-        if not all(gathered(self.world, kinds == self._kinds)):
-            self._agree(planner)
-            self._kinds = kinds
+        planner = self._planned(state)
         share, items = self._share, self._items
         assert share is not None and items is not None
-        step, needed = state.document["step"], self._needed(document)
+        step, needed = state.document["step"], sum(self._kept()) + len(document)
 
         def place() -> tuple[str, str, bool]:
             folder = temporary_name(run_folder.folder_of(run, step))
@@ -100,7 +97,7 @@ class ShardPlan:
                 folder.mkdir()
             return str(folder), f"{folder.name}/{secrets.token_hex(8)}", self._description is not None
 
-        folder, meeting, known = from_first(self.world, place)
+        folder, meeting, known = self._place(place)
         by_index = {item.index: item for item in items.items}
         tensors = {
             key: plain(planner.resolve_data(by_index[item.at]), item.at.fqn)  # type: ignore[arg-type]
@@ -112,6 +109,47 @@ class ShardPlan:
         )
         description = (self._description or b"") if known else None
         return Part(share, tensors, steady, self._metadata, Path(folder), meeting, description, self._keep, needed)
+
+    def sizes(self, state: State) -> list[int]:
+        """Tell how many bytes each rank's file will have, and what comes beside them; every rank must call it.
+
+        The plan is kept: a save of the same names, dtypes and shapes needs no other.
+
+        Args:
+            state: as `part` takes it, but tensors may lie on meta.
+        """
+        self._planned(state)
+        return self._kept()
+
+    def _kept(self) -> list[int]:
+        """Bytes of each rank's file that this rank's host keeps, copies of another's with it, and what comes beside."""
+        ranks: Sequence[int] = range(self.world.size)
+        if self.hosts is not None:
+            own = self.hosts.ranks(self.hosts.mine)
+            ranks = [*own, *(source for rank in own for source in self.hosts.copied_from(rank))]
+        chunks = sum(count for _, count in self._sizes)
+        return [*(self._sizes[rank][0] for rank in ranks), _LISTED * chunks + (1 << 20)]
+
+    def _place(self, place: Callable[[], tuple[str, str, bool]]) -> tuple[str, str, bool]:
+        """Make the folder on the first rank, or on the first of each host; all go by the first rank's meeting."""
+        hosts = self.hosts
+        if hosts is None:
+            return from_first(self.world, place)
+        made = together(self.world, lambda: place() if hosts.leads else None)
+        told = gathered(self.world, made)
+        known = all(entry[2] for entry in told if entry is not None)
+        return told[hosts.ranks(hosts.mine)[0]][0], told[0][1], known
+
+    def _planned(self, state: State) -> DefaultSavePlanner:
+        """Set up a planner of a state, and plan anew where tensors are not those of the plan before."""
+        nested = {k: v for k, v in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema)) if v}
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(nested, is_coordinator=self.world.first)
+        kinds = [(name, _kind(tensor)) for name, tensor in planner.state_dict.items()]
+        if not all(gathered(self.world, kinds == self._kinds)):
+            self._agree(planner)
+            self._kinds = kinds
+        return planner
 
     def _agree(self, planner: DefaultSavePlanner) -> None:
         """Let the first rank make one plan of all ranks', so that what several hold is written once."""
@@ -130,17 +168,11 @@ class ShardPlan:
             raise own[0]
         self._items, self._description = own[0], None
         self._share = lay_out(f"__{world.rank}_0.distcp", own[0].items, {})
-
-    def _needed(self, document: bytes) -> int:
-        """Bytes of a save; of the first rank alone."""
-        described = self._metadata.state_dict_metadata.values() if self._metadata is not None else ()
-        tensors = [d for d in described if isinstance(d, TensorStorageMetadata)]
-        sizes = [d.size.numel() * d.properties.dtype.itemsize + _AROUND * len(d.chunks) for d in tensors]
-        return sum(sizes) + len(document) + (1 << 20)
+        self._sizes = gathered(world, (self._share.layout.size, len(self._share.items)))
 
 
 def _kind(tensor: Any) -> tuple[Any, ...]:
-    """What the plan depends on: dtype, sizes of the whole and of this rank's part, device."""
+    """What the plan depends on: dtype, sizes of the whole and of this rank's part."""
     local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     part = tensor if local is None else local()
-    return tensor.dtype, tuple(tensor.shape), tuple(part.shape), part.device
+    return tensor.dtype, tuple(tensor.shape), tuple(part.shape)

@@ -58,13 +58,14 @@ class WholeFiles:
         parts: part -> name -> the tensor, on meta.
         bytes_read: bytes of files that this process read.
         bytes_handed: bytes that it handed to others.
+        fetch: None: every host has the files (see `Shards`).
 
     Raises:
         TensorkeepError: the header of a file is not what the manifest says (F07), or torch lacks a dtype.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, files: Mapping[str, str], world: World) -> None:
-        self.folder, self.bytes_read, self.bytes_handed = folder, 0, 0
+        self.folder, self.bytes_read, self.bytes_handed, self.fetch = folder, 0, 0, None
         self._manifest, self._files, self._world = manifest, dict(files), world
         sizes = [manifest.files[file].size for file in files.values()]
         self._starts = dict(zip(files.values(), accumulate([0, *sizes])))

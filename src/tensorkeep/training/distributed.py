@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store, default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from tensorkeep.errors import TensorkeepError
 
 T = TypeVar("T")
+_JOIN = 600.0  # seconds that ranks wait for each other at the start; TENSORKEEP_JOIN_SECONDS
+_HEARD = 5.0  # seconds; how long the first rank stays for the others to hear who is missing
+_HINT = "look whether it was started and is alive; MASTER_ADDR is rank 0's host as all others reach it"
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,24 @@ class World:
         rank: from 0.
         size: how many processes there are.
         device: the device that this one computes on.
+        here: whether this rank makes the files of its host's folder, where each host has one of its own; None: the
+            first rank makes them, for all.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    here: bool | None = None
 
     @property
     def first(self) -> bool:
         """Whether this rank is the one that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def makes(self) -> bool:
+        """Whether this rank makes the files of the run's folder that it sees."""
+        return self.first if self.here is None else self.here
 
 
 def start(device: str | None = None) -> World:
@@ -52,7 +67,8 @@ def start(device: str | None = None) -> World:
         This process among its peers, with the device it computes on.
 
     Raises:
-        TensorkeepError: there is no such device.
+        TensorkeepError: there is no such device; or ranks did not come within ten minutes (TENSORKEEP_JOIN_SECONDS), or
+            cannot reach each other: they are named.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
@@ -62,8 +78,87 @@ def start(device: str | None = None) -> World:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        store = _met(rank, size)
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
+            )
+        except RuntimeError as error:
+            what = f"rank {rank} on {socket.gethostname()} does not reach the other ranks: {_first_line(error)}"
+            hint = (
+                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network that all hosts share; look at the firewall"
+            )
+            raise TensorkeepError(what, where="several processes", hint=hint) from None
     return World(rank, size, place)
+
+
+def _met(rank: int, size: int) -> Store:
+    """Wait in the store of torchrun, or of rank 0, until all ranks are there; name those that do not come."""
+    seconds, host = float(os.environ.get("TENSORKEEP_JOIN_SECONDS", _JOIN)), socket.gethostname()
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    owned = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        found = dist.TCPStore(  # type: ignore[attr-defined]
+            address,
+            port,
+            is_master=rank == 0 and owned,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        store = PrefixStore(f"tensorkeep/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        store.set(f"host/{rank}", host)
+        _await(store, rank, size, seconds)
+    except RuntimeError as error:
+        what = f"rank {rank} on {host} finds nobody at {address}:{port} within {seconds:.0f} seconds, or lost it"
+        raise TensorkeepError(f"{what}: {_first_line(error)}", where="several processes", hint=_HINT) from None
+    found.set_timeout(default_pg_timeout)
+    return store
+
+
+def _await(store: Store, rank: int, size: int, seconds: float) -> None:
+    """Wait until all ranks have written their host into a store; TensorkeepError names the others, on all alike."""
+    end, pause = time.monotonic() + seconds, 0.002
+    count = store.add("came", 1)
+    while count < size:
+        if store.check(["missing"]):
+            store.add("heard", 1)
+            raise TensorkeepError(store.get("missing").decode(), where="several processes", hint=_HINT)
+        if time.monotonic() > end:
+            what = _missing(store, size, seconds)
+            store.set("missing", what)
+            heard = time.monotonic() + _HEARD  # the store may end with this process
+            while store.add("heard", 0) < count - 1 and time.monotonic() < heard:
+                time.sleep(0.02)
+            raise TensorkeepError(what, where="several processes", hint=_HINT)
+        time.sleep(pause)
+        pause = min(pause * 1.3, max(0.05, 0.001 * size))
+        count = store.add("came", 0)
+
+
+def _missing(store: Store, size: int, seconds: float) -> str:
+    """Say which ranks came, from which hosts, and which did not."""
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # of torchrun: ranks of a node
+    came: dict[str, list[int]] = {}
+    gone: list[int] = []
+    for rank in range(size):
+        if store.check([f"host/{rank}"]):
+            came.setdefault(store.get(f"host/{rank}").decode(), []).append(rank)
+        else:
+            gone.append(rank)
+    nodes = f" (node {_numbers(sorted({rank // each for rank in gone}))})" if each else ""
+    there = "; ".join(f"{_numbers(ranks)} on {host}" for host, ranks in list(came.items())[:8])
+    return f"rank {_numbers(gone)}{nodes} of {size} did not come within {seconds:.0f} seconds; here are {there}"
+
+
+def _numbers(found: Sequence[int]) -> str:
+    """Spell numbers for a message, at most eight."""
+    return ", ".join(map(str, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a message of torch begins with."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def stop() -> None:

@@ -132,6 +132,34 @@ class DurableReader(StorageReader):
         done.set_result(None)
         return done
 
+    def files(self, plan: LoadPlan) -> list[str]:
+        """List the files that a plan reads.
+
+        Args:
+            plan: as the planner made it.
+        """
+        return sorted({self._files[item.storage_index] for item in plan.items if item.storage_index in self._files})
+
+    def ranges(self, plan: LoadPlan) -> list[tuple[str, int, int]]:
+        """List what a plan reads of each file, in pieces that have digests: file, first byte, bytes.
+
+        Args:
+            plan: as the planner made it.
+        """
+        found = set()
+        for item in plan.items:
+            shard = self._shard(item.storage_index)
+            entry = shard.entry
+            row = nbytes(entry.dtype, entry.shape[1:]) if entry.shape else entry.nbytes
+            some = bool(entry.shape) and entry.offset is not None
+            start, end = (0, 1 << 62)
+            if some:
+                start, end = item.storage_offsets[0], item.storage_offsets[0] + item.lengths[0]
+            for first, count in row_pieces(entry.dtype, entry.shape):
+                if first < end and start < first + count:
+                    found.add((shard.file, entry.start + first * row, count * row))
+        return sorted(found)
+
     def _shard(self, index: MetadataIndex) -> _Shard:
         """Find a shard as the planner names it; what lies in a file is read when it is first asked for."""
         assert self._manifest is not None

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tensorkeep.training._retention import Keep
 from tensorkeep.training.batches import Data, Flow, Orders
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.sections import TrainingConfig, counted, updates_of
+from tensorkeep.training.sections import CheckpointConfig, TrainingConfig, counted, updates_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -100,6 +100,7 @@ class Loop:
         parallel: over several ranks, copies of the model (ddp) or shards of it (fsdp).
         replicas: groups of ranks that hold all shards each (fsdp); 1: every rank holds shards of its own.
         background: save behind the training; None: where the weights are on a GPU.
+        checkpoint: whether every host keeps its own ranks' shards, and copies of them.
     """
 
     updates: int
@@ -122,15 +123,17 @@ class Loop:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     replicas: int = 1
     background: bool | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-def loop_of(config: TrainingConfig, samples: int) -> Loop:
+def loop_of(config: TrainingConfig, samples: int, checkpoint: CheckpointConfig | None = None) -> Loop:
     """Return how the loop is to go, from a recipe's section `training`.
 
     Args:
         config: The section. Every field of `Loop` follows from it.
         samples: Samples of one epoch. Epochs follow one another without a gap: an update may take its last samples
             from the next one.
+        checkpoint: The section of that name; None: all hosts share the run's folder.
     """
     save, evaluate, first, keep = (
         counted(config, number, samples)
@@ -157,4 +160,5 @@ def loop_of(config: TrainingConfig, samples: int) -> Loop:
         parallel=config.parallel,
         replicas=config.replicas,
         background=config.background,
+        checkpoint=checkpoint or CheckpointConfig(),
     )

@@ -18,22 +18,24 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
-from tensorkeep.output import Output
+from tensorkeep.output import Output, size
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.run_manifest import as_finding
-from tensorkeep.training import _beginning as beginning
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, metrics, preflight, randomness
 from tensorkeep.training._evaluating import evaluate_if_due, evaluation_due, mark_best, stops_early
+from tensorkeep.training._going_on import Found, find, forget
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training._logbook import Log, due
 from tensorkeep.training._proof import Proof
+from tensorkeep.training._room import check as check_room
 from tensorkeep.training._run import Run, trained
 from tensorkeep.training._update import share, update
 from tensorkeep.training.batches import Data, Positions, Stream, batches, is_flow, streamed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.fsdp import blocks, is_sharded
+from tensorkeep.training.hosts import Hosts, connected
 from tensorkeep.training.interruption import Interrupted, Wish, listening
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.precision import GATHERED
@@ -100,15 +102,16 @@ def fit(
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
     loop = _possible(loop, world, say)
-    preflight.shared_folder(folder, world)
+    hosts = connected(preflight.folders(folder, world, loop.checkpoint), loop.checkpoint.replicas)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
-    with randomness.deterministic(loop.deterministic), _saving(folder, loop, world) as saver:
-        under_way = Run(job, folder, loop, world, say, scaler, saver, resuming.data_facts(job))
+    with randomness.deterministic(loop.deterministic), _saving(folder, loop, world, hosts) as saver:
+        under_way = Run(job, folder, loop, world, say, scaler, saver, resuming.data_facts(job), hosts)
         facts = {"recipe": job.recipe, "data": under_way.data, "base": (job.base or {}).get("digest")}
         for line in preflight.agree(facts, world):
             say.remark(line)
         _start(under_way, resume, allow)
+        check_room(under_way)
         alone = loop.graph or loop.parallel == "fsdp"
         model = job.model if alone else distributed.parallel(job.model, world, loop.deterministic)
         if loop.graph:  # it knows nothing of DDP's hooks: `update` adds up the ranks' gradients
@@ -201,6 +204,9 @@ def _save(run: Run) -> None:
 
 def _possible(loop: Loop, world: World, say: Output) -> Loop:
     """Leave out of the loop's settings what cannot be had here and changes no number by more than rounding."""
+    if loop.checkpoint.local and loop.parallel != "fsdp":
+        hint = "training.parallel: fsdp, or checkpoint.local: false"
+        raise TensorkeepError("only shards are kept by each host", where="checkpoint.local", hint=hint)
     if loop.graph and loop.precision == "fp16":
         hint = "precision: bf16, or graph: false"
         raise TensorkeepError("a CUDA graph would hold on to fp16's scale", where="training.graph", hint=hint)
@@ -236,7 +242,7 @@ def _set_out(job: Job, loop: Loop, world: World) -> None:
         job.model.compile()  # in place: names stay
 
 
-def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[beginning.Found, list[str]]:
+def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> tuple[Found, list[str]]:
     """Put back the newest checkpoint that is whole, and tell why the resume is not more exact.
 
     Of one in shards each rank reads its own, so that damage shows only now; then the one before is taken.
@@ -244,20 +250,23 @@ def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) ->
     damaged: dict[Path, Finding] = {}
     shared = run.world.size > 1 and is_sharded(run.job.model)
     while True:
-        found = beginning.find(run.folder, resume, run.world, damaged, shared)
+        found = find(run.folder, resume, run.world, damaged, run.hosts, shared)
         if found.state is None:
             return found, []
         try:
             run.level, why = _put(run, found, found.state, allow)
-            return found, why
         except TensorkeepError as error:
             of_shards = found.state.shards is not None and (error.code or "").startswith("F")
             if found.place is None or str(resume) == str(found.place) or not of_shards:
+                forget(found, failed=True)
                 raise
             damaged[found.place] = as_finding(error, "warning")
+            forget(found)
+        else:
+            return found._replace(fetched=forget(found)), why
 
 
-def _put(run: Run, found: beginning.Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
+def _put(run: Run, found: Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
     """Compare a checkpoint with the job and put it back."""
     distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
     return resuming.put_back(run.job, run.loop, run.world, state, run.scaler, adopt=found.place is not None)
@@ -279,7 +288,9 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
         )
         remark = f"resumed from {found.name} at step {run.step}, {run.level}"
         say.remark(remark + (f" ({', '.join(why)})" if why else ""))
-    distributed.together(world, lambda: _rewind(run, say) if world.first else None)
+    if found.whole is not None and found.fetched:
+        say.remark(f"note: {size(found.fetched)} of {found.name} came from other hosts")
+    distributed.together(world, lambda: _rewind(run, say) if world.first else _rewind_elsewhere(run))
     # evaluations of the step itself came after its checkpoint; the rows of the first rank hold for all
     rows = list(metrics.rows(run.folder / metrics.METRICS)) if world.first else []
     known = {e["step"] for e in run.evaluations}
@@ -306,12 +317,19 @@ def _rewind(run: Run, say: Output) -> None:
             write_bytes(temporary, text)
 
 
+def _rewind_elsewhere(run: Run) -> None:
+    """Take away the rows of later steps on a host that was the first once, so that they never pass for newer ones."""
+    rows = run.folder / metrics.METRICS
+    if run.hosts is not None and run.hosts.leads and rows.exists():
+        metrics.rewind(rows, run.step)
+
+
 @contextlib.contextmanager
-def _saving(run: Path, loop: Loop, world: World) -> Iterator[Saver | None]:
+def _saving(run: Path, loop: Loop, world: World, hosts: Hosts | None) -> Iterator[Saver | None]:
     """Give the first rank its saver, which holds the run's lock, and in a sharded run every rank; closed at the end."""
     shards = world if loop.parallel == "fsdp" else None
     saver = distributed.together(
-        world, lambda: Saver(run, loop.keep, loop.background, shards) if world.first or shards else None
+        world, lambda: Saver(run, loop.keep, loop.background, shards, hosts) if world.first or shards else None
     )
     try:
         yield saver

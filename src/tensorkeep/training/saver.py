@@ -25,6 +25,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable, run_folder, run_manifest
 from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import left_over
 from tensorkeep.storage.placement import remove
 from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, METADATA, MODEL, OPTIMIZER, STATE
 from tensorkeep.training._retention import Keep, best, mark_best, prune
@@ -36,6 +37,7 @@ from tensorkeep.training.state_files import File, State, encoded, files_of, tens
 if TYPE_CHECKING:  # torch.distributed.checkpoint takes seconds to load: only where there are shards
     from tensorkeep.training._shard_plan import ShardPlan
     from tensorkeep.training._shard_work import ShardWork
+    from tensorkeep.training.hosts import Hosts
 
 
 def save(run: Path, state: State, keep: Keep = Keep()) -> Path:
@@ -81,6 +83,7 @@ class Saver:
         background: write behind the training (None: where tensors are on a GPU).
         world: this process among those that hold the state in shards, of which each has a Saver and writes its own
             shards; the first one holds the lock, commits and deletes. None: the state is whole here.
+        hosts: where every host keeps its own ranks' shards in a folder of its own; the first rank of each locks it.
 
     Attributes:
         stalls: seconds that each save held the caller.
@@ -92,15 +95,20 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, keep: Keep = Keep(), background: bool | None = None, world: World | None = None
+        self,
+        run: Path,
+        keep: Keep = Keep(),
+        background: bool | None = None,
+        world: World | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.run, self.keep, self.background = Path(run), keep, background
-        self.world = world or World()
+        self.world, self.hosts = world or World(), hosts
         self._shards: ShardPlan | None = None
         if self.world.size > 1:
             from tensorkeep.training._shard_plan import ShardPlan
 
-            self._shards = ShardPlan(self.world)
+            self._shards = ShardPlan(self.world, hosts)
         self.stalls: list[float] = []
         self.copies: list[float] = []
         self.durations: list[float] = []
@@ -111,12 +119,16 @@ class Saver:
         self._path: Path | None = None
         self._hook: Any = None
         self._lock = ExitStack()
-        if not self.world.first:
+        if not (hosts.leads if hosts is not None else self.world.first):
             return
         self._lock.enter_context(run_folder.locked(self.run))
         try:
             for name in run_folder.remains(self.run):  # nobody else is at work here: these were interrupted
                 remove(self.run / CHECKPOINTS / name)
+            for step in run_folder.steps(self.run) if hosts is not None else []:  # copies from another host
+                folder = run_folder.folder_of(self.run, step)
+                for name in left_over(folder):
+                    remove(folder / name)
         except BaseException:
             self._lock.close()
             raise
@@ -151,10 +163,11 @@ class Saver:
             from tensorkeep.training._shard_commit import About
             from tensorkeep.training._shard_work import ShardWork
 
-            about = About(step, base, lost, {STATE: document})
+            named = self.hosts.held if self.hosts is not None else ()
+            about = About(step, base, lost, {STATE: document}, named)
             if self._staged is not None:
                 part = part._replace(tensors={})
-            work = ShardWork(self.run, self.keep, step, self.world, part, about, self._staged, started)
+            work = ShardWork(self.run, self.keep, step, self.world, part, about, self._staged, started, self.hosts)
         if background:
             self._hook = self._hook or (register_optimizer_step_pre_hook(self._before) if on_device else None)
             self._fly(lambda: self._finish(work, tidy=True))
@@ -165,6 +178,19 @@ class Saver:
         finally:
             self.stalls.append(time.perf_counter() - started)
         self._fly(work.tidy)
+
+    def sizes(self, state: State) -> list[int]:
+        """Tell how many bytes a save of this state puts into the run's folder, file by file; every rank must call it.
+
+        Args:
+            state: as `save` takes it, but tensors may lie on meta.
+
+        Raises:
+            TensorkeepError: a tensor cannot be stored.
+        """
+        if self._shards is not None:
+            return self._shards.sizes(state)
+        return [*(durable.padded(layout.size) for layout, _ in files_of(state, hollow=True)), 1 << 20]
 
     @property
     def flying(self) -> bool:

@@ -113,6 +113,27 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Where a run's checkpoints lie when its processes run on several hosts.
+
+    Attributes:
+        local: Whether every host keeps the shards of its own processes in a folder on its own disk, of the same name or
+            another; else all hosts share the run's folder. For `training.parallel: fsdp`.
+        replicas: How many further hosts keep a copy of each host's shards, which the next one does: 0 or 1.
+    """
+
+    local: bool = False
+    replicas: int = 0
+
+    def __post_init__(self) -> None:
+        if self.replicas not in (0, 1):
+            raise TensorkeepError(f"replicas {self.replicas} must be 0 or 1", where="checkpoint")
+        if self.replicas and not self.local:
+            hint = "checkpoint.local: true, or replicas: 0"
+            raise TensorkeepError("replicas are copies of what hosts keep locally", where="checkpoint", hint=hint)
+
+
+@dataclass(frozen=True)
 class GroupRule:
     """A learning rate and a decay for the trainable parameters whose name fits a pattern.
 
@@ -197,6 +218,21 @@ def refuse(config: TrainingConfig, reasons: Mapping[str, str]) -> None:
     for name, reason in reasons.items():
         if getattr(config, name) != defaults[name]:
             raise TensorkeepError(f"{name} is refused: {reason}", where=f"training.{name}", hint="leave it out")
+
+
+def refuse_local(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:
+    """Refuse `checkpoint.local` where processes hold no shards.
+
+    Args:
+        training: The section of that name.
+        checkpoint: The section of that name.
+
+    Raises:
+        TensorkeepError: Saying what goes with it.
+    """
+    if checkpoint.local and training.parallel != "fsdp":
+        hint = "training.parallel: fsdp, or checkpoint.local: false and an --out that all hosts share"
+        raise TensorkeepError("only shards are kept by each host", where="checkpoint.local", hint=hint)
 
 
 def updates_of(config: TrainingConfig, samples: int) -> int:

@@ -59,11 +59,12 @@ def floating(dtype: str) -> bool:
     return DTYPES[dtype].floating or dtype.startswith("C")
 
 
-def files_of(state: State) -> list[File]:
+def files_of(state: State, hollow: bool = False) -> list[File]:
     """Lay out the files of a checkpoint.
 
     Args:
         state: what to save.
+        hollow: tensors may lie on meta; for the sizes of the files alone.
 
     Returns:
         Each file's layout with its tensors.
@@ -83,14 +84,16 @@ def files_of(state: State) -> list[File]:
     for name, tensors in parts:
         if not tensors and name in (OPTIMIZER, EMA):
             continue
-        out.append((safetensors.file_layout(name, [_sink(n, t, name) for n, t in tensors.items()]), dict(tensors)))
+        out.append(
+            (safetensors.file_layout(name, [_sink(n, t, name, hollow) for n, t in tensors.items()]), dict(tensors))
+        )
     return out
 
 
-def _sink(name: str, tensor: Tensor, file: str) -> SinkTensor:
+def _sink(name: str, tensor: Tensor, file: str, hollow: bool) -> SinkTensor:
     """A tensor as the file's format describes it, or an error where it cannot be stored as it is."""
     dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
-    whole = tensor.layout == torch.strided and not tensor.is_meta and not hasattr(tensor, "full_tensor")
+    whole = tensor.layout == torch.strided and (hollow or not tensor.is_meta) and not hasattr(tensor, "full_tensor")
     if dtype is None or dtype == "C128" or not whole or tensor.is_quantized:
         kind = f"{tensor.dtype}, {tensor.layout}" + (", sharded" if hasattr(tensor, "full_tensor") else "")
         raise TensorkeepError(f"{name} cannot be stored as it is: {kind}", where=file, tensors=[name])

@@ -123,7 +123,9 @@ class DataConfig:
             and self.feature_stride * self.sample_stride % self.scale_factor
         ):
             what = f"{self.feature_stride * self.sample_stride} frames a grid step are no multiple of scale_factor"
-            hint = f"scale_factor frames lie evenly in a grid step: take feature_stride {self.scale_factor}, or a multiple"
+            hint = (
+                f"scale_factor frames lie evenly in a grid step: take feature_stride {self.scale_factor}, or a multiple"
+            )
             raise TensorkeepError(f"{what} {self.scale_factor}", where="data", hint=hint)
 
 
@@ -234,6 +236,7 @@ class DetectionRecipe:
         training: How long, in what portions, and what happens on the way.
         post_processing: How raw predictions become detections.
         evaluation: How detections are scored.
+        checkpoint: Where checkpoints lie when the processes run on several hosts.
 
     Raises:
         TensorkeepError: Where two sections contradict each other, or a field of `training` is refused.
@@ -251,9 +254,11 @@ class DetectionRecipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     post_processing: PostProcessingConfig = field(default_factory=PostProcessingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
 
     def __post_init__(self) -> None:
         sections.refuse(self.training, REFUSED)
+        sections.refuse_local(self.training, self.checkpoint)
         self._check_inputs()
         if self.data.class_agnostic and self.model.head.classes != 1:
             what = f"class_agnostic data, but head.classes is {self.model.head.classes}"

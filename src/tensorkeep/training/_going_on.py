@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run goes on from: its newest whole one, or the one that was named."""
+"""Find the checkpoint that a run goes on from: its newest valid one, or one that was named."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.findings import Finding
+from tensorkeep.storage.run_manifest import as_finding
 from tensorkeep.training import distributed
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World, gathered
+from tensorkeep.training.hosts import Hosts
 from tensorkeep.training.saver import State
 
 Read = Callable[[Path], State]
@@ -26,12 +28,16 @@ class Found(NamedTuple):
         name: what to call it in a remark.
         skipped: damaged checkpoints that were passed over.
         place: its folder, None where it came from elsewhere.
+        whole: where it lies on several hosts: what `forget` closes.
+        fetched: bytes of it that came from other hosts.
     """
 
     state: State | None
     name: str
     skipped: list[Finding]
     place: Path | None = None
+    whole: Any = None
+    fetched: int = 0
 
 
 def find(
@@ -39,6 +45,7 @@ def find(
     resume: str | Path | State,
     world: World,
     damaged: Mapping[Path, Finding] = MappingProxyType({}),
+    hosts: Hosts | None = None,
     shared: bool = False,
 ) -> Found:
     """Find what to go on from: the run's newest valid checkpoint, one that was named, or nothing.
@@ -51,14 +58,16 @@ def find(
         resume: as `fit` takes it.
         world: this process among its peers.
         damaged: checkpoints that were opened before and turned out to be damaged, with what was found.
+        hosts: where every host keeps its own ranks' shards: the newest checkpoint that is whole among all is taken.
         shared: the ranks hold the model in shards, so a checkpoint that lies whole in files is read by all together.
 
     Raises:
         TensorkeepError: every checkpoint is damaged, the named one is not there, or going on from it would mix two
             runs.
     """
-    read = partial(checkpoint.opened, world=world if shared else None)
-    nothing = Found(None, "", [])
+    if hosts is not None and not _elsewhere(run, resume, world):
+        return _find_among(run, str(resume) == "never", world, damaged, hosts)
+    read, nothing = partial(checkpoint.opened, world=world if shared else None), Found(None, "", [])
     found = distributed.together(world, lambda: _choose(run, resume, damaged, read) if world.first else nothing)
     chosen: Found = gathered(world, found._replace(state=None) if world.first else None)[0]
 
@@ -70,6 +79,54 @@ def find(
         return resume if chosen.name and isinstance(resume, State) else None
 
     return chosen._replace(state=distributed.together(world, state))
+
+
+def _elsewhere(run: Path, resume: str | Path | State, world: World) -> bool:
+    """Whether a checkpoint was named that the run has not gone on from yet."""
+    if not isinstance(resume, State) and str(resume) in ("auto", "never"):
+        return False
+    inside = not isinstance(resume, State) and Path(resume).resolve().is_relative_to(run.resolve())
+    return inside or not any(gathered(world, bool(checkpoint.steps(run))))
+
+
+def _find_among(run: Path, never: bool, world: World, damaged: Mapping[Path, Finding], hosts: Hosts) -> Found:
+    """Find the newest checkpoint of which every file is on some host, and open it on all."""
+    from tensorkeep.training._gathering import newest_whole, none_whole
+
+    broken = {path.name: found for path, found in damaged.items()}
+    while True:
+        whole, skipped, count = newest_whole(run, hosts, world, broken)
+        if whole is None:
+            if skipped and not never:
+                raise none_whole(run, skipped, count, hosts)
+            return Found(None, "", [])
+        if never:
+            raise TensorkeepError(
+                "holds checkpoints already", where=run, hint="--resume auto goes on; --out names another folder"
+            )
+        whole.assemble()
+        try:
+            state = distributed.together(world, partial(checkpoint.opened, whole.path))
+        except TensorkeepError as error:
+            broken[whole.folder.name] = as_finding(error, "warning")
+            whole.close()
+            continue
+        if state.shards is not None:
+            state.shards.fetch = partial(whole.fetch, state.shards)
+        return Found(state, whole.folder.name, skipped, whole.folder, whole)
+
+
+def forget(found: Found, failed: bool = False) -> int:
+    """Take away what was made for reading a checkpoint.
+
+    Args:
+        found: it has been read, or could not be; every rank must call this.
+        failed: the run ends, so nobody is waited for.
+
+    Returns:
+        Bytes that came from other hosts, to all ranks.
+    """
+    return 0 if found.whole is None else found.whole.close(failed)
 
 
 def _choose(run: Path, resume: str | Path | State, damaged: Mapping[Path, Finding], read: Read) -> Found:
