@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import tensorkeep.language._documents
 import tensorkeep.language._gated_mlp
-import tensorkeep.quantization.linear  # noqa: F401  both register the operations that stand for their products
+import tensorkeep.quantization.linear  # noqa: F401  these register the operations that stand for their products
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.offload import Offload
 
@@ -38,6 +39,7 @@ ATTENTION = (
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.tensorkeep.documents.default,
 )
 _WIDEST = 2  # times a layer's input: what is larger stays on the GPU, since it takes longer to move than to keep busy
 MATRIX = (aten.mm.default, aten.addmm.default, torch.ops.tensorkeep.products.default)

@@ -13,7 +13,7 @@ from torch import nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._data import cache_of, make_data, pad_of
 from tensorkeep.language._dpo import PreferenceLoss, with_reference
-from tensorkeep.language._fits_rows import refuse_rows
+from tensorkeep.language._fits_rows import pack_rows, refuse_rows
 from tensorkeep.language._held_out import evaluation_of
 from tensorkeep.language._memory import arrange, hold_frozen
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
@@ -68,18 +68,14 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     _place(start, recipe, world)
     with autocast(Loop(0, 1, precision=_gathered(recipe)), world) if is_sharded(model) else nullcontext():
         head = plain_head(model)
+    pack_rows(model, recipe, world, remark)
     forget_whole(model)
     pad = pad_of(start.tokenizer)
     data = make_data(recipe, recipe.data, start.tokenizer, start.vocabulary, run, world, remark)
     if isinstance(data, Pairs):
         how = str(digest), world, pad, _micro(recipe, world), remark
         data = with_reference(data, model, head, cache_of(recipe, run), *how)
-    if recipe.training.memory is not None:
-        tokens = _micro(recipe, world) * recipe.data.length * (2 if dpo else 1)
-        memory, compiled = recipe.training.memory, recipe.training.compile
-        remark(arrange(model, decoder_layers(model), memory, compiled, tokens, world.size == 1))
-    elif recipe.training.gradient_checkpointing:
-        lean(decoder_layers(model), recipe.training.kept, recipe.training.compile)
+    _keep_little(model, recipe, world, remark)
     loss: Any = PreferenceLoss(head, recipe.beta) if dpo else TokenLoss(head, router=_router(model))
     return Job(
         model=model,
@@ -97,6 +93,16 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         base=None if recipe.adapter is None else {"digest": digest, "path": str(recipe.model)},
         trackers=trackers.named(recipe.training.trackers, run) if world.first else [],
     )
+
+
+def _keep_little(model: nn.Module, recipe: LanguageRecipe, world: World, remark: Remark) -> None:
+    """Let decoder layers keep no more for the backward than the recipe says."""
+    training = recipe.training
+    if training.memory is not None:
+        tokens = _micro(recipe, world) * recipe.data.length * (2 if recipe.objective == "dpo" else 1)
+        remark(arrange(model, decoder_layers(model), training.memory, training.compile, tokens, world.size == 1))
+    elif training.gradient_checkpointing:
+        lean(decoder_layers(model), training.kept, training.compile)
 
 
 def _micro(recipe: LanguageRecipe, world: World) -> int:
