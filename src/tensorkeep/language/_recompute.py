@@ -1,11 +1,11 @@
 """Gradient checkpointing of decoder layers: what of a forward is kept for the backward, compiled or not.
 
 The layer becomes a subclass of itself, so names stay and nothing is patched. Kept, from least to most (bytes a token
-of a Llama-3.1-8B layer in bf16): the `input` (8 kB), what `attention` gave as well (16 kB), what it took, too
-(`queries`, 28 kB), the products no wider than what they are made of (`narrow`, 36 kB), all `products` (92 kB), or `all`
-of it. What is kept can wait in main memory (`training.offload`). With `input` torch's non-reentrant checkpoint goes
-around the layer; between the two it goes inside one compiled graph, in which only what the backward needs is made
-again: a checkpoint around the layer repeats its last product for nothing.
+of a Llama-3.1-8B layer in bf16): the `input` (8 kB; `start` where the layer is compiled as one), what `attention` gave
+as well (16 kB), what it took, too (`queries`, 28 kB), the products no wider than what they are made of (`narrow`,
+36 kB), all `products` (92 kB), or `all` of it. What is kept can wait in main memory (`training.offload`). With `input`
+torch's non-reentrant checkpoint goes around the layer; between `start` and `all` it goes inside one compiled graph, in
+which only what the backward needs is made again: a checkpoint around the layer repeats its last product for nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import tensorkeep.quantization.linear  # noqa: F401  these register the operatio
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.offload import Offload
 
-Kept = Literal["input", "attention", "queries", "narrow", "products", "all"]
+Kept = Literal["input", "start", "attention", "queries", "narrow", "products", "all"]
 # kept -> how many times as wide as its input a product may be, before attention and behind it
 INSIDE = {
+    "start": (-1.0, -1.0),  # nor attention
     "attention": (0.0, 0.0),
     "queries": (1.0, 0.0),
     "narrow": (1.0, 1.0),
@@ -58,6 +59,8 @@ def _policy(
     if operation in ATTENTION:
         behind.add(context.is_recompute)
     most = widest[context.is_recompute in behind]
+    if most < 0:
+        return CheckpointPolicy.MUST_RECOMPUTE
     if operation in ATTENTION or (operation is torch.ops.tensorkeep.gated_mlp.default and args[-1]):
         return CheckpointPolicy.MUST_SAVE
     if operation in MATRIX:

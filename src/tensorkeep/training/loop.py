@@ -98,7 +98,7 @@ def fit(
     """
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
-    loop = _possible(loop, world, say)
+    loop = _possible(job, loop, world, say)
     preflight.shared_folder(folder, world)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
@@ -195,8 +195,10 @@ def _save(run: Run) -> None:
 # -- start ------------------------------------------------------------------------------------------------------------
 
 
-def _possible(loop: Loop, world: World, say: Output) -> Loop:
+def _possible(job: Job, loop: Loop, world: World, say: Output) -> Loop:
     """Leave out of the loop's settings what cannot be had here and changes no number by more than rounding."""
+    if job.micro is not None:
+        loop = replace(loop, micro=min(job.micro, loop.micro or job.micro))
     if loop.graph and loop.precision == "fp16":
         hint = "precision: bf16, or graph: false"
         raise TensorkeepError("a CUDA graph would hold on to fp16's scale", where="training.graph", hint=hint)
