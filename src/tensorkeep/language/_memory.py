@@ -113,8 +113,9 @@ def refuse_limit(recipe: LanguageRecipe, world: World) -> None:
     if why:
         hint = "leave it out, or: --lora_r 16 --training.precision bf16 --training.compile true, on a GPU"
         raise TensorkeepError(why, where="training.memory_limit_gib", hint=hint)
-    whole = torch.cuda.get_device_properties(world.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(limit * GIB / whole, 1.0), world.device)
+    index = torch.cuda.current_device() if world.device.index is None else world.device.index
+    whole = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(limit * GIB / whole, 1.0), index)
 
 
 def fitted(
