@@ -163,10 +163,12 @@ def train(system: str, way: str, folder: Path, batch: int, length: int, steps: i
     if system == "unsloth":
         import unsloth  # noqa: F401  it wants to be the first
     import torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
-    before = time.perf_counter()
+    torch.zeros(1, device=device)
+    before = time.perf_counter()  # imports and the GPU's start are every system's
     model, loss_of = BUILD[system](folder, way, batch, length, device)
     if cuda:
         torch.cuda.synchronize()

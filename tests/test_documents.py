@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensorkeep.language import _documents, _recompute, losses
+from tensorkeep.language import _documents, losses
 from tensorkeep.language._documents import attend, documents_of
 from tensorkeep.language._fits_rows import attend_documents
-from tensorkeep.language._recompute import lean
 from tensorkeep.language.data.batches import Collate, make_sample, targets_of
 from tensorkeep.language.job import build, loop_of
 from tensorkeep.language.losses import TokenLoss, plain_head
@@ -160,21 +158,3 @@ def test_a_packed_run_makes_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fit(job, tmp_path / "run", loop_of(recipe, len(job.data)))
     assert made and set(made) == {12}  # the trial's alone
     assert not any("mask" in line for line in said)
-
-
-def test_compiled_layers_that_keep_attention_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = partial(torch.compile, backend="aot_eager")  # graphs and what they keep, without code of their own
-    monkeypatch.setattr(torch, "compile", quick)
-    _recompute._compiled_forward.cache_clear()
-    made, batch = model("llama"), _batch()
-    loss, gradients = _loss_and_gradients(made, batch)
-    assert attend_documents(made) == ""
-    calls: list[int] = []
-    monkeypatch.setattr(_documents, "_parts", lambda b, n, parts=_documents._parts: calls.append(n) or parts(b, n))
-    lean(made.model.layers, "queries", compiled=True)
-    found, theirs = _loss_and_gradients(made, batch)
-    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(theirs[name], gradient, rtol=1e-3, atol=1e-5)
-    _recompute._compiled_forward.cache_clear()
-    assert calls == [6] * 4  # two layers, forward and backward: nothing is attended a third time

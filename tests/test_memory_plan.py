@@ -188,6 +188,9 @@ def test_a_run_keeps_to_its_limit(tmp_path: Path) -> None:
         fit(job, tmp_path / "run", loop_of(recipe, len(job.data)), world=world)
         assert any(line.startswith("memory plan for 1 GiB: 2 x 32 tokens") for line in lines)
         assert torch.cuda.max_memory_allocated() < GIB
+        whole = torch.cuda.get_device_properties(0).total_memory
+        assert torch.cuda.get_per_process_memory_fraction() == pytest.approx(GIB / whole)
+        torch.cuda.set_per_process_memory_fraction(1.0)
         document["training"]["memory_limit_gib"] = 0.1
         with pytest.raises(TensorkeepError, match="are needed at the least"):
             build(language_recipe(document), tmp_path / "other", world)

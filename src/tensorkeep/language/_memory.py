@@ -90,11 +90,11 @@ def _way(memory: Memory, layers: int, tokens: int) -> Way:
 
 
 def refuse_limit(recipe: LanguageRecipe, world: World) -> None:
-    """Refuse a limit of memory where what training takes is not known, and hold this process to it where it is.
+    """Refuse a limit of memory where what training takes is not known.
 
     Args:
         recipe: its `training.memory_limit_gib`, and what it needs beside.
-        world: this process among its peers; its device is held to the limit from here on.
+        world: this process among its peers.
 
     Raises:
         TensorkeepError: the limit cannot be kept to by this run.
@@ -113,7 +113,17 @@ def refuse_limit(recipe: LanguageRecipe, world: World) -> None:
     if why:
         hint = "leave it out, or: --lora_r 16 --training.precision bf16 --training.compile true, on a GPU"
         raise TensorkeepError(why, where="training.memory_limit_gib", hint=hint)
-    index = torch.cuda.current_device() if world.device.index is None else world.device.index
+
+
+def hold_to(limit: float, device: torch.device) -> None:
+    """Let torch take no more than so many GiB of a GPU from here on.
+
+    Args:
+        limit: GiB.
+        device: the GPU.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.empty_cache()  # what loading left
     whole = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(min(limit * GIB / whole, 1.0), index)
 

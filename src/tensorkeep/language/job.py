@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language._data import cache_of, make_data, pad_of
+from tensorkeep.language._data import cache_of, make_data, multiple_of, pad_of
 from tensorkeep.language._dpo import PreferenceLoss, with_reference
 from tensorkeep.language._fits_rows import pack_rows, refuse_rows
 from tensorkeep.language._held_out import evaluation_of
-from tensorkeep.language._memory import arrange, fitted, hold_frozen, refuse_limit
+from tensorkeep.language._memory import arrange, fitted, hold_frozen, hold_to, refuse_limit
 from tensorkeep.language._memory_plan import GIB, said
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
@@ -83,7 +83,7 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         model=model,
         optimizer=make_optimizer(model, recipe.optimizer),
         data=data,
-        collate=CollatePairs(pad) if dpo else Collate(pad),
+        collate=(CollatePairs if dpo else Collate)(pad, multiple_of(recipe)),
         loss=loss,
         count=pairs_of if dpo else targets_of,
         pace=("pairs" if dpo else "tokens", None),
@@ -108,6 +108,7 @@ def _keep_little(model: nn.Module, recipe: LanguageRecipe, world: World, remark:
         layers = decoder_layers(model)
         plan = fitted(model, layers, micro, length, limit, alone, training.ema is not None)
         arrange(model, layers, plan.way, training.compile, plan.micro * length, alone)
+        hold_to(limit, world.device)
         remark(said(plan, length, len(layers), round(limit * GIB)))
         return plan.micro
     elif training.gradient_checkpointing:
