@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import families
 from torch import Tensor
 
 from tensorkeep.language import _documents, losses
@@ -107,6 +108,18 @@ def test_losses_and_gradients_are_those_of_the_mask(kind: str, monkeypatch: pyte
     assert theirs.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(theirs[name], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_values_narrower_than_queries_and_attention_of_its_own() -> None:
+    batch = _batch()
+    batch["input_ids"] %= 60
+    for name, why in (("deepseek_v3", ""), ("gpt2", ""), ("falcon", "not SDPA")):
+        made = families.model_of(name).eval()
+        with torch.no_grad():
+            expected = losses.forward(made, batch).logits
+            assert why in (said := attend_documents(made)) and bool(said) is bool(why)
+            assert _documents.uses(made) is not bool(why)
+            torch.testing.assert_close(losses.forward(made, batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mask_stays_where_documents_do_not_reach_attention(monkeypatch: pytest.MonkeyPatch) -> None:

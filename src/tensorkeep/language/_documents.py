@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
@@ -54,17 +55,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scal
     Args:
         query: `[b, h, t, d]`, on a GPU in half precision or under autocast.
         key: `[b, g, t, d]`; g divides h.
-        value: `[b, g, t, d]`.
+        value: `[b, g, t, d]`, or narrower.
         documents: of the batch.
         scale: of the products (None: 1 / sqrt(d)).
 
     Returns:
-        `[b, t, h, d]`.
+        `[b, t, h, d]`, as wide as the values.
     """
-    dtype, (b, h, t, d) = compute_dtype(query), query.shape
+    dtype, (b, h, t, d), wide = compute_dtype(query), query.shape, value.shape[3]
+    if wide < d:  # DeepSeek's; kernels want one width
+        value = F.pad(value, (0, d - wide))
     flat = [x.to(dtype).transpose(1, 2).reshape(b * t, x.shape[1], x.shape[3]) for x in (query, key, value)]
     out, _ = torch.ops.tensorkeep.documents(*flat, *documents, d**-0.5 if scale is None else scale)
-    return out.view(b, t, h, value.shape[3])  # type: ignore[no-any-return]
+    return out.view(b, t, h, d)[..., :wide]  # type: ignore[no-any-return]
 
 
 def _forward(
@@ -202,7 +205,8 @@ def use(model: Any) -> bool:
     Args:
         model: one whose config says `sdpa`; `unuse` takes it back.
     """
-    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not hasattr(model, "set_attn_implementation"):
+    settable: Any = getattr(model, "_can_set_attn_implementation", lambda: hasattr(model, "set_attn_implementation"))
+    if getattr(model.config, "_attn_implementation", None) != "sdpa" or not settable():
         return False
     try:
         from transformers import AttentionInterface
