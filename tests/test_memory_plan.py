@@ -82,7 +82,13 @@ def test_what_cannot_fit_is_refused_with_what_it_needs() -> None:
     assert e.value.where == "training.memory_limit_gib" and "memory_limit_gib: 7" in str(e.value.hint)
     least = planned(LLAMA, 1, 2048, 7 * GIB, HOST)
     assert f"{least._replace(way=Way(0, 'queries', HOST, True)).need['weights'] / GIB:.1f}" in e.value.what
-    assert 0 < main_memory() < 1 << 50
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = main_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0 < whole < 1 << 50 and main_memory() == pytest.approx(whole / 4, abs=1)
 
 
 class Model(nn.Module):

@@ -180,7 +180,10 @@ def said(plan: Plan, length: int, layers: int, limit: int) -> str:
 
 
 def main_memory() -> int:
-    """Return the bytes of main memory that may be page-locked: a share of what this machine or container has."""
+    """Return the bytes of main memory that this process may page-lock: a share of what machine or container has.
+
+    Processes that torchrun started on this machine share it.
+    """
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups of version 2 and 1
         try:
@@ -189,4 +192,5 @@ def main_memory() -> int:
             continue
         if text.isdecimal():
             size = min(size, int(text))
-    return round(size * _HOST_SHARE)
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return round(size * _HOST_SHARE / max(int(here) if here.isdecimal() else 1, 1))
