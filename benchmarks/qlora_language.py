@@ -2,6 +2,7 @@
 
     python -m benchmarks.qlora_language                        both, 4 x 2048 and 1 x 8192
     python -m benchmarks.qlora_language --tiny                 a check of the script, on any machine
+    python -m benchmarks.qlora_language --modes least --shapes 1x131072 --documents 8192    packed rows
 
 nf4 base (doubly quantized, blocks of 64), r 16 on all linears but the head, random tokens, no dropout, bf16 autocast,
 AdamW on float32 LoRA weights, torch's SDPA, every layer's activations recomputed. Both models get the same seeded
@@ -147,24 +148,39 @@ def our_model(shape: dict[str, Any], device: torch.device, kept: list[Any], comp
     return model
 
 
-def arranged_model(shape: dict[str, Any], device: torch.device, memory: Any, compiled: bool, tokens: int) -> nn.Module:
+def arranged_model(
+    shape: dict[str, Any], device: torch.device, memory: Any, compiled: bool, tokens: int, packed: bool = False
+) -> nn.Module:
     """Ours under `training.memory`."""
     from tensorkeep.adapters.lora import add_lora
+    from tensorkeep.language import _documents
     from tensorkeep.language._memory import arrange
     from tensorkeep.quantization.linear import QuantLinear
 
     model = skeleton(shape, lambda linear, name: QuantLinear.of(linear, "nf4", name=name), device)
     add_lora(model, ["*_proj"], r=16, alpha=32)
+    if packed and not _documents.use(model):
+        raise SystemExit("this transformers takes no documents")
     print(arrange(model, list(model.model.layers), memory, compiled, tokens, True), flush=True)
     return model
 
 
-def our_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def our_loss(model: nn.Module, ids: Tensor, documents: int = 0, masked: bool = False) -> Tensor:
+    """With `documents`, rows are packed with documents of so many tokens: without a mask, or `masked`."""
+    from tensorkeep.language import _documents
     from tensorkeep.language._head_loss import head_loss
+    from tensorkeep.language.data.batches import block_mask
 
-    hidden = model.model(input_ids=ids).last_hidden_state  # [B, L, C]
-    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-    return head_loss(hidden, model.lm_head.weight, labels, float(ids.numel() - len(ids)))
+    labels, extra = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100), {}
+    if documents:
+        positions = (torch.arange(ids.shape[1], device=ids.device) % documents)[None].expand_as(ids).contiguous()
+        labels[:, :-1][positions[:, 1:] == 0] = -100
+        if masked:
+            extra = {"position_ids": positions, "attention_mask": block_mask((positions == 0).cumsum(1))}
+        else:
+            extra = _documents.arguments(positions)
+    hidden = model.model(input_ids=ids, **extra).last_hidden_state  # [B, L, C]
+    return head_loss(hidden, model.lm_head.weight, labels, float((labels != -100).sum()))
 
 
 def peft_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -245,11 +261,14 @@ def main() -> None:
     parser.add_argument(
         "--products", type=int, default=6, help="layers of `fast` that keep all their products, the others narrow ones"
     )
+    parser.add_argument("--documents", type=int, default=0, help="rows are packed with documents of so many tokens")
+    parser.add_argument("--mask", action="store_true", help="and attended under a mask of the row")
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = TINY if arguments.tiny else LLAMA_8B
     results = []
+    loss_of = partial(our_loss, documents=arguments.documents, masked=arguments.mask)
     for size in ("2x64",) if arguments.tiny else arguments.shapes.split(","):
         batch, length = map(int, size.split("x"))
         floor = batch * length / floor_seconds(shape, batch, length)
@@ -261,12 +280,13 @@ def main() -> None:
             if mode == "peft":
                 build = partial(peft_model, shape, device)
             elif mode in ("least", "balanced", "most"):
-                build = partial(arranged_model, shape, device, mode, not arguments.eager, batch * length)
+                packed = arguments.documents > 0 and not arguments.mask
+                build = partial(arranged_model, shape, device, mode, not arguments.eager, batch * length, packed)
             else:
                 build = partial(our_model, shape, device, kept, not arguments.eager)
             made = train(
                 build,
-                peft_loss if mode == "peft" else our_loss,
+                peft_loss if mode == "peft" else loss_of,
                 shape["vocab_size"],
                 batch,
                 length,

@@ -29,12 +29,15 @@ KEPT_BY_HAND = {
     "gradient_checkpointing": st.booleans(),
     "kept": st.sampled_from(["input", "narrow", "products"]),
     "memory": st.none(),
+    "memory_limit_gib": st.none(),
 }
 KEPT_BY_MEMORY = {
     "gradient_checkpointing": st.just(False),
     "kept": st.just("input"),
     "memory": st.sampled_from(["least", "balanced", "most"]),
+    "memory_limit_gib": st.none(),
 }
+KEPT_BY_LIMIT = KEPT_BY_MEMORY | {"memory": st.none(), "memory_limit_gib": positive}
 
 
 def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -61,7 +64,7 @@ def trainings(draw: st.DrawFn, kind: type[T], refused: Sequence[str]) -> T:
         "ema": draw(optional(st.floats(0, 1, exclude_max=True))),
         "quantize_backbone": draw(st.sampled_from([None, "nf4", "fp4", "int8"])),
         "pretrained": draw(optional(texts)),
-        **draw(st.one_of(st.fixed_dictionaries(KEPT_BY_HAND), st.fixed_dictionaries(KEPT_BY_MEMORY))),
+        **draw(st.one_of(*map(st.fixed_dictionaries, (KEPT_BY_HAND, KEPT_BY_MEMORY, KEPT_BY_LIMIT)))),
         "compile": draw(st.booleans()),
         "graph": draw(st.booleans()),
         "deterministic": draw(st.booleans()),

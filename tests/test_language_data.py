@@ -278,6 +278,9 @@ def test_a_batch_is_padded_at_the_right_and_padding_goes_on_with_the_last_docume
     )
     assert mixed["segments"][0].tolist() == [0, 0, 1, 1, 1, 1, 1] and mixed["input_ids"][0].tolist()[5:] == [99, 99]
     assert mixed["position_ids"][0].tolist() == [0, 1, 0, 1, 2, 3, 4]
+    filled = Collate(99, multiple=4)([data.sample(1, torch.Generator())])  # to a length of few
+    assert filled["input_ids"].tolist() == [[7, 8, 9, 10, 11, 99, 99, 99]]
+    assert filled["segments"].tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]] and filled["labels"][0, 5:].tolist() == [-100] * 3
 
 
 def test_a_conversation_without_messages_is_refused() -> None:

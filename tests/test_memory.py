@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language import _gated_mlp
+from tensorkeep.language import _documents, _gated_mlp, _recompute
+from tensorkeep.language._data import multiple_of
 from tensorkeep.language._gated_layers import Fused, fuse_mlps
 from tensorkeep.language._memory import arrange, hold_frozen
 from tensorkeep.language._recompute import Lean, lean
@@ -149,6 +152,31 @@ def test_embeddings_of_their_own_stay_in_main_memory() -> None:
     assert list(model.state_dict()) == list(Model([_layer("nf4", ALL)]).state_dict())
     model.cuda()  # and back
     assert torch.equal(model.table(ids), expected)
+
+
+def test_layers_are_compiled_for_few_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = _document(tmp_path, "least", updates=3)
+    document["data"] |= {"packing": "first_fit", "length": 96}
+    expected = _losses(document, tmp_path / "plain")
+    backend = CompileCounterWithBackend("aot_eager")  # graphs and what they keep, without code of their own
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    attended: list[int] = []
+    parts = _documents._parts
+    monkeypatch.setattr(_documents, "_parts", lambda bounds, count: attended.append(count) or parts(bounds, count))
+    _recompute._compiled_forward.cache_clear()
+    document["training"]["compile"] = True
+    found = _losses(document, tmp_path / "compiled")
+    _recompute._compiled_forward.cache_clear()
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert backend.frame_count == 1  # one form of packed rows, whichever layer comes first
+    # two layers in the trial, then three updates of two micro-batches, forward and backward: attended once each
+    assert len(attended) == 2 + 3 * 2 * 2 * 2
+    recipe = language_recipe(document)
+    assert multiple_of(recipe) == 96
+    document["data"]["packing"] = "none"
+    assert multiple_of(language_recipe(document)) == 12
+    document["training"]["compile"] = False
+    assert multiple_of(language_recipe(document)) == 1
 
 
 @pytest.mark.slow

@@ -132,6 +132,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gradient_checkpointing": (True, {}),
     "kept": ("narrow", {}),
     "memory": ("least", {}),
+    "memory_limit_gib": (12.0, {}),
     "trackers": (("wandb",), {}),
 }
 PLAIN = {

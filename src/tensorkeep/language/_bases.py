@@ -44,6 +44,7 @@ def in_codes(
     device: torch.device,
     trains: bool = False,
     remark: Remark = lambda _: None,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module | None:
     """Load a checkpoint's model, its weights as codes or floats, with the memory of the model and one tensor.
 
@@ -54,6 +55,7 @@ def in_codes(
         device: where the model goes.
         trains: the weights themselves are to train: no codes stay.
         remark: is told which codes stay and which are dequantized.
+        dtype: of what stays floats.
 
     Returns:
         The model, frozen; None for a float checkpoint whose tensors transformers rearranges in a way not known here.
@@ -81,7 +83,7 @@ def in_codes(
             return None
         raise TensorkeepError(error.what, where=error.where, code=error.code, hint=error.hint or way_out) from None
     _say(live, kind, trains, remark)
-    load_quantizing(model, live, kind, exclude=wide, device=device, dtype=torch.float32, repair=repair_buffers)
+    load_quantizing(model, live, kind, exclude=wide, device=device, dtype=dtype, repair=repair_buffers)
     return model.eval()
 
 

@@ -26,6 +26,7 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.waiting import from_first_at_length
 
 Remark = Callable[[str], None]
+_LENGTHS = 8  # of rows, where layers are compiled for each
 
 
 def cache_of(recipe: LanguageRecipe, run: Path) -> Path:
@@ -37,6 +38,21 @@ def pad_of(tokenizer: Any) -> int:
     """The id that fills rows up; 0 where the tokenizer names none."""
     pad = tokenizer.pad_token_id
     return int(pad) if isinstance(pad, int) else 0
+
+
+def multiple_of(recipe: LanguageRecipe) -> int:
+    """Return the tokens of which rows get a multiple: where layers are compiled, lengths must be few.
+
+    Packed rows are nearly full, so they are filled up; others get one of eight lengths.
+
+    Args:
+        recipe: its `training` and `data` count.
+    """
+    training, length = recipe.training, recipe.data.length
+    by_layer = training.gradient_checkpointing or training.memory is not None or training.memory_limit_gib is not None
+    if not (training.compile and by_layer):
+        return 1
+    return length if recipe.data.packing != "none" else -(-length // _LENGTHS)
 
 
 def make_data(

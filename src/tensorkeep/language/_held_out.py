@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.language._data import cache_of, make_data, pad_of
+from tensorkeep.language._data import cache_of, make_data, multiple_of, pad_of
 from tensorkeep.language._dpo import with_reference
 from tensorkeep.language.data.batches import Collate, targets_of
 from tensorkeep.language.data.conversations import Format
@@ -104,5 +104,5 @@ def evaluation_of(
     loop = Loop(updates=0, batch=training.batch_size, micro=training.micro_batch, precision=training.precision)
     count = min(len(data), rows) if rows is not None else len(data)
     if recipe.objective == "dpo":
-        return Evaluation(data, CollatePairs(pad), loss, pairs_of, loop, world, False, count)
-    return Evaluation(data, Collate(pad), loss, targets_of, loop, world, True, count)
+        return Evaluation(data, CollatePairs(pad, multiple_of(recipe)), loss, pairs_of, loop, world, False, count)
+    return Evaluation(data, Collate(pad, multiple_of(recipe)), loss, targets_of, loop, world, True, count)

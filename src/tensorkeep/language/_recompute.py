@@ -1,11 +1,11 @@
 """Gradient checkpointing of decoder layers: what of a forward is kept for the backward, compiled or not.
 
 The layer becomes a subclass of itself, so names stay and nothing is patched. Kept, from least to most (bytes a token
-of a Llama-3.1-8B layer in bf16): the `input` (8 kB), what `attention` gave as well (16 kB), what it took, too
-(`queries`, 28 kB), the products no wider than what they are made of (`narrow`, 36 kB), all `products` (92 kB), or `all`
-of it. What is kept can wait in main memory (`training.offload`). With `input` torch's non-reentrant checkpoint goes
-around the layer; between the two it goes inside one compiled graph, in which only what the backward needs is made
-again: a checkpoint around the layer repeats its last product for nothing.
+of a Llama-3.1-8B layer in bf16): the `input` (8 kB; `start` where the layer is compiled as one), what `attention` gave
+as well (16 kB), what it took, too (`queries`, 28 kB), the products no wider than what they are made of (`narrow`,
+36 kB), all `products` (92 kB), or `all` of it. What is kept can wait in main memory (`training.offload`). With `input`
+torch's non-reentrant checkpoint goes around the layer; between `start` and `all` it goes inside one compiled graph, in
+which only what the backward needs is made again: a checkpoint around the layer repeats its last product for nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import tensorkeep.language._documents
 import tensorkeep.language._gated_mlp
-import tensorkeep.quantization.linear  # noqa: F401  both register the operations that stand for their products
+import tensorkeep.quantization.linear  # noqa: F401  these register the operations that stand for their products
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.offload import Offload
 
-Kept = Literal["input", "attention", "queries", "narrow", "products", "all"]
+Kept = Literal["input", "start", "attention", "queries", "narrow", "products", "all"]
 # kept -> how many times as wide as its input a product may be, before attention and behind it
 INSIDE = {
+    "start": (-1.0, -1.0),  # nor attention
     "attention": (0.0, 0.0),
     "queries": (1.0, 0.0),
     "narrow": (1.0, 1.0),
@@ -38,7 +40,9 @@ ATTENTION = (
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.tensorkeep.documents.default,
 )
+_FORMS = 64  # of one layer's compiled code
 _WIDEST = 2  # times a layer's input: what is larger stays on the GPU, since it takes longer to move than to keep busy
 MATRIX = (aten.mm.default, aten.addmm.default, torch.ops.tensorkeep.products.default)
 
@@ -56,6 +60,8 @@ def _policy(
     if operation in ATTENTION:
         behind.add(context.is_recompute)
     most = widest[context.is_recompute in behind]
+    if most < 0:
+        return CheckpointPolicy.MUST_RECOMPUTE
     if operation in ATTENTION or (operation is torch.ops.tensorkeep.gated_mlp.default and args[-1]):
         return CheckpointPolicy.MUST_SAVE
     if operation in MATRIX:
@@ -77,6 +83,8 @@ class Lean(nn.Module):
         kind = kinds[kinds.index(Lean) + 1]
         wanted = self.kept if self.training and torch.is_grad_enabled() else "all"
         run = _compiled_forward(kind, wanted if wanted in INSIDE else "all") if self.compiled else kind.forward
+        if self.compiled and wanted in INSIDE and args:
+            args = (_needing(args[0]), *args[1:])
         if self.offload is None or wanted == "all":
             return self._run(run, wanted, args, kwargs)
         shared = [*self.parameters(), *self.buffers(), *flat_tensors(kwargs)]
@@ -88,6 +96,26 @@ class Lean(nn.Module):
         if wanted == "input":
             return checkpoint(run, self, *args, use_reentrant=False, **kwargs)
         return run(self, *args, **kwargs)
+
+
+class _Needing(torch.autograd.Function):
+    """A tensor as it is, needing a gradient because a second one does; what comes back is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _other: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _needing(x: Any) -> Any:
+    """Return a layer's input as one that needs a gradient: the first layer's does not, and would be compiled apart."""
+    if not isinstance(x, Tensor) or x.requires_grad or not x.is_floating_point():
+        return x
+    apply: Any = _Needing.apply
+    return apply(x, torch.zeros((), device=x.device, requires_grad=True))
 
 
 def flat_tensors(value: Any) -> Iterator[Tensor]:
@@ -105,9 +133,20 @@ def _lean_class(kind: Any) -> Any:
     return type(f"Lean{kind.__name__}", (Lean, kind), {})
 
 
+def _allow_forms() -> None:
+    """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make; torch's limit is eight.
+
+    Beyond its limit torch runs the layer uncompiled, where what is kept inside it would be changed in place.
+    """
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+    setattr(config, name, max(getattr(config, name), _FORMS))
+
+
 @cache
 def _compiled_forward(kind: Any, kept: Kept) -> Any:
     """Compile the forward of a class: its instances share one graph, whose inputs are their parameters."""
+    _allow_forms()
     if kept == "all":
         return torch.compile(kind.forward, dynamic=False)
     contexts = partial(_contexts, INSIDE[kept])

@@ -12,6 +12,7 @@ import torch
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._dpo import PreferenceLoss
+from tensorkeep.language._fits_rows import pack_rows
 from tensorkeep.language._held_out import evaluation_of
 from tensorkeep.language.checkpoints import checkpoint_of, needs_start_weights, put_state, run_of
 from tensorkeep.language.data.texts import objective_of
@@ -73,6 +74,7 @@ def evaluate_checkpoint(
         averaged = put_state(start, recipe, state, ema)
         start.model.to(world.device).eval()
         plain = plain_head(start.model)
+        pack_rows(start.model, recipe, world, remark)
         loss: Any = PreferenceLoss(plain, recipe.beta) if recipe.objective == "dpo" else TokenLoss(plain)
         reading = replace(recipe, data=replace(recipe.data, cache=str(place)))
         evaluation = evaluation_of(reading, files, "auto", start, place, world, loss, remark)

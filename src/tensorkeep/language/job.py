@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.language._data import cache_of, make_data, pad_of
+from tensorkeep.language._data import cache_of, make_data, multiple_of, pad_of
 from tensorkeep.language._dpo import PreferenceLoss, with_reference
-from tensorkeep.language._fits_rows import refuse_rows
+from tensorkeep.language._fits_rows import pack_rows, refuse_rows
 from tensorkeep.language._held_out import evaluation_of
-from tensorkeep.language._memory import arrange, hold_frozen
+from tensorkeep.language._memory import arrange, fitted, hold_frozen, hold_to, refuse_limit
+from tensorkeep.language._memory_plan import GIB, said
 from tensorkeep.language._optimizer import choose_trainable, make_optimizer
 from tensorkeep.language._recompute import lean
 from tensorkeep.language._shards import fill
@@ -58,45 +59,61 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         >>> fit(job, "runs/one", loop_of(recipe, len(job.data)))                         # doctest: +SKIP
     """
     world, run = world or World(), Path(run)
+    refuse_limit(recipe, world)
     start = start_of(recipe, run, world, remark, sharded=recipe.training.parallel == "fsdp" and world.size > 1)
     model, dpo = start.model, recipe.objective == "dpo"
     refuse_rows(model, recipe.data.length, recipe.data.packing != "none")
     digest = start.digest(world) if recipe.adapter is not None or dpo else None
     choose_trainable(model, recipe, world.size > 1, remark)
-    if recipe.training.memory is not None:
+    if recipe.training.memory is not None or recipe.training.memory_limit_gib is not None:
         hold_frozen(model, recipe.training.precision)
     _place(start, recipe, world)
     with autocast(Loop(0, 1, precision=_gathered(recipe)), world) if is_sharded(model) else nullcontext():
         head = plain_head(model)
+    pack_rows(model, recipe, world, remark)
     forget_whole(model)
     pad = pad_of(start.tokenizer)
     data = make_data(recipe, recipe.data, start.tokenizer, start.vocabulary, run, world, remark)
     if isinstance(data, Pairs):
         how = str(digest), world, pad, _micro(recipe, world), remark
         data = with_reference(data, model, head, cache_of(recipe, run), *how)
-    if recipe.training.memory is not None:
-        tokens = _micro(recipe, world) * recipe.data.length * (2 if dpo else 1)
-        memory, compiled = recipe.training.memory, recipe.training.compile
-        remark(arrange(model, decoder_layers(model), memory, compiled, tokens, world.size == 1))
-    elif recipe.training.gradient_checkpointing:
-        lean(decoder_layers(model), recipe.training.kept, recipe.training.compile)
+    micro = _keep_little(model, recipe, world, remark)
     loss: Any = PreferenceLoss(head, recipe.beta) if dpo else TokenLoss(head, router=_router(model))
     return Job(
         model=model,
         optimizer=make_optimizer(model, recipe.optimizer),
         data=data,
-        collate=CollatePairs(pad) if dpo else Collate(pad),
+        collate=(CollatePairs if dpo else Collate)(pad, multiple_of(recipe)),
         loss=loss,
         count=pairs_of if dpo else targets_of,
         pace=("pairs" if dpo else "tokens", None),
         schedule=schedule_of(recipe.schedule, recipe.training, len(data)),
-        evaluate=_evaluation(recipe, start, run, world, loss, remark),
+        evaluate=_evaluation(recipe, start, run, world, loss, remark, micro),
         ema=None if recipe.training.ema is None else Ema(model, recipe.training.ema),
         recipe=kept(recipe),
         read_recipe=kept_of,
         base=None if recipe.adapter is None else {"digest": digest, "path": str(recipe.model)},
         trackers=trackers.named(recipe.training.trackers, run) if world.first else [],
+        micro=micro,
     )
+
+
+def _keep_little(model: nn.Module, recipe: LanguageRecipe, world: World, remark: Remark) -> int | None:
+    """Let decoder layers keep no more than the recipe says; returns the samples of a forward where they are planned."""
+    training, length = recipe.training, recipe.data.length * (2 if recipe.objective == "dpo" else 1)
+    alone, micro, limit = world.size == 1, _micro(recipe, world), training.memory_limit_gib
+    if training.memory is not None:
+        remark(arrange(model, decoder_layers(model), training.memory, training.compile, micro * length, alone))
+    elif limit is not None:
+        layers = decoder_layers(model)
+        plan = fitted(model, layers, micro, length, limit, alone, training.ema is not None)
+        arrange(model, layers, plan.way, training.compile, plan.micro * length, alone)
+        hold_to(limit, world.device)
+        remark(said(plan, length, len(layers), round(limit * GIB)))
+        return plan.micro
+    elif training.gradient_checkpointing:
+        lean(decoder_layers(model), training.kept, training.compile)
+    return None
 
 
 def _micro(recipe: LanguageRecipe, world: World) -> int:
@@ -118,12 +135,20 @@ def _gathered(recipe: LanguageRecipe) -> Precision:
 
 
 def _evaluation(
-    recipe: LanguageRecipe, start: StartingModel, run: Path, world: World, loss: Any, remark: Remark
+    recipe: LanguageRecipe,
+    start: StartingModel,
+    run: Path,
+    world: World,
+    loss: Any,
+    remark: Remark,
+    micro: int | None,
 ) -> Callable[[nn.Module], Mapping[str, float]] | None:
     """The evaluation that the recipe asks for, or None."""
     asked = recipe.evaluation
     if asked is None:
         return None
+    if micro is not None:
+        recipe = replace(recipe, training=replace(recipe.training, micro_batch=micro))
     return evaluation_of(recipe, asked.files, asked.format, start, run, world, loss, remark, asked.rows)
 
 
@@ -168,7 +193,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         what = f"{type(model).__name__} has no list of layers to recompute"
-        hint = "gradient_checkpointing: false and memory: null"
+        hint = "gradient_checkpointing: false, memory: null and memory_limit_gib: null"
         raise TensorkeepError(what, where="training.gradient_checkpointing, memory", hint=hint)
     return list(layers)
 
@@ -180,7 +205,8 @@ def loop_of(recipe: LanguageRecipe, samples: int) -> Loop:
         recipe: its training section is read; layers that are recomputed are compiled one by one, not as a whole.
         samples: samples of one epoch, which give the updates where the recipe counts epochs.
     """
-    by_layer = recipe.training.gradient_checkpointing or recipe.training.memory is not None
+    training = recipe.training
+    by_layer = training.gradient_checkpointing or training.memory is not None or training.memory_limit_gib is not None
     whole = recipe.training.compile and not by_layer
     return replace(training_job.loop_of(recipe.training, samples, recipe.checkpoint), compile=whole)
 

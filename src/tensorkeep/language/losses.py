@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language import _documents
 from tensorkeep.language._head_loss import head_loss
 from tensorkeep.language.data.batches import IGNORED, block_mask, targets_of
 from tensorkeep.models.language_model import text_config
@@ -140,11 +141,27 @@ def plain_head(model: nn.Module) -> bool:
 def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Run the model on a batch; documents packed into one row see themselves only."""
     extra: dict[str, Any] = {}
-    if "segments" in batch:
+    if "segments" in batch and takes_documents(inner(model), batch["input_ids"]):
+        extra = _documents.arguments(batch["position_ids"])
+    elif "segments" in batch:
         eager = getattr(inner(model).config, "_attn_implementation", "eager") == "eager"
         dtype = next(p.dtype for p in inner(model).parameters() if not holds_codes(p)) if eager else None
         extra = {"position_ids": batch["position_ids"], "attention_mask": block_mask(batch["segments"], dtype)}
     return model(input_ids=batch["input_ids"], use_cache=False, **extra)
+
+
+def takes_documents(model: nn.Module, ids: Tensor) -> bool:
+    """Whether a model takes packed documents without a mask; a GPU's kernel computes them in half precision.
+
+    Args:
+        model: of transformers.
+        ids: token ids, on its device.
+    """
+    if not _documents.uses(model):
+        return False
+    if ids.device.type == "cpu" or torch.is_autocast_enabled(ids.device.type):
+        return True
+    return next(p.dtype for p in model.parameters() if p.is_floating_point()).itemsize == 2
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def start_of(
     tokenizer = load_tokenizer(recipe.tokenizer or own)
     kind, model = recipe.training.quantize_backbone, begun[0] if begun else None
     if model is None and view is not None and weights and (kind or is_quantized(view)):
-        model = in_codes(view, _hollow, kind, world.device, recipe.adapter is None, remark)
+        model = in_codes(view, _hollow, kind, world.device, recipe.adapter is None, remark, _held_in(recipe))
     if model is None and (view is None or not weights):
         stored = sum(record.nbytes for record in view.records.values()) if view is not None else None
         model = from_config(
@@ -139,6 +139,13 @@ def start_of(
         )
     distributed.together(world, lambda: _keep_companions(run, model, view, recipe) if world.makes else None)
     return start
+
+
+def _held_in(recipe: LanguageRecipe) -> torch.dtype:
+    """The dtype in which floats beside codes are loaded: that of computation where they freeze and memory counts."""
+    training = recipe.training
+    little = training.memory is not None or training.memory_limit_gib is not None
+    return torch.bfloat16 if little and recipe.adapter is not None and training.precision == "bf16" else torch.float32
 
 
 def _without_values(

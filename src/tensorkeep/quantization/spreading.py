@@ -31,6 +31,9 @@ def holds_codes(tensor: Tensor) -> bool:
     Args:
         tensor: a parameter.
 
+    Returns:
+        Whether it does.
+
     >>> holds_codes(torch.zeros(2, dtype=torch.uint8)), holds_codes(torch.zeros(2))
     (True, False)
     """

@@ -53,6 +53,7 @@ class Job:
         pace: what is told a second, and how much of it is in a sample (None: what is counted).
         trackers: each is called once with every new row of metrics.
         shard: gives the modules that FSDP shards as units; None: the repeated blocks.
+        micro: at most so many samples a forward, where the job was made to fit a GPU; None: as the loop says.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Job:
     pace: tuple[str, float | None] = ("samples", 1.0)
     trackers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     shard: Callable[[nn.Module], Iterable[nn.Module]] | None = None
+    micro: int | None = None
 
 
 @dataclass(frozen=True)

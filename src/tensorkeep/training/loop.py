@@ -101,7 +101,7 @@ def fit(
     """
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
-    loop = _possible(loop, world, say)
+    loop = _possible(job, loop, world, say)
     hosts = connected(preflight.folders(folder, world, loop.checkpoint), loop.checkpoint.replicas)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
@@ -202,11 +202,13 @@ def _save(run: Run) -> None:
 # -- start ------------------------------------------------------------------------------------------------------------
 
 
-def _possible(loop: Loop, world: World, say: Output) -> Loop:
+def _possible(job: Job, loop: Loop, world: World, say: Output) -> Loop:
     """Leave out of the loop's settings what cannot be had here and changes no number by more than rounding."""
     if loop.checkpoint.local and loop.parallel != "fsdp":
         hint = "training.parallel: fsdp, or checkpoint.local: false"
         raise TensorkeepError("only shards are kept by each host", where="checkpoint.local", hint=hint)
+    if job.micro is not None:
+        loop = replace(loop, micro=min(job.micro, loop.micro or job.micro))
     if loop.graph and loop.precision == "fp16":
         hint = "precision: bf16, or graph: false"
         raise TensorkeepError("a CUDA graph would hold on to fp16's scale", where="training.graph", hint=hint)

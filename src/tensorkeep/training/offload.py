@@ -27,14 +27,23 @@ class HostStore:
 
     A copy or a pickle of it starts empty. Memory is mapped and registered here: torch's own pinned memory is
     rounded up to a power of two, which would double it.
+
+    Args:
+        most: bytes that it may pin (None: any number).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most, self.pinned = most, 0
         self.free: list[Tensor] = []  # bytes
         self.stream: torch.cuda.Stream | None = None
 
-    def __reduce__(self) -> tuple[type[HostStore], tuple[()]]:
-        return HostStore, ()
+    def __reduce__(self) -> tuple[type[HostStore], tuple[int | None]]:
+        return HostStore, (self.most,)
+
+    def fits(self, size: int) -> bool:
+        """Whether `take` would find so many bytes, or may pin them."""
+        more = -(-size // _ROUND) * _ROUND
+        return self.most is None or self.pinned + more <= self.most or any(b.nbytes >= size for b in self.free)
 
     def take(self, size: int) -> Tensor:
         """Return at least `size` pinned bytes, with anything in them.
@@ -45,12 +54,14 @@ class HostStore:
         fitting = [index for index, buffer in enumerate(self.free) if buffer.nbytes >= size]
         if fitting:
             return self.free.pop(min(fitting, key=lambda index: self.free[index].nbytes))
+        rounded = -(-size // _ROUND) * _ROUND
         try:
-            memory, why = pinned_memory(-(-size // _ROUND) * _ROUND)
+            memory, why = pinned_memory(rounded)
         except OSError as error:
             raise _no_memory(size, str(error)) from error
         if why:
             raise _no_memory(size, why)
+        self.pinned += rounded
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def side(self, device: torch.device) -> torch.cuda.Stream:
@@ -146,6 +157,10 @@ class _Part:
 class Offload:
     """Moves what parts of a network save for their backward to main memory; one for a model.
 
+    Args:
+        most: bytes of main memory that it may take (None: any number); what is saved beyond stays on the GPU. Parts
+            come in the order of the forward, so that is what the backward needs first.
+
     Example:
         >>> offload, layer = Offload(), torch.nn.Linear(4, 4)
         >>> with offload.saving():  # on a CPU everything stays where it is
@@ -153,12 +168,12 @@ class Offload:
         >>> out.sum().backward()
     """
 
-    def __init__(self) -> None:
-        self.store = HostStore()
+    def __init__(self, most: int | None = None) -> None:
+        self.store = HostStore(most)
         self._last: Any = None  # a weak reference to the part before
 
-    def __reduce__(self) -> tuple[type[Offload], tuple[()]]:
-        return Offload, ()
+    def __reduce__(self) -> tuple[type[Offload], tuple[int | None]]:
+        return Offload, (self.store.most,)
 
     @contextmanager
     def saving(self, staying: Collection[int] = (), largest: int | None = None) -> Iterator[None]:
@@ -175,6 +190,8 @@ class Offload:
         def pack(x: Tensor) -> Any:
             fits = x.nbytes >= SMALLEST and (largest is None or x.nbytes <= largest)
             if not (fits and x.is_cuda and x.is_floating_point() and _dense(x)) or x.data_ptr() in staying:
+                return x
+            if not self.store.fits(x.nbytes):
                 return x
             away = _Away(self.store, part, x)
             part.saved.add(away)

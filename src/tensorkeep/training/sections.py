@@ -39,6 +39,8 @@ class TrainingConfig:
         memory: How much a forward pass leaves on the GPU for the backward pass: the `least` (the rest waits in main
             memory or is computed again), `balanced`, or the `most` (nothing is computed again). Null: all of it, or
             what `gradient_checkpointing` and `kept` say.
+        memory_limit_gib: GiB of the GPU that training may take: what layers keep, where it waits and how many samples
+            go at a time is planned so that it fits, else the run is refused. Null: no limit, nothing is planned.
         compile: Whether the model is compiled.
         graph: Whether forward and backward passes are recorded as one CUDA graph; on GPUs.
         deterministic: The same bits at every start, on a GPU too; slower.
@@ -71,6 +73,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     kept: Literal["input", "narrow", "products"] = "input"
     memory: Literal["least", "balanced", "most"] | None = None
+    memory_limit_gib: float | None = None
     compile: bool = False
     graph: bool = False
     deterministic: bool = False
@@ -99,13 +102,20 @@ class TrainingConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise TensorkeepError(f"{name} {getattr(self, name)} cannot be negative", where="training")
-        for name in ("epochs", "clip"):
+        for name in ("epochs", "clip", "memory_limit_gib"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TensorkeepError(f"{name} {value} must be positive", where="training")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise TensorkeepError(f"ema {self.ema} must be in [0, 1)", where="training", hint="null switches it off")
-        if self.memory is not None and (self.gradient_checkpointing or self.kept != "input"):
+        if self.memory is not None and self.memory_limit_gib is not None:
+            hint = "one of them: the limit plans what `memory` would say"
+            raise TensorkeepError("says both memory and memory_limit_gib", where="training", hint=hint)
+        by_hand = self.gradient_checkpointing or self.kept != "input"
+        if self.memory_limit_gib is not None and by_hand:
+            hint = "memory_limit_gib alone: --training.gradient_checkpointing false --training.kept input"
+            raise TensorkeepError("the limit plans what is kept", where="training.memory_limit_gib", hint=hint)
+        if self.memory is not None and by_hand:
             hint = "memory alone: --training.gradient_checkpointing false --training.kept input"
             raise TensorkeepError("memory says already what is kept", where="training.memory", hint=hint)
         if self.patience is not None and self.best is None:

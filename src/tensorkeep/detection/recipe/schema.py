@@ -24,6 +24,7 @@ from tensorkeep.training.migration import VERSION
 REFUSED = {
     "gradient_checkpointing": "model.backbone.checkpointing says how a backbone is recomputed",
     "kept": "model.backbone.checkpointing says what a backbone keeps",
+    "memory_limit_gib": "model.backbone.checkpointing says what a backbone keeps, and where",
     "memory": "model.backbone.checkpointing says what a backbone keeps, and where",
 }
 Range = tuple[float, float]

@@ -34,7 +34,7 @@ def make_sample(ids: Any, counted: Any, lengths: list[int]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Collate:
-    """Put samples into one batch, rows padded at the right to the longest.
+    """Put samples into one batch, rows padded at the right to the longest, or on to a multiple.
 
     Called with samples as `make_sample` gives them, it returns `input_ids [b, t]` and `labels [b, t]`; where a row has
     several segments also `position_ids [b, t]`, which start again in each, and `segments [b, t]`, their numbers.
@@ -44,13 +44,15 @@ class Collate:
 
     Args:
         pad: the id that fills rows up.
+        multiple: rows have a multiple of so many tokens: compiled layers are compiled anew for every other length.
     """
 
     pad: int = 0
+    multiple: int = 1
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of these samples."""
-        longest = max(len(s["input_ids"]) for s in samples)
+        longest = -(-max(len(s["input_ids"]) for s in samples) // self.multiple) * self.multiple
         ids = torch.full((len(samples), longest), self.pad, dtype=torch.int64)
         labels = torch.full((len(samples), longest), IGNORED, dtype=torch.int64)
         for at, sample in enumerate(samples):

@@ -57,11 +57,12 @@ class CollatePairs:
     """Put pairs into one batch: first all chosen rows, then all rejected ones, and `reference [pairs, 2]`."""
 
     pad: int = 0
+    multiple: int = 1
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the batch of these pairs."""
         rows = [s["chosen"] for s in samples] + [s["rejected"] for s in samples]
-        return Collate(self.pad)(rows) | {"reference": torch.stack([s["reference"] for s in samples])}
+        return Collate(self.pad, self.multiple)(rows) | {"reference": torch.stack([s["reference"] for s in samples])}
 
 
 def pairs_of(batch: Mapping[str, Any]) -> float:
