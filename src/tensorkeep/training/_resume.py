@@ -48,6 +48,7 @@ FREE = (
     "replicas$",
     "graph$",
     "deterministic$",
+    "watchdog$",
 )
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 

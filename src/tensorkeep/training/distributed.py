@@ -6,20 +6,40 @@ gloo, so that no step waits for a GPU to tell them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import os
-from collections.abc import Callable, Sequence
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TEMPORARY, TensorkeepError
 
 T = TypeVar("T")
+_WAIT, _PAUSE = 1800.0, 0.02  # seconds: for the others of a start, as torch waits; between two looks
+# of torch's errors: gloo's and NCCL's when a process they talk to is gone
+_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out waiting",
+    "likely closed",
+    "NCCL",
+    "gloo/transport",
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +82,113 @@ def start(device: str | None = None) -> World:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        _join("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", rank, size)
     return World(rank, size, place)
+
+
+def _join(backend: str, rank: int, size: int) -> None:
+    """Make the default group of processes, also where torchrun has started this job's processes before.
+
+    torchrun keeps one store for all starts of a job (measured with torch 2.13), and keys of the processes that died
+    stay in it: a new process would read the address of one that is gone. So those of a start first agree on a word that
+    no start before has used, and keep all of theirs under it.
+    """
+    with _ending():
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            dist.init_process_group(backend)
+            return
+        store, _, _ = next(rendezvous("env://", rank, size))
+        word = _agreed(PrefixStore("tensorkeep/start", store), rank, size)
+        dist.init_process_group(backend, store=PrefixStore(word, store), rank=rank, world_size=size)
+
+
+def _agreed(store: Any, rank: int, size: int, wait: float = _WAIT) -> str:
+    """Agree on a word with the processes of this start, whatever others have left in the store.
+
+    Each leaves a word of its own; the first process says whose it has read, and does so anew while one is replaced. Who
+    finds its own among them answers under the first one's word.
+
+    Args:
+        store: of all starts.
+        rank: of this process.
+        size: how many there are.
+        wait: seconds.
+
+    Returns:
+        The same word on every rank, which was never used before.
+
+    Raises:
+        TensorkeepError: a rank did not come in time.
+    """
+    own, end, pause = secrets.token_hex(8), time.monotonic() + wait, max(_PAUSE, 0.0005 * size)
+    said, others = None, range(1, size)
+    if rank:
+        store.set(f"here/{rank}", own)
+    while True:
+        if rank and store.check(["first"]):
+            word, known = json.loads(store.get("first"))
+            if len(known) == size and known[rank] == own:
+                store.set(f"{word}/{rank}", "1")
+                return str(word)
+        elif not rank:
+            keys = [f"here/{r}" for r in others]
+            known = [own, *(store.get(key).decode() if store.check([key]) else "" for key in keys)]
+            if known != said:
+                said = known
+                store.set("first", json.dumps([own, known]))
+            if all(store.check([f"{own}/{r}"]) for r in others):
+                return own
+        if time.monotonic() > end:
+            late = "rank 0" if rank else ", ".join(f"rank {r}" for r in others if not store.check([f"{own}/{r}"]))
+            what = f"{late} did not come within {wait:.0f} s"
+            raise TensorkeepError(what, where="several processes", hint="look at its output", exit_code=TEMPORARY)
+        time.sleep(pause)
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Within it SIGTERM ends the process at once: nothing is lost yet, and waiting in C++ no handler would run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def stop() -> None:
     """Leave the group that `start` joined, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def peers_named(place: object, world: World) -> Iterator[None]:
+    """Turn what an exchange raises when another process has ended into one plain error.
+
+    Args:
+        place: what the error is about.
+        world: this process among its peers.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TensorkeepError: an exchange with the other processes failed, of several; the exit code is the watchdog's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).strip().splitlines() or [""]
+        if world.size == 1 or not any(sign in str(error) for sign in _SIGNS):
+            raise
+        hint = "look which one ended first, and why; the same command goes on from the newest checkpoint"
+        what = (
+            f"rank {world.rank} on {socket.gethostname()} lost another process: {words[0].partition('. This is ')[0]}"
+        )
+        raise TensorkeepError(what, where=place, hint=hint, exit_code=TEMPORARY) from error
 
 
 def total(world: World, *values: float) -> list[float]:

@@ -100,6 +100,7 @@ class Loop:
         parallel: over several ranks, copies of the model (ddp) or shards of it (fsdp).
         replicas: groups of ranks that hold all shards each (fsdp); 1: every rank holds shards of its own.
         background: save behind the training; None: where the weights are on a GPU.
+        watchdog: seconds without progress of any rank, or an answer of one, after which all end; None: never.
     """
 
     updates: int
@@ -122,6 +123,7 @@ class Loop:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     replicas: int = 1
     background: bool | None = None
+    watchdog: float | None = None
 
 
 def loop_of(config: TrainingConfig, samples: int) -> Loop:
@@ -157,4 +159,5 @@ def loop_of(config: TrainingConfig, samples: int) -> Loop:
         parallel=config.parallel,
         replicas=config.replicas,
         background=config.background,
+        watchdog=config.watchdog,
     )
