@@ -41,7 +41,10 @@ class Board:
         self._near: dict[str, int | None] = {}  # processes of this host, by rank; None of others
         if ranks > 1:
             self._store = PrefixStore(f"tensorkeep/{name}", distributed_c10d._get_default_store())
-            self._store.set(f"host/{rank}", f"{socket.gethostname()} {_space()} {os.getpid()}")
+            part = (
+                "" if ranks == distributed_c10d.get_world_size() else name
+            )  # ranks of a part have numbers of their own
+            self._processes = introduced(rank, part)
 
     def post(self, key: str, note: bytes) -> None:
         """Leave a note that any rank may read."""
@@ -142,7 +145,7 @@ class Board:
     def _clear(self, size: int) -> None:
         """Take away what is left of the notes, so that the store does not grow from save to save."""
         if self._store is not None:
-            keys = [f"{what}/{rank}" for what in ("host", "note") for rank in range(self.ranks)]
+            keys = [f"note/{rank}" for rank in range(self.ranks)]
             for key in (*keys, *(f"verdict/{part}" for part in range(-(-size // _PART))), "verdict", "heard"):
                 self._store.delete_key(key)
 
@@ -151,20 +154,47 @@ class Board:
         assert self._store is not None
         ranks = set(asked)
         for rank in ranks - set(self._near):
-            if self._store.check([f"host/{rank}"]):
-                host, space, pid = self._store.get(f"host/{rank}").decode().rsplit(" ", 2)
-                self._near[rank] = int(pid) if (host, space) == (socket.gethostname(), _space()) else None
-        return {rank for rank in ranks if (near := self._near.get(rank)) is not None and not _lives(near)}
+            if self._processes.check([rank]):
+                self._near[rank] = _near(self._processes.get(rank).decode())
+        return {rank for rank in ranks if (pid := self._near.get(rank)) is not None and not _lives(pid)}
 
     def _named(self, keys: Sequence[str]) -> str:
         """Name ranks and their hosts by the keys of their notes."""
         assert self._store is not None
         out = []
         for rank in (key.rpartition("/")[2] for key in keys[:8]):
-            known = self._store.check([f"host/{rank}"])
-            host = self._store.get(f"host/{rank}").decode().rsplit(" ", 2)[0] if known else ""
+            known = self._processes.check([rank])
+            host = self._processes.get(rank).decode().rsplit(" ", 2)[0] if known else ""
             out.append(f"rank {rank}" + (f" on {host}" if host else ""))
         return ", ".join(out) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def introduced(rank: int, part: str = "") -> PrefixStore:
+    """Tell the other processes of the group which process of which host this rank is.
+
+    Args:
+        rank: of this process.
+        part: a name for a part of the group, whose ranks are counted anew.
+
+    Returns:
+        What they told, by rank; not all may have done so yet.
+    """
+    found = PrefixStore(f"tensorkeep/process/{part}", distributed_c10d._get_default_store())
+    found.set(str(rank), f"{socket.gethostname()} {_space()} {os.getpid()}")
+    return found
+
+
+def _near(told: str) -> int | None:
+    """Read what a process told of itself.
+
+    Args:
+        told: a word of `introduced`.
+
+    Returns:
+        The number of the process, None where it is one of another host or container.
+    """
+    host, space, pid = told.rsplit(" ", 2)
+    return int(pid) if (host, space) == (socket.gethostname(), _space()) else None
 
 
 def _space() -> str:
@@ -176,7 +206,14 @@ def _space() -> str:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process is there and has not ended; True where the system does not say."""
+    """Tell whether a process of this host is there and has not ended.
+
+    Args:
+        pid: its number.
+
+    Returns:
+        Whether it lives; True where the system does not say.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):

@@ -25,6 +25,7 @@ from tensorkeep.training import _restart as restart
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, metrics, preflight, randomness, watchdog
+from tensorkeep.training._board import introduced
 from tensorkeep.training._evaluating import evaluate_if_due, evaluation_due, mark_best, stops_early
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training._logbook import Log, Update, due
@@ -109,6 +110,8 @@ def _fit(
     """Do what `fit` does, once somebody watches."""
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
     loop = _possible(loop, world, say)
+    if world.size > 1:
+        introduced(world.rank)
     preflight.shared_folder(folder, world)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
