@@ -3,8 +3,11 @@
     python -m benchmarks.kill_ranks --kills 30 --json kill_ranks.json
 
 The agent is torchrun's own (`elastic_launch`, which the command calls, with a rendezvous of its own and unlimited
-restarts); its workers are forked, so that a restart takes a second and not ten. Model, text and job are those of
-`benchmarks.kill`; every update is saved, in shards (fsdp) or whole (ddp), behind the training in every other start.
+restarts); its workers are forked, so that a restart takes a second and not ten. The last campaign, a third as long,
+runs the command itself. Model, text and job are those of `benchmarks.kill`; every update is saved, in shards (fsdp) or
+whole (ddp), behind the training in every other start. A fork of the agent may take along a lock of glibc's resolver
+that another thread holds; such a rank never comes, the others end after 20 seconds, and the agent starts all again.
+
 A fifth of the kills takes all ranks at once, the others one at random; one of five comes while the ranks still start
 and resume. Whoever is killed gets SIGKILL; the others hear of it by the agent and their broken connections alone.
 
@@ -48,15 +51,21 @@ from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import fit
 from tensorkeep.training.saver import Saver
 
+START_WAIT = 20.0  # seconds that the ranks of a start wait for each other
 PATIENCE = 120.0  # seconds that a start may take to train, and a run to end
+MOST = 8  # ranks, and one more for what all are told
 PID, START, TRAINS, SAVES, RESUMED, ACKNOWLEDGED = range(6)
 
 
 class Marks:
     """Shared memory in which every rank tells its process, its start, and what it is at."""
 
-    def __init__(self, most: int = 8) -> None:
-        self.room = mmap.mmap(-1, 64 * most)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            path.write_bytes(bytes(64 * MOST))
+        with path.open("r+b") as file:
+            self.room = mmap.mmap(file.fileno(), 64 * MOST)
 
     def get(self, rank: int, what: int) -> int:
         return int(struct.unpack_from("q", self.room, 64 * rank + 8 * what)[0])
@@ -96,6 +105,7 @@ class Plan:
     make: Callable[[], Job] = job
     updates: int = UPDATES
     best: str | None = "-loss"
+    command: bool = False  # torchrun itself, whose ranks import everything anew
 
 
 # -- a rank -----------------------------------------------------------------------------------------------------------
@@ -111,7 +121,7 @@ def work(run: str, marks: Marks, plan: Plan) -> None:
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # asked where it is stuck
     tell(rank, marks)
-    world = distributed.start("cpu")
+    world = distributed.start("cpu", START_WAIT)
     made, even = plan.make(), marks.get(rank, START) % 2 == 0
     loop = Loop(
         updates=plan.updates,
@@ -187,6 +197,12 @@ def begin(run: Path, marks: Marks, plan: Plan, size: int) -> int:
         os.setpgid(0, 0)
         os.dup2(os.open(run.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
         os.dup2(2, 1)
+        if plan.command:
+            words = (
+                f"--standalone --nproc-per-node {size} --max-restarts 1000000 -m benchmarks.kill_ranks --rank".split()
+            )
+            more = [str(run), str(marks.path), plan.name]
+            os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words, *more])
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         config = LaunchConfig(
@@ -195,7 +211,8 @@ def begin(run: Path, marks: Marks, plan: Plan, size: int) -> int:
             nproc_per_node=size,
             run_id=secrets.token_hex(8),
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint="127.0.0.1:0",  # threads look a name up, under a lock that a fork keeps
+            local_addr="127.0.0.1",
             max_restarts=10**6,
             start_method="fork",
         )
@@ -252,7 +269,7 @@ class Killer:
 
     def whole(self) -> Path:
         """The run that nobody kills."""
-        run, marks, size = self.place / "whole", Marks(), self.plan.sizes[0]
+        run, marks, size = self.place / "whole", Marks(self.place / "whole.marks"), self.plan.sizes[0]
         agent = begin(run, marks, self.plan, size)
         while (status := ended(agent)) is None:
             time.sleep(0.01)
@@ -262,7 +279,7 @@ class Killer:
 
     def one_run(self, run: Path) -> None:
         """One run to its end, killed on the way; after the last kill it may go on in peace."""
-        marks, sizes, number = Marks(), self.plan.sizes, 0
+        marks, sizes, number = Marks(run.with_suffix(".marks")), self.plan.sizes, 0
         while True:
             size = sizes[number % len(sizes)]
             marks.set(7, START, 1000 * number)  # starts are numbered on from here
@@ -288,7 +305,7 @@ class Killer:
                 self.count.lost += min(resumed) < acknowledged or len(resumed) > 1
             if self.count.kills >= self.kills:
                 return self.to_the_end(agent) or self.is_stuck(agent, marks, size, run)
-            status = self.waited(agent, self.chance.uniform(0, 0.5 if early else self.longest))
+            status = self.waited(agent, self.chance.uniform(0, 0.5 if early else self.longest * size / 2))
             if status is not None:
                 return status == 0 or self.is_stuck(agent, marks, size, run)
             acknowledged = max(acknowledged, *(marks.get(rank, ACKNOWLEDGED) for rank in range(8)))
@@ -386,6 +403,7 @@ PLANS = (
     Plan("fsdp, 4 ranks", (4,), "fsdp"),
     Plan("ddp, 2 ranks", (2,), "ddp"),
     Plan("fsdp, 2, 4 and 1 ranks in turn", (2, 4, 2, 1), "fsdp", small),
+    Plan("fsdp, 2 ranks, the command torchrun", (2,), "fsdp", command=True),
 )
 
 
@@ -394,16 +412,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="of each campaign")
     parser.add_argument("--only", default="", help="campaigns whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds from the first update to a kill, at most")
+    parser.add_argument("--longest", type=float, default=1.5, help="seconds from the first update to a kill")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank", nargs=3, help="be a rank: what torchrun itself is told")
     options = parser.parse_args()
+    if options.rank:
+        run, marks, name = options.rank
+        work(run, Marks(Path(marks)), next(plan for plan in PLANS if plan.name == name))
+        return
     torch.set_num_threads(1)  # a forked rank must not inherit a pool of threads
     job()  # what it imports is imported once, before the forks
     counts = []
     for plan in PLANS:
         if options.only in plan.name:
             with tempfile.TemporaryDirectory(prefix="kill-") as place:
-                killer = Killer(plan, options.kills, options.seed, options.longest, Path(place))
+                kills = options.kills // (3 if plan.command else 1)
+                killer = Killer(plan, kills, options.seed, options.longest, Path(place))
                 counts.append(killer.campaign())
     print(f"{versions('torch', 'transformers')}; {UPDATES} updates, each saved\n")
     columns = [name for name in asdict(Count("")) if name != "notes"]

@@ -95,13 +95,18 @@ def test_a_hung_rank_ends_all_of_them_with_their_stacks_and_its_name(tmp_path: P
     assert fit(small_job(dropout=0.0), tmp_path / "run", replace(LOOP, watchdog=None)).step == 6
 
 
-def test_one_process_alone_is_watched_as_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_process_alone_is_watched_as_well_and_those_that_fetch_its_data_show_their_stacks(
+    tmp_path: Path, workers: int
+) -> None:
     def work() -> None:
-        fit(halting(small_job(), 9, for_ever), tmp_path / "run", LOOP)
+        fit(halting(small_job(), 9, for_ever), tmp_path / "run", replace(LOOP, workers=workers))
 
     assert in_child(work) == TEMPORARY
     text = (tmp_path / "run" / "stacks" / "rank-0000.txt").read_text()
-    assert "has not got on for 1 s; at data of update 3" in text and "for_ever" in text
+    assert "has not got on for 1 s; at data of update 3" in text
+    own, _, of_workers = text.partition("processes that fetch data (1):")
+    assert "for_ever" in (of_workers if workers else own) and bool(of_workers) == bool(workers)
 
 
 def test_long_work_is_no_hang_where_it_computes_reads_or_belongs_to_another_rank(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def trained(
 
     if out is None:
         raise TensorkeepError("the run needs a folder", hint="--out RUN")
-    world = distributed.start(device)
+    world = distributed.start(device, watched)
     try:
         with watchdog.watching(out, world.rank, world.size, watched, printer.json), distributed.peers_named(out, world):
             preflight.shared_folder(out, world)

@@ -62,17 +62,18 @@ class World:
         return self.rank == 0
 
 
-def start(device: str | None = None) -> World:
+def start(device: str | None = None, wait: float | None = None) -> World:
     """Join the group that torchrun describes (RANK, WORLD_SIZE, LOCAL_RANK), or be the only process.
 
     Args:
         device: `cpu`, `cuda` or `cuda:N` (None: a GPU where there is one).
+        wait: seconds that torchrun's processes wait for each other here; None: half an hour, as torch does.
 
     Returns:
         This process among its peers, with the device it computes on.
 
     Raises:
-        TensorkeepError: there is no such device.
+        TensorkeepError: there is no such device, or a process did not come.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
@@ -82,11 +83,11 @@ def start(device: str | None = None) -> World:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        _join("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", rank, size)
+        _join("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", rank, size, wait or _WAIT)
     return World(rank, size, place)
 
 
-def _join(backend: str, rank: int, size: int) -> None:
+def _join(backend: str, rank: int, size: int, wait: float) -> None:
     """Make the default group of processes, also where torchrun has started this job's processes before.
 
     torchrun keeps one store for all starts of a job (measured with torch 2.13), and keys of the processes that died
@@ -98,11 +99,11 @@ def _join(backend: str, rank: int, size: int) -> None:
             dist.init_process_group(backend)
             return
         store, _, _ = next(rendezvous("env://", rank, size))
-        word = _agreed(PrefixStore("tensorkeep/start", store), rank, size)
+        word = _agreed(PrefixStore("tensorkeep/start", store), rank, size, wait)
         dist.init_process_group(backend, store=PrefixStore(word, store), rank=rank, world_size=size)
 
 
-def _agreed(store: Any, rank: int, size: int, wait: float = _WAIT) -> str:
+def _agreed(store: Any, rank: int, size: int, wait: float) -> str:
     """Agree on a word with the processes of this start, whatever others have left in the store.
 
     Each leaves a word of its own; the first process says whose it has read, and does so anew while one is replaced. Who

@@ -174,7 +174,7 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
 
 def _updated(run: Run, model: nn.Module, parts: Iterator[list[Any]], wish: Wish) -> Update | None:
     """Fetch an update's micro-batches and make it, saying which of the two this process is at."""
-    watchdog.at("data of update", run.step + 1)
+    watchdog.at("data of update", run.step + 1, busy=True)
     fetched = next(parts)
     watchdog.at("update", run.step + 1)
     return update(run, model, fetched, wish)

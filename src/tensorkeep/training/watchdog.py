@@ -1,10 +1,10 @@
 """Notice that a run does not get on, write down where every thread of every process stands, and end them all.
 
-A process says what it is at (`at`, `doing`); each word is progress. While it builds, starts, compiles, saves or
-evaluates, whatever computes, reads or writes is progress too. A thread beside the training looks now and then; it holds
-up nothing, and needs no collective. Where no process of a run has got on for a time, or one has not answered for as
-long, each that still can writes its stacks into the run's folder, the words say what each was at, and all leave with
-exit code 75, so that a launcher starts them again or ends.
+A process says what it is at (`at`, `doing`); each word is progress. While it builds, starts, compiles, fetches data,
+saves or evaluates, whatever computes, reads or writes is progress too. A thread beside the training looks now and then;
+it holds up nothing, and needs no collective. Where no process of a run has got on for a time, or one has not answered
+for as long, each that still can writes its stacks into the run's folder, the words say what each was at, and all leave
+with exit code 75, so that a launcher starts them again or ends.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import itertools
+import multiprocessing
 import os
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,12 +25,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tensorkeep.errors import TEMPORARY, TensorkeepError
 from tensorkeep.output import Output
+from tensorkeep.training import interruption
 
 if TYPE_CHECKING:
     from tensorkeep.training._heartbeats import Heartbeats, Standing
 
 STACKS = "stacks"
-_MOST = 5.0  # seconds between two looks, at most
+_MOST, _ANSWER = 5.0, 0.3  # seconds: between two looks, at most; that workers take to write their stacks
 _SHARE, _BYTES = 0.05, 1 << 20  # of a core, and bytes between two looks: less is no work
 _numbers = itertools.count()
 
@@ -50,6 +54,8 @@ class Watch:
         self._progress = self._answered = time.monotonic()
         self._over, self._ring = threading.Event(), threading.Event()
         self._beats: Heartbeats | None = None
+        self._of_workers = tempfile.TemporaryFile()  # noqa: SIM115
+        interruption.stacks_go_to(self._of_workers)
         self._threads = [threading.Thread(target=self._look, name="tensorkeep-watch", daemon=True)]
         if ranks > 1:
             from tensorkeep.training._heartbeats import Heartbeats
@@ -65,6 +71,8 @@ class Watch:
         self._ring.set()
         for thread in self._threads:
             thread.join(2.0)  # the store may not answer
+        interruption.stacks_go_to(None)
+        self._of_workers.close()
 
     # -- the two threads ----------------------------------------------------------------------------------------------
 
@@ -176,10 +184,23 @@ class Watch:
                 file.write(f"{head}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-                file.write("\n")
+                file.write(f"\n{self._asked()}")
         except OSError as error:
             return f"its stacks could not be written: {error.strerror or error}"
         return ""
+
+    def _asked(self) -> str:
+        """Return the stacks of the processes that fetch data, and end those: a stuck one would outlive this one."""
+        living = {child.pid for child in multiprocessing.active_children()}
+        asked = [pid for pid in interruption.helpers(self._of_workers) if pid in living]
+        for number, pause in ((interruption.STACKS, _ANSWER), (signal.SIGKILL, 0.0)):
+            for pid in asked:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(pause if asked else 0.0)
+        self._of_workers.seek(0)
+        told = self._of_workers.read().decode(errors="replace")
+        return f"processes that fetch data ({len(asked)}):\n{told}\n" if asked else ""
 
 
 _current: Watch | None = None
