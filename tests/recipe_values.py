@@ -80,6 +80,7 @@ def trainings(draw: st.DrawFn, kind: type[T], refused: Sequence[str]) -> T:
         "background": draw(optional(st.booleans())),
         "best": best,
         "patience": None if best is None else draw(optional(counts)),
+        "watchdog": draw(optional(positive)),
         "trackers": draw(several(st.sampled_from(["tensorboard", "wandb"]))),
     }
     assert values.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}

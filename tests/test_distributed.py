@@ -18,7 +18,7 @@ from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.distributed import World, gathered, start, together, total
 from tensorkeep.training.job import Loop
 from tensorkeep.training.loop import fit
-from tensorkeep.training.waiting import from_first_at_length
+from tensorkeep.training.waiting import first_works
 from tests.helpers import refused
 from tests.training import assert_same_run, dying, ranks, small_job
 
@@ -137,8 +137,8 @@ def test_long_work_of_the_first_rank_is_waited_for_outside_of_collectives() -> N
         def failing() -> str:
             raise TensorkeepError("no such file", where="here")
 
-        assert from_first_at_length(world, long) == "made"
+        assert first_works(world, long) == "made"
         with pytest.raises(TensorkeepError, match="no such file"):
-            from_first_at_length(world, failing)
+            first_works(world, failing)
 
     assert ranks(2, work) == [0, 0]

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +15,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats import seals
 from tensorkeep.integrations import _folders as folders
 from tensorkeep.integrations.transformers import CHECKPOINT, TensorkeepCallback, load_ema, newest_valid, seal
+from tensorkeep.training.distributed import World
 from tests.run_states import Faults, in_child, injected
+from tests.training import ranks
 
 STEPS = 6
 
@@ -475,3 +481,26 @@ def test_verify_compares_a_sealed_guest_folder_with_its_manifest(tmp_path: Path)
     (folder / "optimizer.pt").write_bytes(data)
     found, view, _ = verify(folder)
     assert [f.code for f in found] == ["F03"] and "optimizer.pt" in found[0].message and view is None
+
+
+def test_ranks_wait_for_the_seal_outside_of_any_collective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests of a large checkpoint take longer than a group's time-out, which would end the job."""
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "weights.bin").write_bytes(b"1" * 100)
+    real = seals.seal
+
+    def slow_seal(folder: Path, step: int) -> None:
+        time.sleep(1.0)
+        real(folder, step)
+
+    monkeypatch.setattr(seals, "seal", slow_seal)
+    state = SimpleNamespace(global_step=5, best_model_checkpoint=None)
+
+    def work(_world: World) -> None:
+        torch.distributed.barrier()
+        _set_pg_timeout(timedelta(seconds=0.4))
+        TensorkeepCallback().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+
+    assert ranks(2, work) == [0, 0]
+    assert seals.is_sealed(folder)

@@ -125,6 +125,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "background": (True, {"background": True}),
     "best": ("-other", {"best": "-other"}),
     "patience": (2, {"patience": 2}),
+    "watchdog": (60.0, {"watchdog": 60.0}),
     # not the loop's: what the model is, what is averaged and who is told
     "ema": (0.5, {}),
     "quantize_backbone": ("fp4", {}),

@@ -16,6 +16,8 @@ import re
 import shlex
 from collections.abc import Iterable
 
+TEMPORARY = 75  # exit code: a process of a run hung or was lost, and the same command goes on (sysexits' EX_TEMPFAIL)
+
 
 class TensorkeepError(Exception):
     """Say what went wrong, where, and what to do next.

@@ -63,4 +63,4 @@ def train_detection(
         job, loop = build(made, run, world, remark)
         return job, loop, continued(made, resume, run, job, remark) if resume.endswith(".pth") else resume
 
-    return trained(start, out, allow, device, printer, made.checkpoint)
+    return trained(start, out, allow, device, printer, made.checkpoint, made.training.watchdog)

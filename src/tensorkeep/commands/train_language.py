@@ -76,7 +76,7 @@ def train_language(
         loop = language.loop_of(made, len(job.data))
         return language.continued(made, resume, job, loop, remark) if resume.endswith(".pth") else (job, loop, resume)
 
-    return trained(start, out, allow, device, printer, made.checkpoint)
+    return trained(start, out, allow, device, printer, made.checkpoint, made.training.watchdog)
 
 
 def say_old(said: Sequence[str], remark: Callable[[str], None]) -> None:
@@ -103,26 +103,29 @@ def trained(
     device: str | None,
     printer: Output,
     checkpoint: CheckpointConfig,
+    watched: float | None,
 ) -> int:
     """What every `train` command does once its recipe is read: join the group, build, fit, tell.
 
     `start(run, world)` makes job and loop, and says what to resume from; `fit` writes RUN/recipe.yaml from the job.
-    Returns the exit code: 130 when the run was interrupted and saved.
+    `watched` is the recipe's `training.watchdog`. Returns the exit code: 130 when the run was interrupted and saved.
     """
-    from tensorkeep.training import distributed, preflight
+    from tensorkeep.training import distributed, preflight, watchdog
     from tensorkeep.training.loop import fit
 
     if out is None:
         raise TensorkeepError("the run needs a folder", hint="--out RUN")
-    world = distributed.start(device)
+    world = distributed.start(device, watched)
     try:
-        hosts = preflight.folders(out, world, checkpoint)
-        if hosts is not None:
-            world = replace(world, here=hosts.leads)
-        if world.first:
-            prepare(printer, out / "recipe.yaml")
-        job, loop, resume = start(out, world)
-        outcome = fit(job, out, loop, resume, world, tuple(allow), printer)
+        with watchdog.watching(out, world.rank, world.size, watched, printer.json), distributed.peers_named(out, world):
+            hosts = preflight.folders(out, world, checkpoint)
+            if hosts is not None:
+                world = replace(world, here=hosts.leads)
+            if world.first:
+                prepare(printer, out / "recipe.yaml")
+            watchdog.at("building", busy=True)
+            job, loop, resume = start(out, world)
+            outcome = fit(job, out, loop, resume, world, tuple(allow), printer)
     finally:
         distributed.stop()
     if not world.first:

@@ -30,6 +30,7 @@ from tensorkeep.storage.run_folder import ADAPTER, MODEL
 from tensorkeep.storage.run_manifest import MANIFEST
 from tensorkeep.training import distributed, live_state, randomness
 from tensorkeep.training.distributed import World
+from tensorkeep.training.waiting import first_works
 
 log = logging.getLogger(__name__)
 _NUMBERED = re.compile(r"(?!\.)(?:.*\D)?(\d+)")  # step_100, checkpoint-7, 12: as accelerate itself orders folders
@@ -127,13 +128,12 @@ def save_state(accelerator: Any, folder: str | Path, keep_last: int | None = Non
             folders.clear_remains(final.parent, siblings)
             return stack.enter_context(replacing(final, overwrite=True, kind=folders.SEALED))
 
-        made = distributed.together(world, lambda: begin() if world.first else None)
-        temporary = distributed.gathered(world, made)[0]
+        temporary = first_works(world, begin)
         accelerator.save_state(str(temporary))
         document = json.dumps(randomness.capture()).encode()
         distributed.together(world, lambda: folders.write_document(temporary, _random(world.rank), document))
-        distributed.together(world, lambda: _seal(temporary, step) if world.first else None)
-        distributed.together(world, stack.close)  # renames, on the one that began
+        first_works(world, lambda: _seal(temporary, step))
+        first_works(world, stack.close)  # renames
     if keep_last is not None and world.first:
         folders.prune_folders(folders.numbered(final.parent, siblings), step, keep_last, set())
     return final
@@ -160,9 +160,9 @@ def load_state(accelerator: Any, root: str | Path) -> Path | None:
 
     def search() -> Path | None:
         paths = [path for _, path in folders.numbered(Path(root), _NUMBERED)]
-        return folders.newest_sealed(paths, log) if world.first else None
+        return folders.newest_sealed(paths, log)
 
-    folder: Path | None = distributed.gathered(world, distributed.together(world, search))[0]
+    folder = first_works(world, search)  # it reads every byte
     if folder is None:
         return None
     accelerator.load_state(str(folder))

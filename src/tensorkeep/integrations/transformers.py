@@ -28,9 +28,9 @@ from tensorkeep.storage import run_manifest
 from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.run_folder import EMA
-from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
+from tensorkeep.training.waiting import first_works
 
 log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -163,8 +163,8 @@ class TensorkeepCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """Write our files beside Trainer's, seal the folder, and only then delete older ones."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
-        distributed.gathered(world, None)  # each rank writes its random states, and Trainer waits for none
-        distributed.together(world, lambda: self._seal(folder, state) if world.first else None)
+        # each rank writes its random states, and Trainer waits for none
+        first_works(world, lambda: self._seal(folder, state))
 
     def _seal(self, folder: Path, state: Any) -> None:
         """Write the average into a checkpoint, seal it, and delete older ones."""

@@ -23,7 +23,7 @@ from tensorkeep.language.data.tokens import Encoded, in_batches
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
-from tensorkeep.training.waiting import from_first_at_length
+from tensorkeep.training.waiting import first_works
 
 Remark = Callable[[str], None]
 _LENGTHS = 8  # of rows, where layers are compiled for each
@@ -94,7 +94,7 @@ def make_data(
             recipe, config, TextReader(recipe, config, tokenizer, cut), vocabulary, files, settings, world, remark
         )
     # the first rank reads the files once for their digests; all make tokens, and nobody waits in a collective for them
-    digest, parts = from_first_at_length(world, lambda: parts_of(files, settings, config.format, remark=remark))
+    digest, parts = first_works(world, lambda: parts_of(files, settings, config.format, remark=remark))
     left = Counter[str]()
 
     def encoded(part: Part) -> Iterator[Encoded]:

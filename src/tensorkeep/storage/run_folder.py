@@ -6,10 +6,10 @@ names a step for people; readers take the highest one that is valid, whatever `l
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,7 +296,7 @@ _held: dict[tuple[int, str], None] = {}  # (pid, run): a record lock does not ke
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, wait: float = 0.0) -> Iterator[None]:
     """Hold RUN/.lock for the body, so that one process at a time saves into a run.
 
     A record lock (`lockf`), not `flock`: data-loading processes inherit the latter when they are forked, and would
@@ -304,6 +304,7 @@ def locked(run: Path) -> Iterator[None]:
 
     Args:
         run: the run's folder; made where it is not there.
+        wait: seconds that its holder may take to go; a file server keeps the lock of a lost host for a while.
 
     Yields:
         Nothing.
@@ -324,15 +325,18 @@ def locked(run: Path) -> Iterator[None]:
             if not _PID.fullmatch(os.pread(handle, 64, 0)):
                 what = "is a file of somebody else's, where a run keeps its lock"
                 raise TensorkeepError(what, where=path, hint="move it away, or choose another --out")
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
-                raise TensorkeepError(
-                    f"process {pid or 'unknown'} saves into it", where=run, hint="wait for it, or choose another --out"
-                ) from None
+            end = time.monotonic() + wait
+            while True:
+                try:
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some systems
+                    if time.monotonic() < end:
+                        time.sleep(0.2)
+                        continue
+                    pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+                    what = f"process {pid or 'unknown'} saves into it"
+                    raise TensorkeepError(what, where=run, hint="wait for it, or choose another --out") from None
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         _held[mine] = None

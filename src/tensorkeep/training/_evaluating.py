@@ -13,7 +13,7 @@ import torch
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import _sharding as sharding
-from tensorkeep.training import distributed, metrics, randomness
+from tensorkeep.training import distributed, metrics, randomness, watchdog
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training._logbook import Log, due
 from tensorkeep.training._run import Run
@@ -39,11 +39,10 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
     """
     if not evaluation_due(run):
         return
-    found = {
-        name: float(value)
-        for name, value in evaluated(run.job, run.world, wish, _precision(run.loop, run.world)).items()
-    }
-    numbers: dict[str, Any] = metrics.finite(distributed.gathered(run.world, found)[0])
+    with watchdog.doing("evaluation of step", run.step):
+        made = evaluated(run.job, run.world, wish, _precision(run.loop, run.world))
+        found = {name: float(value) for name, value in made.items()}
+        numbers: dict[str, Any] = metrics.finite(distributed.gathered(run.world, found)[0])
     name = (run.loop.best or "").removeprefix("-")
     if name and name not in numbers:
         raise TensorkeepError(

@@ -46,6 +46,7 @@ FREE = (
     "local$",
     "graph$",
     "deterministic$",
+    "watchdog$",
 )
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tensorkeep.training import _sharding as sharding
-from tensorkeep.training import distributed
+from tensorkeep.training import distributed, watchdog
 from tensorkeep.training._logbook import Update
 from tensorkeep.training._run import Run, trained
 from tensorkeep.training.batches import to_device
@@ -40,6 +40,7 @@ def update(run: Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update |
     job.optimizer.zero_grad(set_to_none=run.recorded is None)  # a graph adds to the memory it was recorded with
     losses: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
+        watchdog.at("update", run.step + 1)
         last = number == len(parts) - 1
         if part is None and loop.parallel == "ddp":  # this rank has a sample less than others
             continue

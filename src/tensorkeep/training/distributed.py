@@ -6,11 +6,16 @@ gloo, so that no step waits for a GPU to tell them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import os
+import secrets
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,12 +26,23 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store, default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TEMPORARY, TensorkeepError
 
 T = TypeVar("T")
 _JOIN = 600.0  # seconds that ranks wait for each other at the start; TENSORKEEP_JOIN_SECONDS
 _HEARD = 5.0  # seconds; how long the first rank stays for the others to hear who is missing
 _HINT = "look whether it was started and is alive; MASTER_ADDR is rank 0's host as all others reach it"
+_PAUSE = 0.02  # seconds between two looks
+# of torch's errors: gloo's and NCCL's when a process they talk to is gone
+_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out waiting",
+    "likely closed",
+    "NCCL",
+    "gloo/transport",
+)
 
 
 @dataclass(frozen=True)
@@ -57,17 +73,18 @@ class World:
         return self.first if self.here is None else self.here
 
 
-def start(device: str | None = None) -> World:
+def start(device: str | None = None, wait: float | None = None) -> World:
     """Join the group that torchrun describes (RANK, WORLD_SIZE, LOCAL_RANK), or be the only process.
 
     Args:
         device: `cpu`, `cuda` or `cuda:N` (None: a GPU where there is one).
+        wait: seconds that processes wait for each other here; None: ten minutes.
 
     Returns:
         This process among its peers, with the device it computes on.
 
     Raises:
-        TensorkeepError: there is no such device; or ranks did not come within ten minutes (TENSORKEEP_JOIN_SECONDS), or
+        TensorkeepError: there is no such device; or ranks did not come in time (TENSORKEEP_JOIN_SECONDS, where set), or
             cannot reach each other: they are named.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,23 +95,32 @@ def start(device: str | None = None) -> World:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        store = _met(rank, size)
+        _join("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", rank, size, wait)
+    return World(rank, size, place)
+
+
+def _join(backend: str, rank: int, size: int, wait: float | None) -> None:
+    """Make the default group of processes once all are there."""
+    with _ending():
+        store = _met(rank, size, float(os.environ.get("TENSORKEEP_JOIN_SECONDS", wait or _JOIN)))
         try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
-            )
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         except RuntimeError as error:
             what = f"rank {rank} on {socket.gethostname()} does not reach the other ranks: {_first_line(error)}"
             hint = (
                 "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network that all hosts share; look at the firewall"
             )
             raise TensorkeepError(what, where="several processes", hint=hint) from None
-    return World(rank, size, place)
 
 
-def _met(rank: int, size: int) -> Store:
-    """Wait in the store of torchrun, or of rank 0, until all ranks are there; name those that do not come."""
-    seconds, host = float(os.environ.get("TENSORKEEP_JOIN_SECONDS", _JOIN)), socket.gethostname()
+def _met(rank: int, size: int, seconds: float) -> Store:
+    """Wait in the store of torchrun, or of rank 0, until all ranks are there; name those that do not come.
+
+    torchrun keeps one store for all starts of a job (measured with torch 2.13), and keys of the processes that died
+    stay in it: a new process would read the address of one that is gone. So those of a start first agree on a word that
+    no start before has used, and keep all of theirs under it.
+    """
+    host = socket.gethostname()
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     owned = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
@@ -106,9 +132,11 @@ def _met(rank: int, size: int) -> Store:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        store = PrefixStore(f"tensorkeep/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        start, own = PrefixStore("tensorkeep/start", found), secrets.token_hex(8)
+        word = "alone" if owned else own if rank == 0 else _adopted(start, rank, size, own, seconds)
+        store = PrefixStore(word, start)
         store.set(f"host/{rank}", host)
-        _await(store, rank, size, seconds)
+        _await(store, size, seconds, _announced(start, size, own) if rank == 0 and not owned else None)
     except RuntimeError as error:
         what = f"rank {rank} on {host} finds nobody at {address}:{port} within {seconds:.0f} seconds, or lost it"
         raise TensorkeepError(f"{what}: {_first_line(error)}", where="several processes", hint=_HINT) from None
@@ -116,21 +144,52 @@ def _met(rank: int, size: int) -> Store:
     return store
 
 
-def _await(store: Store, rank: int, size: int, seconds: float) -> None:
+def _announced(start: Any, size: int, own: str) -> Callable[[], None]:
+    """Return what the first rank does at each look: say its word, and whose it has read, where one was replaced."""
+    said: list[str] = []
+
+    def look() -> None:
+        keys = [f"here/{rank}" for rank in range(1, size)]
+        known = [own, *(start.get(key).decode() if start.check([key]) else "" for key in keys)]
+        if known != said:
+            said[:] = known
+            start.set("first", json.dumps([own, known]))
+
+    return look
+
+
+def _adopted(start: Any, rank: int, size: int, own: str, seconds: float) -> str:
+    """Leave a word, and wait until the first rank of this start has read it; return the first one's."""
+    end, pause = time.monotonic() + seconds + _HEARD, max(_PAUSE, 0.0005 * size)
+    start.set(f"here/{rank}", own)
+    while time.monotonic() < end:
+        if start.check(["first"]):
+            word, known = json.loads(start.get("first"))
+            if len(known) == size and known[rank] == own:
+                return str(word)
+        time.sleep(pause)
+    what = f"rank 0 of {size} did not come within {seconds:.0f} seconds"
+    raise TensorkeepError(what, where="several processes", hint=_HINT, exit_code=TEMPORARY)
+
+
+def _await(store: Store, size: int, seconds: float, look: Callable[[], None] | None) -> None:
     """Wait until all ranks have written their host into a store; TensorkeepError names the others, on all alike."""
     end, pause = time.monotonic() + seconds, 0.002
     count = store.add("came", 1)
     while count < size:
+        if look is not None:
+            look()
         if store.check(["missing"]):
             store.add("heard", 1)
-            raise TensorkeepError(store.get("missing").decode(), where="several processes", hint=_HINT)
+            what = store.get("missing").decode()
+            raise TensorkeepError(what, where="several processes", hint=_HINT, exit_code=TEMPORARY)
         if time.monotonic() > end:
             what = _missing(store, size, seconds)
             store.set("missing", what)
             heard = time.monotonic() + _HEARD  # the store may end with this process
             while store.add("heard", 0) < count - 1 and time.monotonic() < heard:
                 time.sleep(0.02)
-            raise TensorkeepError(what, where="several processes", hint=_HINT)
+            raise TensorkeepError(what, where="several processes", hint=_HINT, exit_code=TEMPORARY)
         time.sleep(pause)
         pause = min(pause * 1.3, max(0.05, 0.001 * size))
         count = store.add("came", 0)
@@ -161,10 +220,50 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Within it SIGTERM ends the process at once: nothing is lost yet, and waiting in C++ no handler would run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 def stop() -> None:
     """Leave the group that `start` joined, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def peers_named(place: object, world: World) -> Iterator[None]:
+    """Turn what an exchange raises when another process has ended into one plain error.
+
+    Args:
+        place: what the error is about.
+        world: this process among its peers.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TensorkeepError: an exchange with the other processes failed, of several; the exit code is the watchdog's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).strip().splitlines() or [""]
+        if world.size == 1 or not any(sign in str(error) for sign in _SIGNS):
+            raise
+        hint = "look which one ended first, and why; the same command goes on from the newest checkpoint"
+        what = (
+            f"rank {world.rank} on {socket.gethostname()} lost another process: {words[0].partition('. This is ')[0]}"
+        )
+        raise TensorkeepError(what, where=place, hint=hint, exit_code=TEMPORARY) from error
 
 
 def total(world: World, *values: float) -> list[float]:

@@ -6,16 +6,22 @@ nothing) it raises instead, since the checkpoint before it has been saved alread
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import IO
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STACKS = signal.SIGUSR2  # to a process that fetches data, by the one that it works for
 ECHO = 1.0  # seconds; a terminal and a launcher both pass the same wish on, which is not asking twice
+
+_stacks: IO[bytes] | None = None
 
 
 class Interrupted(BaseException):
@@ -77,10 +83,36 @@ def listening() -> Iterator[Wish]:
 
 
 def leave_to_the_parent() -> None:
-    """Ignore the signals that ask a run to stop; for a process that fetches data.
+    """Ignore the signals that ask a run to stop, and write stacks at STACKS; for a process that fetches data.
 
     A terminal or Slurm sends a signal to the whole group of processes. The run, still finishing its update, needs the
     samples, and ends its helpers itself.
     """
     for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
+    if _stacks is not None:
+        faulthandler.register(STACKS, file=_stacks, all_threads=True)
+        os.write(_stacks.fileno(), f"process {os.getpid()}\n".encode())
+
+
+def stacks_go_to(file: IO[bytes] | None) -> None:
+    """Say where processes that fetch data, made from here on, write their stacks when they are sent STACKS.
+
+    Args:
+        file: open for writing; None: they do not listen.
+    """
+    global _stacks
+    _stacks = file
+
+
+def helpers(file: IO[bytes]) -> list[int]:
+    """Read which processes said in this file that they listen for STACKS.
+
+    Args:
+        file: as `stacks_go_to` was given it.
+
+    Returns:
+        Their numbers; some may have ended.
+    """
+    file.seek(0)
+    return [int(line.split()[1]) for line in file.read().splitlines() if re.fullmatch(rb"process \d+", line)]

@@ -103,6 +103,7 @@ class Loop:
         replicas: groups of ranks that hold all shards each (fsdp); 1: every rank holds shards of its own.
         background: save behind the training; None: where the weights are on a GPU.
         checkpoint: whether every host keeps its own ranks' shards, and copies of them.
+        watchdog: seconds without progress of any rank, or an answer of one, after which all end; None: never.
     """
 
     updates: int
@@ -126,6 +127,7 @@ class Loop:
     replicas: int = 1
     background: bool | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: float | None = None
 
 
 def loop_of(config: TrainingConfig, samples: int, checkpoint: CheckpointConfig | None = None) -> Loop:
@@ -163,4 +165,5 @@ def loop_of(config: TrainingConfig, samples: int, checkpoint: CheckpointConfig |
         replicas=config.replicas,
         background=config.background,
         checkpoint=checkpoint or CheckpointConfig(),
+        watchdog=config.watchdog,
     )

@@ -21,13 +21,15 @@ from tensorkeep.findings import Finding
 from tensorkeep.output import Output, size
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.run_manifest import as_finding
+from tensorkeep.training import _restart as restart
 from tensorkeep.training import _resume as resuming
 from tensorkeep.training import _sharding as sharding
-from tensorkeep.training import distributed, metrics, preflight, randomness
+from tensorkeep.training import distributed, metrics, preflight, randomness, watchdog
+from tensorkeep.training._board import introduced
 from tensorkeep.training._evaluating import evaluate_if_due, evaluation_due, mark_best, stops_early
 from tensorkeep.training._going_on import Found, find, forget
 from tensorkeep.training._graphs import Recorded
-from tensorkeep.training._logbook import Log, due
+from tensorkeep.training._logbook import Log, Update, due
 from tensorkeep.training._proof import Proof
 from tensorkeep.training._room import check as check_room
 from tensorkeep.training._run import Run, trained
@@ -100,8 +102,19 @@ def fit(
         >>> outcome = fit(job, "runs/one", Loop(updates=1000, batch=32))              # doctest: +SKIP
     """
     folder, world, say = Path(run), world or World(), say or Output(quiet=True)
+    with watchdog.watching(folder, world.rank, world.size, loop.watchdog, say.json):
+        watchdog.at("start", busy=True)
+        return _fit(job, folder, loop, resume, world, allow, say)
+
+
+def _fit(
+    job: Job, folder: Path, loop: Loop, resume: str | Path | State, world: World, allow: tuple[str, ...], say: Output
+) -> Outcome:
+    """Do what `fit` does, once somebody watches."""
     scaler = torch.amp.GradScaler(world.device.type, enabled=loop.precision == "fp16")
     loop = _possible(job, loop, world, say)
+    if world.size > 1:
+        introduced(world.rank)
     hosts = connected(preflight.folders(folder, world, loop.checkpoint), loop.checkpoint.replicas)
     _set_out(job, loop, world)
     # once the lock is held nobody else writes into the run
@@ -118,10 +131,11 @@ def fit(
             distributed.same_start(world, trained(job))
             record = Recorded(lambda batch, divisor: share(under_way, model, batch, divisor, 1), trained(job))
             under_way.recorded = record
-        with listening() as wish:
+        with listening() as wish, watchdog.compiling() if loop.compile else contextlib.nullcontext():
             reason = _go(under_way, model, wish)
-            if saver:
-                saver.wait()
+            with watchdog.doing("last save"):
+                if saver:
+                    saver.wait()
     last = under_way.evaluations[-1] if under_way.evaluations else {}
     numbers = {k: v for k, v in last.items() if k != "step"}
     return Outcome(under_way.step, under_way.samples, reason, numbers, under_way.level)
@@ -142,7 +156,7 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
                 return "done"
             if stops_early(loop, run.evaluations):
                 return "stopped early"
-            made = None if world.size == 1 and wish.signal else update(run, model, next(parts), wish)
+            made = None if world.size == 1 and wish.signal else _updated(run, model, parts, wish)
             if made is None:
                 if run.step > saved:
                     _save(run)
@@ -160,6 +174,14 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
         parts.close()
         proof.close()
         log.close()
+
+
+def _updated(run: Run, model: nn.Module, parts: Iterator[list[Any]], wish: Wish) -> Update | None:
+    """Fetch an update's micro-batches and make it, saying which of the two this process is at."""
+    watchdog.at("data of update", run.step + 1, busy=True)
+    fetched = next(parts)
+    watchdog.at("update", run.step + 1)
+    return update(run, model, fetched, wish)
 
 
 def _batches(run: Run) -> Generator[list[Any], None, None]:
@@ -188,15 +210,16 @@ def _batches(run: Run) -> Generator[list[Any], None, None]:
 
 def _save(run: Run) -> None:
     """Save a checkpoint of this step; every rank takes part, and writes where tensors are in shards."""
-    state = resuming.snapshot(
-        run.job, run.loop, run.world, run.step, run.samples, run.scaler, run.evaluations, run.data
-    )
-    if run.saver:
-        if run.world.first:
-            metrics.sync(run.folder / metrics.METRICS)
-        run.saver.save(state)
-        if run.world.first and (why := run.saver.refusal()):
-            run.say.remark(f"note: memory for saves is not page-locked ({why}): each save holds training for its copy")
+    with watchdog.doing("save of step", run.step):
+        state = resuming.snapshot(
+            run.job, run.loop, run.world, run.step, run.samples, run.scaler, run.evaluations, run.data
+        )
+        if run.saver:
+            if run.world.first:
+                metrics.sync(run.folder / metrics.METRICS)
+            run.saver.save(state)
+    if run.saver and run.world.first and (why := run.saver.refusal()):
+        run.say.remark(f"note: memory for saves is not page-locked ({why}): each save holds training for its copy")
 
 
 # -- start ------------------------------------------------------------------------------------------------------------
@@ -268,6 +291,19 @@ def _put_newest(run: Run, resume: str | Path | State, allow: tuple[str, ...]) ->
             return found._replace(fetched=forget(found)), why
 
 
+def _meant(run: Run, resume: str | Path | State, say: Output) -> str | Path | State:
+    """Return what to go on from, which in a start that torchrun made after a fault need not be what was asked for."""
+    if times := restart.restarts():
+        say.remark(f"note: torchrun has started this job's processes again, restart {times}")
+    if isinstance(resume, State):
+        return resume
+    meant = distributed.from_first(run.world, lambda: restart.meant(run.folder, str(resume)))
+    if meant != str(resume):
+        say.remark(f"note: --resume {resume} was for the first start, this one goes on from the newest checkpoint")
+        return meant
+    return resume
+
+
 def _put(run: Run, found: Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
     """Compare a checkpoint with the job and put it back."""
     distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
@@ -278,6 +314,7 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
     """Put back the checkpoint there is to go on from, and make the run's folder agree with it."""
     world = run.world
     say = run.say if world.first else Output(quiet=True)
+    resume = _meant(run, resume, say)
     found, why = _put_newest(run, resume, allow)
     for finding in found.skipped:
         say.remark(f"skipped: {finding.code} {finding.message}")
@@ -290,9 +327,11 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
         )
         remark = f"resumed from {found.name} at step {run.step}, {run.level}"
         say.remark(remark + (f" ({', '.join(why)})" if why else ""))
+    elif restart.restarts():
+        say.remark("no checkpoint was made before: the run begins anew")
     if found.whole is not None and found.fetched:
         say.remark(f"note: {size(found.fetched)} of {found.name} came from other hosts")
-    distributed.together(world, lambda: _rewind(run, say) if world.first else _rewind_elsewhere(run))
+    distributed.together(world, lambda: _rewind(run, say, resume) if world.first else _rewind_elsewhere(run))
     # evaluations of the step itself came after its checkpoint; the rows of the first rank hold for all
     rows = list(metrics.rows(run.folder / metrics.METRICS)) if world.first else []
     known = {e["step"] for e in run.evaluations}
@@ -303,8 +342,10 @@ def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None
         mark_best(run)  # a kill may have come between an evaluation's row and the mark
 
 
-def _rewind(run: Run, say: Output) -> None:
+def _rewind(run: Run, say: Output, resume: str | Path | State) -> None:
     """Take away the rows of later steps, and write the recipe where it is another."""
+    if not isinstance(resume, State):
+        restart.begun(run.folder, str(resume))
     text = to_yaml(run.job.recipe).encode() if run.job.recipe else b""
     path, rows = run.folder / RECIPE, run.folder / metrics.METRICS
     other = bool(text) and not (path.exists() and path.read_bytes() == text)

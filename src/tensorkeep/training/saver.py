@@ -28,6 +28,7 @@ from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import left_over
 from tensorkeep.storage.placement import remove
 from tensorkeep.storage.run_folder import CHECKPOINTS, EMA, METADATA, MODEL, OPTIMIZER, STATE
+from tensorkeep.training._restart import LOCK_WAIT, restarts
 from tensorkeep.training._retention import Keep, best, mark_best, prune
 from tensorkeep.training._save_work import Work
 from tensorkeep.training._staging import Stage, Staged
@@ -121,7 +122,7 @@ class Saver:
         self._lock = ExitStack()
         if not (hosts.leads if hosts is not None else self.world.first):
             return
-        self._lock.enter_context(run_folder.locked(self.run))
+        self._lock.enter_context(run_folder.locked(self.run, LOCK_WAIT if restarts() else 0.0))
         try:
             for name in run_folder.remains(self.run):  # nobody else is at work here: these were interrupted
                 remove(self.run / CHECKPOINTS / name)

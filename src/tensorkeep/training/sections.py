@@ -56,6 +56,8 @@ class TrainingConfig:
         background: Save while training goes on; null: where the weights are on a GPU.
         best: The evaluated number whose best checkpoint stays, with a minus where smaller is better: `-loss`.
         patience: Evaluations without a better one before the run stops.
+        watchdog: Seconds without progress of any process, or without an answer of one, after which all write their
+            stacks into the run's folder and leave with exit code 75; null: never.
         trackers: Who else gets the rows of metrics; wandb under the project `tensorkeep`.
     """
 
@@ -89,6 +91,7 @@ class TrainingConfig:
     background: bool | None = None
     best: str | None = None
     patience: int | None = None
+    watchdog: float | None = 600.0
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,7 +105,7 @@ class TrainingConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise TensorkeepError(f"{name} {getattr(self, name)} cannot be negative", where="training")
-        for name in ("epochs", "clip", "memory_limit_gib"):
+        for name in ("epochs", "clip", "memory_limit_gib", "watchdog"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise TensorkeepError(f"{name} {value} must be positive", where="training")

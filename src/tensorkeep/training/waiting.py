@@ -1,44 +1,57 @@
-"""Wait for work that may take hours: a collective would end with its group's time-out, half an hour by default."""
+"""Let the first process do long work while the others wait, none of them in a collective.
+
+A collective ends with its group's time-out (10 minutes with NCCL), and takes the job with it. Reading back a large
+checkpoint to digest it takes longer.
+"""
 
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training._board import Board
-from tensorkeep.training.distributed import World, gathered
+from tensorkeep.training.distributed import World
 
 T = TypeVar("T")
-_works = itertools.count()  # which all ranks come to
-_MONTH = 30 * 86_400.0  # seconds
+LONGEST = 12 * 3600.0  # seconds
+_meetings = itertools.count()
 
 
-def from_first_at_length(world: World, work: Callable[[], T]) -> T:
-    """Do as `from_first` does, for work that may take hours: the others wait outside of any collective.
+def first_works(world: World, work: Callable[[], T], longest: float = LONGEST) -> T:
+    """Do work on the first rank once all have come here, and give what it returned, or raise what it raised, on all.
 
     Args:
         world: every rank must call this.
         work: what the first rank does; its result must be picklable.
+        longest: seconds that one waits for another; where a process of the same host has ended, none waits for it.
 
     Returns:
         What `work` returned on the first rank.
 
     Raises:
-        TensorkeepError: `work` raised it, or the first rank is gone.
+        TensorkeepError: `work` raised it, or failed otherwise; or a rank did not come, or ended.
     """
     if world.size == 1:
         return work()
-    board = Board(f"first/{next(_works)}", world.rank, world.size, timeout=_MONTH)
-    found: T | TensorkeepError | None = None
-    if world.first:
-        try:
-            found = work()
-        except TensorkeepError as error:
-            found = error
-    board.tell(b"")
-    told = gathered(world, found)[0]
-    if isinstance(told, TensorkeepError):
-        raise told
-    return told  # type: ignore[no-any-return]
+    board = Board(f"work/{next(_meetings)}", world.rank, world.size, longest)
+    board.gather(b"")
+    if not world.first:
+        found = pickle.loads(board.tell(None))  # noqa: S301  from a process of this job, as in any collective
+        if isinstance(found, TensorkeepError):
+            raise found
+        return found  # type: ignore[no-any-return]
+    note: Any = None
+    try:
+        note = made = work()
+        return made
+    except TensorkeepError as error:
+        note = error
+        raise
+    except BaseException as error:
+        note = TensorkeepError(f"the first process failed: {error!r}", where="several processes", hint="see its output")
+        raise
+    finally:
+        board.tell(pickle.dumps(note))

@@ -1,0 +1,146 @@
+"""How the processes of a run tell each other that they live and get on, without a collective.
+
+Each one now and then leaves a few words in the store of their group; the first one reads them all, and leaves one note
+that all others read. Ages are measured by the clock of whoever waits, so clocks may differ. A store may stop answering
+together with the process that keeps it: `Heartbeats.round` may then never return, and is called in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+
+_STAY = 2.0  # seconds, and two rounds: how long the first process stays for the others to hear that all is over
+
+
+@dataclass
+class Standing:
+    """How a process stood when it was last heard of.
+
+    Args:
+        phase: what it was at.
+        idle: seconds since it had got on.
+        host: where it runs.
+        left: whether it has left the run in good order.
+        number: of its note.
+        seen: when that note was first seen, by the reader's clock.
+    """
+
+    phase: str
+    idle: float
+    host: str = field(default_factory=socket.gethostname)
+    left: bool = False
+    number: int = 0
+    seen: float = 0.0
+
+
+class Heartbeats:
+    """The notes of one watch; made by every rank of the group in the same order.
+
+    Args:
+        name: of the watch, never used before in this group.
+        rank: of this process.
+        ranks: how many there are.
+        limit: seconds without a note, or without any rank getting on, after which all is over.
+        every: seconds between two rounds.
+
+    Attributes:
+        known: what was heard of each rank; on other ranks than the first, of the first alone.
+        verdict: why all is over, None while it is not.
+        told: whether the others have heard the verdict.
+        lost: whether the store can no longer be asked.
+    """
+
+    def __init__(self, name: str, rank: int, ranks: int, limit: float, every: float) -> None:
+        store: Any = distributed_c10d._get_default_store()
+        if hasattr(store, "clone"):  # a connection of its own: waiting for others on the shared one would hold this up
+            store = store.clone()
+        self._store, self._number = PrefixStore(f"tensorkeep/watch/{name}", store), 0
+        self.rank, self.ranks, self.limit, self.every = rank, ranks, limit, every
+        self.known: dict[int, Standing] = {}
+        self.verdict: str | None = None
+        self.told = self.lost = False
+
+    def round(self, own: Standing) -> None:
+        """Leave this rank's note, read the others', and on the first rank judge; may take for ever.
+
+        Args:
+            own: how this process stands.
+        """
+        self._number += 1
+        words = [self._number, own.phase, own.idle, own.host, own.left]
+        try:
+            if self.rank == 0:
+                self._read(range(1, self.ranks))
+                self.known[0] = replace(own, number=self._number, seen=time.monotonic())
+                self.verdict = judged(self.known, self.ranks, self.limit, time.monotonic())
+                self._store.set("rank/0", json.dumps([*words, self.verdict]))
+                if self.verdict is not None:
+                    self._wait_for_ears()
+                return
+            self._store.set(f"rank/{self.rank}", json.dumps([*words, None]))
+            verdict = self._read([0])
+            if verdict is not None and self.verdict is None:
+                self._store.add("heard", 1)
+                self.verdict = verdict
+        except RuntimeError:  # it was a part of a process that is gone
+            self.lost = True
+
+    def _read(self, ranks: Any) -> str | None:
+        """Read notes; gives the verdict that the last one carries."""
+        verdict = None
+        for rank in ranks:
+            key = f"rank/{rank}"
+            if rank not in self.known and not self._store.check([key]):
+                continue
+            number, phase, idle, host, left, verdict = json.loads(self._store.get(key))
+            if rank not in self.known or self.known[rank].number != number:
+                self.known[rank] = Standing(phase, idle, host, left, number, time.monotonic())
+        return verdict
+
+    def _wait_for_ears(self) -> None:
+        """Stay until the ranks that answer have heard the verdict: the store may be a part of this process."""
+        now = time.monotonic()
+        living = sum(not s.left and now - s.seen <= self.limit for rank, s in self.known.items() if rank)
+        end = now + 2 * self.every + _STAY
+        while self._store.add("heard", 0) < living and time.monotonic() < end:
+            time.sleep(self.every / 20)
+        self.told = True
+
+    def shift(self, seconds: float) -> None:
+        """Take no account of a time in which this process itself was stopped."""
+        for standing in list(self.known.values()):
+            standing.seen += seconds
+
+
+def judged(known: dict[int, Standing], ranks: int, limit: float, now: float) -> str | None:
+    """Say why all is over, from what is known of each rank; None while it is not.
+
+    Args:
+        known: by rank; one that was never heard of is still on its way, and its launcher looks after it.
+        ranks: how many there are.
+        limit: seconds.
+        now: the time, by the clock of `Standing.seen`.
+
+    >>> judged({0: Standing("update 3", 9.0, "a", seen=0.0), 1: Standing("data of update 3", 9.5, "b")}, 2, 8.0, 1.0)
+    'no process has got on for 10 s'
+    >>> judged({0: Standing("update 3", 0.1, "a", seen=9.0), 1: Standing("update 3", 0.1, "b", seen=0.5)}, 2, 8.0, 9.0)
+    'rank 1 on b has not answered for 8 s'
+    """
+    here = {rank: standing for rank, standing in known.items() if not standing.left}
+    silent = [rank for rank, standing in here.items() if now - standing.seen > limit]
+    if silent:
+        names = ", ".join(f"rank {rank} on {here[rank].host}" for rank in silent[:8])
+        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+        since = max(now - here[rank].seen for rank in silent)
+        return f"{names}{more} {'has' if len(silent) == 1 else 'have'} not answered for {since:.0f} s"
+    idle = [standing.idle + now - standing.seen for standing in here.values()]
+    if len(known) == ranks and idle and min(idle) > limit:
+        return f"no process has got on for {min(idle):.0f} s"
+    return None
