@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.kill_ranks import Killer, Plan
-from torch.distributed import HashStore
+from torch.distributed import HashStore, PrefixStore, Store
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
@@ -46,23 +46,26 @@ def test_killed_ranks_are_started_again_and_the_end_is_bitwise_the_same(tmp_path
 
 def test_the_ranks_of_a_start_agree_on_a_word_whatever_a_start_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among it the words of a first rank that is gone, and of one that died between its coming and the answer."""
-    store, found = HashStore(), dict[int, str]()
+    store, found = HashStore(), dict[int, Store]()
     store.set("first", json.dumps(["old", ["old", "one", "two"]]))
     for rank, word in ((1, "one"), (2, "two")):
         store.set(f"here/{rank}", word)
-        store.set(f"old/{rank}", "1")
+        store.set(f"old/host/{rank}", "gone")
+    PrefixStore("old", store).add("came", 3)
     monkeypatch.setattr(distributed, "_PAUSE", 0.001)
 
     def come(rank: int) -> None:
         found[rank] = distributed._agreed(store, rank, 3, 20.0)
+        found[rank].set(f"mine/{rank}", "1")
 
     ranks = [threading.Thread(target=come, args=(rank,)) for rank in (1, 0, 2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
-    assert len(found) == 3 and len(set(found.values())) == 1 and found[0] not in ("old", "one", "two")
-    with pytest.raises(TensorkeepError, match="rank 1, rank 2 did not come within 0 s"):
+    assert len(found) == 3 and all(one.check([f"mine/{rank}" for rank in range(3)]) for one in found.values())
+    assert not any(store.check([f"{word}/mine/0"]) for word in ("old", "one", "two"))
+    with pytest.raises(TensorkeepError, match="rank 1, 2 of 3 did not come within 0 seconds"):
         distributed._agreed(HashStore(), 0, 3, 0.01)
 
 

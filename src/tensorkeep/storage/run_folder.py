@@ -331,12 +331,11 @@ def locked(run: Path, wait: float = 0.0) -> Iterator[None]:
                     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some systems
-                    if time.monotonic() < end:
-                        time.sleep(0.2)
-                        continue
-                    pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
-                    what = f"process {pid or 'unknown'} saves into it"
-                    raise TensorkeepError(what, where=run, hint="wait for it, or choose another --out") from None
+                    if time.monotonic() >= end:
+                        pid = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+                        what = f"process {pid or 'unknown'} saves into it"
+                        raise TensorkeepError(what, where=run, hint="wait for it, or choose another --out") from None
+                    time.sleep(0.2)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         _held[mine] = None

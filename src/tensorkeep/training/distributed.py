@@ -132,15 +132,32 @@ def _met(rank: int, size: int, seconds: float) -> Store:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        start, own = PrefixStore("tensorkeep/start", found), secrets.token_hex(8)
-        word = "alone" if owned else own if rank == 0 else _adopted(start, rank, size, own, seconds)
-        store = PrefixStore(word, start)
-        store.set(f"host/{rank}", host)
-        _await(store, size, seconds, _announced(start, size, own) if rank == 0 and not owned else None)
+        store = _agreed(PrefixStore("tensorkeep/start", found), rank, size, seconds, fresh=owned)
     except RuntimeError as error:
         what = f"rank {rank} on {host} finds nobody at {address}:{port} within {seconds:.0f} seconds, or lost it"
         raise TensorkeepError(f"{what}: {_first_line(error)}", where="several processes", hint=_HINT) from None
     found.set_timeout(default_pg_timeout)
+    return store
+
+
+def _agreed(start: Store, rank: int, size: int, seconds: float, fresh: bool = False) -> Store:
+    """Return a part of a store for the processes of this start alone, once all are there.
+
+    Args:
+        start: of all starts.
+        rank: of this process.
+        size: how many there are.
+        seconds: to wait.
+        fresh: no start was before this one.
+
+    Raises:
+        TensorkeepError: ranks did not come in time; they are named.
+    """
+    own = secrets.token_hex(8)
+    word = "first" if fresh else own if rank == 0 else _adopted(start, rank, size, own, seconds)
+    store = PrefixStore(word, start)
+    store.set(f"host/{rank}", socket.gethostname())
+    _await(store, size, seconds, _announced(start, size, own) if rank == 0 and not fresh else None)
     return store
 
 
