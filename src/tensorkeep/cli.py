@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, visible
 from tensorkeep.output import Output
 from tensorkeep.storage import signals
 
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = getattr(error, "number", signals.ENDING[0])
         with contextlib.suppress(OSError):  # after a SIGHUP the terminal may be gone
             sys.stderr.write("interrupted\n" if number == signals.ENDING[0] else f"ended by {error}\n")
+            if left := getattr(error, "left", ""):  # what an upload keeps in a store
+                sys.stderr.write(f"hint: {visible(left)}\n")
         return 128 + int(number)
     except BrokenPipeError:
         # the reader of our output has gone (`| head`); flushing at exit would complain again
