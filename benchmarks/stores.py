@@ -52,6 +52,8 @@ def server() -> Iterator[dict[str, str]]:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": address,
             "AWS_EC2_METADATA_DISABLED": "true",
+            # moto answers late under load
+            "FSSPEC_S3": '{"config_kwargs": {"read_timeout": 300, "connect_timeout": 60}}',
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }

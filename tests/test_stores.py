@@ -179,6 +179,23 @@ def test_a_command_killed_while_objects_appear_is_gone_on_with(
     assert not any(name.startswith(".") or name == "placing.json" for name in objects(there))
 
 
+def test_an_answer_that_is_lost_after_the_object_appeared_is_no_failure(
+    there: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, call = store(), store().call_s3
+
+    def losing(method: str, **asked: Any) -> Any:
+        answer = call(method, **asked)
+        if method == "complete_multipart_upload":
+            raise OSError("no answer in time")
+        return answer
+
+    monkeypatch.setattr(system, "call_s3", losing, raising=False)
+    result = run(source, f"{there}/out", "hf")
+    view = read(f"{there}/out")
+    assert {n: view.digest(n) for n in view} == result.digests and left(there) == []
+
+
 def test_beside_another_programs_object_nothing_is_gone_on_with(
     there: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,13 +188,19 @@ class Upload:
             return
         bucket, key, _ = self.sending.system.split_path(self.path)
         listed = [{"PartNumber": i + 1, "ETag": f'"{p.result()[0]}"'} for i, p in enumerate(self.parts)]
-        answer = self.sending.system.call_s3(
-            "complete_multipart_upload",
-            Bucket=bucket,
-            Key=key,
-            UploadId=self._begin().upload,
-            MultipartUpload={"Parts": listed},
-        )
+        try:
+            answer = self.sending.system.call_s3(
+                "complete_multipart_upload",
+                Bucket=bucket,
+                Key=key,
+                UploadId=self._begin().upload,
+                MultipartUpload={"Parts": listed},
+            )
+        except Exception:
+            # an answer that came too late or not at all: the second attempt finds no upload, for the first one worked
+            if not self.confirmed or self._in_place() != (self.etag, self.size):
+                raise
+            return
         if self.confirmed and str(answer.get("ETag", "")).strip('"') != self.etag:
             raise TensorkeepError(
                 "the store put other parts together than were sent",
@@ -202,6 +208,14 @@ class Upload:
                 code="F03",
                 hint="run again",
             )
+
+    def _in_place(self) -> tuple[str, int] | None:
+        """Return ETag and size of the object that is there now; None where there is none."""
+        with contextlib.suppress(OSError):
+            self.sending.system.invalidate_cache()
+            found = self.sending.system.info(self.path)
+            return str(found.get("ETag")).strip('"'), int(found["size"])
+        return None
 
     def give_up(self) -> None:
         """Let the store drop what it has of the object."""
