@@ -130,7 +130,9 @@ def a_round(source: Path, folder: Path, number: int) -> dict[str, dict[str, Any]
 
         def do(what: str, source: str | Path, target: str | Path, name: str | None = None) -> None:
             os.sync()
-            found[name or what] = measured(environment, what, str(source), str(target))
+            made = found[name or what] = measured(environment, what, str(source), str(target))
+            if made:
+                print(f"round {number}: {what} {made['seconds']:.1f} s", file=sys.stderr, flush=True)
 
         there = [("s3fs put", "s3://bench/put"), ("convert to s3", "s3://bench/made")]
         for what, target in there[:: 1 if number % 2 else -1]:

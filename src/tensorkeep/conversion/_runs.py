@@ -13,6 +13,7 @@ from tensorkeep.conversion.streams import Cast, Sums
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage.layout import Slot
 
+_SMALL = 256 << 10  # bytes of a tensor up to which a read and a write of its own cost more than its bytes
 _GAP = 64 << 10  # bytes between two tensors that are read along, as long as they are fewer than those of the tensors
 
 
@@ -44,7 +45,7 @@ def runs(slots: Sequence[Slot], steps: dict[str, Step], plan: Plan) -> tuple[lis
     alone: list[Slot] = []
     files: dict[tuple[int, str], list[tuple[int, Slot]]] = {}
     for slot in slots:
-        place = _plain_place(steps[slot.tensor], plan, slot) if slot.nbytes else None
+        place = _plain_place(steps[slot.tensor], plan, slot) if 0 < slot.nbytes <= _SMALL else None
         if place is None:
             alone.append(slot)
         else:
