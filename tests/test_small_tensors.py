@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tensorkeep.cli import main
 from tensorkeep.conversion import writing
 from tensorkeep.conversion._runs import runs
 from tensorkeep.conversion.execution import convert
@@ -194,6 +196,15 @@ JSON = st.recursive(
 def test_a_certificate_is_spelled_as_json_spells_it(document: dict[str, Any]) -> None:
     wanted = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
     assert dump(document) == wanted
+
+
+def test_commands_over_files_look_for_garbage_less_often_and_leave_python_as_it_was(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, during = gc.get_threshold(), list[int]()
+    monkeypatch.setattr("tensorkeep.cli.run", lambda *_: during.append(gc.get_threshold()[0]) or 0)
+    assert main(["convert"]) == main(["train", "language"]) == main([]) == 0
+    assert during == [50_000, before[0], before[0]] and gc.get_threshold() == before
 
 
 def test_numbers_of_numpy_are_no_json() -> None:

@@ -175,7 +175,7 @@ class _Placing:
 
 
 def place_parts(
-    target: Target, layouts: Sequence[FileLayout], plan: Plan, checks: Checks, to: str, progress: Progress
+    target: Target, layouts: Sequence[FileLayout], plan: Plan, checks: Checks, progress: Progress
 ) -> Result:
     """Carry out a plan into S3; the top of this file says how."""
     started = time.perf_counter()

@@ -69,7 +69,7 @@ def carry_out_remote(
     stage = f".{name}.{secrets.token_hex(4)}{TEMPORARY}"
     target = Target(system, out, final, f"{final.rpartition('/')[0]}/{stage}", single, present, begun)
     if speaks_s3(system):
-        result = place_parts(target, layouts, plan, checks, to, progress)
+        result = place_parts(target, layouts, plan, checks, progress)
     else:
         result = _staged(target, f"{parent}/{stage}", layouts, plan, checks, progress)
     result.cleared += _clear(system, final, name, stale)
