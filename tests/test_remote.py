@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,8 @@ from tensorkeep.storage.layout import FileLayout, Fixed
 from tensorkeep.storage.remote import RemoteFolder, open_remote
 from tests.samples import contents, everything, plan_of, read_all, run, state, write_hf
 
+pytest_plugins = ("tests.object_store",)
 SINKS = [("hf", "out"), ("hf", "out.safetensors"), ("dcp", "out"), ("pth", "out"), ("pth", "out.pth")]
-
-
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "nobody",
-            "AWS_SECRET_ACCESS_KEY": "nothing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": host,
-            "no_proxy": host,
-        }.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("checkpoints")
-        yield "s3://checkpoints"
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -119,7 +94,15 @@ def test_the_certificate_comes_last_and_the_metadata_before_it(
         placed.append(two.rpartition("/")[2])
         return copy(one, two, **options)
 
-    monkeypatch.setattr(system, "cp_file", spy)
+    put = system.pipe_file
+
+    def put_spy(path: str, *arguments: Any, **options: Any) -> Any:
+        placed.append(path.rpartition("/")[2])
+        return put(path, *arguments, **options)
+
+    monkeypatch.setattr(
+        system, "cp_file" if base.startswith("memory") else "pipe_file", spy if base.startswith("memory") else put_spy
+    )
     run(source, f"{base}/out", "dcp")
     assert placed[-2:] == [".metadata", "tensorkeep.json"]
     run(source, f"{base}/sharded", "hf", shard_size=100)
@@ -130,16 +113,16 @@ def test_nothing_stays_where_writing_fails(base: str, source: Path, monkeypatch:
     def fail(*_: object) -> None:
         raise TensorkeepError("read back, differs", code="F03")
 
-    monkeypatch.setattr("tensorkeep.conversion._remote.prove", fail)
+    for module in ("_remote", "_multipart"):
+        monkeypatch.setattr(f"tensorkeep.conversion.{module}.prove", fail)
     with pytest.raises(TensorkeepError, match="differs"):
         run(source, f"{base}/deep/out", "hf")
     assert files(base) == {}
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_copy_that_fails_leaves_no_sink(
-    base: str, source: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_a_copy_that_fails_leaves_no_sink(source: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    base = f"memory://checkpoints/{secrets.token_hex(4)}"
     system, _ = fsspec.core.url_to_fs(base)
     copy, calls = system.cp_file, [0]
 
@@ -156,8 +139,9 @@ def test_a_copy_that_fails_leaves_no_sink(
 
 
 def test_an_overwrite_that_fails_keeps_the_proven_copy_and_names_it(
-    base: str, source: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    base = f"memory://checkpoints/{secrets.token_hex(4)}"
     run(source, f"{base}/out", "dcp")
     system, _ = fsspec.core.url_to_fs(base)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,21 +21,18 @@ from tensorkeep.adapters.planning import MergePlan
 from tensorkeep.adapters.reading import DIGEST
 from tensorkeep.adapters.shares import Share, times_merged
 from tensorkeep.conversion.dequantizing import DecodedView
+from tensorkeep.conversion.execution import carry_out
 from tensorkeep.conversion.naming import identify
-from tensorkeep.conversion.proof import certify, prove, read_certificate, refuse_damaged
-from tensorkeep.conversion.sink import Progress, placing, quiet, refuse_overlap, sink_files, stored
+from tensorkeep.conversion.proof import certify, read_certificate, refuse_damaged
+from tensorkeep.conversion.sink import Checks, Progress, quiet
 from tensorkeep.conversion.streams import Cast, Sums, write_tensor
-from tensorkeep.conversion.writing import write_files
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.earlier import CHECKPOINT
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage import certificate as manifest
 from tensorkeep.storage.budget import read_small_from
 from tensorkeep.storage.certificate import digest_of_all, parse_json
-from tensorkeep.storage.files import LocalFolder, local_path, refuse_changed
-from tensorkeep.storage.overwriting import refuse_existing
-from tensorkeep.storage.placement import write_bytes
+from tensorkeep.storage.files import LocalFolder, refuse_changed
 
 
 @dataclass
@@ -51,6 +47,8 @@ class Merged:
         moved: how much each merged tensor changed, by the base's stored name.
         seconds: how long each phase took ("write", "prove", "sync").
         notes: what was found on the way: parts of adapters that did nothing (A05).
+        cleared: as in the result of `convert`, like the next.
+        resumed: bytes that a killed command had sent already.
     """
 
     path: str
@@ -60,6 +58,8 @@ class Merged:
     moved: dict[str, Moved]
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    cleared: list[str] = field(default_factory=list)
+    resumed: int = 0
 
 
 # -- before -----------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def merge(
 
     Args:
         job: from `plan_merge`.
-        out: a local file or folder.
+        out: a local path or a URL, as in `convert`.
         to: the format, "hf", "dcp" or "pth".
         shard_size: largest size of one weight file in bytes; None for the format's usual one.
         overwrite: replace what is there.
@@ -195,35 +195,27 @@ def merge(
         >>> job = plan_merge(read("base"), open_adapters([(read("adapter"), 1.0)]))  # doctest: +SKIP
         >>> merge(job, "merged").moved["model.layers.0.self_attn.q_proj.weight"].change  # doctest: +SKIP
     """
-    if "://" in out.removeprefix("file://"):
-        raise TensorkeepError(
-            "a merge is written to a local path", where=out, hint="merge, then: tensorkeep convert MERGED s3://..."
-        )
-    base, plan = job.view.base, job.plan
+    base, digests, moved = job.view.base, [""], dict[str, Moved]()
     assert base is not None
-    final = local_path(out.removeprefix("file://"))
-    opened = [base, *(s.adapter.view for s in job.sources)]
-    for view in opened:
-        view.checked = True
-    refuse_overlap(final, opened)
-    refuse_existing(final, overwrite, CHECKPOINT)
-    layouts, single = sink_files(plan, final.name, to, shard_size)
-    with one_thread(), placing(final, layouts, single, overwrite) as place:
-        started = time.perf_counter()
-        job.view.moved = {}
-        sums = write_files(place.layouts, place.folder, plan, progress)
-        moved, job.view.moved = job.view.moved, None
+
+    def sources(sums: dict[str, Sums]) -> None:
+        moved.update(job.view.moved or {})
+        job.view.moved = None
         _refuse_spoiled(job, moved)
         _refuse_present(job, moved)
-        digest = _check_base(job, sums)
-        written = time.perf_counter()
-        prove(place.temporary, plan, sums, progress)
-        replay(job, sums, progress)
-        proven = time.perf_counter()
-        write_bytes(place.certificate, certificate(job, sums, to, digest))
-    seconds = {"write": written - started, "prove": proven - written, "sync": time.perf_counter() - proven}
-    digests = {n: s.digest for n, s in sums.items()}
-    return Merged(str(final), stored(layouts), digests, digest, moved, seconds, _idle(job, moved))
+        digests[0] = _check_base(job, sums)
+
+    checks = Checks(
+        sources, lambda sums: replay(job, sums, progress), lambda sums: certificate(job, sums, to, digests[0])
+    )
+    job.view.moved = {}
+    opened = [base, *(s.adapter.view for s in job.sources)]
+    with one_thread():
+        done = carry_out(job.plan, opened, checks, out, to, shard_size, overwrite, progress)
+    notes = _idle(job, moved)
+    return Merged(
+        done.path, done.nbytes, done.digests, digests[0], moved, done.seconds, notes, done.cleared, done.resumed
+    )
 
 
 def replay(job: MergePlan, sums: dict[str, Sums], progress: Progress = quiet) -> None:

@@ -12,6 +12,7 @@ from tensorkeep.commands.programs import installed, loads
 from tensorkeep.commands.shared import (
     Flag,
     Say,
+    found_in_store,
     known_dtype,
     known_naming,
     known_root,
@@ -181,8 +182,8 @@ def _show_result(out: Output, plan: Any, proof: Any, result: Any, to: str, said:
                 **said,
             }
         )
-    if result.cleared:
-        out.remark(f"note: a command was killed there before; removed: {', '.join(result.cleared)}")
+    for note in found_in_store(result):
+        out.remark(note)
     took = sum(result.seconds.values())
     ranks = f" in the shards of {plan.ranks} ranks" if plan.ranks is not None else ""
     out.line(f"{result.path}: {len(result.digests)} tensors, {size(result.nbytes)}{ranks}, {proof.line} ({took:.1f} s)")

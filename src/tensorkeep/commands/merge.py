@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tensorkeep.commands.shared import (
     Flag,
     Say,
+    found_in_store,
     known_dtype,
     known_naming,
     known_root,
@@ -123,6 +124,8 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
         done = merging.merge(job, sink, to, limit, overwrite, progress)
     for note in done.notes:
         out.remark(f"note: {note.code} {note.message}")
+    for said in found_in_store(done):
+        out.remark(said)
     return _show(out, job, proof, done, to)
 
 

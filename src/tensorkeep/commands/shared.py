@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -18,7 +18,7 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
-from tensorkeep.output import Output
+from tensorkeep.output import Output, size
 from tensorkeep.storage.overwriting import Kind, lone_file
 from tensorkeep.storage.record import BLOCK_TYPES, OTHER_BLOCKS, SPELLINGS
 
@@ -94,6 +94,21 @@ def with_config(view: StateView, config: str | None) -> StateView:
     view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *others]
     view.companions += [read_companion(folder, n) for n in COMPANIONS[1:] if n in present]
     return view
+
+
+def found_in_store(result: Any) -> list[str]:
+    """Say what killed commands had left at the place of an output in a store: gone on from, or given up.
+
+    Args:
+        result: of a conversion or a merge.
+    """
+    said = []
+    if result.resumed:
+        kept = size(result.resumed)
+        said.append(f"note: a command was killed there before; {kept} that it had sent were not sent again")
+    if result.cleared:
+        said.append(f"note: a command was killed there before; removed: {', '.join(result.cleared)}")
+    return said
 
 
 def prepare(out: Output, sink: str | Path) -> None:

@@ -99,7 +99,7 @@ def refuse_damaged(view: StateView, index: int, sums: dict[str, Sums]) -> None:
 
 
 def prove(
-    sink: str | Path,
+    sink: str | Path | StateView,
     plan: Plan,
     sums: dict[str, Sums],
     progress: Callable[[str, int, int], None],
@@ -108,7 +108,7 @@ def prove(
     """Open what was written as a stranger would, and compare names, dtypes, shapes and digests with the plan.
 
     Args:
-        sink: a path or a URL.
+        sink: a path or a URL, or what one reads as.
         plan: what should be there.
         sums: the checksums of what was written, by output name.
         progress: called as `progress("prove", done, total)` with bytes.
@@ -118,7 +118,8 @@ def prove(
     Raises:
         TensorkeepError: F03 at the first difference; the caller then leaves nothing behind.
     """
-    view = read(sink)
+    view = sink if isinstance(sink, StateView) else read(sink)
+    sink = view.path
     wanted = {stored_name(t.name, plan.root, view.format): t for t in plan.tensors}
     computed = namings.computed(plan.naming)
     if set(view) - set(computed) != set(wanted):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.plan import Plan
-from tensorkeep.conversion.streams import Cast
+from tensorkeep.conversion.streams import Cast, Sums
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.earlier import CHECKPOINT, LONE_CERTIFICATE
@@ -40,6 +40,7 @@ class Result:
         casts: what was lost, for each tensor whose cast lost something.
         seconds: how long each phase took ("write", "prove", "sync").
         cleared: what killed commands had left beside the place in a store, and is gone now.
+        resumed: bytes that a killed command had sent to a store, and that were not sent again.
     """
 
     path: str
@@ -48,6 +49,21 @@ class Result:
     casts: dict[str, Cast] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cleared: list[str] = field(default_factory=list)
+    resumed: int = 0
+
+
+class Checks(NamedTuple):
+    """What is asked of an output before it gets its name, each called with the checksums of every tensor.
+
+    Attributes:
+        sources: raises where a source changed or is damaged.
+        values: raises where what was computed is not to be trusted.
+        certificate: gives the certificate's bytes.
+    """
+
+    sources: Callable[[dict[str, Sums]], None]
+    values: Callable[[dict[str, Sums]], None]
+    certificate: Callable[[dict[str, Sums]], bytes]
 
 
 class Place(NamedTuple):
@@ -64,6 +80,19 @@ class Place(NamedTuple):
     folder: Path
     layouts: list[FileLayout]
     certificate: Path
+
+
+def result_of(path: str, layouts: Sequence[FileLayout], sums: dict[str, Sums], seconds: dict[str, float]) -> Result:
+    """Say what was written.
+
+    Args:
+        path: where it is.
+        layouts: its files.
+        sums: the checksums of its tensors, by name.
+        seconds: how long each phase took.
+    """
+    casts = {n: s.cast for n, s in sums.items() if s.cast.overflowed or s.cast.vanished}
+    return Result(path, stored(layouts), {n: s.digest for n, s in sums.items()}, casts, seconds)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import xxhash
 
 from tensorkeep.conversion._ranked import write_ranked
+from tensorkeep.conversion._runs import copy, runs
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.streams import Pieces, Sums, rows_apart, with_ties, write_tensor
 from tensorkeep.errors import TensorkeepError
@@ -130,7 +131,18 @@ class _Writing:
     def _fill(self, file: _File, job: _Job) -> dict[str, Sums]:
         """Write the tensors of a job into their places, or one piece of a tensor."""
         found: dict[str, Sums] = {}
-        for slot in job.slots:
+
+        def place(pieces: list[memoryview], at: int) -> None:
+            size = sum(len(piece) for piece in pieces)
+            done = os.pwritev(file.handle, pieces, at)
+            if done < size:
+                write_all(file.handle, b"".join(pieces)[done:], at + done)
+            self._count(size)
+
+        together, alone = runs(job.slots, self.steps, self.plan) if len(job.slots) > 1 else ([], job.slots)
+        if together:
+            found |= copy(together, self.steps, place, file.layout.wants_crc)
+        for slot in alone:
             step, begin = self.steps[slot.tensor], slot.start
             at = begin
 
@@ -179,7 +191,8 @@ class _Writing:
         """Compare the bytes in a flushed file with what was meant to be written; return the digest of each place."""
         places: dict[Place, str] = {}
         largest = max((slot.nbytes for slot in file.layout.slots), default=0)
-        room = memoryview(bytearray(min(largest, STREAM_BYTES)))
+        room = memoryview(bytearray(STREAM_BYTES if len(file.layout.slots) > 1 else min(largest, STREAM_BYTES)))
+        low = high = 0  # what is in `room`
         handle = os.open(file.path, os.O_RDONLY)
         try:
             for slot in file.layout.slots:
@@ -188,11 +201,14 @@ class _Writing:
                     continue
                 if self.failed is not None:
                     break
-                state = xxhash.xxh3_128()
-                for at in range(slot.start, slot.start + slot.nbytes, len(room) or 1):
-                    piece = room[: min(len(room), slot.start + slot.nbytes - at)]
-                    got = os.preadv(handle, [piece], at)
-                    state.update(piece[:got])
+                state, at, end = xxhash.xxh3_128(), slot.start, slot.start + slot.nbytes
+                while at < end:
+                    if not low <= at < high:  # as much as there is room for: the next tensors lie behind
+                        low, high = at, at + os.preadv(handle, [room], at)
+                    if high == at:
+                        break  # the file ends: the digest tells
+                    state.update(room[at - low : min(end, high) - low])
+                    at = min(end, high)
                 if state.hexdigest() != file.sums[slot.tensor].digest:
                     raise TensorkeepError(
                         f"read back, {slot.tensor} is not what the plan made",

@@ -62,6 +62,18 @@ def rectangles(shape: tuple[int, ...], first: int, last: int) -> Iterator[Rectan
             first += rows * row
 
 
+def announce(folder: Folder, spans: list[Span]) -> None:
+    """Tell a folder that fetches ahead which ranges are going to be read, the first few.
+
+    Args:
+        folder: holds the files.
+        spans: the ranges.
+    """
+    expect: Any = getattr(folder, "expect", None)  # a store has it, a disk needs none
+    for file, start, length, _ in spans[:1] if expect is not None else ():
+        expect(file, start, length)
+
+
 def cut(spans: list[Span], first: int, last: int) -> Iterator[Span]:
     """Give the part of consecutive spans between two byte positions of the tensor."""
     at = 0

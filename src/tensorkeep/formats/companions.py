@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.budget import read_small_from
+from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder
+
+if TYPE_CHECKING:
+    from tensorkeep.formats.view import StateView
 
 # what travels beside the weights, in the order in which it is written; nothing else in a folder is copied
 COMPANIONS = tuple(
@@ -127,3 +131,12 @@ def leads_out(path: Path) -> bool:
         return False
     models = [place.parent for place in folder.parents if place.name == "snapshots"]
     return not (target.parent in [model / "blobs" for model in models] and _BLOB.fullmatch(target.name))
+
+
+def add_companions(view: StateView, believed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Put the configs and tokenizer that belong to the weights into a view, and its config as far as it is believed."""
+    view.companions += find_companions(view.folder, view.companions, described=view.config is not None)
+    config = next((c for c in view.companions if c.name == "config.json"), None)
+    if view.config is None and config is not None:
+        document = parse_json(config.data, config.where)
+        view.config = believed(document) if isinstance(document, dict) else None

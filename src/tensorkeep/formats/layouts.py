@@ -260,9 +260,10 @@ def surroundings(view: StateView) -> list[Beside]:
         view: the opened checkpoint.
 
     Returns:
-        What the tables know, of the folder that was named and of the save in it; [] where a file was named.
+        What the tables know, of the folder that was named and of the save in it; [] where a file was named, or a place
+        in a store, whose other objects are nobody's business.
     """
-    named = view.metadata.get("named") or getattr(view.folder, "path", None)
+    named = view.metadata.get("named") or (view.folder.path if isinstance(view.folder, LocalFolder) else None)
     if named is None or Path(view.path).name in view.folder.names():
         return []
     out: list[Beside] = []

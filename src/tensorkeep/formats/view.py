@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats._spans import Span, cut, in_order, row_spans, stretch, within_rows
+from tensorkeep.formats._spans import Span, announce, cut, in_order, row_spans, stretch, within_rows
 from tensorkeep.formats.arrays import np_frombuffer
-from tensorkeep.formats.companions import Companion, find_companions
+from tensorkeep.formats.companions import Companion, add_companions
 from tensorkeep.formats.config_types import believed
 from tensorkeep.formats.table import FORMATS, unrecognised
-from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.files import Folder, LocalFolder, damaged, explained, local_path, short_file
 from tensorkeep.storage.record import DTYPES, Block, TensorRecord, nbytes, row_major
 
@@ -161,8 +160,8 @@ class StateView(Mapping[str, TensorRecord]):
         """Give the bytes of consecutive spans piece by piece, in one reused buffer."""
         total = sum(length for _, _, length, _ in spans)
         step = min(max(chunk // granule, 1) * granule, total)
-        buffer = memoryview(bytearray(step))
-        filled = 0
+        buffer, filled = memoryview(bytearray(step)), 0
+        announce(self.folder, spans)
         for file, start, length, crc in spans:
             done = found = 0
             while done < length:
@@ -362,14 +361,28 @@ def read(path: str | Path) -> StateView:
     folder, name = open_folder(str(path))
     view = recognised(folder, [name] if name else folder.names(), str(path), single=name is not None)
     _check_names(view)
-    _add_companions(view)
+    add_companions(view, believed)
     return view
 
 
 def recognised(
     folder: Folder, names: list[str], path: str, *, single: bool = False, but: str | None = None
 ) -> StateView:
-    """Let the first format that recognises the files read them; `but` is not asked. F05 or F01 where none does."""
+    """Let the first format that recognises the files read them.
+
+    Args:
+        folder: where the files lie.
+        names: its files.
+        path: what the user typed, for messages.
+        single: whether a file was named.
+        but: a format that is not asked.
+
+    Returns:
+        The view, without companions.
+
+    Raises:
+        TensorkeepError: F05 or F01, none recognises them.
+    """
     for word, module in FORMATS.items():
         form = importlib.import_module(module) if word != but else None
         if form is not None and form.sniff(folder, names, single=single):
@@ -382,18 +395,5 @@ def _check_names(view: StateView) -> None:
     """Raise F07 where a tensor's name is no text."""
     for name in view.records:
         if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise TensorkeepError(
-                f"a tensor's name is no text: {name!r}",
-                where=view.path,
-                code="F07",
-                hint="the file is damaged; copy it again",
-            )
-
-
-def _add_companions(view: StateView) -> None:
-    """Put the configs and tokenizer that belong to the weights into `view.companions`, and the config into `config`."""
-    view.companions += find_companions(view.folder, view.companions, described=view.config is not None)
-    config = next((c for c in view.companions if c.name == "config.json"), None)
-    if view.config is None and config is not None:
-        document = parse_json(config.data, config.where)
-        view.config = believed(document) if isinstance(document, dict) else None
+            what, hint = f"a tensor's name is no text: {name!r}", "the file is damaged; copy it again"
+            raise TensorkeepError(what, where=view.path, code="F07", hint=hint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from json.encoder import encode_basestring
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
@@ -44,7 +45,25 @@ def dump(document: dict[str, Any]) -> bytes:
         >>> dump({"schema": 1})
         b'{\n "schema": 1\n}\n'
     """
-    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    return (_indented(document, "\n") + "\n").encode("utf-8", "surrogatepass")
+
+
+_plain = json.JSONEncoder(ensure_ascii=False).encode  # what is no dict and no list
+
+
+def _indented(value: Any, line: str) -> str:
+    """Spell a value as `json.dumps(value, indent=1)` does, in half its time; `line` begins a line of its depth."""
+    if isinstance(value, str):
+        return encode_basestring(value)
+    below = f"{line} "
+    if isinstance(value, dict) and value:
+        if not all(isinstance(name, str) for name in value):
+            value = {name if isinstance(name, str) else _plain({name: 0})[2:-5]: item for name, item in value.items()}
+        inner = [f"{encode_basestring(name)}: {_indented(item, below)}" for name, item in value.items()]
+        return f"{{{below}{f',{below}'.join(inner)}{line}}}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"[{below}{f',{below}'.join([_indented(item, below) for item in value])}{line}]"
+    return str(value) if type(value) is int else _plain(value)
 
 
 def parse_certificate(data: bytes, where: object) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class LocalFolder:
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `start` of a file; F02 where it is shorter."""
         done = 0
-        with self._handle(name) as handle, explained(self.path / name):
+        with self._handle(name) as handle, explained(f"{self.url}/{name}"):
             while done < len(buffer):
                 got = os.preadv(handle, [buffer[done:]], start + done)
                 if got == 0:

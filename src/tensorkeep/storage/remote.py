@@ -1,6 +1,7 @@
 """Read checkpoints from object stores through fsspec (`s3://`, `memory://` and others), by byte ranges.
 
-Writing to a store is in `conversion`.
+What is read one after the other is fetched ahead in large ranges (`_ahead`); of S3 every range is of the version that
+was listed. Writing to a store is in `conversion`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage._ahead import Ahead
 from tensorkeep.storage.files import Folder, inside, short_file
+from tensorkeep.storage.s3 import get_range, speaks_s3, unfinished
 
 _BLOCK, _BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
+
+
+class StoreFailed(TensorkeepError):
+    """A store, or the way to it, failed: what was sent before is not wrong, and another attempt may go on from it."""
 
 
 def open_remote(url: str) -> tuple[Folder, str | None]:
@@ -35,13 +42,31 @@ def open_remote(url: str) -> tuple[Folder, str | None]:
         (<RemoteFolder s3://bucket/llama>, 'model.safetensors')
     """
     system, path = connect(url)
-    with explained_store(url):
-        system.invalidate_cache()
-        kind = system.info(path)["type"]
+    try:
+        with explained_store(url):
+            system.invalidate_cache()
+            kind = system.info(path)["type"]
+    except TensorkeepError as error:
+        if error.code == "F05":
+            error.hint = _unfinished_there(system, path) or error.hint
+        raise
     if kind == "directory":
         return RemoteFolder(system, path, url.rstrip("/")), None
     parent, _, name = path.rstrip("/").rpartition("/")
     return RemoteFolder(system, parent, parent_of(url)), name
+
+
+def _unfinished_there(system: Any, path: str) -> str | None:
+    """Say what a writer that was killed, or is at work, has sent to a place where nothing can be read yet."""
+    with contextlib.suppress(*failures()):
+        begun = unfinished(system, path) if speaks_s3(system) else []
+        if begun:
+            what = "an unfinished upload is" if len(begun) == 1 else f"{len(begun)} unfinished uploads are"
+            return (
+                f"{what} there: a writer is at work or was killed; the command that wrote goes on from it; "
+                f"to give it up: {begun[0].abort_command}"
+            )
+    return None
 
 
 class RemoteFolder:
@@ -57,8 +82,13 @@ class RemoteFolder:
         self.system, self.path, self.url = system, path, url
         self._listing: dict[str, dict[str, Any]] | None = None
         self._read: set[str] = set()
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._blocks: OrderedDict[tuple[str, int], bytearray] = OrderedDict()
         self._lock = threading.Lock()
+        self._ahead = Ahead(self._fetch)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ahead"):
+            self._ahead.close()
 
     def __repr__(self) -> str:
         return f"<RemoteFolder {self.url}>"
@@ -82,6 +112,11 @@ class RemoteFolder:
         """List the files directly inside, sorted."""
         return sorted(self._files())
 
+    def etag(self, name: str) -> str | None:
+        """Return what S3 calls the version of a file's bytes; None where the store has no such word."""
+        found = self._files().get(name, {}).get("ETag")
+        return str(found).strip('"') if found else None
+
     def size(self, name: str) -> int:
         """Return the size of a file in bytes; F05 where it is not there."""
         entry = self._files().get(inside(name, self.url))
@@ -98,37 +133,59 @@ class RemoteFolder:
         length = size - start if length is None else length
         if start < 0 or length < 0 or start + length > size:
             raise short_file(where, start, length, size)
-        if length > _BLOCK:
-            return self._fetch(name, start, length)
-        first = start // _BLOCK * _BLOCK
-        blocks = b"".join(self._block(name, at, size) for at in range(first, start + length, _BLOCK))
-        return blocks[start - first : start - first + length]
+        buffer = bytearray(length)
+        self._fill(name, start, memoryview(buffer), size)
+        return bytes(buffer)
 
-    def _block(self, name: str, at: int, size: int) -> bytes:
-        """Return a block of a file; the last few are kept, for headers and pickles are read in many small pieces."""
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` of a file; F02 where it is shorter."""
+        size = self.size(name)
+        if start < 0 or start + len(buffer) > size:
+            raise short_file(f"{self.url}/{name}", start, len(buffer), size)
+        self._fill(name, start, buffer, size)
+
+    def expect(self, name: str, start: int, length: int) -> None:
+        """Take note that a range is going to be read from its first byte to its last; it may be fetched ahead."""
+        if length > _BLOCK:
+            self._ahead.expect(name, start, length)
+
+    def _fill(self, name: str, start: int, buffer: memoryview, size: int) -> None:
+        """Fill `buffer`; small reads take whole blocks, for headers and pickles are read in many small pieces."""
+        if len(buffer) > _BLOCK:
+            self._ahead.read_into(name, start, buffer, size)
+            return
+        first = start // _BLOCK * _BLOCK
+        for at in range(first, start + len(buffer), _BLOCK):
+            block = memoryview(self._block(name, at, size))
+            low, high = max(start, at), min(start + len(buffer), at + len(block))
+            buffer[low - start : high - start] = block[low - at : high - at]
+
+    def _block(self, name: str, at: int, size: int) -> bytearray:
+        """Return a block of a file; the last few are kept."""
         with self._lock:
             if (name, at) in self._blocks:
                 self._blocks.move_to_end((name, at))
                 return self._blocks[name, at]
-        data = self._fetch(name, at, min(_BLOCK, size - at))
+        data = bytearray(min(_BLOCK, size - at))
+        self._ahead.read_into(name, at, memoryview(data), size)
         with self._lock:
             self._blocks[name, at] = data
             while len(self._blocks) > _BLOCKS:
                 self._blocks.popitem(last=False)
         return data
 
-    def _fetch(self, name: str, start: int, length: int) -> bytes:
+    def _fetch(self, name: str, start: int, length: int) -> bytes | bytearray:
         """Ask the store for a byte range."""
-        where = f"{self.url}/{name}"
+        where, path = f"{self.url}/{name}", f"{self.path}/{name}"
         with explained_store(where):
-            data = bytes(self.system.cat_file(f"{self.path}/{name}", start=start, end=start + length))
+            if speaks_s3(self.system):
+                etag = self._files()[name].get("ETag")
+                data = get_range(self.system, path, start, length, str(etag) if etag else None)
+            else:
+                data = self.system.cat_file(path, start=start, end=start + length)
         if len(data) != length:
             raise short_file(where, start, length, start + len(data))
         return data
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `start` of a file; F02 where it is shorter."""
-        buffer[:] = self.read(name, start, len(buffer))
 
     def changed(self) -> list[str]:
         """List the files that are not what they were when first listed (size, tag or time), sorted."""
@@ -181,14 +238,14 @@ def explained_store(where: object) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise TensorkeepError("no such file or folder", where=where, hint="check the URL", code="F05") from None
+        raise StoreFailed("no such file or folder", where=where, hint="check the URL", code="F05") from None
     except PermissionError as error:
-        raise TensorkeepError(
+        raise StoreFailed(
             f"permission denied: {error}", where=where, hint="check the credentials and the bucket's policy"
         ) from None
     except failures() as error:
         hint = "check the network, the endpoint and the credentials, then run again"
-        raise TensorkeepError(f"{type(error).__name__}: {error}", where=where, hint=hint) from None
+        raise StoreFailed(f"{type(error).__name__}: {error}", where=where, hint=hint) from None
 
 
 def failures() -> tuple[type[BaseException], ...]:
