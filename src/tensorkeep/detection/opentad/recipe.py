@@ -91,6 +91,7 @@ class Imported(NamedTuple):
         lost: settings that were not carried over and may change the numbers.
         left: settings that were not carried over and change no number.
         defaults: settings that the config leaves open, with the value taken.
+        program: whose config it is.
     """
 
     recipe: DetectionRecipe
@@ -98,10 +99,11 @@ class Imported(NamedTuple):
     lost: list[Setting]
     left: list[Setting]
     defaults: list[Setting]
+    program: str = "OpenTAD"
 
     def text(self) -> str:
         """Write the recipe as YAML, headed by its source and ended by what was not carried over."""
-        notes = [f"From the OpenTAD config {self.source.name}, by `tensorkeep recipe import`."]
+        notes = [f"From the {self.program} config {self.source.name}, by `tensorkeep recipe import`."]
         behind: list[str] = []
         for title, rows in (("Lost, and it may change the numbers", self.lost), ("Not carried over", self.left)):
             behind += [f"{title}:"] if rows else []
