@@ -18,7 +18,7 @@ from tensorkeep.detection.inference import Selection, decode_predictions
 from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.detector import Detector
-from tensorkeep.detection.model.kinds.causaltad import selective_scan
+from tensorkeep.detection.model.kinds.causaltad import selective_scan, states_by_doubling, states_in_turn
 from tensorkeep.detection.opentad._moments import optimizer_orders
 from tensorkeep.detection.recipe.text import detection_recipe
 from tensorkeep.detection.start import load_detector, open_detector
@@ -132,6 +132,19 @@ def test_a_scan_in_chunks_is_the_recurrence_and_so_are_its_gradients(length: int
         assert torch.allclose(mine, theirs, atol=1e-10)
     with torch.no_grad():
         assert torch.equal(selective_scan(x, step, decay, into, out_of), found)
+
+
+@pytest.mark.parametrize("length", [1, 2, 37, 64])
+def test_steps_in_turn_and_by_doubling_are_the_same(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    state, added = (torch.randn(*size, generator=generator).double() for size in ((2, 3, 4), (2, 3, length, 4)))
+    factor = torch.rand(2, 3, length, 4, generator=generator).double()
+    leaves = [leaf.requires_grad_() for leaf in (state, factor, added)]
+    one, other = states_in_turn(*leaves), states_by_doubling(*leaves)
+    assert torch.allclose(one, other, atol=1e-13)
+    weigh = torch.randn(one.shape, generator=generator).double()
+    for mine, theirs in zip(*(torch.autograd.grad((y * weigh).sum(), leaves) for y in (one, other))):
+        assert torch.allclose(mine, theirs, atol=1e-12)
 
 
 def test_a_candidate_has_the_segment_of_its_class() -> None:

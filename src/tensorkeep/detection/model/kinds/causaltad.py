@@ -111,20 +111,34 @@ def selective_scan(x: Tensor, step: Tensor, decay: Tensor, into: Tensor, out_of:
 def _scan_chunk(
     state: Tensor, decay: Tensor, x: Tensor, step: Tensor, into: Tensor, out_of: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Scan one chunk from `state [B, D, N]`; return its `[B, D, T]` and the state after it.
-
-    Runs of 1, 2, 4, ... steps are put together, so that T steps take log2 T operations on all of them.
-    """
+    """Scan one chunk from `state [B, D, N]`; return its `[B, D, T]` and the state after it."""
     factor = (step[..., None] * decay[:, None]).exp()  # [B, D, T, N]
     added = (step * x)[..., None] * into.transpose(1, 2)[:, None]  # [B, D, T, N]
-    first = factor[:, :, :1] * state[:, :, None] + added[:, :, :1]
+    states = (states_by_doubling if x.is_cuda else states_in_turn)(state, factor, added)
+    return torch.einsum("bdtn,bnt->bdt", states, out_of), states[:, :, -1]
+
+
+def states_in_turn(state: Tensor, factor: Tensor, added: Tensor) -> Tensor:
+    """Return `h_t = factor_t h_(t-1) + added_t`, `[B, D, T, N]`, from `state [B, D, N]`: T small operations."""
+    states = []
+    for one, more in zip(factor.unbind(2), added.unbind(2)):
+        state = torch.addcmul(more, one, state)
+        states.append(state)
+    return torch.stack(states, 2)
+
+
+def states_by_doubling(state: Tensor, factor: Tensor, added: Tensor) -> Tensor:
+    """Return the same by putting runs of 1, 2, 4, ... steps together: log2 T operations on all steps, few launches."""
+    first = torch.addcmul(added[:, :, :1], factor[:, :, :1], state[:, :, None])
     added = torch.cat([first, added[:, :, 1:]], 2)
-    run, length = 1, x.shape[-1]
+    run, length = 1, added.shape[2]
     while run < length:
-        added = torch.cat([added[:, :, :run], factor[:, :, run:] * added[:, :, :-run] + added[:, :, run:]], 2)
+        added = torch.cat(
+            [added[:, :, :run], torch.addcmul(added[:, :, run:], factor[:, :, run:], added[:, :, :-run])], 2
+        )
         factor = torch.cat([factor[:, :, :run], factor[:, :, run:] * factor[:, :, :-run]], 2)
         run *= 2
-    return torch.einsum("bdtn,bnt->bdt", added, out_of), added[:, :, -1]
+    return added
 
 
 class CausalMixer(nn.Module):
