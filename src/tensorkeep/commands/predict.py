@@ -64,8 +64,7 @@ def predict(
         recipe: Another recipe than the run's. Needed where the checkpoint is of no run.
         ema: Use the averaged weights where there are some.
         newest: Take a run's newest checkpoint instead of its best.
-        broken: What to do with a video that is cut short or damaged: leave it out, stop at the first such one, or keep
-            what can be read.
+        broken: A video that is cut short or damaged is left out, stops the command, or is read as far as it goes.
         device: The device to run on, cpu or cuda. Default: a GPU where there is one.
         overwrite: Replace what earlier predictions left in the folder.
     """

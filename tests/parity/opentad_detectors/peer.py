@@ -3,6 +3,7 @@
 For each case of the JSON list CASES (its `model` dict, sizes and seed) OpenTAD's detector, built by its own code, with
 random weights, predicts, computes losses and gradients, and makes detections; all of it goes to OUT/NAME.safetensors.
 With `--load` it instead loads OUT/NAME.pth strictly, as tools/test.py does, and writes its logits to OUT/NAME.loaded.
+With `--shapes` CASES lists configs of the checkout, and OUT/shapes.json gets names and shapes of their whole models.
 
 What needs a GPU, or is not called, is replaced before OpenTAD is imported: backbones' packages are empty; CausalTAD's
 two CUDA kernels are Mamba's own reference of its scan (MAMBA is a checkout of state-spaces/mamba) and plain attention.
@@ -202,10 +203,26 @@ def load(case, folder):
     save_file({n: t.contiguous().clone() for n, t in out.items()}, folder / f"{case['name']}.loaded.safetensors")
 
 
+def shapes(opentad, configs):
+    from mmengine.config import Config
+    from opentad.models import build_detector
+
+    found = {}
+    for name in configs:
+        with torch.device("meta"):
+            detector = build_detector(Config.fromfile(str(Path(opentad) / "configs" / name)).model)
+        found[name] = {key: list(t.shape) for key, t in detector.state_dict().items()}
+    return found
+
+
 def main(opentad, mamba, cases, out, *options):
     sys.meta_path.insert(0, Finder())
     kernels(mamba)
     sys.path.insert(0, opentad)
+    if "--shapes" in options:
+        made = shapes(opentad, json.loads(Path(cases).read_text()))
+        Path(out, "shapes.json").write_text(json.dumps(made))
+        return
     for case in json.loads(Path(cases).read_text()):
         (load if "--load" in options else run)(case, Path(out))
 
