@@ -147,6 +147,21 @@ def test_steps_in_turn_and_by_doubling_are_the_same(length: int) -> None:
         assert torch.allclose(mine, theirs, atol=1e-12)
 
 
+@pytest.mark.parametrize("fixture", FILES, ids=[fixture.name for fixture in FILES])
+def test_ground_truth_filled_up_to_one_shape_teaches_the_same(fixture: Fixture) -> None:
+    detector = compare.made(fixture).eval()
+    segments = [fixture.tensors[f"in/segments.{b}"] for b in range(2)]
+    segments[0][0, 0] = -3.0  # the first point lies in it, and at the place of what is filled in
+    labels = [fixture.tensors[f"in/labels.{b}"] for b in range(2)]
+    with torch.no_grad():
+        out = detector(fixture.tensors["in/features"], fixture.tensors["in/mask"])
+        filled = [torch.nn.functional.pad(s, (0, 0, 0, 3)) for s in segments]
+        more = [torch.nn.functional.pad(y, (0, 3)) for y in labels]
+        assert detector.loss(out, filled, more) == detector.loss(out, segments, labels)
+        nothing = [torch.zeros(0, 2)] * 2, [torch.zeros(0, dtype=torch.int32)] * 2
+        assert float(detector.loss(out, *nothing).reg_loss) == 0.0
+
+
 def test_a_candidate_has_the_segment_of_its_class() -> None:
     head = Detector(
         from_mapping(DetectorConfig, with_kind(runs.document(Path("x")), "tridet")["model"], "model")

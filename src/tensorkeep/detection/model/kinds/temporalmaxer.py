@@ -142,7 +142,8 @@ class MatchedHead(Head):
             return classes, distances, weights
         segments = segments.to(points.dtype)
         sides = torch.stack([points[:, :1] - segments[:, 0], segments[:, 1] - points[:, :1]], -1)  # [P, N, 2]
-        inside = (sides >= 0).all(-1) & valid[:, None]  # [P, N]
+        # segments of no length fill a batch up to one shape: nothing is inside them
+        inside = (sides >= 0).all(-1) & valid[:, None] & (segments[:, 1] > segments[:, 0])  # [P, N]
         wanted = F.one_hot(labels.long(), config.classes).to(logits.dtype)  # [N, K]
         pairs = (len(points), len(segments), config.classes)
         cost = config.cls_weight * focal_loss(logits[:, None].expand(pairs), wanted.expand(pairs)).sum(-1)
