@@ -335,7 +335,7 @@ def test_whatever_may_change_the_numbers_is_listed_as_lost(tmp_path: Path, path:
 @pytest.mark.parametrize(
     "text, what",
     [
-        ("model = dict(type='TriDet')", "'TriDet' is not one that is built here"),
+        ("model = dict(type='BMN')", "'BMN' is not one that is built here"),
         ("model = dict(backbone=dict(backbone=dict(type='VisionTransformerLadder')))", "VisionTransformerLadder"),
         ("model = dict(projection=dict(in_channels=width()))", "in_channels = width.. is not evaluated"),
         ("model = dict(projection=dict(max_seq_len='384'))", "expected int"),
@@ -407,7 +407,7 @@ def test_a_loss_is_exit_code_1_and_is_named_with_file_and_line(
     assert all("choose_sigma" not in line or line.startswith("#") for line in out.read_text().splitlines())
 
 
-@pytest.mark.parametrize("config, what", [("tridet", "TriDet"), ("branch", "branch.py:2"), ("gone", "no such file")])
+@pytest.mark.parametrize("config, what", [("bmn", "BMN"), ("branch", "branch.py:2"), ("gone", "no such file")])
 def test_bad_input_is_exit_code_2_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, what: str
 ) -> None:

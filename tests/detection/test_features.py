@@ -164,6 +164,10 @@ def test_what_cannot_be_read_is_named(place: Path, tmp_path: Path, capsys: pytes
     assert code == 1 and [row["video"] for row in document["videos"]] == ["b"] and "left out" in err
     assert document["broken"][0]["path"].endswith("broken.mp4")
     assert command(capsys, place / "run", tmp_path / "broken.mp4", "-o", tmp_path / "two")[0] == 2
+    code, _, err = command(
+        capsys, place / "run", tmp_path / "broken.mp4", place / "films", "-o", tmp_path / "four", "--broken", "fatal"
+    )
+    assert code == 2 and "broken.mp4" in err and not list((tmp_path / "four").glob("*.npy"))
     code, _, err = command(capsys, place / "recipe.yaml", place / "films", "-o", tmp_path / "three")
     assert code == 2 and "would be random" in err and not (tmp_path / "three").exists()
     assert command(capsys, place / "run", "https://host/a.mp4", "-o", tmp_path / "three")[0] == 2

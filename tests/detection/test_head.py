@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tensorkeep.detection.model._losses import diou_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.assignment import assign_targets, make_points
 from tensorkeep.detection.model.config import HeadConfig
 from tensorkeep.detection.model.head import Head, Predictions, valid_proposals
+from tensorkeep.detection.model.losses import diou_loss, giou_loss, smooth_targets
 from tensorkeep.errors import TensorkeepError
 from tests.detection import tiny
 
@@ -72,9 +72,9 @@ def test_loss_is_the_plain_sum_over_selected_points() -> None:
     head = _head(label_smoothing=0.1, loss_weight=2.0).eval()
     out = _predict(head)
     losses = head.loss(out, SEGMENTS, LABELS)
-    from tensorkeep.detection.model._losses import focal_loss
     from tensorkeep.detection.model.assignment import assign_batch
     from tensorkeep.detection.model.head import refine_segments
+    from tensorkeep.detection.model.losses import focal_loss
 
     classes, distances = assign_batch(out.points, SEGMENTS, LABELS, 3)
     valid = torch.cat(out.masks, 1)

@@ -338,6 +338,8 @@ def test_a_broken_video_is_named_and_left_out(place: Path, tmp_path: Path, capsy
     assert {Path(entry["path"]).name for entry in document["broken"]} == {"broken.mp4", "cut.mkv"}
     assert "left out" in err and "broken.mp4" in err and "cut.mkv" in err and "cut short" in err
     assert read_detections(document["detections"]).video_names == ("sound",)
+    code, _, err = command(capsys, place / "run", place / "sick", "-o", tmp_path / "c", "--broken", "fatal")
+    assert code == 2 and "broken.mp4" in err and "left out" not in err and not (tmp_path / "c").exists()
     code, document, err = command(capsys, place / "run", place / "sick", "-o", tmp_path / "b", "--broken", "keep")
     assert code == 1 and [video["video"] for video in document["videos"]] == ["cut", "sound"]
     assert "cut short" in document["videos"][0]["problems"][0] and "cut short" in err

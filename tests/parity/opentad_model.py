@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.conversion.naming import opentad, videomae
-from tensorkeep.detection.model._losses import diou_loss, focal_loss, giou_loss
 from tensorkeep.detection.model._positions import sinusoid_table
 from tensorkeep.detection.model.assignment import assign_targets, make_points
 from tensorkeep.detection.model.config import DetectorConfig, VitConfig
 from tensorkeep.detection.model.detector import Detector, build_backbone, padded_length, video_features
 from tensorkeep.detection.model.head import valid_proposals
 from tensorkeep.detection.model.layers import VideoShape
+from tensorkeep.detection.model.losses import diou_loss, focal_loss, giou_loss
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.detection.model.weights import load_exactly, load_videomae
 from tensorkeep.detection.opentad._model_section import backbone_config, detector_config

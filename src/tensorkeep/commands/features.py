@@ -29,7 +29,7 @@ def features(
     recipe: Path | None = None,
     ema: bool = True,
     newest: Flag = False,
-    broken: Literal["skip", "keep"] = "skip",
+    broken: Literal["skip", "fatal", "keep"] = "skip",
     device: str | None = None,
     overwrite: Flag = False,
     say: Say = Say(),
@@ -48,7 +48,7 @@ def features(
         recipe: Another recipe than the run's. Needed where the checkpoint is of no run.
         ema: Use the averaged weights where there are some.
         newest: Take a run's newest checkpoint instead of its best.
-        broken: What to do with a video that is cut short or damaged: leave it out, or keep what can be read.
+        broken: A video that is cut short or damaged is left out, stops the command, or is read as far as it goes.
         device: The device to run on, cpu or cuda. Default: a GPU where there is one.
         overwrite: Make all features again, and replace those of another backbone or grid.
     """
@@ -67,7 +67,7 @@ def features(
     opened, predictor, precision = _open(checkpoint, recipe, ema, not newest, broken, device, printer)
     made = made_of(opened.detector, opened.recipe, precision)
     begin_folder(out, made, overwrite)
-    told, broken_ones = _all(predictor, paths, out, overwrite, printer)
+    told, broken_ones = _all(predictor, paths, out, overwrite, broken == "fatal", printer)
     end_folder(out, made, {row["video"]: {key: row[key] for key in ("frame", "duration", "steps")} for row in told})
     if not told:
         what = "the video could not be read" if len(paths) == 1 else f"none of the {len(paths)} videos could be read"
@@ -93,7 +93,7 @@ def _open(
     recipe: Path | None,
     ema: bool,
     best: bool,
-    broken: Literal["skip", "keep"],
+    broken: Literal["skip", "fatal", "keep"],
     device: str | None,
     say: Output,
 ) -> tuple[Opened, Predictor, str]:
@@ -130,7 +130,7 @@ def _open(
 
 
 def _all(
-    predictor: Predictor, paths: Mapping[str, Path], out: Path, overwrite: bool, say: Output
+    predictor: Predictor, paths: Mapping[str, Path], out: Path, overwrite: bool, fatal: bool, say: Output
 ) -> tuple[list[dict[str, Any]], dict[Path, str]]:
     """Write the features of each video; gives what is told of each, and why some were left out."""
     from tensorkeep.detection.extraction import write_features
@@ -152,6 +152,8 @@ def _all(
                 film = predictor.open(path, name)
                 written = write_features(predictor, film, _place(out, name), overwrite, progress)
             except TensorkeepError as error:
+                if fatal:
+                    raise
                 broken[path] = error.line
                 say.remark(f"left out: {error.line}")
                 continue

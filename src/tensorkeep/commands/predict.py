@@ -41,7 +41,7 @@ def predict(
     recipe: Path | None = None,
     ema: bool = True,
     newest: Flag = False,
-    broken: Literal["skip", "keep"] = "skip",
+    broken: Literal["skip", "fatal", "keep"] = "skip",
     device: str | None = None,
     overwrite: Flag = False,
     say: Say = Say(),
@@ -64,7 +64,7 @@ def predict(
         recipe: Another recipe than the run's. Needed where the checkpoint is of no run.
         ema: Use the averaged weights where there are some.
         newest: Take a run's newest checkpoint instead of its best.
-        broken: What to do with a video that is cut short or damaged: leave it out, or keep what can be read.
+        broken: A video that is cut short or damaged is left out, stops the command, or is read as far as it goes.
         device: The device to run on, cpu or cuda. Default: a GPU where there is one.
         overwrite: Replace what earlier predictions left in the folder.
     """
@@ -81,8 +81,8 @@ def predict(
         refuse_existing(out / name, overwrite, _kind(name))
     truth = read_annotations(annotations) if annotations else None
     opened, predictor = _open(checkpoint, recipe, classes, ema, not newest, broken, device, printer)
-    films, broken_ones = _films(predictor, paths, printer)
-    rules = _Rules(out, min_score, top, truth, overwrite)
+    films, broken_ones = _films(predictor, paths, broken == "fatal", printer)
+    rules = _Rules(out, min_score, top, truth, overwrite, broken == "fatal")
     found, told = _all(predictor, films, broken_ones, rules, f"{checkpoint}, {_weights(opened)}", opened, printer)
     if not found:
         raise _nothing(len(paths))
@@ -116,6 +116,7 @@ class _Rules(NamedTuple):
     top: int
     truth: Annotations | None
     overwrite: bool
+    fatal: bool
 
 
 def _open(
@@ -124,7 +125,7 @@ def _open(
     classes: Path | None,
     ema: bool,
     best: bool,
-    broken: Literal["skip", "keep"],
+    broken: Literal["skip", "fatal", "keep"],
     device: str | None,
     say: Output,
 ) -> tuple[Opened, Predictor]:
@@ -189,13 +190,17 @@ def _weights(opened: Opened) -> str:
     return f"{step}{'averaged' if opened.averaged else 'live'} weights"
 
 
-def _films(predictor: Predictor, paths: Mapping[str, Path], say: Output) -> tuple[list[Film], dict[Path, str]]:
-    """What can be read, and why the others cannot."""
+def _films(
+    predictor: Predictor, paths: Mapping[str, Path], fatal: bool, say: Output
+) -> tuple[list[Film], dict[Path, str]]:
+    """What can be read, and why the others cannot; the first of these is an error where they are `fatal`."""
     films, broken = [], {}
     for name, path in paths.items():
         try:
             films.append(predictor.open(path, name))
         except TensorkeepError as error:
+            if fatal:
+                raise
             broken[path] = error.line
             say.remark(f"left out: {error.line}")
     return films, broken
@@ -235,6 +240,8 @@ def _all(
             try:
                 predicted = predictor.run(film, picture_times(film.seconds), progress)
             except TensorkeepError as error:
+                if rules.fatal:
+                    raise
                 broken[Path(film.info.path)] = error.line
                 say.remark(f"left out: {error.line}")
                 continue

@@ -22,7 +22,7 @@ def recipe_import(
     overwrite: Flag = False,
     say: Say = Say(),
 ) -> int:
-    """Turn an OpenTAD config (AdaTAD, ActionFormer) into a recipe, without executing it.
+    """Turn a config of OpenTAD, or of the ActionFormer or TriDet release, into a recipe, without executing it.
 
     Says what was not carried over, and what the config left open. Exit code 1 when something that may change the
     numbers could not be carried over; the recipe is written all the same.
@@ -30,18 +30,19 @@ def recipe_import(
     Parameters
     ----------
     config
-        A config of OpenTAD (.py); its _base_ files are read too.
+        A config of OpenTAD (.py); its _base_ files are read too. Or one of the ActionFormer or TriDet release (.yaml).
     out
         The recipe to write.
     overwrite
         Replace an existing recipe.
     """
     from tensorkeep.detection.opentad.recipe import Imported, import_config, shown
+    from tensorkeep.detection.opentad.release import import_release
 
     printer = say.output()
     prepare(printer, out)
     refuse_existing(out, overwrite, recipe_of_kind("detection"))
-    imported: Imported = import_config(config)
+    imported: Imported = (import_release if config.suffix in (".yaml", ".yml") else import_config)(config)
     with replacing(out, overwrite, recipe_of_kind("detection")) as temporary:
         write_bytes(temporary, imported.text().encode())
     accounts = {"lost": imported.lost, "left": imported.left, "defaults": imported.defaults}

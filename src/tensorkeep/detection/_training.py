@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.data.batches import collate
 from tensorkeep.detection.data.problems import Told
+from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.assignment import assign_batch, make_points
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.detector import Detector, padded_length
-from tensorkeep.detection.model.layers import halve_mask
 from tensorkeep.errors import TensorkeepError
 
 
@@ -35,10 +35,10 @@ def count_positives(masks: Tensor, segments: Sequence[Tensor], labels: Sequence[
         config: the detector's shape.
     """
     head = config.head
-    masks = F.pad(masks.bool(), (0, padded_length(masks.shape[-1], config) - masks.shape[-1]))
+    masks = F.pad(masks.bool(), (0, padded_length(masks.shape[-1], config, training=True) - masks.shape[-1]))
     levels = [masks]
     for _ in head.strides[1:]:
-        levels.append(halve_mask(levels[-1]))
+        levels.append(kinds.module(config.kind).halve_mask(levels[-1]))
     lengths = tuple(level.shape[-1] for level in levels)
     points = make_points(lengths, head.strides, head.ranges, head.point_offset, masks.device)
     classes, _ = assign_batch(points, segments, labels, head.classes, head.centre_radius, head.near_ties)

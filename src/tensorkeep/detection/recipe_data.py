@@ -98,15 +98,16 @@ def _adjusted(item: Item, data: DataConfig, part: Part) -> Item:
 def _reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureReader:
     """How a sample's frames or features are read. Raises TensorkeepError for a key that cannot be carried out."""
     data = recipe.data
+    broken = "error" if data.broken == "fatal" else data.broken
     if data.inputs == "video":
         if data.fps is not None:
             what = "fps is for features: a video file says its own rate"
             raise TensorkeepError(what, where="data.fps", hint="fps: null")
-        return VideoReader(data.crop_size, data.augment if part == "train" else None, data.broken)
+        return VideoReader(data.crop_size, data.augment if part == "train" else None, broken)
     if data.feature_channels is not None:
         what = "a part of the stored channels cannot be read"
         raise TensorkeepError(what, where="data.feature_channels", hint="store that part as files of its own")
-    return FeatureReader(recipe.model.projection.in_channels, data.feature_layout == "ct", data.broken)
+    return FeatureReader(recipe.model.projection.in_channels, data.feature_layout == "ct", broken)
 
 
 def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:

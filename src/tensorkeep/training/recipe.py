@@ -147,14 +147,15 @@ def _sections(known: set[str]) -> set[str]:
 
 
 def names(kind: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every field of a recipe's dataclass, sections included."""
+    """Dotted names of every field of a recipe's dataclass and its variants, sections included; some come twice."""
     for name, hint in get_type_hints(kind).items():
         yield prefix + name
         inner = [
             h for h in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(h) and isinstance(h, type)
         ]
         if inner and getattr(hint, "__origin__", None) is not tuple:
-            yield from names(inner[0], f"{prefix}{name}.")
+            for one in inner[0].variants() if hasattr(inner[0], "variants") else (inner[0],):
+                yield from names(one, f"{prefix}{name}.")
 
 
 # -- changing ---------------------------------------------------------------------------------------------------------

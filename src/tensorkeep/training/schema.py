@@ -16,7 +16,8 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build a dataclass from plain values, nested dataclasses and tuples included.
 
     Args:
-        kind: A frozen dataclass; its field types decide what fits. A tuple of texts may be one text alone.
+        kind: A frozen dataclass; its field types decide what fits. A tuple of texts may be one text alone. Where it has
+            a class method `variant(values, where)`, that one's result is built instead.
         values: Field name -> plain value, as YAML and JSON have them.
         where: What errors name, in front of the key.
 
@@ -34,6 +35,8 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise TensorkeepError(f"expected a mapping, got {values!r}", where=where)
+    if hasattr(kind, "variant"):
+        kind = kind.variant(values, where)  # type: ignore[attr-defined]
     hints = get_type_hints(kind)
     for key in values:
         if key not in hints:

@@ -38,7 +38,7 @@ def detector_to_hf(view: StateView, index: int, identity: Identity, dropped: lis
             rest = [s for s, c in identity.names.items() if scheme.to_hf(c) is None and scheme.dropped(c) is None]
             more = f" ({len(rest)} such)" if len(rest) > 1 else ""
             raise TensorkeepError(
-                f"{stored} is no tensor of an ActionFormer detector on a VideoMAE backbone{more}",
+                f"{stored} is no tensor of a detector that is built here, or of a VideoMAE backbone{more}",
                 where=view.path,
                 code="K02",
                 tensors=rest,

@@ -20,7 +20,7 @@ KNOWN = re.compile(
 )
 # tensors and modules of `tensorkeep.detection`
 PROJECTION = r"projection\.(embed|stem|branch)\.\d+\b"
-HEAD_PARTS = r"((cls_convs|reg_convs|scale)\.\d+|cls_head|reg_head|loss_normalizer)\b"
+HEAD_PARTS = r"((cls(_start|_end)?_convs|reg_convs|scale)\.\d+|cls(_start|_end)?_head|reg_head|loss_normalizer)\b"
 DETECTOR = re.compile(
     r"backbone\.(pos_embed|patch_embed\.proj|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.fc[12]|adapter))\b"
     rf"|{PROJECTION}|neck\.norms\.\d+\b|head\.{HEAD_PARTS}"

@@ -1,4 +1,4 @@
-"""Naming `opentad`: OpenTAD's names for a detector (ActionFormer on a VideoMAE ViT), and mmaction's for its backbone.
+"""Naming `opentad`: OpenTAD's names for a detector (on features or a VideoMAE ViT), and mmaction's for its backbone.
 
 Tensors are kept as they are: only path segments differ. `hf` names are here those of our own detector.
 
@@ -71,7 +71,7 @@ def strip_wrapper(name: str) -> str:
 
 
 def recognise(name: str) -> bool:
-    """Whether a (clean) name is one of OpenTAD's ActionFormer, or of an mmaction VideoMAE.
+    """Whether a (clean) name is one of an OpenTAD detector that is built here, or of an mmaction VideoMAE.
 
     >>> recognise("rpn_head.cls_head.bias"), recognise("rpn_head.rpn_cls.weight")
     (True, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,8 +37,23 @@ def readable(shapes: Shapes) -> bool:
         Whether `read_off` finds what it needs.
     """
     has_backbone = any(name.startswith("backbone.") for name in shapes)
-    needed = {**_NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {})}
+    needed = {**_NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {}), **_needed_of(kind_of(shapes), shapes)}
     return all(len(shapes.get(name, ())) == sides for name, sides in needed.items())
+
+
+def _needed_of(kind: str, shapes: Shapes) -> dict[str, int]:
+    """Return which tensors a detector's recipe is read off, besides those that all have, and their dimensions."""
+    if kind == "tridet":
+        count = max(_blocks(shapes)["branch_layers"], 1)
+        windows = [f"projection.branch.{i}.{part}" for i in range(count) for part in ("psi", "convkw")]
+        names = [*windows, "projection.branch.0.mlp.0", "head.cls_start_head", "head.reg_head"]
+        return {f"{name}.weight": 3 for name in names}
+    return {f"{_causal_block(shapes)}.conv1d.weight": 3} if kind == "causaltad" else {}
+
+
+def _causal_block(shapes: Shapes) -> str:
+    """Return the name of one of CausalTAD's mixers."""
+    return min(name for name in shapes if name.endswith(".block.A_log")).removesuffix(".A_log")
 
 
 def read_off(shapes: Shapes) -> tuple[str, list[str]]:
@@ -48,26 +64,17 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
     """
     import yaml
 
-    channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]
-    levels = _count(shapes, r"neck\.norms\.(\d+)\.")
+    levels = max(_count(shapes, rf"{part}\.(\d+)\.") for part in (r"head\.scale", r"neck\.norms"))
     classes = shapes["head.cls_head.bias"][0]
     preset = _ACTIVITYNET if classes == 1 else _THUMOS
-    scaled = "projection.stem.0.drop_path_attn.scale" in shapes
+    kind = kind_of(shapes)
+    projection, head = _PARTS[kind](shapes, preset["length"])
+    if "positions" in preset["projection"] and kind == "causaltad":
+        projection["positions"] = preset["length"]
+    elif kind != "temporalmaxer":
+        projection |= preset["projection"]
     model: dict[str, Any] = {
-        "projection": {
-            "in_channels": in_channels,
-            "channels": channels,
-            "embed_layers": _count(shapes, r"projection\.embed\.(\d+)\."),
-            "stem_layers": _count(shapes, r"projection\.stem\.(\d+)\."),
-            "branch_layers": _count(shapes, r"projection\.branch\.(\d+)\."),
-            "kernel_size": kernel,
-            "heads": 4,
-            "windows": [-1],
-            "drop_path": 0.1 if scaled else 0.0,
-            "layer_scale": scaled,
-            "max_length": preset["length"],
-            **preset["projection"],
-        },
+        "projection": {**_embedding(shapes), **projection},
         "head": {
             "classes": classes,
             "channels": shapes["head.cls_head.weight"][1],
@@ -77,9 +84,13 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
             + [[2**levels if levels > 1 else 0, 10000]],
             "centre_radius": 1.5,
             "loss_normalizer": 100,
+            **head,
             **preset["head"],
         },
     }
+    model |= {} if kind == "actionformer" else {"kind": kind}
+    if "neck.norms.0.weight" not in shapes:
+        model["neck"] = {"groups": 4, "affine": False}
     if "backbone.patch_embed.proj.weight" in shapes:
         model = {"backbone": {**_backbone(shapes), "output_length": preset["length"]}, **model}
     text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None, width=100)
@@ -87,6 +98,103 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
         f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {_ASSUMED}.\n{text}",
         _ASSUMED.split(", "),
     )
+
+
+def kind_of(shapes: Shapes) -> str:
+    """Tell which detector has these shapes.
+
+    Args:
+        shapes: by our names.
+
+    Returns:
+        Its name in a recipe.
+    """
+    if "head.cls_start_head.weight" in shapes:
+        return "tridet"
+    if any(name.endswith(".block.A_log") for name in shapes):
+        return "causaltad"
+    blocks = any(re.match(r"projection\.(stem|branch)\.", name) for name in shapes)
+    return "actionformer" if blocks else "temporalmaxer"
+
+
+def _embedding(shapes: Shapes) -> dict[str, Any]:
+    """Return what every projection has of these shapes."""
+    channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]
+    return {
+        "in_channels": in_channels,
+        "channels": channels,
+        "embed_layers": _count(shapes, r"projection\.embed\.(\d+)\."),
+        "kernel_size": kernel,
+    }
+
+
+def _blocks(shapes: Shapes) -> dict[str, Any]:
+    """Return how many blocks a projection of these shapes has."""
+    stem, branch = (_count(shapes, rf"projection\.{part}\.(\d+)\.") for part in ("stem", "branch"))
+    return {"stem_layers": stem, "branch_layers": branch}
+
+
+def _actionformer(shapes: Shapes, length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of ActionFormer's projection and head."""
+    scaled = "projection.stem.0.drop_path_attn.scale" in shapes
+    found = {"heads": 4, "windows": [-1], "drop_path": 0.1 if scaled else 0.0, "layer_scale": scaled}
+    return {**_blocks(shapes), **found, "max_length": length}, {}
+
+
+def _tridet(shapes: Shapes, length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of TriDet's projection and head."""
+    blocks = _blocks(shapes)
+    branch = [f"projection.branch.{i}" for i in range(blocks["branch_layers"])]
+    windows = [shapes[f"{name}.psi.weight"][2] for name in branch]
+    wide = _wide(windows, [shapes[f"{name}.convkw.weight"][2] for name in branch])
+    found = {
+        "mlp_dim": shapes["projection.branch.0.mlp.0.weight"][0],
+        "windows": [windows[0], *windows],
+        "wide": wide,
+        "pooling": "mean" if "projection.branch.0.downsample.1.weight" in shapes else "max",
+        "drop_path": 0.1 if "projection.branch.0.drop_path_out.scale" in shapes else 0.0,
+        "max_length": length,
+    }
+    head = {
+        "kernel_size": shapes["head.cls_head.weight"][2],
+        "boundary_kernel_size": shapes["head.cls_start_head.weight"][2],
+        "bins": shapes["head.reg_head.weight"][0] // 2 - 1,
+    }
+    return {**blocks, **found}, head
+
+
+def _wide(windows: list[int], sizes: list[int]) -> float:
+    """Return the number with the fewest digits that makes these second windows of the first, rounded and made odd."""
+    least = max((size - 1.5) / (window + 1) for window, size in zip(windows, sizes))
+    for digits in range(4):
+        found = math.floor(least * 10**digits + 1) / 10**digits
+        made = [round((window + 1) * found) for window in windows]
+        if [size + 1 - size % 2 for size in made] == sizes:
+            return float(found)
+    return float(sizes[0] / (windows[0] + 1))
+
+
+def _temporalmaxer(shapes: Shapes, _length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of TemporalMaxer's projection and head."""
+    return {"branch_layers": _count(shapes, r"head\.scale\.(\d+)\.") - 1}, {}
+
+
+def _causaltad(shapes: Shapes, _length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of CausalTAD's projection and head."""
+    block = _causal_block(shapes)
+    inner, _, width = shapes[f"{block}.conv1d.weight"]
+    scaled = f"{block.removesuffix('.block')}.drop_path.scale" in shapes
+    channels = max(shapes["projection.embed.0.conv.weight"][0], 1)
+    found = {"conv_width": width, "expand": inner // channels, "heads": 4, "drop_path": 0.3 if scaled else 0.0}
+    return {**_blocks(shapes), **found}, {}
+
+
+_PARTS = {
+    "actionformer": _actionformer,
+    "tridet": _tridet,
+    "temporalmaxer": _temporalmaxer,
+    "causaltad": _causaltad,
+}
 
 
 def _backbone(shapes: Shapes) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.detection.model import kinds
+from tensorkeep.errors import TensorkeepError, near_misses
 
 Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
 Tuning = Literal["adapter", "all", "none"]
@@ -213,13 +215,31 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class NeckConfig:
+    """A group norm for each level of the pyramid, in place of the layer norm that is otherwise there.
+
+    Attributes:
+        groups: number of groups; each level is normalised over a group's channels and all its time steps.
+        affine: whether it has a weight and a bias for each channel.
+    """
+
+    groups: int
+    affine: bool = True
+
+
+@dataclass(frozen=True)
 class DetectorConfig:
     """Everything that decides the shape of a detector: the `model` section of a recipe.
+
+    Each kind of detector in `tensorkeep.detection.model.kinds` has a dataclass like this one, whose projection and head
+    hold its own fields; this one is ActionFormer's.
 
     Attributes:
         projection: from features to a pyramid of levels.
         head: from levels to predictions.
         backbone: from frames to features; None: the detector reads features `[B, C, T]`.
+        neck: between projection and head; None: a layer norm for each level.
+        kind: name of the detector.
 
     Raises:
         TensorkeepError: The parts do not fit each other.
@@ -228,6 +248,8 @@ class DetectorConfig:
     projection: ProjectionConfig
     head: HeadConfig
     backbone: BackboneConfig | None = None
+    neck: NeckConfig | None = None
+    kind: str = "actionformer"
 
     def __post_init__(self) -> None:
         levels = 1 + self.projection.branch_layers
@@ -239,6 +261,26 @@ class DetectorConfig:
                 f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
             )
             raise TensorkeepError(what, where="detector")
+        if self.neck is not None and (self.neck.groups < 1 or self.projection.channels % self.neck.groups):
+            what = f"neck.groups {self.neck.groups} does not divide the {self.projection.channels} channels"
+            raise TensorkeepError(what, where="detector")
+
+    @classmethod
+    def variant(cls, values: Mapping[str, Any], where: str) -> type[DetectorConfig]:
+        """Return the dataclass of the kind that a recipe's `model` section names."""
+        name = values.get("kind", "actionformer")
+        if cls is not DetectorConfig or name == "actionformer":
+            return cls
+        if name not in kinds.NAMES:
+            hint = near_misses(str(name), kinds.NAMES) or f"one of {', '.join(kinds.NAMES)}"
+            raise TensorkeepError(f"unknown kind of detector {name!r}", where=f"{where}.kind", hint=hint)
+        found: type[DetectorConfig] = kinds.module(name).Config
+        return found
+
+    @classmethod
+    def variants(cls) -> list[type[DetectorConfig]]:
+        """Return the dataclasses of every kind."""
+        return [kinds.module(name).Config for name in kinds.NAMES]
 
 
 def without_updates(config: DetectorConfig) -> DetectorConfig:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.adapters import add_adapters, add_lora, cast_frozen, set_trainable
 from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig
 from tensorkeep.detection.model.head import Head, Losses, Neck, Predictions
-from tensorkeep.detection.model.projection import Projection
 from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
@@ -79,13 +79,10 @@ def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tenso
     return linear_resize(joined, length)
 
 
-def padded_length(length: int, config: DetectorConfig) -> int:
-    """Return the grid steps after padding: `max_length`, or above it the next length that every level divides."""
-    if length <= config.projection.max_length:
-        return config.projection.max_length
-    steps = zip(config.head.strides, config.projection.level_windows)
-    factor = max(stride * (window // 2) * 2 if window > 1 else stride for stride, window in steps)
-    return -(-length // factor) * factor
+def padded_length(length: int, config: DetectorConfig, training: bool = False) -> int:
+    """Return the grid steps that features of `length` steps are padded to, which the kind of detector says."""
+    found: int = kinds.module(config.kind).padded_length(length, config, training)
+    return found
 
 
 class Detector(nn.Module):
@@ -107,9 +104,10 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = None if config.backbone is None else build_backbone(config.backbone)
-        self.projection = Projection(config.projection)
-        self.neck = Neck(config.projection.channels, len(config.head.strides))
-        self.head = Head(config.head, config.projection.channels)
+        projection, head = kinds.module(config.kind).build(config)
+        self.projection: nn.Module = projection
+        self.neck = Neck(config.projection.channels, len(config.head.strides), config.neck)
+        self.head: Head = head
         if self.backbone is not None and config.backbone is not None:
             cast_frozen(self.backbone, getattr(torch, config.backbone.frozen_dtype))
 
@@ -137,7 +135,7 @@ class Detector(nn.Module):
         if mask.shape[-1] != x.shape[-1]:
             what = f"the mask has {mask.shape[-1]} steps, the features {x.shape[-1]}"
             raise TensorkeepError(what, where="detector", hint="a mask counts grid steps, not frames")
-        more = padded_length(x.shape[-1], self.config) - x.shape[-1]
+        more = padded_length(x.shape[-1], self.config, self.training) - x.shape[-1]
         x, mask = F.pad(x, (0, more)), F.pad(mask.bool(), (0, more))  # [B, C, T + more], [B, T + more]
         levels, masks = self.projection(x, mask)  # per level [B, C', T_l], [B, T_l]
         predictions: Predictions = self.head(self.neck(levels), masks)

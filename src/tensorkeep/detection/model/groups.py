@@ -29,8 +29,9 @@ class OptimizerConfig(sections.OptimizerConfig):
 def detector_groups(model: nn.Module, config: sections.OptimizerConfig) -> list[dict[str, Any]]:
     """Sort a detector's parameters into groups: one for each rule, then detector weights (decayed), then its rest.
 
-    In the detector, weights of convolutions and linears decay; biases, norms and scales do not. A model without a
-    backbone leaves out the rules that fit none of its parameters.
+    In the detector, weights of convolutions and linears decay, and what a module names in `decayed` of its own
+    parameters; biases, norms and scales do not. A model without a backbone leaves out the rules that fit none of its
+    parameters.
 
     Args:
         model: A `Detector`.
@@ -65,7 +66,11 @@ def _decayed(model: nn.Module) -> set[str]:
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
             names.add(f"{path}.weight")
-        elif not isinstance(module, (nn.LayerNorm, LevelScale, ScaledPath)) and not path.startswith("backbone"):
+        elif hasattr(module, "decayed"):
+            names |= {f"{path}.{name}" for name in module.decayed}
+        elif not isinstance(module, (nn.LayerNorm, nn.GroupNorm, LevelScale, ScaledPath)) and not path.startswith(
+            "backbone"
+        ):
             own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
             if own:  # a new kind of layer must decide for itself whether it decays
                 raise TensorkeepError(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensorkeep.detection.model._losses import diou_loss, focal_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.assignment import assign_batch, make_points
-from tensorkeep.detection.model.config import HeadConfig
+from tensorkeep.detection.model.config import HeadConfig, NeckConfig
 from tensorkeep.detection.model.layers import ConvModule, LevelScale, channel_norm
+from tensorkeep.detection.model.losses import diou_loss, focal_loss, giou_loss, smooth_targets
 
 
 class Predictions(NamedTuple):
@@ -21,7 +21,8 @@ class Predictions(NamedTuple):
 
     Attributes:
         logits: `[B, K, T_l]`.
-        offsets: `[B, 2, T_l]`, distances to start and end in strides, not negative.
+        offsets: `[B, 2, T_l]`, distances to start and end in strides, not negative; `[B, K, 2, T_l]` where each class
+            has its own.
         masks: `[B, T_l]`, True where valid.
         points: `[T_l, 4]`: time, shortest and longest distance, stride, in grid steps.
     """
@@ -49,18 +50,23 @@ class Losses(NamedTuple):
 
 
 class Neck(nn.Module):
-    """A layer norm (eps 1e-6) for each level; levels are not mixed."""
+    """A layer norm (eps 1e-6) for each level, or the group norm of `config`; levels are not mixed."""
 
-    def __init__(self, channels: int, levels: int) -> None:
+    def __init__(self, channels: int, levels: int, config: NeckConfig | None = None) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=1e-6) for _ in range(levels))
+        norms: list[nn.Module] = [
+            nn.LayerNorm(channels, eps=1e-6)
+            if config is None
+            else nn.GroupNorm(config.groups, channels, affine=config.affine)
+            for _ in range(levels)
+        ]
+        self.norms = nn.ModuleList(norms)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Normalise each level `[B, C, T_l]`."""
         levels = []
         for x, norm in zip(features, self.norms):
-            assert isinstance(norm, nn.LayerNorm)
-            levels.append(channel_norm(x, norm))  # [B, C, T_l]
+            levels.append(channel_norm(x, norm) if isinstance(norm, nn.LayerNorm) else norm(x))  # [B, C, T_l]
         return levels
 
 
@@ -83,9 +89,14 @@ def refine_segments(points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def valid_proposals(predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
-    """Return segments `[M, 2]` (grid steps) and scores `[M, K]` of each video's valid points, fine to coarse."""
-    offsets = torch.cat(predictions.offsets, 2).transpose(1, 2)  # [B, P, 2]
+    """Return segments and scores of each video's valid points, fine to coarse.
+
+    Returns:
+        For each video segments in grid steps, `[M, 2]`, or `[M, K, 2]` where each class has its own, and `[M, K]`.
+    """
+    offsets = torch.cat(predictions.offsets, -1).transpose(-1, -2)  # [B, P, 2] or [B, K, P, 2]
     segments = refine_segments(torch.cat(predictions.points), offsets.float())
+    segments = segments.transpose(1, 2) if segments.ndim == 4 else segments
     scores = torch.cat(predictions.logits, 2).transpose(1, 2).float().sigmoid()  # [B, P, K]
     masks = torch.cat(predictions.masks, 1)  # [B, P]
     return [(s[m], p[m]) for s, p, m in zip(segments, scores, masks)]
@@ -105,20 +116,22 @@ class Head(nn.Module):
         (torch.Size([1, 3, 4]), torch.Size([1, 2, 4]))
     """
 
-    def __init__(self, config: HeadConfig, in_channels: int) -> None:
+    def __init__(self, config: HeadConfig, in_channels: int, kernel_size: int = 3, distances: int = 2) -> None:
         super().__init__()
         self.config = config
-        channels = config.channels
-        widths = [in_channels, *[channels] * config.convs][: config.convs]
-        self.cls_convs = nn.ModuleList(ConvModule(width, channels, 3) for width in widths)
-        self.reg_convs = nn.ModuleList(ConvModule(width, channels, 3) for width in widths)
-        self.cls_head = nn.Conv1d(channels, config.classes, 3, padding=1)
-        self.reg_head = nn.Conv1d(channels, 2, 3, padding=1)
+        self.cls_convs, self.reg_convs = (self.tower(in_channels, kernel_size) for _ in range(2))
+        self.cls_head = nn.Conv1d(config.channels, config.classes, kernel_size, padding=kernel_size // 2)
+        self.reg_head = nn.Conv1d(config.channels, distances, kernel_size, padding=kernel_size // 2)
         self.scale = nn.ModuleList(LevelScale() for _ in config.strides)
         # a float from the start: OpenTAD's is int64 until the first step, and its EMA truncates it by 1 each update
         self.register_buffer("loss_normalizer", torch.tensor(float(config.loss_normalizer)))
         if config.prior > 0 and self.cls_head.bias is not None:
             nn.init.constant_(self.cls_head.bias, -math.log((1 - config.prior) / config.prior))
+
+    def tower(self, in_channels: int, kernel_size: int) -> nn.ModuleList:
+        """Return the convolutions of a tower."""
+        widths = [in_channels, *[self.config.channels] * self.config.convs][: self.config.convs]
+        return nn.ModuleList(ConvModule(width, self.config.channels, kernel_size) for width in widths)
 
     def forward(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Predictions:
         """Predict from features `[B, C, T_l]` and masks `[B, T_l]` of each level; only the towers are masked."""
@@ -145,6 +158,16 @@ class Head(nn.Module):
         sums = self.loss_sums(predictions, segments, labels)
         return self.weigh(*sums, self.update_normalizer(sums[2]))
 
+    def targets(
+        self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what points learn: classes `[B, P, K]`, distances `[B, P, 2]`, weights `[B, P]` (None: 1 for all)."""
+        config = self.config
+        found = assign_batch(
+            predictions.points, segments, labels, config.classes, config.centre_radius, config.near_ties
+        )
+        return (*found, None)
+
     def loss_sums(
         self, predictions: Predictions, segments: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,19 +180,18 @@ class Head(nn.Module):
             logits = torch.cat(predictions.logits, 2).transpose(1, 2).float()  # [B, P, K]
             offsets = torch.cat(predictions.offsets, 2).transpose(1, 2).float()  # [B, P, 2]
             valid = torch.cat(predictions.masks, 1)  # [B, P]
-            classes, distances = assign_batch(
-                predictions.points, segments, labels, config.classes, config.centre_radius, config.near_ties
-            )
+            classes, distances, weights = self.targets(predictions, segments, labels)
             positive = (classes.sum(-1) > 0) & valid  # [B, P]
             targets = smooth_targets(classes, config.label_smoothing)
             focal = focal_loss(logits, targets, config.focal_alpha, config.focal_gamma)  # [B, P, K]
             # weights instead of boolean indexing: no sync with the host, and a deterministic backward
-            cls_sum = (focal * valid[..., None]).sum()
             points = torch.cat(predictions.points)
             distances = torch.where(positive[..., None], distances, 0.0)
             regression = diou_loss if config.regression == "diou" else giou_loss
             each = regression(refine_segments(points, offsets), refine_segments(points, distances))  # [B, P]
-            return cls_sum, (each * positive).sum(), positive.sum()
+            if weights is not None:
+                each, focal = each * weights, focal * torch.where(positive, weights, 1.0)[..., None]
+            return (focal * valid[..., None]).sum(), (each * positive).sum(), positive.sum()
 
     @torch.no_grad()
     def update_normalizer(self, positives: Tensor) -> Tensor:

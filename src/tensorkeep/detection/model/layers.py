@@ -59,6 +59,19 @@ def halve_mask(mask: Tensor) -> Tensor:
     return mask[:, torch.arange(half, device=mask.device) * length // half]
 
 
+def pool_mask(mask: Tensor) -> Tensor:
+    """Resize a mask `[B, T]` of valid steps to `[B, ceil(T / 2)]`: valid where one of the three steps pooled is.
+
+    Example:
+        >>> pool_mask(torch.tensor([[True, False, False, True, False]]))
+        tensor([[ True,  True,  True]])
+    """
+    padded = F.pad(mask, (1, 1))
+    half = (mask.shape[-1] + 1) // 2
+    left, centre, right = (padded[..., k::2][..., :half] for k in range(3))
+    return left | centre | right
+
+
 class ConvModule(nn.Module):
     """Convolution, mask, layer norm (eps 1e-6), ReLU, mask."""
 

@@ -136,6 +136,12 @@ def _positions(max_length: int, channels: int, length: int, device: torch.device
     return resized.to(device)
 
 
+def add_positions(x: Tensor, mask: Tensor, max_length: int) -> Tensor:
+    """Add the position table of `max_length` steps to the valid steps of `x [B, C, T]`."""
+    table = _positions(max_length, x.shape[1], x.shape[-1], x.device)
+    return x + table.to(x.dtype) * mask[:, None].to(x.dtype)
+
+
 class Projection(nn.Module):
     """Embedding convolutions, stem blocks at full length, and branch blocks that halve it: one output for each level.
 
@@ -170,8 +176,7 @@ class Projection(nn.Module):
         for layer in self.embed:
             x = layer(x, mask)  # [B, C, T]
         if config.positions:
-            table = _positions(config.max_length, config.channels, x.shape[-1], x.device)
-            x = x + table.to(x.dtype) * mask[:, None].to(x.dtype)
+            x = add_positions(x, mask, config.max_length)
         for block in self.stem:
             x, mask = block(x, mask)
         features, masks = [x], [mask]

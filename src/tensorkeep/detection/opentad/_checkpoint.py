@@ -53,7 +53,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         clean = unwrap(stored[len(LIVE) + 1 :])[0]
         ours = opentad.to_hf(clean)
         if ours is None:
-            hint = "OpenTAD's ActionFormer and AdaTAD go on here, its other detectors do not"
+            hint = "OpenTAD's ActionFormer, TriDet, TemporalMaxer and CausalTAD go on here, its other detectors do not"
             raise TensorkeepError(f"unknown tensor {clean!r}", where=view.path, code="K02", hint=hint)
         if ours in names:
             raise TensorkeepError(f"{stored} and {names[ours]} are one tensor", where=view.path, code="K03")

@@ -5,26 +5,20 @@ Only what changes a number is read; whatever we do not compute the same way is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from tensorkeep.detection.model.config import (
-    AdapterConfig,
-    BackboneConfig,
-    DetectorConfig,
-    HeadConfig,
-    ProjectionConfig,
-    Tuning,
-    VitConfig,
-)
+from tensorkeep.detection.model import kinds
+from tensorkeep.detection.model.config import AdapterConfig, BackboneConfig, DetectorConfig, Tuning, VitConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
+from tensorkeep.detection.model.opentad_sections import expect
 from tensorkeep.detection.recipe.schema import ScheduleConfig
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.migration import backbone_pattern
 from tensorkeep.training.sections import GroupRule
 
 Section = Mapping[str, Any]
-_LOSSES = {"DIOULoss": "diou", "GIOULoss": "giou"}
 _BACKBONES = ("VisionTransformerAdapter", "VisionTransformer", "VisionTransformerCP")
 
 
@@ -32,78 +26,20 @@ def detector_config(model: Section) -> DetectorConfig:
     """Translate the `model` dict of an OpenTAD config.
 
     Raises:
-        TensorkeepError: The model is not ActionFormer with or without a VideoMAE backbone.
+        TensorkeepError: The detector, or a part of it, is not one that is built here; its type is named.
     """
-    _expect(model, "type", ("ActionFormer",), "model")
-    neck = model.get("neck", {"type": "FPNIdentity"})
-    _expect(neck, "type", ("FPNIdentity",), "model.neck")
-    projection = _projection(model["projection"])
+    known = {kinds.module(name).OPENTAD: name for name in kinds.NAMES}
+    expect(model, "type", tuple(known), "model")
+    found: DetectorConfig = kinds.module(known[model["type"]]).from_opentad(model)
     backbone = model.get("backbone")
-    return DetectorConfig(projection, _head(model["rpn_head"]), None if backbone is None else backbone_config(backbone))
-
-
-def _projection(section: Section) -> ProjectionConfig:
-    """Translate the `projection` dict of a model."""
-    where = "model.projection"
-    _expect(section, "type", ("Conv1DTransformerProj",), where)
-    _expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
-    attention, convolution = section["attn_cfg"], section["conv_cfg"]
-    window = attention["n_mha_win_size"]
-    embed, stem, branch = section.get("arch", (2, 2, 5))
-    rate = section.get("path_pdrop", 0.0)
-    return ProjectionConfig(
-        in_channels=section["in_channels"],
-        channels=section["out_channels"],
-        embed_layers=embed,
-        stem_layers=stem,
-        branch_layers=branch,
-        kernel_size=convolution["kernel_size"],
-        heads=attention["n_head"],
-        windows=tuple(window) if isinstance(window, Sequence) else (window,),
-        drop_path=rate,
-        layer_scale=rate > 0,  # without drop path the original has no layer scale either
-        input_dropout=section.get("input_pdrop", 0.0),
-        proj_dropout=convolution.get("proj_pdrop", 0.0),
-        positions=section.get("use_abs_pe", False),
-        max_length=section.get("max_seq_len", 2304),
-    )
-
-
-def _head(section: Section) -> HeadConfig:
-    """Translate the `rpn_head` dict of a model."""
-    where = "model.rpn_head"
-    _expect(section, "type", ("ActionFormerHead", "AnchorFreeHead"), where)
-    points, loss = section["prior_generator"], section["loss"]
-    _expect(points, "type", ("PointGenerator",), f"{where}.prior_generator")
-    _expect(loss["cls_loss"], "type", ("FocalLoss",), f"{where}.loss.cls_loss")
-    _expect(loss["reg_loss"], "type", tuple(_LOSSES), f"{where}.loss.reg_loss")
-    sampled = section.get("center_sample", "radius") == "radius"
-    focal = loss["cls_loss"]
-    return HeadConfig(
-        classes=section["num_classes"],
-        channels=section["feat_channels"],
-        convs=section.get("num_convs", 3),
-        prior=section.get("cls_prior_prob", 0.01),
-        strides=tuple(points["strides"]),
-        ranges=tuple((low, high) for low, high in points["regression_range"]),
-        point_offset=points.get("use_offset", False),
-        centre_radius=section.get("center_sample_radius", 1.5) if sampled else None,
-        near_ties=section.get("filter_similar_gt", True),
-        loss_normalizer=section.get("loss_normalizer", 100),
-        loss_normalizer_momentum=section.get("loss_normalizer_momentum", 0.9),
-        label_smoothing=section.get("label_smoothing", 0.0),
-        focal_alpha=focal.get("alpha", 0.25),
-        focal_gamma=focal.get("gamma", 2.0),
-        regression="diou" if loss["reg_loss"]["type"] == "DIOULoss" else "giou",
-        loss_weight=section.get("loss_weight", 1.0),
-    )
+    return found if backbone is None else replace(found, backbone=backbone_config(backbone))
 
 
 def backbone_config(section: Section) -> BackboneConfig:
     """Translate the `backbone` dict of an OpenTAD model: recogniser, pipelines and the ViT inside."""
     where = "model.backbone"
     custom, inner = section.get("custom", {}), section["backbone"]
-    _expect(inner, "type", _BACKBONES, f"{where}.backbone")
+    expect(inner, "type", _BACKBONES, f"{where}.backbone")
     if not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate"):
         what = "a ViT without q and v biases, or with dropout, is not built here"
         raise TensorkeepError(what, where=f"{where}.backbone")
@@ -155,7 +91,7 @@ def _output_length(custom: Section, inner: Section, frames: int, where: str) -> 
 
 def optimizer_config(optimizer: Section) -> OptimizerConfig:
     """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups."""
-    _expect(optimizer, "type", ("AdamW",), "optimizer")
+    expect(optimizer, "type", ("AdamW",), "optimizer")
     backbone = optimizer.get("backbone", {})
     custom = backbone.get("custom", ())
     rules = [GroupRule(backbone_pattern(rule["name"]), rule["lr"], rule["weight_decay"]) for rule in custom]
@@ -175,18 +111,8 @@ def schedule_config(scheduler: Section, end_epoch: int | None = None) -> tuple[S
 
     `end_epoch` is what the config's workflow says.
     """
-    _expect(scheduler, "type", ("LinearWarmupCosineAnnealingLR",), "scheduler")
+    expect(scheduler, "type", ("LinearWarmupCosineAnnealingLR",), "scheduler")
     floor = scheduler.get("eta_min", 1e-8)
     total, trained = scheduler["max_epoch"], end_epoch or scheduler["max_epoch"]
     ends_at = None if total == trained else total
     return ScheduleConfig("opentad", "epochs", scheduler["warmup_epoch"], floor=floor, ends_at=ends_at), trained
-
-
-def _expect(section: Section, key: str, known: tuple[str, ...], where: str) -> None:
-    """Raise TensorkeepError where a key holds none of the known values."""
-    value = section.get(key)
-    # mmaction's registry prefix
-    bare = value.removeprefix("mmaction.") if isinstance(value, str) else value
-    if bare not in known:
-        hint = f"known: {', '.join(known)}"
-        raise TensorkeepError(f"{key} {value!r} is not one that is built here", where=where, hint=hint)

@@ -23,6 +23,7 @@ from tensorkeep.training.migration import backbone_word
 from tensorkeep.training.sections import OptimizerConfig
 
 _BUFFERS = ("pos_embed", "loss_normalizer")  # of a detector; everything else in its state is a parameter
+_STATE_SPACE = (".A_log", ".D")  # of CausalTAD's mixers, which decay
 STATE = re.compile(r"optimizer\.state\.(?P<index>\d{1,9})\.(?P<slot>\w+)\Z")
 GROUP = re.compile(r"optimizer\.param_groups\.(?P<group>\d{1,9})\.(?P<key>\w+)\Z")
 BLOCK = re.compile(r"\.blocks\.(\d+)\.")
@@ -47,7 +48,7 @@ def optimizer_orders(shapes: Mapping[str, Sequence[int]], rules: Sequence[str]) 
     """
     backbone = [n for n in shapes if n.startswith("backbone")]
     rest = [n for n in shapes if not n.startswith("backbone")]
-    decayed = sorted(n for n in rest if n.endswith("weight") and len(shapes[n]) > 1)
+    decayed = sorted(n for n in rest if (n.endswith("weight") and len(shapes[n]) > 1) or n.endswith(_STATE_SPACE))
     detectors = [[decayed, sorted(set(rest) - set(decayed))], [rest]]
     for words in permutations([word for word in rules if word][:4]):
         fits = {n: next((w for w in words if w in n.removeprefix("backbone.")), None) for n in backbone}

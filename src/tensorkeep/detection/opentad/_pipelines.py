@@ -24,7 +24,7 @@ _BOTH = ("feature_stride", "sample_stride", "offset_frames", "fps", "class_agnos
 SHARED = ("scale_factor", "file_pattern", "crop_size", "feature_layout", "feature_channels", "inputs")
 
 
-def data_config(dataset: Section, max_length: int, lost: list[Setting]) -> DataConfig:
+def data_config(dataset: Section, max_length: int | None, lost: list[Setting]) -> DataConfig:
     """Translate the `dataset` dict of an OpenTAD config.
 
     Args:
@@ -62,6 +62,12 @@ def data_config(dataset: Section, max_length: int, lost: list[Setting]) -> DataC
         values |= {"feature_stride": train["feature_stride"], "sample_stride": train.get("sample_stride", 1)}
         values["offset_frames"] = train.get("offset_frames", 0)
     return DataConfig(train=_split(train), test=_split(test), mode=mode, inputs=shown["inputs"], **values)  # type: ignore[arg-type]
+
+
+def padding_of(part: Section) -> int | None:
+    """Return the grid steps that a part of a data set pads features to; None where no step of its pipeline does."""
+    steps = (step for step in dict.get(part, "pipeline", ()) if isinstance(step, Section))
+    return next((step["length"] for step in steps if dict.get(step, "type") == "Padding"), None)
 
 
 def expected(section: Section, key: str, *values: object) -> None:
@@ -148,7 +154,7 @@ def _features(shown: Found) -> Found:
     return {"feature_layout": shown.get("feature_layout", "ct")} | {k: shown[k] for k in names if k in shown}
 
 
-def _pipeline(part: Section, max_length: int) -> Found:
+def _pipeline(part: Section, max_length: int | None) -> Found:
     """Gather what the steps of a pipeline say."""
     found: Found = {"inputs": "features", "max_length": max_length}
     for step in part["pipeline"]:

@@ -1,4 +1,4 @@
-"""Translate an OpenTAD config (AdaTAD or ActionFormer) into a recipe, with an account of what was not carried over.
+"""Translate an OpenTAD config into a recipe, with an account of what was not carried over.
 
 Every key that is read is marked as read, so nothing is left out in silence: what was not read is looked up in
 `HARMLESS`, and is *lost* (it may change the numbers) where it is not there. Keys that a config does not set are listed
@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.opentad._config_file import Setting, read_config, unread
 from tensorkeep.detection.opentad._literals import Section, Unknown
 from tensorkeep.detection.opentad._model_section import detector_config, optimizer_config, schedule_config
-from tensorkeep.detection.opentad._pipelines import data_config, expected
+from tensorkeep.detection.opentad._pipelines import data_config, expected, padding_of
 from tensorkeep.detection.recipe.schema import (
     ClassifierConfig,
     DetectionRecipe,
@@ -48,6 +49,8 @@ HARMLESS = {
     "solver.static_graph": "of its DDP alone",
     "solver.fp16_compress": "gradients are exchanged as they are",
     "post_processing.save_dict": "detections are always written",
+    "post_processing.pre_nms_thresh": "OpenTAD's TriDet takes 0.001, whatever a config says",
+    "post_processing.pre_nms_topk": "OpenTAD's TriDet takes 2000, whatever a config says",
     "post_processing.nms.voting_thresh": "OpenTAD ignores it with multiclass=True",
     "model.neck": _IMPLIED,
     "model.rpn_head.in_channels": _IMPLIED,
@@ -88,6 +91,7 @@ class Imported(NamedTuple):
         lost: settings that were not carried over and may change the numbers.
         left: settings that were not carried over and change no number.
         defaults: settings that the config leaves open, with the value taken.
+        program: whose config it is.
     """
 
     recipe: DetectionRecipe
@@ -95,10 +99,11 @@ class Imported(NamedTuple):
     lost: list[Setting]
     left: list[Setting]
     defaults: list[Setting]
+    program: str = "OpenTAD"
 
     def text(self) -> str:
         """Write the recipe as YAML, headed by its source and ended by what was not carried over."""
-        notes = [f"From the OpenTAD config {self.source.name}, by `tensorkeep recipe import`."]
+        notes = [f"From the {self.program} config {self.source.name}, by `tensorkeep recipe import`."]
         behind: list[str] = []
         for title, rows in (("Lost, and it may change the numbers", self.lost), ("Not carried over", self.left)):
             behind += [f"{title}:"] if rows else []
@@ -118,8 +123,8 @@ def import_config(path: str | Path) -> Imported:
         The recipe, and which settings it does not carry over.
 
     Raises:
-        TensorkeepError: The file cannot be read, its method is not ActionFormer on features or on a VideoMAE ViT, or a
-            value that must be known is not; file and line are named where they can be.
+        TensorkeepError: The file cannot be read, its detector or backbone is not one that is built here, or a value
+            that must be known is not; file and line are named where they can be.
 
     Example:
         >>> import_config("configs/adatad/thumos/e2e_thumos_videomae_s_768x1_160_adapter.py").lost  # doctest: +SKIP
@@ -197,7 +202,11 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
     """Translate all sections of a config."""
     model = _model(config["model"], lost)
     solver, workflow = config["solver"], config["workflow"]
-    data = data_config(config["dataset"], model.projection.max_length, lost)
+    length: int | None = model.projection.max_length
+    if length is None:  # the detector does not pad: what a step of the data set pads to
+        length = padding_of(config["dataset"]["test"])
+        model = replace(model, projection=replace(model.projection, max_length=length))  # type: ignore[arg-type]
+    data = data_config(config["dataset"], length, lost)
     clip = solver.get("clip_grad_norm", 0.0)
     optimizer = config["optimizer"]
     frozen = model.backbone is None or model.backbone.tuning == "none"
@@ -232,7 +241,7 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
         optimizer=found,
         schedule=schedule,
         training=training,
-        post_processing=_post_processing(config["post_processing"]),
+        post_processing=_post_processing(config["post_processing"], model.kind),
         evaluation=_evaluation(config["evaluation"], data.test),
     )
 
@@ -294,8 +303,9 @@ def _backbone_groups(section: Section, lost: list[Setting]) -> None:
         lost.append(Setting("optimizer.backbone.exclude", section.lines.get("exclude", ""), words, why))
 
 
-def _post_processing(section: Section) -> PostProcessingConfig:
-    """Translate the `post_processing` section."""
+def _post_processing(section: Section, kind: str) -> PostProcessingConfig:
+    """Translate the `post_processing` section; what a detector of OpenTAD fixes in its code is not read."""
+    fixed = getattr(kinds.module(kind), "FIXED", {})
     nms, external = section["nms"], section.get("external_cls")
     known = {key: nms.get(key) for key, value in nms.items() if not isinstance(value, Unknown)}
     if nms.get("multiclass", True) and nms.get("voting_thresh"):
@@ -308,8 +318,8 @@ def _post_processing(section: Section) -> PostProcessingConfig:
         expected(external, "apply_softmax", False)
         classifier = ClassifierConfig(external["path"], external.get("topk", 1), rule or "product")  # type: ignore[arg-type]
     return PostProcessingConfig(
-        pre_nms_thresh=section.get("pre_nms_thresh", 0.001),
-        pre_nms_topk=section.get("pre_nms_topk", 2000),
+        pre_nms_thresh=fixed.get("pre_nms_thresh") or section.get("pre_nms_thresh", 0.001),
+        pre_nms_topk=fixed.get("pre_nms_topk") or section.get("pre_nms_topk", 2000),
         nms=from_opentad(known),
         classifier=classifier,
     )

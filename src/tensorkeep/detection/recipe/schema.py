@@ -73,7 +73,8 @@ class DataConfig:
         class_agnostic: One class stands for all, an external classifier names them.
         crop_size: Pixels of a test frame's shorter side, and of the square in its middle that is shown.
         augment: Of training frames, its `size` being crop_size; null: as test frames.
-        broken: What a file that cannot be decoded does (see `tensorkeep.detection.data.clips`).
+        broken: What a file that cannot be decoded does (see `tensorkeep.detection.data.clips`); `fatal` is another word
+            for `error`, the one that `predict` and `features` have.
         feature_layout: Axes of the stored array, time and channels.
         feature_channels: First and one-past-last channel used; null: all.
     """
@@ -99,11 +100,13 @@ class DataConfig:
     class_agnostic: bool = False
     crop_size: int = 160
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
-    broken: Literal["error", "skip", "keep"] = "error"
+    broken: Literal["error", "skip", "keep", "fatal"] = "error"
     feature_layout: Literal["tc", "ct"] = "tc"
     feature_channels: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.broken == "fatal":
+            object.__setattr__(self, "broken", "error")
         for name in ("window_size", "feature_stride", "sample_stride", "scale_factor", "crop_size"):
             if getattr(self, name) < 1:
                 raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="data")

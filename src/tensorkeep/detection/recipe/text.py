@@ -7,9 +7,11 @@ recipe has, `--window_size 1024` sets the three lengths that must agree.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.migration import at
@@ -65,7 +67,8 @@ def places(name: str, value: Any, document: Any, where: str) -> list[tuple[str, 
             raise TensorkeepError(f"use_plain_adapter is true or false, not {value!r}", where=where)
         return [(f"{ADAPTER}.kind", "plain" if value else "qlora")]
     if name == "window_size":
-        paths = ["data.window_size", "model.projection.max_length"]
+        paths = ["data.window_size"]
+        paths += ["model.projection.max_length"] if _pads(document, where) else []
         paths += ["model.backbone.output_length"] if at(document, "model.backbone") else []
         return [(path, value) for path in paths]
     if name == "crop_size":
@@ -82,3 +85,12 @@ def places(name: str, value: Any, document: Any, where: str) -> list[tuple[str, 
         hint = "write the whole name" if lora else f"add {LORA}, or use_plain_adapter: false"
         raise TensorkeepError(what, where=where, hint=hint)
     return [(f"{ADAPTER if own else LORA}.{name}", value)]
+
+
+def _pads(document: Any, where: str) -> bool:
+    """Tell whether the detector of a recipe pads its inputs to a length."""
+    if at(document, "model.projection.max_length") is not None:
+        return True
+    kind = DetectorConfig.variant({"kind": at(document, "model.kind") or "actionformer"}, f"{where}: model")
+    (length,) = (f for f in fields(get_type_hints(kind)["projection"]) if f.name == "max_length")
+    return length.default is not None

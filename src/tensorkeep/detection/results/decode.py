@@ -43,7 +43,7 @@ def select_candidates(proposals: Floats, scores: Floats, threshold: float = 1e-3
     with label 0, as OpenTAD does. Otherwise the result falls in score; equal scores keep their order.
 
     Args:
-        proposals: [N, 2] segments.
+        proposals: [N, 2] segments, or [N, K, 2] where each class has its own.
         scores: [N, K].
         threshold: least score, itself excluded.
         limit: most detections.
@@ -55,15 +55,18 @@ def select_candidates(proposals: Floats, scores: Floats, threshold: float = 1e-3
         >>> select_candidates(np.array([[0, 4]], np.float32), np.array([[0.2, 0.0]], np.float32)).labels
         array([0])
     """
-    if proposals.shape != (len(scores), 2) or scores.ndim != 2:
-        raise TensorkeepError(f"proposals {proposals.shape} and scores {scores.shape} are not [N, 2] and [N, K]")
+    if scores.ndim != 2 or proposals.shape not in ((len(scores), 2), (*scores.shape, 2)):
+        raise TensorkeepError(
+            f"proposals {proposals.shape} and scores {scores.shape} are not [N, 2] or [N, K, 2] and [N, K]"
+        )
     number = scores.shape[1]
     if number == 1:
-        return Detections(proposals, scores[:, 0], np.zeros(len(scores), dtype=np.int64))
+        return Detections(proposals.reshape(-1, 2), scores[:, 0], np.zeros(len(scores), dtype=np.int64))
     flat = scores.ravel()
     above = np.flatnonzero(flat > np.float32(threshold))
     best = above[np.argsort(-flat[above], kind="stable")[:limit]]
-    return Detections(proposals[best // number], flat[best], best % number)
+    own = proposals.reshape(-1, 2)[best] if proposals.ndim == 3 else proposals[best // number]
+    return Detections(own, flat[best], best % number)
 
 
 def sliding_seconds(

@@ -1,0 +1,2 @@
+_base_ = ["adatad_s.py"]
+model = dict(type="BMN")

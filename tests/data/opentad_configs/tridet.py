@@ -1,2 +1,0 @@
-_base_ = ["adatad_s.py"]
-model = dict(type="TriDet")

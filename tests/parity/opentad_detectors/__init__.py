@@ -1,0 +1,1 @@
+"""OpenTAD's unmodified detectors beside ours, on features: see `__main__`."""
