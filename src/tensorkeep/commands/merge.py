@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from tensorkeep.commands.merge_bits import merge_in_bits
 from tensorkeep.commands.shared import (
     Flag,
     Say,
@@ -17,6 +18,7 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
+from tensorkeep.commands.train_language import Several
 from tensorkeep.conversion.fit import Offer
 from tensorkeep.conversion.row_maps import Run
 from tensorkeep.errors import TensorkeepError, word
@@ -40,6 +42,9 @@ def merge(
     config: str | None = None,
     untie: Flag = False,
     allow_other_base: Flag = False,
+    to_bits: Literal["nf4", "fp4"] | None = None,
+    calibrate: Several = (),
+    device: str | None = None,
     dry_run: Flag = False,
     overwrite: Flag = False,
     say: Say = Say(),
@@ -61,34 +66,45 @@ def merge(
         config: A config.json, or a folder with one, for a base that brings none.
         untie: Write head and embedding as two tensors, where the adapter changes one of a tied pair.
         allow_other_base: Merge though the adapter names another base by digest.
+        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate.
+        calibrate: Texts like what the model is for, as training reads them; may be given several times.
+        device: Where --to-bits computes, cpu or cuda. Default: a GPU where there is one.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep.adapters import merging
     from tensorkeep.adapters.planning import plan_merge
 
     out = say.output()
     formats.writer(to, models=True)
-    if len(paths) < 2:
-        raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
+    _refuse(paths, to_bits is not None and (to != "hf" or dtype is not None or naming not in (None, "hf")))
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
         _name_as_files(base, sources)
-        merging.refuse_merged_before(base, sources)
-        merging.refuse_other_base(base, [] if allow_other_base else sources)
-        job = plan_merge(
-            base,
-            sources,
-            to,
-            onto=onto,
-            naming=known_naming(naming),
-            root=known_root(root, to),
-            dtype=known_dtype(dtype, "merge", paths),
-            untie=untie,
-            ask=names_for,
-        )
+        _refuse_sources(base, sources, allow_other_base)
+        dtype = "F32" if to_bits else known_dtype(dtype, "merge", paths)
+        named = {"naming": known_naming(naming), "root": known_root(root, to)}
+        job = plan_merge(base, sources, to, onto=onto, dtype=dtype, untie=untie, ask=names_for, **named)
         job.plan.notes += _left_out_by_peft(base, sources)
-        return _carry_out(out, job, paths[-1], to, shard_limit(shard_size, to, paths[-1]), dry_run, overwrite)
+        limit = shard_limit(shard_size, to, paths[-1])
+        if to_bits is not None and not dry_run:
+            return merge_in_bits(out, job, base, paths[-1], to_bits, calibrate, device, limit, overwrite)
+        return _carry_out(out, job, paths[-1], to, limit, dry_run, overwrite)
+
+
+def _refuse(paths: tuple[str, ...], no_bits: bool) -> None:
+    """Refuse words that make no merge."""
+    if no_bits:
+        raise TensorkeepError("4-bit weights are an hf folder alone", where="--to-bits", hint="leave --to, --dtype out")
+    if len(paths) < 2:
+        raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
+
+
+def _refuse_sources(base: StateView, sources: list[Any], allow_other_base: bool) -> None:
+    """Refuse adapters that the base holds already, or that name another one."""
+    from tensorkeep.adapters import merging
+
+    merging.refuse_merged_before(base, sources)
+    merging.refuse_other_base(base, [] if allow_other_base else sources)
 
 
 def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
