@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tensorkeep.cli import main
+from tensorkeep.formats.view import read
+from tensorkeep.language.forward_proof import prove_forward
 from tensorkeep.quantization.rounding import FourBits, rounded
 from tensorkeep.quantization.unpacking import unpack
 from tests.language_files import save_model, write_jsonl
@@ -124,3 +126,51 @@ def test_what_cannot_be_rounded_is_refused_and_nothing_is_left(
     assert main(["merge", str(place / "base"), str(place / "adapter"), str(place / "none"), *given]) == 2
     assert text in capsys.readouterr().err
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_a_merge_computes_what_peft_computes_with_the_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["merge", str(place / "base"), str(place / "adapter"), str(place / "floats")]
+    assert main([*words, "--prove-forward", str(place / "texts.jsonl"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "forward: 2 layers compute what PEFT computes with the adapter" in said
+    checks = prove_forward(
+        str(place / "floats"), read(place / "base"), None, str(place / "adapter"), [str(place / "texts.jsonl")], "cpu"
+    )
+    assert [check.name for check in checks] == ["model.layers.0", "model.layers.1", "logits"]
+    assert all(check.equal and check.told for check in checks)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_a_merger_packed_otherwise_are_found_and_the_layer_is_named(tmp_path: Path, kind: str) -> None:
+    """The failure of programs that put up_proj where gate_proj belongs: every shape fits, and no key is missing."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    more: dict[str, Any] = {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "num_experts_per_tok": 2,
+    }
+    save_model(tmp_path / "base", kind, tie_word_embeddings=False, decoder_sparse_step=1, mlp_only_layers=[], **more)
+    draw = random.Random(0)
+    write_jsonl(tmp_path / "texts.jsonl", ({"text": " ".join(draw.choices(WORDS, k=200))} for _ in range(20)))
+    base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    live: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    live.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    given = (read(tmp_path / "base"), None, str(tmp_path / "adapter"), [str(tmp_path / "texts.jsonl")], "cpu")
+    assert all(check.equal for check in prove_forward(str(tmp_path / "out"), *given))
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    experts = [n for n in tensors if "layers.1." in n and ".experts.2." in n]
+    (gate,) = [n for n in experts if n.endswith(("w1.weight", "gate_proj.weight"))]
+    up = gate.replace("w1", "w3").replace("gate_proj", "up_proj")
+    save_file(tensors | {gate: tensors[up], up: tensors[gate]}, file, {"format": "pt"})
+    (tmp_path / "out" / "tensorkeep.json").unlink()
+    checks = prove_forward(str(tmp_path / "out"), *given)
+    assert [check.name for check in checks if not check.equal] == ["model.layers.1", "logits"]

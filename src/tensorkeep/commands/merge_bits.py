@@ -61,10 +61,9 @@ def merge_in_bits(
     with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:
         merged = Path(scratch) / "merged"
         done = merging.merge(job, str(merged), "hf", None, False, progress)
-        kind = (job.kind or "").split(" ")[0] or None
         rounding = Path(scratch) / "rounded"
         said = out.remark
-        plan, figures = rounded_merge(str(merged), base, kind, texts, bits, rounding, device, progress, said)
+        plan, figures = rounded_merge(str(merged), base, job.kind, texts, bits, rounding, device, progress, said)
         proof = check(plan, "hf", Path(sink).name, programs=installed())
         made = convert(plan, sink, "hf", limit, overwrite, progress)
     for note in done.notes:

@@ -59,7 +59,7 @@ def round_layers(
     layers = [layer for layer in blocks(model) if isinstance(layer, nn.Module)]
     names = {id(module): clean_name(name) for name, module in model.named_modules()}
     chosen = _linears(model, layers, names)
-    calls, hidden = _recorded(model, layers, batches)
+    calls, hidden = recorded(model, layers, batches)
     wanted, found = list(hidden), {}
     for number, layer in enumerate(layers):
         progress("rounding layers", number, len(layers))
@@ -97,10 +97,22 @@ def _linears(model: nn.Module, layers: Sequence[nn.Module], names: Mapping[int, 
     return chosen
 
 
-def _recorded(
+def recorded(
     model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> tuple[list[list[Call]], list[Tensor]]:
-    """Run the model as it is; return what each layer is called with, and the hidden states that the first one gets."""
+    """Run a model, and note how its layers are called.
+
+    Args:
+        model: a causal language model of transformers.
+        layers: its layers, in the order in which they are called.
+        batches: token ids [rows, length] each, on the model's device.
+
+    Returns:
+        What each layer is called with for each batch, and the hidden states that the first one gets.
+
+    Raises:
+        TensorkeepError: a layer is not called once a batch.
+    """
     calls: list[list[Call]] = [[] for _ in layers]
     first: list[Tensor] = []
 
@@ -124,7 +136,7 @@ def _recorded(
             handle.remove()
     if any(len(found) != len(batches) for found in calls):
         what = f"{type(model).__name__} does not call each of its layers once"
-        raise TensorkeepError(f"{what}: its merge is not rounded to 4 bits here", where="--to-bits")
+        raise TensorkeepError(f"{what}: they cannot be run one by one", where="merge")
     return calls, first
 
 

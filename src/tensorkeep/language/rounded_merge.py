@@ -11,9 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +25,15 @@ from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import tensor_of, torch_dtype
 from tensorkeep.formats.view import StateView, read
-from tensorkeep.language._data import make_data
+from tensorkeep.language._as_trained import base_model, round_plainly, rows_of
 from tensorkeep.language._rounding import Progress, round_layers
-from tensorkeep.language.data.preferences import Pairs
-from tensorkeep.language.recipe import DataConfig, LanguageRecipe
-from tensorkeep.language.start import Remark, load_tokenizer, loaded
-from tensorkeep.models.language_model import text_config
+from tensorkeep.language.start import Remark, loaded
 from tensorkeep.quantization.linear import QuantLinear
-from tensorkeep.quantization.modules import quantized_layers
-from tensorkeep.quantization.packed import WEIGHT_DIGEST, kind_of, pack
+from tensorkeep.quantization.packed import WEIGHT_DIGEST
 from tensorkeep.quantization.rounding import FourBits, Rounded
-from tensorkeep.quantization.unpacking import unpack
 from tensorkeep.storage.files import CERTIFICATE
-from tensorkeep.training.distributed import World
-from tensorkeep.training.sections import TrainingConfig
 
 _ROWS, _HELD, _BATCH = 128, 8, 4  # most rows that layers are rounded by, those that measure, rows of a forward
-_LENGTH = 512  # tokens of a row
 
 
 def rounded_merge(
@@ -62,7 +52,7 @@ def rounded_merge(
     Args:
         merged: the merged model in floats, an hf folder with config and tokenizer.
         base: what the adapter was merged into.
-        quantized: the kind that the adapter was trained on, "nf4" or "fp4"; None: on the base as it is.
+        quantized: what the adapter was trained on, as "nf4 (double)"; None: the base as it is.
         texts: files as training reads them.
         kind: of the codes.
         folder: is made, and holds the tensors until the plan has been carried out.
@@ -87,7 +77,7 @@ def rounded_merge(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     view = read(merged)
-    rows = _rows(merged, view, texts, remark)
+    rows = rows_of(merged, texts, _ROWS + _HELD, 2 * _HELD, remark)
     held, used = rows[-_HELD:], rows[: min(len(rows) - _HELD, _ROWS)]
     model = loaded(view).float().to(place).eval().requires_grad_(False)
     wanted = _probabilities(model, held, place)
@@ -96,10 +86,10 @@ def rounded_merge(
     found = round_layers(model, batches, kind, progress)
     figures = {"rounded": _distance(model, held, wanted, place)}
     for name in found:
-        _round_plainly(plain, name, kind)
+        round_plainly(plain, name, kind)
     figures["plain"] = _distance(plain, held, wanted, place)
     del plain
-    figures["base"] = _distance(_base_model(base, quantized, found, place), held, wanted, place)
+    figures["base"] = _distance(base_model(base, quantized, place), held, wanted, place)
     _write(folder, view, base, model, found)
     report = {"kind": kind, "tokens": int(held.numel()), "calibration_tokens": int(used.numel())}
     return make_plan([read(str(folder))], "hf"), report | _report(figures, found)
@@ -118,34 +108,6 @@ def _report(figures: Mapping[str, tuple[float, float]], found: Mapping[str, Roun
     }
 
 
-def _rows(merged: str, view: StateView, texts: Sequence[str], remark: Remark) -> Tensor:
-    """Return token ids [rows, length] of joined texts, shuffled, so that held-out rows are like the others."""
-    tokenizer, config = load_tokenizer(merged), text_config(_config_of(view))
-    length = min(_LENGTH, int(getattr(config, "max_position_embeddings", _LENGTH)))
-    recipe = LanguageRecipe(
-        DataConfig(tuple(texts), length=length, packing="concatenate"), TrainingConfig(updates=1), model=merged
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        reading = replace(recipe, data=replace(recipe.data, cache=scratch))
-        data = make_data(reading, reading.data, tokenizer, int(config.vocab_size), Path(scratch), World(), remark)
-        if isinstance(data, Pairs):
-            raise TensorkeepError("preferences are no texts", where=texts[0])
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-        samples = (data.sample(i, torch.Generator().manual_seed(i))["input_ids"] for i in order)
-        whole = [ids for ids, _ in zip((s for s in samples if len(s) == length), range(_ROWS + _HELD))]
-    if len(whole) < 2 * _HELD:
-        what = f"{len(whole)} rows of {length} tokens are too few to round by: {2 * _HELD} at least"
-        raise TensorkeepError(what, where=texts[0], hint="give more text, like what the model is for")
-    return torch.stack(whole)
-
-
-def _config_of(view: StateView) -> Any:
-    from transformers import AutoConfig
-
-    config = dict(view.config or {})
-    return AutoConfig.for_model(**config)
-
-
 @torch.no_grad()
 def _probabilities(model: nn.Module, rows: Tensor, device: torch.device) -> list[Tensor]:
     """Return log-probabilities of each row [length, vocabulary], float32 on the CPU."""
@@ -162,29 +124,6 @@ def _distance(model: nn.Module, rows: Tensor, wanted: Sequence[Tensor], device: 
         apart += float((want.exp() * (want - found)).sum(-1).double().mean())
         loss += float(F.nll_loss(found[:-1], row[1:]))
     return apart / len(rows), loss / len(rows)
-
-
-def _round_plainly(model: nn.Module, name: str, kind: str) -> None:
-    """Round a linear's weight number by number."""
-    linear: Any = model.get_submodule(name)
-    packed = pack(linear.weight.data.contiguous(), kind_of(kind), double=False)
-    linear.weight.data.copy_(unpack(packed.layout, packed.tensors, torch.float32))
-
-
-def _base_model(base: StateView, quantized: str | None, found: Iterable[str], device: torch.device) -> nn.Module:
-    """Return the base as the adapter saw it: dequantized, or with its linears rounded as they were in training."""
-    model = loaded(base)
-    for name, layer in quantized_layers(model).items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        dense.weight.data = layer.dequantize()
-        if layer.bias is not None:
-            dense.bias.data = layer.bias.data.float()
-        model.set_submodule(name, dense)
-        quantized = None
-    model = model.float().to(device).eval().requires_grad_(False)
-    for name in found if quantized else ():
-        _round_plainly(model, name, str(quantized))
-    return model
 
 
 def _write(folder: Path, view: StateView, base: StateView, model: nn.Module, found: Mapping[str, Rounded]) -> None:
