@@ -2,8 +2,8 @@
 
 Adapters of three strengths (updates of training) and three seeds are trained over an nf4 base through the ordinary
 recipe, merged with `--to-bits nf4`, and measured as the command does: KL to the merged model in floats on held-out
-rows, of the base, of plain rounding and of the merge. BASE is an hf folder with a tokenizer, or one of karpathy's tinyllamas
-with `tok512.json` beside it.
+rows, of the base, of plain rounding and of the merge. BASE is an hf folder with a tokenizer, or one of karpathy's
+tinyllamas with `tok512.json` beside it.
 """
 
 from __future__ import annotations
