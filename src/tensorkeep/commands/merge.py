@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tensorkeep.commands.merge_bits import merge_in_bits
+from tensorkeep.commands.merge_forward import merge_proven_forward
 from tensorkeep.commands.shared import (
     Flag,
     Say,
@@ -18,6 +22,7 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
+from tensorkeep.commands.train_language import Several
 from tensorkeep.conversion.fit import Offer
 from tensorkeep.conversion.row_maps import Run
 from tensorkeep.errors import TensorkeepError, word
@@ -42,6 +47,10 @@ def merge(
     config: str | None = None,
     untie: Flag = False,
     allow_other_base: Flag = False,
+    to_bits: Literal["nf4", "fp4"] | None = None,
+    calibrate: Several = (),
+    prove_forward: Several = (),
+    device: str | None = None,
     dry_run: Flag = False,
     overwrite: Flag = False,
     say: Say = Say(),
@@ -64,27 +73,55 @@ def merge(
         config: A config.json, or a folder with one, for a base that brings none.
         untie: Write head and embedding as two tensors, where the adapter changes one of a tied pair.
         allow_other_base: Merge though the adapter names another base by digest.
+        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate.
+        calibrate: Texts like what the model is for, as training reads them; may be given several times.
+        prove_forward: Texts to run the merged model on, layer by layer beside its base with the adapter active in PEFT.
+        device: Where --to-bits and --prove-forward compute, cpu or cuda. Default: a GPU where there is one.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
-    from tensorkeep.adapters import merging
     from tensorkeep.adapters.planning import plan_merge
 
     out = say.output()
     formats.writer(to, models=True)
-    if len(paths) < 2:
-        raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
+    _refuse(paths, to, naming, dtype, to_bits, prove_forward)
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
         _name_as_files(base, sources)
-        merging.refuse_merged_before(base, sources)
-        merging.refuse_other_base(base, [] if allow_other_base else sources)
-        made: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to)}
-        made |= {"dtype": known_dtype(dtype, "merge", paths), "untie": untie}
+        _refuse_sources(base, sources, allow_other_base)
+        made: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to), "untie": untie}
+        made["dtype"] = "F32" if to_bits else known_dtype(dtype, "merge", paths)
         job = plan_merge(base, sources, to, onto=onto, ask=names_for, **made)
         job.plan.ranks = ranks
         job.plan.notes += _left_out_by_peft(base, sources)
-        return _carry_out(out, job, paths[-1], to, shard_limit(shard_size, to, paths[-1]), dry_run, overwrite)
+        limit = shard_limit(shard_size, to, paths[-1])
+        if to_bits is not None and not dry_run:
+            return merge_in_bits(out, job, base, paths[-1], to_bits, calibrate, device, limit, overwrite)
+        given = (out, job, base, paths[-1], prove_forward, device, limit, overwrite)
+        proven = partial(merge_proven_forward, *given) if prove_forward else None
+        return _carry_out(out, job, paths[-1], to, limit, dry_run, overwrite, proven)
+
+
+def _refuse(
+    paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, bits: str | None, forward: tuple[str, ...]
+) -> None:
+    """Refuse words that make no merge."""
+    other = to != "hf" or naming not in (None, "hf")
+    if bits and (other or dtype):
+        raise TensorkeepError("4-bit weights are an hf folder alone", where="--to-bits", hint="leave --to, --dtype out")
+    if forward and (other or bits):
+        what, hint = "an hf folder of floats alone is run beside PEFT", "leave --to, --naming and --to-bits out"
+        raise TensorkeepError(what, where="--prove-forward", hint=hint)
+    if len(paths) < 2:
+        raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
+
+
+def _refuse_sources(base: StateView, sources: list[Any], allow_other_base: bool) -> None:
+    """Refuse adapters that the base holds already, or that name another one."""
+    from tensorkeep.adapters import merging
+
+    merging.refuse_merged_before(base, sources)
+    merging.refuse_other_base(base, [] if allow_other_base else sources)
 
 
 def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
@@ -106,7 +143,16 @@ def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
     return notes
 
 
-def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
+def _carry_out(
+    out: Output,
+    job: Any,
+    sink: str,
+    to: str,
+    limit: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    proven: Callable[..., Any] | None,
+) -> int:
     """Merge as planned, or show the plan alone."""
     from tensorkeep.adapters import merging
     from tensorkeep.commands.programs import installed
@@ -121,7 +167,7 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
         return _show_plan(out, job, proof, sink, to)
     prepare(out, sink)
     with out.progress() as progress:
-        done = merging.merge(job, sink, to, limit, overwrite, progress)
+        done = proven(progress) if proven else merging.merge(job, sink, to, limit, overwrite, progress)
     for note in done.notes:
         out.remark(f"note: {note.code} {note.message}")
     for said in found_in_store(done):

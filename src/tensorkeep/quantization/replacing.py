@@ -32,7 +32,16 @@ def over(linear: nn.Module, made: QuantLinear) -> nn.Module:
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Tell whether one of the patterns fits a name and none of the others does."""
+    """Tell whether one of the patterns fits a name and none of the others does.
+
+    Args:
+        name: of a module.
+        include: patterns (see `formats.names.matches`).
+        exclude: patterns.
+
+    Returns:
+        Whether it is chosen.
+    """
     return matches(name, include) and not matches(name, exclude)
 
 

@@ -1,0 +1,105 @@
+"""How much of an adapter survives a merge in 4 bits: `python -m benchmarks.rounded_merges BASE TEXTS --out FILE`.
+
+Adapters of three strengths (updates of training) and three seeds are trained over an nf4 base through the ordinary
+recipe, merged with `--to-bits nf4`, and measured as the command does: KL to the merged model in floats on held-out
+rows, of the base, of plain rounding and of the merge. BASE is an hf folder with a tokenizer, or one of karpathy's
+tinyllamas with `tok512.json` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--updates", type=int, nargs="+", default=[10, 40, 160])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        shutil.copytree(args.base, place / "base")
+        pieces = args.base.parent / "tok512.json"
+        if not (place / "base" / "tokenizer.json").exists():
+            write_tokenizer(pieces, place / "base")
+        trained, rest = place / "trained.txt", place / "rest.txt"
+        text = args.texts.read_text()
+        trained.write_text(text[: len(text) // 2])
+        rest.write_text(text[len(text) // 2 :])
+        for updates in args.updates:
+            for seed in range(args.seeds):
+                row = measured(args, place, trained, rest, updates, seed)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(row, flush=True)
+
+
+def write_tokenizer(pieces: Path, folder: Path) -> None:
+    """A tokenizer of the same pieces; it cuts words as a unigram model does, not as theirs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    found = json.loads(pieces.read_text())
+    vocabulary = [(piece.replace(" ", "▁"), float(score)) for piece, score in zip(found["tokens"], found["scores"])]
+    made = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    names = {"unk_token": vocabulary[0][0], "bos_token": vocabulary[1][0], "eos_token": vocabulary[2][0]}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+
+
+def measured(args: Any, place: Path, trained: Path, rest: Path, updates: int, seed: int) -> dict[str, Any]:
+    """Train one adapter, merge it, and return the figures."""
+    name = f"{updates}-{seed}"
+    recipe = {
+        "version": 2,
+        "model": str(place / "base"),
+        "objective": "pretrain",
+        "data": {
+            "files": [str(trained)],
+            "length": args.length,
+            "packing": "concatenate",
+            "cache": str(place / "cache"),
+        },
+        "optimizer": {"lr": args.lr},
+        "schedule": {"kind": "constant"},
+        "adapter": {"lora_r": 8, "targets": ["*_proj"]},
+        "training": {"updates": updates, "epochs": None, "batch_size": 8, "seed": seed, "quantize_backbone": "nf4"},
+    }
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    run, out = place / f"run-{name}", place / f"out-{name}"
+    begun = time.perf_counter()
+    call("train", "language", str(place / f"{name}.yaml"), "--out", str(run), "--device", args.device, "--quiet")
+    mid = time.perf_counter()
+    words = ["--to-bits", "nf4", "--calibrate", str(rest), "--device", args.device, "--json"]
+    said = json.loads(call("merge", str(run), str(out), *words))["rounded"]
+    took = {"train s": round(mid - begun, 1), "merge s": round(time.perf_counter() - mid, 1)}
+    return {"updates": updates, "seed": seed, **{k: said[k] for k in ("kl", "loss", "kept", "kept_plain")}, **took}
+
+
+def call(*words: str) -> str:
+    """Run the command line; what it prints."""
+    done = subprocess.run([sys.executable, "-m", "tensorkeep", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""`tensorkeep merge --to-bits nf4`: merge in floats, then round to 4 bits for what the model computes on texts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tensorkeep.commands.programs import installed
+from tensorkeep.commands.shared import prepare
+from tensorkeep.conversion.execution import convert
+from tensorkeep.conversion.targets import check
+from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import StateView
+from tensorkeep.output import Output, size
+
+_SHOWN = 3  # layers that keep least
+
+
+def merge_in_bits(
+    out: Output,
+    job: Any,
+    base: StateView,
+    sink: str,
+    bits: Literal["nf4", "fp4"],
+    texts: Sequence[str],
+    device: str | None,
+    limit: int | None,
+    overwrite: bool,
+) -> int:
+    """Carry out a merge plan whose sink holds 4-bit weights; print how much of the update is left.
+
+    Args:
+        out: where to print.
+        job: a plan of float32 weights in an hf folder.
+        base: what the adapters are merged into.
+        sink: the folder to write.
+        bits: "nf4" or "fp4".
+        texts: files that say what the layers read.
+        device: to compute on; None: a GPU where there is one.
+        limit: bytes of a weight file.
+        overwrite: replace what is there.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        TensorkeepError: there is no text, or as `rounded_merge`.
+    """
+    from tensorkeep.adapters import merging
+    from tensorkeep.language.rounded_merge import rounded_merge
+
+    if not texts:
+        hint = "a file like what the model is for: JSON lines, text, parquet"
+        raise TensorkeepError("rounding needs texts to round by", where="--calibrate", hint=hint)
+    if "://" in sink:
+        raise TensorkeepError("rounds into a local folder alone", where=sink, hint="then: tensorkeep convert")
+    prepare(out, sink)
+    place = Path(sink).absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:
+        merged = Path(scratch) / "merged"
+        done = merging.merge(job, str(merged), "hf", None, False, progress)
+        rounding = Path(scratch) / "rounded"
+        said = out.remark
+        plan, figures = rounded_merge(str(merged), base, job.kind, texts, bits, rounding, device, progress, said)
+        proof = check(plan, "hf", Path(sink).name, programs=installed())
+        made = convert(plan, sink, "hf", limit, overwrite, progress)
+    for note in done.notes:
+        out.remark(f"note: {note.code} {note.message}")
+    if out.json:
+        out.document(_document(made, job, figures, proof))
+        return 0
+    _show(out, figures)
+    out.line(f"{made.path}: {len(made.digests)} tensors, {size(made.nbytes)}, {proof.line}")
+    return 0
+
+
+def _document(made: Any, job: Any, figures: dict[str, Any], proof: Any) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    return {
+        "sink": made.path,
+        "format": "hf",
+        "bytes": made.nbytes,
+        "tensors": len(made.digests),
+        "onto": job.onto,
+        "merged": len(job.terms),
+        "rounded": figures,
+        "proof": proof.to_json(),
+    }
+
+
+def _show(out: Output, figures: dict[str, Any]) -> None:
+    """Print the divergences, then the layers whose outputs are furthest off."""
+    kl, loss = figures["kl"], figures["loss"]
+    spoken = {"base": "the base, without the update", "plain": "rounded number by number", "rounded": "this merge"}
+    kept = {"base": 0.0, "plain": figures["kept_plain"], "rounded": figures["kept"]}
+    rows = [[spoken[n], f"{kl[n]:.4g}", f"{100 * kept[n]:.1f} %", f"{loss[n]:.4f}"] for n in spoken]
+    columns = ["weights", "KL to the merged model", "of the update kept", "loss"]
+    out.table(columns, rows, right=columns[1:])
+    worst = sorted(figures["layers"], key=lambda r: -r["error"])[:_SHOWN]
+    named = ", ".join(f"{r['name']} {100 * r['error']:.2g} % (plain {100 * r['plain']:.2g} %)" for r in worst)
+    out.line(f"largest errors of a layer's output, squared: {named}")
+    by = f"{figures['kind']} at {figures['bits']:g} bits a weight, rounded by {figures['calibration_tokens']:,} tokens"
+    out.line(f"measured on {figures['tokens']:,} held-out tokens of the texts; {by}")
