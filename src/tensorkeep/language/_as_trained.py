@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language._data import make_data
+from tensorkeep.language._flow import StreamedData
 from tensorkeep.language.data.preferences import Pairs
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.language.start import Remark, load_tokenizer, loaded
@@ -56,7 +57,7 @@ def rows_of(merged: str, texts: Sequence[str], most: int, least: int, remark: Re
     with tempfile.TemporaryDirectory() as scratch:
         reading = replace(recipe, data=replace(recipe.data, cache=scratch))
         data = make_data(reading, reading.data, tokenizer, int(config.vocab_size), Path(scratch), World(), remark)
-        if isinstance(data, Pairs):
+        if isinstance(data, (Pairs, StreamedData)):
             raise TensorkeepError("preferences are no texts", where=texts[0])
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
         samples = (data.sample(i, torch.Generator().manual_seed(i))["input_ids"] for i in order)

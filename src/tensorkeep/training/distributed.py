@@ -141,18 +141,7 @@ def _met(rank: int, size: int, seconds: float) -> Store:
 
 
 def _agreed(start: Store, rank: int, size: int, seconds: float, fresh: bool = False) -> Store:
-    """Return a part of a store for the processes of this start alone, once all are there.
-
-    Args:
-        start: of all starts.
-        rank: of this process.
-        size: how many there are.
-        seconds: to wait.
-        fresh: no start was before this one.
-
-    Raises:
-        TensorkeepError: ranks did not come in time; they are named.
-    """
+    """Return a part of a store for the processes of this start alone, once all are there; `fresh`: it is the first."""
     own = secrets.token_hex(8)
     word = "first" if fresh else own if rank == 0 else _adopted(start, rank, size, own, seconds)
     store = PrefixStore(word, start)
