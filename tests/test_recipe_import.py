@@ -336,7 +336,7 @@ def test_whatever_may_change_the_numbers_is_listed_as_lost(tmp_path: Path, path:
     "text, what",
     [
         ("model = dict(type='TriDet')", "'TriDet' is not one that is built here"),
-        ("model = dict(backbone=dict(backbone=dict(type='VisionTransformerLadder')))", "VisionTransformerLadder"),
+        ("model = dict(backbone=dict(backbone=dict(type='VisionTransformerTwin')))", "VisionTransformerTwin"),
         ("model = dict(projection=dict(in_channels=width()))", "in_channels = width.. is not evaluated"),
         ("model = dict(projection=dict(max_seq_len='384'))", "expected int"),
         ("model = dict(projection=dict(arch=3))", "not the form"),

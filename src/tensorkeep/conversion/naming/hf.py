@@ -22,7 +22,9 @@ KNOWN = re.compile(
 PROJECTION = r"projection\.(embed|stem|branch)\.\d+\b"
 HEAD_PARTS = r"((cls_convs|reg_convs|scale)\.\d+|cls_head|reg_head|loss_normalizer)\b"
 DETECTOR = re.compile(
-    r"backbone\.(pos_embed|patch_embed\.proj|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.fc[12]|adapter))\b"
+    r"backbone\.(pos_embed|cls_token|patch_embed\.proj|fc_norm|norm\.(weight|bias)"
+    r"|ladders\.adapters\.\d+\.(gamma|\w+\.(weight|bias|lora_[AB]))"
+    r"|blocks\.\d+\.(norm[12]|attn|ls[12]\.gamma|mlp\.fc[12]|adapter))\b"
     rf"|{PROJECTION}|neck\.norms\.\d+\b|head\.{HEAD_PARTS}"
 )
 EMBEDDING = "model.embed_tokens.weight"

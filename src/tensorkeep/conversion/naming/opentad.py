@@ -7,7 +7,7 @@ Tensors are kept as they are: only path segments differ. `hf` names are here tho
 | backbone.model.backbone.patch_embed.projection.* | backbone.patch_embed.proj.* |
 | backbone.model.backbone.blocks.I.mlp.layers.0.0.* | backbone.blocks.I.mlp.fc1.* |
 | backbone.model.backbone.blocks.I.mlp.layers.1.* | backbone.blocks.I.mlp.fc2.* |
-| backbone.model.backbone.* (the rest) | backbone.* |
+| backbone.model.backbone.* (the rest, side-tuning's ladders.adapters.K.* too) | backbone.* |
 | projection.* | projection.* |
 | neck.fpn_norms.L.* | neck.norms.L.* |
 | rpn_head.* | head.* |
@@ -43,7 +43,8 @@ _MLP: tuple[tuple[Segments, Segments], ...] = (
 # what only OpenTAD has, or only an mmaction backbone
 _MARKS = ("backbone.model.backbone.", "neck.fpn_norms.", "rpn_head.")
 KNOWN = re.compile(
-    r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
+    r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|ladders\.adapters\.\d+"
+    r"|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
     rf"|{PROJECTION}|neck\.fpn_norms\.\d+\b|rpn_head\.{HEAD_PARTS}|cls_head\.fc_cls\."
 )
 DROPPED = {"cls_head": "classifier of an action recognition model; a detector has its own head"}
@@ -145,7 +146,8 @@ def from_hf(name: str, backbone_only: bool = False) -> str | None:
     for theirs, ours in (_MMACTION,) if backbone_only else _PARTS:
         if segments[: len(ours)] == ours:
             rest = segments[len(ours) :]
-            return ".".join(theirs + (backbone_segments(rest, forward=False) if ours == ("backbone",) else rest))
+            made = ".".join(theirs + (backbone_segments(rest, forward=False) if ours == ("backbone",) else rest))
+            return made if recognise(made) else None  # OpenTAD has no V-JEPA 2 and no InternVideo2
     return None
 
 

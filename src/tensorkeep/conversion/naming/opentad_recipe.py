@@ -13,6 +13,7 @@ _HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 _FRAMES = 16  # of a chunk, in every VideoMAE
 # what no shape shows; one class is a proposal head, which OpenTAD trains on ActivityNet
 _ASSUMED = "attention heads, windows and the window's length, drop paths, level ranges, centre radius, loss weights"
+_LADDER = "the blocks that the ladder reads"
 _THUMOS: dict[str, Any] = {"length": 768, "projection": {}, "head": {}}
 _ACTIVITYNET: dict[str, Any] = {
     "length": 192,
@@ -82,10 +83,11 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
     }
     if "backbone.patch_embed.proj.weight" in shapes:
         model = {"backbone": {**_backbone(shapes), "output_length": preset["length"]}, **model}
+    assumed = _ASSUMED if "backbone.ladders.adapters.0.gamma" not in shapes else f"{_ASSUMED}, {_LADDER}"
     text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None, width=100)
     return (
-        f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {_ASSUMED}.\n{text}",
-        _ASSUMED.split(", "),
+        f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {assumed}.\n{text}",
+        assumed.split(", "),
     )
 
 
@@ -96,6 +98,7 @@ def _backbone(shapes: Shapes) -> dict[str, Any]:
     found = [re.fullmatch(r"backbone\.blocks\.(\d+)\.adapter\.gamma", name) for name in shapes]
     adapted = sorted(int(match[1]) for match in found if match)
     depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
+    rungs = _count(shapes, r"backbone\.ladders\.adapters\.(\d+)\.")
     section: dict[str, Any] = {
         "vit": {
             "image_size": round((positions / (_FRAMES // tubelet)) ** 0.5) * patch,
@@ -112,7 +115,10 @@ def _backbone(shapes: Shapes) -> dict[str, Any]:
     if adapted:
         section["adapter"] = _adapter(shapes, f"backbone.blocks.{adapted[0]}.adapter", dim)
         section["adapter"] |= {} if len(adapted) == depth else {"blocks": adapted}
-    return {**section, "tuning": "adapter" if adapted else "all", "checkpointing": "segments"}
+    if rungs:  # which blocks they read no shape shows: in OpenTAD's configs the last ones
+        section["adapter"] = _adapter(shapes, "backbone.ladders.adapters.0", dim)
+        section["adapter"] |= {"kind": "ladder", "blocks": list(range(depth - rungs, depth))}
+    return {**section, "tuning": "adapter" if adapted or rungs else "all", "checkpointing": "segments"}
 
 
 def _adapter(shapes: Shapes, prefix: str, dim: int) -> dict[str, Any]:

@@ -12,9 +12,19 @@ Tuning = Literal["adapter", "all", "none"]
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
+def is_added(name: str) -> bool:
+    """Return whether a tensor of a backbone is of its adapters or low-rank updates, not of the pretrained network.
+
+    Args:
+        name: below the backbone or the detector.
+    """
+    parts = name.split(".")
+    return "adapter" in parts or "ladders" in parts or parts[-1] in ("lora_A", "lora_B")
+
+
 @dataclass(frozen=True)
 class VitConfig:
-    """Shape of a VideoMAE ViT.
+    """Shape of a ViT over chunks of frames.
 
     Attributes:
         image_size: pixels; only sizes the stored position table, frames may have any size.
@@ -58,16 +68,16 @@ class AdapterConfig:
 
     Attributes:
         kind: "tia" is AdaTAD's temporal-informative adapter, "plain" has no temporal convolution, "qlora" has frozen
-            projections under LoRA.
+            projections under LoRA; "ladder" is AdaTAD's side-tuning: adapters beside a ViT that no gradient enters.
         ratio: inner width of the adapter over the width of the ViT.
-        blocks: indices of the blocks; None: all.
+        blocks: indices of the blocks, with "ladder" of those that are read; None: all.
         lora_r: rank, "qlora" only.
         lora_alpha: scale of the updates times the rank, "qlora" only.
         lora_dropout: rate before the updates, "qlora" only.
         quantize_bits: of the frozen projections, "qlora" only.
     """
 
-    kind: Literal["tia", "plain", "qlora"] = "tia"
+    kind: Literal["tia", "plain", "qlora", "ladder"] = "tia"
     ratio: float = 0.25
     blocks: tuple[int, ...] | None = None
     lora_r: int = 16
@@ -191,9 +201,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A VideoMAE ViT as a detector's backbone, and what of it trains.
+    """A video network as a detector's backbone, and what of it trains.
 
     Attributes:
+        kind: which network, one of the table in `detection/backbones`.
         vit: its shape.
         adapter: adapters in its blocks; None: none.
         lora: low-rank updates on its linears; None: none.
@@ -203,6 +214,7 @@ class BackboneConfig:
         frozen_dtype: dtype in which frozen weights are held and computed.
     """
 
+    kind: str = "videomae"
     vit: VitConfig = field(default_factory=VitConfig)
     adapter: AdapterConfig | None = None
     lora: LoraConfig | None = None
@@ -210,6 +222,14 @@ class BackboneConfig:
     checkpointing: Checkpointing = "segments"
     output_length: int = 768
     frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.adapter is None or self.adapter.kind != "ladder":
+            return
+        if self.lora is not None or self.tuning == "all":
+            part = "low-rank updates" if self.lora is not None else "weights of the ViT (tuning: all)"
+            hint = "adapter.kind: tia, or leave them out"
+            raise TensorkeepError(f"a ladder lets no gradient reach {part}", where="model.backbone", hint=hint)
 
 
 @dataclass(frozen=True)

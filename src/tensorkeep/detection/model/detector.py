@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorkeep.detection.backbones import backbone_module
 from tensorkeep.detection.model.adapters import add_adapters, add_lora, cast_frozen, set_trainable
-from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig, is_added
 from tensorkeep.detection.model.head import Head, Losses, Neck, Predictions
 from tensorkeep.detection.model.projection import Projection
 from tensorkeep.detection.model.resize import linear_resize
@@ -42,7 +43,8 @@ def read_detector_config(path: str | Path) -> DetectorConfig:
 
 def build_backbone(config: BackboneConfig) -> VisionTransformer:
     """Build a ViT with its adapters and LoRA, and decide what of it trains."""
-    vit = VisionTransformer(config.vit, config.checkpointing)
+    kind: type[VisionTransformer] = backbone_module(config.kind).Backbone
+    vit = kind(config.vit, config.checkpointing)
     if config.adapter is not None:
         add_adapters(vit, config.adapter)
     if config.lora is not None:
@@ -170,9 +172,8 @@ def count_parameters(module: nn.Module) -> dict[str, ParameterCount]:
     """
     counts: dict[str, list[int]] = {}
     for name, parameter in module.named_parameters():
-        parts = name.split(".")
-        added = "adapter" in parts or parts[-1] in ("lora_A", "lora_B")
-        part = ("adapter" if added else "vit") if parts[0] == "backbone" else parts[0]
+        first = name.partition(".")[0]
+        part = ("adapter" if is_added(name) else "vit") if first == "backbone" else first
         for key in (part, "total"):
             entry = counts.setdefault(key, [0, 0])
             entry[0] += parameter.numel()

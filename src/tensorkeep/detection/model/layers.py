@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,16 @@ class VideoShape(NamedTuple):
     t: int
     h: int
     w: int
+
+
+class Rotation(Protocol):
+    """A linear map of q and k that depends on where their tokens are."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply it to `x [N, heads, L, d]`."""
+
+    def back(self, grad: Tensor) -> Tensor:
+        """Apply its transpose to a gradient `[N, heads, L, d]`."""
 
 
 def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:

@@ -6,6 +6,7 @@ Only what changes a number is read; whatever we do not compute the same way is r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tensorkeep.detection.model.config import (
@@ -25,7 +26,8 @@ from tensorkeep.training.sections import GroupRule
 
 Section = Mapping[str, Any]
 _LOSSES = {"DIOULoss": "diou", "GIOULoss": "giou"}
-_BACKBONES = ("VisionTransformerAdapter", "VisionTransformer", "VisionTransformerCP")
+_ADAPTED = {"VisionTransformerAdapter": "tia", "VisionTransformerLadder": "ladder"}
+_BACKBONES = (*_ADAPTED, "VisionTransformer", "VisionTransformerCP")
 
 
 def detector_config(model: Section) -> DetectorConfig:
@@ -107,7 +109,7 @@ def backbone_config(section: Section) -> BackboneConfig:
     if not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate"):
         what = "a ViT without q and v biases, or with dropout, is not built here"
         raise TensorkeepError(what, where=f"{where}.backbone")
-    adapted = inner["type"] == "VisionTransformerAdapter"
+    adapted = _ADAPTED.get(str(inner["type"]).removeprefix("mmaction."))
     frozen: Tuning = "none" if custom.get("freeze_backbone", False) else ("adapter" if adapted else "all")
     dim, frames = inner["embed_dims"], inner.get("num_frames", 16)
     normalise = section.get("data_preprocessor", {})
@@ -126,11 +128,11 @@ def backbone_config(section: Section) -> BackboneConfig:
         mean=tuple(normalise.get("mean", defaults.mean)),
         std=tuple(normalise.get("std", defaults.std)),
     )
-    # OpenTAD's own default, should a config not say
-    blocks = tuple(inner.get("adapter_index", (3, 5, 7, 11)))
+    # OpenTAD's own defaults, should a config not say
+    blocks = tuple(inner.get("adapter_index", range(6, 12) if adapted == "ladder" else (3, 5, 7, 11)))
     return BackboneConfig(
         vit=vit,
-        adapter=AdapterConfig(blocks=blocks) if adapted else None,
+        adapter=AdapterConfig("ladder" if adapted == "ladder" else "tia", blocks=blocks) if adapted else None,
         tuning=frozen,
         checkpointing="segments" if inner.get("with_cp", False) else "none",
         output_length=_output_length(custom, inner, frames, where),
@@ -153,12 +155,17 @@ def _output_length(custom: Section, inner: Section, frames: int, where: str) -> 
     return int(steps["Interpolate"]["size"]) if "Interpolate" in steps else own
 
 
-def optimizer_config(optimizer: Section) -> OptimizerConfig:
-    """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups."""
+def optimizer_config(optimizer: Section, ladder: bool = False) -> OptimizerConfig:
+    """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups.
+
+    `ladder`: whether the adapters are a ladder's; OpenTAD's word is any part of a name, a pattern is whole segments.
+    """
     _expect(optimizer, "type", ("AdamW",), "optimizer")
     backbone = optimizer.get("backbone", {})
     custom = backbone.get("custom", ())
     rules = [GroupRule(backbone_pattern(rule["name"]), rule["lr"], rule["weight_decay"]) for rule in custom]
+    if ladder:
+        rules = [replace(rule, pattern="adapters") if rule.pattern == "adapter" else rule for rule in rules]
     if backbone.get("lr") and "backbone" not in backbone.get("exclude", ()):
         rules.append(GroupRule(backbone_pattern(""), backbone["lr"], backbone["weight_decay"]))
     return OptimizerConfig(

@@ -206,7 +206,9 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
         lost.append(Setting("optimizer.paramwise", "", False, "biases, norms and scales do not decay here"))
     if model.backbone is not None and not frozen:
         _backbone_groups(optimizer["backbone"], lost)
-    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer)
+    adapter = None if model.backbone is None else model.backbone.adapter
+    ladder = adapter is not None and adapter.kind == "ladder"
+    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer, ladder)
     if not found.groups and model.backbone is not None and not frozen:  # a rate of 0 everywhere
         model = replace(model, backbone=replace(model.backbone, tuning="none"))
     custom = config["model"].get("backbone", Section()).get("custom", Section())
