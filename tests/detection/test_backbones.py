@@ -42,7 +42,7 @@ def backbone(kind: str, checkpointing: str = "none", **more: Any) -> VisionTrans
     """A small backbone of a kind, every parameter off its start."""
     torch.manual_seed(0)
     more = {"adapter": AdapterConfig(), **more}
-    made = build_backbone(BackboneConfig(kind, SHAPES[kind], checkpointing=checkpointing, **more))  # type: ignore[arg-type]
+    made = build_backbone(BackboneConfig(SHAPES[kind], kind=kind, checkpointing=checkpointing, **more))  # type: ignore[arg-type]
     tiny.wake(made)
     return made
 
@@ -129,7 +129,7 @@ def test_a_ladder_keeps_nothing_of_the_blocks() -> None:
     def kept(depth: int, adapter: AdapterConfig) -> int:
         torch.manual_seed(0)
         shape = replace(tiny.VIT, depth=depth)
-        vit = build_backbone(BackboneConfig("videomae", shape, adapter, checkpointing="none")).train()
+        vit = build_backbone(BackboneConfig(shape, adapter, checkpointing="none")).train()
         own, held = {p.untyped_storage().data_ptr() for p in vit.parameters()}, dict[int, int]()
 
         def pack(tensor: Tensor) -> Tensor:
@@ -154,25 +154,25 @@ def test_a_ladder_keeps_nothing_of_the_blocks() -> None:
 )
 def test_a_ladder_beside_what_it_cannot_train_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(TensorkeepError, match=re.escape(said)):
-        BackboneConfig("videomae", tiny.VIT, AdapterConfig("ladder"), **change)
+        BackboneConfig(tiny.VIT, AdapterConfig("ladder"), **change)
 
 
 def test_a_config_beside_the_weights_is_held_against_the_recipe(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = small_vjepa2(transformers)
     model.save_pretrained(tmp_path / "model")
-    wrong = build_backbone(BackboneConfig("vjepa2", replace(VJEPA2, heads=4)))
+    wrong = build_backbone(BackboneConfig(replace(VJEPA2, heads=4), kind="vjepa2"))
     with pytest.raises(TensorkeepError, match="heads 2, the recipe 4"):
         load_backbone(wrong, tmp_path / "model")
-    load_backbone(build_backbone(BackboneConfig("vjepa2", VJEPA2)), tmp_path / "model")
+    load_backbone(build_backbone(BackboneConfig(VJEPA2, kind="vjepa2")), tmp_path / "model")
     with pytest.raises(TensorkeepError, match=r"another kind of backbone is named by model\.backbone\.kind"):
-        load_backbone(build_backbone(BackboneConfig("videomae", VJEPA2)), tmp_path / "model")
+        load_backbone(build_backbone(BackboneConfig(VJEPA2)), tmp_path / "model")
 
 
 def test_metas_own_names_load_as_transformers_do() -> None:
     transformers = pytest.importorskip("transformers")
     state = small_vjepa2(transformers).state_dict()
-    ours, theirs = (build_backbone(BackboneConfig("vjepa2", VJEPA2)) for _ in range(2))
+    ours, theirs = (build_backbone(BackboneConfig(VJEPA2, kind="vjepa2")) for _ in range(2))
     load_backbone(ours, state)
     meta = {f"encoder.module.backbone.{name}": tensor for name, tensor in ours.state_dict().items()}
     meta |= {"predictor.module.backbone.predictor_norm.weight": torch.zeros(1), "target_encoder.x": torch.zeros(1)}

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tensorkeep.conversion.naming import opentad
-from tensorkeep.detection.model.config import AdapterConfig, BackboneConfig, VitConfig
+from tensorkeep.detection.model.config import AdapterConfig, BackboneConfig, SwinConfig, VitConfig
 from tensorkeep.detection.model.detector import build_backbone
 from tensorkeep.detection.model.layers import VideoShape
 from tensorkeep.detection.model.vit import VisionTransformer
@@ -62,7 +62,7 @@ def vit_config(shape: dict[str, Any]) -> VitConfig:
 
 def encoder_cases(was: Recorded, kind: str) -> Iterator[Case]:
     """An encoder's tokens after the last block, by weights that went through the loader."""
-    vit = build_backbone(BackboneConfig(kind, vit_config(was.shape), tuning="none")).eval()
+    vit = build_backbone(BackboneConfig(vit_config(was.shape), kind=kind, tuning="none")).eval()
     left = load_backbone(vit, was.under("weights/"))
     yield "weights left out are of the head", float(sum(vit_name(kind, name) for name in left)), 0
     theirs = was.tensors["out/tokens"]
@@ -86,7 +86,7 @@ def ladder_cases(was: Recorded) -> Iterator[Case]:
     """OpenTAD's side-tuning: feature map and gradients, under OpenTAD's names."""
     shape = was.shape
     adapter = AdapterConfig("ladder", shape["ratio"], tuple(shape["rungs"]))
-    vit = build_backbone(BackboneConfig("videomae", vit_config(shape), adapter))
+    vit = build_backbone(BackboneConfig(vit_config(shape), adapter))
     prefix = "backbone.model.backbone."
     renamed = {str(opentad.to_hf(prefix + n)).removeprefix("backbone."): t for n, t in was.under("weights/").items()}
     vit.load_state_dict(renamed)  # strictly
@@ -104,6 +104,26 @@ def ladder_cases(was: Recorded) -> Iterator[Case]:
         theirs = was.under("grad/")
         ours = {str(opentad.from_hf(f"backbone.{n}")).removeprefix(prefix): p.grad for n, p in vit.named_parameters()}
         ours = {name: grad for name, grad in ours.items() if grad is not None}
+        yield f"gradients, names ({mode})", float(len(ours.keys() ^ theirs.keys())), 0
+        yield f"gradients ({mode})", max(far(ours[n], g) for n, g in theirs.items() if n in ours), 1e-4
+
+
+def reversible_cases(was: Recorded) -> Iterator[Case]:
+    """Re2TAL's reversible Swin: feature map and gradients, by its own backward there and by both of ours here."""
+    shape = was.shape
+    fields = {name: tuple(shape[name]) for name in ("patch", "depths", "heads", "window")}
+    swin = SwinConfig(channels=shape["embed_dim"], drop_path=0.0, **fields)  # type: ignore[arg-type]
+    for mode in ("none", "reversible"):
+        config = BackboneConfig(kind="reversible_swin", swin=swin, tuning="all", checkpointing=mode)  # type: ignore[arg-type]
+        net = build_backbone(config).train()
+        prefix = "backbone.model.backbone."
+        weights = was.under("weights/")
+        yield f"left out ({mode})", float(len(load_backbone(net, {prefix + n: t for n, t in weights.items()}))), 0
+        yield f"names ({mode})", float(len(net.state_dict().keys() ^ weights.keys())), 0
+        maps = net(was.tensors["in/frames"], 1)
+        yield f"feature map ({mode})", far(maps, was.tensors["out/maps"]), 1e-5
+        (maps * was.tensors["in/weights"]).sum().backward()
+        theirs, ours = was.under("grad/"), {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
         yield f"gradients, names ({mode})", float(len(ours.keys() ^ theirs.keys())), 0
         yield f"gradients ({mode})", max(far(ours[n], g) for n, g in theirs.items() if n in ours), 1e-4
 
@@ -129,7 +149,7 @@ def vjepa2_cases(large: bool = False) -> Iterator[Case]:
     theirs = transformers.VJEPA2Model(config).eval()
     wake(theirs)
     shape = VitConfig(size, 16, dim, depth, heads, 2 * dim, 4, 2, 0.0)
-    vit = build_backbone(BackboneConfig("vjepa2", shape, AdapterConfig(), checkpointing="none"))
+    vit = build_backbone(BackboneConfig(shape, AdapterConfig(), kind="vjepa2", checkpointing="none"))
     left = load_backbone(vit, theirs.state_dict())
     yield "left out are the predictor's", float(sum(not n.startswith("predictor.") for n in left)), 0
     frames = torch.randint(0, 256, (1, 3, 8, size, size), dtype=torch.uint8)
@@ -184,6 +204,7 @@ KINDS: dict[str, Any] = {
     "internvideo2": lambda was: encoder_cases(was, "internvideo2"),
     "internvideo2_separate": lambda was: encoder_cases(was, "internvideo2"),
     "ladder": ladder_cases,
+    "re2tal": reversible_cases,
 }
 
 

@@ -142,7 +142,7 @@ def load_pretrained(detector: Detector, path: str, shapes_only: bool = False) ->
     state = _state_of(Path(path), best=True)
     if state is None:
         view = read(path)
-        if not any(name.startswith("backbone.blocks.") for name in view):
+        if not any(name.startswith(("backbone.blocks.", "backbone.layers.")) for name in view):
             return load_backbone(detector.backbone, path, shapes_only=shapes_only)
         tensors: Mapping[str, Tensor] = {name: stored_tensor(view, name, shapes_only) for name in view}
     else:

@@ -24,6 +24,7 @@ HEAD_PARTS = r"((cls_convs|reg_convs|scale)\.\d+|cls_head|reg_head|loss_normaliz
 DETECTOR = re.compile(
     r"backbone\.(pos_embed|cls_token|patch_embed\.proj|fc_norm|norm\.(weight|bias)"
     r"|ladders\.adapters\.\d+\.(gamma|\w+\.(weight|bias|lora_[AB]))"
+    r"|patch_embed\.norm|norm3\.(weight|bias)|layers\.\d+\.(blocks\.\d+\.inv_block|downsample)"
     r"|blocks\.\d+\.(norm[12]|attn|ls[12]\.gamma|mlp\.fc[12]|adapter))\b"
     rf"|{PROJECTION}|neck\.norms\.\d+\b|head\.{HEAD_PARTS}"
 )

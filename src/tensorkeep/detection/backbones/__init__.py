@@ -2,7 +2,7 @@
 
 A kind's module has:
 
-- `Backbone(config, checkpointing)`: a `VisionTransformer`, or one that overrides the parts in which it differs;
+- `Backbone(config, checkpointing)`: a `VideoBackbone`; mostly a `VisionTransformer` that overrides what differs;
 - `own_name(name)`: the name in the backbone of a tensor of the published files; None where it has none;
 - `dropped(name)`: why a tensor of those files has no place in a backbone; None where it has one or is unknown;
 - `third(name)`: 0, 1 or 2 where a file stores query, key and value apart, and a tensor is that third of our fused rows;
@@ -21,6 +21,7 @@ BACKBONES = {
     "videomae": "tensorkeep.detection.backbones.videomae",
     "vjepa2": "tensorkeep.detection.backbones.vjepa2",
     "internvideo2": "tensorkeep.detection.backbones.internvideo2",
+    "reversible_swin": "tensorkeep.detection.backbones.reversible_swin",
 }
 
 

@@ -1,8 +1,6 @@
-"""What comes before a video transformer's first block: colours, tokens of tubelets, and the table of positions."""
+"""What comes before a video transformer's first block: tokens of tubelets, and the table of positions."""
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -84,16 +82,3 @@ def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[in
         planes = table.view(*stored, -1).permute(0, 3, 1, 2)  # [t, C, g, g]
         planes = F.interpolate(planes, size=grid[1:], mode="bicubic", align_corners=False)
         return planes.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1])  # [1, t*h*w, C]
-
-
-def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return `(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
-    centre, spread = _channel_constants(mean, std, frames.device)
-    return (frames.float() - centre) / spread
-
-
-@lru_cache(maxsize=8)
-def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation as tensors `[3, 1, 1, 1]` on a device."""
-    values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
-    return values[0], values[1]

@@ -233,7 +233,7 @@ class AdaptedTransformer(Protocol):
 
     config: VitConfig
     blocks: nn.ModuleList
-    ladders: Ladder | None
+    ladders: nn.Module | None
     fc_norm: nn.Module | None
 
 

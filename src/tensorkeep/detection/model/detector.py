@@ -14,9 +14,9 @@ from tensorkeep.detection.backbones import backbone_module
 from tensorkeep.detection.model.adapters import add_adapters, add_lora, cast_frozen, set_trainable
 from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig, is_added
 from tensorkeep.detection.model.head import Head, Losses, Neck, Predictions
+from tensorkeep.detection.model.layers import VideoBackbone
 from tensorkeep.detection.model.projection import Projection
 from tensorkeep.detection.model.resize import linear_resize
-from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.recipe import read_section
 from tensorkeep.training.schema import from_mapping
@@ -41,20 +41,23 @@ def read_detector_config(path: str | Path) -> DetectorConfig:
     return read_section(path, "model", DetectorConfig)
 
 
-def build_backbone(config: BackboneConfig) -> VisionTransformer:
-    """Build a ViT with its adapters and LoRA, and decide what of it trains."""
-    kind: type[VisionTransformer] = backbone_module(config.kind).Backbone
-    vit = kind(config.vit, config.checkpointing)
+def build_backbone(config: BackboneConfig) -> Any:
+    """Build a `VideoBackbone` with its adapters and LoRA, and decide what of it trains."""
+    vit = backbone_module(config.kind).Backbone(config.network, config.checkpointing)
     if config.adapter is not None:
         add_adapters(vit, config.adapter)
     if config.lora is not None:
         add_lora(vit, config.lora)
     set_trainable(vit, config.tuning)
+    if config.freeze_norms:
+        for norm in vit.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.requires_grad_(False)
     return vit
 
 
-def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tensor:
-    """Turn frames into features with a ViT.
+def video_features(vit: VideoBackbone, frames: Tensor, length: int) -> Tensor:
+    """Turn frames into features with a video network.
 
     The frames are cut into chunks, encoded, averaged over space, joined in time and resampled linearly.
 
@@ -67,10 +70,10 @@ def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tenso
         `[B, C, length]`, float32.
 
     Raises:
-        TensorkeepError: T is no multiple of the ViT's chunk of frames.
+        TensorkeepError: T is no multiple of the network's chunk of frames.
     """
     batch, channels, total, height, width = frames.shape
-    size = vit.config.chunk_frames
+    size = vit.config.chunk_frames or total
     if total % size:
         what = f"{total} frames are not a multiple of the chunk of {size}"
         raise TensorkeepError(what, where="detector", hint=f"take windows of a multiple of {size} frames")
@@ -108,7 +111,7 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = None if config.backbone is None else build_backbone(config.backbone)
+        self.backbone: VideoBackbone | None = None if config.backbone is None else build_backbone(config.backbone)
         self.projection = Projection(config.projection)
         self.neck = Neck(config.projection.channels, len(config.head.strides))
         self.head = Head(config.head, config.projection.channels)

@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.detection.model._chain import KeptInputs, run_chain
 from tensorkeep.detection.model._frozen import FrozenLink, FrozenTrunk, attention_kept, run_frozen
-from tensorkeep.detection.model._positions import PatchEmbed, normalise_frames, resize_positions, sinusoid_table
+from tensorkeep.detection.model._positions import PatchEmbed, resize_positions, sinusoid_table
 from tensorkeep.detection.model._recompute import AutogradLink, Link, keep_attention, part_size, run_segment
 from tensorkeep.detection.model.adapters import Ladder
 from tensorkeep.detection.model.config import Checkpointing, VitConfig
-from tensorkeep.detection.model.layers import Rotation, VideoShape, add_kept, draw_kept
+from tensorkeep.detection.model.layers import Rotation, VideoBackbone, VideoShape, add_kept, draw_kept, normalise_frames
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.training.offload import HostStore
@@ -152,7 +152,7 @@ class Block(nn.Module):
         return self.adapt(self.trunk(x, shape), shape)  # [N, L, C]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(VideoBackbone):
     """Video encoder, chunk by chunk: VideoMAE's, and with other parts (`make_block` and its like) another's.
 
     Args:
@@ -187,13 +187,17 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self._resized: tuple[Any, Tensor] | None = None
         self._host = HostStore()
-        self.ladders: Ladder | None = None
-        self.fc_norm: nn.Module | None = None
+        self.ladders = None
+        self.fc_norm = None
         self.make_positions()
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(self.make_block(rate) for rate in rates)
         self.make_norm()
         self.apply(_initialise)
+
+    def parts(self) -> list[nn.Module]:
+        """Return the blocks, first to last."""
+        return list(self.blocks)
 
     def make_positions(self) -> None:
         """Make the table of positions, a buffer or parameter `pos_embed`; a kind without a table makes none."""
@@ -241,7 +245,7 @@ class VisionTransformer(nn.Module):
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         stream = [self.begin(tokens, shape)]
         del tokens
-        if self.ladders is not None:
+        if isinstance(self.ladders, Ladder):
             return self.finish(self._climb(self.ladders, blocks, stream.pop(), shape))
         if self.checkpointing == "segments":
             return self.finish(self._run_segments(blocks, stream.pop(), shape))

@@ -15,6 +15,7 @@ from tensorkeep.detection.model.config import (
     DetectorConfig,
     HeadConfig,
     ProjectionConfig,
+    SwinConfig,
     Tuning,
     VitConfig,
 )
@@ -27,7 +28,8 @@ from tensorkeep.training.sections import GroupRule
 Section = Mapping[str, Any]
 _LOSSES = {"DIOULoss": "diou", "GIOULoss": "giou"}
 _ADAPTED = {"VisionTransformerAdapter": "tia", "VisionTransformerLadder": "ladder"}
-_BACKBONES = (*_ADAPTED, "VisionTransformer", "VisionTransformerCP")
+REVERSIBLE = "SwinTransformer3D_inv"
+_BACKBONES = (*_ADAPTED, "VisionTransformer", "VisionTransformerCP", REVERSIBLE)
 
 
 def detector_config(model: Section) -> DetectorConfig:
@@ -106,6 +108,8 @@ def backbone_config(section: Section) -> BackboneConfig:
     where = "model.backbone"
     custom, inner = section.get("custom", {}), section["backbone"]
     _expect(inner, "type", _BACKBONES, f"{where}.backbone")
+    if inner["type"] == REVERSIBLE:
+        return _reversible(section, where)
     if not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate"):
         what = "a ViT without q and v biases, or with dropout, is not built here"
         raise TensorkeepError(what, where=f"{where}.backbone")
@@ -136,6 +140,40 @@ def backbone_config(section: Section) -> BackboneConfig:
         tuning=frozen,
         checkpointing="segments" if inner.get("with_cp", False) else "none",
         output_length=_output_length(custom, inner, frames, where),
+    )
+
+
+def _reversible(section: Section, where: str) -> BackboneConfig:
+    """Translate the `backbone` dict of Re2TAL's reversible Swin."""
+    custom, inner, normalise = section.get("custom", {}), section["backbone"], section.get("data_preprocessor", {})
+    depths, modes = tuple(inner.get("depths", (2, 2, 6, 2))), inner.get("inv_mode", ["custom_backprop"])
+    odd = not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate")
+    if odd or not inner.get("patch_norm", False) or inner.get("qk_scale") or inner.get("frozen_stages", -1) >= 0:
+        what = "a Swin without biases or patch norm, with dropout, qk_scale or frozen stages, is not built here"
+        raise TensorkeepError(what, where=f"{where}.backbone")
+    steps = {step["type"]: step for step in custom.get("post_processing_pipeline", ())}
+    if set(steps) != {"Reduce", "Interpolate"} or steps["Reduce"].get("reduction") != "mean":
+        what = "post_processing_pipeline is not: mean over space, interpolate"
+        raise TensorkeepError(what, where=f"{where}.custom")
+    defaults = SwinConfig()
+    swin = SwinConfig(
+        patch=tuple(inner.get("patch_size", (4, 4, 4))),
+        channels=inner.get("embed_dim", defaults.channels),
+        depths=depths,
+        heads=tuple(inner.get("num_heads", defaults.heads)),
+        window=tuple(inner.get("window_size", (2, 7, 7))),
+        mlp_ratio=float(inner.get("mlp_ratio", defaults.mlp_ratio)),
+        drop_path=inner.get("drop_path_rate", defaults.drop_path),
+        mean=tuple(normalise.get("mean", defaults.mean)),
+        std=tuple(normalise.get("std", defaults.std)),
+    )
+    return BackboneConfig(
+        kind="reversible_swin",
+        swin=swin,
+        tuning="none" if custom.get("freeze_backbone", False) else "all",
+        freeze_norms=custom.get("norm_eval", True),
+        checkpointing="none" if set(modes) == {"vanilla"} else "reversible",
+        output_length=int(steps["Interpolate"]["size"]),
     )
 
 

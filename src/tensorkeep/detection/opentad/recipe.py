@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.opentad._config_file import Setting, read_config, unread
 from tensorkeep.detection.opentad._literals import Section, Unknown
-from tensorkeep.detection.opentad._model_section import detector_config, optimizer_config, schedule_config
+from tensorkeep.detection.opentad._model_section import REVERSIBLE, detector_config, optimizer_config, schedule_config
 from tensorkeep.detection.opentad._pipelines import data_config, expected
 from tensorkeep.detection.recipe.schema import (
     ClassifierConfig,
@@ -249,10 +249,15 @@ def _model(model: Section, lost: list[Setting]) -> DetectorConfig:
     if qlora:
         inner = _same(inner, type="VisionTransformerAdapter")
         model = _same(model, backbone=_same(backbone, backbone=inner))
+    if str(inner["type"]).removeprefix("mmaction.") == REVERSIBLE:
+        for step in backbone.get("custom", Section()).get("post_processing_pipeline", ()):
+            expected(step, "ops", "b t c tt h w -> b c tt")
+            expected(step, "keys", ["feats"])
+        return detector_config(model)
     expected(inner, "return_feat_map", True)
     inner.seen.add("use_mean_pooling")  # acts on what return_feat_map leaves out
     config = detector_config(model)
-    assert config.backbone is not None
+    assert config.backbone is not None and config.backbone.vit is not None
     depth, frames = config.backbone.vit.depth, config.backbone.vit.chunk_frames
     _check_chunks(backbone.get("custom", Section()), frames, lost)
     adapter = config.backbone.adapter

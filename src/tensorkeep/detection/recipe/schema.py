@@ -276,8 +276,9 @@ class DetectionRecipe:
             what = f"model.backbone.output_length {backbone.output_length} is not data.window_size {data.window_size}"
             raise TensorkeepError(what, where="model", hint="--window_size sets both")
         frames = data.window_size * data.scale_factor
-        if frames % backbone.vit.chunk_frames:
-            what = f"{frames} frames of a window are no multiple of chunk_frames {backbone.vit.chunk_frames}"
+        chunk = backbone.network.chunk_frames
+        if chunk and frames % chunk:
+            what = f"{frames} frames of a window are no multiple of chunk_frames {chunk}"
             raise TensorkeepError(what, where="data", hint="frames are window_size x scale_factor")
         ladder = backbone.adapter is not None and backbone.adapter.kind == "ladder"
         if self.training.parallel == "fsdp" and ladder:
