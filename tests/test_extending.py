@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipe: one file and one table line add a format, a naming, a check, a kind of adapter.
+"""CONTRIBUTING's recipe: one file and one table line add a format, a naming, a check, a kind of adapter, a backbone.
 
 The files are those in tests/extending; each test adds one line to a table, and every command that should knows it.
 """
@@ -174,7 +174,7 @@ def test_the_recipe_names_the_tables_and_their_files() -> None:
     recipe = (ROOT / "CONTRIBUTING.md").read_text()
     for place in re.findall(r"`(src/tensorkeep/[\w/.]+)`", recipe):
         assert (ROOT / place).exists(), place
-    for word in ("FORMATS", "NAMINGS", "CODES", "ADAPTER_KINDS"):
+    for word in ("FORMATS", "NAMINGS", "CODES", "ADAPTER_KINDS", "BACKBONES"):
         assert word in recipe
 
 
