@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorkeep import cli
-from tensorkeep.detection.model.adapters import LoRALinear
+from tensorkeep.detection.model.adapters import LoRALinear, cast_frozen
 from tensorkeep.detection.model.config import AdapterConfig, BackboneConfig, LoraConfig, VitConfig
 from tensorkeep.detection.model.detector import build_backbone, count_parameters, video_features
 from tensorkeep.detection.model.quantization import quantize_backbone
@@ -329,3 +329,14 @@ def test_check_tells_of_random_and_of_unfit_weights(
     assert code == 1 and "none.pth" in weights
     code, weights, _ = checked(recipe("vjepa2", place, model__backbone__kind="videomae"))
     assert code == 1 and "unknown tensor" in weights
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_backbone_held_in_bfloat16_trains_its_adapters_nearly_the_same_way(kind: str) -> None:
+    wanted = gradients(backbone(kind, "segments"))
+    vit = backbone(kind, "segments")
+    cast_frozen(vit, torch.bfloat16)
+    found = gradients(vit)
+    assert found.keys() == wanted.keys() and all(grad.dtype == torch.float32 for grad in found.values())
+    ours, theirs = (torch.cat([side[name].flatten() for name in wanted]) for side in (found, wanted))
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99

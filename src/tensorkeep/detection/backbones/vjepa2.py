@@ -31,6 +31,7 @@ _THIRDS = ("query", "key", "value")
 _DROPPED = {
     "predictor": "predictor of the masked pre-training",
     "target_encoder": "average of the encoder that pre-training aims at",
+    "opt": "optimizer state",
     "pooler": "attentive pooling of an action recognition model",
     "classifier": "classifier of an action recognition model; a detector has its own head",
 }

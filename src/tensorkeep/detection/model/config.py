@@ -333,8 +333,8 @@ class DetectorConfig:
             what = f"the head has {len(self.head.strides)} levels, the projection {levels}"
             raise TensorkeepError(what, where="detector", hint="strides need one entry for each level")
         if self.backbone is not None and self.backbone.network.embed_dim != self.projection.in_channels:
-            own = self.backbone.network.embed_dim
-            what = f"projection.in_channels {self.projection.in_channels} is not the backbone's {own}"
+            own, whose = self.backbone.network.embed_dim, "ViT" if self.backbone.swin is None else "Swin"
+            what = f"projection.in_channels {self.projection.in_channels} is not the {whose}'s {own}"
             raise TensorkeepError(what, where="detector")
 
 
