@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorkeep import cli
 from tensorkeep.detection.model.adapters import LoRALinear, cast_frozen
@@ -155,6 +155,21 @@ def test_a_ladder_keeps_nothing_of_the_blocks() -> None:
 def test_a_ladder_beside_what_it_cannot_train_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(TensorkeepError, match=re.escape(said)):
         BackboneConfig(tiny.VIT, AdapterConfig("ladder"), **change)
+
+
+def test_positions_of_another_number_of_frames_are_resized_in_time() -> None:
+    was = parity.recorded(ROOT / "tests/data/backbones/internvideo2.safetensors")
+    weights, shape = was.under("weights/"), parity.vit_config(was.shape)  # four frames of four places
+    longer = build_backbone(BackboneConfig(replace(shape, chunk_frames=8), kind="internvideo2"))
+    load_backbone(longer, weights)
+    stored, made = weights["pos_embed"], longer.pos_embed.detach()
+    assert torch.equal(made[:, 0], stored[:, 0])  # the class token's
+    wanted = [nn.functional.interpolate(stored[0, 1 + at :: 4].T[None], 8, mode="linear")[0].T for at in range(4)]
+    assert torch.allclose(made[0, 1:].view(8, 4, -1), torch.stack(wanted, 1))
+    assert torch.allclose(made[0, 1:5], stored[0, 1:5])  # the ends stay
+    with torch.device("meta"):
+        blank = build_backbone(BackboneConfig(replace(shape, chunk_frames=8), kind="internvideo2"))
+    load_backbone(blank, {name: tensor.to("meta") for name, tensor in weights.items()})
 
 
 def test_a_config_beside_the_weights_is_held_against_the_recipe(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ A kind's module has:
 - `own_name(name)`: the name in the backbone of a tensor of the published files; None where it has none;
 - `dropped(name)`: why a tensor of those files has no place in a backbone; None where it has one or is unknown;
 - `third(name)`: 0, 1 or 2 where a file stores query, key and value apart, and a tensor is that third of our fused rows;
-- `joined(tensors)`: renamed tensors as the backbone has them, where a file's are stored otherwise;
+- `joined(tensors, config)`: renamed tensors as the backbone has them, where a file's are stored otherwise;
 - `stated(config)`: fields of the shape (`VitConfig`) that a `config.json` beside the weights states.
 """
 

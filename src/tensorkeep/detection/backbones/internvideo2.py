@@ -183,15 +183,29 @@ def dropped(name: str) -> str | None:
     return _DROPPED.get(first) or (_OTHER if first in _OF_OTHERS else None)
 
 
-def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with one table of positions in the place of separate ones for space and time.
+def joined(tensors: Mapping[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
+    """Return the tensors with one table of positions, for as many time steps as the backbone's clips have.
+
+    Separate tables for space and time become one; a table of twice or half as many steps is resized linearly in time,
+    as the original does. Others are left to be refused: they may be of other pixels than `image_size` says.
 
     Args:
         tensors: by the backbone's names.
+        config: the backbone's shape.
     """
-    if not all(name in tensors for name in _SEPARATE):
-        return dict(tensors)
-    space, time, first = (tensors[name] for name in _SEPARATE)
-    table = space.repeat(1, time.shape[1], 1) + time.repeat_interleave(space.shape[1], 1)
-    rest = {name: tensor for name, tensor in tensors.items() if name not in _SEPARATE}
-    return {**rest, "pos_embed": torch.cat([first, table], 1)}
+    made = dict(tensors)
+    if all(name in tensors for name in _SEPARATE):
+        space, time, first = (made.pop(name) for name in _SEPARATE)
+        table = space.repeat(1, time.shape[1], 1) + time.repeat_interleave(space.shape[1], 1)
+        made["pos_embed"] = torch.cat([first, table], 1)
+    places, steps = (config.image_size // config.patch_size) ** 2, config.chunk_frames // config.tubelet
+    stored = made.get("pos_embed")
+    if stored is None or stored.ndim != 3 or stored.shape[1] - 1 not in (2 * places * steps, places * steps // 2):
+        return made
+    table = stored[0, 1:].view(-1, places, stored.shape[-1]).permute(1, 2, 0)  # [h*w, C, t]
+    if stored.device.type != "meta":
+        table = nn.functional.interpolate(table.float(), size=steps, mode="linear").to(stored.dtype)
+    else:
+        table = table[..., :1].expand(-1, -1, steps)
+    table = table.permute(2, 0, 1).flatten(0, 1)[None]  # [1, t*h*w, C]
+    return {**made, "pos_embed": torch.cat([stored[:, :1], table], 1)}

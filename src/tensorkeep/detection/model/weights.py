@@ -84,7 +84,7 @@ def load_backbone(
         source = {name: stored_tensor(view, stored, shapes_only) for stored, name in identify(view).names.items()}
     renamed, left = _renamed(vit, kind, word, source, where)
     if hasattr(kind, "joined"):
-        renamed = kind.joined(renamed)
+        renamed = kind.joined(renamed, vit.config)
     own = vit.state_dict()
     new = [n for n in own if is_added(n)]
     fixed = [n for n, _ in vit.named_buffers() if n == "pos_embed"]
