@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep import cli
+from tensorkeep.conversion.naming import identify
 from tensorkeep.detection.model.adapters import LoRALinear, cast_frozen
 from tensorkeep.detection.model.config import AdapterConfig, BackboneConfig, LoraConfig, VitConfig
 from tensorkeep.detection.model.detector import build_backbone, count_parameters, video_features
@@ -24,6 +25,7 @@ from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.detection.model.weights import load_backbone
 from tensorkeep.detection.start import load_detector, open_detector
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.formats.view import read
 from tensorkeep.quantization.linear import QuantLinear
 from tests.detection import runs, tiny
 from tests.parity import backbones as parity
@@ -182,6 +184,18 @@ def test_a_config_beside_the_weights_is_held_against_the_recipe(tmp_path: Path) 
     load_backbone(build_backbone(BackboneConfig(VJEPA2, kind="vjepa2")), tmp_path / "model")
     with pytest.raises(TensorkeepError, match=r"another kind of backbone is named by model\.backbone\.kind"):
         load_backbone(build_backbone(BackboneConfig(VJEPA2)), tmp_path / "model")
+
+
+def test_an_internvideo2_file_is_nobody_elses(tmp_path: Path) -> None:
+    weights = parity.recorded(ROOT / "tests/data/backbones/internvideo2.safetensors").under("weights/")
+    shape = parity.vit_config(parity.recorded(ROOT / "tests/data/backbones/internvideo2.safetensors").shape)
+    for root in ("module", "model"):
+        torch.save({root: weights, "epoch": 3}, tmp_path / "f.pth")
+        assert identify(read(tmp_path / "f.pth")).naming in (None, "hf")  # `convert` keeps its names
+        sink = build_backbone(BackboneConfig(shape, kind="internvideo2"))
+        left = load_backbone(sink, tmp_path / "f.pth")
+        assert left and all(name.startswith(("clip_projector.", "fc_norm.", "head.")) for name in left)
+        assert torch.equal(sink.state_dict()["blocks.1.ls2.gamma"], weights["blocks.1.ls2.gamma"])
 
 
 def test_metas_own_names_load_as_transformers_do() -> None:
