@@ -1,4 +1,4 @@
-"""CONTRIBUTING's recipe: one file and one table line add a format, a naming, a check, a kind of adapter.
+"""CONTRIBUTING's recipe: one file and one table line add a format, a naming, a check, a kind of adapter, a backbone.
 
 The files are those in tests/extending; each test adds one line to a table, and every command that should knows it.
 """
@@ -174,5 +174,34 @@ def test_the_recipe_names_the_tables_and_their_files() -> None:
     recipe = (ROOT / "CONTRIBUTING.md").read_text()
     for place in re.findall(r"`(src/tensorkeep/[\w/.]+)`", recipe):
         assert (ROOT / place).exists(), place
-    for word in ("FORMATS", "NAMINGS", "CODES", "ADAPTER_KINDS"):
+    for word in ("FORMATS", "NAMINGS", "CODES", "ADAPTER_KINDS", "BACKBONES"):
         assert word in recipe
+
+
+def test_a_backbone_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from tensorkeep.detection.backbones import BACKBONES
+    from tensorkeep.detection.model.config import AdapterConfig
+    from tensorkeep.detection.model.detector import video_features
+    from tensorkeep.detection.model.quantization import quantize_backbone
+    from tensorkeep.detection.start import load_pretrained
+    from tensorkeep.errors import TensorkeepError
+    from tests.detection import tiny
+
+    frames, plain = tiny.batch()[0], tiny.detector()
+    with pytest.raises(TensorkeepError, match="unknown backbone 'dummy'"):
+        tiny.detector(kind="dummy")
+
+    monkeypatch.setitem(BACKBONES, "dummy", "tests.extending.dummy_backbone")
+
+    made = tiny.detector(kind="dummy", adapter=AdapterConfig())
+    stored = {f"dummy.{n}": t for n, t in plain.backbone.state_dict().items() if "adapter" not in n}
+    torch.save({**stored, "lid": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert load_pretrained(made, str(tmp_path / "weights.pth")) == ["lid"]
+    made.backbone.load_state_dict(plain.backbone.state_dict())
+    with torch.no_grad():
+        wanted = video_features(plain.backbone.eval(), frames, 8)
+        assert torch.allclose(video_features(made.backbone.eval(), frames, 8), 2 * wanted, rtol=1e-5)
+        assert quantize_backbone(made.backbone) == 8
+    with pytest.raises(TensorkeepError, match="did you mean dummy"):
+        tiny.detector(kind="dumy")

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tensorkeep.conversion.naming import opentad as naming
-from tensorkeep.detection.model._positions import normalise_frames
 from tensorkeep.detection.model.backbones import VisionTransformerQLoRA as OwnQLoRA
 from tensorkeep.detection.model.config import VitConfig
+from tensorkeep.detection.model.layers import normalise_frames
 from tensorkeep.detection.model.quantization import quantize_adapters
 from tensorkeep.diagnosis.verification import verify
 from tensorkeep.errors import TensorkeepError

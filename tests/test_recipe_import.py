@@ -336,7 +336,7 @@ def test_whatever_may_change_the_numbers_is_listed_as_lost(tmp_path: Path, path:
     "text, what",
     [
         ("model = dict(type='BMN')", "'BMN' is not one that is built here"),
-        ("model = dict(backbone=dict(backbone=dict(type='VisionTransformerLadder')))", "VisionTransformerLadder"),
+        ("model = dict(backbone=dict(backbone=dict(type='VisionTransformerTwin')))", "VisionTransformerTwin"),
         ("model = dict(projection=dict(in_channels=width()))", "in_channels = width.. is not evaluated"),
         ("model = dict(projection=dict(max_seq_len='384'))", "expected int"),
         ("model = dict(projection=dict(arch=3))", "not the form"),
@@ -429,3 +429,49 @@ def test_text_of_a_config_cannot_leave_its_comment(tmp_path: Path) -> None:
         "post_processing",
         "evaluation",
     }
+
+
+# -- other backbones --------------------------------------------------------------------------------------------------
+
+
+def test_side_tuning_is_a_ladder_whose_rule_finds_its_adapters(tmp_path: Path) -> None:
+    from tensorkeep.formats.names import matches
+
+    kind = "type='VisionTransformerLadder', adapter_index=list(range(6, 12)), adapter_mlp_ratio=1 / 8"
+    made = child(tmp_path, f"model = dict(backbone=dict(backbone=dict({kind})))")
+    assert made.lost == [] and made.recipe.model.backbone is not None
+    adapter = made.recipe.model.backbone.adapter
+    assert adapter is not None and adapter.kind == "ladder"
+    assert (adapter.ratio, adapter.blocks) == (0.125, tuple(range(6, 12)))
+    (rule,) = made.recipe.optimizer.groups
+    assert matches("backbone.ladders.adapters.0.gamma", [rule.pattern])
+
+
+SWIN = (
+    "_delete_=True, type='SwinTransformer3D_inv', patch_size=(2, 4, 4), embed_dim=96, depths=[2, 2, 6, 2], "
+    "num_heads=[3, 6, 12, 24], window_size=(8, 7, 7), mlp_ratio=4.0, qkv_bias=True, qk_scale=None, drop_rate=0.0, "
+    "attn_drop_rate=0.0, drop_path_rate=0.2, patch_norm=True, inv_mode=['custom_backprop'] * 4"
+)
+AROUND = (
+    "custom=dict(_delete_=True, pretrain='swin.pth', norm_eval=True, freeze_backbone=False, "
+    "post_processing_pipeline=[dict(type='Reduce', keys=['feats'], ops='b t c tt h w -> b c tt', reduction='mean'), "
+    "dict(type='Interpolate', keys=['feats'], size=768)])"
+)
+
+
+def test_the_reversible_swin_is_read_whole_and_another_one_refused(tmp_path: Path) -> None:
+    rest = "projection=dict(in_channels=768)"
+    groups = "optimizer = dict(backbone=dict(_delete_=True, lr=1e-5, weight_decay=0.05))"
+    made = child(tmp_path, f"model = dict(backbone=dict(backbone=dict({SWIN}), {AROUND}), {rest})\n{groups}")
+    backbone = made.recipe.model.backbone
+    assert made.lost == [] and backbone is not None and backbone.swin is not None
+    assert (backbone.kind, backbone.tuning, backbone.checkpointing) == ("reversible_swin", "all", "reversible")
+    assert backbone.freeze_norms and backbone.vit is None and backbone.output_length == 768
+    assert (backbone.swin.window, backbone.swin.depths, backbone.swin.drop_path) == ((8, 7, 7), (2, 2, 6, 2), 0.2)
+    assert made.recipe.training.pretrained == "swin.pth"
+    again = tmp_path / "again.yaml"
+    again.write_text(made.text(), encoding="utf-8")
+    assert read_recipe(again) == made.recipe
+    odd = SWIN.replace("patch_norm=True", "patch_norm=False")
+    with pytest.raises(TensorkeepError, match="patch norm"):
+        child(tmp_path, f"model = dict(backbone=dict(backbone=dict({odd}), {AROUND}), {rest})\n{groups}")

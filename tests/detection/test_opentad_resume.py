@@ -153,6 +153,22 @@ def test_every_tensor_of_a_checkpoint_reaches_its_name(tmp_path: Path, empty: bo
     assert not [line for line in on.remarks if line.startswith(("R02", "R04", "R05"))], on.remarks
 
 
+def test_a_ladders_moments_reach_their_names(tmp_path: Path) -> None:
+    adapter = AdapterConfig("ladder", blocks=(0, 1))
+    config = replace(CONFIG, groups=(GroupRule("adapters", 2e-4, 0.05),))
+    source, sink = ours(adapter=adapter), ours(adapter=adapter)
+    optimizer = optimizer_of(source, config=config)
+    stepped(source, optimizer)
+    on = going_on(saved(tmp_path, held_of(source, optimizer)), sink, config)
+    put_tensors(sink, on.state.model, base=True)
+    own, found = dict(source.named_parameters()), dict(sink.named_parameters())
+    ladder = [name for name in own if ".ladders." in name]
+    assert len(ladder) == 18
+    for name in ladder:
+        assert torch.equal(found[name], own[name]), name
+        assert torch.equal(on.state.optimizer[f"{name}/exp_avg"], optimizer.state[own[name]]["exp_avg"]), name
+
+
 def test_a_backbone_that_trained_whole_has_its_group_first(tmp_path: Path) -> None:
     config = replace(CONFIG, groups=(GroupRule("adapter", 2e-4), GroupRule("^backbone.*", 1e-5, 0.05)))
     source = ours(tuning="all")

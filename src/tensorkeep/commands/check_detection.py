@@ -14,7 +14,8 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
     Annotations against files (missing, cut short, other durations), against the class map, and against the grid: which
     actions no point of the pyramid can learn (in frames instead of seconds, swapped, past the end, shorter than a step,
     longer than a window), and how many points of each level an epoch is expected to teach. `train detection` does the
-    same at its start. Exit code 1 where something is odd.
+    same at its start. The pretrained weights that the recipe names are held against its backbone, by names and shapes;
+    a frozen backbone without any is told of. Exit code 1 where something is odd.
 
     Parameters
     ----------
@@ -24,14 +25,23 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
     """
     from tensorkeep.detection.job import check
     from tensorkeep.detection.recipe.text import read_recipe
+    from tensorkeep.detection.start import check_pretrained
+    from tensorkeep.errors import TensorkeepError
 
     printer, said, files = say.output(), list[str](), list[str]()
     made = read_recipe(recipe, pairs_of(changes), said.append)
     say_old(said, printer.remark)
     found = check(made, files.append)
+    weights: str | None = None
+    try:
+        if note := check_pretrained(made):
+            printer.remark(note)
+    except TensorkeepError as error:
+        weights = str(error)
+    odd = bool(found.problems or files or weights)
     if printer.json:
-        printer.document({"recipe": str(recipe), **found.document(), "files": files})
-        return 1 if found.problems or files else 0
+        printer.document({"recipe": str(recipe), **found.document(), "files": files, "weights": weights})
+        return 1 if odd else 0
     if found.videos:
         printer.line(f"{found.videos} training videos, {found.actions} actions; {found.lost} of them nothing can learn")
         rows = [
@@ -44,4 +54,6 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
         printer.line(line)
     for problem in found.problems:
         printer.line(f"{problem.severity}: {problem.video or 'annotations'}: {problem.message}")
-    return 1 if found.problems or files else 0
+    if weights is not None:
+        printer.line(f"error: weights of the backbone: {weights}")
+    return 1 if odd else 0

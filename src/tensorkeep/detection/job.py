@@ -138,7 +138,7 @@ def _say(checked: Checked, recipe: DetectionRecipe, remark: Remark) -> None:
 def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:
     """What is sharded piece by piece: the blocks of the backbone, which has most of the weights."""
     assert isinstance(detector, Detector)
-    return [] if detector.backbone is None else list(detector.backbone.blocks)
+    return [] if detector.backbone is None else detector.backbone.parts()
 
 
 def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:

@@ -120,8 +120,10 @@ class MotionClassifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return logits `[N, K + 1]` of clips `[N, 3, T, H, W]` uint8."""
+        norm = self.backbone.fc_norm
+        assert norm is not None
         pooled = self.backbone(clips, len(clips)).mean((2, 3, 4))  # [N, C]
-        logits: Tensor = self.cls_head["fc_cls"](self.backbone.fc_norm(pooled))
+        logits: Tensor = self.cls_head["fc_cls"](norm(pooled))
         return logits  # [N, K + 1]
 
 

@@ -20,10 +20,10 @@ from tensorkeep.conversion.naming.opentad_recipe import FILE
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.conversion.streams import write_tensor
-from tensorkeep.detection.model.config import DetectorConfig, without_updates
+from tensorkeep.detection.model.config import DetectorConfig, is_added, without_updates
 from tensorkeep.detection.model.detector import Detector, read_detector_config
 from tensorkeep.detection.model.quantization import quantize_adapters, quantize_backbone
-from tensorkeep.detection.model.weights import load_exactly, load_videomae
+from tensorkeep.detection.model.weights import load_backbone, load_exactly, stored_tensor
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
 from tensorkeep.errors import TensorkeepError
@@ -75,10 +75,7 @@ def make_detector(
         left = load_pretrained(detector, source)
         remark(f"{source}: the backbone's weights, {len(left)} tensors left out" + _few(left))
     elif recipe.model.backbone is not None and recipe.model.backbone.tuning != "all":
-        remark(
-            "note: the backbone is frozen at RANDOM weights, since training.pretrained names none (a VideoMAE file, "
-            "transformers' folder of one, or a run whose backbone trained)"
-        )
+        remark(random_backbone(recipe.model.backbone.kind))
     base = _base(detector, recipe, run, world)
     if detector.backbone is not None:
         if recipe.training.quantize_backbone is not None:
@@ -87,18 +84,53 @@ def make_detector(
     return detector.to(world.device), base
 
 
+def random_backbone(kind: str) -> str:
+    """Say that a frozen backbone has random weights, and where others come from.
+
+    Args:
+        kind: of the backbone.
+    """
+    return (
+        f"note: the backbone is frozen at RANDOM weights, since training.pretrained names none (a {kind} file, "
+        "transformers' folder of one, or a run whose backbone trained)"
+    )
+
+
+def check_pretrained(recipe: DetectionRecipe) -> str | None:
+    """Say whether a recipe's backbone has random weights; its pretrained file is read for names and shapes alone.
+
+    Args:
+        recipe: its data are not looked at.
+
+    Returns:
+        A line on random weights; None where there is nothing to say.
+
+    Raises:
+        TensorkeepError: The pretrained file is not there, or does not fit the backbone.
+    """
+    backbone = recipe.model.backbone
+    if backbone is None:
+        return None
+    if recipe.training.pretrained is None:
+        return random_backbone(backbone.kind) if backbone.tuning != "all" else None
+    with torch.device("meta"):
+        load_pretrained(Detector(recipe.model), recipe.training.pretrained, shapes_only=True)
+    return None
+
+
 def _few(names: list[str]) -> str:
     """List the first three names in parentheses."""
     return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
-def load_pretrained(detector: Detector, path: str) -> list[str]:
+def load_pretrained(detector: Detector, path: str, shapes_only: bool = False) -> list[str]:
     """Load pretrained weights into the backbone, in place.
 
     Args:
         detector: one with a backbone.
         path: a VideoMAE file in any of its namings, a detector's file, or a run of ours, whose average is taken where
             it has one.
+        shapes_only: compare names and shapes; the detector is on the meta device.
 
     Returns:
         Names of the file that a backbone has no place for.
@@ -110,16 +142,16 @@ def load_pretrained(detector: Detector, path: str) -> list[str]:
     state = _state_of(Path(path), best=True)
     if state is None:
         view = read(path)
-        if not any(name.startswith("backbone.blocks.") for name in view):
-            return load_videomae(detector.backbone, path)
-        tensors: Mapping[str, Tensor] = {name: view.tensor(name) for name in view}
+        if not any(name.startswith(("backbone.blocks.", "backbone.layers.")) for name in view):
+            return load_backbone(detector.backbone, path, shapes_only=shapes_only)
+        tensors: Mapping[str, Tensor] = {name: stored_tensor(view, name, shapes_only) for name in view}
     else:
         if state.base is not None:
             what = "its checkpoints hold adapters alone, not a backbone"
             raise TensorkeepError(what, where=path, hint="name the weights that it was trained on")
         tensors = state.model | {name: t for name, t in state.ema.items() if name in state.model}
     own = {n.removeprefix("backbone."): tensor for n, tensor in tensors.items() if n.startswith("backbone.")}
-    load_videomae(detector.backbone, own, str(path))
+    load_backbone(detector.backbone, own, str(path))
     return sorted(n for n in tensors if not n.startswith("backbone."))
 
 
@@ -147,8 +179,7 @@ def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: 
 
 def _is_new(name: str) -> bool:
     """Return whether a frozen weight of the backbone is in no pretrained file."""
-    parts = name.split(".")
-    return "adapter" in parts or "fc_norm" in parts
+    return is_added(name) or "fc_norm" in name.split(".")
 
 
 def _read_frozen(new: Mapping[str, torch.nn.Parameter], place: Path) -> None:

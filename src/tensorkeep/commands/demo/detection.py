@@ -106,7 +106,7 @@ def detection_recipe(data: Path, backbone: Path) -> dict[str, Any]:
 def pretrained(recipe: Path, run: Path, show: Show) -> None:
     """Pretrain the backbone that the recipe freezes, as a run of its own."""
     started, backbone = time.perf_counter(), read_recipe(recipe).model.backbone
-    assert backbone is not None
+    assert backbone is not None and backbone.vit is not None
     config = PretrainingConfig(backbone.vit)
     show(
         f"2/6  A ViT of {backbone.vit.depth} blocks learns to name the motion in {config.clips:,} other clips: "

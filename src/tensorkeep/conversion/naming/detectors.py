@@ -152,6 +152,8 @@ def _way_out(name: str, target: str, strangers: list[str], items: list[HfTensor]
     """Return a hint for a tensor that the target naming has no name for."""
     if name.startswith(("videomae.", "encoder.layer.", "classifier.")):
         return "transformers' VideoMAE: add --from-naming videomae"
+    if name in ("backbone.norm.weight", "backbone.norm.bias", "backbone.cls_token"):
+        return f"{target} has no such backbone: keep the hf names (--naming hf)"
     if name.endswith((".lora_A", ".lora_B")) or ".base." in name:
         return f"{target} knows no LoRA: merge it into the weights, as the conversion of its run does"
     return f"leave it out by name ({drops(strangers, [i.name for i in items])}), or keep the hf names (--naming hf)"

@@ -22,7 +22,10 @@ KNOWN = re.compile(
 PROJECTION = r"projection\.(embed|stem|branch)\.\d+\b"
 HEAD_PARTS = r"((cls(_start|_end)?_convs|reg_convs|scale)\.\d+|cls(_start|_end)?_head|reg_head|loss_normalizer)\b"
 DETECTOR = re.compile(
-    r"backbone\.(pos_embed|patch_embed\.proj|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.fc[12]|adapter))\b"
+    r"backbone\.(pos_embed|cls_token|patch_embed\.proj|fc_norm|norm\.(weight|bias)"
+    r"|ladders\.adapters\.\d+\.(gamma|\w+\.(weight|bias|lora_[AB]))"
+    r"|patch_embed\.norm|norm3\.(weight|bias)|layers\.\d+\.(blocks\.\d+\.inv_block|downsample)"
+    r"|blocks\.\d+\.(norm[12]|attn|ls[12]\.gamma|mlp\.fc[12]|adapter))\b"
     rf"|{PROJECTION}|neck\.norms\.\d+\b|head\.{HEAD_PARTS}"
 )
 EMBEDDING = "model.embed_tokens.weight"

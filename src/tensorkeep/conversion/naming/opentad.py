@@ -7,7 +7,8 @@ Tensors are kept as they are: only path segments differ. `hf` names are here tho
 | backbone.model.backbone.patch_embed.projection.* | backbone.patch_embed.proj.* |
 | backbone.model.backbone.blocks.I.mlp.layers.0.0.* | backbone.blocks.I.mlp.fc1.* |
 | backbone.model.backbone.blocks.I.mlp.layers.1.* | backbone.blocks.I.mlp.fc2.* |
-| backbone.model.backbone.* (the rest) | backbone.* |
+| backbone.model.backbone.{patch_embed,layers,norm3}.* of Re2TAL's reversible Swin | backbone.* |
+| backbone.model.backbone.* (the rest, side-tuning's ladders.adapters.K.* too) | backbone.* |
 | projection.* | projection.* |
 | neck.fpn_norms.L.* | neck.norms.L.* |
 | rpn_head.* | head.* |
@@ -43,7 +44,9 @@ _MLP: tuple[tuple[Segments, Segments], ...] = (
 # what only OpenTAD has, or only an mmaction backbone
 _MARKS = ("backbone.model.backbone.", "neck.fpn_norms.", "rpn_head.")
 KNOWN = re.compile(
-    r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
+    r"backbone\.(model\.backbone\.)?(pos_embed|patch_embed\.projection|fc_norm|ladders\.adapters\.\d+"
+    r"|blocks\.\d+\.(norm[12]|attn|mlp\.layers|adapter))\b"
+    r"|backbone\.model\.backbone\.(patch_embed\.(proj|norm)|norm3|layers\.\d+\.(blocks\.\d+\.inv_block|downsample))\b"
     rf"|{PROJECTION}|neck\.fpn_norms\.\d+\b|rpn_head\.{HEAD_PARTS}|cls_head\.fc_cls\."
 )
 DROPPED = {"cls_head": "classifier of an action recognition model; a detector has its own head"}
@@ -123,12 +126,13 @@ def to_hf(name: str) -> str | None:
     return None
 
 
-def from_hf(name: str, backbone_only: bool = False) -> str | None:
+def from_hf(name: str, backbone_only: bool = False, swin: bool = False) -> str | None:
     """Turn our name of a detector's tensor into OpenTAD's.
 
     Args:
         name: our name.
         backbone_only: give mmaction's name of a backbone instead.
+        swin: whether the backbone is Re2TAL's Swin, whose names OpenTAD and mmaction spell as here.
 
     Returns:
         The name in their files; None where they have no such tensor.
@@ -145,14 +149,18 @@ def from_hf(name: str, backbone_only: bool = False) -> str | None:
     for theirs, ours in (_MMACTION,) if backbone_only else _PARTS:
         if segments[: len(ours)] == ours:
             rest = segments[len(ours) :]
-            return ".".join(theirs + (backbone_segments(rest, forward=False) if ours == ("backbone",) else rest))
+            respelt = ours == ("backbone",) and not swin
+            made = ".".join(theirs + (backbone_segments(rest, forward=False) if respelt else rest))
+            return made if recognise(made) or (swin and backbone_only) else None  # it has no V-JEPA 2, no InternVideo2
     return None
 
 
 def renamer(names: Iterable[str]) -> Any:
     """Return the function that names tensors (our names) for OpenTAD, or for mmaction where all are a backbone's."""
+    names = list(names)
     backbone_only = all(n.startswith("backbone.") for n in names)
-    return lambda name: from_hf(name, backbone_only)
+    swin = any(n.startswith("backbone.layers.") for n in names)
+    return lambda name: from_hf(name, backbone_only, swin)
 
 
 def backbone_segments(segments: Segments, forward: bool) -> Segments:

@@ -9,11 +9,16 @@ from typing import Any
 
 FILE = "recipe.yaml"
 Shapes = Mapping[str, tuple[int, ...]]
-# attention heads by width: S, B, L, H, v2-g
-_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
-_FRAMES = 16  # of a chunk, in every VideoMAE
+# attention heads by width: S, B, L, H, v2-g, InternVideo2-6B
+_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 3200: 25}
+# a tensor that one kind of backbone has -> its kind, frames of a chunk, drop path, pixels where no table shows them
+_KINDS = {"backbone.cls_token": ("internvideo2", 8, 0.1, 224), "backbone.norm.weight": ("vjepa2", 16, 0.0, 256)}
+_VIDEOMAE = ("videomae", 16, 0.1, 224)
+_VJEPA2_HEADS = {1408: 22}  # of the giant one
 # what no shape shows; one class is a proposal head, which OpenTAD trains on ActivityNet
 _ASSUMED = "attention heads, windows and the window's length, drop paths, level ranges, centre radius, loss weights"
+_LADDER_MARK = "backbone.ladders.adapters.0.gamma"
+_LADDER = "input dropout, the blocks that the ladder reads"
 _THUMOS: dict[str, Any] = {"length": 768, "projection": {}, "head": {}}
 _ACTIVITYNET: dict[str, Any] = {
     "length": 192,
@@ -74,7 +79,11 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
     elif kind != "temporalmaxer":
         projection |= preset["projection"]
     model: dict[str, Any] = {
-        "projection": {**_embedding(shapes), **projection},
+        "projection": {
+            **_embedding(shapes),
+            **projection,
+            **({"input_dropout": 0.1} if _LADDER_MARK in shapes else {}),
+        },
         "head": {
             "classes": classes,
             "channels": shapes["head.cls_head.weight"][1],
@@ -93,10 +102,11 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
         model["neck"] = {"groups": 4, "affine": False}
     if "backbone.patch_embed.proj.weight" in shapes:
         model = {"backbone": {**_backbone(shapes), "output_length": preset["length"]}, **model}
+    assumed = _ASSUMED if _LADDER_MARK not in shapes else f"{_ASSUMED}, {_LADDER}"
     text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None, width=100)
     return (
-        f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {_ASSUMED}.\n{text}",
-        _ASSUMED.split(", "),
+        f"# Read off the shapes of a checkpoint. Assumed, since no shape shows it: {assumed}.\n{text}",
+        assumed.split(", "),
     )
 
 
@@ -200,27 +210,34 @@ _PARTS = {
 def _backbone(shapes: Shapes) -> dict[str, Any]:
     """Return the `backbone` section of a ViT with these shapes."""
     dim, _, tubelet, patch, _ = shapes["backbone.patch_embed.proj.weight"]
-    _, positions, _ = shapes.get("backbone.pos_embed", (1, _FRAMES // tubelet * 14 * 14, dim))
+    kind, frames, drop_path, pixels = next((k for mark, k in _KINDS.items() if mark in shapes), _VIDEOMAE)
+    _, positions, _ = shapes.get("backbone.pos_embed", (1, frames // tubelet * (pixels // patch) ** 2, dim))
+    positions -= kind == "internvideo2"  # the class token's
     found = [re.fullmatch(r"backbone\.blocks\.(\d+)\.adapter\.gamma", name) for name in shapes]
     adapted = sorted(int(match[1]) for match in found if match)
     depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
+    rungs = _count(shapes, r"backbone\.ladders\.adapters\.(\d+)\.")
     section: dict[str, Any] = {
         "vit": {
-            "image_size": round((positions / (_FRAMES // tubelet)) ** 0.5) * patch,
+            "image_size": round((positions / (frames // tubelet)) ** 0.5) * patch,
             "patch_size": patch,
             "embed_dim": dim,
             "depth": depth,
-            "heads": _HEADS.get(dim, max(dim // 64, 1)),
+            "heads": {**_HEADS, **(_VJEPA2_HEADS if kind == "vjepa2" else {})}.get(dim, max(dim // 64, 1)),
             "mlp_dim": shapes["backbone.blocks.0.mlp.fc1.weight"][0],
-            "chunk_frames": _FRAMES,
+            "chunk_frames": frames,
             "tubelet": tubelet,
-            "drop_path": 0.1,
+            "drop_path": 0.0 if rungs else drop_path,
         }
     }
+    section |= {} if kind == "videomae" else {"kind": kind}
     if adapted:
         section["adapter"] = _adapter(shapes, f"backbone.blocks.{adapted[0]}.adapter", dim)
         section["adapter"] |= {} if len(adapted) == depth else {"blocks": adapted}
-    return {**section, "tuning": "adapter" if adapted else "all", "checkpointing": "segments"}
+    if rungs:  # which blocks they read no shape shows: in OpenTAD's configs the last ones
+        section["adapter"] = _adapter(shapes, "backbone.ladders.adapters.0", dim)
+        section["adapter"] |= {"kind": "ladder", "blocks": list(range(depth - rungs, depth))}
+    return {**section, "tuning": "adapter" if adapted or rungs else "all", "checkpointing": "segments"}
 
 
 def _adapter(shapes: Shapes, prefix: str, dim: int) -> dict[str, Any]:

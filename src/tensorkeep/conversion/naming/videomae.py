@@ -70,8 +70,9 @@ def recognise(name: str) -> bool:
 
 
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether tensors of these shapes are a video model's: image transformers share most of the names."""
-    return any(len(shapes.get(name, ())) == 5 for name in _PATCH_EMBEDS)
+    """Whether tensors of these shapes are VideoMAE's: image transformers and InternVideo2 share most of the names."""
+    others = "cls_token" in shapes or "vision_encoder.cls_token" in shapes
+    return not others and any(len(shapes.get(name, ())) == 5 for name in _PATCH_EMBEDS)
 
 
 def dropped(name: str) -> str | None:

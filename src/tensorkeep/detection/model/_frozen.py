@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.model._attention import Attended, attend, attend_backward, choose_kernel
 from tensorkeep.detection.model._recompute import random_state, replay, slices
+from tensorkeep.detection.model.layers import Rotation
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -39,6 +40,7 @@ class FrozenTrunk:
         norm1, norm2: the layer norms before attention and MLP.
         qkv, proj, fc1, fc2: weight and bias of the linears.
         heads: of the attention.
+        turn: what turns q and k by the positions of their tokens; None: nothing.
     """
 
     norm1: nn.LayerNorm
@@ -48,12 +50,13 @@ class FrozenTrunk:
     fc1: tuple[Tensor, Tensor]
     fc2: tuple[Tensor, Tensor]
     heads: int
+    turn: Rotation | None = None
 
     def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v of `[n, L, C]`, each `[n, heads, L, d]`, views of one tensor."""
+        """Return q, k and v of `[n, L, C]`, each `[n, heads, L, d]`; views of one tensor where nothing turns them."""
         n, length, _ = normed.shape
         q, k, v = F.linear(normed, *self.qkv).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return (q, k, v) if self.turn is None else (self.turn(q), self.turn(k), v)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, kept: Sequence[Tensor | None], out: Tensor, keep: bool
@@ -105,6 +108,8 @@ class FrozenTrunk:
         inner = (out @ self.proj[0]).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         thirds = attend_backward(inner, q, k, v, done)
         del q, k, v, inner, done
+        if self.turn is not None:
+            thirds = (self.turn.back(thirds[0]), self.turn.back(thirds[1]), thirds[2])
         joined = torch.cat([_joined(third) for third in thirds], -1)  # [n, L, 3C]
         del thirds
         norm_backward(joined @ self.qkv[0], x, self.norm1, out, kept[0], out)

@@ -1,14 +1,42 @@
-"""What comes before a video transformer's first block: normalised colours, and the table of positions."""
+"""What comes before a video transformer's first block: tokens of tubelets, and the table of positions."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from tensorkeep.detection.model.config import VitConfig
 from tensorkeep.errors import TensorkeepError
+
+
+class PatchEmbed(nn.Module):
+    """Tubelets to tokens: a Conv3d whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.kernel = (config.tubelet, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.embed_dim, self.kernel, stride=self.kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens `[N, t/2 * H/16 * W/16, C]` for normalised `x [N, 3, t, H, W]`.
+
+        Pixels right and below that fill no patch are cut off.
+
+        Raises:
+            TensorkeepError: The frames are smaller than a patch.
+        """
+        n, channels = x.shape[:2]
+        a, p, q = self.kernel
+        t, h, w = (size // step for size, step in zip(x.shape[2:], self.kernel))
+        if not t * h * w:
+            what = f"frames {tuple(x.shape[2:])} (t, H, W) are smaller than a patch {self.kernel}"
+            raise TensorkeepError(what, where="vit.patch_embed", hint="resize the frames")
+        # as a convolution would: v2-g's patch of 14 leaves 6 of 160 pixels over
+        x = x[:, :, : t * a, : h * p, : w * q].to(self.proj.weight.dtype)
+        x = x.reshape(n, channels, t, a, h, p, w, q)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n, t * h * w, -1)  # [N, L, 3*2*16*16]
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [N, L, C]
 
 
 def sinusoid_table(length: int, channels: int) -> Tensor:
@@ -54,16 +82,3 @@ def resize_positions(table: Tensor, stored: tuple[int, int, int], grid: tuple[in
         planes = table.view(*stored, -1).permute(0, 3, 1, 2)  # [t, C, g, g]
         planes = F.interpolate(planes, size=grid[1:], mode="bicubic", align_corners=False)
         return planes.permute(0, 2, 3, 1).reshape(1, -1, table.shape[-1])  # [1, t*h*w, C]
-
-
-def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return `(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
-    centre, spread = _channel_constants(mean, std, frames.device)
-    return (frames.float() - centre) / spread
-
-
-@lru_cache(maxsize=8)
-def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation as tensors `[3, 1, 1, 1]` on a device."""
-    values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
-    return values[0], values[1]

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Stage = Callable[[Tensor], Tensor]
 Cut = Callable[[Tensor, slice], Tensor]  # some chunks `[n, L, C]`, and which ones they are
@@ -189,3 +190,22 @@ def replay(x: Tensor, state: RandomState | None) -> Iterator[None]:
             if state[1] is not None:
                 torch.cuda.set_rng_state(state[1], x.device)
         yield
+
+
+_ATTENTION_OPS = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _attention_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Keep the outputs of attention, recompute everything else."""
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keep_attention() -> Any:
+    """Make the contexts of torch's checkpoint that keeps attention outputs."""
+    contexts: Any = create_selective_checkpoint_contexts
+    return contexts(_attention_policy)

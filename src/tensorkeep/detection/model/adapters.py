@@ -8,6 +8,7 @@ dtype at use, so a bf16 backbone needs no autocast.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from tensorkeep.adapters.lora import low_rank
 from tensorkeep.detection.model._time_mix import time_mix
-from tensorkeep.detection.model.config import LORA_TARGETS, AdapterConfig, LoraConfig, Tuning, VitConfig
+from tensorkeep.detection.model.config import LORA_TARGETS, AdapterConfig, LoraConfig, Tuning, VitConfig, is_added
 from tensorkeep.detection.model.layers import VideoShape
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.quantization.linear import QuantLinear
@@ -185,6 +186,39 @@ class QLoRAAdapter(TemporalConv):
         return x + self.branch(x, shape)  # [videos * chunks, t*h*w, C]
 
 
+Branch = Callable[[Tensor, VideoShape], Tensor]
+Run = Callable[[Branch, Tensor, VideoShape], Tensor]
+
+
+class Ladder(nn.Module):
+    """AdaTAD's side-tuning: adapters beside a frozen ViT whose sum is added to its output.
+
+    `y = x_last + sum over rungs of branch(x_rung)`, where `x_rung` is the output of a block. No gradient passes through
+    a block, so nothing of the ViT is kept for the backward but the outputs that are read.
+
+    Args:
+        dim: the ViT's width.
+        width: of each adapter.
+        rungs: the blocks that are read, rising; the ViT ends with the last of them.
+    """
+
+    def __init__(self, dim: int, width: int, rungs: tuple[int, ...]) -> None:
+        super().__init__()
+        self.rungs = rungs
+        self.adapters = nn.ModuleList(Adapter(dim, width) for _ in rungs)
+
+    def forward(self, outputs: list[Tensor], shape: VideoShape, run: Run | None = None) -> Tensor:
+        """Return the sum for the outputs of the blocks that are read, each `[videos * chunks, t*h*w, C]`.
+
+        `run` calls an adapter's branch, which may be computed again in the backward; None: it is called as it is.
+        """
+        x = outputs[-1]
+        for adapter, rung in zip(self.adapters, outputs):
+            assert isinstance(adapter, Adapter)
+            x = x + (adapter.branch(rung, shape) if run is None else run(adapter.branch, rung, shape))
+        return x  # [videos * chunks, t*h*w, C]
+
+
 def _start_as_identity(down: nn.Linear, up: nn.Linear) -> None:
     """Set an adapter's projections so that it adds nothing yet: `up` is zero."""
     nn.init.trunc_normal_(down.weight, std=0.02)
@@ -199,19 +233,29 @@ class AdaptedTransformer(Protocol):
 
     config: VitConfig
     blocks: nn.ModuleList
+    ladders: nn.Module | None
+    fc_norm: nn.Module | None
 
 
 def add_adapters(vit: AdaptedTransformer, config: AdapterConfig) -> None:
-    """Put an adapter at the end of the chosen blocks of `vit`, in place.
+    """Put an adapter at the end of the chosen blocks of `vit`, or a ladder beside them, in place.
 
     Raises:
         TensorkeepError: A block index does not exist.
     """
     dim, depth = vit.config.embed_dim, vit.config.depth
     width = int(dim * config.ratio)
-    for index in range(depth) if config.blocks is None else config.blocks:
+    chosen = tuple(range(depth)) if config.blocks is None else config.blocks
+    for index in chosen:
         if not 0 <= index < depth:
             raise TensorkeepError(f"there is no block {index}: the ViT has {depth}", where="adapter.blocks")
+    if config.kind == "ladder":
+        vit.ladders = Ladder(dim, width, tuple(sorted(set(chosen))))
+        for block in vit.blocks:
+            setattr(block, "drop_path", 0.0)  # noqa: B010  # nothing of it trains
+        vit.fc_norm = None  # OpenTAD's has none
+        return
+    for index in chosen:
         vit.blocks[index].adapter = _make_adapter(config, dim, width)
 
 
@@ -248,14 +292,15 @@ def add_lora(vit: AdaptedTransformer, config: LoraConfig) -> None:
 def set_trainable(vit: nn.Module, tuning: Tuning) -> None:
     """Decide which backbone weights train: `adapter` (adapters and LoRA), `all`, or `none`.
 
-    `fc_norm` never trains: no feature map passes through it. The frozen bases under LoRA stay frozen in each case.
+    `fc_norm` never trains: no feature map passes through it; nor does a table of positions. The frozen bases under LoRA
+    stay frozen in each case.
     """
     for name, parameter in vit.named_parameters():
         parts = name.split(".")
-        if tuning == "none" or "base" in parts or parts[0] == "fc_norm":
+        if tuning == "none" or "base" in parts or parts[0] in ("fc_norm", "pos_embed"):
             parameter.requires_grad_(False)
         elif tuning == "adapter":
-            parameter.requires_grad_("adapter" in parts or parts[-1] in ("lora_A", "lora_B"))
+            parameter.requires_grad_(is_added(name))
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tensorkeep.detection.model import kinds
 from tensorkeep.errors import TensorkeepError, near_misses
 
-Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload"]
+Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload", "reversible"]
+REVERSIBLE = "reversible_swin"
 Tuning = Literal["adapter", "all", "none"]
 LORA_TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
+def is_added(name: str) -> bool:
+    """Return whether a tensor of a backbone is of its adapters or low-rank updates, not of the pretrained network.
+
+    Args:
+        name: below the backbone or the detector.
+    """
+    parts = name.split(".")
+    return "adapter" in parts or "ladders" in parts or parts[-1] in ("lora_A", "lora_B")
+
+
 @dataclass(frozen=True)
 class VitConfig:
-    """Shape of a VideoMAE ViT.
+    """Shape of a ViT over chunks of frames.
 
     Attributes:
         image_size: pixels; only sizes the stored position table, frames may have any size.
@@ -55,21 +66,68 @@ class VitConfig:
 
 
 @dataclass(frozen=True)
+class SwinConfig:
+    """Shape of Re2TAL's reversible video Swin transformer.
+
+    Attributes:
+        patch: frames, rows and columns of a token.
+        channels: of a token in the first stage; each stage after it has twice as many.
+        depths: blocks of each stage.
+        heads: of the attention, in each stage.
+        window: tokens that attention sees together: time steps, rows, columns.
+        mlp_ratio: channels inside the MLP over those of the stage.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
+        eps: of the layer norms.
+        mean: per channel, RGB, on the 0..255 scale.
+        std: per channel, RGB, on the 0..255 scale.
+    """
+
+    patch: tuple[int, int, int] = (2, 4, 4)
+    channels: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    window: tuple[int, int, int] = (8, 7, 7)
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.2
+    eps: float = 1e-5
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != len(self.heads):
+            raise TensorkeepError(f"{len(self.depths)} depths but {len(self.heads)} heads", where="swin")
+        odd = [h for stage, h in enumerate(self.heads) if (self.channels << stage) % h]
+        if odd:
+            what = f"the channels of a stage, from {self.channels}, are no multiple of {odd[0]} heads"
+            raise TensorkeepError(what, where="swin")
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the feature map."""
+        return self.channels << (len(self.depths) - 1)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Return 0: a whole window goes through it."""
+        return 0
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """Which adapter is put into which blocks.
 
     Attributes:
         kind: "tia" is AdaTAD's temporal-informative adapter, "plain" has no temporal convolution, "qlora" has frozen
-            projections under LoRA.
+            projections under LoRA; "ladder" is AdaTAD's side-tuning: adapters beside a ViT that no gradient enters.
         ratio: inner width of the adapter over the width of the ViT.
-        blocks: indices of the blocks; None: all.
+        blocks: indices of the blocks, with "ladder" of those that are read; None: all.
         lora_r: rank, "qlora" only.
         lora_alpha: scale of the updates times the rank, "qlora" only.
         lora_dropout: rate before the updates, "qlora" only.
         quantize_bits: of the frozen projections, "qlora" only.
     """
 
-    kind: Literal["tia", "plain", "qlora"] = "tia"
+    kind: Literal["tia", "plain", "qlora", "ladder"] = "tia"
     ratio: float = 0.25
     blocks: tuple[int, ...] | None = None
     lora_r: int = 16
@@ -193,25 +251,65 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A VideoMAE ViT as a detector's backbone, and what of it trains.
+    """A video network as a detector's backbone, and what of it trains.
 
     Attributes:
-        vit: its shape.
+        vit: its shape, where it is a ViT; None: VideoMAE-S, or no ViT where there is `swin`.
         adapter: adapters in its blocks; None: none.
         lora: low-rank updates on its linears; None: none.
         tuning: what trains: "adapter" (adapters and LoRA), "all" or "none".
-        checkpointing: which activations are kept for the backward (see `VisionTransformer`).
+        checkpointing: which activations are kept for the backward (see `VisionTransformer`); of a reversible network
+            none of its blocks' ("reversible"), or all ("none").
         output_length: grid steps of a window.
         frozen_dtype: dtype in which frozen weights are held and computed.
+        kind: which network, one of the table in `detection/backbones`.
+        swin: its shape, where it is "reversible_swin".
+        freeze_norms: whether its layer norms stay as they are, whatever `tuning` says.
     """
 
-    vit: VitConfig = field(default_factory=VitConfig)
+    vit: VitConfig | None = None
     adapter: AdapterConfig | None = None
     lora: LoraConfig | None = None
     tuning: Tuning = "adapter"
     checkpointing: Checkpointing = "segments"
     output_length: int = 768
     frozen_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    kind: str = "videomae"
+    swin: SwinConfig | None = None
+    freeze_norms: bool = False
+
+    @property
+    def network(self) -> VitConfig | SwinConfig:
+        """The shape of the network that is built."""
+        found = self.vit if self.swin is None else self.swin
+        assert found is not None
+        return found
+
+    def __post_init__(self) -> None:
+        if self.vit is None and self.swin is None:
+            object.__setattr__(self, "vit", VitConfig())
+        self._check_reversible()
+        if self.adapter is None or self.adapter.kind != "ladder":
+            return
+        if self.lora is not None or self.tuning == "all":
+            part = "low-rank updates" if self.lora is not None else "weights of the ViT (tuning: all)"
+            hint = "adapter.kind: tia, or leave them out"
+            raise TensorkeepError(f"a ladder lets no gradient reach {part}", where="model.backbone", hint=hint)
+
+    def _check_reversible(self) -> None:
+        """Check that the shape is that of the kind, and that a reversible network has nothing of a ViT."""
+        where, reversible = "model.backbone", self.kind == REVERSIBLE
+        if reversible is not (self.swin is not None) or reversible is not (self.vit is None):
+            what = f"kind {self.kind} {'needs swin and no vit' if reversible else 'needs vit and no swin'}"
+            raise TensorkeepError(what, where=where, hint=f"kind: {REVERSIBLE} goes with swin, a ViT with vit")
+        if not reversible and self.checkpointing == "reversible":
+            raise TensorkeepError("a ViT is not reversible", where=f"{where}.checkpointing", hint="segments")
+        if reversible and self.checkpointing not in ("none", "reversible"):
+            what = f"checkpointing {self.checkpointing} is a ViT's"
+            raise TensorkeepError(what, where=f"{where}.checkpointing", hint="reversible, or none")
+        if reversible and (self.adapter is not None or self.lora is not None):
+            what = "adapters and low-rank updates are for ViTs; the reversible Swin trains whole"
+            raise TensorkeepError(what, where=where, hint="tuning: all")
 
 
 @dataclass(frozen=True)
@@ -256,10 +354,9 @@ class DetectorConfig:
         if len(self.head.strides) != levels:
             what = f"the head has {len(self.head.strides)} levels, the projection {levels}"
             raise TensorkeepError(what, where="detector", hint="strides need one entry for each level")
-        if self.backbone is not None and self.backbone.vit.embed_dim != self.projection.in_channels:
-            what = (
-                f"projection.in_channels {self.projection.in_channels} is not the ViT's {self.backbone.vit.embed_dim}"
-            )
+        if self.backbone is not None and self.backbone.network.embed_dim != self.projection.in_channels:
+            own, whose = self.backbone.network.embed_dim, "ViT" if self.backbone.swin is None else "Swin"
+            what = f"projection.in_channels {self.projection.in_channels} is not the {whose}'s {own}"
             raise TensorkeepError(what, where="detector")
         if self.neck is not None and (self.neck.groups < 1 or self.projection.channels % self.neck.groups):
             what = f"neck.groups {self.neck.groups} does not divide the {self.projection.channels} channels"

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensorkeep.detection.backbones import backbone_module
 from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.adapters import add_adapters, add_lora, cast_frozen, set_trainable
-from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig
+from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig, is_added
 from tensorkeep.detection.model.head import Head, Losses, Neck, Predictions
+from tensorkeep.detection.model.layers import VideoBackbone
 from tensorkeep.detection.model.resize import linear_resize
-from tensorkeep.detection.model.vit import VisionTransformer
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.recipe import read_section
 from tensorkeep.training.schema import from_mapping
@@ -40,19 +41,23 @@ def read_detector_config(path: str | Path) -> DetectorConfig:
     return read_section(path, "model", DetectorConfig)
 
 
-def build_backbone(config: BackboneConfig) -> VisionTransformer:
-    """Build a ViT with its adapters and LoRA, and decide what of it trains."""
-    vit = VisionTransformer(config.vit, config.checkpointing)
+def build_backbone(config: BackboneConfig) -> Any:
+    """Build a `VideoBackbone` with its adapters and LoRA, and decide what of it trains."""
+    vit = backbone_module(config.kind).Backbone(config.network, config.checkpointing)
     if config.adapter is not None:
         add_adapters(vit, config.adapter)
     if config.lora is not None:
         add_lora(vit, config.lora)
     set_trainable(vit, config.tuning)
+    if config.freeze_norms:
+        for norm in vit.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.requires_grad_(False)
     return vit
 
 
-def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tensor:
-    """Turn frames into features with a ViT.
+def video_features(vit: VideoBackbone, frames: Tensor, length: int) -> Tensor:
+    """Turn frames into features with a video network.
 
     The frames are cut into chunks, encoded, averaged over space, joined in time and resampled linearly.
 
@@ -65,10 +70,10 @@ def video_features(vit: VisionTransformer, frames: Tensor, length: int) -> Tenso
         `[B, C, length]`, float32.
 
     Raises:
-        TensorkeepError: T is no multiple of the ViT's chunk of frames.
+        TensorkeepError: T is no multiple of the network's chunk of frames.
     """
     batch, channels, total, height, width = frames.shape
-    size = vit.config.chunk_frames
+    size = vit.config.chunk_frames or total
     if total % size:
         what = f"{total} frames are not a multiple of the chunk of {size}"
         raise TensorkeepError(what, where="detector", hint=f"take windows of a multiple of {size} frames")
@@ -103,7 +108,7 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = None if config.backbone is None else build_backbone(config.backbone)
+        self.backbone: VideoBackbone | None = None if config.backbone is None else build_backbone(config.backbone)
         projection, head = kinds.module(config.kind).build(config)
         self.projection: nn.Module = projection
         self.neck = Neck(config.projection.channels, len(config.head.strides), config.neck)
@@ -168,9 +173,8 @@ def count_parameters(module: nn.Module) -> dict[str, ParameterCount]:
     """
     counts: dict[str, list[int]] = {}
     for name, parameter in module.named_parameters():
-        parts = name.split(".")
-        added = "adapter" in parts or parts[-1] in ("lora_A", "lora_B")
-        part = ("adapter" if added else "vit") if parts[0] == "backbone" else parts[0]
+        first = name.partition(".")[0]
+        part = ("adapter" if is_added(name) else "vit") if first == "backbone" else first
         for key in (part, "total"):
             entry = counts.setdefault(key, [0, 0])
             entry[0] += parameter.numel()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,42 @@ class VideoShape(NamedTuple):
     t: int
     h: int
     w: int
+
+
+class VideoBackbone(nn.Module):
+    """What a detector asks of a video network.
+
+    Attributes:
+        kind: its line in `detection/backbones`.
+        config: its shape; `chunk_frames` go through it at a time, 0 meaning a whole window.
+        checkpointing: which activations are kept for the backward.
+        ladders: adapters beside it; None: none.
+        fc_norm: a norm that its files hold and no feature map passes through; None: none.
+    """
+
+    kind: str
+    config: Any
+    checkpointing: str
+    ladders: nn.Module | None
+    fc_norm: nn.Module | None
+
+    def parts(self) -> list[nn.Module]:
+        """Return its blocks, first to last."""
+        raise NotImplementedError
+
+    def forward(self, chunks: Tensor, videos: int) -> Tensor:
+        """Encode raw frames `[videos * chunks, 3, t, H, W]`, 0..255: feature maps `[videos * chunks, C, t', h, w]`."""
+        raise NotImplementedError
+
+
+class Rotation(Protocol):
+    """A linear map of q and k that depends on where their tokens are."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply it to `x [N, heads, L, d]`."""
+
+    def back(self, grad: Tensor) -> Tensor:
+        """Apply its transpose to a gradient `[N, heads, L, d]`."""
 
 
 def draw_kept(x: Tensor, rate: float, training: bool) -> Tensor | None:
@@ -112,3 +149,16 @@ class LevelScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scale offsets `[B, 2, T]`."""
         return x * self.scale
+
+
+def normalise_frames(frames: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Return `(frames - mean) / std` in float32; frames `[N, 3, t, H, W]`, any dtype, on the 0..255 scale."""
+    centre, spread = _channel_constants(mean, std, frames.device)
+    return (frames.float() - centre) / spread
+
+
+@lru_cache(maxsize=8)
+def _channel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation as tensors `[3, 1, 1, 1]` on a device."""
+    values = torch.tensor([mean, std]).view(2, -1, 1, 1, 1).to(device)
+    return values[0], values[1]

@@ -11,13 +11,14 @@ from torch import nn
 
 from tensorkeep.detection.model.adapters import LoRALinear, QLoRAAdapter
 from tensorkeep.detection.model.config import LORA_TARGETS
-from tensorkeep.detection.model.vit import Block, VisionTransformer
+from tensorkeep.detection.model.layers import VideoBackbone
+from tensorkeep.detection.model.vit import Block
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.packed import Kind, kind_of
 
 
-def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: bool = True) -> int:
+def quantize_backbone(vit: VideoBackbone, kind: Kind | int = "nf4", double: bool = True) -> int:
     """Quantize the frozen linears of every block (qkv, proj, fc1, fc2), in place.
 
     Load float weights first, or a quantized checkpoint with `load_quantized`. Under LoRA the base is quantized and the
@@ -32,14 +33,17 @@ def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: 
         How many linears were quantized.
 
     Raises:
-        TensorkeepError: A linear still trains; then nothing was changed.
+        TensorkeepError: A linear still trains, or the network is reversible; then nothing was changed.
 
     Example:
         >>> quantize_backbone(detector.backbone, "nf4")  # doctest: +SKIP
         48
     """
     kind, places = kind_of(kind), []
-    for index, block in enumerate(vit.blocks):
+    if vit.config.chunk_frames == 0:
+        what = "the linears of a reversible network are not quantized: they train"
+        raise TensorkeepError(what, where="training.quantize_backbone", hint="leave it out")
+    for index, block in enumerate(vit.parts()):
         for target in LORA_TARGETS:
             parent, _, name = target.rpartition(".")
             holder = block.get_submodule(parent)
@@ -57,7 +61,7 @@ def quantize_backbone(vit: VisionTransformer, kind: Kind | int = "nf4", double: 
     return len(places)
 
 
-def quantize_adapters(vit: VisionTransformer, double: bool = True) -> int:
+def quantize_adapters(vit: VideoBackbone, double: bool = True) -> int:
     """Quantize the frozen projections of every `QLoRAAdapter` to its `quantize_bits`, in place.
 
     4 bits are nf4, 8 bits are int8.
@@ -70,9 +74,8 @@ def quantize_adapters(vit: VisionTransformer, double: bool = True) -> int:
         The number of linears that were quantized.
     """
     count = 0
-    for index, block in enumerate(vit.blocks):
-        assert isinstance(block, Block)
-        if not isinstance(block.adapter, QLoRAAdapter):
+    for index, block in enumerate(vit.parts()):
+        if not isinstance(block, Block) or not isinstance(block.adapter, QLoRAAdapter):
             continue
         kind = kind_of(block.adapter.quantize_bits)
         for name in ("down_proj", "up_proj"):

@@ -1,4 +1,7 @@
-"""The VideoMAE vision transformer: frames in chunks of 16 become a feature map; adapters may be put on its blocks.
+"""The video transformer: frames in chunks of 16 become a feature map; adapters may be put on its blocks.
+
+As it stands it is VideoMAE's, VideoMAEv2's and InternVideo's; what another kind does otherwise it overrides
+(`detection/backbones`).
 
 Attention stays inside a chunk; only an adapter (`Block.adapter`) sees a whole video. Weight names are those of
 the original VideoMAE files (`patch_embed.proj`, `blocks.I.attn.{q_bias,v_bias,qkv,proj}`, `blocks.I.mlp.fc1`, ...).
@@ -16,48 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.detection.model._chain import KeptInputs, run_chain
 from tensorkeep.detection.model._frozen import FrozenLink, FrozenTrunk, attention_kept, run_frozen
-from tensorkeep.detection.model._positions import normalise_frames, resize_positions, sinusoid_table
-from tensorkeep.detection.model._recompute import AutogradLink, Link, part_size, run_segment
+from tensorkeep.detection.model._positions import PatchEmbed, resize_positions, sinusoid_table
+from tensorkeep.detection.model._recompute import AutogradLink, Link, keep_attention, part_size, run_segment
+from tensorkeep.detection.model.adapters import Ladder
 from tensorkeep.detection.model.config import Checkpointing, VitConfig
-from tensorkeep.detection.model.layers import VideoShape, add_kept, draw_kept
+from tensorkeep.detection.model.layers import Rotation, VideoBackbone, VideoShape, add_kept, draw_kept, normalise_frames
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.training.offload import HostStore
 
 _EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
-
-
-class PatchEmbed(nn.Module):
-    """Tubelets to tokens: a Conv3d whose stride is its kernel, computed as one matrix product."""
-
-    def __init__(self, config: VitConfig) -> None:
-        super().__init__()
-        self.kernel = (config.tubelet, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(3, config.embed_dim, self.kernel, stride=self.kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return tokens `[N, t/2 * H/16 * W/16, C]` for normalised `x [N, 3, t, H, W]`.
-
-        Pixels right and below that fill no patch are cut off.
-
-        Raises:
-            TensorkeepError: The frames are smaller than a patch.
-        """
-        n, channels = x.shape[:2]
-        a, p, q = self.kernel
-        t, h, w = (size // step for size, step in zip(x.shape[2:], self.kernel))
-        if not t * h * w:
-            what = f"frames {tuple(x.shape[2:])} (t, H, W) are smaller than a patch {self.kernel}"
-            raise TensorkeepError(what, where="vit.patch_embed", hint="resize the frames")
-        # as a convolution would: v2-g's patch of 14 leaves 6 of 160 pixels over
-        x = x[:, :, : t * a, : h * p, : w * q].to(self.proj.weight.dtype)
-        x = x.reshape(n, channels, t, a, h, p, w, q)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n, t * h * w, -1)  # [N, L, 3*2*16*16]
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [N, L, C]
 
 
 class Attention(nn.Module):
@@ -76,6 +51,10 @@ class Attention(nn.Module):
         """Return the bias of q, k and v, `[3C]`."""
         return torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
 
+    def rotation(self, shape: VideoShape | None, like: Tensor) -> Rotation | None:
+        """Return what turns q and k by the grid of their tokens, with the device and dtype of `like`; None: nothing."""
+        return None
+
     def project(self, x: Tensor) -> Tensor:
         """Return q, k and v of `x [N, L, C]` side by side, `[N, L, 3C]`.
 
@@ -87,11 +66,14 @@ class Attention(nn.Module):
         out: Tensor = self.qkv(x)
         return out + bias.to(out.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the attention of `x [N, L, C]` within each chunk, `[N, L, C]`."""
+    def forward(self, x: Tensor, shape: VideoShape | None = None) -> Tensor:
+        """Return the attention of `x [N, L, C]` within each chunk, `[N, L, C]`; the tokens lie as `shape` says."""
         n, length, _ = x.shape
         qkv = self.project(x).view(n, length, 3, self.heads, -1)  # [N, L, 3, heads, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, L, d]
+        turn = self.rotation(shape, q)
+        if turn is not None:
+            q, k = turn(q), turn(k)
         out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, L, d]
         mixed: Tensor = self.proj(out.transpose(1, 2).reshape(n, length, -1))
         return mixed  # [N, L, C]
@@ -116,24 +98,24 @@ class Block(nn.Module):
 
     def __init__(self, config: VitConfig, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.norm1: nn.Module = nn.LayerNorm(config.embed_dim, eps=config.eps)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.norm2: nn.Module = nn.LayerNorm(config.embed_dim, eps=config.eps)
         self.mlp = Mlp(config)
         self.drop_path = drop_path
         self.adapter: nn.Module | None = None
 
-    def trunk(self, x: Tensor) -> Tensor:
+    def trunk(self, x: Tensor, shape: VideoShape) -> Tensor:
         """Apply attention and MLP with their residuals to `x [N, L, C]`."""
         kept = [draw_kept(x, self.drop_path, self.training) for _ in range(2)]
-        return self.core(x, kept[0], kept[1])
+        return self.core(x, kept[0], kept[1], shape)
 
-    def core(self, x: Tensor, kept_attn: Tensor | None, kept_mlp: Tensor | None) -> Tensor:
+    def core(self, x: Tensor, kept_attn: Tensor | None, kept_mlp: Tensor | None, shape: VideoShape) -> Tensor:
         """Do what `trunk` does, with drop path's factors `[N, 1, 1]` given: the part worth compiling."""
-        x = add_kept(x, self.attn(self.norm1(x)), kept_attn)  # [N, L, C]
+        x = add_kept(x, self.attn(self.norm1(x), shape), kept_attn)  # [N, L, C]
         return add_kept(x, self.mlp(self.norm2(x)), kept_mlp)  # [N, L, C]
 
-    def frozen(self, x: Tensor) -> Callable[[], FrozenTrunk] | None:
+    def frozen(self, x: Tensor, shape: VideoShape) -> Callable[[], FrozenTrunk] | None:
         """Return a function that makes attention and MLP ready for `run_frozen`; it dequantizes weights at each call.
 
         None where one of their weights trains, has another dtype than `x`, or is not a plain or quantized linear's.
@@ -142,14 +124,21 @@ class Block(nn.Module):
         plain = all(type(linear) in (nn.Linear, QuantLinear) for linear in linears)
         if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
             return None
-        return partial(self._open, x.dtype)
+        turn = self.attn.rotation(shape, x)
+        return partial(self._open, x.dtype, turn)
 
-    def _open(self, dtype: torch.dtype) -> FrozenTrunk:
+    def _open(self, dtype: torch.dtype, turn: Rotation | None) -> FrozenTrunk:
         """Gather the weights of attention and MLP, dequantized to `dtype`."""
         qkv, *linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         proj, fc1, fc2 = ((_numbers(linear, dtype), linear.get_parameter("bias")) for linear in linears)
         opened = (_numbers(qkv, dtype), self.attn.qkv_bias())
-        return FrozenTrunk(self.norm1, self.norm2, opened, proj, fc1, fc2, self.attn.heads)
+        assert isinstance(self.norm1, nn.LayerNorm) and isinstance(self.norm2, nn.LayerNorm)
+        return FrozenTrunk(self.norm1, self.norm2, opened, proj, fc1, fc2, self.attn.heads, turn)
+
+    def branch(self, shape: VideoShape) -> Callable[[Tensor], Tensor] | None:
+        """Return the function that gives what the adapter adds to all of `x [N, L, C]`; None where it has no such."""
+        added = getattr(self.adapter, "branch", None)
+        return None if added is None else partial(added, shape=shape)
 
     def adapt(self, x: Tensor, shape: VideoShape) -> Tensor:
         """Apply the adapter, where there is one, to `x [N, L, C]`."""
@@ -160,11 +149,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shape: VideoShape) -> Tensor:
         """Apply attention, MLP and adapter to `x [N, L, C]`."""
-        return self.adapt(self.trunk(x), shape)  # [N, L, C]
+        return self.adapt(self.trunk(x, shape), shape)  # [N, L, C]
 
 
-class VisionTransformer(nn.Module):
-    """VideoMAE encoder, chunk by chunk.
+class VisionTransformer(VideoBackbone):
+    """Video encoder, chunk by chunk: VideoMAE's, and with other parts (`make_block` and its like) another's.
 
     Args:
         config: its shape.
@@ -187,6 +176,8 @@ class VisionTransformer(nn.Module):
         torch.Size([2, 48, 2, 2, 2])
     """
 
+    kind = "videomae"  # its line in `detection/backbones`
+
     def __init__(self, config: VitConfig, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
         self.config = config
@@ -194,14 +185,41 @@ class VisionTransformer(nn.Module):
         side = config.image_size // config.patch_size
         self.stored_grid = (config.chunk_frames // config.tubelet, side, side)
         self.patch_embed = PatchEmbed(config)
-        # persistent, as in OpenTAD's files: what we train loads there strictly
-        self.register_buffer("pos_embed", sinusoid_table(self.stored_grid[0] * side * side, config.embed_dim))
         self._resized: tuple[Any, Tensor] | None = None
         self._host = HostStore()
+        self.ladders = None
+        self.fc_norm = None
+        self.make_positions()
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.eps)  # in every checkpoint; unused by feature maps
+        self.blocks = nn.ModuleList(self.make_block(rate) for rate in rates)
+        self.make_norm()
         self.apply(_initialise)
+
+    def parts(self) -> list[nn.Module]:
+        """Return the blocks, first to last."""
+        return list(self.blocks)
+
+    def make_positions(self) -> None:
+        """Make the table of positions, a buffer or parameter `pos_embed`; a kind without a table makes none."""
+        side = self.stored_grid[0] * self.stored_grid[1] * self.stored_grid[2]
+        # persistent, as in OpenTAD's files: what we train loads there strictly
+        self.register_buffer("pos_embed", sinusoid_table(side, self.config.embed_dim))
+
+    def make_block(self, drop_path: float) -> Block:
+        """Make one block; `drop_path` is its rate of stochastic depth."""
+        return Block(self.config, drop_path)
+
+    def make_norm(self) -> None:
+        """Make the norm after the last block."""
+        self.fc_norm = nn.LayerNorm(self.config.embed_dim, eps=self.config.eps)  # in every file; no map needs it
+
+    def begin(self, tokens: Tensor, shape: VideoShape) -> Tensor:
+        """Return the input of the first block, for tokens without positions; both are `[N, L, C]`."""
+        return tokens + self.positions(shape).to(tokens.dtype)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Return the tokens of the feature map `[N, t*h*w, C]`, for the output of the last block."""
+        return x
 
     def embed(self, chunks: Tensor) -> Tensor:
         """Return tokens `[N, L, C]`, without positions, of raw frames `[N, 3, t, H, W]` (0..255, uint8 or float)."""
@@ -211,7 +229,10 @@ class VisionTransformer(nn.Module):
 
     def positions(self, shape: VideoShape) -> Tensor:
         """Return the position table `[1, t*h*w, C]` for the grid of `shape`; it is resized once for each grid."""
-        table = self.get_buffer("pos_embed")
+        return self.resized(self.get_buffer("pos_embed"), shape)
+
+    def resized(self, table: Tensor, shape: VideoShape) -> Tensor:
+        """Resize a position table `[1, t*h*w, C]` of the stored grid to that of `shape`; the last answer is kept."""
         grid = (shape.t, shape.h, shape.w)
         # loading writes in place and moving makes another tensor: both must be seen
         key = (grid, table.data_ptr(), table._version, table.device, table.dtype)
@@ -222,17 +243,18 @@ class VisionTransformer(nn.Module):
     def encode(self, tokens: Tensor, shape: VideoShape) -> Tensor:
         """Run tokens without positions `[N, L, C]` through all blocks: `[N, L, C]`."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
-        x = tokens + self.positions(shape).to(tokens.dtype)
+        stream = [self.begin(tokens, shape)]
         del tokens
+        if isinstance(self.ladders, Ladder):
+            return self.finish(self._climb(self.ladders, blocks, stream.pop(), shape))
         if self.checkpointing == "segments":
-            return self._run_segments(blocks, x, shape)
+            return self.finish(self._run_segments(blocks, stream.pop(), shape))
         if self.checkpointing in ("two_level", "offload"):
-            stream = [x]
-            del x  # the chain alone decides how long its input lives
-            return self._run_chain(blocks, stream, shape)
+            return self.finish(self._run_chain(blocks, stream, shape))  # it alone decides how long its input lives
+        x = stream.pop()
         for block in blocks:
             x = self._run(block, x, shape)
-        return x
+        return self.finish(x)
 
     def forward(self, chunks: Tensor, videos: int) -> Tensor:
         """Encode raw frames.
@@ -284,13 +306,25 @@ class VisionTransformer(nn.Module):
             return out
         if not x.requires_grad and not any(p.requires_grad for p in _trunk_parameters(block)):
             # nothing before the adapter has a gradient (block 0 of a frozen ViT): recomputing it would be waste
-            x = block.trunk(x)
-            return x if block.adapter is None else self._checkpoint(block.adapter, x, shape)
+            x = block.trunk(x, shape)
+            return x if block.adapter is None else self._checkpoint(block.adapt, x, shape)
         return self._checkpoint(block, x, shape)
 
-    def _checkpoint(self, module: nn.Module, x: Tensor, shape: VideoShape) -> Tensor:
+    def _climb(self, ladder: Ladder, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
+        """Run the frozen blocks without gradients and keep what the ladder reads, then climb it."""
+        rungs = []
+        with torch.no_grad():
+            for index, block in enumerate(blocks[: ladder.rungs[-1] + 1]):
+                x = _link(None, block, x, shape, part_size(x, 1), False)[0].forward(x)[0]
+                if index in ladder.rungs:
+                    rungs.append(x)
+        again = self.checkpointing != "none" and torch.is_grad_enabled()
+        out: Tensor = ladder(rungs, shape, self._checkpoint if again else None)
+        return out
+
+    def _checkpoint(self, module: Callable[[Tensor, VideoShape], Tensor], x: Tensor, shape: VideoShape) -> Tensor:
         """Run a module by torch's checkpointing."""
-        extra: dict[str, Any] = {"context_fn": _keep_attention} if self.checkpointing == "attention" else {}
+        extra: dict[str, Any] = {"context_fn": keep_attention} if self.checkpointing == "attention" else {}
         # random numbers are drawn in training only (drop path, LoRA dropout); saving their state costs a sync
         out: Tensor = checkpoint(module, x, shape, use_reentrant=False, preserve_rng_state=self.training, **extra)
         return out
@@ -318,14 +352,13 @@ def _link(
     kept: tuple[Tensor | None, Tensor | None] = (None, None)
     if after is not None:  # drawn here, for all chunks at once: the parts run twice
         kept = (draw_kept(x, after.drop_path, after.training), draw_kept(x, after.drop_path, after.training))
-    branch = getattr(adapter, "branch", None)
-    trunk = None if after is None else after.frozen(x)
+    branch = None if before is None else before.branch(shape)
+    trunk = None if after is None else after.frozen(x, shape)
     by_hand = (after is None or trunk is not None) and (adapter is None or branch is not None)
     if by_hand and not torch.is_autocast_enabled(x.device.type):
-        bound = None if branch is None else partial(branch, shape=shape)
-        return FrozenLink(bound, trunk, kept, size, keep, _draws(adapter)), parameters
+        return FrozenLink(branch, trunk, kept, size, keep, _draws(adapter)), parameters
     whole = _unchanged if before is None else partial(before.adapt, shape=shape)
-    parts = _same_part if after is None else partial(_core_part, after, kept)
+    parts = _same_part if after is None else partial(_core_part, after, kept, shape)
     modules = [adapter, *([] if after is None else [after.attn, after.mlp])]
     return AutogradLink(whole, parts, size, any(map(_draws, modules)), x.device.type), parameters
 
@@ -337,9 +370,12 @@ def _draws(module: nn.Module | None) -> bool:
     return any(getattr(m, "dropout", 0.0) or isinstance(m, _DropoutNd) for m in module.modules())
 
 
-def _core_part(block: Block, kept: tuple[Tensor | None, Tensor | None], x: Tensor, part: slice) -> Tensor:
+def _core_part(
+    block: Block, kept: tuple[Tensor | None, Tensor | None], shape: VideoShape, x: Tensor, part: slice
+) -> Tensor:
     """Apply attention and MLP to some chunks."""
-    return block.core(x, *(None if factor is None else factor[part] for factor in kept))
+    attention, mlp = (None if factor is None else factor[part] for factor in kept)
+    return block.core(x, attention, mlp, shape)
 
 
 def _same_part(x: Tensor, _part: slice) -> Tensor:
@@ -354,25 +390,6 @@ def _adapter_parameters(block: Block | None) -> Iterable[nn.Parameter]:
 def _trunk_parameters(block: Block) -> Iterable[nn.Parameter]:
     """Return the parameters of a block but for its adapter's."""
     return (p for name, p in block.named_parameters() if not name.startswith("adapter."))
-
-
-_ATTENTION_OPS = (
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
-
-
-def _attention_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep the outputs of attention, recompute everything else."""
-    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_attention() -> Any:
-    """Make the contexts of a checkpoint that keeps attention outputs."""
-    contexts: Any = create_selective_checkpoint_contexts
-    return contexts(_attention_policy)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -10,7 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from tensorkeep.detection.model import kinds
-from tensorkeep.detection.model.config import AdapterConfig, BackboneConfig, DetectorConfig, Tuning, VitConfig
+from tensorkeep.detection.model.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DetectorConfig,
+    SwinConfig,
+    Tuning,
+    VitConfig,
+)
 from tensorkeep.detection.model.groups import OptimizerConfig
 from tensorkeep.detection.model.opentad_sections import expect
 from tensorkeep.detection.recipe.schema import ScheduleConfig
@@ -19,7 +26,9 @@ from tensorkeep.training.migration import backbone_pattern
 from tensorkeep.training.sections import GroupRule
 
 Section = Mapping[str, Any]
-_BACKBONES = ("VisionTransformerAdapter", "VisionTransformer", "VisionTransformerCP")
+_ADAPTED = {"VisionTransformerAdapter": "tia", "VisionTransformerLadder": "ladder"}
+REVERSIBLE = "SwinTransformer3D_inv"
+_BACKBONES = (*_ADAPTED, "VisionTransformer", "VisionTransformerCP", REVERSIBLE)
 
 
 def detector_config(model: Section) -> DetectorConfig:
@@ -40,10 +49,12 @@ def backbone_config(section: Section) -> BackboneConfig:
     where = "model.backbone"
     custom, inner = section.get("custom", {}), section["backbone"]
     expect(inner, "type", _BACKBONES, f"{where}.backbone")
+    if inner["type"] == REVERSIBLE:
+        return _reversible(section, where)
     if not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate"):
         what = "a ViT without q and v biases, or with dropout, is not built here"
         raise TensorkeepError(what, where=f"{where}.backbone")
-    adapted = inner["type"] == "VisionTransformerAdapter"
+    adapted = _ADAPTED.get(str(inner["type"]).removeprefix("mmaction."))
     frozen: Tuning = "none" if custom.get("freeze_backbone", False) else ("adapter" if adapted else "all")
     dim, frames = inner["embed_dims"], inner.get("num_frames", 16)
     normalise = section.get("data_preprocessor", {})
@@ -62,14 +73,48 @@ def backbone_config(section: Section) -> BackboneConfig:
         mean=tuple(normalise.get("mean", defaults.mean)),
         std=tuple(normalise.get("std", defaults.std)),
     )
-    # OpenTAD's own default, should a config not say
-    blocks = tuple(inner.get("adapter_index", (3, 5, 7, 11)))
+    # OpenTAD's own defaults, should a config not say
+    blocks = tuple(inner.get("adapter_index", range(6, 12) if adapted == "ladder" else (3, 5, 7, 11)))
     return BackboneConfig(
         vit=vit,
-        adapter=AdapterConfig(blocks=blocks) if adapted else None,
+        adapter=AdapterConfig("ladder" if adapted == "ladder" else "tia", blocks=blocks) if adapted else None,
         tuning=frozen,
         checkpointing="segments" if inner.get("with_cp", False) else "none",
         output_length=_output_length(custom, inner, frames, where),
+    )
+
+
+def _reversible(section: Section, where: str) -> BackboneConfig:
+    """Translate the `backbone` dict of Re2TAL's reversible Swin."""
+    custom, inner, normalise = section.get("custom", {}), section["backbone"], section.get("data_preprocessor", {})
+    depths, modes = tuple(inner.get("depths", (2, 2, 6, 2))), inner.get("inv_mode", ["custom_backprop"])
+    odd = not inner.get("qkv_bias", True) or inner.get("drop_rate") or inner.get("attn_drop_rate")
+    if odd or not inner.get("patch_norm", False) or inner.get("qk_scale") or inner.get("frozen_stages", -1) >= 0:
+        what = "a Swin without biases or patch norm, with dropout, qk_scale or frozen stages, is not built here"
+        raise TensorkeepError(what, where=f"{where}.backbone")
+    steps = {step["type"]: step for step in custom.get("post_processing_pipeline", ())}
+    if set(steps) != {"Reduce", "Interpolate"} or steps["Reduce"].get("reduction") != "mean":
+        what = "post_processing_pipeline is not: mean over space, interpolate"
+        raise TensorkeepError(what, where=f"{where}.custom")
+    defaults = SwinConfig()
+    swin = SwinConfig(
+        patch=tuple(inner.get("patch_size", (4, 4, 4))),
+        channels=inner.get("embed_dim", defaults.channels),
+        depths=depths,
+        heads=tuple(inner.get("num_heads", defaults.heads)),
+        window=tuple(inner.get("window_size", (2, 7, 7))),
+        mlp_ratio=float(inner.get("mlp_ratio", defaults.mlp_ratio)),
+        drop_path=inner.get("drop_path_rate", defaults.drop_path),
+        mean=tuple(normalise.get("mean", defaults.mean)),
+        std=tuple(normalise.get("std", defaults.std)),
+    )
+    return BackboneConfig(
+        kind="reversible_swin",
+        swin=swin,
+        tuning="none" if custom.get("freeze_backbone", False) else "all",
+        freeze_norms=custom.get("norm_eval", True),
+        checkpointing="none" if set(modes) == {"vanilla"} else "reversible",
+        output_length=int(steps["Interpolate"]["size"]),
     )
 
 
@@ -89,12 +134,17 @@ def _output_length(custom: Section, inner: Section, frames: int, where: str) -> 
     return int(steps["Interpolate"]["size"]) if "Interpolate" in steps else own
 
 
-def optimizer_config(optimizer: Section) -> OptimizerConfig:
-    """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups."""
+def optimizer_config(optimizer: Section, ladder: bool = False) -> OptimizerConfig:
+    """Translate the `optimizer` dict of an OpenTAD config: AdamW with parameter-wise groups.
+
+    `ladder`: whether the adapters are a ladder's; OpenTAD's word is any part of a name, a pattern is whole segments.
+    """
     expect(optimizer, "type", ("AdamW",), "optimizer")
     backbone = optimizer.get("backbone", {})
     custom = backbone.get("custom", ())
     rules = [GroupRule(backbone_pattern(rule["name"]), rule["lr"], rule["weight_decay"]) for rule in custom]
+    if ladder:
+        rules = [replace(rule, pattern="adapters") if rule.pattern == "adapter" else rule for rule in rules]
     if backbone.get("lr") and "backbone" not in backbone.get("exclude", ()):
         rules.append(GroupRule(backbone_pattern(""), backbone["lr"], backbone["weight_decay"]))
     return OptimizerConfig(

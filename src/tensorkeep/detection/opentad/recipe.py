@@ -17,7 +17,7 @@ from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.opentad._config_file import Setting, read_config, unread
 from tensorkeep.detection.opentad._literals import Section, Unknown
-from tensorkeep.detection.opentad._model_section import detector_config, optimizer_config, schedule_config
+from tensorkeep.detection.opentad._model_section import REVERSIBLE, detector_config, optimizer_config, schedule_config
 from tensorkeep.detection.opentad._pipelines import data_config, expected, padding_of
 from tensorkeep.detection.recipe.schema import (
     ClassifierConfig,
@@ -215,7 +215,9 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
         lost.append(Setting("optimizer.paramwise", "", False, "biases, norms and scales do not decay here"))
     if model.backbone is not None and not frozen:
         _backbone_groups(optimizer["backbone"], lost)
-    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer)
+    adapter = None if model.backbone is None else model.backbone.adapter
+    ladder = adapter is not None and adapter.kind == "ladder"
+    found = optimizer_config(_same(optimizer, backbone=Section()) if frozen else optimizer, ladder)
     if not found.groups and model.backbone is not None and not frozen:  # a rate of 0 everywhere
         model = replace(model, backbone=replace(model.backbone, tuning="none"))
     custom = config["model"].get("backbone", Section()).get("custom", Section())
@@ -256,10 +258,15 @@ def _model(model: Section, lost: list[Setting]) -> DetectorConfig:
     if qlora:
         inner = _same(inner, type="VisionTransformerAdapter")
         model = _same(model, backbone=_same(backbone, backbone=inner))
+    if str(inner["type"]).removeprefix("mmaction.") == REVERSIBLE:
+        for step in backbone.get("custom", Section()).get("post_processing_pipeline", ()):
+            expected(step, "ops", "b t c tt h w -> b c tt")
+            expected(step, "keys", ["feats"])
+        return detector_config(model)
     expected(inner, "return_feat_map", True)
     inner.seen.add("use_mean_pooling")  # acts on what return_feat_map leaves out
     config = detector_config(model)
-    assert config.backbone is not None
+    assert config.backbone is not None and config.backbone.vit is not None
     depth, frames = config.backbone.vit.depth, config.backbone.vit.chunk_frames
     _check_chunks(backbone.get("custom", Section()), frames, lost)
     adapter = config.backbone.adapter

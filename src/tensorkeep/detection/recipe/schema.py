@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tensorkeep.detection.backbones import backbone_module
 from tensorkeep.detection.data.augment import AugmentConfig
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
@@ -280,13 +281,19 @@ class DetectionRecipe:
             if self.training.quantize_backbone or self.training.pretrained:
                 raise TensorkeepError("there is no backbone to load or to quantize", where="training")
             return
+        backbone_module(backbone.kind)
         if backbone.output_length != data.window_size:
             what = f"model.backbone.output_length {backbone.output_length} is not data.window_size {data.window_size}"
             raise TensorkeepError(what, where="model", hint="--window_size sets both")
         frames = data.window_size * data.scale_factor
-        if frames % backbone.vit.chunk_frames:
-            what = f"{frames} frames of a window are no multiple of chunk_frames {backbone.vit.chunk_frames}"
+        chunk = backbone.network.chunk_frames
+        if chunk and frames % chunk:
+            what = f"{frames} frames of a window are no multiple of chunk_frames {chunk}"
             raise TensorkeepError(what, where="data", hint="frames are window_size x scale_factor")
+        ladder = backbone.adapter is not None and backbone.adapter.kind == "ladder"
+        if self.training.parallel == "fsdp" and ladder:
+            what = "a ladder reads blocks from outside of them, where they are shards"
+            raise TensorkeepError(what, where="training.parallel", hint="parallel: ddp")
         # the other ways compute with a block's weights from outside of it, where they are shards
         whole = ("none", "blocks", "attention") if backbone.tuning == "all" else ("none",)
         if self.training.parallel == "fsdp" and backbone.checkpointing not in whole:

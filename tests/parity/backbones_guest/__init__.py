@@ -1,0 +1,1 @@
+"""The authors' own backbones, run unmodified on a CPU, against ours."""
