@@ -35,7 +35,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
         return step
 
     monkeypatch.setattr(graphs, "capture_step", capture)
-    monkeypatch.setattr(train, "_possible", lambda loop, *_: loop)
+    monkeypatch.setattr(train, "_possible", lambda job, loop, *_: loop)
 
 
 @pytest.mark.parametrize("micro", [None, 2])

@@ -428,6 +428,7 @@ def test_text_of_a_config_cannot_leave_its_comment(tmp_path: Path) -> None:
         "training",
         "post_processing",
         "evaluation",
+        "checkpoint",
     }
 
 

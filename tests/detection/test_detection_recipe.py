@@ -184,7 +184,8 @@ def test_reading_what_was_written_gives_the_same_recipe(tmp_path_factory: pytest
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_whole_and_reads_back(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(name)
-    assert set(yaml.safe_load(shipped_recipe(name).text)) == {f.name for f in dataclasses.fields(DetectionRecipe)}
+    sections = {f.name for f in dataclasses.fields(DetectionRecipe)} - {"checkpoint"}  # hosts' own folders are rare
+    assert set(yaml.safe_load(shipped_recipe(name).text)) == sections
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     assert read_recipe(tmp_path / "again.yaml") == recipe
     assert recipe.model.backbone is not None and recipe.training.pretrained

@@ -140,7 +140,7 @@ def test_a_recorded_run_is_the_launched_one(data: Path, tmp_path: Path, monkeypa
         return step
 
     monkeypatch.setattr("tensorkeep.training._graphs.capture_step", capture)
-    monkeypatch.setattr("tensorkeep.training.loop._possible", lambda loop, *_: loop)
+    monkeypatch.setattr("tensorkeep.training.loop._possible", lambda job, loop, *_: loop)
     for graph in (False, True):
         runs.trained(runs.recipe(data, training__graph=graph, **QLORA), tmp_path / str(graph))
     assert relative_l2(tmp_path / "False", tmp_path / "True") < 1e-6
