@@ -25,6 +25,8 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "inspect": None,
     "diff": None,
     "verify": None,
+    "identify": None,
+    "prove": None,
     "convert": None,
     "merge": None,
     "demo": "demo",
