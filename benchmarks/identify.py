@@ -17,7 +17,6 @@ from pathlib import Path
 
 from benchmarks.convert import build
 from benchmarks.measure import remember, run, versions
-
 from tensorkeep.diagnosis.identity.identify import identify
 from tensorkeep.formats.view import read
 
@@ -95,7 +94,9 @@ def flips(model: Path, folder: Path, count: int) -> None:
             file.write(old)
     assert identify(copy).identity == before.identity
     shutil.rmtree(copy)
-    print(f"\n{named} of {count} single bits changed the identity and named their tensor ({model}, {len(names)} tensors)")
+    print(
+        f"\n{named} of {count} single bits changed the identity and named their tensor ({model}, {len(names)} tensors)"
+    )
 
 
 def main() -> None:

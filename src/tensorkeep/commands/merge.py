@@ -17,8 +17,8 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
-from tensorkeep.conversion.fit import Offer
-from tensorkeep.conversion.row_maps import Run
+from tensorkeep.commands.sign import Recorded, Recorder, Source
+from tensorkeep.diagnosis.identity.merging import name_as_files
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -42,6 +42,7 @@ def merge(
     allow_other_base: Flag = False,
     dry_run: Flag = False,
     overwrite: Flag = False,
+    recorded: Recorded = Recorded(),
     say: Say = Say(),
 ) -> int:
     """Add adapters into the weights they were trained on: BASE ADAPTER[=WEIGHT]... OUT.
@@ -73,22 +74,22 @@ def merge(
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
-        _name_as_files(base, sources)
+        name_as_files(base, [s.adapter for s in sources])
         merging.refuse_merged_before(base, sources)
         merging.refuse_other_base(base, [] if allow_other_base else sources)
-        job = plan_merge(
-            base,
-            sources,
-            to,
-            onto=onto,
-            naming=known_naming(naming),
-            root=known_root(root, to),
-            dtype=known_dtype(dtype, "merge", paths),
-            untie=untie,
-            ask=names_for,
-        )
+        names = {"naming": known_naming(naming), "root": known_root(root, to)}
+        rounded = known_dtype(dtype, "merge", paths)
+        job = plan_merge(base, sources, to, onto=onto, dtype=rounded, untie=untie, ask=names_for, **names)
         job.plan.notes += _left_out_by_peft(base, sources)
-        return _carry_out(out, job, paths[-1], to, shard_limit(shard_size, to, paths[-1]), dry_run, overwrite)
+        limit = shard_limit(shard_size, to, paths[-1])
+        made = recorded.of("merge", _made_from(base, sources), onto=onto, dtype=rounded, untie=untie)
+        return _carry_out(out, job, paths[-1], to, limit, dry_run, overwrite, made)
+
+
+def _made_from(base: StateView, sources: list[Any]) -> list[Source]:
+    """List what a merge is made from, for its statement."""
+    adapters = [(s.adapter.view, "adapter", s.weight) for s in sources if s.adapter.view is not base]
+    return [(base, "base", 1.0), *adapters]
 
 
 def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
@@ -110,7 +111,9 @@ def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
     return notes
 
 
-def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool) -> int:
+def _carry_out(
+    out: Output, job: Any, sink: str, to: str, limit: int | None, dry_run: bool, overwrite: bool, made: Recorder
+) -> int:
     """Merge as planned, or show the plan alone."""
     from tensorkeep.adapters import merging
     from tensorkeep.commands.programs import installed
@@ -128,6 +131,7 @@ def _carry_out(out: Output, job: Any, sink: str, to: str, limit: int | None, dry
         done = merging.merge(job, sink, to, limit, overwrite, progress)
     for note in done.notes:
         out.remark(f"note: {note.code} {note.message}")
+    made(out, sink)
     return _show(out, job, proof, done, to)
 
 
@@ -151,29 +155,6 @@ def _opened(
         )
     given = [_split_weight(p) for p in paths[1:-1]]
     return base, open_adapters([(_adapter(out, p, stack), w) for p, w in given] or [(base, 1.0)])
-
-
-def _name_as_files(base: StateView, sources: list[Any]) -> None:
-    """Call modules what the base's files call them, where transformers' live model has another name for them.
-
-    So it is in models that see too: `model.language_model.layers` is `language_model.model.layers` in Gemma 3's files.
-    """
-    from tensorkeep.conversion.naming import identify
-
-    stored = identify(base).names
-    held = set(stored.values())
-    wanted = {f"{m}.weight" for s in sources for m in (*s.adapter.pairs, *s.adapter.embeddings)}
-    wanted |= {n for s in sources for n in s.adapter.saved}
-    config = {k: v for k, v in (base.config or {}).items() if k != "quantization_config"}
-    if not wanted - held or not config:
-        return
-    names = names_for(config, {n: Offer(base[s].dtype, base[s].shape) for s, n in stored.items()})
-    if names is None:
-        return  # the merge says which modules have no place
-    runs = {n: names.runs(n) for n in wanted - held}
-    found = {n: r[0].name for n, r in runs.items() if r == (Run(r[0].name),) and r[0].name in held}
-    for source in sources:
-        source.adapter.rename(found)
 
 
 def _adapter(out: Output, path: str, stack: contextlib.ExitStack) -> StateView:
