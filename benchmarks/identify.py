@@ -1,6 +1,6 @@
 """`tensorkeep identify` of 2 GB beside `sha256sum` of the same bytes, and 1,000 single bits that must be found.
 
-python -m benchmarks.identify [--dir DIR] [--rounds 5] [--flips 1000] [--model DIR]
+python -m benchmarks.identify [--dir DIR] [--rounds 5] [--flips 1000] [--model DIR] [--forms DIR]
 """
 
 from __future__ import annotations
@@ -99,17 +99,51 @@ def flips(model: Path, folder: Path, count: int) -> None:
     )
 
 
+# what `convert` is asked for, by the form's name
+FORMS = {
+    "hf, 50 MB a shard": ("hf", ["--to", "hf", "--shard-size", "50MB"]),
+    "hf, one file": ("one.safetensors", ["--to", "hf"]),
+    "DCP": ("dcp", ["--to", "dcp"]),
+    "DCP under `model`, as flame": ("flame", ["--to", "dcp", "--root", "model"]),
+    "DCP, torchtitan": ("titan", ["--to", "dcp", "--naming", "torchtitan"]),
+    "DCP, torchtitan 0.2": ("titan02", ["--to", "dcp", "--naming", "torchtitan-0.2"]),
+    "DCP, OLMo-core": ("olmo", ["--to", "dcp", "--naming", "olmo-core"]),
+    "pth": ("a.pth", ["--to", "pth"]),
+    "pth under `model`": ("nested.pth", ["--to", "pth", "--root", "model"]),
+    "pth, minimind": ("minimind.pth", ["--to", "pth", "--naming", "minimind"]),
+    "pth, nanotron": ("nanotron.pth", ["--to", "pth", "--naming", "nanotron"]),
+    "GGUF": ("a.gguf", ["--to", "gguf"]),
+    "GGUF and back": ("back", ["--to", "hf"]),
+}
+
+
+def forms(model: Path, folder: Path) -> None:
+    """Write a model in many forms and identify each."""
+    main = [sys.executable, "-m", "tensorkeep"]
+    wanted = identify(model).identity
+    print(f"\n{model}: {wanted}\n\n| form | the same identity |\n|---|---|")
+    for name, (place, words) in FORMS.items():
+        source, out = folder / "a.gguf" if name == "GGUF and back" else model, folder / place
+        shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
+        run([*main, "convert", "--quiet", "--overwrite", str(source), str(out), *words])
+        found = run([*main, "identify", str(out), "--quiet", "--config", str(model)]).out.splitlines()[0]
+        print(f"| {name} | {'yes' if found == wanted else f'NO: {found}'} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("build/bench-convert"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--model", type=Path, default=Path("examples/tiny-llama"))
+    parser.add_argument("--forms", type=Path, help="an hf folder to write in many forms")
     arguments = parser.parse_args()
     arguments.dir.mkdir(parents=True, exist_ok=True)
     print(versions("tensorkeep", "numpy"))
     if arguments.rounds:
         cost(arguments.dir, arguments.rounds)
+    if arguments.forms:
+        forms(arguments.forms, arguments.dir)
     if arguments.flips:
         flips(arguments.model, arguments.dir, arguments.flips)
 

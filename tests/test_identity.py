@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -310,3 +311,45 @@ def test_the_commands(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     proof.write_text(json.dumps(document | {"index": 0}))
     code, out, err = run(capsys, "verify", proof)
     assert code == 2 and out == "" and "F03" in err
+
+
+def test_diff_shows_identities_first(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to(dense, tmp_path / "a.gguf", "gguf")
+    code, out, _ = run(capsys, "diff", dense, tmp_path / "a.gguf", "--json")
+    assert json.loads(out)["identities"] == {"a": of(dense), "b": of(dense)}
+    code, out, _ = run(capsys, "diff", dense, TINY)
+    assert code == 1 and out.splitlines()[:2] == [f"identity of A: {of(dense)}", f"identity of B: {of(TINY)}"]
+    torch.save({"block.0.w": torch.ones(2, 2)}, tmp_path / "a.pth")
+    code, out, _ = run(capsys, "diff", tmp_path / "a.pth", tmp_path / "a.pth")
+    assert code == 0 and out.startswith("identity of A: none")
+
+
+def test_a_bill_of_materials_names_model_files_and_origin(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "bom.json"
+    assert run(capsys, "identify", dense, "--bom", place)[0] == 0
+    document = json.loads(place.read_text())
+    whole = document["metadata"]["component"]
+    assert (document["bomFormat"], document["specVersion"], whole["type"]) == (
+        "CycloneDX",
+        "1.6",
+        "machine-learning-model",
+    )
+    assert {"name": "tensorkeep:identity", "value": of(dense)} in whole["properties"]
+    assert whole["modelCard"]["modelParameters"] == {
+        "architectureFamily": "llama",
+        "modelArchitecture": "LlamaForCausalLM",
+    }
+    config = hashlib.sha256((dense / "config.json").read_bytes()).hexdigest()
+    assert {"alg": "SHA-256", "content": config} in document["components"][0]["hashes"] + document["components"][1][
+        "hashes"
+    ]
+    assert run(capsys, "identify", dense, "--bom", place)[0] == 2  # exists
+    (tmp_path / "other.json").write_text("{}")
+    assert run(capsys, "identify", dense, "--bom", tmp_path / "other.json", "--overwrite")[0] == 2
+    made = tmp_path / "half"
+    assert run(capsys, "convert", dense, made, "--to", "hf", "--dtype", "fp16", "--identify")[0] == 0
+    assert run(capsys, "identify", made, "--bom", place, "--overwrite")[0] == 0
+    ancestors = json.loads(place.read_text())["metadata"]["component"]["pedigree"]["ancestors"]
+    assert [a["properties"][0]["value"] for a in ancestors] == [of(dense)]

@@ -11,9 +11,23 @@ from typing import Any
 from tensorkeep.commands.shared import Flag, Say, with_config
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.output import Output, size
+from tensorkeep.storage.certificate import dump
+from tensorkeep.storage.overwriting import lone_file
+from tensorkeep.storage.placement import replacing, write_bytes
+
+_BOM = lone_file("a CycloneDX document", r'\{\s*"bomFormat": "CycloneDX"')
 
 
-def identify(checkpoint: str, /, *, tensors: Flag = False, config: str | None = None, say: Say = Say()) -> int:
+def identify(
+    checkpoint: str,
+    /,
+    *,
+    tensors: Flag = False,
+    bom: Path | None = None,
+    config: str | None = None,
+    overwrite: Flag = False,
+    say: Say = Say(),
+) -> int:
     """Show a model's identity: one hash that every format, naming and sharding of the same tensors has.
 
     Exit code 3 where its tensors cannot be brought under hf names: then it gets none (docs/reference/identity.md).
@@ -21,13 +35,17 @@ def identify(checkpoint: str, /, *, tensors: Flag = False, config: str | None = 
     Args:
         checkpoint: A file, a folder, a run, a Hub model id or a URL.
         tensors: Show every tensor's name, dtype, shape and hash too.
+        bom: Write a bill of materials too: a CycloneDX document with the model, its files and what it was made from.
         config: A config.json, or a folder with one, where the checkpoint brings none and it matters.
+        overwrite: Replace an earlier bill of materials.
     """
     out = say.output()
     with opened(out, checkpoint, config) as view:
         model = identified(out, view)
     for note in view.notes:
         out.remark(f"note: {note.code} {note.message}")
+    if bom is not None:
+        _write_bom(bom, checkpoint, model, view, overwrite)
     if say.json:
         listed = [leaf.to_json(name) for name, leaf in model.leaves.items()] if tensors else None
         out.document(model.to_json() | {"path": checkpoint} | ({"leaves": listed} if listed is not None else {}))
@@ -43,6 +61,19 @@ def identify(checkpoint: str, /, *, tensors: Flag = False, config: str | None = 
         rows = [(n, leaf.dtype, list(leaf.shape), leaf.content.hex()) for n, leaf in model.leaves.items()]
         out.table(["tensor", "dtype", "shape", "content"], rows)
     return 0
+
+
+def _write_bom(place: Path, checkpoint: str, model: Any, view: StateView, overwrite: bool) -> None:
+    """Write a bill of materials; what the model was made from is taken from a statement beside it that fits it."""
+    from tensorkeep.diagnosis.identity.bom import bill
+    from tensorkeep.diagnosis.identity.stored import find_statement
+
+    stored = find_statement(checkpoint)
+    fits = stored is not None and stored.statement.identity == model.identity
+    made = stored.statement.derivation if fits and stored is not None else None
+    data = dump(bill(model, Path(checkpoint).resolve().name, view.config, made))
+    with replacing(place, overwrite, _BOM) as temporary:
+        write_bytes(temporary, data)
 
 
 def _remarks(model: Any) -> Iterator[str]:
