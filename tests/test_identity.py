@@ -22,9 +22,10 @@ from tensorkeep.formats.view import read
 from tensorkeep.storage import merkle
 from tests import identity_reference as reference
 from tests.helpers import refused, to, write_hf
-from tests.identity_forms import DENSE, FORMS, state_of
+from tests.identity_forms import DENSE, FORMS, config_beside, state_of
 from tests.language_files import save_model
 from tests.tools import TINY
+from tests.training import ranks
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": None}
 
@@ -87,6 +88,26 @@ def test_every_form_of_a_mixture_of_experts_has_its_identity(form: str, experts:
 @pytest.mark.parametrize("form", ["torchtitan", "live", "gguf", "flame"])
 def test_experts_that_another_program_stacks_have_one_identity(form: str, qwen: Path, tmp_path: Path) -> None:
     assert of(DENSE[form](qwen, tmp_path / "form", state_of(qwen))) == of(qwen)
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_dcp_that_three_processes_wrote_has_the_identity(dimension: int, dense: Path, tmp_path: Path) -> None:
+    state, place = state_of(dense), tmp_path / "dcp"
+    config_beside(dense, place)
+
+    def work(world: Any) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (world.size,))
+        held = {n: distribute_tensor(t, mesh, [Shard(min(dimension, t.ndim - 1))]) for n, t in state.items()}
+        dcp.save(held, checkpoint_id=str(place))
+        torch.distributed.barrier()
+
+    assert ranks(3, work) == [0, 0, 0]
+    assert any(len(record.blocks) > 1 for record in read(place).values())
+    assert of(place) == of(dense)
 
 
 def test_the_vectors_are_what_the_page_says_and_what_the_program_makes(tmp_path: Path) -> None:

@@ -59,6 +59,20 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run"
 
 
+def test_a_run_has_the_identity_of_what_is_made_of_it(
+    trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "convert", trained, tmp_path / "peft", "--to", "peft")[0] == 0
+    code, out, _ = run(capsys, "identify", trained, "--json")
+    document = json.loads(out)
+    assert (code, document["of"], document["tensors"]) == (0, "adapter", 8)
+    assert document["identity"] == identify(tmp_path / "peft").identity
+    whole = recipe(tmp_path, base, training={"updates": 1, "batch_size": 4})
+    assert run(capsys, "train", "language", whole, "--out", tmp_path / "run")[0] == 0
+    assert run(capsys, "convert", tmp_path / "run", tmp_path / "hf", "--to", "hf", "--dtype", "fp32")[0] == 0
+    assert identify(tmp_path / "run").identity == identify(tmp_path / "hf").identity != identify(base).identity
+
+
 def test_steps_made_again_are_equal_and_the_run_stays_as_it_is(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import io
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -123,8 +124,7 @@ def check_signature(statement: bytes, signature: bytes, trust: Trust, where: obj
         if trust.key is not None and kind == "publicKey":
             read_small(trust.key, LARGEST)
             config.use_elliptic_key_verifier(public_key=trust.key)
-            hint = material["publicKey"].get("hint") if isinstance(material["publicKey"], dict) else None
-            who = f"key {str(hint)[:64]}"
+            who = f"key {_key_hash(trust.key)}"
         elif kind == "x509CertificateChain":
             for path in trust.certificates:
                 read_small(path, LARGEST)
@@ -133,6 +133,15 @@ def check_signature(statement: bytes, signature: bytes, trust: Trust, where: obj
             config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer or "")
         config.verify(place, bundle)
     return who
+
+
+def _key_hash(path: Path) -> str:
+    """Return what model-signing calls a public key: SHA-256 of its PEM."""
+    from cryptography.hazmat.primitives import serialization
+
+    key = serialization.load_pem_public_key(path.read_bytes())
+    form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(*form)).hexdigest()
 
 
 def _material(signature: bytes, where: object) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def canonical_tensors(view: StateView) -> Canonical:
     if not tensors:
         raise TensorkeepError("holds no tensor of a model", where=view.path, code="K05")
     _tie(out, config)
-    out.narrow = _narrowed(tensors)
+    out.narrow = _narrowed(tensors, out.pairs)
     return out
 
 
@@ -150,14 +150,14 @@ def _tie(out: Canonical, config: Mapping[str, Any] | None) -> None:
     out.pairs = {n: e for n, e in pairs.items() if n in tensors and e in tensors and n != e}
 
 
-def _narrowed(tensors: Mapping[str, HfTensor]) -> dict[str, str]:
+def _narrowed(tensors: Mapping[str, HfTensor], pairs: Mapping[str, str]) -> dict[str, str]:
     """Return what F32 tensors beside weights of 16 bits count in, where it holds their values.
 
     GGUF stores vectors and routers as F32 whatever the model's dtype is, and what is converted from it keeps them so.
     """
     elements = Counter[str]()
-    for tensor in tensors.values():
-        elements[tensor.dtype] += math.prod(tensor.shape)
+    for name, tensor in tensors.items():
+        elements[tensor.dtype] += math.prod(tensor.shape) if name not in pairs else 0  # a tie is stored once or twice
     halves = [d for d in _HALVES if elements[d]]
     if len(halves) != 1 or elements["F32"] >= elements[halves[0]]:
         return {}
