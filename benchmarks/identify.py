@@ -1,6 +1,6 @@
 """`tensorkeep identify` of 2 GB beside `sha256sum` of the same bytes, and 1,000 single bits that must be found.
 
-python -m benchmarks.identify [--dir DIR] [--rounds 5] [--flips 1000] [--model DIR] [--forms DIR]
+python -m benchmarks.identify [--dir DIR] [--rounds 5] [--flips 1000] [--model DIR] [--forms DIR] [--architectures]
 """
 
 from __future__ import annotations
@@ -130,6 +130,30 @@ def forms(model: Path, folder: Path) -> None:
         print(f"| {name} | {'yes' if found == wanted else f'NO: {found}'} |")
 
 
+def architectures(folder: Path) -> None:
+    """Identify every architecture's tiny model as files have it and as its live model is saved."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from benchmarks import families
+
+    equal = 0
+    for name in families.FAMILIES:
+        shutil.rmtree(folder / "family", ignore_errors=True)
+        place, live = folder / "family" / "hf", folder / "family" / "live"
+        state = families.built(name, place).state_dict()
+        live.mkdir()
+        torch.save(state, live / "model.pth")
+        dcp.save(dict(state), checkpoint_id=str(folder / "family" / "dcp"), no_dist=True)
+        for other in (live, folder / "family" / "dcp"):
+            shutil.copy(place / "config.json", other / "config.json")
+        found = {identify(p).identity for p in (place, live / "model.pth", folder / "family" / "dcp")}
+        equal += len(found) == 1
+        if len(found) > 1:
+            print(f"{name}: {len(found)} identities")
+    print(f"\n{equal} of {len(families.FAMILIES)} architectures: files, live model's .pth and its DCP are one")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("build/bench-convert"))
@@ -137,11 +161,14 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--model", type=Path, default=Path("examples/tiny-llama"))
     parser.add_argument("--forms", type=Path, help="an hf folder to write in many forms")
+    parser.add_argument("--architectures", action="store_true")
     arguments = parser.parse_args()
     arguments.dir.mkdir(parents=True, exist_ok=True)
     print(versions("tensorkeep", "numpy"))
     if arguments.rounds:
         cost(arguments.dir, arguments.rounds)
+    if arguments.architectures:
+        architectures(arguments.dir)
     if arguments.forms:
         forms(arguments.forms, arguments.dir)
     if arguments.flips:

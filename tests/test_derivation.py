@@ -98,6 +98,10 @@ LIES: list[tuple[str, Any, str]] = [
     ("no sources", lambda d: d.update({"from": []}), "names no sources"),
     ("a short hash", lambda d: d["from"][0].update(identity="ab"), "not 64 hex digits"),
     ("no number", lambda d: d["from"][1].update(weight="much"), "gives the weight"),
+    ("a weight without end", lambda d: d["from"][1].update(weight="inf"), "gives the weight"),
+    ("no dtype", lambda d: d["recipe"].update(dtype="F99"), "the recipe's dtype"),
+    ("no such way", lambda d: d["recipe"].update(onto="both"), "the recipe's onto"),
+    ("a list for a recipe", lambda d: d.update(recipe=[]), "was made by"),
     ("another statement", lambda d: d["from"][0].update(statement_sha256="ab" * 32), "another statement"),
     ("itself as the base", lambda d: d["from"].reverse(), ""),
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import families
 from safetensors.torch import load_file, save_file
 
 from tensorkeep.cli import main
@@ -88,6 +89,14 @@ def test_every_form_of_a_mixture_of_experts_has_its_identity(form: str, experts:
 @pytest.mark.parametrize("form", ["torchtitan", "live", "gguf", "flame"])
 def test_experts_that_another_program_stacks_have_one_identity(form: str, qwen: Path, tmp_path: Path) -> None:
     assert of(DENSE[form](qwen, tmp_path / "form", state_of(qwen))) == of(qwen)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3", "gemma3", "nemotron_h"])
+def test_a_live_model_saved_by_torch_has_the_identity_of_its_files(family: str, tmp_path: Path) -> None:
+    state = families.built(family, tmp_path / "hf").state_dict()
+    config_beside(tmp_path / "hf", tmp_path / "live")
+    torch.save(state, tmp_path / "live" / "model.pth")
+    assert of(tmp_path / "live" / "model.pth") == of(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

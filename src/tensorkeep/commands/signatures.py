@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tensorkeep.commands.identify import identified, opened
-from tensorkeep.commands.shared import Flag
+from tensorkeep.commands.shared import Flag, known_loader
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import EXIT, Finding, verdict_of
 from tensorkeep.formats.names import grouped
@@ -166,6 +166,7 @@ def _repaired(sources: Any, recipe: Any, progress: Any) -> Any:
     taken, target = recipe.get("take_from_reference"), recipe.get("for")
     if not isinstance(taken, list) or not all(isinstance(t, str) for t in taken) or not isinstance(target, str | None):
         raise TensorkeepError(f"was repaired with {shown(recipe)}", where=broken, code="F07")
+    known_loader(target)
     with tempfile.TemporaryDirectory(prefix="tensorkeep-") as folder:
         out = str(Path(folder) / Path(broken).name)
         where: Any = target

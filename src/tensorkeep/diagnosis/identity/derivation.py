@@ -7,7 +7,8 @@ there is somebody to trust, and the model is made again from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.models.alignment import tied_names
 from tensorkeep.models.names import names_for
 from tensorkeep.storage.files import Progress
+from tensorkeep.storage.record import DTYPES
 
 # (sources, recipe, progress) -> the identity of what they make; None where it is not made here
 Again = Callable[["Sequence[Source]", Mapping[str, Any], "Progress | None"], "ModelIdentity | None"]
@@ -207,9 +209,12 @@ def _link(entry: Mapping[str, Any], known: Mapping[str, Source], where: str) -> 
         what = f"a link is missing: its {shown(role)[1:-1]} {wanted} is none of the {len(known)} checkpoints given"
         raise TensorkeepError(what, where=where, code="F05", hint="give every checkpoint of the chain: --from CKPT")
     try:
-        return replace(known[wanted], role=str(role)[:40], weight=float(weight))
+        number = float(weight)
     except (TypeError, ValueError):
-        raise TensorkeepError(f"gives the weight {shown(weight)}", where=where, code="F07") from None
+        number = math.nan
+    if not abs(number) < 1e6:
+        raise TensorkeepError(f"gives the weight {shown(weight)}", where=where, code="F07")
+    return replace(known[wanted], role=str(role)[:40], weight=number)
 
 
 def _check_statement(source: Source, entry: Mapping[str, Any], trust: Trust | None, where: str) -> None:
@@ -232,9 +237,10 @@ def _check_statement(source: Source, entry: Mapping[str, Any], trust: Trust | No
 # -- making it again ---------------------------------------------------------------------------------------------------
 
 
-def _text(recipe: Mapping[str, Any], key: str) -> str | None:
+def _text(recipe: Mapping[str, Any], key: str, words: Collection[str]) -> str | None:
+    """Return a setting that is one of some words, or not given."""
     value = recipe.get(key)
-    if value is not None and not isinstance(value, str):
+    if value is not None and not (isinstance(value, str) and value in words):
         raise TensorkeepError(f"the recipe's {key} is {shown(value)}", code="F07")
     return value
 
@@ -251,7 +257,7 @@ def _merged(sources: Sequence[Source], recipe: Mapping[str, Any], progress: Prog
     base, *adapters = sources
     opened = open_adapters([(s.view, s.weight) for s in adapters] or [(base.view, 1.0)])
     name_as_files(base.view, [s.adapter for s in opened])
-    onto, dtype = _text(recipe, "onto") or "trained", _text(recipe, "dtype")
+    onto, dtype = _text(recipe, "onto", ("trained", "original")) or "trained", _text(recipe, "dtype", DTYPES)
     job = plan_merge(base.view, opened, onto=onto, dtype=dtype, untie=bool(recipe.get("untie")), ask=names_for)
     with one_thread():  # as a merge computes
         return identify(planned(job.plan), progress)
@@ -259,11 +265,12 @@ def _merged(sources: Sequence[Source], recipe: Mapping[str, Any], progress: Prog
 
 def _converted(sources: Sequence[Source], recipe: Mapping[str, Any], progress: Progress | None) -> ModelIdentity:
     """Convert again to hf, with the casts and losses that the recipe names."""
-    dtype, drop = _text(recipe, "dtype"), _texts(recipe, "drop")
+    dtype, drop = _text(recipe, "dtype", DTYPES), _texts(recipe, "drop")
     if dtype is None and not drop and len(sources) == 1:
         return sources[0].model
     views = [s.view for s in sources]
-    plan = make_plan(views, "hf", dtype=dtype, drop=drop, prefer=_text(recipe, "prefer"), ask=None, ties=tied_names)
+    prefer = _text(recipe, "prefer", ("first", "last"))
+    plan = make_plan(views, "hf", dtype=dtype, drop=drop, prefer=prefer, ask=None, ties=tied_names)
     return identify(planned(plan), progress)
 
 
