@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import random
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from safetensors.torch import load_file, save_file
 
 from tensorkeep.cli import main
+from tensorkeep.diagnosis.identity.identify import identify
+from tensorkeep.diagnosis.identity.proofs import check_proof, prove_tensor
+from tensorkeep.diagnosis.identity.signing import Trust, check_signature
+from tensorkeep.diagnosis.identity.statement import read_statement
+from tensorkeep.errors import TensorkeepError
 from tests.helpers import to
 from tests.identity_forms import DENSE, state_of
 from tests.language_files import save_model
@@ -318,3 +324,42 @@ def test_signing_says_what_it_needs(model: Path, keys: Keys, capsys: pytest.Capt
         code, out, err = run(capsys, "sign", model, *words)
         assert code == 2 and out == "" and said in err
     assert not (model / "identity.json").exists()
+
+
+def mangled(value: Any, draw: random.Random) -> Any:
+    """One member of nested values replaced by something else."""
+    if draw.random() < 0.3 or not isinstance(value, dict | list) or not value:
+        return draw.choice([None, 3, -1, "x", [], {}, True, 1e30, "00" * 32, "\ud800"])
+    if isinstance(value, dict):
+        name = draw.choice(sorted(value))
+        return {**value, name: mangled(value[name], draw)}
+    at = draw.randrange(len(value))
+    return [*value[:at], mangled(value[at], draw), *value[at + 1 :]]
+
+
+def test_a_mangled_statement_bundle_or_proof_is_refused_and_breaks_nothing(signed: Path, keys: Keys) -> None:
+    """Where something is accepted, it says the same: fields that nobody compares, such as a hint, may change."""
+    draw = random.Random(7)
+    statement, signature = ((signed / name).read_bytes() for name in ("identity.json", "identity.sig"))
+    proof, read = prove_tensor(identify(signed), "model.norm.weight"), read_statement(statement, "here")
+    refused = 0
+    for _ in range(150):
+        try:
+            found = read_statement(json.dumps(mangled(json.loads(statement), draw)).encode(), "here")
+            assert (found.identity, found.leaves) == (read.identity, read.leaves)
+        except TensorkeepError:
+            refused += 1
+        try:
+            other = mangled(proof, draw)
+            assert check_proof(other if isinstance(other, dict) else {})[0] == proof["identity"]
+        except TensorkeepError:
+            refused += 1
+    for _ in range(30):
+        bundle = json.dumps(mangled(json.loads(signature), draw)).encode()
+        try:
+            check_signature(statement, bundle, Trust(key=keys / "own.pub"), "here")
+            kept = json.loads(bundle)["dsseEnvelope"]
+            assert kept["payload"] == json.loads(signature)["dsseEnvelope"]["payload"]
+        except TensorkeepError:
+            refused += 1
+    assert refused > 250
