@@ -75,6 +75,7 @@ def test_a_source_in_another_format_is_the_same_link(
 ) -> None:
     """The merge was made from a base with a statement: another copy of it needs that statement beside it."""
     assert main(["convert", str(chain["base"]), str(tmp_path / "other"), "--to", "dcp", "--quiet"]) == 0
+    (tmp_path / "other" / "identity.json").unlink()
     other = {**chain, "base": tmp_path / "other"}
     code, _, err = run(capsys, *ask(other, "merged", "base", "adapter"))
     assert code == 2 and "the statement of" in err

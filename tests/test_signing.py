@@ -125,6 +125,20 @@ def test_what_was_signed_verifies_in_another_form(
     assert ("not compared: tokenizer" in out) is (form not in ("shards", "torchtitan"))
 
 
+def test_a_conversion_carries_the_signature_and_a_cast_does_not(
+    signed: Path, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, words in (("dcp", ["--naming", "torchtitan", "--to", "dcp"]), ("a.gguf", ["--to", "gguf"])):
+        assert run(capsys, "convert", signed, tmp_path / name, *words)[0] == 0
+        code, out, err = run(capsys, "verify", tmp_path / name, "--key", keys / "own.pub")
+        assert code == 0 and out.startswith("verified: "), err
+    assert run(capsys, "convert", tmp_path / "dcp", tmp_path / "back", "--to", "hf", "--shard-size", "20kB")[0] == 0
+    assert run(capsys, "verify", tmp_path / "back", "--key", keys / "own.pub")[0] == 0
+    assert run(capsys, "convert", signed, tmp_path / "half", "--to", "hf", "--dtype", "fp16")[0] == 0
+    code, out, err = run(capsys, "verify", tmp_path / "half", "--key", keys / "own.pub")
+    assert code == 2 and out == "" and "no statement lies beside it" in err
+
+
 def test_every_changed_byte_is_named(signed: Path, keys: Keys, capsys: pytest.CaptureFixture[str]) -> None:
     ask = ("verify", signed, "--key", keys / "own.pub")
     assert findings(capsys, *ask) == []

@@ -19,7 +19,7 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
-from tensorkeep.commands.sign import Recorded, Recorder
+from tensorkeep.commands.sign import Recorded, Recorder, carry_statement
 from tensorkeep.conversion.targets import arranged, check, root_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
@@ -147,6 +147,7 @@ def _carry_out(
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
     code = _show_result(out, plan, proof, result, to, run.said if run is not None else {})
+    carry_statement(out, plan, sink)
     made(out, sink)
     if run is not None and run.after:
         out.remark(run.after)

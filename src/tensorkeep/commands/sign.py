@@ -149,6 +149,38 @@ def _record(out: Output, sink: str, made: str, sources: list[Source], recipe: di
     out.remark(f"{place}: {model.identity}, {signed}, made from {' + '.join(s.model.identity[:16] for s in found)}")
 
 
+def carry_statement(out: Output, plan: Any, sink: str) -> None:
+    """Put the statement beside a checkpoint, and its signature, beside what it was converted into as it is.
+
+    Nothing is carried where values were cast, tensors were dropped by the user, or sources were combined.
+
+    Args:
+        out: is told.
+        plan: what was carried out.
+        sink: where to.
+    """
+    from tensorkeep.conversion.plan import BY_USER
+    from tensorkeep.diagnosis.identity.stored import find_statement, write_statement
+
+    cast = [step for step in plan.steps if "cast" in step.actions]
+    if plan.naming == "gguf" and any("cast" not in s.actions and s.sink is not None for s in plan.steps):
+        cast = [step for step in cast if step.sink is None or step.sink.dtype != "F32"]  # vectors are stored wider
+    if (
+        cast
+        or any(step.reason == BY_USER for step in plan.steps)
+        or len(plan.sources) != 1
+        or "://" in sink.removeprefix("file://")
+    ):
+        return
+    try:
+        stored = find_statement(plan.sources[0].path)
+        if stored is not None:
+            place = write_statement(stored.data, stored.signature, sink, overwrite=True)
+            out.remark(f"note: {place}: the statement beside the source, which holds for the same tensors")
+    except TensorkeepError as error:
+        out.remark(f"note: the statement beside the source was left behind: {error.line}")
+
+
 def signer_of(key: Path | None, certificate: Path | None, chain: tuple[Path, ...], sigstore: bool) -> Any:
     """Return who signs; the files must be there before anything is read for them."""
     from tensorkeep.diagnosis.identity.signing import Signer, check_files

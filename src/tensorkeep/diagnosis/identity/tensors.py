@@ -82,6 +82,8 @@ def canonical_tensors(view: StateView) -> Canonical:
         if error.code not in ("C01", "C03", "K06", "K07"):
             raise
         raise undecided(view, error.what, error.hint, error.code) from None
+    if not tensors:
+        raise TensorkeepError("holds no tensor of a model", where=view.path, code="K05")
     names = None
     if not namings.renames(naming.naming):
         tensors, names = _as_files_have_them(view, config, naming.naming, tensors)
