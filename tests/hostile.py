@@ -98,6 +98,7 @@ def _reads(path: str, base: Path) -> list[Command]:
         ["diagnose", path],
         ["diagnose", path, "--reference", str(base)],
         ["diff", path, str(base)],
+        ["identify", path],
         ["convert", path, "out-pth", "--to", "pth"],
         ["convert", path, "out-hf", "--to", "hf"],
         ["repair", path, "out-repaired", "--reference", str(base)],

@@ -10,7 +10,7 @@ import tensorkeep
 PUBLIC = {
     *("Finding", "Plan", "StateView", "TensorRecord", "TensorkeepError", "__version__", "check_loaded", "compare"),
     *("DurableReader", "DurableWriter"),
-    *("convert", "diagnose", "explain_loss", "guard", "make_plan", "read", "repair_buffers", "verify"),
+    *("convert", "diagnose", "explain_loss", "guard", "identify", "make_plan", "read", "repair_buffers", "verify"),
 }
 
 

@@ -24,6 +24,7 @@ _WHERE = {
     "convert": "tensorkeep.conversion.execution",
     "compare": "tensorkeep.diagnosis.comparison",
     "verify": "tensorkeep.diagnosis.verification",
+    "identify": "tensorkeep.diagnosis.identity.identify",
     "Finding": "tensorkeep.findings",
     "diagnose": "tensorkeep.diagnosis.diagnosis",
     "check_loaded": "tensorkeep.diagnosis.live.loaded",
@@ -46,6 +47,7 @@ __all__ = [
     "diagnose",
     "explain_loss",
     "guard",
+    "identify",
     "make_plan",
     "read",
     "repair_buffers",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from tensorkeep.conversion.planning import make_plan
     from tensorkeep.diagnosis.comparison import compare
     from tensorkeep.diagnosis.diagnosis import diagnose
+    from tensorkeep.diagnosis.identity.identify import identify
     from tensorkeep.diagnosis.live.loaded import check_loaded
     from tensorkeep.diagnosis.live.reported import explain_loss
     from tensorkeep.diagnosis.verification import verify

@@ -27,8 +27,12 @@ def _libraries() -> list[ctypes.CDLL]:
 def one_thread() -> Iterator[None]:
     """Run every matrix product inside the block on the thread that asks for it.
 
-    >>> with one_thread():
-    ...     pass
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with one_thread():
+        ...     pass
     """
     before = []
     for library in _libraries():

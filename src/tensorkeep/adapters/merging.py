@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.adapters._blas import one_thread
+from tensorkeep.adapters._blas import one_thread as one_thread
 from tensorkeep.adapters._matching import WeightedAdapter
 from tensorkeep.adapters._view import Moved
 from tensorkeep.adapters.planning import MergePlan

@@ -20,6 +20,7 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
+from tensorkeep.commands.sign import Recorded, Recorder, carry_statement
 from tensorkeep.conversion.targets import arranged, check, root_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
@@ -46,6 +47,7 @@ def convert(
     ema: Flag = False,
     dry_run: Flag = False,
     overwrite: Flag = False,
+    recorded: Recorded = Recorded(),
     say: Say = Say(),
 ) -> int:
     """Convert one or more checkpoints into another format or naming: SRC... OUT.
@@ -66,8 +68,7 @@ def convert(
         ranks: Write a dcp folder as so many ranks under FSDP2 would: a file a rank, with its rows of every tensor.
         config: A config.json, or a folder with one, for sources that bring none.
         for_: The program that is to load it: {targets}. Chooses its names; what it would misread is refused.
-        ema: Take a run's averaged weights instead of its last ones (--to hf, or peft where it trained an adapter).
-            OpenTAD's file of a detector's run holds both.
+        ema: Take a run's averaged weights (--to hf, or peft of an adapter); OpenTAD's file of a detector holds both.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
@@ -76,10 +77,7 @@ def convert(
     out = say.output()
     formats.writer(to)
     naming, twice = arranged(for_, to, naming)
-    if len(paths) < 2:
-        raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
-    if not dry_run:
-        prepare(out, paths[-1])
+    _begun(out, paths, to, dry_run)
     if not dry_run and (*paths[2:], to, naming) == ("pth", "minimind") and paths[1].endswith("_resume.pth"):
         return minimind_resume(out, paths[0], paths[1], overwrite)
     with contextlib.ExitStack() as stack:
@@ -89,7 +87,17 @@ def convert(
         root, wanted = root or root_of(for_), known_dtype(dtype, "convert", paths)
         plan = _planned(sources, to, naming, root, wanted, drop, prefer, from_naming, twice, ranks)
         proof, limit = check(plan, to, Path(paths[-1]).name, for_, installed()), shard_limit(shard_size, to, paths[-1])
-        return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run)
+        settings: dict[str, Any] = {"dtype": wanted, "drop": list(drop), "prefer": prefer}
+        made = recorded.of("convert", [(v, "source", 1.0) for v in sources], **settings)
+        return _carry_out(out, plan, proof, paths[-1], to, limit, dry_run, overwrite, run, made)
+
+
+def _begun(out: Output, paths: tuple[str, ...], to: str, dry_run: bool) -> None:
+    """Refuse a line without a sink, and make its place ready."""
+    if len(paths) < 2:
+        raise TensorkeepError("convert needs a source and a sink", hint=f"tensorkeep convert SRC... OUT --to {to}")
+    if not dry_run:
+        prepare(out, paths[-1])
 
 
 def _planned(sources: list[Any], to: str, naming: str | None, root: str | None, dtype: str | None, *rest: Any) -> Any:
@@ -126,6 +134,7 @@ def _carry_out(
     dry_run: bool,
     overwrite: bool,
     run: Any,
+    made: Recorder,
 ) -> int:
     """Write what is planned, or show it alone; `run` is what was made ready of a run, None for any other source."""
     from tensorkeep.conversion import execution
@@ -141,6 +150,8 @@ def _carry_out(
     with out.progress() as progress:
         result = execution.convert(plan, sink, to, limit, overwrite, progress)
     code = _show_result(out, plan, proof, result, to, run.said if run is not None else {})
+    carry_statement(out, plan, sink)
+    made(out, sink)
     if run is not None and run.after:
         out.remark(run.after)
     return code

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tensorkeep.commands.merge_bits import merge_in_bits
+from tensorkeep.commands.merge_bits import Computed, merge_in_bits
 from tensorkeep.commands.merge_forward import merge_proven_forward
 from tensorkeep.commands.shared import (
     Flag,
@@ -22,9 +22,8 @@ from tensorkeep.commands.shared import (
     shard_limit,
     with_config,
 )
-from tensorkeep.commands.train_language import Several
-from tensorkeep.conversion.fit import Offer
-from tensorkeep.conversion.row_maps import Run
+from tensorkeep.commands.sign import Recorded, Recorder, Source
+from tensorkeep.diagnosis.identity.merging import name_as_files
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
@@ -47,12 +46,10 @@ def merge(
     config: str | None = None,
     untie: Flag = False,
     allow_other_base: Flag = False,
-    to_bits: Literal["nf4", "fp4"] | None = None,
-    calibrate: Several = (),
-    prove_forward: Several = (),
-    device: str | None = None,
     dry_run: Flag = False,
     overwrite: Flag = False,
+    computed: Computed = Computed(),
+    recorded: Recorded = Recorded(),
     say: Say = Say(),
 ) -> int:
     """Add adapters into the weights they were trained on: BASE ADAPTER[=WEIGHT]... OUT.
@@ -73,10 +70,6 @@ def merge(
         config: A config.json, or a folder with one, for a base that brings none.
         untie: Write head and embedding as two tensors, where the adapter changes one of a tied pair.
         allow_other_base: Merge though the adapter names another base by digest.
-        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate.
-        calibrate: Texts like what the model is for, as training reads them; may be given several times.
-        prove_forward: Texts to run the merged model on, layer by layer beside its base with the adapter active in PEFT.
-        device: Where --to-bits and --prove-forward compute, cpu or cuda. Default: a GPU where there is one.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.
     """
@@ -84,31 +77,36 @@ def merge(
 
     out = say.output()
     formats.writer(to, models=True)
-    _refuse(paths, to, naming, dtype, to_bits, prove_forward)
+    _refuse(paths, to, naming, dtype, computed, recorded)
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
-        _name_as_files(base, sources)
+        name_as_files(base, [s.adapter for s in sources])
         _refuse_sources(base, sources, allow_other_base)
-        made: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to), "untie": untie}
-        made["dtype"] = "F32" if to_bits else known_dtype(dtype, "merge", paths)
-        job = plan_merge(base, sources, to, onto=onto, ask=names_for, **made)
+        named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to), "untie": untie}
+        named["dtype"] = "F32" if computed.to_bits else known_dtype(dtype, "merge", paths)
+        job = plan_merge(base, sources, to, onto=onto, ask=names_for, **named)
         job.plan.ranks = ranks
         job.plan.notes += _left_out_by_peft(base, sources)
         limit = shard_limit(shard_size, to, paths[-1])
-        if to_bits is not None and not dry_run:
-            return merge_in_bits(out, job, base, paths[-1], to_bits, calibrate, device, limit, overwrite)
-        given = (out, job, base, paths[-1], prove_forward, device, limit, overwrite)
-        proven = partial(merge_proven_forward, *given) if prove_forward else None
-        return _carry_out(out, job, paths[-1], to, limit, dry_run, overwrite, proven)
+        if computed.to_bits is not None and not dry_run:
+            return merge_in_bits(out, job, base, paths[-1], computed, limit, overwrite)
+        made = recorded.of("merge", _made_from(base, sources), onto=onto, dtype=named["dtype"], untie=untie)
+        given = (out, job, base, paths[-1], computed.prove_forward, computed.device, limit, overwrite)
+        proven = partial(merge_proven_forward, *given) if computed.prove_forward else None
+        return _carry_out(out, job, paths[-1], to, limit, dry_run, overwrite, proven, made)
 
 
 def _refuse(
-    paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, bits: str | None, forward: tuple[str, ...]
+    paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed, recorded: Recorded
 ) -> None:
     """Refuse words that make no merge."""
     other = to != "hf" or naming not in (None, "hf")
+    bits, forward = computed.to_bits, computed.prove_forward
     if bits and (other or dtype):
         raise TensorkeepError("4-bit weights are an hf folder alone", where="--to-bits", hint="leave --to, --dtype out")
+    if bits and (recorded.identify or recorded.sign_key):
+        what, hint = "nobody else can make rounded weights again, bit for bit", "tensorkeep sign OUT --key KEY.pem"
+        raise TensorkeepError(what, where="--to-bits", hint=hint)
     if forward and (other or bits):
         what, hint = "an hf folder of floats alone is run beside PEFT", "leave --to, --naming and --to-bits out"
         raise TensorkeepError(what, where="--prove-forward", hint=hint)
@@ -122,6 +120,12 @@ def _refuse_sources(base: StateView, sources: list[Any], allow_other_base: bool)
 
     merging.refuse_merged_before(base, sources)
     merging.refuse_other_base(base, [] if allow_other_base else sources)
+
+
+def _made_from(base: StateView, sources: list[Any]) -> list[Source]:
+    """List what a merge is made from, for its statement."""
+    adapters = [(s.adapter.view, "adapter", s.weight) for s in sources if s.adapter.view is not base]
+    return [(base, "base", 1.0), *adapters]
 
 
 def _left_out_by_peft(base: StateView, sources: list[Any]) -> list[Note]:
@@ -152,6 +156,7 @@ def _carry_out(
     dry_run: bool,
     overwrite: bool,
     proven: Callable[..., Any] | None,
+    made: Recorder,
 ) -> int:
     """Merge as planned, or show the plan alone."""
     from tensorkeep.adapters import merging
@@ -172,6 +177,7 @@ def _carry_out(
         out.remark(f"note: {note.code} {note.message}")
     for said in found_in_store(done):
         out.remark(said)
+    made(out, sink)
     return _show(out, job, proof, done, to)
 
 
@@ -195,29 +201,6 @@ def _opened(
         )
     given = [_split_weight(p) for p in paths[1:-1]]
     return base, open_adapters([(_adapter(out, p, stack), w) for p, w in given] or [(base, 1.0)])
-
-
-def _name_as_files(base: StateView, sources: list[Any]) -> None:
-    """Call modules what the base's files call them, where transformers' live model has another name for them.
-
-    So it is in models that see too: `model.language_model.layers` is `language_model.model.layers` in Gemma 3's files.
-    """
-    from tensorkeep.conversion.naming import identify
-
-    stored = identify(base).names
-    held = set(stored.values())
-    wanted = {f"{m}.weight" for s in sources for m in (*s.adapter.pairs, *s.adapter.embeddings)}
-    wanted |= {n for s in sources for n in s.adapter.saved}
-    config = {k: v for k, v in (base.config or {}).items() if k != "quantization_config"}
-    if not wanted - held or not config:
-        return
-    names = names_for(config, {n: Offer(base[s].dtype, base[s].shape) for s, n in stored.items()})
-    if names is None:
-        return  # the merge says which modules have no place
-    runs = {n: names.runs(n) for n in wanted - held}
-    found = {n: r[0].name for n, r in runs.items() if r == (Run(r[0].name),) and r[0].name in held}
-    for source in sources:
-        source.adapter.rename(found)
 
 
 def _adapter(out: Output, path: str, stack: contextlib.ExitStack) -> StateView:

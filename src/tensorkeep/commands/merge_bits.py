@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cyclopts import Parameter
+
 from tensorkeep.commands.programs import installed
 from tensorkeep.commands.shared import prepare
+from tensorkeep.commands.train_language import Several
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.targets import check
 from tensorkeep.errors import TensorkeepError
@@ -18,14 +21,30 @@ from tensorkeep.output import Output, size
 _SHOWN = 3  # layers that keep least
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Computed:
+    """What a merge computes with the whole model.
+
+    Args:
+        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate.
+        calibrate: Texts like what the model is for, as training reads them; may be given several times.
+        prove_forward: Texts to run the merged model on, layer by layer beside its base with the adapter active in PEFT.
+        device: Where --to-bits and --prove-forward compute, cpu or cuda. Default: a GPU where there is one.
+    """
+
+    to_bits: Literal["nf4", "fp4"] | None = None
+    calibrate: Several = ()
+    prove_forward: Several = ()
+    device: str | None = None
+
+
 def merge_in_bits(
     out: Output,
     job: Any,
     base: StateView,
     sink: str,
-    bits: Literal["nf4", "fp4"],
-    texts: Sequence[str],
-    device: str | None,
+    computed: Computed,
     limit: int | None,
     overwrite: bool,
 ) -> int:
@@ -36,9 +55,7 @@ def merge_in_bits(
         job: a plan of float32 weights in an hf folder.
         base: what the adapters are merged into.
         sink: the folder to write.
-        bits: "nf4" or "fp4".
-        texts: files that say what the layers read.
-        device: to compute on; None: a GPU where there is one.
+        computed: the kind of codes, the texts and the device.
         limit: bytes of a weight file.
         overwrite: replace what is there.
 
@@ -51,7 +68,8 @@ def merge_in_bits(
     from tensorkeep.adapters import merging
     from tensorkeep.language.rounded_merge import rounded_merge
 
-    if not texts:
+    bits, texts, device = computed.to_bits, computed.calibrate, computed.device
+    if not texts or bits is None:
         hint = "a file like what the model is for: JSON lines, text, parquet"
         raise TensorkeepError("rounding needs texts to round by", where="--calibrate", hint=hint)
     if "://" in sink:

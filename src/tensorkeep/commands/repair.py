@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, known_loader, prepare
+from tensorkeep.commands.sign import Recorded
 from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import read
 from tensorkeep.output import size
 
 
@@ -21,6 +23,7 @@ def repair(
     overwrite: Flag = False,
     take_from_reference: Annotated[list[str] | None, Parameter(negative="")] = None,
     yes: Flag = False,
+    recorded: Recorded = Recorded(),
     say: Say = Say(),
 ) -> int:
     """Undo what a diagnosis proves, write a new checkpoint, and diagnose that.
@@ -41,23 +44,15 @@ def repair(
     output = say.output()
     known_loader(for_)
     prepare(output, out)
+    taken = list(take_from_reference or ())
+    sources = [(read(checkpoint), "source", 1.0), (read(reference), "reference", 1.0)]
+    left = {"for": for_, "take_from_reference": taken, "yes": yes}
+    record = recorded.of("repair", sources, **left)
     with output.progress() as progress:
-        made = run(checkpoint, out, reference, for_, overwrite, progress, take_from_reference or (), yes)
+        made = run(checkpoint, out, reference, for_, overwrite, progress, taken, yes)
+    record(output, out)
     if say.json:
-        output.document(
-            {
-                "checkpoint": checkpoint,
-                "sink": made.result.path,
-                "reference": reference,
-                "causes": made.before.causes,
-                "done": made.done,
-                "taken_from_reference": made.taken,
-                "lost": made.lost,
-                "tensors": len(made.result.digests),
-                "bytes": made.result.nbytes,
-                "after": made.after.to_json(),
-            }
-        )
+        output.document(_document(made, checkpoint, reference))
         return made.after.exit_code
     for code, what in made.done.items():
         output.line(f"undone: {code} ({what})")
@@ -70,3 +65,19 @@ def repair(
     wrote = f"{len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven"
     output.line(f"{made.result.path}: {wrote}; diagnosed again: {made.after.verdict}")
     return made.after.exit_code
+
+
+def _document(made: Any, checkpoint: str, reference: str) -> dict[str, Any]:
+    """Return the document of `--json`."""
+    return {
+        "checkpoint": checkpoint,
+        "sink": made.result.path,
+        "reference": reference,
+        "causes": made.before.causes,
+        "done": made.done,
+        "taken_from_reference": made.taken,
+        "lost": made.lost,
+        "tensors": len(made.result.digests),
+        "bytes": made.result.nbytes,
+        "after": made.after.to_json(),
+    }

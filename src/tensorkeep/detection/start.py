@@ -26,6 +26,7 @@ from tensorkeep.detection.model.quantization import quantize_adapters, quantize_
 from tensorkeep.detection.model.weights import load_backbone, load_exactly, stored_tensor
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import read_recipe
+from tensorkeep.diagnosis.identity.demand import demand, split_demand
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import digest_of
 from tensorkeep.formats.view import read
@@ -64,14 +65,17 @@ def make_detector(
         The detector, and its base `{"digest", "path"}`; None where checkpoints hold all weights.
 
     Raises:
-        TensorkeepError: The pretrained weights do not fit, or the run's frozen weights are gone.
+        TensorkeepError: The pretrained weights are not those that are demanded (F03) or do not fit, or the run's frozen
+            weights are gone.
     """
     world = world or World()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(recipe.training.seed, 0))
         detector = Detector(recipe.model)
-    source = recipe.training.pretrained
-    if source is not None and detector.backbone is not None:
+    source, wanted = split_demand(recipe.training.pretrained or "")
+    if source and detector.backbone is not None:
+        if wanted is not None:
+            distributed.from_first(world, lambda: demand(source, wanted))
         left = load_pretrained(detector, source)
         remark(f"{source}: the backbone's weights, {len(left)} tensors left out" + _few(left))
     elif recipe.model.backbone is not None and recipe.model.backbone.tuning != "all":
@@ -174,7 +178,7 @@ def _base(detector: Detector, recipe: DetectionRecipe, run: Path | None, world: 
             _write_frozen(new, place)
         distributed.gathered(world, None)
     digest = digest_of_all({name: digest_of(p.detach()) for name, p in frozen.items()})
-    return {"digest": digest, "path": recipe.training.pretrained or f"{BASE}/{_FROZEN}"}
+    return {"digest": digest, "path": split_demand(recipe.training.pretrained or "")[0] or f"{BASE}/{_FROZEN}"}
 
 
 def _is_new(name: str) -> bool:

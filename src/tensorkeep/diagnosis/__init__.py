@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tensorkeep.diagnosis.comparison import compare as compare
     from tensorkeep.diagnosis.diagnosis import Diagnosis as Diagnosis
     from tensorkeep.diagnosis.diagnosis import diagnose as diagnose
+    from tensorkeep.diagnosis.identity.identify import identify as identify
     from tensorkeep.diagnosis.live.loaded import check_loaded as check_loaded
     from tensorkeep.diagnosis.live.reported import explain_loss as explain_loss
     from tensorkeep.diagnosis.repairs import repair as repair
@@ -21,8 +22,9 @@ _WHERE = {
     "compare": "comparison",
     "diagnose": "diagnosis",
     "explain_loss": "live.reported",
+    "identify": "identity.identify",
     "repair": "repairs",
     "verify": "verification",
 }
-__all__ = ["Diagnosis", "check_loaded", "compare", "diagnose", "explain_loss", "repair", "verify"]
+__all__ = ["Diagnosis", "check_loaded", "compare", "diagnose", "explain_loss", "identify", "repair", "verify"]
 __getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -18,6 +18,7 @@ from tensorkeep.storage.files import CERTIFICATE, Folder, LocalFolder
 from tensorkeep.storage.overwriting import Kind, listed
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_STATEMENT = ("identity.json", "identity.sig")  # what the checkpoint was, which a new one there is not
 _SAVES = ("zero", "ranks", "megatron")  # whole saves of other programs, with their optimizer
 _LARGEST = 1 << 30  # bytes; a certificate of 200 000 tensors has 100 MB
 # names that our own sinks give weights; unread ones are taken away only where a certificate lies beside them
@@ -44,7 +45,7 @@ def strangers_in(folder: Folder, url: str, names: Sequence[str], ours: bool = Fa
         known |= {name for name in names if _WEIGHTS.fullmatch(name)}
     else:
         return list(names)
-    return [name for name in names if name not in {*known, *COMPANIONS, CERTIFICATE, _ADAPTER_CONFIG}]
+    return [name for name in names if name not in {*known, *COMPANIONS, CERTIFICATE, _ADAPTER_CONFIG, *_STATEMENT}]
 
 
 def certified(folder: Folder, name: str) -> bool:

@@ -102,7 +102,7 @@ def base_of(run: Path) -> str:
     Args:
         run: the run's folder.
     """
-    return str(run / BASE) if (run / BASE).is_dir() else str(read_language(run / "recipe.yaml").model)
+    return str(run / BASE) if (run / BASE).is_dir() else read_language(run / "recipe.yaml").source
 
 
 def _check(model: nn.Module, folder: Path, digest: str | None, base: str, run: Path, remark: Remark) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tensorkeep.diagnosis.identity.demand import split_demand
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language.data.augmentation import Augmentation
 from tensorkeep.language.data.conversations import Format, Objective
@@ -116,7 +117,8 @@ class LanguageRecipe:
         version: Of the recipe's words.
         data: What is trained on.
         training: How long, in what portions, and what happens on the way.
-        model: A checkpoint of any format or a Hub id; or `config`, exactly one of them.
+        model: A checkpoint of any format or a Hub id; or `config`, exactly one of them. `NAME@IDENTITY` demands what
+            `tensorkeep identify` says of it.
         config: What config.json says, to start from nothing.
         tokenizer: A folder, a Hub id or a tokenizer.json; null: the model's.
         objective: `pretrain`, `sft` or `dpo`.
@@ -151,6 +153,11 @@ class LanguageRecipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     continued_from: dict | None = None  # type: ignore[type-arg]
+
+    @property
+    def source(self) -> str:
+        """The checkpoint that `model` names, without the identity that it demands."""
+        return split_demand(str(self.model))[0]
 
     def __post_init__(self) -> None:
         refuse(self.training, REFUSED)

@@ -22,6 +22,7 @@ from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.dequantizing import float_config
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.conversion.planning import make_plan
+from tensorkeep.diagnosis.identity.demand import demand, split_demand
 from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out
 from tensorkeep.formats.view import StateView, read
@@ -106,9 +107,12 @@ def start_of(
         The model in float32 on the CPU; with `quantize_backbone` its linears may be quantized and on the rank's device.
 
     Raises:
-        TensorkeepError: the checkpoint cannot be read or loaded whole, or the tokenizer has more tokens than the model
-            (C02).
+        TensorkeepError: the checkpoint is not the one that is demanded (F03), cannot be read or loaded whole, or the
+            tokenizer has more tokens than the model (C02).
     """
+    name, wanted = split_demand(str(recipe.model))
+    if wanted is not None and weights:
+        distributed.from_first(world, lambda: _demand(name, wanted, run, remark))
     begun = _without_values(recipe, run, world, remark) if sharded and weights and recipe.model is not None else None
     if sharded and recipe.model is None and world.first:
         remark("note: every rank makes the whole model before it is sharded: its weights are drawn at random")
@@ -148,6 +152,14 @@ def _held_in(recipe: LanguageRecipe) -> torch.dtype:
     return torch.bfloat16 if little and recipe.adapter is not None and training.precision == "bf16" else torch.float32
 
 
+def _demand(name: str, identity: str, run: Path, remark: Remark) -> None:
+    """Stop where the starting checkpoint is another than the recipe demands."""
+    if (run / BASE).is_dir() and not Path(name).exists():
+        remark(f"note: {name} is not there any more; {run / BASE} was made from it when its identity was checked")
+        return
+    demand(name, identity)
+
+
 def _without_values(
     recipe: LanguageRecipe, run: Path, world: World, remark: Remark
 ) -> tuple[nn.Module, StateView, dict[str, HfTensor]] | None:
@@ -157,7 +169,7 @@ def _without_values(
     """
     direct = recipe.adapter is None and recipe.objective != "dpo"
     direct = not any(distributed.gathered(world, (run / BASE).is_dir())) and direct
-    view = read(str(recipe.model)) if direct else _hf_view(recipe, run, world, remark)
+    view = read(recipe.source) if direct else _hf_view(recipe, run, world, remark)
     unsure = recipe.data.packing != "none" or (recipe.adapter is not None and "all-linear" in recipe.adapter.targets)
     found: Any = why_whole(view, unsure)
     if found is None and recipe.adapter is not None and recipe.adapter.target_parameters:
@@ -178,7 +190,7 @@ def _without_values(
 def _hf_view(recipe: LanguageRecipe, run: Path, world: World, remark: Remark) -> StateView:
     """Open the starting checkpoint as an hf folder: itself, or converted into RUN/base and proven."""
     base = run / BASE
-    source = str(recipe.model)
+    source = recipe.source
     there = base.is_dir()  # made by an earlier start of this run; its certificate names what it was made from
     if all(distributed.gathered(world, there)):
         return read(base)

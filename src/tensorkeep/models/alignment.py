@@ -22,7 +22,7 @@ Tensors = dict[str, HfTensor]
 
 
 def rearranges(config: Mapping[str, Any] | None) -> bool:
-    """Whether a config's model may have other names in memory than in files, as far as can be told without asking.
+    """Tell whether a config's model may have other names in memory than in files, as far as can be told without asking.
 
     Args:
         config: as config.json has it.

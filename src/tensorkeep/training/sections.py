@@ -33,7 +33,8 @@ class TrainingConfig:
         clip: The largest norm of the gradient; null: any.
         ema: Decay of the averaged weights; null: no average.
         quantize_backbone: How frozen linears are held; null: as they are.
-        pretrained: Weights that a backbone starts from; null: random ones.
+        pretrained: Weights that a backbone starts from; null: random ones. `FILE@IDENTITY` demands what `tensorkeep
+            identify` says of them.
         gradient_checkpointing: Whether each layer is computed again in the backward pass, from its input.
         kept: What of a layer is kept besides its input: nothing, the matrix products no wider than it, or all of them.
         memory: How much a forward pass leaves on the GPU for the backward pass: the `least` (the rest waits in main

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensorkeep.diagnosis.identity.demand import demand
 from tensorkeep.diagnosis.live._buffers import buffer_findings
 from tensorkeep.diagnosis.live._config import config_findings
 from tensorkeep.diagnosis.live._findings import ORDER, tensor_findings
@@ -28,7 +29,9 @@ from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 
 
-def check_loaded(model: nn.Module, checkpoint: str | Path | StateView, config: Any = None) -> list[Finding]:
+def check_loaded(
+    model: nn.Module, checkpoint: str | Path | StateView, config: Any = None, identity: str | None = None
+) -> list[Finding]:
     """Compare a model in memory with the checkpoint that it was loaded from.
 
     Works on plain, compiled, DDP and FSDP2 models. Of a sharded model each process compares its own shards, so call
@@ -38,18 +41,21 @@ def check_loaded(model: nn.Module, checkpoint: str | Path | StateView, config: A
         model: The loaded model.
         checkpoint: The checkpoint's path, of any format and naming, or its view.
         config: The checkpoint's config (a dict, a file, a folder or a transformers config), where none lies beside it.
+        identity: What `tensorkeep identify` must say of the checkpoint; None where it may be any.
 
     Returns:
         What is wrong, errors first; [] where every tensor and buffer is right.
 
     Raises:
-        TensorkeepError: Where the checkpoint or the config cannot be read at all.
+        TensorkeepError: Where the checkpoint or the config cannot be read at all; F03 where it has another identity.
 
     Example:
         >>> [f.code for f in check_loaded(model, "out")]              # doctest: +SKIP
         ['B01']
     """
     view = checkpoint if isinstance(checkpoint, StateView) else read(checkpoint)
+    if identity is not None:
+        demand(view, identity)
     given = _config(config) or view.config
     tensors = held(model)
     source = StoredModel.of(view, given or _own(model))

@@ -1,0 +1,261 @@
+"""Sign a statement and verify its signature with OpenSSF's model-signing: the bundle is one that its own program reads.
+
+What is signed is the statement's file, as model-signing signs any model that is one file. Keys and certificates need no
+network; Sigstore's keyless signatures do. model-signing believes a certificate at the time when it became valid, so
+that one which has expired since is refused here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorkeep.errors import TensorkeepError, printable
+from tensorkeep.storage.budget import read_small
+from tensorkeep.storage.certificate import parse_json
+from tensorkeep.storage.files import explained
+
+LARGEST = 1 << 22  # bytes of a signature
+_MEDIA = "application/vnd.dev.sigstore.bundle"
+_NEEDED = "pip install 'tensorkeep[signing]'"
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Who signs: a private key, a key with its certificate, or an identity that Sigstore vouches for.
+
+    Attributes:
+        key: PEM file of an elliptic curve's private key; None for Sigstore.
+        password: of the key; None for none.
+        certificate: PEM file of the key's certificate; None for none.
+        chain: PEM files of the certificates above it.
+        token: OIDC token for Sigstore; None to ask in a browser, or take the surrounding job's.
+    """
+
+    key: Path | None = None
+    password: str | None = None
+    certificate: Path | None = None
+    chain: tuple[Path, ...] = ()
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whom to believe: a public key, certificates of authorities, or an identity at an issuer.
+
+    Attributes:
+        key: PEM file of a public key.
+        certificates: PEM files of authorities.
+        identity: who signed, as Sigstore's certificate says.
+        issuer: who vouches for that, a URL.
+    """
+
+    key: Path | None = None
+    certificates: tuple[Path, ...] = ()
+    identity: str | None = None
+    issuer: str | None = None
+
+
+def sign(statement: bytes, signer: Signer) -> bytes:
+    """Return the signature of a statement: a Sigstore bundle as model-signing writes it.
+
+    Args:
+        statement: the statement's bytes.
+        signer: who signs.
+
+    Raises:
+        TensorkeepError: model-signing is not installed, or the key, the certificate or Sigstore refuses.
+    """
+    config = _module("signing").Config()
+    with _told("cannot be signed", signer.certificate or signer.key), _files(statement) as (place, bundle):
+        for path in (signer.key, signer.certificate, *signer.chain):
+            if path is not None:
+                read_small(path, LARGEST)
+        if signer.key is None:
+            config.use_sigstore_signer(identity_token=signer.token, use_ambient_credentials=signer.token is None)
+        elif signer.certificate is None:
+            config.use_elliptic_key_signer(
+                private_key=signer.key, password=signer.password.encode() if signer.password else None
+            )
+        else:
+            config.use_certificate_signer(
+                private_key=signer.key,
+                signing_certificate=signer.certificate,
+                certificate_chain=signer.chain or (signer.certificate,),  # it takes no empty chain
+            )
+        config.sign(place, bundle)
+        return bundle.read_bytes()
+
+
+def check_signature(statement: bytes, signature: bytes, trust: Trust, where: object) -> str:
+    """Check that a signature is one of this statement, made by whom we trust.
+
+    Args:
+        statement: the statement's bytes.
+        signature: the bundle's bytes, untrusted.
+        trust: whom to believe.
+        where: the signature's file, for messages.
+
+    Returns:
+        Who signed: "key SHA-256", the certificate's subject, or the identity.
+
+    Raises:
+        TensorkeepError: F02 where the bundle is cut short, F07 where it is none or of another kind than what is
+            trusted, F03 where it is another's, of another statement, or expired.
+    """
+    material = _material(signature, where)
+    kinds = {"publicKey": trust.key is not None, "x509CertificateChain": bool(trust.certificates)}
+    kind = next((k for k in kinds if k in material), "certificate")
+    if not kinds.get(kind, trust.identity is not None):
+        by = {"publicKey": "a key (--key)", "x509CertificateChain": "a certificate (--certificate)"}
+        what = f"was signed with {by.get(kind, 'Sigstore (--identity, --issuer)')}, which is not what you trust"
+        raise TensorkeepError(what, where=where, code="F07")
+    config = _module("verifying").Config()
+    who = _expiry(material, where) if kind == "x509CertificateChain" else str(trust.identity)
+    with _told("cannot be believed", where, "F03"), _files(statement) as (place, bundle):
+        bundle.write_bytes(signature)
+        if trust.key is not None and kind == "publicKey":
+            read_small(trust.key, LARGEST)
+            config.use_elliptic_key_verifier(public_key=trust.key)
+            who = f"key {_key_hash(trust.key)}"
+        elif kind == "x509CertificateChain":
+            for path in trust.certificates:
+                read_small(path, LARGEST)
+            config.use_certificate_verifier(certificate_chain=trust.certificates)
+        else:
+            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer or "")
+        config.verify(place, bundle)
+    return who
+
+
+def _key_hash(path: Path) -> str:
+    """Return what model-signing calls a public key: SHA-256 of its PEM."""
+    from cryptography.hazmat.primitives import serialization
+
+    key = serialization.load_pem_public_key(path.read_bytes())
+    form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(*form)).hexdigest()
+
+
+def _material(signature: bytes, where: object) -> dict[str, Any]:
+    """Return what a bundle is to be verified with; its own form is checked first."""
+    try:
+        document = parse_json(signature, where)
+    except TensorkeepError as error:
+        raise TensorkeepError(f"{error.what}: cut short?", where=error.where, code="F02", hint="sign again") from None
+    given = document if isinstance(document, dict) else {}
+    material, envelope = given.get("verificationMaterial"), given.get("dsseEnvelope")
+    if not str(given.get("mediaType")).startswith(_MEDIA) or not isinstance(material, dict):
+        raise TensorkeepError("is no Sigstore bundle", where=where, code="F07", hint="sign again")
+    signatures = envelope.get("signatures") if isinstance(envelope, dict) else None
+    if not isinstance(signatures, list) or len(signatures) != 1:
+        raise TensorkeepError("does not hold one signature", where=where, code="F07", hint="sign again")
+    return material
+
+
+def _expiry(material: dict[str, Any], where: object) -> str:
+    """Return the subject of the signer's certificate; refuse one that is not valid today."""
+    import base64
+    import binascii
+
+    from cryptography import x509
+
+    try:
+        raw = material["x509CertificateChain"]["certificates"][0]["rawBytes"]
+        certificate = x509.load_der_x509_certificate(base64.b64decode(raw, validate=True))
+        now = datetime.datetime.now(datetime.timezone.utc)
+        first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        who = certificate.subject.rfc4514_string()
+    except (KeyError, IndexError, TypeError, ValueError, binascii.Error) as error:
+        raise TensorkeepError(f"holds no certificate: {_short(error)}", where=where, code="F07") from None
+    if not first <= now <= last:
+        what = f"expired on {last.date()}" if now > last else f"is valid from {first.date()} on"
+        raise TensorkeepError(
+            f"cannot be believed: the signer's certificate {what} ({who})",
+            where=where,
+            code="F03",
+            hint="ask its author to sign again",
+        )
+    return who
+
+
+def _module(name: str) -> Any:
+    """Return a module of model-signing, or say how to get it."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"model_signing.{name}")
+    except ImportError as error:
+        raise TensorkeepError(f"signatures need model-signing: {_short(error)}", hint=_NEEDED) from None
+
+
+@contextlib.contextmanager
+def _files(statement: bytes) -> Iterator[tuple[Path, Path]]:
+    """Give model-signing the bytes that were read, not files that may change meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="tensorkeep-") as folder:
+        place = Path(folder) / "identity.json"
+        with explained(place):
+            place.write_bytes(statement)
+        yield place, Path(folder) / "identity.sig"
+
+
+@contextlib.contextmanager
+def _told(what: str, where: object, code: str | None = None) -> Iterator[None]:
+    """Turn whatever model-signing raises into our error; what it prints is not shown."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except TensorkeepError:
+        raise
+    except _errors() as error:
+        raise TensorkeepError(f"{what}: {_reason(error)}", where=where, code=code) from None
+
+
+def _errors() -> tuple[type[BaseException], ...]:
+    """Return what cryptography, OpenSSL and sigstore raise for bytes, keys and certificates that they refuse."""
+    from cryptography.exceptions import InvalidKey, InvalidSignature, UnsupportedAlgorithm
+    from OpenSSL.crypto import Error, X509StoreContextError
+    from sigstore.errors import Error as SigstoreError
+    from sigstore.oidc import IdentityError
+
+    usual = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
+    crypto = (InvalidKey, InvalidSignature, UnsupportedAlgorithm, Error, X509StoreContextError)
+    return (*usual, *crypto, SigstoreError, IdentityError)
+
+
+def _reason(error: BaseException) -> str:
+    """Say why model-signing refused, in words."""
+    name = type(error).__name__
+    if name == "InvalidSignature":
+        return "the signature is not this key's over these bytes"
+    if "Signature mismatch" in str(error):
+        return "it is a signature of another statement"
+    if "Key mismatch" in str(error):
+        return "it was signed with another key"
+    if "password" in str(error).lower():
+        return "the key needs its password (TENSORKEEP_KEY_PASSWORD)"
+    return _short(error) or name
+
+
+def _short(error: object) -> str:
+    return printable(str(error), 200)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Refuse keys and certificates that are not there, before a checkpoint is read for them.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        TensorkeepError: one does not exist or is too large to be a key.
+    """
+    for path in paths:
+        read_small(path, LARGEST)
