@@ -110,13 +110,17 @@ def prove_forward(
             )
         )
         x = want
-    logits: Tensor = live(input_ids=rows, use_cache=False).logits.float()
+    return [*found, _logits(model, live, rows, max(check.allowed for check in found) * len(ours) ** 0.5)]
+
+
+def _logits(model: nn.Module, live: Any, rows: Tensor, allowed: float) -> LayerCheck:
+    """Compare what both models give as a whole."""
+    want: Tensor = live(input_ids=rows, use_cache=False).logits.float()
     own = model(input_ids=rows, use_cache=False).logits.float()
     with live.disable_adapter():
         bare = live(input_ids=rows, use_cache=False).logits.float()
-    size, most = float(logits.norm()) or 1.0, max(check.allowed for check in found)
-    whole = (float((own - logits).norm()) / size, float((bare - logits).norm()) / size)
-    return [*found, LayerCheck("logits", *whole, most * max(len(ours), 1) ** 0.5)]
+    size = float(want.norm()) or 1.0
+    return LayerCheck("logits", float((own - want).norm()) / size, float((bare - want).norm()) / size, allowed)
 
 
 def with_adapter(model: nn.Module, adapter: str) -> Any:
