@@ -12,7 +12,6 @@ from torch import nn
 from tensorkeep.detection.model.adapters import LoRALinear, QLoRAAdapter
 from tensorkeep.detection.model.config import LORA_TARGETS
 from tensorkeep.detection.model.layers import VideoBackbone
-from tensorkeep.detection.model.vit import Block
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.packed import Kind, kind_of
@@ -75,11 +74,12 @@ def quantize_adapters(vit: VideoBackbone, double: bool = True) -> int:
     """
     count = 0
     for index, block in enumerate(vit.parts()):
-        if not isinstance(block, Block) or not isinstance(block.adapter, QLoRAAdapter):
+        adapter = getattr(block, "adapter", None)
+        if not isinstance(adapter, QLoRAAdapter):
             continue
-        kind = kind_of(block.adapter.quantize_bits)
+        kind = kind_of(adapter.quantize_bits)
         for name in ("down_proj", "up_proj"):
-            layer = getattr(block.adapter, name)
+            layer = getattr(adapter, name)
             if not isinstance(layer.base, QuantLinear):
                 layer.base = QuantLinear.of(layer.base, kind, double, name=f"blocks.{index}.adapter.{name}")
                 count += 1

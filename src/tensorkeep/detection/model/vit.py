@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,12 @@ from tensorkeep.detection.model._chain import KeptInputs, run_chain
 from tensorkeep.detection.model._frozen import FrozenLink, FrozenTrunk, attention_kept, run_frozen
 from tensorkeep.detection.model._positions import PatchEmbed, resize_positions, sinusoid_table
 from tensorkeep.detection.model._recompute import AutogradLink, Link, keep_attention, part_size, run_segment
+from tensorkeep.detection.model.adapters import Ladder
 from tensorkeep.detection.model.config import Checkpointing, VitConfig
 from tensorkeep.detection.model.layers import Rotation, VideoBackbone, VideoShape, add_kept, draw_kept, normalise_frames
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.training.offload import HostStore
-
-if TYPE_CHECKING:
-    from tensorkeep.detection.model.adapters import Ladder
 
 _EMBED_CHUNKS = 16  # chunks normalised at a time: the float copy of a whole batch of frames would be the memory peak
 
@@ -247,8 +245,8 @@ class VisionTransformer(VideoBackbone):
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         stream = [self.begin(tokens, shape)]
         del tokens
-        if self.ladders is not None:
-            return self.finish(self._climb(cast("Ladder", self.ladders), blocks, stream.pop(), shape))
+        if isinstance(self.ladders, Ladder):
+            return self.finish(self._climb(self.ladders, blocks, stream.pop(), shape))
         if self.checkpointing == "segments":
             return self.finish(self._run_segments(blocks, stream.pop(), shape))
         if self.checkpointing in ("two_level", "offload"):
