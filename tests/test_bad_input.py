@@ -150,7 +150,9 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
 
 def dcp_of(folder: Path, places: dict[str, tuple[str, int, int]]) -> Path:
     folder.mkdir()
-    (folder / METADATA).write_bytes(metadata([SinkTensor(n, "F32", (2,)) for n in places], places, None))
+    (folder / METADATA).write_bytes(
+        metadata([SinkTensor(n, "F32", (2,)) for n in places], {n: {(0,): p} for n, p in places.items()}, None)
+    )
     (folder / "__0_0.distcp").write_bytes(bytes(1000))
     return folder
 
@@ -525,15 +527,14 @@ def test_a_source_that_changes_while_it_is_read_gives_no_sink(source: Path, tmp_
 def test_a_disk_that_lies_is_found_out_by_reading_back(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, real = plan_of(source, "hf"), os.pwrite
+    plan, real = plan_of(source, "hf"), os.pwritev
 
     def flip(handle: int, data: Any, at: int) -> int:
-        made = bytearray(data)
-        if at:  # the header comes through, one bit of the data does not
-            made[0] ^= 1
+        made = [bytearray(piece) for piece in data]
+        made[-1][-1] ^= 1  # headers come before the data
         return real(handle, made, at)
 
-    monkeypatch.setattr(os, "pwrite", flip)
+    monkeypatch.setattr(os, "pwritev", flip)
     refused(lambda: convert(plan, str(tmp_path / "out"), "hf"), "F03")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 

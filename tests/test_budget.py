@@ -94,7 +94,7 @@ def test_honest_giants_stay_far_below_the_limits() -> None:
     plain = pickle.dumps({name: ("F32", (4096, 4096)) for name in names}, 2)
     header = json.dumps({n: {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]} for n in names}).encode()
     tensors = [SinkTensor(n, "F32", (2,)) for n in names[:20_000]]
-    chunks = metadata(tensors, {t.name: ("__0_0.distcp", 8 * i, 8) for i, t in enumerate(tensors)}, None)
+    chunks = metadata(tensors, {t.name: {(0,): ("__0_0.distcp", 8 * i, 8)} for i, t in enumerate(tensors)}, None)
     for data, parsed in (
         (plain, lambda: parse(plain, (), "x")),
         (header, lambda: parse_json(header, "x")),

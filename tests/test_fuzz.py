@@ -407,7 +407,7 @@ def dcp_folder(folder: Path, data: bytes, file: str = "__0_0.distcp", size: int 
 def test_dcp_places_beyond_the_file_are_refused(place: tuple[str, int, int], tmp_path: Path) -> None:
     if place[1] > 1 << 64:
         place = (place[0], 1 << 2000, 10)  # what LONG1 can hold
-    error = survives(dcp_folder(tmp_path / "x", metadata([SinkTensor("a", "F32", (2,))], {"a": place}, None)))
+    error = survives(dcp_folder(tmp_path / "x", metadata([SinkTensor("a", "F32", (2,))], {"a": {(0,): place}}, None)))
     assert error is not None and error.code in ("F02", "F07")
 
 

@@ -98,7 +98,7 @@ def read_off(shapes: Shapes) -> tuple[str, list[str]]:
         },
     }
     model |= {} if kind == "actionformer" else {"kind": kind}
-    if "neck.norms.0.weight" not in shapes:
+    if not any(name.startswith("neck.norms.") for name in shapes):
         model["neck"] = {"groups": 4, "affine": False}
     if "backbone.patch_embed.proj.weight" in shapes:
         model = {"backbone": {**_backbone(shapes), "output_length": preset["length"]}, **model}
