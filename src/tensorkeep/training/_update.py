@@ -40,7 +40,7 @@ def update(run: Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update |
     job.optimizer.zero_grad(set_to_none=run.recorded is None)  # a graph adds to the memory it was recorded with
     losses: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
-        watchdog.at("update", run.step + 1)
+        watchdog.at("update", run.step + 1, busy=world.device.type == "cpu")  # a large model may take long there
         last = number == len(parts) - 1
         if part is None and loop.parallel == "ddp":  # this rank has a sample less than others
             continue

@@ -180,7 +180,7 @@ def _updated(run: Run, model: nn.Module, parts: Iterator[list[Any]], wish: Wish)
     """Fetch an update's micro-batches and make it, saying which of the two this process is at."""
     watchdog.at("data of update", run.step + 1, busy=True)
     fetched = next(parts)
-    watchdog.at("update", run.step + 1)
+    watchdog.at("update", run.step + 1, busy=run.world.device.type == "cpu")
     return update(run, model, fetched, wish)
 
 
