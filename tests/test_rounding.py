@@ -174,3 +174,32 @@ def test_experts_that_a_merger_packed_otherwise_are_found_and_the_layer_is_named
     (tmp_path / "out" / "tensorkeep.json").unlink()
     checks = prove_forward(str(tmp_path / "out"), *given)
     assert [check.name for check in checks if not check.equal] == ["model.layers.1", "logits"]
+
+
+def test_a_runs_adapter_is_run_by_peft_from_its_own_files_and_no_hub_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorkeep.language.job import build, loop_of
+    from tensorkeep.language.recipe_text import language_recipe
+    from tensorkeep.training.loop import fit
+
+    save_model(tmp_path / "base", "llama")
+    draw = random.Random(0)
+    write_jsonl(tmp_path / "t.jsonl", ({"text": " ".join(draw.choices(WORDS, k=200))} for _ in range(20)))
+    recipe = language_recipe(
+        {
+            "version": 2,
+            "model": str(tmp_path / "base"),
+            "data": {"files": str(tmp_path / "t.jsonl"), "length": 64},
+            "adapter": {"lora_r": 4, "targets": ["*_proj"]},
+            "optimizer": {"lr": 1e-2},
+            "training": {"updates": 2, "batch_size": 2, "quantize_backbone": "nf4"},
+        }
+    )
+    job = build(recipe, tmp_path / "run")
+    fit(job, tmp_path / "run", loop_of(recipe, len(job.data)))
+    words = ["merge", str(tmp_path / "run"), str(tmp_path / "out"), "--prove-forward", str(tmp_path / "t.jsonl")]
+    assert main([*words, "--device", "cpu"]) == 0
+    assert "layers compute what PEFT computes" in capsys.readouterr().out
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "o"), "--calibrate", str(tmp_path / "t.jsonl")]) == 2
+    assert "is for --to-bits" in capsys.readouterr().err

@@ -377,3 +377,24 @@ def test_a_mangled_statement_bundle_or_proof_is_refused_and_breaks_nothing(signe
         except TensorkeepError:
             refused += 1
     assert refused > 250
+
+
+def test_code_beside_the_weights_is_signed_and_other_files_are_said_not_to_be(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys, folder = Keys(tmp_path), tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "modeling_x.py").write_text("class E: pass\n")
+    assert main(["sign", str(folder), "--key", str(tmp_path / "own.pem")]) == 0
+    words = ["verify", str(folder), "--key", str(keys.folder / "own.pub")]
+    capsys.readouterr()
+    assert main(words) == 0 and "code" in capsys.readouterr().out
+    (folder / "notes.bin").write_bytes(b"x")
+    assert main(words) == 0 and "not covered by the statement: notes.bin" in capsys.readouterr().out
+    (folder / "modeling_x.py").write_text("class E: 1\n")
+    assert main(words) == 1 and "F03 modeling_x.py: not the code of the statement" in capsys.readouterr().out
+    (folder / "modeling_x.py").write_text("class E: pass\n")
+    (folder / "evil.py").write_text("1\n")
+    assert main(words) == 1 and "F03 evil.py" in capsys.readouterr().out
+    assert main([*words[:3], str(tmp_path / "own.pem")]) == 2
+    assert "is a private key" in capsys.readouterr().err

@@ -110,6 +110,8 @@ def _refuse(
     if forward and (other or bits):
         what, hint = "an hf folder of floats alone is run beside PEFT", "leave --to, --naming and --to-bits out"
         raise TensorkeepError(what, where="--prove-forward", hint=hint)
+    if computed.calibrate and not bits:
+        raise TensorkeepError("is for --to-bits", where="--calibrate", hint="add --to-bits nf4")
     if len(paths) < 2:
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
 

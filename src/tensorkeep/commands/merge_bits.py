@@ -84,11 +84,13 @@ def merge_in_bits(
         plan, figures = rounded_merge(str(merged), base, job.kind, texts, bits, rounding, device, progress, said)
         proof = check(plan, "hf", Path(sink).name, programs=installed())
         made = convert(plan, sink, "hf", limit, overwrite, progress)
-    for note in done.notes:
+    for note in (*job.plan.notes, *done.notes):
         out.remark(f"note: {note.code} {note.message}")
     if out.json:
         out.document(_document(made, job, figures, proof))
         return 0
+    if job.kind is not None:
+        out.line(f"onto the weights it was trained on: {job.kind}, dequantized")
     _show(out, figures)
     out.line(f"{made.path}: {len(made.digests)} tensors, {size(made.nbytes)}, {proof.line}")
     return 0
@@ -114,6 +116,7 @@ def _show(out: Output, figures: dict[str, Any]) -> None:
     spoken = {"base": "the base, without the update", "plain": "rounded number by number", "rounded": "this merge"}
     kept = {"base": 0.0, "plain": figures["kept_plain"], "rounded": figures["kept"]}
     rows = [[spoken[n], f"{kl[n]:.4g}", f"{100 * kept[n]:.1f} %", f"{loss[n]:.4f}"] for n in spoken]
+    rows.insert(1, ["the merged model in floats", "0", "100 %", f"{loss['merged']:.4f}"])
     columns = ["weights", "KL to the merged model", "of the update kept", "loss"]
     out.table(columns, rows, right=columns[1:])
     worst = sorted(figures["layers"], key=lambda r: -r["error"])[:_SHOWN]

@@ -53,7 +53,8 @@ def merge_proven_forward(
     with replacing(Path(sink).absolute(), overwrite, CHECKPOINT) as temporary:
         done = merging.merge(job, str(temporary), "hf", limit, False, progress)
         kind = None if job.onto == "original" else job.kind
-        checks = prove_forward(str(temporary), base, kind, job.sources[0].path, texts, device, out.remark)
+        adapter = job.sources[0].adapter.view.folder  # of a run: what PEFT is given of it
+        checks = prove_forward(str(temporary), base, kind, str(adapter.url), texts, device, out.remark)
         _refuse(checks, sink)
     quiet = [check.name for check in checks[:-1] if not check.told]
     worst = max(checks[:-1], key=lambda check: check.difference / check.allowed)

@@ -58,7 +58,7 @@ class Replayed:
         compared: how many losses, rows and checkpoints were compared.
         differing: what differed, each in a sentence.
         lines: what was compared, for people.
-        why: what of the machine is another than it was, so that bits may differ.
+        why: what of the machine or the plan is another than it was, so that bits may differ.
     """
 
     start: int
@@ -149,7 +149,8 @@ def replayed(run: str | Path, first: int, last: int, device: str | None = None, 
             wanted = replace(loop, updates=last, log_every=1, patience=None)
             fit(job, again, wanted, str(start) if start else "never", world, ("training.updates",), say)
             from_step = before[0] if before else 0
-            return _compared(folder, again, from_step, first, last, _machine(folder, again, from_step, last))
+            why = [*_schedule(folder, from_step, loop.updates), *_machine(folder, again, from_step, last)]
+            return _compared(folder, again, from_step, first, last, why)
     finally:
         distributed.stop()
 
@@ -188,6 +189,16 @@ def _built(folder: Path, again: Path, world: Any, say: Output) -> tuple[Job, Loo
     return made, language.loop_of(recipe, len(made.data))
 
 
+def _schedule(folder: Path, start: int, updates: int) -> list[str]:
+    """Say where the run was to have another length then, so that its rates followed another schedule."""
+    from tensorkeep.storage.run_folder import folder_of
+    from tensorkeep.storage.run_folder import steps as saved_steps
+
+    noted = [start] if start else sorted(saved_steps(folder))[:1]
+    then = [_state(folder_of(folder, step)).get("updates") for step in noted]
+    return [f"training.updates was {was}, is {updates}" for was in then if was not in (None, updates)]
+
+
 def _machine(folder: Path, again: Path, start: int, last: int) -> list[str]:
     """List what of this machine and process is another than it was when the run was trained."""
     from tensorkeep.storage.run_folder import folder_of
@@ -202,12 +213,17 @@ def _machine(folder: Path, again: Path, start: int, last: int) -> list[str]:
 
 def _facts(step: Path) -> dict[str, Any]:
     """Return what a checkpoint notes of its machine: versions, device, threads."""
+    found = _state(step).get("facts")
+    return found if isinstance(found, dict) else {}
+
+
+def _state(step: Path) -> dict[str, Any]:
+    """Return a checkpoint's own document."""
     from tensorkeep.storage.budget import read_small
     from tensorkeep.storage.certificate import parse_json
 
     document = parse_json(read_small(step / "state.json"), step / "state.json")
-    found = document.get("facts") if isinstance(document, dict) else None
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _compared(folder: Path, again: Path, start: int, first: int, last: int, why: list[str]) -> Replayed:

@@ -99,6 +99,8 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
         with contextlib.ExitStack() as stack:
             made = _derived(out, asked, stored, trust, stack)
     verdict = verdict_of(findings)
+    if verdict == "ok" and made is not None and not all(link["made_again"] for link in made["links"]):
+        verdict = "inconclusive"  # a training is believed, not made again
     told = {
         "checkpoint": checkpoint,
         "verdict": verdict,
@@ -106,6 +108,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
         "statement": stored.statement.where if stored is not None else None,
         "signed_by": by,
         "parts": compared.parts,
+        "not_covered": model.beside if stored is not None else [],
         "derivation": made,
         "findings": [f.to_json() for f in findings],
     }
@@ -180,7 +183,7 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
         out.line(f"{finding.severity}: {finding.code} {finding.message}")
         if finding.severity == "error" and len(finding.tensors) > 1:
             out.line(f"  {', '.join(grouped(finding.tensors)[:8])}")
-    if told["verdict"] != "ok":
+    if told["verdict"] == "findings":
         return
     by = told["signed_by"]
     equal = [k.replace("_", " ") for k, how in told["parts"].items() if how in ("equal", "fields")]
@@ -194,8 +197,12 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
     absent = [k.replace("_", " ") for k, how in told["parts"].items() if how == "absent"]
     if absent:
         out.line(f"not in this checkpoint, so not compared: {', '.join(absent)}")
+    if told["not_covered"]:
+        out.line(f"beside it, and not covered by the statement: {', '.join(told['not_covered'][:8])}")
     if told["parts"].get("config") == "fields":
         out.line("config: made of this file's metadata; the fields that both have were compared")
     if told["derivation"] is not None:
         for line in told["derivation"]["said"]:
             out.line(line)
+    if told["verdict"] == "inconclusive":
+        out.line("inconclusive: not every link was made again")

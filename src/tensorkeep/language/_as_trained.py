@@ -16,6 +16,7 @@ from tensorkeep.formats.view import StateView, read
 from tensorkeep.language._data import make_data
 from tensorkeep.language._flow import StreamedData
 from tensorkeep.language.data.preferences import Pairs
+from tensorkeep.language.data.texts import objective_of
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.language.start import Remark, load_tokenizer, loaded
 from tensorkeep.models.language_model import text_config
@@ -48,7 +49,14 @@ def rows_of(merged: str, texts: Sequence[str], most: int, least: int, remark: Re
     """
     from transformers import AutoConfig
 
-    tokenizer = load_tokenizer(merged)
+    try:
+        tokenizer = load_tokenizer(merged)
+    except TensorkeepError as error:
+        hint = "put tokenizer.json beside the base's weights"
+        raise TensorkeepError("no tokenizer lies beside the base", where=texts[0], hint=hint) from error
+    if objective_of(texts[0]) != "pretrain":
+        hint = 'lines of {"text": ...}, or plain text: the conversations as the model reads them'
+        raise TensorkeepError("holds no plain texts", where=texts[0], hint=hint)
     config = text_config(AutoConfig.for_model(**dict(read(merged).config or {})))
     length = min(LENGTH, int(getattr(config, "max_position_embeddings", LENGTH)))
     recipe = LanguageRecipe(

@@ -8,6 +8,7 @@ that differs is at fault itself. Rounding of the merged weights lets a layer's o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -137,8 +138,10 @@ def with_adapter(model: nn.Module, adapter: str) -> Any:
         import peft
     except ImportError:
         raise TensorkeepError("PEFT is not installed: it runs the adapter", where="--prove-forward") from None
+    if not (Path(adapter) / "adapter_config.json").is_file():  # PEFT would ask the hub for a folder of this name
+        raise TensorkeepError("is no PEFT folder", where=adapter, hint="tensorkeep convert ADAPTER OUT --to peft")
     try:
-        return peft.PeftModel.from_pretrained(model, adapter).eval()
+        return peft.PeftModel.from_pretrained(model, adapter, local_files_only=True).eval()
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         what = f"PEFT {peft.__version__} does not run it: {str(error).splitlines()[0][:200]}"
         raise TensorkeepError(what, where=adapter) from error

@@ -62,8 +62,9 @@ def rounded_merge(
 
     Returns:
         The plan of an hf sink as bitsandbytes' and transformers' 4-bit models are, and figures: `kl` and `loss` of
-        "base", "plain" and "rounded" over held-out rows, `kept` and `kept_plain` (1 - KL / KL of the base), `tokens`,
-        `bits` a weight, and `layers`: name, relative error of the outputs, the same of plain rounding.
+        "base", "plain" and "rounded" over held-out rows (`loss` of "merged" too), `kept` and `kept_plain` (1 - KL /
+        KL of the base), `tokens`, `bits` a weight, and `layers`: name, relative error of the outputs, the same of
+        plain rounding.
 
     Raises:
         TensorkeepError: the texts are too few, the model cannot be rounded here, or its files name tensors otherwise
@@ -91,17 +92,18 @@ def rounded_merge(
     del plain
     figures["base"] = _distance(base_model(base, quantized, place), held, wanted, place)
     _write(folder, view, base, model, found)
+    own = sum(float(F.nll_loss(want[:-1], row[1:])) for row, want in zip(held, wanted)) / len(held)
     report = {"kind": kind, "tokens": int(held.numel()), "calibration_tokens": int(used.numel())}
-    return make_plan([read(str(folder))], "hf"), report | _report(figures, found)
+    return make_plan([read(str(folder))], "hf"), report | _report(figures, found, own)
 
 
-def _report(figures: Mapping[str, tuple[float, float]], found: Mapping[str, Rounded]) -> dict[str, Any]:
+def _report(figures: Mapping[str, tuple[float, float]], found: Mapping[str, Rounded], own: float) -> dict[str, Any]:
     """Return what of the update is kept, and what each layer's outputs lost."""
     kept = {name: 1 - figures[name][0] / max(figures["base"][0], 1e-12) for name in ("rounded", "plain")}
     return {
         "bits": 4 + 32 / next(iter(found.values())).block,
         "kl": {name: kl for name, (kl, _) in figures.items()},
-        "loss": {name: loss for name, (_, loss) in figures.items()},
+        "loss": {"merged": own, **{name: loss for name, (_, loss) in figures.items()}},
         "kept": kept["rounded"],
         "kept_plain": kept["plain"],
         "layers": [{"name": n, "error": one.error, "plain": one.plain} for n, one in found.items()],

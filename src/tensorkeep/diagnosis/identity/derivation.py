@@ -168,6 +168,8 @@ def _check(statement: Statement, chain: _Chain, depth: int) -> None:
     sources = [_link(entry, chain.known, where) for entry in _entries(said, where)]
     for source, entry in zip(sources, _entries(said, where)):
         _check_statement(source, entry, chain.trust, where)
+    if made == "train" and any(source.role == "adapter" for source in sources):
+        raise TensorkeepError("says that a training was made from an adapter", where=where, code="F07")
     base = sources[0].model
     same = sum(base.leaves.get(n) == leaf for n, leaf in statement.leaves.items())
     if [said.get("unchanged"), said.get("changed")] != [same, len(statement.leaves) - same]:

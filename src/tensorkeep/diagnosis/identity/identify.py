@@ -12,13 +12,13 @@ import numpy as np
 
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.bytewise import hf_bytes
-from tensorkeep.diagnosis.identity.parts import FILES, canonical_parts
+from tensorkeep.diagnosis.identity.parts import FILES, canonical_parts, part_of
 from tensorkeep.diagnosis.identity.tensors import Canonical, canonical_tensors
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import merkle
-from tensorkeep.storage.files import Progress, refuse_changed
+from tensorkeep.storage.files import CERTIFICATE, Progress, refuse_changed
 from tensorkeep.storage.record import DTYPES, nbytes
 from tensorkeep.storage.spreading import in_threads
 
@@ -55,6 +55,10 @@ class Leaf(NamedTuple):
         return {"name": name, "dtype": self.dtype, "shape": list(self.shape), "content": self.content.hex()}
 
 
+_OWN = (CERTIFICATE, "identity.json", "identity.sig")  # what is written beside a checkpoint here
+_MOST_CODE = 16 << 20  # bytes of a Python file
+
+
 @dataclass
 class ModelIdentity:
     """The identity of a model, and all that it was taken of.
@@ -65,6 +69,7 @@ class ModelIdentity:
         parts: hash of the config, tokenizer and so on, as far as they are there, in hex.
         texts: their canonical bytes.
         files: SHA-256 of each file that they are in, in hex.
+        beside: other files of the folder, which nothing is said of.
         tied: name that shares another's tensor -> that other.
         left_out: what does not count, by stored name.
         narrowed: tensors that count in a narrower dtype than their file could store, their values being the same.
@@ -78,6 +83,7 @@ class ModelIdentity:
     parts: dict[str, str] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     narrowed: list[str] = field(default_factory=list)
@@ -136,13 +142,30 @@ def identify(checkpoint: StateView | str | Path, progress: Progress | None = Non
     tied = _told_by_bytes(canonical, leaves)
     out = ModelIdentity(view.path, {n: leaves[n] for n in sorted(leaves, key=str.encode) if n not in tied}, tied=tied)
     if view.format != "gguf":  # there config and tokenizer are made of the metadata, and no file holds them
-        out.texts = canonical_parts(view.companions)
+        code, out.beside = _beside(view)
+        out.texts = canonical_parts(view.companions, code)
         out.parts = {kind: merkle.part_leaf(kind, text).hex() for kind, text in out.texts.items()}
-        out.files = {c.name: hashlib.sha256(c.data).hexdigest() for c in view.companions if c.name in FILES}
+        out.files = {c.name: hashlib.sha256(c.data).hexdigest() for c in view.companions if c.name in FILES} | code
     out.left_out, out.format, out.adapter = canonical.left_out, view.format, canonical.adapter
     out.narrowed = [n for n in out.leaves if out.leaves[n].dtype != canonical.tensors[n].dtype]
     out.nbytes = sum(nbytes(leaf.dtype, leaf.shape) for leaf in out.leaves.values())
     return out
+
+
+def _beside(view: StateView) -> tuple[dict[str, str], list[str]]:
+    """Return the hashes of a model folder's Python files, and the files of which nothing here says anything."""
+    names = [] if view.folder is None else view.folder.names()
+    if view.format not in ("hf", "peft") or not {"config.json", "adapter_config.json"} & set(names):
+        return {}, []
+    code = {}
+    for name in (n for n in names if n.endswith(".py")):
+        if view.folder.size(name) > _MOST_CODE:
+            raise TensorkeepError(f"{name} is too large for code", where=view.path, code="F07")
+        code[name] = hashlib.sha256(view.folder.read(name)).hexdigest()
+    data = {block.file for record in view.records.values() for block in record.blocks}
+    known = {*data, *_OWN, *(c.name for c in view.companions)}
+    rest = [n for n in names if n not in known and part_of(n) is None and not n.endswith(".index.json")]
+    return code, rest
 
 
 def leaf_of(canonical: Canonical, name: str) -> Leaf:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
@@ -28,7 +29,7 @@ _TOKENIZER = (
     "tokenizer.model"
 ).split()
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
-KINDS = ("config", "adapter", "tokenizer", "chat_template", "generation", "processor")
+KINDS = ("config", "adapter", "tokenizer", "chat_template", "generation", "processor", "code")
 FILES = {  # file -> the part that it belongs to
     "config.json": "config",
     "adapter_config.json": "adapter",
@@ -40,11 +41,26 @@ FILES = {  # file -> the part that it belongs to
 }
 
 
-def canonical_parts(companions: Sequence[Companion]) -> dict[str, bytes]:
+def part_of(name: str) -> str | None:
+    """Return the part that a file beside the weights belongs to; Python files are the code that a config may call.
+
+    Args:
+        name: of the file.
+
+    >>> part_of("config.json"), part_of("modeling_x.py"), part_of("README.md")
+    ('config', 'code', None)
+    """
+    return "code" if name.endswith(".py") else FILES.get(name)
+
+
+def canonical_parts(
+    companions: Sequence[Companion], code: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, bytes]:
     """Return the canonical bytes of each part that the files beside the weights make up.
 
     Args:
         companions: the small files beside the weights.
+        code: SHA-256 of each Python file beside them, in hex.
 
     Returns:
         Bytes by kind, a key of KINDS; kinds of which no file is there are left out.
@@ -67,6 +83,8 @@ def canonical_parts(companions: Sequence[Companion]) -> dict[str, bytes]:
     processor = {n: _without(_object(files[n]), NOT_COUNTED) for n in _PROCESSOR if n in files}
     if processor:
         found["processor"] = processor
+    if code:
+        found["code"] = {name: {"sha256": sha256} for name, sha256 in code.items()}
     return {kind: _spelled(found[kind], kind) for kind in KINDS if kind in found}
 
 

@@ -122,7 +122,9 @@ def check_signature(statement: bytes, signature: bytes, trust: Trust, where: obj
     with _told("cannot be believed", where, "F03"), _files(statement) as (place, bundle):
         bundle.write_bytes(signature)
         if trust.key is not None and kind == "publicKey":
-            read_small(trust.key, LARGEST)
+            if b"PRIVATE KEY" in read_small(trust.key, LARGEST):
+                what, hint = "is a private key: it signs, its public key verifies", "openssl pkey -in KEY -pubout"
+                raise TensorkeepError(what, where=trust.key, hint=hint)
             config.use_elliptic_key_verifier(public_key=trust.key)
             who = f"key {_key_hash(trust.key)}"
         elif kind == "x509CertificateChain":

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorkeep.diagnosis.evidence.config_fields import differences
 from tensorkeep.diagnosis.identity.identify import Leaf, ModelIdentity
-from tensorkeep.diagnosis.identity.parts import FILES, KINDS
+from tensorkeep.diagnosis.identity.parts import KINDS, part_of
 from tensorkeep.diagnosis.identity.proofs import digest, read_leaf
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
@@ -124,7 +124,7 @@ def read_statement(data: bytes, where: object) -> Statement:
     out.files = {k: digest(v, f"the hash of {k}", where).hex() for k, v in _texts(predicate, "files", where)}
     out.config = config if isinstance(config, dict) else None
     out.derivation = derivation if isinstance(derivation, dict) else None
-    odd = [k for k in (*out.parts, *out.files) if k not in KINDS and k not in FILES]
+    odd = [k for k in (*out.parts, *out.files) if k not in KINDS and part_of(k) is None]
     if odd or (config is not None and out.config is None) or (derivation is not None and out.derivation is None):
         raise TensorkeepError(f"holds what no statement of this version does: {shown(odd)}", where=where, code="F07")
     return out
@@ -209,8 +209,8 @@ def _part(
     kind: str, statement: Statement, model: ModelIdentity, config: Mapping[str, Any] | None
 ) -> tuple[str, list[Finding]]:
     """Compare one part, and name the files and fields that are not the statement's."""
-    names = [n for n, k in FILES.items() if k == kind or (kind, n) == ("chat_template", "tokenizer_config.json")]
-    files = [n for n in names if n in model.files]
+    also = ("tokenizer_config.json",) if kind == "chat_template" else ()
+    files = [n for n in model.files if part_of(n) == kind or n in also]
     if kind not in model.parts:
         if kind == "config" and config is not None and statement.config is not None:
             odd = differences(config, statement.config)
@@ -224,7 +224,7 @@ def _part(
         return "added", [Finding("F03", "error", what, files)]
     other = [n for n in files if statement.files.get(n) != model.files[n]]
     if statement.parts[kind] == model.parts[kind]:
-        other = [n for n in other if FILES[n] == kind and n in statement.files]
+        other = [n for n in other if part_of(n) == kind and n in statement.files]
         if other:
             what = f"{', '.join(other)}: other bytes that say the same {kind.replace('_', ' ')}"
             return "equal", [Finding("F03", "info", what, other)]
@@ -232,9 +232,18 @@ def _part(
     what = f"{', '.join(other or files)}: not the {kind.replace('_', ' ')} of the statement"
     if kind == "config" and statement.config is not None:
         own = parse_json(model.texts["config"], "config.json")
-        both = {k: (own.get(k), statement.config.get(k)) for k in {*own, *statement.config}}
+        mine, theirs = _flat(own), _flat(statement.config)
+        both = {k: (mine.get(k), theirs.get(k)) for k in {*mine, *theirs}}
         what += f": {_spoken({k: v for k, v in sorted(both.items()) if v[0] != v[1]})}"
     return "differs", [Finding("F03", "error", what, other or files)]
+
+
+def _flat(config: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """Return the fields of a config by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{under}{key}.") if isinstance(value, Mapping) and value else {f"{under}{key}": value}
+    return found
 
 
 def _spoken(odd: Mapping[str, tuple[Any, Any]]) -> str:
