@@ -78,6 +78,9 @@ def test_what_needs_no_torch_runs_without_it(clean: Path, tmp_path: Path) -> Non
     assert run("explain", "K01").startswith("K01 missing tensor")
     Path(tmp_path / "found.json").write_text(run("diagnose", "dcp", "--json"))
     run("report", "found.json", "-o", "page.html")
+    checkup = json.loads(run("doctor", "--json"))
+    states = {row["name"]: row["imports"] for row in checkup["packages"]}
+    assert states["numpy"] is True and states["torch"] is None and checkup["torch"] is None
     helps = said([clean.parent / "python", "-c", HELPS, *COMMANDS], cwd=tmp_path)
     assert helps.returncode == 0 and helps.stdout.count("Usage: ") == len(COMMANDS), helps.stderr
 

@@ -48,6 +48,7 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "predict": "detection",
     "check detection": "detection",
     "features": "detection",
+    "doctor": None,
 }
 GROUPS = {
     "check": "Check what a recipe would train on, before the first update.",
