@@ -47,7 +47,7 @@ PACKAGES = (
     Package("numpy", "numpy", "", "1.26"),
     Package("ml_dtypes", "ml_dtypes", "", "0.5"),
     Package("xxhash", "xxhash", "", "3.4"),
-    Package("cyclopts", "cyclopts", "", "4"),
+    Package("cyclopts", "cyclopts", "", "4.1"),
     Package("rich", "rich", "", "13"),
     Package("pyyaml", "yaml", "", "6"),
     Package("torch", "torch", "torch", "2.4"),
