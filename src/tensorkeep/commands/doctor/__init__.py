@@ -20,6 +20,7 @@ def doctor(*, say: Say = Say()) -> int:
     one are masked, and your home folder is `~`. Exit code 1 where something is installed and cannot be imported.
     """
     out = say.output()
+    out.remark("importing every package that is installed, in a process of its own ...")
     listed, torch = every_package()
     document: dict[str, Any] = {
         "tensorkeep": sys.modules["tensorkeep"].__version__,

@@ -30,6 +30,7 @@ _SECRET_VALUE = re.compile(
     r"|\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|eyJ)[\w-]{8,}"
 )
 _LONG = re.compile(r"[A-Za-z0-9+=_-]{24,}")  # as keys are written; a path's parts and device names are told apart below
+_UUID = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
 _DEVICE = re.compile(r"(?:GPU|MIG)-[0-9a-f-]+(?:/\d+/\d+)?")
 
 
@@ -69,7 +70,7 @@ def _masked_word(match: re.Match[str]) -> str:
     word = match[0]
     if _DEVICE.fullmatch(word) or not re.search(r"\d", word) or not re.search(r"[A-Za-z]", word):
         return word
-    return _MASK if max(map(len, re.split(r"[-_]", word))) >= 16 else word
+    return _MASK if max(map(len, re.split(r"[-_]", word))) >= 16 or _UUID.search(word) else word
 
 
 def without_home(value: Any) -> Any:
