@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,6 +19,8 @@ from tensorkeep.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 TINY, ADAPTER = ROOT / "examples" / "tiny-llama", ROOT / "examples" / "tiny-adapter"
+SHIPPED = ("src", "docs", "examples", "README.md", "README.zh.md", "CHANGELOG.md", "SECURITY.md")
+SHIPPED += ("CITATION.cff", "LICENSE")
 CONFIG = ROOT / "tests" / "data" / "opentad_configs" / "adatad_s.py"
 
 
@@ -25,13 +29,19 @@ def said(words: list[object], **options: object) -> subprocess.CompletedProcess[
     return subprocess.run([str(w) for w in words], capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
 
+def build(source: Path, out: Path) -> Path:
+    """Build wheel and source archive as `.github/workflows/release.yml` does."""
+    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
+    done = said(words, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"})
+    assert done.returncode == 0, done.stderr + done.stdout
+    return out
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the source archive."""
     out = tmp_path_factory.mktemp("dist")
-    done = said([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT])
-    assert done.returncode == 0, done.stderr + done.stdout
-    return out
+    return build(ROOT, out)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +71,25 @@ def test_the_metadata_is_what_an_index_asks_for(built: Path) -> None:
     assert "tensorkeep/py.typed" in names and not any(n.startswith(("tests/", "benchmarks/")) for n in names)
 
 
+def test_another_clone_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    again = tmp_path / "another clone"
+    again.mkdir()
+    for name in (".gitignore", "pyproject.toml", *SHIPPED):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, again / name, copy_function=shutil.copyfile)  # other times
+        else:
+            shutil.copyfile(ROOT / name, again / name)
+    (again / "src" / "tensorkeep" / "cli.py").chmod(0o600)
+    (again / "build").mkdir()  # what a clone has from before
+    (again / "build" / "left.txt").touch()
+    build(again, tmp_path / "dist")
+    digests = [
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        for folder in (built, tmp_path / "dist")
+    ]
+    assert digests[0] == digests[1] and len(digests[0]) == 2
+
+
 def test_what_needs_no_torch_runs_without_it(clean: Path, tmp_path: Path) -> None:
     def run(*words: object) -> str:
         done = said([clean, *words], cwd=tmp_path)
@@ -78,6 +107,9 @@ def test_what_needs_no_torch_runs_without_it(clean: Path, tmp_path: Path) -> Non
     assert run("explain", "K01").startswith("K01 missing tensor")
     Path(tmp_path / "found.json").write_text(run("diagnose", "dcp", "--json"))
     run("report", "found.json", "-o", "page.html")
+    checkup = json.loads(run("doctor", "--json"))
+    states = {row["name"]: row["imports"] for row in checkup["packages"]}
+    assert states["numpy"] is True and states["torch"] is None and checkup["torch"] is None
     helps = said([clean.parent / "python", "-c", HELPS, *COMMANDS], cwd=tmp_path)
     assert helps.returncode == 0 and helps.stdout.count("Usage: ") == len(COMMANDS), helps.stderr
 

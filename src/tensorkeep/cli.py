@@ -14,11 +14,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tensorkeep.errors import TensorkeepError, visible
 from tensorkeep.output import Output
 from tensorkeep.storage import signals
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 # Each lives in a file of its name under commands/, as a function of that name, and is imported when it is called. Two
 # words: a command of a group. Its help is its docstring; `tensorkeep --help` reads the first lines without importing.
@@ -48,6 +51,8 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "predict": "detection",
     "check detection": "detection",
     "features": "detection",
+    "doctor": None,
+    "completion": None,
 }
 GROUPS = {
     "check": "Check what a recipe would train on, before the first update.",
@@ -55,6 +60,19 @@ GROUPS = {
     "recipe": "List and show the recipes that are shipped; make some from other frameworks' configs.",
     "train": "Train from a recipe; the same command again goes on.",
 }
+# who looks for which: the titles of `tensorkeep --help`, in order
+USERS = {
+    "Checkpoints": ("inspect", "diff", "verify", "diagnose", "explain", "repair", "convert", "merge"),
+    "Identity and signing": ("identify", "prove", "sign", "replay"),
+    "Training": ("check", "train", "eval", "recipe", "report"),
+    "Language models": ("generate",),
+    "Video": ("predict", "features"),
+    "This installation": ("demo", "doctor", "completion"),
+}
+ENDS = (  # below every command's help
+    "Exit codes: 0 done; 1 findings, differences or input left out; 2 wrong usage or input; 3 inconclusive; 75 a "
+    "training run that the same command goes on with; 130 interrupted."
+)
 
 _OVER_FILES = ("inspect", "diff", "verify", "convert", "merge", "diagnose", "repair")
 
@@ -145,34 +163,10 @@ def command_of(words: Sequence[str]) -> str | None:
 
 def run(words: list[str], output: Output) -> int:
     """Run one command and return its exit code; errors are the caller's."""
-    from cyclopts import App, CycloptsError
+    from cyclopts import CycloptsError
 
-    import tensorkeep
-
-    app = App(
-        name="tensorkeep",
-        help="Fine-tune with quantized low-rank adapters, and keep every tensor right.",
-        version=tensorkeep.__version__,
-        version_flags=["--version"],
-        help_format="plaintext",
-        result_action="return_value",
-        suppress_keyboard_interrupt=False,  # `main` answers it, with code 130
-    )
-    groups = {name: App(name=name, help=text) for name, text in GROUPS.items()}
-    for inner in groups.values():
-        app.command(inner)
-    asked = words[:1] in ([], ["--help"], ["-h"]) or words[0] in GROUPS
-    helping = not {"--help", "-h"}.isdisjoint(words)
-    for command in COMMANDS:
-        group, _, name = command.rpartition(" ")
-        function = command.replace(" ", "_")
-        place: Any = f"tensorkeep.commands.{function}:{function}"
-        if helping and words[: command.count(" ") + 1] == command.split():
-            groups.get(group, app).command(with_tables(function), name=name)
-        else:
-            groups.get(group, app).command(place, name=name, help=first_line(function) if asked else "")
     try:
-        code = app(words, exit_on_error=False, print_error=False)
+        code = application(words)(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         known = command_of(words)
         raise TensorkeepError(
@@ -181,10 +175,51 @@ def run(words: list[str], output: Output) -> int:
     return int(code or 0)
 
 
-def with_tables(command: str) -> Callable[..., Any]:
+def application(words: Sequence[str]) -> App:
+    """Return the parser of the command line, with the help that `words` can ask for."""
+    from cyclopts import App, Group
+
+    import tensorkeep
+
+    app = App(
+        name="tensorkeep",
+        help="Fine-tune with quantized low-rank adapters, and keep every tensor right.",
+        help_epilogue=ENDS,
+        version=tensorkeep.__version__,
+        version_flags=["--version"],
+        help_format="plaintext",
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,  # `main` answers it, with code 130
+    )
+    titles: dict[str, Group] = {}
+    for n, (title, names) in enumerate(USERS.items()):
+        titles |= dict.fromkeys(names, Group(title, sort_key=n))
+    app["--help"].group = app["--version"].group = (Group("Flags", sort_key=len(USERS)),)
+    groups = {name: App(name=name, help=text, group=titles[name]) for name, text in GROUPS.items()}
+    for inner in groups.values():
+        app.command(inner)
+    every = list(words[:1]) == ["completion"]  # all flags of all commands
+    asked = list(words[:1]) in ([], ["--help"], ["-h"]) or words[0] in GROUPS
+    helping = not {"--help", "-h"}.isdisjoint(words)
+    for command in COMMANDS:
+        group, _, name = command.rpartition(" ")
+        function = command.replace(" ", "_")
+        own: dict[str, Any] = {} if group else {"group": titles[name]}
+        if every or (helping and list(words[: command.count(" ") + 1]) == command.split()):
+            parser = {"parser": app} if command == "completion" else {}
+            groups.get(group, app).command(with_tables(function, **parser), name=name, **own)
+        else:
+            place = f"tensorkeep.commands.{function}:{function}"
+            own["help"] = first_line(function) if asked else ""
+            groups.get(group, app).command(place, name=name, **own)
+    return app
+
+
+def with_tables(command: str, **more: Any) -> Callable[..., Any]:
     """Return a command whose docstring names what the tables of formats, namings and loaders hold now.
 
-    Only its help is asked for: a call that does something takes the function itself and imports no table for this.
+    Only its help is asked for: a call that does something takes the function itself and imports no table for this. But
+    `completion` runs with all of this program's parser, which is `more`.
     """
     from tensorkeep.commands.shared import filled
 
@@ -192,7 +227,7 @@ def with_tables(command: str) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def shown(*positional: Any, **named: Any) -> Any:
-        return function(*positional, **named)
+        return function(*positional, **named, **more)
 
     shown.__doc__ = filled(function.__doc__ or "")
     return shown

@@ -1,0 +1,61 @@
+"""What a release rests on: one version everywhere, the workflow that publishes, the forms that ask for `doctor`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+import tensorkeep
+from tests.tools import ROOT
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]  # type: ignore[no-any-return]
+
+
+def test_the_version_is_one(project: dict[str, Any]) -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = next(x for x in (ROOT / "CHANGELOG.md").read_text().splitlines() if x.startswith("## ")).split()[1]
+    assert project["version"] == tensorkeep.__version__ == cited["version"] == newest
+
+
+def test_the_citation_has_what_its_format_asks_for(project: dict[str, Any]) -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (
+        cited["cff-version"] == "1.2.0"
+        and cited["message"]
+        and cited["authors"] == [{"name": cited["authors"][0]["name"]}]
+    )
+    assert cited["license"] == project["license"] and cited["repository-code"] == project["urls"]["Homepage"]
+    assert set(cited["keywords"]) <= set(project["keywords"])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.name)
+def test_a_form_asks_for_the_doctor_in_fields_that_the_site_knows(form: Any) -> None:
+    document = yaml.safe_load(form.read_text())
+    assert set(document) == {"name", "description", "labels", "body"}
+    fields = [part for part in document["body"] if part["type"] != "markdown"]
+    assert {part["type"] for part in fields} <= {"textarea", "input", "dropdown", "checkboxes"}
+    assert len({part["id"] for part in fields}) == len(fields) and all(part["attributes"]["label"] for part in fields)
+    (asked,) = (part for part in fields if part["id"] == "doctor")
+    assert "`tensorkeep doctor`" in asked["attributes"]["label"]
+    assert form.name != "bug.yml" or asked["validations"] == {"required": True}
+
+
+def test_only_the_job_that_publishes_may_and_it_holds_no_secret() -> None:
+    assert len(FORMS) == 2
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    document = yaml.safe_load(text)
+    jobs = document["jobs"]
+    assert document[True] == {"push": {"tags": ["v*"]}} and document["permissions"] == {}  # YAML 1.1 reads `on` as True
+    assert jobs["build"]["permissions"] == {"contents": "read"}
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == "build"
+    assert jobs["publish"]["environment"] == "pypi" and "secrets." not in text and "://" not in text
+    used = [step["uses"].partition("@")[0] for job in jobs.values() for step in job["steps"] if "uses" in step]
+    assert {name.partition("/")[0] for name in used} == {"actions", "pypa"}
