@@ -21,6 +21,9 @@ ELSEWHERE = "repository/"  # where pages from outside docs/ lie on the site
 SHOWN = (".md", ".svg", ".png")  # what becomes a part of the site; other files are linked at the project's address
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+ASKS = re.compile(
+    r"""<(?:script|link|img|iframe|source|video|audio|object|embed)\b[^>]*?\b(?:src|href|data)=["']?(?:\w+:)?//[^>]*>"""
+)
 FIELDS = {
     "Both kinds": "tensorkeep.training.sections",
     "Language": "tensorkeep.language.recipe",
@@ -127,6 +130,13 @@ def moved(link: str, at: Path, place: str, config: Any) -> str:
     return os.path.relpath(there, Path(place).parent) + mark + anchor
 
 
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that would ask something of the network when it is opened."""
+    if found := ASKS.search(output):
+        raise SystemExit(f"error: {page.file.src_uri} would load something from the network: {found[0]}")
+    return output
+
+
 def commands() -> str:
     """Every command's own help."""
     from tensorkeep.cli import COMMANDS
@@ -155,7 +165,7 @@ def python() -> str:
     import tensorkeep
 
     names = [name for name in tensorkeep.__all__ if name != "__version__"]
-    head = "# Python\n\n`import tensorkeep as tk` loads neither torch nor numpy: a name is imported when it is first used.\n"
+    head = "# Python\n\n`import tensorkeep as tk` loads neither torch nor numpy; a name is imported at its first use.\n"
     where = [f"::: {tensorkeep._WHERE[name]}.{name}\n" for name in names]
     return "\n".join([head, *where])
 

@@ -83,7 +83,17 @@ def test_the_reference_has_every_public_name_and_every_section_of_a_recipe(hooks
     assert "::: tensorkeep.detection.recipe.schema.DetectionRecipe\n" in fields
 
 
-def test_the_site_asks_nothing_of_the_network() -> None:
+def test_the_site_asks_nothing_of_the_network(hooks: SimpleNamespace) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    fine = '<a href="https://e.org">e</a><script src="assets/a.js"></script><img src="../b.svg">'
+    assert hooks.on_post_page(fine, page, SITE) == fine
+    for asking in (
+        '<script src="https://e.org/a.js">',
+        "<img alt=x src='//e.org/b.png'>",
+        "<link href=http://e.org/c>",
+    ):
+        with pytest.raises(SystemExit, match=r"index\.md would load"):
+            hooks.on_post_page(fine + asking, page, SITE)
     assert SITE["theme"]["font"] is False and "repo_url" not in SITE and "offline" in SITE["plugins"]
     (shim,) = SITE["extra"]["polyfills"]  # the search's, which Material would load from a CDN
     assert "IFrameWorker" in (DOCS / shim).read_text() and "Permission is hereby granted" in (DOCS / shim).read_text()
