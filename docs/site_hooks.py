@@ -51,17 +51,16 @@ def with_folders(nav: list[dict[str, Any]]) -> list[dict[str, Any]]:
         The same, a folder's pages in its place.
     """
     return [
-        {
-            title: [f"{place}{page.name}" for page in in_folder(DOCS / place)] if str(place).endswith("/") else place
-            for title, place in entry.items()
-        }
+        {title: in_folder(DOCS / place, place) if str(place).endswith("/") else place for title, place in entry.items()}
         for entry in nav
     ]
 
 
-def in_folder(folder: Path) -> list[Path]:
-    """The pages of a folder, its index first."""
-    return sorted(folder.glob("*.md"), key=lambda page: (page.name != "README.md", page.name))
+def in_folder(folder: Path, place: str) -> list[str | dict[str, str]]:
+    """The pages of a folder under short titles, its index first."""
+    pages = sorted(page for page in folder.glob("*.md") if page.name != "README.md")
+    titles = [page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").partition(":")[0] for page in pages]
+    return [f"{place}README.md", *({title: f"{place}{page.name}"} for title, page in zip(titles, pages, strict=True))]
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -131,10 +130,12 @@ def moved(link: str, at: Path, place: str, config: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Refuse a page that would ask something of the network when it is opened."""
+    """Name the search for those who hear the page; refuse one that would ask something of the network."""
     if found := ASKS.search(output):
         raise SystemExit(f"error: {page.file.src_uri} would load something from the network: {found[0]}")
-    return output
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
 
 
 def commands() -> str:
@@ -164,7 +165,7 @@ def python() -> str:
     """The public names of the package, whose docstrings mkdocstrings reads."""
     import tensorkeep
 
-    names = [name for name in tensorkeep.__all__ if name != "__version__"]
+    names = sorted((n for n in tensorkeep.__all__ if n != "__version__"), key=lambda n: (n[0].isupper(), n))
     head = "# Python\n\n`import tensorkeep as tk` loads neither torch nor numpy; a name is imported at its first use.\n"
     where = [f"::: {tensorkeep._WHERE[name]}.{name}\n" for name in names]
     return "\n".join([head, *where])
