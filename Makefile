@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 
 # the site, in build/site: open its index.html, no server is needed
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would let every warning pass
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two workers for two cores: more threads would wait for each other

@@ -97,3 +97,9 @@ def test_the_site_asks_nothing_of_the_network(hooks: SimpleNamespace) -> None:
     assert SITE["theme"]["font"] is False and "repo_url" not in SITE and "offline" in SITE["plugins"]
     (shim,) = SITE["extra"]["polyfills"]  # the search's, which Material would load from a CDN
     assert "IFrameWorker" in (DOCS / shim).read_text() and "Permission is hereby granted" in (DOCS / shim).read_text()
+
+
+def test_a_warning_ends_the_build() -> None:
+    (build,) = re.findall(r"mkdocs build .*", (ROOT / "Makefile").read_text())
+    assert "--strict" in build and not {"--quiet", "-q"} & set(build.partition("#")[0].split())
+    assert set(SITE["validation"].values()) == {"warn"}
