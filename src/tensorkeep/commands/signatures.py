@@ -48,8 +48,8 @@ class Signed:
     @property
     def wanted(self) -> str | None:
         """The identity that the model must have; None where none is demanded."""
-        found = self.identity is not None and re.fullmatch("[0-9a-f]+", self.identity) and "@" not in self.identity
-        return self.identity if found else None
+        found = self.identity is not None and re.fullmatch("[0-9a-fA-F]+", self.identity)
+        return str(self.identity).lower() if found else None
 
     @property
     def signer(self) -> bool:
