@@ -53,7 +53,7 @@ def rows_of(merged: str, texts: Sequence[str], most: int, least: int, remark: Re
         tokenizer = load_tokenizer(merged)
     except TensorkeepError as error:
         hint = "put tokenizer.json beside the base's weights"
-        raise TensorkeepError("no tokenizer lies beside the base", where=texts[0], hint=hint) from error
+        raise TensorkeepError("no tokenizer lies beside the base", hint=hint) from error
     if objective_of(texts[0]) != "pretrain":
         hint = 'lines of {"text": ...}, or plain text: the conversations as the model reads them'
         raise TensorkeepError("holds no plain texts", where=texts[0], hint=hint)
