@@ -33,7 +33,8 @@ from tensorkeep.formats.view import recognised
 from tensorkeep.storage.files import CERTIFICATE
 from tensorkeep.storage.layout import FileLayout
 from tensorkeep.storage.multipart import Sending, Upload, left_there
-from tensorkeep.storage.remote import RemoteFolder, StoreFailed, explained_store, failures, parent_of
+from tensorkeep.storage.remote import RemoteFolder, StoreFailed, explained_store, parent_of
+from tensorkeep.storage.s3 import failures
 from tensorkeep.storage.signals import held
 
 _COMPLETED_AT_ONCE = 8

@@ -31,8 +31,8 @@ from tensorkeep.storage.files import CERTIFICATE, TEMPORARY, LocalFolder
 from tensorkeep.storage.layout import FileLayout
 from tensorkeep.storage.leftovers import NAME
 from tensorkeep.storage.overwriting import refuse_strangers
-from tensorkeep.storage.remote import RemoteFolder, connect, explained_store, failures, parent_of
-from tensorkeep.storage.s3 import speaks_s3
+from tensorkeep.storage.remote import RemoteFolder, connect, explained_store, parent_of
+from tensorkeep.storage.s3 import failures, speaks_s3
 from tensorkeep.storage.signals import held
 
 _MOST_PARTS = 9000  # S3 takes 10 000 parts of one object

@@ -14,7 +14,7 @@ from tensorkeep.conversion.streams import Sums, write_tensor
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import CERTIFICATE, Progress
 from tensorkeep.storage.layout import FileLayout, Fixed, Slot
-from tensorkeep.storage.remote import failures
+from tensorkeep.storage.s3 import failures
 from tensorkeep.storage.spreading import cores
 
 LAST = (".metadata", ".index.json")  # names that make a folder readable end so

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.s3 import Part, Unfinished, abort, parts, unfinished
+from tensorkeep.storage.s3 import Part, Unfinished, abort, failures, parts, unfinished
 
 PART = 16 << 20  # bytes of a part; more where the object would have too many
 _MOST_PARTS = 9000  # S3 takes 10 000 parts of one object
@@ -196,7 +196,7 @@ class Upload:
                 UploadId=self._begin().upload,
                 MultipartUpload={"Parts": listed},
             )
-        except Exception:
+        except failures():
             # an answer that came too late or not at all: the second attempt finds no upload, for the first one worked
             if not self.confirmed or self._in_place() != (self.etag, self.size):
                 raise

@@ -7,7 +7,6 @@ was listed. Writing to a store is in `conversion`.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage._ahead import Ahead
 from tensorkeep.storage.files import Folder, inside, short_file
-from tensorkeep.storage.s3 import get_range, speaks_s3, unfinished
+from tensorkeep.storage.s3 import failures, get_range, speaks_s3, unfinished
 
 _BLOCK, _BLOCKS = 128 << 10, 32  # small reads fetch whole blocks, of which the last are kept
 
@@ -246,15 +245,6 @@ def explained_store(where: object) -> Iterator[None]:
     except failures() as error:
         hint = "check the network, the endpoint and the credentials, then run again"
         raise StoreFailed(f"{type(error).__name__}: {error}", where=where, hint=hint) from None
-
-
-def failures() -> tuple[type[BaseException], ...]:
-    """Return the exception types that stores' clients raise: built-in ones, and those of the libraries loaded."""
-    found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, NotImplementedError, EOFError]
-    for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
-        if module in sys.modules:
-            found += [getattr(sys.modules[module], name) for name in names]
-    return tuple(found)
 
 
 def parent_of(url: str) -> str:

@@ -7,6 +7,7 @@ parts are listed with their sizes and MD5s, so a later process sends what is mis
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ async def _get(system: Any, path: str, start: int, length: int, etag: str | None
             if attempt + 1 == _TRIES:
                 raise
             await asyncio.sleep(0.1 * 2**attempt)
-        except Exception as error:
+        except failures() as error:
             if error_code(error) != "PreconditionFailed":
                 raise
             raise TensorkeepError(
@@ -171,7 +172,7 @@ def parts(system: Any, begun: Unfinished) -> dict[int, Part]:
             for answer in _pages(system, "list_parts", marks, Bucket=bucket, Key=key, UploadId=begun.upload)
             for entry in answer.get("Parts") or ()
         }
-    except Exception as error:
+    except failures() as error:
         if error_code(error) == "NoSuchUpload":
             return {}
         raise
@@ -197,6 +198,15 @@ def abort(system: Any, begun: Unfinished) -> None:
     bucket, key, _ = system.split_path(begun.path)
     try:
         system.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=begun.upload)
-    except Exception as error:
+    except failures() as error:
         if error_code(error) != "NoSuchUpload":
             raise
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """Return the exception types that stores' clients raise: built-in ones, and those of the libraries loaded."""
+    found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, NotImplementedError, EOFError]
+    for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
+        if module in sys.modules:
+            found += [getattr(sys.modules[module], name) for name in names]
+    return tuple(found)
