@@ -7,7 +7,8 @@ A kind's module has:
 - `dropped(name)`: why a tensor of those files has no place in a backbone; None where it has one or is unknown;
 - `third(name)`: 0, 1 or 2 where a file stores query, key and value apart, and a tensor is that third of our fused rows;
 - `joined(tensors, config)`: renamed tensors as the backbone has them, where a file's are stored otherwise;
-- `stated(config)`: fields of the shape (`VitConfig`) that a `config.json` beside the weights states.
+- `STATED`: field of the shape (`VitConfig`) -> its name in transformers' config of the model type that is called as the
+  kind.
 """
 
 from __future__ import annotations

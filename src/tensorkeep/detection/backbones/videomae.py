@@ -8,9 +8,6 @@ tensors `attn.scale`), which are off by default there, are not built: such a fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tensorkeep.conversion.naming import opentad, videomae
 from tensorkeep.detection.model.vit import VisionTransformer
 
@@ -41,20 +38,11 @@ def dropped(name: str) -> str | None:
     return opentad.dropped(name) or videomae.dropped(name)
 
 
-def stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what transformers' config says of the shape, but for the eps of norms (its 1e-12 is not the original's).
-
-    Args:
-        config: of a `config.json`; of another model type it says nothing.
-    """
-    if config.get("model_type") != "videomae":
-        return {}
-    names = {
-        "patch_size": "patch_size",
-        "embed_dim": "hidden_size",
-        "depth": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-        "tubelet": "tubelet_size",
-    }
-    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+STATED = {  # of transformers' config; its eps of norms, 1e-12, is not the original's
+    "patch_size": "patch_size",
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "tubelet": "tubelet_size",
+}

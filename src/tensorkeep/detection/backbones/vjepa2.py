@@ -12,9 +12,7 @@ are; here rows and columns are those of the frames, which is the same where fram
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,20 +199,11 @@ def third(name: str) -> int | None:
     return _THIRDS.index(found[1]) if found else None
 
 
-def stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what transformers' config says of the shape.
-
-    Args:
-        config: of a `config.json`; of another model type it says nothing.
-    """
-    if config.get("model_type") != "vjepa2":
-        return {}
-    names = {
-        "patch_size": "patch_size",
-        "embed_dim": "hidden_size",
-        "depth": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "tubelet": "tubelet_size",
-        "eps": "layer_norm_eps",
-    }
-    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+STATED = {  # of transformers' config
+    "patch_size": "patch_size",
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "tubelet": "tubelet_size",
+    "eps": "layer_norm_eps",
+}

@@ -142,6 +142,44 @@ def add_positions(x: Tensor, mask: Tensor, max_length: int) -> Tensor:
     return x + table.to(x.dtype) * mask[:, None].to(x.dtype)
 
 
+def embedding(in_channels: int, channels: int, layers: int, kernel_size: int) -> nn.ModuleList:
+    """Make the convolutions that bring features to a projection's width.
+
+    Args:
+        in_channels: of the features.
+        channels: of every level.
+        layers: how many convolutions.
+        kernel_size: of each.
+
+    Returns:
+        The convolutions, called one after the other with `x [B, C, T]` and `mask [B, T]`.
+    """
+    widths = [in_channels, *[channels] * layers][:layers]
+    return nn.ModuleList(ConvModule(width, channels, kernel_size) for width in widths)
+
+
+def pyramid(x: Tensor, mask: Tensor, stem: nn.ModuleList, branch: nn.ModuleList) -> tuple[list[Tensor], list[Tensor]]:
+    """Run blocks at full length, then those that halve it each.
+
+    Args:
+        x: `[B, C, T]`.
+        mask: `[B, T]`, True where valid.
+        stem: blocks at full length, called with features and mask.
+        branch: blocks that each make the next level.
+
+    Returns:
+        Features `[B, C, T_l]` and masks `[B, T_l]` of each level l, fine to coarse.
+    """
+    for block in stem:
+        x, mask = block(x, mask)
+    features, masks = [x], [mask]
+    for block in branch:
+        x, mask = block(x, mask)  # [B, C, T_l], [B, T_l]
+        features.append(x)
+        masks.append(mask)
+    return features, masks
+
+
 class Projection(nn.Module):
     """Embedding convolutions, stem blocks at full length, and branch blocks that halve it: one output for each level.
 
@@ -156,8 +194,7 @@ class Projection(nn.Module):
         super().__init__()
         self.config = config
         channels, windows = config.channels, config.level_windows
-        widths = [config.in_channels, *[channels] * config.embed_layers][: config.embed_layers]
-        self.embed = nn.ModuleList(ConvModule(width, channels, config.kernel_size) for width in widths)
+        self.embed = embedding(config.in_channels, channels, config.embed_layers, config.kernel_size)
         self.stem = nn.ModuleList(TransformerBlock(config, 1, windows[0]) for _ in range(config.stem_layers))
         self.branch = nn.ModuleList(TransformerBlock(config, 2, window) for window in windows[1:])
         for module in self.modules():
@@ -177,11 +214,4 @@ class Projection(nn.Module):
             x = layer(x, mask)  # [B, C, T]
         if config.positions:
             x = add_positions(x, mask, config.max_length)
-        for block in self.stem:
-            x, mask = block(x, mask)
-        features, masks = [x], [mask]
-        for block in self.branch:
-            x, mask = block(x, mask)  # [B, C, T_l], [B, T_l]
-            features.append(x)
-            masks.append(mask)
-        return features, masks
+        return pyramid(x, mask, self.stem, self.branch)

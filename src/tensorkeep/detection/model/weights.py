@@ -156,8 +156,9 @@ def load_videomae(
 
 def _compare(vit: nn.Module, kind: ModuleType, view: StateView, where: str) -> None:
     """Refuse weights whose own config states another shape than the recipe's: no tensor's shape shows the heads."""
-    config = view.config
-    said = kind.stated(config) if config is not None and hasattr(kind, "stated") else {}
+    config, names = view.config or {}, getattr(kind, "STATED", {})
+    known = config.get("model_type") == getattr(vit, "kind", None)
+    said = {ours: config[theirs] for ours, theirs in names.items() if known and theirs in config}
     own = getattr(vit, "config", None)
     said = {n: v[0] if isinstance(v, list) and len(set(map(str, v))) == 1 else v for n, v in said.items()}
     odd = [f"{n} {v}, the recipe {getattr(own, n)}" for n, v in said.items() if getattr(own, n, v) != v]

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.head import Head
-from tensorkeep.detection.model.layers import ConvModule, ScaledPath
+from tensorkeep.detection.model.layers import ScaledPath
 from tensorkeep.detection.model.layers import pool_mask as halve_mask
 from tensorkeep.detection.model.opentad_sections import expect, head_config, neck_config
-from tensorkeep.detection.model.projection import add_positions, halve_max
+from tensorkeep.detection.model.projection import add_positions, embedding, halve_max, pyramid
 from tensorkeep.errors import TensorkeepError
 
 OPENTAD = "VideoMambaSuite"
@@ -234,8 +234,7 @@ class CausalProjection(nn.Module):
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.in_channels, *[config.channels] * config.embed_layers][: config.embed_layers]
-        self.embed = nn.ModuleList(ConvModule(width, config.channels, config.kernel_size) for width in widths)
+        self.embed = embedding(config.in_channels, config.channels, config.embed_layers, config.kernel_size)
         self.stem = nn.ModuleList(CausalBlock(config, 1) for _ in range(config.stem_layers))
         self.branch = nn.ModuleList(CausalBlock(config, 2) for _ in range(config.branch_layers))
 
@@ -247,14 +246,7 @@ class CausalProjection(nn.Module):
             x = layer(x, mask)  # [B, C, T]
         if config.positions is not None:
             x = add_positions(x, mask, config.positions)
-        for block in self.stem:
-            x, mask = block(x, mask)
-        features, masks = [x], [mask]
-        for block in self.branch:
-            x, mask = block(x, mask)  # [B, C, T_l], [B, T_l]
-            features.append(x)
-            masks.append(mask)
-        return features, masks
+        return pyramid(x, mask, self.stem, self.branch)
 
 
 def build(config: Config) -> tuple[CausalProjection, Head]:

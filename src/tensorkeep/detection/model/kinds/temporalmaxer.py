@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from tensorkeep.detection.model.assignment import assign_targets
 from tensorkeep.detection.model.config import DetectorConfig, HeadConfig
 from tensorkeep.detection.model.head import Head, Predictions
-from tensorkeep.detection.model.layers import ConvModule
 from tensorkeep.detection.model.layers import pool_mask as halve_mask
 from tensorkeep.detection.model.losses import focal_loss
 from tensorkeep.detection.model.opentad_sections import expect, extended, head_config, neck_config
-from tensorkeep.detection.model.projection import halve_max
+from tensorkeep.detection.model.projection import embedding, halve_max
 from tensorkeep.errors import TensorkeepError
 
 OPENTAD = "TemporalMaxer"
@@ -97,8 +96,7 @@ class MaxerProjection(nn.Module):
     def __init__(self, config: MaxerConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.in_channels, *[config.channels] * config.embed_layers][: config.embed_layers]
-        self.embed = nn.ModuleList(ConvModule(width, config.channels, config.kernel_size) for width in widths)
+        self.embed = embedding(config.in_channels, config.channels, config.embed_layers, config.kernel_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return features `[B, C, T_l]` and masks `[B, T_l]` of each level, of `x [B, C_in, T]` and `mask [B, T]`."""

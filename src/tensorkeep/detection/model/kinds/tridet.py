@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.model.config import DetectorConfig, HeadConfig
 from tensorkeep.detection.model.head import Head, Predictions, refine_segments
-from tensorkeep.detection.model.layers import ConvModule, ScaledPath, channel_norm
+from tensorkeep.detection.model.layers import ScaledPath, channel_norm
 from tensorkeep.detection.model.layers import halve_mask as halve_mask
 from tensorkeep.detection.model.losses import diou_loss, focal_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.opentad_sections import expect, extended, head_config, neck_config
-from tensorkeep.detection.model.projection import add_positions, halve_max
+from tensorkeep.detection.model.projection import add_positions, embedding, halve_max, pyramid
 from tensorkeep.errors import TensorkeepError
 
 OPENTAD = "TriDet"
@@ -165,8 +165,7 @@ class SgpProjection(nn.Module):
     def __init__(self, config: SgpConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.in_channels, *[config.channels] * config.embed_layers][: config.embed_layers]
-        self.embed = nn.ModuleList(ConvModule(width, config.channels, config.kernel_size) for width in widths)
+        self.embed = embedding(config.in_channels, config.channels, config.embed_layers, config.kernel_size)
         self.stem = nn.ModuleList(SgpBlock(config, 1, 1, 0.0) for _ in range(config.stem_layers))
         self.branch = nn.ModuleList(SgpBlock(config, 2, w, config.drop_path) for w in config.level_windows[1:])
 
@@ -179,14 +178,7 @@ class SgpProjection(nn.Module):
             x = layer(x, mask)  # [B, C, T]
         if config.positions:
             x = add_positions(x, mask, config.max_length)
-        for block in self.stem:
-            x, mask = block(x, mask)
-        features, masks = [x], [mask]
-        for block in self.branch:
-            x, mask = block(x, mask)  # [B, C, T_l], [B, T_l]
-            features.append(x)
-            masks.append(mask)
-        return features, masks
+        return pyramid(x, mask, self.stem, self.branch)
 
 
 class TridentHead(Head):
