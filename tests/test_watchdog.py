@@ -53,6 +53,12 @@ def for_ever() -> None:
         time.sleep(60)
 
 
+def once_known(number: int) -> None:
+    """Send this process a signal, when the others have heard of it."""
+    time.sleep(0.6)
+    os.kill(os.getpid(), number)
+
+
 def said_by(work: Callable[[], None], path: Path) -> Callable[[World], None]:
     """The work of a rank, whose words on stderr go to a file."""
 
@@ -74,8 +80,8 @@ def test_a_hung_rank_ends_all_of_them_with_their_stacks_and_its_name(tmp_path: P
     def work(world: World) -> None:
         job = small_job(dropout=0.0)
         if world.rank == victim:
-            stop = for_ever if halt == "deadlock" else lambda: os.kill(os.getpid(), signal.SIGSTOP)
-            job = halting(job, 7, stop)
+            stop = (lambda: os.kill(os.getpid(), signal.SIGSTOP)) if victim else lambda: once_known(signal.SIGSTOP)
+            job = halting(job, 7, for_ever if halt == "deadlock" else stop)
         fit(job, tmp_path / "run", LOOP, world=world)
 
     found = ranks(2, said_by(work, tmp_path / "said"), seconds=30.0)
@@ -92,6 +98,26 @@ def test_a_hung_rank_ends_all_of_them_with_their_stacks_and_its_name(tmp_path: P
         assert "rank 1 on" in words and "has not answered for" in words and "no stacks" in words
     else:
         assert "has not answered for" in words and "last heard of on" in words
+    assert fit(small_job(dropout=0.0), tmp_path / "run", replace(LOOP, watchdog=None)).step == 6
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_rank_ends_the_others_soon_though_they_wait_where_no_connection_breaks(
+    tmp_path: Path, victim: int
+) -> None:
+    """As under NCCL, whose kernels wait for a dead rank for ever; rank 0 keeps the store here, which dies with it."""
+
+    def work(world: World) -> None:
+        killed = world.rank == victim
+        job = halting(small_job(dropout=0.0), 7, lambda: once_known(signal.SIGKILL) if killed else for_ever())
+        fit(job, tmp_path / "run", replace(LOOP, watchdog=3.0), world=world)
+
+    found = ranks(2, said_by(work, tmp_path / "said"), patience=30.0)
+    assert found[victim] == -signal.SIGKILL and found[1 - victim] == TEMPORARY
+    words = (tmp_path / "said").with_suffix(f".{1 - victim}").read_text()
+    assert f"the process of rank {victim} on" in words and "is gone" in words
+    if victim:
+        assert "rank 1 on" in words and "its process is gone, last heard of at" in words
     assert fit(small_job(dropout=0.0), tmp_path / "run", replace(LOOP, watchdog=None)).step == 6
 
 

@@ -174,10 +174,12 @@ def shards_of(folder: Path) -> dict[str, list[ShardEntry]]:
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def ranks(size: int, work: Callable[[World], None], device: str = "cpu", seconds: float = 120.0) -> list[int]:
+def ranks(
+    size: int, work: Callable[[World], None], device: str = "cpu", seconds: float = 120.0, patience: float = 1.0
+) -> list[int]:
     """Run `work` in `size` forked processes that form a group; their exit statuses (0 well, 3 after an error).
 
-    One that fails ends the others, as torchrun does.
+    One that fails ends the others, as torchrun does, after `patience` seconds, in which they may say the same.
     """
     port = free_port()
     pids = []
@@ -193,8 +195,9 @@ def ranks(size: int, work: Callable[[World], None], device: str = "cpu", seconds
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 found[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end or any(found.values()):
-            time.sleep(1.0)  # the others may be about to say the same
+        if any(found.values()) and end < math.inf:
+            end = min(end, time.monotonic() + patience)
+        if time.monotonic() > end:
             for pid in (p for p in pids if p not in found):
                 os.kill(pid, signal.SIGKILL)
             end = math.inf

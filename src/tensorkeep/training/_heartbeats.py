@@ -3,14 +3,19 @@
 Each one now and then leaves a few words in the store of their group; the first one reads them all, and leaves one note
 that all others read. Ages are measured by the clock of whoever waits, so clocks may differ. A store may stop answering
 together with the process that keeps it: `Heartbeats.round` may then never return, and is called in a thread of its own.
+
+A process that was killed breaks its connections under gloo; under NCCL the others wait on, within a kernel. So each
+looks whether the process of its neighbour on the same host is still there, and leaves a note for all where it is not.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import distributed_c10d
@@ -28,6 +33,7 @@ class Standing:
         idle: seconds since it had got on.
         host: where it runs.
         left: whether it has left the run in good order.
+        process: which process of which system it is, as `process` says; empty where the system does not tell.
         number: of its note.
         seen: when that note was first seen, by the reader's clock.
     """
@@ -36,6 +42,7 @@ class Standing:
     idle: float
     host: str = field(default_factory=socket.gethostname)
     left: bool = False
+    process: str = field(default_factory=lambda: process(os.getpid()))
     number: int = 0
     seen: float = 0.0
 
@@ -51,8 +58,9 @@ class Heartbeats:
         every: seconds between two rounds.
 
     Attributes:
-        known: what was heard of each rank; on other ranks than the first, of the first alone.
+        known: what was heard of each rank; on other ranks than the first, of the first and of the neighbour.
         verdict: why all is over, None while it is not.
+        gone: which rank's process is not there any more, though it has not left the run; None: of none that is known.
         told: whether the others have heard the verdict.
         lost: whether the store can no longer be asked.
     """
@@ -65,7 +73,10 @@ class Heartbeats:
         self.rank, self.ranks, self.limit, self.every = rank, ranks, limit, every
         self.known: dict[int, Standing] = {}
         self.verdict: str | None = None
+        self.gone: str | None = None
         self.told = self.lost = False
+        here, local = (int(os.environ.get(k, d)) for k, d in (("LOCAL_WORLD_SIZE", ranks), ("LOCAL_RANK", rank)))
+        self._neighbour = rank - local + (local + 1) % here if 0 <= local < here <= ranks else (rank + 1) % ranks
 
     def round(self, own: Standing) -> None:
         """Leave this rank's note, read the others', and on the first rank judge; may take for ever.
@@ -74,7 +85,7 @@ class Heartbeats:
             own: how this process stands.
         """
         self._number += 1
-        words = [self._number, own.phase, own.idle, own.host, own.left]
+        words = [self._number, own.phase, own.idle, own.host, own.left, own.process]
         try:
             if self.rank == 0:
                 self._read(range(1, self.ranks))
@@ -83,12 +94,14 @@ class Heartbeats:
                 self._store.set("rank/0", json.dumps([*words, self.verdict]))
                 if self.verdict is not None:
                     self._wait_for_ears()
-                return
-            self._store.set(f"rank/{self.rank}", json.dumps([*words, None]))
-            verdict = self._read([0])
-            if verdict is not None and self.verdict is None:
-                self._store.add("heard", 1)
-                self.verdict = verdict
+            else:
+                self._store.set(f"rank/{self.rank}", json.dumps([*words, None]))
+                verdict = self._read([0])
+                if verdict is not None and self.verdict is None:
+                    self._store.add("heard", 1)
+                    self.verdict = verdict
+            if self.verdict is None:
+                self._look_beside()
         except RuntimeError:  # it was a part of a process that is gone
             self.lost = True
 
@@ -99,10 +112,34 @@ class Heartbeats:
             key = f"rank/{rank}"
             if rank not in self.known and not self._store.check([key]):
                 continue
-            number, phase, idle, host, left, verdict = json.loads(self._store.get(key))
+            number, phase, idle, host, left, which, verdict = json.loads(self._store.get(key))
             if rank not in self.known or self.known[rank].number != number:
-                self.known[rank] = Standing(phase, idle, host, left, number, time.monotonic())
+                self.known[rank] = Standing(phase, idle, host, left, which, number, time.monotonic())
         return verdict
+
+    def _look_beside(self) -> None:
+        """Tell all where the neighbour's process is gone, and hear of others that are."""
+        if self.gone is not None:
+            return
+        self._read([self._neighbour])
+        if self.ended(self._neighbour):
+            self._read([self._neighbour])  # its last note may say that it has left
+            if self.ended(self._neighbour):
+                self._store.set("gone", f"rank {self._neighbour} on {self.known[self._neighbour].host}")
+        if self._store.check(["gone"]):
+            self.gone = self._store.get("gone").decode()
+
+    def ended(self, rank: int) -> bool:
+        """Whether a rank's process, once of this system, is there no more, though the rank has not left the run.
+
+        Args:
+            rank: whose; of one that was never heard of nothing is known.
+        """
+        standing = self.known.get(rank)
+        if standing is None or standing.left or not standing.process:
+            return False
+        system, _, number = standing.process.rpartition(" ")[0].rpartition(" ")
+        return process(os.getpid()).startswith(f"{system} ") and process(int(number)) != standing.process
 
     def _wait_for_ears(self) -> None:
         """Stay until the ranks that answer have heard the verdict: the store may be a part of this process."""
@@ -117,6 +154,24 @@ class Heartbeats:
         """Take no account of a time in which this process itself was stopped."""
         for standing in list(self.known.values()):
             standing.seen += seconds
+
+
+def process(pid: int) -> str:
+    """Name a process so that no other has its name: its system, its number and when it began.
+
+    Args:
+        pid: its number.
+
+    Returns:
+        The kernel's start and the namespace of numbers, the number, and ticks; empty where there is no such process,
+        where it has ended and is not yet waited for, or where the system has no /proc.
+    """
+    try:
+        system = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        state, *_, born = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
+    except (OSError, ValueError):
+        return ""
+    return "" if state in "ZXx" else f"{system} {pid} {born}"
 
 
 def judged(known: dict[int, Standing], ranks: int, limit: float, now: float) -> str | None:

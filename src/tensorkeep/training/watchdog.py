@@ -4,7 +4,8 @@ A process says what it is at (`at`, `doing`); each word is progress. While it bu
 saves or evaluates, whatever computes, reads or writes is progress too. A thread beside the training looks now and then;
 it holds up nothing, and needs no collective. Where no process of a run has got on for a time, or one has not answered
 for as long, each that still can writes its stacks into the run's folder, the words say what each was at, and all leave
-with exit code 75, so that a launcher starts them again or ends.
+with exit code 75, so that a launcher starts them again or ends. Where a process of the run is gone without having
+left, the others do not wait so long: they end once none of them has got on for a few seconds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 STACKS = "stacks"
 _MOST, _ANSWER = 5.0, 0.3  # seconds: between two looks, at most; that workers take to write their stacks
+_GRACE = 5.0  # seconds, at most, that a process may still get on with, when another of the run is gone
 _SHARE, _BYTES = 0.05, 1 << 20  # of a core, and bytes between two looks: less is no work
 _numbers = itertools.count()
 
@@ -52,6 +54,7 @@ class Watch:
         self.every = min(_MOST, limit / 8)
         self.now, self.count = _Now("start", None, True), 0
         self._progress = self._answered = time.monotonic()
+        self._good = True
         self._over, self._ring = threading.Event(), threading.Event()
         self._beats: Heartbeats | None = None
         self._of_workers = tempfile.TemporaryFile()  # noqa: SIM115
@@ -65,8 +68,9 @@ class Watch:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Leave in good order."""
+    def stop(self, good: bool = True) -> None:
+        """Watch no more; the others hear whether this process leaves in `good` order."""
+        self._good = good
         self._over.set()
         self._ring.set()
         for thread in self._threads:
@@ -83,7 +87,7 @@ class Watch:
         beats = self._beats
         while beats is not None and not beats.lost:
             over = self._over.is_set()
-            beats.round(Standing(self._words(), time.monotonic() - self._progress, left=over))
+            beats.round(Standing(self._words(), time.monotonic() - self._progress, left=over and self._good))
             self._answered = time.monotonic()
             if beats.verdict is not None:
                 self._ring.set()
@@ -115,6 +119,11 @@ class Watch:
         """Why this process is to end, None where it is not."""
         beats = self._beats
         first = beats.known.get(0) if beats is not None and self.rank else None
+        gone = None if beats is None else beats.gone
+        if first is not None and beats is not None and beats.lost and beats.ended(0):  # the store went with it
+            gone = f"rank 0 on {first.host}"
+        if gone is not None and now - self._progress > min(_GRACE, self.limit / 2):
+            return f"the process of {gone} is gone"
         if beats is None or beats.lost or (first is not None and first.left):
             idle = now - self._progress
             return f"has not got on for {idle:.0f} s" if idle > self.limit else None
@@ -152,7 +161,7 @@ class Watch:
                 say.remark(line)
             say.error(TensorkeepError(why, where=self.folder, hint=hint))
         end = time.monotonic() + 2 * self.every + 4.0
-        while beats is not None and not self.rank and not (beats.told or beats.lost) and time.monotonic() < end:
+        while beats is not None and not self.rank and not (beats.told or beats.lost or beats.gone) and time.monotonic() < end:
             time.sleep(self.every / 20)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -167,6 +176,8 @@ class Watch:
         age = time.monotonic() - standing.seen
         if standing.left:
             return f"rank {rank} on {standing.host}: had left in good order"
+        if self._beats is not None and self._beats.gone is not None and self._beats.ended(rank):
+            return f"rank {rank} on {standing.host}: its process is gone, last heard of at {standing.phase}; no stacks"
         if age > self.limit:
             return f"rank {rank} on {standing.host}: last heard of {age:.0f} s ago, at {standing.phase}; no stacks"
         place = f"stacks in {self._stacks(rank)}"
@@ -225,11 +236,13 @@ def watching(folder: str | Path, rank: int, ranks: int, limit: float | None, jso
         yield
         return
     _current = Watch(Path(folder), rank, ranks, limit, json)
+    watch, good = _current, False
     try:
         yield
+        good = True
     finally:
-        watch, _current = _current, None
-        watch.stop()
+        _current = None
+        watch.stop(good)
 
 
 def at(words: str, step: int | None = None, busy: bool = False) -> None:
