@@ -138,10 +138,10 @@ def cosine(update: int, base: float) -> float:
     return float(base * (0.5 + 0.5 * torch.cos(torch.tensor(update / UPDATES * 3.14159)).item()))
 
 
-def job() -> Job:
-    net = model()
+def job(device: str | torch.device = "cpu") -> Job:
+    net = model().to(device)
     data = Text()
-    held_out = torch.stack([data.ids[7000 + 40 * i : 7000 + 40 * i + LENGTH] for i in range(4)])
+    held_out = torch.stack([data.ids[7000 + 40 * i : 7000 + 40 * i + LENGTH] for i in range(4)]).to(device)
 
     def evaluate(net: nn.Module) -> dict[str, float]:
         return {"loss": float(tokens_loss(net, held_out, tokens(held_out))["loss"])}

@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,11 @@ class Plan:
     name: str
     sizes: tuple[int, ...]
     parallel: Any
-    make: Callable[[], Job] = job
+    make: Callable[..., Job] = job
     updates: int = UPDATES
     best: str | None = "-loss"
     command: bool = False  # torchrun itself, whose ranks import everything anew
+    device: str = "cpu"
 
 
 # -- a rank -----------------------------------------------------------------------------------------------------------
@@ -121,8 +122,8 @@ def work(run: str, marks: Marks, plan: Plan) -> None:
     torch.set_num_threads(1)
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # asked where it is stuck
     tell(rank, marks)
-    world = distributed.start("cpu", START_WAIT)
-    made, even = plan.make(), marks.get(rank, START) % 2 == 0
+    world = distributed.start(plan.device, START_WAIT)
+    made, even = plan.make(world.device), marks.get(rank, START) % 2 == 0
     loop = Loop(
         updates=plan.updates,
         batch=4,
@@ -134,6 +135,7 @@ def work(run: str, marks: Marks, plan: Plan) -> None:
         parallel=plan.parallel,
         background=even,
         watchdog=60.0,
+        deterministic=plan.device != "cpu",
     )
     fit(made, run, loop, world=world)
     if world.size > 1:
@@ -173,9 +175,9 @@ def tell(rank: int, marks: Marks) -> None:
     Saver.save, Saver._finish = saving, finished  # type: ignore[method-assign]
 
 
-def small() -> Job:
+def small(device: str | torch.device = "cpu") -> Job:
     """The job without dropout, whose numbers do not depend on how many ranks there are but for rounding."""
-    made = job()
+    made = job(device)
     for module in made.model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
@@ -407,10 +409,16 @@ PLANS = (
 )
 
 
+GPUS = tuple(  # through NCCL, a GPU a rank
+    replace(plan, name=f"gpus: {plan.name}", device="cuda")
+    for plan in (PLANS[0], PLANS[2], Plan("fsdp, 2 and 1 ranks in turn", (2, 1), "fsdp", small))
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="of each campaign")
-    parser.add_argument("--only", default="", help="campaigns whose name holds this")
+    parser.add_argument("--only", default="", help="campaigns whose name holds this; `gpus`: those through NCCL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=1.5, help="seconds from the first update to a kill")
     parser.add_argument("--json", type=Path)
@@ -418,13 +426,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank:
         run, marks, name = options.rank
-        work(run, Marks(Path(marks)), next(plan for plan in PLANS if plan.name == name))
+        work(run, Marks(Path(marks)), next(plan for plan in (*PLANS, *GPUS) if plan.name == name))
         return
     torch.set_num_threads(1)  # a forked rank must not inherit a pool of threads
     job()  # what it imports is imported once, before the forks
     counts = []
-    for plan in PLANS:
-        if options.only in plan.name:
+    for plan in (*PLANS, *GPUS):
+        if options.only in plan.name and (plan.device == "cpu" or "gpus" in options.only):
             with tempfile.TemporaryDirectory(prefix="kill-") as place:
                 kills = options.kills // (3 if plan.command else 1)
                 killer = Killer(plan, kills, options.seed, options.longest, Path(place))

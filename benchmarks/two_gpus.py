@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "--runs", nargs="+", default=["one", "ddp", "fsdp", "resume"], help="resume: from fsdp's shards"
     )
     parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=2, help="how often torch's own saves are timed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=110, help="seconds of one run")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -150,7 +151,7 @@ def measure(given: Any, place: Path, way: str, name: str, ranks: int, parallel: 
     recipe = place / f"{way}_{name}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(given, place, way, parallel, more)))
     job = place / "job.json"
-    job.write_text(json.dumps({"recipe": str(recipe), "run": str(run), "allow": ["training"]}))
+    job.write_text(json.dumps({"recipe": str(recipe), "run": str(run), "turns": given.turns}))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -219,15 +220,15 @@ def on_a_rank(job_file: Path, device: str) -> int:
         peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = {"rank": world.rank, "peak": peak, "host": host, "start": started, "how": str(outcome.level)}
-        found["dcp"] = saved_by_dcp(job, Path(asked["run"]).parent, world) if world.size > 1 else None
+        found["dcp"] = saved_by_dcp(job, Path(asked["run"]).parent, world, asked["turns"]) if world.size > 1 else None
         os.write(1, ("RANK " + json.dumps(found) + "\n").encode())
     finally:
         distributed.stop()
     return 0
 
 
-def saved_by_dcp(job: Any, place: Path, world: Any) -> dict[str, float]:
-    """Seconds of torch's own saves of what trains and its moments, and of one through `DurableWriter`, twice each."""
+def saved_by_dcp(job: Any, place: Path, world: Any, turns: int) -> dict[str, float]:
+    """Seconds of torch's own saves of what trains and its moments, and of one through `DurableWriter`, in turns."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -241,7 +242,7 @@ def saved_by_dcp(job: Any, place: Path, world: Any) -> dict[str, float]:
             state |= {name: parameter.detach(), **{f"{name}.{k}": t for k, t in moments.items() if torch.is_tensor(t)}}
     group = dist.new_group(backend="gloo")  # async_save wants one of CPUs
     took: dict[str, float] = {}
-    for turn in ("first", "second"):
+    for turn in ("first", "second", "third")[:turns]:
         for name in ("dcp.save", "DurableWriter", "dcp.async_save"):
             folder = place / f"{turn}_{name}"
             dist.barrier()
