@@ -167,7 +167,7 @@ def process(pid: int) -> str:
         where it has ended and is not yet waited for, or where the system has no /proc.
     """
     try:
-        system = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        system = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
         state, *_, born = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:20]
     except (OSError, ValueError):
         return ""

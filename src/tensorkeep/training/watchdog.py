@@ -161,7 +161,9 @@ class Watch:
                 say.remark(line)
             say.error(TensorkeepError(why, where=self.folder, hint=hint))
         end = time.monotonic() + 2 * self.every + 4.0
-        while beats is not None and not self.rank and not (beats.told or beats.lost or beats.gone) and time.monotonic() < end:
+        while beats is not None and not self.rank and time.monotonic() < end:
+            if beats.told or beats.lost or beats.gone is not None:
+                break
             time.sleep(self.every / 20)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
