@@ -136,9 +136,15 @@ def test_a_flag_or_field_that_does_not_exist_is_found(parse: Callable[[list[str]
         check_recipe("detection", parse(words))
 
 
-def test_the_weights_guide_has_the_same_commands_in_both_languages() -> None:
-    english, chinese = (commands(ROOT / "docs/guides" / name) for name in ("weights.md", "weights.zh.md"))
-    assert english == chinese and len(english) > 10
+@pytest.mark.parametrize("chinese", sorted((ROOT / "docs/guides").glob("*.zh.md")), ids=lambda page: page.name)
+def test_a_guide_has_the_same_blocks_of_code_and_sections_in_both_languages(chinese: Path) -> None:
+    english = chinese.with_name(chinese.name.replace(".zh", ""))
+    assert commands(english) == commands(chinese)
+    pages = [page.read_text() for page in (english, chinese)]
+    code = [re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for page in pages]
+    assert code[0] == code[1] and len(code[0]) > 3
+    heads = [re.findall(r"^#+ ", page, re.MULTILINE) for page in pages]
+    assert heads[0] == heads[1]
 
 
 def test_the_guide_has_a_command_behind_every_trouble_in_both_languages() -> None:
