@@ -409,8 +409,8 @@ PLANS = (
 )
 
 
-GPUS = tuple(  # through NCCL, a GPU a rank
-    replace(plan, name=f"gpus: {plan.name}", device="cuda")
+GPUS = tuple(  # through NCCL, a GPU a rank; CUDA that the agent has touched does not outlive a fork
+    replace(plan, name=f"gpus: {plan.name}", device="cuda", command=True)
     for plan in (PLANS[0], PLANS[2], Plan("fsdp, 2 and 1 ranks in turn", (2, 1), "fsdp", small))
 )
 
@@ -434,7 +434,7 @@ def main() -> None:
     for plan in (*PLANS, *GPUS):
         if options.only in plan.name and (plan.device == "cpu" or "gpus" in options.only):
             with tempfile.TemporaryDirectory(prefix="kill-") as place:
-                kills = options.kills // (3 if plan.command else 1)
+                kills = options.kills // (3 if plan.command and plan.device == "cpu" else 1)
                 killer = Killer(plan, kills, options.seed, options.longest, Path(place))
                 counts.append(killer.campaign())
     print(f"{versions('torch', 'transformers')}; {UPDATES} updates, each saved\n")

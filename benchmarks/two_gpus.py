@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         "--runs", nargs="+", default=["one", "ddp", "fsdp", "resume"], help="resume: from fsdp's shards"
     )
     parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--saves", type=int, default=3, help="of the run")
     parser.add_argument("--turns", type=int, default=2, help="how often torch's own saves are timed")
+    parser.add_argument("--savers", nargs="*", default=["dcp.save", "DurableWriter", "dcp.async_save"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--limit", type=float, default=110, help="seconds of one run")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -122,7 +124,7 @@ def recipe_of(given: Any, place: Path, way: str, parallel: str, more: int) -> di
         "parallel": parallel,
         "gradient_checkpointing": True,
         "log_every": 1,
-        "save_every": given.updates // 3,
+        "save_every": given.updates // given.saves,
         "workers": 2,
     }
     made: dict[str, Any] = {
@@ -151,7 +153,7 @@ def measure(given: Any, place: Path, way: str, name: str, ranks: int, parallel: 
     recipe = place / f"{way}_{name}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(given, place, way, parallel, more)))
     job = place / "job.json"
-    job.write_text(json.dumps({"recipe": str(recipe), "run": str(run), "turns": given.turns}))
+    job.write_text(json.dumps({"recipe": str(recipe), "run": str(run), "turns": given.turns, "savers": given.savers}))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -181,7 +183,7 @@ def measure(given: Any, place: Path, way: str, name: str, ranks: int, parallel: 
         "host peak GiB": [round(r["host"] / 2**30, 2) for r in found_ranks],
         "updates after saves took more s": [
             round(after[n + 1] - usual, 3)
-            for n in range(given.updates // 3, given.updates, given.updates // 3)
+            for n in range(given.updates // given.saves, given.updates, given.updates // given.saves)
             if n + 1 in after
         ],
         "saved by dcp s": [r["dcp"] for r in found_ranks if r["dcp"]],
@@ -220,14 +222,14 @@ def on_a_rank(job_file: Path, device: str) -> int:
         peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = {"rank": world.rank, "peak": peak, "host": host, "start": started, "how": str(outcome.level)}
-        found["dcp"] = saved_by_dcp(job, Path(asked["run"]).parent, world, asked["turns"]) if world.size > 1 else None
+        found["dcp"] = saved_by_dcp(job, Path(asked["run"]).parent, world, asked) if world.size > 1 else None
         os.write(1, ("RANK " + json.dumps(found) + "\n").encode())
     finally:
         distributed.stop()
     return 0
 
 
-def saved_by_dcp(job: Any, place: Path, world: Any, turns: int) -> dict[str, float]:
+def saved_by_dcp(job: Any, place: Path, world: Any, asked: Any) -> dict[str, float]:
     """Seconds of torch's own saves of what trains and its moments, and of one through `DurableWriter`, in turns."""
     import torch
     import torch.distributed as dist
@@ -242,8 +244,8 @@ def saved_by_dcp(job: Any, place: Path, world: Any, turns: int) -> dict[str, flo
             state |= {name: parameter.detach(), **{f"{name}.{k}": t for k, t in moments.items() if torch.is_tensor(t)}}
     group = dist.new_group(backend="gloo")  # async_save wants one of CPUs
     took: dict[str, float] = {}
-    for turn in ("first", "second", "third")[:turns]:
-        for name in ("dcp.save", "DurableWriter", "dcp.async_save"):
+    for turn in ("first", "second", "third")[: asked["turns"]]:
+        for name in asked["savers"]:
             folder = place / f"{turn}_{name}"
             dist.barrier()
             begun = time.perf_counter()
