@@ -7,7 +7,9 @@ Ours (`training.memory`), unsloth, PEFT + bitsandbytes, the same with Liger's ke
 is a process of its own (`benchmarks.headtohead_systems`), in its own environment: `--env SYSTEM=FOLDER` is put in front
 of the path of that system's processes (`pip install --no-deps --target FOLDER -r` that of `benchmarks/envs`).
 All load the same folder of random bfloat16 weights, written once, and train on the same tokens from the same start.
-What is not installed, fails or is not over in time has a row that says so.
+What is not installed, fails or is not over in time has a row that says so. With `--together` the processes load and
+compile at the same time and take turns for the steps that are timed, so that all of it takes minutes less; loading and
+first steps are then those of a busy machine, and what all of them hold must fit on the GPU.
 
 Writes headtohead.json and headtohead.svg (memory x speed, a line a system) into `--out`, and prints a table. The share
 of the floor counts matrix work alone, with recomputation: see `benchmarks.qlora_language`.
@@ -16,10 +18,13 @@ of the floor counts matrix work alone, with recomputation: see `benchmarks.qlora
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from html import escape
@@ -34,27 +39,81 @@ from benchmarks.quantize_load import SHAPES
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 
+def call(
+    system: str, way: str, folder: Path, shape: str, steps: int, environments: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of one way of one system."""
+    own = environments.get(system)
+    path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH")) if part)
+    command = [sys.executable, "-m", "benchmarks.headtohead_systems", "--system", system, "--way", way]
+    return [*command, "--folder", str(folder), "--shape", shape, "--steps", str(steps)], os.environ | {
+        "PYTHONPATH": path
+    }
+
+
+def row_of(row: dict[str, Any], out: str, err: str, code: int, seconds: float) -> dict[str, Any]:
+    """The row that a process printed, or why there is none."""
+    lines = [line for line in out.splitlines() if line.startswith('{"system"')]
+    if not lines:
+        return row | {"not_run": f"ended with {code}: {err.strip()[-300:]}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found | {"process_s": round(seconds, 1)}
+
+
 def one(
     system: str, way: str, folder: Path, shape: str, steps: int, environments: dict[str, str], seconds: float
 ) -> dict[str, Any]:
     """Run one way of one system in a process of its own."""
-    own = environments.get(system)
-    path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH")) if part)
-    command = [sys.executable, "-m", "benchmarks.headtohead_systems", "--system", system, "--way", way]
-    command += ["--folder", str(folder), "--shape", shape, "--steps", str(steps)]
+    command, env = call(system, way, folder, shape, steps, environments)
     begun = time.perf_counter()
     row: dict[str, Any] = {"system": system, "way": way, "shape": shape}
     try:
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=seconds
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return row | {"not_run": f"not over in {seconds:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"system"')]
-    if not lines:
-        return row | {"not_run": f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found | {"process_s": round(time.perf_counter() - begun, 1)}
+    return row_of(row, done.stdout, done.stderr, done.returncode, time.perf_counter() - begun)
+
+
+def together(
+    ways: Sequence[tuple[str, str]],
+    folder: Path,
+    shape: str,
+    steps: int,
+    environments: dict[str, str],
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Run several ways: all load and compile at the same time, then each times its steps alone."""
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as held:
+        turns, ends = Path(held), {}
+        with (turns / "turn").open("w") as lock, contextlib.ExitStack() as files:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            running = {}
+            for system, way in ways:
+                command, env = call(system, way, folder, shape, steps, environments)
+                said = [files.enter_context((turns / f"{system}-{way}.{n}").open("w")) for n in ("out", "err")]
+                command += ["--turns", held]
+                running[system, way] = subprocess.Popen(command, env=env, stdout=said[0], stderr=said[1])
+            while time.perf_counter() - begun < seconds:
+                for one_way, process in running.items():
+                    if process.poll() is not None:
+                        ends.setdefault(one_way, time.perf_counter() - begun)
+                if len(ends) == len(running):
+                    break
+                if all(w in ends or (turns / f"{w[0]}-{w[1]}.ready").exists() for w in running):
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                time.sleep(0.2)
+            for process in running.values():
+                process.kill()
+                process.wait()
+        rows = []
+        for (system, way), process in running.items():
+            row: dict[str, Any] = {"system": system, "way": way, "shape": shape}
+            out, err = ((turns / f"{system}-{way}.{n}").read_text(errors="replace") for n in ("out", "err"))
+            late = (system, way) not in ends
+            said_row = row_of(row, out, err, process.returncode, ends.get((system, way), seconds))
+            rows.append(row | {"not_run": f"not over in {seconds:.0f} s"} if late else said_row)
+    return rows
 
 
 def floor_of(folder: Path, shape: str) -> float:
@@ -137,7 +196,8 @@ def main() -> None:
     parser.add_argument("--shapes", default="4x2048")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--env", action="append", default=[], metavar="SYSTEM=FOLDER")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one process")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one process, or of all together")
+    parser.add_argument("--together", action="store_true", help="load and compile at the same time, time in turns")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     given = parser.parse_args()
     environments = dict(text.split("=", 1) for text in given.env)
@@ -145,15 +205,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in given.shapes.split(","):
         floor = floor_of(given.folder, shape)
-        for name in given.systems.split(","):
-            system, _, only = name.partition(":")
-            for way in [only] if only else WAYS[system]:
-                row = one(system, way, given.folder, shape, given.steps, environments, given.timeout)
+        parted = [name.partition(":") for name in given.systems.split(",")]
+        ways = [(system, way) for system, _, only in parted for way in ([only] if only else WAYS[system])]
+        how = (given.folder, shape, given.steps, environments, given.timeout)
+        for found in [together(ways, *how)] if given.together else ([one(*way, *how)] for way in ways):
+            for row in found:
                 if "tokens_per_s" in row:
                     row["of_floor"] = round(row["tokens_per_s"] / floor, 3)
                 rows.append(row)
                 print({k: v for k, v in row.items() if k != "versions"}, file=sys.stderr, flush=True)
-                (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
+            (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
     apart(rows)
     (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
     for shape in given.shapes.split(","):
