@@ -9,7 +9,8 @@ of the path of that system's processes (`pip install --no-deps --target FOLDER -
 All load the same folder of random bfloat16 weights, written once, and train on the same tokens from the same start.
 What is not installed, fails or is not over in time has a row that says so. With `--together` the processes load and
 compile at the same time and take turns for the steps that are timed, so that all of it takes minutes less; loading and
-first steps are then those of a busy machine, and what all of them hold must fit on the GPU.
+first steps are then those of a busy machine, and what all of them hold must fit on the GPU. Who is not ready after half
+of `--timeout` is not waited for: the others begin, and its steps may then disturb theirs, which its row says.
 
 Writes headtohead.json and headtohead.svg (memory x speed, a line a system) into `--out`, and prints a table. The share
 of the floor counts matrix work alone, with recomputation: see `benchmarks.qlora_language`.
@@ -85,7 +86,7 @@ def together(
     """Run several ways: all load and compile at the same time, then each times its steps alone."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as held:
-        turns, ends = Path(held), {}
+        turns, ends, late, begins = Path(held), {}, set(), None
         with (turns / "turn").open("w") as lock, contextlib.ExitStack() as files:
             fcntl.flock(lock, fcntl.LOCK_EX)
             running = {}
@@ -100,7 +101,9 @@ def together(
                         ends.setdefault(one_way, time.perf_counter() - begun)
                 if len(ends) == len(running):
                     break
-                if all(w in ends or (turns / f"{w[0]}-{w[1]}.ready").exists() for w in running):
+                missing = [w for w in running if w not in ends and not (turns / f"{w[0]}-{w[1]}.ready").exists()]
+                if begins is None and (not missing or time.perf_counter() - begun > seconds / 2):
+                    late, begins = set(missing), time.perf_counter() - begun
                     fcntl.flock(lock, fcntl.LOCK_UN)
                 time.sleep(0.2)
             for process in running.values():
@@ -110,9 +113,11 @@ def together(
         for (system, way), process in running.items():
             row: dict[str, Any] = {"system": system, "way": way, "shape": shape}
             out, err = ((turns / f"{system}-{way}.{n}").read_text(errors="replace") for n in ("out", "err"))
-            late = (system, way) not in ends
-            said_row = row_of(row, out, err, process.returncode, ends.get((system, way), seconds))
-            rows.append(row | {"not_run": f"not over in {seconds:.0f} s"} if late else said_row)
+            if (system, way) in ends:
+                row = row_of(row, out, err, process.returncode, ends[system, way])
+            else:
+                row |= {"not_run": f"not over in {seconds:.0f} s", "said": (out[-1000:] + err[-3000:]).strip()}
+            rows.append(row | ({"was_late": True} if (system, way) in late else {}))
     return rows
 
 
@@ -213,7 +218,7 @@ def main() -> None:
                 if "tokens_per_s" in row:
                     row["of_floor"] = round(row["tokens_per_s"] / floor, 3)
                 rows.append(row)
-                print({k: v for k, v in row.items() if k != "versions"}, file=sys.stderr, flush=True)
+                print({k: v for k, v in row.items() if k not in ("versions", "said")}, file=sys.stderr, flush=True)
             (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
     apart(rows)
     (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))

@@ -8,6 +8,7 @@ not there is said in its result, with the error.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import fcntl
 import json
 import os
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--turns", type=Path, help="a folder whose lock is waited for before steps are timed")
     given = parser.parse_args()
+    faulthandler.dump_traceback_later(90)  # where a system is that does not come to its steps
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     batch, length = map(int, given.shape.split("x"))

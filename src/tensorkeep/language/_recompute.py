@@ -10,8 +10,13 @@ which only what the backward needs is made again: a checkpoint around the layer 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -133,23 +138,37 @@ def _lean_class(kind: Any) -> Any:
     return type(f"Lean{kind.__name__}", (Lean, kind), {})
 
 
-def _allow_forms() -> None:
-    """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make; torch's limit is eight.
+def _set_compiler() -> None:
+    """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make, and keep what is compiled.
 
-    Beyond its limit torch runs the layer uncompiled, where what is kept inside it would be changed in place.
+    Beyond its limit, eight forms, torch runs the layer uncompiled, where what is kept inside it would be changed in
+    place. Compiled code is kept in the user's cache, not where the system clears it, and whole: by default torch traces
+    layers with operations of our own anew in every process. Their backward is part of the key that code is found by.
     """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tensorkeep", "compiled")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    traced: Any = torch._functorch.config
+    if hasattr(traced, "autograd_cache_allow_custom_autograd_functions"):  # from torch 2.6
+        traced.autograd_cache_allow_custom_autograd_functions = True
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(config, name, max(getattr(config, name), _FORMS))
 
 
 @cache
+def _source() -> str:
+    """Digest what decides here what a compiled layer keeps: another source must find no graph of this one."""
+    return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
+
+
+@cache
 def _compiled_forward(kind: Any, kept: Kept) -> Any:
     """Compile the forward of a class: its instances share one graph, whose inputs are their parameters."""
-    _allow_forms()
+    _set_compiler()
     if kept == "all":
         return torch.compile(kind.forward, dynamic=False)
-    contexts = partial(_contexts, INSIDE[kept])
+    contexts: Any = partial(_contexts, INSIDE[kept])
+    contexts.cache_hash = f"{_source()} {INSIDE[kept]}"  # what tells one way to keep from another in the cache
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(kind.forward, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
