@@ -10,7 +10,7 @@ All load the same folder of random bfloat16 weights, written once, and train on 
 What is not installed, fails or is not over in time has a row that says so. With `--together` the processes load and
 compile at the same time and take turns for the steps that are timed, so that all of it takes minutes less; loading and
 first steps are then those of a busy machine, and what all of them hold must fit on the GPU. Who is not ready after half
-of `--timeout` is not waited for: the others begin, and its steps may then disturb theirs, which its row says.
+of `--timeout` is not waited for: the others begin, and a row names (`beside`) who still loaded or compiled meanwhile.
 
 Writes headtohead.json and headtohead.svg (memory x speed, a line a system) into `--out`, and prints a table. The share
 of the floor counts matrix work alone, with recomputation: see `benchmarks.qlora_language`.
@@ -85,40 +85,43 @@ def together(
 ) -> list[dict[str, Any]]:
     """Run several ways: all load and compile at the same time, then each times its steps alone."""
     begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as held:
-        turns, ends, late, begins = Path(held), {}, set(), None
-        with (turns / "turn").open("w") as lock, contextlib.ExitStack() as files:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            running = {}
-            for system, way in ways:
-                command, env = call(system, way, folder, shape, steps, environments)
-                said = [files.enter_context((turns / f"{system}-{way}.{n}").open("w")) for n in ("out", "err")]
-                command += ["--turns", held]
-                running[system, way] = subprocess.Popen(command, env=env, stdout=said[0], stderr=said[1])
-            while time.perf_counter() - begun < seconds:
-                for one_way, process in running.items():
-                    if process.poll() is not None:
-                        ends.setdefault(one_way, time.perf_counter() - begun)
-                if len(ends) == len(running):
-                    break
-                missing = [w for w in running if w not in ends and not (turns / f"{w[0]}-{w[1]}.ready").exists()]
-                if begins is None and (not missing or time.perf_counter() - begun > seconds / 2):
-                    late, begins = set(missing), time.perf_counter() - begun
-                    fcntl.flock(lock, fcntl.LOCK_UN)
-                time.sleep(0.2)
-            for process in running.values():
-                process.kill()
-                process.wait()
-        rows = []
-        for (system, way), process in running.items():
-            row: dict[str, Any] = {"system": system, "way": way, "shape": shape}
-            out, err = ((turns / f"{system}-{way}.{n}").read_text(errors="replace") for n in ("out", "err"))
-            if (system, way) in ends:
-                row = row_of(row, out, err, process.returncode, ends[system, way])
-            else:
-                row |= {"not_run": f"not over in {seconds:.0f} s", "said": (out[-1000:] + err[-3000:]).strip()}
-            rows.append(row | ({"was_late": True} if (system, way) in late else {}))
-    return rows
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as held, contextlib.ExitStack() as files:
+        turns, waiting, running = Path(held), True, {}
+        lock = files.enter_context((turns / "turn").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for system, way in ways:
+            command, env = call(system, way, folder, shape, steps, environments)
+            said = [files.enter_context((turns / f"{system}-{way}.{n}").open("w")) for n in ("out", "err")]
+            running[system, way] = subprocess.Popen(
+                [*command, "--turns", held], env=env, stdout=said[0], stderr=said[1]
+            )
+        while len(rows) < len(running):
+            seconds_so_far = time.perf_counter() - begun
+            over = [way for way, process in running.items() if way not in rows and process.poll() is not None]
+            busy = [w for w in running if w not in rows and not (turns / f"{w[0]}-{w[1]}.ready").exists()]
+            for way in running if seconds_so_far > seconds else over:
+                if way not in rows:
+                    row = ended(turns, way, shape, running[way], seconds_so_far)
+                    beside = [":".join(w) for w in busy if w not in over]
+                    rows[way] = row | ({"beside": beside} if beside and "not_run" not in row else {})
+            if waiting and (not set(busy) - set(over) or seconds_so_far > seconds / 2):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                waiting = False
+            time.sleep(0.2)
+    return [rows[way] for way in ways]
+
+
+def ended(turns: Path, way: tuple[str, str], shape: str, process: subprocess.Popen[bytes], so_far: float) -> Any:
+    """The row of a process that ended, or is ended here because its time is over."""
+    row: dict[str, Any] = {"system": way[0], "way": way[1], "shape": shape}
+    late = process.poll() is None
+    process.kill()
+    process.wait()
+    out, err = ((turns / f"{way[0]}-{way[1]}.{n}").read_text(errors="replace") for n in ("out", "err"))
+    if late:
+        return row | {"not_run": f"not over in {so_far:.0f} s", "said": (out[-1000:] + err[-3000:]).strip()}
+    return row_of(row, out, err, process.returncode, so_far)
 
 
 def floor_of(folder: Path, shape: str) -> float:

@@ -15,6 +15,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -145,8 +146,11 @@ def _set_compiler() -> None:
     place. Compiled code is kept in the user's cache, not where the system clears it, and whole: by default torch traces
     layers with operations of our own anew in every process. Their backward is part of the key that code is found by.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tensorkeep", "compiled")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    with suppress(OSError, RuntimeError):  # no home, or none that can be written: torch's own folder
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tensorkeep", "compiled")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     traced: Any = torch._functorch.config
     if hasattr(traced, "autograd_cache_allow_custom_autograd_functions"):  # from torch 2.6
         traced.autograd_cache_allow_custom_autograd_functions = True
@@ -161,14 +165,20 @@ def _source() -> str:
     return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
 
 
+def _named_contexts(kept: Kept) -> Any:
+    """Make what makes the contexts of checkpoints that keep so much, with the name that compiled code is kept under."""
+    contexts: Any = partial(_contexts, INSIDE[kept])
+    contexts.cache_hash = f"{_source()} {INSIDE[kept]}"
+    return contexts
+
+
 @cache
 def _compiled_forward(kind: Any, kept: Kept) -> Any:
     """Compile the forward of a class: its instances share one graph, whose inputs are their parameters."""
     _set_compiler()
     if kept == "all":
         return torch.compile(kind.forward, dynamic=False)
-    contexts: Any = partial(_contexts, INSIDE[kept])
-    contexts.cache_hash = f"{_source()} {INSIDE[kept]}"  # what tells one way to keep from another in the cache
+    contexts = _named_contexts(kept)
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(kind.forward, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
