@@ -147,7 +147,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        begin = f"| {row['shape']} | {row['system']} | {row['way']} |"
+        beside = f" (beside {', '.join(row['beside'])})" if "beside" in row else ""
+        begin = f"| {row['shape']} | {row['system']} | {row['way']}{beside} |"
         if "not_run" in row:
             lines.append(f"{begin} not run: {row['not_run'].replace('|', '/')} |" + " |" * 6)
             continue

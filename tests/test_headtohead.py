@@ -23,9 +23,10 @@ def test_what_is_not_installed_or_not_over_says_so(tmp_path: Path) -> None:
     missing = one("unsloth", "none", tmp_path, "1x8", 1, {"unsloth": str(tmp_path)}, 60)
     assert "No module named 'unsloth'" in missing["not_run"] and missing["versions"]["torch"]
     assert one("peft", "checkpointing", tmp_path, "1x8", 1, {}, 0.01)["not_run"] == "not over in 0 s"
-    rows = [_row("tensorkeep", "least", 6.8, 13000.0, [1.0, 2.0]), missing]
+    rows = [_row("tensorkeep", "least", 6.8, 13000.0, [1.0, 2.0]) | {"beside": ["peft:checkpointing"]}, missing]
     apart(rows)
     lines = table(rows).splitlines()
+    assert "| least (beside peft:checkpointing) |" in lines[2]
     assert "13,000 | 6.80 | 7.80 | 80%" in lines[2] and "not run: ModuleNotFoundError" in lines[3]
     assert {line.count("|") for line in lines} == {11}
 

@@ -159,16 +159,24 @@ def _set_compiler() -> None:
     setattr(config, name, max(getattr(config, name), _FORMS))
 
 
+_OWN = (__name__, *(f"tensorkeep.{n}" for n in ("language._documents", "language._gated_mlp", "quantization.frozen")))
+
+
 @cache
 def _source() -> str:
-    """Digest what decides here what a compiled layer keeps: another source must find no graph of this one."""
-    return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
+    """Digest what decides what a compiled layer keeps, and its operations: another source must find no graph of this.
+
+    Raises:
+        OSError: there is no source.
+    """
+    return hashlib.sha256("".join(inspect.getsource(sys.modules[name]) for name in _OWN).encode()).hexdigest()
 
 
 def _named_contexts(kept: Kept) -> Any:
     """Make what makes the contexts of checkpoints that keep so much, with the name that compiled code is kept under."""
     contexts: Any = partial(_contexts, INSIDE[kept])
-    contexts.cache_hash = f"{_source()} {INSIDE[kept]}"
+    with suppress(OSError):  # without a source there is no name, and torch traces the layer anew in every process
+        contexts.cache_hash = f"{_source()} {INSIDE[kept]}"
     return contexts
 
 
