@@ -21,7 +21,7 @@ test: lint
 
 # where there is a GPU: with this environment, or with one of your own by PYTHON_GPU=python3
 test-gpu:
-	PYTHONPATH=src $(or $(PYTHON_GPU),$(BIN)/python) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(or $(PYTHON_GPU),$(BIN)/python) -m pytest -m gpu -p no:cacheprovider
 
 lint: $(VENV)/.dev
 	@if $(BIN)/pip list 2>/dev/null | grep -i '^nvidia-'; then \

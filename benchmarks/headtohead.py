@@ -7,7 +7,10 @@ Ours (`training.memory`), unsloth, PEFT + bitsandbytes, the same with Liger's ke
 is a process of its own (`benchmarks.headtohead_systems`), in its own environment: `--env SYSTEM=FOLDER` is put in front
 of the path of that system's processes (`pip install --no-deps --target FOLDER -r` that of `benchmarks/envs`).
 All load the same folder of random bfloat16 weights, written once, and train on the same tokens from the same start.
-What is not installed, fails or is not over in time has a row that says so.
+What is not installed, fails or is not over in time has a row that says so. With `--together` the processes load and
+compile at the same time and take turns for the steps that are timed, so that all of it takes minutes less; loading and
+first steps are then those of a busy machine, and what all of them hold must fit on the GPU. Who is not ready after half
+of `--timeout` is not waited for: the others begin, and a row names (`beside`) who still loaded or compiled meanwhile.
 
 Writes headtohead.json and headtohead.svg (memory x speed, a line a system) into `--out`, and prints a table. The share
 of the floor counts matrix work alone, with recomputation: see `benchmarks.qlora_language`.
@@ -16,10 +19,13 @@ of the floor counts matrix work alone, with recomputation: see `benchmarks.qlora
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from html import escape
@@ -34,27 +40,88 @@ from benchmarks.quantize_load import SHAPES
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 
+def call(
+    system: str, way: str, folder: Path, shape: str, steps: int, environments: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of one way of one system."""
+    own = environments.get(system)
+    path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH")) if part)
+    command = [sys.executable, "-m", "benchmarks.headtohead_systems", "--system", system, "--way", way]
+    return [*command, "--folder", str(folder), "--shape", shape, "--steps", str(steps)], os.environ | {
+        "PYTHONPATH": path
+    }
+
+
+def row_of(row: dict[str, Any], out: str, err: str, code: int, seconds: float) -> dict[str, Any]:
+    """The row that a process printed, or why there is none."""
+    lines = [line for line in out.splitlines() if line.startswith('{"system"')]
+    if not lines:
+        return row | {"not_run": f"ended with {code}: {err.strip()[-300:]}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found | {"process_s": round(seconds, 1)}
+
+
 def one(
     system: str, way: str, folder: Path, shape: str, steps: int, environments: dict[str, str], seconds: float
 ) -> dict[str, Any]:
     """Run one way of one system in a process of its own."""
-    own = environments.get(system)
-    path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH")) if part)
-    command = [sys.executable, "-m", "benchmarks.headtohead_systems", "--system", system, "--way", way]
-    command += ["--folder", str(folder), "--shape", shape, "--steps", str(steps)]
+    command, env = call(system, way, folder, shape, steps, environments)
     begun = time.perf_counter()
     row: dict[str, Any] = {"system": system, "way": way, "shape": shape}
     try:
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=seconds
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return row | {"not_run": f"not over in {seconds:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"system"')]
-    if not lines:
-        return row | {"not_run": f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found | {"process_s": round(time.perf_counter() - begun, 1)}
+    return row_of(row, done.stdout, done.stderr, done.returncode, time.perf_counter() - begun)
+
+
+def together(
+    ways: Sequence[tuple[str, str]],
+    folder: Path,
+    shape: str,
+    steps: int,
+    environments: dict[str, str],
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Run several ways: all load and compile at the same time, then each times its steps alone."""
+    begun = time.perf_counter()
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as held, contextlib.ExitStack() as files:
+        turns, waiting, running = Path(held), True, {}
+        lock = files.enter_context((turns / "turn").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for system, way in ways:
+            command, env = call(system, way, folder, shape, steps, environments)
+            said = [files.enter_context((turns / f"{system}-{way}.{n}").open("w")) for n in ("out", "err")]
+            running[system, way] = subprocess.Popen(
+                [*command, "--turns", held], env=env, stdout=said[0], stderr=said[1]
+            )
+        while len(rows) < len(running):
+            seconds_so_far = time.perf_counter() - begun
+            over = [way for way, process in running.items() if way not in rows and process.poll() is not None]
+            busy = [w for w in running if w not in rows and not (turns / f"{w[0]}-{w[1]}.ready").exists()]
+            for way in running if seconds_so_far > seconds else over:
+                if way not in rows:
+                    row = ended(turns, way, shape, running[way], seconds_so_far)
+                    beside = [":".join(w) for w in busy if w not in over]
+                    rows[way] = row | ({"beside": beside} if beside and "not_run" not in row else {})
+            if waiting and (not set(busy) - set(over) or seconds_so_far > seconds / 2):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                waiting = False
+            time.sleep(0.2)
+    return [rows[way] for way in ways]
+
+
+def ended(turns: Path, way: tuple[str, str], shape: str, process: subprocess.Popen[bytes], so_far: float) -> Any:
+    """The row of a process that ended, or is ended here because its time is over."""
+    row: dict[str, Any] = {"system": way[0], "way": way[1], "shape": shape}
+    late = process.poll() is None
+    process.kill()
+    process.wait()
+    out, err = ((turns / f"{way[0]}-{way[1]}.{n}").read_text(errors="replace") for n in ("out", "err"))
+    if late:
+        return row | {"not_run": f"not over in {so_far:.0f} s", "said": (out[-1000:] + err[-3000:]).strip()}
+    return row_of(row, out, err, process.returncode, so_far)
 
 
 def floor_of(folder: Path, shape: str) -> float:
@@ -80,7 +147,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        begin = f"| {row['shape']} | {row['system']} | {row['way']} |"
+        beside = f" (beside {', '.join(row['beside'])})" if "beside" in row else ""
+        begin = f"| {row['shape']} | {row['system']} | {row['way']}{beside} |"
         if "not_run" in row:
             lines.append(f"{begin} not run: {row['not_run'].replace('|', '/')} |" + " |" * 6)
             continue
@@ -137,7 +205,8 @@ def main() -> None:
     parser.add_argument("--shapes", default="4x2048")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--env", action="append", default=[], metavar="SYSTEM=FOLDER")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one process")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one process, or of all together")
+    parser.add_argument("--together", action="store_true", help="load and compile at the same time, time in turns")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     given = parser.parse_args()
     environments = dict(text.split("=", 1) for text in given.env)
@@ -145,15 +214,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for shape in given.shapes.split(","):
         floor = floor_of(given.folder, shape)
-        for name in given.systems.split(","):
-            system, _, only = name.partition(":")
-            for way in [only] if only else WAYS[system]:
-                row = one(system, way, given.folder, shape, given.steps, environments, given.timeout)
+        parted = [name.partition(":") for name in given.systems.split(",")]
+        ways = [(system, way) for system, _, only in parted for way in ([only] if only else WAYS[system])]
+        how = (given.folder, shape, given.steps, environments, given.timeout)
+        for found in [together(ways, *how)] if given.together else ([one(*way, *how)] for way in ways):
+            for row in found:
                 if "tokens_per_s" in row:
                     row["of_floor"] = round(row["tokens_per_s"] / floor, 3)
                 rows.append(row)
-                print({k: v for k, v in row.items() if k != "versions"}, file=sys.stderr, flush=True)
-                (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
+                print({k: v for k, v in row.items() if k not in ("versions", "said")}, file=sys.stderr, flush=True)
+            (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
     apart(rows)
     (given.out / "headtohead.json").write_text(json.dumps(rows, indent=1))
     for shape in given.shapes.split(","):

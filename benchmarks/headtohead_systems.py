@@ -8,6 +8,8 @@ not there is said in its result, with the error.
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import fcntl
 import json
 import os
 import platform
@@ -158,7 +160,17 @@ def same_start(model: Any, device: Any) -> list[Any]:
     return trained
 
 
-def train(system: str, way: str, folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
+def turn_of(turns: Path, name: str) -> Any:
+    """Say that the first steps are over, and wait for the turn; it ends when the file is closed."""
+    (turns / f"{name}.ready").touch()
+    lock = (turns / "turn").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def train(
+    system: str, way: str, folder: Path, batch: int, length: int, steps: int, turns: Path | None = None
+) -> dict[str, Any]:
     """Load and train; the numbers of one row."""
     if system == "unsloth":
         import unsloth  # noqa: F401  it wants to be the first
@@ -178,8 +190,10 @@ def train(system: str, way: str, folder: Path, batch: int, length: int, steps: i
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=cuda)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     generator = torch.Generator(device).manual_seed(0)
-    losses, seconds = [], []
+    losses, seconds, turn = [], [], None
     for step in range(steps):
+        if step == 2 and turns is not None:
+            turn = turn_of(turns, f"{system}-{way}")
         if step == 2 and cuda:
             torch.cuda.reset_peak_memory_stats()
         ids = torch.randint(0, vocabulary, (batch, length), device=device, generator=generator)
@@ -191,6 +205,8 @@ def train(system: str, way: str, folder: Path, batch: int, length: int, steps: i
         optimizer.zero_grad(set_to_none=True)
         losses.append(round(loss.item(), 4))  # waits for the device
         seconds.append(time.perf_counter() - before)
+    if turn is not None:
+        turn.close()
     return {
         "load_s": round(loaded, 2),
         "first_step_s": round(seconds[0], 2),
@@ -221,13 +237,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shape", default="4x2048")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--turns", type=Path, help="a folder whose lock is waited for before steps are timed")
     given = parser.parse_args()
+    faulthandler.dump_traceback_later(90)  # where a system is that does not come to its steps
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     batch, length = map(int, given.shape.split("x"))
     row: dict[str, Any] = {"system": given.system, "way": given.way, "shape": given.shape, "versions": versions()}
     try:
-        row |= train(given.system, given.way, given.folder, batch, length, given.steps)
+        row |= train(given.system, given.way, given.folder, batch, length, given.steps, given.turns)
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a system raises is its result
         last = traceback.extract_tb(error.__traceback__)[-1]
         row["not_run"] = f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"

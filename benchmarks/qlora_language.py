@@ -8,7 +8,8 @@ nf4 base (doubly quantized, blocks of 64), r 16 on all linears but the head, ran
 AdamW on float32 LoRA weights, torch's SDPA, every layer's activations recomputed. Both models get the same seeded
 weights and the same A, so losses must agree within the noise of bf16. Two forms of ours: `lean` keeps a layer's input
 alone; `fast` keeps the products no wider than their input of every layer, and all products of as many layers as fit
-into what PEFT needed. `least`, `balanced` and `most` are `training.memory` of a recipe.
+into what PEFT needed. `least`, `balanced` and `most` are `training.memory` of a recipe; `start` keeps inputs of layers
+alone, in main memory, as a plan for the longest rows does.
 
 The floor is matrix work alone: forward, recomputation and input gradients of 6.98 G weights at 2 FLOP a weight and
 token, the head forward and back, causal attention, at 790 TFLOP/s (measured on random data on an H200).
@@ -155,12 +156,15 @@ def arranged_model(
     from tensorkeep.adapters.lora import add_lora
     from tensorkeep.language import _documents
     from tensorkeep.language._memory import arrange
+    from tensorkeep.language._memory_plan import Way, main_memory
     from tensorkeep.quantization.linear import QuantLinear
 
     model = skeleton(shape, lambda linear, name: QuantLinear.of(linear, "nf4", name=name), device)
     add_lora(model, ["*_proj"], r=16, alpha=32)
     if packed and not _documents.use(model):
         raise SystemExit("this transformers takes no documents")
+    if memory == "start":
+        memory = Way(0, "start", main_memory(), True)
     print(arrange(model, list(model.model.layers), memory, compiled, tokens, True), flush=True)
     return model
 
@@ -238,7 +242,7 @@ def train(
     reserved = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     result = {
         "reserved_gib": reserved,  # by torch's allocator, of which `peak_gib` was in use
-        "tokens_per_s": batch * length / statistics.median(seconds[1:][-timed:]),
+        "tokens_per_s": batch * length / statistics.median((seconds[1:] or seconds)[-timed:]),
         "peak_gib": peak,
         "held_gib": held,
         "built_s": built,
@@ -264,9 +268,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=0, help="rows are packed with documents of so many tokens")
     parser.add_argument("--mask", action="store_true", help="and attended under a mask of the row")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--layers", type=int, help="fewer than the model has: for what one layer takes of long rows")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = TINY if arguments.tiny else LLAMA_8B
+    shape = shape | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
     results = []
     loss_of = partial(our_loss, documents=arguments.documents, masked=arguments.mask)
     for size in ("2x64",) if arguments.tiny else arguments.shapes.split(","):
@@ -279,7 +285,7 @@ def main() -> None:
             build: Callable[[], nn.Module]
             if mode == "peft":
                 build = partial(peft_model, shape, device)
-            elif mode in ("least", "balanced", "most"):
+            elif mode in ("start", "least", "balanced", "most"):
                 packed = arguments.documents > 0 and not arguments.mask
                 build = partial(arranged_model, shape, device, mode, not arguments.eager, batch * length, packed)
             else:

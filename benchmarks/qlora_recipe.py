@@ -51,6 +51,16 @@ def texts(path: Path, documents: int, tokens: int) -> None:
             file.write(json.dumps({"text": " ".join(f"w{drawn.randrange(WORDS)}" for _ in range(tokens))}) + "\n")
 
 
+def compiling() -> dict[str, Any]:
+    """What torch's compiler did: seconds of its phases, and how often its caches were right."""
+    from torch._dynamo.utils import compile_times, counters
+
+    names, took = compile_times("csv", aggregate=True)
+    seconds = {name: round(float(one), 2) for name, one in zip(names, took) if float(one) >= 0.3}
+    kept = ("aot_autograd", "inductor", "frames", "stats", "graph_break")
+    return {"seconds": seconds, "counts": {name: dict(counters[name]) for name in kept if counters[name]}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
@@ -122,6 +132,7 @@ def main() -> None:
         "loading_gib": round(loading, 3),
         "said": [line for line in lines if "memory" in line or "mask" in line],
         "losses": losses,
+        "compiling": compiling(),
     }
     print(json.dumps(found), flush=True)
 

@@ -78,8 +78,9 @@ def write(folder: Path, size: str) -> None:
     tensors = [SinkTensor(n, "BF16", tuple(p.shape)) for n, p in skeleton(size).named_parameters()]
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    # a megabyte of noise, scaled anew for each stretch: drawing 8e9 normals would take longer than all that is measured
+    # a million numbers in scales that alternate: drawing 8e9 normals would take longer than all that is measured
     noise = torch.from_numpy(rng.standard_normal(1 << 20, np.float32)) * 0.02
+    pieces = [(noise * float(rng.uniform(0.5, 1.5))).bfloat16().view(torch.uint8).numpy() for _ in range(32)]
     for layout in safetensors.layout(tensors, shard_size=SHARD):
         with (folder / layout.name).open("wb") as file:
             for segment in layout.segments:
@@ -89,12 +90,7 @@ def write(folder: Path, size: str) -> None:
                 assert isinstance(segment, Slot)
                 left = segment.nbytes
                 while left:
-                    piece = (
-                        (noise * float(rng.uniform(0.5, 1.5)))
-                        .bfloat16()
-                        .view(torch.uint8)
-                        .numpy()[: min(left, 1 << 21)]
-                    )
+                    piece = pieces[int(rng.integers(len(pieces)))][: min(left, 1 << 21)]
                     file.write(piece.data)
                     left -= piece.nbytes
     vocabulary, hidden, wide, layers, heads, shared = SHAPES[size]

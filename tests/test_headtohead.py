@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from benchmarks.headtohead import apart, floor_of, one, picture, table
+from benchmarks.headtohead import apart, floor_of, one, picture, table, together
 from benchmarks.headtohead_systems import BUILD, WAYS
 
 ROOT = Path(__file__).parent.parent
@@ -23,11 +23,21 @@ def test_what_is_not_installed_or_not_over_says_so(tmp_path: Path) -> None:
     missing = one("unsloth", "none", tmp_path, "1x8", 1, {"unsloth": str(tmp_path)}, 60)
     assert "No module named 'unsloth'" in missing["not_run"] and missing["versions"]["torch"]
     assert one("peft", "checkpointing", tmp_path, "1x8", 1, {}, 0.01)["not_run"] == "not over in 0 s"
-    rows = [_row("tensorkeep", "least", 6.8, 13000.0, [1.0, 2.0]), missing]
+    rows = [_row("tensorkeep", "least", 6.8, 13000.0, [1.0, 2.0]) | {"beside": ["peft:checkpointing"]}, missing]
     apart(rows)
     lines = table(rows).splitlines()
+    assert "| least (beside peft:checkpointing) |" in lines[2]
     assert "13,000 | 6.80 | 7.80 | 80%" in lines[2] and "not run: ModuleNotFoundError" in lines[3]
     assert {line.count("|") for line in lines} == {11}
+
+
+def test_processes_that_start_together_have_a_row_each(tmp_path: Path) -> None:
+    ways = [("unsloth", "none"), ("unsloth", "device")]
+    rows = together(ways, tmp_path, "1x8", 1, {}, 60)
+    assert [(row["system"], row["way"]) for row in rows] == ways
+    assert all("No module named" in row["not_run"] for row in rows)
+    rows = together(ways[:1], tmp_path, "1x8", 1, {}, 0.0)
+    assert rows[0]["not_run"] == "not over in 0 s" and "said" in rows[0]
 
 
 def test_the_picture_has_a_line_a_system_and_a_point_a_way() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language import _documents, _gated_mlp, _recompute
@@ -179,8 +181,28 @@ def test_layers_are_compiled_for_few_lengths(tmp_path: Path, monkeypatch: pytest
     assert multiple_of(language_recipe(document)) == 1
 
 
+def test_where_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/of/the/user")
+    _recompute._set_compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/of/the/user"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    _recompute._set_compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "tensorkeep" / "compiled")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made: torch's own
+    _recompute._set_compiler()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    names = {_recompute._named_contexts(kept).cache_hash for kept in _recompute.INSIDE}
+    assert len(names) == len(set(_recompute.INSIDE.values()))
+
+
 @pytest.mark.slow
-def test_compiled_a_layer_agrees_and_its_mlp_runs_forward_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_a_layer_agrees_and_its_mlp_runs_forward_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _recompute._compiled_forward.cache_clear()
     plain = _layer("nf4", ALL)
     expected = _results(plain)
     weights: list[str] = []
@@ -194,3 +216,12 @@ def test_compiled_a_layer_agrees_and_its_mlp_runs_forward_once(monkeypatch: pyte
     weights.clear()
     _results(plain)
     assert len(weights) == 6  # three forward, three backward: no third time for a recomputation
+    assert list((tmp_path / "tensorkeep" / "compiled").iterdir())
+    torch._dynamo.reset()  # another process would find traced and compiled code, too
+    _recompute._compiled_forward.cache_clear()
+    counters.clear()
+    again = _results(plain)
+    if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+        assert counters["aot_autograd"]["autograd_cache_hit"] and not counters["aot_autograd"]["autograd_cache_bypass"]
+    for name, value in found.items():
+        assert torch.equal(again[name], value), name

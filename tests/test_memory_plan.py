@@ -37,6 +37,9 @@ LLAMA = Sizes(32, 4096, 14336, 4096, 1024, 128256, 5_990_000_000, 1_050_673_152,
         (4, 2048, Way(32, None), 30.01),
         (1, 32768, Way(0, "queries", rows=True), 8.97),
         (1, 131072, Way(0, "attention", rows=True), 20.18),
+        (1, 2048, Way(12, "queries", rows=True), 6.915),  # these three under a limit, through the recipe
+        (1, 32768, Way(1, "queries", rows=True), 10.513),
+        (1, 131072, Way(0, "attention", rows=True), 20.219),
     ],
 )
 def test_the_need_is_what_was_measured(samples: int, length: int, way: Way, measured: float) -> None:

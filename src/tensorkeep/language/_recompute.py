@@ -10,8 +10,14 @@ which only what the backward needs is made again: a checkpoint around the layer 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import os
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -133,23 +139,54 @@ def _lean_class(kind: Any) -> Any:
     return type(f"Lean{kind.__name__}", (Lean, kind), {})
 
 
-def _allow_forms() -> None:
-    """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make; torch's limit is eight.
+def _set_compiler() -> None:
+    """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make, and keep what is compiled.
 
-    Beyond its limit torch runs the layer uncompiled, where what is kept inside it would be changed in place.
+    Beyond its limit, eight forms, torch runs the layer uncompiled, where what is kept inside it would be changed in
+    place. Compiled code is kept in the user's cache, not where the system clears it, and whole: by default torch traces
+    layers with operations of our own anew in every process. Their backward is part of the key that code is found by.
     """
+    with suppress(OSError, RuntimeError):  # no home, or none that can be written: torch's own folder
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tensorkeep", "compiled")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    traced: Any = torch._functorch.config
+    if hasattr(traced, "autograd_cache_allow_custom_autograd_functions"):  # from torch 2.6
+        traced.autograd_cache_allow_custom_autograd_functions = True
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(config, name, max(getattr(config, name), _FORMS))
 
 
+_OWN = (__name__, *(f"tensorkeep.{n}" for n in ("language._documents", "language._gated_mlp", "quantization.frozen")))
+
+
+@cache
+def _source() -> str:
+    """Digest what decides what a compiled layer keeps, and its operations: another source must find no graph of this.
+
+    Raises:
+        OSError: there is no source.
+    """
+    return hashlib.sha256("".join(inspect.getsource(sys.modules[name]) for name in _OWN).encode()).hexdigest()
+
+
+def _named_contexts(kept: Kept) -> Any:
+    """Make what makes the contexts of checkpoints that keep so much, with the name that compiled code is kept under."""
+    contexts: Any = partial(_contexts, INSIDE[kept])
+    with suppress(OSError):  # without a source there is no name, and torch traces the layer anew in every process
+        contexts.cache_hash = f"{_source()} {INSIDE[kept]}"
+    return contexts
+
+
 @cache
 def _compiled_forward(kind: Any, kept: Kept) -> Any:
     """Compile the forward of a class: its instances share one graph, whose inputs are their parameters."""
-    _allow_forms()
+    _set_compiler()
     if kept == "all":
         return torch.compile(kind.forward, dynamic=False)
-    contexts = partial(_contexts, INSIDE[kept])
+    contexts = _named_contexts(kept)
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(kind.forward, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
