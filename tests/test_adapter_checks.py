@@ -72,6 +72,14 @@ def test_the_merged_fixture_is_recognised_from_every_side() -> None:
         assert said(found) == set() and "A03" in said(found, "info")
 
 
+def test_a_merged_model_is_a_model_beside_its_adapter(tmp_path: Path) -> None:
+    """No name of an adapter is one of its model's, which says nothing of the model."""
+    adapter = lora(model(3), seed=4, size=0.3)
+    stored = write_adapter(tmp_path / "adapter", adapter)
+    found, _ = findings(files.write(tmp_path / "merged", merged(model(3), adapter)), stored)
+    assert said(found) == set() and "A03" in said(found, "info")
+
+
 def test_training_that_moved_the_norms_too_is_no_merged_adapter(tmp_path: Path) -> None:
     """A few steps change matrices by updates of low rank, as an adapter does, and everything else as well."""
     tensors = model(3)
