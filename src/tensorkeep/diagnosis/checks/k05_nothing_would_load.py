@@ -43,8 +43,6 @@ def check(case: Case) -> Iterator[Finding]:
             fix="give the model's own file",
         )
         return
-    if case.reference is not None and case.reference.format == "peft":
-        return  # an adapter says nothing of the names of the model that it is for
     wanted = expectation(case)
     if wanted is None or not wanted.shapes or not case.tensors:
         return
