@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tensorkeep.cli import main
 from tensorkeep.diagnosis.checks.a04_another_base import base_digest
 from tensorkeep.diagnosis.diagnosis import diagnose
 from tensorkeep.formats.view import read
@@ -70,6 +71,27 @@ def test_the_merged_fixture_is_recognised_from_every_side() -> None:
     for checkpoint, reference in ((whole, QLORA / "adapter_lora"), (whole, QLORA / "base")):
         found, _ = findings(checkpoint, reference)
         assert said(found) == set() and "A03" in said(found, "info")
+
+
+def test_a_merged_model_is_a_model_beside_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No name of an adapter is one of its model's, which says nothing of the model."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from tests.language_files import save_model
+
+    save_model(tmp_path / "base", "llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    live = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    live.save_pretrained(tmp_path / "adapter")
+    assert main(["merge", *(str(tmp_path / n) for n in ("base", "adapter", "merged"))]) == 0
+    capsys.readouterr()
+    assert main(["diagnose", str(tmp_path / "merged"), "--reference", str(tmp_path / "adapter"), "--json"]) == 0
+    found = {f["code"]: f["severity"] for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert found.get("A03") == "info" and "K05" not in found
 
 
 def test_training_that_moved_the_norms_too_is_no_merged_adapter(tmp_path: Path) -> None:

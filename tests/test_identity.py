@@ -14,9 +14,11 @@ from benchmarks import families
 from safetensors.torch import load_file, save_file
 
 from tensorkeep.cli import main
+from tensorkeep.diagnosis.identity.demand import demand
 from tensorkeep.diagnosis.identity.identify import identify
 from tensorkeep.diagnosis.identity.parts import canonical_parts
 from tensorkeep.diagnosis.identity.proofs import check_proof, check_tensor, prove_tensor
+from tensorkeep.diagnosis.identity.statement import read_statement, state
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.view import read
@@ -247,13 +249,44 @@ def test_what_has_no_hf_names_gets_no_identity(experts: Path, dense: Path, tmp_p
     titan = DENSE["torchtitan"](dense, tmp_path / "titan", state_of(dense))
     for place in (tmp_path / "titan" / "model", tmp_path / "titan"):
         (place / "config.json").unlink()
-    to(dense, tmp_path / "q.gguf", "gguf", dtype="Q8_0")
     for path, words in ((tmp_path / "a.pth", "no known scheme"), (live, "stack of experts"), (titan, "size of a head")):
         with pytest.raises(TensorkeepError, match=words) as caught:
             identify(path)
         assert caught.value.exit_code == 3
-    with pytest.raises(TensorkeepError, match="blocks of Q8_0"):
-        identify(tmp_path / "q.gguf")
+
+
+def test_a_quantized_gguf_has_an_identity_of_its_codes(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gguf
+
+    to(dense, tmp_path / "q.gguf", "gguf", dtype="Q8_0")
+    model = identify(tmp_path / "q.gguf")
+    stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
+    given = {n: (t.tensor_type.name, t.shape[::-1].tolist(), t.data.tobytes()) for n, t in stored.items()}
+    assert model.identity == reference.identity(given).hex()
+    assert {leaf.dtype for leaf in model.leaves.values()} == {"Q8_0", "F16", "F32"} and model.of == "codes"
+    to(tmp_path / "q.gguf", tmp_path / "values", "hf", dtype="F32")
+    assert model.identity not in (of(dense), of(tmp_path / "values"))
+    code, out, _ = run(capsys, "identify", tmp_path / "q.gguf", "--json")
+    assert code == 0 and json.loads(out)["of"] == "codes"
+
+    name = "blk.0.attn_q.weight"
+    proof = prove_tensor(model, name)
+    _, proven, leaf = check_proof(proof)
+    assert check_tensor(read(tmp_path / "q.gguf"), proven, leaf)
+    read_statement(state(model, "q"), "here")
+    data = bytearray((tmp_path / "q.gguf").read_bytes())
+    data[stored[name].data_offset + 40] ^= 1
+    (tmp_path / "other.gguf").write_bytes(data)
+    changed = identify(tmp_path / "other.gguf")
+    assert [n for n in model.leaves if changed.leaves[n] != model.leaves[n]] == [name]
+    with pytest.raises(TensorkeepError, match="is not the model"):
+        demand(tmp_path / "other.gguf", model.identity)
+    demand(tmp_path / "q.gguf", model.identity)
+    odd = {**proof, "tensor": {**proof["tensor"], "shape": [3, 5]}}
+    with pytest.raises(TensorkeepError, match="whole blocks"):
+        check_proof(odd)
 
 
 def test_a_tensor_is_proven_by_the_identity_alone(dense: Path, tmp_path: Path) -> None:

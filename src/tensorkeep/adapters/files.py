@@ -199,6 +199,8 @@ def write_adapter(
     """
     state, config = adapter_state(model), adapter_config(model, base, task, parameters)
     own = {"kind": "rslora" if config["use_rslora"] else "lora", "base_digest": base_digest}
+    aware = {kind for m in layers(model).values() if isinstance(kind := getattr(m, "aware", None), str)}
+    own |= {"quantize_aware": aware.pop()} if aware else {}
     header = peft.header_of({**own, "quantization": quantization(model)})
     sinks = [SinkTensor(n, FROM_TORCH[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in state.items()]
     folder.mkdir()

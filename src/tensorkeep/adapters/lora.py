@@ -318,7 +318,15 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Run on `W + scale · B A` from now on, computed in float32 and rounded once to `dtype` (None: the weight's own).
 
     The base is not touched (a quantized one gets a dense copy beside it), so `unmerge_` is exact, and the state dict
-    stays that of base and adapter. Returns the merged names.
+    stays that of base and adapter. Layers that round their merged weight at every use (`aware`) keep it rounded, in
+    float32.
+
+    Args:
+        model: with LoRA layers.
+        dtype: of the sums; None: the weight's own.
+
+    Returns:
+        The merged names.
 
     Raises:
         TensorkeepError: there are no LoRA layers, or one is merged already or sharded.
@@ -331,6 +339,10 @@ def merge_(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
         "is sharded: merge the saved files",
     )
     for layer in found.values():
+        rounds: Any = getattr(layer, "held_weight", None)  # in 4 bits at every use (`aware`)
+        if rounds is not None:
+            layer.merged = rounds()
+            continue
         quantized = isinstance(layer, LoraQuantLinear)
         base = layer.dequantize() if isinstance(layer, LoraQuantLinear) else getattr(layer, "matrix", layer.weight)
         base = base.float()

@@ -69,6 +69,7 @@ def generate(
             _decode_once(opened.model)
         opened.model.to(world.device).eval()
         with opened.averaged:
+            _round_once(opened.model)
             how = (max_tokens, temperature, seed, raw)
             made = generation.generate(opened.model, opened.tokenizer, prompt, *how, out.piece)
         out.line()
@@ -105,11 +106,14 @@ def _decode_once(model: Any) -> None:
     """Put float32 weights in the place of codes: the same numbers, which are then not decoded at every token."""
     from torch import nn
 
+    from tensorkeep.adapters.aware import AwareUpdate
     from tensorkeep.adapters.lora import LoraQuantLinear, adapted
     from tensorkeep.quantization.modules import quantized_layers
     from tensorkeep.quantization.replacing import replace_modules
 
     for layer in quantized_layers(model).values():
+        if isinstance(layer, AwareUpdate):
+            continue
         made: Any
         dense: Any
         made = dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -118,6 +122,15 @@ def _decode_once(model: Any) -> None:
             made = adapted(dense, layer.r, layer.alpha, layer.dropout, layer.rslora)
             made.lora_A, made.lora_B = layer.lora_A, layer.lora_B
         replace_modules(model, {layer: made})
+
+
+def _round_once(model: Any) -> None:
+    """Put the rounded weights of quantize-aware layers in their place, which are then not made at every token."""
+    from tensorkeep.adapters.aware import aware_layers
+    from tensorkeep.adapters.lora import merge_
+
+    if aware_layers(model):
+        merge_(model)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def identify(
         out.document(model.to_json() | {"path": checkpoint} | ({"leaves": listed} if listed is not None else {}))
         return 0
     out.line(model.identity)
-    of = "an adapter of " if model.adapter else ""
+    of = "an adapter of " if model.adapter else "codes of " if model.coded else ""
     out.line(f"{checkpoint}: {model.format}, {of}{len(model.leaves)} tensors, {size(model.nbytes)}")
     for kind, found in model.parts.items():
         out.line(f"  {kind} {found}")
@@ -88,6 +88,8 @@ def _remarks(model: Any) -> Iterator[str]:
         reasons[why] = reasons.get(why, 0) + 1
     for why, count in reasons.items():
         yield f"{count} tensors do not count: {why}"
+    if model.coded:
+        yield "an identity of codes: blocks count as they are stored, and no model in floats has it"
     if model.format == "gguf":
         yield "config and tokenizer are made of a GGUF's metadata and get no hash"
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tensorkeep.commands.merge_aware import as_trained
 from tensorkeep.commands.merge_bits import Computed, merge_in_bits
 from tensorkeep.commands.merge_forward import merge_proven_forward
 from tensorkeep.commands.shared import (
@@ -76,8 +77,9 @@ def merge(
     from tensorkeep.adapters.planning import plan_merge
 
     out = say.output()
-    formats.writer(to, models=True)
     _refuse(paths, to, naming, dtype, computed, recorded)
+    if (done := as_trained(out, paths, to, computed, shard_size, overwrite, dry_run)) is not None:
+        return done
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
         name_as_files(base, [s.adapter for s in sources])
@@ -85,8 +87,7 @@ def merge(
         named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to), "untie": untie}
         named["dtype"] = "F32" if computed.to_bits else known_dtype(dtype, "merge", paths)
         job = plan_merge(base, sources, to, onto=onto, ask=names_for, **named)
-        job.plan.ranks = ranks
-        job.plan.notes += _left_out_by_peft(base, sources)
+        job.plan.ranks, job.plan.notes = ranks, [*job.plan.notes, *_left_out_by_peft(base, sources)]
         limit = shard_limit(shard_size, to, paths[-1])
         if computed.to_bits is not None and not dry_run:
             return merge_in_bits(out, job, base, paths[-1], computed, limit, overwrite)
@@ -100,9 +101,10 @@ def _refuse(
     paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed, recorded: Recorded
 ) -> None:
     """Refuse words that make no merge."""
+    formats.writer(to, models=True)
     other = to != "hf" or naming not in (None, "hf")
     bits, forward = computed.to_bits, computed.prove_forward
-    if bits and (other or dtype):
+    if bits and ((other and (bits, to) != ("q4_0", "gguf")) or dtype):
         raise TensorkeepError("4-bit weights are an hf folder alone", where="--to-bits", hint="leave --to, --dtype out")
     if bits and (recorded.identify or recorded.sign_key):
         what, hint = "nobody else can make rounded weights again, bit for bit", "tensorkeep sign OUT --key KEY.pem"

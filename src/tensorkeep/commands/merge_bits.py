@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cyclopts import Parameter
 
 from tensorkeep.commands.programs import installed
-from tensorkeep.commands.shared import prepare
+from tensorkeep.commands.shared import Flag, prepare
 from tensorkeep.commands.train_language import Several
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.targets import check
@@ -27,15 +27,18 @@ class Computed:
     """What a merge computes with the whole model.
 
     Args:
-        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate.
+        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate. Of
+            a run that was trained with quantize_aware, nf4 or q4_0 (GGUF) as there: the codes of its forward, no texts.
         calibrate: Texts like what the model is for, as training reads them; may be given several times.
         prove_forward: Texts to run the merged model on, layer by layer beside its base with the adapter active in PEFT.
+        ema: Take the averaged weights of a run that was trained with quantize_aware.
         device: Where --to-bits and --prove-forward compute, cpu or cuda. Default: a GPU where there is one.
     """
 
-    to_bits: Literal["nf4", "fp4"] | None = None
+    to_bits: Literal["nf4", "fp4", "q4_0"] | None = None
     calibrate: Several = ()
     prove_forward: Several = ()
+    ema: Flag = False
     device: str | None = None
 
 
@@ -69,6 +72,9 @@ def merge_in_bits(
     from tensorkeep.language.rounded_merge import rounded_merge
 
     bits, texts, device = computed.to_bits, computed.calibrate, computed.device
+    if bits == "q4_0":
+        hint = "train with --quantize-aware q4_0; any model: tensorkeep convert MODEL OUT.gguf --to gguf --dtype q4_0"
+        raise TensorkeepError("q4_0 is of runs that were trained for it", where="--to-bits", hint=hint)
     if not texts or bits is None:
         hint = "a file like what the model is for: JSON lines, text, parquet"
         raise TensorkeepError("rounding needs texts to round by", where="--calibrate", hint=hint)

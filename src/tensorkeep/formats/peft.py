@@ -25,7 +25,7 @@ LOOKS = "a PEFT adapter folder"
 ADAPTERS_ONLY = True
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _WEIGHT_FILES = (WEIGHTS, "adapter_model.bin", "adapter.safetensors")  # the last is ours before 0.2.0
-OURS = ("kind", "base_digest", "quantization")  # what we say beside PEFT's fields
+OURS = ("kind", "base_digest", "quantization", "quantize_aware")  # what we say beside PEFT's fields
 _ENTRY = "tensorkeep.adapter"  # of the safetensors header: these fields as JSON
 
 

@@ -75,6 +75,10 @@ def choose_trainable(
         for layer in layers(model).values():
             if layer.lora_A.is_meta:  # the model has no values yet: updates are drawn as they would be on it
                 draw(layer, torch.device("cpu"))
+    if adapter.quantize_aware is not None:
+        from tensorkeep.adapters.aware import make_aware
+
+        make_aware(model, adapter.quantize_aware)
     check_ranks(model, peers)
 
 

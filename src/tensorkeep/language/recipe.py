@@ -7,6 +7,7 @@ tokens, for dpo a pair of rows. Paths are relative to the working directory.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tensorkeep.diagnosis.identity.demand import split_demand
 from tensorkeep.errors import TensorkeepError
@@ -94,6 +95,7 @@ class AdapterConfig:
         targets: Patterns of names.
         rslora: Whether updates are scaled by `lora_alpha / sqrt(lora_r)` instead.
         target_parameters: Patterns of parameters that stack experts, each of which gets an update of its own.
+        quantize_aware: The forward sees weight and update as one weight in this 4-bit format; null: side by side.
     """
 
     lora_r: int = 16
@@ -102,8 +104,14 @@ class AdapterConfig:
     targets: tuple[str, ...] = ("all-linear",)
     rslora: bool = False
     target_parameters: tuple[str, ...] = ()
+    quantize_aware: Literal["nf4", "q4_0"] | None = None
 
     def __post_init__(self) -> None:
+        if self.quantize_aware is not None and (self.lora_dropout or self.target_parameters):
+            what, hint = "with dropout in its updates there is no merged weight", "lora_dropout: 0"
+            if self.target_parameters:
+                what, hint = "stacks of experts are not trained so", "target_parameters: []"
+            raise TensorkeepError(what, where="adapter.quantize_aware", hint=hint)
         if self.lora_dropout and self.target_parameters:
             what = f"dropout {self.lora_dropout:g} with target_parameters, for which PEFT has none"
             raise TensorkeepError(what, where="adapter.lora_dropout", hint="lora_dropout: 0")
@@ -175,6 +183,11 @@ class LanguageRecipe:
             raise TensorkeepError(
                 "weights that train cannot be quantized", where="training.quantize_backbone", hint=hint
             )
+        if self.adapter is not None and self.adapter.quantize_aware is not None:
+            if self.objective == "dpo":
+                what, hint = "dpo compares with a reference in floats", "objective: sft, or quantize_aware: null"
+                raise TensorkeepError(what, where="adapter.quantize_aware", hint=hint)
+            _refuse_beside_aware(self.training)
         if self.adapter is not None and self.config is not None:
             raise TensorkeepError(
                 "an adapter needs a trained model under it", where="adapter", hint="model: CHECKPOINT"
@@ -195,3 +208,17 @@ class LanguageRecipe:
             raise TensorkeepError(
                 "augmentation changes conversations", where="data.augmentation", hint="objective: sft"
             )
+
+
+def _refuse_beside_aware(training: TrainingConfig) -> None:
+    """Refuse what changes how a layer computes or where its base lies, beside a forward over rounded weights."""
+    beside = {
+        "compile": (training.compile, "compile: false"),
+        "parallel": (training.parallel == "fsdp", "parallel: ddp"),
+        "memory": (training.memory is not None, "memory: null"),
+        "memory_limit_gib": (training.memory_limit_gib is not None, "memory_limit_gib: null"),
+    }
+    for name, (given, hint) in beside.items():
+        if given:
+            what = f"training.{name} is not for a forward over rounded weights"
+            raise TensorkeepError(what, where="adapter.quantize_aware", hint=hint)

@@ -14,6 +14,7 @@ SHORT = {
     "lora_r": "adapter.lora_r",
     "lora_alpha": "adapter.lora_alpha",
     "lora_dropout": "adapter.lora_dropout",
+    "quantize_aware": "adapter.quantize_aware",
     "quantize_backbone": "training.quantize_backbone",
 }
 # what may differ between two starts of a run, by section: where its tokens are kept

@@ -32,7 +32,7 @@ FIELDS = frozenset(
     lora_dropout megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r
     rank_pattern revision target_modules task_type use_dora use_rslora runtime_config eva_config corda_config
     lora_ga_config velora_config kind quantization modules_to_tie target_modules_to_tie enable_lora
-    target_parameters trainable_token_indices merge_weights
+    target_parameters trainable_token_indices merge_weights quantize_aware
     """.split()
 )
 # starts that take something out of the base: the adapter fits only the rest, which is not what a checkpoint holds

@@ -60,6 +60,9 @@ def kept_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def places(name: str, value: Any, document: Any, where: str) -> list[tuple[str, Any]]:
     """Say which dotted paths `name` stands for, each with what is to stand there."""
+    if name == "quantize_aware":
+        what, hint = "a detector is not trained through a 4-bit format", "quantize_backbone: nf4 holds its backbone so"
+        raise TensorkeepError(what, where=f"{where}: quantize_aware", hint=hint)
     if name == "quantize_backbone":
         return [("training.quantize_backbone", value)]
     if name == "use_plain_adapter":

@@ -15,9 +15,11 @@ How it shows
 How it is found
     With adapter and model at hand (either one as checkpoint and the other as `--reference`, or both in one file), the
     coefficient of the update in the weights is measured in every module, with its noise: 0 before a merge, 1 after
-    it, 2 after a second one. DoRA rescales the weights, so it is left out; so are adapters that start as a part of
-    the base (PiSSA, OLoRA, CorDA, LoftQ), which every base holds once. With a base as reference and no adapter, all
-    that can be said is that the difference has low rank: an adapter was merged in (an info).
+    it, 2 after a second one. Once is an error where the adapter is the checkpoint and an info where the model is, since
+    a merge makes it so; twice is an error always. An adapter that carries its base's digest finds another digest in
+    the merged weights, which is A04 beside it. DoRA rescales the weights, so it is left out; so are adapters that
+    start as a part of the base (PiSSA, OLoRA, CorDA, LoftQ), which every base holds once. With a base as reference and
+    no adapter, all that can be said is that the difference has low rank: an adapter was merged in (an info).
 
 What to do
     Use the merged model without the adapter, or the adapter on the base that it was trained on.

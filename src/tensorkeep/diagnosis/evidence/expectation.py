@@ -24,9 +24,10 @@ def expectation(case: Case) -> Expectation | None:
     """Return the tensors that the model should have.
 
     Returns:
-        Those of the reference where there is one, else those of the config's architecture; None where neither is known.
+        Those of the reference where there is one that is no adapter (whose names are not its model's), else those of
+        the config's architecture; None where neither is known.
     """
-    if case.reference is not None:
+    if case.reference is not None and not fact(case.reference.format, "ADAPTERS_ONLY"):
         shapes = {n: h.shape for n, h in case.reference_tensors.items() if n not in case.packed or n in case.tensors}
         return Expectation(shapes, "the reference") if shapes else None
     expected = architecture.expected(case.config)

@@ -27,7 +27,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.models.alignment import tied_names
 from tensorkeep.models.names import names_for
 from tensorkeep.storage.files import Progress
-from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.record import DTYPES, PASSED_BLOCKS
 
 # (sources, recipe, progress) -> the identity of what they make; None where it is not made here
 Again = Callable[["Sequence[Source]", Mapping[str, Any], "Progress | None"], "ModelIdentity | None"]
@@ -175,14 +175,15 @@ def _check(statement: Statement, chain: _Chain, depth: int) -> None:
     if [said.get("unchanged"), said.get("changed")] != [same, len(statement.leaves) - same]:
         what = f"says that {shown(said.get('unchanged'))} tensors are unchanged; {same} are"
         raise TensorkeepError(what, where=where, code="F03")
-    again = chain.again[made](sources, recipe, chain.progress)
+    coded = any(leaf.dtype in PASSED_BLOCKS for leaf in statement.leaves.values())
+    again = None if coded else chain.again[made](sources, recipe, chain.progress)
     if again is not None and again.identity != statement.identity:
         odd = [n for n, leaf in statement.leaves.items() if again.leaves.get(n) != leaf]
         what = f"made again from its sources the model is {again.identity}, not {statement.identity}"
         first = f"{len(odd)} tensors differ, first {odd[0]}" if odd else "it has more tensors"
         raise TensorkeepError(what, where=where, code="F03", hint=first, tensors=odd)
     names = " + ".join(f"{s.role} {s.model.identity[:16]} ({s.path})" for s in sources)
-    how = "made again, equal" if again is not None else _NOT_AGAIN
+    how = "made again, equal" if again is not None else "not made again: it holds codes" if coded else _NOT_AGAIN
     chain.out.said.append(f"{made} of {names}: {how}; {same} of {len(statement.leaves)} tensors unchanged")
     link = {"identity": statement.identity, "made": made, "from": [s.to_json() for s in sources]}
     chain.out.links.append(link | {"unchanged": same, "made_again": again is not None})

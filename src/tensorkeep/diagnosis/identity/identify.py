@@ -13,13 +13,13 @@ import numpy as np
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.bytewise import hf_bytes
 from tensorkeep.diagnosis.identity.parts import FILES, canonical_parts, part_of
-from tensorkeep.diagnosis.identity.tensors import Canonical, canonical_tensors
+from tensorkeep.diagnosis.identity.tensors import Canonical, canonical_tensors, stored_bytes
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.storage import merkle
 from tensorkeep.storage.files import CERTIFICATE, Progress, refuse_changed
-from tensorkeep.storage.record import DTYPES, nbytes
+from tensorkeep.storage.record import DTYPES, PASSED_BLOCKS
 from tensorkeep.storage.spreading import in_threads
 
 _PIECE = 1 << 20  # bytes read at a time: they are hashed while they are in the core's cache
@@ -29,7 +29,7 @@ class Leaf(NamedTuple):
     """What an identity takes of one tensor.
 
     Attributes:
-        dtype: as safetensors spells it.
+        dtype: as safetensors spells it; of a GGUF's blocks as ggml does.
         shape: its sizes.
         content: the hash of its bytes, from `merkle.content_hash`.
     """
@@ -76,6 +76,7 @@ class ModelIdentity:
         format: of the checkpoint.
         nbytes: of all its tensors that count.
         adapter: whether it is an adapter.
+        coded: whether it is an identity of codes: of a quantized GGUF, as it is stored.
     """
 
     path: str
@@ -90,6 +91,12 @@ class ModelIdentity:
     format: str = ""
     nbytes: int = 0
     adapter: bool = False
+    coded: bool = False
+
+    @property
+    def of(self) -> str:
+        """What it is an identity of: "model", "adapter" or "codes"."""
+        return "adapter" if self.adapter else "codes" if self.coded else "model"
 
     @property
     def hashes(self) -> list[bytes]:
@@ -106,7 +113,7 @@ class ModelIdentity:
         return {
             "path": self.path,
             "identity": self.identity,
-            "of": "adapter" if self.adapter else "model",
+            "of": self.of,
             "format": self.format,
             "tensors": len(self.leaves),
             "bytes": self.nbytes,
@@ -147,8 +154,9 @@ def identify(checkpoint: StateView | str | Path, progress: Progress | None = Non
         out.parts = {kind: merkle.part_leaf(kind, text).hex() for kind, text in out.texts.items()}
         out.files = {c.name: hashlib.sha256(c.data).hexdigest() for c in view.companions if c.name in FILES} | code
     out.left_out, out.format, out.adapter = canonical.left_out, view.format, canonical.adapter
+    out.coded = canonical.coded
     out.narrowed = [n for n in out.leaves if out.leaves[n].dtype != canonical.tensors[n].dtype]
-    out.nbytes = sum(nbytes(leaf.dtype, leaf.shape) for leaf in out.leaves.values())
+    out.nbytes = sum(stored_bytes(leaf.dtype, leaf.shape) for leaf in out.leaves.values())
     return out
 
 
@@ -217,9 +225,15 @@ def _jobs(canonical: Canonical, names: list[str]) -> Iterator[_Job]:
     """Yield what one thread is to hash: a chunk where a tensor can be read from any element on, else all of it."""
     for name in names:
         tensor = canonical.tensors[name]
-        size = nbytes(tensor.dtype, tensor.shape)
-        bits = DTYPES[tensor.dtype].bits
-        if size <= merkle.CHUNK or bits % 8 or name in canonical.narrow or not _in_order(canonical.view, tensor):
+        size = stored_bytes(tensor.dtype, tensor.shape)
+        bits = 0 if tensor.dtype in PASSED_BLOCKS else DTYPES[tensor.dtype].bits
+        if (
+            not bits
+            or size <= merkle.CHUNK
+            or bits % 8
+            or name in canonical.narrow
+            or not _in_order(canonical.view, tensor)
+        ):
             yield _Job(name, size)
             continue
         step, width = merkle.CHUNK * 8 // bits, bits // 8
@@ -239,6 +253,8 @@ def _in_order(view: StateView, tensor: HfTensor) -> bool:
 def _chunks(canonical: Canonical, job: _Job) -> tuple[str, list[bytes]]:
     """Return a tensor's dtype and the hashes of the chunks that a job asks for."""
     tensor, view = canonical.tensors[job.name], canonical.view
+    if tensor.dtype in PASSED_BLOCKS:
+        return tensor.dtype, _hashed(_blocks(view, job.name))
     if job.first is not None:
         state = merkle.chunk_hasher()
         for piece in view.elements(tensor.parts[0].name, job.first, job.last, chunk=_PIECE):
@@ -251,6 +267,15 @@ def _chunks(canonical: Canonical, job: _Job) -> tuple[str, list[bytes]]:
         except _DoesNotFit:
             pass
     return tensor.dtype, _hashed(hf_bytes(tensor, [view]))
+
+
+def _blocks(view: StateView, name: str) -> Iterator[memoryview]:
+    """Yield a tensor's blocks as they lie in the file."""
+    for block in view[name].blocks:
+        for at in range(0, block.nbytes, _PIECE):
+            piece = memoryview(bytearray(min(_PIECE, block.nbytes - at)))
+            view.folder.read_into(block.file, block.start + at, piece)
+            yield piece
 
 
 class _DoesNotFit(Exception):

@@ -13,7 +13,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.storage import merkle
 from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.record import DTYPES
+from tensorkeep.storage.record import DTYPES, PASSED_BLOCKS
 
 KIND = "tensorkeep inclusion proof"
 _LARGEST = 1 << 20
@@ -153,10 +153,17 @@ def read_leaf(entry: Any, where: object) -> tuple[str, Leaf]:
     """
     given = entry if isinstance(entry, dict) else {}
     name, dtype, shape = given.get("name"), given.get("dtype"), given.get("shape")
-    if not isinstance(name, str) or not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(shape, list):
+    if (
+        not isinstance(name, str)
+        or not isinstance(dtype, str)
+        or dtype not in {*DTYPES, *PASSED_BLOCKS}
+        or not isinstance(shape, list)
+    ):
         raise TensorkeepError(f"describes no tensor: {shown(entry)}", where=where, code="F07")
     if not all(type(side) is int and 0 <= side < 1 << 63 for side in shape):
         raise TensorkeepError(f"{shown(name)} has no shape", where=where, code="F07")
+    if dtype in PASSED_BLOCKS and (not shape or shape[-1] % PASSED_BLOCKS[dtype][0]):
+        raise TensorkeepError(f"{shown(name)} has no whole blocks of {dtype}", where=where, code="F07")
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise TensorkeepError(f"a tensor's name is no text: {shown(name)}", where=where, code="F07")
     return name, Leaf(dtype, tuple(shape), digest(given.get("content"), f"the content of {shown(name)}", where))

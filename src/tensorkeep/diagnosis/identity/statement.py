@@ -15,12 +15,12 @@ from tensorkeep.diagnosis.evidence.config_fields import differences
 from tensorkeep.diagnosis.identity.identify import Leaf, ModelIdentity
 from tensorkeep.diagnosis.identity.parts import KINDS, part_of
 from tensorkeep.diagnosis.identity.proofs import digest, read_leaf
+from tensorkeep.diagnosis.identity.tensors import stored_bytes
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import grouped
 from tensorkeep.storage import merkle
 from tensorkeep.storage.certificate import dump, parse_json
-from tensorkeep.storage.record import nbytes
 
 TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://github.com/tensorkeep/tensorkeep/identity/v1"
@@ -71,7 +71,7 @@ def state(model: ModelIdentity, name: str, derivation: Mapping[str, Any] | None 
     config = parse_json(model.texts["config"], "config.json") if "config" in model.texts else None
     predicate: dict[str, Any] = {
         "schema": 1,
-        "of": "adapter" if model.adapter else "model",
+        "of": model.of,
         "parts": dict(model.parts),
         "files": dict(sorted(model.files.items())),
         "config": config,
@@ -110,7 +110,7 @@ def read_statement(data: bytes, where: object) -> Statement:
         raise TensorkeepError("is no statement of a model's identity", where=where, code="F07", hint=_AGAIN)
     if not isinstance(subjects, list) or len(subjects) != 1 or not isinstance(subjects[0], dict):
         raise TensorkeepError("does not speak of one model", where=where, code="F07")
-    if predicate.get("schema") != 1 or predicate.get("of") not in ("model", "adapter"):
+    if predicate.get("schema") != 1 or predicate.get("of") not in ("model", "adapter", "codes"):
         raise TensorkeepError("is a statement of another version", where=where, code="F07", hint="update tensorkeep")
     digests = subjects[0].get("digest")
     wanted = digest(digests.get(DIGEST) if isinstance(digests, dict) else None, "its identity", where).hex()
@@ -181,7 +181,7 @@ def compare_with(statement: Statement, model: ModelIdentity, config: Mapping[str
     """
     mine, theirs = model.leaves, statement.leaves
     same = [n for n in mine if theirs.get(n) == mine[n]]
-    if sum(nbytes(mine[n].dtype, mine[n].shape) for n in same) * _ALIKE < model.nbytes:
+    if sum(stored_bytes(mine[n].dtype, mine[n].shape) for n in same) * _ALIKE < model.nbytes:
         what = f"speaks of another model: {len(same)} of its {len(theirs)} tensors are those of {model.path}"
         hint = f"its identity is {statement.identity}, the checkpoint's {model.identity}"
         raise TensorkeepError(what, where=statement.where, code="F03", hint=hint)

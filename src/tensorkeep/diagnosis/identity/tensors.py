@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.models.alignment import as_loaded, from_memory, rearranges, tied_names
 from tensorkeep.models.names import known
+from tensorkeep.storage.record import PASSED_BLOCKS, nbytes
 
 # an output head and the embedding that it may be, in files that no config lies beside
 HEADS = {
@@ -42,6 +43,8 @@ class Canonical:
         narrow: F32 tensor -> the 16 bits that it counts in where they hold its values.
         left_out: what no identity counts, by stored name: optimizer state, computed buffers.
         adapter: whether it is an adapter, whose names are PEFT's.
+        coded: whether it is a quantized GGUF, whose tensors count as they are stored, under llama.cpp's names; the
+            dtype of blocks is ggml's name of their type.
     """
 
     view: StateView
@@ -50,6 +53,7 @@ class Canonical:
     narrow: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     adapter: bool = False
+    coded: bool = False
 
 
 def canonical_tensors(view: StateView) -> Canonical:
@@ -60,12 +64,10 @@ def canonical_tensors(view: StateView) -> Canonical:
 
     Raises:
         TensorkeepError: with exit code 3 where that cannot be done: names of no known scheme, a config that is needed
-            and is not there, blocks of a quantized GGUF.
+            and is not there, blocks of a type that is not known here.
     """
-    blocks = Counter(r.encoding for r in view.values() if r.encoding != "plain")
-    if blocks:
-        what = f"{blocks.total()} tensors are blocks of {', '.join(sorted(blocks))}, which have no form under hf names"
-        raise undecided(view, what, "its values have one: tensorkeep convert SRC OUT --to hf --dtype bf16")
+    if any(r.encoding != "plain" for r in view.values()):
+        return _coded(view)
     if view.metadata.get("over a base") and view.format != "peft":
         raise undecided(
             view, "holds an adapter beside a base", "name the run's folder, or convert it: tensorkeep convert"
@@ -96,6 +98,31 @@ def canonical_tensors(view: StateView) -> Canonical:
     _tie(out, config)
     out.narrow = _narrowed(tensors, out.pairs)
     return out
+
+
+def _coded(view: StateView) -> Canonical:
+    """Return a quantized GGUF's tensors as they are stored; an identity of codes is another than that of any floats."""
+    strange = Counter(r.encoding for r in view.values() if r.encoding not in ("plain", *PASSED_BLOCKS))
+    strange += Counter(r.encoding for r in view.values() if r.encoding != "plain" and not r.blocks)
+    if strange:
+        what = f"{strange.total()} tensors are blocks of {', '.join(sorted(strange))}, which are not known as they lie"
+        raise undecided(view, what, "its values have one: tensorkeep convert SRC OUT --to hf --dtype bf16")
+    dtypes = {n: r.dtype if r.encoding == "plain" else r.encoding for n, r in view.items()}
+    own = {n: HfTensor(n, dtypes[n], r.shape, (Part(0, n),)) for n, r in view.items()}
+    return Canonical(view, own, coded=True)
+
+
+def stored_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor that an identity counts, of blocks too.
+
+    Args:
+        dtype: safetensors' name, or ggml's of a type of blocks.
+        shape: of the tensor.
+    """
+    if dtype not in PASSED_BLOCKS:
+        return nbytes(dtype, tuple(shape))
+    elements, size = PASSED_BLOCKS[dtype]
+    return math.prod(shape) // elements * size
 
 
 def _as_files_have_them(
