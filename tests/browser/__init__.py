@@ -1,1 +1,1 @@
-"""Pages in a real browser: `python -m tests.browser` says how; needs Chromium and axe-core, so the suite leaves it out."""
+"""The pages in a real browser: needs Chromium and axe-core, so the suite leaves it out (`python -m tests.browser`)."""

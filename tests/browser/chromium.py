@@ -67,7 +67,9 @@ class Tab:
             {"name": "prefers-reduced-motion", "value": "reduce"},
         ]
         self.call("Emulation.setEmulatedMedia", features=features)
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        found = self.call("Page.navigate", url=page.resolve().as_uri())
+        if found.get("errorText"):
+            raise RuntimeError(f"{page}: {found['errorText']}")
         until = time.monotonic() + 60
         while self.run("document.readyState") != "complete":
             if time.monotonic() > until:
@@ -137,7 +139,11 @@ def browser() -> Iterator[Tab]:
     with tempfile.TemporaryDirectory() as profile:
         words = ["bash", "-c", line, "bash", found, *_FLAGS, f"--user-data-dir={profile}"]
         process = subprocess.Popen(
-            words, pass_fds=(there, here), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            words,
+            pass_fds=(there, here),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
         )
         os.close(there)
         os.close(here)

@@ -1,7 +1,7 @@
 """Read and write the rows of a run (`metrics.jsonl`, `proof.jsonl`, `resumes.jsonl`): one JSON object a line.
 
-A row belongs to a step, and no step has two. After a resume from step k the rows of later steps are taken away before they are made again,
-and a last line that a kill or a power cut left in pieces goes with them.
+A row of the first two belongs to a step, and no step has two. After a resume from step k the rows of later steps are
+taken away before they are made again, and a last line that a kill or a power cut left in pieces goes with them.
 """
 
 from __future__ import annotations

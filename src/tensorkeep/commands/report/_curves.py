@@ -69,7 +69,7 @@ def curves(
     if not drawn:
         return f"<figure><figcaption>{frame.text(title)}</figcaption>{frame.note('no value was noted')}</figure>"
     plane = _Plane.around([block for line in drawn for block in line.series.blocks])
-    picture = "".join(_line(line, plane) for line in drawn)
+    picture = "".join(_line(line, plane, len(drawn)) for line in drawn)
     picture += "".join(
         f'<line class="mark" x1="{plane.x(m.step):.1f}" x2="{plane.x(m.step):.1f}" y1="0" y2="{HEIGHT}">'
         f"<title>{frame.text(m.said)}</title></line>"
@@ -178,14 +178,15 @@ def _steps(plane: _Plane) -> str:
     )
 
 
-def _line(line: Line, plane: _Plane) -> str:
+def _line(line: Line, plane: _Plane, lines: int) -> str:
     """Draw a curve: the band, the line through the means, and dots where there are few."""
     blocks, style = line.series.blocks, _style(line.number)
     parts = []
     if any(block.high > block.low for block in blocks):
+        band = "band" if lines <= 2 else "band faint"
         upper = [f"{plane.x(b.middle):.1f},{plane.y(b.high):.1f}" for b in blocks]
         lower = [f"{plane.x(b.middle):.1f},{plane.y(b.low):.1f}" for b in reversed(blocks)]
-        parts.append(f'<path class="band {style}" d="M{"L".join([*upper, *lower])}Z"/>')
+        parts.append(f'<path class="{band} {style}" d="M{"L".join([*upper, *lower])}Z"/>')
     way = [f"{plane.x(b.middle):.1f},{plane.y(b.mean):.1f}" for b in blocks]
     parts.append(f'<path class="{style}" d="M{"L".join(way)}"/>')
     if len(blocks) <= 40:

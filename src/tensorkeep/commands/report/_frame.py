@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tensorkeep.errors import printable
+from tensorkeep.storage.overwriting import PAGE
+from tensorkeep.storage.placement import replacing, write_bytes
 
 _HERE = Path(__file__).parent
 
@@ -69,6 +71,18 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
     )
 
 
+def write(made: str, out: str | Path, overwrite: bool = False) -> None:
+    """Write a page whole or not at all.
+
+    Args:
+        made: the page.
+        out: the file.
+        overwrite: whether an earlier page of ours may be replaced.
+    """
+    with replacing(Path(out), overwrite, PAGE) as temporary:
+        write_bytes(temporary, made.encode("utf-8", "backslashreplace"))
+
+
 def top(title: str, beside: str = "", facts: Sequence[tuple[str, str]] = ()) -> str:
     """Return a page's head: its title, the button for the colours, and a list of facts.
 
@@ -121,6 +135,7 @@ def table(
     lines = []
     for row in rows:
         first, *rest = (text(cell, 300) for cell in row)
+        first = first.replace(".", ".<wbr>") if names else first  # a long name is broken at its dots
         cells = "".join(f"<td{kind[n]}>{cell}</td>" for n, cell in enumerate(rest, 1))
         lines.append(f"<tr><th scope='row'{kind[0]}>{first}</th>{cells}</tr>")
     if not lines:

@@ -82,7 +82,7 @@ class Series:
         """Add a value; what is no finite number is left out."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(step) > _MOST_STEP:
             return
-        if not math.isfinite(value) or abs(value) > 1e300:
+        if abs(value) > 1e300 or not math.isfinite(value):  # a whole number may be longer than any float
             return
         number = float(value)
         if self.best_low is None or number < self.best_low[1]:

@@ -103,7 +103,7 @@ def _flat(document: Mapping[Any, Any], before: str = "") -> dict[str, str]:
     >>> _flat({"training": {"seed": 1, "adapter": None}})
     {'training.seed': '1', 'training.adapter': 'null'}
     """
-    found = {}
+    found: dict[str, str] = {}
     for key, value in document.items():
         name = f"{before}{key}"
         if isinstance(value, Mapping) and value:
@@ -145,7 +145,7 @@ def _evaluations(runs: Sequence[Compared], names: Sequence[str]) -> str:
     if not names:
         return ""
     drawn = [
-        _over([(run.name, run.figures.evaluations.get(name)) for run in runs], name[:80], n > 0)
+        _over([(run.name, run.figures.evaluations.get(name)) for run in runs], f"{name[:80]}, evaluated", n > 0)
         for n, name in enumerate(names[:_FEW])
     ]
     more = frame.note(f"{len(names) - _FEW} more are not drawn") if len(names) > _FEW else ""
@@ -195,8 +195,8 @@ def _numbers(run: Compared) -> dict[str, float]:
         found["loss, mean of the last tenth"] = mean
     for name, series in list(shown(run.figures.evaluations))[:_FEW]:
         if series.last and (best := best_of(name, series)):
-            found[f"{name}, last"] = series.last[1]
-            found[f"{name}, {'least' if smaller_is_better(name) else 'greatest'}"] = best[1]
+            found[f"{name} evaluated, last"] = series.last[1]
+            found[f"{name} evaluated, {'least' if smaller_is_better(name) else 'greatest'}"] = best[1]
     if (rate := run.figures.rate.mean_of_last(1.0)) is not None:
         found["samples a second, mean"] = rate
     found["steps"] = float(run.figures.last_step)

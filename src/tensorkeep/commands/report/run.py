@@ -56,6 +56,14 @@ def run_page(run: str | Path) -> str:
     return frame.page(f"Run {printable(str(run), 200)}", head, sections)
 
 
+def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) -> None:
+    """Write a run's page into a file.
+
+    >>> write_run_page("runs/one", "one.html")  # doctest: +SKIP
+    """
+    frame.write(run_page(run), out, overwrite)
+
+
 def smaller_is_better(name: str) -> bool:
     """Whether an evaluation's number is the better the smaller it is."""
     return any(word in name.lower() for word in ("loss", "perplexity", "error"))
@@ -85,7 +93,7 @@ def _tiles(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> list[tuple[o
     if found.seconds:
         tiles.append((duration(found.seconds), "in updates"))
     if resumes:
-        equal = sum(row.get("equal") is True for row in resumes)
+        equal = sum(_verdict(row)[1].startswith("exact") for row in resumes)
         tiles.append((f"{equal} of {len(resumes)}", "resumes proven exact"))
     return tiles
 
@@ -116,22 +124,20 @@ def _evaluations(found: Figures) -> str:
     if first is None:
         return ""
     best = best_of(first, found.evaluations[first])
-    parts = [curves(first, [Line(first, found.evaluations[first])], best=best)]
+    parts = [curves(f"{first}, evaluated", [Line(first, found.evaluations[first])], best=best)]
     if best is not None:
         parts.append(frame.note(f"best: {frame.figure(best[1])} at step {best[0]:,}"))
     rest = [item for item in shown(found.evaluations) if item[0] != first]
-    parts.append(_grid(rest))
+    parts.append(_grid([(f"{name}, evaluated", one) for name, one in rest]))
     names = list(found.evaluations)[:_FEW]
-    rows = [
-        [f"{step:,}", *(_four(numbers.get(name)) for name in names)] for step, numbers in reversed(found.last_rows)
-    ]
+    rows = [[f"{step:,}", *(_four(numbers.get(name)) for name in names)] for step, numbers in reversed(found.last_rows)]
     return "".join(parts) + frame.table("The last evaluations", ["step", *names], rows)
 
 
 def _four(value: Any) -> str:
     """Return a figure of an evaluation."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return f"{value:.4f}" if plain and abs(value) < 1e6 else frame.figure(value)
+    plain = isinstance(value, float) and math.isfinite(value) and abs(value) < 1e6
+    return f"{value:.4f}" if plain else frame.figure(value)
 
 
 def _others(found: Figures) -> str:
@@ -177,7 +183,8 @@ def _noted(run: Path) -> str:
     count = sum(1 for _ in metrics.stream(run / run_folder.CHECKPOINTS / metrics.PROOF))
     if not count:
         return "No losses are noted that a resume would be compared with."
-    return f"The losses of {count:,} steps after checkpoints are noted: a resume makes them again and is compared."
+    told = "1 step" if count == 1 else f"{count:,} steps"
+    return f"The losses of {told} after checkpoints are noted: a resume makes them again and is compared."
 
 
 def _verdict(row: Mapping[str, Any]) -> list[str]:
