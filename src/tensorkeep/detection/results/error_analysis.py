@@ -183,13 +183,19 @@ def analyse_errors(
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     missed = tuple(_missed(annotations, subset, detections, columns, met))
     ap = _precision(columns, match >= 0)
-    gains = [0.0]
-    for number in range(1, len(KINDS)):
-        without = np.ones(len(match), dtype=bool)
-        without[chosen[kind == number]] = False
-        gains.append(float((_precision(columns, match >= 0, without) - ap).mean()))
     own = _by_class(columns, chosen[block == 0], kind[block == 0], met, ap)
-    return ErrorAnalysis(tiou, shares, missed, tuple(notes), float(ap.mean()), tuple(gains), own)
+    gains = _gains(columns, match >= 0, chosen, kind, float(ap.mean()))
+    return ErrorAnalysis(tiou, shares, missed, tuple(notes), float(ap.mean()), gains, own)
+
+
+def _gains(columns: Columns, hit: NDArray[np.bool_], chosen: Ints, kind: Ints, now: float) -> tuple[float, ...]:
+    """Return by how much the mAP rises without the chosen detections of each kind."""
+    found = [0.0]
+    for number in range(1, len(KINDS)):
+        taken = np.ones(len(hit), dtype=bool)
+        taken[chosen[kind == number]] = False
+        found.append(float(_precision(columns, hit, taken).mean()) - now)
+    return tuple(found)
 
 
 def _precision(columns: Columns, hit: NDArray[np.bool_], taken: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
