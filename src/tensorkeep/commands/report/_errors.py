@@ -27,15 +27,15 @@ def sections(errors: Mapping[str, Any]) -> list[Section]:
         errors: the document of an error analysis.
     """
     tiou = frame.figure(errors.get("tiou"))
+    notes = errors.get("notes")
+    told = "".join(frame.note(n) for n in notes[:20]) if isinstance(notes, list) else ""
     found = [
-        Section(f"What the detections are, at tIoU {tiou}", _blocks(_rows(errors.get("kinds")))),
+        Section(f"What the detections are, at tIoU {tiou}", told + _blocks(_rows(errors.get("kinds")))),
         Section("What each kind of error costs", _gains(errors)),
         Section("Class by class", _classes(_rows(errors.get("classes")))),
         Section("Annotated segments that are missed", _missed(_rows(errors.get("missed")))),
     ]
-    notes = errors.get("notes")
-    told = "".join(frame.note(n) for n in notes[:20]) if isinstance(notes, list) else ""
-    return [*found, Section("Notes on the analysis", told)]
+    return found
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:

@@ -6,6 +6,7 @@ its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,15 +82,23 @@ def sections_of_run(run: Path, predictions: Path) -> list[Section]:
         TensorkeepError: the detections cannot be read.
     """
     sources, told = _sources(run)
-    return _sections(read_detections(predictions), sources, told)
+    table = read_detections(predictions)
+    lacking: list[str] = []
+    if sources is not None:  # `predict` was given some videos: what it has not seen is not missed
+        lacking = sorted(set(sources.annotations.videos) - set(table.video_names))
+    return _sections(table, sources, told, lacking)
 
 
-def _sections(table: DetectionTable, sources: Sources | None, told: str) -> list[Section]:
-    """Return the error analysis, where there is a truth, and the timelines."""
+def _sections(table: DetectionTable, sources: Sources | None, told: str, blocked: Sequence[str] = ()) -> list[Section]:
+    """Return the error analysis, where there is a truth, and the timelines; `blocked` videos are left out of it."""
     parts: list[Section] = []
     if sources is not None:
         try:
-            parts = errors.sections(analyse_errors(sources.annotations, table).document())
+            parts = errors.sections(analyse_errors(sources.annotations, table, blocked=blocked).document())
+            if blocked and parts[0].body:
+                count = len(table.video_names)
+                said = frame.note(f"Of the {count} videos in the file of predictions alone; others are not counted.")
+                parts[0] = Section(parts[0].title, said + parts[0].body)
         except TensorkeepError as error:
             told = told or f"without an error analysis: {error.line}"
     return [*parts, Section("Timelines", _timelines(table, sources, told))]
