@@ -212,7 +212,7 @@ def page_of_a_run(folder: Path) -> str:
 
 
 def page_of_a_diagnosis(_: Path) -> str:
-    from tensorkeep.commands.report._page import page
+    from tensorkeep.commands.report.diagnosis import page
 
     return page({"checkpoint": "x" * 5000, "verdict": "ok", "causes": [], "findings": []})
 

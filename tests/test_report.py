@@ -1,7 +1,9 @@
-"""The HTML page of a diagnosis is complete, loads nothing, and never takes a name from a file as markup."""
+"""The pages of documents are complete, load nothing, stay small, and never take a name from a file as markup."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -10,13 +12,16 @@ from typing import Any
 
 import pytest
 
-from tensorkeep.commands.report import report
+from tensorkeep.cli import main
+from tensorkeep.commands.report import differences, merged, report
 from tensorkeep.commands.report._heatmap import Cell, cells
-from tensorkeep.commands.report._page import page, write_page
+from tensorkeep.commands.report.diagnosis import page
+from tensorkeep.commands.report.documents import page_of
 from tensorkeep.errors import TensorkeepError
+from tests.tools import ROOT
 
 EVIL = "</title><script>alert(1)</script>.layers.0.\x1b[2J\"'><img src=x onerror=alert(2)>.weight"
-VOID = {"meta", "rect", "br"}
+VOID = {"meta", "br", "img", "input", "wbr"}
 
 
 def document(**own: Any) -> dict[str, Any]:
@@ -89,25 +94,40 @@ def test_causes_come_first_and_every_tensor_has_its_square() -> None:
     assert [a["class"] for a in squares] == ["d5 bad", "d6 bad", "d6 bad", "d0 "]
 
 
+def is_harmless(text: str) -> None:
+    """One script, the page's own, which its policy names by digest; nothing that runs or loads anything else."""
+    tags = Tags(text).found
+    (own,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+    (policy,) = [a["content"] for t, a in tags if t == "meta" and "http-equiv" in a]
+    assert policy and f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'; ")
+    assert [t for t, _ in tags].count("script") == 1
+    assert not {t for t, _ in tags} & {"link", "iframe", "object", "image", "use", "base", "form"}
+    assert all(str(a.get("src")).startswith("data:image/jpeg;base64,") for t, a in tags if t == "img")
+    assert all(str(a["href"]).startswith("#") for _, a in tags if "href" in a)
+    assert not [a for _, attrs in tags for a in attrs if a.startswith("on") or a in ("xlink:href", "style")]
+    outside = text.replace(own, "")
+    assert "\x1b" not in text and not re.search(r"url\(|@import|https?://", outside)
+
+
 def test_nothing_of_a_hostile_name_becomes_markup_and_nothing_is_loaded() -> None:
-    rows = [{"name": EVIL, "status": "only_a", "relative_difference": None}]
+    row = {"name": EVIL, "status": "only_a", "relative_difference": None, "a": {"dtype": EVIL, "shape": [EVIL]}}
     findings = [
         finding(EVIL, [EVIL], message=EVIL, evidence={EVIL: {EVIL: EVIL}}, fix=EVIL, explains=[EVIL], severity=EVIL)
     ]
-    text = page(
-        document(checkpoint=EVIL, reference=EVIL, verdict=EVIL, causes=[EVIL], findings=findings), {"tensors": rows}
-    )
-    tags = Tags(text).found
-    assert not {t for t, _ in tags} & {"script", "img", "link", "iframe", "object", "image", "use", "a"}
-    assert not [
-        a for _, attrs in tags for a in attrs if a.startswith("on") or a in ("src", "href", "xlink:href", "style")
-    ]
-    assert "\x1b" not in text
-    assert not re.search(r"url\(|@import|https?://", text)
+    sick = document(checkpoint=EVIL, reference=EVIL, verdict=EVIL, causes=[EVIL], findings=findings)
+    is_harmless(page(sick, {"tensors": [row]}))
+    moved = {"name": EVIL, "status": "values", "relative_difference": 1.0, "same_rows_in_another_order": True}
+    is_harmless(differences.page({"a": EVIL, "b": EVIL, "tensors": [row, moved], "identities": {"a": EVIL}}))
+    made = {"sink": EVIL, "base": {"path": EVIL, "digest": EVIL}, "onto": EVIL, "quantization": EVIL}
+    made |= {"adapters": [{"path": EVIL, "kind": EVIL, "weight": EVIL}], "notes": [{"code": EVIL, "message": EVIL}]}
+    made |= {"merged": [{"name": EVIL, "change": 0.1, "kept": 0.5, "kind": EVIL}], "proof": {"target": EVIL}}
+    layers = [{"name": EVIL, "error": 0.1}]
+    is_harmless(merged.page(made | {"rounded": {"kl": {"base": EVIL}, "loss": EVIL, "layers": layers}}))
 
 
 def test_both_colour_schemes_are_there() -> None:
-    assert "prefers-color-scheme: dark" in page(document())
+    assert "color-scheme: light dark" in page(document()) and "light-dark(" in page(document())
 
 
 def test_evidence_by_tensor_name_gives_the_colour() -> None:
@@ -135,6 +155,54 @@ def test_many_layers_and_experts_stay_one_square_a_kind() -> None:
     squares = [a for t, a in Tags(page(document(), {"tensors": rows})).found if t == "rect"]
     assert [str(a["class"]).strip() for a in squares].count("d5") == 1
     assert len(squares) == 80
+
+
+def test_a_thousand_layers_fit_and_the_worst_of_them_is_seen() -> None:
+    rows = [
+        {
+            "name": f"model.layers.{n}.self_attn.{kind}_proj.weight",
+            "status": "equal" if n != 777 else "values",
+            "relative_difference": 0.0 if n != 777 else 5.0,
+        }
+        for n in range(1000)
+        for kind in "qkvo"
+    ]
+    text = differences.page({"a": "x", "b": "y", "tensors": rows})
+    squares = [str(a["class"]).strip() for t, a in Tags(text).found if t == "rect"]
+    assert len(squares) == 4 * 125 and squares.count("d6") == 4
+    assert "layer 776 to 783, the worst: model.layers.777.self_attn.q_proj.weight, relative difference 5" in text
+    assert "8 layers share a square" in text and len(text) < 200_000
+
+
+def test_a_diff_says_what_changed_kind_by_kind_and_layer_by_layer() -> None:
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(4)]
+    rows = [{"name": n, "status": "values", "relative_difference": 0.01 * (i + 1)} for i, n in enumerate(names)]
+    rows += [{"name": "lm_head.weight", "status": "shape", "a": {"dtype": "F32", "shape": [3, 2]}, "b": None}]
+    rows += [{"name": "model.norm.weight", "status": "equal", "relative_difference": 0.0}]
+    text = differences.page({"a": "x", "b": "y", "tensors": rows, "identities": {"a": "ab", "b": None}})
+    cells = [plain(row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    assert ["model.layers.*.mlp.up_proj.weight", "4", "4 other values", "0.01", "0.04"] in cells
+    assert ["model.layers.2", "1", "", "model.layers.2.mlp.up_proj.weight", "0.03"] in cells
+    assert ["lm_head.weight", "another shape", "F32 [3, 2]", "-"] in cells
+    assert "5 of 6 tensors differ" in text and "identity of A" in text
+
+
+def test_a_merge_says_how_far_each_kind_moved_and_what_would_be_kept() -> None:
+    rows = [
+        {"name": f"model.layers.{n}.self_attn.q_proj.weight", "change": 0.01 * (n + 1), "kept": 0.5, "kind": "LoRA r 4"}
+        for n in range(3)
+    ]
+    text = merged.page({"sink": "out", "merged": rows, "overall": {"change": 0.02, "kept": 0.5}, "proven": True})
+    cells = [plain(row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    told = ["model.layers.*.self_attn.q_proj.weight", "LoRA r 4", "3", "1 %", "2 %", "3 %", "50 %", "50 %", "50 %"]
+    assert told in cells
+    assert "computed twice, read back" in text and "computed twice" not in merged.page({"sink": "x", "merged": rows})
+    assert [a["class"] for t, a in Tags(text).found if t == "rect"] == ["d3 ", "d4 ", "d4 "]
+
+
+def plain(row: str) -> list[str]:
+    """The cells of a row as text."""
+    return [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
 
 
 def test_figures_that_are_no_numbers_do_not_break_the_page() -> None:
@@ -165,11 +233,49 @@ def test_the_command_writes_the_page_and_keeps_an_older_one(tmp_path: Path) -> N
         report(str(source), out=out)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"findings": 3}', '{"schema": 9, "findings": []}'])
-def test_what_is_no_diagnosis_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"findings": 3}',
+        '{"schema": 9, "findings": []}',
+        '{"dry_run": true, "steps": []}',
+        '{"error": {"message": "no such file"}}',
+        '{"results": 3}',
+    ],
+)
+def test_what_is_no_document_of_ours_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(TensorkeepError):
-        write_page(tmp_path / "x.json", tmp_path / "page.html")
-    with pytest.raises(TensorkeepError, match="folder"):
-        write_page(tmp_path, tmp_path / "page.html")
+    for source in (tmp_path / "x.json", tmp_path):
+        assert main(["report", str(source), "-o", str(tmp_path / "page.html")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and "hint: " in said
     assert not (tmp_path / "page.html").exists()
+
+
+def test_what_the_commands_print_becomes_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, adapter = (str(ROOT / "examples" / name) for name in ("tiny-llama", "tiny-adapter"))
+    out = str(tmp_path / "merged")
+    commands = [
+        (["merge", model, adapter, out], "<h1>Merge</h1>", "model.layers.*.self_attn.q_proj.weight"),
+        (["diff", model, out], "<h1>Comparison</h1>", "4 of 20 tensors differ"),
+        (["diagnose", out, "--reference", model], "<h1>Diagnosis</h1>", "tiny-llama"),
+    ]
+    for words, title, told in commands:
+        main([*words, "--json"])
+        (tmp_path / "x.json").write_text(capsys.readouterr().out)
+        text = page_of(tmp_path / "x.json")
+        is_harmless(text)
+        assert title in text and told in text.replace("<wbr>", "")
+
+
+def test_flags_that_say_nothing_of_a_source_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"a": "x", "b": "y", "tensors": []}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    x, run = str(tmp_path / "x.json"), str(tmp_path / "run")
+    for words in ([x, "--diff", x], [run, "--diff", x], [run, "--annotations", x], [run, x], ["compare", run], []):
+        assert main(["report", *words, "-o", str(tmp_path / "page.html")]) == 2
+        assert "hint: " in capsys.readouterr().err and not (tmp_path / "page.html").exists()

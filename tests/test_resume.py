@@ -422,6 +422,7 @@ def test_a_resume_that_is_exact_says_so_and_notes_nothing_twice(tmp_path: Path) 
     assert "exact resume confirmed for steps 5, 6: their losses are equal, bit for bit" in said
     noted = [(c, s) for c, s, _ in proof(tmp_path)]
     assert len(noted) == len(set(noted)) and {(4, 5), (4, 6), (8, 9), (8, 10)} <= set(noted)
+    assert list(metrics.stream(tmp_path / "checkpoints/resumes.jsonl")) == [{"step": 4, "equal": True, "steps": [5, 6]}]
 
 
 def test_a_resume_that_is_not_exact_is_said_with_both_numbers(tmp_path: Path) -> None:
@@ -433,6 +434,17 @@ def test_a_resume_that_is_not_exact_is_said_with_both_numbers(tmp_path: Path) ->
     fit(changed, tmp_path, LOOP, say=heard(said))
     assert any("is not bitwise what it was: loss" in line for line in said)
     assert not any("confirmed" in line for line in said)
+    for row in (found := list(metrics.stream(tmp_path / "checkpoints/resumes.jsonl"))):
+        assert row["equal"] is False and float.fromhex(row["was"]) != float.fromhex(row["now"]) and not row["differs"]
+    assert [row["steps"] for row in found] == [[7]]
+
+
+def test_a_resume_with_nothing_to_compare_is_noted_as_such(tmp_path: Path) -> None:
+    loop = replace(LOOP, updates=4)
+    fit(small_job(), tmp_path, loop)
+    fit(small_job(), tmp_path, replace(LOOP, updates=8), allow=("training",))
+    found = list(metrics.stream(tmp_path / "checkpoints/resumes.jsonl"))
+    assert found == [{"step": 4, "equal": None, "steps": []}]
 
 
 def test_a_torn_proof_does_not_stop_a_run(tmp_path: Path) -> None:

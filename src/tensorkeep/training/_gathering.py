@@ -36,7 +36,7 @@ from tensorkeep.training.hosts import Hosts
 Range = tuple[str, int, int]  # file, first byte, bytes
 _GAP = 4096  # bytes between two ranges that are fetched as one
 _LARGE = (".distcp", ".shards.json")  # files that are fetched in part, or when they are wanted
-_ROWS = (metrics.METRICS, f"{CHECKPOINTS}/{metrics.PROOF}")
+_ROWS = (metrics.METRICS, f"{CHECKPOINTS}/{metrics.PROOF}", f"{CHECKPOINTS}/{metrics.RESUMES}")
 
 
 class Copy(NamedTuple):

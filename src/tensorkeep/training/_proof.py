@@ -2,7 +2,8 @@
 
 The losses of the two steps after each checkpoint are noted in `checkpoints/proof.jsonl`, in hexadecimal, so that no
 digit is lost. A run that goes on makes those steps again. Equal losses confirm that everything which matters came back;
-a difference is told with both numbers and what differs between the two starts.
+a difference is told with both numbers and what differs between the two starts. What came of it is noted in
+`checkpoints/resumes.jsonl`, a row for each start that went on and what it could compare.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Proof:
 
     def __init__(self, run: Path, facts: dict[str, Any], resumed: int | None, say: Output | None) -> None:
         self.path, self.facts, self.say, self.since = run / "checkpoints" / metrics.PROOF, facts, say, resumed
+        self.resumed, self.resumes = resumed, self.path.with_name(metrics.RESUMES)
         self.confirmed: list[int] = []
         self.waiting: list[metrics.Row] = []  # of a first checkpoint that is still on its way to the disk
         self.known: dict[int, metrics.Row] = {}
@@ -40,6 +42,8 @@ class Proof:
             # of steps that are gone nobody resumes; a line that a kill cut short must not merge with the next
             metrics.keep(self.path, lambda row: _sound(row) and row["checkpoint"] in there and resumed is not None)
             self.known = {row["step"]: row for row in metrics.rows(self.path)}  # the last word on a step counts
+        if say is not None and self.resumes.exists():
+            metrics.keep(self.resumes, lambda row: resumed is not None)  # none where the run begins anew
 
     def saved(self, step: int) -> None:
         """Begin to note the steps that follow a checkpoint."""
@@ -55,6 +59,8 @@ class Proof:
         if self.say is None:
             return
         then = self.known.pop(step, None)
+        if then is None and self.resumed is not None and step == self.resumed + 1:
+            self._came_to(None, [])
         if then is not None and then["loss"] == value:
             self.confirmed.append(step)
             if step == self.since + STEPS or step + 1 not in self.known:
@@ -82,7 +88,13 @@ class Proof:
         if self.confirmed and self.say is not None:
             steps = ", ".join(map(str, self.confirmed))
             self.say.remark(f"exact resume confirmed for steps {steps}: their losses are equal, bit for bit")
+            self._came_to(True, self.confirmed)
         self.confirmed = []
+
+    def _came_to(self, equal: bool | None, steps: list[int], **more: Any) -> None:
+        """Note what a start that goes on compared; `equal` is None where no later step had been made before."""
+        if self.path.parent.is_dir():
+            metrics.append(self.resumes, {"step": self.resumed, "equal": equal, "steps": steps, **more})
 
     def _differs(self, then: metrics.Row, value: str) -> None:
         """Say that a loss is another, and what differs between the two starts."""
@@ -90,6 +102,7 @@ class Proof:
         before, after = float.fromhex(then["loss"]), float.fromhex(value)
         noted = then["facts"] if isinstance(then.get("facts"), dict) else {}
         facts = [f"{k} {v} -> {self.facts.get(k)}" for k, v in noted.items() if v != self.facts.get(k)]
+        self._came_to(False, [then["step"]], was=then["loss"], now=value, differs=facts)
         why = f"; differs in {', '.join(facts)}" if facts else "; nothing in torch, device, threads or split differs"
         self.say.remark(f"step {then['step']} is not bitwise what it was: loss {before!r}, now {after!r}{why}")
 

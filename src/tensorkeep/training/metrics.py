@@ -1,7 +1,7 @@
-"""Read and write the rows of a run (`metrics.jsonl`, `proof.jsonl`): one JSON object a line, no step twice.
+"""Read and write the rows of a run (`metrics.jsonl`, `proof.jsonl`, `resumes.jsonl`): one JSON object a line.
 
-A row belongs to a step. After a resume from step k the rows of later steps are taken away before they are made again,
-and a last line that a kill or a power cut left in pieces goes with them.
+A row of the first two belongs to a step, and no step has two. After a resume from step k the rows of later steps are
+taken away before they are made again, and a last line that a kill or a power cut left in pieces goes with them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,36 @@ from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.files import explained, open_plain
 from tensorkeep.storage.placement import replacing, sync_folder, write_bytes
 
-METRICS, PROOF = "metrics.jsonl", "proof.jsonl"
+METRICS, PROOF, RESUMES = "metrics.jsonl", "proof.jsonl", "resumes.jsonl"
 _LARGEST = 1 << 30  # bytes; a million updates write some 300 MB
+_LONGEST = 4 << 20  # bytes of a line; an evaluation of a thousand classes writes some 50 kB
 Row = dict[str, Any]
+
+
+def stream(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file of any length, oldest first, in the memory of one line; a torn end is left out.
+
+    Args:
+        path: the file; where it is not there, there are no rows.
+
+    Raises:
+        TensorkeepError: as `rows`, and where a line is longer than 4 MiB.
+    """
+    if not path.exists():
+        return
+    number, bad = 0, 0
+    with explained(path), os.fdopen(open_plain(path, os.O_RDONLY), "rb") as file:
+        while line := file.readline(_LONGEST + 1):
+            number += 1
+            if len(line) > _LONGEST:
+                raise TensorkeepError(f"line {number} is longer than {_LONGEST:,} bytes", where=path)
+            row = _row(line) if line.endswith(b"\n") else None
+            if row is None:
+                bad = bad or number
+                continue
+            if bad:
+                raise TensorkeepError(f"line {bad} is no row", where=path, hint="move the file away and resume")
+            yield row
 
 
 def rows(path: Path) -> Iterator[Row]:

@@ -225,8 +225,8 @@ def predicted(folder: Path, show: Show) -> bool:
     page = folder / "page.html"
     write_run_page(run, page, overwrite=True)
     text = page.read_text("utf-8")
-    drawn = text.count('class="timeline"') == _SHOWN and all(
-        part in text for part in ('class="p"', 'class="t"', "<image ")
+    drawn = text.count("aria-roledescription='timeline'") == _SHOWN and all(
+        part in text for part in ('class="p"', 'class="t"', "<img ")
     )
     show(f"     {page}: curves, evaluations, and these {_SHOWN} videos with pictures, true and predicted")
     return drawn

@@ -1,7 +1,8 @@
-"""Draw the heat map of a diagnosis as inline SVG: tensor kinds down, layers across, one square for each tensor.
+"""Draw tensors as a map: kinds of tensors down, layers across, one square for each tensor.
 
-Colour says how far a tensor is from the reference (relative difference, by powers of ten); a word in the square says
-what a finding said of it. Names come out of untrusted files: everything is escaped, nothing is looked up by name.
+Colour says how far a tensor is from another one (relative difference, by powers of ten); a word in the square says what
+a finding said of it. Where there are more layers than squares fit, neighbours share a square, which shows the worst.
+Names come out of untrusted files: everything is escaped, nothing is looked up by name.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from tensorkeep.commands.report import _frame as frame
 from tensorkeep.errors import printable
 from tensorkeep.formats.names import natural
 
 _LAYER = re.compile(r"(?P<stack>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<n>\d{1,5})\.(?P<kind>.+)")
+_BLANK = {"error": "bad", "warning": "warn"}
 _EXPERT = re.compile(r"(?<=experts)\.\d+(?=\.)")
 _STEPS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # lower ends of the classes d1..d6; d0 is equal
 _WORDS = {"only_a": "not in the reference", "only_b": "missing", "shape": "another shape", "dtype": "another dtype"}
-_MOST = 400  # layers drawn; a file that claims more is cut, and the page says so
+_MOST = 400  # rows of a table, and tensors outside of layers that are drawn
+_COLUMNS, _WORDY = 128, 24  # squares across at most, and up to how many have room for a code
+_STACKS, _KINDS = 16, 80  # stacks of layers, and kinds of tensors of one, that are drawn
 _RANK = {"error": 3, "warning": 2, "info": 1, "": 0}
 
 
@@ -106,7 +110,9 @@ def number(value: Any) -> float | None:
     """Read a figure of a document; infinities and NaN come as strings there."""
     if isinstance(value, str) and value in ("nan", "inf", "-inf"):
         return math.inf
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) < 1e300 else math.inf  # a whole number may be longer than any float
 
 
 def _per_tensor(evidence: Any, names: set[str], plain: bool = False) -> dict[str, float]:
@@ -136,83 +142,113 @@ def _per_tensor(evidence: Any, names: set[str], plain: bool = False) -> dict[str
 
 # -- drawing --------------------------------------------------------------------------------------------------------
 
+Grid = dict[tuple[str, int], list[Cell]]
 
-def maps(found: Mapping[str, Cell]) -> str:
-    """Draw every stack of layers, and the tensors outside of them."""
-    stacks: dict[str, dict[tuple[str, int], list[Cell]]] = {}
+
+def stacks(found: Mapping[str, Cell]) -> tuple[dict[str, Grid], list[Cell]]:
+    """Sort tensors into stacks of layers, by kind and layer; and those that belong to no layer."""
+    layered: dict[str, Grid] = {}
     outside = []
     for name, cell in found.items():
         match = _LAYER.fullmatch(name)
         if match:
             kind = _EXPERT.sub(".*", match["kind"])
-            stacks.setdefault(match["stack"], {}).setdefault((kind, int(match["n"])), []).append(cell)
+            layered.setdefault(match["stack"], {}).setdefault((kind, int(match["n"])), []).append(cell)
         else:
             outside.append(cell)
-    parts = [_stack(name, grid) for name, grid in sorted(stacks.items(), key=lambda s: -len(s[1]))]
-    return "".join(parts) + _outside(sorted(outside, key=lambda c: natural(c.name)))
+    return dict(sorted(layered.items(), key=lambda s: -len(s[1]))), sorted(outside, key=lambda c: natural(c.name))
 
 
-def _stack(stack: str, grid: Mapping[tuple[str, int], list[Cell]]) -> str:
+def maps(found: Mapping[str, Cell], what: str = "relative difference") -> str:
+    """Draw every stack of layers, and the tensors outside of them, with what the colours mean.
+
+    Args:
+        found: cells by the names of their tensors.
+        what: what the colour says.
+    """
+    layered, outside = stacks(found)
+    parts = [_stack(name, grid) for name, grid in list(layered.items())[:_STACKS]]
+    if len(layered) > _STACKS:
+        parts.append(frame.note(f"{len(layered) - _STACKS} more stacks of layers are not drawn"))
+    return legend(what) + "".join(parts) + _outside(outside)
+
+
+def _stack(stack: str, grid: Grid) -> str:
     """Draw one stack of layers."""
     layers = sorted({n for _, n in grid})
     kinds = sorted({k for k, _ in grid}, key=_order)
-    shown = layers[:_MOST]
-    wide, every = next(
-        (w, e) for most, w, e in ((20, 30, 1), (30, 24, 1), (46, 16, 5), (math.inf, 9, 10)) if len(shown) <= most
+    size = -(-len(layers) // _COLUMNS)
+    blocks = [layers[start : start + size] for start in range(0, len(layers), size)]
+    rows = []
+    for kind in kinds[:_KINDS]:
+        squares = []
+        for column, block in enumerate(blocks):
+            cells = [cell for layer in block for cell in grid.get((kind, layer), ())]
+            if cells:
+                where = f"layer {_span(block)}" + (", the worst: " if len(cells) > 1 else ": ")
+                squares.append(_square(max(cells, key=lambda c: c.weight), where, column, len(blocks)))
+        rows.append(_row(_short(kind), "".join(squares)))
+    every = next(e for e in (1, 2, 5, 10, 20, 50) if len(blocks) / e <= 13)
+    marks = "".join(
+        f'<text x="{100 * (n + 0.5) / len(blocks):.2f}%" y="13" text-anchor="middle">{block[0]}</text>'
+        for n, block in enumerate(blocks)
+        if n % every == 0
     )
-    tall, left, top = max(wide, 16), 8 + 7.2 * min(max(map(len, kinds)), 44), 24
-    width, height = left + wide * len(shown) + 4, top + tall * len(kinds) + 4
-    out = [_frame(width, height, "differences by layer and tensor")]
-    for column, layer in enumerate(shown):
-        if layer % every == 0:
-            x = left + wide * (column + 0.5)
-            out.append(f'<text class="axis" x="{x:.1f}" y="{top - 8}" text-anchor="middle">{layer}</text>')
-    for row, kind in enumerate(kinds):
-        middle = top + tall * (row + 0.5) + 4
-        out.append(
-            f'<text class="label" x="{left - 8:.1f}" y="{middle:.1f}" text-anchor="end">{escape(_short(kind))}</text>'
-        )
-        for column, layer in enumerate(shown):
-            found = grid.get((kind, layer))
-            worst = max(found, key=lambda c: c.weight) if found else None
-            out.append(_square(worst, left + wide * column, top + tall * row, wide, tall))
-    cut = f"<p class='note'>{len(layers) - _MOST} more layers are not drawn.</p>" if len(layers) > _MOST else ""
-    title = f"<h3>{escape(printable(stack, 120))}<small> · layer number across</small></h3>"
-    return f"{title}<div class='scroll'>{''.join(out)}</svg></div>{cut}"
-
-
-def _frame(width: float, height: int, label: str) -> str:
-    """Return the opening tag of a drawing."""
-    size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
-    return f'<svg {size} role="img" aria-label="{label}">'
+    notes = [f"{size} layers share a square, which shows the worst of them"] if size > 1 else []
+    notes += [f"{len(kinds) - _KINDS} more kinds of tensors are not drawn"] if len(kinds) > _KINDS else []
+    title = f"<h3>{frame.text(stack, 120)} <small>layers across</small></h3>"
+    axis = f"<div class='maprow axis'><span></span><svg aria-hidden='true'>{marks}</svg></div>"
+    return (
+        title
+        + _figure(f"{stack}, layers across, kinds of tensors down", "".join(rows) + axis)
+        + "".join(map(frame.note, notes))
+    )
 
 
 def _outside(found: list[Cell]) -> str:
-    """Draw one wide square for each tensor that belongs to no layer."""
+    """Draw one square for each tensor that belongs to no layer."""
     if not found:
         return ""
-    rows, shown = [], found[:_MOST]
-    left = 8 + 7.2 * min(max(len(c.name) for c in shown), 56)
-    for row, cell in enumerate(shown):
-        name = escape(_short(cell.name, 56))
-        rows.append(f'<text class="label" x="{left - 8:.1f}" y="{row * 28 + 19}" text-anchor="end">{name}</text>')
-        rows.append(_square(cell, left, row * 28, 52, 28))
-    width, height = left + 60, 28 * len(shown) + 4
-    svg = _frame(width, height, "differences outside the layers")
-    cut = f"<p class='note'>{len(found) - _MOST} more tensors are not drawn.</p>" if len(found) > _MOST else ""
-    return f"<h3>outside the layers</h3><div class='scroll'>{svg}{''.join(rows)}</svg></div>{cut}"
+    rows = "".join(_row(_short(cell.name, 56), _square(cell, "", 0, 0)) for cell in found[:_MOST])
+    cut = frame.note(f"{len(found) - _MOST} more tensors are not drawn") if len(found) > _MOST else ""
+    return f"<h3>outside the layers</h3>{_figure('tensors outside the layers', rows)}{cut}"
 
 
-def _square(cell: Cell | None, x: float, y: float, width: float, height: float) -> str:
-    """Draw one square with its tooltip; an empty one for None."""
-    box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{width - 2:.1f}" height="{height - 2:.1f}" rx="3"'
-    if cell is None:
-        return f'<rect class="none" {box}/>'
-    mark = {"error": "bad", "warning": "warn"}.get(cell.severity, "")
-    word = cell.code if mark and width >= 24 else ""
-    middle = f'x="{x + width / 2:.1f}" y="{y + height / 2 + 3.5:.1f}" text-anchor="middle"'
-    text = f'<text class="code {cell.level}" {middle}>{escape(word)}</text>' if word else ""
-    return f'<g><title>{escape(cell.told)}</title><rect class="{cell.level} {mark}" {box}/>{text}</g>'
+def _figure(label: str, rows: str) -> str:
+    """Return rows as a figure that is read with the arrow keys."""
+    named = frame.text(f"Map of {label}. Arrow keys read the squares.", 200)
+    return (
+        f"<figure data-cells='1'><div class='map' tabindex='0' role='group' aria-roledescription='map' "
+        f"aria-label='{named}'>{rows}</div><output aria-live='polite'></output></figure>"
+    )
+
+
+def _row(name: str, squares: str) -> str:
+    """Return a row: a name, and its squares."""
+    return f"<div class='maprow'><span>{frame.text(name, 120)}</span><svg aria-hidden='true'>{squares}</svg></div>"
+
+
+def _span(block: list[int]) -> str:
+    """Return one layer or a range.
+
+    >>> _span([3]), _span([3, 4, 5])
+    ('3', '3 to 5')
+    """
+    return str(block[0]) if len(block) == 1 else f"{block[0]} to {block[-1]}"
+
+
+def _square(cell: Cell, where: str, column: int, columns: int) -> str:
+    """Draw one square of so many across, or a lone one, with what it says."""
+    mark = _BLANK.get(cell.severity, "")
+    place = f'x="{100 * column / columns:.3f}%" width="{100 / columns:.3f}%"' if columns else 'x="0" width="52"'
+    middle = f"{100 * (column + 0.5) / columns:.3f}%" if columns else "26"
+    few = " few" if columns <= 8 else ""
+    word = ""
+    if mark and columns <= _WORDY and cell.code:
+        place_of_word = f'x="{middle}" y="15.5" text-anchor="middle"'
+        word = f'<text class="code {cell.level}{few}" {place_of_word}>{frame.text(cell.code, 4)}</text>'
+    box = f'<rect class="{cell.level} {mark}" {place} y="1" height="21" rx="2"/>'
+    return f"<g><title>{frame.text(where + cell.told, 600)}</title>{box}{word}</g>"
 
 
 def _short(text: str, most: int = 44) -> str:
@@ -237,29 +273,50 @@ def _order(kind: str) -> tuple[int, str]:
     return next((i for i, word in enumerate(places) if word in kind), len(places)), kind
 
 
-def legend() -> str:
+def legend(what: str) -> str:
     """Say what the colours mean."""
-    words = ("equal", "≤ 1e-4", "≤ 1e-3", "≤ 0.01", "≤ 0.1", "≤ 1", "> 1")
-    squares = [f'<span><i class="key d{i}"></i>{escape(word)}</span>' for i, word in enumerate(words)]
-    extra = [
-        '<span><i class="key dx"></i>missing, or no number</span>',
-        '<span><i class="key du"></i>not compared</span>',
-    ]
-    return f"<p class='legend'><b>relative difference</b> {' '.join([*squares, *extra])}</p>"
+    words = ("0, equal", "≤ 1e-4", "≤ 1e-3", "≤ 0.01", "≤ 0.1", "≤ 1", "> 1")
+    squares = [_key(f"d{i}", word) for i, word in enumerate(words)]
+    extra = [_key("dx", "missing, or no number"), _key("du", "not compared")]
+    return f"<p class='legend'><b>{frame.text(what)}</b> {' '.join([*squares, *extra])}</p>"
 
 
-def figures_table(found: Iterable[Cell]) -> str:
+def _key(level: str, word: str) -> str:
+    """Return a square of the legend with its word."""
+    return (
+        f'<span><svg width="14" height="14" aria-hidden="true"><path class="{level}" d="M1,1h12v12h-12z"/></svg>'
+        f"{frame.text(word)}</span>"
+    )
+
+
+def layers_table(found: Mapping[str, Cell]) -> str:
+    """Return a table of the layers of which something is to be told: how many tensors, which findings, how far."""
+    rows = []
+    for stack, grid in stacks(found)[0].items():
+        layers: dict[int, list[Cell]] = {}
+        for (_, layer), cells in grid.items():
+            layers.setdefault(layer, []).extend(cell for cell in cells if cell.weight > (0, 0.0))
+        for layer, told in sorted(layers.items()):
+            if told:
+                codes = ", ".join(sorted({cell.code for cell in told if cell.code}))
+                worst = max(told, key=lambda c: c.weight)
+                figure = "" if worst.relative is None else f"{worst.relative:.3g}"
+                rows.append([f"{_short(stack)}.{layer}", len(told), codes, _short(worst.name, 80), figure])
+    more = frame.note(f"{len(rows) - _MOST} more layers are not listed") if len(rows) > _MOST else ""
+    columns = ["layer", "tensors", "codes", "the worst", "its relative difference"]
+    listed = frame.table("Layer by layer", columns, rows[:_MOST], names=True)
+    return frame.folded(f"Layer by layer ({len(rows)} layers)", listed + more) if rows else ""
+
+
+def figures_table(found: Iterable[Cell], what: str = "relative difference") -> str:
     """Return the figures as a table, worst first, for readers without the picture."""
-    rows = sorted((c for c in found if c.weight > (0, 0.0)), key=lambda c: c.weight, reverse=True)[:_MOST]
+    rows = sorted((c for c in found if c.weight > (0, 0.0)), key=lambda c: c.weight, reverse=True)
     if not rows:
         return ""
     lines = [
-        f"<tr><td class='name'>{escape(printable(c.name, 300))}</td><td>{escape(_WORDS.get(c.status, c.status))}</td>"
-        f"<td class='num'>{'' if c.relative is None else f'{c.relative:.3g}'}</td><td>{escape(c.code)}</td></tr>"
-        for c in rows
+        [c.name, _WORDS.get(c.status, c.status), "" if c.relative is None else f"{c.relative:.3g}", c.code]
+        for c in rows[:_MOST]
     ]
-    head = "<tr><th>tensor</th><th>status</th><th class='num'>relative difference</th><th>code</th></tr>"
-    return (
-        f"<details><summary>The figures as a table ({len(rows)} tensors)</summary>"
-        f"<div class='scroll'><table>{head}{''.join(lines)}</table></div></details>"
-    )
+    more = frame.note(f"{len(rows) - _MOST:,} more are not listed") if len(rows) > _MOST else ""
+    listed = frame.table("Tensor by tensor", ["tensor", "status", what, "code"], lines, right=2, names=True)
+    return frame.folded(f"The figures as a table ({len(rows):,} tensors)", listed + more)

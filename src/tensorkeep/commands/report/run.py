@@ -1,32 +1,32 @@
-"""Make one offline HTML page of a run: loss and evaluations over the steps, the last figures, what it predicts.
+"""Make one offline HTML page of a run: its curves, evaluations, resumes and what was proven of them, its detections.
 
-Works from RUN/metrics.jsonl alone, of any kind of run. Where `predict` wrote into RUN/predictions, timelines follow,
-with true segments and pictures of the videos where the run's recipe leads to them.
+Works from the run's own files, of any kind of run, in bounded memory. Where `predict` wrote into RUN/predictions,
+timelines and an error analysis follow, with true segments and pictures where the run's recipe leads to them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.commands.report._style import STYLE
-from tensorkeep.commands.report._timelines import timelines
+from tensorkeep.commands.report import _frame as frame
+from tensorkeep.commands.report._curves import Line, Mark, curves
+from tensorkeep.commands.report._frame import Section
+from tensorkeep.commands.report._series import Figures, Series, read_figures, shown
 from tensorkeep.errors import TensorkeepError, printable
-from tensorkeep.storage.overwriting import PAGE
-from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.output import duration, size
+from tensorkeep.storage import run_folder
+from tensorkeep.storage.budget import read_small
 from tensorkeep.training import metrics
 
-_Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT, LEFT, _BOTTOM = 900, 200, 64, 24  # pixels of a curve's plane, margins of its numbers
 PREDICTIONS = "predictions/detections.json"
-_CURVE = """
-.curve line { stroke: var(--line); } .curve polyline { fill: none; stroke: var(--bar1); stroke-width: 1.5; }
-.curve circle { fill: var(--bar1); } .curve circle.best { fill: var(--good); }
-.curve svg { max-width: 100%; height: auto; }
-"""
+RECIPE = "recipe.yaml"
+_MOST = 200  # resumes and checkpoints that are listed
+_FEW = 12  # curves of one kind
+_OLDER = "Versions before 0.2.0 did not note resumes."
 
 
 def run_page(run: str | Path) -> str:
@@ -36,33 +36,24 @@ def run_page(run: str | Path) -> str:
         TensorkeepError: it has no metrics.
     """
     run = Path(run)
-    rows = list(metrics.rows(run / metrics.METRICS))
-    if not rows:
+    found = read_figures(run)
+    if not found.rows:
         hint = "a run of `tensorkeep train` writes it; for a diagnosis name its JSON document"
         raise TensorkeepError("has no metrics", where=run / metrics.METRICS, hint=hint)
-    updates = [row for row in rows if "evaluation" not in row]
-    evaluations = [row for row in rows if isinstance(row.get("evaluation"), Mapping)]
-    parts = [_head(run, updates, evaluations)]
-    parts.append(_section("Loss", [curve(points(updates, "loss"), "loss over the steps")]))
-    parts.append(_section("Learning rate", [curve(points(updates, "lr"), "learning rate over the steps")]))
-    names = list(dict.fromkeys(name for row in evaluations for name in row["evaluation"]))
-    for name in names[:1] if "average_mAP" in names else names:
-        values = points([{"step": row["step"], **row["evaluation"]} for row in evaluations], name)
-        best = (min if "loss" in name or "perplexity" in name else max)(values, key=lambda p: p[1], default=None)
-        parts.append(_section(name, [curve(values, f"{name} over the steps", best)]))
-    if evaluations:
-        parts.append(_section("Evaluations", [_table(evaluations, names)]))
-    if (run / PREDICTIONS).is_file():
-        parts.append(_section("Predictions", timelines(run, run / PREDICTIONS)))
-    title = escape(printable(str(run), 200))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Run {title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f"<style>{STYLE}{_CURVE}</style></head><body><main>{''.join(parts)}<footer>Written by tensorkeep report. "
-        "Nothing on this page is loaded from elsewhere.</footer></main></body></html>\n"
-    )
+    resumes = list(itertools.islice(metrics.stream(run / run_folder.CHECKPOINTS / metrics.RESUMES), 10_000))
+    sections = [
+        Section("Loss", _losses(found, resumes)),
+        Section("Evaluations", _evaluations(found)),
+        Section("Learning rate and gradients", _others(found)),
+        Section("Throughput", _throughput(found)),
+        Section("Memory", _memory(found)),
+        Section("Resumes and their proofs", _resumes(run, resumes)),
+        Section("Checkpoints", _checkpoints(run)),
+        *_detections(run),
+        Section("Recipe", _recipe(run)),
+    ]
+    head = frame.top("Run", facts=[("folder", frame.code(run))]) + frame.tiles(_tiles(found, resumes))
+    return frame.page(f"Run {printable(str(run), 200)}", head, sections)
 
 
 def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) -> None:
@@ -70,102 +61,188 @@ def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) ->
 
     >>> write_run_page("runs/one", "one.html")  # doctest: +SKIP
     """
-    text = run_page(run)
-    with replacing(Path(out), overwrite, PAGE) as temporary:
-        write_bytes(temporary, text.encode())
+    frame.write(run_page(run), out, overwrite)
 
 
-def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Return step and value of every row that has a finite number under `name`."""
-    found = [(row["step"], row.get(name)) for row in rows]
-    return [(step, float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)]
+def smaller_is_better(name: str) -> bool:
+    """Whether an evaluation's number is the better the smaller it is."""
+    return any(word in name.lower() for word in ("loss", "perplexity", "error"))
 
 
-def curve(values: _Points, label: str, best: tuple[float, float] | None = None) -> str:
-    """Draw an SVG line through (step, value); a long one is thinned to the lowest and highest value of each pixel."""
-    if not values:
-        return "<p class='note'>no value was noted</p>"
-    (first, last), low, high = (values[0][0], values[-1][0]), min(v for _, v in values), max(v for _, v in values)
-    wide, tall = max(last - first, 1), (high - low) or max(abs(high), 1e-12)
+def best_of(name: str, series: Series) -> tuple[int, float] | None:
+    """Return step and value of the best evaluation."""
+    return series.best_low if smaller_is_better(name) else series.best_high
 
-    def at(step: float, value: float) -> tuple[float, float]:
-        return LEFT + (step - first) / wide * WIDTH, 8 + (high - value) / tall * HEIGHT
 
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in _thinned(values)))
-    marks = []
-    for share in (0.0, 0.5, 1.0):
-        x, y = LEFT + share * WIDTH, 8 + share * HEIGHT
-        value = high - share * tall
-        marks.append(
-            f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="axis" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-            f'<text class="axis" x="{x:.1f}" y="{HEIGHT + _BOTTOM}" text-anchor="middle">'
-            f"{_step(first + share * wide)}</text>"
-        )
-    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in (at(*p) for p in values) if len(values) <= 60]
+def main_number(found: Figures) -> str | None:
+    """Return the evaluation that is told first: average mAP, or the first one there is."""
+    names = [name for name, _ in shown(found.evaluations)]
+    return "average_mAP" if "average_mAP" in names else names[0] if names else None
+
+
+def _tiles(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> list[tuple[object, str]]:
+    """Return the figures at the head of the page."""
+    tiles: list[tuple[object, str]] = [(f"{found.last_step:,}", "step")]
+    loss = found.losses.get("loss")
+    if loss and loss.last:
+        tiles.append((f"{loss.last[1]:.4g}", "last loss"))
+    if (name := main_number(found)) and (best := best_of(name, found.evaluations[name])):
+        tiles.append((frame.figure(best[1]), f"best {name.replace('_', ' ')}, step {best[0]:,}"))
+    if found.samples:
+        tiles.append((f"{found.samples:,}", "samples"))
+    if found.seconds:
+        tiles.append((duration(found.seconds), "in updates"))
+    if resumes:
+        equal = sum(_verdict(row)[1].startswith("exact") for row in resumes)
+        tiles.append((f"{equal} of {len(resumes)}", "resumes proven exact"))
+    return tiles
+
+
+def _losses(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the loss, large, and the parts it is made of."""
+    marks = [Mark(r["step"], f"resumed from step {r['step']:,}") for r in resumes[-_MOST:]]
+    whole = found.losses.get("loss", Series())
+    best = whole.best_low if whole.blocks else None
+    parts = [curves("loss", [Line("loss", whole)], marks=marks)]
     if best is not None:
-        x, y = at(*best)
-        told = f"best: {best[1]:.4g} at step {best[0]:,.0f}"
-        dots.append(f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{told}</title></circle>')
-    width, height = LEFT + WIDTH + 40, HEIGHT + _BOTTOM + 8
-    return (
-        f'<div class="curve"><svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(marks)}<polyline points="{line}"/>{"".join(dots)}</svg></div>'
+        after = "; dashed lines are resumes" if marks else ""
+        parts.append(frame.note(f"least {frame.figure(best[1])} at step {best[0]:,}{after}"))
+    rest = [item for item in shown(found.losses) if item[0] != "loss"]
+    return "".join(parts) + _grid(rest)
+
+
+def _grid(series: Sequence[tuple[str, Series]]) -> str:
+    """Draw several small figures, two abreast where there is room."""
+    drawn = "".join(curves(name[:80], [Line(name, one)], small=True) for name, one in series[:_FEW])
+    more = frame.note(f"{len(series) - _FEW} more are not drawn") if len(series) > _FEW else ""
+    return f"<div class='pair'>{drawn}</div>{more}" if drawn else ""
+
+
+def _evaluations(found: Figures) -> str:
+    """Draw what was evaluated, the most telling number first and large, and list the last evaluations."""
+    first = main_number(found)
+    if first is None:
+        return ""
+    best = best_of(first, found.evaluations[first])
+    parts = [curves(f"{first}, evaluated", [Line(first, found.evaluations[first])], best=best)]
+    if best is not None:
+        parts.append(frame.note(f"best: {frame.figure(best[1])} at step {best[0]:,}"))
+    rest = [item for item in shown(found.evaluations) if item[0] != first]
+    parts.append(_grid([(f"{name}, evaluated", one) for name, one in rest]))
+    names = list(found.evaluations)[:_FEW]
+    rows = [[f"{step:,}", *(_four(numbers.get(name)) for name in names)] for step, numbers in reversed(found.last_rows)]
+    return "".join(parts) + frame.table("The last evaluations", ["step", *names], rows)
+
+
+def _four(value: Any) -> str:
+    """Return a figure of an evaluation."""
+    plain = isinstance(value, float) and math.isfinite(value) and abs(value) < 1e6
+    return f"{value:.4f}" if plain else frame.figure(value)
+
+
+def _others(found: Figures) -> str:
+    """Draw the learning rate, the norm of the gradients, and what else the rows hold."""
+    spoken = {"lr": "learning rate", "grad_norm": "norm of the gradients, before clipping"}
+    drawn = [(spoken.get(name, name), one) for name, one in shown(found.others) if name != "memory"]
+    return _grid(drawn)
+
+
+def _throughput(found: Figures) -> str:
+    """Draw samples a second, and what is counted a second."""
+    named = [
+        ("samples a second", found.rate),
+        ("counted in the loss (tokens, pairs, positives) a second", found.counted),
+    ]
+    return _grid([item for item in named if item[1].blocks])
+
+
+def _memory(found: Figures) -> str:
+    """Draw how much memory of the GPU was taken at most."""
+    series = found.others.get("memory")
+    if series is None or not series.blocks or series.best_high is None:
+        return ""
+    most = frame.note(f"most: {size(series.best_high[1])} at step {series.best_high[0]:,}")
+    return curves("memory of the GPU in bytes, the most until then", [Line("memory", series)], small=True) + most
+
+
+def _resumes(run: Path, resumes: Sequence[Mapping[str, Any]]) -> str:
+    """List every start that went on, and what its losses were compared with."""
+    noted = _noted(run)
+    if not resumes:
+        return frame.note(f"No resume was noted. {noted} {_OLDER}")
+    rows = [[f"{n:,}", f"{row['step']:,}", *_verdict(row)] for n, row in enumerate(resumes, 1)]
+    more = frame.note(f"{len(rows) - _MOST:,} earlier ones are not listed") if len(rows) > _MOST else ""
+    listed = frame.table(
+        "Resumes", ["resume", "from step", "losses made again", "what that says"], rows[-_MOST:], right=9
     )
+    return listed + more + frame.note(noted)
 
 
-def _step(value: float) -> str:
-    """Return a step with separators, and decimals where it has them."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+def _noted(run: Path) -> str:
+    """Say what is noted for resumes to come."""
+    count = sum(1 for _ in metrics.stream(run / run_folder.CHECKPOINTS / metrics.PROOF))
+    if not count:
+        return "No losses are noted that a resume would be compared with."
+    told = "1 step" if count == 1 else f"{count:,} steps"
+    return f"The losses of {told} after checkpoints are noted: a resume makes them again and is compared."
 
 
-def _thinned(values: _Points) -> list[tuple[float, float]]:
-    """Keep at most two values for each pixel, its extremes, so that no spike is lost."""
-    if len(values) <= 2 * WIDTH:
-        return list(values)
-    kept: list[tuple[float, float]] = []
-    size = -(-len(values) // WIDTH)
-    for start in range(0, len(values), size):
-        block = values[start : start + size]
-        ends = {min(block, key=lambda p: p[1]), max(block, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+def _verdict(row: Mapping[str, Any]) -> list[str]:
+    """Return which steps a resume made again, and whether their losses were equal."""
+    steps = row.get("steps")
+    named = ", ".join(f"{step:,}" for step in steps[:8] if isinstance(step, int)) if isinstance(steps, list) else ""
+    if row.get("equal") is True and named:
+        return [f"steps {named}", "exact: equal to the losses before, bit for bit"]
+    if row.get("equal") is False and named:
+        was, now = (_loss(row.get(key)) for key in ("was", "now"))
+        differs = row.get("differs")
+        facts = ", ".join(map(str, differs[:8])) if isinstance(differs, list) and differs else ""
+        why = f"differs in {facts}" if facts else "nothing in torch, device, threads or split differs"
+        return [f"step {named}", f"not bitwise what it was: loss {was}, then {now}; {why}"]
+    return ["none", "nothing to compare: no later step had been made before"]
 
 
-def _head(run: Path, updates: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page's head: the folder, and tiles with the last figures."""
-    last = max((row["step"] for row in (*updates, *evaluations)), default=0)
-    tiles = [("step", f"{last:,}")]
-    if losses := points(updates, "loss"):
-        tiles.append(("last loss", f"{losses[-1][1]:.4g}"))
-    if evaluations:
-        scores = [v for _, v in points([{"step": r["step"], **r["evaluation"]} for r in evaluations], "average_mAP")]
-        tiles += [("best average mAP", f"{max(scores):.4f}")] if scores else []
-    body = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles)
-    where = escape(printable(str(run), 400))
-    return (
-        f"<header><h1>Run</h1><dl><dt>folder</dt><dd><code>{where}</code></dd></dl></header>"
-        f"<div class='tiles'>{body}</div>"
-    )
+def _loss(value: Any) -> str:
+    """Return a loss of a row, which is in hexadecimal there."""
+    try:
+        return repr(float.fromhex(value))
+    except (TypeError, ValueError, OverflowError):
+        return "?"
 
 
-def _section(title: str, parts: Sequence[str]) -> str:
-    """Return parts under a title."""
-    return f"<section><h2>{escape(printable(title, 100))}</h2><div class='scroll'>{''.join(parts)}</div></section>"
+def _checkpoints(run: Path) -> str:
+    """List the checkpoints that are there, with their sizes."""
+    try:
+        steps = run_folder.steps(run)
+        marks = {which: run_folder.named_step(run, which) for which in ("latest", "best")}
+    except TensorkeepError as error:
+        return frame.note(error.line)
+    rows = []
+    for step in steps[:_MOST]:
+        folder = run_folder.folder_of(run, step)
+        held = sum(path.lstat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+        rows.append([f"{step:,}", ", ".join(which for which, at in marks.items() if at == step), size(held)])
+    more = frame.note(f"{len(steps) - _MOST:,} earlier ones are not listed") if len(steps) > _MOST else ""
+    return frame.table("Checkpoints", ["step", "named", "size"], rows, right=2) + more
 
 
-def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Return the last evaluations as a table."""
-    head = "".join(f"<th class='num'>{escape(printable(name, 60))}</th>" for name in ("step", *names))
-    body = "".join(
-        f"<tr><td class='num'>{row['step']:,}</td>"
-        + "".join(f"<td class='num'>{_figure(row['evaluation'].get(name))}</td>" for name in names)
-        + "</tr>"
-        for row in evaluations[-20:]
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+def _detections(run: Path) -> list[Section]:
+    """Return what is told of a run's predictions."""
+    if not (run / PREDICTIONS).is_file():
+        return []
+    from tensorkeep.commands.report.detections import sections_of_run
+
+    return sections_of_run(run, run / PREDICTIONS)
 
 
-def _figure(value: Any) -> str:
-    """Return a figure for the table."""
-    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+def _recipe(run: Path) -> str:
+    """Return the recipe's text, behind a click."""
+    path = run / RECIPE
+    if not path.is_file():
+        return ""
+    try:
+        words = read_small(path, 256 << 10).decode("utf-8", "replace")
+    except TensorkeepError as error:
+        return frame.note(error.line)
+    lines = "\n".join(frame.text(line, 2000) for line in words.splitlines()[:2000])
+    return frame.folded("The recipe with every field", f"<pre>{lines}</pre>")

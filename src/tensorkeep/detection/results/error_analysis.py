@@ -10,6 +10,8 @@ A detection that is no true positive is, by the annotated segment it overlaps mo
 - `confusion`: another class, 0.1 <= IoU < a,
 - `background`: IoU < 0.1 with everything.
 
+Its price is the gain: by how much the mAP would be higher if none of the looked at detections were of that kind.
+
 Numpy only; the picture is SVG text.
 """
 
@@ -18,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +44,24 @@ PICTURE = lone_file(
 _LOOSE = 0.1  # below this overlap a detection is background
 
 
+class ClassErrors(NamedTuple):
+    """What the G best detections of one class are, G being its number of annotated segments.
+
+    Attributes:
+        label: its name.
+        segments: annotated ones.
+        missed: how many of these no detection, of any rank, was matched to.
+        ap: average precision.
+        kinds: how many detections are each of `KINDS`.
+    """
+
+    label: str
+    segments: int
+    missed: int
+    ap: float
+    kinds: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ErrorAnalysis:
     """What the detections are, and which annotated segments no detection meets.
@@ -49,12 +71,18 @@ class ErrorAnalysis:
         kinds: [blocks, 6], share of each of `KINDS` among the first, second, ... G detections of each class.
         missed: rows (what, bin, annotated segments in it, share of them that is missed).
         notes: sentences on what has no counterpart.
+        map: mean average precision at `tiou`, interpolated, over the classes of the subset.
+        gains: [6], by how much `map` would be higher without the detections of each of `KINDS`; 0 of true positives.
+        classes: the same by class, in order of their names.
     """
 
     tiou: float
     kinds: NDArray[np.float64]
     missed: tuple[tuple[str, str, int, float], ...]
     notes: tuple[str, ...] = ()
+    map: float = 0.0
+    gains: tuple[float, ...] = ()
+    classes: tuple[ClassErrors, ...] = ()
 
     def table(self) -> list[list[str]]:
         """Return rows of text: the kinds for each block of G detections, then what is missed; figures in percent."""
@@ -71,6 +99,9 @@ class ErrorAnalysis:
             "kinds": [dict(zip(KINDS, row.tolist(), strict=True)) for row in self.kinds],
             "missed": [dict(zip(("what", "bin", "segments", "share"), row, strict=True)) for row in self.missed],
             "notes": list(self.notes),
+            "mAP": self.map,
+            "gains": dict(zip(KINDS, self.gains, strict=True)) if self.gains else {},
+            "classes": [row._asdict() | {"kinds": dict(zip(KINDS, row.kinds, strict=True))} for row in self.classes],
         }
 
     def picture(self) -> str:
@@ -150,7 +181,48 @@ def analyse_errors(
     met[match[match >= 0]] = True
     counts = counts[: int(np.flatnonzero(counts.sum(axis=1)).max(initial=0)) + 1]  # blocks that nothing reaches
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return ErrorAnalysis(tiou, shares, tuple(_missed(annotations, subset, detections, columns, met)), tuple(notes))
+    missed = tuple(_missed(annotations, subset, detections, columns, met))
+    ap = _precision(columns, match >= 0)
+    own = _by_class(columns, chosen[block == 0], kind[block == 0], met, ap)
+    gains = _gains(columns, match >= 0, chosen, kind, float(ap.mean()))
+    return ErrorAnalysis(tiou, shares, missed, tuple(notes), float(ap.mean()), gains, own)
+
+
+def _gains(columns: Columns, hit: NDArray[np.bool_], chosen: Ints, kind: Ints, now: float) -> tuple[float, ...]:
+    """Return by how much the mAP rises without the chosen detections of each kind."""
+    found = [0.0]
+    for number in range(1, len(KINDS)):
+        taken = np.ones(len(hit), dtype=bool)
+        taken[chosen[kind == number]] = False
+        found.append(float(_precision(columns, hit, taken).mean()) - now)
+    return tuple(found)
+
+
+def _precision(columns: Columns, hit: NDArray[np.bool_], taken: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Return [C] average precision, interpolated, of the detections that are taken (all of them without)."""
+    total = np.bincount(columns.true_labels, minlength=len(columns.classes))
+    order = np.lexsort((-columns.scores, columns.labels))
+    order = order[columns.labels[order] >= 0] if taken is None else order[(columns.labels >= 0)[order] & taken[order]]
+    bounds = np.searchsorted(columns.labels[order], np.arange(len(columns.classes) + 1))
+    ap = np.zeros(len(columns.classes))
+    for number, (first, last) in enumerate(pairwise(bounds.tolist())):
+        found = hit[order[first:last]]
+        precision = np.cumsum(found) / np.arange(1, len(found) + 1)
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+        ap[number] = precision[found].sum() / total[number]
+    return ap
+
+
+def _by_class(
+    columns: Columns, best: Ints, kind: Ints, met: NDArray[np.bool_], ap: NDArray[np.float64]
+) -> tuple[ClassErrors, ...]:
+    """Count the kinds of the G best detections of each class, and its missed segments."""
+    counts = np.zeros((len(columns.classes), len(KINDS)), dtype=np.int64)
+    np.add.at(counts, (columns.labels[best], kind), 1)
+    total = np.bincount(columns.true_labels, minlength=len(columns.classes))
+    found = np.bincount(columns.true_labels[met], minlength=len(columns.classes))
+    rows = zip(columns.classes, total.tolist(), (total - found).tolist(), ap.tolist(), counts.tolist(), strict=True)
+    return tuple(ClassErrors(name, own, lost, value, tuple(kinds)) for name, own, lost, value, kinds in rows)
 
 
 def _best_detections(columns: Columns, best: int) -> tuple[Ints, Ints]:

@@ -55,6 +55,9 @@ td, th { text-align: left; padding: 2px 20px 2px 0; }
 def row_seconds(duration: float) -> float:
     """Return the seconds that a line shows: all of a short video, else a round length that needs few lines.
 
+    Args:
+        duration: seconds of the video.
+
     Example:
         >>> row_seconds(42.5), row_seconds(1800), row_seconds(3 * 3600)
         (42.5, 120.0, 600.0)
@@ -170,6 +173,12 @@ def jpeg(picture: NDArray[np.uint8], height: int = STRIP) -> bytes:
 
 def clock(seconds: float) -> str:
     """Write seconds as `[H:]M:SS` with hundredths.
+
+    Args:
+        seconds: the time.
+
+    Returns:
+        The text.
 
     Example:
         >>> clock(7.25), clock(3723.04)
