@@ -7,6 +7,7 @@ a difference is told with both numbers and what differs between the two starts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,18 @@ class Proof:
         facts: what `_resume.facts` says of this start.
         resumed: the step the run goes on from, None where it begins anew.
         say: where the verdict goes; None on a rank that only takes part in the sums.
+        tell: is given the steps of a verdict, and whether their losses are equal.
     """
 
-    def __init__(self, run: Path, facts: dict[str, Any], resumed: int | None, say: Output | None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        facts: dict[str, Any],
+        resumed: int | None,
+        say: Output | None,
+        tell: Callable[[list[int], bool], None] = lambda steps, equal: None,
+    ) -> None:
+        self.tell = tell
         self.path, self.facts, self.say, self.since = run / "checkpoints" / metrics.PROOF, facts, say, resumed
         self.confirmed: list[int] = []
         self.waiting: list[metrics.Row] = []  # of a first checkpoint that is still on its way to the disk
@@ -82,6 +92,7 @@ class Proof:
         if self.confirmed and self.say is not None:
             steps = ", ".join(map(str, self.confirmed))
             self.say.remark(f"exact resume confirmed for steps {steps}: their losses are equal, bit for bit")
+            self.tell(self.confirmed, True)
         self.confirmed = []
 
     def _differs(self, then: metrics.Row, value: str) -> None:
@@ -92,6 +103,7 @@ class Proof:
         facts = [f"{k} {v} -> {self.facts.get(k)}" for k, v in noted.items() if v != self.facts.get(k)]
         why = f"; differs in {', '.join(facts)}" if facts else "; nothing in torch, device, threads or split differs"
         self.say.remark(f"step {then['step']} is not bitwise what it was: loss {before!r}, now {after!r}{why}")
+        self.tell([then["step"]], False)
 
 
 def _sound(row: metrics.Row) -> bool:
