@@ -14,7 +14,7 @@ from tensorkeep.output import Output
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
-from tensorkeep.training.status import STATUS, StatusFile, ours
+from tensorkeep.training.status import STATUS, StatusFile, finished, ours
 
 if TYPE_CHECKING:
     from tensorkeep.training.hosts import Hosts
@@ -70,7 +70,7 @@ def told(run: Run) -> Iterator[None]:
     """Keep status.json for the body: that the run is under way, and what ended it where it fails."""
     if run.world.first and not ours(run.folder):
         run.say.remark(f"note: {run.folder / STATUS} is no run's, so `tensorkeep watch` is told nothing")
-    elif run.world.first:
+    elif run.world.first and not finished(run.folder, run.step, run.loop.updates):
         fixed = {"updates": run.loop.updates, "batch": run.loop.batch, "pace": list(run.job.pace)}
         run.status = StatusFile(run.folder, {**fixed, "ranks": run.world.size, "level": run.level})
         run.status.note(step=run.step, resumed=run.step if run.level else None)

@@ -106,6 +106,14 @@ def ours(run: Path) -> bool:
         return False
 
 
+def finished(run: Path, step: int, updates: int) -> bool:
+    """Return whether the run is said to have ended at this step, of so many: there is nothing to add to that."""
+    found = read_status(run)
+    if found is None or found["state"] not in ("done", "stopped early"):
+        return False
+    return bool((found["step"], found["updates"]) == (step, updates))
+
+
 def read_status(run: Path) -> dict[str, Any] | None:
     """Read the status of a run, as far as its values are what they should be.
 
