@@ -96,3 +96,13 @@ def test_the_exit_codes_of_the_help_are_those_of_the_page() -> None:
     listed = {code for row in re.findall(r"^\| (\d[\d, ]*) \|", page, re.MULTILINE) for code in re.findall(r"\d+", row)}
     told = set(re.findall(r"(?<=[ ;] )\d+|(?<=: )\d+", ENDS))
     assert told <= listed and {"0", "1", "2", "3", "75", "130"} == told
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+@pytest.mark.parametrize(
+    ("line", "wanted"), [("tensorkeep conv", {"convert"}), ("tensorkeep train ", {"detection", "language"})]
+)
+def test_fish_completes_commands(line: str, wanted: set[str], scripts: dict[str, Path], tmp_path: Path) -> None:
+    told = ["fish", "--no-config", "-c", f"source {scripts['fish']}; complete -C '{line}'"]
+    done = subprocess.run(told, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert {offered.partition("\t")[0] for offered in done.stdout.splitlines()} >= wanted and done.stderr == ""

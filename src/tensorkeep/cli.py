@@ -47,6 +47,7 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "recipe show": None,
     "train language": "language",
     "train detection": "detection",
+    "watch": None,
     "generate": "language",
     "predict": "detection",
     "check detection": "detection",
@@ -64,14 +65,14 @@ GROUPS = {
 USERS = {
     "Checkpoints": ("inspect", "diff", "verify", "diagnose", "explain", "repair", "convert", "merge"),
     "Identity and signing": ("identify", "prove", "sign", "replay"),
-    "Training": ("check", "train", "eval", "recipe", "report"),
+    "Training": ("check", "train", "watch", "eval", "recipe", "report"),
     "Language models": ("generate",),
     "Video": ("predict", "features"),
     "This installation": ("demo", "doctor", "completion"),
 }
 ENDS = (  # below every command's help
-    "Exit codes: 0 done; 1 findings, differences or input left out; 2 wrong usage or input; 3 inconclusive; 75 a "
-    "training run that the same command goes on with; 130 interrupted."
+    "Exit codes: 0 done; 1 findings, differences, a failed run or input left out; 2 wrong usage or input; 3 "
+    "inconclusive; 75 a training run that the same command goes on with; 130 interrupted."
 )
 
 _OVER_FILES = ("inspect", "diff", "verify", "convert", "merge", "diagnose", "repair")

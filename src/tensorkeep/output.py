@@ -3,19 +3,22 @@
 Whatever it is told, nothing that commands a terminal gets out (`errors.visible`), and no password in a URL.
 
 `--json` gives one document on stdout; `--quiet` leaves errors and data. Progress shows on a terminal only, with bytes
-and the time left. rich is imported when a table or a bar is drawn, not before.
+and the time left; a terminal that takes no commands (TERM=dumb) and a CI's log get plain lines. rich is imported when a
+table is drawn, not before.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TextIO
 
 from tensorkeep.errors import TensorkeepError, masked, printable, visible
 
@@ -42,23 +45,27 @@ class Output:
     def line(self, text: str = "") -> None:
         """Print a line of data for people; silent under --json."""
         if not self.json:
+            _wipe()
             sys.stdout.write(visible(text) + "\n")
 
     def piece(self, text: str) -> None:
         """Print a piece of data for people at once, without a line's end; silent under --json."""
         if not self.json:
+            _wipe()
             sys.stdout.write(visible(text))
             sys.stdout.flush()
 
     def remark(self, text: str) -> None:
         """Print a note, a warning or what was done on stderr."""
         if not self.quiet:
+            _wipe()
             sys.stderr.write(visible(text) + "\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
         """Print a table on stdout; plain text where stdout is not a terminal, so that it can be piped."""
         if self.json:
             return
+        _wipe()
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -75,6 +82,7 @@ class Output:
 
     def error(self, error: TensorkeepError) -> None:
         """Print an error and its hint on stderr, and as the document under --json."""
+        _wipe()
         sys.stderr.write(f"error: {error.line}\n")
         if error.hint:
             sys.stderr.write(f"hint: {visible(error.hint)}\n")
@@ -86,7 +94,7 @@ class Output:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
         """Give a callback (what, bytes done, bytes in all) that draws a bar, with rate and time left."""
-        if self.quiet or self.json or not sys.stderr.isatty():
+        if self.quiet or self.json or not drawable(sys.stderr):
             yield lambda _what, _done, _total: None
             return
         bar = _Bar()
@@ -97,7 +105,56 @@ class Output:
 
     def status(self) -> Status | None:
         """Return a line that a long run keeps up to date; None where nobody is to see one."""
-        return None if self.quiet or self.json else Status(sys.stderr.isatty())
+        return None if self.quiet or self.json else Status(drawable(sys.stderr))
+
+    @contextlib.contextmanager
+    def page(self) -> Iterator[Callable[[Callable[[int], Sequence[str]]], None] | None]:
+        """Give what draws lines over a whole terminal, which afterwards shows again what it showed before.
+
+        It takes a function from columns to lines. A longer line goes on in the next; below the last row all is cut.
+
+        Yields:
+            What draws; None where stderr is no terminal or nobody is to see anything.
+        """
+        if self.quiet or self.json or not drawable(sys.stderr):
+            yield None
+            return
+
+        def draw(lines: Callable[[int], Sequence[str]]) -> None:
+            columns, rows = screen(sys.stderr)
+            told = [printable(line) for line in lines(columns)]
+            cut = [line[at : at + columns] for line in told for at in range(0, max(len(line), 1), columns)]
+            sys.stderr.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in cut[: rows - 1]) + "\x1b[J")
+            sys.stderr.flush()
+
+        sys.stderr.write("\x1b[?1049h\x1b[?7l\x1b[?25l")  # another screen, no wrapping, no cursor
+        try:
+            yield draw
+        finally:
+            sys.stderr.write("\x1b[?25h\x1b[?7h\x1b[?1049l")
+            sys.stderr.flush()
+
+
+def drawable(stream: TextIO) -> bool:
+    """Tell whether a line may be redrawn there: a terminal that takes commands, and no log of a CI.
+
+    Args:
+        stream: stdout or stderr.
+    """
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and os.environ.get("CI", "") in ("", "false", "0")
+
+
+def screen(stream: TextIO) -> tuple[int, int]:
+    """Return the columns and rows of a terminal as they are now; 80 and 24 where it does not say.
+
+    Args:
+        stream: stdout or stderr, on a terminal.
+    """
+    try:
+        columns, rows = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):
+        columns, rows = 0, 0
+    return columns or 80, rows or 24
 
 
 class Status:
@@ -107,23 +164,111 @@ class Status:
         self.terminal, self.last = terminal, 0.0
         self.first: tuple[float, int] | None = None
 
-    def show(self, text: str, done: int, total: int) -> None:
-        """Show `text` about update `done` of `total`; the time left follows from the pace since the first call."""
+    def show(self, text: str, done: int, total: int, parts: Callable[[], Sequence[str]] | None = None) -> None:
+        """Show `text` about update `done` of `total`; the time left follows from the pace since the first call.
+
+        On a terminal `parts` are shown instead where they are given, the first ones where not all find room.
+        """
         now = time.monotonic()
         self.first = self.first or (now, done)
         if now - self.last < (0.1 if self.terminal else 30.0) and done < total:
             return
         self.last = now
         pace = (now - self.first[0]) / (done - self.first[1]) if done > self.first[1] else 0.0
-        left = f"  {duration(pace * (total - done))} left" if pace and done < total else ""
-        line = f"step {done}/{total}  {printable(text)}{left}"
-        sys.stderr.write(f"\r\x1b[2K{line}" if self.terminal else line + "\n")
-        sys.stderr.flush()
+        left = f"{duration(pace * (total - done))} left" if pace and done < total else ""
+        step = f"step {done}/{total}"
+        if self.terminal:
+            told = [step, left, *parts()] if parts is not None else [step, text, left]
+            _draw(fitted([printable(part) for part in told if part], screen(sys.stderr)[0] - 1))
+        else:
+            sys.stderr.write(f"{step}  {printable(text)}{'  ' + left if left else ''}\n")
+            sys.stderr.flush()
 
     def close(self) -> None:
         """End the line."""
-        if self.terminal and self.last:
-            sys.stderr.write("\n")
+        end_line()
+
+
+def fitted(parts: Sequence[str], width: int) -> str:
+    """Join the parts that fit in a line, left to right; the first one is cut where even that is too long.
+
+    Args:
+        parts: the most important first.
+        width: columns that there are.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> fitted(["step 1/9", "loss 2.5", "lr 1e-4"], 20)
+        'step 1/9  loss 2.5'
+    """
+    line = parts[0][: max(width, 1)]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) <= width:
+            line += f"  {part}"
+    return line
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Iterable[float], width: int, stream: TextIO) -> str:
+    """Draw numbers as a row of bars from their lowest to their highest, each the mean of as many of them.
+
+    Args:
+        values: finite numbers, oldest first.
+        width: bars at most.
+        stream: where they go; "" where its encoding has no bars.
+
+    Returns:
+        The bars; "" for fewer than two numbers.
+
+    Example:
+        >>> sparkline([3.0, 2.0, 1.0], 10, sys.stdout) in ("█▅▁", "")
+        True
+    """
+    try:
+        _BARS.encode(stream.encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return ""
+    values = list(values)
+    if len(values) < 2:
+        return ""
+    count = min(width, len(values))
+    edges = [len(values) * n // count for n in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    return "".join(_BARS[round((m - low) / (high - low) * 7) if high > low else 0] for m in means)
+
+
+_drawn = False  # whether a line that is redrawn stands on the terminal, and the cursor at its end
+
+
+def _draw(line: str) -> None:
+    """Draw the line anew."""
+    global _drawn
+    sys.stderr.write(f"\r\x1b[2K{line}")
+    sys.stderr.flush()
+    _drawn = True
+
+
+def _wipe() -> None:
+    """Take the line away, where something else is to be printed; it comes again with the next update."""
+    global _drawn
+    if _drawn:
+        sys.stderr.write("\r\x1b[2K")
+        sys.stderr.flush()
+        _drawn = False
+
+
+def end_line() -> None:
+    """Let the line stay as it is, and go to the next one; nothing where none is drawn."""
+    global _drawn
+    if _drawn:
+        sys.stderr.write("\n")
+        sys.stderr.flush()
+        _drawn = False
 
 
 def duration(seconds: float) -> str:
@@ -149,7 +294,7 @@ class _Bar:
     """One line on stderr, redrawn a few times a second and wiped at the end; cheap enough to call per chunk."""
 
     def __init__(self) -> None:
-        self.what, self.started, self.drawn, self.lock = "", 0.0, False, threading.Lock()
+        self.what, self.started, self.lock = "", 0.0, threading.Lock()
         self.last = 0.0
 
     def update(self, what: str, done: int, total: int) -> None:
@@ -160,20 +305,17 @@ class _Bar:
                 self.what, self.started, self.last = what, now, now
             if now - self.started < 1.0 or (now - self.last < 0.1 and done < total):
                 return
-            self.last, self.drawn = now, True
+            self.last = now
             rate = done / max(now - self.started, 1e-9)
             left = (total - done) / rate if rate else 0.0
             filled = int(24 * done / total) if total else 24
             bar = f"{'━' * filled}{'╌' * (24 - filled)}"
             spoken = f"{size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
-            sys.stderr.write(f"\r\x1b[2K{printable(what, 80):<8} {bar} {spoken}")
-            sys.stderr.flush()
+            _draw(f"{printable(what, 80):<8} {bar} {spoken}"[: screen(sys.stderr)[0] - 1])
 
     def close(self) -> None:
         """Wipe the line."""
-        if self.drawn:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
+        _wipe()
 
 
 def _escaped(cell: object) -> str:

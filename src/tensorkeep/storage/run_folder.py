@@ -37,7 +37,7 @@ from tensorkeep.storage.run_manifest import (
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 MODEL, ADAPTER, OPTIMIZER, EMA = "model.safetensors", "adapter.safetensors", "optimizer.safetensors", "ema.safetensors"
 METADATA = ".metadata"  # of a checkpoint in shards, instead of the three files before
-LATEST, BEST, _LOCK = "latest", "best", ".lock"
+LATEST, BEST, LOCK = "latest", "best", ".lock"
 _PID = re.compile(rb"(\d{1,20}\n?)?")  # all that a lock file ever holds
 
 
@@ -292,7 +292,7 @@ def delete(run: Path, gone: Sequence[int]) -> list[Path]:
 
 # -- one writer a run ---------------------------------------------------------------------------------------------
 
-_held: dict[tuple[int, str], None] = {}  # (pid, run): a record lock does not keep its own process out
+held: dict[tuple[int, str], None] = {}  # (pid, run): a record lock does not keep its own process out
 
 
 @contextmanager
@@ -313,8 +313,8 @@ def locked(run: Path, wait: float = 0.0) -> Iterator[None]:
         TensorkeepError: another process, which is named, or this one holds the lock; or the file is a link or not ours,
             and stays as it is.
     """
-    path, mine = run / _LOCK, (os.getpid(), str(run.resolve()))
-    if mine in _held:
+    path, mine = run / LOCK, (os.getpid(), str(run.resolve()))
+    if mine in held:
         raise TensorkeepError("this process saves into it already", where=run, hint="close the other Saver first")
     with explained(run):
         make_folder(run)
@@ -338,11 +338,11 @@ def locked(run: Path, wait: float = 0.0) -> Iterator[None]:
                     time.sleep(0.2)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        _held[mine] = None
+        held[mine] = None
         try:
             yield
         finally:
-            _held.pop(mine, None)
+            held.pop(mine, None)
     finally:
         os.close(handle)
 

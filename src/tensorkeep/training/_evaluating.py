@@ -40,7 +40,9 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
     if not evaluation_due(run):
         return
     with watchdog.doing("evaluation of step", run.step):
+        log.doing("evaluation", run.step)
         made = evaluated(run.job, run.world, wish, _precision(run.loop, run.world))
+        log.doing(None, run.step)
         found = {name: float(value) for name, value in made.items()}
         numbers: dict[str, Any] = metrics.finite(distributed.gathered(run.world, found)[0])
     name = (run.loop.best or "").removeprefix("-")

@@ -6,22 +6,30 @@ Numbers leave the device only for updates that are logged, so the others wait fo
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.output import Output, size
+from tensorkeep.output import Output, size, sparkline
 from tensorkeep.training import distributed, metrics
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.status import StatusFile
+
+if TYPE_CHECKING:
+    from tensorkeep.training.saver import Saver
 
 NOTHING = 20  # updates of a loss that is exactly 0
+_BARS, _KEPT = 16, 512  # bars of the losses on a terminal, and how many of these they are about
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,34 @@ def due(step: int, every: int | None) -> bool:
 
 
 class Log:
-    """Writes the rows of a run; every rank calls `note`, the first one writes."""
+    """Writes the rows of a run; every rank calls `note`, the first one writes.
 
-    def __init__(self, run: Path, job: Job, loop: Loop, world: World, scaler: Any, say: Output) -> None:
+    Args:
+        run: the run's folder.
+        job: what trains.
+        loop: how it is to go.
+        world: this process among its peers.
+        scaler: torch's gradient scaler.
+        say: where the status line goes.
+        status: the run's status.json; None on other ranks than the first.
+        saver: writes the run's checkpoints.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        job: Job,
+        loop: Loop,
+        world: World,
+        scaler: Any,
+        say: Output,
+        status: StatusFile | None = None,
+        saver: Saver | None = None,
+    ) -> None:
         self.path, self.job, self.loop, self.world, self.scaler = run / metrics.METRICS, job, loop, world, scaler
+        self.file, self.saver = status, saver
+        self.losses: deque[float] = deque(maxlen=_KEPT)
+        self.proof = ""  # what the last steps that were made again said of the resume
         self.since, self.steps, self.counted = time.monotonic(), 0, 0.0
         self.status = say.status() if world.first else None
         self.zero: int | None = None  # the update from which on every loss that was read is exactly 0
@@ -60,6 +92,8 @@ class Log:
             TensorkeepError: the loss is not finite (V01), or exactly 0 for too long; on every rank alike.
         """
         self.steps, self.counted = self.steps + 1, self.counted + made.count
+        if self.file and self.file.due:
+            self.file.note(step=step, doing=None, memory=self._memory())
         if not (due(step, self.loop.log_every) or step == self.loop.updates or step == 1):
             return
         names = sorted(made.losses)
@@ -85,11 +119,13 @@ class Log:
             "seconds": (now - self.since) / self.steps,
         }
         self.write(row)
+        if math.isfinite(row["loss"]):
+            self.losses.append(row["loss"])
         if self.status:
             unit, each = self.job.pace
             amount = self.counted if each is None else self.steps * self.loop.batch * each
-            line = self._line(row, f"{amount / max(now - self.since, 1e-9):,.0f} {unit}/s")
-            self.status.show(line, step, self.loop.updates)
+            rate = f"{amount / max(now - self.since, 1e-9):,.0f} {unit}/s"
+            self.status.show(self._line(row, rate), step, self.loop.updates, lambda: self._parts(row, rate))
         self.since, self.steps, self.counted = now, 0, 0.0
 
     def _refuse_nothing(self, step: int, loss: float) -> None:
@@ -117,11 +153,43 @@ class Log:
 
     def _line(self, row: Mapping[str, Any], rate: str) -> str:
         """The status line."""
-        held = torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else 0
-        memory = f"  {size(held)}" if held else ""
+        memory = f"  {size(self._memory())}" if self.world.device.type == "cuda" and self._memory() else ""
         return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3g}  {rate}{memory}"
 
+    def _parts(self, row: Mapping[str, Any], rate: str) -> list[str]:
+        """What a terminal shows after step and time left, the most important first."""
+        bars, saved = sparkline(self.losses, _BARS, sys.stderr), self.saver.newest if self.saver else None
+        return [
+            f"loss {row['loss']:.4f}",
+            bars,
+            rate,
+            f"{size(self._memory())} memory",
+            "" if saved is None else f"saved {saved}",
+            self.proof,
+            f"lr {row['lr']:.2e}",
+            f"|g| {row['grad_norm']:.3g}",
+        ]
+
+    def _memory(self) -> int:
+        """The most bytes that this process has held at once: of the GPU, without one of the machine."""
+        if self.world.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.world.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def proven(self, steps: list[int], equal: bool) -> None:
+        """Note what the losses of steps that were made again say of the resume."""
+        self.proof = "resume exact" if equal else f"resume differs at {steps[0]}"
+        if self.file:
+            self.file.note(proof={"steps": steps, "equal": equal})
+
+    def doing(self, what: str | None, step: int) -> None:
+        """Note that the run is at something that may take long, or no longer (None)."""
+        if self.file:
+            self.file.note(doing=what, step=step)
+
     def close(self) -> None:
-        """End the status line."""
+        """End the status line, and note how much memory it took."""
+        if self.file:
+            self.file.note(memory=self._memory())
         if self.status:
             self.status.close()

@@ -8,6 +8,7 @@ a difference is told with both numbers and what differs between the two starts. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,18 @@ class Proof:
         facts: what `_resume.facts` says of this start.
         resumed: the step the run goes on from, None where it begins anew.
         say: where the verdict goes; None on a rank that only takes part in the sums.
+        tell: is given the steps of a verdict, and whether their losses are equal.
     """
 
-    def __init__(self, run: Path, facts: dict[str, Any], resumed: int | None, say: Output | None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        facts: dict[str, Any],
+        resumed: int | None,
+        say: Output | None,
+        tell: Callable[[list[int], bool], None] = lambda steps, equal: None,
+    ) -> None:
+        self.tell = tell
         self.path, self.facts, self.say, self.since = run / "checkpoints" / metrics.PROOF, facts, say, resumed
         self.resumed, self.resumes = resumed, self.path.with_name(metrics.RESUMES)
         self.confirmed: list[int] = []
@@ -89,6 +99,7 @@ class Proof:
             steps = ", ".join(map(str, self.confirmed))
             self.say.remark(f"exact resume confirmed for steps {steps}: their losses are equal, bit for bit")
             self._came_to(True, self.confirmed)
+            self.tell(self.confirmed, True)
         self.confirmed = []
 
     def _came_to(self, equal: bool | None, steps: list[int], **more: Any) -> None:
@@ -105,6 +116,7 @@ class Proof:
         self._came_to(False, [then["step"]], was=then["loss"], now=value, differs=facts)
         why = f"; differs in {', '.join(facts)}" if facts else "; nothing in torch, device, threads or split differs"
         self.say.remark(f"step {then['step']} is not bitwise what it was: loss {before!r}, now {after!r}{why}")
+        self.tell([then["step"]], False)
 
 
 def _sound(row: metrics.Row) -> bool:

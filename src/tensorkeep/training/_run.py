@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from tensorkeep.output import Output
 from tensorkeep.training._graphs import Recorded
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
+from tensorkeep.training.status import STATUS, StatusFile, finished, ours
 
 if TYPE_CHECKING:
     from tensorkeep.training.hosts import Hosts
@@ -37,6 +40,7 @@ class Run:
         samples: samples consumed by them, over all ranks.
         evaluations: what each evaluation gave, `{"step": ..., name: value}`.
         level: how exact the resume was, None where the run began anew.
+        status: the run's status.json, on the first rank once the start is through.
     """
 
     job: Job
@@ -53,8 +57,26 @@ class Run:
     samples: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     level: str | None = None
+    status: StatusFile | None = None
 
 
 def trained(job: Job) -> list[Tensor]:
     """List the parameters that the optimizer changes."""
     return [p for group in job.optimizer.param_groups for p in group["params"]]
+
+
+@contextlib.contextmanager
+def told(run: Run) -> Iterator[None]:
+    """Keep status.json for the body: that the run is under way, and what ended it where it fails."""
+    if run.world.first and not ours(run.folder):
+        run.say.remark(f"note: {run.folder / STATUS} is no run's, so `tensorkeep watch` is told nothing")
+    elif run.world.first and not finished(run.folder, run.step, run.loop.updates):
+        fixed = {"updates": run.loop.updates, "batch": run.loop.batch, "pace": list(run.job.pace)}
+        run.status = StatusFile(run.folder, {**fixed, "ranks": run.world.size, "level": run.level})
+        run.status.note(step=run.step, resumed=run.step if run.level else None)
+    try:
+        yield
+    except BaseException as error:
+        if run.status:
+            run.status.failed(error)
+        raise

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import IO
 
+from tensorkeep.output import end_line
+
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STACKS = signal.SIGUSR2  # to a process that fetches data, by the one that it works for
 ECHO = 1.0  # seconds; a terminal and a launcher both pass the same wish on, which is not asking twice
@@ -54,6 +56,7 @@ class Wish:
         """Note a signal, as its handler."""
         if self.signal is not None:
             if time.monotonic() - self._since > ECHO:
+                end_line()
                 os._exit(128 + number)  # half-written files bear a temporary name: nothing is lost by leaving now
             return
         self.signal, self._since = number, time.monotonic()

@@ -32,7 +32,7 @@ from tensorkeep.training._graphs import Recorded
 from tensorkeep.training._logbook import Log, Update, due
 from tensorkeep.training._proof import Proof
 from tensorkeep.training._room import check as check_room
-from tensorkeep.training._run import Run, trained
+from tensorkeep.training._run import Run, told, trained
 from tensorkeep.training._update import share, update
 from tensorkeep.training.batches import Data, Positions, Stream, batches, is_flow, streamed
 from tensorkeep.training.distributed import World
@@ -131,11 +131,14 @@ def _fit(
             distributed.same_start(world, trained(job))
             record = Recorded(lambda batch, divisor: share(under_way, model, batch, divisor, 1), trained(job))
             under_way.recorded = record
-        with listening() as wish, watchdog.compiling() if loop.compile else contextlib.nullcontext():
+        compiling = watchdog.compiling() if loop.compile else contextlib.nullcontext()
+        with told(under_way), listening() as wish, compiling:
             reason = _go(under_way, model, wish)
             with watchdog.doing("last save"):
                 if saver:
                     saver.wait()
+            if under_way.status:
+                under_way.status.note(state=reason, step=under_way.step, doing=None)
     last = under_way.evaluations[-1] if under_way.evaluations else {}
     numbers = {k: v for k, v in last.items() if k != "step"}
     return Outcome(under_way.step, under_way.samples, reason, numbers, under_way.level)
@@ -146,8 +149,8 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
     job, loop, world = run.job, run.loop, run.world
     saved = run.step  # the newest step with a checkpoint; none is made of a run that has not begun
     resumed, say = saved if run.level else None, run.say if world.first else None
-    proof = Proof(run.folder, resuming.facts(loop, world), resumed, say)
-    log = Log(run.folder, job, loop, world, run.scaler, run.say)
+    log = Log(run.folder, job, loop, world, run.scaler, run.say, run.status, run.saver)
+    proof = Proof(run.folder, resuming.facts(loop, world), resumed, say, log.proven)
     parts = _batches(run)
     try:
         while True:

@@ -93,8 +93,15 @@ def _row(line: bytes) -> Row | None:
 def finite(value: Any) -> Any:
     """Replace every NaN and infinity in nested values by None, since JSON has none.
 
-    >>> finite({"loss": float("nan"), "evaluation": {"mAP": 0.5}})
-    {'loss': None, 'evaluation': {'mAP': 0.5}}
+    Args:
+        value: mappings, lists and plain values.
+
+    Returns:
+        The same with None for what JSON cannot say.
+
+    Example:
+        >>> finite({"loss": float("nan"), "evaluation": {"mAP": 0.5}})
+        {'loss': None, 'evaluation': {'mAP': 0.5}}
     """
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}

@@ -194,6 +194,12 @@ class Saver:
         return [*(durable.padded(layout.size) for layout, _ in files_of(state, hollow=True)), 1 << 20]
 
     @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint that this saver has on the disk, None before the first."""
+        path = self._path  # a writer's thread sets it when the checkpoint is durable
+        return None if path is None else run_manifest.step_of(path.name)
+
+    @property
     def flying(self) -> bool:
         """Whether something of a save is still going on."""
         return self._flight is not None and self._flight.is_alive()

@@ -59,7 +59,7 @@ class TrainingConfig:
         patience: Evaluations without a better one before the run stops.
         watchdog: Seconds without progress of any process, or without an answer of one, after which all write their
             stacks into the run's folder and leave with exit code 75; null: never.
-        trackers: Who else gets the rows of metrics; wandb under the project `tensorkeep`.
+        trackers: Who else gets the rows of metrics; wandb and trackio under the project `tensorkeep`.
     """
 
     updates: int | None = None
@@ -93,7 +93,7 @@ class TrainingConfig:
     best: str | None = None
     patience: int | None = None
     watchdog: float | None = 600.0
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
         if (self.updates is None) is (self.epochs is None):

@@ -1,14 +1,20 @@
-"""Pass a run's rows on to TensorBoard or Weights & Biases: functions for `Job.trackers`.
+"""Pass a run's rows on to TensorBoard, Weights & Biases or trackio: functions for `Job.trackers`.
 
 A resumed run goes on in the same run of theirs, whose id lies in RUN/trackers.json, and no row comes twice: rows that
 were made again after a kill replace the old ones (TensorBoard purges them) or are left out (W&B, whose rows cannot be
-taken back; they are the same numbers).
+taken back; they are the same numbers, but for `seconds`). trackio sends rows later, so a kill may lose some: each start
+gives it those of `metrics.jsonl` that it does not hold. W&B writes later too, and what a kill loses there stays lost:
+the whole course is in `metrics.jsonl`.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import json
+import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,22 +22,24 @@ from typing import Any
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.placement import replacing, write_bytes
+from tensorkeep.training import metrics
 
 TRACKERS = "trackers.json"
 Tracker = Callable[[dict[str, Any]], None]
 
 
 def named(names: Iterable[str], run: Path) -> list[Tracker]:
-    """Make the trackers that a recipe names: `tensorboard`, and `wandb` under the project `tensorkeep`.
+    """Make the trackers that a recipe names: `tensorboard`, and `wandb` and `trackio` under the project `tensorkeep`.
 
     Args:
-        names: of "tensorboard" and "wandb".
+        names: of "tensorboard", "wandb" and "trackio".
         run: the run's folder.
 
     Returns:
         One tracker for each name; each takes rows of metrics.
     """
-    return [tensorboard(run) if name == "tensorboard" else wandb(run, "tensorkeep") for name in names]
+    services: dict[str, Callable[[Path, str], Tracker]] = {"wandb": wandb, "trackio": trackio}
+    return [services[name](run, "tensorkeep") if name in services else tensorboard(run) for name in names]
 
 
 def tensorboard(run: Path, writer: Callable[..., Any] | None = None) -> Tracker:
@@ -75,7 +83,7 @@ def wandb(run: Path, project: str, module: Any = None, **options: Any) -> Tracke
     Example:
         >>> job.trackers.append(wandb(Path("runs/one"), project="mine", mode="offline"))  # doctest: +SKIP
     """
-    library = module if module is not None else _wandb()
+    library = module if module is not None else _library("wandb")
     state = _read(run)
     opened: list[Any] = []
 
@@ -94,6 +102,57 @@ def wandb(run: Path, project: str, module: Any = None, **options: Any) -> Tracke
         _write(run, state)  # after the row: killed in between, one row comes twice rather than never
 
     return track
+
+
+def trackio(
+    run: Path, project: str, module: Any = None, held: Callable[[str, str], list[Any]] | None = None
+) -> Tracker:
+    """Make a tracker that logs every row to a trackio run of this machine, which goes on after a resume.
+
+    Args:
+        run: the run's folder; the trackio run's name lies in its trackers.json.
+        project: of trackio.
+        module: what has trackio's `init` (None: trackio itself).
+        held: `held(project, name)` gives the rows that trackio holds (None: asks its database).
+
+    Raises:
+        TensorkeepError: trackio is not installed, or RUN/trackers.json cannot be read.
+
+    Example:
+        >>> job.trackers.append(trackio(Path("runs/one"), project="mine"))            # doctest: +SKIP
+    """
+    library = module if module is not None else _library("trackio")
+    ask = held if held is not None else _library("trackio.sqlite_storage").SQLiteStorage.get_logs
+    state = _read(run)
+    opened: list[Any] = []
+
+    def log(row: Mapping[str, Any]) -> None:
+        opened[0].log({**dict(scalars(row)), "train/step": row["step"]}, step=row["step"])
+
+    def finish() -> None:
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is for data
+            library.finish()
+
+    def track(row: dict[str, Any]) -> None:
+        if opened:
+            log(row)
+            return
+        name = state.setdefault("trackio", f"{run.resolve().name}-{secrets.token_hex(3)}")
+        _write(run, state)
+        with contextlib.redirect_stdout(sys.stderr):
+            known = {(found.get("step"), _evaluated(found)) for found in ask(project, name)}
+            opened.append(library.init(project=project, name=name, resume="allow", embed=False))
+        atexit.register(finish)
+        for earlier in metrics.rows(run / metrics.METRICS):  # this one is among them
+            if (earlier["step"], "evaluation" in earlier) not in known:
+                log(earlier)
+
+    return track
+
+
+def _evaluated(row: Mapping[str, Any]) -> bool:
+    """Whether a row that trackio holds is of an evaluation."""
+    return any(name.startswith("evaluation/") for name in row)
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -121,12 +180,13 @@ def _summary_writer() -> Callable[..., Any]:
     return made
 
 
-def _wandb() -> Any:
-    """The module wandb."""
+def _library(name: str) -> Any:
+    """A module of a tracker's package."""
     try:
-        return importlib.import_module("wandb")
+        return importlib.import_module(name)
     except ImportError:
-        raise TensorkeepError("wandb is not installed", where="trackers", hint="pip install wandb") from None
+        package = name.partition(".")[0]
+        raise TensorkeepError(f"{package} is not installed", where="trackers", hint=f"pip install {package}") from None
 
 
 def _read(run: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tensorkeep.errors import TEMPORARY, TensorkeepError
 from tensorkeep.output import Output
 from tensorkeep.training import interruption
+from tensorkeep.training.status import ended
 
 if TYPE_CHECKING:
     from tensorkeep.training._heartbeats import Heartbeats, Standing
@@ -160,6 +161,8 @@ class Watch:
             for line in lines:
                 say.remark(line)
             say.error(TensorkeepError(why, where=self.folder, hint=hint))
+        if not self.rank:
+            ended(self.folder, why, hint)
         end = time.monotonic() + 2 * self.every + 4.0
         while beats is not None and not self.rank and time.monotonic() < end:
             if beats.told or beats.lost or beats.gone is not None:
