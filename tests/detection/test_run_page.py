@@ -29,9 +29,9 @@ def make_run(folder: Path, steps: int = 10) -> Path:
 def test_a_page_tells_the_last_loss_the_best_map_and_every_evaluation(tmp_path: Path) -> None:
     text = run_page(make_run(tmp_path))
     assert "<b>10</b><span>step</span>" in text and "<b>0.2</b><span>last loss</span>" in text
-    assert "<b>0.0800</b><span>best average mAP</span>" in text
-    assert re.findall(r"<td class='num'>([^<]*)</td>", text) == ["5", "0.0800", "0.2500", "10", "0.0400", "0.2500"]
-    assert "best: 0.08 at step 5" in text
+    assert "<b>8.00 %</b><span>best average mAP</span>" in text
+    assert re.findall(r"<td class='num'>([^<]*)</td>", text) == ["5", "8.00 %", "25.00 %", "10", "4.00 %", "25.00 %"]
+    assert "best: 8 at step 5" in text
     assert "<script" not in text and not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tensorkeep.commands.report._style import STYLE
 from tensorkeep.commands.report._timelines import timelines
 from tensorkeep.errors import TensorkeepError, printable
+from tensorkeep.output import figure
 from tensorkeep.storage.overwriting import PAGE
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.training import metrics
@@ -47,9 +48,12 @@ def run_page(run: str | Path) -> str:
     parts.append(_section("Learning rate", [curve(points(updates, "lr"), "learning rate over the steps")]))
     names = list(dict.fromkeys(name for row in evaluations for name in row["evaluation"]))
     for name in names[:1] if "average_mAP" in names else names:
+        share = "mAP" in name or name.startswith("recall")  # files hold shares of 1, people are shown percent
         values = points([{"step": row["step"], **row["evaluation"]} for row in evaluations], name)
+        values = [(step, 100 * value) for step, value in values] if share else values
         best = (min if "loss" in name or "perplexity" in name else max)(values, key=lambda p: p[1], default=None)
-        parts.append(_section(name, [curve(values, f"{name} over the steps", best)]))
+        title = f"{name}, in percent" if share else name
+        parts.append(_section(title, [curve(values, f"{title} over the steps", best)]))
     if evaluations:
         parts.append(_section("Evaluations", [_table(evaluations, names)]))
     if (run / PREDICTIONS).is_file():
@@ -140,7 +144,7 @@ def _head(run: Path, updates: Sequence[Mapping[str, Any]], evaluations: Sequence
         tiles.append(("last loss", f"{losses[-1][1]:.4g}"))
     if evaluations:
         scores = [v for _, v in points([{"step": r["step"], **r["evaluation"]} for r in evaluations], "average_mAP")]
-        tiles += [("best average mAP", f"{max(scores):.4f}")] if scores else []
+        tiles += [("best average mAP", figure("mAP", max(scores)))] if scores else []
     body = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles)
     where = escape(printable(str(run), 400))
     return (
@@ -159,13 +163,13 @@ def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> st
     head = "".join(f"<th class='num'>{escape(printable(name, 60))}</th>" for name in ("step", *names))
     body = "".join(
         f"<tr><td class='num'>{row['step']:,}</td>"
-        + "".join(f"<td class='num'>{_figure(row['evaluation'].get(name))}</td>" for name in names)
+        + "".join(f"<td class='num'>{_figure(name, row['evaluation'].get(name))}</td>" for name in names)
         + "</tr>"
         for row in evaluations[-20:]
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _figure(value: Any) -> str:
+def _figure(name: str, value: Any) -> str:
     """Return a figure for the table."""
-    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+    return figure(name, value, 5) if isinstance(value, int | float) and math.isfinite(value) else "-"
