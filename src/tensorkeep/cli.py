@@ -50,6 +50,7 @@ COMMANDS = {  # command -> the extra that holds all it can need; none where the 
     "watch": None,
     "generate": "language",
     "predict": "detection",
+    "annotate": "detection",
     "check detection": "detection",
     "features": "detection",
     "doctor": None,
@@ -67,7 +68,7 @@ USERS = {
     "Identity and signing": ("identify", "prove", "sign", "replay"),
     "Training": ("check", "train", "watch", "eval", "recipe", "report"),
     "Language models": ("generate",),
-    "Video": ("predict", "features"),
+    "Video": ("annotate", "predict", "features"),
     "This installation": ("demo", "doctor", "completion"),
 }
 ENDS = (  # below every command's help

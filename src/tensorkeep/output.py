@@ -364,3 +364,35 @@ def number(value: float | None) -> str:
         ('0.0123', '-', '0')
     """
     return "-" if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def figure(name: str, value: float | None, digits: int = 3) -> str:
+    """Return what an evaluation gave as people read it: mAP and recall, which files hold as shares of 1, in percent.
+
+    Args:
+        name: of the figure.
+        value: as files hold it, or None.
+        digits: of figures that are no shares.
+
+    Example:
+        >>> figure("average_mAP", 0.63512), figure("mAP@0.5", 0.0), figure("loss", 0.63512)
+        ('63.51 %', '0.00 %', '0.635')
+    """
+    if value is None:
+        return "-"
+    if is_share(name):
+        return f"{100 * value:.2f} %"
+    return number(value) if digits == 3 else f"{value:.{digits}g}"
+
+
+def is_share(name: str) -> bool:
+    """Say whether a figure of an evaluation is a share of 1, told in percent.
+
+    Args:
+        name: of the figure.
+
+    Example:
+        >>> is_share("average_mAP"), is_share("recall@5"), is_share("loss")
+        (True, True, False)
+    """
+    return "mAP" in name or name.startswith("recall")

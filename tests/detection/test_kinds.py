@@ -20,7 +20,7 @@ from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.kinds.causaltad import selective_scan, states_by_doubling, states_in_turn
 from tensorkeep.detection.opentad._moments import optimizer_orders
-from tensorkeep.detection.recipe.text import detection_recipe
+from tensorkeep.detection.recipe.text import detection_recipe, read_recipe
 from tensorkeep.detection.start import load_detector, open_detector
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
@@ -234,3 +234,12 @@ def test_a_kind_is_named_and_its_fields_are_changed_by_dotted_names(tmp_path: Pa
         detection_recipe(document, [("model.projection.windows", "[4]")])
     with pytest.raises(TensorkeepError, match=r"groups 3 does not divide the 16 channels"):
         detection_recipe(document, [("model.neck", "{groups: 3}")])
+
+
+@pytest.mark.parametrize("kind", ["tridet", "temporalmaxer", "causaltad"])
+def test_a_projection_of_another_kind_is_one_error_that_names_both_kinds(kind):
+    with pytest.raises(TensorkeepError, match=f"this recipe's kind is {kind}") as caught:
+        read_recipe("own_small", [("model.kind", kind)])
+    assert f"{kind}'s own fields: in_channels" in str(caught.value) and "projection" in str(caught.value)
+    with pytest.raises(TensorkeepError, match="of kind tridet; this recipe's kind is actionformer"):
+        read_recipe("own_small", [("model.projection.wide", "5")])

@@ -40,9 +40,9 @@ def test_a_page_tells_the_last_loss_the_best_map_the_pace_and_every_evaluation(t
     text = run_page(make_run(tmp_path))
     is_harmless(text)
     assert "<b>10</b><span>step</span>" in text and "<b>0.2</b><span>last loss</span>" in text
-    assert "<b>0.08</b><span>best average mAP, step 5</span>" in text
-    assert ["5", "0.0800", "0.2500"] in cells(text) and ["10", "0.0400", "0.2500"] in cells(text)
-    assert "best: 0.08 at step 5" in text
+    assert "<b>8</b><span>best average mAP, percent, step 5</span>" in text
+    assert ["5", "8.0000", "25.0000"] in cells(text) and ["10", "4.0000", "25.0000"] in cells(text)
+    assert "best: 8 at step 5" in text
     figures = read_figures(tmp_path)
     assert {block.mean for block in figures.rate.blocks} == {8.0} and figures.seconds == 5.0
     assert "No resume was noted" in text and "Memory" not in text

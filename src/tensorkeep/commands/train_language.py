@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, prepare
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.output import Output, number
+from tensorkeep.output import Output, figure
 
 if TYPE_CHECKING:
     from tensorkeep.training.distributed import World
@@ -133,7 +133,7 @@ def trained(
     shown = {"run": str(out), "step": outcome.step, "samples": outcome.samples, "reason": outcome.reason}
     if printer.json:
         printer.document({**shown, "evaluation": outcome.evaluation, "resumed": outcome.level})
-    numbers = "".join(f", {name} {number(value)}" for name, value in outcome.evaluation.items())
+    numbers = "".join(f", {name} {figure(name, value)}" for name, value in outcome.evaluation.items())
     printer.line(f"{out}: {outcome.reason} at step {outcome.step}, {outcome.samples} samples{numbers}")
     if outcome.reason == "interrupted":
         printer.remark(f"hint: the same command goes on from step {outcome.step}")

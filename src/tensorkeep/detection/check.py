@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from tensorkeep.detection.data.annotation_checks import check_annotations
-from tensorkeep.detection.data.annotations import Annotations
 from tensorkeep.detection.data.clips import Clips
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.readers import FeatureReader, WindowConfig
+from tensorkeep.detection.data.truth import Annotations
 from tensorkeep.detection.data.windows import count_snippets
 from tensorkeep.detection.model.assignment import assign_targets
 from tensorkeep.detection.model.config import HeadConfig

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tensorkeep.detection.data.annotations import Annotations
 from tensorkeep.detection.data.batches import collate
 from tensorkeep.detection.data.item import seconds_shown
 from tensorkeep.detection.data.problems import Told
+from tensorkeep.detection.data.truth import Annotations
 from tensorkeep.detection.model.head import Predictions, valid_proposals
 from tensorkeep.detection.results.classifiers import VideoClasses
 from tensorkeep.detection.results.decode import (
@@ -31,9 +31,9 @@ from tensorkeep.detection.results.decode import (
     select_candidates,
     sliding_seconds,
 )
-from tensorkeep.detection.results.evaluation import Evaluation, evaluate
 from tensorkeep.detection.results.nms import Detections, Suppression, suppress
 from tensorkeep.detection.results.results import DetectionTable
+from tensorkeep.detection.results.scoring import Evaluation, evaluate
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import leave_to_the_parent

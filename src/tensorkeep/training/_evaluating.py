@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.output import figure
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import distributed, metrics, randomness, watchdog
 from tensorkeep.training import saver as checkpoint
@@ -55,7 +56,7 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
     run.evaluations.append({"step": run.step, **numbers})
     if run.world.first:
         log.write({"step": run.step, "samples": run.samples, "evaluation": numbers}, durable=True)
-        shown = ", ".join(f"{k} {'none' if v is None else f'{v:.4g}'}" for k, v in numbers.items())
+        shown = ", ".join(f"{k} {'none' if v is None else figure(k, v, 4)}" for k, v in numbers.items())
         run.say.remark(f"step {run.step}: {shown}")
         mark_best(run)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tensorkeep.output import is_share
 from tensorkeep.training import metrics
 
 BLOCKS = 600  # of a series at most
@@ -158,8 +159,9 @@ def read_figures(run: Path, most: int = BLOCKS) -> Figures:
         found.last_step = max(found.last_step, step) if abs(step) <= _MOST_STEP else found.last_step
         if "evaluation" in row:
             if isinstance(row["evaluation"], Mapping):
-                _add(found.evaluations, row["evaluation"], step, most)
-                found.last_rows = [*found.last_rows[-_LAST + 1 :], (step, row["evaluation"])]
+                told = _in_percent(row["evaluation"])
+                _add(found.evaluations, told, step, most)
+                found.last_rows = [*found.last_rows[-_LAST + 1 :], (step, told)]
             continue
         numbers = {name: value for name, value in row.items() if name not in _KNOWN}
         _add(found.losses, {n: v for n, v in numbers.items() if "loss" in n}, step, most)
@@ -178,6 +180,15 @@ def _add(into: dict[str, Series], numbers: Mapping[str, Any], step: int, most: i
                 continue
             into[name] = Series(most)
         into[name].add(step, value)
+
+
+def _in_percent(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and scale mAP and recall, which files hold as shares of 1, as people read them."""
+    found = {}
+    for name, value in numbers.items():
+        share = is_share(name) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        found |= {f"{name}, percent": 100 * value} if share else {name: value}
+    return found
 
 
 def _pace(found: Figures, row: Mapping[str, Any], before: tuple[int, int] | None) -> tuple[int, int] | None:

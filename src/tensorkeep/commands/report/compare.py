@@ -17,7 +17,7 @@ from tensorkeep.commands.report import _frame as frame
 from tensorkeep.commands.report._curves import COLOURS, DASHES, Line, curves, swatch
 from tensorkeep.commands.report._frame import Section
 from tensorkeep.commands.report._series import Figures, Series, read_figures, shown
-from tensorkeep.commands.report.run import RECIPE, best_of, smaller_is_better
+from tensorkeep.commands.report.run import MAIN, RECIPE, best_of, smaller_is_better
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.yaml_documents import read_yaml
 from tensorkeep.training import metrics
@@ -57,7 +57,7 @@ def compare_page(runs: Sequence[str | Path]) -> str:
         raise TensorkeepError(what, hint="tensorkeep report compare RUN RUN -o compared.html")
     found = [_read(Path(run), name) for run, name in zip(runs, _names([str(run) for run in runs]), strict=True)]
     names = list(dict.fromkeys(name for run in found for name, _ in shown(run.figures.evaluations)))
-    first = [n for n in ("average_mAP",) if n in names]
+    first = [n for n in (MAIN,) if n in names]
     groups = _groups(found)
     sections = [
         Section("Runs", _legend(found)),

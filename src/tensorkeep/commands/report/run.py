@@ -24,6 +24,7 @@ from tensorkeep.training import metrics
 
 PREDICTIONS = "predictions/detections.json"
 RECIPE = "recipe.yaml"
+MAIN = "average_mAP, percent"
 _MOST = 200  # resumes and checkpoints that are listed
 _FEW = 12  # curves of one kind
 _OLDER = "Versions before 0.2.0 did not note resumes."
@@ -77,7 +78,7 @@ def best_of(name: str, series: Series) -> tuple[int, float] | None:
 def main_number(found: Figures) -> str | None:
     """Return the evaluation that is told first: average mAP, or the first one there is."""
     names = [name for name, _ in shown(found.evaluations)]
-    return "average_mAP" if "average_mAP" in names else names[0] if names else None
+    return MAIN if MAIN in names else names[0] if names else None
 
 
 def _tiles(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> list[tuple[object, str]]:

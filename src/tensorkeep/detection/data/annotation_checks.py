@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, Video, unique_segments
 from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.truth import AMBIGUOUS, Annotations, Video, unique_segments
 from tensorkeep.errors import near_misses
 
 _END_TOLERANCE = 0.05  # seconds; annotations are commonly given to a tenth of a second

@@ -1,12 +1,13 @@
 """Read ground truth of temporal action detection: which segments of which videos show which class.
 
-Four layouts are read into one structure, chosen by content:
+Five layouts are read into one structure, chosen by content:
 
 - OpenTAD and ActivityNet: `{"database": {VIDEO: {"subset", "duration", "annotations": [{"segment", "label"}]}}}`;
   mmaction's variant without the outer `database` too,
 - ActionFormer: the same with `fps` and `label_id`, whose ids give the class map,
 - Ego4D's moment queries: its own `moments_val.json` (videos, clips, annotations; primary labels alone count), or the
   benchmark's file of clips, `{CLIP: {"subset", "annotations": [{"start_time", "end_time", "label"}]}}`,
+- a table of actions, or what an annotation program exports: see `sheets`,
 - THUMOS: a folder of `CLASS_test.txt` or `CLASS_val.txt` with lines `video start end`, beside `detclasslist.txt`.
 
 Segments are seconds everywhere. `annotation_checks.check_annotations` explains what is wrong with a file. Numpy only.
@@ -15,83 +16,26 @@ Segments are seconds everywhere. `annotation_checks.check_annotations` explains 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.detection.data.labelling import is_export
+from tensorkeep.detection.data.sheet_rows import Sheet
+from tensorkeep.detection.data.sheets import is_sheet, read_sheet, sheet_document, sheet_of_export
+from tensorkeep.detection.data.truth import AMBIGUOUS as AMBIGUOUS
+from tensorkeep.detection.data.truth import Annotations as Annotations
+from tensorkeep.detection.data.truth import Video as Video
+from tensorkeep.detection.data.truth import number_segments as number_segments
+from tensorkeep.detection.data.truth import unique_segments as unique_segments
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.documents import parse_number, parse_segment, read_json, read_text
 
-AMBIGUOUS = "Ambiguous"  # THUMOS'14 marks segments with it that are neither right nor wrong: never a class
 CLASS_LIST = "detclasslist.txt"
 _THUMOS_SUBSETS = {"test": "test", "val": "validation"}
-
-
-@dataclass(frozen=True)
-class Video:
-    """One annotated video.
-
-    Attributes:
-        name: name of the video, without a file's ending.
-        subset: the part of the data set that it belongs to, such as "training".
-        segments: [N, 2], start and end in seconds.
-        labels: N class names.
-        duration: seconds; None where the file does not say.
-        frames: number of frames; None where the file does not say.
-        fps: frames per second as stated; None where the file does not say.
-    """
-
-    name: str
-    subset: str
-    segments: NDArray[np.float64]
-    labels: tuple[str, ...]
-    duration: float | None = None
-    frames: int | None = None
-    fps: float | None = None
-
-    def frame_rate(self) -> float | None:
-        """Return frames per second: frames over duration where both are known, else the stated rate (or None)."""
-        if self.frames and self.duration:
-            return self.frames / self.duration
-        return self.fps
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """All videos of one annotation file.
-
-    Attributes:
-        videos: name -> video, in file order.
-        classes: class names in label order, `Ambiguous` left out.
-        layout: "opentad", "mmaction", "actionformer", "ego4d", "epic" or "thumos".
-        source: path of the file or folder, for error messages.
-    """
-
-    videos: Mapping[str, Video]
-    classes: tuple[str, ...]
-    layout: str
-    source: str
-
-    def subsets(self) -> tuple[str, ...]:
-        """Return the names of the subsets, sorted."""
-        return tuple(sorted({video.subset for video in self.videos.values()}))
-
-    def of_subset(self, subset: str) -> list[Video]:
-        """Return the videos of one subset, in file order.
-
-        Raises:
-            TensorkeepError: The file has no such subset; names are compared whole, never as parts.
-        """
-        found = [video for video in self.videos.values() if video.subset == subset]
-        if not found:
-            known = ", ".join(self.subsets()) or "none"
-            hint = near_misses(subset, self.subsets()) or f"subsets there: {known}"
-            raise TensorkeepError(f"no video of subset {subset!r}", where=self.source, hint=hint)
-        return found
 
 
 def read_annotations(path: str | Path) -> Annotations:
@@ -100,7 +44,7 @@ def read_annotations(path: str | Path) -> Annotations:
     Odd *content* (a segment past the end, a zero length) is read as it is and left to `check_annotations`.
 
     Args:
-        path: a JSON file, or a folder of THUMOS text files.
+        path: a JSON file, a table (.csv, .tsv, .txt), or a folder of THUMOS text files.
 
     Returns:
         All videos with their segments in seconds, and the class names in label order.
@@ -114,7 +58,19 @@ def read_annotations(path: str | Path) -> Annotations:
     path = Path(path)
     if path.is_dir():
         return _read_thumos_folder(path)
-    return parse_annotations(read_json(path), source=str(path))
+    if is_sheet(path):
+        return _of_sheet(read_sheet(path))
+    document = read_json(path)
+    return (
+        _of_sheet(sheet_of_export(document, str(path)))
+        if is_export(document)
+        else parse_annotations(document, str(path))
+    )
+
+
+def _of_sheet(sheet: Sheet) -> Annotations:
+    """The annotations of a table; all videos are of subset `all` where it says none."""
+    return replace(parse_annotations(sheet_document(sheet), source=sheet.source), layout="table")
 
 
 def parse_annotations(document: object, source: str = "annotations") -> Annotations:
@@ -129,7 +85,8 @@ def parse_annotations(document: object, source: str = "annotations") -> Annotati
         raise TensorkeepError(
             "neither a 'database' nor videos with 'annotations' in it",
             where=source,
-            hint="expected JSON of OpenTAD/ActivityNet, ActionFormer, mmaction or Ego4D, or a folder of THUMOS text",
+            hint="expected JSON of OpenTAD/ActivityNet, ActionFormer, mmaction or Ego4D, a table with the columns "
+            "video,start,end,label, an export of VIA 3 or Label Studio, or a folder of THUMOS text",
         )
     ids: dict[str, int] = {}
     videos = {str(name): _parse_video(str(name), entry, ids, source) for name, entry in database.items()}
@@ -195,58 +152,6 @@ def read_class_ids(path: str | Path) -> dict[int, str]:
             raise TensorkeepError(f"line {number} is not 'id name': {line[:60]!r}", where=path)
         ids[int(head)] = name.strip()
     return ids
-
-
-def unique_segments(
-    segments: NDArray[np.float64], labels: Iterable[object], tolerance: float = 1e-3
-) -> NDArray[np.intp]:
-    """Return the indices of segments that do not repeat an earlier one, in order.
-
-    Args:
-        segments: [N, 2] in seconds.
-        labels: N class names or numbers.
-        tolerance: seconds; a repetition has the same label and both ends this close (OpenTAD's evaluator uses 1e-3).
-
-    Example:
-        >>> unique_segments(np.array([[1.0, 2.0], [1.0004, 2.0], [1.0, 3.0]]), ["a", "a", "a"])
-        array([0, 2])
-    """
-    kept: list[int] = []
-    by_label: dict[object, list[tuple[float, float]]] = {}
-    for index, ((start, end), label) in enumerate(zip(segments.tolist(), labels, strict=True)):
-        earlier = by_label.setdefault(label, [])
-        if not any(abs(start - first) <= tolerance and abs(end - last) <= tolerance for first, last in earlier):
-            earlier.append((start, end))
-            kept.append(index)
-    return np.array(kept, dtype=np.intp)
-
-
-def number_segments(video: Video, classes: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return a video's segments with class numbers; exact repetitions come once, `Ambiguous` segments are left out.
-
-    Args:
-        video: the annotated video.
-        classes: class names in label order.
-
-    Returns:
-        Segments [N, 2] in seconds and their class numbers [N].
-
-    Raises:
-        TensorkeepError: A label is not among `classes`.
-
-    Example:
-        >>> number_segments(Video("v", "train", np.array([[1.0, 2.0]] * 2), ("dive", "dive")), ["dive"])[1]
-        array([0])
-    """
-    kept = [index for index in unique_segments(video.segments, video.labels, 0.0) if video.labels[index] != AMBIGUOUS]
-    for index in kept:
-        if video.labels[index] not in classes:
-            hint = near_misses(video.labels[index], classes) or "the class map belongs to another data set"
-            if video.labels[index].isdecimal():
-                hint = "labels are numbers here, the class map has names: write names, or leave the class map out"
-            raise TensorkeepError(f"label {video.labels[index]!r} is not in the class map", where=video.name, hint=hint)
-    numbers = np.array([classes.index(video.labels[index]) for index in kept], dtype=np.int64)
-    return video.segments[kept], numbers
 
 
 def _is_entry(value: object) -> bool:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorkeep.detection.data.annotations import Annotations, Video
+from tensorkeep.detection.data.truth import Annotations, Video
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.documents import read_text
+from tensorkeep.storage.files import explained
 
 TASKS = ("verb", "noun", "action")
 _COLUMNS = ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")
@@ -23,15 +24,19 @@ _CLOCK = re.compile(r"(\d+):(\d{1,2}):(\d{1,2}(?:\.\d*)?)")
 
 
 def is_epic(path: str | Path) -> bool:
-    """Return whether a file is called as a CSV file is: the only layout of annotations here that is one.
+    """Return whether a file is a CSV with columns of EPIC-Kitchens' classes, by its first line.
 
     Args:
-        path: the file; it is not opened.
+        path: the file; one that is not called .csv is not opened.
 
-    >>> is_epic("EPIC_100_validation.csv"), is_epic("gt.json")
-    (True, False)
+    >>> is_epic("gt.json")
+    False
     """
-    return Path(path).suffix.lower() == ".csv"
+    if Path(path).suffix.lower() != ".csv":
+        return False
+    with explained(path), Path(path).open("rb") as file:
+        first = file.read(4096).partition(b"\n")[0]
+    return b"verb_class" in first or b"noun_class" in first
 
 
 def read_epic(path: str | Path) -> dict[str, Annotations]:

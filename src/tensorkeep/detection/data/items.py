@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from tensorkeep.detection.data.annotations import Annotations, Video, number_segments
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
 from tensorkeep.detection.data.features import SUFFIXES, count_features
 from tensorkeep.detection.data.finding import find_files
@@ -14,6 +13,7 @@ from tensorkeep.detection.data.item import Item
 from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader
+from tensorkeep.detection.data.truth import Annotations, Video, number_segments
 from tensorkeep.detection.data.video_checks import UNUSABLE, check_video
 from tensorkeep.errors import TensorkeepError
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorkeep.detection.data.annotations import Video
 from tensorkeep.detection.data.containers import VideoInfo, frame_table, probe
 from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.truth import Video
 from tensorkeep.detection.data.video import find_damage
 from tensorkeep.detection.data.video_checks import check_video
 from tensorkeep.errors import TensorkeepError

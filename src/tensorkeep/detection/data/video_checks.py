@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tensorkeep.detection.data.annotations import Video
 from tensorkeep.detection.data.containers import VideoInfo, probe
 from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.truth import Video
 from tensorkeep.errors import TensorkeepError
 
 UNUSABLE = ("unreadable video", "truncated video", "damaged video")  # kinds of problems with a file itself

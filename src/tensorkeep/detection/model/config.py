@@ -366,12 +366,16 @@ class DetectorConfig:
     def variant(cls, values: Mapping[str, Any], where: str) -> type[DetectorConfig]:
         """Return the dataclass of the kind that a recipe's `model` section names."""
         name = values.get("kind", "actionformer")
-        if cls is not DetectorConfig or name == "actionformer":
+        if cls is not DetectorConfig:
+            return cls
+        if name == "actionformer":
+            kinds.refuse_others(cls, values, where)
             return cls
         if name not in kinds.NAMES:
             hint = near_misses(str(name), kinds.NAMES) or f"one of {', '.join(kinds.NAMES)}"
             raise TensorkeepError(f"unknown kind of detector {name!r}", where=f"{where}.kind", hint=hint)
         found: type[DetectorConfig] = kinds.module(name).Config
+        kinds.refuse_others(found, values, where)
         return found
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.detection.data.annotations import AMBIGUOUS, Annotations, Video, unique_segments
+from tensorkeep.detection.data.truth import AMBIGUOUS, Annotations, Video, unique_segments
 from tensorkeep.detection.results.matching import Floats, Ints
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.errors import TensorkeepError

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.detection.data.annotations import Annotations
 from tensorkeep.detection.data.epic import TASKS, read_epic
+from tensorkeep.detection.data.truth import Annotations
 from tensorkeep.detection.results.evaluation import Evaluation, evaluate
 from tensorkeep.detection.results.results import DetectionTable, parse_detections
 from tensorkeep.errors import TensorkeepError

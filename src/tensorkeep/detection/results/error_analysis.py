@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorkeep.detection.data.annotations import Annotations
+from tensorkeep.detection.data.truth import Annotations
 from tensorkeep.detection.results.columns import Columns, align_names, gather_columns, guess_subset
 from tensorkeep.detection.results.matching import Ints, Pairs, match_greedily, overlaps
 from tensorkeep.detection.results.results import DetectionTable
