@@ -215,7 +215,8 @@ def numbers(values: list[float]) -> str:
 
 def report(row: dict[str, Any], args: argparse.Namespace) -> str:
     size, seconds, gib = str(row["size"]), float(row["seconds"]), float(row["gib"])
-    line = f"{size:5} {row['kind']:13} {row['checkpointing']:9} {seconds:7.3f} s {gib:6.2f} GiB (held {row['held_gib']:.2f})"
+    line = f"{size:5} {row['kind']:13} {row['checkpointing']:9} {seconds:7.3f} s {gib:6.2f} GiB"
+    line += f" (held {row['held_gib']:.2f})"
     line += f"  loss {numbers(row['losses'])}"
     usual = row["kind"] == "actionformer" and (args.frames, args.side, args.batch or BATCH[size]) == (
         768,
