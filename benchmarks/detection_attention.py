@@ -5,7 +5,7 @@
 
 Shapes are those of a training step on 768 frames of 160 x 160: ViT-B (two videos, 12 heads of 64, 800 tokens) and
 v2-g (one video, 16 heads of 88, 968 tokens a chunk). q, k and v are views of one tensor, as a block makes them,
-or each by itself. Milliseconds are medians of device events; TFLOP/s count 4 L^2 d forward and 10 L^2 d backward of a head.
+or each by itself. Milliseconds are medians of device events; TFLOP/s count 4 L^2 d a head forward, 10 L^2 d backward.
 """
 
 from __future__ import annotations
