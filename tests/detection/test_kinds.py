@@ -149,7 +149,7 @@ def test_a_gpus_scan_is_the_plain_one_and_so_are_its_gradients(length: int) -> N
         y = selective_scan(*own)
         found.append([y.detach(), *torch.autograd.grad((y * weigh.to(device, dtype)).sum(), own)])
     for exact, one, again in zip(*found):
-        assert float((one.cpu().double() - exact).norm() / exact.norm()) < 1e-5
+        assert float((one.cpu().double() - exact).norm()) <= 1e-5 * float(exact.norm())  # 0 of one step's decay
         assert torch.equal(one, again)  # sums of several programs come in one order
 
 

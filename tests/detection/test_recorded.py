@@ -13,7 +13,7 @@ from tensorkeep.detection.job import build
 from tensorkeep.detection.model import kinds
 from tensorkeep.detection.recipe.text import detection_recipe
 from tensorkeep.output import Output
-from tensorkeep.training import metrics
+from tensorkeep.training import metrics, saver
 from tensorkeep.training.distributed import World
 from tensorkeep.training.loop import Outcome, fit
 from tensorkeep.training.recipe import plain
@@ -21,7 +21,8 @@ from tests.detection import runs
 from tests.detection.test_kinds import PARTS, with_kind
 from tests.detection.test_training import features
 from tests.gpu import needs_gpu
-from tests.training import assert_same_run
+from tests.run_states import equal
+from tests.training import assert_same_run, rows
 
 SWIN = {"channels": 8, "depths": [2, 2], "heads": [2, 2], "window": [2, 3, 3], "drop_path": 0.1}
 REVERSIBLE = {"kind": "reversible_swin", "swin": SWIN, "tuning": "all", "checkpointing": "reversible"}
@@ -111,4 +112,7 @@ def test_with_deterministic_kernels_a_recorded_run_is_the_launched_one_and_goes_
     outcome = fit(job, tmp_path / "broken", loop, world=world, allow=("updates",))
     assert outcome.level == "exact"
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "launched")
+    one, other = (tmp_path / name for name in ("whole", "launched"))
+    (a, _, _), (b, _, _) = (saver.newest(run) or (None, None, None) for run in (one, other))
+    assert a is not None and b is not None and a.document["rng"] == b.document["rng"] and rows(one) == rows(other)
+    assert all(equal(getattr(a, part), getattr(b, part)) for part in ("model", "optimizer", "ema"))
