@@ -71,26 +71,22 @@ def _backward(
     a = tl.load(decay + d[:, None] * N + n[None, :], mask=both, other=0.0)
     own = before + ((b * tl.num_programs(1) + p) * CHUNK) * BLOCK * N + tl.arange(0, BLOCK)[:, None] * N + n[None, :]
     part = (p * tl.num_programs(0) + b) * steps
-    back = tl.zeros((BLOCK, N), tl.float32)  # the gradient of the state after the step at hand
-    of_decay = tl.zeros((BLOCK, N), tl.float32)
+    # `back`: the gradient of the state after the step at hand
+    back, of_decay = tl.zeros((BLOCK, N), tl.float32), tl.zeros((BLOCK, N), tl.float32)
     for reverse in range(chunks):
         chunk = chunks - 1 - reverse
-        first = chunk * CHUNK
-        count = tl.minimum(CHUNK, steps - first)
+        first, count = chunk * CHUNK, tl.minimum(CHUNK, steps - chunk * CHUNK)
         state = tl.load(kept + (b * chunks + chunk) * D * N + d[:, None] * N + n[None, :], mask=both, other=0.0)
         for j in range(count):
             tl.store(own + j * BLOCK * N, state)
             row = b * steps + first + j
-            s = tl.load(step + row * D + d, mask=inside, other=0.0)
-            v = tl.load(x + row * D + d, mask=inside, other=0.0)
-            i = tl.load(into + row * N + n)
-            state = tl.exp(s[:, None] * a) * state + (s * v)[:, None] * i[None, :]
+            s, v = tl.load(step + row * D + d, mask=inside, other=0.0), tl.load(x + row * D + d, mask=inside, other=0.0)
+            state = tl.exp(s[:, None] * a) * state + (s * v)[:, None] * tl.load(into + row * N + n)[None, :]
         tl.debug_barrier()
         for k in range(count):
             j = count - 1 - k
             row = b * steps + first + j
-            s = tl.load(step + row * D + d, mask=inside, other=0.0)
-            v = tl.load(x + row * D + d, mask=inside, other=0.0)
+            s, v = tl.load(step + row * D + d, mask=inside, other=0.0), tl.load(x + row * D + d, mask=inside, other=0.0)
             g = tl.load(grad + row * D + d, mask=inside, other=0.0)
             i, o = tl.load(into + row * N + n), tl.load(out_of + row * N + n)
             earlier = tl.load(own + j * BLOCK * N)
