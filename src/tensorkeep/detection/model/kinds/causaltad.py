@@ -128,7 +128,7 @@ class _FusedScan(torch.autograd.Function):
 
         y, kept = kernels.scan(x, step, decay, into, out_of)
         ctx.save_for_backward(decay, x, step, into, out_of, kept)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
