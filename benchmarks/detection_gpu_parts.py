@@ -30,6 +30,8 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job
 from tensorkeep.training.loop import fit
 
+CORES = 8  # processes that decode for one GPU
+
 # -- busy -------------------------------------------------------------------------------------------------------------
 
 
@@ -38,12 +40,12 @@ def busy(bench: Bench) -> None:
     shm = shutil.disk_usage("/dev/shm").free / 2**30
     sample = 2 * 3 * 768 * 160 * 160 / 2**30
     cores = os.cpu_count() or 2
-    workers = 2 if bench.tiny else int(max(4, min(cores - 5, 0.7 * shm / (4 * sample))))
+    workers = 2 if bench.tiny else int(max(4, min(cores - 5, CORES, 0.7 * shm / (4 * sample))))
     bench.tell(shm_free_gib=round(shm, 1), workers=workers, cores=cores, torch=torch.__version__)
     if not bench.tiny:
         bench.tell(gpu=torch.cuda.get_device_name())
 
-    def run(name: str, changes: list[tuple[str, str]], updates: int, seconds: float, graph: bool = True) -> None:
+    def run(name: str, changes: list[tuple[str, str]], updates: int, seconds: float, graph: bool | None = None) -> None:
         made = bench.recipe(*changes, ("training.workers", str(workers)), ("training.graph", json.dumps(graph)))
         place = bench.scratch / "busy" / f"{name}-{graph}"
         world = World(device=bench.device)

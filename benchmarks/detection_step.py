@@ -4,6 +4,7 @@
     python -m benchmarks.detection_step --quantize nf4 --checkpointing segments two_level offload
     python -m benchmarks.detection_step --sizes v2_g --quantize nf4 --checkpointing offload --limit-gib 6
     python -m benchmarks.detection_step --sizes s --deterministic
+    python -m benchmarks.detection_step --sizes s b v2_g --detectors actionformer tridet temporalmaxer causaltad
     python -m benchmarks.detection_step --tiny                 a check of the script, on any machine
 
 A step is forward, loss, backward, gradient clipping, AdamW and EMA on 768 frames of 160 x 160 a video, random data,
@@ -29,13 +30,15 @@ from typing import Any, get_args
 
 import torch
 
+from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.config import BackboneConfig, Checkpointing, DetectorConfig, LoraConfig
 from tensorkeep.detection.model.detector import Detector, build_detector, read_detector_config
 from tensorkeep.detection.model.groups import OptimizerConfig, make_optimizer
 from tensorkeep.detection.model.quantization import quantize_backbone
 from tensorkeep.training._graphs import capture_step
 from tensorkeep.training.ema import Ema
-from tensorkeep.training.recipe import read_section
+from tensorkeep.training.recipe import plain, read_section
+from tensorkeep.training.schema import from_mapping
 from tensorkeep.training.sections import GroupRule
 
 
@@ -55,6 +58,26 @@ ORIGINAL = {  # H was not measured
     "l": Original(2, 0.693, 13.9),
     "v2_g": Original(1, 1.145, 21.95),
 }
+
+
+# what the detectors' projections have beside the widths and depths that all share; heads as in their recipes
+PROJECTIONS: dict[str, dict[str, Any]] = {
+    "tridet": {"stem_layers": 2, "mlp_dim": 768, "windows": [1], "wide": 5.0},
+    "temporalmaxer": {},
+    "causaltad": {"stem_layers": 2, "heads": 4, "drop_path": 0.1},
+}
+
+
+def with_kind(config: DetectorConfig, kind: str) -> DetectorConfig:
+    """Another detector on the same backbone."""
+    if kind == config.kind:
+        return config
+    document: dict[str, Any] = plain(config)
+    projection = document["projection"]
+    kept = ("in_channels", "channels", "embed_layers", "branch_layers", "max_length")
+    document |= {"kind": kind, "projection": {key: projection[key] for key in kept} | PROJECTIONS[kind]}
+    made: DetectorConfig = from_mapping(DetectorConfig, document, "model")
+    return made
 
 
 def shrink(config: DetectorConfig) -> DetectorConfig:
@@ -112,9 +135,15 @@ def configure(size: str, mode: str, args: argparse.Namespace, half: bool) -> Det
     return replace(config, backbone=BackboneConfig(**{**vars(config.backbone), **changes}))
 
 
-def build(size: str, mode: str, args: argparse.Namespace, half: bool) -> tuple[Detector, torch.optim.Optimizer]:
-    detector = build_detector(configure(size, mode, args, half), args.device).train()
-    if args.quantize is not None:
+def build(
+    size: str, mode: str, kind: str, args: argparse.Namespace, half: bool, backbone: Any = None
+) -> tuple[Detector, torch.optim.Optimizer]:
+    """A detector and its optimizer; `backbone`: one that was made for another kind of detector."""
+    config = with_kind(configure(size, mode, args, half), kind)
+    detector = build_detector(config if backbone is None else replace(config, backbone=None), args.device).train()
+    if backbone is not None:
+        detector.backbone, detector.config = backbone, config
+    elif args.quantize is not None:
         assert detector.backbone is not None
         quantize_backbone(detector.backbone, args.quantize)
     options = read_section(f"adatad_thumos_videomae_{size}", "optimizer", OptimizerConfig)
@@ -139,12 +168,15 @@ def timed(step: Any, steps: int, cuda: bool) -> list[float]:
     return seconds
 
 
-def measure(size: str, mode: str, args: argparse.Namespace, half: bool) -> dict[str, Any]:
+def measure(
+    size: str, mode: str, args: argparse.Namespace, half: bool, kind: str = "actionformer", backbone: Any = None
+) -> tuple[dict[str, Any], Any]:
+    """One row of the table, and the backbone, for the next detector."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     torch.manual_seed(0)
     hold_at_most(None)  # dense weights are made before they are packed: the limit is the step's
-    detector, optimizer = build(size, mode, args, half)
+    detector, optimizer = build(size, mode, kind, args, half, backbone)
     count = 1 if args.tiny else args.batch or BATCH[size]
     frames, side = (64, 32) if args.tiny else (args.frames, args.side)
     batch = make_batch(detector.config, count, frames, side, device)
@@ -158,7 +190,8 @@ def measure(size: str, mode: str, args: argparse.Namespace, half: bool) -> dict[
         torch.cuda.reset_peak_memory_stats()
         hold_at_most(args.limit_gib)
     step = make_step(detector, optimizer, Ema(detector), batch, half)
-    row: dict[str, Any] = {"size": size, "checkpointing": mode, "batch": count, "frames": frames, "side": side}
+    row: dict[str, Any] = {"size": size, "kind": kind, "checkpointing": mode, "batch": count}
+    row |= {"frames": frames, "side": side}
     row["losses"] = [float(step()) for _ in range(3)]
     if recorded:
         torch.cuda.empty_cache()  # the graph has a pool of its own
@@ -173,7 +206,7 @@ def measure(size: str, mode: str, args: argparse.Namespace, half: bool) -> dict[
     row |= {"quantize": args.quantize, "lora": args.lora, "trainable": trainable}
     row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     row["held_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0
-    return row
+    return row, detector.backbone
 
 
 def numbers(values: list[float]) -> str:
@@ -182,9 +215,14 @@ def numbers(values: list[float]) -> str:
 
 def report(row: dict[str, Any], args: argparse.Namespace) -> str:
     size, seconds, gib = str(row["size"]), float(row["seconds"]), float(row["gib"])
-    line = f"{size:5} {row['checkpointing']:9} {seconds:7.3f} s {gib:6.2f} GiB (held {row['held_gib']:.2f})"
+    line = f"{size:5} {row['kind']:13} {row['checkpointing']:9} {seconds:7.3f} s {gib:6.2f} GiB"
+    line += f" (held {row['held_gib']:.2f})"
     line += f"  loss {numbers(row['losses'])}"
-    usual = (args.frames, args.side, args.batch or BATCH[size]) == (768, 160, BATCH[size])
+    usual = row["kind"] == "actionformer" and (args.frames, args.side, args.batch or BATCH[size]) == (
+        768,
+        160,
+        BATCH[size],
+    )
     if not args.tiny and args.device == "cuda" and size in ORIGINAL and usual:
         peer = ORIGINAL[size]
         line += f"   OpenTAD {peer.seconds:.3f} s {peer.gib:.2f} GiB:"
@@ -196,6 +234,7 @@ def report(row: dict[str, Any], args: argparse.Namespace) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(BATCH), choices=list(BATCH))
+    parser.add_argument("--detectors", nargs="+", default=["actionformer"], choices=kinds.NAMES)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", nargs="+", default=["segments"], choices=get_args(Checkpointing))
@@ -219,12 +258,14 @@ def main() -> None:
     torch.use_deterministic_algorithms(args.deterministic)
     for size in args.sizes[:1] if args.tiny else args.sizes:
         for mode in args.checkpointing:
-            row = measure(size, mode, args, half=True)
-            if args.reference:
-                row["float32_losses"] = measure(size, mode, args, half=False)["losses"]
-            print(json.dumps(row) if args.json else report(row, args), flush=True)
-            if args.reference and not args.json:
-                print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
+            backbone: Any = None
+            for kind in args.detectors:
+                row, backbone = measure(size, mode, args, True, kind, backbone)
+                if args.reference:
+                    row["float32_losses"] = measure(size, mode, args, False, kind)[0]["losses"]
+                print(json.dumps(row) if args.json else report(row, args), flush=True)
+                if args.reference and not args.json:
+                    print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from tensorkeep.detection._training import launched
+from tensorkeep.detection.recipe.text import read_recipe
 from tensorkeep.output import Output
 from tensorkeep.training import _graphs as graphs
 from tensorkeep.training import loop as train
 from tensorkeep.training._graphs import Recorded, capture_step, fill
 from tensorkeep.training.distributed import World
-from tensorkeep.training.job import Loop
+from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.loop import fit
+from tensorkeep.training.shipped import shipped
 from tests.detection import tiny
 from tests.gpu import needs_gpu
 from tests.helpers import refused
@@ -92,9 +95,37 @@ def test_without_a_gpu_kernels_are_launched_and_it_is_said(tmp_path: Path, capsy
     assert_same_run(tmp_path / "asked", tmp_path / "plain")
 
 
-def test_a_scaled_loss_is_not_recorded(tmp_path: Path) -> None:
-    with refused(None, "fp16's scale"):
-        fit(small_job(), tmp_path, replace(LOOP, graph=True, precision="fp16"))
+def test_left_open_a_step_is_recorded_on_one_gpu_unless_the_job_says_why_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, one, loop = small_job(), World(device=torch.device("cuda")), replace(LOOP, graph=None)
+
+    def decided(job: Job, loop: Loop, world: World) -> tuple[bool | None, str]:
+        return train._possible(job, loop, world, Output()).graph, capsys.readouterr().err
+
+    assert decided(job, loop, one) == (True, "")
+    assert decided(job, loop, World()) == (False, "")  # a CPU has none: nothing to say
+    for why, (found, said) in {
+        "dropout": decided(replace(job, launched="dropout"), loop, one),
+        "compiled": decided(job, replace(loop, compile=True), one),
+        "several processes": decided(job, loop, replace(one, size=2)),
+    }.items():
+        assert found is False and said.count("\n") == 1 and why in said, why
+    fit(job, tmp_path / "open", loop)
+    fit(small_job(), tmp_path / "plain", LOOP)
+    assert_same_run(tmp_path / "open", tmp_path / "plain")
+
+
+def test_which_of_the_recipes_here_are_recorded() -> None:
+    """The conditions are those of the parts: dropout that is drawn again, and ways that keep random states."""
+    found = {r.name: launched(read_recipe(r.name).model) for r in shipped() if r.kind == "detection"}
+    assert {name for name, why in found.items() if why} == {
+        "adatad_thumos_videomae_s_lora",  # dropout of its updates
+        "adatad_thumos_videomae_s_qlora",
+        "adatad_thumos_videomae_v2_g_lora",
+        "adatad_thumos_videomae_s_side",  # its ladder
+        "adatad_thumos_videomae_v2_g_side",
+    }, found
 
 
 def test_a_batch_of_another_form_is_refused() -> None:

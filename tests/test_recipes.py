@@ -273,6 +273,7 @@ def test_a_whole_recipe_of_version_1_has_every_field_of_today() -> None:
     for kind, kept_of in (("language", language), ("detection", detection)):
         stored = yaml.safe_load((data / kind / "run" / "recipe.yaml").read_text())
         assert kept_of(stored) == kept_of(kept_of(stored)) and kept_of(stored)["version"] == 2
+        stored["training"]["graph"] = None  # left open where the recipe says nothing, which runs of then launched
         assert kept_of(yaml.safe_load((data / kind / "started_from.yaml").read_text())) == kept_of(stored)
 
 

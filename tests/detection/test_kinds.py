@@ -28,6 +28,7 @@ from tensorkeep.training.recipe import plain
 from tensorkeep.training.schema import from_mapping
 from tests.detection import runs
 from tests.detection.test_training import assert_same_run, features
+from tests.gpu import needs_gpu
 from tests.helpers import assert_same, held, to
 from tests.parity.opentad_detectors import compare
 from tests.parity.opentad_fixtures import Fixture
@@ -132,6 +133,24 @@ def test_a_scan_in_chunks_is_the_recurrence_and_so_are_its_gradients(length: int
         assert torch.allclose(mine, theirs, atol=1e-10)
     with torch.no_grad():
         assert torch.equal(selective_scan(x, step, decay, into, out_of), found)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 768])
+def test_a_gpus_scan_is_the_plain_one_and_so_are_its_gradients(length: int) -> None:
+    """Of 40 channels, no multiple of a program's 32: the CPU's recurrence in float64."""
+    generator = torch.Generator().manual_seed(length)
+    x, step, into, out_of = (torch.randn(2, n, length, generator=generator) for n in (40, 40, 16, 16))
+    leaves = [x, step.exp() * 0.1, -torch.rand(40, 16, generator=generator) * 3, into, out_of]
+    weigh = torch.randn(x.shape, generator=generator)
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32), ("cuda", torch.float32)):
+        own = [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
+        y = selective_scan(*own)
+        found.append([y.detach(), *torch.autograd.grad((y * weigh.to(device, dtype)).sum(), own)])
+    for exact, one, again in zip(*found):
+        assert float((one.cpu().double() - exact).norm()) <= 1e-5 * float(exact.norm())  # 0 of one step's decay
+        assert torch.equal(one, again)  # sums of several programs come in one order
 
 
 @pytest.mark.parametrize("length", [1, 2, 37, 64])

@@ -116,6 +116,30 @@ class DetectionLoss:
         return {"loss": found.cost, "cls_loss": found.cls_loss, "reg_loss": found.reg_loss}
 
 
+def launched(config: DetectorConfig) -> str:
+    """Say why a training step cannot be recorded as a CUDA graph; "" where nothing is known against it.
+
+    A recomputation that draws random numbers reads the generator's state on the host, which no graph can.
+
+    Args:
+        config: the detector's shape.
+    """
+    backbone = config.backbone
+    if backbone is None or backbone.checkpointing == "none":
+        return ""
+    adapter, lora = backbone.adapter, backbone.lora
+    ladder = adapter is not None and adapter.kind == "ladder"
+    if ladder or backbone.checkpointing in ("blocks", "attention"):
+        what = f"checkpointing {backbone.checkpointing}{' of a ladder' if ladder else ''}"
+        return f"{what} keeps random states on the host"
+    dropout = lora.lora_dropout if lora is not None else 0.0
+    if adapter is not None and adapter.kind == "qlora":
+        dropout = max(dropout, adapter.lora_dropout)
+    if dropout:
+        return f"checkpointing {backbone.checkpointing} draws dropout of {dropout} again, from the host's random states"
+    return ""
+
+
 def refuse_split(config: DetectorConfig, parts: int) -> None:
     """Refuse to split a batch whose two losses are weighed by their ratio: its loss is no sum over parts.
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, refuse_split, telling
+from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, launched, refuse_split, telling
 from tensorkeep.detection.check import Checked, check_training, refuse_untrainable, unusable_annotations
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
-from tensorkeep.detection.data.clips import most_segments
+from tensorkeep.detection.data.clips import Clips, most_segments
+from tensorkeep.detection.data.device_augment import augment_batch
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
 from tensorkeep.detection.recipe.schema import DetectionRecipe
@@ -70,11 +72,13 @@ def build(
     detector, base = make_detector(recipe, Path(run), world, remark)
     check_ranks(detector, peers=world.size > 1)
     frames = float(recipe.data.window_size * recipe.data.scale_factor)
+    on_gpu = world.device.type == "cuda"
+    recorded = loop.graph or (loop.graph is None and on_gpu)  # then batches have one shape
     job = Job(
         model=detector,
         optimizer=make_optimizer(detector, recipe.optimizer),
         data=clips,
-        collate=Collate(recipe.model, most_segments(clips) if loop.graph else None),
+        collate=Collate(recipe.model, most_segments(clips) if recorded else None),
         loss=DetectionLoss(detector),
         count=telling(remark),
         divisor=Normalizer(detector),
@@ -87,8 +91,24 @@ def build(
         trackers=trackers.named(recipe.training.trackers, Path(run)) if world.first else [],
         shard=blocks_of,
         pace=("frames", frames) if recipe.data.inputs == "video" else ("samples", 1.0),
+        launched=launched(recipe.model),
     )
-    return job, loop
+    return augmented_on_device(job, recipe) if on_gpu else job, loop
+
+
+def augmented_on_device(job: Job, recipe: DetectionRecipe) -> Job:
+    """Let the processes that load data only decode: training frames are augmented where the model is.
+
+    Args:
+        job: of `recipe`.
+        recipe: on features, or without augmentation, nothing changes.
+
+    Returns:
+        The job with other `data` and `prepare`; the draws are the same.
+    """
+    if not isinstance(job.data, Clips) or recipe.data.inputs != "video" or recipe.data.augment is None:
+        return job
+    return replace(job, data=replace(job.data, uncut=True), prepare=partial(augment_batch, size=recipe.data.crop_size))
 
 
 def check(recipe: DetectionRecipe, remark: Remark = lambda _: None) -> Checked:
@@ -143,7 +163,8 @@ def blocks_of(detector: torch.nn.Module) -> list[torch.nn.Module]:
 
 def loop_of(recipe: DetectionRecipe, samples: int) -> Loop:
     """Say how the loop is to go; `samples`: of one epoch."""
-    return training_job.loop_of(recipe.training, samples, recipe.checkpoint)
+    loop = training_job.loop_of(recipe.training, samples, recipe.checkpoint)
+    return replace(loop, graph=recipe.training.graph)
 
 
 def run_detection(

@@ -46,6 +46,7 @@ def update(run: Run, model: nn.Module, parts: list[Any], wish: Wish) -> Update |
             continue
         sharding.exchange(model, last)
         batch = to_device(parts[-1] if part is None else part, world.device)
+        batch = job.prepare(batch) if job.prepare else batch
         with _exchange(model, last):
             # DDP and FSDP take the mean over ranks; sharded, a rank with nothing to do takes part for the others' sake
             weight = world.size if part is not None else 0

@@ -54,6 +54,9 @@ class Job:
         trackers: each is called once with every new row of metrics.
         shard: gives the modules that FSDP shards as units; None: the repeated blocks.
         micro: at most so many samples a forward, where the job was made to fit a GPU; None: as the loop says.
+        launched: why its kernels are launched one by one where the loop leaves it open; "": nothing is known against a
+            CUDA graph.
+        prepare: turns a micro-batch that is on the device into what the loss gets; None: it is that.
     """
 
     model: nn.Module
@@ -75,6 +78,8 @@ class Job:
     trackers: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     shard: Callable[[nn.Module], Iterable[nn.Module]] | None = None
     micro: int | None = None
+    launched: str = ""
+    prepare: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ class Loop:
         clip: the largest norm of the gradient; None: any.
         precision: of a forward pass.
         compile: whether the model is compiled.
-        graph: whether forward and backward passes are recorded as one CUDA graph.
+        graph: whether forward and backward passes are recorded as one CUDA graph; None: on one GPU, where the job says
+            nothing against it.
         deterministic: the same bits at every start, on a GPU too; slower.
         log_every: updates between two rows of metrics.
         save_every: updates between two checkpoints; None: at the end only, and before each evaluation.
@@ -114,7 +120,7 @@ class Loop:
     clip: float | None = 1.0
     precision: Precision = "fp32"
     compile: bool = False
-    graph: bool = False
+    graph: bool | None = False
     deterministic: bool = False
     log_every: int = 10
     save_every: int | None = None
@@ -152,7 +158,7 @@ def loop_of(config: TrainingConfig, samples: int, checkpoint: CheckpointConfig |
         clip=config.clip,
         precision=config.precision,
         compile=config.compile,
-        graph=config.graph,
+        graph=bool(config.graph),
         deterministic=config.deterministic,
         log_every=config.log_every,
         save_every=save,

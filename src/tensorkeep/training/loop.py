@@ -235,14 +235,27 @@ def _possible(job: Job, loop: Loop, world: World, say: Output) -> Loop:
         raise TensorkeepError("only shards are kept by each host", where="checkpoint.local", hint=hint)
     if job.micro is not None:
         loop = replace(loop, micro=min(job.micro, loop.micro or job.micro))
-    if loop.graph and loop.precision == "fp16":
-        hint = "precision: bf16, or graph: false"
-        raise TensorkeepError("a CUDA graph would hold on to fp16's scale", where="training.graph", hint=hint)
+    if loop.graph is None:
+        return replace(loop, graph=_recordable(job, loop, world, say))
     if not loop.graph or (world.device.type == "cuda" and (world.size == 1 or loop.parallel == "ddp")):
         return loop
     if world.first:
         say.remark("note: a CUDA graph needs a GPU, and no shards; here every kernel is launched by itself")
     return replace(loop, graph=False)
+
+
+def _recordable(job: Job, loop: Loop, world: World, say: Output) -> bool:
+    """Decide whether steps are recorded, where that is left open; of a GPU that launches them the reason is said."""
+    if world.device.type != "cuda":
+        return False
+    why = job.launched
+    if world.size > 1:
+        why = "over several processes it is for `graph: true`"
+    elif loop.compile:
+        why = "the model is compiled"
+    if why and world.first:
+        say.remark(f"note: no CUDA graph, every kernel is launched by itself: {why}")
+    return not why
 
 
 def _set_out(job: Job, loop: Loop, world: World) -> None:

@@ -43,7 +43,8 @@ class TrainingConfig:
         memory_limit_gib: GiB of the GPU that training may take: what layers keep, where it waits and how many samples
             go at a time is planned so that it fits, else the run is refused. Null: no limit, nothing is planned.
         compile: Whether the model is compiled.
-        graph: Whether forward and backward passes are recorded as one CUDA graph; on GPUs.
+        graph: Whether forward and backward passes are recorded as one CUDA graph; on GPUs. Null: those of a detection
+            run on one GPU, where they can be.
         deterministic: The same bits at every start, on a GPU too; slower.
         parallel: Over several processes, copies of the model (ddp) or shards of it (fsdp).
         replicas: Groups of processes that hold all shards each (fsdp): one group for each host keeps gathering inside.
@@ -78,7 +79,7 @@ class TrainingConfig:
     memory: Literal["least", "balanced", "most"] | None = None
     memory_limit_gib: float | None = None
     compile: bool = False
-    graph: bool = False
+    graph: bool | None = None
     deterministic: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     replicas: int = 1

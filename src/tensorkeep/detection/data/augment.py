@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from tensorkeep.errors import TensorkeepError
 
 CHUNK = 8  # frames that are held as floats at a time: they stay in the cache
-_LUMA = (0.299, 0.587, 0.114)
+_CHUNK_OF_A_GPU = 128  # there few launches count, and memory
+LUMA = (0.299, 0.587, 0.114)
 _GREY = 128  # what is cut out is filled with it
 _CROP_TRIES = 10
 
@@ -175,10 +176,15 @@ def _resized(frames: Tensor, size: int) -> Tensor:
     return F.interpolate(frames.contiguous(), (size, size), mode="bilinear", antialias=True)
 
 
-def _by_chunks(frames: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `function` to the frames as floats, a few at a time, and round the result to uint8."""
-    out = torch.empty_like(frames)
-    for part, place in zip(torch.split(frames, CHUNK), torch.split(out, CHUNK)):
+def chunk_of(frames: Tensor) -> int:
+    """Return how many frames are treated at a time where these are."""
+    return CHUNK if frames.device.type == "cpu" else _CHUNK_OF_A_GPU
+
+
+def by_chunks(frames: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `function` to the frames as floats, some at a time, and round the result to uint8."""
+    out, size = torch.empty_like(frames), chunk_of(frames)
+    for part, place in zip(torch.split(frames, size), torch.split(out, size)):
         # by way of int16: torch's own way from floats to bytes takes five times as long
         place.copy_(function(part.float()).round_().clamp_(0, 255).to(torch.int16))
     return out
@@ -197,7 +203,7 @@ def _recoloured(frames: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
             channel.add_(more)
         return out
 
-    return _by_chunks(frames, recolour)
+    return by_chunks(frames, recolour)
 
 
 def _means(frames: Tensor) -> Tensor:
@@ -207,15 +213,15 @@ def _means(frames: Tensor) -> Tensor:
     return torch.stack(sums).sum(0) / (frames.numel() // 3)
 
 
-def _saturation(factor: float) -> Tensor:
+def saturation_matrix(factor: float) -> Tensor:
     """Return the matrix `[3, 3]` that mixes each colour with its grey."""
-    grey = torch.tensor(_LUMA, dtype=torch.float64).expand(3, 3)
+    grey = torch.tensor(LUMA, dtype=torch.float64).expand(3, 3)
     return torch.eye(3, dtype=torch.float64) * factor + grey * (1 - factor)
 
 
-def _hue(turn: float) -> Tensor:
+def hue_matrix(turn: float) -> Tensor:
     """Return the matrix `[3, 3]` that rotates the chroma plane of YIQ by `turn` of a full turn."""
-    to_yiq = torch.tensor([_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
+    to_yiq = torch.tensor([LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], dtype=torch.float64)
     c, s = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     rotation = torch.tensor([(1.0, 0.0, 0.0), (0.0, c, -s), (0.0, s, c)], dtype=torch.float64)
     turned: Tensor = torch.linalg.solve(to_yiq, rotation @ to_yiq)
@@ -228,11 +234,11 @@ def _jittered(frames: Tensor, jitter: tuple[float, float, float, float], order: 
     if jitter == (1.0, 1.0, 1.0, 0.0):
         return frames
     matrix, offset = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    means, luma = _means(frames), torch.tensor(_LUMA, dtype=torch.float64)
+    means, luma = _means(frames), torch.tensor(LUMA, dtype=torch.float64)
     eye = torch.eye(3, dtype=torch.float64)
     for step in order:
         grey = luma @ (matrix @ means + offset)
-        turned = (eye * brightness, eye * contrast, _saturation(saturation), _hue(hue))[step]
+        turned = (eye * brightness, eye * contrast, saturation_matrix(saturation), hue_matrix(hue))[step]
         matrix, offset = turned @ matrix, turned @ offset + (grey * (1 - contrast) if step == 1 else 0.0)
     return _recoloured(frames, matrix, offset)
 
@@ -246,12 +252,14 @@ def _warped(frames: Tensor, matrix: tuple[float, float, float, float], shift: tu
     xx, xy, yx, yy = matrix
     det = xx * yy - xy * yx
     y, x = torch.meshgrid(
-        (torch.arange(height) + 0.5) / height * 2 - 1, (torch.arange(width) + 0.5) / width * 2 - 1, indexing="ij"
+        (torch.arange(height, device=frames.device) + 0.5) / height * 2 - 1,
+        (torch.arange(width, device=frames.device) + 0.5) / width * 2 - 1,
+        indexing="ij",
     )
     x, y = x - 2 * shift[0], y - 2 * shift[1]
     # where each pixel comes from: the inverse, with both sides taken as equally long, as they are here
     grid = torch.stack([(yy * x - xy * y) / det, (-yx * x + xx * y) / det], -1)  # [H, W, 2]
-    return _by_chunks(frames, lambda part: F.grid_sample(part, grid.expand(len(part), -1, -1, -1), align_corners=False))
+    return by_chunks(frames, lambda part: F.grid_sample(part, grid.expand(len(part), -1, -1, -1), align_corners=False))
 
 
 def _shear(frames: Tensor, level: float, along_x: bool) -> Tensor:
@@ -280,7 +288,7 @@ def _solarize(frames: Tensor, level: float, down: float, right: float) -> Tensor
 def _contrast(frames: Tensor, level: float, down: float, right: float) -> Tensor:
     """Move every value towards the clip's mean grey, or away from it."""
     factor = 1.8 * abs(level) + 0.1
-    grey = float(_means(frames) @ torch.tensor(_LUMA, dtype=torch.float64))
+    grey = float(_means(frames) @ torch.tensor(LUMA, dtype=torch.float64))
     return _recoloured(frames, torch.eye(3) * factor, torch.full((3,), grey * (1 - factor)))
 
 
@@ -291,10 +299,11 @@ def _sharpness(frames: Tensor, level: float, down: float, right: float) -> Tenso
     def sharpen(x: Tensor) -> Tensor:
         near = F.pad(x, (1, 1, 1, 1), mode="replicate")
         rows = near[:, :, :-2] + near[:, :, 1:-1] + near[:, :, 2:]
-        smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x) / 13
+        # divided by a tensor: by a number a GPU would multiply with its inverse, which rounds otherwise
+        smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x) / x.new_full((), 13.0)
         return smooth + (x - smooth) * factor
 
-    return _by_chunks(frames, sharpen)
+    return by_chunks(frames, sharpen)
 
 
 def _autocontrast(frames: Tensor, level: float, down: float, right: float) -> Tensor:
@@ -309,15 +318,22 @@ def _equalize(frames: Tensor, level: float, down: float, right: float) -> Tensor
     out = torch.empty_like(frames)
     for channel in range(3):
         counts = torch.bincount(frames[:, channel].flatten(), minlength=256)
-        step = int(counts.sum() - counts[counts.nonzero()[-1, 0]]) // 255
-        if step == 0:
+        table = equal_table(counts)
+        if table is None:
             out[:, channel] = frames[:, channel]
             continue
-        before = counts.cumsum(0) - counts
-        table = ((before + step // 2) // step).clamp(max=255).to(torch.uint8)
         for part, place in zip(torch.split(frames[:, channel], CHUNK), torch.split(out[:, channel], CHUNK)):
             place.copy_(torch.from_numpy(np.take(table.numpy(), part.numpy())))  # a fifth of the time of indexing
     return out
+
+
+def equal_table(counts: Tensor) -> Tensor | None:
+    """Return where `equalize` sends each value, uint8 `[256]`, for how often they occur; None: they stay."""
+    step = int(counts.sum() - counts[counts.nonzero()[-1, 0]]) // 255
+    if step == 0:
+        return None
+    before = counts.cumsum(0) - counts
+    return ((before + step // 2) // step).clamp(max=255).to(torch.uint8)
 
 
 def _cutout(frames: Tensor, level: float, down: float, right: float) -> Tensor:
@@ -340,7 +356,7 @@ OPERATIONS: dict[str, Operation] = {
     "rotate": _rotate,
     "posterize": _posterize,
     "solarize": _solarize,
-    "colour": lambda x, level, _, __: _recoloured(x, _saturation(1.8 * abs(level) + 0.1), _NOTHING),
+    "colour": lambda x, level, _, __: _recoloured(x, saturation_matrix(1.8 * abs(level) + 0.1), _NOTHING),
     "contrast": _contrast,
     "brightness": lambda x, level, _, __: _recoloured(x, _EYE * (1.8 * abs(level) + 0.1), _NOTHING),
     "sharpness": _sharpness,

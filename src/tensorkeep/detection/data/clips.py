@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tensorkeep.detection.data.augment import augment, centre_crop, draw_augmentation
+from tensorkeep.detection.data.device_augment import Uncut, cut_out
 from tensorkeep.detection.data.features import read_features
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem, done
@@ -60,12 +61,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """A data set of windows, as `make_clips` makes it: `len`, `sample(index, generator)`, `fingerprint()`."""
+    """A data set of windows, as `make_clips` makes it: `len`, `sample(index, generator)`, `fingerprint()`.
+
+    `uncut`: the inputs of training samples are `device_augment.Uncut`, for the device to augment.
+    """
 
     items: tuple[Item, ...]
     window: WindowConfig
     reader: VideoReader | FeatureReader
     places: tuple[Place, ...] = field(repr=False)
+    uncut: bool = False
 
     def __len__(self) -> int:
         return len(self.places)
@@ -97,12 +102,12 @@ class Clips:
             cut, segments, kept = self._cut(item, place, generator)
             mask, start = torch.from_numpy(cut.mask), cut.start_frame
         try:
-            inputs = _read(item, self.reader, config, cut, generator, problems)
+            inputs = _read(item, self.reader, config, cut, generator, problems, self.uncut)
         except TensorkeepError as error:
             if self.reader.broken == "error":
                 raise
             problems.append(Problem("error", "unreadable video", item.name, f"left out: {error.line}"))
-            inputs, mask = _nothing(self.reader, config), torch.zeros_like(mask)
+            inputs, mask = _nothing(self.reader, config, self.uncut), torch.zeros_like(mask)
             segments, kept = segments[:0], kept[:0]
         meta = {
             "video": item.name,
@@ -258,7 +263,8 @@ def _read(
     cut: Window | None,
     generator: torch.Generator,
     problems: list[Problem],
-) -> Tensor:
+    uncut: bool,
+) -> Tensor | Uncut:
     """Read the inputs of one sample: of the window `cut`, or with None the whole video, resized."""
     length = config.window_size
     if isinstance(reader, FeatureReader):
@@ -281,13 +287,16 @@ def _read(
         frames = centre_crop(frames, reader.size)
     else:
         drawn = draw_augmentation(reader.augment, frames.shape[2], frames.shape[3], generator)
+        if uncut:
+            return cut_out(frames, drawn)
         frames = augment(frames, drawn, reader.augment.size)
     return frames.transpose(0, 1).contiguous()  # [3, T, H, W]
 
 
-def _nothing(reader: VideoReader | FeatureReader, config: WindowConfig) -> Tensor:
+def _nothing(reader: VideoReader | FeatureReader, config: WindowConfig, uncut: bool) -> Tensor | Uncut:
     """Make zeros in the shape of a sample's inputs."""
     if isinstance(reader, FeatureReader):
         return torch.zeros(reader.channels, config.window_size)
     size = reader.size if reader.augment is None else reader.augment.size
-    return torch.zeros(3, config.window_size * config.scale_factor, size, size, dtype=torch.uint8)
+    frames = torch.zeros(config.window_size * config.scale_factor, 3, size, size, dtype=torch.uint8)
+    return Uncut(frames, None) if uncut and reader.augment is not None else frames.transpose(0, 1).contiguous()

@@ -1,7 +1,7 @@
 """CausalTAD: each block looks once at the past and once at the future, by a state space and attention (Liu 2024).
 
-The state space (Mamba's selective scan) is computed in plain PyTorch, in float32 and in chunks of time, which
-the backward computes again. There is no fused kernel here: on a GPU the scan takes most of a step.
+The state space (Mamba's selective scan) is computed in float32: in plain PyTorch in chunks of time, which the backward
+computes again, or on a GPU with Triton by kernels that keep its states in registers (`_scan_kernels`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +98,10 @@ def selective_scan(x: Tensor, step: Tensor, decay: Tensor, into: Tensor, out_of:
         >>> selective_scan(ones, ones, torch.tensor([[-0.6931472]]), ones, ones)
         tensor([[[1.0000, 1.5000, 1.7500]]])
     """
+    if x.is_cuda and x.dtype == torch.float32 and decay.shape[1].bit_count() == 1 and _has_triton():
+        turned = [t.transpose(1, 2).contiguous() for t in (x, step, into, out_of)]
+        fused: Tensor = _FusedScan.apply(decay.contiguous(), *turned)  # type: ignore[no-untyped-call]
+        return fused.transpose(1, 2)
     state = x.new_zeros(*x.shape[:2], decay.shape[1])  # [B, D, N]
     parts = []
     for at in range(0, x.shape[-1], _CHUNK):
@@ -106,6 +112,31 @@ def selective_scan(x: Tensor, step: Tensor, decay: Tensor, into: Tensor, out_of:
             y, state = _scan_chunk(state, decay, *cut)
         parts.append(y)
     return torch.cat(parts, -1)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class _FusedScan(torch.autograd.Function):
+    """The scan by Triton's kernels, time before channels; kept for the backward are its inputs and a few states."""
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, x: Tensor, step: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
+        from tensorkeep.detection.model.kinds import _scan_kernels as kernels
+
+        y, kept = kernels.scan(x, step, decay, into, out_of)
+        ctx.save_for_backward(decay, x, step, into, out_of, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        from tensorkeep.detection.model.kinds import _scan_kernels as kernels
+
+        decay, x, step, into, out_of, kept = ctx.saved_tensors
+        found = kernels.scan_backward(grads[0].contiguous(), x, step, decay, into, out_of, kept)
+        return found[2], found[0], found[1], found[3], found[4]
 
 
 def _scan_chunk(
