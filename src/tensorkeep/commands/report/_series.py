@@ -184,7 +184,7 @@ def _add(into: dict[str, Series], numbers: Mapping[str, Any], step: int, most: i
 
 def _in_percent(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Name and scale mAP and recall, which files hold as shares of 1, as people read them."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in numbers.items():
         share = is_share(name) and isinstance(value, (int, float)) and not isinstance(value, bool)
         found |= {f"{name}, percent": 100 * value} if share else {name: value}
