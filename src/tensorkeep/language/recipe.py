@@ -175,6 +175,7 @@ class LanguageRecipe:
             raise TensorkeepError(
                 "weights that train cannot be quantized", where="training.quantize_backbone", hint=hint
             )
+        _refuse_float8(self)
         if self.adapter is not None and self.config is not None:
             raise TensorkeepError(
                 "an adapter needs a trained model under it", where="adapter", hint="model: CHECKPOINT"
@@ -195,3 +196,18 @@ class LanguageRecipe:
             raise TensorkeepError(
                 "augmentation changes conversations", where="data.augmentation", hint="objective: sft"
             )
+
+
+def _refuse_float8(recipe: LanguageRecipe) -> None:
+    """Refuse float8 products where nothing could be computed in them, or what they do to the result is not known."""
+    training = recipe.training
+    wrong = {
+        ("only frozen linears have float8 products", "add --lora_r 16"): recipe.adapter is None,
+        ("the rest is computed in bf16", "precision: bf16"): training.precision != "bf16",
+        ("sharded codes have no float8 products", "parallel: ddp"): training.parallel == "fsdp",
+        ("a pair's two losses may differ by less than float8 rounds", "objective: sft"): recipe.objective == "dpo",
+    }
+    found = next((said for said, here in wrong.items() if here), None)
+    if training.quantize_compute is not None and found is not None:
+        what, instead = found
+        raise TensorkeepError(what, where="training.quantize_compute", hint=f"{instead}, or leave quantize_compute out")

@@ -15,6 +15,7 @@ SHORT = {
     "lora_alpha": "adapter.lora_alpha",
     "lora_dropout": "adapter.lora_dropout",
     "quantize_backbone": "training.quantize_backbone",
+    "quantize_compute": "training.quantize_compute",
 }
 # what may differ between two starts of a run, by section: where its tokens are kept
 FREE = {"data": ("cache",)}

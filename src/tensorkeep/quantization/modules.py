@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization import float8
 from tensorkeep.quantization.encoding import EXCLUDED
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.linear_layers import stacked_parameters
@@ -232,6 +233,42 @@ def check_ranks(model: nn.Module, peers: bool = True) -> None:
                 code="Q02",
                 hint="load the same checkpoint on every rank, or quantize from one seed",
             )
+
+
+def compute_in_float8(model: nn.Module) -> list[str]:
+    """Let the products of a model's 4-bit linears with inputs and gradients be in float8 while it trains.
+
+    Evaluation, merges and state dicts are not touched: they take the weight as its codes have it.
+
+    Args:
+        model: on its device, quantized; linears of other kinds, and of sizes that are no multiple of 16, stay as they
+            are.
+
+    Returns:
+        The names of the linears.
+
+    Raises:
+        TensorkeepError: the device has no float8 products, or there is no such linear.
+
+    Example:
+        >>> model = nn.Sequential(QuantLinear.of(nn.Linear(64, 32)), nn.Linear(32, 32))
+        >>> compute_in_float8(model)
+        ['0']
+    """
+    found = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    fit = {n: m for n, m in found.items() if m.kind != "int8" and float8.fits(*m.layout.shape) and not m.spread_out}
+    if not fit:
+        what = f"of {len(found)} quantized linears none has 4-bit codes and sizes that are multiples of 16"
+        raise TensorkeepError(
+            what, where="quantize_compute", hint="quantize_backbone: nf4, or leave quantize_compute out"
+        )
+    for device in {m.weight.device for m in fit.values()}:
+        why = float8.why_not(device)
+        if why is not None:
+            raise TensorkeepError(why, where="quantize_compute", hint="leave quantize_compute out")
+    for layer in fit.values():
+        layer.compute_in_float8()
+    return list(fit)
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------
