@@ -1,4 +1,4 @@
-"""`training.quantize_compute: fp8`: what is rounded and how far, that CPU and GPU round alike, and what it leaves alone."""
+"""`training.quantize_compute: fp8`: what is rounded and how far, CPU beside GPU, and what it leaves alone."""
 
 from __future__ import annotations
 

@@ -354,7 +354,8 @@ class GatedMlp(torch.autograd.Function):
         ctx.save_for_backward(flat, kept, *lora, *states)
         ctx.how = (form, kinds, numbers, scales, act)
         ctx.form = (x.dtype, x.shape)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        shaped: Tensor = out.view(*x.shape[:-1], out.shape[-1])
+        return shaped
 
     @staticmethod
     @once_differentiable

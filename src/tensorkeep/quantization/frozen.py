@@ -7,6 +7,7 @@ the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,7 @@ def frozen_state(base: nn.Module) -> tuple[How, list[Any]]:
     if hasattr(base, "_plain"):
         quantized: Any = base
         layout, held = quantized._plain()
-        roles = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
+        roles: tuple[str, ...] = INT8_ROLES if layout.kind == "int8" else FOUR_BIT_ROLES
         roles += float8.ROLES if float8.ROLES[0] in held else ()
         return (layout.kind, *layout.shape, layout.block, layout.nested), [held.get(role) for role in roles]
     kept: Any = base
@@ -129,9 +130,9 @@ def float8_weight(
     """
     scale = state[len(FOUR_BIT_ROLES) + turned] if scale is None else scale
     given = (*state[: len(FOUR_BIT_ROLES)], scale, how[3], how[4], how[1], how[2], how[0], turned)
-    if torch.compiler.is_compiling():
-        return cast(Tensor, _float8_weight_op(*given))
-    return _float8_weight(*given, out)
+    how_made: Any = _float8_weight_op if torch.compiler.is_compiling() else partial(_float8_weight, out=out)
+    made: Tensor = how_made(*given)
+    return made
 
 
 def _float8_weight(
@@ -157,7 +158,8 @@ def _float8_weight(
         from tensorkeep.quantization import _float8_kernels
 
         if _float8_kernels.can_narrow(block, columns):
-            return cast(Tensor, _float8_kernels.weight(*state, scale, block, nested, rows, columns, turned, out))
+            made: Tensor = _float8_kernels.weight(*state, scale, block, nested, rows, columns, turned, out)
+            return made
     wide = dense_weight((kind, rows, columns, block, nested), state, torch.float32)
     return out.copy_(float8.rounded(wide.T if turned else wide, scale[:, None]))
 
