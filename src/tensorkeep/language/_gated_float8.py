@@ -1,6 +1,7 @@
 """The gated MLP of `_gated_mlp` with its wide products in float8, forward and for the input's gradient.
 
-An update cannot ride in such a product, whose numbers are rounded: it is added to it in bfloat16. Gate and up are one
+An update cannot ride in such a product, whose numbers are rounded: it is added to it in bfloat16, that of gate and up
+where the activation is computed. Gate and up are one
 product, and so are their gradients, which share a scale a token; each weight is rounded from its codes by its rows for
 the forward, by its columns for the backward. The updates' own products and gradients are in bfloat16, of activations
 that were not rounded.
@@ -20,6 +21,7 @@ from tensorkeep.language._gated_mlp import (
     Sums,
     apart,
     chunks,
+    fused,
     gated_backward_into,
     gated_into,
     operations,
@@ -28,6 +30,9 @@ from tensorkeep.language._gated_mlp import (
 )
 from tensorkeep.quantization import float8
 from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, float8_weight
+
+
+RIDING = True
 
 
 def _scale(plan: Plan, which: int, turned: bool) -> Tensor:
@@ -74,11 +79,20 @@ def _down_update(plan: Plan, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _times(x: Tensor, weight: Tensor, scale: Tensor, out: Tensor, low: Tensor, up: Tensor) -> None:
-    """Write `x weight^T + low up` into `out`, the first product in float8."""
+    """Write `x weight^T + low up` into `out`, the first product in float8; no columns of `low`: no update."""
     codes, tops = float8.narrowed(x)
     float8.product(codes, weight.T, tops, scale, out.dtype, out)
     if low.shape[1]:
         out.addmm_(low, up)
+
+
+def _rides(x: Tensor, act: str, ranks: Sequence[int]) -> bool:
+    """Whether updates are added in the kernels of the activation; what is kept of gate and up is then without them."""
+    if not RIDING or not fused(x, act) or not any(ranks):
+        return False
+    from tensorkeep.language._gated_kernels import WIDEST_RANK
+
+    return max(ranks) <= WIDEST_RANK
 
 
 def _forward(
@@ -95,16 +109,22 @@ def _forward(
     plan = Plan(states, lora, kinds, numbers, scales, act)
     width = plan.width
     (low, up), (low_down, up_down) = _updates(plan, x), _down_update(plan, x)
+    rides = _rides(x, act, (len(low), len(low_down)))
     whole, scale = _gate_and_up(plan, False)
     down, scale_down = _weight(plan, 2, False)
     out = x.new_empty((len(x), numbers[8]))
     kept = x.new_empty((len(x), 2 * width) if keep else (0,))
     for part in chunks(len(x), width, x.itemsize):
         piece = x[part]
-        pair = kept[part] if keep else x.new_empty((len(piece), 2 * width))
-        _times(piece, whole, scale, pair, piece @ low.T, up.T)
+        pair, lows = kept[part] if keep else x.new_empty((len(piece), 2 * width)), piece @ low.T
+        _times(piece, whole, scale, pair, lows[:, :0] if rides else lows, up.T)
         hidden = x.new_empty((len(piece), width))
-        gated_into(pair, hidden, act)
+        if rides and len(low):
+            from tensorkeep.language._gated_kernels import gated_low
+
+            gated_low(pair, lows, up, hidden, act)
+        else:
+            gated_into(pair, hidden, act)
         _times(hidden, down, scale_down, out[part], hidden @ low_down.T, up_down.T)
     return out, kept
 
@@ -125,7 +145,7 @@ def _backward(
     plan = Plan(states, lora, kinds, numbers, scales, act)
     width = plan.width
     (low, up), (low_down, up_down) = _updates(plan, x), _down_update(plan, x)
-    sums = Sums()
+    sums, rides = Sums(), _rides(x, act, (len(low), len(low_down)))
     again = None if len(kept) else _gate_and_up(plan, False)
     down, scale_down = _weight(plan, 2, True)
     whole = _gate_and_up(plan, True) if need_x else None
@@ -134,10 +154,16 @@ def _backward(
         piece, slope = x[part], grad[part].contiguous()
         lows, both = piece @ low.T, x.new_empty((len(piece), 2 * width))
         if again is not None:
-            _times(piece, *again, both, lows, up.T)
-        back, hidden = slope @ up_down, x.new_empty((len(piece), width))
-        _times(slope, down, scale_down, hidden, back, low_down)  # the gradient of act(gate) · up
-        gated_backward_into(kept[part] if again is None else both, hidden, both, act)  # and now that itself
+            _times(piece, *again, both, lows[:, :0] if rides else lows, up.T)
+        pair, back, hidden = kept[part] if again is None else both, slope @ up_down, x.new_empty((len(piece), width))
+        _times(slope, down, scale_down, hidden, back[:, :0] if rides else back, low_down)
+        # from the gradient of act(gate) · up to those of gate and of up; in its place stands act(gate) · up then
+        if rides:
+            from tensorkeep.language._gated_kernels import gated_low_backward
+
+            gated_low_backward(pair, lows, up, hidden, back, low_down, both, act)
+        else:
+            gated_backward_into(pair, hidden, both, act)
         if len(low_down):
             sums.add("A down", back.T @ hidden)
             sums.add("B down", slope.T @ (hidden @ low_down.T))

@@ -133,13 +133,13 @@ def padded_rows(a: Tensor | None, like: Tensor, inputs: int) -> Tensor:
     return F.pad(a, (0, 0, 0, padded(len(a)) - len(a)))
 
 
-def _fused(x: Tensor, act: str) -> bool:
+def fused(x: Tensor, act: str) -> bool:
     return x.is_cuda and act in ("silu", "gelu_tanh") and find_spec("triton") is not None
 
 
 def gated_into(pair: Tensor, out: Tensor, act: str) -> None:
     """Write act(gate) · up of `pair` [n, 2 I] into `out` [n, I]."""
-    if _fused(pair, act):
+    if fused(pair, act):
         from tensorkeep.language._gated_kernels import gated
 
         return gated(pair, out, act)
@@ -150,7 +150,7 @@ def gated_into(pair: Tensor, out: Tensor, act: str) -> None:
 
 def gated_backward_into(pair: Tensor, slope: Tensor, to: Tensor, act: str) -> None:
     """Write the gradients of gate and up into `to` [n, 2 I], and act(gate) · up over its gradient `slope`."""
-    if _fused(pair, act):
+    if fused(pair, act):
         from tensorkeep.language._gated_kernels import gated_backward
 
         return gated_backward(pair, slope, to, act)
