@@ -5,8 +5,8 @@
 
 One model is built and arranged again for each way, so weights, start and tokens are the same. All ways are compiled
 and run first; with `--after FILE` they are timed once that file is there. The model and the step are those of
-`qlora_language`; `wide-N` keeps the wide products of N layers on the GPU, all else in main memory; `fp8-apart` adds every update to its
-product by a product of its own.
+`qlora_language`; `wide-N` keeps the wide products of N layers on the GPU, all else in main memory; `fp8-apart` adds
+every update to its product by a product of its own.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from tensorkeep.language._gated_mlp import (
 from tensorkeep.quantization import float8
 from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, float8_weight
 
-
 RIDING = True
 
 
