@@ -53,7 +53,7 @@ def train(given: argparse.Namespace) -> None:
         "evaluation": {"files": [str(given.held)]},
         "adapter": {"lora_r": 16, "lora_alpha": 32},
         "optimizer": {"lr": given.lr},
-        "schedule": {"warmup": 20},
+        "schedule": {"warmup": 0.04},
         "training": training,
     }
     recipe = language_recipe(document)
@@ -68,7 +68,7 @@ def train(given: argparse.Namespace) -> None:
         "compute": given.compute or "bf16",
         "seed": given.seed,
         "losses": [row["loss"] for row in rows if "loss" in row],
-        "held_out": [row for row in rows if any("eval" in key or "held" in key for key in row)],
+        "held_out": [row for row in rows if "evaluation" in row],
         "seconds": round(time.perf_counter() - begun, 1),
         "said": lines,
     }
@@ -106,7 +106,7 @@ def compare(runs: list[Path]) -> None:
 
 def held(row: dict[str, Any]) -> float:
     """The loss of an evaluation's row."""
-    return float(next(value for key, value in row.items() if key.endswith("loss") and key != "loss"))
+    return float(row["evaluation"]["loss"])
 
 
 def main() -> None:

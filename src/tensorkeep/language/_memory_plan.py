@@ -102,9 +102,7 @@ def needed(sizes: Sizes, tokens: int, way: Way) -> dict[str, int]:
     chunk = min(tokens, CHUNK_BYTES // (2 * _HALF * sizes.wide))
     dense = 3 * sizes.wide * sizes.hidden  # of one MLP, dequantized
     layer = _HALF * (dense + chunk * (3 * sizes.wide + 2 * sizes.hidden))
-    if (
-        sizes.float8
-    ):  # gate and up by rows and by columns, down by columns, and rounded activations: a byte each
+    if sizes.float8:  # gate and up by rows and by columns, down by columns, and rounded activations: a byte each
         layer = 5 * sizes.wide * sizes.hidden + chunk * (7 * sizes.wide + 5 * sizes.hidden)
     head = min(CHUNK_BYTES, _HALF * tokens * sizes.vocabulary)
     little = way.little or "queries"

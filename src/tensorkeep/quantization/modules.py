@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization import float8
 from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, float8_weight, frozen_state
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.linear_layers import stacked_parameters
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, kind_of, packed_digest
@@ -266,9 +267,24 @@ def compute_in_float8(model: nn.Module) -> list[str]:
         why = float8.why_not(device)
         if why is not None:
             raise TensorkeepError(why, where="quantize_compute", hint="leave quantize_compute out")
-    for layer in fit.values():
+    for name, layer in fit.items():
         layer.compute_in_float8()
+        if name == next(iter(fit)):
+            _try_float8(name, layer)
     return list(fit)
+
+
+def _try_float8(name: str, layer: QuantLinear) -> None:
+    """Stop where a device's kernel rounds the weight of a layer otherwise than torch does."""
+    how, state = frozen_state(layer)
+    wide = layer.dequantize()
+    for turned in (False, True):
+        scale = state[len(FOUR_BIT_ROLES) + turned][:, None]
+        wanted = float8.rounded(wide.T if turned else wide, scale).contiguous()
+        found = float8_weight(how, state, turned).contiguous()
+        if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
+            what = "the kernel that rounds codes to float8 gives other bits than torch on this device"
+            raise TensorkeepError(what, where=name, hint="leave quantize_compute out")
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------
