@@ -112,6 +112,9 @@ def in_float8(dtype: torch.dtype) -> bool:
 
     Args:
         dtype: that is computed in.
+
+    Returns:
+        Whether they are, here and now.
     """
     return dtype == torch.bfloat16 and torch.is_grad_enabled()
 
