@@ -63,6 +63,7 @@ def trainings(draw: st.DrawFn, kind: type[T], refused: Sequence[str]) -> T:
         "clip": draw(optional(positive)),
         "ema": draw(optional(st.floats(0, 1, exclude_max=True))),
         "quantize_backbone": draw(st.sampled_from([None, "nf4", "fp4", "int8"])),
+        "quantize_compute": None,  # asks for more than one section holds
         "pretrained": draw(optional(texts)),
         **draw(st.one_of(*map(st.fixed_dictionaries, (KEPT_BY_HAND, KEPT_BY_MEMORY, KEPT_BY_LIMIT)))),
         "compile": draw(st.booleans()),

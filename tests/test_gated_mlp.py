@@ -135,13 +135,13 @@ def test_the_kernels_are_those_of_torch() -> None:
         pair = torch.randn(300, 2 * 5000, device="cuda", dtype=torch.bfloat16)
         slope = torch.randn(300, 5000, device="cuda", dtype=torch.bfloat16)
         host, mine, theirs = slope.cpu(), torch.empty_like(pair), torch.empty_like(pair, device="cpu")
-        _gated_mlp._gated_backward(pair, slope, mine, act)
-        _gated_mlp._gated_backward(pair.cpu(), host, theirs, act)
+        _gated_mlp.gated_backward_into(pair, slope, mine, act)
+        _gated_mlp.gated_backward_into(pair.cpu(), host, theirs, act)
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(slope.cpu(), host, rtol=1e-2, atol=1e-2)
         hidden, other = torch.empty_like(slope), torch.empty_like(host)
-        _gated_mlp._gated(pair, hidden, act)
-        _gated_mlp._gated(pair.cpu(), other, act)
+        _gated_mlp.gated_into(pair, hidden, act)
+        _gated_mlp.gated_into(pair.cpu(), other, act)
         torch.testing.assert_close(hidden.cpu(), other, rtol=1e-2, atol=1e-2)
 
 

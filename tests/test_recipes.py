@@ -129,6 +129,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any]]] = {
     # not the loop's: what the model is, what is averaged and who is told
     "ema": (0.5, {}),
     "quantize_backbone": ("fp4", {}),
+    "quantize_compute": ("fp8", {"precision": "bf16"}),  # with precision bf16
     "pretrained": ("p", {}),
     "gradient_checkpointing": (True, {}),
     "kept": ("narrow", {}),
@@ -169,6 +170,8 @@ def test_a_field_means_the_same_in_both_kinds_or_is_refused_by_name(kind: str, n
     said = {**PLAIN, name: list(value) if isinstance(value, tuple) else value}
     if name == "epochs":
         said["updates"] = None
+    if name == "quantize_compute":
+        said["precision"] = "bf16"
     if name in refused(kind):
         with pytest.raises(TensorkeepError) as caught:
             read(kind, said)

@@ -77,3 +77,117 @@ def gated_backward(pair: Tensor, slope: Tensor, to: Tensor, act: str) -> None:
         BLOCK=BLOCK,
         num_warps=8,
     )
+
+
+@triton.jit
+def _with_update(value, low, up, row, at, rows, width, rank, up_step, up_stride, PAD: tl.constexpr):
+    """Add the tile of `low up`: `low` is [rows, rank], `up` has a step a rank and a stride a column."""
+    of = tl.arange(0, PAD)
+    lows = tl.load(
+        low + row[:, None] * rank + of[None, :], mask=(row < rows)[:, None] & (of < rank)[None, :], other=0.0
+    )
+    inside = (of < rank)[:, None] & (at < width)[None, :]
+    ups = tl.load(up + of[:, None] * up_step + at[None, :] * up_stride, mask=inside, other=0.0)
+    return tl.dot(lows, ups, value)
+
+
+@triton.jit
+def _forward_low(
+    pair, low, up, out, rows, width, rank, ACT: tl.constexpr, PAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (row < rows)[:, None] & (at < width)[None, :]
+    place = row[:, None] * (2 * width) + at[None, :]
+    gate = tl.load(pair + place, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(pair + place + width, mask=inside, other=0.0).to(tl.float32)
+    gate = _with_update(gate, low, up, row, at, rows, width, rank, 1, rank, PAD)
+    other = _with_update(other, low, up + width * rank, row, at, rows, width, rank, 1, rank, PAD)
+    value, _ = _value_and_slope(gate, ACT)
+    tl.store(out + row[:, None] * width + at[None, :], (value * other).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_low(
+    pair,
+    low,
+    up,
+    slope,
+    back,
+    down,
+    to,
+    rows,
+    width,
+    rank,
+    rank_down,
+    ACT: tl.constexpr,
+    PAD: tl.constexpr,
+    PAD_DOWN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (row < rows)[:, None] & (at < width)[None, :]
+    place, own = row[:, None] * (2 * width) + at[None, :], row[:, None] * width + at[None, :]
+    gate = tl.load(pair + place, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(pair + place + width, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(slope + own, mask=inside, other=0.0).to(tl.float32)
+    if PAD:
+        gate = _with_update(gate, low, up, row, at, rows, width, rank, 1, rank, PAD)
+        other = _with_update(other, low, up + width * rank, row, at, rows, width, rank, 1, rank, PAD)
+    if PAD_DOWN:
+        grad = _with_update(grad, back, down, row, at, rows, width, rank_down, width, 1, PAD_DOWN)
+    value, steep = _value_and_slope(gate, ACT)
+    kind = to.dtype.element_ty
+    tl.store(to + place, (grad * other * steep).to(kind), mask=inside)
+    tl.store(to + place + width, (grad * value).to(kind), mask=inside)
+    tl.store(slope + own, (value * other).to(kind), mask=inside)
+
+
+WIDEST_RANK = 128  # of an update that is added in a kernel
+_TILE_ROWS, _TILE_COLS = 32, 128
+
+
+def _pad(rank: int) -> int:
+    return max(triton.next_power_of_2(rank), 16) if rank else 0
+
+
+def _tiles(rows: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(rows, _TILE_ROWS), triton.cdiv(width, _TILE_COLS)
+
+
+def gated_low(pair: Tensor, low: Tensor, up: Tensor, out: Tensor, act: str) -> None:
+    """Write act(gate) · up of `pair + low up^T`; all lie in one piece.
+
+    Args:
+        pair: gate and up side by side, [n, 2 I].
+        low: [n, p], p from 1 to WIDEST_RANK.
+        up: [2 I, p].
+        out: [n, I].
+        act: one of ACTIVATIONS.
+    """
+    (rows, width), rank = out.shape, low.shape[1]
+    how = {"ACT": ACTIVATIONS.index(act), "PAD": _pad(rank), "ROWS": _TILE_ROWS, "COLS": _TILE_COLS, "num_warps": 4}
+    _forward_low[_tiles(rows, width)](pair, low, up, out, rows, width, rank, **how)
+
+
+def gated_low_backward(
+    pair: Tensor, low: Tensor, up: Tensor, slope: Tensor, back: Tensor, down: Tensor, to: Tensor, act: str
+) -> None:
+    """Write what `gated_backward` does, of `pair + low up^T` and the gradient `slope + back down`; `to` may be `pair`.
+
+    Args:
+        pair: as in `gated_low`, and so are low and up, but that p may be 0.
+        low: likewise.
+        up: likewise.
+        slope: gradient of act(gate) · up but for its update, [n, I]; act(gate) · up is written over it.
+        back: [n, q], q from 0 to WIDEST_RANK.
+        down: [q, I].
+        to: gradients of gate and up, [n, 2 I].
+        act: one of ACTIVATIONS.
+    """
+    (rows, width), rank, rank_down = slope.shape, low.shape[1], back.shape[1]
+    how = {"ACT": ACTIVATIONS.index(act), "PAD": _pad(rank), "PAD_DOWN": _pad(rank_down), "num_warps": 4}
+    given = (pair, low, up, slope, back, down, to, rows, width, rank, rank_down)
+    _backward_low[_tiles(rows, width)](*given, ROWS=_TILE_ROWS, COLS=_TILE_COLS, **how)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.adapters.lora import LoraLinear, LoraQuantLinear, LowRank
-from tensorkeep.language._gated_mlp import ACTIVATIONS, GatedMlp
-from tensorkeep.quantization.frozen import compute_dtype, frozen_state
+from tensorkeep.language import _gated_float8  # noqa: F401  registers its form
+from tensorkeep.language._gated_mlp import ACTIVATIONS, ROLES, GatedMlp
+from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, compute_dtype, frozen_state, in_float8
 from tensorkeep.quantization.linear import QuantLinear
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 _LINEARS = (nn.Linear, QuantLinear, LoraLinear, LoraQuantLinear)
-_ROLES = 6
 
 
 class Fused(nn.Module):
@@ -49,7 +49,7 @@ def plain(part: Any) -> bool:
 
 
 def run(x: Tensor, parts: list[Any], act: str, keeps: bool) -> Tensor:
-    """Compute down(act(gate(x)) · up(x)).
+    """Compute down(act(gate(x)) · up(x)); in float8 where all three may be.
 
     Args:
         x: `[..., in]`.
@@ -68,9 +68,11 @@ def run(x: Tensor, parts: list[Any], act: str, keeps: bool) -> Tensor:
         numbers += sizes
         scales.append(part.scale if low else 1.0)
         lora += [part.lora_A, part.lora_B] if low else [None, None]
-        states += [*state, *([None] * (_ROLES - len(state)))]
+        states += [*state, *([None] * (ROLES - len(state)))]
     how: Any = GatedMlp.apply
-    out: Tensor = how(x, compute_dtype(x), ",".join(kinds), tuple(numbers), tuple(scales), act, keeps, *lora, *states)
+    dtype, first = compute_dtype(x), len(FOUR_BIT_ROLES)
+    form = "float8" if in_float8(dtype) and all(states[i] is not None for i in range(first, len(states), ROLES)) else ""
+    out: Tensor = how(x, form, dtype, ",".join(kinds), tuple(numbers), tuple(scales), act, keeps, *lora, *states)
     return out
 
 

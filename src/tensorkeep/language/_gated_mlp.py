@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tensorkeep.quantization.frozen import dense_weight
+from tensorkeep.quantization import float8
+from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, How, dense_weight
 
 CHUNK_BYTES = 256 << 20  # of gate and up at a time
 _TILE = 256  # tokens: chunks are multiples of it
-_ROLES = 6  # tensors of a quantized weight
+ROLES = len(FOUR_BIT_ROLES) + len(float8.ROLES)  # tensors of a quantized weight
 _Unary = Callable[[Tensor], Tensor]
 _Binary = Callable[[Tensor, Tensor], Tensor]
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ ACTIVATIONS: dict[str, tuple[_Unary, _Binary]] = {
 }
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """The three linears, unpacked from the flat arguments of the operations."""
 
     states: Sequence[Tensor | None]
@@ -60,10 +61,16 @@ class _Plan(NamedTuple):
 
     def weight(self, which: int, out: Tensor) -> None:
         """Write the weight of a linear into `out` [rows, columns]."""
-        kind = self.kinds.split(",")[which]
+        dense_weight(self.how(which), self.state(which), out.dtype, out)
+
+    def how(self, which: int) -> How:
+        """How the weight of a linear lies."""
         rows, columns, block, nested = self.numbers[4 * which : 4 * which + 4]
-        state = self.states[_ROLES * which : _ROLES * (which + 1)]
-        dense_weight((kind, rows, columns, block, nested), state, out.dtype, out)
+        return self.kinds.split(",")[which], rows, columns, block, nested
+
+    def state(self, which: int) -> Sequence[Tensor | None]:
+        """The tensors of a linear's weight."""
+        return self.states[ROLES * which : ROLES * (which + 1)]
 
     @property
     def width(self) -> int:
@@ -71,12 +78,12 @@ class _Plan(NamedTuple):
         return self.numbers[0]
 
 
-def _padded(rank: int) -> int:
+def padded(rank: int) -> int:
     """Columns for updates of a rank: rows of a product start on 16 bytes."""
     return -(-rank // 8) * 8
 
 
-def _chunks(tokens: int, width: int, itemsize: int) -> list[slice]:
+def chunks(tokens: int, width: int, itemsize: int) -> list[slice]:
     """Cut the tokens into chunks of equal size, as few as the bytes of gate and up allow."""
     most = max(CHUNK_BYTES // (2 * width * itemsize), 1)
     count = -(-tokens // most)
@@ -85,13 +92,13 @@ def _chunks(tokens: int, width: int, itemsize: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, max(size, 1))]
 
 
-def _gate_and_up(plan: _Plan, like: Tensor, below: bool) -> tuple[Tensor, Tensor]:
+def _gate_and_up(plan: Plan, like: Tensor, below: bool) -> tuple[Tensor, Tensor]:
     """Return the weights [W | B] of gate and up, one above the other, with the rows A under them if `below`; and A.
 
     A stands for both updates, padded with zeros: [p, in].
     """
     ranks, width, inputs = (plan.rank(0), plan.rank(1)), plan.width, like.shape[1]
-    pad = _padded(sum(ranks))
+    pad = padded(sum(ranks))
     low = like.new_zeros((pad, inputs))
     whole = like.new_empty((2 * width + (pad if below else 0), inputs + pad))
     whole[: 2 * width, inputs:].zero_()
@@ -109,7 +116,7 @@ def _gate_and_up(plan: _Plan, like: Tensor, below: bool) -> tuple[Tensor, Tensor
     return whole, low
 
 
-def _with_columns(x: Tensor, low: Tensor) -> Tensor:
+def with_columns(x: Tensor, low: Tensor) -> Tensor:
     """Return [x | x low^T]; x itself where there is no update."""
     if not len(low):
         return x
@@ -119,20 +126,20 @@ def _with_columns(x: Tensor, low: Tensor) -> Tensor:
     return out
 
 
-def _padded_rows(a: Tensor | None, like: Tensor, inputs: int) -> Tensor:
+def padded_rows(a: Tensor | None, like: Tensor, inputs: int) -> Tensor:
     """Return A with rows of zeros up to a multiple of 8; no rows without an update."""
     if a is None:
         return like.new_zeros((0, inputs))
-    return F.pad(a, (0, 0, 0, _padded(len(a)) - len(a)))
+    return F.pad(a, (0, 0, 0, padded(len(a)) - len(a)))
 
 
-def _fused(x: Tensor, act: str) -> bool:
+def fused(x: Tensor, act: str) -> bool:
     return x.is_cuda and act in ("silu", "gelu_tanh") and find_spec("triton") is not None
 
 
-def _gated(pair: Tensor, out: Tensor, act: str) -> None:
+def gated_into(pair: Tensor, out: Tensor, act: str) -> None:
     """Write act(gate) · up of `pair` [n, 2 I] into `out` [n, I]."""
-    if _fused(pair, act):
+    if fused(pair, act):
         from tensorkeep.language._gated_kernels import gated
 
         return gated(pair, out, act)
@@ -141,9 +148,9 @@ def _gated(pair: Tensor, out: Tensor, act: str) -> None:
     return None
 
 
-def _gated_backward(pair: Tensor, slope: Tensor, to: Tensor, act: str) -> None:
+def gated_backward_into(pair: Tensor, slope: Tensor, to: Tensor, act: str) -> None:
     """Write the gradients of gate and up into `to` [n, 2 I], and act(gate) · up over its gradient `slope`."""
-    if _fused(pair, act):
+    if fused(pair, act):
         from tensorkeep.language._gated_kernels import gated_backward
 
         return gated_backward(pair, slope, to, act)
@@ -168,10 +175,10 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [n, out] of `x` [n, in], and gate and up [n, 2 I] where they are kept (else nothing)."""
-    plan = _Plan(states, lora, kinds, numbers, scales, act)
+    plan = Plan(states, lora, kinds, numbers, scales, act)
     width, outputs = plan.width, numbers[8]
     whole, low = _gate_and_up(plan, x, below=False)
-    low_down = _padded_rows(plan.a(2, x.dtype), x, width)
+    low_down = padded_rows(plan.a(2, x.dtype), x, width)
     down = x.new_empty((outputs, width + len(low_down)))
     plan.weight(2, down[:, :width])
     b = plan.b(2)
@@ -179,12 +186,12 @@ def _forward(
         down[:, width:] = F.pad(b, (0, len(low_down) - b.shape[1]))
     out = x.new_empty((len(x), outputs))
     kept = x.new_empty((len(x), 2 * width) if keep else (0,))
-    for part in _chunks(len(x), width, x.itemsize):
-        wide = _with_columns(x[part], low)
+    for part in chunks(len(x), width, x.itemsize):
+        wide = with_columns(x[part], low)
         pair = kept[part] if keep else x.new_empty((len(wide), 2 * width))
         torch.mm(wide, whole.T, out=pair)
         hidden = x.new_empty((len(wide), width + len(low_down)))
-        _gated(pair, hidden[:, :width], act)
+        gated_into(pair, hidden[:, :width], act)
         if len(low_down):
             torch.mm(hidden[:, :width], low_down.T, out=hidden[:, width:])
         torch.mm(hidden, down.T, out=out[part])
@@ -204,29 +211,29 @@ def _backward(
     need_x: bool,
 ) -> list[Tensor]:
     """Return the gradients of x (empty where there is no need) and of A and B of the three linears (empty: none)."""
-    plan = _Plan(states, lora, kinds, numbers, scales, act)
+    plan = Plan(states, lora, kinds, numbers, scales, act)
     width, inputs, outputs = plan.width, x.shape[1], numbers[8]
     whole, low = _gate_and_up(plan, x, below=True)
-    low_down = _padded_rows(plan.a(2, x.dtype), x, width)
+    low_down = padded_rows(plan.a(2, x.dtype), x, width)
     down = x.new_empty((outputs + len(low_down), width))
     plan.weight(2, down[:outputs])
     down[outputs:] = low_down
     b = plan.b(2)
     up_down = x.new_empty((0, outputs)) if b is None else F.pad(b, (0, len(low_down) - b.shape[1])).to(x.dtype).T
-    sums = _Sums()
+    sums = Sums()
     grad_x = x.new_empty(x.shape) if need_x else x.new_empty(0)
-    for part in _chunks(len(x), width, x.itemsize):
+    for part in chunks(len(x), width, x.itemsize):
         piece, slope = x[part], grad[part]
         pair = x.new_empty((len(piece), 2 * width + len(low)))
         both = pair[:, : 2 * width]
         if len(kept):
             made, lows = kept[part], piece @ low.T
         else:
-            wide = _with_columns(piece, low)
+            wide = with_columns(piece, low)
             made, lows = torch.mm(wide, whole[: 2 * width].T, out=both), wide[:, inputs:]
-        long = _with_columns(slope, up_down)
+        long = with_columns(slope, up_down)
         hidden = long @ down  # the gradient of act(gate) · up
-        _gated_backward(made, hidden, both, act)  # and now that itself
+        gated_backward_into(made, hidden, both, act)  # and now that itself
         if len(low_down):
             sums.add("A down", long[:, outputs:].T @ hidden)
             sums.add("B down", slope.T @ (hidden @ low_down.T))
@@ -236,10 +243,10 @@ def _backward(
             sums.add("B", both.T @ lows)
         if need_x:
             torch.mm(pair, whole[:, :inputs], out=grad_x[part])
-    return [grad_x, *_apart(plan, sums, x)]
+    return [grad_x, *apart(plan, sums, x)]
 
 
-class _Sums(dict[str, Tensor]):
+class Sums(dict[str, Tensor]):
     """Sums over chunks, in float32 or wider."""
 
     def add(self, name: str, value: Tensor) -> None:
@@ -248,7 +255,7 @@ class _Sums(dict[str, Tensor]):
         self[name] = self[name] + wide if name in self else wide
 
 
-def _apart(plan: _Plan, sums: _Sums, like: Tensor) -> list[Tensor]:
+def apart(plan: Plan, sums: Sums, like: Tensor) -> list[Tensor]:
     """Return the gradients of A and B of gate, up and down, in the dtype of the parameters."""
     found: list[Tensor] = []
     at, width = 0, plan.width
@@ -268,27 +275,33 @@ def _apart(plan: _Plan, sums: _Sums, like: Tensor) -> list[Tensor]:
 
 
 _ARGUMENTS = "Tensor?[] states, Tensor?[] lora, str kinds, int[] numbers, float[] scales, str act"
-_forward_op = torch.library.custom_op(
-    "tensorkeep::gated_mlp",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor x, {_ARGUMENTS}, bool keep) -> (Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "tensorkeep::gated_mlp_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor kept, {_ARGUMENTS}, bool need_x) -> Tensor[]",
-)
 
 
-@_forward_op.register_fake
-def _(x: Tensor, states: Any, lora: Any, kinds: str, numbers: Any, scales: Any, act: str, keep: bool) -> Any:
+def operations(name: str, forward: Any, backward: Any) -> tuple[Any, Any, Any, Any]:
+    """Register a forward and its backward for compiled layers.
+
+    Args:
+        name: of the operation.
+        forward: with the arguments of `_forward`.
+        backward: with the arguments of `_backward`.
+
+    Returns:
+        The forward as it is and as an operation, and the backward likewise.
+    """
+    schema = f"(Tensor x, {_ARGUMENTS}, bool keep) -> (Tensor, Tensor)"
+    forth = torch.library.custom_op(f"tensorkeep::{name}", forward, mutates_args=(), schema=schema)
+    schema = f"(Tensor grad, Tensor x, Tensor kept, {_ARGUMENTS}, bool need_x) -> Tensor[]"
+    back = torch.library.custom_op(f"tensorkeep::{name}_backward", backward, mutates_args=(), schema=schema)
+    forth.register_fake(_made)
+    back.register_fake(_made_back)
+    return forward, forth, backward, back
+
+
+def _made(x: Tensor, states: Any, lora: Any, kinds: str, numbers: Any, scales: Any, act: str, keep: bool) -> Any:
     return x.new_empty((x.shape[0], numbers[8])), x.new_empty((x.shape[0], 2 * numbers[0]) if keep else (0,))
 
 
-@_backward_op.register_fake
-def _(
+def _made_back(
     grad: Tensor,
     x: Tensor,
     kept: Tensor,
@@ -306,6 +319,9 @@ def _(
     ]
 
 
+FORMS = {"": operations("gated_mlp", _forward, _backward)}  # form -> its operations
+
+
 class GatedMlp(torch.autograd.Function):
     """The operation; its weights get no gradient. See the head of this module."""
 
@@ -313,6 +329,7 @@ class GatedMlp(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        form: str,
         dtype: torch.dtype,
         kinds: str,
         numbers: tuple[int, ...],
@@ -330,14 +347,15 @@ class GatedMlp(torch.autograd.Function):
         """Return the output `[..., out]` of `x` `[..., in]`."""
         lora = [a_gate, b_gate, a_up, b_up, a_down, b_down]
         flat = x.to(dtype).reshape(-1, x.shape[-1])
-        how = _forward_op if torch.compiler.is_compiling() else _forward
+        how = FORMS[form][torch.compiler.is_compiling()]
         out, kept = how(flat, list(states), lora, kinds, list(numbers), list(scales), act, keep)
         if not keep:  # another empty tensor: for this one a compiled backward would run the forward again
             kept = flat.new_empty(0)
         ctx.save_for_backward(flat, kept, *lora, *states)
-        ctx.how = (kinds, numbers, scales, act)
+        ctx.how = (form, kinds, numbers, scales, act)
         ctx.form = (x.dtype, x.shape)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        shaped: Tensor = out.view(*x.shape[:-1], out.shape[-1])
+        return shaped
 
     @staticmethod
     @once_differentiable
@@ -345,12 +363,12 @@ class GatedMlp(torch.autograd.Function):
         """Return the gradients of x and of the updates."""
         x, kept, *rest = ctx.saved_tensors
         lora, states = rest[:6], rest[6:]
-        kinds, numbers, scales, act = ctx.how
+        form, kinds, numbers, scales, act = ctx.how
         dtype, shape = ctx.form
         flat = grad.reshape(-1, grad.shape[-1])
-        how = _backward_op if torch.compiler.is_compiling() else _backward
+        how = FORMS[form][2 + torch.compiler.is_compiling()]
         need_x = ctx.needs_input_grad[0]
         found = how(flat, x, kept, states, lora, kinds, list(numbers), list(scales), act, need_x)
         grad_x = found[0].view(shape).to(dtype) if need_x else None
         updates = [None if t is None else g for t, g in zip(lora, found[1:])]
-        return (grad_x, *([None] * 6), *updates, *([None] * len(states)))
+        return (grad_x, *([None] * 7), *updates, *([None] * len(states)))

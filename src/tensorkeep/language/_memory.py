@@ -22,6 +22,7 @@ from tensorkeep.language._memory_plan import GIB, LONG, Little, Plan, Sizes, Way
 from tensorkeep.language._recompute import Kept, lean
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import text_config
+from tensorkeep.quantization import float8
 from tensorkeep.training.distributed import World
 from tensorkeep.training.offload import Offload
 
@@ -179,6 +180,7 @@ def _sizes(model: Any, layers: Sequence[Any], alone: bool, averaged: bool) -> Si
         weights=sum(t.nbytes for t in tensors.values()),
         table=table.weight.nbytes if alone and _can_wait(model, table) else 0,
         training=training * (4 if averaged else 3) * 4,
+        float8=all(float8.ROLES[0] in layer.mlp.gate_proj._buffers for layer in layers),
     )
 
 

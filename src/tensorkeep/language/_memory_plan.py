@@ -39,6 +39,7 @@ class Sizes(NamedTuple):
         weights: bytes of them on the GPU.
         table: bytes of the embeddings among them that may wait in main memory.
         training: bytes of gradients and moments.
+        float8: whether products of the layers are in float8.
     """
 
     layers: int
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
     weights: int
     table: int
     training: int
+    float8: bool = False
 
 
 class Way(NamedTuple):
@@ -100,6 +102,8 @@ def needed(sizes: Sizes, tokens: int, way: Way) -> dict[str, int]:
     chunk = min(tokens, CHUNK_BYTES // (2 * _HALF * sizes.wide))
     dense = 3 * sizes.wide * sizes.hidden  # of one MLP, dequantized
     layer = _HALF * (dense + chunk * (3 * sizes.wide + 2 * sizes.hidden))
+    if sizes.float8:  # gate and up by rows and by columns, down by columns, and rounded activations: a byte each
+        layer = 5 * sizes.wide * sizes.hidden + chunk * (7 * sizes.wide + 5 * sizes.hidden)
     head = min(CHUNK_BYTES, _HALF * tokens * sizes.vocabulary)
     little = way.little or "queries"
     one, across = kept(sizes, tokens, little), _HALF * tokens * max(sizes.hidden, sizes.queries)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import tensorkeep.language._documents
-import tensorkeep.language._gated_mlp
+import tensorkeep.language._gated_float8
 import tensorkeep.quantization.linear  # noqa: F401  these register the operations that stand for their products
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.offload import Offload
@@ -50,7 +50,13 @@ ATTENTION = (
 )
 _FORMS = 64  # of one layer's compiled code
 _WIDEST = 2  # times a layer's input: what is larger stays on the GPU, since it takes longer to move than to keep busy
-MATRIX = (aten.mm.default, aten.addmm.default, torch.ops.tensorkeep.products.default)
+MATRIX = (
+    aten.mm.default,
+    aten.addmm.default,
+    torch.ops.tensorkeep.products.default,
+    torch.ops.tensorkeep.float8_products.default,
+)
+GATED = (torch.ops.tensorkeep.gated_mlp.default, torch.ops.tensorkeep.gated_mlp_float8.default)
 
 
 def _contexts(widest: tuple[float, float]) -> Any:
@@ -68,7 +74,7 @@ def _policy(
     most = widest[context.is_recompute in behind]
     if most < 0:
         return CheckpointPolicy.MUST_RECOMPUTE
-    if operation in ATTENTION or (operation is torch.ops.tensorkeep.gated_mlp.default and args[-1]):
+    if operation in ATTENTION or (operation in GATED and args[-1]):
         return CheckpointPolicy.MUST_SAVE
     if operation in MATRIX:
         left, right = args[1:3] if operation is aten.addmm.default else args[:2]

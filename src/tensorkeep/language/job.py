@@ -27,6 +27,7 @@ from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.language.recipe_text import kept, kept_of
 from tensorkeep.language.start import Remark, StartingModel, start_of
 from tensorkeep.models.language_model import text_config
+from tensorkeep.quantization.modules import compute_in_float8
 from tensorkeep.training import job as training_job
 from tensorkeep.training import trackers
 from tensorkeep.training.distributed import World
@@ -68,6 +69,8 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     if recipe.training.memory is not None or recipe.training.memory_limit_gib is not None:
         hold_frozen(model, recipe.training.precision)
     _place(start, recipe, world)
+    if recipe.training.quantize_compute == "fp8":
+        remark(f"quantize_compute: {len(compute_in_float8(model))} linears have products in fp8 while training")
     with autocast(Loop(0, 1, precision=_gathered(recipe)), world) if is_sharded(model) else nullcontext():
         head = plain_head(model)
     pack_rows(model, recipe, world, remark)

@@ -188,6 +188,7 @@ class LanguageRecipe:
                 what, hint = "dpo compares with a reference in floats", "objective: sft, or quantize_aware: null"
                 raise TensorkeepError(what, where="adapter.quantize_aware", hint=hint)
             _refuse_beside_aware(self.training)
+        _refuse_float8(self)
         if self.adapter is not None and self.config is not None:
             raise TensorkeepError(
                 "an adapter needs a trained model under it", where="adapter", hint="model: CHECKPOINT"
@@ -217,8 +218,24 @@ def _refuse_beside_aware(training: TrainingConfig) -> None:
         "parallel": (training.parallel == "fsdp", "parallel: ddp"),
         "memory": (training.memory is not None, "memory: null"),
         "memory_limit_gib": (training.memory_limit_gib is not None, "memory_limit_gib: null"),
+        "quantize_compute": (training.quantize_compute is not None, "quantize_compute: null"),
     }
     for name, (given, hint) in beside.items():
         if given:
             what = f"training.{name} is not for a forward over rounded weights"
             raise TensorkeepError(what, where="adapter.quantize_aware", hint=hint)
+
+
+def _refuse_float8(recipe: LanguageRecipe) -> None:
+    """Refuse float8 products where nothing could be computed in them, or what they do to the result is not known."""
+    training = recipe.training
+    wrong = {
+        ("only frozen linears have float8 products", "add --lora_r 16"): recipe.adapter is None,
+        ("the rest is computed in bf16", "precision: bf16"): training.precision != "bf16",
+        ("sharded codes have no float8 products", "parallel: ddp"): training.parallel == "fsdp",
+        ("a pair's two losses may differ by less than float8 rounds", "objective: sft"): recipe.objective == "dpo",
+    }
+    found = next((said for said, here in wrong.items() if here), None)
+    if training.quantize_compute is not None and found is not None:
+        what, instead = found
+        raise TensorkeepError(what, where="training.quantize_compute", hint=f"{instead}, or leave quantize_compute out")

@@ -16,6 +16,7 @@ SHORT = {
     "lora_dropout": "adapter.lora_dropout",
     "quantize_aware": "adapter.quantize_aware",
     "quantize_backbone": "training.quantize_backbone",
+    "quantize_compute": "training.quantize_compute",
 }
 # what may differ between two starts of a run, by section: where its tokens are kept
 FREE = {"data": ("cache",)}

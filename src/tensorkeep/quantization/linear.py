@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization import float8
 from tensorkeep.quantization.description import QUANT_STATE
 from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, INT8_ROLES, frozen_linear
 from tensorkeep.quantization.linear_layers import turned
@@ -147,6 +148,13 @@ class QuantLinear(nn.Module):
         self.spread_out = False
         for role, tensor in tensors.items():
             self.register_buffer(role, tensor)
+        if float8.ROLES[0] in self._buffers:
+            self.compute_in_float8()
+
+    def compute_in_float8(self) -> None:
+        """Let products of training be in float8 from now on; the scales that this takes are in no state dict."""
+        for role, scale in zip(float8.ROLES, float8.scales(self.dequantize())):
+            self.register_buffer(role, scale, persistent=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [out, in] as numbers, rounded once to `dtype`."""
@@ -172,7 +180,7 @@ class QuantLinear(nn.Module):
     @contextmanager
     def _state_apart(self) -> Iterator[dict[str, Tensor | None]]:
         """Take the quantized state out of the module for the body; what stands in the dict given is put back."""
-        held = {role: self._buffers.pop(role) for role in HELD if role in self._buffers}
+        held = {role: self._buffers.pop(role) for role in (*HELD, *float8.ROLES) if role in self._buffers}
         try:
             yield held
         finally:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization import float8
 from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.frozen import FOUR_BIT_ROLES, float8_weight, frozen_state
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.linear_layers import stacked_parameters
 from tensorkeep.quantization.packed import WEIGHT_DIGEST, Kind, kind_of, packed_digest
@@ -232,6 +234,57 @@ def check_ranks(model: nn.Module, peers: bool = True) -> None:
                 code="Q02",
                 hint="load the same checkpoint on every rank, or quantize from one seed",
             )
+
+
+def compute_in_float8(model: nn.Module) -> list[str]:
+    """Let the products of a model's 4-bit linears with inputs and gradients be in float8 while it trains.
+
+    Evaluation, merges and state dicts are not touched: they take the weight as its codes have it.
+
+    Args:
+        model: on its device, quantized; linears of other kinds, and of sizes that are no multiple of 16, stay as they
+            are.
+
+    Returns:
+        The names of the linears.
+
+    Raises:
+        TensorkeepError: the device has no float8 products, or there is no such linear.
+
+    Example:
+        >>> model = nn.Sequential(QuantLinear.of(nn.Linear(64, 32)), nn.Linear(32, 32))
+        >>> compute_in_float8(model)
+        ['0']
+    """
+    found = {clean_name(n): m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    fit = {n: m for n, m in found.items() if m.kind != "int8" and float8.fits(*m.layout.shape) and not m.spread_out}
+    if not fit:
+        what = f"of {len(found)} quantized linears none has 4-bit codes and sizes that are multiples of 16"
+        raise TensorkeepError(
+            what, where="quantize_compute", hint="quantize_backbone: nf4, or leave quantize_compute out"
+        )
+    for device in {m.weight.device for m in fit.values()}:
+        why = float8.why_not(device)
+        if why is not None:
+            raise TensorkeepError(why, where="quantize_compute", hint="leave quantize_compute out")
+    for name, layer in fit.items():
+        layer.compute_in_float8()
+        if name == next(iter(fit)):
+            _try_float8(name, layer)
+    return list(fit)
+
+
+def _try_float8(name: str, layer: QuantLinear) -> None:
+    """Stop where a device's kernel rounds the weight of a layer otherwise than torch does."""
+    how, state = frozen_state(layer)
+    wide = layer.dequantize()
+    for turned in (False, True):
+        scale = state[len(FOUR_BIT_ROLES) + turned][:, None]
+        wanted = float8.rounded(wide.T if turned else wide, scale).contiguous()
+        found = float8_weight(how, state, turned).contiguous()
+        if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
+            what = "the kernel that rounds codes to float8 gives other bits than torch on this device"
+            raise TensorkeepError(what, where=name, hint="leave quantize_compute out")
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ class TrainingConfig:
         clip: The largest norm of the gradient; null: any.
         ema: Decay of the averaged weights; null: no average.
         quantize_backbone: How frozen linears are held; null: as they are.
+        quantize_compute: What products of 4-bit linears with inputs and gradients are computed in while training: fp8;
+            null: as `precision` says.
         pretrained: Weights that a backbone starts from; null: random ones. `FILE@IDENTITY` demands what `tensorkeep
             identify` says of them.
         gradient_checkpointing: Whether each layer is computed again in the backward pass, from its input.
@@ -73,6 +75,7 @@ class TrainingConfig:
     clip: float | None = 1.0
     ema: float | None = None
     quantize_backbone: Literal["nf4", "fp4", "int8"] | None = None
+    quantize_compute: Literal["fp8"] | None = None
     pretrained: str | None = None
     gradient_checkpointing: bool = False
     kept: Literal["input", "narrow", "products"] = "input"
