@@ -82,9 +82,10 @@ def merge(
         base, sources = _opened(out, paths, config, stack)
         name_as_files(base, [s.adapter for s in sources])
         _refuse_sources(base, sources, allow_other_base)
-        named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to), "untie": untie}
+        first = "hf" if computed.to_bits else to
+        named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, first), "untie": untie}
         named["dtype"] = "F32" if computed.to_bits else known_dtype(dtype, "merge", paths)
-        job = plan_merge(base, sources, to, onto=onto, ask=names_for, **named)
+        job = plan_merge(base, sources, first, onto=onto, ask=names_for, **named)
         job.plan.ranks = ranks
         job.plan.notes += _left_out_by_peft(base, sources)
         limit = shard_limit(shard_size, to, paths[-1])
@@ -102,8 +103,9 @@ def _refuse(
     """Refuse words that make no merge."""
     other = to != "hf" or naming not in (None, "hf")
     bits, forward = computed.to_bits, computed.prove_forward
-    if bits and (other or dtype):
-        raise TensorkeepError("4-bit weights are an hf folder alone", where="--to-bits", hint="leave --to, --dtype out")
+    if bits and (dtype or (other and (bits, to, naming) != ("q4_k", "gguf", None))):
+        form = "a GGUF file" if bits == "q4_k" else "an hf folder"
+        raise TensorkeepError(f"{bits} makes {form} alone", where="--to-bits", hint="leave --to, --dtype out")
     if bits and (recorded.identify or recorded.sign_key):
         what, hint = "nobody else can make rounded weights again, bit for bit", "tensorkeep sign OUT --key KEY.pem"
         raise TensorkeepError(what, where="--to-bits", hint=hint)
