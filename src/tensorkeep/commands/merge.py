@@ -77,12 +77,11 @@ def merge(
 
     out = say.output()
     formats.writer(to, models=True)
-    _refuse(paths, to, naming, dtype, computed, recorded)
+    first = _refuse(paths, to, naming, dtype, computed, recorded)
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
         name_as_files(base, [s.adapter for s in sources])
         _refuse_sources(base, sources, allow_other_base)
-        first = "hf" if computed.to_bits else to
         named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, first), "untie": untie}
         named["dtype"] = "F32" if computed.to_bits else known_dtype(dtype, "merge", paths)
         job = plan_merge(base, sources, first, onto=onto, ask=names_for, **named)
@@ -99,8 +98,8 @@ def merge(
 
 def _refuse(
     paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed, recorded: Recorded
-) -> None:
-    """Refuse words that make no merge."""
+) -> str:
+    """Refuse words that make no merge; the format that is merged into, before --to-bits makes another of it."""
     other = to != "hf" or naming not in (None, "hf")
     bits, forward = computed.to_bits, computed.prove_forward
     if bits and (dtype or (other and (bits, to, naming) != ("q4_k", "gguf", None))):
@@ -116,6 +115,7 @@ def _refuse(
         raise TensorkeepError("is for --to-bits", where="--calibrate", hint="add --to-bits nf4")
     if len(paths) < 2:
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
+    return "hf" if bits else to
 
 
 def _refuse_sources(base: StateView, sources: list[Any], allow_other_base: bool) -> None:

@@ -113,6 +113,9 @@ def _experts(
     layer: str, name: str, path: str, module: nn.Module, parameter: Tensor, view: StateView, bits: Bits
 ) -> list[Matrix]:
     """Find the matrices of the files that make up a stacked parameter."""
+    if bits != "q4_k":
+        what = f"transformers loads no {bits} codes of stacked experts, as in {name}"
+        raise TensorkeepError(what, where="--to-bits", hint="--to-bits q4_k, or merge without --to-bits")
     turned = bool(getattr(module, "is_transposed", False))
     rows, columns = (parameter.shape[2], parameter.shape[1]) if turned else (parameter.shape[1], parameter.shape[2])
     form = form_of(bits, columns)

@@ -212,6 +212,9 @@ def kept(form: Form, numbers: Numbers) -> dict[str, Tensor]:
     Args:
         form: of the codes.
         numbers: as they were computed.
+
+    Returns:
+        The same names; float16 where the file keeps no more.
     """
     half = TRAINED[form] if form in ("q4_k", "q4_1") else ()
     largest = torch.finfo(torch.float16).max

@@ -83,6 +83,9 @@ def plainly(weight: Tensor, form: Form) -> Rounded:
     Args:
         weight: [out, in], on any device.
         form: of the codes.
+
+    Returns:
+        Codes and scales; their errors are not computed.
     """
     weight = weight.detach().float()
     numbers = plain_numbers(form, weight)

@@ -238,7 +238,7 @@ class _Expert:
         return self.T if {first % 2, second % 2} == {0, 1} else self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "matrix":
+        if name.startswith("_") or name == "matrix":  # `frozen_linear` asks for codes
             raise AttributeError(name)
         raise _WholeWanted
 
