@@ -80,7 +80,7 @@ def rounded_merge(
     layers = [layer for layer in blocks(model) if isinstance(layer, nn.Module)]
     chosen, odd = matrices(model, layers, view, kind)
     plain = copy.deepcopy(model)
-    batches = used.to(place).split(_BATCH.get(place.type, 1))
+    batches = torch.split(used.to(place), _BATCH.get(place.type, 1))
     found = round_layers(model, layers, chosen, batches, progress)
     figures = {"rounded": _distance(model, held, wanted, place)}
     _round_plainly(plain, chosen)
