@@ -1,9 +1,9 @@
 """How much of an adapter survives a merge in 4 bits: `python -m benchmarks.rounded_merges BASE TEXTS --out FILE`.
 
 Adapters of three strengths (updates of training) and three seeds are trained over an nf4 base through the ordinary
-recipe, merged with `--to-bits nf4`, and measured as the command does: KL to the merged model in floats on held-out
-rows, of the base, of plain rounding and of the merge. BASE is an hf folder with a tokenizer, or one of karpathy's
-tinyllamas with `tok512.json` beside it.
+recipe, merged with `--to-bits` into each form of --bits, and measured as the command does: KL to the merged model in
+floats on held-out rows, of the base, of plain rounding and of the merge. BASE is an hf folder with a tokenizer, or one
+of karpathy's tinyllamas with `tok512.json` beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--bits", nargs="+", default=["nf4"], help="forms to merge to: nf4 fp4 int8 mxfp4 q4_k")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,10 +46,10 @@ def main() -> None:
         rest.write_text(text[len(text) // 2 :])
         for updates in args.updates:
             for seed in range(args.seeds):
-                row = measured(args, place, trained, rest, updates, seed)
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(row, flush=True)
+                for row in measured(args, place, trained, rest, updates, seed):
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(row, flush=True)
 
 
 def write_tokenizer(pieces: Path, folder: Path) -> None:
@@ -64,8 +66,8 @@ def write_tokenizer(pieces: Path, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
 
 
-def measured(args: Any, place: Path, trained: Path, rest: Path, updates: int, seed: int) -> dict[str, Any]:
-    """Train one adapter, merge it, and return the figures."""
+def measured(args: Any, place: Path, trained: Path, rest: Path, updates: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Train one adapter, merge it into each form, and yield the figures."""
     name = f"{updates}-{seed}"
     recipe = {
         "version": 2,
@@ -83,14 +85,18 @@ def measured(args: Any, place: Path, trained: Path, rest: Path, updates: int, se
         "training": {"updates": updates, "epochs": None, "batch_size": 8, "seed": seed, "quantize_backbone": "nf4"},
     }
     (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    run, out = place / f"run-{name}", place / f"out-{name}"
+    run = place / f"run-{name}"
     begun = time.perf_counter()
     call("train", "language", str(place / f"{name}.yaml"), "--out", str(run), "--device", args.device, "--quiet")
-    mid = time.perf_counter()
-    words = ["--to-bits", "nf4", "--calibrate", str(rest), "--device", args.device, "--json"]
-    said = json.loads(call("merge", str(run), str(out), *words))["rounded"]
-    took = {"train s": round(mid - begun, 1), "merge s": round(time.perf_counter() - mid, 1)}
-    return {"updates": updates, "seed": seed, **{k: said[k] for k in ("kl", "loss", "kept", "kept_plain")}, **took}
+    trained_s = round(time.perf_counter() - begun, 1)
+    for bits in args.bits:
+        mid = time.perf_counter()
+        out = place / (f"out-{name}-{bits}" + (".gguf" if bits == "q4_k" else ""))
+        words = ["--to-bits", bits, "--calibrate", str(rest), "--device", args.device, "--json"]
+        said = json.loads(call("merge", str(run), str(out), *words))["rounded"]
+        figures = {k: said[k] for k in ("kl", "loss", "kept", "kept_plain", "bits", "forms")}
+        took = {"train s": trained_s, "merge s": round(time.perf_counter() - mid, 1)}
+        yield {"updates": updates, "seed": seed, "to": bits, **figures, **took}
 
 
 def call(*words: str) -> str:

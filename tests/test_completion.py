@@ -58,7 +58,13 @@ def test_bash_completes_commands_flags_and_their_values(scripts: dict[str, Path]
     assert completed(script, ["conv"], tmp_path) == ["convert"]
     assert sorted(completed(script, ["train", ""], tmp_path)) == ["detection", "language"]
     assert completed(script, ["convert", "a", "b", "--dry"], tmp_path) == ["--dry-run"]
-    assert sorted(completed(script, ["merge", "a", "b", "c", "--to-bits", ""], tmp_path)) == ["fp4", "nf4"]
+    assert sorted(completed(script, ["merge", "a", "b", "c", "--to-bits", ""], tmp_path)) == [
+        "fp4",
+        "int8",
+        "mxfp4",
+        "nf4",
+        "q4_k",
+    ]
     assert sorted(completed(script, ["completion", ""], tmp_path)) == sorted(SHELLS)
 
 

@@ -77,16 +77,17 @@ def merge(
     from tensorkeep.adapters.planning import plan_merge
 
     out = say.output()
-    _refuse(paths, to, naming, dtype, computed, recorded)
+    formats.writer(to, models=True)
+    first = _refuse(paths, to, naming, dtype, computed, recorded)
     if (done := as_trained(out, paths, to, computed, shard_size, overwrite, dry_run)) is not None:
         return done
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
         name_as_files(base, [s.adapter for s in sources])
         _refuse_sources(base, sources, allow_other_base)
-        named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, to), "untie": untie}
+        named: dict[str, Any] = {"naming": known_naming(naming), "root": known_root(root, first), "untie": untie}
         named["dtype"] = "F32" if computed.to_bits else known_dtype(dtype, "merge", paths)
-        job = plan_merge(base, sources, to, onto=onto, ask=names_for, **named)
+        job = plan_merge(base, sources, first, onto=onto, ask=names_for, **named)
         job.plan.ranks, job.plan.notes = ranks, [*job.plan.notes, *_left_out_by_peft(base, sources)]
         limit = shard_limit(shard_size, to, paths[-1])
         if computed.to_bits is not None and not dry_run:
@@ -99,13 +100,13 @@ def merge(
 
 def _refuse(
     paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed, recorded: Recorded
-) -> None:
-    """Refuse words that make no merge."""
-    formats.writer(to, models=True)
+) -> str:
+    """Refuse words that make no merge; the format that is merged into, before --to-bits makes another of it."""
     other = to != "hf" or naming not in (None, "hf")
     bits, forward = computed.to_bits, computed.prove_forward
-    if bits and ((other and (bits, to) != ("q4_0", "gguf")) or dtype):
-        raise TensorkeepError("4-bit weights are an hf folder alone", where="--to-bits", hint="leave --to, --dtype out")
+    if bits and (dtype or (other and ((to, naming) != ("gguf", None) or bits not in ("q4_k", "q4_0")))):
+        form = "a GGUF file" if bits in ("q4_k", "q4_0") else "an hf folder"
+        raise TensorkeepError(f"{bits} makes {form} alone", where="--to-bits", hint="leave --to, --dtype out")
     if bits and (recorded.identify or recorded.sign_key):
         what, hint = "nobody else can make rounded weights again, bit for bit", "tensorkeep sign OUT --key KEY.pem"
         raise TensorkeepError(what, where="--to-bits", hint=hint)
@@ -116,6 +117,7 @@ def _refuse(
         raise TensorkeepError("is for --to-bits", where="--calibrate", hint="add --to-bits nf4")
     if len(paths) < 2:
         raise TensorkeepError("merge needs a base, an adapter and a sink", hint="tensorkeep merge BASE ADAPTER OUT")
+    return "hf" if bits else to
 
 
 def _refuse_sources(base: StateView, sources: list[Any], allow_other_base: bool) -> None:

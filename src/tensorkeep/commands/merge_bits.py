@@ -1,4 +1,4 @@
-"""`tensorkeep merge --to-bits nf4`: merge in floats, then round to 4 bits for what the model computes on texts."""
+"""`tensorkeep merge --to-bits nf4`: merge in floats, then round to codes for what the model computes on texts."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class Computed:
     """What a merge computes with the whole model.
 
     Args:
-        to_bits: Round the merged linears to 4 bits (bitsandbytes) for what they compute on the texts of --calibrate. Of
-            a run that was trained with quantize_aware, nf4 or q4_0 (GGUF) as there: the codes of its forward, no texts.
+        to_bits: Round merged linears and experts for what they compute on the texts of --calibrate: nf4, fp4, int8
+            (bitsandbytes), mxfp4 (compressed-tensors), q4_k (a GGUF file). Of a run that was trained with
+            quantize_aware, nf4 or q4_0 (GGUF) as there: the codes of its forward, no texts.
         calibrate: Texts like what the model is for, as training reads them; may be given several times.
         prove_forward: Texts to run the merged model on, layer by layer beside its base with the adapter active in PEFT.
         ema: Take the averaged weights of a run that was trained with quantize_aware.
         device: Where --to-bits and --prove-forward compute, cpu or cuda. Default: a GPU where there is one.
     """
 
-    to_bits: Literal["nf4", "fp4", "q4_0"] | None = None
+    to_bits: Literal["nf4", "fp4", "int8", "mxfp4", "q4_k", "q4_0"] | None = None
     calibrate: Several = ()
     prove_forward: Several = ()
     ema: Flag = False
@@ -51,13 +52,13 @@ def merge_in_bits(
     limit: int | None,
     overwrite: bool,
 ) -> int:
-    """Carry out a merge plan whose sink holds 4-bit weights; print how much of the update is left.
+    """Carry out a merge plan whose sink holds quantized weights; print how much of the update is left.
 
     Args:
         out: where to print.
         job: a plan of float32 weights in an hf folder.
         base: what the adapters are merged into.
-        sink: the folder to write.
+        sink: the folder to write, or with q4_k the file.
         computed: the kind of codes, the texts and the device.
         limit: bytes of a weight file.
         overwrite: replace what is there.
@@ -79,7 +80,8 @@ def merge_in_bits(
         hint = "a file like what the model is for: JSON lines, text, parquet"
         raise TensorkeepError("rounding needs texts to round by", where="--calibrate", hint=hint)
     if "://" in sink:
-        raise TensorkeepError("rounds into a local folder alone", where=sink, hint="then: tensorkeep convert")
+        raise TensorkeepError("rounds onto a local disk alone", where=sink, hint="then: tensorkeep convert")
+    to = "gguf" if bits == "q4_k" else "hf"
     prepare(out, sink)
     place = Path(sink).absolute().parent
     with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:
@@ -88,12 +90,12 @@ def merge_in_bits(
         rounding = Path(scratch) / "rounded"
         said = out.remark
         plan, figures = rounded_merge(str(merged), base, job.kind, texts, bits, rounding, device, progress, said)
-        proof = check(plan, "hf", Path(sink).name, programs=installed())
-        made = convert(plan, sink, "hf", limit, overwrite, progress)
+        proof = check(plan, to, Path(sink).name, programs=installed())
+        made = convert(plan, sink, to, limit, overwrite, progress)
     for note in (*job.plan.notes, *done.notes):
         out.remark(f"note: {note.code} {note.message}")
     if out.json:
-        out.document(_document(made, job, figures, proof))
+        out.document(_document(made, to, job, figures, proof))
         return 0
     if job.kind is not None:
         out.line(f"onto the weights it was trained on: {job.kind}, dequantized")
@@ -102,11 +104,11 @@ def merge_in_bits(
     return 0
 
 
-def _document(made: Any, job: Any, figures: dict[str, Any], proof: Any) -> dict[str, Any]:
+def _document(made: Any, to: str, job: Any, figures: dict[str, Any], proof: Any) -> dict[str, Any]:
     """Return what `--json` prints."""
     return {
         "sink": made.path,
-        "format": "hf",
+        "format": to,
         "bytes": made.nbytes,
         "tensors": len(made.digests),
         "onto": job.onto,
@@ -128,5 +130,9 @@ def _show(out: Output, figures: dict[str, Any]) -> None:
     worst = sorted(figures["layers"], key=lambda r: -r["error"])[:_SHOWN]
     named = ", ".join(f"{r['name']} {100 * r['error']:.2g} % (plain {100 * r['plain']:.2g} %)" for r in worst)
     out.line(f"largest errors of a layer's output, squared: {named}")
-    by = f"{figures['kind']} at {figures['bits']:g} bits a weight, rounded by {figures['calibration_tokens']:,} tokens"
+    if figures["wide"]:
+        odd, count = figures["wide"][0], len(figures["wide"])
+        out.line(f"{count} linears stay floats, their rows are no whole blocks: first {odd}")
+    forms = ", ".join(f"{count} {form}" for form, count in figures["forms"].items())
+    by = f"{forms} at {figures['bits']:g} bits a weight, rounded by {figures['calibration_tokens']:,} tokens"
     out.line(f"measured on {figures['tokens']:,} held-out tokens of the texts; {by}")

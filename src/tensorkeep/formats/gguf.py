@@ -232,6 +232,9 @@ def layout(
         config: the model's config.
         companions: the files beside the source; tokenizer.json and its neighbours become metadata.
 
+    Returns:
+        The one file.
+
     Raises:
         TensorkeepError: C03 where the metadata cannot say what config and tokenizer say.
     """

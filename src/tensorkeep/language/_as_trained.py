@@ -32,7 +32,7 @@ LENGTH = 512  # tokens of a row
 
 
 def rows_of(merged: str, texts: Sequence[str], most: int, least: int, remark: Remark) -> Tensor:
-    """Return rows of joined texts, shuffled, so that the last ones are like the others.
+    """Return rows of joined texts, or conversations in the chat template, shuffled so that the last are like the rest.
 
     Args:
         merged: an hf folder with config and tokenizer.
@@ -54,14 +54,14 @@ def rows_of(merged: str, texts: Sequence[str], most: int, least: int, remark: Re
     except TensorkeepError as error:
         hint = "put tokenizer.json beside the base's weights"
         raise TensorkeepError("no tokenizer lies beside the base", hint=hint) from error
-    if objective_of(texts[0]) != "pretrain":
-        hint = 'lines of {"text": ...}, or plain text: the conversations as the model reads them'
-        raise TensorkeepError("holds no plain texts", where=texts[0], hint=hint)
+    objective = objective_of(texts[0])
+    if objective == "dpo":
+        hint = 'lines of {"text": ...} or {"messages": [...]}, plain text, or parquet of them'
+        raise TensorkeepError("preferences are no texts", where=texts[0], hint=hint)
     config = text_config(AutoConfig.for_model(**dict(read(merged).config or {})))
     length = min(LENGTH, int(getattr(config, "max_position_embeddings", LENGTH)))
-    recipe = LanguageRecipe(
-        DataConfig(tuple(texts), length=length, packing="concatenate"), TrainingConfig(updates=1), model=merged
-    )
+    read_as = DataConfig(tuple(texts), length=length, packing="concatenate")
+    recipe = LanguageRecipe(read_as, TrainingConfig(updates=1), model=merged, objective=objective)
     with tempfile.TemporaryDirectory() as scratch:
         reading = replace(recipe, data=replace(recipe.data, cache=scratch))
         data = make_data(reading, reading.data, tokenizer, int(config.vocab_size), Path(scratch), World(), remark)

@@ -2,12 +2,15 @@
 
 Two streams of hidden states go through the layers: that of the model as it is, which says what each layer should give,
 and that of the rounded one. Linears that read the same input are rounded together, in the order in which the layer
-calls them; then the layer's scales are trained so that its output comes nearest to the wanted one.
+calls them, and experts by the tokens that are sent to each; then the layer's scales are trained so that its output
+comes nearest to the wanted one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.names import matches
-from tensorkeep.quantization.linear_layers import dense
-from tensorkeep.quantization.replacing import clean_name, left_wide, tied_parameters
-from tensorkeep.quantization.rounding import FourBits, Rounded, rounded
-from tensorkeep.training.fsdp import blocks
+from tensorkeep.language._matrices import Matrix
+from tensorkeep.quantization.grids import TRAINED, kept
+from tensorkeep.quantization.rounding import Rounded, rounded
+from tensorkeep.quantization.stacks import placed
 
-_STEPS, _RATE = 60, 2e-3  # of the scales' training: updates of Adam, and how far one moves a scale, relatively
+_STEPS, _RATE = 24, 2e-3  # of the scales' training: updates of Adam, and how far one moves a scale, relatively
+_LENT = 32  # inputs as all experts get them that an expert is given beside its own, so that none is rounded by too few
 Progress = Callable[[str, int, int], None]
 
 
@@ -39,62 +42,50 @@ class Call(NamedTuple):
 
 
 def round_layers(
-    model: nn.Module, batches: Sequence[Tensor], kind: FourBits, progress: Progress = lambda *_: None
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    found: Sequence[Sequence[Matrix]],
+    batches: Sequence[Tensor],
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Rounded]:
-    """Put rounded weights in the place of the linears of a model's layers, for what its layers get from these texts.
+    """Put rounded weights in the place of those of a model's layers, for what its layers get from these texts.
 
     Args:
         model: a causal language model of transformers in float32, on its device; changed in place.
+        layers: its layers.
+        found: the matrices of each.
         batches: token ids [rows, length] each, without padding, on that device.
-        kind: the table of codes.
         progress: called as `progress(what, layers done, layers)`.
 
     Returns:
-        What the linears became, by name.
+        What the matrices became, by name.
 
     Raises:
-        TensorkeepError: the model has no list of layers that are called with hidden states, or holds large weights in
-            its layers that are no linears (stacked experts); V01 where numbers are not finite.
+        TensorkeepError: the layers are not called one after the other, or a matrix is not multiplied by once; V01 where
+            numbers are not finite.
     """
-    layers = [layer for layer in blocks(model) if isinstance(layer, nn.Module)]
-    names = {id(module): clean_name(name) for name, module in model.named_modules()}
-    chosen = _linears(model, layers, names)
     calls, hidden = recorded(model, layers, batches)
-    wanted, found = list(hidden), {}
+    wanted, made = list(hidden), {}
     for number, layer in enumerate(layers):
         progress("rounding layers", number, len(layers))
-        mine = {names[id(m)]: m for m in layer.modules() if names[id(m)] in chosen and isinstance(m, nn.Linear)}
+        mine = {m.name: m for m in found[number]}
         as_it_was = copy.deepcopy(layer)
         with torch.no_grad():
             wanted = [call.of(as_it_was, x) for call, x in zip(calls[number], wanted)]
-            for group in _groups(layer, mine, calls[number][0], hidden[0]):
-                moment = _moment(layer, mine[group[0]], calls[number], hidden)
-                for name in group:
-                    found[name] = rounded(mine[name].weight, moment, kind, name=name)
-                    mine[name].weight.data.copy_(found[name].weight())
-        found |= _scales_trained(layer, {n: found[n] for n in mine}, mine, calls[number], hidden, wanted)
+            watched = _watched(layer, found[number])
+            for group in _groups(watched, found[number], calls[number][0], hidden[0]):
+                moments = _moments(watched, group, calls[number], hidden)
+                for one in (m for m in found[number] if m.parameter in group):
+                    weight = one.of(layer)
+                    made[one.name] = rounded(weight, moments[one.expert], one.form, one.name)
+                    weight.copy_(made[one.name].weight())
+            del watched
+        made |= _scales_trained(layer, {n: made[n] for n in mine}, mine, calls[number], hidden, wanted)
         with torch.no_grad():
             hidden = [call.of(layer, x) for call, x in zip(calls[number], hidden)]
         del as_it_was
     progress("rounding layers", len(layers), len(layers))
-    return found
-
-
-def _linears(model: nn.Module, layers: Sequence[nn.Module], names: Mapping[int, str]) -> set[str]:
-    """Return the names of the linears that become codes; refuse a model whose layers hold more than linears."""
-    wide, tied = left_wide(model), tied_parameters(model)
-    chosen, large = set(), []
-    for layer in layers:
-        for module in layer.modules():
-            name = names[id(module)]
-            if dense(module) and id(module.weight) not in tied and not any(matches(name, [w]) for w in wide):
-                chosen.add(name)
-            else:
-                large += [f"{name}.{key}" for key, p in module._parameters.items() if p is not None and p.dim() > 2]
-    if large or not chosen:
-        what = f"{large[0]} is no linear" if large else f"{type(model).__name__} has no layers of linears"
-        raise TensorkeepError(f"{what}: its merge is not rounded to 4 bits here", where="--to-bits")
-    return chosen
+    return made
 
 
 def recorded(
@@ -140,90 +131,172 @@ def recorded(
     return calls, first
 
 
-def _groups(layer: nn.Module, linears: Mapping[str, nn.Linear], call: Call, hidden: Tensor) -> list[list[str]]:
-    """Return the layer's linears as it calls them, those beside each other that read one input together."""
-    seen: list[tuple[Any, str]] = []
+def _watched(layer: nn.Module, found: Sequence[Matrix]) -> nn.Module:
+    """Return the layer, or where it has experts a copy that takes them one by one; its matrices are the same memory."""
+    stacked = {m.parameter for m in found if m.expert is not None}
+    if not stacked:
+        return layer
+    made = copy.deepcopy(layer)
+    for path in {m.parameter for m in found}:
+        owner, _, key = path.rpartition(".")
+        if path in stacked:
+            placed(made.get_submodule(owner), key).base_layer.data = layer.get_parameter(path).data
+        else:
+            made.get_parameter(path).data = layer.get_parameter(path).data
+    return made
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda _, given: seen.append(((given[0].data_ptr(), given[0].shape), name))
 
-    handles = [linear.register_forward_pre_hook(note(name)) for name, linear in linears.items()]
+Watch = Callable[[str, int | None, Tensor], None]
+
+
+class _Enough(Exception):
+    """What was waited for in a layer has been seen: the rest of it need not be computed."""
+
+
+def _run_watched(layer: nn.Module, parameters: set[str], watch: Watch, calls: Any) -> None:
+    """Run a layer, and be told what each of these parameters is multiplied by."""
+    handles, lent = [], []
+
+    def hook(path: str) -> Callable[..., None]:
+        return lambda _, given: watch(path, None, given[0])
+
+    for path in parameters:
+        owner, _, key = path.rpartition(".")
+        module: Any = layer.get_submodule(owner)
+        if key in module._modules:
+            stack = module._modules[key]
+            stack.watch = lambda expert, x, path=path: watch(path, expert, x)
+            lent.append((stack, module, path))
+        else:
+            handles.append(module.register_forward_pre_hook(hook(path)))
     try:
-        call.of(layer, hidden)
+        for call, x in calls:
+            with contextlib.suppress(_Enough):
+                call.of(layer, x)
     finally:
         for handle in handles:
             handle.remove()
-    groups: list[list[str]] = []
-    for at, (place, name) in enumerate(seen):
-        if at and seen[at - 1][0] == place:
-            groups[-1].append(name)
+        for stack, _, _ in lent:
+            stack.watch = None
+    for _, module, path in lent:
+        if module.takes_whole:
+            kind = type(module).__name__.removeprefix("Stacked")
+            what = f"{kind} does not multiply by one expert after the other: {path} cannot be rounded by its inputs"
+            raise TensorkeepError(what, where="--to-bits")
+
+
+def _groups(layer: nn.Module, found: Sequence[Matrix], call: Call, hidden: Tensor) -> list[set[str]]:
+    """Return the parameters in the order in which the layer multiplies by them, those of one input together."""
+    seen: dict[str, Any] = {}
+    twice: list[str] = []
+
+    def watch(path: str, expert: int | None, x: Tensor) -> None:
+        if expert is None and path in seen:
+            twice.append(path)
+        seen.setdefault(path, (x.data_ptr(), x.shape) if expert is None else path)
+
+    parameters = {m.parameter for m in found}
+    _run_watched(layer, parameters, watch, [(call, hidden)])
+    missed = [m.name for m in found if m.parameter not in seen and m.expert is None]
+    if missed or twice:
+        raise TensorkeepError(f"{(missed + twice)[0]} is not called once: it cannot be rounded", where="--to-bits")
+    groups: list[set[str]] = []
+    last: Any = None
+    for path, place in seen.items():
+        if place == last:
+            groups[-1].add(path)
         else:
-            groups.append([name])
-    missed = [[name] for name in linears if name not in {n for _, n in seen}]
-    if missed or len({n for _, n in seen}) != len(seen):
-        odd = missed[0][0] if missed else seen[-1][1]
-        raise TensorkeepError(f"{odd} is not called once: it cannot be rounded by its inputs", where="--to-bits")
-    return groups
+            groups.append({path})
+        last = place
+    return groups + [{path} for path in sorted(parameters - set(seen))]
 
 
-def _moment(layer: nn.Module, linear: nn.Linear, calls: Sequence[Call], hidden: Sequence[Tensor]) -> Tensor:
-    """Return the mean of x x' over everything that a linear of a layer reads."""
-    total = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-    count = 0
+def _moments(
+    layer: nn.Module, group: set[str], calls: Sequence[Call], hidden: Sequence[Tensor]
+) -> Mapping[int | None, Tensor]:
+    """Return the mean of x x' over everything that the matrices of a group read; of experts, by expert."""
+    totals: dict[int | None, Tensor] = {}
+    counts: dict[int | None, int] = {}
+    first = sorted(group)[0]
 
-    def add(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        nonlocal count
-        x = given[0].reshape(-1, linear.in_features).float()
-        total.add_(x.T @ x)
-        count += len(x)
+    def watch(_: str, expert: int | None, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        totals[expert] = totals.get(expert, 0) + x.T @ x
+        counts[expert] = counts.get(expert, 0) + len(x)
+        if expert is None:
+            raise _Enough
 
-    handle = linear.register_forward_pre_hook(add)
-    try:
-        for call, x in zip(calls, hidden):
-            call.of(layer, x)
-    finally:
-        handle.remove()
-    return total / max(count, 1)
+    _run_watched(layer, {first}, watch, zip(calls, hidden))
+    if None in totals:
+        return {None: totals[None] / max(counts[None], 1)}
+    if not totals:
+        raise TensorkeepError(f"no token of the texts is sent to the experts of {first}", where="--calibrate")
+    lent = torch.stack([*totals.values()]).sum(0) / max(sum(counts.values()), 1) * _LENT
+    own = {e: (totals[e] + lent) / (counts[e] + _LENT) for e in totals}
+    return defaultdict(lambda: lent / _LENT, own)
+
+
+def _assembled(layer: nn.Module, found: Mapping[str, Matrix], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put matrices together as the layer's parameters hold them; gradients flow through."""
+    parts: dict[str, dict[int | None, list[tuple[Matrix, Tensor]]]] = {}
+    for name, weight in weights.items():
+        one = found[name]
+        parts.setdefault(one.parameter, {}).setdefault(one.expert, []).append((one, weight))
+    out = {}
+    for path, experts in parts.items():
+        matrices = []
+        for expert in sorted(experts, key=lambda e: -1 if e is None else e):
+            rows = [w for m, w in sorted(experts[expert], key=lambda part: part[0].rows or (0, 0))]
+            whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+            matrices.append(whole.T if experts[expert][0][0].turned else whole)
+        out[path] = matrices[0] if None in experts else torch.stack(matrices)
+    return out
 
 
 def _scales_trained(
     layer: nn.Module,
     found: dict[str, Rounded],
-    linears: Mapping[str, nn.Linear],
+    where: Mapping[str, Matrix],
     calls: Sequence[Call],
     hidden: Sequence[Tensor],
     wanted: Sequence[Tensor],
 ) -> dict[str, Rounded]:
     """Train the scales of a layer towards its wanted output; they stay as they are where that is no gain."""
-    inside = {id(module): name for name, module in layer.named_modules()}
-    shares = {name: torch.zeros_like(one.scales, requires_grad=True) for name, one in found.items()}
+    shares = {
+        (name, key): torch.zeros_like(one.numbers[key], dtype=torch.float32, requires_grad=True)
+        for name, one in found.items()
+        for key in TRAINED[one.form]
+    }
+    if not shares:
+        return found
     optimizer = torch.optim.Adam(shares.values(), _RATE)
 
-    def weights() -> dict[str, Tensor]:
-        return {
-            f"{inside[id(linears[n])]}.weight": one.weight(one.scales * (1 + shares[n])) for n, one in found.items()
-        }
+    def moved(name: str, one: Rounded) -> dict[str, Tensor]:
+        free = {k: one.numbers[k].float() * (1 + shares[name, k]) for k in TRAINED[one.form]}
+        return {**one.numbers, **free}
 
-    def loss(number: int, made: dict[str, Tensor]) -> Tensor:
-        call = calls[number]
+    def loss(number: int, weights: Mapping[str, Tensor]) -> Tensor:
+        call, made = calls[number], _assembled(layer, where, weights)
         out = torch.func.functional_call(layer, made, (hidden[number], *call.rest), call.named)
         hidden_states: Tensor = out[0] if isinstance(out, tuple) else out
         return (hidden_states - wanted[number]).square().mean()
 
-    def whole() -> float:
-        with torch.no_grad():
-            made = weights()
-            return sum(float(loss(k, made)) for k in range(len(calls)))
+    @torch.no_grad()
+    def whole(given: Mapping[str, Rounded]) -> float:
+        weights = {n: one.weight() for n, one in given.items()}
+        return sum(float(loss(k, weights)) for k in range(len(calls)))
 
-    before = whole()
+    before = whole(found)
     for step in range(_STEPS):
         optimizer.zero_grad()
-        loss(step % len(calls), weights()).backward()  # type: ignore[no-untyped-call]
+        weights = {n: one.weight(moved(n, one)) for n, one in found.items()}
+        loss(step % len(calls), weights).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    if not whole() < before:
+    with torch.no_grad():
+        made = {n: one._replace(numbers=kept(one.form, moved(n, one))) for n, one in found.items()}
+    if not whole(made) < before:
         return found
     with torch.no_grad():
-        made = {n: one._replace(scales=one.scales * (1 + shares[n])) for n, one in found.items()}
         for name, one in made.items():
-            linears[name].weight.copy_(one.weight())
+            where[name].of(layer).copy_(one.weight())
     return made

@@ -1,4 +1,4 @@
-"""Give a merged model 4-bit weights that still do what the adapter taught, and say how much of it they keep.
+"""Give a merged model quantized weights that still do what the adapter taught, and say how much of it they keep.
 
 Rounded number by number, merged weights mostly fall back to the base's: its codes are the nearest. Here texts tell what
 each layer reads, and codes and scales are chosen for that (`_rounding`). What is left of the update is measured on rows
@@ -9,31 +9,28 @@ base, which has nothing of the update, and of plain rounding.
 from __future__ import annotations
 
 import copy
-import json
-import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tensorkeep.conversion.plan import Plan
-from tensorkeep.conversion.planning import make_plan
-from tensorkeep.errors import TensorkeepError
-from tensorkeep.formats.memory import tensor_of, torch_dtype
 from tensorkeep.formats.view import StateView, read
-from tensorkeep.language._as_trained import base_model, round_plainly, rows_of
+from tensorkeep.language._as_trained import base_model, rows_of
+from tensorkeep.language._matrices import Matrix, matrices
+from tensorkeep.language._rounded_files import planned
 from tensorkeep.language._rounding import Progress, round_layers
 from tensorkeep.language.start import Remark, loaded
-from tensorkeep.quantization.linear import QuantLinear
-from tensorkeep.quantization.packed import WEIGHT_DIGEST
-from tensorkeep.quantization.rounding import FourBits, Rounded
-from tensorkeep.storage.files import CERTIFICATE
+from tensorkeep.quantization.grids import Bits, bits_of
+from tensorkeep.quantization.rounding import Rounded, plainly
+from tensorkeep.training.fsdp import blocks
 
-_ROWS, _HELD, _BATCH = 128, 8, 4  # most rows that layers are rounded by, those that measure, rows of a forward
+_ROWS, _HELD = 128, 8  # most rows that layers are rounded by, and those that measure
+_BATCH = {"cpu": 1, "cuda": 4}  # rows of a forward
 
 
 def rounded_merge(
@@ -41,13 +38,13 @@ def rounded_merge(
     base: StateView,
     quantized: str | None,
     texts: Sequence[str],
-    kind: FourBits,
+    kind: Bits,
     folder: Path,
     device: str | None = None,
     progress: Progress = lambda *_: None,
     remark: Remark = lambda _: None,
 ) -> tuple[Plan, dict[str, Any]]:
-    """Round a merged model to 4 bits for what it computes on some texts.
+    """Round a merged model to 4 or 8 bits for what it computes on some texts.
 
     Args:
         merged: the merged model in floats, an hf folder with config and tokenizer.
@@ -61,10 +58,10 @@ def rounded_merge(
         remark: is told what was left out of the texts.
 
     Returns:
-        The plan of an hf sink as bitsandbytes' and transformers' 4-bit models are, and figures: `kl` and `loss` of
+        The plan of an hf sink as transformers loads it, or for q4_k of a GGUF file, and figures: `kl` and `loss` of
         "base", "plain" and "rounded" over held-out rows (`loss` of "merged" too), `kept` and `kept_plain` (1 - KL /
-        KL of the base), `tokens`, `bits` a weight, and `layers`: name, relative error of the outputs, the same of
-        plain rounding.
+        KL of the base), `tokens`, `bits` a weight, `forms` (how many weights each form of codes has), `wide` (linears
+        whose rows are no whole blocks), and `layers`: name, relative error of the outputs, the same of plain rounding.
 
     Raises:
         TensorkeepError: the texts are too few, the model cannot be rounded here, or its files name tensors otherwise
@@ -73,8 +70,6 @@ def rounded_merge(
     Example:
         >>> plan, figures = rounded_merge("merged", read("base"), "nf4", ["texts.jsonl"], "nf4", Path("tmp"))
         ... # doctest: +SKIP
-        >>> round(figures["kept"], 2)  # doctest: +SKIP
-        0.93
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     view = read(merged)
@@ -82,26 +77,39 @@ def rounded_merge(
     held, used = rows[-_HELD:], rows[: min(len(rows) - _HELD, _ROWS)]
     model = loaded(view).float().to(place).eval().requires_grad_(False)
     wanted = _probabilities(model, held, place)
+    layers = [layer for layer in blocks(model) if isinstance(layer, nn.Module)]
+    chosen, odd = matrices(model, layers, view, kind)
     plain = copy.deepcopy(model)
-    batches = [used[at : at + _BATCH].to(place) for at in range(0, len(used), _BATCH)]
-    found = round_layers(model, batches, kind, progress)
+    batches = torch.split(used.to(place), _BATCH.get(place.type, 1))
+    found = round_layers(model, layers, chosen, batches, progress)
     figures = {"rounded": _distance(model, held, wanted, place)}
-    for name in found:
-        round_plainly(plain, name, kind)
+    _round_plainly(plain, chosen)
     figures["plain"] = _distance(plain, held, wanted, place)
     del plain
     figures["base"] = _distance(base_model(base, quantized, place), held, wanted, place)
-    _write(folder, view, base, model, found)
+    wide = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in found]
+    plan = planned(folder, view, base, kind, found, wide)
     own = sum(float(F.nll_loss(want[:-1], row[1:])) for row, want in zip(held, wanted)) / len(held)
     report = {"kind": kind, "tokens": int(held.numel()), "calibration_tokens": int(used.numel())}
-    return make_plan([read(str(folder))], "hf"), report | _report(figures, found, own)
+    return plan, report | {"wide": odd} | _report(figures, found, own)
+
+
+def _round_plainly(model: nn.Module, chosen: Sequence[Sequence[Matrix]]) -> None:
+    """Round each number of a model's matrices alone."""
+    for layer, mine in zip((one for one in blocks(model) if isinstance(one, nn.Module)), chosen):
+        for matrix in mine:
+            weight = matrix.of(layer)
+            weight.copy_(plainly(weight, matrix.form).weight())
 
 
 def _report(figures: Mapping[str, tuple[float, float]], found: Mapping[str, Rounded], own: float) -> dict[str, Any]:
     """Return what of the update is kept, and what each layer's outputs lost."""
     kept = {name: 1 - figures[name][0] / max(figures["base"][0], 1e-12) for name in ("rounded", "plain")}
+    sizes = {n: one.codes.numel() for n, one in found.items()}
+    taken = sum(bits_of(one.form, one.codes.shape[1]) * sizes[n] for n, one in found.items())
     return {
-        "bits": 4 + 32 / next(iter(found.values())).block,
+        "bits": taken / sum(sizes.values()),
+        "forms": dict(Counter(one.form for one in found.values())),
         "kl": {name: kl for name, (kl, _) in figures.items()},
         "loss": {"merged": own, **{name: loss for name, (_, loss) in figures.items()}},
         "kept": kept["rounded"],
@@ -126,47 +134,3 @@ def _distance(model: nn.Module, rows: Tensor, wanted: Sequence[Tensor], device: 
         apart += float((want.exp() * (want - found)).sum(-1).double().mean())
         loss += float(F.nll_loss(found[:-1], row[1:]))
     return apart / len(rows), loss / len(rows)
-
-
-def _write(folder: Path, view: StateView, base: StateView, model: nn.Module, found: Mapping[str, Rounded]) -> None:
-    """Write the merged model's files with codes in the place of the rounded weights."""
-    missing = [n for n in found if f"{n}.weight" not in view]
-    if missing:
-        what = f"transformers calls {missing[0]} otherwise than the files do"
-        raise TensorkeepError(what, where=view.path, hint="merge without --to-bits", code="K01")
-    tensors: dict[str, Tensor] = {}
-    for name in view:
-        module = name.removesuffix(".weight")
-        if module not in found:
-            tensors[name] = tensor_of(view, name).to(_dtype_of(base, name)).contiguous()
-            continue
-        layer = QuantLinear(found[module].packed(_dtype_of(base, name)), None)
-        held = {k: t.detach().cpu().contiguous() for k, t in layer.state_dict().items() if k != WEIGHT_DIGEST}
-        tensors |= {f"{module}.{key}": tensor for key, tensor in held.items()}
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in found]
-    kind = next(iter(found.values())).kind
-    document = {
-        **(view.config or {}),
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": kind,
-            "bnb_4bit_use_double_quant": False,
-            "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": dense or ["lm_head"],
-        },
-    }
-    for path in Path(view.folder.url).iterdir() if view.folder is not None else ():
-        weights = "safetensors" in path.name or path.name == CERTIFICATE
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not weights:
-            shutil.copy(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(document, indent=2))
-
-
-def _dtype_of(base: StateView, name: str) -> torch.dtype:
-    """Return what the base holds a tensor in; bfloat16 where it calls it otherwise, or holds codes."""
-    found = torch_dtype(base, name) if name in base else torch.bfloat16
-    return found if found.is_floating_point and found.itemsize >= 2 else torch.bfloat16

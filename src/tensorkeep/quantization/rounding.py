@@ -1,28 +1,36 @@
-"""Choose 4-bit codes and scales of a weight by what it does to its inputs, where rounding each number alone loses it.
+"""Choose codes and scales of a weight by what it does to its inputs, where rounding each number alone loses it.
 
 A small update of a weight that lies on a grid rounds back to where it was. What counts is the layer's output, so an
 error is measured by the second moment H = E[x x'] of the inputs: the error of a row is e H e'. Codes are chosen column
 by column, and what rounding one column does wrong is put right by those that follow (GPTQ, Frantar et al., arXiv
-2210.17323, equations 2 and 3; the same as LDLQ). Scales are the largest magnitudes of blocks, or smaller ones where
-that leaves less error. A row keeps the plain rounding where that is better.
+2210.17323, equations 2 and 3; the same as LDLQ). Scales are those of plain rounding, or others where that leaves less
+error (`grids`). A row keeps the plain rounding where that is better.
 """
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.quantization.codes import SMALLEST_SCALE, TABLES
+from tensorkeep.quantization.codes import TABLES
+from tensorkeep.quantization.grids import (
+    BLOCK,
+    Form,
+    Numbers,
+    levels,
+    nearest,
+    peaks,
+    plain_numbers,
+    spread,
+    tried_numbers,
+    values,
+)
 from tensorkeep.quantization.packed import Layout, Packed
 
-FourBits = Literal["nf4", "fp4"]
-_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's largest magnitude
 _DAMPING = 0.01  # of H's mean diagonal, added to it
 _COLUMNS = 128  # are worked on before the rest is corrected
 
@@ -31,52 +39,66 @@ class Rounded(NamedTuple):
     """A weight in codes, not packed yet.
 
     Attributes:
-        codes: [out, in], int64: places in the kind's table.
-        scales: one for each block of flat elements, float32.
-        kind: "nf4" or "fp4".
-        block: flat elements that share a scale.
+        codes: [out, in], int64: places in the form's table.
+        numbers: what a file keeps of scales and offsets.
+        form: of the codes.
         error: e H e' over all rows, relative to W H W'.
         plain: the same of rounding each number alone.
     """
 
     codes: Tensor
-    scales: Tensor
-    kind: FourBits
-    block: int
-    error: float
-    plain: float
+    numbers: Numbers
+    form: Form
+    error: float = 0.0
+    plain: float = 0.0
 
-    def weight(self, scales: Tensor | None = None) -> Tensor:
+    def weight(self, numbers: Numbers | None = None) -> Tensor:
         """Return the numbers that the codes stand for, float32.
 
         Args:
-            scales: others than the own; gradients flow through them.
+            numbers: others than the own; gradients flow through them.
         """
-        levels = _grid(self.kind, self.codes.device)[0][self.codes]
-        return levels * spread(self.scales if scales is None else scales, self.codes.shape, self.block)
+        return values(self.form, self.codes, self.numbers if numbers is None else numbers)
 
     def packed(self, dtype: torch.dtype) -> Packed:
-        """Return codes and scales as bitsandbytes stores them, scales in float32.
+        """Return nf4, fp4 or int8 as bitsandbytes stores them, scales in float32.
 
         Args:
             dtype: what the weight was.
         """
+        shape, word = (self.codes.shape[0], self.codes.shape[1]), str(dtype).removeprefix("torch.")
+        if self.form == "int8":
+            held = {"weight": (self.codes - 127).to(torch.int8), "SCB": self.numbers["SCB"].clone()}
+            return Packed(Layout("int8", shape, 0, 0, word), held)
+        assert self.form in ("nf4", "fp4")
         flat = F.pad(self.codes.reshape(-1), (0, self.codes.numel() % 2)).to(torch.uint8)
-        out, columns = self.codes.shape
-        layout = Layout(self.kind, (out, columns), self.block, 0, str(dtype).removeprefix("torch."))
-        table = torch.from_numpy(TABLES[self.kind] + 0).to(flat.device)
-        tensors = {"weight": (flat[0::2] << 4 | flat[1::2]).view(-1, 1), "absmax": self.scales.clone()}
-        return Packed(layout, tensors | {"quant_map": table})
+        table = torch.from_numpy(TABLES[self.form] + 0).to(flat.device)
+        tensors = {"weight": (flat[0::2] << 4 | flat[1::2]).view(-1, 1), "absmax": self.numbers["absmax"].clone()}
+        return Packed(Layout(self.form, shape, BLOCK, 0, word), tensors | {"quant_map": table})
 
 
-def rounded(weight: Tensor, moment: Tensor, kind: FourBits = "nf4", block: int = 64, name: str = "weight") -> Rounded:
+def plainly(weight: Tensor, form: Form) -> Rounded:
+    """Round each number of a weight alone, with the scales that the format's own rounding takes.
+
+    Args:
+        weight: [out, in], on any device.
+        form: of the codes.
+
+    Returns:
+        Codes and scales; their errors are not computed.
+    """
+    weight = weight.detach().float()
+    numbers = plain_numbers(form, weight)
+    return Rounded(_nearest(weight, form, numbers), numbers, form)
+
+
+def rounded(weight: Tensor, moment: Tensor, form: Form = "nf4", name: str = "weight") -> Rounded:
     """Choose codes and scales so that the outputs for inputs of this second moment change least.
 
     Args:
         weight: [out, in], on any device.
         moment: [in, in], the mean of x x' over the inputs, float32.
-        kind: the table of codes.
-        block: flat elements that share a scale.
+        form: of the codes; its blocks divide the rows.
         name: what messages call the weight.
 
     Returns:
@@ -95,82 +117,39 @@ def rounded(weight: Tensor, moment: Tensor, kind: FourBits = "nf4", block: int =
     if not bool(torch.isfinite(weight).all() and torch.isfinite(moment).all()):
         raise TensorkeepError("holds NaN or infinity, or its inputs do", where=name, code="V01")
     size = float(_errors(weight, moment).sum()) or 1.0
-    top = _largest(weight, block)
-    plain = _nearest(weight, top, kind, block)
-    plain_errors = _errors(_values(plain, top, kind, block) - weight, moment)
-    best = Rounded(plain, top, kind, block, float(plain_errors.sum()) / size, float(plain_errors.sum()) / size)
-    upper = _inverse_root(moment)
-    for scales in (top, _shrunk(weight, moment.diagonal(), top, kind, block)):
-        codes = _by_columns(weight, upper, scales, kind, block)
-        errors = _errors(_values(codes, scales, kind, block) - weight, moment)
-        alone = _nearest(weight, scales, kind, block)
-        alone_errors = _errors(_values(alone, scales, kind, block) - weight, moment)
+    best = plainly(weight, form)
+    off = float(_errors(best.weight() - weight, moment).sum()) / size
+    best = best._replace(error=off, plain=off)
+    forced = peaks(form, weight)
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)  # the largest inputs first
+    upper = _inverse_root(moment[order][:, order])
+    for numbers in tried_numbers(form, weight, moment.diagonal()):
+        codes = _by_columns(weight, upper, order, form, numbers, forced)
+        errors = _errors(values(form, codes, numbers) - weight, moment)
+        alone = _nearest(weight, form, numbers)
+        alone_errors = _errors(values(form, alone, numbers) - weight, moment)
         codes = torch.where((alone_errors < errors)[:, None], alone, codes)
         error = float(torch.minimum(alone_errors, errors).sum()) / size
         if error < best.error:
-            best = best._replace(codes=codes, scales=scales, error=error)
+            best = best._replace(codes=codes, numbers=numbers, error=error)
     return best
 
 
-def spread(scales: Tensor, shape: torch.Size | tuple[int, ...], block: int) -> Tensor:
-    """Give each element of a weight the scale of its block.
-
-    Args:
-        scales: one for each block of flat elements.
-        shape: of the weight.
-        block: flat elements that share a scale.
-    """
-    return scales.repeat_interleave(block)[: math.prod(shape)].view(shape)
+def _laid(form: Form, numbers: Numbers, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale, one over it (a scale of 0 has 0) and offset of each element."""
+    scale, offset = spread(form, numbers, (weight.shape[0], weight.shape[1]))
+    over = torch.where(scale == 0, 0.0, 1 / torch.where(scale == 0, 1.0, scale))
+    return scale.expand(weight.shape), over.expand(weight.shape), torch.zeros_like(weight) if offset is None else offset
 
 
-@lru_cache(maxsize=8)
-def _grid(kind: FourBits, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the table, its places by size, and the borders between levels that lie beside each other."""
-    table = torch.from_numpy(TABLES[kind] + 0).to(device)
-    order = torch.argsort(table, stable=True)
-    return table, order, (table[order[1:]] + table[order[:-1]]) / 2
-
-
-def _largest(weight: Tensor, block: int) -> Tensor:
-    """Return the largest magnitude of each block of flat elements."""
-    flat = F.pad(weight.reshape(-1), (0, -weight.numel() % block)).view(-1, block)
-    return flat.abs().amax(1).clamp(min=float(SMALLEST_SCALE))
-
-
-def _levels(unit: Tensor, kind: FourBits) -> Tensor:
-    """Return the place in the table of the level nearest to each number."""
-    _, order, borders = _grid(kind, unit.device)
-    places: Tensor = order[torch.bucketize(unit.contiguous(), borders)]
-    return places
-
-
-def _nearest(weight: Tensor, scales: Tensor, kind: FourBits, block: int) -> Tensor:
-    return _levels(weight / spread(scales, weight.shape, block), kind)
-
-
-def _values(codes: Tensor, scales: Tensor, kind: FourBits, block: int) -> Tensor:
-    return _grid(kind, codes.device)[0][codes] * spread(scales, codes.shape, block)
+def _nearest(weight: Tensor, form: Form, numbers: Numbers) -> Tensor:
+    _, over, offset = _laid(form, numbers, weight)
+    return nearest((weight - offset) * over, form)
 
 
 def _errors(difference: Tensor, moment: Tensor) -> Tensor:
     """Return e H e' of each row."""
     return ((difference @ moment) * difference).sum(1)
-
-
-def _shrunk(weight: Tensor, importance: Tensor, top: Tensor, kind: FourBits, block: int) -> Tensor:
-    """Return for each block the share of its largest magnitude that leaves the least error, weighted by the inputs."""
-    pad = (0, -weight.numel() % block)
-    blocks = F.pad(weight.reshape(-1), pad).view(-1, block)
-    heavy = F.pad(importance.expand(weight.shape).reshape(-1), pad).view(-1, block)
-    table = _grid(kind, weight.device)[0]
-    best, chosen = torch.full_like(top, math.inf), top.clone()
-    for share in _SHRUNK:
-        scales = top * share
-        made = table[_levels(blocks / scales[:, None], kind)] * scales[:, None]
-        error = ((made - blocks).square() * heavy).sum(1)
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scales, chosen)
-    return chosen
 
 
 def _inverse_root(moment: Tensor) -> Tensor:
@@ -187,17 +166,23 @@ def _inverse_root(moment: Tensor) -> Tensor:
     return eye
 
 
-def _by_columns(weight: Tensor, upper: Tensor, scales: Tensor, kind: FourBits, block: int) -> Tensor:
-    """Choose codes column by column, each error spread over the columns that follow."""
-    rest, grid = weight.clone(), spread(scales, weight.shape, block)
-    table, codes = _grid(kind, weight.device)[0], torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
-    columns = weight.shape[1]
+def _by_columns(
+    weight: Tensor, upper: Tensor, order: Tensor, form: Form, numbers: Numbers, forced: Tensor | None
+) -> Tensor:
+    """Choose codes column by column in an order, each error spread over the columns that follow."""
+    rest, (scale, over, offset) = weight[:, order], (part[:, order] for part in _laid(form, numbers, weight))
+    table = levels(form, weight.device).table
+    codes = torch.empty(weight.shape, dtype=torch.int64, device=weight.device)
+    columns, forced = weight.shape[1], None if forced is None else forced[:, order]
     for first in range(0, columns, _COLUMNS):
         last = min(first + _COLUMNS, columns)
         wrong = torch.empty(weight.shape[0], last - first, device=weight.device)
         for at in range(first, last):
-            codes[:, at] = _levels(rest[:, at] / grid[:, at], kind)
-            wrong[:, at - first] = (rest[:, at] - table[codes[:, at]] * grid[:, at]) / upper[at, at]
+            codes[:, at] = nearest((rest[:, at] - offset[:, at]) * over[:, at], form)
+            if forced is not None:
+                codes[:, at] = torch.where(forced[:, at] < 0, codes[:, at], forced[:, at])
+            made = table[codes[:, at]] * scale[:, at] + offset[:, at]
+            wrong[:, at - first] = (rest[:, at] - made) / upper[at, at]
             rest[:, at + 1 : last] -= wrong[:, at - first, None] * upper[at, at + 1 : last]
         rest[:, last:] -= wrong @ upper[first:last, last:]
-    return codes
+    return codes[:, torch.argsort(order)]

@@ -52,6 +52,7 @@ class Stack(nn.Module):
 
     frozen_state = True  # it belongs to the base: checkpoints of what trains leave it out
     ndim = 3
+    watch: Callable[[int, Tensor], None] | None = None  # is told what each expert's matrix is multiplied by
     layout: Layout | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
@@ -142,7 +143,8 @@ class Stack(nn.Module):
             return self.base_layer.to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
         for expert in range(self.experts):
-            matrix = unpack(*_parts(self.packed(expert)), dtype)
+            packed = self.packed(expert)
+            matrix = unpack(packed.layout, packed.tensors, dtype)
             out[expert] = matrix.T if self.inward else matrix
         return out
 
@@ -196,10 +198,6 @@ class Stack(nn.Module):
         raise _WholeWanted
 
 
-def _parts(packed: Packed) -> tuple[Layout, dict[str, Tensor]]:
-    return packed.layout, packed.tensors
-
-
 class _Expert:
     """One expert's matrix as an operand: it is multiplied by, and everything else asks for the whole stack."""
 
@@ -240,7 +238,7 @@ class _Expert:
         return self.T if {first % 2, second % 2} == {0, 1} else self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "matrix":
+        if name.startswith("_") or name == "matrix":  # `frozen_linear` asks for codes
             raise AttributeError(name)
         raise _WholeWanted
 
@@ -252,6 +250,8 @@ class _Expert:
 
     def multiplied(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `x W^T + bias` over the matrix [out, in] with its update."""
+        if self.stack.watch is not None:
+            self.stack.watch(self.expert, x)
         held: Any = _Coded(self) if self.stack.layout is not None else self
         held.bias = bias
         a, b = self.stack.factors(self.expert) or (None, None)
@@ -281,7 +281,7 @@ class _Coded:
         self._packed, self.bias = expert.stack.packed(expert.expert), None
 
     def _plain(self) -> tuple[Layout, dict[str, Tensor]]:
-        return _parts(self._packed)
+        return self._packed.layout, self._packed.tensors
 
 
 class Stacked(nn.Module):
