@@ -273,9 +273,9 @@ class Killer:
         """The run that nobody kills."""
         run, marks, size = self.place / "whole", Marks(self.place / "whole.marks"), self.plan.sizes[0]
         agent = begin(run, marks, self.plan, size)
-        while (status := ended(agent)) is None:
-            time.sleep(0.01)
-        if status:
+        if (status := self.waited(agent, PATIENCE)) is None:
+            kill_all(agent, marks, size)
+        if status != 0:
             raise SystemExit(f"fails without a kill:\n{(self.place / 'output').read_text()[-3000:]}")
         return run
 

@@ -63,6 +63,7 @@ def test_bash_completes_commands_flags_and_their_values(scripts: dict[str, Path]
         "int8",
         "mxfp4",
         "nf4",
+        "q4_0",
         "q4_k",
     ]
     assert sorted(completed(script, ["completion", ""], tmp_path)) == sorted(SHELLS)

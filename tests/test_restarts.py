@@ -33,7 +33,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make() -> Job:
+def make(device: str | torch.device = "cpu") -> Job:
     return small_job(evaluate=True)
 
 

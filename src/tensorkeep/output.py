@@ -391,6 +391,9 @@ def is_share(name: str) -> bool:
     Args:
         name: of the figure.
 
+    Returns:
+        Whether it is mAP or recall.
+
     Example:
         >>> is_share("average_mAP"), is_share("recall@5"), is_share("loss")
         (True, True, False)

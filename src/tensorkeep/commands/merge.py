@@ -77,7 +77,6 @@ def merge(
     from tensorkeep.adapters.planning import plan_merge
 
     out = say.output()
-    formats.writer(to, models=True)
     first = _refuse(paths, to, naming, dtype, computed, recorded)
     if (done := as_trained(out, paths, to, computed, shard_size, overwrite, dry_run)) is not None:
         return done
@@ -102,6 +101,7 @@ def _refuse(
     paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed, recorded: Recorded
 ) -> str:
     """Refuse words that make no merge; the format that is merged into, before --to-bits makes another of it."""
+    formats.writer(to, models=True)
     other = to != "hf" or naming not in (None, "hf")
     bits, forward = computed.to_bits, computed.prove_forward
     if bits and (dtype or (other and ((to, naming) != ("gguf", None) or bits not in ("q4_k", "q4_0")))):
