@@ -394,7 +394,6 @@ def is_share(name: str) -> bool:
     Returns:
         Whether it is mAP or recall.
 
-    Example:
         >>> is_share("average_mAP"), is_share("recall@5"), is_share("loss")
         (True, True, False)
     """
