@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo docs test test-gpu lint clean
+.PHONY: demo docs test test-gpu words lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorkeep demo
@@ -22,6 +22,10 @@ test: lint
 # where there is a GPU: with this environment, or with one of your own by PYTHON_GPU=python3
 test-gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(or $(PYTHON_GPU),$(BIN)/python) -m pytest -m gpu -p no:cacheprovider
+
+# what the commands print, in tests/words: written again after a change of words, to be read before it is committed
+words: $(VENV)/.dev
+	folder=$$(mktemp -d) && COLUMNS=80 $(BIN)/python -m tests.word_cases $$folder && rm -r $$folder
 
 lint: $(VENV)/.dev
 	@if $(BIN)/pip list 2>/dev/null | grep -i '^nvidia-'; then \

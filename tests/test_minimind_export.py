@@ -154,5 +154,5 @@ def test_an_export_says_what_it_cannot_hold_and_refuses_what_fp16_cannot(tmp_pat
     with pytest.raises(TensorkeepError, match="beyond fp16") as caught:
         export_resume(tmp_path / "big", tmp_path / "big_16_resume.pth")
     assert caught.value.code == "V02" and not list(tmp_path.glob("*big_16*"))
-    with pytest.raises(TensorkeepError, match="is no run of ours"):
+    with pytest.raises(TensorkeepError, match="is not a run of tensorkeep"):
         export_resume(tmp_path, tmp_path / "none_16_resume.pth")

@@ -134,7 +134,11 @@ def replayed(run: str | Path, first: int, last: int, device: str | None = None, 
     folder, say = Path(run), out or Output(quiet=True)
     before = [step for step in saved_steps(folder) if step < first]
     if not (folder / "recipe.yaml").is_file() or not (folder / run_folder.CHECKPOINTS).is_dir():
-        raise TensorkeepError("is no run: no recipe.yaml or no checkpoints", where=run)
+        raise TensorkeepError(
+            "is no run: no recipe.yaml or no checkpoints",
+            hint="name the folder of `tensorkeep train --out RUN`",
+            where=run,
+        )
     start = run_folder.folder_of(folder, before[0]) if before else None
     world = distributed.start(device)
     try:

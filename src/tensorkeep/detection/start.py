@@ -316,8 +316,8 @@ def _from_elsewhere(
 ) -> Opened:
     """Open a checkpoint that is no run of ours."""
     if recipe is None:
-        hint = "--recipe RECIPE.yaml, e.g. of `tensorkeep recipe import`"
-        raise TensorkeepError("is no run of ours: the recipe it belongs to must be named", where=path, hint=hint)
+        hint = "add --recipe RECIPE.yaml, the recipe it was trained with (`tensorkeep recipe import` makes one)"
+        raise TensorkeepError("is not a run of tensorkeep, and no recipe is named", where=path, hint=hint)
     made = read_recipe(recipe, changes)
     view = read(path)
     averaged = ema and any(name.split(".")[0] == "state_dict_ema" for name in view)

@@ -65,7 +65,7 @@ def evaluate_checkpoint(
     recipe = read_language(run / "recipe.yaml") if run is not None else _bare(path, tuple(files), length, tokenizer)
     files = tuple(files) or (recipe.evaluation.files if recipe.evaluation is not None else ())
     if not files:
-        raise TensorkeepError("nothing to evaluate on", where=path, hint="--data FILE")
+        raise TensorkeepError("no data to evaluate on is named", where=path, hint="add --data FILE")
     recipe = replace(recipe, data=replace(recipe.data, length=length or recipe.data.length))
     recipe = replace(recipe, training=replace(recipe.training, batch_size=batch * world.size, micro_batch=batch))
     with tempfile.TemporaryDirectory() as scratch:  # tokens of an evaluation are not the run's
@@ -88,7 +88,7 @@ def evaluate_checkpoint(
 def _bare(path: str, files: tuple[str, ...], length: int | None, tokenizer: str | None) -> LanguageRecipe:
     """Make a recipe for a checkpoint that has none: what the first file holds decides the objective."""
     if not files:
-        raise TensorkeepError("nothing to evaluate on", where=path, hint="--data FILE")
+        raise TensorkeepError("no data to evaluate on is named", where=path, hint="add --data FILE")
     objective = objective_of(files[0])
     return LanguageRecipe(
         DataConfig(files, length=length or 512, packing="concatenate" if objective == "pretrain" else "none"),

@@ -65,7 +65,11 @@ def exported(
     path, out = Path(run), Path(out)
     place = run_of(path)
     if place is None:
-        raise TensorkeepError("is no run: no recipe.yaml or no checkpoints", where=path)
+        raise TensorkeepError(
+            "is no run: no recipe.yaml or no checkpoints",
+            hint="name the folder of `tensorkeep train --out RUN`",
+            where=path,
+        )
     recipe, state = read_language(place / "recipe.yaml"), checkpoint_of(place, path, best, remark)
     with replacing(out, overwrite, CHECKPOINT) as temporary:
         if recipe.adapter is None:

@@ -83,7 +83,11 @@ def export_resume(
     opened = run_folder.open_checkpoint(Path(run))
     model = read_part(opened.path, "model") if opened is not None else None
     if opened is None or model is None:
-        what = "is no run of ours" if opened is None else "holds an adapter alone, MiniMind's file the base as well"
+        what = (
+            "is not a run of tensorkeep"
+            if opened is None
+            else "holds an adapter alone, MiniMind's file the base as well"
+        )
         raise TensorkeepError(
             what, where=run, hint="weights go with: tensorkeep convert RUN OUT --to pth --naming minimind"
         )
