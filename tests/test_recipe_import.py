@@ -238,6 +238,18 @@ def test_an_adatad_config_is_the_recipe_of_the_same_system(config: str, recipe: 
     assert not imported.lost
 
 
+def test_features_of_several_folders_are_put_side_by_side(tmp_path: Path) -> None:
+    """Shorter files are stretched there, which the recipe says; training may ask for several subsets."""
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    lines = "_base_ = ['features.py']\ndata_path = ['a/rgb', 'a/flow']\n"
+    lines += "dataset = dict(train=dict(subset_name=['training', 'more'], data_path=data_path), "
+    lines += "val=dict(data_path=data_path), test=dict(data_path=data_path))\n"
+    (tmp_path / "configs" / "several.py").write_text(lines)
+    data = import_config(tmp_path / "configs" / "several.py").recipe.data
+    assert data.train.folders == data.test.folders == ("a/rgb", "a/flow") and data.feature_rows == "resized"
+    assert data.train.subset == ("training", "more") and data.test.subset == "validation"
+
+
 def test_features_of_whole_videos_are_carried_over() -> None:
     imported = import_config(CONFIGS / "features.py")
     data, recipe = imported.recipe.data, imported.recipe

@@ -97,9 +97,9 @@ def test_tridets_config_is_one_too(tmp_path: Path) -> None:
         ({"model": {"fpn_type": "fpn"}}, "fpn_type 'fpn' is not one that is built here"),
         ({"model": {"use_rel_pe": True}}, "use_rel_pe True"),
         ({"model": {**SGP, "use_trident_head": False}}, "use_trident_head False"),
-        ({"dataset": {"input_dim": [16, 16]}}, "several files side by side"),
+        ({"dataset": {"input_dim": [16, 16]}}, "a projection of its own for each feature file"),
         ({"opt": {"type": "SGD"}}, "type 'SGD'"),
-        ({"train_split": ["training", "validation"]}, "one subset"),
+        ({"val_split": ["training", "validation"]}, "scored on one subset"),
         ({"model": {"n_mha_win_size": [3, 3]}}, "windows has 2 entries"),
         ({"dataset": {"max_seq_len": "long"}}, "form that the release gives it"),
         ({"test_cfg": {"nms_method": "none"}}, "unknown suppression method 'none'"),
@@ -123,3 +123,12 @@ def test_an_unknown_setting_is_lost_and_other_files_are_refused(
     (tmp_path / "c.yaml").write_text("model: {}\n")
     assert cli.main([*words, "--overwrite"]) == 2
     assert "no config of ActionFormer or TriDet" in capsys.readouterr().err
+
+
+def test_folders_and_subsets_may_be_lists(tmp_path: Path) -> None:
+    folders = ["features/rgb", "features/flow"]
+    parts = {"dataset": {"feat_folder": folders}, "train_split": ["training", "validation"]}
+    made = imported(tmp_path, changed(**parts))
+    data = made.recipe.data
+    assert data.train.folders == data.test.folders == tuple(folders) and data.feature_rows == "equal"
+    assert data.train.subset == ("training", "validation")

@@ -139,7 +139,7 @@ def check(recipe: DetectionRecipe, remark: Remark = lambda _: None) -> Checked:
 def _asked(recipe: DetectionRecipe) -> tuple[Annotations, tuple[str, ...]]:
     """The training annotations, and the subsets of them that are asked for."""
     train, test = recipe.data.train, recipe.data.test
-    subsets = (train.subset, test.subset) if test.annotations == train.annotations else (train.subset,)
+    subsets = (*train.subsets, *(test.subsets if test.annotations == train.annotations else ()))
     return read_annotations(train.annotations), subsets
 
 

@@ -67,7 +67,7 @@ def read_clips(recipe: DetectionRecipe, part: Part, classes: Sequence[str], rema
     reader = _reader_of(recipe, part)
     annotations = _without(read_annotations(split.annotations), split.blocked)
     items, problems = find_items(
-        annotations, split.subset, split.folder, reader, classes, pattern=data.file_pattern, grid=data.grid
+        annotations, split.subsets, split.folders, reader, classes, pattern=data.file_pattern, grid=data.grid
     )
     for problem in problems[:5]:
         remark(f"{part}: {problem.video}: {problem.message}")
@@ -107,7 +107,8 @@ def _reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureRead
     if data.feature_channels is not None:
         what = "a part of the stored channels cannot be read"
         raise TensorkeepError(what, where="data.feature_channels", hint="store that part as files of its own")
-    return FeatureReader(recipe.model.projection.in_channels, data.feature_layout == "ct", broken)
+    channels, resized = recipe.model.projection.in_channels, data.feature_rows == "resized"
+    return FeatureReader(channels, data.feature_layout == "ct", broken, resized)
 
 
 def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:
@@ -173,7 +174,7 @@ def evaluation_of(
         selection=selection,
         protocol=rules.protocol,
         thresholds=rules.thresholds,
-        subset=rules.subset or data.test.subset,
+        subset=rules.subset or data.test.subsets[0],
         blocked=read_blocked(blocked) if blocked else (),
         recall_at=rules.recall_at,
         batch=min(training.batch_size, WINDOWS),

@@ -57,7 +57,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        kinds = [a for a in arguments if a is not type(None)]
+        several = [a for a in kinds if get_origin(a) is tuple] if isinstance(value, list | tuple) else []
+        return _convert((several or kinds)[0], value, where)
     if origin is Literal:
         if value in arguments:
             return value

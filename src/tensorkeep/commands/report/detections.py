@@ -135,7 +135,7 @@ def _sources(run: Path) -> tuple[Sources | None, str]:
         from tensorkeep.detection.recipe.text import read_recipe  # imports torch; a page without a recipe does not
 
         data = read_recipe(run / _RECIPE).data
-        return Sources(read_annotations(data.test.annotations), Path(data.test.folder), data.file_pattern), ""
+        return Sources(read_annotations(data.test.annotations), Path(data.test.folders[0]), data.file_pattern), ""
     except (TensorkeepError, ImportError) as error:
         return None, f"without true segments and pictures: {getattr(error, 'line', error)}"
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from tensorkeep.detection.data.augment import augment, centre_crop, draw_augmentation
 from tensorkeep.detection.data.device_augment import Uncut, cut_out
-from tensorkeep.detection.data.features import read_features
+from tensorkeep.detection.data.features import read_side_by_side
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem, done
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
@@ -269,7 +269,8 @@ def _read(
     length = config.window_size
     if isinstance(reader, FeatureReader):
         rows = None if cut is None else (cut.first, cut.last + 1)
-        features = read_features(item.path, reader.channels, rows, channels_first=reader.channels_first)
+        paths, first = (item.path, *item.beside), reader.channels_first
+        features = read_side_by_side(paths, reader.channels, item.steps, rows, channels_first=first)
         if cut is None:
             return linear_resize(features, length)
         return F.pad(features, (0, length - features.shape[1]))

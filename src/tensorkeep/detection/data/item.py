@@ -26,6 +26,7 @@ class Item(NamedTuple):
         labels: [N] class numbers.
         times: [frames + 1] seconds at which each frame is shown, and the end; None: they are evenly spread.
         counted: frames that `duration` stands for where they are not those of the file (OpenTAD's own grid); else 0.
+        beside: feature files whose channels follow those of `path`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Item(NamedTuple):
     labels: NDArray[np.int64]
     times: NDArray[np.float64] | None = None
     counted: int = 0
+    beside: tuple[str, ...] = ()
 
     @property
     def fps(self) -> float:

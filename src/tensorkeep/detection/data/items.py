@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
-from tensorkeep.detection.data.features import SUFFIXES, count_features
+from tensorkeep.detection.data.features import SUFFIXES, count_side_by_side
 from tensorkeep.detection.data.finding import find_files
 from tensorkeep.detection.data.item import Item
 from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
@@ -22,8 +22,8 @@ Grid = Literal["time", "opentad"]
 
 def find_items(
     annotations: Annotations,
-    subset: str,
-    folder: str | Path,
+    subset: str | Sequence[str],
+    folder: str | Path | Sequence[str | Path],
     reader: VideoReader | FeatureReader,
     classes: Sequence[str] | None = None,
     *,
@@ -34,8 +34,9 @@ def find_items(
 
     Args:
         annotations: the ground truth.
-        subset: name of the subset.
-        folder: holds one file for each video, there or in folders below.
+        subset: name of the subset, or of several.
+        folder: holds one file for each video, there or in folders below; of several, each holds one feature file for
+            each video, and their channels are put side by side.
         reader: with `broken="error"` a missing, unreadable, damaged or truncated file is an error; with "skip" such
             files are left out; with "keep" damaged and truncated ones stay. Each of them is a problem, which says so.
         classes: class names in label order; None: those of the annotations.
@@ -53,39 +54,50 @@ def find_items(
         >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
     """
     classes = annotations.classes if classes is None else classes
-    videos = annotations.of_subset(subset)
+    videos = [v for each in ((subset,) if isinstance(subset, str) else subset) for v in annotations.of_subset(each)]
+    order = {name: number for number, name in enumerate(annotations.videos)}
+    videos.sort(key=lambda video: order[video.name])
+    folders = [folder] if isinstance(folder, str | Path) else list(folder)
     suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
-    files, lacking = find_files(folder, [video.name for video in videos], pattern, suffixes)
+    found_in = [find_files(each, [video.name for video in videos], pattern, suffixes) for each in folders]
+    several = len(folders) > 1
+    lacking = {
+        name: f"{place}: {why}" if several else why
+        for place, (_, gone) in reversed(list(zip(folders, found_in, strict=True)))
+        for name, why in gone.items()
+    }
     items, problems = [], []
     for video in videos:
         if video.name in lacking:
             problems.append(Problem("error", "no file", video.name, lacking[video.name]))
             continue
-        found, odd = _item_of(video, files[video.name], reader, classes, grid)
+        found, odd = _item_of(video, [files[video.name] for files, _ in found_in], reader, classes, grid)
         problems += odd
         if found is not None:
             items.append(found)
+    where = ", ".join(str(each) for each in folders)
     errors = [problem for problem in problems if problem.severity == "error" and problem.kind != "duration"]
     if errors and reader.broken == "error":
         more = f", and {len(errors) - 3} more" if len(errors) > 3 else ""
         what = "; ".join(f"{problem.video}: {problem.message}" for problem in errors[:3])
         hint = "mend or remove them, or leave them out: broken: skip"
-        raise TensorkeepError(f"{what}{more}", where=folder, hint=hint)
+        raise TensorkeepError(f"{what}{more}", where=where, hint=hint)
     if not items:
-        raise TensorkeepError(f"none of the videos of subset {subset!r} can be read", where=folder)
+        raise TensorkeepError(f"none of the videos of subset {subset!r} can be read", where=where)
     return items, problems
 
 
 def _item_of(
-    video: Video, path: Path, reader: VideoReader | FeatureReader, classes: Sequence[str], grid: Grid
+    video: Video, paths: Sequence[Path], reader: VideoReader | FeatureReader, classes: Sequence[str], grid: Grid
 ) -> tuple[Item | None, list[Problem]]:
     """Check the file of one video; no item where it cannot be used."""
     segments, labels = number_segments(video, classes)
-    size = path.stat().st_size
+    path, size = paths[0], sum(each.stat().st_size for each in paths)
     frames, duration = video.frames or 0, video.duration or 0.0
     if isinstance(reader, FeatureReader):
         try:
-            steps = count_features(path, reader.channels, channels_first=reader.channels_first)
+            first = reader.channels_first
+            steps = count_side_by_side(paths, reader.channels, channels_first=first, resized=reader.resized)
         except TensorkeepError as error:
             return None, [Problem("error", "unreadable features", video.name, error.line)]
         if not frames and duration and video.fps:
@@ -93,7 +105,8 @@ def _item_of(
         if not frames or not duration:
             message = "features need the annotation's 'duration' and 'frame' (or 'fps')"
             return None, [Problem("error", "no duration", video.name, message)]
-        return Item(video.name, str(path), frames, duration, size, steps, segments, labels), []
+        beside = tuple(str(each) for each in paths[1:])
+        return Item(video.name, str(path), frames, duration, size, steps, segments, labels, beside=beside), []
     problems = check_video(path, video)
     unusable = any(p.kind == "unreadable video" for p in problems)
     faulty = any(p.kind in UNUSABLE for p in problems)

@@ -70,8 +70,10 @@ class FeatureReader:
         channels: C.
         channels_first: whether files hold `[C, T]` instead of `[T, C]`.
         broken: as in `VideoReader`.
+        resized: whether files of one video that differ in length are stretched to the longest.
     """
 
     channels: int
     channels_first: bool = False
     broken: Broken = "error"
+    resized: bool = False

@@ -61,6 +61,8 @@ def data_config(dataset: Section, max_length: int | None, lost: list[Setting]) -
     if mode != "resized":
         values |= {"feature_stride": train["feature_stride"], "sample_stride": train.get("sample_stride", 1)}
         values["offset_frames"] = train.get("offset_frames", 0)
+    if shown["inputs"] == "features" and len(_split(train).folders) > 1:
+        values["feature_rows"] = "resized"
     return DataConfig(train=_split(train), test=_split(test), mode=mode, inputs=shown["inputs"], **values)  # type: ignore[arg-type]
 
 
@@ -88,11 +90,10 @@ def _dataset_type(name: Any, where: str) -> tuple[str, str]:
 def _split(part: Section) -> SplitConfig:
     """Translate where one part of the data lies."""
     subset = part["subset_name"]
-    if isinstance(subset, list | tuple) and len(subset) == 1:
-        subset = subset[0]
+    subset, folder = (tuple(v) if isinstance(v, list) else v for v in (subset, part["data_path"]))
     # a list of names in the config itself stays unread
     blocked = part.get("block_list") if isinstance(dict.get(part, "block_list"), str | None) else None
-    return SplitConfig(part["ann_file"], subset, part["data_path"], blocked)
+    return SplitConfig(part["ann_file"], subset, folder, blocked)
 
 
 def _of_dataset_type(family: str, mode: str, train: Section, test: Section, shown: Found, lost: list[Setting]) -> Found:
@@ -196,8 +197,11 @@ def _random_window(step: Section, found: Found) -> None:
 
 def _load_features(step: Section, found: Found) -> None:
     """Read how a feature file is called."""
-    expected(step, "feat_format", "npy", "pt")
     ending = dict.get(step, "feat_format", "npy")
+    endings = list(ending) if isinstance(ending, list | tuple) else [ending]
+    if endings and set(endings) <= {"npy", "pt"}:
+        step.seen.add("feat_format")
+    ending = endings[0] if endings else "npy"  # a file with another ending is found where there is none of this
     found["file_pattern"] = f"{step.get('prefix', '')}{{video}}{step.get('suffix', '')}.{ending}"
 
 

@@ -232,14 +232,7 @@ def _data(config: Section, data: Section) -> DataConfig:
     parts = []
     for name in ("train_split", "val_split"):
         subset = config[name]
-        if isinstance(subset, list):
-            if len(subset) != 1:
-                raise TensorkeepError(f"{subset}: one subset is read here", where=name)
-            subset = subset[0]
-        folder = data["feat_folder"]
-        if not isinstance(folder, str):
-            what = "features of several files side by side are not read here"
-            raise TensorkeepError(what, where="dataset.feat_folder")
+        subset, folder = (tuple(v) if isinstance(v, list) else v for v in (subset, data["feat_folder"]))
         parts.append(SplitConfig(data["json_file"], subset, folder))
     return DataConfig(
         train=parts[0],
@@ -274,7 +267,8 @@ def _model(config: Section) -> DetectorConfig:
     }.items():
         expect(model, key, (value,), "model")
     if not isinstance(data["input_dim"], int):
-        raise TensorkeepError("features of several files side by side are not read here", where="dataset.input_dim")
+        what = "a projection of its own for each feature file is not built here"
+        raise TensorkeepError(what, where="dataset.input_dim")
     if model["fpn_dim"] != model["embd_dim"]:
         raise TensorkeepError(f"fpn_dim {model['fpn_dim']} is not embd_dim {model['embd_dim']}", where="model")
     embed, stem, branch = model["backbone_arch"]

@@ -36,13 +36,33 @@ Range = tuple[float, float]
 class SplitConfig:
     """One part of the data: the videos of `subset` in the file `annotations`, found in `folder`.
 
+    `subset` of the training part may be a list. `folder` may be a list where `inputs` is `features`: the channels of a
+    video's files, one in each folder, are put side by side in this order (see `feature_rows`).
     `blocked`: videos to leave out, a JSON list or one name a line (null: none).
     """
 
     annotations: str
-    subset: str
-    folder: str
+    subset: str | tuple[str, ...]
+    folder: str | tuple[str, ...]
     blocked: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("subset", "folder"):
+            value = getattr(self, key)
+            if not value:
+                raise TensorkeepError("is empty", where=f"data: {key}")
+            if isinstance(value, tuple) and len(value) == 1:
+                object.__setattr__(self, key, value[0])
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """Names of the subsets."""
+        return (self.subset,) if isinstance(self.subset, str) else self.subset
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that a video has a file in."""
+        return (self.folder,) if isinstance(self.folder, str) else self.folder
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,8 @@ class DataConfig:
             for `error`, the one that `predict` and `features` have.
         feature_layout: Axes of the stored array, time and channels.
         feature_channels: First and one-past-last channel used; null: all.
+        feature_rows: Of the files of a video in several folders: `equal` refuses files of different length, `resized`
+            stretches the shorter ones to the longest, linear in time, as OpenTAD does.
     """
 
     train: SplitConfig
@@ -105,8 +127,18 @@ class DataConfig:
     broken: Literal["error", "skip", "keep", "fatal"] = "error"
     feature_layout: Literal["tc", "ct"] = "tc"
     feature_channels: tuple[int, int] | None = None
+    feature_rows: Literal["equal", "resized"] = "equal"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.test.subset, str):
+            what = f"a run is scored on one subset, here are {', '.join(self.test.subset)}"
+            raise TensorkeepError(what, where="data.test.subset")
+        if self.inputs == "video" and (len(self.train.folders) > 1 or len(self.test.folders) > 1):
+            what = "several folders are for features, which are put side by side"
+            raise TensorkeepError(what, where="data: folder", hint="inputs: features, or one folder above all videos")
+        if len(self.train.folders) != len(self.test.folders):
+            what = f"{len(self.train.folders)} folders of features to train on, {len(self.test.folders)} to test on"
+            raise TensorkeepError(what, where="data: folder")
         if self.broken == "fatal":
             object.__setattr__(self, "broken", "error")
         for name in ("window_size", "feature_stride", "sample_stride", "scale_factor", "crop_size"):

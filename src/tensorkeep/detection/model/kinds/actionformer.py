@@ -10,6 +10,7 @@ from tensorkeep.detection.model.head import Head
 from tensorkeep.detection.model.layers import halve_mask as halve_mask
 from tensorkeep.detection.model.opentad_sections import expect, head_config, neck_config
 from tensorkeep.detection.model.projection import Projection
+from tensorkeep.errors import TensorkeepError
 
 Config = DetectorConfig
 OPENTAD = "ActionFormer"
@@ -40,6 +41,9 @@ def _projection(section: Mapping[str, Any]) -> ProjectionConfig:
     where = "model.projection"
     expect(section, "type", ("Conv1DTransformerProj",), where)
     expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
+    if not isinstance(section["in_channels"], int):
+        what = "a projection of its own for each feature file is not built here"
+        raise TensorkeepError(what, where=f"{where}.in_channels")
     attention, convolution = section["attn_cfg"], section["conv_cfg"]
     window = attention["n_mha_win_size"]
     embed, stem, branch = section.get("arch", (2, 2, 5))

@@ -297,7 +297,8 @@ def from_opentad(model: Mapping[str, Any]) -> Config:
     expect(section, "type", ("CausalProj",), where)
     expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
     if not isinstance(section["in_channels"], int):
-        raise TensorkeepError("features of several files side by side are not read here", where=f"{where}.in_channels")
+        what = "a projection of its own for each feature file is not built here"
+        raise TensorkeepError(what, where=f"{where}.in_channels")
     embed, stem, branch = section.get("arch", (2, 2, 5))
     table = section.get("max_seq_len", 2304)
     projection = CausalConfig(
