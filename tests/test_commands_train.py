@@ -65,6 +65,15 @@ def test_train_goes_on_by_the_same_command_and_by_the_run_alone(
     code, _, error = run(capsys, "train", "language", recipe, "--out", out)
     assert code == 2 and "R04" in error and "training.updates was 3, is 4" in error
     assert (out / "recipe.yaml").read_text() == written
+    # other data is named by its file, what the recipe says of it and the tokenizer are not taken for it
+    data, again = recipe.parent / "a.jsonl", (out / "recipe.yaml", "--out", out)
+    whole = data.read_text()
+    data.write_text(whole.replace(" ", "  ", 1))
+    code, _, error = run(capsys, "train", "language", *again)
+    assert code == 2 and f"data.files: {data} has other content" in error
+    data.write_text(whole)
+    code, _, error = run(capsys, "train", "language", *again, "--data.eos=false")
+    assert code == 2 and "files were not told apart" in error and "has other content" not in error
     more = document(
         capsys, "train", "language", recipe, "--out", out, "--optimizer.lr=1e-3", "--allow", "training.updates"
     )

@@ -13,7 +13,7 @@ from tensorkeep.language._flow import StreamedData, begun
 from tensorkeep.language.data.chat import Chat, tokenizer_settings
 from tensorkeep.language.data.conversations import Conversation, Preference
 from tensorkeep.language.data.packing import plan
-from tensorkeep.language.data.parts import Part, cached_parts, parts_of
+from tensorkeep.language.data.parts import Part, cached_parts, file_digests, parts_of
 from tensorkeep.language.data.preferences import Pairs
 from tensorkeep.language.data.samples import LiveConversations, PackedData, as_line
 from tensorkeep.language.data.sources import expanded
@@ -100,15 +100,16 @@ def make_data(
     def encoded(part: Part) -> Iterator[Encoded]:
         return _lines(config, part) if live else encode(recipe, config, tokenizer, cut, part, left)
 
-    folder = cache_of(recipe, run)
+    folder, digests = cache_of(recipe, run), file_digests(settings, parts)
     tokens = cached_parts(folder, digest, parts, encoded, max(vocabulary, 256), remark, world.rank)
     _say_left_out(left, cut, remark)
     if live and config.augmentation is not None:
         drawn = f"{digest} {config.length} {config.augmentation}"
-        return LiveConversations(tokens, Chat(tokenizer), config.augmentation, config.length, drawn)
+        return LiveConversations(tokens, Chat(tokenizer), config.augmentation, config.length, drawn, digests)
     if recipe.objective == "dpo":
-        return Pairs(tokens, None, str(config.length))
-    return PackedData(tokens, plan(tokens.offsets, config.length, config.packing), f"{config.packing} {config.length}")
+        return Pairs(tokens, None, str(config.length), digests)
+    rows = plan(tokens.offsets, config.length, config.packing)
+    return PackedData(tokens, rows, f"{config.packing} {config.length}", digests)
 
 
 def _settings(

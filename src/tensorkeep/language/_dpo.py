@@ -120,7 +120,7 @@ def with_reference(
     reference = _stored(path, len(data), remark)
     if reference is None:
         raise TensorkeepError("cannot be read back", where=path, code="F03")
-    return Pairs(data.tokens, reference, data.settings)
+    return Pairs(data.tokens, reference, data.settings, data.digests)
 
 
 def _stored(path: Path, pairs: int, remark: Callable[[str], None]) -> np.ndarray[Any, Any] | None:

@@ -124,6 +124,7 @@ def snapshot(
         "seed": loop.seed,
         "updates": loop.updates,
         "data": data,
+        "data_files": dict(getattr(job.data, "digests", {})),  # not compared: they name what changed
         "recipe": _plain(job.recipe),
         "facts": facts(loop, world),
         "ties": ties,
@@ -200,6 +201,9 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key) and not _may_differ(key, allow)
     ]
+    if mine.get("data.fingerprint") != theirs.get("data.fingerprint") and not _may_differ("data.fingerprint", allow):
+        which = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
+        changed = [*which, *changed]
     if changed:
         raise TensorkeepError(
             f"the run is not the one that was saved: {'; '.join(changed[:6])} ({len(changed)} in all)",
@@ -207,6 +211,23 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
             code="R04",
             hint="take the run's own recipe.yaml, or say --allow FIELD for what is meant to change",
         )
+
+
+def _files_changed(then: Any, now: Mapping[str, str]) -> list[str]:
+    """Say which data files are others than at the save; nothing where either side has no digests of files."""
+    if not isinstance(then, Mapping) or not then or not now:
+        return []
+    if then.get("") != now.get(""):  # the digests of files are taken with it
+        return ["data: the tokenizer, or what the recipe says of the data, is another (files were not told apart)"]
+    kept = set(then.values())
+    lines = [
+        f"data.files: {name} {'has other content' if name in then else 'is new'}"
+        for name, digest in now.items()
+        if digest not in kept
+    ]
+    here = set(now.values())
+    lines += [f"data.files: {name} is gone" for name in then if name not in now and then[name] not in here]
+    return [*lines[:3], *([f"data.files: {len(lines) - 3} more files"] if len(lines) > 3 else [])]
 
 
 def _may_differ(key: str, allow: tuple[str, ...]) -> bool:

@@ -33,6 +33,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SIZE = 256 << 20  # bytes of a part of a file of lines
+_NAMED = 1000  # files; a checkpoint names no more
 _READ, _WAIT, _TOLD = 8 << 20, 0.5, 20.0  # bytes; seconds between looks; seconds between lines about progress
 
 
@@ -104,6 +105,25 @@ def parts_of(
                     remark(f"data.files: {done / 1e9:,.1f} GB read for their digests")
             whole.update(read.to_bytes(8, "little"))
     return whole.hexdigest(), found
+
+
+def file_digests(settings: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, str]:
+    """Digest each file from its parts, to name the one that changed.
+
+    Args:
+        settings: as `parts_of` had them; the digests of parts are taken with them.
+        parts: as `parts_of` gives them.
+
+    Returns:
+        A digest by path, and that of the settings under the empty name. Nothing of more than a thousand files.
+    """
+    made: dict[str, Any] = {}
+    for part in parts:
+        made.setdefault(str(part.path), xxhash.xxh3_128()).update(part.digest.encode())
+    if len(made) > _NAMED:
+        return {}
+    head = json.dumps({"schema": SCHEMA, **settings}, sort_keys=True, default=str).encode()
+    return {"": xxhash.xxh3_128_hexdigest(head)} | {name: state.hexdigest() for name, state in made.items()}
 
 
 def _digest(file: IO[bytes], size: int | None, states: Iterable[Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ class Pairs:
         tokens: pair k is the documents 2k (chosen) and 2k + 1 (rejected).
         reference: sums of log p of both answers under the start weights, float32 `[pairs, 2]` (None: not computed).
         settings: a part of the fingerprint.
+        digests: of each source file, as `parts.file_digests` gives them.
     """
 
     tokens: Tokens
     reference: np.ndarray[Any, Any] | None
     settings: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens) // 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ class PackedData:
         tokens: all documents, one after another.
         rows: which pieces of them lie in which row.
         settings: how rows were made, which is a part of the fingerprint.
+        digests: of each source file, as `parts.file_digests` gives them.
     """
 
     tokens: Tokens
     rows: RowPlan
     settings: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -59,6 +62,7 @@ class LiveConversations:
         augmentation: what is drawn at every visit.
         length: at most so many tokens a sample.
         digest: of the source files, the tokenizer and the settings.
+        digests: of each source file, as `parts.file_digests` gives them.
     """
 
     lines: Tokens
@@ -66,6 +70,7 @@ class LiveConversations:
     augmentation: Augmentation
     length: int
     digest: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lines)
