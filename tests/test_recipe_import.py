@@ -353,7 +353,7 @@ def test_whatever_may_change_the_numbers_is_listed_as_lost(tmp_path: Path, path:
         ("model = dict(projection=dict(max_seq_len='384'))", "expected int"),
         ("model = dict(projection=dict(arch=3))", "not the form"),
         ("dataset = dict(train=dict(type='Mine'))", "'Mine' is not a data set"),
-        ("dataset = dict(test=dict(subset_name=['a', 'b']))", "expected str"),
+        ("dataset = dict(test=dict(subset_name=['a', 'b']))", "scored on one subset"),
         ("dataset = dict(train=dict(pipeline=[1]))", "not the form"),
         ("optimizer = dict(type='LayerDecayAdamW')", "LayerDecayAdamW"),
         ("optimizer = dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=0, paramwise=True)", "lacks 'backbone'"),

@@ -54,24 +54,18 @@ def find_items(
         >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
     """
     classes = annotations.classes if classes is None else classes
-    videos = [v for each in ((subset,) if isinstance(subset, str) else subset) for v in annotations.of_subset(each)]
-    order = {name: number for number, name in enumerate(annotations.videos)}
-    videos.sort(key=lambda video: order[video.name])
+    subsets = (subset,) if isinstance(subset, str) else tuple(subset)
+    asked = {video.name for each in subsets for video in annotations.of_subset(each)}
+    videos = [video for video in annotations.videos.values() if video.name in asked]
     folders = [folder] if isinstance(folder, str | Path) else list(folder)
     suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
-    found_in = [find_files(each, [video.name for video in videos], pattern, suffixes) for each in folders]
-    several = len(folders) > 1
-    lacking = {
-        name: f"{place}: {why}" if several else why
-        for place, (_, gone) in reversed(list(zip(folders, found_in, strict=True)))
-        for name, why in gone.items()
-    }
+    files, lacking = _files_of(folders, [video.name for video in videos], pattern, suffixes)
     items, problems = [], []
     for video in videos:
         if video.name in lacking:
             problems.append(Problem("error", "no file", video.name, lacking[video.name]))
             continue
-        found, odd = _item_of(video, [files[video.name] for files, _ in found_in], reader, classes, grid)
+        found, odd = _item_of(video, files[video.name], reader, classes, grid)
         problems += odd
         if found is not None:
             items.append(found)
@@ -83,8 +77,21 @@ def find_items(
         hint = "mend or remove them, or leave them out: broken: skip"
         raise TensorkeepError(f"{what}{more}", where=where, hint=hint)
     if not items:
-        raise TensorkeepError(f"none of the videos of subset {subset!r} can be read", where=where)
+        named = ", ".join(map(repr, subsets))
+        raise TensorkeepError(f"none of the videos of subset {named} can be read", where=where)
     return items, problems
+
+
+def _files_of(
+    folders: Sequence[str | Path], names: Sequence[str], pattern: str, suffixes: Sequence[str]
+) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """Find the file of each video in every folder, and why a video lacks one, by the first folder that does."""
+    found = [find_files(each, names, pattern, suffixes) for each in folders]
+    lacking: dict[str, str] = {}
+    for place, (_, gone) in zip(folders, found, strict=True):
+        for name, why in gone.items():
+            lacking.setdefault(name, f"{place}: {why}" if len(folders) > 1 else why)
+    return {name: [files[name] for files, _ in found] for name in names if name not in lacking}, lacking
 
 
 def _item_of(
