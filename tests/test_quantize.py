@@ -479,7 +479,13 @@ def test_a_language_job_proves_its_codes_before_the_first_step(monkeypatch: pyte
         return names
 
     adapter = SimpleNamespace(
-        targets=("all-linear",), lora_r=2, lora_alpha=4, lora_dropout=0.0, rslora=False, target_parameters=()
+        targets=("all-linear",),
+        lora_r=2,
+        lora_alpha=4,
+        lora_dropout=0.0,
+        rslora=False,
+        target_parameters=(),
+        quantize_aware=None,
     )
     training = SimpleNamespace(quantize_backbone="int8", seed=1)
     recipe = cast(Any, SimpleNamespace(trainable=("*",), adapter=adapter, training=training))

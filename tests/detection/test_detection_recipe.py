@@ -188,7 +188,8 @@ def test_every_recipe_is_whole_and_reads_back(name: str, tmp_path: Path) -> None
     assert set(yaml.safe_load(shipped_recipe(name).text)) == sections
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     assert read_recipe(tmp_path / "again.yaml") == recipe
-    assert recipe.model.backbone is not None and recipe.training.pretrained
+    assert recipe.model.backbone is not None
+    assert recipe.training.pretrained or name == "own_small"  # that one begins with nothing, for a first look
 
 
 def test_the_seeds_form_and_a_quantized_backbone_differ_from_adatad_where_they_say() -> None:

@@ -245,7 +245,7 @@ def test_a_kind_is_named_and_its_fields_are_changed_by_dotted_names(tmp_path: Pa
     assert detection_recipe(document, [("model.head.bins", "7"), ("window_size", "32")]).model.head.bins == 7  # type: ignore[attr-defined]
     with pytest.raises(TensorkeepError, match=r"unknown kind of detector 'tridt'.*\n.*tridet"):
         detection_recipe(document, [("model.kind", "tridt")])
-    with pytest.raises(TensorkeepError, match="unknown key 'bins'"):
+    with pytest.raises(TensorkeepError, match="bins: of kind tridet"):
         detection_recipe(runs.document(tmp_path), [("model.head.bins", "7")])
     pooled = with_kind(runs.document(tmp_path), "temporalmaxer")
     assert detection_recipe(pooled, [("window_size", "32")]).model.projection.max_length is None
