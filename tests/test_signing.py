@@ -329,7 +329,7 @@ def test_the_certificate_keeps_the_signature_too(
 
 def test_signing_says_what_it_needs(model: Path, keys: Keys, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
-        ((), "sign with a key"),
+        ((), "nothing to sign with"),
         (("--key", keys / "own.pub"), "cannot be signed"),
         (("--key", keys / "none.pem"), "no such file"),
         (("--sigstore", "--certificate", keys / "valid.crt"), "belongs to a key"),

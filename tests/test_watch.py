@@ -95,6 +95,8 @@ def killed(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
             code = main(["watch", str(run), "--json", "--once"])
         watching = Terminal(["-m", "tensorkeep", "watch", run], columns=70)
         watching.read(lambda text: f"running (process {training.pid} of " in unbroken(text))
+        while len((run / "metrics.jsonl").read_text().splitlines()) < 10:  # two steps past the checkpoint are proven
+            time.sleep(0.02)
         training.kill()
     return Killed(run, training.pid, (code, json.loads(said.getvalue())), watching, watching.close())
 
@@ -127,7 +129,7 @@ def test_a_terminal_shows_one_line_that_fits_and_ctrl_c_leaves_it_whole(
     _, terminal, code = interrupted
     drawn = [line.partition("\r\n")[0] for line in terminal.text.split("\r\x1b[2K") if line.startswith("step ")]
     last = max(n for n, line in enumerate(drawn) if len(line) > 50)
-    figures = r"step \d+/40  \d+ s left  loss \d\.\d{4}  [▁▂▃▄▅▆▇█]+  [\d,]+ samples/s  [\d.]+ MB memory  "
+    figures = r"step \d+/40  \d+ s left  loss \d\.\d{4}  [▁▂▃▄▅▆▇█]+  [\d,]+ samples/s  [\d.]+ [MG]B memory  "
     assert re.match(figures, drawn[3]) and any("saved 7" in line for line in drawn[: last + 1])
     assert all(len(line) < 120 for line in drawn) and len(drawn) > last + 2
     assert all(len(line.removesuffix("^C")) < 50 for line in drawn[last + 1 :])

@@ -49,7 +49,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for key in ("subset", "folder"):
             value = getattr(self, key)
-            if not value:
+            if value == ():
                 raise TensorkeepError("is empty", where=f"data: {key}")
             if isinstance(value, tuple) and len(value) == 1:
                 object.__setattr__(self, key, value[0])
