@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,9 @@ def test_where_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/of/the/user"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     _recompute._set_compiler()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "tensorkeep" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_me"))
+    _recompute._set_compiler()  # as torch leaves it when its compiler is imported
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "tensorkeep" / "compiled")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     (tmp_path / "file").touch()

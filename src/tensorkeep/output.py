@@ -255,18 +255,19 @@ def _draw(line: str) -> None:
 
 def _wipe() -> None:
     """Take the line away, where something else is to be printed; it comes again with the next update."""
-    global _drawn
-    if _drawn:
-        sys.stderr.write("\r\x1b[2K")
-        sys.stderr.flush()
-        _drawn = False
+    _leave("\r\x1b[2K")
 
 
 def end_line() -> None:
     """Let the line stay as it is, and go to the next one; nothing where none is drawn."""
+    _leave("\n")
+
+
+def _leave(by: str) -> None:
+    """Go off the line where one is drawn."""
     global _drawn
     if _drawn:
-        sys.stderr.write("\n")
+        sys.stderr.write(by)
         sys.stderr.flush()
         _drawn = False
 

@@ -122,7 +122,7 @@ WRONG = {
     "no header": ("a.mp4,1,2,x\nb.mp4,3,4,y\n", "none of its first rows names"),
     "no row": ("video,start,end,label\n", "no action"),
     "latin-1": ("video,start,end,label\na,1,2,ôter\n".encode("latin-1"), "UTF-8"),
-    "zeros": (b"video,start\0,end", "zero bytes"),
+    "zeros": (b"video,start\0,end", "NUL bytes"),
 }
 
 

@@ -94,7 +94,7 @@ def _merge(out: Output, run: str, kind: str, sink: str, ema: bool, limit: int | 
         codes = {"quantize_aware": kind, "averaged": made.averaged, "equal": equal}
         out.document({**written, **codes, "proof": proof.to_json()})
         return 0
-    held = "the average" if made.averaged else "the last weights"
-    out.line(f"{equal} weights of {held} in {kind}, read back: each has the codes that the run's forward computes with")
+    held = "of the averaged weights" if made.averaged else "of the last step"
+    out.line(f"{equal} weights {held} in {kind}, read back: each has the codes that the run's forward computes with")
     out.line(f"{done.path}: {len(done.digests)} tensors, {size(done.nbytes)}, {proof.line}")
     return 0

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
@@ -145,6 +146,9 @@ def _lean_class(kind: Any) -> Any:
     return type(f"Lean{kind.__name__}", (Lean, kind), {})
 
 
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
 def _set_compiler() -> None:
     """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make, and keep what is compiled.
 
@@ -155,8 +159,11 @@ def _set_compiler() -> None:
     with suppress(OSError, RuntimeError):  # no home, or none that can be written: torch's own folder
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tensorkeep", "compiled")
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        named = Path(os.environ.get(_CACHE, tempfile.gettempdir() + "/torchinductor_"))
+        # torch writes its own folder there when its compiler is imported: that is nobody's choice
+        by_torch = named.parent == Path(tempfile.gettempdir()) and named.name.startswith("torchinductor_")
+        if by_torch and os.access(folder, os.W_OK):
+            os.environ[_CACHE] = str(folder)
     traced: Any = torch._functorch.config
     if hasattr(traced, "autograd_cache_allow_custom_autograd_functions"):  # from torch 2.6
         traced.autograd_cache_allow_custom_autograd_functions = True

@@ -136,7 +136,8 @@ def _text_of(path: Path) -> str:
         hint = 'save it as "CSV UTF-8", so that names with accents stay'
         raise TensorkeepError("is no text in UTF-8", where=path, hint=hint) from error
     if "\0" in text:
-        raise TensorkeepError("is no table: it has zero bytes", where=path)
+        hint = "a workbook or another program's own file: save it as CSV there"
+        raise TensorkeepError("is no text, it holds NUL bytes", where=path, hint=hint)
     return text
 
 
