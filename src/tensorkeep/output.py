@@ -267,8 +267,7 @@ def _leave(by: str) -> None:
     """Go off the line where one is drawn."""
     global _drawn
     if _drawn:
-        sys.stderr.write(by)
-        sys.stderr.flush()
+        print(end=by, file=sys.stderr, flush=True)
         _drawn = False
 
 
