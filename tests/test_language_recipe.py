@@ -389,3 +389,13 @@ def test_every_recipe_builds_and_trains_at_a_tiny_size(tmp_path: Path, name: str
     job = build(made, tmp_path / "run")
     outcome = fit(job, tmp_path / "run", loop_of(made, len(job.data)))
     assert outcome.reason == "done" and outcome.step == 1
+
+
+def test_false_asks_for_nothing_where_a_field_is_refused() -> None:
+    """Recipes of runs from before the default was null say it."""
+    document: dict[str, Any] = {"version": 2, "model": "m", "data": {"files": "a.jsonl"}, "training": {"updates": 1}}
+    document["training"]["graph"] = False
+    assert language_recipe(document).training.graph is False
+    document["training"]["graph"] = True
+    with pytest.raises(TensorkeepError, match="graph is refused"):
+        language_recipe(document)

@@ -227,14 +227,15 @@ def refuse(config: TrainingConfig, reasons: Mapping[str, str]) -> None:
 
     Args:
         config: The section as it was read.
-        reasons: Field -> why this kind refuses every value but the default.
+        reasons: Field -> why this kind refuses every value but the default, and false, which asks for nothing.
 
     Raises:
         TensorkeepError: Naming the first field that is set, with the reason.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
     for name, reason in reasons.items():
-        if getattr(config, name) != defaults[name]:
+        value = getattr(config, name)
+        if value != defaults[name] and value is not False:
             raise TensorkeepError(f"{name} is refused: {reason}", where=f"training.{name}", hint="leave it out")
 
 
