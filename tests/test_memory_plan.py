@@ -186,6 +186,21 @@ def test_a_layer_that_keeps_its_start_alone_gives_the_same(monkeypatch: pytest.M
     _recompute._compiled_forward.cache_clear()
 
 
+def test_a_layer_that_torch_gives_up_compiling_keeps_its_input_and_says_so() -> None:
+    from tensorkeep.language import _recompute
+
+    layer = _layer("nf4", ALL)
+    expected = _results(layer)
+    _recompute._told_uncompiled.cache_clear()
+    lean([layer], "narrow", compiled=True)
+    with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="uncompiled"):
+        found = _results(layer)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    one, other = (_recompute._compiled_forward(type(layer).__mro__[2], kept) for kept in ("narrow", "queries"))
+    assert one._torchdynamo_orig_callable.__code__ is not other._torchdynamo_orig_callable.__code__
+
+
 @needs_gpu
 def test_a_run_keeps_to_its_limit(tmp_path: Path) -> None:
     world, lines = World(device=torch.device("cuda")), list[str]()

@@ -15,6 +15,7 @@ import inspect
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
@@ -152,9 +153,9 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 def _set_compiler() -> None:
     """Let a layer be compiled for as many forms as rows, ways to keep and evaluation make, and keep what is compiled.
 
-    Beyond its limit, eight forms, torch runs the layer uncompiled, where what is kept inside it would be changed in
-    place. Compiled code is kept in the user's cache, not where the system clears it, and whole: by default torch traces
-    layers with operations of our own anew in every process. Their backward is part of the key that code is found by.
+    Beyond its limit, eight forms, torch runs the layer uncompiled. Compiled code is kept in the user's cache, not where
+    the system clears it, and whole: by default torch traces layers with operations of our own anew in every process.
+    Their backward is part of the key that code is found by.
     """
     with suppress(OSError, RuntimeError):  # no home, or none that can be written: torch's own folder
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tensorkeep", "compiled")
@@ -202,9 +203,23 @@ def _compiled_forward(kind: Any, kept: Kept) -> Any:
     contexts = _named_contexts(kept)
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(kind.forward, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        if torch.compiler.is_compiling():
+            return checkpoint(kind.forward, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        _told_uncompiled(kind.__name__)  # torch gave this form up: what is kept inside would be changed in place
+        return checkpoint(kind.forward, layer, *args, use_reentrant=False, **kwargs)
 
+    # torch counts forms by code object: a class and a way to keep must not use up the forms of another
+    forward.__code__ = forward.__code__.replace(co_name=f"{kind.__name__}_{kept}")
     return torch.compile(forward, dynamic=False)
+
+
+@cache
+def _told_uncompiled(name: str) -> None:
+    """Warn, once for a class, that torch does not compile its layers any more."""
+    warnings.warn(
+        f"torch runs {name} uncompiled: slower, and only the layer's input is kept. TORCH_LOGS=recompiles says why",
+        stacklevel=2,
+    )
 
 
 def lean(
