@@ -21,7 +21,8 @@ test: lint
 
 # where there is a GPU: with this environment, or with one of your own by PYTHON_GPU=python3
 test-gpu:
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(or $(PYTHON_GPU),$(BIN)/python) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(or $(PYTHON_GPU),$(BIN)/python) -m pytest -m gpu -p no:cacheprovider \
+	  $$(grep -rlE 'needs_gpu|DEVICES' tests --include='test_*.py')  # the others may need packages that are not there
 
 # what the commands print, in tests/words: written again after a change of words, to be read before it is committed
 words: $(VENV)/.dev

@@ -347,7 +347,7 @@ class GatedMlp(torch.autograd.Function):
         """Return the output `[..., out]` of `x` `[..., in]`."""
         lora = [a_gate, b_gate, a_up, b_up, a_down, b_down]
         flat = x.to(dtype).reshape(-1, x.shape[-1])
-        how = FORMS[form][torch.compiler.is_compiling()]
+        how = FORMS[form][1 if torch.compiler.is_compiling() else 0]  # before torch 2.12 no compiler takes a bool here
         out, kept = how(flat, list(states), lora, kinds, list(numbers), list(scales), act, keep)
         if not keep:  # another empty tensor: for this one a compiled backward would run the forward again
             kept = flat.new_empty(0)
