@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 import tensorkeep
 from tests.tools import ROOT
 
+KINDS = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -23,6 +26,20 @@ def test_the_version_is_one(project: dict[str, Any]) -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     newest = next(x for x in (ROOT / "CHANGELOG.md").read_text().splitlines() if x.startswith("## ")).split()[1]
     assert project["version"] == tensorkeep.__version__ == cited["version"] == newest
+
+
+def test_the_changes_are_of_six_kinds_and_none_is_told_twice() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    for version in (part for part in versions if not part.startswith("0.1.0")):  # the first is one list
+        before, *sections = re.split(r"^### ", version, flags=re.MULTILINE)
+        kinds = [section.partition("\n")[0] for section in sections]
+        assert not before.partition("\n")[2].strip(), "a change outside of a kind"
+        assert all(a < b for a, b in pairwise(KINDS.index(kind) for kind in kinds)), kinds
+        assert all(section.partition("\n")[2].strip().startswith("- ") for section in sections)
+    entries = [" ".join(entry.split()) for entry in re.split(r"^- |^#.*$", text, flags=re.MULTILINE)]
+    beginnings = [entry[:60] for entry in entries if entry]
+    assert len(set(beginnings)) == len(beginnings), sorted({x for x in beginnings if beginnings.count(x) > 1})
 
 
 def test_the_citation_has_what_its_format_asks_for(project: dict[str, Any]) -> None:
