@@ -13,10 +13,14 @@ def demo(chapter: str = "convert", /, *, out: Path | None = None, say: Say = Say
     Parameters
     ----------
     chapter
-        convert, diagnose, resume, qlora, detection, or all.
+        convert, diagnose, resume, qlora, detection, or all; samples: files to try the guides on, without torch.
     out
-        The folder to leave everything in. Default ./demo
+        The folder to leave everything in. Default ./demo, of samples ./examples
     """
+    if chapter == "samples":
+        from tensorkeep.commands.demo import samples
+
+        return samples.write(out or Path("examples"), say.output().line)
     import gguf  # noqa: F401  each chapter needs these: say so before anything is made
     import torch  # noqa: F401
     import transformers  # noqa: F401

@@ -51,7 +51,8 @@ def run(chapter: str, out: Path, show: Show) -> int:
     """
     if chapter not in (*CHAPTERS, "all"):
         raise TensorkeepError(
-            f"no chapter {chapter!r}", hint=near_misses(chapter, CHAPTERS) or f"chapters: {', '.join(CHAPTERS)}, all"
+            f"no chapter {chapter!r}",
+            hint=near_misses(chapter, CHAPTERS) or f"chapters: {', '.join(CHAPTERS)}, all; or samples",
         )
     _claim(out)
     return max(_chapter(name)(out, show) for name in CHAPTERS if chapter in (name, "all"))
