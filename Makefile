@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo docs test test-gpu words lint clean
+.PHONY: demo docs man sbom test test-gpu words lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorkeep demo
@@ -27,6 +27,23 @@ test-gpu:
 # what the commands print, in tests/words: written again after a change of words, to be read before it is committed
 words: $(VENV)/.dev
 	folder=$$(mktemp -d) && COLUMNS=80 $(BIN)/python -m tests.word_cases $$folder && rm -r $$folder
+
+# the man page, in docs/tensorkeep.1: written again after a change of a command's help
+man: $(VENV)/.dev
+	$(BIN)/python docs/write_man.py
+
+# what the wheel asks for, in the versions of constraints.txt, as CycloneDX: an environment with these packages alone is
+# looked through by one that holds the tool. SOURCE_DATE_EPOCH is its time, where it is set.
+SBOM := build/sbom
+sbom: $(VENV)/.created
+	rm -rf $(SBOM)
+	$(PYTHON) -m venv --without-pip $(SBOM)/packages
+	$(PYTHON) -m venv $(SBOM)/tool
+	$(BIN)/python -m pip --python $(SBOM)/packages/bin/python install --quiet --constraint constraints.txt \
+	  '.[language,detection,quant,tables,signing,remote]'
+	$(BIN)/python -m pip --python $(SBOM)/tool/bin/python install --quiet --constraint constraints.txt cyclonedx-bom
+	$(SBOM)/tool/bin/cyclonedx-py environment $(SBOM)/packages/bin/python --pyproject pyproject.toml \
+	  --mc-type library --output-reproducible --of JSON --output-file $(SBOM)/tensorkeep.cdx.json
 
 lint: $(VENV)/.dev
 	@if $(BIN)/pip list 2>/dev/null | grep -i '^nvidia-'; then \

@@ -72,7 +72,33 @@ def test_only_the_job_that_publishes_may_and_it_holds_no_secret() -> None:
     jobs = document["jobs"]
     assert document[True] == {"push": {"tags": ["v*"]}} and document["permissions"] == {}  # YAML 1.1 reads `on` as True
     assert jobs["build"]["permissions"] == {"contents": "read"}
-    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == "build"
+    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == ["build", "sbom"]
     assert jobs["publish"]["environment"] == "pypi" and "secrets." not in text and "://" not in text
+    assert jobs["sbom"]["permissions"] == {"contents": "read"}
     used = [step["uses"].partition("@")[0] for job in jobs.values() for step in job["steps"] if "uses" in step]
     assert {name.partition("/")[0] for name in used} == {"actions", "pypa"}
+
+
+def test_the_list_of_parts_is_made_by_the_release_and_is_no_file_that_pypi_gets() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    assert any("make sbom" in step.get("run", "") for step in jobs["sbom"]["steps"])
+    kept = [step["with"]["path"] for step in jobs["sbom"]["steps"] if "upload-artifact" in step.get("uses", "")]
+    published = [step["with"]["path"] for step in jobs["publish"]["steps"] if "download-artifact" in step["uses"]]
+    assert published == ["dist/"] and kept == ["build/sbom/tensorkeep.cdx.json"]
+    rule = (ROOT / "Makefile").read_text().partition("\nsbom:")[2].partition("\n\n")[0]
+    assert "cyclonedx-py environment" in rule and "--output-reproducible" in rule and kept[0].rpartition("/")[2] in rule
+
+
+def test_the_list_of_parts_covers_every_extra_that_a_user_installs(project: dict[str, Any]) -> None:
+    rule = (ROOT / "Makefile").read_text().partition("\nsbom:")[2]
+    covered = set(re.search(r"'\.\[([\w,]+)\]'", rule)[1].split(","))  # type: ignore[index]
+    everything = set(project["optional-dependencies"])
+    assert everything - covered == {
+        "torch",
+        "demo",
+        "dev",
+        "docs",
+        "track",
+    }  # in language; data; ours; a choice of three
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert "cyclonedx-bom" in pinned
