@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from benchmarks.journeys import JOURNEYS, commands
+
 from tensorkeep.cli import main
 from tensorkeep.commands.demo import samples
 from tests.tools import ROOT
