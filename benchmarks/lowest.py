@@ -29,11 +29,11 @@ tests/test_kill.py tests/test_signing.py tests/detection
 
 
 def build(uv: str, python: str, place: Path) -> None:
-    """A new environment with the lowest versions; what only the tests need comes in its newest."""
+    """A new environment with the lowest versions; what tests need, and triton 3.1 without asking, is the newest."""
     subprocess.run([uv, "venv", "--quiet", "--python", python, place], check=True)
     install = [uv, "pip", "install", "--quiet", "--python", place]
     subprocess.run([*install, "--resolution", "lowest-direct", f"{ROOT}[{EXTRAS}]"], check=True)
-    subprocess.run([*install, "pytest", "hypothesis"], check=True)
+    subprocess.run([*install, "pytest", "hypothesis", "setuptools"], check=True)
 
 
 def main() -> None:

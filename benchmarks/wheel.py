@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- wheel: benchmarks/wheel.py -->", "<!-- end -->"
 HEAD = "| Python | torch | transformers | doctor | language: killed, resumed | detection | processor minutes | date |"
-UPDATES, KILLED_AT = 120, 20
+UPDATES, KILLED_AT = 30, 8
 MODEL = """
 import json, sys
 from pathlib import Path
