@@ -62,10 +62,15 @@ def eval_language(
     if printer.json:
         printer.document(found)
         return 0
-    rows = [
-        (name, f"{value:,.6g}" if isinstance(value, float) else str(value))
-        for name, value in found.items()
-        if value is not None
-    ]
+    rows = [(name, _cell(value)) for name, value in found.items() if value is not None]
     printer.table(["", "value"], rows, right=["value"])
     return 0
+
+
+def _cell(value: Any) -> str:
+    """A value of the document as people read it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

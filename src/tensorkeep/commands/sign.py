@@ -186,7 +186,10 @@ def signer_of(key: Path | None, certificate: Path | None, chain: tuple[Path, ...
     from tensorkeep.diagnosis.identity.signing import Signer, check_files
 
     if (key is None) is not sigstore:
-        raise TensorkeepError("nothing to sign with is named", hint="add --key KEY.pem, or --sigstore")
+        raise TensorkeepError(
+            "nothing to sign with is named",
+            hint="add --key KEY.pem (openssl ecparam -name prime256v1 -genkey -out KEY.pem), or --sigstore",
+        )
     if key is None and (certificate is not None or chain):
         raise TensorkeepError("a certificate belongs to a key", where="--certificate", hint="--key KEY.pem")
     check_files([path for path in (key, certificate, *chain) if path is not None])

@@ -114,7 +114,7 @@ def trained(
     from tensorkeep.training.loop import fit
 
     if out is None:
-        raise TensorkeepError("the run needs a folder", hint="--out RUN")
+        raise TensorkeepError("the run needs a folder", hint="add --out RUN, the folder that it is kept in")
     world = distributed.start(device, watched)
     try:
         with watchdog.watching(out, world.rank, world.size, watched, printer.json), distributed.peers_named(out, world):
@@ -151,7 +151,9 @@ def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
     while at < len(words):
         word = words[at]
         if not word.startswith("--"):
-            raise TensorkeepError(f"{word!r} is neither a flag nor a value of one", hint="--field.name value")
+            raise TensorkeepError(
+                f"{word!r} is neither a flag nor a value of one", hint="a field is set by --name VALUE"
+            )
         name, equals, value = word[2:].partition("=")
         if not equals:
             at += 1

@@ -234,7 +234,7 @@ def _subsets(
         )
     if share and not chosen:
         hint = "annotate another video with these classes, add a column subset, or --validation 0 to train on all"
-        what = f"no video can be spared for validation: {', '.join(lone[:6])} would be in none for training"
+        what = f"no video can be kept for validation: training would be left without {', '.join(lone[:6])}"
         raise TensorkeepError(what, where="--validation", hint=hint)
     absent = sorted(set(by_label) - {k for n in chosen for k in shown[n]})
     lack = f"; no action of {', '.join(absent[:6])} there" if absent and chosen else ""

@@ -20,6 +20,7 @@ from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.language.recipe_text import read_language
 from tensorkeep.language.start import Remark, start_of
+from tensorkeep.storage.files import absent
 from tensorkeep.training.distributed import World
 from tensorkeep.training.sections import TrainingConfig
 
@@ -88,6 +89,8 @@ def evaluate_checkpoint(
 def _bare(path: str, files: tuple[str, ...], length: int | None, tokenizer: str | None) -> LanguageRecipe:
     """Make a recipe for a checkpoint that has none: what the first file holds decides the objective."""
     if not files:
+        if "/" not in path and not Path(path).exists():
+            raise absent(path)
         raise TensorkeepError("no data to evaluate on is named", where=path, hint="add --data FILE")
     objective = objective_of(files[0])
     return LanguageRecipe(
