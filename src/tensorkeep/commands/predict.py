@@ -72,10 +72,7 @@ def predict(
     from tensorkeep.detection.data.finding import find_videos
 
     printer = say.output()
-    if not videos:
-        raise no_video("predict", checkpoint, "--out DIR")
-    if top < 1:
-        raise TensorkeepError(f"{top} must be at least 1", where="--top", hint="--top 100")
+    _refuse(videos, checkpoint, top)
     paths = find_videos(videos)
     prepare(printer, out / _DETECTIONS)
     for name in (_DETECTIONS, *(name + end for name in paths for end in _BESIDE)):
@@ -90,6 +87,14 @@ def predict(
     document = {"checkpoint": str(checkpoint), "step": opened.step, "ema": opened.averaged, "videos": told}
     _show(printer, document | _written(out, broken_ones), annotations)
     return 1 if broken_ones else 0
+
+
+def _refuse(videos: tuple[str, ...], checkpoint: Path, top: int) -> None:
+    """Refuse words that leave nothing to predict or to show."""
+    if not videos:
+        raise no_video("predict", checkpoint, "--out DIR")
+    if top < 1:
+        raise TensorkeepError(f"{top} must be at least 1", where="--top", hint="--top 100")
 
 
 def _written(out: Path, broken: Mapping[Path, str]) -> dict[str, Any]:

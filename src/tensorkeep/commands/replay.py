@@ -152,7 +152,9 @@ def replayed(run: str | Path, first: int, last: int, device: str | None = None, 
             job, loop = _built(folder, again, world, say)
             job.trackers = []
             if last > loop.updates:
-                raise TensorkeepError(f"the run has {loop.updates} steps", where=run, hint="--steps A..B")
+                raise TensorkeepError(
+                    f"the run has {loop.updates} steps", where=run, hint=f"--steps 1..{loop.updates}, or a part of them"
+                )
             wanted = replace(loop, updates=last, log_every=1, patience=None)
             fit(job, again, wanted, str(start) if start else "never", world, ("training.updates",), say)
             from_step = before[0] if before else 0

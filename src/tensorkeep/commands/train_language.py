@@ -133,7 +133,9 @@ def trained(
     shown = {"run": str(out), "step": outcome.step, "samples": outcome.samples, "reason": outcome.reason}
     if printer.json:
         printer.document({**shown, "evaluation": outcome.evaluation, "resumed": outcome.level})
-    numbers = "".join(f", {name} {figure(name, value)}" for name, value in outcome.evaluation.items())
+    numbers = "".join(
+        f", {name} {figure(name, value)}" for name, value in outcome.evaluation.items() if name != "count"
+    )
     printer.line(f"{out}: {outcome.reason} at step {outcome.step}, {outcome.samples} samples{numbers}")
     if outcome.reason == "interrupted":
         printer.remark(f"hint: the same command goes on from step {outcome.step}")

@@ -207,9 +207,10 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
         which = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
         changed = [*which, *changed]
     if changed:
+        more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
         meant = " --allow ".join(fields) if 0 < len(fields) <= 3 else "FIELD"
         raise TensorkeepError(
-            f"the run is not the one that was saved: {'; '.join(changed[:6])} ({len(changed)} in all)",
+            f"the run is not the one that was saved: {'; '.join(changed[:6])}{more}",
             where="resume",
             code="R04",
             hint=f"nothing was changed; take the run's own recipe.yaml, or allow what is meant: --allow {meant}",

@@ -75,8 +75,8 @@ def _beyond_training(case: Case, names: Sequence[str]) -> Iterator[Finding]:
     case.claim(lost, CODE)
     elements = sum(lost.values())
     message = (
-        f"{counted(elements, 'damaged element')} in {counted(len(lost), 'tensor')}: rows of zeros, or over 100 times as large "
-        "as any of the reference's; the rest moved as in training"
+        f"{counted(elements, 'damaged element')} in {counted(len(lost), 'tensor')}: rows of zeros, or over 100 "
+        "times as large as any of the reference's; the rest moved as in training"
     )
     evidence = {"elements": elements, "tensors": dict(list(lost.items())[:16])}
     yield Finding(CODE, "error", message, list(lost), evidence, explains=["V06"])
