@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from tensorkeep.cli import main
 from tests.word_stage import kill, staged
@@ -155,6 +156,43 @@ CASES = {
     "demo": ["demo convert --out demo", "demo convrt", "demo convert --out mine"],
     "doctor": ["doctor"],
 }
+# command -> a line whose document of --json has the keys that docs/reference/exit-codes.md names; after the cases
+DOCUMENTS = {
+    "inspect": "inspect llama",
+    "diff": "diff llama uncertified",
+    "verify": "verify llama",
+    "verify --key": "verify llama --key key.pub",
+    "diagnose": "diagnose damaged --reference llama",
+    "explain": "explain K05",
+    "repair": "repair uncertified json-repaired --reference llama --take-from-reference '*'",
+    "convert": "convert llama json-dcp --to dcp",
+    "convert --dry-run": "convert llama out --to dcp --dry-run",
+    "merge": "merge llama adapter json-merged",
+    "merge --to-bits": "merge base run json-int8 --to-bits int8 --calibrate many.jsonl",
+    "merge of a quantize-aware run": "merge aware json-codes --to-bits nf4",
+    "identify": "identify llama",
+    "prove": "prove llama --tensor model.norm.weight -o proof.json",
+    "verify PROOF.json": "verify proof.json",
+    "sign": "sign llama --key key.pem -o json-identity.json",
+    "replay": "replay run --steps 1..2",
+    "check detection": "check detection detection.yaml",
+    "train": "train language language.yaml --out run",
+    "train --print-recipe": "train detection detection.yaml --print-recipe",
+    "watch": "watch killed",
+    "eval language": "eval language run",
+    "eval detection RUN": "eval detection detector",
+    "eval detection --errors": "eval detection --annotations truth.json --detections found.json --errors 0.5",
+    "recipe list": "recipe list",
+    "recipe show": "recipe show own_small",
+    "recipe import": "recipe import opentad/adatad_s.py -o json-recipe.yaml",
+    "report": "report run -o json-page.html",
+    "generate": "generate run --prompt hello --max-tokens 1",
+    "annotate": "annotate times.csv --videos data/videos -o json-annotations.json",
+    "features": "features detector data/videos/validation_0000.mp4 -o features",
+    "predict": "predict detector data/videos/validation_0000.mp4 --out json-predicted",
+    "doctor": "doctor",
+    "an error": "inspect missing",
+}
 FIRST_LINES = {
     "completion bash": 3,
     "recipe show own_small": 8,
@@ -196,35 +234,44 @@ OWN_MASKS = {
 }
 
 
-def written(folder: Path) -> dict[str, str]:
-    """Run every command line in a folder, and give what each printed.
+class Printed(NamedTuple):
+    """By command: the text of its file in tests/words/; and the documents of `DOCUMENTS`, as they were printed."""
 
-    Args:
-        folder: an empty folder, where the commands run.
+    words: dict[str, str]
+    documents: dict[str, str]
 
-    Returns:
-        By command: the text of its file in tests/words/.
-    """
-    told = {}
+
+def printed(folder: Path, documents: bool = True) -> Printed:
+    """Run every command line in an empty folder, and give what each printed."""
+    told: dict[str, str] = {}
+    made: dict[str, str] = {}
     with staged(folder):
         for name, lines in CASES.items():
             if name == "watch":
                 kill(Path("run"), Path("killed"))
             told[name] = "\n".join(_shown(line, folder) for line in lines)
-    return told
+        made = {name: _run(f"{line} --json")[1] for name, line in DOCUMENTS.items()} if documents else {}
+    return Printed(told, made)
 
 
-def _shown(line: str, folder: Path) -> str:
+def _run(line: str) -> tuple[object, str, str]:
+    """Exit code, stdout and stderr of a command line."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code: object = main(shlex.split(line))
         except SystemExit as ended:
             code = ended.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def _shown(line: str, folder: Path) -> str:
+    """A command line with what it printed, masked."""
+    code, out, err = _run(line)
     masks = [mask for start, own in OWN_MASKS.items() if line.startswith(start) for mask in own]
     parts = [f"$ tensorkeep {line}"]
     for name, stream in (("stdout", out), ("stderr", err)):
-        text = stream.getvalue().replace(str(folder), "<folder>")
+        text = stream.replace(str(folder), "<folder>")
         for pattern, mask in (*masks, *MASKS):
             text = re.sub(pattern, mask, text)
         rows = [row.rstrip() for row in text.splitlines()]
@@ -235,5 +282,5 @@ def _shown(line: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    for command, text in written(Path(sys.argv[1]).resolve()).items():
+    for command, text in printed(Path(sys.argv[1]).resolve(), documents=False).words.items():
         (WORDS / f"{command}.txt").write_text(text, encoding="utf-8")
