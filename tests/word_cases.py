@@ -36,6 +36,7 @@ CASES = {
         "train language language.yaml --out run --resume never",
         "train language language.yaml --out aware --quantize-aware nf4 --training.updates 2",
         "train detection detection.yaml --out detector",
+        "train detection missing.yaml --out detector",
         "train language language.yaml",
         "train language missing.yaml",
         "train language smollm2_qlor --out run",

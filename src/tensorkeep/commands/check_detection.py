@@ -31,7 +31,8 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
     printer, said, files = say.output(), list[str](), list[str]()
     made = read_recipe(recipe, pairs_of(changes), said.append)
     say_old(said, printer.remark)
-    found = check(made, files.append)
+    with printer.progress("videos") as progress:
+        found = check(made, files.append, progress)
     weights: str | None = None
     try:
         if note := check_pretrained(made):

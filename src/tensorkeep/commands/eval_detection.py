@@ -199,7 +199,8 @@ def _of_checkpoint(
 
     world = distributed.start(device)
     try:
-        done = evaluate_checkpoint(path, recipe, ema, not newest, world, changes, out.remark)
+        with (out if world.first else Output(quiet=True)).progress("videos") as progress:
+            done = evaluate_checkpoint(path, recipe, ema, not newest, world, changes, out.remark, progress)
     finally:
         distributed.stop()
     taken = {"checkpoint": str(path), "step": done.step, "ema": done.averaged, "blocked": done.blocked}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.output import Output
 
 if TYPE_CHECKING:
     from tensorkeep.training.job import Job, Loop
@@ -45,18 +46,10 @@ def eval_language(
 
     printer = say.output()
     world = distributed.start(device)
+    how: dict[str, Any] = {"ema": ema, "best": best, "length": length, "batch": batch, "tokenizer": tokenizer}
     try:
-        found: dict[str, Any] = evaluate_checkpoint(
-            checkpoint,
-            data,
-            ema=ema,
-            best=best,
-            length=length,
-            batch=batch,
-            tokenizer=tokenizer,
-            world=world,
-            remark=printer.remark,
-        )
+        with (printer if world.first else Output(quiet=True)).progress("rows") as progress:
+            found = evaluate_checkpoint(checkpoint, data, **how, world=world, remark=printer.remark, progress=progress)
     finally:
         distributed.stop()
     if printer.json:
