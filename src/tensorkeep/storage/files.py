@@ -117,7 +117,7 @@ class LocalFolder:
                 raise TensorkeepError(
                     "changed while it was read", where=path, hint="wait until its writer is done, then run again"
                 )
-            what = "is a folder where a file is expected" if stat.S_ISDIR(state.st_mode) else "is not a regular file"
+            what = "is a folder, not a regular file" if stat.S_ISDIR(state.st_mode) else "is not a regular file"
             raise TensorkeepError(what, where=path, hint="name a plain file")
         return handle
 
