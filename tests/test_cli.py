@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
     ("words", "said", "hint"),
     [
         (["inspct"], "inspct", "tensorkeep --help"),
-        (["inspect"], "requires an argument", "tensorkeep inspect --help"),
+        (["inspect"], "CHECKPOINT is missing", "tensorkeep inspect --help"),
         (["inspect", "/nosuch"], "no such file or folder", "check the path"),
         (["inspect", str(TINY), "--tensors", "*q_prj*"], "no tensor fits", "did you mean q_proj"),
         (["convert", str(TINY), "out", "--to", "run"], "cannot write 'run'", "hf, dcp, peft, gguf, pth"),

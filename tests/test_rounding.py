@@ -221,7 +221,7 @@ def test_the_gguf_packages_reader_finds_the_blocks_where_llama_cpp_has_its_rows(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--to-bits", "nf4"], "needs texts"),
+        (["--to-bits", "nf4"], "rounds by texts"),
         (["--to-bits", "nf4", "--calibrate", "short"], "too few"),
         (["--to-bits", "nf4", "--to", "pth", "--calibrate", "texts.jsonl"], "hf folder alone"),
         (["--to-bits", "q4_k", "--to", "dcp", "--calibrate", "texts.jsonl"], "a GGUF file alone"),

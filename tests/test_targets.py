@@ -46,16 +46,16 @@ def test_a_folder_is_proven_for_transformers_and_a_lone_file_is_not(
     words = f"proven: loads in transformers {transformers.__version__}"
     assert words in said(capsys, "convert", source, tmp_path / "out", "--to", "hf")[1]
     line = said(capsys, "convert", source, tmp_path / "lone.safetensors", "--to", "hf")[1]
-    assert "bytes equal to the plan; target not checked: transformers loads folders" in line
+    assert "bytes equal to the plan; loading not checked: transformers loads folders" in line
     (source / "config.json").unlink()
     line = said(capsys, "convert", source, tmp_path / "bare", "--to", "hf")[1]
-    assert "target not checked: no config.json" in line
+    assert "loading not checked: no config.json" in line
 
 
 def test_without_transformers_nothing_is_claimed_of_it(source: Path) -> None:
     proof = check(make_plan([read(source)], "hf"), "hf", "out")
     assert (proof.target, proof.why) == (None, "transformers is not installed")
-    assert proof.line == "bytes equal to the plan; target not checked: transformers is not installed"
+    assert proof.line == "bytes equal to the plan; loading not checked: transformers is not installed"
 
 
 def test_header_entries_that_nobody_reads_are_not_claimed(
@@ -64,7 +64,7 @@ def test_header_entries_that_nobody_reads_are_not_claimed(
     tensors = load_file(source / "model.safetensors")
     save_file(tensors, source / "model.safetensors", {"format": "pt", "q_proj": "{}"})
     line = said(capsys, "convert", source, tmp_path / "out", "--to", "hf")[1]
-    assert "target not checked: 1 entries of the safetensors header" in line
+    assert "loading not checked: 1 entries of the safetensors header" in line
 
 
 def test_integers_under_a_weights_name_are_refused(

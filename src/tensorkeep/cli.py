@@ -11,17 +11,18 @@ import functools
 import gc
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorkeep.errors import TensorkeepError, visible
+from tensorkeep.errors import TensorkeepError, near_misses, visible, word
 from tensorkeep.output import Output
 from tensorkeep.storage import signals
 
 if TYPE_CHECKING:
-    from cyclopts import App
+    from cyclopts import App, CycloptsError
 
 # Each lives in a file of its name under commands/, as a function of that name, and is imported when it is called. Two
 # words: a command of a group. Its help is its docstring; `tensorkeep --help` reads the first lines without importing.
@@ -136,7 +137,6 @@ def _seldom_collected(words: Sequence[str]) -> Iterator[None]:
 
 def missing_package(words: Sequence[str], error: ModuleNotFoundError) -> TensorkeepError | None:
     """The one line for a command that needs a package of an extra; None where the missing module is in no extra."""
-    import re
     from importlib.metadata import PackageNotFoundError, requires
 
     module = (error.name or "").partition(".")[0]
@@ -170,11 +170,39 @@ def run(words: list[str], output: Output) -> int:
     try:
         code = application(words)(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        known = command_of(words)
-        raise TensorkeepError(
-            " ".join(str(error).split()), hint=f"tensorkeep {known + ' ' if known else ''}--help"
-        ) from None
+        raise told(error, words) from None
     return int(code or 0)
+
+
+def told(error: CycloptsError, words: Sequence[str]) -> TensorkeepError:
+    """Say what is wrong with a command line: one line, and a hint with what is spelled like it or with the help."""
+    from cyclopts import MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+    from cyclopts.exceptions import UnknownCommandError
+
+    known = command_of(words) or next((group for group in GROUPS if words[:1] == [group]), None)
+    help_ = f"tensorkeep {known + ' ' if known else ''}--help"
+    what, near = " ".join(str(error).split()), ""
+    if isinstance(error, UnknownCommandError):
+        rest = words[1:] if known else words
+        inner = [c.split()[-1] for c in COMMANDS if c.split()[:-1] == [known]]
+        what = f"no command {rest[0]!r}" if rest else what
+        near = near_misses(rest[0], inner or [*{c.split()[0]: None for c in COMMANDS}]) if rest else ""
+        near = near or (f"tensorkeep {known} {' or '.join(inner)}" if known else "")
+    elif isinstance(error, UnknownOptionError):
+        flag = error.token.keyword or error.token.value
+        flags = [name.removeprefix("--") for a in error.argument_collection for name in a.names if a.show]
+        near = re.sub(r"[\w-]+(?=[,?])", r"--\g<0>", near_misses(flag.removeprefix("--"), flags))
+        what = f"no flag {flag}"
+    elif isinstance(error, UnusedCliTokensError):
+        what = f"too many words: {' '.join(map(word, error.unused_tokens or ()))}"
+    elif type(error) is MissingArgumentError and error.argument is not None and not error.tokens_so_far:
+        what = f"{error.keyword} needs a value" if error.keyword else f"{_names(error.argument.names)} is missing"
+    return TensorkeepError(what, where=known, hint=f"{near} (all: {help_})" if near else help_)
+
+
+def _names(names: Sequence[str]) -> str:
+    """The name of a flag with its short form."""
+    return " or ".join(names[:2])
 
 
 def application(words: Sequence[str]) -> App:

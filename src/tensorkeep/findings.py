@@ -46,6 +46,20 @@ class Finding:
         }
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Args:
+        number: how many.
+        noun: in the singular.
+
+    Example:
+        >>> counted(1, "tensor"), counted(2, "tensor")
+        ('1 tensor', '2 tensors')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def verdict_of(findings: Sequence[Finding], inconclusive: bool = False) -> Verdict:
     """Sum findings up in one word.
 

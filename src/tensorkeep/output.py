@@ -92,12 +92,12 @@ class Output:
             )
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
-        """Give a callback (what, bytes done, bytes in all) that draws a bar, with rate and time left."""
+    def progress(self, unit: str = "") -> Iterator[Callable[[str, int, int], None]]:
+        """Give a callback (what, done, in all) that draws a bar, with rate and time left: of bytes, or of `unit`."""
         if self.quiet or self.json or not drawable(sys.stderr):
             yield lambda _what, _done, _total: None
             return
-        bar = _Bar()
+        bar = _Bar(unit)
         try:
             yield bar.update
         finally:
@@ -293,9 +293,9 @@ def duration(seconds: float) -> str:
 class _Bar:
     """One line on stderr, redrawn a few times a second and wiped at the end; cheap enough to call per chunk."""
 
-    def __init__(self) -> None:
-        self.what, self.started, self.lock = "", 0.0, threading.Lock()
-        self.last = 0.0
+    def __init__(self, unit: str) -> None:
+        self.what, self.unit, self.lock = "", unit, threading.Lock()
+        self.started, self.last = 0.0, 0.0
 
     def update(self, what: str, done: int, total: int) -> None:
         """Redraw the line where enough time has passed."""
@@ -307,11 +307,11 @@ class _Bar:
                 return
             self.last = now
             rate = done / max(now - self.started, 1e-9)
-            left = (total - done) / rate if rate else 0.0
-            filled = int(24 * done / total) if total else 24
-            bar = f"{'━' * filled}{'╌' * (24 - filled)}"
-            spoken = f"{size(done)} of {size(total)}  {size(rate)}/s  {left:.0f} s left"
-            _draw(f"{printable(what, 80):<8} {bar} {spoken}"[: screen(sys.stderr)[0] - 1])
+            left = f"  {duration((total - done) / rate)} left" if rate else ""
+            bar = f"{'━' * (filled := int(24 * done / total) if total else 24)}{'╌' * (24 - filled)}"
+            told, each = ("{:,}".format, f" {self.unit}") if self.unit else (size, f"  {size(rate)}/s")
+            line = f"{printable(what, 80):<8} {bar} {told(done)} of {told(total)}{each}{left}"
+            _draw(line[: screen(sys.stderr)[0] - 1])
 
     def close(self) -> None:
         """Wipe the line."""

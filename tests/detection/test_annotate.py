@@ -66,7 +66,7 @@ def test_frames_are_the_pictures_of_the_file(videos, tmp_path, capsys):
         ("a,0:01:00,0:02:00,x\n", "hours of minutes"),
         ("a,1,20000,x\n", "about other videos"),
         ("d,0,1,x\n", "no video 'd'"),
-        ("a,0,1,x\nB,0,1,y\n", "no video can be spared"),
+        ("a,0,1,x\nB,0,1,y\n", "no video can be kept for validation"),
     ],
 )
 def test_what_does_not_fit_the_videos_is_refused_with_the_likely_cause(videos, tmp_path, capsys, rows, why):

@@ -317,14 +317,14 @@ def _check_base(
     recorded = config.get("base_digest")
     if isinstance(recorded, str) and recorded != base_digest:
         here = f"this one is {base_digest}" if base_digest else "nothing says which base this is"
-        hint = "load_quantizing and load_quantized return base_digest; allow_other_base=True loads it all the same"
-        raise TensorkeepError(f"was trained on the base {shown(recorded)}, {here}", where=where, code="A04", hint=hint)
+        hint = "give the base that it was trained on; --allow-other-base (allow_other_base=True) loads it all the same"
+        raise TensorkeepError(f"was trained on the base {recorded[:80]}, {here}", where=where, code="A04", hint=hint)
     then = config.get("quantization")
     if isinstance(then, dict) and "modules" not in then and quantized is not None:  # as earlier versions wrote it
         quantized = {k: v for k, v in quantized.items() if k != "modules"}
     if "quantization" in config and then != quantized:
         was, now = config["quantization"] or "float weights", quantized or "float weights"
-        hint = "quantize the base as it was; allow_other_base=True loads it all the same"
+        hint = "quantize the base as it was; --allow-other-base (allow_other_base=True) loads it all the same"
         raise TensorkeepError(f"was trained on {was}, this base is {now}", where=where, code="A04", hint=hint)
 
 

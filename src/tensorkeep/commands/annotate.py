@@ -63,7 +63,8 @@ def annotate(
     prepare(printer, out)
     refuse_existing(out, overwrite, kind)
     given = _given(columns)
-    made = make_annotations([read_sheet(table, given, unit) for table in tables], videos, validation)
+    with printer.progress("videos") as progress:
+        made = make_annotations([read_sheet(table, given, unit) for table in tables], videos, validation, progress)
     with replacing(out, overwrite, kind) as temporary:
         write_bytes(temporary, _text(made.document).encode())
     _tell(printer, out, made, fields_of(out, videos, made))

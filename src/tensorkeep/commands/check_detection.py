@@ -31,7 +31,8 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
     printer, said, files = say.output(), list[str](), list[str]()
     made = read_recipe(recipe, pairs_of(changes), said.append)
     say_old(said, printer.remark)
-    found = check(made, files.append)
+    with printer.progress("videos") as progress:
+        found = check(made, files.append, progress)
     weights: str | None = None
     try:
         if note := check_pretrained(made):
@@ -43,7 +44,8 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
         printer.document({"recipe": str(recipe), **found.document(), "files": files, "weights": weights})
         return 1 if odd else 0
     if found.videos:
-        printer.line(f"{found.videos} training videos, {found.actions} actions; {found.lost} of them nothing can learn")
+        lost = f"{found.lost} of them cannot be learned" if found.lost else "all can be learned"
+        printer.line(f"{found.videos} training videos, {found.actions} actions: {lost}")
         rows = [
             ("every step" if s == 1 else f"every {s} steps", f"{a:g} to {b:g}", f"{n:.1f}")
             for s, (a, b), n in zip(made.model.head.strides, made.model.head.ranges, found.levels, strict=True)

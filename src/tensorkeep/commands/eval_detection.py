@@ -136,7 +136,10 @@ def _of_files(
     """Annotations and detections out of files, and their evaluation."""
     if annotations is None or detections is None:
         hint = "tensorkeep eval detection RUN, or --annotations GT --detections PRED"
-        raise TensorkeepError("nothing to evaluate", hint=hint)
+        given = "annotations" if annotations is not None else "detections" if detections is not None else ""
+        other = "detections" if given == "annotations" else "annotations"
+        what = f"--{given} is given, and --{other} is missing" if given else "neither a run nor detections are named"
+        raise TensorkeepError(what, hint=hint)
     at = tiou or None
     if is_epic(annotations):
         if subset is not None:
@@ -196,7 +199,8 @@ def _of_checkpoint(
 
     world = distributed.start(device)
     try:
-        done = evaluate_checkpoint(path, recipe, ema, not newest, world, changes, out.remark)
+        with (out if world.first else Output(quiet=True)).progress("videos") as progress:
+            done = evaluate_checkpoint(path, recipe, ema, not newest, world, changes, out.remark, progress)
     finally:
         distributed.stop()
     taken = {"checkpoint": str(path), "step": done.step, "ema": done.averaged, "blocked": done.blocked}

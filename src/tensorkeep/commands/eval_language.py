@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tensorkeep.commands.shared import Flag, Say
+from tensorkeep.output import Output
 
 if TYPE_CHECKING:
     from tensorkeep.training.job import Job, Loop
@@ -45,27 +46,24 @@ def eval_language(
 
     printer = say.output()
     world = distributed.start(device)
+    how: dict[str, Any] = {"ema": ema, "best": best, "length": length, "batch": batch, "tokenizer": tokenizer}
     try:
-        found: dict[str, Any] = evaluate_checkpoint(
-            checkpoint,
-            data,
-            ema=ema,
-            best=best,
-            length=length,
-            batch=batch,
-            tokenizer=tokenizer,
-            world=world,
-            remark=printer.remark,
-        )
+        with (printer if world.first else Output(quiet=True)).progress("rows") as progress:
+            found = evaluate_checkpoint(checkpoint, data, **how, world=world, remark=printer.remark, progress=progress)
     finally:
         distributed.stop()
     if printer.json:
         printer.document(found)
         return 0
-    rows = [
-        (name, f"{value:,.6g}" if isinstance(value, float) else str(value))
-        for name, value in found.items()
-        if value is not None
-    ]
+    rows = [(name, _cell(value)) for name, value in found.items() if value is not None]
     printer.table(["", "value"], rows, right=["value"])
     return 0
+
+
+def _cell(value: Any) -> str:
+    """A value of the document as people read it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say, prepare
-from tensorkeep.errors import TensorkeepError, word
+from tensorkeep.commands.shared import Flag, Say, no_video, prepare
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output, duration
 from tensorkeep.storage.overwriting import refuse_existing
 
@@ -57,7 +57,7 @@ def features(
 
     printer = say.output()
     if not videos:
-        raise TensorkeepError("no video is named", hint=f"tensorkeep features {word(checkpoint)} VIDEO... -o DIR")
+        raise no_video("features", checkpoint, "-o DIR")
     paths = find_videos(videos)
     for name in paths:
         prepare(printer, _place(out, name))
@@ -71,7 +71,7 @@ def features(
     end_folder(out, made, {row["video"]: {key: row[key] for key in ("frame", "duration", "steps")} for row in told})
     if not told:
         what = "the video could not be read" if len(paths) == 1 else f"none of the {len(paths)} videos could be read"
-        raise TensorkeepError(what, hint="the reasons are above; --broken keep reads what is there")
+        raise TensorkeepError(what, hint="why stands above; --broken keep reads as far as a file goes")
     lost = [{"path": str(path), "message": why} for path, why in broken_ones.items()]
     document = {"checkpoint": checkpoint, "step": opened.step, "ema": opened.averaged, "made_of": made}
     _show(printer, {**document, "videos": told, "broken": lost, "list": str(out / LIST)})

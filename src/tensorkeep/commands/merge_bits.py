@@ -77,8 +77,8 @@ def merge_in_bits(
         hint = "train with --quantize-aware q4_0; any model: tensorkeep convert MODEL OUT.gguf --to gguf --dtype q4_0"
         raise TensorkeepError("q4_0 is of runs that were trained for it", where="--to-bits", hint=hint)
     if not texts or bits is None:
-        hint = "a file like what the model is for: JSON lines, text, parquet"
-        raise TensorkeepError("rounding needs texts to round by", where="--calibrate", hint=hint)
+        hint = "add --calibrate FILE: JSON lines, text or parquet, like what the model is for"
+        raise TensorkeepError(f"{bits} rounds by texts, and none are named", where="--to-bits", hint=hint)
     if "://" in sink:
         raise TensorkeepError("rounds onto a local disk alone", where=sink, hint="then: tensorkeep convert")
     to = "gguf" if bits == "q4_k" else "hf"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from tensorkeep.commands.shared import Flag, Say, prepare
+from tensorkeep.commands.shared import Flag, Say, no_video, prepare
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.output import Output, duration
 from tensorkeep.storage.overwriting import PAGE, Kind, refuse_existing
@@ -72,9 +72,7 @@ def predict(
     from tensorkeep.detection.data.finding import find_videos
 
     printer = say.output()
-    if not videos or top < 1:
-        what = "no video is named" if not videos else f"--top {top} must be at least 1"
-        raise TensorkeepError(what, hint=f"tensorkeep predict {word(checkpoint)} VIDEO... --top 100")
+    _refuse(videos, checkpoint, top)
     paths = find_videos(videos)
     prepare(printer, out / _DETECTIONS)
     for name in (_DETECTIONS, *(name + end for name in paths for end in _BESIDE)):
@@ -91,6 +89,14 @@ def predict(
     return 1 if broken_ones else 0
 
 
+def _refuse(videos: tuple[str, ...], checkpoint: Path, top: int) -> None:
+    """Refuse words that leave nothing to predict or to show."""
+    if not videos:
+        raise no_video("predict", checkpoint, "--out DIR")
+    if top < 1:
+        raise TensorkeepError(f"{top} must be at least 1", where="--top", hint="--top 100")
+
+
 def _written(out: Path, broken: Mapping[Path, str]) -> dict[str, Any]:
     """What the document tells of the file of detections and of the videos that are not in it."""
     lost = [{"path": str(path), "message": why} for path, why in broken.items()]
@@ -99,7 +105,7 @@ def _written(out: Path, broken: Mapping[Path, str]) -> dict[str, Any]:
 
 def _nothing(count: int) -> TensorkeepError:
     what = "the video could not be read" if count == 1 else f"none of the {count} videos could be read"
-    return TensorkeepError(what, hint="the reasons are above; --broken keep reads what is there")
+    return TensorkeepError(what, hint="why stands above; --broken keep reads as far as a file goes")
 
 
 def _kind(name: str) -> Kind:

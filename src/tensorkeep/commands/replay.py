@@ -127,15 +127,18 @@ def replayed(run: str | Path, first: int, last: int, device: str | None = None, 
         'equal'
     """
     from tensorkeep.storage import run_folder
+    from tensorkeep.storage.files import absent
     from tensorkeep.storage.run_folder import steps as saved_steps
     from tensorkeep.training import distributed
     from tensorkeep.training.loop import fit
 
     folder, say = Path(run), out or Output(quiet=True)
     before = [step for step in saved_steps(folder) if step < first]
+    if not folder.exists():
+        raise absent(run)
     if not (folder / "recipe.yaml").is_file() or not (folder / run_folder.CHECKPOINTS).is_dir():
         raise TensorkeepError(
-            "is no run: no recipe.yaml or no checkpoints",
+            "is no run: recipe.yaml or checkpoints are not in it",
             hint="name the folder of `tensorkeep train --out RUN`",
             where=run,
         )
@@ -149,7 +152,9 @@ def replayed(run: str | Path, first: int, last: int, device: str | None = None, 
             job, loop = _built(folder, again, world, say)
             job.trackers = []
             if last > loop.updates:
-                raise TensorkeepError(f"the run has {loop.updates} steps", where=run, hint="--steps A..B")
+                raise TensorkeepError(
+                    f"the run has {loop.updates} steps", where=run, hint=f"--steps 1..{loop.updates}, or a part of them"
+                )
             wanted = replace(loop, updates=last, log_every=1, patience=None)
             fit(job, again, wanted, str(start) if start else "never", world, ("training.updates",), say)
             from_step = before[0] if before else 0

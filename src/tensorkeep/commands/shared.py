@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tensorkeep.conversion import naming as namings
-from tensorkeep.errors import TensorkeepError, near_misses
+from tensorkeep.errors import TensorkeepError, near_misses, word
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.view import StateView
 from tensorkeep.output import Output, size
@@ -127,6 +127,23 @@ def prepare(out: Output, sink: str | Path) -> None:
         out.remark(f"note: a command was killed here before; cleaned up: {', '.join(cleared)}")
     if stay:
         out.remark(f"note: {', '.join(stay)} stays: another command may be at work; if none is, delete it")
+
+
+def no_video(command: str, checkpoint: str | Path, rest: str) -> TensorkeepError:
+    """Return the error for a command line without videos; the model may have been forgotten, and be one itself.
+
+    Args:
+        command: that was called.
+        checkpoint: what stands in the model's place.
+        rest: the flags that a whole command line has.
+    """
+    from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
+
+    given = word(checkpoint)
+    if Path(checkpoint).suffix.lower() in VIDEO_SUFFIXES:
+        hint = f"tensorkeep {command} RUN {given} {rest}"
+        return TensorkeepError("is a video, and the model comes before it", where=checkpoint, hint=hint)
+    return TensorkeepError("no video is named", hint=f"tensorkeep {command} {given} VIDEO... {rest}")
 
 
 def recipe_of_kind(word: str) -> Kind:

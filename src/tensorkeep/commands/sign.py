@@ -15,7 +15,7 @@ from tensorkeep.commands.shared import Flag, Say
 from tensorkeep.errors import TensorkeepError, word
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.output import Output
-from tensorkeep.storage.files import local_path
+from tensorkeep.storage.files import absent, local_path
 from tensorkeep.storage.yaml_documents import read_yaml
 
 PASSWORD = "TENSORKEEP_KEY_PASSWORD"
@@ -63,8 +63,12 @@ def sign(
     if out is not None and out.suffix != ".json":
         raise TensorkeepError("a statement is a .json file", where=out, hint=f"-o {word(out.with_suffix('.json'))}")
     local = "://" not in checkpoint and local_path(checkpoint).exists()
+    if not local and out is None and "/" not in checkpoint:
+        raise absent(checkpoint)
     if not local and out is None:
-        raise TensorkeepError("is no local path", where=checkpoint, hint="say where the statement goes: -o FILE.json")
+        raise TensorkeepError(
+            "is no local path", where=checkpoint, hint="check the path; for the Hub or a URL add -o FILE.json"
+        )
     with opened(output, checkpoint, config) as view:
         model = identified(output, view)
     earlier = find_statement(checkpoint) if local and overwrite else None
@@ -186,7 +190,10 @@ def signer_of(key: Path | None, certificate: Path | None, chain: tuple[Path, ...
     from tensorkeep.diagnosis.identity.signing import Signer, check_files
 
     if (key is None) is not sigstore:
-        raise TensorkeepError("nothing to sign with is named", hint="add --key KEY.pem, or --sigstore")
+        raise TensorkeepError(
+            "nothing to sign with is named",
+            hint="add --key KEY.pem (openssl ecparam -name prime256v1 -genkey -out KEY.pem), or --sigstore",
+        )
     if key is None and (certificate is not None or chain):
         raise TensorkeepError("a certificate belongs to a key", where="--certificate", hint="--key KEY.pem")
     check_files([path for path in (key, certificate, *chain) if path is not None])

@@ -114,7 +114,7 @@ def trained(
     from tensorkeep.training.loop import fit
 
     if out is None:
-        raise TensorkeepError("the run needs a folder", hint="--out RUN")
+        raise TensorkeepError("the run needs a folder", hint="add --out RUN, the folder that it is kept in")
     world = distributed.start(device, watched)
     try:
         with watchdog.watching(out, world.rank, world.size, watched, printer.json), distributed.peers_named(out, world):
@@ -133,7 +133,9 @@ def trained(
     shown = {"run": str(out), "step": outcome.step, "samples": outcome.samples, "reason": outcome.reason}
     if printer.json:
         printer.document({**shown, "evaluation": outcome.evaluation, "resumed": outcome.level})
-    numbers = "".join(f", {name} {figure(name, value)}" for name, value in outcome.evaluation.items())
+    numbers = "".join(
+        f", {name} {figure(name, value)}" for name, value in outcome.evaluation.items() if name != "count"
+    )
     printer.line(f"{out}: {outcome.reason} at step {outcome.step}, {outcome.samples} samples{numbers}")
     if outcome.reason == "interrupted":
         printer.remark(f"hint: the same command goes on from step {outcome.step}")
@@ -151,7 +153,9 @@ def pairs_of(words: Sequence[str]) -> list[tuple[str, str]]:
     while at < len(words):
         word = words[at]
         if not word.startswith("--"):
-            raise TensorkeepError(f"{word!r} is neither a flag nor a value of one", hint="--field.name value")
+            raise TensorkeepError(
+                f"{word!r} is neither a flag nor a value of one", hint="a field is set by --name VALUE"
+            )
         name, equals, value = word[2:].partition("=")
         if not equals:
             at += 1

@@ -69,7 +69,7 @@ class Proof:
     def line(self) -> str:
         """The proof for people, as the end of a sentence."""
         if self.target is None:
-            return f"bytes equal to the plan; {self.objection or f'target not checked: {self.why}'}"
+            return f"bytes equal to the plan; {self.objection or f'loading not checked: {self.why}'}"
         return f"proven: loads in {' '.join(w for w in (self.target, self.version) if w)}{self.on}"
 
     def to_json(self) -> dict[str, Any]:

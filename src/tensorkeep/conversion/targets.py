@@ -111,7 +111,9 @@ def _unnamed(to: str) -> str:
     if to == "gguf":
         return "llama.cpp was not run; tensors and metadata were read back here"
     able = [word for word, target in TARGETS.items() if to in target.namings]
-    return f"no program is named (--for {', '.join(able)})"
+    if not able:
+        return "no program is known here that loads it"
+    return f"name the program that is to load it, --for {' or '.join([', '.join(able[:-1]), able[-1]][-len(able) :])}"
 
 
 def check(plan: Plan, to: str, name: str, target: str | None = None, programs: Programs = NONE) -> Proof:
@@ -133,7 +135,7 @@ def check(plan: Plan, to: str, name: str, target: str | None = None, programs: P
 
     Example:
         >>> check(make_plan([read("model")], "hf"), "hf", "out").line  # doctest: +SKIP
-        'bytes equal to the plan; target not checked: transformers is not installed'
+        'bytes equal to the plan; loading not checked: transformers is not installed'
     """
     word = target or usual(plan, to)
     if word is None:

@@ -16,6 +16,7 @@ from tensorkeep.detection.data.finding import find_videos
 from tensorkeep.detection.data.sheet_rows import Sheet, refuse_all
 from tensorkeep.detection.data.sheets import video_name
 from tensorkeep.errors import TensorkeepError, near_misses, word
+from tensorkeep.storage.files import Progress
 
 TRAINING, VALIDATION = "training", "validation"
 _PAST = 0.5  # seconds by which an action may end after its video; more is told as an error
@@ -36,13 +37,19 @@ class Made(NamedTuple):
     notes: tuple[str, ...]
 
 
-def make_annotations(sheets: Sequence[Sheet], videos: Path, share: float | None = None) -> Made:
+def make_annotations(
+    sheets: Sequence[Sheet],
+    videos: Path,
+    share: float | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Made:
     """Make the annotations of some tables.
 
     Args:
         sheets: the tables, as `sheets.read_sheet` gives them.
         videos: the folder of the videos.
         share: of the videos that become subset `validation`; None: a fifth, where the tables name no subsets.
+        progress: is told how many of a table's videos were looked at.
 
     Returns:
         The document and what there is to say about it.
@@ -61,8 +68,9 @@ def make_annotations(sheets: Sequence[Sheet], videos: Path, share: float | None 
     looked: dict[str, VideoInfo] = {}
     for sheet in sheets:
         names = _matched(sheet, files, videos, notes)
-        for name in dict.fromkeys(names.values()):
-            looked.setdefault(name, probe(files[name]))
+        for done, name in enumerate(fresh := dict.fromkeys(names.values())):
+            progress("look", done, len(fresh))
+            looked[name] = looked.get(name) or probe(files[name])
             actions.setdefault(name, [])
         for video, subset in sheet.subsets.items():
             name = names[video]
@@ -234,7 +242,7 @@ def _subsets(
         )
     if share and not chosen:
         hint = "annotate another video with these classes, add a column subset, or --validation 0 to train on all"
-        what = f"no video can be spared for validation: {', '.join(lone[:6])} would be in none for training"
+        what = f"no video can be kept for validation: training would be left without {', '.join(lone[:6])}"
         raise TensorkeepError(what, where="--validation", hint=hint)
     absent = sorted(set(by_label) - {k for n in chosen for k in shown[n]})
     lack = f"; no action of {', '.join(absent[:6])} there" if absent and chosen else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from tensorkeep.detection.recipe_data import Remark, evaluation_of, read_classes
 from tensorkeep.detection.results.evaluation import Evaluation
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.detection.start import make_detector, open_detector
+from tensorkeep.storage.files import Progress
 from tensorkeep.training.distributed import World
 from tensorkeep.training.precision import HALF_DTYPES
 
@@ -47,6 +49,7 @@ def evaluate_checkpoint(
     world: World | None = None,
     changes: tuple[tuple[str, str], ...] = (),
     remark: Remark = lambda _: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Scored:
     """Score a run, a step folder or another checkpoint on the test data of its recipe.
 
@@ -60,6 +63,7 @@ def evaluate_checkpoint(
         world: the processes that share the work; None: this one alone.
         changes: (name, value) pairs to change in the recipe, as on the command line.
         remark: gets a line for all that is odd.
+        progress: is told how many of this rank's videos are done.
 
     Returns:
         The score, the detections, and what they were compared with.
@@ -81,7 +85,7 @@ def evaluate_checkpoint(
         return torch.autocast(world.device.type, dtype=HALF_DTYPES[precision])
 
     evaluation = evaluation_of(opened.recipe, read_classes(opened.recipe), world, context, remark)
-    found = evaluation.detections(opened.detector)
+    found = replace(evaluation, progress=progress).detections(opened.detector)
     table = table_of(found, evaluation.classes)
     result = evaluation.score(found)
     return Scored(evaluation.annotations, table, result, evaluation.blocked, opened.step, opened.averaged)

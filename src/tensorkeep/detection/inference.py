@@ -34,6 +34,7 @@ from tensorkeep.detection.results.decode import (
 from tensorkeep.detection.results.nms import Detections, Suppression, suppress
 from tensorkeep.detection.results.results import DetectionTable
 from tensorkeep.detection.results.scoring import Evaluation, evaluate
+from tensorkeep.storage.files import Progress
 from tensorkeep.training import distributed
 from tensorkeep.training.distributed import World
 from tensorkeep.training.interruption import leave_to_the_parent
@@ -235,6 +236,7 @@ class MeanAveragePrecision:
         context: wraps each forward (autocast).
         loss: whether the loss on the test windows is computed too, divided by its own number of positives.
         remark: gets a line for each thing that is odd about the pictures of a video.
+        progress: is told how many of this rank's videos are done.
     """
 
     clips: Clips
@@ -252,6 +254,7 @@ class MeanAveragePrecision:
     context: Context = contextlib.nullcontext
     loss: bool = False
     remark: Callable[[str], None] = lambda _: None
+    progress: Progress = lambda what, done, total: None
 
     def __call__(self, detector: nn.Module) -> dict[str, float]:
         """Return the scores of a detector by name, from its detections on all clips."""
@@ -294,19 +297,11 @@ class MeanAveragePrecision:
             sums = detector.head.loss_sums(predictions, *moved)  # type: ignore[operator, union-attr]
             losses.append([float(value) for value in sums])
 
-        mine = dict(
-            detect(
-                detector,
-                self.clips,
-                self.selection,
-                own,
-                self.batch,
-                self.workers,
-                self.world.device,
-                self.context,
-                add,
-            )
-        )
+        mine: dict[int, Detections] = {}
+        how = (self.batch, self.workers, self.world.device, self.context, add)
+        for number, found in detect(detector, self.clips, self.selection, own, *how):
+            mine[number] = found
+            self.progress("evaluate", len(mine), len(own))
         if hasattr(detector, "set_requires_gradient_sync"):  # in shards: every rank takes part in every forward
             self._idle(detector)
         everyone: dict[int, Detections] = {}

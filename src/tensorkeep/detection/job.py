@@ -24,6 +24,7 @@ from tensorkeep.detection.start import make_detector
 from tensorkeep.output import Output
 from tensorkeep.quantization.modules import check_ranks
 from tensorkeep.storage import run_folder
+from tensorkeep.storage.files import Progress
 from tensorkeep.training import job as training_job
 from tensorkeep.training import trackers
 from tensorkeep.training.batches import parts_of
@@ -111,12 +112,15 @@ def augmented_on_device(job: Job, recipe: DetectionRecipe) -> Job:
     return replace(job, data=replace(job.data, uncut=True), prepare=partial(augment_batch, size=recipe.data.crop_size))
 
 
-def check(recipe: DetectionRecipe, remark: Remark = lambda _: None) -> Checked:
+def check(
+    recipe: DetectionRecipe, remark: Remark = lambda _: None, progress: Progress = lambda what, done, total: None
+) -> Checked:
     """Check what a recipe trains on: its annotations against its files and the grid of its pyramid.
 
     Args:
         recipe: the recipe; files that cannot be used are told, and left out.
         remark: gets a line for each file that is odd.
+        progress: is told how many videos of a part were looked at.
 
     Returns:
         What is odd, and what can be learned.
@@ -132,8 +136,9 @@ def check(recipe: DetectionRecipe, remark: Remark = lambda _: None) -> Checked:
     classes = read_classes(recipe)
     if unusable := unusable_annotations(*_asked(recipe), classes):
         return Checked(unusable, 0, 0, 0, ())
-    read_clips(lenient, "test", classes, remark)
-    return check_training(read_clips(lenient, "train", classes, remark), *_asked(recipe), classes, recipe.model.head)
+    read_clips(lenient, "test", classes, remark, progress)
+    clips = read_clips(lenient, "train", classes, remark, progress)
+    return check_training(clips, *_asked(recipe), classes, recipe.model.head)
 
 
 def _asked(recipe: DetectionRecipe) -> tuple[Annotations, tuple[str, ...]]:

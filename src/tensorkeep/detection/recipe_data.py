@@ -23,6 +23,7 @@ from tensorkeep.detection.recipe.schema import DataConfig, DetectionRecipe, Spli
 from tensorkeep.detection.results.classifiers import read_classifier
 from tensorkeep.detection.results.columns import read_blocked
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import Progress
 from tensorkeep.training.distributed import World
 
 Remark = Callable[[str], None]
@@ -60,15 +61,20 @@ def _class_map(path: str, data: DataConfig) -> tuple[str, ...]:
     return read_class_map(path, labels)
 
 
-def read_clips(recipe: DetectionRecipe, part: Part, classes: Sequence[str], remark: Remark = lambda _: None) -> Clips:
+def read_clips(
+    recipe: DetectionRecipe,
+    part: Part,
+    classes: Sequence[str],
+    remark: Remark = lambda _: None,
+    progress: Progress = lambda what, done, total: None,
+) -> Clips:
     """The training or the test data of a recipe; what is odd about its files goes to `remark`."""
     data = recipe.data
     split: SplitConfig = getattr(data, part)
     reader = _reader_of(recipe, part)
     annotations = _without(read_annotations(split.annotations), split.blocked)
-    items, problems = find_items(
-        annotations, split.subsets, split.folders, reader, classes, pattern=data.file_pattern, grid=data.grid
-    )
+    how: dict[str, Any] = {"pattern": data.file_pattern, "grid": data.grid, "progress": progress}
+    items, problems = find_items(annotations, split.subsets, split.folders, reader, classes, **how)
     for problem in problems[:5]:
         remark(f"{part}: {problem.video}: {problem.message}")
     if len(problems) > 5:

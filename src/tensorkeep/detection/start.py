@@ -32,6 +32,7 @@ from tensorkeep.formats.memory import digest_of
 from tensorkeep.formats.view import read
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.certificate import digest_of_all
+from tensorkeep.storage.files import absent
 from tensorkeep.storage.placement import replacing, write_bytes
 from tensorkeep.storage.record import DTYPES
 from tensorkeep.storage.yaml_documents import parse_yaml
@@ -315,6 +316,8 @@ def _from_elsewhere(
     path: Path, recipe: str | Path | None, ema: bool, world: World, changes: tuple[tuple[str, str], ...]
 ) -> Opened:
     """Open a checkpoint that is no run of ours."""
+    if not path.exists():
+        raise absent(path)
     if recipe is None:
         hint = "add --recipe RECIPE.yaml, the recipe it was trained with (`tensorkeep recipe import` makes one)"
         raise TensorkeepError("is not a run of tensorkeep, and no recipe is named", where=path, hint=hint)

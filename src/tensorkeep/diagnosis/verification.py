@@ -16,7 +16,7 @@ from tensorkeep.conversion import fit
 from tensorkeep.conversion.proof import read_certificate, stored_name
 from tensorkeep.diagnosis.evidence.resume_files import bad_entries, damaged_files, opaque_objects
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.findings import Finding
+from tensorkeep.findings import Finding, counted
 from tensorkeep.formats import seals
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.saves import Save, saves_in
@@ -56,7 +56,8 @@ def verify(path: str | Path, progress: Progress | None = None) -> tuple[list[Fin
     try:
         view = read(path)
     except TensorkeepError as error:
-        if error.code is None or not error.code.startswith("F"):
+        gone = "://" not in str(path) and not os.path.lexists(local_path(path))
+        if gone or error.code is None or not error.code.startswith("F"):
             raise
         return [*findings, Finding(error.code, "error", f"{error.where}: {error.what}", fix=error.hint)], None, False
     findings += [Finding(n.code, "warning", n.message, n.names) for n in view.notes]
@@ -178,9 +179,9 @@ def _against_certificate(view: StateView, certificate: dict[str, Any], progress:
             Finding(
                 "F03",
                 "error",
-                f"{len(damaged)} tensors are not what the certificate says",
+                f"{counted(len(damaged), 'tensor')} changed since the certificate was written",
                 damaged,
-                fix="copy the checkpoint again",
+                fix="copy the checkpoint again from where it was whole",
             )
         )
     return findings

@@ -90,7 +90,7 @@ def writer(word: str, *, models: bool = False) -> ModuleType:
     if found is None or not hasattr(found, "layout") or (models and fact(word, "ADAPTERS_ONLY")):
         words = writable(models=models)
         near = near_misses(word, words)
-        raise TensorkeepError(f"cannot write {word!r}", hint=near or f"formats here: {', '.join(words)}")
+        raise TensorkeepError(f"cannot write {word!r}", hint=near or f"formats: {', '.join(words)}")
     return found
 
 
@@ -155,10 +155,12 @@ def unrecognised(folder: Folder, names: list[str], path: str) -> TensorkeepError
         unfinished = getattr(module(word), "unfinished", None)
         if unfinished is not None and (what := unfinished(names)):
             return TensorkeepError(what, where=path, code="F01", hint="use the checkpoint before it")
-    seen = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
+    seen = f"holds no checkpoint known here, but {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+    if names == [Path(path).name]:
+        seen = "is no checkpoint known here"
     looks = [str(look) for word in FORMATS if (look := fact(word, "LOOKS"))]
     return TensorkeepError(
-        f"no checkpoint recognised{seen}",
+        seen if names else "is an empty folder",
         where=path,
         code="F05",
         hint=f"expected {', '.join(looks[:-1])} or {looks[-1]}",

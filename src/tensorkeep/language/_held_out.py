@@ -18,6 +18,7 @@ from tensorkeep.language.data.conversations import Format
 from tensorkeep.language.data.preferences import CollatePairs, Pairs, pairs_of
 from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.language.start import Remark, StartingModel
+from tensorkeep.storage.files import Progress
 from tensorkeep.training import distributed
 from tensorkeep.training.batches import Data, to_device
 from tensorkeep.training.distributed import World
@@ -38,6 +39,7 @@ class Evaluation:
         world: this process among its peers.
         perplexity: also give `perplexity` and `count`.
         rows: how many samples are evaluated.
+        progress: is told how many of them are done.
     """
 
     data: Data
@@ -48,6 +50,7 @@ class Evaluation:
     world: World
     perplexity: bool
     rows: int
+    progress: Progress = lambda what, done, total: None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Mean of each number that the loss gives, over everything counted on all ranks."""
@@ -62,6 +65,7 @@ class Evaluation:
             with autocast(self.loop, self.world):
                 for name, value in self.loss(model, to_device(batch, self.world.device), 1.0).items():
                     sums[name] = sums.get(name, 0.0) + (float(value) if own else 0.0)
+            self.progress("evaluate", min(at + every, self.rows), self.rows)
         names = sorted({n for theirs in distributed.gathered(self.world, list(sums)) for n in theirs})
         total, *values = distributed.total(self.world, counted, *(sums.get(n, 0.0) for n in names))
         out = {name: value / at_least_one(total) for name, value in zip(names, values)}

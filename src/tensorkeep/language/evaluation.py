@@ -20,6 +20,7 @@ from tensorkeep.language.losses import TokenLoss, plain_head
 from tensorkeep.language.recipe import DataConfig, LanguageRecipe
 from tensorkeep.language.recipe_text import read_language
 from tensorkeep.language.start import Remark, start_of
+from tensorkeep.storage.files import Progress, absent
 from tensorkeep.training.distributed import World
 from tensorkeep.training.sections import TrainingConfig
 
@@ -34,6 +35,7 @@ def evaluate_checkpoint(
     tokenizer: str | None = None,
     world: World | None = None,
     remark: Remark = lambda _: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measure the loss of a checkpoint on held-out files.
 
@@ -47,6 +49,7 @@ def evaluate_checkpoint(
         tokenizer: folder or tokenizer.json, for a checkpoint without one.
         world: this process among its peers (None: the only one, on the CPU).
         remark: is told what was converted, passed over or left out.
+        progress: is told how many rows of how many are done.
 
     Returns:
         `checkpoint`, `step` (None outside a run), `data`, `ema`, then what the objective gives: `loss` in nats a
@@ -72,14 +75,13 @@ def evaluate_checkpoint(
         place = Path(scratch)
         start = start_of(recipe, run or place, world, remark, weights=state is None or needs_start_weights(recipe))
         averaged = put_state(start, recipe, state, ema)
-        start.model.to(world.device).eval()
-        plain = plain_head(start.model)
+        plain = plain_head(start.model.to(world.device).eval())
         pack_rows(start.model, recipe, world, remark)
         loss: Any = PreferenceLoss(plain, recipe.beta) if recipe.objective == "dpo" else TokenLoss(plain)
         reading = replace(recipe, data=replace(recipe.data, cache=str(place)))
         evaluation = evaluation_of(reading, files, "auto", start, place, world, loss, remark)
         with averaged, torch.no_grad():
-            found = evaluation(start.model)
+            found = replace(evaluation, progress=progress)(start.model)
     named = {"checkpoint": path, "step": None if state is None else state.document["step"], "data": list(files)}
     tokens = {"tokens": int(found.pop("count"))} if "count" in found else {}
     return {**named, "ema": ema and state is not None and bool(state.ema), **found, **tokens}
@@ -88,6 +90,8 @@ def evaluate_checkpoint(
 def _bare(path: str, files: tuple[str, ...], length: int | None, tokenizer: str | None) -> LanguageRecipe:
     """Make a recipe for a checkpoint that has none: what the first file holds decides the objective."""
     if not files:
+        if "/" not in path and not Path(path).exists():
+            raise absent(path)
         raise TensorkeepError("no data to evaluate on is named", where=path, hint="add --data FILE")
     objective = objective_of(files[0])
     return LanguageRecipe(

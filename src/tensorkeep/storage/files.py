@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from tensorkeep.errors import TensorkeepError, printable, shown
+from tensorkeep.errors import TensorkeepError, near_misses, printable, shown
 
 TEMPORARY = ".tensorkeep-tmp"
 # a lone file (a .pth, a .safetensors) has no folder for its certificate: it lies beside under this ending
@@ -116,7 +117,8 @@ class LocalFolder:
                 raise TensorkeepError(
                     "changed while it was read", where=path, hint="wait until its writer is done, then run again"
                 )
-            raise TensorkeepError("is not a regular file", where=path, hint="a checkpoint holds plain files only")
+            what = "is a folder, not a regular file" if stat.S_ISDIR(state.st_mode) else "is not a regular file"
+            raise TensorkeepError(what, where=path, hint="name a plain file")
         return handle
 
     def size(self, name: str) -> int:
@@ -297,6 +299,19 @@ def open_plain(path: Path, flags: int) -> int:
     return handle
 
 
+def absent(path: object) -> TensorkeepError:
+    """Return the error for a path that is not there (F05), with names beside it that are spelled like it.
+
+    Args:
+        path: as it was given.
+    """
+    name, beside = Path(str(path)).name, list[str]()
+    with contextlib.suppress(OSError, ValueError), os.scandir(Path(str(path)).parent) as entries:
+        beside = [printable(entry.name) for entry in itertools.islice(entries, 1000)]
+    hint = near_misses(name, beside) or "check the path"
+    return TensorkeepError("no such file or folder", where=path, hint=hint, code="F05")
+
+
 @contextlib.contextmanager
 def explained(path: object) -> Iterator[None]:
     """Turn the system's errors in the body into a TensorkeepError that says what to do.
@@ -313,7 +328,7 @@ def explained(path: object) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise TensorkeepError("no such file or folder", where=path, hint="check the path", code="F05") from None
+        raise absent(path) from None
     except PermissionError:
         raise TensorkeepError("permission denied", where=path, hint="check who owns it and its mode") from None
     except NotADirectoryError:

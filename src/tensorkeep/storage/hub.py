@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import absent
 
 # org/name@revision, with the characters that the Hub allows; a revision may be a branch with slashes
 _MODEL_ID = re.compile(
@@ -44,7 +45,7 @@ def cached_snapshot(path: str) -> Path:
     match = _MODEL_ID.fullmatch(path)
     # an id whose first part is a folder here was meant as a path
     if match is None or path.startswith((".", "~")) or path.endswith(_FILE_ENDINGS) or Path(match["org"]).is_dir():
-        raise TensorkeepError("no such file or folder", where=path, hint="check the path", code="F05")
+        raise absent(path)
     repository, revision = f"{match['org']}/{match['name']}", match["revision"]
     found = _snapshot(cache_folder() / f"models--{match['org']}--{match['name']}", revision)
     if found is not None and _has_weights(found):

@@ -56,7 +56,7 @@ def evaluate_if_due(run: Run, log: Log, wish: Wish) -> None:
     run.evaluations.append({"step": run.step, **numbers})
     if run.world.first:
         log.write({"step": run.step, "samples": run.samples, "evaluation": numbers}, durable=True)
-        shown = ", ".join(f"{k} {'none' if v is None else figure(k, v, 4)}" for k, v in numbers.items())
+        shown = ", ".join(f"{k} {'none' if v is None else figure(k, v, 4)}" for k, v in numbers.items() if k != "count")
         run.say.remark(f"step {run.step}: {shown}")
         mark_best(run)
 

@@ -196,20 +196,24 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     if then.get("recipe") is not None:
         stored = _plain(job.read_recipe(then["recipe"]))
         mine, theirs = dict(_flat(_plain(job.recipe))) | mine, dict(_flat(stored)) | theirs
-    changed = [
-        f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}"
+    fields = [
+        key
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key) and not _may_differ(key, allow)
     ]
+    fields = [key for key in fields if f"training.{key}" not in fields]  # what follows from a field of the recipe
+    changed = [f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}" for key in fields]
     if mine.get("data.fingerprint") != theirs.get("data.fingerprint") and not _may_differ("data.fingerprint", allow):
         which = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
         changed = [*which, *changed]
     if changed:
+        more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
+        meant = " --allow ".join(fields) if 0 < len(fields) <= 3 else "FIELD"
         raise TensorkeepError(
-            f"the run is not the one that was saved: {'; '.join(changed[:6])} ({len(changed)} in all)",
+            f"the run is not the one that was saved: {'; '.join(changed[:6])}{more}",
             where="resume",
             code="R04",
-            hint="take the run's own recipe.yaml, or say --allow FIELD for what is meant to change",
+            hint=f"nothing was changed; take the run's own recipe.yaml, or allow what is meant: --allow {meant}",
         )
 
 

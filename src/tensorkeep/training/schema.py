@@ -63,7 +63,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise TensorkeepError(f"{value!r} is not one of {', '.join(map(repr, arguments))}", where=where)
+        near = near_misses(str(value), map(str, arguments))
+        hint = near or "give one of them, or leave it out for the default"
+        raise TensorkeepError(f"{value!r} is not one of {', '.join(map(repr, arguments))}", where=where, hint=hint)
     if origin is tuple:
         return _convert_tuple(arguments, value, where)
     return _convert_scalar(hint, value, where)

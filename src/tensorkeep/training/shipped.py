@@ -56,7 +56,7 @@ def shipped_recipe(name: str, kind: str | None = None) -> Shipped:
     known = {recipe.name: recipe for recipe in shipped() if kind in (None, recipe.kind)}
     if name not in known:
         hint = near_misses(Path(name).stem, known) or "tensorkeep recipe list shows those that are shipped"
-        raise TensorkeepError("neither a file nor a shipped recipe", where=name, hint=hint)
+        raise TensorkeepError("is neither a file nor a shipped recipe", where=name, hint=hint)
     return known[name]
 
 
@@ -76,6 +76,10 @@ def recipe_text(path: str | Path, kind: str) -> tuple[str, str]:
     place = Path(path)
     if not place.exists():
         return shipped_recipe(str(path), kind).text, str(path)
+    if place.is_dir():
+        own = place / "recipe.yaml"
+        hint = f"the run's recipe: {own}" if own.is_file() else "tensorkeep recipe list shows those that are shipped"
+        raise TensorkeepError("is a folder, and a recipe is a YAML file", where=path, hint=hint)
     try:
         return read_small(place, LARGEST).decode("utf-8"), str(path)
     except ValueError as error:

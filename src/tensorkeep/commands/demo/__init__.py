@@ -27,4 +27,8 @@ def demo(chapter: str = "convert", /, *, out: Path | None = None, say: Say = Say
 
     from tensorkeep.commands.demo import story as chapters
 
-    return chapters.run(chapter, out or Path("demo"), say.output().line)
+    printer, place = say.output(), out or Path("demo")
+    code = chapters.run(chapter, place, printer.line)
+    if say.json:
+        printer.document({"chapter": chapter, "out": str(place), "held": code == 0})
+    return code

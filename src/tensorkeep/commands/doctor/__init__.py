@@ -21,7 +21,8 @@ def doctor(*, say: Say = Say()) -> int:
     """
     out = say.output()
     out.remark("importing every package that is installed, in a process of its own ...")
-    listed, torch = every_package()
+    with out.progress("packages") as progress:
+        listed, torch = every_package(progress)
     document: dict[str, Any] = {
         "tensorkeep": sys.modules["tensorkeep"].__version__,
         "python": python(),

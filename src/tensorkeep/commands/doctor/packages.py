@@ -6,14 +6,18 @@ went; the one during which the child ends or does not answer is named, and anoth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from tensorkeep.errors import printable
+from tensorkeep.storage.files import Progress
 
 _SECONDS = 120  # for all the imports of one child, on slow disks too
 
@@ -116,10 +120,12 @@ say(ended=True)
 """
 
 
-def every_package() -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def every_package(
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Return a row for every package, and what torch finds; None where torch is not there or does not work."""
     versions = {package: _version(package) for package in PACKAGES}
-    errors, torch = imported([p.module for p, version in versions.items() if version is not None])
+    errors, torch = imported([p.module for p, version in versions.items() if version is not None], progress)
     rows = [
         {
             "name": package.name,
@@ -143,11 +149,14 @@ def _version(package: Package) -> str | None:
         return None
 
 
-def imported(modules: list[str]) -> tuple[dict[str, str | None], dict[str, Any] | None]:
+def imported(
+    modules: list[str], progress: Progress = lambda what, done, total: None
+) -> tuple[dict[str, str | None], dict[str, Any] | None]:
     """Import modules in a process of their own and return what went wrong with each, and what torch finds.
 
     Args:
         modules: the modules, in the order in which they are imported.
+        progress: is told how many are imported.
 
     Returns:
         module -> the error in one line, None where it imports; torch's devices, None where it was not imported.
@@ -155,7 +164,7 @@ def imported(modules: list[str]) -> tuple[dict[str, str | None], dict[str, Any] 
     errors: dict[str, str | None] = {}
     torch: dict[str, Any] | None = None
     while left := [m for m in modules if m not in errors]:
-        answers, how = _child(left)
+        answers, how = _child(left, lambda name: progress("import", modules.index(name), len(modules)))
         begun = None
         for answer in answers:
             begun = answer.get("begins", begun)
@@ -168,15 +177,38 @@ def imported(modules: list[str]) -> tuple[dict[str, str | None], dict[str, Any] 
     return errors, torch
 
 
-def _child(modules: list[str]) -> tuple[list[dict[str, Any]], str]:
+def _child(modules: list[str], begun: Callable[[str], None]) -> tuple[list[dict[str, Any]], str]:
     """Run one child; return its answers and how it ended, for where it did not get to its end."""
     words = [sys.executable, "-W", "ignore", "-c", _CHILD, json.dumps([sys.path, modules])]
+    answers: list[dict[str, Any]] = []
+    late = threading.Event()
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child, _killed_after(_SECONDS, child, late):  # fmt: skip
+        for line in child.stdout or ():
+            if line.endswith(b"\n"):
+                answers.append(json.loads(line.decode()))
+                if (name := answers[-1].get("begins")) is not None:
+                    begun(name)
+    code = child.returncode
+    how = f"ended by signal {-code}" if code < 0 else f"ended Python with exit code {code}"
+    return answers, f"was not over in {_SECONDS} s" if late.is_set() else how
+
+
+@contextlib.contextmanager
+def _killed_after(seconds: float, child: subprocess.Popen[bytes], late: threading.Event) -> Iterator[None]:
+    """Kill a child that is not over in time, and say so by `late`; or where the body ends early."""
+
+    def kill() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
     try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=_SECONDS
-        )
-        text, code = done.stdout, done.returncode
-        how = f"ended by signal {-code}" if code < 0 else f"ended Python with exit code {code}"
-    except subprocess.TimeoutExpired as late:
-        text, how = late.stdout or b"", f"was not over in {_SECONDS} s"
-    return [json.loads(line) for line in text.decode().splitlines(keepends=True) if line.endswith("\n")], how
+        yield
+    except BaseException:
+        child.kill()
+        raise
+    finally:
+        timer.cancel()

@@ -19,6 +19,7 @@ from tensorkeep.commands.report._frame import Section
 from tensorkeep.commands.report._series import Figures, Series, read_figures, shown
 from tensorkeep.commands.report.run import MAIN, RECIPE, best_of, smaller_is_better
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import absent
 from tensorkeep.storage.yaml_documents import read_yaml
 from tensorkeep.training import metrics
 
@@ -76,6 +77,8 @@ def _read(run: Path, name: str) -> Compared:
     """Read a run's rows and its recipe."""
     figures = read_figures(run, _BLOCKS)
     if not figures.rows:
+        if not run.exists():
+            raise absent(run)
         hint = "name the folders of runs of `tensorkeep train`"
         raise TensorkeepError("has no metrics", where=run / metrics.METRICS, hint=hint)
     try:

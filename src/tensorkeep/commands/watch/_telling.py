@@ -40,7 +40,8 @@ def lines(found: Look, columns: int = 80) -> list[str]:
     if bars := sparkline(found.losses, max(min(columns - 24, 120), 8), sys.stdout):
         told.append(f"loss {bars} of {len(found.losses)} rows")
     if evaluated:
-        figures = [f"{name} {value:.4g}" for name in evaluated if (value := number(evaluated, name)) is not None]
+        named = [name for name in evaluated if name != "count"]
+        figures = [f"{name} {value:.4g}" for name in named if (value := number(evaluated, name)) is not None]
         told.append(f"evaluated at step {found.evaluation and found.evaluation['step']}: {', '.join(figures)}")
     if found.saved is not None:
         told.append(

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from tensorkeep.detection.data.features import SUFFIXES
 from tensorkeep.detection.data.opening import VIDEO_SUFFIXES, refuse_address
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.storage.files import explained
+from tensorkeep.storage.files import absent, explained
 
 
 def find_files(
@@ -70,7 +70,7 @@ def find_files(
 def find_videos(places: Sequence[str | Path]) -> dict[str, Path]:
     """List the files named, and the video files (by their ending, sorted) of folders and the folders below them.
 
-    A file that is not there is listed too: reading it will tell.
+    A file that is not there is listed too: reading it will tell, where another one can be read.
 
     Args:
         places: files and folders.
@@ -80,7 +80,7 @@ def find_videos(places: Sequence[str | Path]) -> dict[str, Path]:
         folders below one that was given are told apart by these folders.
 
     Raises:
-        TensorkeepError: A folder has no video, an address is given, or two files would get the same name.
+        TensorkeepError: A folder has no video, an address is given, no file is there, or two would get one name.
     """
     roots: dict[Path, Path | None] = {}
     for place in places:
@@ -92,10 +92,12 @@ def find_videos(places: Sequence[str | Path]) -> dict[str, Path]:
         with explained(path):
             inside = sorted(p for found in _by_stem(path, VIDEO_SUFFIXES).values() for p in found)
         if not inside:
-            hint = f"looked for {', '.join(VIDEO_SUFFIXES[:8])} and other endings of videos, in either case"
+            hint = f"looked here and in folders below for {', '.join(VIDEO_SUFFIXES[:6])} and other endings of videos"
             raise TensorkeepError("holds no video", where=path, hint=hint)
         for one in inside:
             roots.setdefault(one, path)
+    if roots and not any(os.path.lexists(path) for path in roots):
+        raise absent(next(iter(roots)))
     stems: dict[str, list[Path]] = {}
     for path in roots:
         stems.setdefault(path.stem, []).append(path)

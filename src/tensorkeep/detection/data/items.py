@@ -16,6 +16,7 @@ from tensorkeep.detection.data.readers import FeatureReader, VideoReader
 from tensorkeep.detection.data.truth import Annotations, Video, number_segments
 from tensorkeep.detection.data.video_checks import UNUSABLE, check_video
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import Progress
 
 Grid = Literal["time", "opentad"]
 
@@ -29,6 +30,7 @@ def find_items(
     *,
     pattern: str = "{video}",
     grid: Grid = "time",
+    progress: Progress = lambda what, done, total: None,
 ) -> tuple[list[Item], list[Problem]]:
     """Find the videos (or feature files) of a subset in `folder` by name, and check them.
 
@@ -43,6 +45,7 @@ def find_items(
         pattern: what a file is called, see `finding.find_files`.
         grid: "time" puts annotated seconds on the frames shown then, "opentad" on seconds / duration * frames of the
             annotation, whatever the file holds.
+        progress: is told how many of the videos were looked at.
 
     Returns:
         The items in file order, and what is odd about them.
@@ -61,7 +64,8 @@ def find_items(
     suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
     files, lacking = _files_of(folders, [video.name for video in videos], pattern, suffixes)
     items, problems = [], []
-    for video in videos:
+    for done, video in enumerate(videos):
+        progress("look", done, len(videos))
         if video.name in lacking:
             problems.append(Problem("error", "no file", video.name, lacking[video.name]))
             continue
@@ -69,7 +73,18 @@ def find_items(
         problems += odd
         if found is not None:
             items.append(found)
-    where = ", ".join(str(each) for each in folders)
+    _refuse(items, problems, reader, ", ".join(map(str, folders)), subsets)
+    return items, problems
+
+
+def _refuse(
+    items: list[Item],
+    problems: list[Problem],
+    reader: VideoReader | FeatureReader,
+    where: str,
+    subsets: tuple[str, ...],
+) -> None:
+    """Refuse files that the reader does not allow, and a subset of which none can be used."""
     errors = [problem for problem in problems if problem.severity == "error" and problem.kind != "duration"]
     if errors and reader.broken == "error":
         more = f", and {len(errors) - 3} more" if len(errors) > 3 else ""
@@ -79,7 +94,6 @@ def find_items(
     if not items:
         named = ", ".join(map(repr, subsets))
         raise TensorkeepError(f"none of the videos of subset {named} can be read", where=where)
-    return items, problems
 
 
 def _files_of(

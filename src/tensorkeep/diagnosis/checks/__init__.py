@@ -88,6 +88,12 @@ _WORDS = {
 CODES: dict[str, str] = {code: f"tensorkeep.diagnosis.checks.{code.lower()}_{word}" for code, word in _WORDS.items()}
 
 
+def _spans() -> str:
+    """The codes, those of one letter as a span: `A01-A05, B01, ...`."""
+    by_letter = [sorted(code for code in CODES if code[0] == letter) for letter in sorted({c[0] for c in CODES})]
+    return ", ".join(codes[0] if len(codes) == 1 else f"{codes[0]}-{codes[-1]}" for codes in by_letter)
+
+
 def module(code: str) -> ModuleType:
     """Return the module of a code's check.
 
@@ -99,9 +105,7 @@ def module(code: str) -> ModuleType:
     """
     wanted = code.upper()
     if wanted not in CODES:
-        raise TensorkeepError(
-            f"no code {code!r}", hint=near_misses(wanted, CODES) or f"known: {', '.join(sorted(CODES))}"
-        )
+        raise TensorkeepError(f"no code {code!r}", hint=near_misses(wanted, CODES) or f"codes: {_spans()}")
     return importlib.import_module(CODES[wanted])
 
 

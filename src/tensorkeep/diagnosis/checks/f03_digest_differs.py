@@ -23,14 +23,14 @@ from tensorkeep.conversion.proof import read_certificate
 from tensorkeep.diagnosis.evidence.bytewise import SAME
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.verification import against_crc
-from tensorkeep.findings import Finding
+from tensorkeep.findings import Finding, counted
 from tensorkeep.formats.names import strip_root
 from tensorkeep.storage import run_manifest
 from tensorkeep.storage.files import LocalFolder
 from tensorkeep.storage.spreading import in_threads
 
 CODE = "F03"
-NEEDS = "the file as it was certified"
+NEEDS = "the file as it was certified: copy it again; else move tensorkeep.json away and repair by the reference"
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -58,7 +58,7 @@ def check(case: Case) -> Iterator[Finding]:
     digests = dict(zip(wanted, in_threads(view.digest, list(wanted), lambda n: view[n].nbytes)))
     changed = [n for n, digest in digests.items() if digest != wanted[n].get("xxh3_128")]
     if changed:
-        message = f"{len(changed)} tensors are not what the certificate says: changed after they were written"
+        message = f"{counted(len(changed), 'tensor')} changed since the certificate was written"
         yield Finding(
             CODE,
             "error",

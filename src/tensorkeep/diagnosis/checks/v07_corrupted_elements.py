@@ -30,7 +30,7 @@ from tensorkeep.diagnosis.evidence.movement import Changed, barely_moved, change
 from tensorkeep.diagnosis.evidence.remedy import Remedies, heal
 from tensorkeep.diagnosis.evidence.statistics import largest, relation
 from tensorkeep.diagnosis.evidence.tensor_names import layer_of
-from tensorkeep.findings import Finding
+from tensorkeep.findings import Finding, counted
 
 CODE = "V07"
 FEW = 64  # elements: faults of bits are few, and every element is then looked at
@@ -56,8 +56,8 @@ def check(case: Case) -> Iterator[Finding]:
     case.claim(found, CODE)
     elements = sum(t.count for t in found.values())
     flips = sum(t.count for t in found.values() if t.count <= FEW and set(t.bits) == {1})
-    what = f"{flips} flipped bits" if flips == elements else f"{elements} damaged elements"
-    message = f"{what} in {len(found)} tensors; every other element is the reference's"
+    what = counted(elements, "flipped bit" if flips == elements else "damaged element")
+    message = f"{what} in {counted(len(found), 'tensor')}; every other element is the reference's"
     evidence = {
         "elements": elements,
         "flipped_bits": flips,
@@ -75,8 +75,8 @@ def _beyond_training(case: Case, names: Sequence[str]) -> Iterator[Finding]:
     case.claim(lost, CODE)
     elements = sum(lost.values())
     message = (
-        f"{elements} damaged elements in {len(lost)} tensors: rows of zeros, or over 100 times as large as any of the "
-        "reference's; the rest moved as in training"
+        f"{counted(elements, 'damaged element')} in {counted(len(lost), 'tensor')}: rows of zeros, or over 100 "
+        "times as large as any of the reference's; the rest moved as in training"
     )
     evidence = {"elements": elements, "tensors": dict(list(lost.items())[:16])}
     yield Finding(CODE, "error", message, list(lost), evidence, explains=["V06"])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tensorkeep.diagnosis.evidence.case import Array, Case
+from tensorkeep.findings import counted
 
 Recipe = Callable[[], Array]
 
@@ -54,7 +55,7 @@ def heal(case: Case, names: list[str], out: Remedies, code: str) -> None:
     for name in names:
         out.recipes[name] = lambda name=name: _healed(case, name, code)  # type: ignore[misc]
         out.elements[name] = code
-    out.done[code] = f"took the damaged elements of {len(names)} tensors from the reference"
+    out.done[code] = f"took the damaged elements of {counted(len(names), 'tensor')} from the reference"
 
 
 def _healed(case: Case, name: str, code: str) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorkeep.diagnosis.identity.identify import Leaf, ModelIdentity, leaf_of
 from tensorkeep.diagnosis.identity.tensors import canonical_tensors
-from tensorkeep.errors import TensorkeepError, near_misses, shown
+from tensorkeep.errors import TensorkeepError, near_misses, shown, word
 from tensorkeep.formats.view import StateView
 from tensorkeep.storage import merkle
 from tensorkeep.storage.budget import read_small
@@ -42,7 +42,7 @@ def prove_tensor(model: ModelIdentity, tensor: str) -> dict[str, Any]:
             f"has no tensor {tensor!r} under hf names",
             where=model.path,
             code="K01",
-            hint=near_misses(tensor, model.leaves) or "tensorkeep identify --tensors lists them",
+            hint=near_misses(tensor, model.leaves) or f"tensorkeep identify {word(model.path)} --tensors lists them",
         )
     hashes = model.hashes
     index = list(model.leaves).index(name)

@@ -17,7 +17,7 @@ from tensorkeep.diagnosis.identity.parts import KINDS, part_of
 from tensorkeep.diagnosis.identity.proofs import digest, read_leaf
 from tensorkeep.diagnosis.identity.tensors import stored_bytes
 from tensorkeep.errors import TensorkeepError, shown
-from tensorkeep.findings import Finding
+from tensorkeep.findings import Finding, counted
 from tensorkeep.formats.names import grouped
 from tensorkeep.storage import merkle
 from tensorkeep.storage.certificate import dump, parse_json
@@ -188,12 +188,12 @@ def compare_with(statement: Statement, model: ModelIdentity, config: Mapping[str
     findings = []
     changed = [n for n in mine if n in theirs and mine[n] != theirs[n]]
     if changed:
-        what = f"{len(changed)} tensors are not those of the statement: {', '.join(grouped(changed)[:4])}"
+        what = f"{counted(len(changed), 'tensor')} changed since the statement: {', '.join(grouped(changed)[:4])}"
         dtypes = sorted({f"{theirs[n].dtype} is {mine[n].dtype}" for n in changed if theirs[n].dtype != mine[n].dtype})
         findings.append(Finding("F03", "error", what + (f" ({', '.join(dtypes)})" if dtypes else ""), changed))
     missing, extra = [n for n in theirs if n not in mine], [n for n in mine if n not in theirs]
     if missing:
-        what = f"{len(missing)} tensors of the statement are not there: {', '.join(grouped(missing)[:4])}"
+        what = f"{counted(len(missing), 'tensor')} of the statement not there: {', '.join(grouped(missing)[:4])}"
         findings.append(Finding("K01", "error", what, missing))
     if extra:
         what = f"{len(extra)} tensors are not in the statement: {', '.join(grouped(extra)[:4])}"
