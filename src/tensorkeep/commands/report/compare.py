@@ -158,7 +158,7 @@ def _rest(runs: Sequence[Compared]) -> str:
         _over([(run.name, run.figures.others.get("lr")) for run in runs], "learning rate", True),
         _over([(run.name, run.figures.others.get("grad_norm")) for run in runs], "norm of the gradients", True),
         _over([(run.name, run.figures.rate) for run in runs], "samples a second", True),
-        _over([(run.name, run.figures.others.get("memory")) for run in runs], "memory of the GPU in bytes", True),
+        _over([(run.name, run.figures.others.get("memory")) for run in runs], "memory in GiB, the most until then", True),
     ]
     return f"<div class='pair'>{''.join(drawn)}</div>" if any(drawn) else ""
 

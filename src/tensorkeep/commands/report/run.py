@@ -158,12 +158,12 @@ def _throughput(found: Figures) -> str:
 
 
 def _memory(found: Figures) -> str:
-    """Draw how much memory of the GPU was taken at most."""
+    """Draw how much memory was held at most: of the GPU, without one of the machine."""
     series = found.others.get("memory")
     if series is None or not series.blocks or series.best_high is None:
         return ""
-    most = frame.note(f"most: {size(series.best_high[1])} at step {series.best_high[0]:,}")
-    return curves("memory of the GPU in bytes, the most until then", [Line("memory", series)], small=True) + most
+    most = frame.note(f"most: {size(int(series.best_high[1] * 2**30))} at step {series.best_high[0]:,}")
+    return curves("memory in GiB, the most until then", [Line("memory", series)], small=True) + most
 
 
 def _resumes(run: Path, resumes: Sequence[Mapping[str, Any]]) -> str:
