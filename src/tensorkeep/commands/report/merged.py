@@ -80,7 +80,19 @@ def _head(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     tiles += [(frame.figure(changed), "tensors changed"), (frame.figure(count), "tensors in all")]
     if isinstance(held, int) and not isinstance(held, bool) and 0 <= held < 1 << 60:
         tiles.append((size(held), "written"))
-    return frame.top("Merge", shown, facts) + frame.tiles(tiles)
+    return frame.top("Merge", shown, facts, _said(document, changed, whole)) + frame.tiles(tiles)
+
+
+def _said(document: Mapping[str, Any], changed: object, whole: object) -> str:
+    """Say how much of the model changed, and how far."""
+    parts = [f"{frame.figure(changed)} of {frame.figure(document.get('tensors'))} tensors changed"]
+    by = _mapping(whole).get("change")
+    if heatmap.number(by) is not None:
+        parts.append(f", by {_share(by)} of their size together")
+    kept = _mapping(document.get("rounded")).get("kept")
+    if heatmap.number(kept) is not None:
+        parts.append(f"; rounding keeps {_share(kept)} of what they compute anew")
+    return "".join(parts) + "."
 
 
 def _share(value: Any) -> str:
