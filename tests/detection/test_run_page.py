@@ -48,6 +48,17 @@ def test_a_page_tells_the_last_loss_the_best_map_the_pace_and_every_evaluation(t
     assert "No resume was noted" in text and "Memory" not in text
 
 
+def test_a_page_begins_with_what_the_run_found_and_draws_its_memory(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    metrics.append(run / "metrics.jsonl", {"step": 11, "loss": 0.15, "memory": 2.5})
+    text = run_page(run)
+    said = "Step 11. Loss 2 at step 1, 0.15 at step 11. Best evaluated average mAP 8 %, at step 5."
+    assert f"<p class='said'>{said}</p>" in text
+    assert "memory in GiB, the most of the process until then" in text and "most: 2.5 GiB at step 11" in text
+    (tmp_path / "two").mkdir()
+    assert "<p class='said'>Best evaluated average mAP " in compare_page([run, make_run(tmp_path / "two", scale=0.5)])
+
+
 def drawn(values: list[tuple[int, float]], most: int = 600) -> dict[str, list[tuple[float, float]]]:
     """What is drawn of a series: the line and the band, in the plane's own measure."""
     series = Series(most)
