@@ -71,6 +71,9 @@ def comparable(path: Path) -> list[Row]:
     Args:
         path: the file; where it is not there, there are no rows.
 
+    Returns:
+        The rows, oldest first.
+
     Raises:
         TensorkeepError: as `rows`.
     """
