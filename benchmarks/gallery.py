@@ -56,10 +56,10 @@ SHOTS = {
     "run": ("light", None, 900),
     "run-resumes": ("light", "Resumes and their proofs", 330),
     "compare": ("dark", None, 1000),
-    "diagnose": ("dark", None, 1000),
-    "merge": ("light", None, 820),
+    "diagnose": ("dark", None, 1240),
+    "merge": ("light", None, 1400),
     "detections": ("dark", None, 1000),
-    "video": ("light", None, 700),
+    "video": ("light", None, 620),
 }
 
 
