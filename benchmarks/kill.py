@@ -194,7 +194,7 @@ def train_ours(run: Path, marks: Marks, start: int, workers: tuple[int, ...] = (
 
 
 def result_ours(run: Path) -> Any:
-    """Digests of the last checkpoint's tensors and documents, and every row without its time."""
+    """Digests of the last checkpoint's tensors and documents, and every row without its time and memory."""
     found = checkpoint.newest(run)
     assert found is not None
     state = found[0]
@@ -202,7 +202,7 @@ def result_ours(run: Path) -> Any:
     for part in (state.model, state.optimizer, state.ema):
         for name, tensor in sorted(part.items()):
             digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
+    rows = metrics.comparable(run / metrics.METRICS)
     return {"digest": digest.hexdigest(), "rows": rows, "best": checkpoint.best(run)}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 ELSEWHERE = "repository/"  # where pages from outside docs/ lie on the site
-SHOWN = (".md", ".svg", ".png")  # what becomes a part of the site; other files are linked at the project's address
+SHOWN = (".md", ".svg", ".png", ".webp")  # a part of the site; other files are linked at the address of the source
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 ASKS = re.compile(

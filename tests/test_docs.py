@@ -127,3 +127,15 @@ def test_no_page_and_no_recipe_speaks_in_riddles() -> None:
     assert len(recipes) > 15
     for place in [*PAGES, *recipes]:
         assert not re.search(r"[Tt]he seeds'|§|[Qq]uantis", place.read_text()), place
+
+
+def test_every_claim_of_the_benchmarks_names_a_script_that_is_there() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    columns = [[cell.strip() for cell in row] for row in rows]
+    assert {tuple(row) for row in columns if row[0] == "claim"} == {("claim", "figure", "beside", "script", "date")}
+    claims = [row for row in columns if row[0] != "claim" and not set(row[0]) <= set("-")]
+    assert len(claims) > 40
+    for claim, *_, script, _date in claims:
+        named = re.findall(r"`(\w+)`", script)
+        assert named and all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in named), claim

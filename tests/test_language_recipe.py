@@ -72,7 +72,7 @@ def trained(document: Document, run: Path, **flags: Any) -> Any:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
+    return metrics.comparable(run / metrics.METRICS)
 
 
 def newest(run: Path) -> checkpoint.State:

@@ -79,3 +79,12 @@ def test_a_float_comes_back_to_the_bit(tmp_path: Path) -> None:
 def test_no_file_is_no_rows_and_a_rewind_makes_one(tmp_path: Path) -> None:
     assert steps(tmp_path / "m.jsonl") == []
     assert metrics.rewind(tmp_path / "m.jsonl", 0) == 0 and (tmp_path / "m.jsonl").read_bytes() == b""
+
+
+def test_rows_of_two_runs_are_compared_without_what_the_machine_says(tmp_path: Path) -> None:
+    for name, seconds, memory in (("one", 0.1, {"memory": 1.5}), ("two", 0.2, {"memory": 3.0}), ("old", 0.3, {})):
+        metrics.append(tmp_path / name, {"step": 1, "loss": 0.5, "seconds": seconds, **memory})
+        metrics.append(tmp_path / name, {"step": 1, "evaluation": {"loss": 0.4}})
+    first = metrics.comparable(tmp_path / "one")
+    assert first == metrics.comparable(tmp_path / "two") == metrics.comparable(tmp_path / "old")
+    assert first == [{"step": 1, "loss": 0.5}, {"step": 1, "evaluation": {"loss": 0.4}}]

@@ -40,7 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
+    return metrics.comparable(run / metrics.METRICS)
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -218,9 +218,9 @@ def page_of_a_diagnosis(_: Path) -> str:
 
 
 def page_of_a_video(_: Path) -> str:
-    from tensorkeep.detection.results.timeline import page
+    from tensorkeep.commands.report.video import video_page
 
-    return page("<title>" * 40, "facts", "<svg></svg>", [])
+    return video_page("<title>" * 40, 9.0, [])
 
 
 @pytest.mark.parametrize("make", [page_of_a_run, page_of_a_diagnosis, page_of_a_video])

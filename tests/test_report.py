@@ -197,7 +197,7 @@ def test_a_merge_says_how_far_each_kind_moved_and_what_would_be_kept() -> None:
     told = ["model.layers.*.self_attn.q_proj.weight", "LoRA r 4", "3", "1 %", "2 %", "3 %", "50 %", "50 %", "50 %"]
     assert told in cells
     assert "computed twice, read back" in text and "computed twice" not in merged.page({"sink": "x", "merged": rows})
-    assert [a["class"] for t, a in Tags(text).found if t == "rect"] == ["d3 ", "d4 ", "d4 "]
+    assert [a["class"] for t, a in Tags(text).found if t == "rect"] == ["d1 ", "d4 ", "d6 "]
 
 
 def plain(row: str) -> list[str]:

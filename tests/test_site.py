@@ -39,7 +39,7 @@ def test_every_page_is_in_the_navigation_once(hooks: SimpleNamespace) -> None:
 
 def test_every_link_of_a_page_leads_to_a_page_of_the_site_or_to_the_projects_source(hooks: SimpleNamespace) -> None:
     outside = {hooks.ELSEWHERE + p.relative_to(ROOT).as_posix() for p in hooks.elsewhere()}
-    there = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")} | outside
+    there = {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*") if p.suffix in hooks.SHOWN} | outside
     assert {"repository/README.md", "repository/benchmarks/results/detectors.svg"} <= outside
     source = SITE["extra"]["source"]
     for place in sorted(p for p in there if p.endswith(".md")):

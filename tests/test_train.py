@@ -110,7 +110,8 @@ def test_rows_say_step_samples_and_numbers(tmp_path: Path) -> None:
     ]
     assert lines == seen
     assert all(r["samples"] == 5 * r["step"] for r in lines)
-    assert set(lines[0]) == {"step", "samples", "loss", "lr", "grad_norm", "count", "seconds"}
+    assert set(lines[0]) == {"step", "samples", "loss", "lr", "grad_norm", "count", "seconds", "memory"}
+    assert all(0 < r["memory"] < 1024 for r in lines if "loss" in r)  # GiB
 
 
 def test_the_rate_that_a_person_sees_says_of_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

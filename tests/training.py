@@ -149,8 +149,8 @@ def lived(make: Any, run: Path, loop: Loop, deaths: Sequence[int] = (), workers:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Read the rows of a run, without times."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
+    """Read the rows of a run, without times and memory."""
+    return metrics.comparable(run / metrics.METRICS)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -326,8 +326,8 @@ def test_one_command_gives_what_the_evaluation_of_the_run_scores(
     assert found["detections"] == expected["detections"] and found["mAP"] == pytest.approx(expected["mAP"], abs=1e-6)
     for video in document["videos"]:
         files = {kind: Path(path).read_text(encoding="utf-8") for kind, path in video["files"].items()}
-        assert video["shown"] == 7 and files["html"].count('class="p"') == 7 and 'class="t"' in files["html"]
-        assert files["html"].count("<image ") >= 9
+        assert video["shown"] == 7 and files["html"].count('<rect class="p"') == 7
+        assert '<rect class="t"' in files["html"] and files["html"].count("<img ") >= 9
         assert files["vtt"].startswith("WEBVTT") and "-->" in files["srt"]
 
 

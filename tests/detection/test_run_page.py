@@ -48,6 +48,17 @@ def test_a_page_tells_the_last_loss_the_best_map_the_pace_and_every_evaluation(t
     assert "No resume was noted" in text and "Memory" not in text
 
 
+def test_a_page_begins_with_what_the_run_found_and_draws_its_memory(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    metrics.append(run / "metrics.jsonl", {"step": 11, "loss": 0.15, "memory": 2.5})
+    text = run_page(run)
+    said = "Step 11. Loss 2 at step 1, 0.15 at step 11. Best evaluated average mAP 8 %, at step 5."
+    assert f"<p class='said'>{said}</p>" in text
+    assert "memory in GiB, the most of the process until then" in text and "most: 2.5 GiB at step 11" in text
+    (tmp_path / "two").mkdir()
+    assert "<p class='said'>Best evaluated average mAP " in compare_page([run, make_run(tmp_path / "two", scale=0.5)])
+
+
 def drawn(values: list[tuple[int, float]], most: int = 600) -> dict[str, list[tuple[float, float]]]:
     """What is drawn of a series: the line and the band, in the plane's own measure."""
     series = Series(most)
@@ -164,7 +175,7 @@ def test_predictions_beside_a_run_are_shown_where_their_times_are(tmp_path: Path
     rows = {"v1": [(1.0, 2.0, "dive", 0.9), (3.0, 10.0, "jump", 0.5), (0.0, 1.0, "weak", 0.1)], "<b>": []}
     write_detections(make_run(tmp_path) / "predictions" / "detections.json", rows)
     text = run_page(tmp_path)
-    assert text.count('class="p"') == 2 and "dive, score 0.90, 0:01.00 to 0:02.00" in text and "weak" not in text
+    assert text.count('<rect class="p"') == 2 and "dive, score 0.90, 0:01.00 to 0:02.00" in text and "weak" not in text
     assert 'class="p" x="10.00%" width="10.00%"' in text and ["0:01.00", "0:02.00", "dive", "found", "0.900"] in cells(
         text
     )
@@ -191,7 +202,7 @@ def test_what_is_true_and_how_it_looks_come_from_the_run_s_recipe_and_are_missed
     assert run_page(run).count("<img ") == 10 and run_page(run).count("without pictures: ") == 1
     (data / "annotations.json").unlink()
     text = run_page(run)
-    assert "without true segments and pictures: " in text and text.count('class="p"') == 3 and "<img " not in text
+    assert "without true segments and pictures: " in text and text.count('<rect class="p"') == 3 and "<img " not in text
 
 
 def test_detections_of_any_program_have_a_page_with_their_errors(tmp_path: Path) -> None:

@@ -272,18 +272,18 @@ def _all(
 
 def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: Output) -> dict[str, Any]:
     """Subtitles and page of one video; what the document tells of it."""
+    from tensorkeep.commands.report.video import video_page
     from tensorkeep.detection.results.subtitles import best_rows, make_cues, to_srt, to_webvtt
-    from tensorkeep.detection.results.timeline import page, timeline
 
     shown = best_rows(predicted.rows, rules.min_score, rules.top)
     true = _true(film.name, rules.truth, say)
-    facts = (
-        f"{duration(film.seconds)}, {film.info.frames} frames, {film.info.width} × {film.info.height}; {details}; "
-        f"the best {rules.top} detections that score at least {rules.min_score:g}"
-    )
-    picture = timeline(film.seconds, shown, true, predicted.pictures)
+    facts = [
+        ("video", f"{duration(film.seconds)}, {film.info.frames:,} frames, {film.info.width} × {film.info.height}"),
+        ("detector", details),
+        ("shown", f"the best {rules.top} detections that score at least {rules.min_score:g}"),
+    ]
     cues = make_cues(shown)
-    texts = (page(film.name, facts, picture, shown, bool(true)), to_srt(cues), to_webvtt(cues))
+    texts = (video_page(film.name, film.seconds, shown, true, predicted.pictures, facts), to_srt(cues), to_webvtt(cues))
     files = {}
     for end, text in zip(_BESIDE, texts, strict=True):
         files[end[1:]] = str(rules.out / (film.name + end))

@@ -117,6 +117,7 @@ class Log:
             "grad_norm": float(made.norm),
             "count": made.count,
             "seconds": (now - self.since) / self.steps,
+            "memory": round(self._memory() / 2**30, 4),
         }
         self.write(row)
         if math.isfinite(row["loss"]):
@@ -171,10 +172,13 @@ class Log:
         ]
 
     def _memory(self) -> int:
-        """The most bytes that this process has held at once: of the GPU, without one of the machine."""
+        """The most bytes that this process has held at once until now: of the GPU, without one of the machine.
+
+        The counter of the GPU is never set back here: others may measure with it.
+        """
         if self.world.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.world.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def proven(self, steps: list[int], equal: bool) -> None:
         """Note what the losses of steps that were made again say of the resume."""

@@ -22,6 +22,7 @@ from tensorkeep.storage.placement import replacing, sync_folder, write_bytes
 METRICS, PROOF, RESUMES = "metrics.jsonl", "proof.jsonl", "resumes.jsonl"
 _LARGEST = 1 << 30  # bytes; a million updates write some 300 MB
 _LONGEST = 4 << 20  # bytes of a line; an evaluation of a thousand classes writes some 50 kB
+MEASURED = ("seconds", "memory")  # of a row: what the machine says, another number in every run
 Row = dict[str, Any]
 
 
@@ -62,6 +63,21 @@ def rows(path: Path) -> Iterator[Row]:
     """
     for _line, row in _lines(path):
         yield row
+
+
+def comparable(path: Path) -> list[Row]:
+    """Read the rows without what was measured of the machine (`seconds`, `memory`): two runs of one course are equal.
+
+    Args:
+        path: the file; where it is not there, there are no rows.
+
+    Returns:
+        The rows, oldest first.
+
+    Raises:
+        TensorkeepError: as `rows`.
+    """
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows(path)]
 
 
 def _lines(path: Path) -> list[tuple[bytes, Row]]:

@@ -2,9 +2,9 @@
 
 A resumed run goes on in the same run of theirs, whose id lies in RUN/trackers.json, and no row comes twice: rows that
 were made again after a kill replace the old ones (TensorBoard purges them) or are left out (W&B, whose rows cannot be
-taken back; they are the same numbers, but for `seconds`). trackio sends rows later, so a kill may lose some: each start
-gives it those of `metrics.jsonl` that it does not hold. W&B writes later too, and what a kill loses there stays lost:
-the whole course is in `metrics.jsonl`.
+taken back; they are the same numbers, but for `seconds` and `memory`). trackio sends rows later, so a kill may lose
+some: each start gives it those of `metrics.jsonl` that it does not hold. W&B writes later too, and what a kill loses
+there stays lost: the whole course is in `metrics.jsonl`.
 """
 
 from __future__ import annotations

@@ -274,8 +274,8 @@ def tell(said: Sequence[str], show: Show) -> None:
 
 
 def rows_of(run: Path) -> list[metrics.Row]:
-    """Return the rows of a run's updates without the seconds, which the clock says."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in metrics.rows(run / metrics.METRICS)]
+    """Return the rows of a run's updates without what the machine says: seconds, memory."""
+    return metrics.comparable(run / metrics.METRICS)
 
 
 def _digests_of(run: Path) -> dict[str, dict[str, str]]:

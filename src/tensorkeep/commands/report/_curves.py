@@ -92,7 +92,7 @@ def curves(
         f'<svg class="ys" aria-hidden="true">{ys}</svg><svg class="draw" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'preserveAspectRatio="none" aria-hidden="true">{grid}{picture}'
         f'<line class="cursor hidden" x1="0" x2="0" y1="0" y2="{HEIGHT}"/></svg>'
-        f'<svg class="xs" aria-hidden="true">{_steps(plane)}</svg></div>'
+        f'<svg class="xs" aria-hidden="true">{_steps(plane, x)}</svg></div>'
         f"<output aria-live='polite'></output>{_table(title, drawn, x)}</figure>"
     )
 
@@ -165,15 +165,15 @@ def tick_text(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _steps(plane: _Plane) -> str:
-    """Write the first, the middle and the last step below the plane."""
+def _steps(plane: _Plane, x: str) -> str:
+    """Write the first, the middle and the last step below the plane, the first with what they count."""
     middle = (plane.first + plane.last) / 2
     marks = [(0, "start", plane.first), (50, "middle", middle), (100, "end", plane.last)]
     if plane.first == plane.last:
         marks = [(50, "middle", plane.first)]
     return "".join(
-        f'<text x="{at}%" y="15" text-anchor="{anchor}">{step:,.0f}</text>'
-        for at, anchor, step in marks
+        f'<text x="{at}%" y="15" text-anchor="{anchor}">{x + " " if n == 0 else ""}{step:,.0f}</text>'
+        for n, (at, anchor, step) in enumerate(marks)
         if step == int(step) or plane.last - plane.first > 100 or anchor != "middle"
     )
 

@@ -17,6 +17,11 @@ KINDS = {  # in the order of the parts of a bar -> what each means
     "confusion": "another class, and too little overlap",
     "background": "where nothing is annotated",
 }
+_BY = {
+    "length s": "length in seconds",
+    "coverage": "coverage, the share of the video",
+    "same class in video": "segments of the same class in the video",
+}
 _MOST, _DRAWN = 400, 30  # classes that are listed, and drawn
 
 
@@ -36,6 +41,25 @@ def sections(errors: Mapping[str, Any]) -> list[Section]:
         Section("Annotated segments that are missed", _missed(_rows(errors.get("missed")))),
     ]
     return found
+
+
+def worst(errors: Mapping[str, Any]) -> str:
+    """Say which kind of error costs the most, and how much is missed.
+
+    >>> worst({"tiou": 0.5, "gains": {"background": 0.02, "localisation": 0.2}})
+    'At tIoU 0.5 localisation costs most: 20.00 points of mAP.'
+    """
+    parts, gains = [], errors.get("gains")
+    values = {kind: _number(gains.get(kind)) for kind in KINDS} if isinstance(gains, Mapping) else {}
+    most = max(values, key=lambda kind: values[kind], default="")
+    if most and values[most] > 0:
+        tiou = frame.figure(errors.get("tiou"))
+        parts.append(f"At tIoU {tiou} {most} costs most: {100 * values[most]:.2f} points of mAP.")
+    classes = _rows(errors.get("classes"))
+    segments, missed = (sum(_number(row.get(key)) for row in classes) for key in ("segments", "missed"))
+    if segments:
+        parts.append(f"{missed:.0f} of {segments:.0f} annotated segments are missed.")
+    return " ".join(parts)
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
@@ -151,6 +175,8 @@ def _missed(rows: Sequence[Mapping[str, Any]]) -> str:
     """Draw and list which share of the annotated segments is missed, by length, coverage and crowding."""
     if not rows:
         return ""
+    if not any(_number(row.get("share")) for row in rows):
+        return frame.note("None is missed: each overlaps a detection of its class enough.")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows[:_MOST]:
         groups.setdefault(str(row.get("what", "")), []).append(row)
@@ -168,7 +194,7 @@ def _missed(rows: Sequence[Mapping[str, Any]]) -> str:
                 f'</title><rect class="miss" width="{100 * share:.2f}%" height="18" rx="2"/></g></svg>'
                 f"<span class='num'>{told}</span>"
             )
-        parts.append(f"<h3>by {frame.text(what, 60)}</h3>{_bars(f'Missed by {what}', ''.join(bars))}")
+        parts.append(f"<h3>by {frame.text(_BY.get(what, what), 60)}</h3>{_bars(f'Missed by {what}', ''.join(bars))}")
     cells = [
         [
             str(r.get("what", "")),

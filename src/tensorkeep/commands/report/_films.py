@@ -79,6 +79,22 @@ def film(
     )
 
 
+def key(with_true: bool) -> str:
+    """Return what the colours of the segments mean.
+
+    Args:
+        with_true: whether annotated segments are drawn.
+    """
+    kinds = [("t", "annotated")] if with_true else []
+    kinds.append(("p", "found, the stronger the better its score"))
+    shown = "".join(
+        f'<span><svg width="18" height="12" aria-hidden="true"><path class="{kind}" d="M0,0h18v12h-18z"/></svg>'
+        f"{said}</span>"
+        for kind, said in kinds
+    )
+    return f"<p class='legend'>{shown}</p>"
+
+
 def _strip(part: Part, pictures: Sequence[tuple[float, bytes]]) -> str:
     """Return the frames of one row."""
     own = [p for p in pictures if part.low <= p[0] < part.high]

@@ -39,13 +39,14 @@ def _asset(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-def page(title: str, head: str, sections: Sequence[Section]) -> str:
+def page(title: str, head: str, sections: Sequence[Section], by: str = "report") -> str:
     """Return a whole page.
 
     Args:
         title: of the window and of the page.
         head: HTML below the title.
         sections: parts with a heading each; those without a body are left out.
+        by: the command that writes it.
     """
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -66,7 +67,7 @@ def page(title: str, head: str, sections: Sequence[Section]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<style>{_asset('page.css')}</style></head><body><a class='skip' href='#main'>To the content</a>"
         f"<header class='bar'>{head}{nav}</header><main id='main' tabindex='-1'>{body}</main>"
-        "<footer><p>Written by tensorkeep report. Nothing on this page is loaded from elsewhere.</p></footer>"
+        f"<footer><p>Written by tensorkeep {by}. Nothing on this page is loaded from elsewhere.</p></footer>"
         f"<script>{script}</script></body></html>\n"
     )
 
@@ -83,18 +84,24 @@ def write(made: str, out: str | Path, overwrite: bool = False) -> None:
         write_bytes(temporary, made.encode("utf-8", "backslashreplace"))
 
 
-def top(title: str, beside: str = "", facts: Sequence[tuple[str, str]] = ()) -> str:
-    """Return a page's head: its title, the button for the colours, and a list of facts.
+def top(title: str, beside: str = "", facts: Sequence[tuple[str, str]] = (), said: str = "") -> str:
+    """Return a page's head: its title, the button for the colours, what the page found, and a list of facts.
 
     Args:
         title: the heading.
         beside: HTML right of it.
         facts: names and HTML.
+        said: what was found, in a sentence or two: the first thing that is read.
     """
-    rows = "".join(f"<dt>{text(name)}</dt><dd>{body}</dd>" for name, body in facts)
-    listed = f"<dl>{rows}</dl>" if rows else ""
+    found = f"<p class='said'>{text(said, 600)}</p>" if said else ""
     button = "<button type='button' id='theme' hidden>Colours</button>"
-    return f"<div class='top'><h1>{text(title, 200)}</h1>{beside}{button}</div>{listed}"
+    return f"<div class='top'><h1>{text(title, 200)}</h1>{beside}{button}</div>{found}{listed(facts)}"
+
+
+def listed(facts: Sequence[tuple[str, str]]) -> str:
+    """Return names and HTML as a list of facts; nothing where there are none."""
+    rows = "".join(f"<dt>{text(name)}</dt><dd>{body}</dd>" for name, body in facts)
+    return f"<dl>{rows}</dl>" if rows else ""
 
 
 def text(value: object, most: int = 400) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,22 @@ class Cell:
 
     @property
     def level(self) -> str:
-        """Its colour class: d0 (equal) to d6, dx for what cannot be subtracted, du for nothing known."""
+        """Its colour class on the usual scale."""
+        return self.level_on(_STEPS)
+
+    def level_on(self, steps: Sequence[float]) -> str:
+        """Its colour class: d0 (equal) to d6, dx for what cannot be subtracted, du for nothing known.
+
+        Args:
+            steps: the lower ends of d1 to d6.
+        """
         if self.status in ("only_a", "only_b", "shape"):
             return "dx"
         if self.relative is None:
             return "dx" if self.severity == "error" else "d0" if self.status == "equal" else "du"
         if not math.isfinite(self.relative):
             return "dx"
-        return "d0" if self.relative == 0 else f"d{sum(self.relative > s for s in _STEPS)}"
+        return "d0" if self.relative == 0 else f"d{sum(self.relative > s for s in steps)}"
 
     @property
     def weight(self) -> tuple[int, float]:
@@ -159,21 +167,37 @@ def stacks(found: Mapping[str, Cell]) -> tuple[dict[str, Grid], list[Cell]]:
     return dict(sorted(layered.items(), key=lambda s: -len(s[1]))), sorted(outside, key=lambda c: natural(c.name))
 
 
-def maps(found: Mapping[str, Cell], what: str = "relative difference") -> str:
+def maps(found: Mapping[str, Cell], what: str = "relative difference", close: bool = False) -> str:
     """Draw every stack of layers, and the tensors outside of them, with what the colours mean.
 
     Args:
         found: cells by the names of their tensors.
         what: what the colour says.
+        close: whether the colours may be spread over the figures that there are, where powers of ten would tell few of
+            them apart.
     """
     layered, outside = stacks(found)
-    parts = [_stack(name, grid) for name, grid in list(layered.items())[:_STACKS]]
+    steps = _spread(found.values()) if close else _STEPS
+    parts = [_stack(name, grid, steps) for name, grid in list(layered.items())[:_STACKS]]
     if len(layered) > _STACKS:
         parts.append(frame.note(f"{len(layered) - _STACKS} more stacks of layers are not drawn"))
-    return legend(what) + "".join(parts) + _outside(outside)
+    return legend(what, steps) + "".join(parts) + _outside(outside, steps)
 
 
-def _stack(stack: str, grid: Grid) -> str:
+def _spread(found: Iterable[Cell]) -> Sequence[float]:
+    """Return the lower ends of six classes between the least and the greatest figure; the usual ones if far apart.
+
+    >>> _spread([Cell("a", 0.01), Cell("b", 0.04)])
+    (0.0, 0.013, 0.016, 0.02, 0.025, 0.032)
+    """
+    figures = [c.relative for c in found if c.relative and math.isfinite(c.relative)]
+    if not figures or not 1.5 < max(figures) / min(figures) < 100:
+        return _STEPS
+    share = max(figures) / min(figures)
+    return (0.0, *(float(f"{min(figures) * share ** (n / 6):.2g}") for n in range(1, 6)))
+
+
+def _stack(stack: str, grid: Grid, steps: Sequence[float]) -> str:
     """Draw one stack of layers."""
     layers = sorted({n for _, n in grid})
     kinds = sorted({k for k, _ in grid}, key=_order)
@@ -186,7 +210,7 @@ def _stack(stack: str, grid: Grid) -> str:
             cells = [cell for layer in block for cell in grid.get((kind, layer), ())]
             if cells:
                 where = f"layer {_span(block)}" + (", the worst: " if len(cells) > 1 else ": ")
-                squares.append(_square(max(cells, key=lambda c: c.weight), where, column, len(blocks)))
+                squares.append(_square(max(cells, key=lambda c: c.weight), where, column, len(blocks), steps))
         rows.append(_row(_short(kind), "".join(squares)))
     every = next(e for e in (1, 2, 5, 10, 20, 50) if len(blocks) / e <= 13)
     marks = "".join(
@@ -205,11 +229,11 @@ def _stack(stack: str, grid: Grid) -> str:
     )
 
 
-def _outside(found: list[Cell]) -> str:
+def _outside(found: list[Cell], steps: Sequence[float]) -> str:
     """Draw one square for each tensor that belongs to no layer."""
     if not found:
         return ""
-    rows = "".join(_row(_short(cell.name, 56), _square(cell, "", 0, 0)) for cell in found[:_MOST])
+    rows = "".join(_row(_short(cell.name, 56), _square(cell, "", 0, 0, steps)) for cell in found[:_MOST])
     cut = frame.note(f"{len(found) - _MOST} more tensors are not drawn") if len(found) > _MOST else ""
     return f"<h3>outside the layers</h3>{_figure('tensors outside the layers', rows)}{cut}"
 
@@ -237,17 +261,17 @@ def _span(block: list[int]) -> str:
     return str(block[0]) if len(block) == 1 else f"{block[0]} to {block[-1]}"
 
 
-def _square(cell: Cell, where: str, column: int, columns: int) -> str:
+def _square(cell: Cell, where: str, column: int, columns: int, steps: Sequence[float]) -> str:
     """Draw one square of so many across, or a lone one, with what it says."""
-    mark = _BLANK.get(cell.severity, "")
+    mark, level = _BLANK.get(cell.severity, ""), cell.level_on(steps)
     place = f'x="{100 * column / columns:.3f}%" width="{100 / columns:.3f}%"' if columns else 'x="0" width="52"'
     middle = f"{100 * (column + 0.5) / columns:.3f}%" if columns else "26"
     few = " few" if columns <= 8 else ""
     word = ""
     if mark and columns <= _WORDY and cell.code:
         place_of_word = f'x="{middle}" y="15.5" text-anchor="middle"'
-        word = f'<text class="code {cell.level}{few}" {place_of_word}>{frame.text(cell.code, 4)}</text>'
-    box = f'<rect class="{cell.level} {mark}" {place} y="1" height="21" rx="2"/>'
+        word = f'<text class="code {level}{few}" {place_of_word}>{frame.text(cell.code, 4)}</text>'
+    box = f'<rect class="{level} {mark}" {place} y="1" height="21" rx="2"/>'
     return f"<g><title>{frame.text(where + cell.told, 600)}</title>{box}{word}</g>"
 
 
@@ -273,9 +297,10 @@ def _order(kind: str) -> tuple[int, str]:
     return next((i for i, word in enumerate(places) if word in kind), len(places)), kind
 
 
-def legend(what: str) -> str:
+def legend(what: str, steps: Sequence[float] = _STEPS) -> str:
     """Say what the colours mean."""
-    words = ("0, equal", "≤ 1e-4", "≤ 1e-3", "≤ 0.01", "≤ 0.1", "≤ 1", "> 1")
+    ends = [f"{step:.0e}".replace("e-0", "e-") if step < 0.002 else f"{step:g}" for step in steps[1:]]
+    words = ("0, equal", *(f"≤ {end}" for end in ends), f"> {ends[-1]}")
     squares = [_key(f"d{i}", word) for i, word in enumerate(words)]
     extra = [_key("dx", "missing, or no number"), _key("du", "not compared")]
     return f"<p class='legend'><b>{frame.text(what)}</b> {' '.join([*squares, *extra])}</p>"

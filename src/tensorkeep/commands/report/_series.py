@@ -69,6 +69,7 @@ class Series:
         blocks: oldest first.
         best_low: step and value of the least value, None before there is one.
         best_high: the same of the greatest.
+        first: the first step and value.
         last: the last step and value.
     """
 
@@ -77,6 +78,7 @@ class Series:
         self.blocks: list[Block] = []
         self.best_low: tuple[int, float] | None = None
         self.best_high: tuple[int, float] | None = None
+        self.first: tuple[int, float] | None = None
         self.last: tuple[int, float] | None = None
 
     def add(self, step: int, value: Any) -> None:
@@ -90,6 +92,7 @@ class Series:
             self.best_low = (step, number)
         if self.best_high is None or number > self.best_high[1]:
             self.best_high = (step, number)
+        self.first = self.first or (step, number)
         self.last = (step, number)
         new = Block(step, step, number, number, number)
         if self.blocks and self.blocks[-1].count < self.size:

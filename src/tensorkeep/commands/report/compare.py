@@ -17,7 +17,7 @@ from tensorkeep.commands.report import _frame as frame
 from tensorkeep.commands.report._curves import COLOURS, DASHES, Line, curves, swatch
 from tensorkeep.commands.report._frame import Section
 from tensorkeep.commands.report._series import Figures, Series, read_figures, shown
-from tensorkeep.commands.report.run import MAIN, RECIPE, best_of, smaller_is_better
+from tensorkeep.commands.report.run import MAIN, RECIPE, best_of, smaller_is_better, told_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import absent
 from tensorkeep.storage.yaml_documents import read_yaml
@@ -69,8 +69,32 @@ def compare_page(runs: Sequence[str | Path]) -> str:
         Section("Final figures", _finals(found)),
         Section("Final figures with spread", _spread(found, groups)),
     ]
-    head = frame.top(f"{len(found)} runs compared")
+    head = frame.top(f"{len(found)} runs compared", said=_said(found, groups, [*first, *names]))
     return frame.page(f"{len(found)} runs compared", head, sections)
+
+
+def _said(runs: Sequence[Compared], groups: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """Say which run is best in what is told first, and how far apart runs of one recipe are."""
+    if names:
+        key = f"{names[0]} evaluated, {'least' if smaller_is_better(names[0]) else 'greatest'}"
+        what, least, evaluated = names[0], smaller_is_better(names[0]), "evaluated "
+    else:
+        key, what, least = "loss, mean of the last tenth", "mean loss of the last tenth", True
+        evaluated = ""
+    values = {n: numbers[key] for n, run in enumerate(runs) if key in (numbers := _numbers(run))}
+    if not values:
+        return ""
+    best = (min if least else max)(values, key=lambda n: values[n])
+    parts = [f"Best {evaluated}{told_of(what, values[best])}: {runs[best].name}."]
+    if len(values) > 1:
+        low, high = min(values.values()), max(values.values())
+        parts.append(f"All {len(values)}: {frame.figure(low)} to {frame.figure(high)}.")
+    for group in groups:
+        own = [values[n] for n in group if n in values]
+        if len(own) > 1:
+            same = "All differ in the seed alone" if len(group) == len(runs) else f"{len(own)} differ in the seed alone"
+            parts.append(f"{same}: {frame.figure(fmean(own))} ± {stdev(own):.2g}.")
+    return " ".join(parts[:5])
 
 
 def _read(run: Path, name: str) -> Compared:
@@ -147,6 +171,8 @@ def _evaluations(runs: Sequence[Compared], names: Sequence[str]) -> str:
     """Draw every evaluation, the most telling large."""
     if not names:
         return ""
+    every = {n: {v for run in runs if (one := run.figures.evaluations.get(n)) for v in _ends(one)} for n in names}
+    names = [name for name in names if len(every[name]) > 1] or names[:1]
     drawn = [
         _over([(run.name, run.figures.evaluations.get(name)) for run in runs], f"{name[:80]}, evaluated", n > 0)
         for n, name in enumerate(names[:_FEW])
@@ -155,13 +181,22 @@ def _evaluations(runs: Sequence[Compared], names: Sequence[str]) -> str:
     return f"{drawn[0]}<div class='pair'>{''.join(drawn[1:])}</div>{more}"
 
 
+def _ends(series: Series) -> list[float]:
+    """Return the least and the greatest value."""
+    return [best[1] for best in (series.best_low, series.best_high) if best is not None]
+
+
 def _rest(runs: Sequence[Compared]) -> str:
     """Draw learning rate, gradients and pace."""
     drawn = [
         _over([(run.name, run.figures.others.get("lr")) for run in runs], "learning rate", True),
         _over([(run.name, run.figures.others.get("grad_norm")) for run in runs], "norm of the gradients", True),
         _over([(run.name, run.figures.rate) for run in runs], "samples a second", True),
-        _over([(run.name, run.figures.others.get("memory")) for run in runs], "memory of the GPU in bytes", True),
+        _over(
+            [(run.name, run.figures.others.get("memory")) for run in runs],
+            "memory in GiB, the most of the process until then",
+            True,
+        ),
     ]
     return f"<div class='pair'>{''.join(drawn)}</div>" if any(drawn) else ""
 
@@ -202,6 +237,8 @@ def _numbers(run: Compared) -> dict[str, float]:
             found[f"{name} evaluated, {'least' if smaller_is_better(name) else 'greatest'}"] = best[1]
     if (rate := run.figures.rate.mean_of_last(1.0)) is not None:
         found["samples a second, mean"] = rate
+    if (memory := run.figures.others.get("memory")) and memory.best_high:
+        found["memory in GiB, the most"] = memory.best_high[1]
     found["steps"] = float(run.figures.last_step)
     return found
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tensorkeep.commands.report import _errors as errors
 from tensorkeep.commands.report import _frame as frame
-from tensorkeep.commands.report._films import film
+from tensorkeep.commands.report._films import film, key
 from tensorkeep.commands.report._frame import Section
 from tensorkeep.detection.data.annotations import Annotations, Video, read_annotations
 from tensorkeep.detection.data.containers import frame_table, probe
@@ -26,7 +26,7 @@ from tensorkeep.detection.results.subtitles import NamedDetection, best_rows
 from tensorkeep.detection.results.timeline import STRIP, jpeg, picture_times
 from tensorkeep.errors import TensorkeepError, printable
 
-VIDEOS, _MIN_SCORE, _TOP = 20, 0.3, 100  # timelines shown, and what of a video's detections
+VIDEOS, _MIN_SCORE, _TOP, _FEW = 20, 0.3, 100, 5  # timelines shown, and what of a video's detections
 _PICTURES = 400  # of all videos together: a page of them has some 1 MB
 _RECIPE = "recipe.yaml"
 
@@ -67,8 +67,12 @@ def detections_page(path: str | Path, annotations: str | Path | None, videos: st
     facts += [("annotations", frame.code(annotations))] if annotations else []
     figures = [(f"{len(table):,}", "detections"), (f"{len(table.video_names):,}", "videos")]
     figures += [(f"{len(table.label_names):,}", "classes")]
-    head = frame.top("Detections", facts=facts) + frame.tiles(figures)
-    return frame.page(printable(f"Detections of {path}", 180), head, _sections(table, sources, ""))
+    found, told = _analysed(table, sources)
+    parts = [f"{int((table.scores >= _MIN_SCORE).sum()):,} of {len(table):,} detections score {_MIN_SCORE:g} or more."]
+    if found:
+        parts = [f"mAP {100 * found['mAP']:.2f} % at tIoU {found['tiou']:g}.", errors.worst(found)]
+    head = frame.top("Detections", facts=facts, said=" ".join(parts)) + frame.tiles(figures)
+    return frame.page(printable(f"Detections of {path}", 180), head, _sections(table, sources, told, found))
 
 
 def sections_of_run(run: Path, predictions: Path) -> list[Section]:
@@ -86,21 +90,30 @@ def sections_of_run(run: Path, predictions: Path) -> list[Section]:
     lacking: list[str] = []
     if sources is not None:  # `predict` was given some videos: what it has not seen is not missed
         lacking = sorted(set(sources.annotations.videos) - set(table.video_names))
-    return _sections(table, sources, told, lacking)
+    found, why = _analysed(table, sources, lacking)
+    parts = _sections(table, sources, told or why, found)
+    if lacking and found and parts[0].body:
+        count = len(table.video_names)
+        said = frame.note(f"Of the {count} videos in the file of predictions alone; others are not counted.")
+        parts[0] = Section(parts[0].title, said + parts[0].body)
+    return parts
 
 
-def _sections(table: DetectionTable, sources: Sources | None, told: str, blocked: Sequence[str] = ()) -> list[Section]:
-    """Return the error analysis, where there is a truth, and the timelines; `blocked` videos are left out of it."""
-    parts: list[Section] = []
-    if sources is not None:
-        try:
-            parts = errors.sections(analyse_errors(sources.annotations, table, blocked=blocked).document())
-            if blocked and parts[0].body:
-                count = len(table.video_names)
-                said = frame.note(f"Of the {count} videos in the file of predictions alone; others are not counted.")
-                parts[0] = Section(parts[0].title, said + parts[0].body)
-        except TensorkeepError as error:
-            told = told or f"without an error analysis: {error.line}"
+def _analysed(
+    table: DetectionTable, sources: Sources | None, blocked: Sequence[str] = ()
+) -> tuple[dict[str, Any] | None, str]:
+    """Return the document of an error analysis without the `blocked` videos, or None and why there is none."""
+    if sources is None:
+        return None, ""
+    try:
+        return analyse_errors(sources.annotations, table, blocked=blocked).document(), ""
+    except TensorkeepError as error:
+        return None, f"without an error analysis: {error.line}"
+
+
+def _sections(table: DetectionTable, sources: Sources | None, told: str, found: dict[str, Any] | None) -> list[Section]:
+    """Return the error analysis, where there is one, and the timelines."""
+    parts = errors.sections(found) if found else []
     return [*parts, Section("Timelines", _timelines(table, sources, told))]
 
 
@@ -108,11 +121,7 @@ def _timelines(table: DetectionTable, sources: Sources | None, told: str) -> str
     """Draw the first videos."""
     names = table.video_names[:VIDEOS]
     parts = [frame.note(told)] if told else []
-    if sources is not None and any(name in sources.annotations.videos for name in names):
-        parts.append(
-            f"<p class='legend'><span>{_key('t')}true</span>"
-            f"<span>{_key('p')}found, the stronger the better its score</span></p>"
-        )
+    parts.append(key(sources is not None and any(name in sources.annotations.videos for name in names)))
     left = _PICTURES
     for number, name in enumerate(names):
         shown, used = _one(name, _rows(table, number), sources, left)
@@ -120,11 +129,6 @@ def _timelines(table: DetectionTable, sources: Sources | None, told: str) -> str
         left -= used
     more = len(table.video_names) - VIDEOS
     return "".join(parts) + (frame.note(f"{more} more videos are not drawn") if more > 0 else "")
-
-
-def _key(kind: str) -> str:
-    """Return a piece of a segment for the legend."""
-    return f'<svg width="18" height="12" aria-hidden="true"><path class="{kind}" d="M0,0h18v12h-18z"/></svg>'
 
 
 def _sources(run: Path) -> tuple[Sources | None, str]:
@@ -148,11 +152,15 @@ def _one(name: str, rows: list[NamedDetection], sources: Sources | None, left: i
     end = video.duration if video and video.duration else max((row.end for row in (*rows, *true)), default=0.0)
     pictures, told = _pictures(name, end, sources, left) if video else ([], "")
     shown = best_rows(rows, _MIN_SCORE, _TOP)
+    if rows and not shown:
+        shown = best_rows(rows, 0.0, max(len(true), _FEW))
+        told = f"{told}; " if told else ""
+        told += f"nothing scores {_MIN_SCORE:g} or more: the best {len(shown)} are drawn"
     parts = [f"<h3>{frame.text(name, 200)}</h3>"]
     if shown or true:
         parts.append(film(name, end, shown, true, pictures))
     parts += [frame.note(told)] if told else []
-    parts += [] if shown else [frame.note(f"nothing scores {_MIN_SCORE:g} or more")]
+    parts += [] if shown else [frame.note("nothing was found")]
     return "".join(parts), len(pictures)
 
 

@@ -43,22 +43,22 @@ def page(document: Mapping[str, Any], differences: Mapping[str, Any] | None = No
         Section("Also found" if first else "Findings", "".join(map(_finding, rest))),
     ]
     title = printable(str(document.get("checkpoint", "")), 180)
-    head = _head(document) + _totals(document) + _causes(findings, causes)
+    head = _head(document, _causes(findings, causes)) + _totals(document)
     return frame.page(f"Diagnosis of {title}", head, sections)
 
 
 # -- head -----------------------------------------------------------------------------------------------------------
 
 
-def _head(document: Mapping[str, Any]) -> str:
-    """Return the page's head: verdict, checkpoint, reference."""
+def _head(document: Mapping[str, Any], causes: str) -> str:
+    """Return the page's head: verdict, causes, checkpoint, reference."""
     verdict = str(document.get("verdict", ""))
     kind = verdict if verdict in _VERDICTS else "inconclusive"
     shown = f"<p class='verdict {kind}'>{frame.text(_VERDICTS.get(verdict, verdict), 80)}</p>"
     against = document.get("reference")
     reference = frame.code(against) if against else "<span class='muted'>none</span>"
     facts = [("checkpoint", frame.code(document.get("checkpoint", ""))), ("reference", reference)]
-    return frame.top("Diagnosis", shown, facts)
+    return frame.top("Diagnosis", shown) + causes + frame.listed(facts)
 
 
 def _totals(document: Mapping[str, Any]) -> str:

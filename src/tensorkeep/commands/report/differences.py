@@ -37,7 +37,7 @@ def page(document: Mapping[str, Any]) -> str:
         kind, verdict = "ok", f"equal: all {len(rows):,} tensors, bit for bit"
     facts = [("A", frame.code(document.get("a", ""))), ("B", frame.code(document.get("b", "")))]
     identities = document.get("identities")
-    if isinstance(identities, Mapping):
+    if isinstance(identities, Mapping) and any(identities.get(side) for side in "ab"):
         facts += [(f"identity of {side.upper()}", frame.code(identities.get(side) or "none")) for side in "ab"]
     tiles = [(f"{counts[status]:,}", spoken) for status, spoken in _SPOKEN.items() if counts[status]]
     drawn = heatmap.maps(found) + heatmap.layers_table(found) + heatmap.figures_table(found.values()) if found else ""
@@ -47,9 +47,24 @@ def page(document: Mapping[str, Any]) -> str:
         Section("The same rows in another order", _moved(rows)),
         Section("Another dtype or shape, or on one side only", _sides(rows)),
     ]
-    head = frame.top("Comparison", f"<p class='verdict {kind}'>{frame.text(verdict)}</p>", facts) + frame.tiles(tiles)
+    shown = f"<p class='verdict {kind}'>{frame.text(verdict)}</p>"
+    head = frame.top("Comparison", shown, facts, _said(rows) if differing else "") + frame.tiles(tiles)
     title = printable(f"Comparison of {document.get('a', '')} and {document.get('b', '')}", 180)
     return frame.page(title, head, sections)
+
+
+def _said(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say what differs most, and what cannot be subtracted."""
+    parts = []
+    figures = [(f, row) for row in rows if (f := heatmap.number(row.get("relative_difference")))]
+    if figures:
+        most, row = max(figures, key=lambda pair: pair[0])
+        parts.append(f"The greatest relative difference is {most:.3g}: {row['name']}.")
+    if moved := sum(row.get("same_rows_in_another_order") is True for row in rows):
+        parts.append(f"{moved:,} have the same rows in another order.")
+    odd = Counter(str(row.get("status")) for row in rows)
+    told = [f"{odd[s]:,} {_SPOKEN[s]}" for s in ("dtype", "shape", "only_a", "only_b") if odd[s]]
+    return " ".join([*parts, *([f"{', '.join(told)}."] if told else [])])
 
 
 def kind_of(name: str) -> str:

@@ -34,7 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
     cells = {
         str(row["name"]): heatmap.Cell(str(row["name"]), heatmap.number(row.get("change")), "values") for row in rows
     }
-    drawn = heatmap.maps(cells, _WHAT) + heatmap.figures_table(cells.values(), _WHAT) if cells else ""
+    drawn = heatmap.maps(cells, _WHAT, close=True) + heatmap.figures_table(cells.values(), _WHAT) if cells else ""
     sections = [
         Section("What was added", _adapters(document)),
         Section("Kind by kind", _kinds(rows) if rows else _none(document)),
@@ -80,7 +80,19 @@ def _head(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     tiles += [(frame.figure(changed), "tensors changed"), (frame.figure(count), "tensors in all")]
     if isinstance(held, int) and not isinstance(held, bool) and 0 <= held < 1 << 60:
         tiles.append((size(held), "written"))
-    return frame.top("Merge", shown, facts) + frame.tiles(tiles)
+    return frame.top("Merge", shown, facts, _said(document, changed, whole)) + frame.tiles(tiles)
+
+
+def _said(document: Mapping[str, Any], changed: object, whole: object) -> str:
+    """Say how much of the model changed, and how far."""
+    parts = [f"{frame.figure(changed)} of {frame.figure(document.get('tensors'))} tensors changed"]
+    by = _mapping(whole).get("change")
+    if heatmap.number(by) is not None:
+        parts.append(f", by {_share(by)} of their size together")
+    kept = _mapping(document.get("rounded")).get("kept")
+    if heatmap.number(kept) is not None:
+        parts.append(f"; rounding keeps {_share(kept)} of what they compute anew")
+    return "".join(parts) + "."
 
 
 def _share(value: Any) -> str:
@@ -150,7 +162,7 @@ def _rounded(rounded: Any) -> str:
     own = [r for r in layers if isinstance(r, Mapping) and "name" in r] if isinstance(layers, list) else []
     cells = {str(r["name"]): heatmap.Cell(str(r["name"]), heatmap.number(r.get("error")), "values") for r in own}
     what = "squared error of a layer's output"
-    drawn = heatmap.maps(cells, what) + heatmap.figures_table(cells.values(), what) if cells else ""
+    drawn = heatmap.maps(cells, what, close=True) + heatmap.figures_table(cells.values(), what) if cells else ""
     return frame.table("Rounded weights", columns, rows) + drawn
 
 

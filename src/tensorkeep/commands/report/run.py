@@ -21,10 +21,12 @@ from tensorkeep.output import duration, size
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.budget import read_small
 from tensorkeep.training import metrics
+from tensorkeep.training.status import STATUS, read_status
 
 PREDICTIONS = "predictions/detections.json"
 RECIPE = "recipe.yaml"
-MAIN = "average_mAP, percent"
+_PERCENT = ", percent"
+MAIN = f"average_mAP{_PERCENT}"
 _MOST = 200  # resumes and checkpoints that are listed
 _FEW = 12  # curves of one kind
 _OLDER = "Versions before 0.2.0 did not note resumes."
@@ -53,7 +55,8 @@ def run_page(run: str | Path) -> str:
         *_detections(run),
         Section("Recipe", _recipe(run)),
     ]
-    head = frame.top("Run", facts=[("folder", frame.code(run))]) + frame.tiles(_tiles(found, resumes))
+    facts = [("folder", frame.code(run))]
+    head = frame.top("Run", facts=facts, said=_said(run, found, resumes)) + frame.tiles(_tiles(found, resumes))
     return frame.page(f"Run {printable(str(run), 200)}", head, sections)
 
 
@@ -81,6 +84,47 @@ def main_number(found: Figures) -> str | None:
     return MAIN if MAIN in names else names[0] if names else None
 
 
+def _said(run: Path, found: Figures, resumes: Sequence[Mapping[str, Any]]) -> str:
+    """Say how far the run came, what it learned and whether its resumes were exact."""
+    parts = [_how_far(run, found)]
+    loss = found.losses.get("loss")
+    if loss and loss.first and loss.last and loss.last[0] > loss.first[0]:
+        parts.append(
+            f"Loss {loss.first[1]:.4g} at step {loss.first[0]:,}, {loss.last[1]:.4g} at step {loss.last[0]:,}."
+        )
+    if (name := main_number(found)) and (best := best_of(name, found.evaluations[name])):
+        parts.append(f"Best evaluated {told_of(name, best[1])}, at step {best[0]:,}.")
+    if resumes:
+        exact = sum(_verdict(row)[1].startswith("exact") for row in resumes)
+        odd = sum(row.get("equal") is False for row in resumes)
+        told = f"{odd} not bitwise" if odd else "proven exact" if exact == len(resumes) else f"{exact} proven exact"
+        parts.append(f"{len(resumes):,} resume{'s' if len(resumes) > 1 else ''}, {told}.")
+    return " ".join(parts)
+
+
+def _how_far(run: Path, found: Figures) -> str:
+    """Say at which step a run is, and how it ended where its status says that."""
+    try:
+        status = read_status(run)
+    except TensorkeepError:
+        status = None
+    if status is None:
+        return f"Step {found.last_step:,}."
+    state = "interrupted, running or dead" if status["state"] == "running" else status["state"]
+    why = f" ({(status['error'] or {}).get('message')})" if state == "failed" and status["error"] else ""
+    return f"{state[0].upper()}{state[1:]}{why} at step {found.last_step:,} of {status['updates']:,}."
+
+
+def told_of(name: str, value: float) -> str:
+    """Return an evaluation as it stands in a sentence.
+
+    >>> told_of("average_mAP, percent", 48.2392), told_of("perplexity", 12.5)
+    ('average mAP 48.24 %', 'perplexity 12.5')
+    """
+    unit = " %" if name.endswith(_PERCENT) else ""
+    return f"{name.removesuffix(_PERCENT).replace('_', ' ')} {frame.figure(value)}{unit}"
+
+
 def _tiles(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> list[tuple[object, str]]:
     """Return the figures at the head of the page."""
     tiles: list[tuple[object, str]] = [(f"{found.last_step:,}", "step")]
@@ -92,7 +136,7 @@ def _tiles(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> list[tuple[o
     if found.samples:
         tiles.append((f"{found.samples:,}", "samples"))
     if found.seconds:
-        tiles.append((duration(found.seconds), "in updates"))
+        tiles.append((duration(found.seconds), "time in updates"))
     if resumes:
         equal = sum(_verdict(row)[1].startswith("exact") for row in resumes)
         tiles.append((f"{equal} of {len(resumes)}", "resumes proven exact"))
@@ -125,14 +169,21 @@ def _evaluations(found: Figures) -> str:
     if first is None:
         return ""
     best = best_of(first, found.evaluations[first])
-    parts = [curves(f"{first}, evaluated", [Line(first, found.evaluations[first])], best=best)]
+    parts = [curves(f"{first.replace('_', ' ')}, evaluated", [Line(first, found.evaluations[first])], best=best)]
     if best is not None:
         parts.append(frame.note(f"best: {frame.figure(best[1])} at step {best[0]:,}"))
     rest = [item for item in shown(found.evaluations) if item[0] != first]
-    parts.append(_grid([(f"{name}, evaluated", one) for name, one in rest]))
+    moved = [(name, one) for name, one in rest if not _constant(one)]
+    parts.append(_grid([(f"{name}, evaluated", one) for name, one in moved]))
     names = list(found.evaluations)[:_FEW]
     rows = [[f"{step:,}", *(_four(numbers.get(name)) for name in names)] for step, numbers in reversed(found.last_rows)]
     return "".join(parts) + frame.table("The last evaluations", ["step", *names], rows)
+
+
+def _constant(series: Series) -> bool:
+    """Whether a number is the same in every evaluation of several: a table says it as well as a picture."""
+    low, high = series.best_low, series.best_high
+    return len(series.blocks) > 1 and low is not None and high is not None and low[1] == high[1]
 
 
 def _four(value: Any) -> str:
@@ -158,19 +209,20 @@ def _throughput(found: Figures) -> str:
 
 
 def _memory(found: Figures) -> str:
-    """Draw how much memory of the GPU was taken at most."""
+    """Draw how much memory was held at most: of the GPU, without one of the machine."""
     series = found.others.get("memory")
     if series is None or not series.blocks or series.best_high is None:
         return ""
-    most = frame.note(f"most: {size(series.best_high[1])} at step {series.best_high[0]:,}")
-    return curves("memory of the GPU in bytes, the most until then", [Line("memory", series)], small=True) + most
+    most = frame.note(f"most: {series.best_high[1]:.4g} GiB at step {series.best_high[0]:,}")
+    return curves("memory in GiB, the most of the process until then", [Line("memory", series)], small=True) + most
 
 
 def _resumes(run: Path, resumes: Sequence[Mapping[str, Any]]) -> str:
     """List every start that went on, and what its losses were compared with."""
     noted = _noted(run)
     if not resumes:
-        return frame.note(f"No resume was noted. {noted} {_OLDER}")
+        older = "" if (run / STATUS).is_file() else f" {_OLDER}"
+        return frame.note(f"No resume was noted. {noted}{older}")
     rows = [[f"{n:,}", f"{row['step']:,}", *_verdict(row)] for n, row in enumerate(resumes, 1)]
     more = frame.note(f"{len(rows) - _MOST:,} earlier ones are not listed") if len(rows) > _MOST else ""
     listed = frame.table(

@@ -41,7 +41,10 @@ def scored_page(document: Mapping[str, Any], path: Path) -> str:
         *parts,
         Section("Notes", "".join(frame.note(n) for n in notes[:40])),
     ]
-    head = frame.top("Detections scored", facts=facts) + frame.tiles(tiles)
+    said = f"Average mAP {_percent(document.get('average_mAP'))} %."
+    if isinstance(found, Mapping):
+        said = f"{said} {errors.worst(found)}".strip()
+    head = frame.top("Detections scored", facts=facts, said=said) + frame.tiles(tiles)
     return frame.page(printable(f"Detections of {named} scored", 180), head, sections)
 
 
