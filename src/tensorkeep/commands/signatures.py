@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tensorkeep.commands.identify import identified, opened
+from tensorkeep.commands.merge_recorded import opened_average, trained_again
 from tensorkeep.commands.shared import Flag, known_loader
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import EXIT, Finding, verdict_of
@@ -100,7 +101,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
             made = _derived(out, asked, stored, trust, stack)
     verdict = verdict_of(findings)
     if verdict == "ok" and made is not None and not all(link["made_again"] for link in made["links"]):
-        verdict = "inconclusive"  # a training is believed, not made again
+        verdict = "inconclusive"  # believed, not made again
     told = {
         "checkpoint": checkpoint,
         "verdict": verdict,
@@ -154,9 +155,14 @@ def _derived(out: Output, asked: Signed, stored: Any, trust: Any, stack: context
     from tensorkeep.diagnosis.identity.derivation import check_derivation, source_of
 
     views = [stack.enter_context(opened(out, path)) for path in asked.from_]
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorkeep-")))
+    averages = [opened_average(out, path, scratch / str(at)) for at, path in enumerate(asked.from_)]
+    views += [view for view in averages if view is not None]
     with out.progress() as progress:
         sources = [source_of(view, "source", 1.0, progress) for view in views]
-        found = check_derivation(stored.statement, sources, trust, progress, _repaired)
+        found = check_derivation(
+            stored.statement, sources, trust, progress, {"repair": _repaired, "trained": trained_again}
+        )
     return {"links": found.links, "said": found.said}
 
 
@@ -189,7 +195,8 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
     equal = [k.replace("_", " ") for k, how in told["parts"].items() if how in ("equal", "fields")]
     held = ", ".join([f"{tensors} tensors", *equal])
     if by is not None:
-        out.line(f"verified: {told['identity']} is signed by {shown(by, 200)[1:-1]}: {held}")
+        word = "signed" if told["verdict"] == "inconclusive" else "verified"
+        out.line(f"{word}: {told['identity']} is signed by {shown(by, 200)[1:-1]}: {held}")
     elif told["statement"] is not None:
         out.line(f"ok: {told['identity']} is what the statement says: {held}; no signature was checked")
     else:
