@@ -67,6 +67,9 @@ def sign(
         raise TensorkeepError("is no local path", where=checkpoint, hint="say where the statement goes: -o FILE.json")
     with opened(output, checkpoint, config) as view:
         model = identified(output, view)
+    if model.instead:
+        what = f"transformers would load {model.instead[0]} too or instead: the statement would be of other weights"
+        raise TensorkeepError(what, where=checkpoint, code="F07", hint="take it out of the folder")
     earlier = find_statement(checkpoint) if local and overwrite else None
     derivation = earlier.statement.derivation if earlier and earlier.statement.identity == model.identity else None
     if derivation is None and local:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,6 +111,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
         "signed_by": by,
         "parts": compared.parts,
         "not_covered": model.beside if stored is not None else [],
+        "left_out": dict(Counter(model.left_out.values())),
         "derivation": made,
         "findings": [f.to_json() for f in findings],
     }
@@ -206,6 +208,8 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
         out.line(f"not in this checkpoint, so not compared: {', '.join(absent)}")
     if told["not_covered"]:
         out.line(f"beside it, and not covered by the statement: {', '.join(told['not_covered'][:8])}")
+    for why, count in told["left_out"].items():
+        out.line(f"{count} tensors of it do not count: {why}")
     if told["parts"].get("config") == "fields":
         out.line("config: made of this file's metadata; the fields that both have were compared")
     if told["derivation"] is not None:
