@@ -127,7 +127,7 @@ def _refuse_half(asked: Signed) -> None:
     trusted = [asked.key is not None, bool(asked.certificate), asked.identity is not None and asked.wanted is None]
     if sum(trusted) > 1:
         raise TensorkeepError("one signer can be believed at a time", hint="--key, --certificate or --identity")
-    if trusted[2] and asked.issuer is None:
+    if trusted[2] and not asked.issuer:
         hint = "--issuer https://accounts.google.com, https://github.com/login/oauth, ..."
         raise TensorkeepError("a Sigstore identity needs its issuer", where="--identity", hint=hint)
     if asked.issuer is not None and not trusted[2]:
