@@ -201,9 +201,8 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key) and not _may_differ(key, allow)
     ]
-    if mine.get("data.fingerprint") != theirs.get("data.fingerprint") and not _may_differ("data.fingerprint", allow):
-        which = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
-        changed = [*which, *changed]
+    if not _may_differ("data.fingerprint", allow):
+        changed = [*_files_changed(then.get("data_files"), getattr(job.data, "digests", {})), *changed]
     if changed:
         raise TensorkeepError(
             f"the run is not the one that was saved: {'; '.join(changed[:6])} ({len(changed)} in all)",

@@ -191,9 +191,10 @@ def _made_again(
     statement: Statement, made: str, sources: Sequence[Source], recipe: Mapping[str, Any], chain: _Chain
 ) -> tuple[bool, str]:
     """Make a model again from its sources; say whether that was done and came out equal, and how, in words."""
-    rounding = recipe.get("rounding") if made == "merge" else None
+    rounding = recipe.get("rounding")
     if made == "merge" and recipe.get("to_bits") is not None:
-        by = rounding.get("by") if isinstance(rounding, Mapping) else None
+        rounding = rounding if isinstance(rounding, Mapping) else {}
+        by = rounding.get("by")
         if by == "texts":
             return False, f"codes not made again: {_texts_said(rounding, statement.where)}"
         if by != "training":
