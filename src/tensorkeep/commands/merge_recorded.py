@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,12 +109,11 @@ def opened_average(out: Output, path: str, scratch: Path) -> StateView | None:
 
 def _program() -> dict[str, Any]:
     """Say which program chose the codes: two of one hash choose alike on one machine."""
-    from tensorkeep import __version__
-
     top, state = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted({path for pattern in _ALGORITHM for path in top.glob(pattern)}):
         state.update(f"{path.relative_to(top).as_posix()}\0".encode() + path.read_bytes())
-    return {"tensorkeep": __version__, "algorithm_sha256": state.hexdigest()}
+    version = sys.modules["tensorkeep"].__version__
+    return {"tensorkeep": version, "algorithm_sha256": state.hexdigest()}
 
 
 def _sha256(path: Path) -> str:

@@ -148,8 +148,8 @@ class Clips:
     def digests(self) -> dict[str, str]:
         """Digests that name what changed, of each video's ground truth and of its file; none of over 1,000 videos.
 
-        Of a file count its size and the first and last 64 KiB: what was cut, replaced or encoded anew differs there, and
-        no film is read whole. Neither path nor time counts.
+        Of a file count its size and the first and last 64 KiB: what was cut, replaced or encoded anew differs there,
+        and no film is read whole. Neither path nor time counts.
         """
         if len(self.items) > _NAMED:
             return {}
