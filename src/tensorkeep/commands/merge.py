@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tensorkeep.commands.merge_aware import as_trained
 from tensorkeep.commands.merge_bits import Computed, merge_in_bits
 from tensorkeep.commands.merge_forward import merge_proven_forward
+from tensorkeep.commands.merge_recorded import rounded
 from tensorkeep.commands.shared import (
     Flag,
     Say,
@@ -77,8 +78,8 @@ def merge(
     from tensorkeep.adapters.planning import plan_merge
 
     out = say.output()
-    first = _refuse(paths, to, naming, dtype, computed, recorded)
-    if (done := as_trained(out, paths, to, computed, shard_size, overwrite, dry_run)) is not None:
+    first = _refuse(paths, to, naming, dtype, computed)
+    if (done := as_trained(out, paths, to, computed, shard_size, overwrite, dry_run, recorded)) is not None:
         return done
     with contextlib.ExitStack() as stack:
         base, sources = _opened(out, paths, config, stack)
@@ -89,17 +90,15 @@ def merge(
         job = plan_merge(base, sources, first, onto=onto, ask=names_for, **named)
         job.plan.ranks, job.plan.notes = ranks, [*job.plan.notes, *_left_out_by_peft(base, sources)]
         limit = shard_limit(shard_size, to, paths[-1])
+        made = _recorder(recorded, base, sources, computed, onto, named)
         if computed.to_bits is not None and not dry_run:
-            return merge_in_bits(out, job, base, paths[-1], computed, limit, overwrite)
-        made = recorded.of("merge", _made_from(base, sources), onto=onto, dtype=named["dtype"], untie=untie)
+            return merge_in_bits(out, job, base, paths[-1], computed, limit, overwrite, made)
         given = (out, job, base, paths[-1], computed.prove_forward, computed.device, limit, overwrite)
         proven = partial(merge_proven_forward, *given) if computed.prove_forward else None
         return _carry_out(out, job, paths[-1], to, limit, dry_run, overwrite, proven, made)
 
 
-def _refuse(
-    paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed, recorded: Recorded
-) -> str:
+def _refuse(paths: tuple[str, ...], to: str, naming: str | None, dtype: str | None, computed: Computed) -> str:
     """Refuse words that make no merge; the format that is merged into, before --to-bits makes another of it."""
     formats.writer(to, models=True)
     other = to != "hf" or naming not in (None, "hf")
@@ -107,9 +106,6 @@ def _refuse(
     if bits and (dtype or (other and ((to, naming) != ("gguf", None) or bits not in ("q4_k", "q4_0")))):
         form = "a GGUF file" if bits in ("q4_k", "q4_0") else "an hf folder"
         raise TensorkeepError(f"{bits} makes {form} alone", where="--to-bits", hint="leave --to, --dtype out")
-    if bits and (recorded.identify or recorded.sign_key):
-        what, hint = "nobody else can make rounded weights again, bit for bit", "tensorkeep sign OUT --key KEY.pem"
-        raise TensorkeepError(what, where="--to-bits", hint=hint)
     if forward and (other or bits):
         what, hint = "an hf folder of floats alone is run beside PEFT", "leave --to, --naming and --to-bits out"
         raise TensorkeepError(what, where="--prove-forward", hint=hint)
@@ -126,6 +122,15 @@ def _refuse_sources(base: StateView, sources: list[Any], allow_other_base: bool)
 
     merging.refuse_merged_before(base, sources)
     merging.refuse_other_base(base, [] if allow_other_base else sources)
+
+
+def _recorder(
+    recorded: Recorded, base: StateView, sources: list[Any], computed: Computed, onto: str, named: dict[str, Any]
+) -> Recorder:
+    """Return what leaves the merge's statement beside it."""
+    if computed.to_bits is not None:
+        return rounded(recorded, partial(_made_from, base, sources), computed, onto, named["untie"])
+    return recorded.of("merge", _made_from(base, sources), onto=onto, dtype=named["dtype"], untie=named["untie"])
 
 
 def _made_from(base: StateView, sources: list[Any]) -> list[Source]:

@@ -6,8 +6,10 @@ import tempfile
 from pathlib import Path
 
 from tensorkeep.commands.merge_bits import Computed
+from tensorkeep.commands.merge_recorded import trained
 from tensorkeep.commands.programs import installed
 from tensorkeep.commands.shared import prepare, shard_limit
+from tensorkeep.commands.sign import Recorded
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.targets import check
 from tensorkeep.errors import TensorkeepError, word
@@ -22,6 +24,7 @@ def as_trained(
     shard_size: str | None,
     overwrite: bool,
     dry_run: bool,
+    recorded: Recorded = Recorded(),
 ) -> int | None:
     """Merge a quantize-aware run into the codes that its forward computes with, where that is asked for.
 
@@ -33,6 +36,7 @@ def as_trained(
         shard_size: the largest weight file.
         overwrite: replace what is there.
         dry_run: write nothing.
+        recorded: what is left beside the sink.
 
     Returns:
         The exit code; None where this is an ordinary merge.
@@ -58,7 +62,7 @@ def as_trained(
         raise TensorkeepError("is written as a local folder or file alone", where=sink, hint="then: tensorkeep convert")
     if kind == "q4_0" and (not sink.endswith(".gguf") or to not in ("hf", "gguf")):
         raise TensorkeepError("q4_0 is GGUF's", where=sink, hint=own.replace(word(sink), word(f"{sink}.gguf")))
-    return _merge(out, run, kind, sink, computed.ema, shard_limit(shard_size, to, sink), overwrite)
+    return _merge(out, run, kind, sink, computed.ema, shard_limit(shard_size, to, sink), overwrite, recorded)
 
 
 def _aware_run(paths: tuple[str, ...]) -> tuple[str, str] | None:
@@ -76,17 +80,22 @@ def _aware_run(paths: tuple[str, ...]) -> tuple[str, str] | None:
     return None
 
 
-def _merge(out: Output, run: str, kind: str, sink: str, ema: bool, limit: int | None, overwrite: bool) -> int:
+def _merge(
+    out: Output, run: str, kind: str, sink: str, ema: bool, limit: int | None, overwrite: bool, recorded: Recorded
+) -> int:
     """Write the codes, compare them with codes made anew, and say so."""
     from tensorkeep.language.aware_merge import aware_merge, check_written
 
     prepare(out, sink)
+    recorded.of("merge", ())  # who signs is known before anything is made
     place = Path(sink).absolute().parent
-    with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:
-        made = aware_merge(run, Path(scratch) / "merged", ema, out.remark)
-        proof = check(made.plan, made.to, Path(sink).name, programs=installed())
-        done = convert(made.plan, sink, made.to, limit, overwrite, progress)
-        equal = check_written(made, sink)
+    with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch:
+        with out.progress() as progress:
+            made = aware_merge(run, Path(scratch) / "merged", ema, out.remark)
+            proof = check(made.plan, made.to, Path(sink).name, programs=installed())
+            done = convert(made.plan, sink, made.to, limit, overwrite, progress)
+            equal = check_written(made, sink)
+        trained(recorded, out, run, kind, made.averaged, Path(scratch) / "adapter")(out, sink)
     for note in made.plan.notes:
         out.remark(f"note: {note.code} {note.message}")
     if out.json:

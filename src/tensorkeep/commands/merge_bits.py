@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from tensorkeep.commands.programs import installed
 from tensorkeep.commands.shared import Flag, prepare
+from tensorkeep.commands.sign import Recorder
 from tensorkeep.commands.train_language import Several
 from tensorkeep.conversion.execution import convert
 from tensorkeep.conversion.targets import check
@@ -51,6 +52,7 @@ def merge_in_bits(
     computed: Computed,
     limit: int | None,
     overwrite: bool,
+    recorded: Recorder,
 ) -> int:
     """Carry out a merge plan whose sink holds quantized weights; print how much of the update is left.
 
@@ -62,6 +64,7 @@ def merge_in_bits(
         computed: the kind of codes, the texts and the device.
         limit: bytes of a weight file.
         overwrite: replace what is there.
+        recorded: leaves the statement beside the sink, where one is asked for.
 
     Returns:
         The exit code.
@@ -81,17 +84,16 @@ def merge_in_bits(
         raise TensorkeepError(f"{bits} rounds by texts, and none are named", where="--to-bits", hint=hint)
     if "://" in sink:
         raise TensorkeepError("rounds onto a local disk alone", where=sink, hint="then: tensorkeep convert")
-    to = "gguf" if bits == "q4_k" else "hf"
+    to, place = "gguf" if bits == "q4_k" else "hf", Path(sink).absolute().parent
     prepare(out, sink)
-    place = Path(sink).absolute().parent
     with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:
-        merged = Path(scratch) / "merged"
+        merged, rounding = (Path(scratch) / name for name in ("merged", "rounded"))
         done = merging.merge(job, str(merged), "hf", None, False, progress)
-        rounding = Path(scratch) / "rounded"
-        said = out.remark
-        plan, figures = rounded_merge(str(merged), base, job.kind, texts, bits, rounding, device, progress, said)
+        given = (texts, bits, rounding, device, progress, out.remark)
+        plan, figures = rounded_merge(str(merged), base, job.kind, *given)
         proof = check(plan, to, Path(sink).name, programs=installed())
         made = convert(plan, sink, to, limit, overwrite, progress)
+    recorded(out, sink)
     for note in (*job.plan.notes, *done.notes):
         out.remark(f"note: {note.code} {note.message}")
     if out.json:

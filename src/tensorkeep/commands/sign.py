@@ -71,6 +71,9 @@ def sign(
         )
     with opened(output, checkpoint, config) as view:
         model = identified(output, view)
+    if model.instead:
+        what = f"transformers would load {model.instead[0]} too or instead: the statement would be of other weights"
+        raise TensorkeepError(what, where=checkpoint, code="F07", hint="take it out of the folder")
     earlier = find_statement(checkpoint) if local and overwrite else None
     derivation = earlier.statement.derivation if earlier and earlier.statement.identity == model.identity else None
     if derivation is None and local:
@@ -121,6 +124,11 @@ class Recorded:
     identify: Flag = False
     sign_key: Path | None = None
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a statement is asked for."""
+        return self.identify or self.sign_key is not None
+
     def of(self, made: str, sources: Iterable[Source], **recipe: Any) -> Recorder:
         """Return what leaves the statement once the sink is there; nothing is done where none is asked for.
 
@@ -132,7 +140,7 @@ class Recorded:
         Returns:
             A function of where to say it and of the sink.
         """
-        if not self.identify and self.sign_key is None:
+        if not self.wanted:
             return lambda _out, _sink: None
         signer = signer_of(self.sign_key, None, (), False) if self.sign_key is not None else None
         return lambda out, sink: _record(out, sink, made, list(sources), recipe, signer)

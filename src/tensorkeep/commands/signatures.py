@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tensorkeep.commands.identify import identified, opened
+from tensorkeep.commands.merge_recorded import opened_average, trained_again
 from tensorkeep.commands.shared import Flag, known_loader
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import EXIT, Finding, verdict_of
@@ -100,7 +102,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
             made = _derived(out, asked, stored, trust, stack)
     verdict = verdict_of(findings)
     if verdict == "ok" and made is not None and not all(link["made_again"] for link in made["links"]):
-        verdict = "inconclusive"  # a training is believed, not made again
+        verdict = "inconclusive"  # believed, not made again
     told = {
         "checkpoint": checkpoint,
         "verdict": verdict,
@@ -109,6 +111,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
         "signed_by": by,
         "parts": compared.parts,
         "not_covered": model.beside if stored is not None else [],
+        "left_out": dict(Counter(model.left_out.values())),
         "derivation": made,
         "findings": [f.to_json() for f in findings],
     }
@@ -124,7 +127,7 @@ def _refuse_half(asked: Signed) -> None:
     trusted = [asked.key is not None, bool(asked.certificate), asked.identity is not None and asked.wanted is None]
     if sum(trusted) > 1:
         raise TensorkeepError("one signer can be believed at a time", hint="--key, --certificate or --identity")
-    if trusted[2] and asked.issuer is None:
+    if trusted[2] and not asked.issuer:
         hint = "--issuer https://accounts.google.com, https://github.com/login/oauth, ..."
         raise TensorkeepError("a Sigstore identity needs its issuer", where="--identity", hint=hint)
     if asked.issuer is not None and not trusted[2]:
@@ -154,9 +157,14 @@ def _derived(out: Output, asked: Signed, stored: Any, trust: Any, stack: context
     from tensorkeep.diagnosis.identity.derivation import check_derivation, source_of
 
     views = [stack.enter_context(opened(out, path)) for path in asked.from_]
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorkeep-")))
+    averages = [opened_average(out, path, scratch / str(at)) for at, path in enumerate(asked.from_)]
+    views += [view for view in averages if view is not None]
     with out.progress() as progress:
         sources = [source_of(view, "source", 1.0, progress) for view in views]
-        found = check_derivation(stored.statement, sources, trust, progress, _repaired)
+        found = check_derivation(
+            stored.statement, sources, trust, progress, {"repair": _repaired, "trained": trained_again}
+        )
     return {"links": found.links, "said": found.said}
 
 
@@ -189,7 +197,8 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
     equal = [k.replace("_", " ") for k, how in told["parts"].items() if how in ("equal", "fields")]
     held = ", ".join([f"{tensors} tensors", *equal])
     if by is not None:
-        out.line(f"verified: {told['identity']} is signed by {shown(by, 200)[1:-1]}: {held}")
+        word = "signed" if told["verdict"] == "inconclusive" else "verified"
+        out.line(f"{word}: {told['identity']} is signed by {shown(by, 200)[1:-1]}: {held}")
     elif told["statement"] is not None:
         out.line(f"ok: {told['identity']} is what the statement says: {held}; no signature was checked")
     else:
@@ -199,6 +208,8 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
         out.line(f"not in this checkpoint, so not compared: {', '.join(absent)}")
     if told["not_covered"]:
         out.line(f"beside it, and not covered by the statement: {', '.join(told['not_covered'][:8])}")
+    for why, count in told["left_out"].items():
+        out.line(f"{count} tensors of it do not count: {why}")
     if told["parts"].get("config") == "fields":
         out.line("config: made of this file's metadata; the fields that both have were compared")
     if told["derivation"] is not None:

@@ -15,6 +15,7 @@ from tensorkeep.conversion._header import carry
 from tensorkeep.conversion._no_place import no_place
 from tensorkeep.conversion._stacking import stacked
 from tensorkeep.conversion._ties import tie
+from tensorkeep.conversion.coded_rows import refuse_moved_codes
 from tensorkeep.conversion.gguf_types import dtypes_of, gguf_steps, refuse_types, remarks
 from tensorkeep.conversion.naming import Identity
 from tensorkeep.conversion.naming import detectors as renaming
@@ -102,6 +103,7 @@ def _finished(plan: Plan, to: str) -> Plan:
     if to == "gguf":
         plan.notes += remarks(plan)
     _check_cover(plan)
+    refuse_moved_codes([step.parts for step in plan.steps if step.sink is not None], plan.sources)
     configs.match_dtype(plan)
     carry(plan, to)
     dequantizing.told(plan)

@@ -203,12 +203,11 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     ]
     fields = [key for key in fields if f"training.{key}" not in fields]  # what follows from a field of the recipe
     changed = [f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}" for key in fields]
-    if mine.get("data.fingerprint") != theirs.get("data.fingerprint") and not _may_differ("data.fingerprint", allow):
-        which = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
-        changed = [*which, *changed]
+    if not _may_differ("data.fingerprint", allow):
+        changed = [*_files_changed(then.get("data_files"), getattr(job.data, "digests", {})), *changed]
     if changed:
         more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
-        meant = " --allow ".join(fields) if 0 < len(fields) <= 3 else "FIELD"
+        meant = " --allow ".join(fields or ["data.fingerprint"]) if len(fields) <= 3 else "FIELD"
         raise TensorkeepError(
             f"the run is not the one that was saved: {'; '.join(changed[:6])}{more}",
             where="resume",

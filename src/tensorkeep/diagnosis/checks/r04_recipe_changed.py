@@ -11,7 +11,8 @@ How it shows
 What to do
     Resume with the recipe that is stored, or say that the change is meant. Checkpoints of other programs store little
     of their settings; only what they store is compared. `train` names the data files whose bytes are
-    others than at the save, where the checkpoint has their digests (text data that is not streamed, up to 1,000 files).
+    others than at the save, where the checkpoint has their digests: text data that is not streamed, and videos or
+    features with their annotations (of a video its size and the first and last 64 KiB), up to 1,000 files.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from tensorkeep.adapters.merging import one_thread
@@ -31,6 +32,7 @@ from tensorkeep.storage.record import DTYPES, PASSED_BLOCKS
 
 # (sources, recipe, progress) -> the identity of what they make; None where it is not made here
 Again = Callable[["Sequence[Source]", Mapping[str, Any], "Progress | None"], "ModelIdentity | None"]
+_MADE = ("merge", "convert", "repair", "train")
 _DEEPEST = 32  # links of a chain
 _MOST = 64  # sources of one model
 
@@ -123,7 +125,7 @@ def check_derivation(
     sources: Sequence[Source],
     trust: Trust | None = None,
     progress: Progress | None = None,
-    repaired: Again | None = None,
+    others: Mapping[str, Again] = MappingProxyType({}),
 ) -> Checked:
     """Check what a statement says its model was made from, and make it again.
 
@@ -132,7 +134,7 @@ def check_derivation(
         sources: every checkpoint of the chain, in any order.
         trust: who must have signed the sources' statements too; None where nobody is to be believed.
         progress: called with what is being done, the bytes done and the bytes in all.
-        repaired: makes a repair again; None where nothing here can.
+        others: makes again what nothing here can: "repair", and "trained", codes of a quantize-aware run.
 
     Returns:
         What was checked, in words; what cannot be made again here is said to be so.
@@ -141,7 +143,7 @@ def check_derivation(
         TensorkeepError: F05 where a link of the chain is missing, F07 where it is malformed, F03 where a count, a
             statement or what is made again is not what the statement says.
     """
-    link = _Chain({s.model.identity: s for s in sources}, trust, progress, {**_AGAIN, "repair": repaired or _not_again})
+    link = _Chain({s.model.identity: s for s in sources}, trust, progress, {**_AGAIN, **others})
     _check(statement, link, 0)
     return link.out
 
@@ -163,7 +165,7 @@ def _check(statement: Statement, chain: _Chain, depth: int) -> None:
     if said is None:
         raise TensorkeepError("does not say what its model was made from", where=where, code="F05", hint=_RECORD)
     made, recipe = said.get("made"), said.get("recipe")
-    if not isinstance(made, str) or made not in chain.again or not isinstance(recipe, dict) or depth > _DEEPEST:
+    if not isinstance(made, str) or made not in _MADE or not isinstance(recipe, dict) or depth > _DEEPEST:
         raise TensorkeepError(f"says that its model was made by {shown(made)}", where=where, code="F07")
     sources = [_link(entry, chain.known, where) for entry in _entries(said, where)]
     for source, entry in zip(sources, _entries(said, where)):
@@ -175,23 +177,74 @@ def _check(statement: Statement, chain: _Chain, depth: int) -> None:
     if [said.get("unchanged"), said.get("changed")] != [same, len(statement.leaves) - same]:
         what = f"says that {shown(said.get('unchanged'))} tensors are unchanged; {same} are"
         raise TensorkeepError(what, where=where, code="F03")
-    coded = any(leaf.dtype in PASSED_BLOCKS for leaf in statement.leaves.values())
-    again = None if coded else chain.again[made](sources, recipe, chain.progress)
-    if again is not None and again.identity != statement.identity:
-        odd = [n for n, leaf in statement.leaves.items() if again.leaves.get(n) != leaf]
-        what = f"made again from its sources the model is {again.identity}, not {statement.identity}"
-        first = f"{len(odd)} tensors differ, first {odd[0]}" if odd else "it has more tensors"
-        raise TensorkeepError(what, where=where, code="F03", hint=first, tensors=odd)
+    same_again, how = _made_again(statement, made, sources, recipe, chain)
     names = " + ".join(f"{s.role} {s.model.identity[:16]} ({s.path})" for s in sources)
-    how = "made again, equal" if again is not None else "not made again: it holds codes" if coded else _NOT_AGAIN
     chain.out.said.append(f"{made} of {names}: {how}; {same} of {len(statement.leaves)} tensors unchanged")
     link = {"identity": statement.identity, "made": made, "from": [s.to_json() for s in sources]}
-    chain.out.links.append(link | {"unchanged": same, "made_again": again is not None})
+    chain.out.links.append(link | {"unchanged": same, "made_again": same_again, "said": how})
     for source in sources:
         if source.stored is not None and source.stored.statement.derivation is not None:
             _check(source.stored.statement, chain, depth + 1)
 
 
+def _made_again(
+    statement: Statement, made: str, sources: Sequence[Source], recipe: Mapping[str, Any], chain: _Chain
+) -> tuple[bool, str]:
+    """Make a model again from its sources; say whether that was done and came out equal, and how, in words."""
+    rounding = recipe.get("rounding")
+    if made == "merge" and recipe.get("to_bits") is not None:
+        rounding = rounding if isinstance(rounding, Mapping) else {}
+        by = rounding.get("by")
+        if by == "texts":
+            return False, f"codes not made again: {_texts_said(rounding, statement.where)}"
+        if by != "training":
+            raise TensorkeepError(f"says that codes were rounded by {shown(by)}", where=statement.where, code="F07")
+        again = chain.again["trained"](sources, recipe, chain.progress)
+        return _compared(statement, again) if again is not None else (False, _NO_RUN)
+    if any(leaf.dtype in PASSED_BLOCKS for leaf in statement.leaves.values()):
+        return False, "not made again: it holds codes"
+    again = chain.again[made](sources, recipe, chain.progress)
+    if again is None:
+        return False, _NOT_AGAIN
+    if again.identity != statement.identity:
+        odd = [n for n, leaf in statement.leaves.items() if again.leaves.get(n) != leaf]
+        what = f"made again from its sources the model is {again.identity}, not {statement.identity}"
+        first = f"{len(odd)} tensors differ, first {odd[0]}" if odd else "it has more tensors"
+        raise TensorkeepError(what, where=statement.where, code="F03", hint=first, tensors=odd)
+    return True, "made again, equal"
+
+
+def _texts_said(rounding: Mapping[str, Any], where: str) -> str:
+    """Say what decided codes that were rounded by texts; the texts must be named by their SHA-256."""
+    texts = rounding.get("texts")
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, dict) for t in texts):
+        raise TensorkeepError("names no texts that codes were rounded by", where=where, code="F07")
+    for text in texts:
+        digest(text.get("sha256"), "the hash of a text", where)
+    return f"{len(texts)} texts, threads, BLAS and device decide them. Compared: the sources, and what is unchanged"
+
+
+def _compared(statement: Statement, again: ModelIdentity) -> tuple[bool, str]:
+    """Compare a trained model of codes with what was made again; codes alone may differ between machines."""
+    odd = [n for n in {**statement.leaves, **again.leaves} if again.leaves.get(n) != statement.leaves.get(n)]
+    mine, theirs = ((m.leaves[n][:2] if n in m.leaves else None for n in odd) for m in (again, statement))
+    floats = [n for n in odd if n in statement.leaves and not _of_codes(n, statement.leaves[n].dtype)]
+    if floats or list(mine) != list(theirs):
+        what = f"made again from its sources the model is {again.identity}, not {statement.identity}"
+        hint = f"{len(odd)} tensors differ, first {(floats or odd)[0]}"
+        raise TensorkeepError(what, where=statement.where, code="F03", hint=hint, tensors=odd)
+    if odd:
+        what = f"made again, and {len(odd)} tensors of codes came out otherwise, first {odd[0]}: arithmetic of another"
+        return False, f"{what} machine, or another model"
+    return True, "made again, equal"
+
+
+def _of_codes(name: str, dtype: str) -> bool:
+    """Say whether a tensor holds codes or scales of nf4 or of blocks."""
+    return dtype == "U8" or dtype in PASSED_BLOCKS or name.endswith((".absmax", ".quant_map"))
+
+
+_NO_RUN = "codes not made again: for that give the run itself, --from RUN. Compared: the sources, and what is unchanged"
 _RECORD = "merge, convert and repair record it with --identify or --sign-key"
 _NOT_AGAIN = "not made again: tensorkeep replay RUN --steps A..B makes steps of a training again"
 
@@ -281,4 +334,5 @@ def _not_again(sources: Sequence[Source], recipe: Mapping[str, Any], progress: P
     """Make nothing: a training is made again step by step, by another command."""
 
 
-_AGAIN: dict[str, Again] = {"merge": _merged, "convert": _converted, "train": _not_again}
+_AGAIN: dict[str, Again] = {"merge": _merged, "convert": _converted, "train": _not_again, "repair": _not_again}
+_AGAIN["trained"] = _not_again  # no command of its own: a merge whose recipe says so

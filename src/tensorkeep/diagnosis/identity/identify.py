@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +12,14 @@ import numpy as np
 
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.diagnosis.evidence.bytewise import hf_bytes
-from tensorkeep.diagnosis.identity.parts import FILES, canonical_parts, part_of
+from tensorkeep.diagnosis.identity.parts import FILES, canonical_parts
 from tensorkeep.diagnosis.identity.tensors import Canonical, canonical_tensors, stored_bytes
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.models.alignment import tied_names
 from tensorkeep.storage import merkle
-from tensorkeep.storage.files import CERTIFICATE, Progress, refuse_changed
+from tensorkeep.storage.files import CERTIFICATE, LocalFolder, Progress, refuse_changed
 from tensorkeep.storage.record import DTYPES, PASSED_BLOCKS
 from tensorkeep.storage.spreading import in_threads
 
@@ -55,6 +56,8 @@ class Leaf(NamedTuple):
         return {"name": name, "dtype": self.dtype, "shape": list(self.shape), "content": self.content.hex()}
 
 
+# index of shards -> the file that is loaded before it
+_INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}
 _OWN = (CERTIFICATE, "identity.json", "identity.sig")  # what is written beside a checkpoint here
 _MOST_CODE = 16 << 20  # bytes of a Python file
 
@@ -69,8 +72,10 @@ class ModelIdentity:
         parts: hash of the config, tokenizer and so on, as far as they are there, in hex.
         texts: their canonical bytes.
         files: SHA-256 of each file that they are in, in hex.
-        beside: other files of the folder, which nothing is said of.
+        beside: other files and folders of the folder, which nothing is said of.
+        instead: those of them that transformers would load weights from, instead of these or on top of them.
         tied: name that shares another's tensor -> that other.
+        apart: those of them that the config does not tie: without its own copy such a tensor would be a random one.
         left_out: what does not count, by stored name.
         narrowed: tensors that count in a narrower dtype than their file could store, their values being the same.
         format: of the checkpoint.
@@ -85,7 +90,9 @@ class ModelIdentity:
     texts: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)
+    instead: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     narrowed: list[str] = field(default_factory=list)
     format: str = ""
@@ -149,10 +156,14 @@ def identify(checkpoint: StateView | str | Path, progress: Progress | None = Non
     tied = _told_by_bytes(canonical, leaves)
     out = ModelIdentity(view.path, {n: leaves[n] for n in sorted(leaves, key=str.encode) if n not in tied}, tied=tied)
     if view.format != "gguf":  # there config and tokenizer are made of the metadata, and no file holds them
-        code, out.beside = _beside(view)
+        code = _code(view)
         out.texts = canonical_parts(view.companions, code)
         out.parts = {kind: merkle.part_leaf(kind, text).hex() for kind, text in out.texts.items()}
         out.files = {c.name: hashlib.sha256(c.data).hexdigest() for c in view.companions if c.name in FILES} | code
+        out.beside, out.instead = _beside(view, out.files)
+    if view.config is not None and view.format != "gguf":
+        together = tied_names(view.config, {*leaves})
+        out.apart = {n: e for n, e in tied.items() if together.get(n, n) != e and together.get(e, e) != n}
     out.left_out, out.format, out.adapter = canonical.left_out, view.format, canonical.adapter
     out.coded = canonical.coded
     out.narrowed = [n for n in out.leaves if out.leaves[n].dtype != canonical.tensors[n].dtype]
@@ -160,20 +171,47 @@ def identify(checkpoint: StateView | str | Path, progress: Progress | None = Non
     return out
 
 
-def _beside(view: StateView) -> tuple[dict[str, str], list[str]]:
-    """Return the hashes of a model folder's Python files, and the files of which nothing here says anything."""
-    names = [] if view.folder is None else view.folder.names()
-    if view.format not in ("hf", "peft") or not {"config.json", "adapter_config.json"} & set(names):
-        return {}, []
+def _code(view: StateView) -> dict[str, str]:
+    """Return the hashes of a model folder's Python files."""
     code = {}
-    for name in (n for n in names if n.endswith(".py")):
+    for name in (n for n in _names(view) if n.endswith(".py")):
         if view.folder.size(name) > _MOST_CODE:
             raise TensorkeepError(f"{name} is too large for code", where=view.path, code="F07")
         code[name] = hashlib.sha256(view.folder.read(name)).hexdigest()
+    return code
+
+
+def _names(view: StateView) -> list[str]:
+    """Return the files of a folder that transformers or PEFT would load; none of another format."""
+    names = [] if view.folder is None else view.folder.names()
+    fits = view.format in ("hf", "peft") and {"config.json", "adapter_config.json"} & set(names)
+    return names if fits else []
+
+
+def _beside(view: StateView, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return what lies beside a model and is in no hash, and what of it transformers would load in its place."""
+    names = _names(view)
     data = {block.file for record in view.records.values() for block in record.blocks}
-    known = {*data, *_OWN, *(c.name for c in view.companions)}
-    rest = [n for n in names if n not in known and part_of(n) is None and not n.endswith(".index.json")]
-    return code, rest
+    ends = {n: Path(single).suffix for n, single in _INDEXES.items() if single not in data}
+    index = {n for n, end in ends.items() if any(d.endswith(end) for d in data)}
+    rest = [n for n in names if n not in {*data, *index, *_OWN, *files}]
+    if view.format == "hf":
+        instead = [n for n in ("model.safetensors", "adapter_config.json") if n in rest]
+        safe = [n for n in ("model.safetensors.index.json",) if n in rest and not any(_safe(d) for d in data)]
+        return [*rest, *_folders(view)], [*instead, *safe]
+    return [*rest, *_folders(view)], []
+
+
+def _safe(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _folders(view: StateView) -> list[str]:
+    """Return the folders inside a local folder that a loader may look into: templates and modules lie in some."""
+    if not _names(view) or not isinstance(view.folder, LocalFolder):
+        return []
+    found = (p.name for p in view.folder.path.iterdir() if p.is_dir())
+    return sorted(f"{name}/" for name in found if not name.startswith((".", "__")))
 
 
 def leaf_of(canonical: Canonical, name: str) -> Leaf:

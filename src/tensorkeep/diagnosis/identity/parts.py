@@ -21,6 +21,13 @@ NOT_COUNTED = (
     "transformers_version _name_or_path _commit_hash torch_dtype dtype _attn_implementation "
     "_attn_implementation_autoset _attn_implementation_internal"
 ).split()
+# an attention of this name comes with transformers; any other is code from elsewhere, and counts
+_OWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+# null here is no attention window, no cap, no low rank, where several models have one by default: it is not left out
+NULL_COUNTS = (
+    "sliding_window sliding_window_pattern attention_chunk_size attn_logit_softcapping final_logit_softcapping "
+    "logits_soft_cap q_lora_rank n_group topk_group"
+).split()
 _NOT_OF_TOKENIZER = ("chat_template", "name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local")
 _NOT_OF_GENERATION = ("transformers_version", "_from_model_config")
 _NOT_OF_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
@@ -89,7 +96,7 @@ def canonical_parts(
 
 
 def counted(config: Mapping[str, Any], also: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what counts of a config: no nulls, nothing of who wrote it, RoPE spelled as transformers 5 does.
+    """Return what counts of a config: few nulls, nothing of who wrote it, RoPE spelled as transformers 5 does.
 
     Args:
         config: as config.json has it.
@@ -99,9 +106,38 @@ def counted(config: Mapping[str, Any], also: Sequence[str] = ()) -> dict[str, An
         >>> counted({"rope_theta": 1e4, "rope_scaling": None, "transformers_version": "4.51.0"})
         {'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0}}
     """
-    kept = {k: v for k, v in config.items() if v is not None and k not in NOT_COUNTED and k not in also}
+    kept = {k: v for k, v in config.items() if (v is not None or k in NULL_COUNTS) and k not in also}
+    kept = {k: v for k, v in kept.items() if k not in NOT_COUNTED or _from_elsewhere(k, v)}
     kept = {k: counted(v) if k.endswith("_config") and isinstance(v, Mapping) else v for k, v in kept.items()}
     return _rope(kept)
+
+
+def _from_elsewhere(name: str, value: Any) -> bool:
+    """Say whether a config's member asks for an attention that does not come with transformers."""
+    given = list(value.values()) if isinstance(value, Mapping) else [value]
+    return name.startswith("_attn_implementation") and any(
+        not isinstance(one, bool) and one is not None and one not in _OWN_ATTENTION for one in given
+    )
+
+
+def without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what versions before 0.3 counted of a config: no null at all.
+
+    Args:
+        config: from `counted`.
+    """
+    kept = {k: v for k, v in config.items() if v is not None}
+    return {k: without_nulls(v) if k.endswith("_config") and isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def not_counted(name: str) -> tuple[str, ...]:
+    """Return the members of a file that do not count, for people.
+
+    Args:
+        name: of the file.
+    """
+    found = {"adapter_config.json": _NOT_OF_ADAPTER, "tokenizer_config.json": _NOT_OF_TOKENIZER[1:]}
+    return tuple(found.get(name, NOT_COUNTED[:6] if name.endswith("config.json") else ()))
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

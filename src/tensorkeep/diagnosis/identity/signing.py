@@ -11,7 +11,9 @@ import contextlib
 import datetime
 import hashlib
 import io
+import socket
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from tensorkeep.storage.files import explained
 
 LARGEST = 1 << 22  # bytes of a signature
 _MEDIA = "application/vnd.dev.sigstore.bundle"
+_SERVICE, _PATIENCE = "tuf-repo-cdn.sigstore.dev", 5.0  # where its keys are; seconds
 _NEEDED = "pip install 'tensorkeep[signing]'"
 
 
@@ -74,6 +77,8 @@ def sign(statement: bytes, signer: Signer) -> bytes:
         TensorkeepError: model-signing is not installed, or the key, the certificate or Sigstore refuses.
     """
     config = _module("signing").Config()
+    if signer.key is None:
+        _reached("--key KEY.pem signs without a network")
     with _told("cannot be signed", signer.certificate or signer.key), _files(statement) as (place, bundle):
         for path in (signer.key, signer.certificate, *signer.chain):
             if path is not None:
@@ -132,7 +137,11 @@ def check_signature(statement: bytes, signature: bytes, trust: Trust, where: obj
                 read_small(path, LARGEST)
             config.use_certificate_verifier(certificate_chain=trust.certificates)
         else:
-            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer or "")
+            if not (trust.identity and trust.issuer):  # to sigstore an empty issuer is any
+                what = "a Sigstore identity needs its issuer: without one anybody's word for it would do"
+                raise TensorkeepError(what, where="--issuer", hint="--issuer https://accounts.google.com, ...")
+            _reached("signatures by --key and --certificate need no network")
+            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer)
         config.verify(place, bundle)
     return who
 
@@ -196,6 +205,20 @@ def _module(name: str) -> Any:
         return importlib.import_module(f"model_signing.{name}")
     except ImportError as error:
         raise TensorkeepError(f"signatures need model-signing: {_short(error)}", hint=_NEEDED) from None
+
+
+def _reached(hint: str) -> None:
+    """Stop at once where Sigstore's service cannot be reached; its own client tries again for a quarter of a minute.
+
+    Behind a proxy the client alone knows the way, and is asked.
+    """
+    if urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((_SERVICE, 443), timeout=_PATIENCE).close()
+    except OSError as error:
+        what = f"Sigstore needs a network, and {_SERVICE} cannot be reached: {_short(error)}"
+        raise TensorkeepError(what, where="--sigstore" if "signs" in hint else "--identity", hint=hint) from None
 
 
 @contextlib.contextmanager

@@ -13,13 +13,14 @@ from typing import Any
 
 from tensorkeep.diagnosis.evidence.config_fields import differences
 from tensorkeep.diagnosis.identity.identify import Leaf, ModelIdentity
-from tensorkeep.diagnosis.identity.parts import KINDS, part_of
+from tensorkeep.diagnosis.identity.parts import KINDS, not_counted, part_of, without_nulls
 from tensorkeep.diagnosis.identity.proofs import digest, read_leaf
 from tensorkeep.diagnosis.identity.tensors import stored_bytes
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding, counted
 from tensorkeep.formats.names import grouped
 from tensorkeep.storage import merkle
+from tensorkeep.storage.canonical_json import canonical
 from tensorkeep.storage.certificate import dump, parse_json
 
 TYPE = "https://in-toto.io/Statement/v1"
@@ -27,6 +28,7 @@ PREDICATE = "https://github.com/tensorkeep/tensorkeep/identity/v1"
 DIGEST = "tensorkeepIdentityV1"
 LARGEST = 1 << 28  # bytes of a statement; 200 000 tensors have 60 MB
 STATEMENT, SIGNATURE = "identity.json", "identity.sig"
+_ABSENT = object()
 _ALIKE = 100  # where less than one byte in so many is the statement's, it is another model's: gains may be all ones
 
 
@@ -42,6 +44,8 @@ class Statement:
         parts: hash by kind.
         files: SHA-256 by file name.
         config: what counts of the config; None without one.
+        nulls: whether nulls of NULL_COUNTS count in the config; versions before 0.3 left all nulls out.
+        apart: name -> tensor with the same bytes, where the config does not tie them; None of versions before 0.3.
         derivation: what the model was made from, as it says itself; None where it says nothing.
         where: the file, for messages.
     """
@@ -53,6 +57,8 @@ class Statement:
     parts: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    nulls: bool = False
+    apart: dict[str, str] | None = None
     derivation: dict[str, Any] | None = None
     where: str = STATEMENT
 
@@ -75,6 +81,8 @@ def state(model: ModelIdentity, name: str, derivation: Mapping[str, Any] | None 
         "parts": dict(model.parts),
         "files": dict(sorted(model.files.items())),
         "config": config,
+        "nulls": True,  # as they count in NULL_COUNTS
+        "apart": dict(model.apart),
         "tensors": [leaf.to_json(n) for n, leaf in model.leaves.items()],
     }
     if derivation is not None:
@@ -124,6 +132,8 @@ def read_statement(data: bytes, where: object) -> Statement:
     out.files = {k: digest(v, f"the hash of {k}", where).hex() for k, v in _texts(predicate, "files", where)}
     out.config = config if isinstance(config, dict) else None
     out.derivation = derivation if isinstance(derivation, dict) else None
+    out.nulls, apart = predicate.get("nulls") is True, predicate.get("apart")
+    out.apart = {k: str(v) for k, v in apart.items()} if isinstance(apart, dict) else None
     odd = [k for k in (*out.parts, *out.files) if k not in KINDS and part_of(k) is None]
     if odd or (config is not None and out.config is None) or (derivation is not None and out.derivation is None):
         raise TensorkeepError(f"holds what no statement of this version does: {shown(odd)}", where=where, code="F07")
@@ -198,11 +208,38 @@ def compare_with(statement: Statement, model: ModelIdentity, config: Mapping[str
     if extra:
         what = f"{len(extra)} tensors are not in the statement: {', '.join(grouped(extra)[:4])}"
         findings.append(Finding("K02", "error", what, extra))
+    findings += _apart(statement, model)
+    if model.instead:
+        what = f"{', '.join(model.instead)}: transformers loads this too or instead, and the statement is not about it"
+        findings.append(Finding("F03", "error", what, model.instead))
     parts = {}
     for kind in [k for k in KINDS if k in statement.parts or k in model.parts]:
         parts[kind], more = _part(kind, statement, model, config)
         findings += more
     return Compared(findings, parts)
+
+
+def _apart(statement: Statement, model: ModelIdentity) -> list[Finding]:
+    """Compare which tensors have a copy of another's bytes that no config makes of it: without it they are random."""
+    if statement.apart is None or model.format == "gguf":
+        return []
+    found = []
+    gone = [n for n in statement.apart if n not in model.tied and n not in model.leaves]
+    if gone:
+        what = f"{', '.join(gone)}: stored beside {statement.apart[gone[0]]} in what was signed, and not there"
+        found.append(Finding("K01", "error", what, gone))
+    if more := [n for n in model.apart if n not in statement.apart]:
+        what = f"{', '.join(more)}: a copy of {model.apart[more[0]]} that what was signed does not have"
+        found.append(Finding("K02", "error", what, more))
+    return found
+
+
+def _before(statement: Statement, model: ModelIdentity) -> bool:
+    """Say whether a config is what an older statement is about, which does not count any null."""
+    if statement.nulls or "config" not in model.texts:
+        return False
+    older = canonical(without_nulls(parse_json(model.texts["config"], "config.json")))
+    return merkle.part_leaf("config", older).hex() == statement.parts.get("config")
 
 
 def _part(
@@ -223,17 +260,19 @@ def _part(
         what = f"{', '.join(files)}: the statement has no {kind.replace('_', ' ')}"
         return "added", [Finding("F03", "error", what, files)]
     other = [n for n in files if statement.files.get(n) != model.files[n]]
-    if statement.parts[kind] == model.parts[kind]:
+    if statement.parts[kind] == model.parts[kind] or (kind == "config" and _before(statement, model)):
         other = [n for n in other if part_of(n) == kind and n in statement.files]
         if other:
             what = f"{', '.join(other)}: other bytes that say the same {kind.replace('_', ' ')}"
+            uncounted = dict.fromkeys(name for n in other for name in not_counted(n))
+            what += f"; not compared: {', '.join(uncounted)}" if uncounted else ""
             return "equal", [Finding("F03", "info", what, other)]
         return "equal", []
     what = f"{', '.join(other or files)}: not the {kind.replace('_', ' ')} of the statement"
     if kind == "config" and statement.config is not None:
         own = parse_json(model.texts["config"], "config.json")
         mine, theirs = _flat(own), _flat(statement.config)
-        both = {k: (mine.get(k), theirs.get(k)) for k in {*mine, *theirs}}
+        both = {k: (mine.get(k, _ABSENT), theirs.get(k, _ABSENT)) for k in {*mine, *theirs}}
         what += f": {_spoken({k: v for k, v in sorted(both.items()) if v[0] != v[1]})}"
     return "differs", [Finding("F03", "error", what, other or files)]
 
@@ -248,7 +287,9 @@ def _flat(config: Mapping[str, Any], under: str = "") -> dict[str, Any]:
 
 def _spoken(odd: Mapping[str, tuple[Any, Any]]) -> str:
     """Say fields that differ: what is there, and what the statement has."""
-    return ", ".join(f"{key} is {shown(mine)}, was {shown(theirs)}" for key, (mine, theirs) in list(odd.items())[:4])
+    first = list(odd.items())[:4]
+    told = {k: ["absent" if value is _ABSENT else shown(value) for value in pair] for k, pair in first}
+    return ", ".join(f"{key} is {mine}, was {theirs}" for key, (mine, theirs) in told.items())
 
 
 def places(checkpoint: str | Path) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorkeep.conversion import naming as namings
+from tensorkeep.conversion.coded_rows import refuse_moved_codes
 from tensorkeep.conversion.model_names import ModelNames
 from tensorkeep.conversion.plan import HfTensor, Part, Step
 from tensorkeep.conversion.planning import to_hf_tensors
@@ -80,8 +81,9 @@ def canonical_tensors(view: StateView) -> Canonical:
     dropped: list[Step] = []
     try:
         tensors = to_hf_tensors(view, 0, naming, config, dropped)
+        refuse_moved_codes([tensor.parts for tensor in tensors.values()], [view])
     except TensorkeepError as error:
-        if error.code not in ("C01", "C03", "K06", "K07"):
+        if error.code not in ("C01", "C03", "K06", "K07", "Q01"):
             raise
         raise undecided(view, error.what, error.hint, error.code) from None
     if not tensors:
