@@ -30,6 +30,7 @@ import random
 import secrets
 import shutil
 import signal
+import statistics
 import struct
 import sys
 import tempfile
@@ -92,6 +93,8 @@ class Count:
     relative: float = 0.0
     seconds: float = 0.0
     slowest_restart: float = 0.0
+    again: float = 0.0  # seconds from a kill until all ranks are processes again, median
+    trains: float = 0.0  # and from then until all train
     notes: list[str] = field(default_factory=list)
 
 
@@ -251,15 +254,18 @@ def kill_all(agent: int, marks: Marks, size: int) -> None:
 class Killer:
     """Kills ranks of one campaign, and counts."""
 
-    def __init__(self, plan: Plan, kills: int, seed: int, longest: float, place: Path) -> None:
+    def __init__(self, plan: Plan, kills: int, seed: int, longest: float, place: Path, seconds: float = 1e9) -> None:
         self.plan, self.kills, self.longest, self.place = plan, kills, longest, place
+        self.end = time.monotonic() + seconds
+        self.restarts: list[tuple[float, float]] = []
         self.chance, self.count = random.Random(seed), Count(plan.name)
 
     def campaign(self) -> Count:
         """Run until so many were killed; the run that nobody kills comes first."""
         began = time.monotonic()
         whole = self.whole()
-        while self.count.kills < self.kills:
+        print(f"  {self.plan.name}: whole in {time.monotonic() - began:.1f} s", file=sys.stderr)
+        while self.count.kills < self.kills and time.monotonic() < self.end:
             run = self.place / f"run-{self.count.runs}"
             self.one_run(run)
             self.compare(run, whole)
@@ -298,14 +304,16 @@ class Killer:
         while True:
             since = time.monotonic()
             early = self.chance.random() < 1 / 5
-            what = PID if early else TRAINS
-            if not self.reached(agent, marks, size, start, what):
+            came = self.reached(agent, marks, size, start, PID)
+            processes = time.monotonic() - since
+            if not came or not (early or self.reached(agent, marks, size, start, TRAINS)):
                 return ended(agent) == 0 or self.is_stuck(agent, marks, size, run)
             if not early:
                 self.count.slowest_restart = max(self.count.slowest_restart, time.monotonic() - since)
+                self.note_restart(start, processes, time.monotonic() - since - processes)
                 resumed = {marks.get(rank, RESUMED) for rank in range(size)}
                 self.count.lost += min(resumed) < acknowledged or len(resumed) > 1
-            if self.count.kills >= self.kills:
+            if self.count.kills >= self.kills or time.monotonic() > self.end:
                 return self.to_the_end(agent) or self.is_stuck(agent, marks, size, run)
             status = self.waited(agent, self.chance.uniform(0, 0.5 if early else self.longest * size / 2))
             if status is not None:
@@ -319,6 +327,13 @@ class Killer:
             every = self.chance.random() < 0.2
             self.kill(marks, range(size) if every else [self.chance.randrange(size)])
             start += 1
+
+    def note_restart(self, start: int, again: float, trains: float) -> None:
+        """Note how long a start took that a kill made necessary."""
+        if start % 1000:  # the first of an agent came after no kill of a rank
+            self.restarts.append((again, trains))
+            self.count.again, self.count.trains = (statistics.median(times) for times in zip(*self.restarts))
+            print(f"  again after {again:.1f} s, training {trains:.1f} s later", file=sys.stderr)
 
     def reached(self, agent: int, marks: Marks, size: int, start: int, what: int) -> bool:
         """Wait until all ranks of a start have come so far; False where the agent ended, or they do not come."""
@@ -421,6 +436,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="campaigns whose name holds this; `gpus`: those through NCCL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=1.5, help="seconds from the first update to a kill")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which a campaign lets its run end in peace")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", nargs=3, help="be a rank: what torchrun itself is told")
     options = parser.parse_args()
@@ -435,7 +451,7 @@ def main() -> None:
         if options.only in plan.name and (plan.device == "cpu" or "gpus" in options.only):
             with tempfile.TemporaryDirectory(prefix="kill-") as place:
                 kills = options.kills // (3 if plan.command and plan.device == "cpu" else 1)
-                killer = Killer(plan, kills, options.seed, options.longest, Path(place))
+                killer = Killer(plan, kills, options.seed, options.longest, Path(place), options.seconds)
                 counts.append(killer.campaign())
     print(f"{versions('torch', 'transformers')}; {UPDATES} updates, each saved\n")
     columns = [name for name in asdict(Count("")) if name != "notes"]
