@@ -199,6 +199,7 @@ def begin(run: Path, marks: Marks, plan: Plan, size: int) -> int:
     if pid:
         return pid
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         os.dup2(os.open(run.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
         os.dup2(2, 1)
@@ -258,6 +259,7 @@ class Killer:
         self.plan, self.kills, self.longest, self.place = plan, kills, longest, place
         self.end = time.monotonic() + seconds
         self.restarts: list[tuple[float, float]] = []
+        self.living: tuple[int, Marks, int] | None = None
         self.chance, self.count = random.Random(seed), Count(plan.name)
 
     def campaign(self) -> Count:
@@ -279,6 +281,7 @@ class Killer:
         """The run that nobody kills."""
         run, marks, size = self.place / "whole", Marks(self.place / "whole.marks"), self.plan.sizes[0]
         agent = begin(run, marks, self.plan, size)
+        self.living = agent, marks, size
         if (status := self.waited(agent, PATIENCE)) is None:
             kill_all(agent, marks, size)
         if status != 0:
@@ -294,6 +297,7 @@ class Killer:
             for rank in range(size):
                 marks.set(rank, START, -1)
             agent = begin(run, marks, self.plan, size)
+            self.living = agent, marks, size
             if self.one_agent(agent, marks, size, 1000 * number, run):
                 return
             number += 1
@@ -444,6 +448,7 @@ def main() -> None:
         run, marks, name = options.rank
         work(run, Marks(Path(marks)), next(plan for plan in (*PLANS, *GPUS) if plan.name == name))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)  # a forked rank must not inherit a pool of threads
     job()  # what it imports is imported once, before the forks
     counts = []
@@ -452,7 +457,13 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="kill-") as place:
                 kills = options.kills // (3 if plan.command and plan.device == "cpu" else 1)
                 killer = Killer(plan, kills, options.seed, options.longest, Path(place), options.seconds)
-                counts.append(killer.campaign())
+                try:
+                    counts.append(killer.campaign())
+                except SystemExit:
+                    if killer.living is not None:
+                        kill_all(*killer.living)
+                    print(f"cut off: {killer.count}", file=sys.stderr)
+                    raise
     print(f"{versions('torch', 'transformers')}; {UPDATES} updates, each saved\n")
     columns = [name for name in asdict(Count("")) if name != "notes"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

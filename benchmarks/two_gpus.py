@@ -18,6 +18,7 @@ into what is left of the budget.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ SHAPES = {
 RUNS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp"), "resume": (1, "ddp")}
 PARTS = (*(f"{way}_{run}" for way in ("qlora", "full") for run in RUNS), "tests", "kills")
 MORE = 4  # updates of the run that goes on from shards
+PATIENCE = 10.0  # seconds that a program has to end its own children
 STACKS = 3.0  # seconds that the ranks of a part that is cut off have to say where they stand
 
 
@@ -199,14 +201,26 @@ class Heard:
             self.rc = going.wait(limit)
         except subprocess.TimeoutExpired:
             self.rc = 124
-            for pid in self._pids:  # ranks of this part, still waited for by their launcher
-                os.kill(pid, signal.SIGUSR2)
-            reader.join(STACKS)
-            os.killpg(going.pid, signal.SIGKILL)
-            going.wait()
+            self._end(going)
         reader.join(5.0)
         self.wall = time.perf_counter() - self._begun
-        self.errors = "\n".join(self._lines)[-6000:] if self.rc else ""
+        self.errors = self.errors or ("\n".join(self._lines)[-6000:] if self.rc else "")
+
+    def _end(self, going: subprocess.Popen[str]) -> None:
+        """Let ranks say where they stand, then end them and who launched them."""
+        for number in (signal.SIGUSR2, signal.SIGKILL):
+            for pid in self._pids:  # ranks have sessions of their own, and their launcher still waits for them
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if number == signal.SIGUSR2 and self._pids:
+                time.sleep(STACKS)
+                self.errors = "\n".join(self._lines)[-6000:]
+        going.terminate()  # whoever has children of its own ends them
+        try:
+            going.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(going.pid, signal.SIGKILL)
+            going.wait()
 
     def _hear(self, line: str) -> None:
         """Take one line."""
