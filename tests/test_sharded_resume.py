@@ -1,4 +1,4 @@
-"""A language run in shards that stopped: on two it ends bit for bit as if it had not, from two on one and back as near."""
+"""A language run in shards that stopped goes on: on two ranks bit for bit, from two on one and from one on two as near."""
 
 from __future__ import annotations
 
