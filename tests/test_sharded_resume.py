@@ -1,4 +1,4 @@
-"""A language run in shards that stopped goes on: on two ranks bit for bit, from two on one and from one on two as near."""
+"""A language run in shards goes on: on two ranks bit for bit, from two on one and from one on two as near as 1e-6."""
 
 from __future__ import annotations
 
